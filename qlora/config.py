@@ -1,0 +1,251 @@
+"""Every setting of a run, as frozen dataclasses: inert data, no torch, no file access.
+
+The field names are the flags of `train.py` and `merge_dequant.py` and the keys of a YAML recipe
+(qlora.cli makes both from here), so there is one place to add a setting. They are the names of
+transformers' TrainingArguments and PEFT's LoraConfig wherever those have one. `__post_init__`
+validates and does nothing else.
+
+Where the defaults come from:
+  NF4, double quantization, blocksize 64, all linear layers, Adam beta2 0.999, no weight decay,
+  max_grad_norm 0.3, paged optimizer, 16 rows a step, constant schedule: QLoRA (arXiv:2305.14314),
+  appendix B and its scripts. lora_alpha 32, no warm-up, no dropout, and the learning-rate rule
+  (qlora.training.default_learning_rate): LoRA Without Regret (Thinking Machines, 2025).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qlora.errors import UserError
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+ALL_LINEAR = "all-linear"
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How the frozen base is quantized."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit code of the base weights."""
+    blocksize: int = 64
+    """weights that share one absmax, 32 to 4096"""
+    double_quant: bool = True
+    """quantize the absmax too: 4.127 bits a weight instead of 4.5"""
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """bf16; fp16 on a GPU without bf16, fp32 on a CPU without it"""
+    skip_modules: Sequence[str] = ()
+    """module names, or their last part, to leave unquantized (the output head always is)"""
+    allow_unquantized: bool = False
+    """go on when linear weights cannot be quantized (fused experts)"""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.quant_type in ("nf4", "fp4"),
+            f"quant_type must be nf4 or fp4, got {self.quant_type!r}",
+        )
+        _require(
+            self.blocksize in BLOCKSIZES,
+            f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize}",
+        )
+        _require(
+            self.compute_dtype in ("auto", "bf16", "fp16", "fp32"),
+            f"compute_dtype must be auto, bf16, fp16 or fp32, got {self.compute_dtype!r}",
+        )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapter: W x + scaling * B A x, with A (r, in), B (out, r), scaling lora_alpha / r."""
+
+    r: int = 16
+    """rank of the adapter"""
+    lora_alpha: float = 32
+    """scaling is lora_alpha / r"""
+    lora_dropout: float = 0.0
+    """dropout on the adapter's input, in training"""
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """all-linear, a list of name endings, or one regular expression over the full name"""
+    modules_to_save: tuple[str, ...] = ()
+    """modules trained in full beside the adapter (not there yet)"""
+    use_rslora: bool = False
+    """scaling lora_alpha / sqrt(r) instead (arXiv:2312.03732)"""
+    use_dora: bool = False
+    """weight-decomposed adapter (not there yet)"""
+    init_lora_weights: str | bool = True
+    """True: A Kaiming-uniform, B zero. No other yet"""
+    adapter_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """dtype of A and B: bf16 on a GPU that has it, else fp32"""
+
+    def __post_init__(self) -> None:
+        _require(self.r >= 1, f"r must be at least 1, got {self.r}")
+        _require(self.lora_alpha > 0, f"lora_alpha must be above 0, got {self.lora_alpha}")
+        _require(
+            0 <= self.lora_dropout < 1,
+            f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}",
+        )
+        _require(bool(self.target_modules), "target_modules is empty: name at least one module")
+        _require(
+            self.adapter_dtype in ("auto", "bf16", "fp32"),
+            f"adapter_dtype must be auto, bf16 or fp32, got {self.adapter_dtype!r}",
+        )
+        for name, value in (
+            ("modules_to_save", self.modules_to_save),
+            ("use_dora", self.use_dora),
+            ("init_lora_weights", self.init_lora_weights not in (True, "true", "True")),
+        ):
+            _require(
+                not value,
+                f"{name}={getattr(self, name)!r} is not there yet: leave it out for a plain adapter",
+            )
+
+    @property
+    def scaling(self) -> float:
+        """What B A x is multiplied with: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+        return float(self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and how a record becomes tokens."""
+
+    data: str
+    """training data: .jsonl .json .csv .parquet .txt, a folder of them, or a dataset hub name"""
+    eval_data: str | None = None
+    """the same for evaluation"""
+    max_length: int = 2048
+    """rows longer than this many tokens are cut, and counted"""
+    packing: bool = False
+    """several rows in one sequence (not there yet)"""
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 8, f"max_length must be at least 8, got {self.max_length}")
+        _require(not self.packing, "packing is not there yet: leave it out, rows are padded instead")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune a language model with QLoRA: 4-bit base, bf16 adapter."""
+
+    model: str
+    """local folder, hub name, bitsandbytes-4-bit checkpoint, or .gguf file"""
+    output_dir: str
+    """where the adapter, metrics and checkpoints go"""
+    data: DataConfig
+    revision: str | None = None
+    """branch, tag or commit of a hub model"""
+    trust_remote_code: bool = False
+    """run code that comes with the model; off unless you trust it"""
+    lora: LoraConfig = LoraConfig()
+    quant: QuantConfig = QuantConfig()
+    per_device_train_batch_size: int = 2
+    """rows a forward pass"""
+    gradient_accumulation_steps: int = 8
+    """forward passes an optimizer step"""
+    learning_rate: float | None = None
+    """by default from the rule of LoRA Without Regret, printed with its reason"""
+    num_train_epochs: float = 1.0
+    """passes over the data"""
+    max_steps: int = -1
+    """optimizer steps; overrides num_train_epochs when above 0"""
+    lr_scheduler_type: str = "constant"
+    """any of transformers': constant, cosine, linear, constant_with_warmup, …"""
+    warmup_ratio: float = 0.0
+    """share of the steps in which the learning rate rises, for schedules that warm up"""
+    weight_decay: float = 0.0
+    """AdamW weight decay"""
+    max_grad_norm: float = 0.3
+    """gradient clipping"""
+    optim: str = "paged_adamw_8bit"
+    """any of transformers': paged_adamw_8bit, paged_adamw_32bit, adamw_torch, …"""
+    gradient_checkpointing: bool = True
+    """recompute activations in the backward pass: slower, far less memory"""
+    seed: int = 42
+    """of the adapter's start, the order of rows and dropout"""
+    logging_steps: int = 10
+    """steps between rows of metrics.jsonl"""
+    eval_steps: int | None = None
+    """steps between evaluations; by default once an epoch, where there is eval_data"""
+    save_steps: int = 100
+    """steps between checkpoints; the last two are kept"""
+    resume: bool = False
+    """go on from the last checkpoint in output_dir"""
+    report_to: tuple[str, ...] = ()
+    """loggers: tensorboard, wandb, trackio, mlflow, …"""
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    """anything else of transformers.TrainingArguments"""
+    plan: bool = False
+    """print what the run will need (not there yet)"""
+    gpu_memory: str | None = None
+    """budget to plan for, like 8GB (not there yet)"""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "save_steps",
+        ):
+            _require(
+                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+            )
+        _require(
+            self.eval_steps is None or self.eval_steps >= 1,
+            f"eval_steps must be at least 1, got {self.eval_steps}",
+        )
+        _require(
+            self.learning_rate is None or self.learning_rate > 0,
+            f"learning_rate must be above 0, got {self.learning_rate}",
+        )
+        _require(
+            0 <= self.warmup_ratio < 1,
+            f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}",
+        )
+        _require(
+            self.max_steps > 0 or self.num_train_epochs > 0,
+            f"num_train_epochs must be above 0, got {self.num_train_epochs}",
+        )
+        _require(
+            not self.plan and self.gpu_memory is None,
+            "--plan and --gpu-memory are not there yet: leave them out",
+        )
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Fold a trained adapter into its base and write a 16-bit checkpoint."""
+
+    adapter: str
+    """folder with adapter_config.json and adapter_model.safetensors"""
+    output_dir: str
+    """new folder for the merged checkpoint"""
+    base_model: str | None = None
+    """by default the base that the adapter's config names"""
+    onto: Literal["nf4", "original"] = "nf4"
+    """the dequantized 4-bit base, as trained, or the original weights"""
+    format: Literal["bf16", "fp16", "fp32", "nf4"] = "bf16"
+    """dtype of the merged weights (nf4 is not there yet)"""
+    calibration: str | None = None
+    """data for the nf4 format (not there yet)"""
+    verify: str | None = None
+    """data on which the merged model is measured against base + live adapter"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the arithmetic is done"""
+    max_shard_size: str = "5GB"
+    """largest file of the output"""
+
+    def __post_init__(self) -> None:
+        _require(self.onto in ("nf4", "original"), f"onto must be nf4 or original, got {self.onto!r}")
+        _require(
+            self.format in ("bf16", "fp16", "fp32", "nf4"),
+            f"format must be bf16, fp16 or fp32, got {self.format!r}",
+        )
+        _require(
+            self.format != "nf4" and self.calibration is None,
+            "format nf4 and calibration are not there yet: use format bf16, which keeps the adapter",
+        )
