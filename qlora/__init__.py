@@ -1,0 +1,48 @@
+"""QLoRA: fine-tune large language models on one small GPU, and merge without losing it.
+
+Names are loaded when first used, so that `import qlora.config` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora.adapter_files import load_adapter as load_adapter
+    from qlora.adapter_files import save_adapter as save_adapter
+    from qlora.adapters import apply_lora as apply_lora
+    from qlora.adapters import disable_adapter as disable_adapter
+    from qlora.adapters import print_trainable_parameters as print_trainable_parameters
+    from qlora.adapters import set_adapter as set_adapter
+    from qlora.base import load_base as load_base
+    from qlora.config import DataConfig as DataConfig
+    from qlora.config import LoraConfig as LoraConfig
+    from qlora.config import MergeConfig as MergeConfig
+    from qlora.config import QuantConfig as QuantConfig
+    from qlora.config import TrainConfig as TrainConfig
+    from qlora.errors import UserError as UserError
+
+_ROOMS = {
+    "qlora.adapter_files": ("load_adapter", "save_adapter"),
+    "qlora.adapters": (
+        "apply_lora",
+        "disable_adapter",
+        "print_trainable_parameters",
+        "set_adapter",
+    ),
+    "qlora.base": ("load_base",),
+    "qlora.config": ("DataConfig", "LoraConfig", "MergeConfig", "QuantConfig", "TrainConfig"),
+    "qlora.errors": ("UserError",),
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qlora' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -13,7 +13,7 @@ Where the defaults come from:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from qlora.errors import UserError
@@ -101,7 +101,7 @@ class LoraConfig:
         ):
             _require(
                 not value,
-                f"{name}={getattr(self, name)!r} is not there yet: leave it out for a plain adapter",
+                f"{name}={getattr(self, name)!r} is not there yet: leave it out",
             )
 
     @property
@@ -125,7 +125,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 8, f"max_length must be at least 8, got {self.max_length}")
-        _require(not self.packing, "packing is not there yet: leave it out, rows are padded instead")
+        _require(not self.packing, "packing is not there yet: leave it out, rows are padded")
 
 
 @dataclass(frozen=True)
@@ -240,12 +240,22 @@ class MergeConfig:
     """largest file of the output"""
 
     def __post_init__(self) -> None:
-        _require(self.onto in ("nf4", "original"), f"onto must be nf4 or original, got {self.onto!r}")
+        _require(
+            self.onto in ("nf4", "original"), f"onto must be nf4 or original, got {self.onto!r}"
+        )
         _require(
             self.format in ("bf16", "fp16", "fp32", "nf4"),
             f"format must be bf16, fp16 or fp32, got {self.format!r}",
         )
         _require(
             self.format != "nf4" and self.calibration is None,
-            "format nf4 and calibration are not there yet: use format bf16, which keeps the adapter",
+            "format nf4 and calibration are not there yet: use format bf16",
         )
+
+
+def flat(config: TrainConfig | MergeConfig) -> dict[str, Any]:
+    """Every setting under the name of its flag, in plain types that YAML and JSON can hold."""
+    settings: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        settings |= value if name in ("data", "lora", "quant") else {name: value}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}

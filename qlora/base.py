@@ -1,0 +1,207 @@
+"""A checkpoint becomes a model whose linear layers are frozen 4-bit Linear4bit.
+
+transformers does the loading, shard by shard, and bitsandbytes the quantizing; this room decides
+which layers, in which dtype and blocksize, and refuses what would silently stay in 16 bits.
+
+Every nn.Linear (and GPT-2's Conv1D) is quantized but the output head and what the config skips.
+Embeddings, norms and the head take the compute dtype and are not cast up; nothing has
+`requires_grad`. Weights that are linear but no Linear module, such as fused mixture-of-experts
+parameters, cannot be: they are named with their size and are an error unless allowed.
+"""
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+from qlora import nf4
+from qlora.checkpoint import Checkpoint, is_skipped, quantized_layers, resolve, skeleton
+from qlora.config import QuantConfig
+from qlora.errors import UserError
+from qlora.lora import output_head
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load_base(
+    model: str,
+    quant: QuantConfig | None = None,
+    *,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A frozen causal language model with 4-bit linear layers.
+
+    Args:
+        model: local folder, hub name, .gguf file, or a checkpoint that is already bitsandbytes
+            4-bit (then its own quantization stands, and of `quant` only the compute dtype counts).
+        device: by default the GPU where there is one.
+
+    Raises:
+        UserError: nothing to load there, or linear weights would stay unquantized.
+    """
+    quant = quant or QuantConfig()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = compute_dtype(quant, device)
+    checkpoint = Checkpoint(resolve(model, revision=revision))
+    plan = skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
+    if checkpoint.is_quantized:
+        settings, quant = None, own_quantization(checkpoint, quant)
+    else:
+        _require_all_quantized(plan, quant)
+        settings = _Bnb4BitConfig(quant, dtype, _skipped(plan, quant))
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder,
+        dtype=dtype,
+        quantization_config=settings,
+        device_map={"": device},
+        trust_remote_code=trust_remote_code,
+    )
+    if settings is not None:
+        settings.as_bitsandbytes(loaded)
+    _freeze(loaded, dtype)
+    if not model.endswith(".gguf"):  # a hub name stays a name; a .gguf stands for its conversion
+        loaded.config._name_or_path = model
+    loaded.qlora_base = describe(checkpoint, quant)  # type: ignore[assignment]  # no module
+    return loaded
+
+
+def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
+    """The dtype everything but the codes is held and computed in; `auto` asks the hardware."""
+    if quant.compute_dtype != "auto":
+        return DTYPES[quant.compute_dtype]
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    # torch's own tests for bf16 units; its "is bf16 supported" also counts slow emulation.
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def describe(checkpoint: Checkpoint, quant: QuantConfig) -> dict[str, Any]:
+    """What an adapter must remember of its base: its fingerprint and how it was quantized."""
+    settings = asdict(quant)
+    keep = ("quant_type", "blocksize", "double_quant")
+    return {
+        "fingerprint": checkpoint.fingerprint,
+        **{name: settings[name] for name in keep},
+        "skip_modules": list(quant.skip_modules),
+    }
+
+
+def _skipped(model: nn.Module, quant: QuantConfig) -> list[str]:
+    """The layers transformers must leave alone, as the anchored patterns it matches with."""
+    chosen = quantized_layers(model, quant)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    return [f"{re.escape(name)}$" for name in linear if name not in chosen]
+
+
+def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:
+    """Matrices that are neither quantized, skipped on purpose, an embedding, nor small: values.
+
+    Small is a matrix below 1 % of the model: routers and position tables, which nobody quantizes.
+    """
+    head = output_head(model)
+    total = sum(p.numel() for p in model.parameters())
+    chosen = quantized_layers(model, quant)
+    found = {}
+    for name, module in model.named_modules():
+        known = isinstance(module, nn.Embedding | nn.modules.conv._ConvNd) or module is head
+        if known or name in chosen or is_skipped(name, quant.skip_modules):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 3 or (parameter.ndim == 2 and parameter.numel() > total // 100):
+                found[f"{name}.{leaf}".lstrip(".")] = parameter.numel()
+    return found
+
+
+def _require_all_quantized(model: nn.Module, quant: QuantConfig) -> None:
+    left = unquantized_linear(model, quant)
+    if not left or quant.allow_unquantized:
+        return
+    shown = ", ".join(f"{name} ({size:,} values)" for name, size in list(left.items())[:4])
+    raise UserError(
+        f"{len(left)} linear weights cannot be quantized to 4 bits and would stay in 16: {shown}"
+        f"{', …' if len(left) > 4 else ''}; {sum(left.values()) * 2 / 2**30:.2f} GiB in all. "
+        "Take another model, or go on as it is with --allow-unquantized"
+    )
+
+
+def own_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:
+    """The settings of a checkpoint that is already 4-bit, with `quant`'s compute dtype."""
+    name = next(n.partition(".quant_state.")[0] for n in checkpoint.tensors if ".quant_state." in n)
+    record = checkpoint.record(name)
+    assert record is not None
+    state = nf4.from_record(record).state
+    return QuantConfig(
+        quant_type=state.quant_type,
+        blocksize=state.blocksize,
+        double_quant=state.nested,
+        compute_dtype=quant.compute_dtype,
+    )
+
+
+def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
+            # In eval mode on a CPU with bf16 units bitsandbytes would repack the weight in place,
+            # its absmax rounded to bf16, in a form that has no backward pass.
+            module.support_avx512bf16_for_cpu = False
+
+
+# ---- bitsandbytes through transformers, with a blocksize ----
+# BitsAndBytesConfig cannot say the blocksize. A registered quantizer of our own, the public way to
+# extend transformers, sets it on the still empty parameters; after loading, the model is
+# indistinguishable from one that BitsAndBytesConfig loaded.
+
+_METHOD = "qlora_bnb_4bit"
+
+
+@register_quantization_config(_METHOD)
+class _Bnb4BitConfig(BitsAndBytesConfig):  # type: ignore[misc]  # transformers is untyped
+    def __init__(self, quant: QuantConfig, dtype: torch.dtype, skip: list[str]) -> None:
+        super().__init__(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant.quant_type,
+            bnb_4bit_use_double_quant=quant.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skip,
+        )
+        self.quant_method = _METHOD
+        self.blocksize = quant.blocksize
+
+    def as_bitsandbytes(self, model: PreTrainedModel) -> None:
+        """Let `model` say of itself what it now is: a plain bitsandbytes 4-bit model."""
+        skip = [s.removesuffix("$").replace("\\", "") for s in self.llm_int8_skip_modules]
+        plain = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype,
+            llm_int8_skip_modules=skip,
+        )
+        model.config.quantization_config = plain
+        model.hf_quantizer.quantization_config = plain
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+        model.is_loaded_in_4bit = True
+
+
+@register_quantizer(_METHOD)
+class _Bnb4BitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # transformers is untyped
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, **kwargs)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.weight.blocksize = self.quantization_config.blocksize

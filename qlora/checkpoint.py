@@ -1,0 +1,274 @@
+"""A checkpoint on disk: find it, know it from its headers, read its tensors one at a time.
+
+`resolve` turns what a user types (folder, hub name, .gguf file) into a folder with config.json and
+safetensors. `Checkpoint` knows every tensor's name, dtype and shape from the headers alone and
+reads one tensor when asked. `skeleton` is the model made of it, without its weights: it tells which
+tensors are linear layers.
+
+A .gguf file is converted once to a bf16 safetensors folder in the cache ($QLORA_CACHE, by default
+~/.cache/qlora): training quantizes it from there and the merge reads the same weights again.
+
+Pickled checkpoints (.bin, .pt) are never opened.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qlora.config import QuantConfig
+from qlora.errors import UserError
+from qlora.lora import output_head
+from qlora.nf4 import RECORD_MARK
+from qlora.shards import DTYPE_CODES, INDEX, SINGLE, publishing
+
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+# ---- finding it ----
+
+
+def resolve(model: str, *, revision: str | None = None) -> Path:
+    """The local folder that holds `model`'s config.json and safetensors.
+
+    Args:
+        model: a local folder, a .gguf file, or a hub name such as `owner/name`.
+
+    Raises:
+        UserError: nothing is there, it holds no safetensors, or the hub does not answer.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _convert_gguf(path)
+    if path.is_dir():
+        return _model_folder(path)
+    if path.exists():
+        raise UserError(
+            f"model {model} is a file: wanted a folder with config.json and *.safetensors, "
+            "a .gguf file, or a hub name"
+        )
+    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise UserError(f"model {model} does not exist: give a folder, a .gguf file or a hub name")
+    return _from_hub(model, revision)
+
+
+def _model_folder(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is no model: it holds no config.json. Wanted a folder with config.json and "
+            "*.safetensors (for an adapter, give its base model)"
+        )
+    if not any((path / name).is_file() for name in (SINGLE, INDEX)):
+        raise UserError(
+            f"{path} holds no {SINGLE} or {INDEX}. Pickled weights (.bin, .pt) are not opened: "
+            "save the model as safetensors first (save_pretrained does)"
+        )
+    return path
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"],
+            ignore_patterns=["original/*", "onnx/*"],
+        )
+    except Exception as error:  # offline, gated, misspelt: the hub has an error for each
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model {name} is no local folder, and the hub did not give it "
+            f"({type(error).__name__}: {reason}). Check the name, the network, and that you are "
+            "logged in if it is gated"
+        ) from error
+    return _model_folder(Path(folder))
+
+
+def cache_folder() -> Path:
+    """Where converted checkpoints live: $QLORA_CACHE, by default ~/.cache/qlora."""
+    return Path(os.environ.get("QLORA_CACHE", "~/.cache/qlora")).expanduser()
+
+
+def _convert_gguf(path: Path) -> Path:
+    """The bf16 safetensors folder of a .gguf file; made once, recognised by its first bytes."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256(f"{path.stat().st_size}".encode() + file.read(1 << 20)).hexdigest()
+    folder = cache_folder() / f"{path.stem}-{digest[:12]}"
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with publishing(folder) as partial:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except Exception as error:  # transformers raises what its parser meets: show it in one line
+            raise UserError(
+                f"{path} cannot be read as a GGUF model ({type(error).__name__}: {error}). "
+                "Download it again, or give the safetensors checkpoint it was made from"
+            ) from error
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return folder
+
+
+# ---- reading it ----
+
+
+class Header(NamedTuple):
+    """A tensor as its file's header describes it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors, known from its headers; `read` fetches one tensor."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        try:
+            return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(f"{self.folder / 'config.json'} is no JSON object: {error}") from error
+
+    @cached_property
+    def tensors(self) -> dict[str, Header]:
+        """Every tensor's header by name, in the files' order."""
+        found: dict[str, Header] = {}
+        for file in self._files():
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+                        entry = shard.get_slice(name)
+                        found[name] = Header(
+                            file, DTYPES[entry.get_dtype()], tuple(entry.get_shape())
+                        )
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{file} is damaged or cut short ({error}): download or copy it again"
+                ) from error
+            except KeyError as error:
+                raise UserError(f"{file} holds a tensor of unknown dtype {error}") from error
+        return found
+
+    def _files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if not index.is_file():
+            return [self.folder / SINGLE]
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise UserError(f"{index} names files outside its folder: {', '.join(outside)}")
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise UserError(f"{self.folder} lacks {', '.join(missing)}, which its index names")
+        return [self.folder / name for name in names]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU. The file is closed again, so that its pages can go."""
+        with safe_open(self.tensors[name].file, framework="pt") as shard:
+            return torch.as_tensor(shard.get_tensor(name))
+
+    def record(self, name: str) -> dict[str, Tensor] | None:
+        """The bitsandbytes record of the 4-bit weight `name`, or None if it is not quantized."""
+        suffixes = [key[len(name) :] for key in self.tensors if key.startswith(f"{name}.")]
+        if not any(suffix.startswith(RECORD_MARK) for suffix in suffixes):
+            return None
+        return {"": self.read(name), **{s[1:]: self.read(name + s) for s in suffixes}}
+
+    @cached_property
+    def is_quantized(self) -> bool:
+        """Whether some of its weights are bitsandbytes 4-bit records."""
+        return any(RECORD_MARK in name for name in self.tensors)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over name, shape and bf16 value of every vector that is not quantized.
+
+        Norms and biases are small, differ between trained models, and are the same in a model and
+        its 4-bit copies. Two bases that differ in their matrices alone are not told apart.
+        """
+        digest = hashlib.sha256()
+        for name, header in sorted(self.tensors.items()):
+            if len(header.shape) == 1 and not re.search(r"\.(nested_)?(absmax|quant_)", name):
+                digest.update(f"{name}{header.shape}".encode())
+                digest.update(
+                    self.read(name).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+                )
+        return digest.hexdigest()
+
+
+# ---- what the model made of it will look like ----
+
+
+def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model of `folder` on the meta device: names and shapes, no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{folder} is no causal language model that this transformers knows: {reason}"
+        ) from error
+    return model
+
+
+def disk_name(checkpoint: Checkpoint, model: nn.Module, name: str) -> str | None:
+    """The checkpoint's name of the parameter `name` of `model`, or None.
+
+    The two differ where the checkpoint was saved from the headless model (the first GPT-2 files).
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    candidates = (name, name.removeprefix(prefix), prefix + name)
+    return next((c for c in candidates if c in checkpoint.tensors), None)
+
+
+def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:
+    """Layers of the skeleton `model` to be quantized; True where the weight is (in, out) on disk.
+
+    These are every nn.Linear and every Conv1D (GPT-2's transposed linear layer) but the output
+    head and what `quant` skips.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = output_head(model)
+    return {
+        name: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and module is not head
+        and not is_skipped(name, quant.skip_modules)
+    }
+
+
+def is_skipped(name: str, skip_modules: Iterable[str]) -> bool:
+    """Whether `name` is, ends in, or lies below one of the names."""
+    return any(f".{skip}." in f".{name}." for skip in skip_modules)

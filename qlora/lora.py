@@ -1,0 +1,113 @@
+"""LoRA over a frozen linear layer: y = W x + scaling * B A x (arXiv:2106.09685).
+
+A is (r, in), Kaiming-uniform with a = sqrt(5), that is uniform in ±1/sqrt(in); B is (out, r) and
+zero, so that a new adapter changes nothing; scaling is lora_alpha / r. The base layer W is a
+bitsandbytes Linear4bit or a plain nn.Linear and stays frozen.
+
+A layer holds any number of adapters by name and adds up the active ones. A and B are kept in the
+adapter's dtype and cast to the input's for the products, which are small: x is never cast up.
+
+`delta_weight` is the only place that computes scaling * B A as a matrix; the merge and every
+function that folds an adapter into a weight call it.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora.config import LoraConfig
+
+ADAPTER_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """scaling * B A in fp32, (out, in), from A (r, in) and B (out, r) of any float dtype."""
+    return torch.mm(lora_B.float(), lora_A.float()).mul_(scaling)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with named adapters beside it.
+
+    Args:
+        base_layer: Linear4bit or nn.Linear, (in_features) -> (out_features).
+    """
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.active_adapters: tuple[str, ...] = ()
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight: some models look at a layer's dtype or device through it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def add_adapter(
+        self, name: str, config: LoraConfig, *, generator: torch.Generator | None = None
+    ) -> None:
+        """A new adapter, not yet active. Drawn on the CPU, so a seed means the same everywhere."""
+        device = self.base_layer.weight.device
+        dtype = adapter_dtype(config, device)
+        lora_A = torch.empty(config.r, self.in_features)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
+        self.lora_A[name] = nn.Parameter(lora_A.to(device, dtype))
+        lora_B = torch.zeros(self.out_features, config.r, device=device, dtype=dtype)
+        self.lora_B[name] = nn.Parameter(lora_B)
+        self.scaling[name] = config.scaling
+        self.dropout[name] = config.lora_dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype."""
+        y: Tensor = self.base_layer(x)
+        for name in self.active_adapters:
+            dropped = F.dropout(x, self.dropout[name], self.training)
+            low = F.linear(dropped, self.lora_A[name].to(x.dtype))  # (..., r)
+            up = F.linear(low, self.lora_B[name].to(x.dtype))  # (..., out)
+            y = torch.add(y, up, alpha=self.scaling[name])
+        return y
+
+    def delta_weight(self, name: str) -> Tensor:
+        """What adapter `name` adds to the base weight, fp32 (out, in)."""
+        return delta_weight(self.lora_A[name], self.lora_B[name], self.scaling[name])
+
+    def extra_repr(self) -> str:
+        ranks = {name: matrix.shape[0] for name, matrix in self.lora_A.items()}
+        return f"r={ranks}, active={self.active_adapters}"
+
+
+def adapter_dtype(config: LoraConfig, device: torch.device) -> torch.dtype:
+    """bf16 on a GPU that computes in it, else fp32, unless the config says which."""
+    if config.adapter_dtype != "auto":
+        return ADAPTER_DTYPES[config.adapter_dtype]
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every adapted layer of `model`, by its name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def output_head(model: nn.Module) -> Any:
+    """The layer that makes logits, which is neither quantized nor adapted, or None."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get else None

@@ -1,0 +1,95 @@
+"""What a run says while it goes: rows of metrics.jsonl, and a readable line on the terminal."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+from qlora.memory import peak_bytes, show_bytes
+from qlora.report import read_metrics
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """A row of metrics.jsonl per log, with speed since the last one and the peak of memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS
+        self.tokens = 0
+        self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A resumed run logs the steps after its checkpoint again: drop the first telling.
+        kept = [r for r in self._rows() if r["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.tokens, self.started = state.num_input_tokens_seen, time.perf_counter()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path) if self.path.is_file() else []
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        logs = {} if logs is None else logs
+        row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
+        if "loss" in logs:
+            now = time.perf_counter()
+            speed = (state.num_input_tokens_seen - self.tokens) / (now - self.started)
+            self.tokens, self.started = state.num_input_tokens_seen, now
+            row |= {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate")}
+            row |= {"tokens_per_second": speed, "peak_bytes": peak_bytes()}
+        elif "eval_loss" in logs:
+            row |= {"eval_loss": logs["eval_loss"], "peak_bytes": peak_bytes()}
+        else:
+            return
+        logs.update({k: v for k, v in row.items() if k not in ("step", "epoch")})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started = time.perf_counter()  # evaluation is not training time
+
+
+class PlainProgress(ProgressCallback):  # type: ignore[misc]  # transformers is untyped
+    """Trainer's progress bar on a terminal, and everywhere a readable line a log, not a dict."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        line = describe_log(logs or {})
+        if line:
+            width = len(str(state.max_steps))
+            tqdm.write(f"step {state.global_step:>{width}}/{state.max_steps}  {line}")
+
+
+def describe_log(logs: dict[str, Any]) -> str | None:
+    """`loss 1.2345  512 tokens/s  peak 1.8 GiB`, or the evaluation loss, or None for the rest."""
+    if "eval_loss" in logs:
+        return f"evaluation loss {logs['eval_loss']:.4f}"
+    if "tokens_per_second" not in logs:
+        return None
+    return (
+        f"loss {float(logs['loss']):.4f}  {logs['tokens_per_second']:,.0f} tokens/s"
+        f"  peak {show_bytes(logs['peak_bytes'])}"
+    )

@@ -1,0 +1,112 @@
+"""What people look at after a run: the loss curve, and the cards that say what was made and how."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Training loss as a line and evaluation loss as points over optimizer steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    evals = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#2b6cb0", linewidth=1.8, label="training")
+    if evals:
+        axes.plot(
+            *zip(*evals, strict=True), "o-", color="#c05621", linewidth=1.2, label="evaluation"
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per supervised token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or evals:
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def write_adapter_card(folder: Path, facts: Mapping[str, Any]) -> None:
+    """README.md of an adapter: what it is, how it was trained, how to use it.
+
+    Args:
+        facts: base_model, data, rows, r, lora_alpha, target_modules, steps, learning_rate,
+            loss, eval_loss (or None), quant_type, blocksize, double_quant.
+    """
+    evaluation = "" if facts["eval_loss"] is None else f", evaluation loss {facts['eval_loss']:.4f}"
+    double = " with double quantization" if facts["double_quant"] else ""
+    text = f"""---
+base_model: {facts["base_model"]}
+library_name: peft
+tags:
+- lora
+- qlora
+---
+
+# LoRA adapter for {facts["base_model"]}
+
+Trained with QLoRA: the base was frozen in 4 bits ({facts["quant_type"].upper()}, blocksize
+{facts["blocksize"]}{double}), the adapter has rank {facts["r"]} and lora_alpha
+{facts["lora_alpha"]:g} on {facts["target_modules"]}.
+
+| | |
+|---|---|
+| data | {facts["data"]} ({facts["rows"]} rows) |
+| optimizer steps | {facts["steps"]} |
+| learning rate | {facts["learning_rate"]:.3g} |
+| last training loss | {facts["loss"]:.4f}{evaluation} |
+
+![loss](loss.png)
+
+Use it live on the 4-bit base it was trained on:
+
+```python
+from qlora import load_base, load_adapter
+model = load_adapter(load_base("{facts["base_model"]}"), "path/to/this/folder")
+```
+
+or with PEFT (`PeftModel.from_pretrained`), or merged: `python merge_dequant.py --adapter
+path/to/this/folder --output-dir merged`.
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_merge_card(folder: Path, report: Mapping[str, Any]) -> None:
+    """README.md of a merged checkpoint: what was merged onto what, and what was measured."""
+    onto = {
+        "nf4": f"the base dequantized from 4 bits ({report['quant_type'].upper()}, blocksize "
+        f"{report['blocksize']}), as it was in training",
+        "original": "the original weights, which the adapter did not see in training",
+    }[report["onto"]]
+    verify = report["verify"]
+    measured = "Not measured: merge with `--verify DATA` to compare it with the live adapter."
+    if verify:
+        measured = (
+            f"On {verify['rows']} rows: loss {verify['loss_base']:.4f} for the 4-bit base, "
+            f"{verify['loss_live']:.4f} with the live adapter, {verify['loss_merged']:.4f} merged; "
+            f"KL to the live adapter {verify['kl']:.2g} nats a token."
+        )
+    text = f"""---
+base_model: {report["base_model"]}
+tags:
+- qlora
+- merged
+---
+
+# {report["base_model"]} with a LoRA adapter merged in
+
+The adapter `{report["adapter"]}` was folded in fp32 into {onto}, and rounded once to
+{report["format"]}.
+
+{measured}
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")

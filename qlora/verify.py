@@ -1,0 +1,117 @@
+"""Does the merged checkpoint answer like base + live adapter? Measured, not assumed.
+
+Both models read the same rows. At every supervised position the live model gives a distribution p
+over the next token and the merged one q: loss is the mean of -log of the token that really comes,
+KL the mean of sum p log(p / q), in nats. The models are held one after the other; what is kept of
+the live one is log p at up to MAX_TOKENS positions.
+"""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from qlora.adapter_files import AdapterFile, load_adapter
+from qlora.adapters import disable_adapter
+from qlora.base import compute_dtype, load_base
+from qlora.config import QuantConfig
+from qlora.data import collator, prepare_data
+
+MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
+MAX_LENGTH = 2048
+BATCH_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Losses and KL are means over `tokens` supervised tokens of `rows` rows, in nats."""
+
+    rows: int
+    tokens: int
+    loss_base: float
+    loss_live: float
+    loss_merged: float
+    kl: float
+
+    def table(self) -> str:
+        """A small table for the terminal."""
+        return (
+            f"\nMeasured on {self.rows} rows, {self.tokens} supervised tokens:\n"
+            f"  {'':24}{'loss':>9}{'KL to live':>13}\n"
+            f"  {'4-bit base':24}{self.loss_base:9.4f}\n"
+            f"  {'base + live adapter':24}{self.loss_live:9.4f}\n"
+            f"  {'merged':24}{self.loss_merged:9.4f}{self.kl:13.6f}"
+        )
+
+
+def verify_merge(
+    adapter: AdapterFile, base_model: str, merged: Path, data: str, *, quant: QuantConfig
+) -> Verification:
+    """Measure the checkpoint in `merged` against `adapter` live on `base_model`, on `data`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH)
+    batches, count = _batches(rows, tokenizer, device)
+    live_model = load_base(base_model, quant, device=device)
+    with disable_adapter(load_adapter(live_model, adapter.folder)):
+        base = list(_log_probs(live_model, batches, "Base", keep=False))
+    live = list(_log_probs(live_model, batches, "Live adapter"))
+    del live_model
+    _free()
+    dtype = compute_dtype(quant, device)
+    merged_model = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype, device_map=device)
+    kl = loss_merged = 0.0
+    pairs = zip(live, _log_probs(merged_model, batches, "Merged"), strict=True)
+    for (_, live_log_p), (nll, log_q) in pairs:
+        loss_merged += nll
+        kl += float(F.kl_div(log_q, live_log_p, reduction="sum", log_target=True))
+    tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    return Verification(
+        rows=count,
+        tokens=tokens,
+        loss_base=sum(nll for nll, _ in base) / tokens,
+        loss_live=sum(nll for nll, _ in live) / tokens,
+        loss_merged=loss_merged / tokens,
+        kl=kl / tokens,
+    )
+
+
+def _batches(rows: Any, tokenizer: Any, device: torch.device) -> tuple[list[Any], int]:
+    """Batches of the first rows, up to MAX_TOKENS supervised tokens, and how many rows."""
+    chosen: list[dict[str, Any]] = []
+    tokens = 0
+    for row in rows:
+        tokens += sum(label != -100 for label in row["labels"])
+        if chosen and tokens > MAX_TOKENS:
+            break
+        chosen.append(row)
+    collate = collator(tokenizer)
+    groups = [chosen[i : i + BATCH_ROWS] for i in range(0, len(chosen), BATCH_ROWS)]
+    return [{k: v.to(device) for k, v in collate(group).items()} for group in groups], len(chosen)
+
+
+@torch.no_grad()
+def _log_probs(
+    model: PreTrainedModel, batches: list[Any], name: str, *, keep: bool = True
+) -> Iterator[tuple[float, Tensor]]:
+    """For each batch the summed -log p of the real tokens, and log p (tokens, vocab) on the CPU."""
+    model.eval()
+    for batch in tqdm(batches, desc=name, leave=False):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        mask = batch["labels"][:, 1:] != -100
+        log_p = F.log_softmax(logits[:, :-1][mask].float(), dim=-1)
+        nll = F.nll_loss(log_p, batch["labels"][:, 1:][mask], reduction="sum")
+        yield float(nll), log_p.cpu() if keep else torch.empty(0)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

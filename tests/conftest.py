@@ -1,0 +1,123 @@
+"""Tiny models, built from a config in this process, for every family the project promises."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from qlora.config import QuantConfig
+from qlora.lora import LoRALinear
+
+VOCAB = 320
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "mistral": lambda: MistralConfig(**SIZES),
+    "gemma": lambda: Gemma2Config(**SIZES, head_dim=16),
+    "phi": lambda: PhiConfig(**SIZES),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    ),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+}  # fmt: skip
+FAMILIES = [name for name in CONFIGS if name != "mixtral"]
+FP32 = QuantConfig(compute_dtype="fp32")
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, ChatML around them; ids stay below VOCAB."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<pad>", "<bos>", "<|im_end|>", "<|im_start|>"]
+    vocab = {token: i for i, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = CHATML
+    return fast
+
+
+def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A random model of `family`; norms and biases are random too, so that no term is idle."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoints("llama")`: the folder of that tiny model with its tokenizer, made once."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        if not path.exists():
+            tiny_model(family).save_pretrained(path)
+            tiny_tokenizer().save_pretrained(path)
+        return path
+
+    return folder
+
+
+def randomize_adapter(model: nn.Module, *, seed: int = 1, std: float = 0.05) -> None:
+    """Give every lora_B random values: a merge test with B = 0 tests nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LoRALinear):
+                for lora_B in layer.lora_B.values():
+                    lora_B.copy_(torch.randn(lora_B.shape, generator=generator) * std)
+
+
+def token_ids(*, rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    """Random token ids (rows, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCAB, (rows, length), generator=generator)
