@@ -3,6 +3,7 @@
 Names are loaded when first used, so that `import qlora.config` does not import torch.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,11 @@ _ROOMS = {
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
+
+
+# On a CPU with bf16 units bitsandbytes warns at import that an inference kernel is not there. It is
+# never called here, and an error message should stand alone on standard error.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -77,7 +77,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, adapter_name: str = "d
 
 def _peft_config(model: nn.Module, config: LoraConfig, layers: list[str]) -> dict[str, Any]:
     base: Any = getattr(model, "config", None)
-    values = {
+    values: dict[str, Any] = {
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
         "bias": "none",
         "fan_in_fan_out": any(_was_conv1d(model.get_submodule(name)) for name in layers),

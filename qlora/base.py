@@ -62,9 +62,9 @@ def load_base(
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
         dtype=dtype,
-        quantization_config=settings,
         device_map={"": device},
         trust_remote_code=trust_remote_code,
+        **({"quantization_config": settings} if settings else {}),
     )
     if settings is not None:
         settings.as_bitsandbytes(loaded)
@@ -170,16 +170,16 @@ _METHOD = "qlora_bnb_4bit"
 
 
 @register_quantization_config(_METHOD)
-class _Bnb4BitConfig(BitsAndBytesConfig):  # type: ignore[misc]  # transformers is untyped
+class _Bnb4BitConfig(BitsAndBytesConfig):
     def __init__(self, quant: QuantConfig, dtype: torch.dtype, skip: list[str]) -> None:
-        super().__init__(
+        super().__init__(  # type: ignore[no-untyped-call]  # transformers does not type it
             load_in_4bit=True,
             bnb_4bit_quant_type=quant.quant_type,
             bnb_4bit_use_double_quant=quant.double_quant,
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=skip,
         )
-        self.quant_method = _METHOD
+        self.quant_method: Any = _METHOD
         self.blocksize = quant.blocksize
 
     def as_bitsandbytes(self, model: PreTrainedModel) -> None:
@@ -192,16 +192,22 @@ class _Bnb4BitConfig(BitsAndBytesConfig):  # type: ignore[misc]  # transformers 
             bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype,
             llm_int8_skip_modules=skip,
         )
-        model.config.quantization_config = plain
-        model.hf_quantizer.quantization_config = plain
-        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
-        model.is_loaded_in_4bit = True
+        loaded: Any = model
+        loaded.config.quantization_config = plain
+        loaded.hf_quantizer.quantization_config = plain
+        loaded.quantization_method = QuantizationMethod.BITS_AND_BYTES
+        loaded.is_loaded_in_4bit = True
 
 
 @register_quantizer(_METHOD)
-class _Bnb4BitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # transformers is untyped
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        super()._process_model_before_weight_loading(model, **kwargs)
+class _Bnb4BitQuantizer(Bnb4BitHfQuantizer):
+    quantization_config: Any
+
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any = None, **kwargs: Any
+    ) -> None:
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
         for module in model.modules():
             if isinstance(module, Linear4bit):
-                module.weight.blocksize = self.quantization_config.blocksize
+                weight: Any = module.weight
+                weight.blocksize = self.quantization_config.blocksize

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qlora.config import QuantConfig
-from qlora.errors import UserError
+from qlora.errors import UserError, first_line
 from qlora.lora import output_head
 from qlora.nf4 import RECORD_MARK
 from qlora.shards import DTYPE_CODES, INDEX, SINGLE, publishing
@@ -86,10 +86,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
             ignore_patterns=["original/*", "onnx/*"],
         )
     except Exception as error:  # offline, gated, misspelt: the hub has an error for each
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model {name} is no local folder, and the hub did not give it "
-            f"({type(error).__name__}: {reason}). Check the name, the network, and that you are "
+            f"model {name} is no local folder, and the hub did not give it: {first_line(error)} Check the name, the network, and that you are "
             "logged in if it is gated"
         ) from error
     return _model_folder(Path(folder))
@@ -234,9 +232,9 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
                 config, trust_remote_code=trust_remote_code
             )
     except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{folder} is no causal language model that this transformers knows: {reason}"
+            f"{folder} is no causal language model that this transformers knows: "
+            f"{first_line(error)}"
         ) from error
     return model
 

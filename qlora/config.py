@@ -12,7 +12,7 @@ Where the defaults come from:
   (qlora.training.default_learning_rate): LoRA Without Regret (Thinking Machines, 2025).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -32,14 +32,14 @@ class QuantConfig:
     """How the frozen base is quantized."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit code of the base weights."""
+    """4-bit code of the base weights"""
     blocksize: int = 64
     """weights that share one absmax, 32 to 4096"""
     double_quant: bool = True
     """quantize the absmax too: 4.127 bits a weight instead of 4.5"""
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """bf16; fp16 on a GPU without bf16, fp32 on a CPU without it"""
-    skip_modules: Sequence[str] = ()
+    skip_modules: tuple[str, ...] = ()
     """module names, or their last part, to leave unquantized (the output head always is)"""
     allow_unquantized: bool = False
     """go on when linear weights cannot be quantized (fused experts)"""
@@ -97,7 +97,7 @@ class LoraConfig:
         for name, value in (
             ("modules_to_save", self.modules_to_save),
             ("use_dora", self.use_dora),
-            ("init_lora_weights", self.init_lora_weights not in (True, "true", "True")),
+            ("init_lora_weights", self.init_lora_weights is not True),
         ):
             _require(
                 not value,
@@ -178,7 +178,7 @@ class TrainConfig:
     report_to: tuple[str, ...] = ()
     """loggers: tensorboard, wandb, trackio, mlflow, …"""
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    """anything else of transformers.TrainingArguments"""
+    """anything else of transformers.TrainingArguments, as --trainer.NAME VALUE"""
     plan: bool = False
     """print what the run will need (not there yet)"""
     gpu_memory: str | None = None

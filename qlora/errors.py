@@ -20,3 +20,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`' Did you mean …?'` for the nearest of `known`, or nothing when none is near."""
     near = get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of an error, for one line of ours."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")[:200] + "."

@@ -219,9 +219,8 @@ def merged_tensors(
             continue
         weight = _base_weight(checkpoint, op, quant, device)
         if op.module:
-            delta = delta_weight(
-                *(t.to(device) for t in adapter.pairs[op.module]), adapter.config.scaling
-            )
+            lora_A, lora_B = (matrix.to(device) for matrix in adapter.pairs[op.module])
+            delta = delta_weight(lora_A, lora_B, adapter.config.scaling)
             layers[op.module] = _norms(weight, delta)
             weight.add_(delta)
         yield _cast(weight.T if op.transposed else weight, op.entry)

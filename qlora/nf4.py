@@ -76,7 +76,7 @@ def from_record(record: Mapping[str, Tensor], device: torch.device | str = "cpu"
 
 def codebook(quant_type: str) -> Tensor:
     """The 16 levels in [-1, 1], fp32, in the order of their 4-bit index."""
-    return bnb.get_4bit_type(quant_type, device="cpu")
+    return torch.as_tensor(bnb.get_4bit_type(quant_type, device="cpu"))
 
 
 def storage_bytes(quantized: Quantized) -> int:

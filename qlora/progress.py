@@ -15,7 +15,7 @@ from qlora.report import read_metrics
 METRICS = "metrics.jsonl"
 
 
-class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class MetricsWriter(TrainerCallback):
     """A row of metrics.jsonl per log, with speed since the last one and the peak of memory."""
 
     def __init__(self, folder: Path) -> None:
@@ -55,20 +55,22 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers is u
         self.started = time.perf_counter()  # evaluation is not training time
 
 
-class PlainProgress(ProgressCallback):  # type: ignore[misc]  # transformers is untyped
+class PlainProgress(ProgressCallback):
     """Trainer's progress bar on a terminal, and everywhere a readable line a log, not a dict."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if sys.stderr.isatty():
-            super().on_train_begin(args, state, control, **kwargs)
+            super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         if self.training_bar is not None:
-            super().on_prediction_step(args, state, control, **kwargs)
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:

@@ -146,4 +146,5 @@ def _bytes(tensor: Tensor, entry: Entry) -> memoryview:
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
         raise ValueError(f"{entry.name}: planned {entry[1:]}, got {tensor.dtype, tensor.shape}")
     flat = tensor.cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data)

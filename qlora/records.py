@@ -1,0 +1,306 @@
+"""Files and hub data sets -> records -> chat messages.
+
+A record is told apart by its columns, in this order: `messages` (roles system, user, assistant,
+tool), ShareGPT `conversations`, `prompt` + `completion` (strings or lists of messages), Alpaca
+`instruction` + `input` + `output`, and `text`. `datasets` reads them; whatever is wrong with a file
+is said with its name and line.
+
+Left out: images and sound in messages (text only), weights per message; tool_calls with arguments
+as JSON strings are passed to the template as they come.
+Sources: Alpaca (tatsu-lab/stanford_alpaca), ShareGPT as LLaMA-Factory and axolotl read it.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+from datasets.utils import logging as datasets_logging
+
+from qlora.errors import UserError, did_you_mean, first_line
+
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+KINDS = (  # columns that make a kind of record, first match wins
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("text",),
+)
+ROLES = dict.fromkeys(("system",), "system")
+ROLES |= dict.fromkeys(("user", "human"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
+ROLES |= dict.fromkeys(("tool", "observation", "function_response"), "tool")
+NO_ROWS = "{} has no rows: at least one record is needed, fill it or give another"
+
+
+# ---- records
+
+
+def load_records(source: str) -> Dataset:
+    """Rows of a local file, of a folder of files of one kind, or of a hub dataset's train split.
+
+    A local file is read afresh at each call, past datasets' cache, and leaves nothing on disk.
+    Blank rows of `text` are skipped.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        records = _load_files(source, _files(path))
+    elif _names_a_path(source):
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(
+            f"{source} does not exist: give a {' '.join(LOADERS)} file, a folder of them, or a "
+            f"dataset's hub name.{did_you_mean(path.name, siblings)}"
+        )
+    else:
+        records = _load_hub(source)
+    if len(records) and kind_of(records.column_names, source) == ("text",):
+        filled = [i for i, text in enumerate(records["text"]) if string_of(text).strip()]
+        records = records if len(filled) == len(records) else records.select(filled)
+    if not len(records):
+        raise UserError(NO_ROWS.format(source))
+    return records
+
+
+def _names_a_path(source: str) -> bool:
+    """Whether a `source` that does not exist was meant as a path; a hub name is `owner/name`."""
+    folder, slash, _ = source.partition("/")
+    return (
+        source.startswith((".", "/", "~"))
+        or "\\" in source
+        or source.count("/") > 1
+        or Path(source).suffix.lower() in LOADERS
+        or bool(slash and Path(folder).is_dir())
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or those of a folder, all of one supported kind."""
+    if path.is_dir():
+        files = sorted(
+            p for p in path.iterdir() if p.suffix.lower() in LOADERS and not p.name.startswith(".")
+        )
+        kinds = sorted({p.suffix.lower() for p in files})
+        if len({LOADERS[kind] for kind in kinds}) != 1:
+            raise UserError(
+                f"{path} must hold data files of one kind ({' '.join(LOADERS)}), it has "
+                f"{' and '.join(kinds) or 'none'}: name one of its files, or move the others out"
+            )
+        return files
+    if path.suffix.lower() not in LOADERS:
+        raise UserError(
+            f"{path} is no {' '.join(LOADERS)} file: convert it, to .jsonl for example."
+            f"{did_you_mean(path.suffix, LOADERS)}"
+        )
+    return [path]
+
+
+def _load_files(source: str, files: Sequence[Path]) -> Dataset:
+    kind = LOADERS[files[0].suffix.lower()]
+    if kind != "parquet":
+        _check_text(source, files)
+    # pandas would read the answers "None" and "N/A" as missing
+    options = {"keep_default_na": False} if kind == "csv" else {}
+    verbosity = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # we explain the failure ourselves
+    try:
+        # datasets knows a file by name and mtime, and would serve an edited one from its cache
+        with tempfile.TemporaryDirectory() as cache:
+            return load_dataset(
+                kind,
+                data_files=[str(file) for file in files],
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                **options,
+            )
+    except (DatasetsError, ValueError, OSError, StopIteration) as error:
+        raise UserError(_why_unreadable(source, files, kind, error)) from error
+    finally:
+        datasets_logging.set_verbosity(verbosity)
+
+
+def _check_text(source: str, files: Sequence[Path]) -> None:
+    """Refuse what datasets would let through (other encodings) or stumble over (blank files)."""
+    filled = False
+    for file in files:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                filled = filled or bool(line.strip())
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{file}, line {number}: UTF-8 is wanted, got other bytes: save it as UTF-8"
+                    ) from error
+    if not filled:
+        raise UserError(NO_ROWS.format(source))
+
+
+def _why_unreadable(source: str, files: Sequence[Path], kind: str, error: BaseException) -> str:
+    """Name the file and the line; datasets' own message names neither."""
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+        return NO_ROWS.format(source)
+    for file in files if kind == "json" else ():
+        if where := _broken_json(file):
+            return (
+                f"{file}, {where}: one JSON object a line is wanted (or, in .json, a list of them)"
+            )
+    reason = first_line(error.__cause__ or error)
+    return f"{source} cannot be read as {kind}: {reason} Mend the file, or save it as .jsonl"
+
+
+def _broken_json(file: Path) -> str | None:
+    """`'line 3: reason'` for the first place that is no JSON record, None when there is none."""
+    lines = file.read_text("utf-8-sig").split("\n")
+    first = next((line for line in lines if line.strip()), "")
+    if file.suffix.lower() == ".json" and _json_problem(first):  # not one object a line
+        try:
+            json.loads("\n".join(lines))
+        except json.JSONDecodeError as error:
+            return f"line {error.lineno}: {error.msg}"
+        return None
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and (problem := _json_problem(line)):
+            return f"line {number}: {problem}"
+    return None
+
+
+def _json_problem(line: str) -> str | None:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.msg
+    return None if isinstance(value, dict) else f"got a {type(value).__name__}, not an object"
+
+
+def _load_hub(name: str) -> Dataset:
+    try:
+        return load_dataset(name, split="train")
+    except (DatasetsError, ValueError, OSError) as error:  # the hub's and httpx's are OSErrors
+        raise UserError(
+            f"{name!r} is neither a file or folder here nor a dataset the hub gave: "
+            f"{first_line(error)} Give a {' '.join(LOADERS)} file, a folder of them, or the hub "
+            "name of a dataset with a train split"
+        ) from error
+
+
+# ---- records -> messages
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A record as messages for a chat template."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    first: int  # earlier messages are context: those of a `prompt` get no loss
+
+
+def kind_of(columns: Iterable[str], source: str = "the record") -> tuple[str, ...]:
+    """The columns that tell what kind of record it is."""
+    found = list(columns)
+    for kind in KINDS:
+        if all(column in found for column in kind):
+            return kind
+    wanted = "; ".join(" + ".join(kind) for kind in KINDS)
+    known = [column for kind in KINDS for column in kind if column not in found]
+    hints = (did_you_mean(column, known) for column in found)
+    raise UserError(
+        f"{source} has the columns {', '.join(found)}: wanted are {wanted}. Rename them."
+        f"{next(filter(None, hints), '')}"
+    )
+
+
+def chat_of(record: Mapping[str, Any]) -> Chat | None:
+    """The record as a chat; None for a `text` record."""
+    kind, first = kind_of(record), 0
+    if kind == ("text",):
+        return None
+    if kind == ("prompt", "completion"):
+        prompt = _messages(record["prompt"], "user", "prompt")
+        first = len(prompt)
+        messages = prompt + _messages(record["completion"], "assistant", "completion")
+    elif kind == ("instruction", "output"):
+        parts = (string_of(record["instruction"]), string_of(record.get("input")))
+        user = "\n\n".join(part for part in parts if part.strip())
+        messages = _messages(user, "user", "") + _messages(record["output"], "assistant", "output")
+    else:
+        messages = _messages(_parsed(record[kind[0]], kind[0]) or [], None, kind[0])
+    system = string_of(record.get("system"))
+    if system.strip() and not (messages and messages[0]["role"] == "system"):
+        messages, first = [{"role": "system", "content": system}, *messages], first + 1
+    return Chat(messages, _without_none(_parsed(record.get("tools"), "tools")) or None, first)
+
+
+def chat_messages(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The record as messages for a chat template; None for a `text` record, which has none."""
+    chat = chat_of(record)
+    return None if chat is None else chat.messages
+
+
+def prompt_messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages before the last assistant turn, to generate from; none of a `text` record."""
+    messages = chat_messages(record) or []
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: turns[-1]] if turns else messages
+
+
+def _messages(value: Any, role: str | None, column: str) -> list[dict[str, Any]]:
+    """A list of messages, or a lone string as one message of `role`."""
+    if isinstance(value, (list, tuple)):
+        return [_message(turn) for turn in value]
+    if role is None or isinstance(value, Mapping):
+        raise UserError(f"{column} must be a list of messages, got a {type(value).__name__}")
+    return [{"role": role, "content": string_of(value)}]
+
+
+def _message(turn: Any) -> dict[str, Any]:
+    """role/content from role/content or ShareGPT's from/value; other keys stay for the template."""
+    if not isinstance(turn, Mapping):
+        raise UserError(f'a message must be {{"role": …, "content": …}}, got {str(turn)[:60]!r}')
+    rest: dict[str, Any] = _without_none(turn)
+    name, other = rest.pop("role", None), rest.pop("from", None)
+    content, value = rest.pop("content", None), rest.pop("value", None)
+    name, content = name or other, value if content is None else content
+    if name not in ROLES:
+        raise UserError(
+            f"unknown role {name!r}, wanted one of {', '.join(ROLES)}."
+            f"{did_you_mean(str(name), ROLES)}"
+        )
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        if any("text" not in part for part in content):
+            raise UserError(
+                "a message holds something other than text: only text can be trained on"
+            )
+        content = "".join(part["text"] for part in content)
+    if not all(isinstance(call, Mapping) for call in rest.get("tool_calls", ())):
+        raise UserError(f"tool_calls must be a list of calls, got {str(rest['tool_calls'])[:60]!r}")
+    message = {"role": ROLES[name]}
+    return message | ({} if content is None else {"content": string_of(content)}) | rest
+
+
+def _without_none(value: Any) -> Any:
+    """Drop keys whose value is None, at any depth: datasets fills in what only other rows have."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _parsed(value: Any, column: str) -> Any:
+    """The value, or what it says as JSON: in a .csv, lists can only be written as strings."""
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{column} must be a list, or one as JSON, got {value[:60]!r}") from error
+
+
+def string_of(value: Any) -> str:
+    """A cell as text; a missing one is empty."""
+    return "" if value is None else str(value)

@@ -1,0 +1,143 @@
+"""Slow, plain, obviously right twins of what the package computes, in float64.
+
+Nothing here imports the package. The 4-bit part follows the description in arXiv:2305.14314 and
+the published constants; the LoRA part is equation 3 of arXiv:2106.09685.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+# ---- the levels of 4-bit codes, in [-1, 1] ----
+
+# As published with arXiv:2305.14314, appendix E.
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+
+
+def nf4_from_quantiles() -> list[float]:
+    """NF4 made anew: 8 positive and 7 negative quantiles of N(0, 1) and zero, over the largest.
+
+    The outermost probability lies half-way between those of 16 and of 15 equal bins.
+    """
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+    positive = norm.ppf(np.linspace(outermost, 0.5, 9)[:-1])
+    negative = -norm.ppf(np.linspace(outermost, 0.5, 8)[:-1])
+    levels = np.sort(np.concatenate([negative, [0.0], positive]))
+    return (levels / levels.max()).tolist()
+
+
+def signed(magnitudes: list[float]) -> list[float]:
+    """Sorted levels of a sign-and-magnitude code, the largest scaled to 1; zero counts once."""
+    top = max(magnitudes)
+    return sorted({sign * m / top for m in magnitudes for sign in (-1, 1)})
+
+
+FP4 = signed([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])  # bitsandbytes' own
+E2M1 = signed([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # 4-bit float of the OCP microscaling formats
+E3M0 = signed([0, *(2.0**e for e in range(7))])  # no mantissa bit: powers of two
+INT4 = signed([float(i) for i in range(8)])  # -7 … 7
+
+
+def dynamic_levels() -> list[float]:
+    """The 256 levels that absmax values are double quantized to (arXiv:1511.04561).
+
+    Decade 10^(i-6) to 10^(i-5), i = 0 … 6, is cut into 2^i equal parts of either sign, whose
+    midpoints are levels; 0 and 1 complete them.
+    """
+    levels = [0.0, 1.0]
+    for i in range(7):
+        for k in range(2**i):
+            middle = 0.1 + 0.9 * (k + 0.5) / 2**i
+            levels += [10.0 ** (i - 6) * middle, -(10.0 ** (i - 6)) * middle]
+    return sorted(levels)
+
+
+# ---- quantization ----
+
+
+class Codes(NamedTuple):
+    """`indices` into the levels, one a value (n,), and `absmax`, one a block."""
+
+    indices: np.ndarray
+    absmax: np.ndarray
+
+
+def quantize(values: Tensor, levels: list[float], blocksize: int) -> Codes:
+    """Each block over its absmax; the nearest level's index, the lower one's when it is a tie."""
+    flat = values.detach().to(torch.float64).flatten().numpy()
+    indices, absmax = [], []
+    for start in range(0, flat.size, blocksize):
+        block = flat[start : start + blocksize]
+        absmax.append(np.abs(block).max())
+        scaled = block / absmax[-1] if absmax[-1] else block
+        distance = np.abs(scaled[:, None] - np.array(levels)[None, :])
+        indices.append(distance.argmin(axis=1))  # the first of equals: the lower level
+    return Codes(np.concatenate(indices), np.array(absmax))
+
+
+def dequantize(codes: Codes, levels: list[float], blocksize: int, shape: torch.Size) -> Tensor:
+    """Level times absmax, float64."""
+    scale = np.repeat(codes.absmax, blocksize)[: codes.indices.size]
+    return torch.from_numpy(np.array(levels)[codes.indices] * scale).reshape(shape)
+
+
+def double_quantize(absmax: np.ndarray) -> np.ndarray:
+    """The absmax values that double quantization leaves: mean off, 8 bits in blocks of 256."""
+    mean = absmax.mean()
+    levels = dynamic_levels()
+    codes = quantize(torch.from_numpy(absmax - mean), levels, 256)
+    return dequantize(codes, levels, 256, torch.Size(absmax.shape)).numpy() + mean
+
+
+def round_trip(
+    values: Tensor, levels: list[float] = NF4, *, blocksize: int = 64, double_quant: bool = False
+) -> Tensor:
+    """What is left of `values` after 4 bits, float64."""
+    codes = quantize(values, levels, blocksize)
+    if double_quant:
+        codes = codes._replace(absmax=double_quantize(codes.absmax))
+    return dequantize(codes, levels, blocksize, values.shape)
+
+
+def pack(indices: np.ndarray) -> Tensor:
+    """Two indices a byte, the first in the high nibble; an odd one out is followed by zero's."""
+    if indices.size % 2:
+        indices = np.append(indices, NF4.index(0.0))
+    high, low = indices[0::2], indices[1::2]
+    return torch.from_numpy((high * 16 + low).astype(np.uint8))
+
+
+def relative_rms(approximation: Tensor, exact: Tensor) -> float:
+    """Root mean square of the error over that of the values."""
+    approximation, exact = approximation.detach().double(), exact.detach().double()
+    return float((approximation - exact).norm() / exact.norm())
+
+
+# ---- LoRA ----
+
+
+def lora_forward(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """x W^T + scaling (x A^T) B^T, float64, differentiable in all of its tensors."""
+    x, weight, lora_A, lora_B = (t.double() for t in (x, weight, lora_A, lora_B))
+    return x @ weight.T + scaling * (x @ lora_A.T) @ lora_B.T
+
+
+def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """scaling B A, float64, one rank at a time."""
+    ranks = zip(lora_B.detach().double().T, lora_A.detach().double(), strict=True)
+    return scaling * sum(torch.outer(b, a) for b, a in ranks)
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W + scaling B A, float64."""
+    return weight.detach().double() + delta(lora_A, lora_B, scaling)

@@ -1,0 +1,361 @@
+"""Targets mean what they mean in PEFT; adapters are put on, chosen and switched off."""
+
+import peft
+import pytest
+import torch
+from conftest import FP32, randomize_adapter, tiny_model, token_ids
+from torch import nn
+from transformers import LlamaConfig as LlamaModelConfig
+from transformers import LlamaForCausalLM
+
+from qlora.adapters import (
+    adapter_configs,
+    apply_lora,
+    disable_adapter,
+    print_trainable_parameters,
+    set_adapter,
+    target_layers,
+    trainable_parameters,
+)
+from qlora.base import load_base
+from qlora.config import LoraConfig
+from qlora.errors import UserError
+from qlora.lora import LoRALinear, lora_layers
+
+# transformers 5.23 deprecates a property that PEFT 0.21 asks for.
+from_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
+
+LLAMA_LEAVES = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+
+
+def snapshot(model):
+    """What an error must leave as it was: modules, tensors, and who is trainable."""
+    modules = {name: type(module) for name, module in model.named_modules()}
+    parameters = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    return modules, parameters
+
+
+def logits(model, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=token_ids(), **kwargs).logits
+
+
+def smollm2():
+    """SmolLM2-135M, on the meta device: names and shapes."""
+    config = LlamaModelConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def adapted_by_peft(model):
+    return {
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+# ---- which layers ----
+
+
+@from_peft
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", "all-linear"),
+        ("llama", ("q_proj", "v_proj")),
+        ("llama", ("self_attn.k_proj", "down_proj")),
+        ("llama", ("layers.1.mlp.up_proj",)),
+        ("llama", ("model.layers.0.self_attn.q_proj",)),
+        ("llama", ("q_proj", "lm_head")),
+        ("llama", r".*\.(q|k)_proj"),
+        ("llama", r"model\.layers\.1\..*_proj"),
+        ("llama", ".*mlp.*proj"),
+        ("qwen3", "all-linear"),
+        ("gemma", "all-linear"),
+        ("phi", "all-linear"),
+        ("phi", ("dense", "fc1")),
+        ("mixtral", ("q_proj", "o_proj")),  # by all-linear PEFT means router and experts, too
+    ],
+)
+def test_the_layers_are_those_that_peft_chooses(family, targets):
+    model = apply_lora(tiny_model(family), LoraConfig(r=2, target_modules=targets))
+    as_peft_has_it = targets if isinstance(targets, str) else list(targets)
+    theirs = peft.get_peft_model(
+        tiny_model(family), peft.LoraConfig(r=2, target_modules=as_peft_has_it)
+    )
+    assert set(lora_layers(model)) == adapted_by_peft(theirs)
+
+
+@from_peft
+@pytest.mark.parametrize("targets", ["all-linear", ("c_attn",), r".*mlp\.c_.*"])
+def test_gpt2s_transposed_layers_are_those_that_peft_chooses(checkpoints, targets):
+    base = load_base(str(checkpoints("gpt2")), FP32, device="cpu")
+    model = apply_lora(base, LoraConfig(r=2, target_modules=targets))
+    as_peft_has_it = targets if isinstance(targets, str) else list(targets)
+    config = peft.LoraConfig(r=2, target_modules=as_peft_has_it, fan_in_fan_out=True)
+    theirs = peft.get_peft_model(tiny_model("gpt2"), config)
+    assert set(lora_layers(model)) == adapted_by_peft(theirs)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("all-linear",)])
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi"])
+def test_all_linear_leaves_the_output_head_alone(family, targets):
+    names = target_layers(tiny_model(family), targets)
+    assert names
+    assert "lm_head" not in names
+
+
+def test_targets_come_in_the_models_order():
+    names = target_layers(tiny_model("llama"), ("v_proj", "q_proj"))
+    assert [name.split(".", 2)[2] for name in names] == [
+        "0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.q_proj", "1.self_attn.v_proj",
+    ]  # fmt: skip
+
+
+def test_part_of_a_name_is_no_ending():
+    with pytest.raises(UserError, match="'proj' matches no layer"):
+        target_layers(tiny_model("llama"), ("proj",))
+
+
+def test_an_adapted_model_has_the_same_targets():
+    """The matrices of an adapter, and the layer below it, are no targets."""
+    model = tiny_model("llama")
+    before = target_layers(model, "all-linear")
+    apply_lora(model, LoraConfig(r=2))
+    assert target_layers(model, "all-linear") == before
+    assert target_layers(model, ("q_proj",)) == [n for n in before if n.endswith("q_proj")]
+
+
+@pytest.mark.parametrize(
+    ("targets", "r", "trainable"),
+    [
+        ("all-linear", 16, 4_884_480),
+        (("q_proj", "k_proj", "v_proj", "o_proj"), 16, 1_843_200),
+        (("q_proj", "v_proj"), 16, 921_600),
+        (("gate_proj", "up_proj", "down_proj"), 16, 3_041_280),
+        ("all-linear", 1, 305_280),
+    ],
+)
+def test_trainable_parameters_of_smollm2(targets, r, trainable):
+    model = apply_lora(smollm2(), LoraConfig(r=r, target_modules=targets))
+    assert trainable_parameters(model) == (trainable, 134_515_008 + trainable)
+
+
+def test_four_bit_weights_count_all_of_their_values(checkpoints):
+    model = load_base(str(checkpoints("llama")), FP32, device="cpu")
+    size = sum(p.numel() for p in tiny_model("llama").parameters())
+    assert trainable_parameters(model) == (0, size)
+
+
+def test_print_trainable_parameters(capsys):
+    print_trainable_parameters(apply_lora(smollm2(), LoraConfig(r=16)))
+    line = "trainable 4,884,480 of 139,399,488 parameters (3.50%)\n"
+    assert capsys.readouterr().out == line
+
+
+# ---- putting it on ----
+
+
+def test_a_new_adapter_changes_no_logit():
+    model = tiny_model("llama")
+    before = logits(model)
+    assert apply_lora(model, LoraConfig(r=2)) is model
+    assert torch.equal(logits(model), before)
+
+
+def test_only_the_adapter_is_trainable():
+    model = apply_lora(tiny_model("llama"), LoraConfig(r=2, target_modules=("q_proj",)))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {
+        f"model.layers.{i}.self_attn.q_proj.lora_{side}.default" for i in (0, 1) for side in "AB"
+    }
+
+
+def test_the_class_and_config_of_the_model_stay():
+    model = tiny_model("llama")
+    kind, config = type(model), model.config
+    apply_lora(model)
+    assert (type(model), model.config) == (kind, config)
+    assert adapter_configs(model) == {"default": LoraConfig()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_new_layer_is_in_the_old_ones_mode(training):
+    model = apply_lora(tiny_model("llama").train(training), LoraConfig(r=2))
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_a_generator_decides_the_first_values():
+    first, second = (
+        apply_lora(tiny_model("llama"), generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    )
+    same = [
+        torch.equal(a, b)
+        for (name, a), (_, b) in zip(
+            first.named_parameters(), second.named_parameters(), strict=True
+        )
+        if "lora_A" in name
+    ]
+    assert len(same) == 14
+    assert all(same)
+
+
+# ---- what is refused, and leaves the model as it was ----
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("query",), rf"target_modules 'query' matches no layer\..*has: {LLAMA_LEAVES}\."),
+        (("q_prj",), r"'q_prj' matches no layer\. Did you mean q_proj\?"),
+        (("q_proj", "x", "y"), r"target_modules 'x', 'y' matches no layer"),
+        (".*query", r"'\.\*query' matches no layer"),
+        ("q_proj", "'q_proj' matches no layer"),  # a string is an expression over the full name
+        ("*q_proj", r"'\*q_proj' is no regular expression \(.*\); for name endings give a list"),
+        (("norm",), r"no linear layer: model\.norm\. This model's linear layers: down_proj"),
+        (("q_proj", "embed_tokens"), r"no linear layer: model\.embed_tokens\."),
+        (".*", r"no linear layer: .* …\. This"),
+    ],
+)
+def test_bad_targets_are_refused(targets, message):
+    model = tiny_model("llama")
+    before = snapshot(model)
+    with pytest.raises(UserError, match=message):
+        apply_lora(model, LoraConfig(target_modules=targets))
+    assert snapshot(model) == before
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(UserError, match="all-linear found no linear layer in this model"):
+        apply_lora(nn.Sequential(nn.Embedding(2, 2)))
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a b", "1st", "a/b", "../up"])
+def test_bad_names_are_refused(name):
+    model = tiny_model("llama")
+    before = snapshot(model)
+    with pytest.raises(UserError, match=r"adapter_name must be letters, digits and _, got"):
+        apply_lora(model, adapter_name=name)
+    assert snapshot(model) == before
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=KeyError,
+    reason="these names are methods of ParameterDict: KeyError, and one layer is left wrapped",
+)
+@pytest.mark.parametrize("name", ["train", "half", "keys"])
+def test_names_that_a_parameter_dict_has_taken(name):
+    """They work or are refused; in either case not half."""
+    model = tiny_model("llama")
+    before = snapshot(model)
+    try:
+        apply_lora(model, LoraConfig(r=2), adapter_name=name)
+    except UserError:
+        assert snapshot(model) == before
+    else:
+        assert set(adapter_configs(model)) == {name}
+
+
+def test_a_taken_name_is_refused():
+    model = apply_lora(tiny_model("llama"), LoraConfig(r=2))
+    before = snapshot(model)
+    with pytest.raises(UserError, match="already has an adapter 'default': choose another name"):
+        apply_lora(model)
+    assert snapshot(model) == before
+
+
+# ---- several adapters ----
+
+
+@pytest.fixture
+def two():
+    """A model with the adapters `first` (q_proj) and `second` (q_proj and v_proj, active)."""
+    model = tiny_model("llama")
+    apply_lora(model, LoraConfig(r=2, target_modules=("q_proj",)), adapter_name="first")
+    apply_lora(model, LoraConfig(r=2, target_modules=("q_proj", "v_proj")), adapter_name="second")
+    randomize_adapter(model)
+    return model
+
+
+def trainable_adapters(model):
+    return {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_the_last_one_put_on_is_active(two):
+    assert trainable_adapters(two) == {"second"}
+    assert {layer.active_adapters for layer in lora_layers(two).values()} == {("second",)}
+
+
+def test_a_second_adapter_wraps_no_layer_twice(two):
+    layer = two.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(layer.base_layer, nn.Linear)
+    assert not isinstance(layer.base_layer, LoRALinear)
+    assert list(layer.lora_A) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "active"), [("first", {"first"}), (["first", "second"], {"first", "second"})]
+)
+def test_set_adapter_makes_active_and_trainable(two, chosen, active):
+    set_adapter(two, chosen)
+    assert trainable_adapters(two) == active
+    used = {name for layer in lora_layers(two).values() for name in layer.active_adapters}
+    assert used == active
+
+
+def test_a_set_adapter_computes_as_if_it_were_alone(two):
+    set_adapter(two, "first")
+    alone = apply_lora(tiny_model("llama"), LoraConfig(r=2, target_modules=("q_proj",)))
+    for name, layer in lora_layers(alone).items():
+        source = two.get_submodule(name)
+        layer.lora_A["default"].data.copy_(source.lora_A["first"])
+        layer.lora_B["default"].data.copy_(source.lora_B["first"])
+    assert torch.equal(logits(two), logits(alone))
+
+
+def test_an_unknown_adapter_is_refused(two):
+    before = snapshot(two)
+    with pytest.raises(UserError, match=r"no adapter 'secnd' on the model, which has: first, sec"):
+        set_adapter(two, "secnd")
+    with pytest.raises(UserError, match=r"Did you mean second\?"):
+        set_adapter(two, ["first", "secnd"])
+    assert snapshot(two) == before
+
+
+def test_a_plain_model_has_no_adapter_to_set():
+    with pytest.raises(UserError, match="which has: none"):
+        set_adapter(tiny_model("llama"), "default")
+
+
+# ---- without it ----
+
+
+def test_a_disabled_adapter_leaves_the_base(two):
+    base = logits(tiny_model("llama"))
+    adapted = logits(two)
+    assert not torch.allclose(adapted, base)
+    with disable_adapter(two):
+        assert torch.equal(logits(two), base)
+    assert torch.equal(logits(two), adapted)
+
+
+def test_an_error_inside_the_block_restores_the_adapter(two):
+    adapted = logits(two)
+    with pytest.raises(RuntimeError, match="inside"), disable_adapter(two):
+        raise RuntimeError("inside")
+    assert torch.equal(logits(two), adapted)
+
+
+def test_blocks_can_be_nested(two):
+    adapted, base = logits(two), logits(tiny_model("llama"))
+    with disable_adapter(two):
+        with disable_adapter(two):
+            pass
+        assert torch.equal(logits(two), base)
+    assert torch.equal(logits(two), adapted)

@@ -1,0 +1,119 @@
+"""The dataclasses: inert, frozen, and a wrong value is refused with what was wanted and came."""
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig, TrainConfig
+from qlora.errors import UserError, did_you_mean
+
+
+def train_config(**settings):
+    return TrainConfig(model="base", output_dir="out", data=DataConfig("rows.jsonl"), **settings)
+
+
+def test_defaults_are_those_of_the_papers():
+    config = train_config()
+    assert (config.quant.quant_type, config.quant.blocksize) == ("nf4", 64)
+    assert config.quant.double_quant
+    assert (config.lora.target_modules, config.lora.lora_alpha) == ("all-linear", 32)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 16
+    assert (config.max_grad_norm, config.lr_scheduler_type) == (0.3, "constant")
+
+
+@pytest.mark.parametrize(
+    ("use_rslora", "scaling"),
+    [(False, 2.0), (True, 8.0)],  # 32 / 16; 32 / sqrt(16)
+)
+def test_scaling(use_rslora, scaling):
+    assert LoraConfig(r=16, lora_alpha=32, use_rslora=use_rslora).scaling == scaling
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        LoraConfig().r = 8
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: QuantConfig(quant_type="nf5"), "quant_type must be nf4 or fp4, got 'nf5'"),
+        (
+            lambda: QuantConfig(blocksize=65),
+            "blocksize must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096, got 65",
+        ),
+        (
+            lambda: QuantConfig(compute_dtype="int8"),
+            "compute_dtype must be auto, bf16, fp16 or fp32, got 'int8'",
+        ),
+        (lambda: LoraConfig(r=0), "r must be at least 1, got 0"),
+        (lambda: LoraConfig(lora_alpha=0), "lora_alpha must be above 0, got 0"),
+        (lambda: LoraConfig(lora_dropout=1), "lora_dropout must be at least 0 and below 1, got 1"),
+        (
+            lambda: LoraConfig(target_modules=()),
+            "target_modules is empty: name at least one module",
+        ),
+        (
+            lambda: LoraConfig(adapter_dtype="fp16"),
+            "adapter_dtype must be auto, bf16 or fp32, got 'fp16'",
+        ),
+        (lambda: DataConfig("x", max_length=7), "max_length must be at least 8, got 7"),
+        (lambda: train_config(save_steps=0), "save_steps must be at least 1, got 0"),
+        (lambda: train_config(eval_steps=0), "eval_steps must be at least 1, got 0"),
+        (lambda: train_config(learning_rate=0.0), "learning_rate must be above 0, got 0.0"),
+        (
+            lambda: train_config(warmup_ratio=1.0),
+            "warmup_ratio must be at least 0 and below 1, got 1.0",
+        ),
+        (lambda: train_config(num_train_epochs=0), "num_train_epochs must be above 0, got 0"),
+        (
+            lambda: MergeConfig("adapter", "out", onto="gguf"),
+            "onto must be nf4 or original, got 'gguf'",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused(make, message):
+    with pytest.raises(UserError) as error:
+        make()
+    assert str(error.value) == message
+
+
+def test_steps_stand_in_for_epochs():
+    assert train_config(max_steps=5, num_train_epochs=0).max_steps == 5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LoraConfig(modules_to_save=("lm_head",)),
+        lambda: LoraConfig(use_dora=True),
+        lambda: LoraConfig(init_lora_weights="pissa"),
+        lambda: DataConfig("x", packing=True),
+        lambda: train_config(plan=True),
+        lambda: train_config(gpu_memory="8GB"),
+        lambda: MergeConfig("adapter", "out", format="nf4"),
+    ],
+)
+def test_what_is_not_there_yet_says_so(make):
+    with pytest.raises(UserError, match="not there yet: "):
+        make()
+
+
+def test_a_user_error_is_one_line():
+    assert str(UserError("first\n   second")) == "first second"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("lora_alhpa", " Did you mean lora_alpha?"), ("zzz", "")],
+)
+def test_did_you_mean(name, hint):
+    assert did_you_mean(name, ["lora_alpha", "r"]) == hint
+
+
+def test_importing_the_settings_is_light():
+    heavy = "import qlora.cli, sys; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,274 @@
+"""The merge against the function that was trained, for every family and every format."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, FP32, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
+from reference import NF4, round_trip
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora.adapter_files import save_adapter
+from qlora.adapters import apply_lora
+from qlora.base import load_base
+from qlora.config import LoraConfig, MergeConfig, QuantConfig
+from qlora.errors import UserError
+from qlora.lora import lora_layers
+from qlora.merge import merge
+
+
+def trained(
+    base: Path, folder: Path, *, quant: QuantConfig = FP32, **lora: object
+) -> torch.nn.Module:
+    """A live model with a random adapter over `base`, and its files in `folder`."""
+    model = load_base(str(base), quant)
+    apply_lora(model, LoraConfig(r=4, lora_alpha=8, **lora))  # type: ignore[arg-type]
+    randomize_adapter(model)
+    save_adapter(model, folder)
+    return model.eval()
+
+
+def merged(adapter: Path, output: Path, **settings: object) -> dict[str, Tensor]:
+    """The merged checkpoint's tensors, as written."""
+    merge(MergeConfig(adapter=str(adapter), output_dir=str(output), **settings))  # type: ignore[arg-type]
+    files = sorted(output.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def live_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """By definition of the trained function: W_live = layer(identity), less the bias."""
+    weights = {}
+    for name, layer in lora_layers(model).items():
+        with torch.no_grad():
+            out = layer(torch.eye(layer.in_features))
+        bias = layer.bias
+        weights[f"{name}.weight"] = (out if bias is None else out - bias).T
+    return weights
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_merge_is_the_live_model(family, checkpoints, tmp_path):
+    model = trained(checkpoints(family), tmp_path / "adapter")
+    tensors = merged(tmp_path / "adapter", tmp_path / "out", format="fp32")
+    for name, wanted in live_weights(model).items():
+        got = tensors[name].T if family == "gpt2" else tensors[name]
+        # fp32 sums in another order; the issue asks for 1e-6
+        assert relative_error(got, wanted) <= 1e-6, name
+    ids = token_ids()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_merge_rounds_once(family, checkpoints, tmp_path):
+    model = trained(checkpoints(family), tmp_path / "adapter")
+    tensors = merged(tmp_path / "adapter", tmp_path / "out", format="bf16")
+    for name, wanted in live_weights(model).items():
+        got = tensors[name].T if family == "gpt2" else tensors[name]
+        # one rounding to 8 bits of mantissa costs 1.65e-3 (figures.md, section 5), ± sampling
+        assert 1.5e-3 < relative_error(got, wanted) < 1.75e-3, name
+    assert all(t.dtype == torch.bfloat16 for t in tensors.values())
+
+
+@pytest.mark.parametrize("target", ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"])
+def test_every_target_type_alone(target, checkpoints, tmp_path):
+    """Layers without an adapter were quantized in training too, and must be in the merge."""
+    model = trained(checkpoints("llama"), tmp_path / "adapter", target_modules=(target,))
+    merged(tmp_path / "adapter", tmp_path / "out", format="fp32")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        ids = token_ids()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        QuantConfig(compute_dtype="fp32", quant_type="fp4"),
+        QuantConfig(compute_dtype="fp32", blocksize=128, double_quant=False),
+        QuantConfig(compute_dtype="fp32", skip_modules=("k_proj",)),
+    ],
+    ids=["fp4", "blocksize", "skip"],
+)
+def test_the_adapter_remembers_how_its_base_was_quantized(quant, checkpoints, tmp_path):
+    model = trained(checkpoints("llama"), tmp_path / "adapter", quant=quant)
+    merged(tmp_path / "adapter", tmp_path / "out", format="fp32")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        ids = token_ids()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_base_that_is_already_4_bit(checkpoints, tmp_path):
+    load_base(str(checkpoints("llama")), FP32).save_pretrained(tmp_path / "base4")
+    model = trained(tmp_path / "base4", tmp_path / "adapter")
+    tensors = merged(tmp_path / "adapter", tmp_path / "out", format="fp32")
+    assert not any("absmax" in name or "quant" in name for name in tensors)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        ids = token_ids()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_merge_against_the_reference(checkpoints, tmp_path):
+    """One weight computed from the disk by the slow twins alone, both ways."""
+    base, name = checkpoints("llama"), "model.layers.0.mlp.up_proj.weight"
+    model = trained(base, tmp_path / "adapter")
+    layer = model.get_submodule(name.removesuffix(".weight"))
+    A, B = layer.lora_A["default"].double(), layer.lora_B["default"].double()
+    delta = 8 / 4 * B @ A
+    original = load_file(base / "model.safetensors")[name]
+    weights = {"nf4": round_trip(original, NF4, double_quant=True), "original": original}
+    for onto, weight in weights.items():
+        tensors = merged(tmp_path / "adapter", tmp_path / onto, format="fp32", onto=onto)
+        assert relative_error(tensors[name], weight.double() + delta) <= 1e-6
+
+
+def test_untouched_tensors_are_copied(checkpoints, tmp_path):
+    base = checkpoints("llama")
+    trained(base, tmp_path / "adapter")
+    tensors = merged(tmp_path / "adapter", tmp_path / "out", format="fp32")
+    before = load_file(base / "model.safetensors")
+    assert tensors.keys() == before.keys()
+    for name in before:
+        if "embed" in name or "norm" in name or "lm_head" in name:
+            assert torch.equal(tensors[name], before[name]), name
+
+
+def test_shards_have_an_index_and_load(checkpoints, tmp_path):
+    model = trained(checkpoints("llama"), tmp_path / "adapter")
+    merged(tmp_path / "adapter", tmp_path / "out", format="fp32", max_shard_size="100KB")
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        ids = token_ids()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_output_is_whole(checkpoints, tmp_path):
+    base = checkpoints("llama")
+    trained(base, tmp_path / "adapter")
+    merged(tmp_path / "adapter", tmp_path / "out")
+    out = tmp_path / "out"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoTokenizer.from_pretrained(out).decode(tiny_tokenizer()("a b").input_ids) == "a b"
+    report = json.loads((out / "merge_report.json").read_text())
+    assert report["onto"] == "nf4" and len(report["layers"]) == 14
+    layer = report["layers"]["model.layers.0.self_attn.q_proj"]
+    assert layer["delta_over_weight"] == pytest.approx(layer["delta_norm"] / layer["weight_norm"])
+    assert "blocksize\n64" in (out / "README.md").read_text().replace(" 64", "\n64")
+    assert [p for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_verify_measures_the_merge(checkpoints, tmp_path, capsys):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    merged(tmp_path / "adapter", tmp_path / "out", format="fp32", verify=str(data))
+    verified = json.loads((tmp_path / "out" / "merge_report.json").read_text())["verify"]
+    assert verified["rows"] == 12
+    # "it is 81" in single bytes and <|im_end|>: 7 to 9 + 1 tokens a row
+    assert verified["tokens"] == sum(len(row["completion"]) + 1 for row in rows)
+    # live and merged compute in the machine's dtype, bf16 or fp32: bf16 rounds at 4e-3
+    assert verified["loss_merged"] == pytest.approx(verified["loss_live"], abs=5e-3)
+    assert 0 <= verified["kl"] < 1e-3
+    assert abs(verified["loss_base"] - verified["loss_live"]) > 5e-3  # the adapter does something
+    assert "base + live adapter" in capsys.readouterr().out
+
+
+# ---- what the user can mend ----
+
+
+def refused(adapter: Path, output: Path, match: str, **settings: object) -> None:
+    """The merge fails with `match` and leaves nothing behind."""
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(UserError, match=match):
+        merged(adapter, output, **settings)
+    assert sorted(output.parent.iterdir()) == before
+
+
+def test_an_output_folder_in_use(checkpoints, tmp_path):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    refused(tmp_path / "adapter", tmp_path / "out", "already holds something.*--output-dir")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+
+
+def test_an_adapter_for_another_base(checkpoints, tmp_path):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    tiny_model("llama", seed=9).save_pretrained(tmp_path / "other")
+    refused(
+        tmp_path / "adapter",
+        tmp_path / "out",
+        "belongs to another base.*--base-model",
+        base_model=str(tmp_path / "other"),
+    )
+
+
+def test_a_foreign_adapter_of_other_shapes(checkpoints, tmp_path):
+    """Without our metadata the shapes must tell, all of them at once."""
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    tensors[key] = torch.zeros(99, 4)
+    tensors["base_model.model.nowhere.lora_A.weight"] = torch.zeros(4, 64)
+    tensors["base_model.model.nowhere.lora_B.weight"] = torch.zeros(64, 4)
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(tmp_path / "adapter", tmp_path / "out", r"nowhere is not in.*\(128, 64\).*\(99, 64\)")
+
+
+def test_onto_original_needs_the_original(checkpoints, tmp_path):
+    load_base(str(checkpoints("llama")), FP32).save_pretrained(tmp_path / "base4")
+    trained(tmp_path / "base4", tmp_path / "adapter")
+    refused(tmp_path / "adapter", tmp_path / "out", "is 4-bit.*--base-model", onto="original")
+
+
+def test_a_value_beyond_fp16(checkpoints, tmp_path):
+    shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] = 1e6
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    trained(tmp_path / "base", tmp_path / "adapter")
+    refused(tmp_path / "adapter", tmp_path / "out", "lm_head.*--format bf16", format="fp16")
+
+
+def test_a_full_disk_is_seen_before_writing(checkpoints, tmp_path, monkeypatch):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    refused(tmp_path / "adapter", tmp_path / "out", "make room")
+
+
+def test_a_missing_adapter(tmp_path):
+    refused(tmp_path / "none", tmp_path / "out", "does not exist.*adapter_config.json")
+
+
+def test_cuda_without_a_gpu(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(tmp_path / "adapter", tmp_path / "out", "no GPU: use --device cpu", device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_merging_on_the_gpu_gives_the_same(checkpoints, tmp_path):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    on_cpu = merged(tmp_path / "adapter", tmp_path / "cpu", format="fp32")
+    on_gpu = merged(tmp_path / "adapter", tmp_path / "gpu", format="fp32", device="cuda")
+    for name, tensor in on_cpu.items():
+        # the mean of the absmax is summed in another order: some 8-bit absmax may differ by one
+        assert relative_error(on_gpu[name], tensor) <= 1e-3, name

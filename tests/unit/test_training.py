@@ -1,0 +1,334 @@
+"""Training against PEFT + Trainer, and what a run leaves behind."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from conftest import FAMILIES, FP32, randomize_adapter, tiny_tokenizer, token_ids
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from qlora.adapter_files import read_adapter, save_adapter
+from qlora.adapters import apply_lora
+from qlora.base import load_base
+from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
+from qlora.data import collator, prepare_data
+from qlora.errors import UserError
+from qlora.lora import lora_layers
+from qlora.training import (
+    AdapterTrainer,
+    default_learning_rate,
+    prepare_for_training,
+    token_loss,
+    train,
+)
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """40 rows of different lengths, so that token means and row means differ."""
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": f"{i} times {i}", "completion": f"{i * i} " * (1 + i % 5)} for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(base: Path, rows: Path, output: Path, **settings: Any) -> TrainConfig:
+    quick = TrainConfig(
+        model=str(base),
+        output_dir=str(output),
+        data=DataConfig(str(rows), max_length=128),
+        lora=LORA,
+        quant=FP32,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-2,
+        max_steps=4,
+        logging_steps=1,
+        save_steps=2,
+    )
+    return replace(quick, **settings)
+
+
+def losses(output: Path) -> list[float]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+# ---- against PEFT ----
+
+
+def peft_twin(model: torch.nn.Module, folder: Path, base: Path) -> Any:
+    """PEFT's model with the same base and the same adapter weights."""
+    save_adapter(model, folder)
+    twin = load_base(str(base), FP32)
+    return peft.PeftModel.from_pretrained(twin, folder, is_trainable=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_pefts(family, checkpoints, tmp_path):
+    base = checkpoints(family)
+    model = load_base(str(base), FP32)
+    apply_lora(model, LORA)
+    randomize_adapter(model)
+    twin = peft_twin(model, tmp_path / "adapter", base)
+    ids = token_ids()
+    ours, theirs = model(ids, labels=ids), twin(input_ids=ids, labels=ids)
+    assert (ours.logits - theirs.logits).abs().max() <= 1e-5
+    ours.loss.backward()
+    theirs.loss.backward()
+    wrapped = twin.base_model.model
+    compared = 0
+    for name, layer in lora_layers(model).items():
+        peer = wrapped.get_submodule(name)
+        for side, matrix in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            gradient = getattr(peer, side)["default"].weight.grad
+            assert gradient.abs().max() > 0
+            assert (matrix["default"].grad - gradient).abs().max() <= 1e-5, (name, side)
+            compared += 1
+    assert compared == 2 * len(lora_layers(model)) > 0
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n] == []
+
+
+def test_20_steps_are_pefts(checkpoints, tmp_path, data):
+    """PEFT + plain Trainer, same seed, data and optimizer: the same losses, to 1e-3."""
+    base = checkpoints("llama")
+    model = load_base(str(base), FP32)
+    apply_lora(model, LORA, generator=torch.Generator().manual_seed(0))
+    twin = peft_twin(model, tmp_path / "adapter", base)
+    tokenizer = tiny_tokenizer()
+    rows, _ = prepare_data(str(data), tokenizer, max_length=128)
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 20,
+        "learning_rate": 5e-3,
+        "optim": "adamw_torch",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "label_names": ["labels"],
+        "seed": 7,
+    }
+    curves = []
+    for trainer_class, trained, extra in (
+        (AdapterTrainer, model, {"compute_loss_func": token_loss, "processing_class": tokenizer}),
+        (Trainer, twin, {}),
+    ):
+        set_seed(7)
+        trainer = trainer_class(
+            model=trained,
+            args=TrainingArguments(output_dir=str(tmp_path / "out"), **arguments),
+            train_dataset=rows,
+            data_collator=collator(tokenizer),
+            **extra,
+        )
+        trainer.train()
+        curves.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    ours, theirs = curves
+    assert len(ours) == len(theirs) == 20
+    assert ours[-1] < ours[0] - 0.1  # it learns; two idle curves would agree too
+    assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+# ---- the loss ----
+
+
+def test_accumulated_batches_weigh_tokens_not_rows(checkpoints, tmp_path, data):
+    """8 rows at once, or as 4 batches of 2: one gradient, so one curve."""
+    base = checkpoints("llama")
+    curves = []
+    for rows, passes in ((8, 1), (2, 4)):
+        output = tmp_path / f"run-{rows}"
+        train(
+            config(
+                base,
+                data,
+                output,
+                per_device_train_batch_size=rows,
+                gradient_accumulation_steps=passes,
+                optim="adamw_torch",
+                trainer={"train_sampling_strategy": "sequential"},
+            )
+        )
+        curves.append(losses(output))
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+def test_eval_loss_is_the_mean_over_tokens(checkpoints, tmp_path, data):
+    base = checkpoints("llama")
+    settings = config(base, data, tmp_path / "run", learning_rate=1e-9, max_steps=1)
+    train(replace(settings, data=replace(settings.data, eval_data=str(data))))
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    got = next(row["eval_loss"] for row in rows if "eval_loss" in row)
+
+    model = load_base(str(base), FP32)
+    dataset, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
+    total = 0.0
+    for row in dataset:  # one row at a time: no padding, no batches
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            log_p = model(ids).logits[0, :-1].log_softmax(-1)
+        keep = labels[1:] != -100
+        total -= float(log_p[keep].gather(1, labels[1:][keep][:, None]).sum())
+    assert got == pytest.approx(total / stats.supervised_tokens, abs=1e-4)
+
+
+# ---- a run ----
+
+
+def test_what_a_run_leaves_behind(checkpoints, tmp_path, data, capsys):
+    base = checkpoints("llama")
+    output = train(config(base, data, tmp_path / "run"))
+    assert {p.name for p in output.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "run.yaml",
+        "metrics.jsonl",
+        "loss.png",
+        "README.md",
+        "checkpoint-4",
+    }
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for key in ("loss", "learning_rate", "tokens_per_second", "peak_bytes"):
+        assert all(row[key] > 0 for row in rows), key
+    run = yaml.safe_load((output / "run.yaml").read_text())
+    assert run["config"]["learning_rate"] == 1e-2 and run["config"]["r"] == 4
+    assert run["base"]["fingerprint"] and run["versions"]["torch"] == torch.__version__
+    assert not list(output.rglob("training_args.bin"))  # a pickle nobody needs
+    printed = capsys.readouterr().out
+    assert "merge_dequant.py --adapter" in printed and "loss.png" in printed
+    assert read_adapter(output).config.lora_alpha == 8
+
+
+def test_resume_goes_on_where_it_stopped(checkpoints, tmp_path, data):
+    base = checkpoints("llama")
+    whole = train(config(base, data, tmp_path / "whole"))
+    train(config(base, data, tmp_path / "parts", max_steps=2))
+    parts = train(config(base, data, tmp_path / "parts", resume=True))
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-4)
+    for name, (A, B) in read_adapter(whole).pairs.items():
+        A2, B2 = read_adapter(parts).pairs[name]
+        torch.testing.assert_close(A, A2, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(B, B2, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "optim", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adafactor"]
+)
+def test_optimizers(optim, checkpoints, tmp_path, data, capsys):
+    output = train(config(checkpoints("llama"), data, tmp_path / "run", optim=optim))
+    assert losses(output)[-1] < losses(output)[0]
+    said = capsys.readouterr().out.count("runs unpaged")
+    assert said == (1 if optim.startswith("paged") and not torch.cuda.is_available() else 0)
+
+
+def test_checkpointing_saves_memory_and_changes_nothing(checkpoints):
+    runs = []
+    for checkpointing in (True, False):
+        model = load_base(str(checkpoints("llama")), FP32)
+        apply_lora(model, LORA, generator=torch.Generator().manual_seed(0))
+        randomize_adapter(model)
+        prepare_for_training(model, gradient_checkpointing=checkpointing)
+        sizes: list[int] = []
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(token_ids(), labels=token_ids()).loss
+        loss.backward()
+        gradient = model.model.layers[0].mlp.up_proj.lora_A["default"].grad
+        runs.append((loss.item(), gradient, sum(sizes)))
+    (loss_on, gradient_on, saved_on), (loss_off, gradient_off, saved_off) = runs
+    assert loss_on == loss_off
+    assert torch.equal(gradient_on, gradient_off)
+    assert saved_on < saved_off / 2
+
+
+def test_trainer_refuses_a_model_without_adapters(checkpoints):
+    model = load_base(str(checkpoints("llama")), FP32)
+    with pytest.raises(UserError, match="no adapter to train"):
+        AdapterTrainer(model=model)
+
+
+# ---- the learning-rate rule ----
+
+
+@pytest.mark.parametrize(
+    ("model_type", "hidden_size", "wanted"),
+    # figures.md, section 2: values computed there from the published formula
+    [("llama", 576, 1.32e-3), ("qwen2", 1536, 5.1e-4), ("llama", 4096, 2.86e-4)],
+)
+def test_learning_rate_rule(model_type, hidden_size, wanted):
+    assert default_learning_rate(model_type, hidden_size) == pytest.approx(wanted, rel=0.01)
+
+
+def test_the_rate_is_printed_with_its_reason(checkpoints, tmp_path, data, capsys):
+    output = train(
+        config(checkpoints("llama"), data, tmp_path / "run", learning_rate=None, max_steps=1)
+    )
+    printed = capsys.readouterr().out
+    assert "LoRA Without Regret" in printed and "hidden size 64" in printed
+    run = yaml.safe_load((output / "run.yaml").read_text())
+    assert run["config"]["learning_rate"] == pytest.approx(5e-4 * (2000 / 64) ** 0.781)
+
+
+# ---- what the user can mend ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all does not exist"),
+        ({"lora": LoraConfig(target_modules=("query",))}, "'query' matches no layer.*q_proj"),
+        ({"trainer": {"adam_betta2": 0.9}}, "adam_betta2 is no argument.*adam_beta2"),
+        ({"trainer": {"learning_rate": 1}}, "has a flag of its own"),
+        ({"trainer": {"bf16": True}}, "follows from the other settings"),
+        ({"optim": "adamw_turbo"}, "adamw_turbo"),
+        ({"lr_scheduler_type": "zigzag"}, "zigzag"),
+        ({"report_to": ("paper",)}, "paper"),
+        ({"resume": True}, "holds no checkpoint-N to resume from"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_refused_before_anything_is_written(settings, match, checkpoints, tmp_path, data):
+    output = tmp_path / "run"
+    with pytest.raises(UserError, match=match):
+        train(config(checkpoints("llama"), data, output, **settings))
+    assert not output.exists()
+
+
+def test_an_output_folder_that_holds_a_run(checkpoints, tmp_path, data):
+    output = train(config(checkpoints("llama"), data, tmp_path / "run", max_steps=1))
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    with pytest.raises(UserError, match=r"already holds a run.*--resume"):
+        train(config(checkpoints("llama"), data, output))
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bf16_run_on_a_gpu(checkpoints, tmp_path, data):
+    """Paged 8-bit optimizer, checkpointing and bf16 adapters, as on a real card."""
+    output = train(
+        config(checkpoints("llama"), data, tmp_path / "run", quant=QuantConfig(), max_steps=20)
+    )
+    assert losses(output)[-1] < losses(output)[0] - 0.1
+    A, _ = next(iter(read_adapter(output).pairs.values()))
+    assert A.dtype == torch.bfloat16
