@@ -43,13 +43,15 @@ def main() -> None:
     model_file = small_model()
     for folder in (OUTPUT, MERGED):  # of an earlier demo
         shutil.rmtree(folder, ignore_errors=True)
-    config = parse(
-        TrainConfig,
-        ["--config", str(REPOSITORY / "configs/demo.yaml"), "--model", str(model_file)]
-        + ["--output-dir", str(OUTPUT)]
-        + ["--data", str(HERE / "train.jsonl"), "--eval-data", str(HERE / "test.jsonl")],
-        prog="demo",
-    )
+    flags = {
+        "--config": REPOSITORY / "configs/demo.yaml",
+        "--model": model_file,
+        "--output-dir": OUTPUT,
+        "--data": HERE / "train.jsonl",
+        "--eval-data": HERE / "test.jsonl",
+    }
+    words = [str(word) for pair in flags.items() for word in pair]
+    config = parse(TrainConfig, words, prog="demo")
     rows = [json.loads(line) for line in (HERE / "test.jsonl").read_text().splitlines()]
     requests = [row["messages"][0]["content"] for row in rows]
     wanted = [row["messages"][1]["content"] for row in rows]

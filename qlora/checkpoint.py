@@ -87,8 +87,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
         )
     except Exception as error:  # offline, gated, misspelt: the hub has an error for each
         raise UserError(
-            f"model {name} is no local folder, and the hub did not give it: {first_line(error)} Check the name, the network, and that you are "
-            "logged in if it is gated"
+            f"model {name} is no local folder, and the hub did not give it: {first_line(error)} "
+            "Check the name, the network, and that you are logged in if it is gated"
         ) from error
     return _model_folder(Path(folder))
 

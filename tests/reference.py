@@ -115,6 +115,22 @@ def pack(indices: np.ndarray) -> Tensor:
     return torch.from_numpy((high * 16 + low).astype(np.uint8))
 
 
+def unpack(packed: Tensor) -> np.ndarray:
+    """Inverse of `pack`."""
+    pairs = packed.detach().cpu().flatten().numpy()
+    return np.stack([pairs // 16, pairs % 16], axis=1).reshape(-1)
+
+
+def near_ties(values: Tensor, levels: list[float], blocksize: int) -> np.ndarray:
+    """Which values lie half-way between two levels as far as fp32 can tell, two roundings off."""
+    codes = quantize(values, levels, blocksize)
+    scaled = (
+        values.double().flatten().numpy() / np.repeat(codes.absmax, blocksize)[: values.numel()]
+    )
+    middles = (np.array(levels)[1:] + np.array(levels)[:-1]) / 2
+    return np.abs(scaled[:, None] - middles[None, :]).min(axis=1) < 2 * 6e-8
+
+
 def relative_rms(approximation: Tensor, exact: Tensor) -> float:
     """Root mean square of the error over that of the values."""
     approximation, exact = approximation.detach().double(), exact.detach().double()

@@ -3,12 +3,12 @@
 import pytest
 import reference
 import torch
+from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from conftest import FAMILIES, FP32, tiny_model, token_ids
 from safetensors.torch import load_file
 from torch import nn
 
-from qlora import nf4
 from qlora.adapters import apply_lora
 from qlora.base import compute_dtype, load_base, unquantized_linear
 from qlora.checkpoint import Checkpoint
@@ -90,7 +90,8 @@ def test_the_codes_are_those_of_the_weights_on_disk(checkpoints, bases, family):
         weight = disk[f"{name}.weight"]
         weight = weight.T if family == "gpt2" else weight
         codes = reference.quantize(weight, reference.NF4, 64)
-        assert torch.equal(layer.weight.flatten(), reference.pack(codes.indices)), name
+        other = reference.unpack(layer.weight) != codes.indices
+        assert not (other & ~reference.near_ties(weight, reference.NF4, 64)).any(), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,6 +117,21 @@ def test_logits_are_those_of_the_model_with_rounded_weights(checkpoints, bases, 
     assert reference.relative_rms(logits(bases(family)), logits(tiny_model(family))) > 0.01
 
 
+@pytest.mark.xfail(
+    torch.backends.cpu.get_cpu_capability() == "AVX512",
+    strict=True,
+    reason="bitsandbytes 0.50's AVX-512 kernel takes the wrong absmax where a block crosses rows",
+)
+def test_blocks_that_cross_rows_give_the_same_logits(checkpoints):
+    """The layers are 64 and 128 wide."""
+    base, model = load(checkpoints("llama"), blocksize=128, double_quant=False), tiny_model("llama")
+    for name in four_bit_layers(base):
+        weight = model.get_parameter(f"{name}.weight").data
+        weight.copy_(reference.round_trip(weight, blocksize=128))
+    # 1e-3: a value half-way between two levels, now and then
+    assert reference.relative_rms(logits(base), logits(model)) < 1e-3
+
+
 # ---- the settings ----
 
 
@@ -123,6 +139,16 @@ def test_the_defaults_are_nf4_in_blocks_of_64_with_double_quantization(bases):
     for layer in four_bit_layers(bases("llama")).values():
         state = layer.weight.quant_state
         assert (state.quant_type, state.blocksize, state.nested) == ("nf4", 64, True)
+
+
+def decode(layer):
+    """The weight that a layer's codes and absmax stand for."""
+    state = layer.weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    values = state.code[torch.from_numpy(reference.unpack(layer.weight)).int()]
+    return (values * absmax.repeat_interleave(state.blocksize)[: values.numel()]).view(state.shape)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -134,7 +160,7 @@ def test_the_defaults_are_nf4_in_blocks_of_64_with_double_quantization(bases):
         ({"quant_type": "fp4", "double_quant": False}, ("fp4", 64, False), reference.FP4),
         ({"double_quant": False}, ("nf4", 64, False), reference.NF4),
     ],
-    ids=str,
+    ids=["blocksize 128", "blocksize 4096", "fp4", "no double quantization"],
 )
 def test_settings_take_effect(checkpoints, family, settings, state_has, levels):
     disk = load_file(checkpoints(family) / "model.safetensors")
@@ -144,9 +170,9 @@ def test_settings_take_effect(checkpoints, family, settings, state_has, levels):
         assert (state.quant_type, state.blocksize, state.nested) == state_has
         weight = disk[f"{name}.weight"].T if family == "gpt2" else disk[f"{name}.weight"]
         exact = reference.round_trip(weight, levels, blocksize=blocksize, double_quant=double_quant)
-        left = nf4.dequantize(nf4.Quantized(layer.weight.data, state))
-        # fp32 rounding; with double quantization a neighbouring level now and then (test_nf4)
-        assert reference.relative_rms(left, exact) < (2e-3 if double_quant else 1.2e-7)
+        # 0.4 %: one of 2,048 values half-way between two levels, or a neighbouring absmax level
+        # (test_nf4); another blocksize or code is off by 5 % and more
+        assert reference.relative_rms(decode(layer), exact) < 0.004
 
 
 @pytest.mark.parametrize(
