@@ -57,18 +57,16 @@ def main() -> None:
     wanted = [row["messages"][1]["content"] for row in rows]
 
     with step("Ask the model as it is", "It has 135 million parameters, loaded in 4 bits each."):
-        model = load_base(config.model, config.quant)
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        before = answers(model, tokenizer, requests)
+        base = load_base(config.model, config.quant)
+        tokenizer = AutoTokenizer.from_pretrained(base.config._name_or_path)
+        before = answers(base, tokenizer, requests)
         print(f"{score(before, wanted)} of {len(rows)} requests became the right command.")
-        del model
     with step("Teach it", "Only a small adapter learns; the 4-bit model stays frozen."):
         train(config)
     with step("Ask again", "The same requests; none of them was among those it learned from."):
-        model = load_adapter(load_base(config.model, config.quant), OUTPUT)
-        after = answers(model, tokenizer, requests)
+        load_adapter(base, OUTPUT)
+        after = answers(base, tokenizer, requests)
         print(f"{score(after, wanted)} of {len(rows)} requests became the right command.")
-        del model
     with step("Merge", "Fold the adapter into the model, and measure that nothing was lost."):
         merge(
             MergeConfig(
@@ -77,8 +75,8 @@ def main() -> None:
         )
     with step("Ask the merged model", "Opened with plain transformers, without this project."):
         dtype = compute_dtype(QuantConfig(), torch.device("cpu"))
-        model = AutoModelForCausalLM.from_pretrained(MERGED, dtype=dtype)
-        merged = answers(model, AutoTokenizer.from_pretrained(MERGED), requests)
+        whole = AutoModelForCausalLM.from_pretrained(MERGED, dtype=dtype)
+        merged = answers(whole, AutoTokenizer.from_pretrained(MERGED), requests)
         print(f"{score(merged, wanted)} of {len(rows)} requests became the right command.")
     show(requests, before, after, wanted)
     summary(score(before, wanted), score(after, wanted), score(merged, wanted), len(rows), started)

@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora.adapters import adapter_configs, matches, set_adapter
-from qlora.config import LoraConfig
+from qlora.adapters import Model, adapter_configs, matches, set_adapter
+from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import LoRALinear, lora_layers
 
@@ -47,8 +47,22 @@ class AdapterFile:
     pairs: dict[str, tuple[Tensor, Tensor]]
     base_model: str | None
     fan_in_fan_out: bool = False
+    revision: str | None = None
     base: dict[str, Any] = field(default_factory=dict)
     """How its base was quantized, and the base's fingerprint; empty for adapters of others."""
+
+    @property
+    def quantization(self) -> QuantConfig:
+        """How the base was quantized in training; QLoRA's defaults where the file does not say."""
+        if not self.base:
+            return QuantConfig()
+        return QuantConfig(
+            quant_type=self.base["quant_type"],
+            blocksize=self.base["blocksize"],
+            double_quant=self.base["double_quant"],
+            compute_dtype=self.base["compute_dtype"],
+            skip_modules=tuple(self.base["skip_modules"]),
+        )
 
 
 # ---- writing ----
@@ -92,7 +106,7 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: list[str]) -> dic
         "r": config.r,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "revision": None,
+        "revision": getattr(model, "qlora_base", {}).get("revision"),
         "target_modules": portable_targets(model, layers),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
@@ -140,6 +154,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         config=config,
         pairs=pairs,
         base_model=values.get("base_model_name_or_path"),
+        revision=values.get("revision"),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
         base=json.loads(metadata.get("qlora", "{}")),
     )
@@ -246,12 +261,12 @@ def _raise_faults(what: str, faults: Iterable[str]) -> None:
 
 
 def load_adapter(
-    model: nn.Module,
+    model: Model,
     folder: str | Path,
     *,
     adapter_name: str = "default",
     trainable: bool = False,
-) -> nn.Module:
+) -> Model:
     """Put a saved adapter on `model`, in place, and make it the active one.
 
     Raises:

@@ -10,6 +10,7 @@ the output head. Unlike in PEFT, each entry must match something.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,14 +19,16 @@ from qlora.config import ALL_LINEAR, LoraConfig
 from qlora.errors import UserError, did_you_mean
 from qlora.lora import LoRALinear, lora_layers, output_head
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def apply_lora(
-    model: nn.Module,
+    model: Model,
     config: LoraConfig | None = None,
     *,
     adapter_name: str = "default",
     generator: torch.Generator | None = None,
-) -> nn.Module:
+) -> Model:
     """Freeze `model` and add a trainable, active adapter to its targeted layers, in place.
 
     Args:

@@ -10,7 +10,7 @@ parameters, cannot be: they are named with their size and are an error unless al
 """
 
 import re
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from qlora.errors import UserError
 from qlora.lora import output_head
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES: dict[Any, Any] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def load_base(
@@ -71,7 +72,10 @@ def load_base(
     _freeze(loaded, dtype)
     if not model.endswith(".gguf"):  # a hub name stays a name; a .gguf stands for its conversion
         loaded.config._name_or_path = model
-    loaded.qlora_base = describe(checkpoint, quant)  # type: ignore[assignment]  # no module
+    loaded.qlora_base = {  # type: ignore[assignment]  # a plain attribute, no module
+        **describe(checkpoint, replace(quant, compute_dtype=DTYPE_NAMES[dtype])),
+        "revision": revision,
+    }
     return loaded
 
 
@@ -88,12 +92,16 @@ def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
 
 
 def describe(checkpoint: Checkpoint, quant: QuantConfig) -> dict[str, Any]:
-    """What an adapter must remember of its base: its fingerprint and how it was quantized."""
-    settings = asdict(quant)
-    keep = ("quant_type", "blocksize", "double_quant")
+    """What an adapter must remember of its base: its fingerprint and how it was quantized.
+
+    The compute dtype belongs to it: weights are cast to it first and quantized then.
+    """
     return {
         "fingerprint": checkpoint.fingerprint,
-        **{name: settings[name] for name in keep},
+        "quant_type": quant.quant_type,
+        "blocksize": quant.blocksize,
+        "double_quant": quant.double_quant,
+        "compute_dtype": quant.compute_dtype,
         "skip_modules": list(quant.skip_modules),
     }
 

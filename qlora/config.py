@@ -238,6 +238,8 @@ class MergeConfig:
     """where the arithmetic is done"""
     max_shard_size: str = "5GB"
     """largest file of the output"""
+    trust_remote_code: bool = False
+    """run code that comes with the model; off unless you trust it"""
 
     def __post_init__(self) -> None:
         _require(

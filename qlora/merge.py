@@ -77,12 +77,16 @@ def merge(config: MergeConfig) -> Path:
     base_model = config.base_model or adapter.base_model
     if not base_model:
         raise UserError(f"adapter {config.adapter} names no base model: give --base-model")
-    checkpoint = Checkpoint(resolve(base_model))
-    quant = trained_quantization(adapter)
+    checkpoint = Checkpoint(resolve(base_model, revision=adapter.revision))
+    if not adapter.base:
+        print("The adapter does not say how its base was quantized: taken as NF4, blocksize 64, ")
+        print("double quantization, as transformers and PEFT load it for QLoRA.")
+    quant = adapter.quantization
     check_base(checkpoint, adapter, config, quant)
     ops = plan_merge(checkpoint, adapter, config, quant)
     _require_space(output, ops)
     layers: dict[str, dict[str, float]] = {}
+    trust = config.trust_remote_code
     with publishing(output) as partial:
         tensors = merged_tensors(checkpoint, adapter, ops, quant, config.device, layers)
         write_shards(
@@ -94,27 +98,15 @@ def merge(config: MergeConfig) -> Path:
         _copy_companions(checkpoint, adapter.folder, partial, OUT_DTYPES[config.format])
         verified = None
         if config.verify:
-            verified = verify_merge(adapter, base_model, partial, config.verify, quant=quant)
+            verified = verify_merge(
+                adapter, base_model, partial, config.verify, trust_remote_code=trust
+            )
         _write_report(partial, config, base_model, quant, layers, verified)
     _print_summary(config, output, ops, layers, verified)
     return output
 
 
 # ---- plan and check ----
-
-
-def trained_quantization(adapter: AdapterFile) -> QuantConfig:
-    """How the base was quantized in training; QLoRA's defaults for adapters that do not say."""
-    if not adapter.base:
-        print("The adapter does not say how its base was quantized: taken as NF4, blocksize 64, ")
-        print("double quantization, as transformers and PEFT load it for QLoRA.")
-        return QuantConfig()
-    return QuantConfig(
-        quant_type=adapter.base["quant_type"],
-        blocksize=adapter.base["blocksize"],
-        double_quant=adapter.base["double_quant"],
-        skip_modules=tuple(adapter.base.get("skip_modules", ())),
-    )
 
 
 def check_base(
@@ -143,7 +135,7 @@ def plan_merge(
     Raises:
         UserError: an adapted layer is not in the checkpoint or has another shape; all are named.
     """
-    model = skeleton(checkpoint.folder)
+    model = skeleton(checkpoint.folder, trust_remote_code=config.trust_remote_code)
     layers = quantized_layers(model, quant)
     modules = {**dict.fromkeys(adapter.pairs, adapter.fan_in_fan_out), **layers}
     names = {m: disk_name(checkpoint, model, f"{m}.weight") for m in modules}
@@ -235,7 +227,10 @@ def _base_weight(checkpoint: Checkpoint, op: MergeOp, quant: QuantConfig, device
     weight = checkpoint.read(op.entry.name).to(device)
     if op.transposed:
         weight = weight.T
-    return nf4.round_trip(weight, quant) if op.round_trip else weight.float()
+    if not op.round_trip:
+        return weight.float()
+    # Loading casts to the compute dtype before it quantizes; of a bf16 checkpoint this is no cast.
+    return nf4.round_trip(weight.to(OUT_DTYPES.get(quant.compute_dtype, weight.dtype)), quant)
 
 
 def _norms(weight: Tensor, delta: Tensor) -> dict[str, float]:

@@ -8,7 +8,7 @@ the live one is log p at up to MAX_TOKENS positions.
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from qlora.adapter_files import AdapterFile, load_adapter
 from qlora.adapters import disable_adapter
 from qlora.base import compute_dtype, load_base
-from qlora.config import QuantConfig
 from qlora.data import collator, prepare_data
 
 MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
@@ -52,21 +51,38 @@ class Verification:
 
 
 def verify_merge(
-    adapter: AdapterFile, base_model: str, merged: Path, data: str, *, quant: QuantConfig
+    adapter: AdapterFile,
+    base_model: str,
+    merged: Path,
+    data: str,
+    *,
+    trust_remote_code: bool = False,
 ) -> Verification:
-    """Measure the checkpoint in `merged` against `adapter` live on `base_model`, on `data`."""
+    """Measure the checkpoint in `merged` against `adapter` live on `base_model`.
+
+    Both compute in this machine's dtype, also where training was done in another.
+    """
+    quant = replace(adapter.quantization, compute_dtype="auto")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=trust_remote_code)
     rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH)
     batches, count = _batches(rows, tokenizer, device)
-    live_model = load_base(base_model, quant, device=device)
+    live_model = load_base(
+        base_model,
+        quant,
+        revision=adapter.revision,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     with disable_adapter(load_adapter(live_model, adapter.folder)):
         base = list(_log_probs(live_model, batches, "Base", keep=False))
     live = list(_log_probs(live_model, batches, "Live adapter"))
     del live_model
     _free()
     dtype = compute_dtype(quant, device)
-    merged_model = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype, device_map=device)
+    merged_model = AutoModelForCausalLM.from_pretrained(
+        merged, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+    )
     kl = loss_merged = 0.0
     pairs = zip(live, _log_probs(merged_model, batches, "Merged"), strict=True)
     for (_, live_log_p), (nll, log_q) in pairs:

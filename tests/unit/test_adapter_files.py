@@ -175,13 +175,13 @@ def test_peft_loads_ours_over_gpt2_the_right_way_round(checkpoints, tmp_path):
         assert torch.allclose(layer.delta_weight("default"), exact, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
+@from_peft
 def test_transformers_loads_ours_from_its_folder(checkpoints, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(checkpoints("llama"))
     model = ours(base)
-    assert json.loads((save_adapter(model, tmp_path) / CONFIG).read_text())[
-        "base_model_name_or_path"
-    ] == str(checkpoints("llama"))
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == str(checkpoints("llama"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.allclose(logits(loaded), logits(model), **SAME_LOGITS)
 
@@ -494,8 +494,7 @@ def test_bad_names_are_refused(adapter, name):
     refuses(adapter, "adapter_name must be", adapter_name=name)
 
 
-@pytest.mark.parametrize("name", ["a.b", "", "train"])
-def test_a_second_adapter_of_a_good_name_is_put_beside_the_first(adapter, name):
+def test_a_second_adapter_is_put_beside_the_first(adapter):
     model = load_adapter(ours(), adapter, adapter_name="second")
     assert {layer.active_adapters for layer in lora_layers(model).values()} == {("second",)}
     alone = load_adapter(tiny_model("llama"), adapter)

@@ -215,6 +215,7 @@ def test_a_generator_decides_the_first_values():
         (("q_prj",), r"'q_prj' matches no layer\. Did you mean q_proj\?"),
         (("q_proj", "x", "y"), r"target_modules 'x', 'y' matches no layer"),
         (".*query", r"'\.\*query' matches no layer"),
+        (r".*mlp\.up", "matches no layer"),  # the whole name, not its beginning
         ("q_proj", "'q_proj' matches no layer"),  # a string is an expression over the full name
         ("*q_proj", r"'\*q_proj' is no regular expression \(.*\); for name endings give a list"),
         (("norm",), r"no linear layer: model\.norm\. This model's linear layers: down_proj"),

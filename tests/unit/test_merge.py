@@ -108,6 +108,22 @@ def test_the_adapter_remembers_how_its_base_was_quantized(quant, checkpoints, tm
         torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_an_fp32_checkpoint_trained_in_bf16(checkpoints, tmp_path):
+    """Loading casts to bf16 before it quantizes, which moves codes; the merge must do the same."""
+    base, name = checkpoints("llama"), "model.layers.1.mlp.down_proj.weight"
+    trained(base, tmp_path / "adapter", quant=QuantConfig(compute_dtype="bf16"))
+    tensors = merged(tmp_path / "adapter", tmp_path / "out", format="fp32")
+    original = load_file(base / "model.safetensors")[name]
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    key = f"base_model.model.{name.removesuffix('.weight')}"
+    delta = 8 / 4 * adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
+    wanted = round_trip(original.bfloat16(), NF4, double_quant=True) + delta
+    assert relative_error(tensors[name], wanted) <= 1e-6
+    assert (
+        relative_error(tensors[name], round_trip(original, NF4, double_quant=True) + delta) > 1e-4
+    )
+
+
 def test_a_base_that_is_already_4_bit(checkpoints, tmp_path):
     load_base(str(checkpoints("llama")), FP32).save_pretrained(tmp_path / "base4")
     model = trained(tmp_path / "base4", tmp_path / "adapter")

@@ -1,6 +1,7 @@
 """What is written is what safetensors and transformers read, whole or not at all."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_a_plan_keeps_order_and_bound_and_wastes_nothing(sizes, max_bytes):
         assert sum(e.nbytes for e in shard) <= max_bytes or len(large) == 1 == sum(
             e.nbytes > 0 for e in shard
         )
-    for shard, following in zip(shards, shards[1:], strict=False):
+    for shard, following in pairwise(shards):
         assert sum(e.nbytes for e in shard) + following[0].nbytes > max_bytes
 
 

@@ -1,0 +1,118 @@
+"""What quantizing the base costs: NF4 QLoRA against LoRA on the unquantized model.
+
+    python benchmarks/nf4_against_16bit.py --train dev.txt --test test.txt
+
+Same data, steps, seed and adapter start; the loss on held-out rows before and after. The data is
+the E2E NLG challenge, a line `facts||sentence`. SmolLM2-135M-Instruct, whose weights come from a
+4-bit GGUF file, so "16 bits" means that file dequantized.
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import record
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from demo.__main__ import small_model
+from qlora.adapters import apply_lora
+from qlora.base import compute_dtype, describe, load_base
+from qlora.checkpoint import Checkpoint, resolve
+from qlora.config import DataConfig, QuantConfig, TrainConfig
+from qlora.data import prepare_data
+from qlora.training import make_trainer, prepare_for_training, with_learning_rate
+
+MAX_LENGTH = 256
+
+
+def as_jsonl(source: Path, target: Path, rows: int) -> Path:
+    """Every n-th line of an E2E file as prompt and completion."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    chosen = lines[:: max(1, len(lines) // rows)][:rows]
+    pairs = (line.split("||", 1) for line in chosen)
+    text = "".join(json.dumps({"prompt": f, "completion": s}) + "\n" for f, s in pairs)
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
+def load(config: TrainConfig, *, quantized: bool) -> Any:
+    """The base in NF4, or as it is, in the same compute dtype."""
+    if quantized:
+        return load_base(config.model, config.quant)
+    checkpoint = Checkpoint(resolve(config.model))
+    dtype = compute_dtype(config.quant, torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
+    model.qlora_base = describe(checkpoint, QuantConfig())
+    return model
+
+
+def measure(config: TrainConfig, *, quantized: bool) -> tuple[float, float]:
+    """Held-out loss before and after training."""
+    model = load(config, quantized=quantized)
+    apply_lora(model, config.lora, generator=torch.Generator().manual_seed(config.seed))
+    config = with_learning_rate(config, model)
+    prepare_for_training(model, gradient_checkpointing=False)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(config.model))
+    rows, _ = prepare_data(config.data.data, tokenizer, max_length=MAX_LENGTH)
+    held_out, _ = prepare_data(str(config.data.eval_data), tokenizer, max_length=MAX_LENGTH)
+    Path(config.output_dir).mkdir(parents=True)
+    trainer = make_trainer(config, model, tokenizer, rows, held_out)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    return before, trainer.evaluate()["eval_loss"]
+
+
+def main() -> None:
+    """Both runs, a small table, a record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--schedule", default="constant")
+    parser.add_argument("--learning-rate", type=float)
+    given = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train = as_jsonl(given.train, folder / "train.jsonl", given.steps * 8)
+        test = as_jsonl(given.test, folder / "test.jsonl", 128)
+        config = TrainConfig(
+            model=str(small_model()),
+            output_dir=str(folder / "nf4"),
+            data=DataConfig(str(train), str(test), MAX_LENGTH),
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=1,
+            max_steps=given.steps,
+            eval_steps=10 * given.steps,
+            save_steps=10 * given.steps,
+            lr_scheduler_type=given.schedule,
+            learning_rate=given.learning_rate,
+        )
+        nf4 = measure(config, quantized=True)
+        plain = measure(replace(config, output_dir=str(folder / "plain")), quantized=False)
+    print(f"\n{'':12}{'before':>9}{'after':>9}")
+    for label, (before, after) in (("NF4", nf4), ("16-bit", plain)):
+        print(f"{label:12}{before:9.4f}{after:9.4f}")
+    print(f"after training NF4 is {nf4[1] / plain[1] - 1:+.2%} from 16-bit")
+    record(
+        "nf4_against_16bit",
+        {
+            "model": "SmolLM2-135M-Instruct",
+            "steps": given.steps,
+            "rows_per_step": 8,
+            "schedule": given.schedule,
+            "learning_rate": given.learning_rate or "rule",
+            "nf4": {"before": nf4[0], "after": nf4[1]},
+            "16bit": {"before": plain[0], "after": plain[1]},
+            "relative": nf4[1] / plain[1] - 1,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

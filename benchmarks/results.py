@@ -1,0 +1,41 @@
+"""Where a benchmark leaves what it measured: JSON lines, with the machine, versions and command."""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, row: Mapping[str, Any]) -> None:
+    """Append `row` to results/NAME.jsonl."""
+    script = Path(sys.argv[0]).name
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": _device(),
+        "versions": {p: version(p) for p in ("torch", "transformers", "bitsandbytes")},
+        "command": shlex.join(["python", f"benchmarks/{script}", *map(_plain, sys.argv[1:])]),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, **facts}) + "\n")
+
+
+def _plain(word: str) -> str:
+    """An argument without the folders of the machine it was given on."""
+    path = Path(word)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else word
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
