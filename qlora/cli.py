@@ -25,8 +25,9 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from qlora.config import ALL_LINEAR
+from qlora.config import ALL_LINEAR, MergeConfig, TrainConfig, flat
 from qlora.errors import UserError, did_you_mean
+from qlora.recipe import Loader, is_list, read_recipe
 
 Config = TypeVar("Config")
 
@@ -64,7 +65,7 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, prog
         return _call_tyro(config_class, words, prog=prog)
     settings = _settings(config_class)
     recipe, words = _take_recipe(words)
-    values = _read_recipe(recipe, settings) if recipe else {}
+    values = read_recipe(recipe, settings) if recipe else {}
     if "trainer" in settings:
         flags, words = _take_trainer(words)
         values["trainer"] = {**values.get("trainer", {}), **flags}
@@ -80,9 +81,9 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, prog
         raise UserError(f"{recipe}: {error.name}: {error.reason}") from None
 
 
-def to_yaml(config: object) -> str:
+def to_yaml(config: TrainConfig | MergeConfig) -> str:
     """The flat recipe that `--config` reads back to an equal config."""
-    return yaml.safe_dump(_flat(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True)
 
 
 # -------------------------------------------------------------- the settings, from the dataclasses
@@ -105,22 +106,6 @@ def _required(config_class: Any) -> list[str]:
             hint = hints[member.name]
             names += _required(hint) if is_dataclass(hint) else [member.name]
     return names
-
-
-def _flat(config: Any) -> dict[str, Any]:
-    """Name -> value of every setting, in the types that plain YAML has."""
-    flat: dict[str, Any] = {}
-    for member in fields(config):
-        value = getattr(config, member.name)
-        if is_dataclass(value):
-            flat |= _flat(value)
-        elif isinstance(value, Mapping):
-            flat[member.name] = dict(value)
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            flat[member.name] = list(value)
-        else:
-            flat[member.name] = value
-    return flat
 
 
 # ------------------------------------------------------------------------------ the words, checked
@@ -175,7 +160,7 @@ def _take_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     for flag, text in taken:
         name = _name(flag).removeprefix("trainer").removeprefix(".")
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = yaml.load(text, Loader=Loader)
         except yaml.YAMLError:
             raise UserError(f"{flag}: wanted a YAML value, got {text!r}") from None
         if not name and not isinstance(value, dict):
@@ -206,88 +191,7 @@ def _refuse_gaps(config_class: type, given: Iterable[str]) -> None:
         raise UserError(f"missing {', '.join(missing)}: write a value here or in a --config file")
 
 
-# -------------------------------------------------------------------------------------- the recipe
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's, but 1e-4 is a number, as everyone who writes it means."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _read_recipe(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> value of what the file sets, read no further than `_as_flag` needs.
-
-    An empty value, as after `revision:`, leaves the default. A run's own run.yaml is a recipe too:
-    its settings are below `config:`.
-    """
-    root = _compose(path)
-    nested = [node for key, node in root.value if key.value == "config"]
-    if nested and isinstance(nested[0], yaml.MappingNode):
-        root = nested[0]
-    values: dict[str, Any] = {}
-    unknown = []
-    for key, node in root.value:
-        name = key.value.replace("-", "_") if isinstance(key, yaml.ScalarNode) else _written(key)
-        if name not in settings:
-            unknown.append(f"unknown key {name}.{did_you_mean(name, settings)}")
-        elif name in values:
-            raise UserError(f"{path}: {name} is set twice: keep one of the two")
-        else:
-            values[name] = _recipe_value(f"{path}: {name}", node, settings[name])
-    if unknown:
-        raise UserError(f"{path}: {' '.join(unknown)}")
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _compose(path: Path) -> yaml.MappingNode:
-    """The file's mapping as YAML nodes, which still know how each value was written."""
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line} is not YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path} must have lines of `name: value`, got {_written(root)}")
-    return root
-
-
-def _recipe_value(where: str, node: yaml.Node, hint: Any) -> Any:
-    """One value: text as it is written, or a list, switch or mapping where the setting is one."""
-    kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    if kind == "null":
-        return None
-    if hint is bool:
-        if kind != "bool":
-            raise UserError(f"{where} must be true or false, got {_written(node)}")
-        return yaml.SafeLoader.bool_values[node.value.lower()]
-    if get_origin(hint) is Mapping:
-        if kind != "map":
-            raise UserError(f"{where} must be a mapping of NAME: VALUE, got {_written(node)}")
-        return _Loader("").construct_document(node)
-    if isinstance(node, yaml.ScalarNode):
-        return node.value
-    items = node.value if _is_list(hint) and kind == "seq" else [node]
-    if not all(isinstance(item, yaml.ScalarNode) for item in items):
-        wanted = "a value or a list of them" if _is_list(hint) else "one value"
-        raise UserError(f"{where} must be {wanted}, got {_written(node)}")
-    return [item.value for item in items]
-
-
-def _written(node: yaml.Node | None) -> str:
-    """What came, for a message."""
-    if isinstance(node, yaml.ScalarNode):
-        return repr(node.value)
-    return "a mapping" if isinstance(node, yaml.MappingNode) else "a list" if node else "nothing"
+# ----------------------------------------------------------------------------- one setting's value
 
 
 def _as_flag(name: str, value: Any) -> str:
@@ -298,16 +202,9 @@ def _as_flag(name: str, value: Any) -> str:
     return f"{_flag(name)}={text}"
 
 
-# ----------------------------------------------------------------------------- one setting's value
-
-
-def _is_list(hint: Any) -> bool:
-    return any(get_origin(part) in (tuple, Sequence) for part in (hint, *get_args(hint)))
-
-
 def _read(hint: Any, words: list[str]) -> Any:
     """The words after a flag -> the value of its type, or a UserError with what was wanted."""
-    if not _is_list(hint):
+    if not is_list(hint):
         return _read_one(hint, words[0])
     if len(words) == 1 and re.fullmatch(r"\[.*\]", words[0], re.DOTALL):
         return _read_bracketed(words[0])
@@ -374,7 +271,7 @@ def _metavar(hint: Any) -> str | None:
         return "{NAME: VALUE}"
     if get_origin(hint) is Literal:
         return "{" + ",".join(options) + "}"
-    if _is_list(hint):
+    if is_list(hint):
         return "NAME [NAME ...]"
     if bool in options:
         return "{true,false}"
@@ -399,7 +296,7 @@ def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if metavar is None:
         return None
     return PrimitiveConstructorSpec(
-        nargs="*" if _is_list(hint) else 1,
+        nargs="*" if is_list(hint) else 1,
         metavar=metavar,
         instance_from_str=lambda words: _read(hint, words),
         is_instance=lambda value: True,

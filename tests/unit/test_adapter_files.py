@@ -215,10 +215,11 @@ def test_the_metadata_says_pt_and_what_the_base_was(checkpoints, tmp_path):
     with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    assert json.loads(metadata["qlora"]) == {
+    expected = {
         "fingerprint": Checkpoint(checkpoints("llama")).fingerprint,
         "quant_type": "nf4", "blocksize": 64, "double_quant": True, "skip_modules": [],
     }  # fmt: skip
+    assert expected.items() <= json.loads(metadata["qlora"]).items()
     assert read_adapter(tmp_path).base_model == str(checkpoints("llama"))
 
 
