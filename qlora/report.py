@@ -44,15 +44,9 @@ def write_adapter_card(folder: Path, facts: Mapping[str, Any]) -> None:
     """
     evaluation = "" if facts["eval_loss"] is None else f", evaluation loss {facts['eval_loss']:.4f}"
     double = " with double quantization" if facts["double_quant"] else ""
-    text = f"""---
-base_model: {facts["base_model"]}
-library_name: peft
-tags:
-- lora
-- qlora
----
-
-# LoRA adapter for {facts["base_model"]}
+    base = str(facts["base_model"])
+    text = f"""{_front_matter(base, "library_name: peft", "lora", "qlora")}
+# LoRA adapter for {Path(base).name}
 
 Trained with QLoRA: the base was frozen in 4 bits ({facts["quant_type"].upper()}, blocksize
 {facts["blocksize"]}{double}), the adapter has rank {facts["r"]} and lora_alpha
@@ -71,7 +65,7 @@ Use it live on the 4-bit base it was trained on:
 
 ```python
 from qlora import load_base, load_adapter
-model = load_adapter(load_base("{facts["base_model"]}"), "path/to/this/folder")
+model = load_adapter(load_base("{base}"), "path/to/this/folder")
 ```
 
 or with PEFT (`PeftModel.from_pretrained`), or merged: `python merge_dequant.py --adapter
@@ -95,18 +89,21 @@ def write_merge_card(folder: Path, report: Mapping[str, Any]) -> None:
             f"{verify['loss_live']:.4f} with the live adapter, {verify['loss_merged']:.4f} merged; "
             f"KL to the live adapter {verify['kl']:.2g} nats a token."
         )
-    text = f"""---
-base_model: {report["base_model"]}
-tags:
-- qlora
-- merged
----
+    base = str(report["base_model"])
+    text = f"""{_front_matter(base, "library_name: transformers", "qlora", "merged")}
+# {Path(base).name} with a LoRA adapter merged in
 
-# {report["base_model"]} with a LoRA adapter merged in
-
-The adapter `{report["adapter"]}` was folded in fp32 into {onto}, and rounded once to
-{report["format"]}.
+The adapter `{report["adapter"]}` was folded in fp32 into {onto},
+and rounded once to {report["format"]}.
 
 {measured}
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _front_matter(base_model: str, *lines: str) -> str:
+    """What the hub reads; a base that is a local folder has no name there and is left out."""
+    *settings, first, second = lines
+    if not Path(base_model).is_absolute():
+        settings.insert(0, f"base_model: {base_model}")
+    return "\n".join(["---", *settings, "tags:", f"- {first}", f"- {second}", "---", ""])

@@ -269,6 +269,13 @@ def test_a_4_bit_checkpoints_own_quantization_stands(checkpoints, tmp_path):
     assert again.qlora_base["fingerprint"] == first.qlora_base["fingerprint"]
 
 
+def test_a_4_bit_checkpoint_takes_the_compute_dtype_asked_for(bases, tmp_path):
+    """Its config.json names the one it was saved with."""
+    bases("llama").save_pretrained(tmp_path)
+    layers = four_bit_layers(load(tmp_path, compute_dtype="bf16")).values()
+    assert {layer.compute_dtype for layer in layers} == {torch.bfloat16}
+
+
 def test_transformers_alone_loads_the_saved_4_bit_model(bases, tmp_path):
     from transformers import AutoModelForCausalLM
 

