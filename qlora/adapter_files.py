@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora.adapters import Model, adapter_configs, matches, set_adapter
+from qlora.adapters import Model, adapter_configs, matches, require_new_name, set_adapter
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import LoRALinear, lora_layers
@@ -35,7 +35,32 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Inits that change the base weights, so that the adapter is right only over the changed base.
-REBASING_INITS = ("pissa", "olora", "corda", "loftq")
+REBASING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Keys of PEFT's config that are read here, or that change nothing about A and B as they are saved.
+# Any other that is set asks for more than a plain adapter.
+UNDERSTOOD = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
 
 
 @dataclass(frozen=True)
@@ -156,7 +181,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         base_model=values.get("base_model_name_or_path"),
         revision=values.get("revision"),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
-        base=json.loads(metadata.get("qlora", "{}")),
+        base=_read_base_record(metadata, folder),
     )
 
 
@@ -179,21 +204,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
     init = values.get("init_lora_weights", True)
-    unsupported = [
-        f"{key}={values[key]!r}"
-        for key in (
-            "use_dora",
-            "lora_bias",
-            "modules_to_save",
-            "rank_pattern",
-            "alpha_pattern",
-            "layer_replication",
-            "trainable_token_indices",
-            "target_parameters",
-            "use_qalora",
-        )
-        if values.get(key)
-    ]
+    unsupported = [f"{k}={v!r}" for k, v in values.items() if v and k not in UNDERSTOOD]
     if values.get("bias", "none") != "none":
         unsupported.append(f"bias={values['bias']!r}")
     if isinstance(init, str) and init.startswith(REBASING_INITS):
@@ -204,6 +215,8 @@ def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
             "Wanted a plain LoRA adapter"
         )
     targets = values.get("target_modules") or "all-linear"
+    if not isinstance(values.get("r", 8), int):
+        raise UserError(f"{folder / CONFIG}: r must be a whole number, got {values['r']!r}")
     return LoraConfig(
         r=values.get("r", 8),  # PEFT's own defaults
         lora_alpha=values.get("lora_alpha", 8),
@@ -229,6 +242,13 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
 
+def _read_base_record(metadata: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(metadata.get("qlora", "{}")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / WEIGHTS}: its qlora metadata is no JSON object") from error
+
+
 def _pair_up(
     tensors: Mapping[str, Tensor], config: LoraConfig, folder: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -240,9 +260,11 @@ def _pair_up(
             faults.append(f"unexpected {key}")
             continue
         sides.setdefault(match["module"], {})[match["side"]] = tensor
-        rank = tensor.shape[0 if match["side"] == "A" else -1]
-        if tensor.ndim != 2 or rank != config.r:
+        rank_axis = 0 if match["side"] == "A" else 1
+        if tensor.ndim != 2 or tensor.shape[rank_axis] != config.r:
             faults.append(f"{key} has shape {tuple(tensor.shape)}, its config says r={config.r}")
+        elif not tensor.is_floating_point():
+            faults.append(f"{key} is {tensor.dtype}, wanted floating point")
         elif not torch.isfinite(tensor).all():
             faults.append(f"{key} holds NaN or infinity")
     for module, found in sides.items():
@@ -273,8 +295,7 @@ def load_adapter(
         UserError: the files are at fault, or belong to another base; the model is then untouched.
     """
     adapter = read_adapter(folder)
-    if adapter_name in adapter_configs(model):
-        raise UserError(f"the model already has an adapter {adapter_name!r}: choose another name")
+    require_new_name(model, adapter_name)
     check_fits(model, adapter)
     model.requires_grad_(False)
     for name, (lora_A, lora_B) in adapter.pairs.items():
@@ -301,11 +322,17 @@ def load_adapter_weights(
 ) -> None:
     """Overwrite the values of an adapter the model already has, as resuming a run does."""
     adapter = read_adapter(folder)
+    config = adapter_configs(model).get(adapter_name)
+    if config is None:
+        raise UserError(f"the model has no adapter {adapter_name!r} to load weights into")
     layers = {n: m for n, m in lora_layers(model).items() if adapter_name in m.lora_A}
     faults = [f"{name} has no adapter on the model" for name in adapter.pairs if name not in layers]
     faults += [f"{name} is not in the files" for name in layers if name not in adapter.pairs]
-    if adapter.config.scaling != adapter_configs(model)[adapter_name].scaling:
-        faults.append(f"lora_alpha is {adapter.config.lora_alpha} in the files")
+    if (adapter.config.r, adapter.config.scaling) != (config.r, config.scaling):
+        faults.append(
+            f"r={adapter.config.r} and scaling={adapter.config.scaling:g} in the files, "
+            f"r={config.r} and scaling={config.scaling:g} on the model"
+        )
     check_fits(model, adapter)
     _raise_faults(f"{adapter.folder} is no checkpoint of this run", faults)
     with torch.no_grad():

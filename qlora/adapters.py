@@ -38,10 +38,7 @@ def apply_lora(
         UserError: a target matches nothing or no linear layer, or the name is taken.
     """
     config = config or LoraConfig()
-    if not re.fullmatch(r"[A-Za-z_]\w*", adapter_name):
-        raise UserError(f"adapter_name must be letters, digits and _, got {adapter_name!r}")
-    if adapter_name in adapter_configs(model):
-        raise UserError(f"the model already has an adapter {adapter_name!r}: choose another name")
+    require_new_name(model, adapter_name)
     names = target_layers(model, config.target_modules)
     model.requires_grad_(False)
     for name in names:
@@ -55,6 +52,17 @@ def apply_lora(
     adapter_configs(model)[adapter_name] = config
     set_adapter(model, adapter_name)
     return model
+
+
+def require_new_name(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a name that is taken, or cannot be a key of a ParameterDict and a folder's name."""
+    if not re.fullmatch(r"[\w-]+", adapter_name) or hasattr(nn.ParameterDict, adapter_name):
+        raise UserError(
+            f"adapter_name must be letters, digits, - and _, and no word that torch keeps for "
+            f"itself, got {adapter_name!r}"
+        )
+    if adapter_name in adapter_configs(model):
+        raise UserError(f"the model already has an adapter {adapter_name!r}: choose another name")
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -107,7 +115,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """One line: `trainable 4,884,480 of 139,399,488 parameters (3.50 %)`."""
+    """One line: `trainable 4,884,480 of 139,399,488 parameters (3.50%)`."""
     trainable, total = trainable_parameters(model)
     print(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
 

@@ -70,6 +70,7 @@ def load_base(
     if settings is not None:
         settings.as_bitsandbytes(loaded)
     _freeze(loaded, dtype)
+    _require_right_kernel(loaded)
     if not model.endswith(".gguf"):  # a hub name stays a name; a .gguf stands for its conversion
         loaded.config._name_or_path = model
     loaded.qlora_base = {  # type: ignore[assignment]  # a plain attribute, no module
@@ -156,6 +157,25 @@ def own_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:
         double_quant=state.nested,
         compute_dtype=quant.compute_dtype,
     )
+
+
+def _require_right_kernel(model: PreTrainedModel) -> None:
+    """Refuse widths for which bitsandbytes would compute with wrong weights, silently, on a CPU."""
+    if model.device.type != "cpu":
+        return
+    wrong = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            weight: Any = module.weight
+            if not nf4.kernel_is_right(module.in_features, weight.quant_state.blocksize):
+                wrong[module.in_features] = (name, weight.quant_state.blocksize)
+    if wrong:
+        width, (name, blocksize) = next(iter(wrong.items()))
+        raise UserError(
+            f"blocksize {blocksize} does not divide the {width} inputs of {name}, and "
+            "bitsandbytes computes such layers wrongly on this CPU: use a GPU, or a --blocksize "
+            f"that divides {', '.join(map(str, wrong))}"
+        )
 
 
 def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:

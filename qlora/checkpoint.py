@@ -129,6 +129,16 @@ def _convert_gguf(path: Path) -> Path:
 # ---- reading it ----
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON object: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no JSON object: it holds {type(values).__name__}")
+    return values
+
+
 class Header(NamedTuple):
     """A tensor as its file's header describes it."""
 
@@ -146,10 +156,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json."""
-        try:
-            return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise UserError(f"{self.folder / 'config.json'} is no JSON object: {error}") from error
+        return _read_json(self.folder / "config.json")
 
     @cached_property
     def tensors(self) -> dict[str, Header]:
@@ -175,7 +182,10 @@ class Checkpoint:
         index = self.folder / INDEX
         if not index.is_file():
             return [self.folder / SINGLE]
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} holds no weight_map: download or copy it again")
+        names = sorted(set(map(str, weight_map.values())))
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise UserError(f"{index} names files outside its folder: {', '.join(outside)}")
@@ -206,7 +216,8 @@ class Checkpoint:
         """sha256 over name, shape and bf16 value of every vector that is not quantized.
 
         Norms and biases are small, differ between trained models, and are the same in a model and
-        its 4-bit copies. Two bases that differ in their matrices alone are not told apart.
+        its 4-bit copies (but for an fp32 model's copies in fp16, which rounds twice). Two bases
+        that differ in their matrices alone are not told apart.
         """
         digest = hashlib.sha256()
         for name, header in sorted(self.tensors.items()):

@@ -15,7 +15,9 @@ Codes and absmax do not depend on whether the same values came as bf16, fp16 or 
 is always to fp32 here, code times absmax, so that whoever rounds to 16 bits does it once.
 """
 
+import math
 from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -51,10 +53,25 @@ def dequantize(quantized: Quantized) -> Tensor:
     absmax = state.absmax
     if state.nested:
         absmax = bnb.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    # As one long row: bitsandbytes' AVX-512 kernel takes a wrong absmax where a block crosses rows.
+    row = (1, state.shape.numel())
     out = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed, absmax, state.blocksize, state.quant_type, state.shape, torch.float32
+        packed, absmax, state.blocksize, state.quant_type, row, torch.float32
     )
-    return torch.as_tensor(out)
+    return torch.as_tensor(out).view(state.shape)
+
+
+@cache
+def kernel_is_right(in_features: int, blocksize: int) -> bool:
+    """Whether bitsandbytes' own layers compute with the right weights on this CPU.
+
+    False where a block crosses rows of `in_features` and its AVX-512 kernel is in use (0.50).
+    """
+    rows = blocksize // math.gcd(in_features, blocksize)  # until blocks and rows are aligned again
+    weight = torch.linspace(-1, 1, rows * in_features).view(rows, in_features)
+    quant = QuantConfig(blocksize=blocksize, double_quant=False)
+    packed, state = quantized = quantize(weight, quant)
+    return torch.equal(bnb.dequantize_4bit(packed, state), dequantize(quantized))
 
 
 def round_trip(weight: Tensor, quant: QuantConfig) -> Tensor:

@@ -78,7 +78,7 @@ class Entry(NamedTuple):
 
 def parse_size(text: str) -> int:
     """Bytes of '5GB', '500MB' (powers of 1000) or '5GiB' (of 1024)."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match:
         raise UserError(f"size must look like 5GB or 500MB, got {text!r}")
     number, unit, binary = match.groups()

@@ -346,7 +346,6 @@ def test_bad_tensors_are_refused(copy, change, message):
     refuses(copy, message)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="shape[0] of a scalar")
 def test_a_scalar_is_refused(copy):
     change_tensors(copy, lambda t: t.update({Q_A: torch.tensor(1.0)}))
     refuses(copy, r"A.weight has shape \(\), .*r=4")
@@ -385,7 +384,6 @@ def test_configs_that_ask_for_more_are_refused(copy, values, message):
     refuses(copy, message)
 
 
-@pytest.mark.xfail(strict=True, reason="not in the list: read as a plain adapter, silently")
 @pytest.mark.parametrize(
     "values",
     [
@@ -416,7 +414,6 @@ def test_a_broken_config_is_refused(copy, text, message):
     refuses(copy, rf"{CONFIG} {message}")
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="'>=' of LoraConfig reaches the user")
 @pytest.mark.parametrize("r", [None, "4"])
 def test_a_rank_that_is_no_number_is_refused(copy, r):
     change_config(copy, r=r)
@@ -487,9 +484,6 @@ def test_a_taken_name_is_refused(adapter):
     refuses(adapter, "already has an adapter 'default': choose another name", model=ours())
 
 
-@pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="names are not checked: one layer is left wrapped"
-)
 @pytest.mark.parametrize("name", ["a.b", "", "train"])
 def test_bad_names_are_refused(adapter, name):
     refuses(adapter, "adapter_name must be", adapter_name=name)
@@ -529,7 +523,7 @@ def refuses_weights(model, folder, message):
     ("settings", "message"),
     [
         ({"targets": ("q_proj",)}, "mlp.gate_proj has no adapter on the model"),
-        ({"lora_alpha": 16}, r"is no checkpoint of this run: lora_alpha is 8 in the files"),
+        ({"lora_alpha": 16}, r"is no checkpoint of this run: r=4 and scaling=2 in the files"),
     ],
 )
 def test_weights_of_another_run_are_refused(adapter, settings, message):
@@ -541,16 +535,11 @@ def test_weights_that_lack_a_layer_are_refused(tmp_path):
     refuses_weights(ours(), tmp_path, "mlp.gate_proj is not in the files")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="same scaling: r=1 is silently broadcast over r=4, r=2 is a RuntimeError of copy_",
-)
 @pytest.mark.parametrize("r", [1, 2])
 def test_weights_of_another_rank_are_refused(tmp_path, r):
     save_adapter(ours(r=r, lora_alpha=2 * r), tmp_path)
     refuses_weights(ours(r=4, lora_alpha=8), tmp_path, "shape|r=")
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="the name is looked up before the faults")
 def test_weights_for_an_adapter_that_is_not_there_are_refused(adapter):
     refuses_weights(tiny_model("llama"), adapter, "no adapter")

@@ -236,20 +236,15 @@ def test_a_model_without_linear_layers_is_refused():
         apply_lora(nn.Sequential(nn.Embedding(2, 2)))
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a b", "1st", "a/b", "../up"])
+@pytest.mark.parametrize("name", ["", "a.b", "a b", "a/b", "../up"])
 def test_bad_names_are_refused(name):
     model = tiny_model("llama")
     before = snapshot(model)
-    with pytest.raises(UserError, match=r"adapter_name must be letters, digits and _, got"):
+    with pytest.raises(UserError, match=r"adapter_name must be letters, digits, - and _, .* got"):
         apply_lora(model, adapter_name=name)
     assert snapshot(model) == before
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=KeyError,
-    reason="these names are methods of ParameterDict: KeyError, and one layer is left wrapped",
-)
 @pytest.mark.parametrize("name", ["train", "half", "keys"])
 def test_names_that_a_parameter_dict_has_taken(name):
     """They work or are refused; in either case not half."""

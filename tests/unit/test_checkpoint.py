@@ -172,9 +172,6 @@ def test_an_index_may_not_name_files_outside(sharded, name):
         _ = Checkpoint(sharded).tensors
 
 
-@pytest.mark.xfail(
-    strict=True, reason="JSONDecodeError, KeyError or TypeError reach the user with a traceback"
-)
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
 def test_a_broken_index_is_refused(sharded, text):
     (sharded / INDEX).write_text(text)
@@ -187,10 +184,7 @@ def test_the_config_is_read(checkpoints):
 
 
 @pytest.mark.parametrize("text", ["{", "", "[1, 2]", '"llama"', "null"])
-def test_a_broken_config_is_refused(copy, text, request):
-    if text in ("[1, 2]", "null"):
-        reason = "valid JSON but no object: TypeError of dict() reaches the user"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=TypeError, reason=reason))
+def test_a_broken_config_is_refused(copy, text):
     (copy / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config.json is no JSON object: "):
         _ = Checkpoint(copy).config
@@ -229,19 +223,7 @@ def test_what_stays_unquantized_has_no_record(four_bit, name):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "gpt2"])
-@pytest.mark.parametrize(
-    "compute_dtype",
-    [
-        "fp32",
-        "bf16",
-        pytest.param(
-            "fp16",
-            marks=pytest.mark.xfail(
-                strict=True, reason="fp32 to fp16 to bf16 is two roundings, fp32 to bf16 is one"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
 def test_a_4_bit_copy_has_the_fingerprint_of_its_base(checkpoints, tmp_path, family, compute_dtype):
     folder = checkpoints(family)
     quant = QuantConfig(compute_dtype=compute_dtype)

@@ -94,7 +94,7 @@ def test_every_target_type_alone(target, checkpoints, tmp_path):
     "quant",
     [
         QuantConfig(compute_dtype="fp32", quant_type="fp4"),
-        QuantConfig(compute_dtype="fp32", blocksize=128, double_quant=False),
+        QuantConfig(compute_dtype="fp32", blocksize=32, double_quant=False),
         QuantConfig(compute_dtype="fp32", skip_modules=("k_proj",)),
     ],
     ids=["fp4", "blocksize", "skip"],

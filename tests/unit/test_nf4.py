@@ -110,11 +110,6 @@ def test_dequantized_equals_the_reference(shape, blocksize, quant_type):
     assert torch.allclose(left.double(), expected, rtol=1.2e-7, atol=0)
 
 
-@pytest.mark.xfail(
-    torch.backends.cpu.get_cpu_capability() == "AVX512",
-    strict=True,
-    reason="bitsandbytes 0.50's AVX-512 kernel takes the wrong absmax where a block crosses rows",
-)
 @pytest.mark.parametrize(
     ("shape", "blocksize"), [((64, 64), 128), ((8, 576), 128), ((8, 896), 256), ((8, 96), 64)]
 )
