@@ -7,6 +7,7 @@ evaluation; and a paged optimizer runs unpaged where there is no GPU to page fro
 """
 
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -35,8 +36,9 @@ from qlora.base import load_base
 from qlora.checkpoint import resolve
 from qlora.config import TrainConfig, flat
 from qlora.data import collator, describe, prepare_data, show_example
-from qlora.errors import UserError, did_you_mean
+from qlora.errors import UserError, did_you_mean, first_line
 from qlora.lora import lora_layers
+from qlora.memory import peak_bytes, show_bytes
 from qlora.progress import METRICS, MetricsWriter, PlainProgress
 from qlora.report import plot_loss, read_metrics, write_adapter_card
 
@@ -50,21 +52,13 @@ def train(config: TrainConfig) -> Path:
     Raises:
         UserError: anything the user can mend; nothing was written then.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training on several GPUs is not there yet: start one process, on one GPU")
     output = Path(config.output_dir)
     checkpoint = _starting_point(output, resume=config.resume)
     check_trainer_arguments(config.trainer)
-    folder = resolve(config.model, revision=config.revision)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    rows, stats = prepare_data(config.data.data, tokenizer, max_length=config.data.max_length)
-    print(describe(stats, name=config.data.data))
-    eval_rows = None
-    if config.data.eval_data:
-        eval_rows, eval_stats = prepare_data(
-            config.data.eval_data, tokenizer, max_length=config.data.max_length
-        )
-        print(describe(eval_stats, name=config.data.eval_data))
-    print(show_example(rows, tokenizer, colour=sys.stdout.isatty()))
-
+    tokenizer = _load_tokenizer(config)
+    rows, eval_rows = _load_rows(config, tokenizer)
     model = load_base(
         config.model,
         config.quant,
@@ -77,11 +71,42 @@ def train(config: TrainConfig) -> Path:
     prepare_for_training(model, gradient_checkpointing=config.gradient_checkpointing)
 
     trainer = make_trainer(config, model, tokenizer, rows, eval_rows)
+    if checkpoint:
+        load_adapter_weights(model, checkpoint)  # Trainer does it again; here it is still a check
     output.mkdir(parents=True, exist_ok=True)
     write_run_file(output / "run.yaml", config, model)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    _finish(trainer, config, stats.rows)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory ran out after {show_bytes(peak_bytes())}: lower --max-length or "
+            "--per-device-train-batch-size, keep --gradient-checkpointing, or take a smaller model"
+        ) from error
+    _finish(trainer, config, len(rows))
     return output
+
+
+def _load_tokenizer(config: TrainConfig) -> Any:
+    folder = resolve(config.model, revision=config.revision)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no tokenizer to be read: {first_line(error)}") from error
+
+
+def _load_rows(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
+    """Training and evaluation rows (or None), described on the terminal with one example."""
+    had_template = bool(tokenizer.chat_template)
+    prepared = []
+    for source in filter(None, (config.data.data, config.data.eval_data)):
+        rows, stats = prepare_data(source, tokenizer, max_length=config.data.max_length)
+        print(describe(stats, name=source))
+        prepared.append(rows)
+    if tokenizer.chat_template and not had_template:
+        print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
+        print("and the tokenizer saved with the adapter has this template.")
+    print(show_example(prepared[0], tokenizer, colour=sys.stdout.isatty()))
+    return prepared[0], prepared[1] if len(prepared) > 1 else None
 
 
 def _starting_point(output: Path, *, resume: bool) -> str | None:
@@ -205,9 +230,11 @@ def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingA
     if on_cpu and "paged" in config.optim:
         print(f"{config.optim} runs unpaged: this machine has no GPU memory to page from")
     try:
-        return TrainingArguments(**{**settings, **config.trainer})
+        arguments = TrainingArguments(**{**settings, **config.trainer})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"Trainer refuses these settings: {error}") from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one GPU, also where more are visible
+    return arguments
 
 
 def make_trainer(

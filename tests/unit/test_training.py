@@ -1,6 +1,7 @@
 """Training against PEFT + Trainer, and what a run leaves behind."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, FP32, randomize_adapter, tiny_tokenizer, token_ids
-from transformers import Trainer, TrainingArguments
+from conftest import FAMILIES, FP32, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from qlora.adapter_files import read_adapter, save_adapter
@@ -312,6 +313,35 @@ def test_refused_before_anything_is_written(settings, match, checkpoints, tmp_pa
     with pytest.raises(UserError, match=match):
         train(config(checkpoints("llama"), data, output, **settings))
     assert not output.exists()
+
+
+def test_resuming_with_another_rank_changes_nothing(checkpoints, tmp_path, data):
+    base = checkpoints("llama")
+    output = train(config(base, data, tmp_path / "run", max_steps=2))
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="is no checkpoint of this run: r=4"):
+        train(config(base, data, output, resume=True, lora=LoraConfig(r=8, lora_alpha=16)))
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
+
+
+def test_several_processes_are_refused(checkpoints, tmp_path, data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="several GPUs is not there yet"):
+        train(config(checkpoints("llama"), data, tmp_path / "run"))
+
+
+def test_a_model_without_a_chat_template(checkpoints, tmp_path, data, capsys):
+    shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    output = train(config(tmp_path / "base", data, tmp_path / "run", max_steps=1))
+    assert "has no chat template" in capsys.readouterr().out
+    assert "### Assistant:" in AutoTokenizer.from_pretrained(output).chat_template
+
+
+def test_a_model_without_a_tokenizer(checkpoints, tmp_path, data):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        train(config(tmp_path / "base", data, tmp_path / "run"))
 
 
 def test_an_output_folder_that_holds_a_run(checkpoints, tmp_path, data):
