@@ -21,9 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from demo.score import exact_match
 from qlora import MergeConfig, TrainConfig, UserError, load_adapter, load_base
-from qlora.base import compute_dtype
 from qlora.cli import parse
-from qlora.config import QuantConfig
 from qlora.merge import merge
 from qlora.training import train
 
@@ -74,8 +72,9 @@ def main() -> None:
             )
         )
     with step("Ask the merged model", "Opened with plain transformers, without this project."):
-        dtype = compute_dtype(QuantConfig(), torch.device("cpu"))
-        whole = AutoModelForCausalLM.from_pretrained(MERGED, dtype=dtype)
+        whole = AutoModelForCausalLM.from_pretrained(
+            MERGED, dtype=base.dtype, device_map={"": base.device}
+        )
         merged = answers(whole, AutoTokenizer.from_pretrained(MERGED), requests)
         print(f"{score(merged, wanted)} of {len(rows)} requests became the right command.")
     show(requests, before, after, wanted)
