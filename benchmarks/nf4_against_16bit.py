@@ -25,7 +25,8 @@ from qlora.base import compute_dtype, describe, load_base
 from qlora.checkpoint import Checkpoint, resolve
 from qlora.config import DataConfig, QuantConfig, TrainConfig
 from qlora.data import prepare_data
-from qlora.training import make_trainer, prepare_for_training, with_learning_rate
+from qlora.trainer import make_trainer
+from qlora.training import prepare_for_training, with_learning_rate
 
 MAX_LENGTH = 256
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora.adapters import Model, adapter_configs, matches, require_new_name, set_adapter
+from qlora.adapters import Model, adapter_configs, matches, require_new_name, set_adapter, wrap
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import LoRALinear, lora_layers
@@ -195,10 +195,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{folder / CONFIG} is no JSON: {error}") from error
+        raise UserError(f"{folder / CONFIG} is no JSON: {error}. Save the adapter again") from error
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{folder / CONFIG} is no LoRA adapter: peft_type is {kind!r}")
+        raise UserError(f"{folder / CONFIG} is no LoRA adapter: peft_type is {kind!r}, wanted LORA")
     return values
 
 
@@ -271,15 +271,17 @@ def _pair_up(
         faults += [f"missing {PREFIX}{module}.lora_{s}.weight" for s in "AB" if s not in found]
     if not sides:
         faults.append("no lora_A or lora_B tensor")
-    _raise_faults(f"{folder / WEIGHTS}", faults)
+    _raise_faults(
+        f"{folder / WEIGHTS}", faults, mend="Save the adapter again, or take an earlier checkpoint"
+    )
     return {module: (found["A"], found["B"]) for module, found in sides.items()}
 
 
-def _raise_faults(what: str, faults: Iterable[str]) -> None:
+def _raise_faults(what: str, faults: Iterable[str], *, mend: str) -> None:
     faults = list(faults)
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise UserError(f"{what}: {'; '.join(faults[:8])}{more}")
+        raise UserError(f"{what}: {'; '.join(faults[:8])}{more}. {mend}")
 
 
 def load_adapter(
@@ -299,12 +301,7 @@ def load_adapter(
     check_fits(model, adapter)
     model.requires_grad_(False)
     for name, (lora_A, lora_B) in adapter.pairs.items():
-        layer = model.get_submodule(name)
-        if not isinstance(layer, LoRALinear):
-            wrapped = LoRALinear(layer)  # type: ignore[arg-type]  # check_fits saw to it
-            wrapped.train(layer.training)
-            model.set_submodule(name, wrapped, strict=True)
-            layer = wrapped
+        layer = wrap(model, name)
         device = layer.weight.device
         layer.lora_A[adapter_name] = nn.Parameter(lora_A.to(device))
         layer.lora_B[adapter_name] = nn.Parameter(lora_B.to(device))
@@ -334,7 +331,11 @@ def load_adapter_weights(
             f"r={config.r} and scaling={config.scaling:g} on the model"
         )
     check_fits(model, adapter)
-    _raise_faults(f"{adapter.folder} is no checkpoint of this run", faults)
+    _raise_faults(
+        f"{adapter.folder} is no checkpoint of this run",
+        faults,
+        mend="Give the settings the run was started with, or a new --output-dir",
+    )
     with torch.no_grad():
         for name, (lora_A, lora_B) in adapter.pairs.items():
             layers[name].lora_A[adapter_name].copy_(lora_A)
@@ -343,12 +344,8 @@ def load_adapter_weights(
 
 def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     """Refuse an adapter of another base: by fingerprint where known, and by every shape."""
-    wanted, have = adapter.base.get("fingerprint"), _fingerprint(model)
-    if wanted and have and wanted != have:
-        raise UserError(
-            f"adapter {adapter.folder} belongs to another base: it was trained on "
-            f"{adapter.base_model} (fingerprint {wanted[:12]}), this model is {have[:12]}"
-        )
+    base: dict[str, Any] = getattr(model, "qlora_base", {})
+    require_same_base(adapter, base.get("fingerprint"), "this model")
     modules = dict(model.named_modules())
     faults = []
     for name, (lora_A, lora_B) in adapter.pairs.items():
@@ -362,9 +359,19 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
                 f"{name} is {shape} in this model, the adapter wants "
                 f"{(lora_B.shape[0], lora_A.shape[1])}"
             )
-    _raise_faults(f"adapter {adapter.folder} does not fit this model", faults)
+    _raise_faults(
+        f"adapter {adapter.folder} does not fit this model",
+        faults,
+        mend="Load the base it was trained on",
+    )
 
 
-def _fingerprint(model: nn.Module) -> str | None:
-    base: dict[str, Any] = getattr(model, "qlora_base", {})
-    return base.get("fingerprint")
+def require_same_base(adapter: AdapterFile, fingerprint: str | None, what: str) -> None:
+    """Refuse a base whose fingerprint is not the one the adapter remembers, if both are known."""
+    wanted = adapter.base.get("fingerprint")
+    if wanted and fingerprint and wanted != fingerprint:
+        raise UserError(
+            f"adapter {adapter.folder} belongs to another base: it was trained on "
+            f"{adapter.base_model} (fingerprint {wanted[:12]}), {what} is {fingerprint[:12]}. "
+            "Give the base it was trained on"
+        )

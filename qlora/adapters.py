@@ -10,7 +10,7 @@ the output head. Unlike in PEFT, each entry must match something.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -42,16 +42,21 @@ def apply_lora(
     names = target_layers(model, config.target_modules)
     model.requires_grad_(False)
     for name in names:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, LoRALinear):
-            wrapped = LoRALinear(layer)  # type: ignore[arg-type]  # target_layers saw to it
-            wrapped.train(layer.training)
-            model.set_submodule(name, wrapped, strict=True)
-            layer = wrapped
-        layer.add_adapter(adapter_name, config, generator=generator)
+        wrap(model, name).add_adapter(adapter_name, config, generator=generator)
     adapter_configs(model)[adapter_name] = config
     set_adapter(model, adapter_name)
     return model
+
+
+def wrap(model: nn.Module, name: str) -> LoRALinear:
+    """The LoRALinear at `name`, put around the linear layer there if it is not one yet."""
+    layer: Any = model.get_submodule(name)
+    if isinstance(layer, LoRALinear):
+        return layer
+    wrapped = LoRALinear(layer)
+    wrapped.train(layer.training)
+    model.set_submodule(name, wrapped, strict=True)
+    return wrapped
 
 
 def require_new_name(model: nn.Module, adapter_name: str) -> None:
@@ -137,7 +142,9 @@ def target_layers(model: nn.Module, target_modules: str | tuple[str, ...]) -> li
     if targets == (ALL_LINEAR,):
         chosen = [name for name, module in linear.items() if module is not head]
         if not chosen:
-            raise UserError("all-linear found no linear layer in this model")
+            raise UserError(
+                "all-linear found no linear layer in this model: name its layers as target_modules"
+            )
         return chosen
     is_regex = isinstance(target_modules, str)
     if is_regex:

@@ -10,6 +10,7 @@ parameters, cannot be: they are named with their size and are an error unless al
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +29,7 @@ from qlora.config import QuantConfig
 from qlora.errors import UserError
 from qlora.lora import output_head
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPE_NAMES: dict[Any, Any] = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES: dict[Any, Any] = {dtype: name for name, dtype in nf4.DTYPES.items()}
 
 
 def load_base(
@@ -51,22 +51,30 @@ def load_base(
         UserError: nothing to load there, or linear weights would stay unquantized.
     """
     quant = quant or QuantConfig()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or default_device())
     dtype = compute_dtype(quant, device)
     checkpoint = Checkpoint(resolve(model, revision=revision))
     plan = skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     if checkpoint.is_quantized:
         settings, quant = None, own_quantization(checkpoint, quant)
+    elif method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
+        raise UserError(
+            f"{model} is already quantized, with {method}: give the 16-bit model it was made from, "
+            "or a bitsandbytes 4-bit one"
+        )
     else:
         _require_all_quantized(plan, quant)
         settings = _Bnb4BitConfig(quant, dtype, _skipped(plan, quant))
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    made: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
         dtype=dtype,
         device_map={"": device},
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
         **({"quantization_config": settings} if settings else {}),
     )
+    loaded: PreTrainedModel = made[0]
+    _require_complete(checkpoint, made[1])
     if settings is not None:
         settings.as_bitsandbytes(loaded)
     _freeze(loaded, dtype)
@@ -80,10 +88,28 @@ def load_base(
     return loaded
 
 
+def default_device() -> torch.device:
+    """The current GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _require_complete(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks tensors; transformers would make up random ones."""
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if missing:
+        raise UserError(
+            f"{checkpoint.folder} lacks {len(missing)} tensors of its model, or has them in "
+            f"another shape: {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. "
+            "Download or copy it again"
+        )
+
+
 def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
     """The dtype everything but the codes is held and computed in; `auto` asks the hardware."""
     if quant.compute_dtype != "auto":
-        return DTYPES[quant.compute_dtype]
+        return nf4.DTYPES[quant.compute_dtype]
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float16
@@ -115,22 +141,25 @@ def _skipped(model: nn.Module, quant: QuantConfig) -> list[str]:
 
 
 def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:
-    """Matrices that are neither quantized, skipped on purpose, an embedding, nor small: values.
+    """Matrices that are neither quantized, nor skipped on purpose, nor an embedding; their values.
 
-    Small is a matrix below 1 % of the model: routers and position tables, which nobody quantizes.
+    Plain matrices that make up less than 1 % of the model together are left out: routers, which
+    nobody quantizes.
     """
     head = output_head(model)
     total = sum(p.numel() for p in model.parameters())
     chosen = quantized_layers(model, quant)
-    found = {}
+    found: dict[str, int] = {}
+    matrices: dict[str, int] = {}
     for name, module in model.named_modules():
         known = isinstance(module, nn.Embedding | nn.modules.conv._ConvNd) or module is head
         if known or name in chosen or is_skipped(name, quant.skip_modules):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 3 or (parameter.ndim == 2 and parameter.numel() > total // 100):
-                found[f"{name}.{leaf}".lstrip(".")] = parameter.numel()
-    return found
+            if parameter.ndim >= 2:
+                kind = found if parameter.ndim >= 3 else matrices
+                kind[f"{name}.{leaf}".lstrip(".")] = parameter.numel()
+    return found | (matrices if sum(matrices.values()) > total / 100 else {})
 
 
 def _require_all_quantized(model: nn.Module, quant: QuantConfig) -> None:
@@ -151,12 +180,19 @@ def own_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:
     record = checkpoint.record(name)
     assert record is not None
     state = nf4.from_record(record).state
-    return QuantConfig(
+    own = QuantConfig(
         quant_type=state.quant_type,
         blocksize=state.blocksize,
         double_quant=state.nested,
         compute_dtype=quant.compute_dtype,
     )
+    if own != quant and quant != QuantConfig(compute_dtype=quant.compute_dtype):
+        print(
+            f"{checkpoint.folder} is 4-bit already: {own.quant_type}, blocksize {own.blocksize}, "
+            f"double quantization {'on' if own.double_quant else 'off'}; the settings given for "
+            "quantization do not apply"
+        )
+    return own
 
 
 def _require_right_kernel(model: PreTrainedModel) -> None:

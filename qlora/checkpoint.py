@@ -31,6 +31,7 @@ from qlora.lora import output_head
 from qlora.nf4 import RECORD_MARK
 from qlora.shards import DTYPE_CODES, INDEX, SINGLE, publishing
 
+HUB_FILES = "safetensors json jinja model tiktoken txt py"
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
@@ -49,6 +50,10 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _convert_gguf(path)
+    if revision and path.exists():
+        raise UserError(
+            f"--revision {revision} is for hub models, {model} is a local path: drop it"
+        )
     if path.is_dir():
         return _model_folder(path)
     if path.exists():
@@ -82,8 +87,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
         folder = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"],
-            ignore_patterns=["original/*", "onnx/*"],
+            allow_patterns=[f"*.{kind}" for kind in HUB_FILES.split()],
+            ignore_patterns=["*/*", "consolidated*"],  # the same weights once more
         )
     except Exception as error:  # offline, gated, misspelt: the hub has an error for each
         raise UserError(
@@ -99,10 +104,8 @@ def cache_folder() -> Path:
 
 
 def _convert_gguf(path: Path) -> Path:
-    """The bf16 safetensors folder of a .gguf file; made once, recognised by its first bytes."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256(f"{path.stat().st_size}".encode() + file.read(1 << 20)).hexdigest()
-    folder = cache_folder() / f"{path.stem}-{digest[:12]}"
+    """The bf16 safetensors folder of a .gguf file; made once, recognised by samples of it."""
+    folder = cache_folder() / f"{path.stem}-{_sampled_digest(path)[:12]}"
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -124,6 +127,17 @@ def _convert_gguf(path: Path) -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return folder
+
+
+def _sampled_digest(path: Path) -> str:
+    """sha256 over the size and 64 pieces spread over the file: another model has other pieces."""
+    size, piece = path.stat().st_size, 1 << 16
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(64):
+            file.seek(max(0, size - piece) * i // 63)
+            digest.update(file.read(piece))
+    return digest.hexdigest()
 
 
 # ---- reading it ----
@@ -175,12 +189,14 @@ class Checkpoint:
                     f"{file} is damaged or cut short ({error}): download or copy it again"
                 ) from error
             except KeyError as error:
-                raise UserError(f"{file} holds a tensor of unknown dtype {error}") from error
+                raise UserError(
+                    f"{file} holds a tensor of unknown dtype {error}: give a 16-bit checkpoint"
+                ) from error
         return found
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
-        if not index.is_file():
+        if (self.folder / SINGLE).is_file():  # first, as transformers does
             return [self.folder / SINGLE]
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -188,10 +204,16 @@ class Checkpoint:
         names = sorted(set(map(str, weight_map.values())))
         outside = [name for name in names if Path(name).name != name]
         if outside:
-            raise UserError(f"{index} names files outside its folder: {', '.join(outside)}")
+            raise UserError(
+                f"{index} names files outside its folder: {', '.join(outside)}. "
+                "Do not use a checkpoint that does"
+            )
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
-            raise UserError(f"{self.folder} lacks {', '.join(missing)}, which its index names")
+            raise UserError(
+                f"{self.folder} lacks {', '.join(missing)}, which its index names: "
+                "download or copy it again"
+            )
         return [self.folder / name for name in names]
 
     def read(self, name: str) -> Tensor:
@@ -205,6 +227,13 @@ class Checkpoint:
         if not any(suffix.startswith(RECORD_MARK) for suffix in suffixes):
             return None
         return {"": self.read(name), **{s[1:]: self.read(name + s) for s in suffixes}}
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest row its model takes, where config.json says."""
+        text = self.config.get("text_config") or self.config
+        names = ("max_position_embeddings", "n_positions")
+        return next((text[name] for name in names if text.get(name)), None)
 
     @cached_property
     def is_quantized(self) -> bool:

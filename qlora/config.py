@@ -207,6 +207,18 @@ class TrainConfig:
             f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}",
         )
         _require(
+            self.max_steps == -1 or self.max_steps > 0,
+            f"max_steps must be above 0, or -1 for num_train_epochs, got {self.max_steps}",
+        )
+        for name in ("max_grad_norm", "weight_decay"):
+            _require(
+                getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}"
+            )
+        _require(
+            self.eval_steps is None or self.data.eval_data is not None,
+            "eval_steps is given but eval_data is not: give both",
+        )
+        _require(
             self.max_steps > 0 or self.num_train_epochs > 0,
             f"num_train_epochs must be above 0, got {self.num_train_epochs}",
         )

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.config import LoraConfig
-
-ADAPTER_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from qlora.nf4 import DTYPES
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -66,7 +65,7 @@ class LoRALinear(nn.Module):
     ) -> None:
         """A new adapter, not yet active. Drawn on the CPU, so a seed means the same everywhere."""
         device = self.base_layer.weight.device
-        dtype = adapter_dtype(config, device)
+        dtype = adapter_dtype(config, self.base_layer)
         lora_A = torch.empty(config.r, self.in_features)
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
         self.lora_A[name] = nn.Parameter(lora_A.to(device, dtype))
@@ -94,12 +93,16 @@ class LoRALinear(nn.Module):
         return f"r={ranks}, active={self.active_adapters}"
 
 
-def adapter_dtype(config: LoraConfig, device: torch.device) -> torch.dtype:
-    """bf16 on a GPU that computes in it, else fp32, unless the config says which."""
+def adapter_dtype(config: LoraConfig, base_layer: nn.Linear) -> torch.dtype:
+    """bf16 on a GPU that computes in it, else fp32, unless the config says which.
+
+    Under fp16 compute it must be fp32: loss scaling has no kernel for bf16 gradients.
+    """
     if config.adapter_dtype != "auto":
-        return ADAPTER_DTYPES[config.adapter_dtype]
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if on_gpu else torch.float32
+        return DTYPES[config.adapter_dtype]
+    computes_in = getattr(base_layer, "compute_dtype", base_layer.weight.dtype)
+    in_bf16 = base_layer.weight.is_cuda and computes_in == torch.bfloat16
+    return torch.bfloat16 if in_bf16 else torch.float32
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

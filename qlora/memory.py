@@ -1,6 +1,5 @@
 """Memory of a run: what it did need. (What one will need, before it starts, comes later.)"""
 
-import resource
 import sys
 
 import torch
@@ -10,6 +9,12 @@ def peak_bytes() -> int:
     """Most bytes held so far: allocated on the GPU where there is one, else this process's RSS."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
 

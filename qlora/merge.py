@@ -24,16 +24,15 @@ from bitsandbytes.utils import unpack_tensor_to_dict
 from torch import Tensor
 
 from qlora import nf4
-from qlora.adapter_files import AdapterFile, read_adapter
+from qlora.adapter_files import AdapterFile, read_adapter, require_same_base
 from qlora.checkpoint import Checkpoint, disk_name, quantized_layers, resolve, skeleton
 from qlora.config import MergeConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import delta_weight
 from qlora.report import write_merge_card
-from qlora.shards import Entry, parse_size, publishing, require_new, write_shards
-from qlora.verify import Verification, verify_merge
+from qlora.shards import Entry, parse_size, publishing, replace_text, require_new, write_shards
+from qlora.verify import Verification, read_examples, verify_merge
 
-OUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -69,24 +68,27 @@ def merge(config: MergeConfig) -> Path:
         UserError: adapter and base do not belong together, something is missing, or the output
             folder is in use. Then nothing is written.
     """
-    output = Path(config.output_dir)
+    output = Path(config.output_dir).expanduser()
     require_new(output)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but torch sees no GPU: use --device cpu")
-    adapter = read_adapter(config.adapter)
+    adapter = read_adapter(Path(config.adapter).expanduser())
     base_model = config.base_model or adapter.base_model
     if not base_model:
         raise UserError(f"adapter {config.adapter} names no base model: give --base-model")
-    checkpoint = Checkpoint(resolve(base_model, revision=adapter.revision))
+    revision = adapter.revision if base_model == adapter.base_model else None
+    checkpoint = Checkpoint(resolve(base_model, revision=revision))
     if not adapter.base:
         print("The adapter does not say how its base was quantized: taken as NF4, blocksize 64, ")
         print("double quantization, as transformers and PEFT load it for QLoRA.")
     quant = adapter.quantization
-    check_base(checkpoint, adapter, config, quant)
+    check_base(checkpoint, adapter, config)
     ops = plan_merge(checkpoint, adapter, config, quant)
     _require_space(output, ops)
+    examples = None
+    if config.verify:  # read now: a wrong path should not wait for the merge
+        examples = read_examples(config.verify, _tokenizer_folder(checkpoint, adapter))
     layers: dict[str, dict[str, float]] = {}
-    trust = config.trust_remote_code
     with publishing(output) as partial:
         tensors = merged_tensors(checkpoint, adapter, ops, quant, config.device, layers)
         write_shards(
@@ -95,31 +97,29 @@ def merge(config: MergeConfig) -> Path:
             tensors,
             max_bytes=parse_size(config.max_shard_size),
         )
-        _copy_companions(checkpoint, adapter.folder, partial, OUT_DTYPES[config.format])
-        verified = None
-        if config.verify:
-            verified = verify_merge(
-                adapter, base_model, partial, config.verify, trust_remote_code=trust
-            )
-        _write_report(partial, config, base_model, quant, layers, verified)
-    _print_summary(config, output, ops, layers, verified)
+        _copy_companions(checkpoint, adapter, partial, nf4.DTYPES[config.format])
+        _write_report(partial, config, base_model, quant, layers, None)
+    _print_summary(config, output, ops, layers)
+    if examples:
+        verified = verify_merge(
+            adapter,
+            str(checkpoint.folder),
+            output,
+            examples,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+        _write_report(output, config, base_model, quant, layers, verified)
+        print(verified.table())
     return output
 
 
 # ---- plan and check ----
 
 
-def check_base(
-    checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig, quant: QuantConfig
-) -> None:
+def check_base(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig) -> None:
     """Refuse a base that is not the one the adapter was trained on."""
-    wanted = adapter.base.get("fingerprint")
-    if wanted and wanted != checkpoint.fingerprint:
-        raise UserError(
-            f"adapter {adapter.folder} belongs to another base: it was trained on "
-            f"{adapter.base_model} (fingerprint {wanted[:12]}), {checkpoint.folder} is "
-            f"{checkpoint.fingerprint[:12]}. Give that base as --base-model"
-        )
+    require_same_base(adapter, checkpoint.fingerprint, str(checkpoint.folder))
     if checkpoint.is_quantized and config.onto == "original":
         raise UserError(
             f"--onto original wants the weights from before quantization, but {checkpoint.folder} "
@@ -137,11 +137,13 @@ def plan_merge(
     """
     model = skeleton(checkpoint.folder, trust_remote_code=config.trust_remote_code)
     layers = quantized_layers(model, quant)
+    rounds = config.onto == "nf4" and not checkpoint.is_quantized  # a 4-bit base is as it was
     modules = {**dict.fromkeys(adapter.pairs, adapter.fan_in_fan_out), **layers}
     names = {m: disk_name(checkpoint, model, f"{m}.weight") for m in modules}
-    faults = [f"{m} is not in the checkpoint" for m in adapter.pairs if names[m] is None]
+    needed = modules if rounds else adapter.pairs
+    faults = [f"{m} is not in the checkpoint" for m in needed if names[m] is None]
     module_of = {name: m for m, name in names.items() if name is not None}
-    out_dtype = OUT_DTYPES[config.format]
+    out_dtype = nf4.DTYPES[config.format]
     ops = []
     for name, header in checkpoint.tensors.items():
         weight = name.partition(".weight.")[0] + ".weight"
@@ -162,14 +164,17 @@ def plan_merge(
             MergeOp(
                 entry=Entry(name, dtype, matrix[::-1] if transposed else shape),
                 module=module if module in adapter.pairs else None,
-                round_trip=module in layers and config.onto == "nf4" and not packed,
+                round_trip=rounds and module in layers,
                 packed=packed,
                 transposed=transposed,
             )
         )
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" * (len(faults) > 5))
-        raise UserError(f"adapter {adapter.folder} does not fit {checkpoint.folder}: {shown}")
+        raise UserError(
+            f"adapter {adapter.folder} does not fit {checkpoint.folder}: {shown}. "
+            "Give the base it was trained on as --base-model"
+        )
     return ops
 
 
@@ -230,7 +235,7 @@ def _base_weight(checkpoint: Checkpoint, op: MergeOp, quant: QuantConfig, device
     if not op.round_trip:
         return weight.float()
     # Loading casts to the compute dtype before it quantizes; of a bf16 checkpoint this is no cast.
-    return nf4.round_trip(weight.to(OUT_DTYPES.get(quant.compute_dtype, weight.dtype)), quant)
+    return nf4.round_trip(weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype)), quant)
 
 
 def _norms(weight: Tensor, delta: Tensor) -> dict[str, float]:
@@ -256,21 +261,27 @@ def _cast(tensor: Tensor, entry: Entry) -> Tensor:
 
 
 def _copy_companions(
-    checkpoint: Checkpoint, adapter_folder: Path, output: Path, dtype: torch.dtype
+    checkpoint: Checkpoint, adapter: AdapterFile, output: Path, dtype: torch.dtype
 ) -> None:
     """config.json without its quantization, and the tokenizer's files byte for byte."""
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (output / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    source = adapter_folder if (adapter_folder / "tokenizer_config.json").exists() else None
+    source = _tokenizer_folder(checkpoint, adapter)
     for name in TOKENIZER_FILES:
-        file = (source or checkpoint.folder) / name
+        file = source / name
         if file.is_file():
             shutil.copyfile(file, output / name)
     for file in [checkpoint.folder / "generation_config.json", *checkpoint.folder.glob("*.py")]:
         if file.is_file():
             shutil.copyfile(file, output / file.name)
+
+
+def _tokenizer_folder(checkpoint: Checkpoint, adapter: AdapterFile) -> Path:
+    """Where training left the tokenizer it used, else the base's own."""
+    has_one = (adapter.folder / "tokenizer_config.json").is_file()
+    return adapter.folder if has_one else checkpoint.folder
 
 
 def _write_report(
@@ -292,7 +303,7 @@ def _write_report(
         "layers": layers,
         "verify": asdict(verified) if verified else None,
     }
-    (folder / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    replace_text(folder / "merge_report.json", json.dumps(report, indent=2) + "\n")
     write_merge_card(folder, report)
 
 
@@ -301,14 +312,11 @@ def _print_summary(
     output: Path,
     ops: list[MergeOp],
     layers: Mapping[str, Mapping[str, float]],
-    verified: Verification | None,
 ) -> None:
     ratios = sorted(layer["delta_over_weight"] for layer in layers.values())
     onto = "the dequantized 4-bit base" if config.onto == "nf4" else "the original weights"
     size = sum(op.entry.nbytes for op in ops)
     print(f"Merged {len(layers)} layers onto {onto}, {config.format}, {size / 1e9:.2f} GB.")
     print(f"The adapter changes a weight by {ratios[len(ratios) // 2]:.2%} of its norm (median).")
-    if verified:
-        print(verified.table())
     print(f"\nWritten to {output}. Use it:")
     print(f'  AutoModelForCausalLM.from_pretrained("{output}")      or      vllm serve {output}')

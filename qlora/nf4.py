@@ -27,6 +27,7 @@ from torch import Tensor
 from qlora.config import QuantConfig
 
 RECORD_MARK = ".quant_state.bitsandbytes__"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as configs say
 
 
 class Quantized(NamedTuple):

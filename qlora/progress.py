@@ -51,6 +51,10 @@ class MetricsWriter(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last step, whatever logging_steps is
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.perf_counter()  # evaluation is not training time
 

@@ -42,7 +42,8 @@ def write_adapter_card(folder: Path, facts: Mapping[str, Any]) -> None:
         facts: base_model, data, rows, r, lora_alpha, target_modules, steps, learning_rate,
             loss, eval_loss (or None), quant_type, blocksize, double_quant.
     """
-    evaluation = "" if facts["eval_loss"] is None else f", evaluation loss {facts['eval_loss']:.4f}"
+    found = {"training loss": facts["loss"], "evaluation loss": facts["eval_loss"]}
+    losses = ", ".join(f"{name} {x:.4f}" for name, x in found.items() if x is not None)
     double = " with double quantization" if facts["double_quant"] else ""
     base = str(facts["base_model"])
     text = f"""{_front_matter(base, "library_name: peft", "lora", "qlora")}
@@ -57,7 +58,7 @@ Trained with QLoRA: the base was frozen in 4 bits ({facts["quant_type"].upper()}
 | data | {facts["data"]} ({facts["rows"]} rows) |
 | optimizer steps | {facts["steps"]} |
 | learning rate | {facts["learning_rate"]:.3g} |
-| last training loss | {facts["loss"]:.4f}{evaluation} |
+| at the end | {losses or "not logged"} |
 
 ![loss](loss.png)
 
@@ -104,6 +105,7 @@ and rounded once to {report["format"]}.
 def _front_matter(base_model: str, *lines: str) -> str:
     """What the hub reads; a base that is a local folder has no name there and is left out."""
     *settings, first, second = lines
-    if not Path(base_model).is_absolute():
+    path = Path(base_model).expanduser()
+    if not path.is_absolute() and not path.exists():
         settings.insert(0, f"base_model: {base_model}")
     return "\n".join(["---", *settings, "tags:", f"- {first}", f"- {second}", "---", ""])

@@ -58,10 +58,20 @@ def publishing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file beside its place and rename it, so that it is never half there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def require_new(folder: Path) -> None:
-    """Refuse an output folder that already holds something."""
+    """Refuse a folder that already holds something, or that cannot be made."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds something: give a new --output-dir, or remove it")
+        raise UserError(f"{folder} already holds something: give a new folder, or remove it")
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{folder} cannot be made: {parent} is no folder that can be written to")
 
 
 class Entry(NamedTuple):

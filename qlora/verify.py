@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qlora.adapter_files import AdapterFile, load_adapter
 from qlora.adapters import disable_adapter
-from qlora.base import compute_dtype, load_base
+from qlora.base import load_base
 from qlora.data import collator, prepare_data
+from qlora.errors import UserError, first_line
 
 MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
 MAX_LENGTH = 2048
-BATCH_ROWS = 8
+BATCH_TOKENS = 2048  # logits of so many over a vocabulary of 128k take 0.5 GB in bf16
 
 
 @dataclass(frozen=True)
@@ -50,57 +51,15 @@ class Verification:
         )
 
 
-def verify_merge(
-    adapter: AdapterFile,
-    base_model: str,
-    merged: Path,
-    data: str,
-    *,
-    trust_remote_code: bool = False,
-) -> Verification:
-    """Measure the checkpoint in `merged` against `adapter` live on `base_model`.
-
-    Both compute in this machine's dtype, also where training was done in another.
-    """
-    quant = replace(adapter.quantization, compute_dtype="auto")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=trust_remote_code)
+def read_examples(data: str, tokenizer_folder: Path) -> list[Any]:
+    """Batches of the first rows of `data`, up to MAX_TOKENS supervised tokens, on the CPU."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{tokenizer_folder} holds no tokenizer to verify with: {first_line(error)}"
+        ) from error
     rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH)
-    batches, count = _batches(rows, tokenizer, device)
-    live_model = load_base(
-        base_model,
-        quant,
-        revision=adapter.revision,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-    with disable_adapter(load_adapter(live_model, adapter.folder)):
-        base = list(_log_probs(live_model, batches, "Base", keep=False))
-    live = list(_log_probs(live_model, batches, "Live adapter"))
-    del live_model
-    _free()
-    dtype = compute_dtype(quant, device)
-    merged_model = AutoModelForCausalLM.from_pretrained(
-        merged, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
-    )
-    kl = loss_merged = 0.0
-    pairs = zip(live, _log_probs(merged_model, batches, "Merged"), strict=True)
-    for (_, live_log_p), (nll, log_q) in pairs:
-        loss_merged += nll
-        kl += float(F.kl_div(log_q, live_log_p, reduction="sum", log_target=True))
-    tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
-    return Verification(
-        rows=count,
-        tokens=tokens,
-        loss_base=sum(nll for nll, _ in base) / tokens,
-        loss_live=sum(nll for nll, _ in live) / tokens,
-        loss_merged=loss_merged / tokens,
-        kl=kl / tokens,
-    )
-
-
-def _batches(rows: Any, tokenizer: Any, device: torch.device) -> tuple[list[Any], int]:
-    """Batches of the first rows, up to MAX_TOKENS supervised tokens, and how many rows."""
     chosen: list[dict[str, Any]] = []
     tokens = 0
     for row in rows:
@@ -108,9 +67,53 @@ def _batches(rows: Any, tokenizer: Any, device: torch.device) -> tuple[list[Any]
         if chosen and tokens > MAX_TOKENS:
             break
         chosen.append(row)
+    groups: list[list[dict[str, Any]]] = [[]]
+    for row in sorted(chosen, key=lambda row: len(row["input_ids"])):
+        if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > BATCH_TOKENS:
+            groups.append([])
+        groups[-1].append(row)
     collate = collator(tokenizer)
-    groups = [chosen[i : i + BATCH_ROWS] for i in range(0, len(chosen), BATCH_ROWS)]
-    return [{k: v.to(device) for k, v in collate(group).items()} for group in groups], len(chosen)
+    return [collate(group) for group in groups]
+
+
+def verify_merge(
+    adapter: AdapterFile,
+    base_model: str,
+    merged: Path,
+    examples: list[Any],
+    *,
+    device: str,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Measure the checkpoint in `merged` against `adapter` live on `base_model`.
+
+    Both compute in the dtype of `device`, also where training was done in another.
+    """
+    quant = replace(adapter.quantization, compute_dtype="auto", allow_unquantized=True)
+    live_model = load_base(base_model, quant, device=device, trust_remote_code=trust_remote_code)
+    with disable_adapter(load_adapter(live_model, adapter.folder)):
+        base = list(_log_probs(live_model, examples, "Base", keep=False))
+    live = list(_log_probs(live_model, examples, "Live adapter"))
+    dtype = live_model.dtype
+    del live_model
+    _free()
+    merged_model = AutoModelForCausalLM.from_pretrained(
+        merged, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+    )
+    kl = loss_merged = 0.0
+    pairs = zip(live, _log_probs(merged_model, examples, "Merged"), strict=True)
+    for (_, live_log_p), (nll, log_q) in pairs:
+        loss_merged += nll
+        kl += float(F.kl_div(log_q, live_log_p, reduction="sum", log_target=True))
+    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in examples)
+    return Verification(
+        rows=sum(len(batch["labels"]) for batch in examples),
+        tokens=tokens,
+        loss_base=sum(nll for nll, _ in base) / tokens,
+        loss_live=sum(nll for nll, _ in live) / tokens,
+        loss_merged=loss_merged / tokens,
+        kl=kl / tokens,
+    )
 
 
 @torch.no_grad()
@@ -120,6 +123,7 @@ def _log_probs(
     """For each batch the summed -log p of the real tokens, and log p (tokens, vocab) on the CPU."""
     model.eval()
     for batch in tqdm(batches, desc=name, leave=False):
+        batch = {key: value.to(model.device) for key, value in batch.items()}
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         mask = batch["labels"][:, 1:] != -100
         log_p = F.log_softmax(logits[:, :-1][mask].float(), dim=-1)

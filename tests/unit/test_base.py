@@ -1,13 +1,17 @@
 """A loaded base: what is 4-bit, what is not, and that it stays as it was loaded."""
 
+import json
+import shutil
+
 import pytest
 import reference
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from conftest import FAMILIES, FP32, tiny_model, token_ids
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from qlora import nf4
 from qlora.adapters import apply_lora
@@ -116,6 +120,37 @@ def test_logits_are_those_of_the_model_with_rounded_weights(checkpoints, bases, 
     # 1e-3: bitsandbytes sometimes takes the neighbouring level for an absmax (see test_nf4)
     assert reference.relative_rms(logits(bases(family)), logits(model)) < 1e-3
     assert reference.relative_rms(logits(bases(family)), logits(tiny_model(family))) > 0.01
+
+
+def test_layers_that_only_derive_from_linear_are_an_error(tmp_path):
+    """transformers quantizes nn.Linear alone; Falcon's subclass would silently stay in 16 bits."""
+    config = FalconConfig(
+        vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"linear weights cannot be quantized.*query_key_value"):
+        load_base(str(tmp_path), QuantConfig(compute_dtype="fp32"))
+
+
+@pytest.mark.parametrize("left_out", ["input_layernorm", "up_proj"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(checkpoints, tmp_path, left_out):
+    shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.layers.1.{'mlp.' * (left_out == 'up_proj')}{left_out}.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"lacks 1 tensors of its model.*{left_out}"):
+        load_base(str(tmp_path / "base"), QuantConfig(compute_dtype="fp32"))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_other_quantizations_are_refused_by_name(checkpoints, tmp_path, method):
+    shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"already quantized, with {method}: give the 16-bit"):
+        load_base(str(tmp_path / "base"))
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -42,11 +42,11 @@ def test_the_required_flags_are_enough():
 
 
 def test_nested_settings_are_flags_without_a_prefix():
-    config = parse("--r", "8", "--quant-type", "fp4", "--max-length=512", "--eval-steps", "20")
+    config = parse("--r", "8", "--quant-type", "fp4", "--max-length=512", "--save-steps", "20")
     assert config.lora == LoraConfig(r=8)
     assert config.quant == QuantConfig(quant_type="fp4")
     assert config.data == DataConfig("rows.jsonl", max_length=512)
-    assert config.eval_steps == 20
+    assert config.save_steps == 20
 
 
 def test_both_spellings_are_taken():

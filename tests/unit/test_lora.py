@@ -246,7 +246,7 @@ def test_it_shows_its_base(base):
     [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)],
 )
 def test_adapter_dtype_on_a_cpu(wanted, dtype):
-    assert adapter_dtype(LoraConfig(adapter_dtype=wanted), torch.device("cpu")) == dtype
+    assert adapter_dtype(LoraConfig(adapter_dtype=wanted), nn.Linear(2, 2)) == dtype
 
 
 def test_lora_layers_are_found_by_name():

@@ -124,6 +124,18 @@ def test_an_fp32_checkpoint_trained_in_bf16(checkpoints, tmp_path):
     )
 
 
+def test_a_4_bit_base_that_keeps_some_layers_in_16_bits(checkpoints, tmp_path):
+    """Those were not quantized in training and must not be in the merge."""
+    skip = QuantConfig(compute_dtype="fp32", skip_modules=("o_proj",))
+    load_base(str(checkpoints("llama")), skip).save_pretrained(tmp_path / "base4")
+    model = trained(tmp_path / "base4", tmp_path / "adapter")
+    merged(tmp_path / "adapter", tmp_path / "out", format="fp32")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        ids = token_ids()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_a_base_that_is_already_4_bit(checkpoints, tmp_path):
     load_base(str(checkpoints("llama")), FP32).save_pretrained(tmp_path / "base4")
     model = trained(tmp_path / "base4", tmp_path / "adapter")
@@ -209,19 +221,48 @@ def test_verify_measures_the_merge(checkpoints, tmp_path, capsys):
 # ---- what the user can mend ----
 
 
+def test_a_wrong_verify_path_does_not_cost_a_merge(checkpoints, tmp_path):
+    base = checkpoints("llama")
+    trained(base, tmp_path / "adapter")
+    shutil.copy(base / "tokenizer.json", tmp_path / "adapter")
+    shutil.copy(base / "tokenizer_config.json", tmp_path / "adapter")
+    refused(tmp_path / "adapter", tmp_path / "out", "nothing.jsonl", verify="nothing.jsonl")
+
+
+def test_a_failing_verification_keeps_the_merge(checkpoints, tmp_path, monkeypatch):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("qlora.merge.verify_merge", fail)
+    with pytest.raises(MemoryError):
+        merged(tmp_path / "adapter", tmp_path / "out", verify=str(tmp_path / "rows.jsonl"))
+    assert (tmp_path / "out" / "merge_report.json").is_file()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_output_folder_below_a_file(checkpoints, tmp_path):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    (tmp_path / "file.txt").write_text("precious")
+    refused(tmp_path / "adapter", tmp_path / "file.txt" / "out", "no folder that can be written to")
+
+
 def refused(adapter: Path, output: Path, match: str, **settings: object) -> None:
     """The merge fails with `match` and leaves nothing behind."""
-    before = sorted(output.parent.iterdir())
+    folder = adapter.parent
+    before = sorted(folder.rglob("*"))
     with pytest.raises(UserError, match=match):
         merged(adapter, output, **settings)
-    assert sorted(output.parent.iterdir()) == before
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_an_output_folder_in_use(checkpoints, tmp_path):
     trained(checkpoints("llama"), tmp_path / "adapter")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    refused(tmp_path / "adapter", tmp_path / "out", "already holds something.*--output-dir")
+    refused(tmp_path / "adapter", tmp_path / "out", "already holds something: give a new folder")
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
 
 
@@ -231,7 +272,7 @@ def test_an_adapter_for_another_base(checkpoints, tmp_path):
     refused(
         tmp_path / "adapter",
         tmp_path / "out",
-        "belongs to another base.*--base-model",
+        "belongs to another base.*Give the base it was trained on",
         base_model=str(tmp_path / "other"),
     )
 

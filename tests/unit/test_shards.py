@@ -224,9 +224,7 @@ def test_an_output_that_holds_something_is_refused(tmp_path, kind):
     else:
         out.write_text("keep")
     for attempt in (lambda: require_new(out), lambda: publishing(out).__enter__()):
-        with pytest.raises(
-            UserError, match=r"out already holds something: give a new --output-dir"
-        ):
+        with pytest.raises(UserError, match=r"out already holds something: give a new folder"):
             attempt()
     assert (out / "mine" if kind == "folder" else out).read_text() == "keep"
     assert list(tmp_path.iterdir()) == [out]

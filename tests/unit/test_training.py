@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import FAMILIES, FP32, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from qlora.adapter_files import read_adapter, save_adapter
@@ -21,13 +21,8 @@ from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
 from qlora.data import collator, prepare_data
 from qlora.errors import UserError
 from qlora.lora import lora_layers
-from qlora.training import (
-    AdapterTrainer,
-    default_learning_rate,
-    prepare_for_training,
-    token_loss,
-    train,
-)
+from qlora.trainer import AdapterTrainer, make_trainer, token_loss
+from qlora.training import default_learning_rate, prepare_for_training, train
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 
@@ -302,6 +297,8 @@ def test_the_rate_is_printed_with_its_reason(checkpoints, tmp_path, data, capsys
         ({"trainer": {"learning_rate": 1}}, "has a flag of its own"),
         ({"trainer": {"bf16": True}}, "follows from the other settings"),
         ({"optim": "adamw_turbo"}, "adamw_turbo"),
+        ({"optim": "galore_adamw"}, "Trainer refuses these settings.*galore"),
+        ({"trainer": {"label_smoothing_factor": 0.1}}, "follows from the other settings"),
         ({"lr_scheduler_type": "zigzag"}, "zigzag"),
         ({"report_to": ("paper",)}, "paper"),
         ({"resume": True}, "holds no checkpoint-N to resume from"),
@@ -342,6 +339,58 @@ def test_a_model_without_a_tokenizer(checkpoints, tmp_path, data):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="holds no tokenizer"):
         train(config(tmp_path / "base", data, tmp_path / "run"))
+
+
+def test_a_checkpoint_cut_short_is_passed_over(checkpoints, tmp_path, data):
+    """Trainer writes trainer_state.json last; a run killed while saving lacks it."""
+    base = checkpoints("llama")
+    output = train(config(base, data, tmp_path / "run"))
+    (output / "checkpoint-4" / "trainer_state.json").unlink()
+    train(config(base, data, output, resume=True))
+    assert len(losses(output)) == 4
+
+
+def test_a_run_without_a_checkpoint_names_the_way_out(checkpoints, tmp_path, data):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("config: {}\n")
+    with pytest.raises(UserError, match="or remove it: it has no checkpoint"):
+        train(config(checkpoints("llama"), data, tmp_path / "run"))
+
+
+def test_rows_are_cut_at_what_the_model_takes(checkpoints, tmp_path, data, capsys):
+    """GPT-2 has positions for 512 tokens here; a longer row would be an index error."""
+    long = tmp_path / "long.txt"
+    long.write_text("a" * 900 + "\n")
+    settings = config(checkpoints("gpt2"), long, tmp_path / "run", max_steps=1)
+    train(replace(settings, data=DataConfig(str(long), max_length=1024)))
+    said = capsys.readouterr().out
+    assert "rows are cut at 512 tokens" in said and "1 row" in said
+
+
+def test_the_run_file_of_a_resumed_run_does_not_resume(checkpoints, tmp_path, data):
+    base = checkpoints("llama")
+    train(config(base, data, tmp_path / "run", max_steps=2))
+    output = train(config(base, data, tmp_path / "run", resume=True))
+    assert yaml.safe_load((output / "run.yaml").read_text())["config"]["resume"] is False
+
+
+def test_loggers_get_speed_and_memory(checkpoints, tmp_path, data):
+    seen: list[dict[str, Any]] = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            seen.append(dict(logs))
+
+    settings = config(checkpoints("llama"), data, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    model = load_base(settings.model, FP32)
+    apply_lora(model, LORA)
+    tokenizer = tiny_tokenizer()
+    rows, _ = prepare_data(str(data), tokenizer, max_length=128)
+    trainer = make_trainer(settings, model, tokenizer, rows, None)
+    trainer.add_callback(Logger)
+    trainer.train()
+    assert {"loss", "tokens_per_second", "peak_bytes"} <= seen[0].keys()
 
 
 def test_an_output_folder_that_holds_a_run(checkpoints, tmp_path, data):

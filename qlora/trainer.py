@@ -1,0 +1,214 @@
+"""transformers' Trainer for a frozen 4-bit model with adapters: what differs, and nothing else.
+
+It is told, truthfully, that adapters are attached; checkpoints hold the adapter alone; the loss is
+summed over supervised tokens and divided once per optimizer step, in training and in evaluation;
+and a paged optimizer runs unpaged where there is no GPU to page from.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_utils import EvalLoopOutput
+
+from qlora.adapter_files import load_adapter_weights, save_adapter
+from qlora.config import TrainConfig
+from qlora.data import collator
+from qlora.errors import UserError, did_you_mean, first_line
+from qlora.lora import lora_layers
+from qlora.progress import MetricsWriter, PlainProgress
+
+# Arguments of Trainer that follow from ours, so `--trainer.NAME` may not contradict them.
+OWN_ARGUMENTS = (
+    "bf16",
+    "do_train",
+    "fp16",
+    "gradient_checkpointing_kwargs",
+    "label_smoothing_factor",
+    "remove_unused_columns",
+    "use_cpu",
+)
+
+
+def check_trainer_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse what TrainingArguments does not have, and what this project decides itself."""
+    known = {field.name for field in fields(TrainingArguments) if field.init}
+    own = {field.name for field in fields(TrainConfig)}
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"--trainer.{name} is no argument of transformers.TrainingArguments."
+                f"{did_you_mean(name, known)}"
+            )
+        if name in own:
+            raise UserError(f"--trainer.{name} has a flag of its own: give --{name}")
+        if name in OWN_ARGUMENTS:
+            raise UserError(f"--trainer.{name} follows from the other settings: leave it out")
+
+
+def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingArguments:
+    """transformers' arguments for `config`; what `--trainer.NAME` gave comes last and wins."""
+    on_cpu = model.device.type == "cpu"
+    settings: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_ratio,  # below 1 it is a share of the steps
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "seed": config.seed,
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "eval_strategy": _eval_strategy(config),
+        "eval_steps": config.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "report_to": list(config.report_to) or "none",
+        "fp16": model.dtype == torch.float16,  # T4 and older: loss scaling, fp32 adapters
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        "train_sampling_strategy": "group_by_length",  # as QLoRA: less padding
+        "length_column_name": "length",
+        "include_num_input_tokens_seen": "non_padding",
+        "label_names": ["labels"],
+    }
+    if on_cpu and "paged" in config.optim:
+        print(f"{config.optim} runs unpaged: this machine has no GPU memory to page from")
+    try:
+        arguments = TrainingArguments(**{**settings, **config.trainer})
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one GPU, also where more are visible
+    return arguments
+
+
+def make_trainer(
+    config: TrainConfig, model: PreTrainedModel, tokenizer: Any, rows: Any, eval_rows: Any
+) -> "AdapterTrainer":
+    """The Trainer for one run, with our own loss, metrics and progress lines."""
+    arguments = training_arguments(config, model)
+    if arguments.fp16 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise UserError("fp16 compute wants fp32 adapters: leave out --adapter-dtype, or give fp32")
+    try:
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            data_collator=collator(tokenizer),
+            processing_class=tokenizer,
+            compute_loss_func=token_loss,
+        )
+        # Made once to see that they can be, before anything is written, and dropped again: the
+        # schedule's length is not known yet.
+        trainer.create_optimizer()
+        trainer.create_scheduler(num_training_steps=10)
+    except (ValueError, RuntimeError, ImportError, TypeError) as error:
+        with suppress(OSError):
+            Path(config.output_dir).rmdir()  # Trainer makes it at once; goes only if empty
+        raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
+    trainer.optimizer = trainer.lr_scheduler = None
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    # First of all callbacks, so that the loggers get its figures too.
+    trainer.callback_handler.callbacks.insert(0, MetricsWriter(Path(config.output_dir)))
+    trainer.add_callback(PlainProgress())
+    return trainer
+
+
+def _eval_strategy(config: TrainConfig) -> str:
+    if not config.data.eval_data:
+        return "no"
+    return "steps" if config.eval_steps else "epoch"
+
+
+def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+    """Cross-entropy summed over supervised tokens, over those of the whole optimizer step."""
+    logits = outputs["logits"]
+    loss: Tensor = ForCausalLMLoss(
+        logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch
+    )
+    return loss
+
+
+class AdapterTrainer(Trainer):
+    """Trainer for a frozen quantized model with LoRA adapters; saves and resumes the adapter."""
+
+    model: Any
+    processing_class: Any
+    state: Any
+
+    def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not lora_layers(model):
+            raise UserError("the model has no adapter to train: call apply_lora first")
+        # Trainer refuses a quantized model unless it hears that adapters are attached. They are;
+        # it is told while it asks and no longer, since elsewhere the mark means PEFT's own.
+        model._hf_peft_config_loaded = True
+        try:
+            super().__init__(model=model, **kwargs)
+        finally:
+            del model._hf_peft_config_loaded
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = str(output_dir or self.args.output_dir)
+        save_adapter(self.model, folder)
+        self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_adapter_weights(self.model, self.state.best_model_checkpoint)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.use_cpu and "is_paged" in kwargs:
+            kwargs["is_paged"] = False
+        return optimizer, kwargs
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss over all supervised tokens of the set; Trainer's own averages means of batches."""
+        model = self.model.eval()
+        total, tokens, rows = 0.0, 0, 0
+        one = torch.tensor(1, device=self.args.device)  # divide by nothing: sums are added up
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            labels = batch["labels"]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=one)
+            total += float(loss)
+            tokens += int((labels[:, 1:] != -100).sum())
+            rows += len(labels)
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+        metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
+        nothing: Any = None
+        return EvalLoopOutput(nothing, nothing, metrics, num_samples=rows)
