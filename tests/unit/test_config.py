@@ -20,7 +20,7 @@ def test_defaults_are_those_of_the_papers():
     assert config.quant.double_quant
     assert (config.lora.target_modules, config.lora.lora_alpha) == ("all-linear", 32)
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 16
-    assert (config.max_grad_norm, config.lr_scheduler_type) == (0.3, "constant")
+    assert (config.max_grad_norm, config.lr_scheduler_type) == (0.3, "linear")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def config(base: Path, rows: Path, output: Path, **settings: Any) -> TrainConfig
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
         learning_rate=1e-2,
+        lr_scheduler_type="constant",  # the same steps, also where a run is to go on longer
         max_steps=4,
         logging_steps=1,
         save_steps=2,
