@@ -25,14 +25,14 @@ from qlora.config import LoraConfig
 CHILD = """
 import sys, time
 from qlora.config import MergeConfig
-from qlora.memory import peak_bytes
+from qlora.memory import peak_resident_bytes
 from qlora.merge import merge
 import torch, transformers.models.llama.modeling_llama
 torch.zeros(1)
-before = peak_bytes()
+before = peak_resident_bytes()
 started = time.perf_counter()
 merge(MergeConfig(adapter=sys.argv[1], output_dir=sys.argv[2], base_model=sys.argv[3]))
-print(f"\\n{before} {peak_bytes()} {time.perf_counter() - started}")
+print(f"\\n{before} {peak_resident_bytes()} {time.perf_counter() - started}")
 """
 
 

@@ -34,6 +34,14 @@ _ROOMS = {
     "qlora.config": ("DataConfig", "LoraConfig", "MergeConfig", "QuantConfig", "TrainConfig"),
     "qlora.errors": ("UserError",),
 }
+_LATER = (
+    "add_weighted_adapter",
+    "delete_adapter",
+    "merge_adapter",
+    "merge_and_unload",
+    "unload",
+    "unmerge_adapter",
+)
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
@@ -45,6 +53,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        raise AttributeError(f"qlora.{name} is not there yet")
     if name not in _HOME:
         raise AttributeError(f"module 'qlora' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

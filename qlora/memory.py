@@ -1,22 +1,32 @@
 """Memory of a run: what it did need. (What one will need, before it starts, comes later.)"""
 
+import re
 import sys
+from pathlib import Path
 
 import torch
 
 
 def peak_bytes() -> int:
-    """Most bytes held so far: allocated on the GPU where there is one, else this process's RSS."""
+    """Most bytes held so far: allocated on the GPU where there is one, else resident in memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Most bytes of this process that were resident in memory at once."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose getrusage would begin with the peak of the parent process
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(found[1]) * 1024 if found else 0
+    if sys.platform == "win32":
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
 
 
 def show_bytes(count: int) -> str:
