@@ -50,6 +50,14 @@ def live_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def assert_same_function(merged_folder: Path, model: torch.nn.Module) -> None:
+    """The merged checkpoint gives the live model's logits, to fp32 sums in another order."""
+    again = AutoModelForCausalLM.from_pretrained(merged_folder, dtype=torch.float32)
+    with torch.no_grad():
+        ids = token_ids()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
@@ -84,10 +92,7 @@ def test_every_target_type_alone(target, checkpoints, tmp_path):
     """Layers without an adapter were quantized in training too, and must be in the merge."""
     model = trained(checkpoints("llama"), tmp_path / "adapter", target_modules=(target,))
     merged(tmp_path / "adapter", tmp_path / "out", format="fp32")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        ids = token_ids()
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert_same_function(tmp_path / "out", model)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +107,7 @@ def test_every_target_type_alone(target, checkpoints, tmp_path):
 def test_the_adapter_remembers_how_its_base_was_quantized(quant, checkpoints, tmp_path):
     model = trained(checkpoints("llama"), tmp_path / "adapter", quant=quant)
     merged(tmp_path / "adapter", tmp_path / "out", format="fp32")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        ids = token_ids()
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert_same_function(tmp_path / "out", model)
 
 
 def test_an_fp32_checkpoint_trained_in_bf16(checkpoints, tmp_path):
@@ -130,10 +132,7 @@ def test_a_4_bit_base_that_keeps_some_layers_in_16_bits(checkpoints, tmp_path):
     load_base(str(checkpoints("llama")), skip).save_pretrained(tmp_path / "base4")
     model = trained(tmp_path / "base4", tmp_path / "adapter")
     merged(tmp_path / "adapter", tmp_path / "out", format="fp32")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        ids = token_ids()
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert_same_function(tmp_path / "out", model)
 
 
 def test_a_base_that_is_already_4_bit(checkpoints, tmp_path):
@@ -143,10 +142,7 @@ def test_a_base_that_is_already_4_bit(checkpoints, tmp_path):
     assert not any("absmax" in name or "quant" in name for name in tensors)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        ids = token_ids()
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert_same_function(tmp_path / "out", model)
 
 
 def test_merge_against_the_reference(checkpoints, tmp_path):
@@ -178,10 +174,7 @@ def test_shards_have_an_index_and_load(checkpoints, tmp_path):
     model = trained(checkpoints("llama"), tmp_path / "adapter")
     merged(tmp_path / "adapter", tmp_path / "out", format="fp32", max_shard_size="100KB")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        ids = token_ids()
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert_same_function(tmp_path / "out", model)
 
 
 def test_the_output_is_whole(checkpoints, tmp_path):
