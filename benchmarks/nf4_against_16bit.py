@@ -74,19 +74,20 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--schedule", default="constant")
+    parser.add_argument("--rows-per-step", type=int, default=8)
+    parser.add_argument("--schedule", default="linear")
     parser.add_argument("--learning-rate", type=float)
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train = as_jsonl(given.train, folder / "train.jsonl", given.steps * 8)
+        train = as_jsonl(given.train, folder / "train.jsonl", given.steps * given.rows_per_step)
         test = as_jsonl(given.test, folder / "test.jsonl", 128)
         config = TrainConfig(
             model=str(small_model()),
             output_dir=str(folder / "nf4"),
             data=DataConfig(str(train), str(test), MAX_LENGTH),
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=given.rows_per_step,
             gradient_accumulation_steps=1,
             max_steps=given.steps,
             eval_steps=10 * given.steps,
@@ -105,7 +106,7 @@ def main() -> None:
         {
             "model": "SmolLM2-135M-Instruct",
             "steps": given.steps,
-            "rows_per_step": 8,
+            "rows_per_step": given.rows_per_step,
             "schedule": given.schedule,
             "learning_rate": given.learning_rate or "rule",
             "nf4": {"before": nf4[0], "after": nf4[1]},
