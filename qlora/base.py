@@ -18,13 +18,19 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora import nf4
-from qlora.checkpoint import Checkpoint, is_skipped, quantized_layers, resolve, skeleton
+from qlora.checkpoint import (
+    Checkpoint,
+    is_skipped,
+    linear_layers,
+    quantized_layers,
+    resolve,
+    skeleton,
+)
 from qlora.config import QuantConfig
 from qlora.errors import UserError
 from qlora.lora import output_head
@@ -136,8 +142,7 @@ def describe(checkpoint: Checkpoint, quant: QuantConfig) -> dict[str, Any]:
 def _skipped(model: nn.Module, quant: QuantConfig) -> list[str]:
     """The layers transformers must leave alone, as the anchored patterns it matches with."""
     chosen = quantized_layers(model, quant)
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    return [f"{re.escape(name)}$" for name in linear if name not in chosen]
+    return [f"{re.escape(name)}$" for name in linear_layers(model) if name not in chosen]
 
 
 def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:

@@ -300,11 +300,18 @@ def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:
     head = output_head(model)
     return {
         name: isinstance(module, Conv1D)
-        for name, module in model.named_modules()
+        for name, module in linear_layers(model).items()
         if (type(module) is nn.Linear or isinstance(module, Conv1D))
         and module is not head
         and not is_skipped(name, quant.skip_modules)
     }
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every nn.Linear and Conv1D of `model`, by name."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
 
 
 def is_skipped(name: str, skip_modules: Iterable[str]) -> bool:

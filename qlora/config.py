@@ -232,7 +232,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Fold a trained adapter into its base and write a 16-bit checkpoint."""
+    """Fold a trained adapter into its base and write a checkpoint, in 16 bits or in 4."""
 
     adapter: str
     """folder with adapter_config.json and adapter_model.safetensors"""
@@ -243,13 +243,19 @@ class MergeConfig:
     onto: Literal["nf4", "original"] = "nf4"
     """the dequantized 4-bit base, as trained, or the original weights"""
     format: Literal["bf16", "fp16", "fp32", "nf4"] = "bf16"
-    """dtype of the merged weights (nf4 is not there yet)"""
+    """dtype of the merged weights; nf4 is a bitsandbytes 4-bit checkpoint"""
     calibration: str | None = None
-    """data for the nf4 format (not there yet)"""
+    """data for nf4, by default what the adapter was trained on; 'none' does without"""
+    blocksize: int | None = None
+    """weights that share a scale in nf4; by default as in training"""
+    double_quant: bool = True
+    """quantize the scales too in nf4, where training did"""
     verify: str | None = None
     """data on which the merged model is measured against base + live adapter"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the arithmetic is done"""
+    min_kept: float | None = None
+    """with verify: publish nothing if less of the gain is kept, like 0.95"""
     max_shard_size: str = "5GB"
     """largest file of the output"""
     trust_remote_code: bool = False
@@ -261,11 +267,24 @@ class MergeConfig:
         )
         _require(
             self.format in ("bf16", "fp16", "fp32", "nf4"),
-            f"format must be bf16, fp16 or fp32, got {self.format!r}",
+            f"format must be bf16, fp16, fp32 or nf4, got {self.format!r}",
         )
         _require(
-            self.format != "nf4" and self.calibration is None,
-            "format nf4 and calibration are not there yet: use format bf16",
+            self.format == "nf4" or (not self.calibration and not self.blocksize),
+            f"calibration and blocksize are for format nf4, and format is {self.format}: "
+            "drop them, or choose nf4",
+        )
+        _require(
+            self.blocksize is None or self.blocksize in BLOCKSIZES,
+            f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize}",
+        )
+        _require(
+            self.min_kept is None or self.verify is not None,
+            "min_kept is measured on the data of verify: give both",
+        )
+        _require(
+            self.min_kept is None or 0 < self.min_kept <= 1,
+            f"min_kept must be above 0 and at most 1, got {self.min_kept}",
         )
 
 

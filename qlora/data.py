@@ -15,7 +15,7 @@ so are the records of a local file.
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -26,6 +26,8 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from qlora.chat import NO_LOSS, Rendering, ensure_chat_template, is_answer, tokenize
 from qlora.errors import UserError
 from qlora.records import chat_of, kind_of, load_records, string_of
+
+BATCH_TOKENS = 2048  # to read, not to train: logits of so many over 128k take 0.5 GB in bf16
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,21 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     right = copy.copy(tokenizer)  # generation may want its own tokenizer padded on the left
     right.padding_side = "right"
     return _Collator(right, pad_to_multiple_of=8, label_pad_token_id=NO_LOSS)
+
+
+def length_batches(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int = BATCH_TOKENS,
+) -> list[Any]:
+    """`rows`, shortest first, in batches of at most `max_tokens` (or one row), on the CPU."""
+    groups: list[list[Mapping[str, Any]]] = [[]]
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > max_tokens:
+            groups.append([])
+        groups[-1].append(row)
+    collate = collator(tokenizer)
+    return [collate(group) for group in groups]
 
 
 def describe(stats: DataStats, *, name: str) -> str:

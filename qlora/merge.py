@@ -4,35 +4,42 @@
 
 is, to rounding, the function that was trained: every quantized layer goes through the same 4-bit
 codes as in training, also those without an adapter. `onto="original"` folds into the weights as
-they were before quantization; the adapter never saw those, so that is another function.
+they were before quantization; the adapter never saw those, so that is another function. For
+`format="nf4"` qlora.export finds 4-bit codes for the sum.
 
 `plan_merge` decides from file headers alone what happens to each tensor, and every shape is
 checked before a byte is written. Then tensors go through one at a time, in fp32, into shards: no
-model is built, and memory grows with the largest tensor, not with the model.
+model is built, and memory grows with the largest tensor, not with the model. (Two things do build
+one, when asked for: calibration of the 4-bit output, and verification.)
 """
 
 import json
-import math
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.utils import unpack_tensor_to_dict
+import yaml
 from torch import Tensor
 
 from qlora import nf4
-from qlora.adapter_files import AdapterFile, read_adapter, require_same_base
-from qlora.checkpoint import Checkpoint, disk_name, quantized_layers, resolve, skeleton
+from qlora.adapter_files import AdapterFile, read_adapter
+from qlora.calibration import calibrate
+from qlora.checkpoint import (
+    Checkpoint,
+    resolve,
+)
 from qlora.config import MergeConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.lora import delta_weight
+from qlora.export import Factors, Facts, Folding, in_4_bits, in_full
+from qlora.merge_plan import MergeOp, Plan, check_base, plan_merge
 from qlora.report import write_merge_card
 from qlora.shards import Entry, parse_size, publishing, replace_text, require_new, write_shards
 from qlora.verify import Verification, read_examples, verify_merge
 
+WARN_BELOW = 0.95  # share of the gain kept
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,28 +52,12 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class MergeOp:
-    """What happens to one tensor of the checkpoint."""
-
-    entry: Entry
-    """name, dtype and shape in the output"""
-    module: str | None = None
-    """the adapter's name of the layer, where one is folded in"""
-    round_trip: bool = False
-    """go through the 4-bit codes, as the weight did in training"""
-    packed: bool = False
-    """the checkpoint holds the codes themselves"""
-    transposed: bool = False
-    """the checkpoint's models keep this weight as (in, out)"""
-
-
 def merge(config: MergeConfig) -> Path:
     """Write the merged checkpoint that `config` describes; returns its folder.
 
     Raises:
-        UserError: adapter and base do not belong together, something is missing, or the output
-            folder is in use. Then nothing is written.
+        UserError: adapter and base do not belong together, something is missing, the output
+            folder is in use, or less is kept than `min_kept` asks for. Then nothing is written.
     """
     output = Path(config.output_dir).expanduser()
     require_new(output)
@@ -81,114 +72,97 @@ def merge(config: MergeConfig) -> Path:
     if not adapter.base:
         print("The adapter does not say how its base was quantized: taken as NF4, blocksize 64, ")
         print("double quantization, as transformers and PEFT load it for QLoRA.")
-    quant = adapter.quantization
     check_base(checkpoint, adapter, config)
-    ops = plan_merge(checkpoint, adapter, config, quant)
-    _require_space(output, ops)
+    plan = plan_merge(checkpoint, adapter, config)
+    _require_space(output, plan.entries)
+    tokenizer_folder = _tokenizer_folder(checkpoint, adapter)
     examples = None
     if config.verify:  # read now: a wrong path should not wait for the merge
-        examples = read_examples(config.verify, _tokenizer_folder(checkpoint, adapter))
-    layers: dict[str, dict[str, float]] = {}
-    with publishing(output) as partial:
-        tensors = merged_tensors(checkpoint, adapter, ops, quant, config.device, layers)
-        write_shards(
-            partial,
-            [op.entry for op in ops],
-            tensors,
-            max_bytes=parse_size(config.max_shard_size),
-        )
-        _copy_companions(checkpoint, adapter, partial, nf4.DTYPES[config.format])
-        _write_report(partial, config, base_model, quant, layers, None)
-    _print_summary(config, output, ops, layers)
-    if examples:
-        verified = verify_merge(
+        examples = read_examples(config.verify, tokenizer_folder)
+
+    def verify(folder: Path) -> Verification:
+        assert examples is not None
+        return verify_merge(
             adapter,
             str(checkpoint.folder),
-            output,
+            folder,
             examples,
             device=config.device,
             trust_remote_code=config.trust_remote_code,
         )
-        _write_report(output, config, base_model, quant, layers, verified)
-        print(verified.table())
+
+    report = _Report(config, base_model, plan)
+    moments = _calibrated(config, adapter, checkpoint, tokenizer_folder)
+    with publishing(output) as partial:
+        tensors = merged_tensors(checkpoint, adapter, plan, config.device, moments, report.layers)
+        write_shards(partial, plan.entries, tensors, max_bytes=parse_size(config.max_shard_size))
+        _copy_companions(checkpoint, tokenizer_folder, plan, config, partial)
+        report.write(partial)
+        if config.min_kept is not None:
+            report.verified = verify(partial)
+            print(report.verified.table())
+            _require_kept(report.verified, config.min_kept)
+            report.write(partial)
+    report.print_summary(output)
+    if examples and report.verified is None:
+        report.verified = verify(output)
+        report.write(output)
+        print(report.verified.table())
+    if report.verified:
+        report.print_warning()
     return output
 
 
-# ---- plan and check ----
-
-
-def check_base(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig) -> None:
-    """Refuse a base that is not the one the adapter was trained on."""
-    require_same_base(adapter, checkpoint.fingerprint, str(checkpoint.folder))
-    if checkpoint.is_quantized and config.onto == "original":
-        raise UserError(
-            f"--onto original wants the weights from before quantization, but {checkpoint.folder} "
-            "is 4-bit: give the 16-bit model as --base-model, or merge --onto nf4"
+def _calibrated(
+    config: MergeConfig, adapter: AdapterFile, checkpoint: Checkpoint, tokenizer_folder: Path
+) -> Callable[[str], Tensor] | None:
+    """The layers' input moments for a 4-bit output, or None where there is no data for them."""
+    if config.format != "nf4" or config.calibration == "none":
+        return None
+    data = config.calibration or _training_data(adapter.folder)
+    if data is None:
+        print(
+            f"No data to calibrate with: {adapter.folder / 'run.yaml'} names none that is there. "
+            "Codes are chosen without; --calibration DATA keeps more of the adapter."
         )
+        return None
+    return calibrate(
+        adapter,
+        str(checkpoint.folder),
+        data,
+        tokenizer_folder,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    ).of
 
 
-def plan_merge(
-    checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig, quant: QuantConfig
-) -> list[MergeOp]:
-    """What to do with each tensor, from headers alone.
+def _training_data(folder: Path) -> str | None:
+    """The file or folder the adapter was trained on, as its run.yaml tells, if it is still there.
 
-    Raises:
-        UserError: an adapted layer is not in the checkpoint or has another shape; all are named.
+    Names of the hub are left alone: nothing is downloaded that nobody asked for.
     """
-    model = skeleton(checkpoint.folder, trust_remote_code=config.trust_remote_code)
-    layers = quantized_layers(model, quant)
-    rounds = config.onto == "nf4" and not checkpoint.is_quantized  # a 4-bit base is as it was
-    modules = {**dict.fromkeys(adapter.pairs, adapter.fan_in_fan_out), **layers}
-    names = {m: disk_name(checkpoint, model, f"{m}.weight") for m in modules}
-    needed = modules if rounds else adapter.pairs
-    faults = [f"{m} is not in the checkpoint" for m in needed if names[m] is None]
-    module_of = {name: m for m, name in names.items() if name is not None}
-    out_dtype = nf4.DTYPES[config.format]
-    ops = []
-    for name, header in checkpoint.tensors.items():
-        weight = name.partition(".weight.")[0] + ".weight"
-        if weight != name and _is_packed(checkpoint, weight):
-            continue  # a part of the 4-bit record of `weight`
-        packed = _is_packed(checkpoint, name)
-        shape = _packed_shape(checkpoint, name) if packed else header.shape
-        module = module_of.get(name)
-        transposed = module is not None and modules[module]
-        matrix = shape[::-1] if transposed and not packed else shape
-        if module in adapter.pairs:
-            lora_A, lora_B = adapter.pairs[module]
-            wanted = (lora_B.shape[0], lora_A.shape[1])
-            if matrix != wanted:
-                faults.append(f"{name} is {matrix}, the adapter is for {wanted}")
-        dtype = out_dtype if header.dtype.is_floating_point or packed else header.dtype
-        ops.append(
-            MergeOp(
-                entry=Entry(name, dtype, matrix[::-1] if transposed else shape),
-                module=module if module in adapter.pairs else None,
-                round_trip=rounds and module in layers,
-                packed=packed,
-                transposed=transposed,
-            )
-        )
-    if faults:
-        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" * (len(faults) > 5))
+    path = folder / "run.yaml"
+    if not path.is_file():
+        return None
+    run = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = run.get("config", {}).get("data") if isinstance(run, dict) else None
+    return data if isinstance(data, str) and Path(data).expanduser().exists() else None
+
+
+def _require_kept(verified: Verification, min_kept: float) -> None:
+    if verified.kept < min_kept:
         raise UserError(
-            f"adapter {adapter.folder} does not fit {checkpoint.folder}: {shown}. "
-            "Give the base it was trained on as --base-model"
+            f"the merged model keeps {verified.kept:.1%} of what training gained, --min-kept "
+            f"{min_kept} wants more: nothing was written. Give --calibration data like the "
+            "training's, or merge to --format bf16 --onto nf4"
         )
-    return ops
 
 
-def _is_packed(checkpoint: Checkpoint, name: str) -> bool:
-    return any(f"{name}{nf4.RECORD_MARK}{t}" in checkpoint.tensors for t in ("nf4", "fp4"))
+# ---- check and apply ----
 
 
-def _packed_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    mark = next(n for n in checkpoint.tensors if n.startswith(f"{name}{nf4.RECORD_MARK}"))
-    return tuple(unpack_tensor_to_dict(checkpoint.read(mark))["shape"])
-
-
-def _require_space(output: Path, ops: list[MergeOp]) -> None:
-    needed = sum(op.entry.nbytes for op in ops)
+def _require_space(output: Path, entries: list[Entry]) -> None:
+    needed = sum(entry.nbytes for entry in entries)
     parent = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -198,53 +172,63 @@ def _require_space(output: Path, ops: list[MergeOp]) -> None:
         )
 
 
-# ---- apply ----
-
-
 def merged_tensors(
     checkpoint: Checkpoint,
     adapter: AdapterFile,
-    ops: list[MergeOp],
-    quant: QuantConfig,
+    plan: Plan,
     device: str,
-    layers: dict[str, dict[str, float]],
+    moments: Callable[[str], Tensor] | None,
+    layers: dict[str, Facts],
 ) -> Iterator[Tensor]:
-    """The output's tensors in the order of `ops`; notes norms of each adapted layer in `layers`."""
-    for op in ops:
-        if not (op.module or op.round_trip or op.packed):
-            yield _cast(checkpoint.read(op.entry.name), op.entry)
+    """The output's tensors in the order of `plan.entries`; facts of adapted layers go to `layers`.
+
+    Args:
+        moments: gives an adapted layer's sum of x x' over its inputs, for a 4-bit output.
+    """
+    for op in plan.ops:
+        if not (op.module or op.round_trip or op.packed or op.in_4_bits):
+            (entry,) = op.entries
+            yield _cast(checkpoint.read(op.name), entry)
             continue
-        weight = _base_weight(checkpoint, op, quant, device)
+        folding = _read(checkpoint, adapter, op, plan.quant, device)
+        if op.in_4_bits:
+            known = moments(op.module) if moments and op.module else None
+            quantized, found = in_4_bits(folding, plan.out_quant, known)
+            quantized.state.dtype = plan.out_dtype
+            record = nf4.to_record(quantized)
+            suffixes = [entry.name.removeprefix(op.name).lstrip(".") for entry in op.entries]
+            done = [record[suffix].cpu() for suffix in suffixes]
+        else:
+            (entry,) = op.entries
+            weight, found = in_full(folding, entry.dtype)
+            done = [_cast(weight.T if op.transposed else weight, entry)]
         if op.module:
-            lora_A, lora_B = (matrix.to(device) for matrix in adapter.pairs[op.module])
-            delta = delta_weight(lora_A, lora_B, adapter.config.scaling)
-            layers[op.module] = _norms(weight, delta)
-            weight.add_(delta)
-        yield _cast(weight.T if op.transposed else weight, op.entry)
+            layers[op.module] = found
+        yield from done
 
 
-def _base_weight(checkpoint: Checkpoint, op: MergeOp, quant: QuantConfig, device: str) -> Tensor:
-    """The weight (out, in) to fold into, fp32, on `device`."""
+def _read(
+    checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp, quant: QuantConfig, device: str
+) -> Folding:
+    """The weight of `op`, with what the adapter adds to it, on `device`."""
+    factors = None
+    if op.module:
+        lora_A, lora_B = (matrix.to(device) for matrix in adapter.pairs[op.module])
+        factors = Factors(lora_A, lora_B, adapter.config.scaling)
     if op.packed:
-        record = checkpoint.record(op.entry.name)
+        record = checkpoint.record(op.name)
         assert record is not None
-        return nf4.dequantize(nf4.from_record(record, device))
-    weight = checkpoint.read(op.entry.name).to(device)
+        codes = nf4.from_record(record, device)
+        return Folding(nf4.dequantize(codes), factors, codes)
+    weight = checkpoint.read(op.name).to(device)
     if op.transposed:
         weight = weight.T
     if not op.round_trip:
-        return weight.float()
+        return Folding(weight.float(), factors, original=weight)
     # Loading casts to the compute dtype before it quantizes; of a bf16 checkpoint this is no cast.
-    return nf4.round_trip(weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype)), quant)
-
-
-def _norms(weight: Tensor, delta: Tensor) -> dict[str, float]:
-    weight_norm, delta_norm = float(weight.norm()), float(delta.norm())
-    return {
-        "weight_norm": weight_norm,
-        "delta_norm": delta_norm,
-        "delta_over_weight": delta_norm / weight_norm if weight_norm else math.inf,
-    }
+    weight = weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype))
+    codes = nf4.quantize(weight, quant)
+    return Folding(nf4.dequantize(codes), factors, codes, original=weight)
 
 
 def _cast(tensor: Tensor, entry: Entry) -> Tensor:
@@ -261,21 +245,37 @@ def _cast(tensor: Tensor, entry: Entry) -> Tensor:
 
 
 def _copy_companions(
-    checkpoint: Checkpoint, adapter: AdapterFile, output: Path, dtype: torch.dtype
+    checkpoint: Checkpoint, tokenizer_folder: Path, plan: Plan, config: MergeConfig, output: Path
 ) -> None:
-    """config.json without its quantization, and the tokenizer's files byte for byte."""
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (output / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    source = _tokenizer_folder(checkpoint, adapter)
+    """config.json that says what the weights now are, and the tokenizer's files byte for byte."""
+    values = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    values.pop("torch_dtype", None)
+    values["dtype"] = str(plan.out_dtype).removeprefix("torch.")
+    if config.format == "nf4":
+        values["quantization_config"] = _quantization_config(plan)
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    (output / "config.json").write_text(text, encoding="utf-8")
     for name in TOKENIZER_FILES:
-        file = source / name
+        file = tokenizer_folder / name
         if file.is_file():
             shutil.copyfile(file, output / name)
     for file in [checkpoint.folder / "generation_config.json", *checkpoint.folder.glob("*.py")]:
         if file.is_file():
             shutil.copyfile(file, output / file.name)
+
+
+def _quantization_config(plan: Plan) -> dict[str, Any]:
+    """What transformers writes for a bitsandbytes 4-bit model."""
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=plan.out_quant.quant_type,
+        bnb_4bit_use_double_quant=plan.out_quant.double_quant,
+        bnb_4bit_compute_dtype=plan.out_dtype,
+        llm_int8_skip_modules=plan.unquantized or None,
+    )
+    return dict(settings.to_dict())
 
 
 def _tokenizer_folder(checkpoint: Checkpoint, adapter: AdapterFile) -> Path:
@@ -284,39 +284,55 @@ def _tokenizer_folder(checkpoint: Checkpoint, adapter: AdapterFile) -> Path:
     return adapter.folder if has_one else checkpoint.folder
 
 
-def _write_report(
-    folder: Path,
-    config: MergeConfig,
-    base_model: str,
-    quant: QuantConfig,
-    layers: Mapping[str, Mapping[str, float]],
-    verified: Verification | None,
-) -> None:
-    report: dict[str, Any] = {
-        "adapter": config.adapter,
-        "base_model": base_model,
-        "onto": config.onto,
-        "format": config.format,
-        "quant_type": quant.quant_type,
-        "blocksize": quant.blocksize,
-        "double_quant": quant.double_quant,
-        "layers": layers,
-        "verify": asdict(verified) if verified else None,
-    }
-    replace_text(folder / "merge_report.json", json.dumps(report, indent=2) + "\n")
-    write_merge_card(folder, report)
+class _Report:
+    """merge_report.json, the card, and what the terminal is told."""
 
+    def __init__(self, config: MergeConfig, base_model: str, plan: Plan) -> None:
+        self.config, self.base_model, self.plan = config, base_model, plan
+        self.layers: dict[str, Facts] = {}
+        self.verified: Verification | None = None
 
-def _print_summary(
-    config: MergeConfig,
-    output: Path,
-    ops: list[MergeOp],
-    layers: Mapping[str, Mapping[str, float]],
-) -> None:
-    ratios = sorted(layer["delta_over_weight"] for layer in layers.values())
-    onto = "the dequantized 4-bit base" if config.onto == "nf4" else "the original weights"
-    size = sum(op.entry.nbytes for op in ops)
-    print(f"Merged {len(layers)} layers onto {onto}, {config.format}, {size / 1e9:.2f} GB.")
-    print(f"The adapter changes a weight by {ratios[len(ratios) // 2]:.2%} of its norm (median).")
-    print(f"\nWritten to {output}. Use it:")
-    print(f'  AutoModelForCausalLM.from_pretrained("{output}")      or      vllm serve {output}')
+    def write(self, folder: Path) -> None:
+        quant = self.plan.quant
+        values: dict[str, Any] = {
+            "adapter": self.config.adapter,
+            "base_model": self.base_model,
+            "onto": self.config.onto,
+            "format": self.config.format,
+            "quant_type": quant.quant_type,
+            "blocksize": quant.blocksize,
+            "double_quant": quant.double_quant,
+            "layers": self.layers,
+            "verify": asdict(self.verified) | {"kept": self.verified.kept}
+            if self.verified
+            else None,
+        }
+        replace_text(folder / "merge_report.json", json.dumps(values, indent=2) + "\n")
+        write_merge_card(folder, values)
+
+    def print_summary(self, output: Path) -> None:
+        ratios = sorted(layer["delta_over_weight"] for layer in self.layers.values())
+        kept = sorted(layer["kept"] for layer in self.layers.values())
+        base = "the dequantized 4-bit base"
+        onto = base if self.config.onto == "nf4" else "the original weights"
+        size = sum(entry.nbytes for entry in self.plan.entries)
+        print(
+            f"Merged {len(self.layers)} layers onto {onto}, {self.config.format}, "
+            f"{size / 1e9:.2f} GB."
+        )
+        print(
+            f"The adapter changes a weight by {ratios[len(ratios) // 2]:.2%} of its norm (median); "
+            f"of the change {kept[len(kept) // 2]:.1%} is in the merged weight (median; the least "
+            f"{kept[0]:.1%})."
+        )
+        print(f"\nWritten to {output}. Use it:")
+        print(
+            f'  AutoModelForCausalLM.from_pretrained("{output}")      or      vllm serve {output}'
+        )
+
+    def print_warning(self) -> None:
+        if self.verified and self.verified.kept < WARN_BELOW:
+            print(
+                f"\nWARNING: the merged model has lost {1 - self.verified.kept:.1%} of what "
+                "training gained on this data. Do not use it in place of the live adapter."
+            )

@@ -27,6 +27,7 @@ from torch import Tensor
 from qlora.config import QuantConfig
 
 RECORD_MARK = ".quant_state.bitsandbytes__"
+STATE_BYTES = 256
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as configs say
 
 
@@ -51,15 +52,21 @@ def quantize(weight: Tensor, quant: QuantConfig) -> Quantized:
 def dequantize(quantized: Quantized) -> Tensor:
     """The weight (out, in) that the codes stand for, fp32."""
     packed, state = quantized
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
     # As one long row: bitsandbytes' AVX-512 kernel takes a wrong absmax where a block crosses rows.
     row = (1, state.shape.numel())
     out = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed, absmax, state.blocksize, state.quant_type, row, torch.float32
+        packed, absmax(quantized), state.blocksize, state.quant_type, row, torch.float32
     )
     return torch.as_tensor(out).view(state.shape)
+
+
+def absmax(quantized: Quantized) -> Tensor:
+    """What the levels of each block are multiplied with, fp32 (blocks,)."""
+    state = quantized.state
+    if not state.nested:
+        return torch.as_tensor(state.absmax)
+    first = bnb.dequantize_blockwise(state.absmax, state.state2).float()
+    return torch.as_tensor(first + state.offset)
 
 
 @cache
@@ -81,8 +88,35 @@ def round_trip(weight: Tensor, quant: QuantConfig) -> Tensor:
 
 
 def to_record(quantized: Quantized) -> dict[str, Tensor]:
-    """The tensors of the on-disk record; the packed bytes under the empty suffix."""
-    return {"": quantized.packed, **quantized.state.as_dict(packed=True)}
+    """The tensors of the on-disk record; the packed bytes under the empty suffix.
+
+    The settings in JSON are padded with blanks to STATE_BYTES, so that a record's size is known
+    before its values are.
+    """
+    record = {"": quantized.packed, **quantized.state.as_dict(packed=True)}
+    for suffix, tensor in record.items():
+        if RECORD_MARK.lstrip(".") in suffix:
+            blanks = torch.full((STATE_BYTES - len(tensor),), ord(" "), dtype=torch.uint8)
+            record[suffix] = torch.cat([tensor.cpu(), blanks])
+    return record
+
+
+def record_layout(
+    shape: tuple[int, ...], quant: QuantConfig
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of each tensor of the record of a weight of that shape."""
+    values = math.prod(shape)
+    blocks = math.ceil(values / quant.blocksize)
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "": (torch.uint8, (math.ceil(values / 2), 1)),
+        "absmax": (torch.uint8 if quant.double_quant else torch.float32, (blocks,)),
+        "quant_map": (torch.float32, (16,)),
+    }
+    if quant.double_quant:
+        layout["nested_absmax"] = (torch.float32, (math.ceil(blocks / 256),))
+        layout["nested_quant_map"] = (torch.float32, (256,))
+    layout[f"{RECORD_MARK.lstrip('.')}{quant.quant_type}"] = (torch.uint8, (STATE_BYTES,))
+    return layout
 
 
 def from_record(record: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Quantized:
@@ -107,3 +141,16 @@ def storage_bytes(quantized: Quantized) -> int:
     if state.nested:
         tensors += [state.state2.absmax, state.offset]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def is_on_grid(quantized: Quantized, quant: QuantConfig) -> bool:
+    """Whether the codes are of the kind that `quant` asks for."""
+    state = quantized.state
+    own = (state.quant_type, state.blocksize, bool(state.nested))
+    return own == (quant.quant_type, quant.blocksize, quant.double_quant)
+
+
+def codes_changed(before: Quantized, after: Quantized) -> float:
+    """The share of 4-bit codes that differ."""
+    odd = before.packed ^ after.packed
+    return float(((odd >> 4 > 0).sum() + (odd & 15 > 0).sum()) / (2 * odd.numel()))

@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from qlora.adapter_files import AdapterFile, load_adapter
 from qlora.adapters import disable_adapter
 from qlora.base import load_base
-from qlora.data import collator, prepare_data
+from qlora.checkpoint import Checkpoint
+from qlora.data import length_batches, prepare_data
 from qlora.errors import UserError, first_line
 
 MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
 MAX_LENGTH = 2048
-BATCH_TOKENS = 2048  # logits of so many over a vocabulary of 128k take 0.5 GB in bf16
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,24 @@ class Verification:
     loss_live: float
     loss_merged: float
     kl: float
+    agreement: float
+    """share of the tokens for which live and merged model hold the same next token most likely"""
+
+    @property
+    def kept(self) -> float:
+        """The share of the loss that training gained which the merged model has too."""
+        gain = self.loss_base - self.loss_live
+        return (self.loss_base - self.loss_merged) / gain if gain else 1.0
 
     def table(self) -> str:
         """A small table for the terminal."""
         return (
             f"\nMeasured on {self.rows} rows, {self.tokens} supervised tokens:\n"
-            f"  {'':24}{'loss':>9}{'KL to live':>13}\n"
+            f"  {'':24}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
             f"  {'4-bit base':24}{self.loss_base:9.4f}\n"
-            f"  {'base + live adapter':24}{self.loss_live:9.4f}\n"
-            f"  {'merged':24}{self.loss_merged:9.4f}{self.kl:13.6f}"
+            f"  {'base + live adapter':24}{self.loss_live:9.4f}{1:12.2%}\n"
+            f"  {'merged':24}{self.loss_merged:9.4f}{self.kept:12.2%}{self.kl:13.6f}"
+            f"{self.agreement:17.2%}"
         )
 
 
@@ -67,13 +76,7 @@ def read_examples(data: str, tokenizer_folder: Path) -> list[Any]:
         if chosen and tokens > MAX_TOKENS:
             break
         chosen.append(row)
-    groups: list[list[dict[str, Any]]] = [[]]
-    for row in sorted(chosen, key=lambda row: len(row["input_ids"])):
-        if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > BATCH_TOKENS:
-            groups.append([])
-        groups[-1].append(row)
-    collate = collator(tokenizer)
-    return [collate(group) for group in groups]
+    return length_batches(chosen, tokenizer)
 
 
 def verify_merge(
@@ -97,13 +100,20 @@ def verify_merge(
     dtype = live_model.dtype
     del live_model
     _free()
-    merged_model = AutoModelForCausalLM.from_pretrained(
-        merged, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
-    )
+    if Checkpoint(merged).is_quantized:
+        merged_model = load_base(
+            str(merged), quant, device=device, trust_remote_code=trust_remote_code
+        )
+    else:
+        merged_model = AutoModelForCausalLM.from_pretrained(
+            merged, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+        )
     kl = loss_merged = 0.0
+    same = 0
     pairs = zip(live, _log_probs(merged_model, examples, "Merged"), strict=True)
     for (_, live_log_p), (nll, log_q) in pairs:
         loss_merged += nll
+        same += int((log_q.argmax(-1) == live_log_p.argmax(-1)).sum())
         kl += float(F.kl_div(log_q, live_log_p, reduction="sum", log_target=True))
     tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in examples)
     return Verification(
@@ -113,6 +123,7 @@ def verify_merge(
         loss_live=sum(nll for nll, _ in live) / tokens,
         loss_merged=loss_merged / tokens,
         kl=kl / tokens,
+        agreement=same / tokens,
     )
 
 

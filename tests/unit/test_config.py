@@ -72,6 +72,23 @@ def test_a_config_cannot_be_changed():
             lambda: MergeConfig("adapter", "out", onto="gguf"),
             "onto must be nf4 or original, got 'gguf'",
         ),
+        (
+            lambda: MergeConfig("adapter", "out", calibration="rows.jsonl"),
+            "calibration and blocksize are for format nf4, and format is bf16: drop them, or "
+            "choose nf4",
+        ),
+        (
+            lambda: MergeConfig("adapter", "out", format="nf4", blocksize=100),
+            "blocksize must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096, got 100",
+        ),
+        (
+            lambda: MergeConfig("adapter", "out", min_kept=0.9),
+            "min_kept is measured on the data of verify: give both",
+        ),
+        (
+            lambda: MergeConfig("adapter", "out", verify="x", min_kept=95),
+            "min_kept must be above 0 and at most 1, got 95",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused(make, message):
@@ -93,7 +110,6 @@ def test_steps_stand_in_for_epochs():
         lambda: DataConfig("x", packing=True),
         lambda: train_config(plan=True),
         lambda: train_config(gpu_memory="8GB"),
-        lambda: MergeConfig("adapter", "out", format="nf4"),
     ],
 )
 def test_what_is_not_there_yet_says_so(make):

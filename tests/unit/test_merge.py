@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import FAMILIES, FP32, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
 from reference import NF4, round_trip
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora import nf4
 from qlora.adapter_files import save_adapter
 from qlora.adapters import apply_lora
 from qlora.base import load_base
@@ -19,6 +21,7 @@ from qlora.config import LoraConfig, MergeConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import lora_layers
 from qlora.merge import merge
+from qlora.verify import Verification
 
 
 def trained(
@@ -209,6 +212,142 @@ def test_verify_measures_the_merge(checkpoints, tmp_path, capsys):
     assert 0 <= verified["kl"] < 1e-3
     assert abs(verified["loss_base"] - verified["loss_live"]) > 5e-3  # the adapter does something
     assert "base + live adapter" in capsys.readouterr().out
+
+
+# ---- 4-bit output ----
+
+
+def rows_file(folder: Path, rows: int = 12) -> str:
+    """A small data file for calibration and verification."""
+    made = [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(rows)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return str(path)
+
+
+def live_deltas(model: torch.nn.Module) -> dict[str, Tensor]:
+    layers = lora_layers(model)
+    return {name: layer.delta_weight("default").detach() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_4_bit_merge_opens_in_transformers_and_holds_the_adapter(family, checkpoints, tmp_path):
+    model = trained(checkpoints(family), tmp_path / "adapter")
+    base = {n: nf4.dequantize(codes_of(m.base_layer)) for n, m in lora_layers(model).items()}
+    data = rows_file(tmp_path)
+    merged(tmp_path / "adapter", tmp_path / "out", format="nf4", calibration=data)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    for name, delta in live_deltas(model).items():
+        layer = again.get_submodule(name)
+        assert isinstance(layer, Linear4bit), name
+        change = nf4.dequantize(codes_of(layer)) - base[name]
+        # felt in the outputs, the change is delta (the report); in the weights it is near it
+        assert report["layers"][name]["kept"] == pytest.approx(1, abs=0.05), name
+        assert relative_error(change, delta) < 1, name
+    linear = {n for n, m in again.named_modules() if isinstance(m, Linear4bit)}
+    assert linear == set(live_deltas(model))  # no more and no less than in training
+
+
+def codes_of(layer: Linear4bit) -> nf4.Quantized:
+    return nf4.Quantized(layer.weight.data, layer.weight.quant_state)
+
+
+def test_layers_without_an_adapter_keep_their_codes(checkpoints, tmp_path):
+    model = trained(checkpoints("llama"), tmp_path / "adapter", target_modules=("q_proj",))
+    tensors = merged(tmp_path / "adapter", tmp_path / "out", format="nf4", calibration="none")
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit) and "base_layer" not in name:
+            record = nf4.to_record(codes_of(layer))
+            assert torch.equal(tensors[f"{name}.weight"], record[""]), name
+            assert torch.equal(tensors[f"{name}.weight.absmax"], record["absmax"]), name
+
+
+def test_the_4_bit_merge_of_an_idle_adapter_is_the_base(checkpoints, tmp_path):
+    model = load_base(str(checkpoints("llama")), FP32)
+    save_adapter(apply_lora(model, LoraConfig(r=4)), tmp_path / "adapter")
+    load_base(str(checkpoints("llama")), FP32).save_pretrained(tmp_path / "base4")
+    before = load_file(tmp_path / "base4" / "model.safetensors")
+    data = rows_file(tmp_path)
+    tensors = merged(tmp_path / "adapter", tmp_path / "out", format="nf4", calibration=data)
+    assert tensors.keys() == before.keys()  # the very tensors that transformers writes
+    for name, tensor in before.items():
+        if tensor.dtype == torch.uint8 and "quant_state" not in name:
+            assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("settings", [{"blocksize": 32}, {"double_quant": False}])
+def test_another_grid_than_in_training(settings, checkpoints, tmp_path):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    data = rows_file(tmp_path)
+    tensors = merged(
+        tmp_path / "adapter", tmp_path / "out", format="nf4", calibration=data, **settings
+    )
+    absmax = tensors["model.layers.0.mlp.up_proj.weight.absmax"]
+    assert len(absmax) == 128 * 64 // settings.get("blocksize", 64)
+    assert absmax.dtype == (torch.uint8 if settings.get("double_quant", True) else torch.float32)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_use_double_quant"] is settings.get("double_quant", True)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_4_bit_base_merges_to_4_bits(checkpoints, tmp_path):
+    skip = QuantConfig(compute_dtype="fp32", skip_modules=("o_proj",))
+    load_base(str(checkpoints("llama")), skip).save_pretrained(tmp_path / "base4")
+    tiny_tokenizer().save_pretrained(tmp_path / "base4")
+    model = trained(tmp_path / "base4", tmp_path / "adapter")
+    merged(tmp_path / "adapter", tmp_path / "out", format="nf4", calibration=rows_file(tmp_path))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    kinds = {n: isinstance(again.get_submodule(n), Linear4bit) for n in lora_layers(model)}
+    assert kinds == {n: "o_proj" not in n for n in kinds}
+
+
+def test_calibration_is_by_default_on_the_training_data(checkpoints, tmp_path, capsys):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    (tmp_path / "adapter" / "run.yaml").write_text(f"config:\n  data: {rows_file(tmp_path)}\n")
+    named = merged(tmp_path / "adapter", tmp_path / "named", format="nf4")
+    data = rows_file(tmp_path)
+    given = merged(tmp_path / "adapter", tmp_path / "given", format="nf4", calibration=data)
+    assert all(torch.equal(named[name], given[name]) for name in given)
+    (tmp_path / "adapter" / "run.yaml").unlink()
+    capsys.readouterr()
+    without = merged(tmp_path / "adapter", tmp_path / "without", format="nf4")
+    assert "No data to calibrate with" in capsys.readouterr().out
+    assert any(not torch.equal(without[name], given[name]) for name in given)
+
+
+def test_verify_measures_a_4_bit_merge(checkpoints, tmp_path):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    data = rows_file(tmp_path)
+    merged(tmp_path / "adapter", tmp_path / "out", format="nf4", calibration=data, verify=data)
+    verified = json.loads((tmp_path / "out" / "merge_report.json").read_text())["verify"]
+    assert 0 < verified["kl"] < 0.1 and 0.5 < verified["agreement"] <= 1
+    gain = verified["loss_base"] - verified["loss_live"]
+    kept = (verified["loss_base"] - verified["loss_merged"]) / gain
+    assert verified["kept"] == pytest.approx(kept)
+
+
+def test_less_than_min_kept_is_not_published(checkpoints, tmp_path, monkeypatch):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    data = rows_file(tmp_path)
+    poor = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 0.8)
+    monkeypatch.setattr("qlora.merge.verify_merge", lambda *_, **__: poor)
+    with pytest.raises(UserError, match=r"keeps 75.0%.*--min-kept 0.9.*nothing was written"):
+        merged(tmp_path / "adapter", tmp_path / "out", verify=data, min_kept=0.9)
+    assert not (tmp_path / "out").exists()
+    assert [p for p in tmp_path.iterdir() if "partial" in p.name] == []
+    merged(tmp_path / "adapter", tmp_path / "out", verify=data, min_kept=0.7)
+    assert (
+        json.loads((tmp_path / "out" / "merge_report.json").read_text())["verify"]["kept"] == 0.75
+    )
+
+
+def test_a_poor_merge_is_called_so(checkpoints, tmp_path, monkeypatch, capsys):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    poor = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 0.8)
+    monkeypatch.setattr("qlora.merge.verify_merge", lambda *_, **__: poor)
+    merged(tmp_path / "adapter", tmp_path / "out", verify=rows_file(tmp_path))
+    assert "WARNING: the merged model has lost 25.0%" in capsys.readouterr().out
 
 
 # ---- what the user can mend ----

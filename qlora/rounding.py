@@ -1,0 +1,196 @@
+"""Choose 4-bit codes so that an adapter survives them.
+
+The weights an adapter was trained on lie exactly on the 4-bit grid, and its change is a small part
+of a grid step: rounded to nearest it is gone. Here codes are chosen together. With E the error of
+the codes against W + delta, X a layer's inputs and H = X'X their second moments, the error that is
+felt is that of the outputs, ||E X'||^2 = tr(E H E'). Coordinate descent lowers it: column by column
+each code takes the level that is best given all the others, then each block its best absmax, which
+under double quantization is one of 256 levels as well. Rows of a weight do not depend on each
+other, so a column is done at once.
+
+Two things matter as much as the descent.
+
+- The start is timid. A code that moves because it helps a little blocks one that would help more,
+  so early rounds make a move dearer: with damping p they count H_jj (1 + p) for H_jj.
+- What is left of the error is not alike. Noise averages out over the layers of a model, but a
+  change that falls short in the directions the adapter reads (the rows of A) or writes (the
+  columns of B) falls short in every layer, and that adds up. So between rounds the error in those
+  directions is added to the target, until it is made up for. The round that ends best is kept.
+
+The descent over codes is that of GPTQ's relatives (arXiv:2210.17323, and QuIP's LDLQ,
+arXiv:2307.13304) without their sweep from left to right, which has to move every weight off the
+grid it lies on.
+"""
+
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from qlora import nf4
+from qlora.nf4 import Quantized
+
+# (damping, gain): how dear a move is, and how much of the error left is added to the aim before.
+ROUNDS = (*((p, 0.0) for p in (8, 4, 2)), *[(1, 1.0)] * 3, *[(1, 0.7)] * 2, *[(0.7, 0.5)] * 2)
+BIAS = 10.0  # how much worse than noise an error is that adds up over the layers
+CHUNK = 64  # columns at a time, where blocks do not lie within rows
+
+
+def keep_adapter(
+    start: Quantized, target: Tensor, lora_A: Tensor, lora_B: Tensor, moments: Tensor
+) -> Quantized:
+    """Codes and absmax near `start` that act like `target` on inputs with these moments.
+
+    Args:
+        start: the 4-bit weight (out, in) to begin with; its statistics of the second level stay.
+        target: base + scaling * B A, fp32 (out, in).
+        lora_A: (r, in).
+        lora_B: (out, r).
+        moments: sum of x x' over the layer's inputs, fp32 (in, in); its scale does not matter.
+
+    All tensors are on one device. The result is never worse than `start` in the measure described
+    above.
+    """
+    grid = _Grid(start)
+    metric = _Metric(lora_A.float(), lora_B.float(), moments)
+    best, best_cost = grid.point(), metric.cost(grid.error(target))
+    aim = target.clone()
+    for damping, gain in ROUNDS:
+        if gain:
+            aim -= gain * metric.biased(grid.error(target))
+        damped = moments.clone()
+        damped.diagonal().mul_(1 + damping)
+        _sweep(grid, aim, damped)
+        cost = metric.cost(grid.error(target))
+        if cost < best_cost:
+            best, best_cost = grid.point(), cost
+    return grid.quantized(*best)
+
+
+def _sweep(grid: "_Grid", target: Tensor, moments: Tensor) -> None:
+    """One pass of coordinate descent over all columns and blocks of `grid` toward `target`."""
+    gradient = moments @ (grid.weight - target.T)  # (in, out), half of it
+    curvature = moments.diagonal().clamp_min(torch.finfo(torch.float32).tiny)  # of unused inputs
+    for chunk, first in enumerate(range(0, len(grid.weight), grid.chunk)):
+        columns = slice(first, first + grid.chunk)
+        before, inner = grid.weight[columns], moments[columns, columns]
+        weight, pull = before.clone(), gradient[columns].clone()
+        scale = grid.scale(chunk)
+        level = torch.empty_like(weight)
+        for j in range(len(weight)):
+            wanted = (weight[j] - pull[j] / curvature[first + j]) / scale[j % len(scale)]
+            level[j] = grid.levels[torch.bucketize(wanted, grid.bounds)]
+            step = level[j] * scale[j % len(scale)] - weight[j]
+            weight[j] += step
+            pull.addr_(inner[j], step)
+        if grid.aligned:
+            slope, bend = (pull * level).sum(0), (level * (inner @ level)).sum(0)
+            weight = level * grid.move_absmax(chunk, slope, bend)
+        gradient.addmm_(moments[:, columns], weight - before)
+        grid.weight[columns] = weight
+
+
+class _Grid:
+    """The points a 4-bit weight can take, and the one it takes now; transposed, (in, out)."""
+
+    def __init__(self, quantized: Quantized) -> None:
+        packed, self.state = quantized
+        rows, columns = self.state.shape
+        levels, order = nf4.codebook(self.state.quant_type).to(packed.device).sort(stable=True)
+        self.levels, self.order = levels, order.to(torch.uint8)  # and the 4-bit code of each
+        self.bounds = (levels[1:] + levels[:-1]) / 2
+        self.weight = nf4.dequantize(quantized).T.contiguous()
+        # Blocks run along rows. Where they do not lie within one, absmax stays as it is.
+        self.aligned = columns % self.state.blocksize == 0
+        self.chunk = self.state.blocksize if self.aligned else CHUNK
+        absmax = nf4.absmax(quantized)
+        if not self.aligned:
+            absmax = absmax.repeat_interleave(self.state.blocksize)[: rows * columns]
+        self.absmax = absmax.view(rows, -1).T.contiguous()  # (blocks or in, out)
+
+    def scale(self, chunk: int) -> Tensor:
+        """What the levels of a chunk of columns are multiplied with: (1, out) or (columns, out)."""
+        width = 1 if self.aligned else self.chunk
+        return self.absmax[chunk * width : (chunk + 1) * width]
+
+    def error(self, target: Tensor) -> Tensor:
+        """How far the weight now is from `target`, (out, in)."""
+        return self.weight.T - target
+
+    def move_absmax(self, block: int, slope: Tensor, bend: Tensor) -> Tensor:
+        """The absmax (out,) that lowers slope * step + bend / 2 * step^2 most, from now on used."""
+        now = self.absmax[block]
+        wanted = now - slope / bend.clamp_min(torch.finfo(torch.float32).tiny)
+        if self.state.nested:
+            wanted = self._decode(self._encode(wanted, block), block)
+        step = wanted - now
+        better = (slope * step + bend * step * step / 2 < 0) & (wanted > 0)
+        self.absmax[block] = torch.where(better, wanted, now)
+        return torch.as_tensor(self.absmax[block])
+
+    def _second(self, block: int) -> Tensor:
+        """The absmax of absmax, (out,), that the blocks of one column of blocks share."""
+        blocks, rows = self.absmax.shape
+        flat = torch.arange(rows, device=self.absmax.device) * blocks + block
+        return torch.as_tensor(self.state.state2.absmax[flat // self.state.state2.blocksize])
+
+    def _encode(self, absmax: Tensor, block: int) -> Tensor:
+        """8-bit codes of absmax (out,)."""
+        levels = self.state.state2.code
+        second = self._second(block).clamp_min(torch.finfo(torch.float32).tiny)
+        bounds = (levels[1:] + levels[:-1]) / 2
+        return torch.bucketize((absmax - self.state.offset) / second, bounds)
+
+    def _decode(self, code: Tensor, block: int) -> Tensor:
+        level = self.state.state2.code[code]
+        return torch.as_tensor(level * self._second(block) + self.state.offset)
+
+    def point(self) -> tuple[Tensor, Tensor]:
+        """A copy of where it is."""
+        return self.weight.clone(), self.absmax.clone()
+
+    def quantized(self, weight: Tensor, absmax: Tensor) -> Quantized:
+        """The record of a point."""
+        width = self.chunk if self.aligned else 1
+        scale = absmax.repeat_interleave(width, 0)[: len(weight)]
+        level = torch.bucketize((weight / scale).nan_to_num(), self.bounds)
+        codes = self.order[level].T.reshape(-1)
+        packed = (codes[::2] << 4 | codes[1::2]).view(-1, 1)
+        state = copy(self.state)
+        if self.aligned:
+            if self.state.nested:
+                coded = [self._encode(row, block) for block, row in enumerate(absmax)]
+                state.absmax = torch.stack(coded, 1).to(torch.uint8).view(-1)
+            else:
+                state.absmax = absmax.T.reshape(-1)
+        return Quantized(packed, state)
+
+
+class _Metric:
+    """How much an error (out, in) costs, and which part of it adds up over the layers."""
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, moments: Tensor) -> None:
+        self.moments = moments
+        self.lora_A = lora_A
+        self.read = moments @ lora_A.T  # (in, r): what the inputs have in common with A x
+        self.gram_inv = torch.linalg.pinv(lora_A @ self.read, hermitian=True)
+        self.written = torch.linalg.qr(lora_B).Q  # (out, r)
+
+    def biased(self, error: Tensor) -> Tensor:
+        """The part of `error` in the adapter's own directions: A's on the input, B's on the output.
+
+        On the input this is a regression: the multiple K A with which the outputs' error is
+        uncorrelated with A x once it is taken off.
+        """
+        along_A: Tensor = (error @ self.read) @ self.gram_inv @ self.lora_A
+        rest = error - along_A
+        return torch.add(along_A, self.written @ (self.written.T @ rest))
+
+    def cost(self, error: Tensor) -> float:
+        """Noise, and BIAS times what adds up."""
+        outputs = error @ self.moments
+        noise = (outputs * error).sum()
+        read = error @ self.read
+        along_A = ((read @ self.gram_inv) * read).sum()
+        along_B = ((self.written.T @ outputs) * (self.written.T @ error)).sum()
+        return float(noise + BIAS * (along_A + along_B))
