@@ -102,9 +102,9 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             wanted = (lora_B.shape[0], lora_A.shape[1])
             if matrix != wanted:
                 faults.append(f"{name} is {matrix}, the adapter is for {wanted}")
-        coded = to_4_bits and (packed or (module in layers and not checkpoint.is_quantized))
+        in_4_bits = to_4_bits and (packed or (module in layers and not checkpoint.is_quantized))
         dtype = out_dtype if header.dtype.is_floating_point or packed else header.dtype
-        if coded:
+        if in_4_bits:
             layout = nf4.record_layout(matrix, out_quant)
             entries = [Entry(f"{name}.{s}" if s else name, *kind) for s, kind in layout.items()]
         else:
@@ -117,7 +117,7 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
                 round_trip=rounds and module in layers,
                 packed=packed,
                 transposed=transposed,
-                in_4_bits=coded,
+                in_4_bits=in_4_bits,
             )
         )
     if faults:
@@ -128,7 +128,8 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
         )
     place = {name: i for i, name in enumerate(names.values())}
     ops.sort(key=lambda op: place.get(op.name, -1))
-    kept_whole = [n for n in linear_layers(model) if n not in layers]
+    coded = {op.name for op in ops if op.in_4_bits}
+    kept_whole = [n for n in linear_layers(model) if names.get(n) not in coded]
     return Plan(ops, quant, out_quant, out_dtype, kept_whole)
 
 
