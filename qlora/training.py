@@ -18,6 +18,7 @@ import yaml
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
+    TrainerState,
 )
 
 from qlora import __version__
@@ -75,7 +76,10 @@ def _train(config: TrainConfig) -> Path:
         load_adapter_weights(model, checkpoint)  # Trainer does it again; here it is still a check
     output.mkdir(parents=True, exist_ok=True)
     write_run_file(output / "run.yaml", config, model)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and _is_complete(trainer, checkpoint):  # Trainer would do one step too many
+        print(f"All {trainer.state.global_step} steps were done; --max-steps N goes on from there.")
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     _finish(trainer, config, len(rows))
     return output
 
@@ -160,6 +164,15 @@ def with_learning_rate(config: TrainConfig, model: PreTrainedModel) -> TrainConf
         f"model of hidden size {text.hidden_size}; --learning-rate overrides it"
     )
     return replace(config, learning_rate=rate)
+
+
+def _is_complete(trainer: AdapterTrainer, checkpoint: str) -> bool:
+    """Whether `checkpoint` has all of the steps asked for; the trainer then knows how it went."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if not 0 < trainer.args.max_steps <= state.global_step:
+        return False
+    trainer.state = state
+    return True
 
 
 # ---- the model ----

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import FAMILIES, FP32, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
@@ -210,6 +211,20 @@ def test_what_a_run_leaves_behind(checkpoints, tmp_path, data, capsys):
     printed = capsys.readouterr().out
     assert "merge_dequant.py --adapter" in printed and "loss.png" in printed
     assert read_adapter(output).config.lora_alpha == 8
+
+
+def test_resuming_a_complete_run_does_no_step_more(checkpoints, tmp_path, data, capsys):
+    settings = {"max_steps": 4, "save_steps": 4}
+    base = checkpoints("llama")
+    output = train(config(base, data, tmp_path / "run", **settings))
+    before = load_file(output / "adapter_model.safetensors")
+    (output / "adapter_model.safetensors").unlink()  # as if stopped between the last step and here
+    train(config(base, data, output, resume=True, **settings))
+    after = load_file(output / "adapter_model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "All 4 steps were done" in capsys.readouterr().out
+    train(config(base, data, output, resume=True, max_steps=6, save_steps=6))
+    assert (output / "checkpoint-6").is_dir()
 
 
 def test_resume_goes_on_where_it_stopped(checkpoints, tmp_path, data):
