@@ -191,7 +191,8 @@ def own_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:
         double_quant=state.nested,
         compute_dtype=quant.compute_dtype,
     )
-    if own != quant and quant != QuantConfig(compute_dtype=quant.compute_dtype):
+    asked = replace(quant, allow_unquantized=False)
+    if asked not in (own, QuantConfig(compute_dtype=quant.compute_dtype)):
         print(
             f"{checkpoint.folder} is 4-bit already: {own.quant_type}, blocksize {own.blocksize}, "
             f"double quantization {'on' if own.double_quant else 'off'}; the settings given for "

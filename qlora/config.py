@@ -240,8 +240,8 @@ class MergeConfig:
     """new folder for the merged checkpoint"""
     base_model: str | None = None
     """by default the base that the adapter's config names"""
-    onto: Literal["nf4", "original"] = "nf4"
-    """the dequantized 4-bit base, as trained, or the original weights"""
+    onto: Literal["nf4", "original", "auto"] = "nf4"
+    """the dequantized 4-bit base, as trained; the original weights; or what verify finds better"""
     format: Literal["bf16", "fp16", "fp32", "nf4"] = "bf16"
     """dtype of the merged weights; nf4 is a bitsandbytes 4-bit checkpoint"""
     calibration: str | None = None
@@ -263,7 +263,12 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.onto in ("nf4", "original"), f"onto must be nf4 or original, got {self.onto!r}"
+            self.onto in ("nf4", "original", "auto"),
+            f"onto must be nf4, original or auto, got {self.onto!r}",
+        )
+        _require(
+            self.onto != "auto" or self.verify is not None,
+            "onto auto measures both on the data of verify: give it too",
         )
         _require(
             self.format in ("bf16", "fp16", "fp32", "nf4"),

@@ -16,7 +16,7 @@ one, when asked for: calibration of the 4-bit output, and verification.)
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from qlora.export import Factors, Facts, Folding, in_4_bits, in_full
 from qlora.merge_plan import MergeOp, Plan, check_base, plan_merge
 from qlora.report import write_merge_card
 from qlora.shards import Entry, parse_size, publishing, replace_text, require_new, write_shards
-from qlora.verify import Verification, read_examples, verify_merge
+from qlora.verify import Verification, Verifier, read_examples
 
 WARN_BELOW = 0.95  # share of the gain kept
 TOKENIZER_FILES = (
@@ -63,6 +63,41 @@ def merge(config: MergeConfig) -> Path:
     require_new(output)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but torch sees no GPU: use --device cpu")
+    job = _prepare(config)
+    with publishing(output) as partial:
+        report = _write_better(job, partial) if config.onto == "auto" else _write(job, partial)
+        if config.min_kept is not None:
+            report.verified = report.verified or job.measure(partial)
+            _require_kept(report.verified, config.min_kept)
+            report.write(partial)
+    report.print_summary(output)
+    if job.verifier and report.verified is None:  # published by now: failing costs no merge
+        report.verified = job.measure(output)
+        report.write(output)
+    report.print_verification()
+    return output
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a merge works with, all of it checked."""
+
+    config: MergeConfig
+    adapter: AdapterFile
+    base_model: str
+    checkpoint: Checkpoint
+    plan: Plan
+    tokenizer_folder: Path
+    verifier: Verifier | None
+    moments: Callable[[str], Tensor] | None
+
+    def measure(self, folder: Path) -> Verification:
+        assert self.verifier is not None
+        return self.verifier.measure(folder)
+
+
+def _prepare(config: MergeConfig) -> _Job:
+    """Whatever the user can mend goes wrong here, before a byte is written."""
     adapter = read_adapter(Path(config.adapter).expanduser())
     base_model = config.base_model or adapter.base_model
     if not base_model:
@@ -74,49 +109,58 @@ def merge(config: MergeConfig) -> Path:
         print("double quantization, as transformers and PEFT load it for QLoRA.")
     check_base(checkpoint, adapter, config)
     plan = plan_merge(checkpoint, adapter, config)
-    _require_space(output, plan.entries)
+    _require_space(config, plan.entries)
     tokenizer_folder = _tokenizer_folder(checkpoint, adapter)
-    examples = None
-    if config.verify:  # read now: a wrong path should not wait for the merge
+    running: Any = {"device": config.device, "trust_remote_code": config.trust_remote_code}
+    verifier = None
+    if config.verify:
         examples = read_examples(config.verify, tokenizer_folder)
-
-    def verify(folder: Path) -> Verification:
-        assert examples is not None
-        return verify_merge(
-            adapter,
-            str(checkpoint.folder),
-            folder,
-            examples,
-            device=config.device,
-            trust_remote_code=config.trust_remote_code,
-        )
-
-    report = _Report(config, base_model, plan)
-    moments = _calibrated(config, adapter, checkpoint, tokenizer_folder)
-    with publishing(output) as partial:
-        tensors = merged_tensors(checkpoint, adapter, plan, config.device, moments, report.layers)
-        write_shards(partial, plan.entries, tensors, max_bytes=parse_size(config.max_shard_size))
-        _copy_companions(checkpoint, tokenizer_folder, plan, config, partial)
-        report.write(partial)
-        if config.min_kept is not None:
-            report.verified = verify(partial)
-            print(report.verified.table())
-            _require_kept(report.verified, config.min_kept)
-            report.write(partial)
-    report.print_summary(output)
-    if examples and report.verified is None:
-        report.verified = verify(output)
-        report.write(output)
-        print(report.verified.table())
-    if report.verified:
-        report.print_warning()
-    return output
+        verifier = Verifier(adapter, str(checkpoint.folder), examples, **running)
+    data = _calibration_data(config, adapter)
+    moments = None
+    if data:
+        source = str(checkpoint.folder)
+        moments = calibrate(adapter, source, data, tokenizer_folder, **running).of
+    return _Job(config, adapter, base_model, checkpoint, plan, tokenizer_folder, verifier, moments)
 
 
-def _calibrated(
-    config: MergeConfig, adapter: AdapterFile, checkpoint: Checkpoint, tokenizer_folder: Path
-) -> Callable[[str], Tensor] | None:
-    """The layers' input moments for a 4-bit output, or None where there is no data for them."""
+def _write(job: _Job, folder: Path) -> "_Report":
+    """The merged checkpoint with everything that belongs to it, into the empty `folder`."""
+    report = _Report(job.config, job.base_model, job.plan)
+    tensors = merged_tensors(
+        job.checkpoint, job.adapter, job.plan, job.config.device, job.moments, report.layers
+    )
+    write_shards(folder, job.plan.entries, tensors, max_bytes=parse_size(job.config.max_shard_size))
+    _copy_companions(job.checkpoint, job.tokenizer_folder, job.plan, job.config, folder)
+    report.write(folder)
+    return report
+
+
+def _write_better(job: _Job, folder: Path) -> "_Report":
+    """Both ways, each measured, and the one with the lower loss into `folder`."""
+    reports = {}
+    for onto in ("nf4", "original"):
+        config = replace(job.config, onto=onto)
+        one = replace(job, config=config, plan=plan_merge(job.checkpoint, job.adapter, config))
+        (folder / onto).mkdir()
+        reports[onto] = _write(one, folder / onto)
+        reports[onto].verified = job.measure(folder / onto)
+    losses = {onto: report.verified.loss_merged for onto, report in reports.items()}  # type: ignore[union-attr]
+    better = min(losses, key=losses.__getitem__)
+    print(
+        f"Loss {losses['nf4']:.4f} onto the dequantized 4-bit base, {losses['original']:.4f} onto "
+        f"the original weights: taken is {better}, the lower."
+    )
+    for onto in reports:
+        for file in (folder / onto).iterdir():
+            file.rename(folder / file.name) if onto == better else file.unlink()
+        (folder / onto).rmdir()
+    reports[better].write(folder)
+    return reports[better]
+
+
+def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> str | None:
+    """What to choose 4-bit codes with: the data given, or else the adapter's own."""
     if config.format != "nf4" or config.calibration == "none":
         return None
     data = config.calibration or _training_data(adapter.folder)
@@ -125,15 +169,7 @@ def _calibrated(
             f"No data to calibrate with: {adapter.folder / 'run.yaml'} names none that is there. "
             "Codes are chosen without; --calibration DATA keeps more of the adapter."
         )
-        return None
-    return calibrate(
-        adapter,
-        str(checkpoint.folder),
-        data,
-        tokenizer_folder,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    ).of
+    return data
 
 
 def _training_data(folder: Path) -> str | None:
@@ -150,6 +186,12 @@ def _training_data(folder: Path) -> str | None:
 
 
 def _require_kept(verified: Verification, min_kept: float) -> None:
+    if verified.kept is None:
+        raise UserError(
+            "--min-kept asks how much of the gain is kept, but on this --verify data the adapter "
+            f"gains nothing: loss {verified.loss_base:.4f} without, {verified.loss_live:.4f} with "
+            "it. Give data like the training's"
+        )
     if verified.kept < min_kept:
         raise UserError(
             f"the merged model keeps {verified.kept:.1%} of what training gained, --min-kept "
@@ -161,8 +203,9 @@ def _require_kept(verified: Verification, min_kept: float) -> None:
 # ---- check and apply ----
 
 
-def _require_space(output: Path, entries: list[Entry]) -> None:
-    needed = sum(entry.nbytes for entry in entries)
+def _require_space(config: MergeConfig, entries: list[Entry]) -> None:
+    output = Path(config.output_dir).expanduser()
+    needed = sum(entry.nbytes for entry in entries) * (2 if config.onto == "auto" else 1)
     parent = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -293,7 +336,7 @@ class _Report:
         self.verified: Verification | None = None
 
     def write(self, folder: Path) -> None:
-        quant = self.plan.quant
+        quant, verified = self.plan.quant, self.verified
         values: dict[str, Any] = {
             "adapter": self.config.adapter,
             "base_model": self.base_model,
@@ -303,9 +346,7 @@ class _Report:
             "blocksize": quant.blocksize,
             "double_quant": quant.double_quant,
             "layers": self.layers,
-            "verify": asdict(self.verified) | {"kept": self.verified.kept}
-            if self.verified
-            else None,
+            "verify": asdict(verified) | {"kept": verified.kept} if verified else None,
         }
         replace_text(folder / "merge_report.json", json.dumps(values, indent=2) + "\n")
         write_merge_card(folder, values)
@@ -330,9 +371,13 @@ class _Report:
             f'  AutoModelForCausalLM.from_pretrained("{output}")      or      vllm serve {output}'
         )
 
-    def print_warning(self) -> None:
-        if self.verified and self.verified.kept < WARN_BELOW:
+    def print_verification(self) -> None:
+        if self.verified is None:
+            return
+        print(self.verified.table())
+        kept = self.verified.kept
+        if kept is not None and kept < WARN_BELOW:
             print(
-                f"\nWARNING: the merged model has lost {1 - self.verified.kept:.1%} of what "
-                "training gained on this data. Do not use it in place of the live adapter."
+                f"\nWARNING: the merged model has lost {1 - kept:.1%} of what training gained on "
+                "this data. Do not use it in place of the live adapter."
             )

@@ -57,10 +57,10 @@ class Plan:
 def check_base(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig) -> None:
     """Refuse a base that is not the one the adapter was trained on."""
     require_same_base(adapter, checkpoint.fingerprint, str(checkpoint.folder))
-    if checkpoint.is_quantized and config.onto == "original":
+    if checkpoint.is_quantized and config.onto != "nf4":
         raise UserError(
-            f"--onto original wants the weights from before quantization, but {checkpoint.folder} "
-            "is 4-bit: give the 16-bit model as --base-model, or merge --onto nf4"
+            f"--onto {config.onto} wants the weights from before quantization, but "
+            f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model, or merge --onto nf4"
         )
 
 

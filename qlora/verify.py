@@ -9,8 +9,9 @@ the live one is log p at up to MAX_TOKENS positions.
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from qlora.adapter_files import AdapterFile, load_adapter
 from qlora.adapters import disable_adapter
 from qlora.base import load_base
 from qlora.checkpoint import Checkpoint
+from qlora.config import QuantConfig
 from qlora.data import length_batches, prepare_data
 from qlora.errors import UserError, first_line
 
@@ -43,19 +45,20 @@ class Verification:
     """share of the tokens for which live and merged model hold the same next token most likely"""
 
     @property
-    def kept(self) -> float:
-        """The share of the loss that training gained which the merged model has too."""
+    def kept(self) -> float | None:
+        """The share of what training gained in loss that the merged model has; None of no gain."""
         gain = self.loss_base - self.loss_live
-        return (self.loss_base - self.loss_merged) / gain if gain else 1.0
+        return (self.loss_base - self.loss_merged) / gain if gain > 0 else None
 
     def table(self) -> str:
         """A small table for the terminal."""
+        kept = "no gain" if self.kept is None else f"{self.kept:.2%}"
         return (
             f"\nMeasured on {self.rows} rows, {self.tokens} supervised tokens:\n"
             f"  {'':24}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
             f"  {'4-bit base':24}{self.loss_base:9.4f}\n"
             f"  {'base + live adapter':24}{self.loss_live:9.4f}{1:12.2%}\n"
-            f"  {'merged':24}{self.loss_merged:9.4f}{self.kept:12.2%}{self.kl:13.6f}"
+            f"  {'merged':24}{self.loss_merged:9.4f}{kept:>12}{self.kl:13.6f}"
             f"{self.agreement:17.2%}"
         )
 
@@ -79,52 +82,83 @@ def read_examples(data: str, tokenizer_folder: Path) -> list[Any]:
     return length_batches(chosen, tokenizer)
 
 
-def verify_merge(
-    adapter: AdapterFile,
-    base_model: str,
-    merged: Path,
-    examples: list[Any],
-    *,
-    device: str,
-    trust_remote_code: bool = False,
-) -> Verification:
-    """Measure the checkpoint in `merged` against `adapter` live on `base_model`.
+class _Live(NamedTuple):
+    """What base and live adapter made of the examples."""
 
-    Both compute in the dtype of `device`, also where training was done in another.
+    loss_base: float
+    loss: float
+    log_p: list[Tensor]
+    dtype: torch.dtype
+
+
+class Verifier:
+    """Measures merged checkpoints against `adapter` live on `base_model`, which is run once.
+
+    All compute in the dtype of `device`, also where training was done in another.
     """
-    quant = replace(adapter.quantization, compute_dtype="auto", allow_unquantized=True)
-    live_model = load_base(base_model, quant, device=device, trust_remote_code=trust_remote_code)
-    with disable_adapter(load_adapter(live_model, adapter.folder)):
-        base = list(_log_probs(live_model, examples, "Base", keep=False))
-    live = list(_log_probs(live_model, examples, "Live adapter"))
-    dtype = live_model.dtype
-    del live_model
-    _free()
-    if Checkpoint(merged).is_quantized:
-        merged_model = load_base(
-            str(merged), quant, device=device, trust_remote_code=trust_remote_code
+
+    def __init__(
+        self,
+        adapter: AdapterFile,
+        base_model: str,
+        examples: list[Any],
+        *,
+        device: str,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.adapter, self.base_model, self.examples = adapter, base_model, examples
+        self.device, self.trust_remote_code = device, trust_remote_code
+        self.rows = sum(len(batch["labels"]) for batch in examples)
+        self.tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in examples)
+
+    def measure(self, merged: Path) -> Verification:
+        """Loss, KL and agreement of the checkpoint in the folder `merged`."""
+        live = self._live
+        if Checkpoint(merged).is_quantized:
+            model = self._load(str(merged), QuantConfig())
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                merged,
+                dtype=live.dtype,
+                device_map=self.device,
+                trust_remote_code=self.trust_remote_code,
+            )
+        kl = loss = 0.0
+        same = 0
+        pairs = zip(live.log_p, _log_probs(model, self.examples, "Merged"), strict=True)
+        for log_p, (nll, log_q) in pairs:
+            loss += nll
+            same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+            kl += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+        return Verification(
+            rows=self.rows,
+            tokens=self.tokens,
+            loss_base=live.loss_base,
+            loss_live=live.loss,
+            loss_merged=loss / self.tokens,
+            kl=kl / self.tokens,
+            agreement=same / self.tokens,
         )
-    else:
-        merged_model = AutoModelForCausalLM.from_pretrained(
-            merged, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+
+    @cached_property
+    def _live(self) -> _Live:
+        quant = replace(self.adapter.quantization, compute_dtype="auto", allow_unquantized=True)
+        model = self._load(self.base_model, quant)
+        with disable_adapter(load_adapter(model, self.adapter.folder)):
+            base = [nll for nll, _ in _log_probs(model, self.examples, "Base", keep=False)]
+        live = list(_log_probs(model, self.examples, "Live adapter"))
+        dtype = model.dtype
+        del model
+        _free()
+        return _Live(
+            loss_base=sum(base) / self.tokens,
+            loss=sum(nll for nll, _ in live) / self.tokens,
+            log_p=[log_p for _, log_p in live],
+            dtype=dtype,
         )
-    kl = loss_merged = 0.0
-    same = 0
-    pairs = zip(live, _log_probs(merged_model, examples, "Merged"), strict=True)
-    for (_, live_log_p), (nll, log_q) in pairs:
-        loss_merged += nll
-        same += int((log_q.argmax(-1) == live_log_p.argmax(-1)).sum())
-        kl += float(F.kl_div(log_q, live_log_p, reduction="sum", log_target=True))
-    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in examples)
-    return Verification(
-        rows=sum(len(batch["labels"]) for batch in examples),
-        tokens=tokens,
-        loss_base=sum(nll for nll, _ in base) / tokens,
-        loss_live=sum(nll for nll, _ in live) / tokens,
-        loss_merged=loss_merged / tokens,
-        kl=kl / tokens,
-        agreement=same / tokens,
-    )
+
+    def _load(self, model: str, quant: QuantConfig) -> PreTrainedModel:
+        return load_base(model, quant, device=self.device, trust_remote_code=self.trust_remote_code)
 
 
 @torch.no_grad()

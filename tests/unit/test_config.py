@@ -70,7 +70,11 @@ def test_a_config_cannot_be_changed():
         (lambda: train_config(num_train_epochs=0), "num_train_epochs must be above 0, got 0"),
         (
             lambda: MergeConfig("adapter", "out", onto="gguf"),
-            "onto must be nf4 or original, got 'gguf'",
+            "onto must be nf4, original or auto, got 'gguf'",
+        ),
+        (
+            lambda: MergeConfig("adapter", "out", onto="auto"),
+            "onto auto measures both on the data of verify: give it too",
         ),
         (
             lambda: MergeConfig("adapter", "out", calibration="rows.jsonl"),

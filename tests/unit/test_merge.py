@@ -21,7 +21,7 @@ from qlora.config import LoraConfig, MergeConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import lora_layers
 from qlora.merge import merge
-from qlora.verify import Verification
+from qlora.verify import Verification, Verifier
 
 
 def trained(
@@ -331,7 +331,7 @@ def test_less_than_min_kept_is_not_published(checkpoints, tmp_path, monkeypatch)
     trained(checkpoints("llama"), tmp_path / "adapter")
     data = rows_file(tmp_path)
     poor = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 0.8)
-    monkeypatch.setattr("qlora.merge.verify_merge", lambda *_, **__: poor)
+    monkeypatch.setattr(Verifier, "measure", lambda *_: poor)
     with pytest.raises(UserError, match=r"keeps 75.0%.*--min-kept 0.9.*nothing was written"):
         merged(tmp_path / "adapter", tmp_path / "out", verify=data, min_kept=0.9)
     assert not (tmp_path / "out").exists()
@@ -345,9 +345,46 @@ def test_less_than_min_kept_is_not_published(checkpoints, tmp_path, monkeypatch)
 def test_a_poor_merge_is_called_so(checkpoints, tmp_path, monkeypatch, capsys):
     trained(checkpoints("llama"), tmp_path / "adapter")
     poor = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 0.8)
-    monkeypatch.setattr("qlora.merge.verify_merge", lambda *_, **__: poor)
+    monkeypatch.setattr(Verifier, "measure", lambda *_: poor)
     merged(tmp_path / "adapter", tmp_path / "out", verify=rows_file(tmp_path))
     assert "WARNING: the merged model has lost 25.0%" in capsys.readouterr().out
+
+
+def test_no_gain_is_no_share_of_it(checkpoints, tmp_path, monkeypatch, capsys):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    worse = Verification(12, 100, 1.0, 2.0, 2.0, 0.2, 0.8)
+    monkeypatch.setattr(Verifier, "measure", lambda *_: worse)
+    data = rows_file(tmp_path)
+    refused(
+        tmp_path / "adapter", tmp_path / "out", "the adapter gains nothing: loss 1.0000 without",
+        verify=data, min_kept=0.5,
+    )  # fmt: skip
+    merged(tmp_path / "adapter", tmp_path / "out", verify=data)
+    assert "no gain" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["verify"]["kept"] is None
+
+
+@pytest.mark.parametrize("better", ["nf4", "original"])
+def test_auto_takes_the_base_with_the_lower_loss(
+    better, checkpoints, tmp_path, monkeypatch, capsys
+):
+    trained(checkpoints("llama"), tmp_path / "adapter")
+    data = rows_file(tmp_path)
+    losses = {"nf4": 1.5, "original": 1.5, better: 1.2}
+
+    def measure(_: object, folder: Path) -> Verification:
+        return Verification(12, 100, 3.0, 1.0, losses[folder.name], 0.2, 0.8)
+
+    wanted = merged(tmp_path / "adapter", tmp_path / "wanted", onto=better)
+    monkeypatch.setattr(Verifier, "measure", measure)
+    tensors = merged(tmp_path / "adapter", tmp_path / "out", onto="auto", verify=data)
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {path.name for path in (tmp_path / "wanted").iterdir()}
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["onto"] == better
+    assert f"taken is {better}" in capsys.readouterr().out
 
 
 # ---- what the user can mend ----
@@ -368,7 +405,7 @@ def test_a_failing_verification_keeps_the_merge(checkpoints, tmp_path, monkeypat
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("qlora.merge.verify_merge", fail)
+    monkeypatch.setattr(Verifier, "measure", fail)
     with pytest.raises(MemoryError):
         merged(tmp_path / "adapter", tmp_path / "out", verify=str(tmp_path / "rows.jsonl"))
     assert (tmp_path / "out" / "merge_report.json").is_file()
