@@ -60,7 +60,8 @@ def check_base(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
     if checkpoint.is_quantized and config.onto != "nf4":
         raise UserError(
             f"--onto {config.onto} wants the weights from before quantization, but "
-            f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model, or merge --onto nf4"
+            f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model, or merge "
+            "--onto nf4"
         )
 
 

@@ -1,0 +1,124 @@
+"""What each way of merging keeps of what was trained, on an adapter and data of your choice.
+
+    python benchmarks/merge.py --adapter out/mine --verify held_out.jsonl
+
+For every way the share of the gain kept, the KL divergence to the live adapter and how often the
+most likely token is the same, all measured by merge_dequant.py's own --verify; and the seconds the
+merge took (verification not counted). PEFT's row is its own merge_and_unload on the 4-bit model.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from results import record
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from qlora.adapter_files import read_adapter
+from qlora.base import load_base
+from qlora.checkpoint import resolve
+from qlora.config import MergeConfig
+from qlora.merge import merge
+from qlora.verify import Verifier, read_examples
+
+
+def ours(**settings: Any) -> Callable[[str, str, Path], None]:
+    """merge_dequant.py with these flags."""
+
+    def run(adapter: str, base: str, output: Path) -> None:
+        merge(MergeConfig(adapter=adapter, base_model=base, output_dir=str(output), **settings))
+
+    return run
+
+
+def pefts(adapter: str, base: str, output: Path) -> None:
+    """PEFT's merge into the 4-bit layers: quantize(dequantize(W4) + delta)."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=settings
+    )
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged.save_pretrained(output)
+
+
+WAYS: dict[str, Callable[[str, str, Path], None]] = {
+    "bf16 onto NF4 (the default)": ours(),
+    "bf16 onto the original weights": ours(onto="original"),
+    "NF4 by PEFT": pefts,
+    "NF4, no data": ours(format="nf4", calibration="none"),
+    "NF4, calibrated": ours(format="nf4"),
+}
+
+
+def main() -> None:
+    """A line and a record for each way."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--verify", required=True)
+    parser.add_argument("--only", default="", help="ways whose name has this in it")
+    given = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    adapter = read_adapter(given.adapter)
+    base = str(resolve(str(adapter.base_model)))
+    examples = read_examples(given.verify, Path(given.adapter))
+    verifier = Verifier(adapter, base, examples, device="cpu")
+    rows = []
+    ways = {name: way for name, way in WAYS.items() if given.only in name}
+    ways |= four_bit_base(base, given.only)
+    for name, way in ways.items():
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "merged"
+            started = time.perf_counter()
+            way(given.adapter, base, output)
+            seconds = time.perf_counter() - started
+            found = verifier.measure(output)
+        row = {
+            "way": name,
+            "kept": found.kept,
+            "kl": found.kl,
+            "agreement": found.agreement,
+            "loss_base": found.loss_base,
+            "loss_live": found.loss_live,
+            "loss_merged": found.loss_merged,
+            "seconds": round(seconds, 1),
+            "r": adapter.config.r,
+            "data": Path(given.verify).stem,
+            "tokens": found.tokens,
+        }
+        record("merge", row)
+        rows.append(row)
+    print(f"\n{'':38}{'kept':>9}{'KL':>10}{'same token':>12}{'seconds':>9}")
+    for row in rows:
+        print(
+            f"{row['way']:38}{row['kept']:9.2%}{row['kl']:10.5f}{row['agreement']:12.2%}"
+            f"{row['seconds']:9.1f}"
+        )
+
+
+def four_bit_base(base: str, only: str) -> dict[str, Callable[[str, str, Path], None]]:
+    """The calibrated merge of somebody who has no 16-bit weights, only a 4-bit checkpoint."""
+    name = "NF4, calibrated, 4-bit base only"
+    if only not in name:
+        return {}
+
+    def run(adapter: str, _: str, output: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            load_base(base, device="cpu").save_pretrained(folder)
+            ours(format="nf4")(adapter, folder, output)
+
+    return {name: run}
+
+
+if __name__ == "__main__":
+    main()
