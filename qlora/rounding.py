@@ -14,8 +14,9 @@ Two things matter as much as the descent.
   so early rounds make a move dearer: with damping p they count H_jj (1 + p) for H_jj.
 - What is left of the error is not alike. Noise averages out over the layers of a model, but a
   change that falls short in the directions the adapter reads (the rows of A) or writes (the
-  columns of B) falls short in every layer, and that adds up. So between rounds the error in those
-  directions is added to the target, until it is made up for. The round that ends best is kept.
+  columns of B) falls short in every layer, and that adds up. So after the timid rounds the error in
+  those directions is added to what is aimed at, round after round, until it is made up for: dual
+  ascent, with "no error there" as the constraint. The round that ends best is kept.
 
 The descent over codes is that of GPTQ's relatives (arXiv:2210.17323, and QuIP's LDLQ,
 arXiv:2307.13304) without their sweep from left to right, which has to move every weight off the
@@ -30,8 +31,10 @@ from torch import Tensor
 from qlora import nf4
 from qlora.nf4 import Quantized
 
-# (damping, gain): how dear a move is, and how much of the error left is added to the aim before.
-ROUNDS = (*((p, 0.0) for p in (8, 4, 2)), *[(1, 1.0)] * 3, *[(1, 0.7)] * 2, *[(0.7, 0.5)] * 2)
+TIMID = (8.0, 4.0, 2.0, 1.0, 0.5)  # damping of the rounds toward the target itself
+DAMPING = 0.5  # of the rounds after, which make up for what adds up
+ROUNDS = 18  # at most
+GAIN = 0.2  # the rounds end when less than this share of an error is made up for at a time
 BIAS = 10.0  # how much worse than noise an error is that adds up over the layers
 CHUNK = 64  # columns at a time, where blocks do not lie within rows
 
@@ -54,16 +57,21 @@ def keep_adapter(
     grid = _Grid(start)
     metric = _Metric(lora_A.float(), lora_B.float(), moments)
     best, best_cost = grid.point(), metric.cost(grid.error(target))
-    aim = target.clone()
-    for damping, gain in ROUNDS:
-        if gain:
+    aim, gain = target.clone(), 1.0
+    for round_ in range(ROUNDS):
+        timid = round_ < len(TIMID)
+        if not timid:
             aim -= gain * metric.biased(grid.error(target))
         damped = moments.clone()
-        damped.diagonal().mul_(1 + damping)
+        damped.diagonal().mul_(1 + (TIMID[round_] if timid else DAMPING))
         _sweep(grid, aim, damped)
         cost = metric.cost(grid.error(target))
         if cost < best_cost:
             best, best_cost = grid.point(), cost
+        elif not timid:  # too much at a time
+            gain /= 2
+        if gain < GAIN:
+            break
     return grid.quantized(*best)
 
 
