@@ -38,7 +38,9 @@ def felt(error: Tensor, moments: Tensor) -> float:
     return float((error @ moments * error).sum())
 
 
-@pytest.mark.parametrize(("ratio", "least"), [(0.003, 0.4), (0.01, 0.85), (0.03, 0.95), (0.1, 0.99)])
+@pytest.mark.parametrize(
+    ("ratio", "least"), [(0.003, 0.4), (0.01, 0.85), (0.03, 0.95), (0.1, 0.99)]
+)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_adapter_survives_where_rounding_to_nearest_loses_it(ratio, least, double_quant):
     quant = QuantConfig(double_quant=double_quant)
