@@ -91,10 +91,15 @@ def _facts(base: Tensor, delta: Tensor, change: Tensor, moments: Tensor | None =
     """Norms, and the share of delta in `change`: in the weights, or felt by inputs like these."""
     weight_norm, delta_norm = float(base.norm()), float(delta.norm())
     felt = delta if moments is None else delta @ moments
-    wanted = float((felt * delta).sum())
+    wanted = _dot(felt, delta)
     return {
         "weight_norm": weight_norm,
         "delta_norm": delta_norm,
         "delta_over_weight": delta_norm / weight_norm if weight_norm else math.inf,
-        "kept": float((felt * change).sum()) / wanted if wanted else 1.0,
+        "kept": _dot(felt, change) / wanted if wanted else 1.0,
     }
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """The sum of products of all values, without a tensor of them."""
+    return float(torch.dot(a.reshape(-1), b.reshape(-1)))

@@ -322,9 +322,14 @@ def test_verify_measures_a_4_bit_merge(checkpoints, tmp_path):
     merged(tmp_path / "adapter", tmp_path / "out", format="nf4", calibration=data, verify=data)
     verified = json.loads((tmp_path / "out" / "merge_report.json").read_text())["verify"]
     assert 0 < verified["kl"] < 0.1 and 0.5 < verified["agreement"] <= 1
-    worse = Verification(1, 1, 2.0, 3.0, 3.0, 0, 1)  # as this random adapter makes the model
-    assert worse.kept is None and verified["kept"] is None
+    gain = verified["loss_base"] - verified["loss_live"]  # a random adapter may gain or lose
+    kept = (verified["loss_base"] - verified["loss_merged"]) / gain if gain > 0 else None
+    assert verified["kept"] == (kept and pytest.approx(kept))
+
+
+def test_the_share_kept():
     assert Verification(1, 1, 3.0, 1.0, 1.5, 0, 1).kept == 0.75
+    assert Verification(1, 1, 2.0, 3.0, 3.0, 0, 1).kept is None
 
 
 def test_less_than_min_kept_is_not_published(checkpoints, tmp_path, monkeypatch):
