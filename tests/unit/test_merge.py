@@ -29,7 +29,8 @@ def trained(
 ) -> torch.nn.Module:
     """A live model with a random adapter over `base`, and its files in `folder`."""
     model = load_base(str(base), quant)
-    apply_lora(model, LoraConfig(r=4, lora_alpha=8, **lora))  # type: ignore[arg-type]
+    config = LoraConfig(r=4, lora_alpha=8, **lora)  # type: ignore[arg-type]
+    apply_lora(model, config, generator=torch.Generator().manual_seed(0))
     randomize_adapter(model)
     save_adapter(model, folder)
     return model.eval()
