@@ -20,7 +20,7 @@ from results import record
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from qlora.adapter_files import read_adapter
+from qlora.adapter_reader import read_adapter
 from qlora.base import load_base
 from qlora.checkpoint import resolve
 from qlora.config import MergeConfig

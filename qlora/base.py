@@ -222,6 +222,10 @@ def _require_right_kernel(model: PreTrainedModel) -> None:
 
 def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
+    # Of a checkpoint that is 4-bit already transformers leaves norm weights in the dtype they have.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype

@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from qlora.adapter_files import AdapterFile, load_adapter
+from qlora.adapter_reader import AdapterFile
 from qlora.base import load_base
 from qlora.data import length_batches, prepare_data
 from qlora.errors import UserError
+from qlora.live import put_on
 from qlora.lora import LoRALinear, lora_layers
 
 TOKENS = 10_000  # more changed nothing that could be measured
@@ -68,7 +69,7 @@ def calibrate(
     model = load_base(
         base_model, adapter.quantization, device=device, trust_remote_code=trust_remote_code
     )
-    load_adapter(model, adapter.folder)
+    put_on(model, adapter)
     return SecondMoments(model, length_batches(chosen, tokenizer))
 
 

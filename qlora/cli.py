@@ -210,6 +210,9 @@ def _read(hint: Any, words: list[str]) -> Any:
     """The words after a flag -> the value of its type, or a UserError with what was wanted."""
     if not is_list(hint):
         return _read_one(hint, words[0])
+    if float in get_args(hint):
+        numbers = re.findall(r"[^\s,\[\]]+", " ".join(words))
+        return tuple(_read_number(float, number) for number in numbers)
     if len(words) == 1 and re.fullmatch(r"\[.*\]", words[0], re.DOTALL):
         return _read_bracketed(words[0])
     # One plain word is a list of one: taken as a regular expression over the full name, as PEFT
@@ -276,7 +279,7 @@ def _metavar(hint: Any) -> str | None:
     if get_origin(hint) is Literal:
         return "{" + ",".join(options) + "}"
     if is_list(hint):
-        return "NAME [NAME ...]"
+        return "NUMBER [NUMBER ...]" if float in get_args(hint) else "NAME [NAME ...]"
     if bool in options:
         return "{true,false}"
     return {int: "INT", float: "NUMBER", str: "STR"}.get(options[0] if options else hint)

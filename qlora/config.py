@@ -234,10 +234,12 @@ class TrainConfig:
 class MergeConfig:
     """Fold a trained adapter into its base and write a checkpoint, in 16 bits or in 4."""
 
-    adapter: str
-    """folder with adapter_config.json and adapter_model.safetensors"""
+    adapter: str | tuple[str, ...]
+    """folder with adapter_config.json and adapter_model.safetensors, or several whose sum it is"""
     output_dir: str
     """new folder for the merged checkpoint"""
+    weights: tuple[float, ...] = ()
+    """what each adapter is multiplied with, by default 1"""
     base_model: str | None = None
     """by default the base that the adapter's config names"""
     onto: Literal["nf4", "original", "auto"] = "nf4"
@@ -262,6 +264,14 @@ class MergeConfig:
     """run code that comes with the model; off unless you trust it"""
 
     def __post_init__(self) -> None:
+        folders = (self.adapter,) if isinstance(self.adapter, str) else self.adapter
+        _require(bool(folders), "adapter names no folder")
+        _require(len(set(folders)) == len(folders), "adapter names a folder twice")
+        _require(
+            len(self.weights) in (0, len(folders)),
+            f"weights must be one for each adapter: {len(folders)} adapters, "
+            f"{len(self.weights)} weights",
+        )
         _require(
             self.onto in ("nf4", "original", "auto"),
             f"onto must be nf4, original or auto, got {self.onto!r}",
@@ -291,6 +301,12 @@ class MergeConfig:
             self.min_kept is None or 0 < self.min_kept <= 1,
             f"min_kept must be above 0 and at most 1, got {self.min_kept}",
         )
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """Each adapter's folder and its weight."""
+        folders = (self.adapter,) if isinstance(self.adapter, str) else self.adapter
+        return dict(zip(folders, self.weights or (1.0,) * len(folders), strict=True))
 
 
 def flat(config: TrainConfig | MergeConfig) -> dict[str, Any]:

@@ -11,25 +11,14 @@ adapter are rounded: what quantization had taken off them dithers the adapter's 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qlora import nf4
 from qlora.config import QuantConfig
-from qlora.lora import delta_weight
+from qlora.lora import Factors
 from qlora.rounding import keep_adapter
-
-
-class Factors(NamedTuple):
-    """An adapter's part of one layer, on its device."""
-
-    lora_A: Tensor
-    """(r, in)"""
-    lora_B: Tensor
-    """(out, r)"""
-    scaling: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class Folding:
     """the weight from before quantization, where it is at hand"""
 
     def delta(self) -> Tensor | None:
-        return delta_weight(*self.factors) if self.factors else None
+        return self.factors.change(self.base) if self.factors else None
 
 
 Facts = dict[str, float]
@@ -80,7 +69,8 @@ def in_4_bits(
         if moments is None:
             moments = torch.eye(target.shape[1], device=target.device)
         start = codes or nf4.quantize(target, quant)
-        merged = keep_adapter(start, target, *folding.factors[:2], moments)
+        lora_A, lora_B = folding.factors[:2]
+        merged = keep_adapter(start, target, lora_A, lora_B, moments)
     found = _facts(folding.base, delta, nf4.dequantize(merged) - folding.base, moments)
     if codes is not None:
         found["codes_changed"] = nf4.codes_changed(codes, merged)

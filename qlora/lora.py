@@ -12,7 +12,7 @@ function that folds an adapter into a weight call it.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,36 @@ from qlora.nf4 import DTYPES
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """scaling * B A in fp32, (out, in), from A (r, in) and B (out, r) of any float dtype."""
     return torch.mm(lora_B.float(), lora_A.float()).mul_(scaling)
+
+
+class Factors(NamedTuple):
+    """An adapter's part of one layer (out, in)."""
+
+    lora_A: Tensor
+    """(r, in)"""
+    lora_B: Tensor
+    """(out, r)"""
+    scaling: float
+    magnitude: Tensor | None = None
+    """DoRA's length of each row (out,), arXiv:2402.09353"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    def to(self, device: torch.device | str) -> "Factors":
+        moved = (t if t is None or isinstance(t, float) else t.to(device) for t in self)
+        return Factors(*moved)  # type: ignore[arg-type]
+
+    def change(self, weight: Tensor) -> Tensor:
+        """What the adapter adds to `weight` (out, in), in fp32."""
+        delta = delta_weight(self.lora_A, self.lora_B, self.scaling)
+        if self.magnitude is None:
+            return delta
+        summed = delta.add_(weight)
+        summed *= (self.magnitude.float() / summed.norm(dim=1))[:, None]
+        return summed.sub_(weight)
 
 
 class LoRALinear(nn.Module):
@@ -114,3 +144,17 @@ def output_head(model: nn.Module) -> Any:
     """The layer that makes logits, which is neither quantized nor adapted, or None."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if get else None
+
+
+def vocabulary(model: nn.Module) -> tuple[str | None, str | None]:
+    """The names of `model`'s embedding and of its output head."""
+    names = {module: name for name, module in model.named_modules()}
+    get = getattr(model, "get_input_embeddings", None)
+    return names.get(get() if get else None), names.get(output_head(model))
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether `model`'s output head is its embedding."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config else None
+    return bool(getattr(text, "tie_word_embeddings", False) and output_head(model) is not None)

@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor
 
 from qlora import nf4
-from qlora.adapter_files import AdapterFile, read_adapter
+from qlora.adapter_reader import AdapterFile, combine, read_adapter
 from qlora.calibration import calibrate
 from qlora.checkpoint import (
     Checkpoint,
@@ -33,7 +33,7 @@ from qlora.checkpoint import (
 )
 from qlora.config import MergeConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.export import Factors, Facts, Folding, in_4_bits, in_full
+from qlora.export import Facts, Folding, in_4_bits, in_full
 from qlora.merge_plan import MergeOp, Plan, check_base, plan_merge
 from qlora.report import write_merge_card
 from qlora.shards import Entry, parse_size, publishing, replace_text, require_new, write_shards
@@ -98,10 +98,10 @@ class _Job:
 
 def _prepare(config: MergeConfig) -> _Job:
     """Whatever the user can mend goes wrong here, before a byte is written."""
-    adapter = read_adapter(Path(config.adapter).expanduser())
+    adapter = combine([read_adapter(a) for a in config.adapters], [*config.adapters.values()])
     base_model = config.base_model or adapter.base_model
     if not base_model:
-        raise UserError(f"adapter {config.adapter} names no base model: give --base-model")
+        raise UserError(f"adapter {adapter.folder} names no base model: give --base-model")
     revision = adapter.revision if base_model == adapter.base_model else None
     checkpoint = Checkpoint(resolve(base_model, revision=revision))
     if not adapter.base:
@@ -231,7 +231,7 @@ def merged_tensors(
     for op in plan.ops:
         if not (op.module or op.round_trip or op.packed or op.in_4_bits):
             (entry,) = op.entries
-            yield _cast(checkpoint.read(op.name), entry)
+            yield _cast(_value(checkpoint, adapter, op), entry)
             continue
         folding = _read(checkpoint, adapter, op, plan.quant, device)
         if op.in_4_bits:
@@ -254,16 +254,13 @@ def _read(
     checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp, quant: QuantConfig, device: str
 ) -> Folding:
     """The weight of `op`, with what the adapter adds to it, on `device`."""
-    factors = None
-    if op.module:
-        lora_A, lora_B = (matrix.to(device) for matrix in adapter.pairs[op.module])
-        factors = Factors(lora_A, lora_B, adapter.config.scaling)
+    factors = adapter.pairs[op.module].to(device) if op.module else None
     if op.packed:
-        record = checkpoint.record(op.name)
+        record = checkpoint.record(op.source)
         assert record is not None
         codes = nf4.from_record(record, device)
         return Folding(nf4.dequantize(codes), factors, codes)
-    weight = checkpoint.read(op.name).to(device)
+    weight = _value(checkpoint, adapter, op).to(device)
     if op.transposed:
         weight = weight.T
     if not op.round_trip:
@@ -272,6 +269,22 @@ def _read(
     weight = weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype))
     codes = nf4.quantize(weight, quant)
     return Folding(nf4.dequantize(codes), factors, codes, original=weight)
+
+
+def _value(checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp) -> Tensor:
+    """The tensor of `op` with what the adapter puts in its place, or adds but for A and B."""
+    if op.param is None:
+        return checkpoint.read(op.source)
+    value = adapter.whole.get(op.param)
+    if value is None:
+        value = checkpoint.read(op.source)
+    module, _, kind = op.param.rpartition(".")
+    if kind == "bias" and module in adapter.bias_changes:
+        value = value.float() + adapter.bias_changes[module]
+    if kind == "weight" and module in adapter.rows:
+        ids, rows = adapter.rows[module]
+        value = value.float().index_copy(0, ids, rows.float())
+    return value
 
 
 def _cast(tensor: Tensor, entry: Entry) -> Tensor:
@@ -294,6 +307,8 @@ def _copy_companions(
     values = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     values.pop("torch_dtype", None)
     values["dtype"] = str(plan.out_dtype).removeprefix("torch.")
+    for part in (values, values.get("text_config") or {}):
+        part.update(plan.config_changes)
     if config.format == "nf4":
         values["quantization_config"] = _quantization_config(plan)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
@@ -338,7 +353,7 @@ class _Report:
     def write(self, folder: Path) -> None:
         quant, verified = self.plan.quant, self.verified
         values: dict[str, Any] = {
-            "adapter": self.config.adapter,
+            "adapters": self.config.adapters,
             "base_model": self.base_model,
             "onto": self.config.onto,
             "format": self.config.format,

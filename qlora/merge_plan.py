@@ -4,15 +4,17 @@ The plan runs in the model's order, in which calibration gets to know the layers
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from bitsandbytes.utils import unpack_tensor_to_dict
 
 from qlora import nf4
-from qlora.adapter_files import AdapterFile, require_same_base
+from qlora.adapter_reader import AdapterFile, raise_faults, require_same_base
 from qlora.checkpoint import Checkpoint, disk_name, linear_layers, quantized_layers, skeleton
 from qlora.config import MergeConfig, QuantConfig
 from qlora.errors import UserError
+from qlora.lora import is_tied, vocabulary
 from qlora.shards import Entry
 
 
@@ -21,8 +23,12 @@ class MergeOp:
     """What happens to one weight of the checkpoint."""
 
     name: str
+    source: str
+    """the tensor it is made of: its own, or the embedding's for a head that was tied to it"""
     entries: tuple[Entry, ...]
     """what is written for it: one tensor, or those of a 4-bit record"""
+    param: str | None = None
+    """its name in the adapter, where something is done to it"""
     module: str | None = None
     """the adapter's name of the layer, where one is folded in"""
     round_trip: bool = False
@@ -48,6 +54,8 @@ class Plan:
     """of whatever is not written as codes"""
     unquantized: list[str]
     """linear layers that stay out of a 4-bit output"""
+    config_changes: dict[str, Any]
+    """what is no longer true of the base's config.json"""
 
     @property
     def entries(self) -> list[Entry]:
@@ -69,69 +77,136 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
     """What to do with each tensor, from headers alone, in the model's order.
 
     Raises:
-        UserError: an adapted layer is not in the checkpoint or has another shape; all are named.
+        UserError: something of the adapter is not in the checkpoint or has another shape; all of
+            it is named.
     """
-    quant = adapter.quantization
-    model = skeleton(checkpoint.folder, trust_remote_code=config.trust_remote_code)
-    layers = quantized_layers(model, quant)
-    rounds = config.onto == "nf4" and not checkpoint.is_quantized  # a 4-bit base is as it was
-    modules = {**dict.fromkeys(adapter.pairs, adapter.fan_in_fan_out), **layers}
-    names = {m: disk_name(checkpoint, model, f"{m}.weight") for m in modules}
-    needed = modules if rounds else adapter.pairs
-    faults = [f"{m} is not in the checkpoint" for m in needed if names[m] is None]
-    module_of = {name: m for m, name in names.items() if name is not None}
-    to_4_bits = config.format == "nf4"
-    out_quant = replace(
-        quant,
-        quant_type="nf4",
-        blocksize=config.blocksize or quant.blocksize,
-        double_quant=quant.double_quant and config.double_quant,
-    )
-    out_dtype = nf4.DTYPES[_out_dtype(config, quant)]
-    ops = []
-    for name, header in checkpoint.tensors.items():
+    return _Planner(checkpoint, adapter, config).plan()
+
+
+class _Planner:
+    """What is known of checkpoint and adapter together, and what is wrong with that."""
+
+    def __init__(self, checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig) -> None:
+        self.checkpoint, self.adapter, self.config = checkpoint, adapter, config
+        model = skeleton(checkpoint.folder, trust_remote_code=config.trust_remote_code)
+        quantized = quantized_layers(model, adapter.quantization)
+        weights = {m: f"{m}.weight" for m in linear_layers(model)}
+        self.linear = {m: disk_name(checkpoint, model, weight) for m, weight in weights.items()}
+        # A weight is (out, in) but for Conv1D's and an embedding's, one from vocab to dim.
+        self.transposed = {
+            m: m in adapter.embeddings or adapter.fan_in_fan_out for m in adapter.pairs
+        }
+        self.transposed |= quantized
+        self.layers = {m for m in quantized if f"{m}.weight" not in adapter.whole}
+        """quantized in training"""
+        self.rounds = config.onto == "nf4" and not checkpoint.is_quantized
+        """these go through their codes; those of a 4-bit base are as they were"""
+        self.embedding, self.head = vocabulary(model)
+        self.parted = is_tied(model) and adapter.parts(self.embedding, self.head)
+        """the head was tied to the embedding, and is no longer"""
+        order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        touched = sorted({*self.transposed, *adapter.rows}, key=lambda m: order.get(m, -1))
+        params = [f"{m}.weight" for m in touched]
+        params += [*adapter.whole, *(f"{m}.bias" for m in adapter.bias_changes)]
+        self.places = {param: disk_name(checkpoint, model, param) for param in params}
+        """the checkpoint's name of each parameter that something is done to"""
+        self.sources = {name: name for name in checkpoint.tensors}
+        if self.parted:
+            tied_to = disk_name(checkpoint, model, f"{self.embedding}.weight")
+            self.places[f"{self.head}.weight"] = f"{self.head}.weight"
+            self.sources[f"{self.head}.weight"] = tied_to or f"{self.head}.weight"
+        self.param_of = {place: param for param, place in self.places.items() if place}
+        self.quant = adapter.quantization
+        self.out_quant = replace(
+            self.quant,
+            quant_type="nf4",
+            blocksize=config.blocksize or self.quant.blocksize,
+            double_quant=self.quant.double_quant and config.double_quant,
+        )
+        self.out_dtype = nf4.DTYPES[_out_dtype(config, self.quant)]
+        self.faults: list[str] = []
+
+    def plan(self) -> Plan:
+        self._find_missing()
+        ops = [
+            self._op(name, source) for name, source in self.sources.items() if self._is_own(name)
+        ]
+        changes = self._config_changes(ops)
+        raise_faults(
+            f"adapter {self.adapter.folder} does not fit {self.checkpoint.folder}",
+            self.faults,
+            mend="Give the base it was trained on as --base-model",
+        )
+        turn = {place: i for i, place in enumerate(self.places.values())}
+        ops.sort(key=lambda op: turn.get(op.name, -1))
+        coded = {op.name for op in ops if op.in_4_bits}
+        kept_whole = [m for m, name in self.linear.items() if name not in coded]
+        return Plan(ops, self.quant, self.out_quant, self.out_dtype, kept_whole, changes)
+
+    def _is_own(self, name: str) -> bool:
+        """Not a part of the 4-bit record of another tensor."""
         weight = name.partition(".weight.")[0] + ".weight"
-        if weight != name and _is_packed(checkpoint, weight):
-            continue  # a part of the 4-bit record of `weight`
-        packed = _is_packed(checkpoint, name)
-        shape = _packed_shape(checkpoint, name) if packed else header.shape
-        module = module_of.get(name)
-        transposed = module is not None and modules[module]
+        return weight == name or not _is_packed(self.checkpoint, weight)
+
+    def _find_missing(self) -> None:
+        untouched = self.layers - set(self.adapter.pairs)
+        for param, place in self.places.items():
+            if place is None and (self.rounds or param.removesuffix(".weight") not in untouched):
+                self.faults.append(f"{param} is not in the checkpoint")
+        if self.parted and self.adapter.rows:
+            self.faults.append("it has trained token rows, and parts head from embedding")
+
+    def _op(self, name: str, source: str) -> MergeOp:
+        adapter, header = self.adapter, self.checkpoint.tensors[source]
+        param = self.param_of.get(name)
+        module = param.removesuffix(".weight") if param and param.endswith(".weight") else None
+        packed = _is_packed(self.checkpoint, source)
+        shape = _packed_shape(self.checkpoint, source) if packed else header.shape
+        floats = packed or header.dtype.is_floating_point
+        if param in adapter.whole:
+            whole = tuple(adapter.whole[param].shape)
+            resizable = module in (self.embedding, self.head)
+            if whole[resizable:] != shape[resizable:]:
+                self.faults.append(f"{name} is {shape}, the adapter has it as {whole}")
+            packed, shape, floats = False, whole, True
+        transposed = module is not None and self.transposed.get(module, False)
         matrix = shape[::-1] if transposed and not packed else shape
-        if module in adapter.pairs:
-            lora_A, lora_B = adapter.pairs[module]
-            wanted = (lora_B.shape[0], lora_A.shape[1])
-            if matrix != wanted:
-                faults.append(f"{name} is {matrix}, the adapter is for {wanted}")
-        in_4_bits = to_4_bits and (packed or (module in layers and not checkpoint.is_quantized))
-        dtype = out_dtype if header.dtype.is_floating_point or packed else header.dtype
+        if module in adapter.pairs and matrix != adapter.pairs[module].shape:
+            wanted = adapter.pairs[module].shape
+            self.faults.append(f"{name} is {matrix}, the adapter is for {wanted}")
+        if module in adapter.rows and shape[1:] != adapter.rows[module][1].shape[1:]:
+            rows = tuple(adapter.rows[module][1].shape)
+            self.faults.append(f"{name} is {shape}, the adapter has rows of it as {rows}")
+        is_layer = module in self.layers and not self.checkpoint.is_quantized
+        in_4_bits = self.config.format == "nf4" and (packed or is_layer)
         if in_4_bits:
-            layout = nf4.record_layout(matrix, out_quant)
+            layout = nf4.record_layout(matrix, self.out_quant)
             entries = [Entry(f"{name}.{s}" if s else name, *kind) for s, kind in layout.items()]
         else:
+            dtype = self.out_dtype if floats else header.dtype
             entries = [Entry(name, dtype, matrix[::-1] if transposed else shape)]
-        ops.append(
-            MergeOp(
-                name=name,
-                entries=tuple(entries),
-                module=module if module in adapter.pairs else None,
-                round_trip=rounds and module in layers,
-                packed=packed,
-                transposed=transposed,
-                in_4_bits=in_4_bits,
-            )
+        return MergeOp(
+            name=name,
+            source=source,
+            entries=tuple(entries),
+            param=param,
+            module=module if module in adapter.pairs else None,
+            round_trip=self.rounds and module in self.layers,
+            packed=packed,
+            transposed=transposed,
+            in_4_bits=in_4_bits,
         )
-    if faults:
-        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" * (len(faults) > 5))
-        raise UserError(
-            f"adapter {adapter.folder} does not fit {checkpoint.folder}: {shown}. "
-            "Give the base it was trained on as --base-model"
-        )
-    place = {name: i for i, name in enumerate(names.values())}
-    ops.sort(key=lambda op: place.get(op.name, -1))
-    coded = {op.name for op in ops if op.in_4_bits}
-    kept_whole = [n for n in linear_layers(model) if names.get(n) not in coded]
-    return Plan(ops, quant, out_quant, out_dtype, kept_whole)
+
+    def _config_changes(self, ops: list[MergeOp]) -> dict[str, Any]:
+        """For config.json, where head and embedding part or the vocabulary grew."""
+        changes: dict[str, Any] = {"tie_word_embeddings": False} if self.parted else {}
+        ends = (f"{self.embedding}.weight", f"{self.head}.weight")
+        sizes = {op.entries[0].shape[0] for op in ops if op.param in ends}
+        if len(sizes) > 1:
+            self.faults.append(f"embedding and output head have {sizes} rows, not one number")
+        elif sizes and ends[0] in self.adapter.whole:
+            changes["vocab_size"] = sizes.pop()
+        return changes
 
 
 def _out_dtype(config: MergeConfig, quant: QuantConfig) -> str:

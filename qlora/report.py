@@ -94,12 +94,24 @@ def write_merge_card(folder: Path, report: Mapping[str, Any]) -> None:
     text = f"""{_front_matter(base, "library_name: transformers", "qlora", "merged")}
 # {Path(base).name} with a LoRA adapter merged in
 
-The adapter `{report["adapter"]}` was folded in fp32 into {onto},
+{_adapters(report["adapters"])} folded in fp32 into {onto},
 and rounded once to {report["format"]}.
 
 {measured}
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _adapters(weights: Mapping[str, float]) -> str:
+    """Each adapter by name, with its weight where that is not 1."""
+    names = [
+        f"`{a}`" + (f" times {weight:g}" if weight != 1 else "") for a, weight in weights.items()
+    ]
+    return (
+        f"The adapter {names[0]} was"
+        if len(names) == 1
+        else f"The adapters {', '.join(names)} were"
+    )
 
 
 def _front_matter(base_model: str, *lines: str) -> str:

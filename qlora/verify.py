@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from qlora.adapter_files import AdapterFile, load_adapter
-from qlora.adapters import disable_adapter
+from qlora.adapter_reader import AdapterFile
 from qlora.base import load_base
 from qlora.checkpoint import Checkpoint
 from qlora.config import QuantConfig
 from qlora.data import length_batches, prepare_data
 from qlora.errors import UserError, first_line
+from qlora.live import put_on
 
 MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
 MAX_LENGTH = 2048
@@ -144,8 +144,8 @@ class Verifier:
     def _live(self) -> _Live:
         quant = replace(self.adapter.quantization, compute_dtype="auto", allow_unquantized=True)
         model = self._load(self.base_model, quant)
-        with disable_adapter(load_adapter(model, self.adapter.folder)):
-            base = [nll for nll, _ in _log_probs(model, self.examples, "Base", keep=False)]
+        base = [nll for nll, _ in _log_probs(model, self.examples, "Base", keep=False)]
+        put_on(model, self.adapter)
         live = list(_log_probs(model, self.examples, "Live adapter"))
         dtype = model.dtype
         del model

@@ -431,3 +431,11 @@ def test_the_codes_on_a_gpu_are_those_of_the_cpu(checkpoints, bases):
     there = load_base(str(checkpoints("llama")), FP32, device="cuda")
     for name, layer in four_bit_layers(bases("llama")).items():
         assert torch.equal(there.get_submodule(name).weight.cpu(), layer.weight)
+
+
+def test_a_4_bit_checkpoint_computes_in_the_dtype_asked_for(checkpoints, tmp_path):
+    """transformers leaves its norm weights in bf16, and LayerNorm refuses the mixture."""
+    load_base(str(checkpoints("gpt2")), QuantConfig(compute_dtype="bf16")).save_pretrained(tmp_path)
+    model = load_base(str(tmp_path), FP32)
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+    assert torch.isfinite(model(token_ids()).logits).all()

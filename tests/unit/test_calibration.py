@@ -8,7 +8,8 @@ import torch
 from conftest import FP32, randomize_adapter, tiny_tokenizer
 from torch import Tensor
 
-from qlora.adapter_files import read_adapter, save_adapter
+from qlora.adapter_files import save_adapter
+from qlora.adapter_reader import read_adapter
 from qlora.adapters import apply_lora
 from qlora.base import load_base
 from qlora.calibration import SecondMoments, calibrate

@@ -101,7 +101,17 @@ def test_any_other_setting_goes_to_the_trainer():
 def test_the_merge_has_its_own_flags():
     words = ["--adapter", "out", "--output-dir", "merged", "--onto", "original"]
     config = cli.parse(MergeConfig, words, prog="merge_dequant.py")
-    assert config == MergeConfig(adapter="out", output_dir="merged", onto="original")
+    assert config == MergeConfig(adapter=("out",), output_dir="merged", onto="original")
+
+
+def test_several_adapters_with_weights():
+    words = ["--adapter", "a", "b", "--weights", "0.5", "-1", "--output-dir", "merged"]
+    config = cli.parse(MergeConfig, words, prog="merge_dequant.py")
+    assert config.adapters == {"a": 0.5, "b": -1.0}
+    with pytest.raises(UserError, match=r"weights must be one for each adapter: 2 adapters, 1 "):
+        cli.parse(MergeConfig, [*words[:3], "--weights=0.5", *words[-2:]], prog="merge_dequant.py")
+    with pytest.raises(UserError, match=r"--weights: wanted a number, got 'x'"):
+        cli.parse(MergeConfig, [*words[:3], "--weights=x", *words[-2:]], prog="merge_dequant.py")
 
 
 # --------------------------------------------------------------------------------- wrong flags
@@ -288,7 +298,7 @@ def test_to_yaml_is_read_back_as_the_same_config(tmp_path_factory, config):
 
 def test_to_yaml_is_flat_and_readable():
     lines = cli.to_yaml(MergeConfig(adapter="out", output_dir="merged")).splitlines()
-    assert lines[:4] == ["adapter: out", "output_dir: merged", "base_model: null", "onto: nf4"]
+    assert lines[:4] == ["adapter: out", "output_dir: merged", "weights: []", "base_model: null"]
 
 
 # --------------------------------------------------------------------------------- the whole way

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from qlora.adapter_files import read_adapter, save_adapter
+from qlora.adapter_files import save_adapter
+from qlora.adapter_reader import read_adapter
 from qlora.adapters import apply_lora
 from qlora.base import load_base
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
@@ -233,8 +234,8 @@ def test_resume_goes_on_where_it_stopped(checkpoints, tmp_path, data):
     train(config(base, data, tmp_path / "parts", max_steps=2))
     parts = train(config(base, data, tmp_path / "parts", resume=True))
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-4)
-    for name, (A, B) in read_adapter(whole).pairs.items():
-        A2, B2 = read_adapter(parts).pairs[name]
+    for name, (A, B, *_) in read_adapter(whole).pairs.items():
+        A2, B2, *_ = read_adapter(parts).pairs[name]
         torch.testing.assert_close(A, A2, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(B, B2, atol=1e-4, rtol=1e-3)
 
@@ -425,5 +426,5 @@ def test_bf16_run_on_a_gpu(checkpoints, tmp_path, data):
         config(checkpoints("llama"), data, tmp_path / "run", quant=QuantConfig(), max_steps=20)
     )
     assert losses(output)[-1] < losses(output)[0] - 0.1
-    A, _ = next(iter(read_adapter(output).pairs.values()))
+    A, *_ = next(iter(read_adapter(output).pairs.values()))
     assert A.dtype == torch.bfloat16
