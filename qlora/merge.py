@@ -15,7 +15,7 @@ one, when asked for: calibration of the 4-bit output, and verification.)
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from qlora import nf4
 from qlora.adapter_reader import AdapterFile, combine, read_adapter
 from qlora.calibration import calibrate
 from qlora.checkpoint import (
     Checkpoint,
     resolve,
 )
-from qlora.config import MergeConfig, QuantConfig
+from qlora.config import MergeConfig
 from qlora.errors import UserError
-from qlora.export import Facts, Folding, in_4_bits, in_full
-from qlora.merge_plan import MergeOp, Plan, check_base, plan_merge
+from qlora.export import Facts
+from qlora.fold import merged_tensors
+from qlora.merge_plan import Plan, check_base, plan_merge
 from qlora.report import write_merge_card
 from qlora.shards import Entry, parse_size, publishing, replace_text, require_new, write_shards
 from qlora.verify import Verification, Verifier, read_examples
@@ -213,88 +213,6 @@ def _require_space(config: MergeConfig, entries: list[Entry]) -> None:
             f"{output} needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: "
             "make room or give another --output-dir"
         )
-
-
-def merged_tensors(
-    checkpoint: Checkpoint,
-    adapter: AdapterFile,
-    plan: Plan,
-    device: str,
-    moments: Callable[[str], Tensor] | None,
-    layers: dict[str, Facts],
-) -> Iterator[Tensor]:
-    """The output's tensors in the order of `plan.entries`; facts of adapted layers go to `layers`.
-
-    Args:
-        moments: gives an adapted layer's sum of x x' over its inputs, for a 4-bit output.
-    """
-    for op in plan.ops:
-        if not (op.module or op.round_trip or op.packed or op.in_4_bits):
-            (entry,) = op.entries
-            yield _cast(_value(checkpoint, adapter, op), entry)
-            continue
-        folding = _read(checkpoint, adapter, op, plan.quant, device)
-        if op.in_4_bits:
-            known = moments(op.module) if moments and op.module else None
-            quantized, found = in_4_bits(folding, plan.out_quant, known)
-            quantized.state.dtype = plan.out_dtype
-            record = nf4.to_record(quantized)
-            suffixes = [entry.name.removeprefix(op.name).lstrip(".") for entry in op.entries]
-            done = [record[suffix].cpu() for suffix in suffixes]
-        else:
-            (entry,) = op.entries
-            weight, found = in_full(folding, entry.dtype)
-            done = [_cast(weight.T if op.transposed else weight, entry)]
-        if op.module:
-            layers[op.module] = found
-        yield from done
-
-
-def _read(
-    checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp, quant: QuantConfig, device: str
-) -> Folding:
-    """The weight of `op`, with what the adapter adds to it, on `device`."""
-    factors = adapter.pairs[op.module].to(device) if op.module else None
-    if op.packed:
-        record = checkpoint.record(op.source)
-        assert record is not None
-        codes = nf4.from_record(record, device)
-        return Folding(nf4.dequantize(codes), factors, codes)
-    weight = _value(checkpoint, adapter, op).to(device)
-    if op.transposed:
-        weight = weight.T
-    if not op.round_trip:
-        return Folding(weight.float(), factors, original=weight)
-    # Loading casts to the compute dtype before it quantizes; of a bf16 checkpoint this is no cast.
-    weight = weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype))
-    codes = nf4.quantize(weight, quant)
-    return Folding(nf4.dequantize(codes), factors, codes, original=weight)
-
-
-def _value(checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp) -> Tensor:
-    """The tensor of `op` with what the adapter puts in its place, or adds but for A and B."""
-    if op.param is None:
-        return checkpoint.read(op.source)
-    value = adapter.whole.get(op.param)
-    if value is None:
-        value = checkpoint.read(op.source)
-    module, _, kind = op.param.rpartition(".")
-    if kind == "bias" and module in adapter.bias_changes:
-        value = value.float() + adapter.bias_changes[module]
-    if kind == "weight" and module in adapter.rows:
-        ids, rows = adapter.rows[module]
-        value = value.float().index_copy(0, ids, rows.float())
-    return value
-
-
-def _cast(tensor: Tensor, entry: Entry) -> Tensor:
-    out = tensor.to("cpu", entry.dtype)
-    if out.is_floating_point() and not torch.isfinite(out).all():
-        raise UserError(
-            f"{entry.name} does not fit {entry.dtype}: it holds NaN, or values beyond its range. "
-            "Use --format bf16 or fp32; if the base itself holds NaN, download it again"
-        )
-    return out
 
 
 # ---- what goes beside the weights ----

@@ -55,17 +55,16 @@ def keep_adapter(
     above.
     """
     grid = _Grid(start)
+    state = _State(grid, target, moments)
     metric = _Metric(lora_A.float(), lora_B.float(), moments)
-    best, best_cost = grid.point(), metric.cost(grid.error(target))
-    aim, gain = target.clone(), 1.0
+    best, best_cost = grid.point(), metric.cost(state)
+    gain = 1.0
     for round_ in range(ROUNDS):
         timid = round_ < len(TIMID)
         if not timid:
-            aim -= gain * metric.biased(grid.error(target))
-        damped = moments.clone()
-        damped.diagonal().mul_(1 + (TIMID[round_] if timid else DAMPING))
-        _sweep(grid, aim, damped)
-        cost = metric.cost(grid.error(target))
+            metric.compensate(state, gain)
+        state.sweep(TIMID[round_] if timid else DAMPING)
+        cost = metric.cost(state)
         if cost < best_cost:
             best, best_cost = grid.point(), cost
         elif not timid:  # too much at a time
@@ -75,27 +74,46 @@ def keep_adapter(
     return grid.quantized(*best)
 
 
-def _sweep(grid: "_Grid", target: Tensor, moments: Tensor) -> None:
-    """One pass of coordinate descent over all columns and blocks of `grid` toward `target`."""
-    gradient = moments @ (grid.weight - target.T)  # (in, out), half of it
-    curvature = moments.diagonal().clamp_min(torch.finfo(torch.float32).tiny)  # of unused inputs
-    for chunk, first in enumerate(range(0, len(grid.weight), grid.chunk)):
-        columns = slice(first, first + grid.chunk)
-        before, inner = grid.weight[columns], moments[columns, columns]
-        weight, pull = before.clone(), gradient[columns].clone()
-        scale = grid.scale(chunk)
-        level = torch.empty_like(weight)
-        for j in range(len(weight)):
-            wanted = (weight[j] - pull[j] / curvature[first + j]) / scale[j % len(scale)]
-            level[j] = grid.levels[torch.bucketize(wanted, grid.bounds)]
-            step = level[j] * scale[j % len(scale)] - weight[j]
-            weight[j] += step
-            pull.addr_(inner[j], step)
-        if grid.aligned:
-            slope, bend = (pull * level).sum(0), (level * (inner @ level)).sum(0)
-            weight = level * grid.move_absmax(chunk, slope, bend)
-        gradient.addmm_(moments[:, columns], weight - before)
-        grid.weight[columns] = weight
+class _State:
+    """A weight on its way: how far it is from the target, and what is aimed at instead.
+
+    Everything is transposed, (in, out). What costs in * in * out is done once a sweep: `felt`, the
+    moments times the error, is kept up to date.
+    """
+
+    def __init__(self, grid: "_Grid", target: Tensor, moments: Tensor) -> None:
+        self.grid, self.moments = grid, moments
+        self.curvature = moments.diagonal()[:, None]
+        self.target = target.T.contiguous()
+        self.felt = moments @ self.error()
+        self.aside = torch.zeros_like(self.felt)
+        """the aim less the target"""
+        self.aside_felt = torch.zeros_like(self.felt)
+
+    def error(self) -> Tensor:
+        """Weight less target, (in, out)."""
+        return self.grid.weight - self.target
+
+    def sweep(self, damping: float) -> None:
+        """One pass of coordinate descent over all columns and blocks."""
+        grid, tiny = self.grid, torch.finfo(torch.float32).tiny  # for unused inputs
+        steepness = (self.curvature[:, 0] * (1 + damping)).clamp_min(tiny).reciprocal().tolist()
+        for chunk, first in enumerate(range(0, len(grid.weight), grid.chunk)):
+            columns = slice(first, first + grid.chunk)
+            before = grid.weight[columns]
+            off = before - self.target[columns] - self.aside[columns]
+            pull = self.felt[columns] - self.aside_felt[columns]
+            pull.addcmul_(self.curvature[columns], off, value=damping)
+            inner = self.moments[columns, columns].clone()
+            inner.diagonal().mul_(1 + damping)
+            scale = grid.scale(chunk)
+            weight = grid.descend(before, pull, inner, steepness[first:], scale)
+            if grid.aligned:
+                level = weight / scale.clamp_min(tiny)
+                slope, bend = (pull * level).sum(0), (level * (inner @ level)).sum(0)
+                weight = level * grid.move_absmax(chunk, slope, bend)
+            self.felt.addmm_(self.moments[:, columns], weight - before)
+            grid.weight[columns] = weight
 
 
 class _Grid:
@@ -121,9 +139,25 @@ class _Grid:
         width = 1 if self.aligned else self.chunk
         return self.absmax[chunk * width : (chunk + 1) * width]
 
-    def error(self, target: Tensor) -> Tensor:
-        """How far the weight now is from `target`, (out, in)."""
-        return self.weight.T - target
+    def descend(
+        self, weight: Tensor, pull: Tensor, inner: Tensor, steepness: list[float], scale: Tensor
+    ) -> Tensor:
+        """Each of some columns at its best level, one after the other; `pull` is kept up to date.
+
+        Args:
+            weight: (columns, out); a new one is returned.
+            pull: half the gradient (columns, out).
+            inner: half the second derivative (columns, columns).
+            steepness: the inverse of its diagonal.
+            scale: (1, out) or (columns, out).
+        """
+        rows = []
+        for j, (now, slope) in enumerate(zip(weight, pull, strict=True)):
+            wanted = torch.sub(now, slope, alpha=steepness[j]).div_(scale[j % len(scale)])
+            level = self.levels.index_select(0, torch.bucketize(wanted, self.bounds))
+            rows.append(level.mul_(scale[j % len(scale)]))
+            pull.addr_(inner[j], rows[-1] - now)
+        return torch.stack(rows)
 
     def move_absmax(self, block: int, slope: Tensor, bend: Tensor) -> Tensor:
         """The absmax (out,) that lowers slope * step + bend / 2 * step^2 most, from now on used."""
@@ -175,7 +209,12 @@ class _Grid:
 
 
 class _Metric:
-    """How much an error (out, in) costs, and which part of it adds up over the layers."""
+    """How much an error costs, and which part of it adds up over the layers.
+
+    That is the part in the adapter's own directions, A's on the input and B's on the output. On the
+    input it is a regression: the multiple of A with which the outputs' error is uncorrelated with
+    A x once it is taken off.
+    """
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, moments: Tensor) -> None:
         self.moments = moments
@@ -184,21 +223,24 @@ class _Metric:
         self.gram_inv = torch.linalg.pinv(lora_A @ self.read, hermitian=True)
         self.written = torch.linalg.qr(lora_B).Q  # (out, r)
 
-    def biased(self, error: Tensor) -> Tensor:
-        """The part of `error` in the adapter's own directions: A's on the input, B's on the output.
+    def compensate(self, state: _State, gain: float) -> None:
+        """Aim to the other side of what adds up."""
+        error = state.error()
+        by_A = self.gram_inv @ (self.lora_A @ state.felt)  # (r, out)
+        rest = torch.addmm(error, self.lora_A.T, by_A, alpha=-1)
+        by_B = rest @ self.written  # (in, r)
+        for aside, left, right in (
+            (state.aside, self.lora_A.T, by_A),
+            (state.aside, by_B, self.written.T),
+            (state.aside_felt, self.read, by_A),
+            (state.aside_felt, self.moments @ by_B, self.written.T),
+        ):
+            aside.addmm_(left, right, alpha=-gain)
 
-        On the input this is a regression: the multiple K A with which the outputs' error is
-        uncorrelated with A x once it is taken off.
-        """
-        along_A: Tensor = (error @ self.read) @ self.gram_inv @ self.lora_A
-        rest = error - along_A
-        return torch.add(along_A, self.written @ (self.written.T @ rest))
-
-    def cost(self, error: Tensor) -> float:
+    def cost(self, state: _State) -> float:
         """Noise, and BIAS times what adds up."""
-        outputs = error @ self.moments
-        noise = (outputs * error).sum()
-        read = error @ self.read
-        along_A = ((read @ self.gram_inv) * read).sum()
-        along_B = ((self.written.T @ outputs) * (self.written.T @ error)).sum()
-        return float(noise + BIAS * (along_A + along_B))
+        error, felt = state.error(), state.felt
+        read = self.lora_A @ felt  # (r, out)
+        along_A = ((self.gram_inv @ read) * read).sum()
+        along_B = ((felt @ self.written) * (error @ self.written)).sum()
+        return float((felt * error).sum() + BIAS * (along_A + along_B))

@@ -7,11 +7,12 @@ the live one is log p at up to MAX_TOKENS positions.
 """
 
 import gc
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ class Verification:
     loss_live: float
     loss_merged: float
     kl: float
+    """of the merged model to the live one"""
+    kl_base: float
+    """of the base to the live model: how far the adapter moved it"""
     agreement: float
     """share of the tokens for which live and merged model hold the same next token most likely"""
 
@@ -56,15 +60,15 @@ class Verification:
         return (
             f"\nMeasured on {self.rows} rows, {self.tokens} supervised tokens:\n"
             f"  {'':24}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
-            f"  {'4-bit base':24}{self.loss_base:9.4f}\n"
+            f"  {'4-bit base':24}{self.loss_base:9.4f}{0:12.2%}{self.kl_base:13.6f}\n"
             f"  {'base + live adapter':24}{self.loss_live:9.4f}{1:12.2%}\n"
             f"  {'merged':24}{self.loss_merged:9.4f}{kept:>12}{self.kl:13.6f}"
             f"{self.agreement:17.2%}"
         )
 
 
-def read_examples(data: str, tokenizer_folder: Path) -> list[Any]:
-    """Batches of the first rows of `data`, up to MAX_TOKENS supervised tokens, on the CPU."""
+def read_examples(data: str, tokenizer_folder: Path, max_tokens: int = MAX_TOKENS) -> list[Any]:
+    """Batches of the first rows of `data`, up to `max_tokens` supervised tokens, on the CPU."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     except (OSError, ValueError) as error:
@@ -76,7 +80,7 @@ def read_examples(data: str, tokenizer_folder: Path) -> list[Any]:
     tokens = 0
     for row in rows:
         tokens += sum(label != -100 for label in row["labels"])
-        if chosen and tokens > MAX_TOKENS:
+        if chosen and tokens > max_tokens:
             break
         chosen.append(row)
     return length_batches(chosen, tokenizer)
@@ -86,6 +90,7 @@ class _Live(NamedTuple):
     """What base and live adapter made of the examples."""
 
     loss_base: float
+    kl_base: float
     loss: float
     log_p: list[Tensor]
     dtype: torch.dtype
@@ -94,7 +99,7 @@ class _Live(NamedTuple):
 class Verifier:
     """Measures merged checkpoints against `adapter` live on `base_model`, which is run once.
 
-    All compute in the dtype of `device`, also where training was done in another.
+    All compute in one dtype, by default that of `device`, also where training was in another.
     """
 
     def __init__(
@@ -104,10 +109,12 @@ class Verifier:
         examples: list[Any],
         *,
         device: str,
+        compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
         trust_remote_code: bool = False,
     ) -> None:
         self.adapter, self.base_model, self.examples = adapter, base_model, examples
         self.device, self.trust_remote_code = device, trust_remote_code
+        self.compute_dtype = compute_dtype
         self.rows = sum(len(batch["labels"]) for batch in examples)
         self.tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in examples)
 
@@ -115,7 +122,7 @@ class Verifier:
         """Loss, KL and agreement of the checkpoint in the folder `merged`."""
         live = self._live
         if Checkpoint(merged).is_quantized:
-            model = self._load(str(merged), QuantConfig())
+            model = self._load(str(merged), QuantConfig(compute_dtype=self.compute_dtype))
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 merged,
@@ -129,11 +136,12 @@ class Verifier:
         for log_p, (nll, log_q) in pairs:
             loss += nll
             same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-            kl += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+            kl += _kl(log_p, log_q)
         return Verification(
             rows=self.rows,
             tokens=self.tokens,
             loss_base=live.loss_base,
+            kl_base=live.kl_base,
             loss_live=live.loss,
             loss_merged=loss / self.tokens,
             kl=kl / self.tokens,
@@ -142,20 +150,24 @@ class Verifier:
 
     @cached_property
     def _live(self) -> _Live:
-        quant = replace(self.adapter.quantization, compute_dtype="auto", allow_unquantized=True)
+        quant = replace(
+            self.adapter.quantization, compute_dtype=self.compute_dtype, allow_unquantized=True
+        )
         model = self._load(self.base_model, quant)
-        base = [nll for nll, _ in _log_probs(model, self.examples, "Base", keep=False)]
+        base = deque(_log_probs(model, self.examples, "Base"))
         put_on(model, self.adapter)
-        live = list(_log_probs(model, self.examples, "Live adapter"))
+        loss_base = loss = kl_base = 0.0
+        live = []
+        for nll, log_p in _log_probs(model, self.examples, "Live adapter"):
+            nll_base, log_base = base.popleft()  # held no longer than needed
+            loss_base, loss = loss_base + nll_base, loss + nll
+            kl_base += _kl(log_p, log_base)
+            live.append(log_p)
         dtype = model.dtype
         del model
         _free()
-        return _Live(
-            loss_base=sum(base) / self.tokens,
-            loss=sum(nll for nll, _ in live) / self.tokens,
-            log_p=[log_p for _, log_p in live],
-            dtype=dtype,
-        )
+        n = self.tokens
+        return _Live(loss_base / n, kl_base / n, loss / n, live, dtype)
 
     def _load(self, model: str, quant: QuantConfig) -> PreTrainedModel:
         return load_base(model, quant, device=self.device, trust_remote_code=self.trust_remote_code)
@@ -163,7 +175,7 @@ class Verifier:
 
 @torch.no_grad()
 def _log_probs(
-    model: PreTrainedModel, batches: list[Any], name: str, *, keep: bool = True
+    model: PreTrainedModel, batches: list[Any], name: str
 ) -> Iterator[tuple[float, Tensor]]:
     """For each batch the summed -log p of the real tokens, and log p (tokens, vocab) on the CPU."""
     model.eval()
@@ -173,7 +185,11 @@ def _log_probs(
         mask = batch["labels"][:, 1:] != -100
         log_p = F.log_softmax(logits[:, :-1][mask].float(), dim=-1)
         nll = F.nll_loss(log_p, batch["labels"][:, 1:][mask], reduction="sum")
-        yield float(nll), log_p.cpu() if keep else torch.empty(0)
+        yield float(nll), log_p.cpu()
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> float:
+    return float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
 
 
 def _free() -> None:

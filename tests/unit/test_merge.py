@@ -329,14 +329,14 @@ def test_verify_measures_a_4_bit_merge(checkpoints, tmp_path):
 
 
 def test_the_share_kept():
-    assert Verification(1, 1, 3.0, 1.0, 1.5, 0, 1).kept == 0.75
-    assert Verification(1, 1, 2.0, 3.0, 3.0, 0, 1).kept is None
+    assert Verification(1, 1, 3.0, 1.0, 1.5, 0, 1, 1).kept == 0.75
+    assert Verification(1, 1, 2.0, 3.0, 3.0, 0, 1, 1).kept is None
 
 
 def test_less_than_min_kept_is_not_published(checkpoints, tmp_path, monkeypatch):
     trained(checkpoints("llama"), tmp_path / "adapter")
     data = rows_file(tmp_path)
-    poor = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 0.8)
+    poor = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 1.9, 0.8)
     monkeypatch.setattr(Verifier, "measure", lambda *_: poor)
     with pytest.raises(UserError, match=r"keeps 75.0%.*--min-kept 0.9.*nothing was written"):
         merged(tmp_path / "adapter", tmp_path / "out", verify=data, min_kept=0.9)
@@ -350,7 +350,7 @@ def test_less_than_min_kept_is_not_published(checkpoints, tmp_path, monkeypatch)
 
 def test_a_poor_merge_is_called_so(checkpoints, tmp_path, monkeypatch, capsys):
     trained(checkpoints("llama"), tmp_path / "adapter")
-    poor = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 0.8)
+    poor = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 1.9, 0.8)
     monkeypatch.setattr(Verifier, "measure", lambda *_: poor)
     merged(tmp_path / "adapter", tmp_path / "out", verify=rows_file(tmp_path))
     assert "WARNING: the merged model has lost 25.0%" in capsys.readouterr().out
@@ -358,7 +358,7 @@ def test_a_poor_merge_is_called_so(checkpoints, tmp_path, monkeypatch, capsys):
 
 def test_no_gain_is_no_share_of_it(checkpoints, tmp_path, monkeypatch, capsys):
     trained(checkpoints("llama"), tmp_path / "adapter")
-    worse = Verification(12, 100, 1.0, 2.0, 2.0, 0.2, 0.8)
+    worse = Verification(12, 100, 1.0, 2.0, 2.0, 0.2, 1.9, 0.8)
     monkeypatch.setattr(Verifier, "measure", lambda *_: worse)
     data = rows_file(tmp_path)
     refused(
@@ -380,7 +380,7 @@ def test_auto_takes_the_base_with_the_lower_loss(
     losses = {"nf4": 1.5, "original": 1.5, better: 1.2}
 
     def measure(_: object, folder: Path) -> Verification:
-        return Verification(12, 100, 3.0, 1.0, losses[folder.name], 0.2, 0.8)
+        return Verification(12, 100, 3.0, 1.0, losses[folder.name], 0.2, 1.9, 0.8)
 
     wanted = merged(tmp_path / "adapter", tmp_path / "wanted", onto=better)
     monkeypatch.setattr(Verifier, "measure", measure)

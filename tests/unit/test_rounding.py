@@ -69,7 +69,7 @@ def test_a_sweep_finds_for_each_code_in_turn_the_best_of_the_sixteen():
     grid.aligned = False  # codes alone: absmax stays
     grid.chunk = 64
     grid.absmax = grid.absmax.expand(64, 3)
-    rounding._sweep(grid, target, moments)
+    rounding._State(grid, target, moments).sweep(0.0)
     levels, scale = torch.tensor(reference.NF4), nf4.absmax(start)
     for row in range(3):
         weight = nf4.dequantize(start)[row].double()
