@@ -67,11 +67,12 @@ def main() -> None:
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--verify", required=True)
     parser.add_argument("--only", default="", help="ways whose name has this in it")
+    parser.add_argument("--tokens", type=int, default=8192, help="supervised ones to measure on")
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
     adapter = read_adapter(given.adapter)
     base = str(resolve(str(adapter.base_model)))
-    examples = read_examples(given.verify, Path(given.adapter))
+    examples = read_examples(given.verify, Path(given.adapter), given.tokens)
     verifier = Verifier(adapter, base, examples, device="cpu")
     rows = []
     ways = {name: way for name, way in WAYS.items() if given.only in name}
@@ -87,11 +88,13 @@ def main() -> None:
             "way": name,
             "kept": found.kept,
             "kl": found.kl,
+            "kl_base": found.kl_base,
             "agreement": found.agreement,
             "loss_base": found.loss_base,
             "loss_live": found.loss_live,
             "loss_merged": found.loss_merged,
             "seconds": round(seconds, 1),
+            "adapter": Path(given.adapter).name,
             "r": adapter.config.r,
             "data": Path(given.verify).stem,
             "tokens": found.tokens,
