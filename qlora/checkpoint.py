@@ -218,8 +218,14 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU. The file is closed again, so that its pages can go."""
-        with safe_open(self.tensors[name].file, framework="pt") as shard:
-            return torch.as_tensor(shard.get_tensor(name))
+        file = self.tensors[name].file
+        try:
+            with safe_open(file, framework="pt") as shard:
+                return torch.as_tensor(shard.get_tensor(name))
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} can no longer be read ({error}): is it still there?"
+            ) from error
 
     def record(self, name: str) -> dict[str, Tensor] | None:
         """The bitsandbytes record of the 4-bit weight `name`, or None if it is not quantized."""

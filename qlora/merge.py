@@ -16,7 +16,7 @@ one, when asked for: calibration of the 4-bit output, and verification.)
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from qlora.adapter_reader import AdapterFile, combine, read_adapter
+from qlora.adapter_reader import AdapterFile, combine, raise_faults, read_adapter
 from qlora.calibration import calibrate
-from qlora.checkpoint import (
-    Checkpoint,
-    resolve,
-)
+from qlora.checkpoint import Checkpoint, disk_name, resolve, skeleton
 from qlora.config import MergeConfig
 from qlora.errors import UserError
-from qlora.export import Facts
 from qlora.fold import merged_tensors
 from qlora.merge_plan import Plan, check_base, plan_merge
-from qlora.report import write_merge_card
-from qlora.shards import Entry, parse_size, publishing, replace_text, require_new, write_shards
+from qlora.merge_report import MergeReport
+from qlora.shards import Entry, parse_size, publishing, require_new, write_shards
 from qlora.verify import Verification, Verifier, read_examples
 
-WARN_BELOW = 0.95  # share of the gain kept
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -124,19 +119,20 @@ def _prepare(config: MergeConfig) -> _Job:
     return _Job(config, adapter, base_model, checkpoint, plan, tokenizer_folder, verifier, moments)
 
 
-def _write(job: _Job, folder: Path) -> "_Report":
+def _write(job: _Job, folder: Path) -> MergeReport:
     """The merged checkpoint with everything that belongs to it, into the empty `folder`."""
-    report = _Report(job.config, job.base_model, job.plan)
+    report = MergeReport(job.config, job.base_model, job.plan)
     tensors = merged_tensors(
         job.checkpoint, job.adapter, job.plan, job.config.device, job.moments, report.layers
     )
     write_shards(folder, job.plan.entries, tensors, max_bytes=parse_size(job.config.max_shard_size))
     _copy_companions(job.checkpoint, job.tokenizer_folder, job.plan, job.config, folder)
+    _require_loadable(folder, job)
     report.write(folder)
     return report
 
 
-def _write_better(job: _Job, folder: Path) -> "_Report":
+def _write_better(job: _Job, folder: Path) -> MergeReport:
     """Both ways, each measured, and the one with the lower loss into `folder`."""
     reports = {}
     for onto in ("nf4", "original"):
@@ -215,6 +211,25 @@ def _require_space(config: MergeConfig, entries: list[Entry]) -> None:
         )
 
 
+def _require_loadable(folder: Path, job: _Job) -> None:
+    """The model that the new config.json describes finds its parameters in the new files."""
+    written = Checkpoint(folder)
+    model = skeleton(folder, trust_remote_code=job.config.trust_remote_code)
+    faults = []
+    for param, wanted in model.named_parameters():
+        place = disk_name(written, model, param)
+        if place is None and (param in job.plan.placed or disk_name(job.checkpoint, model, param)):
+            faults.append(f"{param} is missing")
+        elif place is not None and place not in job.plan.coded:
+            shape = written.tensors[place].shape
+            if shape != tuple(wanted.shape):
+                faults.append(f"{param} is {shape}, its config.json says {tuple(wanted.shape)}")
+    raise_faults(
+        "the merged checkpoint does not make a model", faults,
+        mend="Nothing was written. The base's own files may not fit its config.json",
+    )  # fmt: skip
+
+
 # ---- what goes beside the weights ----
 
 
@@ -249,7 +264,7 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         bnb_4bit_quant_type=plan.out_quant.quant_type,
         bnb_4bit_use_double_quant=plan.out_quant.double_quant,
         bnb_4bit_compute_dtype=plan.out_dtype,
-        llm_int8_skip_modules=plan.unquantized or None,
+        llm_int8_skip_modules=[m for m, name in plan.linear.items() if name not in plan.coded],
     )
     return dict(settings.to_dict())
 
@@ -258,59 +273,3 @@ def _tokenizer_folder(checkpoint: Checkpoint, adapter: AdapterFile) -> Path:
     """Where training left the tokenizer it used, else the base's own."""
     has_one = (adapter.folder / "tokenizer_config.json").is_file()
     return adapter.folder if has_one else checkpoint.folder
-
-
-class _Report:
-    """merge_report.json, the card, and what the terminal is told."""
-
-    def __init__(self, config: MergeConfig, base_model: str, plan: Plan) -> None:
-        self.config, self.base_model, self.plan = config, base_model, plan
-        self.layers: dict[str, Facts] = {}
-        self.verified: Verification | None = None
-
-    def write(self, folder: Path) -> None:
-        quant, verified = self.plan.quant, self.verified
-        values: dict[str, Any] = {
-            "adapters": self.config.adapters,
-            "base_model": self.base_model,
-            "onto": self.config.onto,
-            "format": self.config.format,
-            "quant_type": quant.quant_type,
-            "blocksize": quant.blocksize,
-            "double_quant": quant.double_quant,
-            "layers": self.layers,
-            "verify": asdict(verified) | {"kept": verified.kept} if verified else None,
-        }
-        replace_text(folder / "merge_report.json", json.dumps(values, indent=2) + "\n")
-        write_merge_card(folder, values)
-
-    def print_summary(self, output: Path) -> None:
-        ratios = sorted(layer["delta_over_weight"] for layer in self.layers.values())
-        kept = sorted(layer["kept"] for layer in self.layers.values())
-        base = "the dequantized 4-bit base"
-        onto = base if self.config.onto == "nf4" else "the original weights"
-        size = sum(entry.nbytes for entry in self.plan.entries)
-        print(
-            f"Merged {len(self.layers)} layers onto {onto}, {self.config.format}, "
-            f"{size / 1e9:.2f} GB."
-        )
-        print(
-            f"The adapter changes a weight by {ratios[len(ratios) // 2]:.2%} of its norm (median); "
-            f"of the change {kept[len(kept) // 2]:.1%} is in the merged weight (median; the least "
-            f"{kept[0]:.1%})."
-        )
-        print(f"\nWritten to {output}. Use it:")
-        print(
-            f'  AutoModelForCausalLM.from_pretrained("{output}")      or      vllm serve {output}'
-        )
-
-    def print_verification(self) -> None:
-        if self.verified is None:
-            return
-        print(self.verified.table())
-        kept = self.verified.kept
-        if kept is not None and kept < WARN_BELOW:
-            print(
-                f"\nWARNING: the merged model has lost {1 - kept:.1%} of what training gained on "
-                "this data. Do not use it in place of the live adapter."
-            )

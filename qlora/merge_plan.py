@@ -52,10 +52,20 @@ class Plan:
     """how a 4-bit output is"""
     out_dtype: torch.dtype
     """of whatever is not written as codes"""
-    unquantized: list[str]
-    """linear layers that stay out of a 4-bit output"""
+    linear: dict[str, str | None]
+    """the linear layers, and the checkpoint's names of their weights"""
     config_changes: dict[str, Any]
     """what is no longer true of the base's config.json"""
+
+    @property
+    def placed(self) -> set[str]:
+        """The adapter's names of the parameters that something is done to."""
+        return {op.param for op in self.ops if op.param}
+
+    @property
+    def coded(self) -> set[str]:
+        """The weights that are written in 4 bits."""
+        return {op.name for op in self.ops if op.in_4_bits}
 
     @property
     def entries(self) -> list[Entry]:
@@ -139,9 +149,7 @@ class _Planner:
         )
         turn = {place: i for i, place in enumerate(self.places.values())}
         ops.sort(key=lambda op: turn.get(op.name, -1))
-        coded = {op.name for op in ops if op.in_4_bits}
-        kept_whole = [m for m, name in self.linear.items() if name not in coded]
-        return Plan(ops, self.quant, self.out_quant, self.out_dtype, kept_whole, changes)
+        return Plan(ops, self.quant, self.out_quant, self.out_dtype, self.linear, changes)
 
     def _is_own(self, name: str) -> bool:
         """Not a part of the 4-bit record of another tensor."""

@@ -1,6 +1,7 @@
 """What people look at after a run: the loss curve, and the cards that say what was made and how."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,54 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if train or evals:
         axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_merge(report: Mapping[str, Any], path: Path) -> None:
+    """How much each layer changes and how much of that is kept, and the loss, as a PNG.
+
+    Args:
+        report: what merge_report.json holds.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    verify = report["verify"]
+    figure = Figure(figsize=(11 if verify else 8, 4.5), layout="constrained")
+    grid = figure.add_gridspec(2, 2 if verify else 1, width_ratios=[3, 1] if verify else [1])
+    changes, kept = (figure.add_subplot(grid[row, 0]) for row in (0, 1))
+    kinds: dict[str, list[tuple[int, float, float]]] = {}
+    for name, facts in report["layers"].items():
+        number = re.search(r"\d+", name)
+        point = (int(number[0]) if number else 0, facts["delta_over_weight"], facts["kept"])
+        kinds.setdefault(name.rpartition(".")[2], []).append(point)
+    for kind, points in kinds.items():
+        places, ratios, shares = zip(*sorted(points), strict=True)
+        changes.plot(places, ratios, ".-", linewidth=1, label=kind)
+        kept.plot(places, shares, ".-", linewidth=1)
+    changes.set_ylabel("|change| / |weight|")
+    changes.set_ylim(bottom=0)
+    changes.legend(frameon=False, ncols=4, fontsize=8)
+    kept.set_ylabel("share of the change kept")
+    kept.set_ylim(0, max(1.1, *(p[2] + 0.05 for points in kinds.values() for p in points)))
+    kept.axhline(1, color="black", linewidth=0.6)
+    kept.set_xlabel("layer")
+    for axes in (changes, kept):
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    shown = [changes, kept]
+    if verify:
+        bars = figure.add_subplot(grid[:, 1])
+        values = [verify[f"loss_{which}"] for which in ("base", "live", "merged")]
+        colors = ["#a0aec0", "#2b6cb0", "#c05621"]
+        drawn = bars.bar(["4-bit base", "live", "merged"], values, color=colors)
+        bars.bar_label(drawn, fmt="%.4f", fontsize=8)
+        bars.set_ylabel("loss (nats per supervised token)")
+        share = "no gain" if verify["kept"] is None else f"{verify['kept']:.2%} of the gain kept"
+        bars.set_title(f"{share}\nKL to live {verify['kl']:.4f}", fontsize=10)
+        shown.append(bars)
+    for axes in shown:
+        axes.grid(alpha=0.25, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
@@ -88,8 +137,12 @@ def write_merge_card(folder: Path, report: Mapping[str, Any]) -> None:
         measured = (
             f"On {verify['rows']} rows: loss {verify['loss_base']:.4f} for the 4-bit base, "
             f"{verify['loss_live']:.4f} with the live adapter, {verify['loss_merged']:.4f} merged; "
-            f"KL to the live adapter {verify['kl']:.2g} nats a token."
+            f"KL to the live adapter {verify['kl']:.2g} nats a token, the same most likely token "
+            f"in {verify['agreement']:.1%} of the places."
         )
+        if verify["kept"] is not None:
+            measured += f" That keeps {verify['kept']:.2%} of what training gained."
+    picture = "\n![what each layer kept](merge.png)" if report["layers"] else ""
     base = str(report["base_model"])
     text = f"""{_front_matter(base, "library_name: transformers", "qlora", "merged")}
 # {Path(base).name} with a LoRA adapter merged in
@@ -98,6 +151,7 @@ def write_merge_card(folder: Path, report: Mapping[str, Any]) -> None:
 and rounded once to {report["format"]}.
 
 {measured}
+{picture}
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -6,18 +6,21 @@ other: no more than one is ever in memory. safetensors' own `save_file` wants al
 tensors at once, which is why this is not left to it.
 """
 
+import glob
 import json
 import math
 import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -43,11 +46,13 @@ def publishing(folder: Path) -> Iterator[Path]:
     """`with publishing(folder) as partial`: a folder that appears whole or not at all.
 
     Files are written into a neighbour of `folder`, which takes its name when the block ends and is
-    removed when it fails. `folder` must not exist, or be empty.
+    removed when it fails. `folder` must not exist, or be empty. What a killed run left is removed.
     """
     require_new(folder)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        if not _is_running(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -56,6 +61,19 @@ def publishing(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    """Whether a process of that number is there, and is not this one."""
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -113,7 +131,10 @@ def write_shards(
 ) -> list[Path]:
     """Stream `tensors`, one for each of `entries` in order, into safetensors files in `folder`.
 
+    Then they are read again, by safetensors' own reader, and every tensor is compared by checksum.
+
     Raises:
+        UserError: the disk is full, or gives back something else.
         ValueError: a tensor is not what its entry says.
     """
     shards = plan_shards(entries, max_bytes)
@@ -122,18 +143,53 @@ def write_shards(
         for i in range(1, len(shards) + 1)
     ]
     total = sum(entry.nbytes for entry in entries)
+    sums: dict[str, int] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", leave=False) as bar:
         for name, shard in zip(names, shards, strict=True):
-            with (folder / name).open("wb") as file:
+            with _disk_errors(folder / name), (folder / name).open("wb") as file:
                 file.write(_header(shard))
                 for entry in shard:
-                    file.write(_bytes(next(tensors), entry))
+                    data = _bytes(next(tensors), entry)
+                    sums[entry.name] = zlib.crc32(data)
+                    file.write(data)
                     bar.update(entry.nbytes)
+                file.flush()
+                os.fsync(file.fileno())
     if len(shards) > 1:
         weight_map = {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return [folder / name for name in names]
+    files = [folder / name for name in names]
+    _read_back(dict(zip(files, shards, strict=True)), sums)
+    return files
+
+
+def _read_back(files: Mapping[Path, Sequence[Entry]], sums: Mapping[str, int]) -> None:
+    """Compare what is on the disk with what was meant to be."""
+    total = sum(entry.nbytes for shard in files.values() for entry in shard)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Checking", leave=False) as bar:
+        for file, shard in files.items():
+            for entry in shard:
+                with safe_open(file, framework="pt") as reader:  # closed, so that its pages can go
+                    data = _bytes(reader.get_tensor(entry.name), entry)
+                if zlib.crc32(data) != sums[entry.name]:
+                    raise UserError(
+                        f"{file} was written but does not read back the same ({entry.name}): the "
+                        "disk is at fault. Write to another one"
+                    )
+                bar.update(entry.nbytes)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Inside the block, an error of the disk is one that the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} cannot be written to ({error.strerror or error}): make room, or give "
+            "another --output-dir. What was written is removed"
+        ) from error
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

@@ -1,6 +1,9 @@
 """What is written is what safetensors and transformers read, whole or not at all."""
 
+import errno
 import json
+import os
+import subprocess
 from itertools import pairwise
 
 import pytest
@@ -12,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qlora import shards
 from qlora.errors import UserError
 from qlora.shards import (
     DTYPE_CODES,
@@ -228,3 +232,44 @@ def test_an_output_that_holds_something_is_refused(tmp_path, kind):
             attempt()
     assert (out / "mine" if kind == "folder" else out).read_text() == "keep"
     assert list(tmp_path.iterdir()) == [out]
+
+
+# ---- disks that fail, runs that were killed ----
+
+
+def test_what_does_not_read_back_is_an_error(tmp_path, monkeypatch):
+    entries, tensors = [Entry("a", torch.float32, (4,))], iter([torch.arange(4.0)])
+
+    def spoil(fd: int) -> None:
+        os.ftruncate(fd, os.fstat(fd).st_size - 1)
+        os.ftruncate(fd, os.fstat(fd).st_size + 1)  # the last byte is 0 now
+
+    monkeypatch.setattr(shards.os, "fsync", spoil)
+    with pytest.raises(UserError, match=r"does not read back the same \(a\): the disk is at fault"):
+        write_shards(tmp_path, entries, tensors, max_bytes=100)
+
+
+def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards.os, "fsync", full)
+    entries, tensors = [Entry("a", torch.float32, (4,))], iter([torch.arange(4.0)])
+    match = r"cannot be written to \(No space left on device\): make room"
+    with pytest.raises(UserError, match=match), publishing(tmp_path / "out") as partial:
+        write_shards(partial, entries, tensors, max_bytes=100)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    left, busy = (tmp_path / f".out.partial-{pid}" for pid in (gone.pid, os.getppid()))
+    for folder in (left, busy):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    with publishing(tmp_path / "out") as partial:
+        (partial / "file").touch()
+    assert not left.exists()
+    assert busy.exists()  # its run is still going on
+    assert (tmp_path / "out" / "file").exists()

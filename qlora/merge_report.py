@@ -1,0 +1,97 @@
+"""What a merge tells of itself: merge_report.json, a picture, the model card, and the terminal."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from qlora.config import MergeConfig
+from qlora.export import Facts
+from qlora.merge_plan import Plan
+from qlora.report import plot_merge, write_merge_card
+from qlora.shards import replace_text
+from qlora.verify import Verification
+
+WARN_BELOW = 0.95  # share of the gain kept
+
+
+class MergeReport:
+    """What is known of a merge so far; `layers` fills while it runs."""
+
+    def __init__(self, config: MergeConfig, base_model: str, plan: Plan) -> None:
+        self.config, self.base_model, self.plan = config, base_model, plan
+        self.layers: dict[str, Facts] = {}
+        self.verified: Verification | None = None
+
+    def write(self, folder: Path) -> None:
+        """merge_report.json, merge.png and README.md in `folder`."""
+        quant, verified = self.plan.quant, self.verified
+        values: dict[str, Any] = {
+            "adapters": self.config.adapters,
+            "base_model": self.base_model,
+            "onto": self.config.onto,
+            "format": self.config.format,
+            "quant_type": quant.quant_type,
+            "blocksize": quant.blocksize,
+            "double_quant": quant.double_quant,
+            "layers": self.layers,
+            "verify": asdict(verified) | {"kept": verified.kept} if verified else None,
+        }
+        replace_text(folder / "merge_report.json", json.dumps(values, indent=2) + "\n")
+        if self.layers:
+            plot_merge(values, folder / "merge.png")
+        write_merge_card(folder, values)
+
+    def print_summary(self, output: Path) -> None:
+        """What was done, and a table of it by kind of layer."""
+        base = "the dequantized 4-bit base"
+        onto = base if self.config.onto == "nf4" else "the original weights"
+        size = sum(entry.nbytes for entry in self.plan.entries)
+        print(f"Merged onto {onto}, {self.config.format}, {size / 1e9:.2f} GB.")
+        print(self._table())
+        print(f"\nWritten to {output}. Use it:")
+        print(
+            f'  AutoModelForCausalLM.from_pretrained("{output}")      or      vllm serve {output}'
+        )
+
+    def _table(self) -> str:
+        in_4_bits = any("codes_changed" in facts for facts in self.layers.values())
+        head = f"\n{'':18}{'layers':>7}{'change of weight':>18}{'of it kept':>12}{'least':>9}"
+        lines = [head + f"{'codes changed':>15}" * in_4_bits]
+        for kind, found in by_kind(self.layers).items():
+            kept = [facts["kept"] for facts in found.values()]
+            line = (
+                f"{kind:18}{len(found):7}"
+                f"{median(facts['delta_over_weight'] for facts in found.values()):18.2%}"
+                f"{median(kept):12.1%}{min(kept):9.1%}"
+            )
+            if in_4_bits:
+                codes = [f["codes_changed"] for f in found.values() if "codes_changed" in f]
+                line += f"{median(codes):15.1%}" if codes else ""
+            lines.append(line)
+        return "\n".join(lines)
+
+    def print_verification(self) -> None:
+        """The measured table, and a warning where little is kept."""
+        if self.verified is None:
+            return
+        print(self.verified.table())
+        kept = self.verified.kept
+        if kept is not None and kept < WARN_BELOW:
+            print(
+                f"\nWARNING: the merged model has lost {1 - kept:.1%} of what training gained on "
+                "this data. Do not use it in place of the live adapter."
+            )
+
+
+def by_kind(layers: dict[str, Facts]) -> dict[str, dict[int, Facts]]:
+    """Facts by the last part of a layer's name, and then by its number."""
+    kinds: dict[str, dict[int, Facts]] = {}
+    for i, (name, facts) in enumerate(layers.items()):
+        number = re.search(r"\d+", name)
+        found = kinds.setdefault(name.rpartition(".")[2], {})
+        place = int(number[0]) if number else i
+        found[place if place not in found else len(layers) + i] = facts
+    return kinds
