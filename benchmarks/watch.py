@@ -1,0 +1,68 @@
+"""Run a command and watch it from outside: how long it took, and the most memory it held at once.
+
+Linux only: /proc/PID/status is read every few milliseconds while the command runs. `resident` is
+VmHWM, which the kernel keeps itself; it counts the pages of mapped files too, which the system
+takes back whenever it wants. `anonymous` is RssAnon, what the process itself allocated; its peak is
+the highest value seen.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+EVERY_SECONDS = 0.005
+
+
+class Held(NamedTuple):
+    """Memory of a process, bytes."""
+
+    resident: int
+    """the most so far, with pages of mapped files"""
+    anonymous: int
+    """now, without them"""
+
+
+class Run(NamedTuple):
+    """A command that has ended."""
+
+    seconds: float
+    peak: Held
+    output: str
+
+
+def watch(command: Sequence[str]) -> Run:
+    """Run `command` to its end; what it prints is kept, and shown if it fails."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        peak = Held(0, 0)
+        while child.poll() is None:
+            peak = Held(*map(max, peak, held(child.pid)))
+            time.sleep(EVERY_SECONDS)
+        seconds = time.perf_counter() - started
+        output.seek(0)
+        text = output.read()
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{text}")
+    return Run(seconds, peak, text)
+
+
+def held(pid: int | str = "self") -> Held:
+    """What a process holds; nothing, once it has ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = (re.search(rf"{key}:\s+(\d+) kB", status) for key in ("VmHWM", "RssAnon"))
+    return Held(*(int(match[1]) * 1024 if match else 0 for match in found))
+
+
+def make_cold(files: Iterable[Path]) -> None:
+    """Write out what is not on the disk yet, and drop `files` from the page cache."""
+    os.sync()
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
