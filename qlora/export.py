@@ -10,6 +10,7 @@ adapter are rounded: what quantization had taken off them dithers the adapter's 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,16 +26,37 @@ from qlora.rounding import keep_adapter
 class Folding:
     """A weight (out, in) about to be exported, on one device."""
 
-    base: Tensor
-    """what the adapter is folded into, fp32"""
+    weight: Tensor | None = None
+    """what the adapter is folded into, where that is no 4-bit weight, any float dtype"""
     factors: Factors | None = None
     codes: nf4.Quantized | None = None
-    """what `base` is dequantized from"""
+    """else the codes of it"""
     original: Tensor | None = None
     """the weight from before quantization, where it is at hand"""
 
-    def delta(self) -> Tensor | None:
-        return self.factors.change(self.base) if self.factors else None
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)"""
+        return self.codes.state.shape if self.codes else self.weight.shape  # type: ignore[union-attr]
+
+    def base(self) -> Tensor:
+        """What the adapter is folded into, fp32 (out, in)."""
+        return nf4.dequantize(self.codes) if self.codes else self.weight.float()  # type: ignore[union-attr]
+
+    def in_rows(self) -> Iterator[tuple[slice, Tensor]]:
+        """`base`, some rows at a time, so that little is held at once."""
+        if self.codes:
+            yield from nf4.in_rows(self.codes, _values_at_once(self.codes.packed))
+            return
+        assert self.weight is not None
+        step = max(1, _values_at_once(self.weight) // self.weight.shape[1])
+        for first in range(0, len(self.weight), step):
+            rows = slice(first, first + step)
+            yield rows, self.weight[rows].float()
+
+
+def _values_at_once(tensor: Tensor) -> int:
+    return 1 << 20 if tensor.device.type == "cpu" else 1 << 26
 
 
 Facts = dict[str, float]
@@ -42,11 +64,23 @@ Facts = dict[str, float]
 
 def in_full(folding: Folding, dtype: torch.dtype) -> tuple[Tensor, Facts]:
     """base + delta in fp32, cast once; and what is to be reported of an adapted layer."""
-    delta = folding.delta()
-    if delta is None:
-        return folding.base.to(dtype), {}
-    merged = (folding.base + delta).to(dtype)
-    return merged, _facts(folding.base, delta, merged.float() - folding.base)
+    merged = None
+    sums = [0.0, 0.0, 0.0]  # of base^2, delta^2, and delta times the change
+    for rows, base in folding.in_rows():
+        if merged is None:
+            merged = torch.empty(folding.shape, dtype=dtype, device=base.device)
+        if folding.factors is None:
+            merged[rows] = base
+            continue
+        delta = folding.factors.rows(rows).change(base)
+        merged[rows] = base + delta
+        change = merged[rows].float() - base
+        for i, (a, b) in enumerate(((base, base), (delta, delta), (delta, change))):
+            sums[i] += _dot(a, b)
+    assert merged is not None
+    if folding.factors is None:
+        return merged, {}
+    return merged, _facts(math.sqrt(sums[0]), math.sqrt(sums[1]), sums[2], sums[1])
 
 
 def in_4_bits(
@@ -57,12 +91,13 @@ def in_4_bits(
     Args:
         moments: sum of x x' over the layer's inputs, fp32 (in, in), if known.
     """
-    codes, delta = folding.codes, folding.delta()
+    codes, base = folding.codes, folding.base()
     if codes is not None and not nf4.is_on_grid(codes, quant):
         codes = None
-    if delta is None or folding.factors is None:
-        return codes or nf4.quantize(folding.base, quant), {}
-    target = folding.base + delta
+    if folding.factors is None:
+        return codes or nf4.quantize(base, quant), {}
+    delta = folding.factors.change(base)
+    target = base + delta
     if moments is None and folding.original is not None:
         merged = nf4.quantize(folding.original.float() + delta, quant)
     else:
@@ -71,22 +106,22 @@ def in_4_bits(
         start = codes or nf4.quantize(target, quant)
         lora_A, lora_B = folding.factors[:2]
         merged = keep_adapter(start, target, lora_A, lora_B, moments)
-    found = _facts(folding.base, delta, nf4.dequantize(merged) - folding.base, moments)
+    change = nf4.dequantize(merged) - base
+    felt = delta if moments is None else delta @ moments
+    norms = float(base.norm()), float(delta.norm())
+    found = _facts(*norms, _dot(felt, change), _dot(felt, delta))
     if codes is not None:
         found["codes_changed"] = nf4.codes_changed(codes, merged)
     return merged, found
 
 
-def _facts(base: Tensor, delta: Tensor, change: Tensor, moments: Tensor | None = None) -> Facts:
-    """Norms, and the share of delta in `change`: in the weights, or felt by inputs like these."""
-    weight_norm, delta_norm = float(base.norm()), float(delta.norm())
-    felt = delta if moments is None else delta @ moments
-    wanted = _dot(felt, delta)
+def _facts(weight_norm: float, delta_norm: float, kept: float, wanted: float) -> Facts:
+    """Norms, and the share of delta in the change: in the weights, or felt by a layer's inputs."""
     return {
         "weight_norm": weight_norm,
         "delta_norm": delta_norm,
         "delta_over_weight": delta_norm / weight_norm if weight_norm else math.inf,
-        "kept": _dot(felt, change) / wanted if wanted else 1.0,
+        "kept": kept / wanted if wanted else 1.0,
     }
 
 

@@ -51,7 +51,8 @@ def merged_tensors(
     for op, (done, found) in zip(plan.ops, _in_turn(tasks(), workers), strict=True):
         if op.module:
             layers[op.module] = found
-        yield from done
+        while done:
+            yield done.pop(0)  # held no longer than it takes to write it
 
 
 def _in_turn(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[Result]:
@@ -108,16 +109,16 @@ def _read(
         record = checkpoint.record(op.source)
         assert record is not None
         codes = nf4.from_record(record, device)
-        return Folding(nf4.dequantize(codes), factors, codes)
+        return Folding(factors=factors, codes=codes)
     weight = _value(checkpoint, adapter, op).to(device)
     if op.transposed:
         weight = weight.T
     if not op.round_trip:
-        return Folding(weight.float(), factors, original=weight)
+        return Folding(weight, factors, original=weight)
     # Loading casts to the compute dtype before it quantizes; of a bf16 checkpoint this is no cast.
     weight = weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype))
     codes = nf4.quantize(weight, quant)
-    return Folding(nf4.dequantize(codes), factors, codes, original=weight)
+    return Folding(None, factors, codes, original=weight)
 
 
 def _value(checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp) -> Tensor:
@@ -138,7 +139,7 @@ def _value(checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp) -> Tensor:
 
 def _cast(tensor: Tensor, entry: Entry) -> Tensor:
     out = tensor.to("cpu", entry.dtype)
-    if out.is_floating_point() and not torch.isfinite(out).all():
+    if out.is_floating_point() and not all(map(torch.isfinite, torch.aminmax(out))):
         raise UserError(
             f"{entry.name} does not fit {entry.dtype}: it holds NaN, or values beyond its range. "
             "Use --format bf16 or fp32; if the base itself holds NaN, download it again"

@@ -47,6 +47,11 @@ class Factors(NamedTuple):
         moved = (t if t is None or isinstance(t, float) else t.to(device) for t in self)
         return Factors(*moved)  # type: ignore[arg-type]
 
+    def rows(self, rows: slice) -> "Factors":
+        """Its part of some rows of the layer."""
+        magnitude = None if self.magnitude is None else self.magnitude[rows]
+        return self._replace(lora_B=self.lora_B[rows], magnitude=magnitude)
+
     def change(self, weight: Tensor) -> Tensor:
         """What the adapter adds to `weight` (out, in), in fp32."""
         delta = delta_weight(self.lora_A, self.lora_B, self.scaling)

@@ -18,14 +18,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor
 
 from qlora.adapter_reader import AdapterFile, combine, raise_faults, read_adapter
-from qlora.calibration import calibrate
 from qlora.checkpoint import Checkpoint, disk_name, resolve, skeleton
 from qlora.config import MergeConfig
 from qlora.errors import UserError
@@ -33,7 +32,9 @@ from qlora.fold import merged_tensors
 from qlora.merge_plan import Plan, check_base, plan_merge
 from qlora.merge_report import MergeReport
 from qlora.shards import Entry, parse_size, publishing, require_new, write_shards
-from qlora.verify import Verification, Verifier, read_examples
+
+if TYPE_CHECKING:
+    from qlora.verify import Verification, Verifier
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -83,10 +84,10 @@ class _Job:
     checkpoint: Checkpoint
     plan: Plan
     tokenizer_folder: Path
-    verifier: Verifier | None
+    verifier: "Verifier | None"
     moments: Callable[[str], Tensor] | None
 
-    def measure(self, folder: Path) -> Verification:
+    def measure(self, folder: Path) -> "Verification":
         assert self.verifier is not None
         return self.verifier.measure(folder)
 
@@ -109,11 +110,15 @@ def _prepare(config: MergeConfig) -> _Job:
     running: Any = {"device": config.device, "trust_remote_code": config.trust_remote_code}
     verifier = None
     if config.verify:
+        from qlora.verify import Verifier, read_examples  # what runs a model takes long to import
+
         examples = read_examples(config.verify, tokenizer_folder)
         verifier = Verifier(adapter, str(checkpoint.folder), examples, **running)
     data = _calibration_data(config, adapter)
     moments = None
     if data:
+        from qlora.calibration import calibrate
+
         source = str(checkpoint.folder)
         moments = calibrate(adapter, source, data, tokenizer_folder, **running).of
     return _Job(config, adapter, base_model, checkpoint, plan, tokenizer_folder, verifier, moments)
@@ -181,7 +186,7 @@ def _training_data(folder: Path) -> str | None:
     return data if isinstance(data, str) and Path(data).expanduser().exists() else None
 
 
-def _require_kept(verified: Verification, min_kept: float) -> None:
+def _require_kept(verified: "Verification", min_kept: float) -> None:
     if verified.kept is None:
         raise UserError(
             "--min-kept asks how much of the gain is kept, but on this --verify data the adapter "

@@ -5,14 +5,16 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora.config import MergeConfig
 from qlora.export import Facts
 from qlora.merge_plan import Plan
 from qlora.report import plot_merge, write_merge_card
 from qlora.shards import replace_text
-from qlora.verify import Verification
+
+if TYPE_CHECKING:
+    from qlora.verify import Verification
 
 WARN_BELOW = 0.95  # share of the gain kept
 

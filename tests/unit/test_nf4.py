@@ -1,12 +1,14 @@
 """The 4-bit codec against a float64 twin, the published codebook and the error figures."""
 
 import json
+import math
 from math import prod
 
 import bitsandbytes
 import pytest
 import reference
 import torch
+from bitsandbytes import functional as bnb
 
 from qlora import nf4
 from qlora.config import QuantConfig
@@ -283,3 +285,55 @@ def test_codes_made_on_a_gpu_equal_those_of_the_cpu():
     assert torch.equal(here.packed, there.packed.cpu())
     assert torch.equal(here.state.absmax, there.state.absmax.cpu())
     assert torch.equal(nf4.dequantize(here), nf4.dequantize(there).cpu())
+
+
+# ---- the fast ways against bitsandbytes' own ----
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_made_on_a_cpu_are_those_of_bitsandbytes(dtype, double_quant, blocksize):
+    weight = torch.randn(96, 12288, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[0, :256] = 0
+    levels = nf4.codebook("nf4")
+    weight[1, :15] = (levels[1:] + levels[:-1]) / 2  # just on the bounds
+    weight[1, 15] = 1
+    weight[2, :4096] *= 1e-30
+    same_as_bitsandbytes(
+        weight.to(dtype), QuantConfig(blocksize=blocksize, double_quant=double_quant)
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 100), (5, 7), (1, 1), (2, 32)])
+@pytest.mark.parametrize("value", [1.0, math.inf, math.nan])
+def test_odd_shapes_and_values_are_left_to_bitsandbytes(shape, value):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight[0, 0] = value
+    same_as_bitsandbytes(weight, QuantConfig(double_quant=False))
+
+
+def same_as_bitsandbytes(weight: torch.Tensor, quant: QuantConfig) -> None:
+    packed, state = bnb.quantize_4bit(
+        weight,
+        blocksize=quant.blocksize,
+        compress_statistics=quant.double_quant,
+        quant_type=quant.quant_type,
+    )
+    ours = nf4.to_record(nf4.quantize(weight, quant))
+    theirs = nf4.to_record(nf4.Quantized(packed, state))
+    assert ours.keys() == theirs.keys()
+    for suffix, tensor in theirs.items():
+        got = ours[suffix]
+        assert got.dtype == tensor.dtype, suffix
+        torch.testing.assert_close(got, tensor, rtol=0, atol=0, equal_nan=True, msg=suffix)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (70, 96), (33, 2), (1, 640)])
+@pytest.mark.parametrize("values", [1, 1000, 10**6])
+def test_some_rows_at_a_time_are_the_whole(shape, values):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    quantized = nf4.quantize(weight, QuantConfig())
+    parts = list(nf4.in_rows(quantized, values))
+    assert [i for rows, _ in parts for i in range(rows.start, rows.stop)] == list(range(shape[0]))
+    assert torch.equal(torch.cat([part for _, part in parts]), nf4.dequantize(quantized))
