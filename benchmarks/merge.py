@@ -57,6 +57,7 @@ WAYS: dict[str, Callable[[str, str, Path], None]] = {
     "bf16 onto the original weights": ours(onto="original"),
     "NF4 by PEFT": pefts,
     "NF4, no data": ours(format="nf4", calibration="none"),
+    "NF4, text of its own": ours(format="nf4", calibration="self"),
     "NF4, calibrated": ours(format="nf4"),
 }
 

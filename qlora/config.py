@@ -247,7 +247,8 @@ class MergeConfig:
     format: Literal["bf16", "fp16", "fp32", "nf4"] = "bf16"
     """dtype of the merged weights; nf4 is a bitsandbytes 4-bit checkpoint"""
     calibration: str | None = None
-    """data for nf4, by default what the adapter was trained on; 'none' does without"""
+    """data for nf4, by default what the adapter was trained on, or else 'self': text that the model
+    writes itself; 'none' does without"""
     blocksize: int | None = None
     """weights that share a scale in nf4; by default as in training"""
     double_quant: bool = True

@@ -168,9 +168,9 @@ def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> str | None:
     if data is None:
         print(
             f"No data to calibrate with: {adapter.folder / 'run.yaml'} names none that is there. "
-            "Codes are chosen without; --calibration DATA keeps more of the adapter."
+            "The model reads text that it writes itself; --calibration DATA keeps more."
         )
-    return data
+    return data or "self"
 
 
 def _training_data(folder: Path) -> str | None:

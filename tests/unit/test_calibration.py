@@ -12,7 +12,7 @@ from qlora.adapter_files import save_adapter
 from qlora.adapter_reader import read_adapter
 from qlora.adapters import apply_lora
 from qlora.base import load_base
-from qlora.calibration import SecondMoments, calibrate
+from qlora.calibration import OWN_LENGTH, SecondMoments, calibrate, own_text
 from qlora.config import LoraConfig
 from qlora.data import length_batches
 from qlora.errors import UserError
@@ -77,7 +77,7 @@ def test_rows_are_spread_over_the_data(live, checkpoints, tmp_path, monkeypatch)
     save_adapter(live, tmp_path / "adapter")
     lines = [{"prompt": f"say {i}", "completion": f"{i}"} for i in range(100, 200)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr("qlora.calibration.TOKENS", 500)
+    monkeypatch.setattr("qlora.calibration.MIN_TOKENS", 500)
     base = checkpoints("llama")
     found = calibrate(
         read_adapter(tmp_path / "adapter"), str(base), str(tmp_path / "rows.jsonl"), base,
@@ -99,3 +99,16 @@ def test_a_base_without_a_tokenizer(live, checkpoints, tmp_path):
             read_adapter(tmp_path / "adapter"), str(checkpoints("llama")),
             str(tmp_path / "rows.jsonl"), Path(empty), device="cpu",
         )  # fmt: skip
+
+
+def test_the_model_writes_what_it_reads(live):
+    """Sampled from the first token on, in full length, the same at every call."""
+    before = torch.random.get_rng_state()
+    (batch,) = own_text(live, 500)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert batch["input_ids"].shape == (4, OWN_LENGTH)
+    assert (batch["input_ids"][:, 0] == live.generation_config.bos_token_id).all()
+    assert len(batch["input_ids"][:, 1:].unique()) > 50  # nothing greedy
+    assert torch.equal(own_text(live, 500)[0]["input_ids"], batch["input_ids"])
+    moments = SecondMoments(live, [batch]).of("model.layers.1.mlp.down_proj")
+    assert torch.isfinite(moments).all() and moments.diagonal().min() > 0

@@ -112,7 +112,8 @@ def test_the_4_bit_merge_is_close_to_it(kind, base_of, tmp_path):
     family, tied, settings = KINDS[kind]
     base, adapter, output = base_of(family, tied), tmp_path / "adapter", tmp_path / "out"
     model = trained_by_peft(base, adapter, **settings)
-    merge(MergeConfig(adapter=str(adapter), output_dir=str(output), format="nf4"))
+    data: Any = {"format": "nf4", "calibration": "none"}
+    merge(MergeConfig(adapter=str(adapter), output_dir=str(output), **data))
     again = load_base(str(output), FP32)
     off = (logits(again) - logits(model)).norm() / logits(model).norm()
     assert off < 0.15  # 4-bit rounding of random weights without data, and bf16 for the rest
@@ -135,7 +136,9 @@ def test_a_layer_trained_in_full_stays_out_of_4_bits(base_of, tmp_path):
     with_whole_layer(adapter, name, weight, entry="layers.1.mlp.up_proj")
     for format_ in ("fp32", "nf4"):
         output = tmp_path / format_
-        merge(MergeConfig(adapter=str(adapter), output_dir=str(output), format=format_))
+        data = {"calibration": "none"} if format_ == "nf4" else {}
+        settings = {"output_dir": str(output), "format": format_, **data}
+        merge(MergeConfig(adapter=str(adapter), **settings))
         got = load_file(output / "model.safetensors")[name]
         torch.testing.assert_close(got.float(), weight, rtol=1e-2 * (format_ == "nf4"), atol=0)
     settings = json.loads((output / "config.json").read_text())["quantization_config"]
