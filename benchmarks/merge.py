@@ -37,17 +37,15 @@ def ours(**settings: Any) -> Callable[[str, str, Path], None]:
     return run
 
 
-def pefts(adapter: str, base: str, output: Path) -> None:
+def pefts(adapter: str, base: str, output: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
     """PEFT's merge into the 4-bit layers: quantize(dequantize(W4) + delta)."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16, quantization_config=settings
-    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=settings)
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.save_pretrained(output)
 

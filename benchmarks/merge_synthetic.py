@@ -1,0 +1,114 @@
+"""How small or large a change may be and still survive a merge to 4 bits, ours and PEFT's.
+
+    python benchmarks/merge_synthetic.py --adapter out/mine --verify held_out.jsonl
+
+The adapter is rescaled so that in every layer |delta| is the given share of |W|, 0.1 % to 10 %, and
+with --random its directions are drawn anew as well. What was "trained" is then by definition the
+live model: it is the teacher, the gain is KL(live || base), and the share kept is
+1 - KL(live || merged) / KL(live || base). All compute in fp32, so that the teacher is not noisy.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from merge import ours, pefts
+from results import record
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from qlora import nf4
+from qlora.adapter_reader import CONFIG, PREFIX, WEIGHTS, AdapterFile, read_adapter
+from qlora.checkpoint import Checkpoint, resolve
+from qlora.verify import Verifier, read_examples
+
+WAYS = {
+    "PEFT": pefts,
+    "ours, no data": ours(format="nf4", calibration="none"),
+    "ours, text of its own": ours(format="nf4", calibration="self"),
+    "ours, calibrated": ours(format="nf4"),
+}
+
+
+def main() -> None:
+    """A line and a record for each size and way."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--verify", required=True)
+    parser.add_argument("--tokens", type=int, default=4096, help="supervised ones to measure on")
+    parser.add_argument("--random", action="store_true", help="random directions, same sizes")
+    parser.add_argument("--only", default="", help="ways whose name has this in it")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.001, 0.003, 0.01, 0.03, 0.1])
+    given = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    trained = read_adapter(given.adapter)
+    base = resolve(str(trained.base_model))
+    examples = read_examples(given.verify, Path(given.adapter), given.tokens)
+    rows = []
+    for size in given.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            adapter = rescaled(
+                trained, Checkpoint(base), size, Path(folder) / "adapter", given.random
+            )
+            verifier = Verifier(adapter, str(base), examples, device="cpu", compute_dtype="fp32")
+            for name, way in WAYS.items():
+                if given.only not in name:
+                    continue
+                output = Path(folder) / name
+                way(str(adapter.folder), str(base), output)
+                found = verifier.measure(output)
+                rows.append(
+                    {
+                        "delta_over_weight": size,
+                        "way": name,
+                        "kept": 1 - found.kl / found.kl_base,
+                        "kl": found.kl,
+                        "kl_base": found.kl_base,
+                        "directions": "random" if given.random else "trained",
+                        "adapter": Path(given.adapter).name,
+                        "tokens": found.tokens,
+                    }
+                )
+                record("merge_synthetic", rows[-1])
+    print(f"\n{'|delta| / |W|':>14}  {'':24}{'kept':>9}{'KL':>11}{'KL of base':>13}")
+    for row in rows:
+        print(
+            f"{row['delta_over_weight']:14.1%}  {row['way']:24}{row['kept']:9.2%}{row['kl']:11.6f}"
+            f"{row['kl_base']:13.5f}"
+        )
+
+
+def rescaled(
+    adapter: AdapterFile, base: Checkpoint, size: float, folder: Path, draw: bool
+) -> AdapterFile:
+    """The adapter with |delta| = size |W| in each layer, as files in `folder`, for fp32 compute."""
+    folder.mkdir()
+    for file in adapter.folder.iterdir():
+        if file.is_file() and file.name != WEIGHTS:
+            shutil.copyfile(file, folder / file.name)
+    with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
+        metadata = json.loads(file.metadata()["qlora"]) | {"compute_dtype": "fp32"}
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for module, (lora_A, lora_B, scaling, _) in adapter.pairs.items():
+        if draw:
+            lora_A = torch.randn(lora_A.shape, generator=generator) / math.sqrt(lora_A.shape[1])
+            lora_B = torch.randn(lora_B.shape, generator=generator)
+        delta = scaling * lora_B.float() @ lora_A.float()
+        weight = nf4.round_trip(base.read(f"{module}.weight").float(), adapter.quantization)
+        factor = float(size * weight.norm() / delta.norm())
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = lora_A.float().contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = lora_B.float() * factor
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "qlora": json.dumps(metadata)})
+    assert (folder / CONFIG).is_file()
+    return read_adapter(folder)
+
+
+if __name__ == "__main__":
+    main()
