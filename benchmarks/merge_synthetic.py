@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from qlora.checkpoint import Checkpoint, resolve
 from qlora.verify import Verifier, read_examples
 
 WAYS = {
-    "PEFT": pefts,
+    "PEFT": partial(pefts, dtype=torch.float32),
     "ours, no data": ours(format="nf4", calibration="none"),
     "ours, text of its own": ours(format="nf4", calibration="self"),
     "ours, calibrated": ours(format="nf4"),
@@ -53,9 +54,8 @@ def main() -> None:
     rows = []
     for size in given.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            adapter = rescaled(
-                trained, Checkpoint(base), size, Path(folder) / "adapter", given.random
-            )
+            new = Path(folder) / "adapter"
+            adapter = rescaled(trained, Checkpoint(base), size, new, given.random)
             verifier = Verifier(adapter, str(base), examples, device="cpu", compute_dtype="fp32")
             for name, way in WAYS.items():
                 if given.only not in name:
