@@ -31,10 +31,10 @@ from torch import Tensor
 from qlora import nf4
 from qlora.nf4 import Quantized
 
-TIMID = (8.0, 4.0, 2.0, 1.0, 0.5)  # damping of the rounds toward the target itself
-DAMPING = 0.5  # of the rounds after, which make up for what adds up
-ROUNDS = 18  # at most
-GAIN = 0.2  # the rounds end when less than this share of an error is made up for at a time
+TIMID = (8.0, 2.0, 0.5)  # damping of the rounds toward the target itself
+DAMPING = 0.25  # of the rounds after, which make up for what adds up
+ROUNDS = 30  # at most
+GAIN = 0.05  # the rounds end when less than this share of an error is made up for at a time
 BIAS = 10.0  # how much worse than noise an error is that adds up over the layers
 CHUNK = 64  # columns at a time, where blocks do not lie within rows
 
