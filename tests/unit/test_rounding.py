@@ -53,7 +53,7 @@ def test_the_adapter_survives_where_rounding_to_nearest_loses_it(ratio, least, d
         return felt_product(change, delta, moments) / felt_product(delta, delta, moments)
 
     chosen = rounding.keep_adapter(start, target, lora_A, lora_B, moments)
-    assert least < kept(chosen) < 1.05
+    assert least < kept(chosen) < 1.1
     assert kept(nf4.quantize(target, quant)) < least - 0.1
 
 
