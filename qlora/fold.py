@@ -111,6 +111,7 @@ def _read(
         codes = nf4.from_record(record, device)
         return Folding(factors=factors, codes=codes)
     weight = _value(checkpoint, adapter, op).to(device)
+    _require_finite(weight, op.name)
     if op.transposed:
         weight = weight.T
     if not op.round_trip:
@@ -139,9 +140,13 @@ def _value(checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp) -> Tensor:
 
 def _cast(tensor: Tensor, entry: Entry) -> Tensor:
     out = tensor.to("cpu", entry.dtype)
-    if out.is_floating_point() and not all(map(torch.isfinite, torch.aminmax(out))):
+    _require_finite(out, entry.name)
+    return out
+
+
+def _require_finite(tensor: Tensor, name: str) -> None:
+    if tensor.is_floating_point() and not all(map(torch.isfinite, torch.aminmax(tensor))):
         raise UserError(
-            f"{entry.name} does not fit {entry.dtype}: it holds NaN, or values beyond its range. "
+            f"{name} does not fit {tensor.dtype}: it holds NaN, or values beyond its range. "
             "Use --format bf16 or fp32; if the base itself holds NaN, download it again"
         )
-    return out

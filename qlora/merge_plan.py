@@ -81,6 +81,21 @@ def check_base(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model, or merge "
             "--onto nf4"
         )
+    if checkpoint.is_quantized and adapter.base:
+        mark = next(name for name in checkpoint.tensors if nf4.RECORD_MARK in name)
+        state = unpack_tensor_to_dict(checkpoint.read(mark))
+        own = _in_words(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
+        quant = adapter.quantization
+        trained = _in_words(quant.quant_type, quant.blocksize, quant.double_quant)
+        if own != trained:
+            raise UserError(
+                f"{checkpoint.folder} is {own}; adapter {adapter.folder} was trained on {trained}: "
+                "give the 4-bit base it was trained on, or the 16-bit model as --base-model"
+            )
+
+
+def _in_words(quant_type: str, blocksize: int, double_quant: bool) -> str:
+    return f"{quant_type.upper()} of blocksize {blocksize}{' with nested scales' * double_quant}"
 
 
 def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig) -> Plan:
