@@ -36,6 +36,7 @@ DAMPING = 0.25  # of the rounds after, which make up for what adds up
 ROUNDS = 30  # at most
 GAIN = 0.05  # the rounds end when less than this share of an error is made up for at a time
 BIAS = 10.0  # how much worse than noise an error is that adds up over the layers
+PATIENCE, ENOUGH = 4, 0.98  # or when that many have not lowered the cost to this share
 CHUNK = 64  # columns at a time, where blocks do not lie within rows
 
 
@@ -58,7 +59,7 @@ def keep_adapter(
     state = _State(grid, target, moments)
     metric = _Metric(lora_A.float(), lora_B.float(), moments)
     best, best_cost = grid.point(), metric.cost(state)
-    gain = 1.0
+    gain, costs = 1.0, [best_cost]
     for round_ in range(ROUNDS):
         timid = round_ < len(TIMID)
         if not timid:
@@ -69,7 +70,8 @@ def keep_adapter(
             best, best_cost = grid.point(), cost
         elif not timid:  # too much at a time
             gain /= 2
-        if gain < GAIN:
+        costs.append(best_cost)
+        if gain < GAIN or (len(costs) > PATIENCE and best_cost > ENOUGH * costs[-1 - PATIENCE]):
             break
     return grid.quantized(*best)
 
@@ -95,7 +97,7 @@ class _State:
         return self.grid.weight - self.target
 
     def sweep(self, damping: float) -> None:
-        """One pass of coordinate descent over all columns and blocks."""
+        """One pass of coordinate descent over all columns, and over the scales of blocks."""
         grid, tiny = self.grid, torch.finfo(torch.float32).tiny  # for unused inputs
         steepness = (self.curvature[:, 0] * (1 + damping)).clamp_min(tiny).reciprocal().tolist()
         for chunk, first in enumerate(range(0, len(grid.weight), grid.chunk)):
