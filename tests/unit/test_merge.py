@@ -195,6 +195,7 @@ def test_the_output_is_whole(checkpoints, tmp_path):
     layer = report["layers"]["model.layers.0.self_attn.q_proj"]
     assert layer["delta_over_weight"] == pytest.approx(layer["delta_norm"] / layer["weight_norm"])
     assert "(NF4, blocksize 64), as it was in training" in (out / "README.md").read_text()
+    assert (out / "merge.png").read_bytes().startswith(b"\x89PNG")
     assert [p for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
