@@ -324,7 +324,7 @@ def _sort(
             whole[name] = tensor
     saved = tuple(values.get("modules_to_save") or ())
     for name in list(whole):
-        module, _, kind = name.removesuffix(".base_layer").rpartition(".")
+        module, _, kind = name.rpartition(".")
         module = module.removesuffix(".base_layer")
         explained = (
             _ends_in(module, (*saved, *VOCABULARY))
@@ -353,7 +353,6 @@ def _pair_up(
     for module, found in parts.items():
         if set(found) == {"token_adapter.trainable_tokens_delta"}:
             continue
-        sides = {PARTS[part]: (part, tensor) for part, tensor in found.items()}
         is_embedding = any("embedding" in part for part in found)
         names = [f"lora_embedding_{s}" if is_embedding else f"lora_{s}.weight" for s in "AB"]
         missing = [name for name in names if name not in found]
@@ -370,7 +369,7 @@ def _pair_up(
         if wrong:
             continue
         lora_A, lora_B = (found[name] for name in names)
-        magnitude = sides["magnitude"][1] if "magnitude" in sides else None
+        magnitude = next((t for part, t in found.items() if PARTS[part] == "magnitude"), None)
         if magnitude is not None and magnitude.shape != (len(lora_B),):
             faults.append(
                 f"{PREFIX}{module}.lora_magnitude_vector has shape {tuple(magnitude.shape)}, "

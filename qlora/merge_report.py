@@ -1,7 +1,6 @@
 """What a merge tells of itself: merge_report.json, a picture, the model card, and the terminal."""
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qlora.config import MergeConfig
 from qlora.export import Facts
 from qlora.merge_plan import Plan
-from qlora.report import plot_merge, write_merge_card
+from qlora.report import by_kind, plot_merge, write_merge_card
 from qlora.shards import replace_text
 
 if TYPE_CHECKING:
@@ -63,14 +62,14 @@ class MergeReport:
         head = f"\n{'':18}{'layers':>7}{'change of weight':>18}{'of it kept':>12}{'least':>9}"
         lines = [head + f"{'codes changed':>15}" * in_4_bits]
         for kind, found in by_kind(self.layers).items():
-            kept = [facts["kept"] for facts in found.values()]
+            kept = [facts["kept"] for _, facts in found]
             line = (
                 f"{kind:18}{len(found):7}"
-                f"{median(facts['delta_over_weight'] for facts in found.values()):18.2%}"
+                f"{median(facts['delta_over_weight'] for _, facts in found):18.2%}"
                 f"{median(kept):12.1%}{min(kept):9.1%}"
             )
             if in_4_bits:
-                codes = [f["codes_changed"] for f in found.values() if "codes_changed" in f]
+                codes = [f["codes_changed"] for _, f in found if "codes_changed" in f]
                 line += f"{median(codes):15.1%}" if codes else ""
             lines.append(line)
         return "\n".join(lines)
@@ -86,14 +85,3 @@ class MergeReport:
                 f"\nWARNING: the merged model has lost {1 - kept:.1%} of what training gained on "
                 "this data. Do not use it in place of the live adapter."
             )
-
-
-def by_kind(layers: dict[str, Facts]) -> dict[str, dict[int, Facts]]:
-    """Facts by the last part of a layer's name, and then by its number."""
-    kinds: dict[str, dict[int, Facts]] = {}
-    for i, (name, facts) in enumerate(layers.items()):
-        number = re.search(r"\d+", name)
-        found = kinds.setdefault(name.rpartition(".")[2], {})
-        place = int(number[0]) if number else i
-        found[place if place not in found else len(layers) + i] = facts
-    return kinds

@@ -36,6 +36,18 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def by_kind(
+    layers: Mapping[str, dict[str, float]],
+) -> dict[str, list[tuple[int, dict[str, float]]]]:
+    """What is known of each layer, by the last part of its name; with its number, in that order."""
+    kinds: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    for name, facts in layers.items():
+        number = re.search(r"\d+", name)
+        point = (int(number[0]) if number else 0, facts)
+        kinds.setdefault(name.rpartition(".")[2], []).append(point)
+    return {kind: sorted(found, key=lambda point: point[0]) for kind, found in kinds.items()}
+
+
 def plot_merge(report: Mapping[str, Any], path: Path) -> None:
     """How much each layer changes and how much of that is kept, and the loss, as a PNG.
 
@@ -49,20 +61,16 @@ def plot_merge(report: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11 if verify else 8, 4.5), layout="constrained")
     grid = figure.add_gridspec(2, 2 if verify else 1, width_ratios=[3, 1] if verify else [1])
     changes, kept = (figure.add_subplot(grid[row, 0]) for row in (0, 1))
-    kinds: dict[str, list[tuple[int, float, float]]] = {}
-    for name, facts in report["layers"].items():
-        number = re.search(r"\d+", name)
-        point = (int(number[0]) if number else 0, facts["delta_over_weight"], facts["kept"])
-        kinds.setdefault(name.rpartition(".")[2], []).append(point)
-    for kind, points in kinds.items():
-        places, ratios, shares = zip(*sorted(points), strict=True)
+    for kind, found in by_kind(report["layers"]).items():
+        places = [place for place, _ in found]
+        ratios = [facts["delta_over_weight"] for _, facts in found]
         changes.plot(places, ratios, ".-", linewidth=1, label=kind)
-        kept.plot(places, shares, ".-", linewidth=1)
+        kept.plot(places, [facts["kept"] for _, facts in found], ".-", linewidth=1)
     changes.set_ylabel("|change| / |weight|")
     changes.set_ylim(bottom=0)
     changes.legend(frameon=False, ncols=4, fontsize=8)
     kept.set_ylabel("share of the change kept")
-    kept.set_ylim(0, max(1.1, *(p[2] + 0.05 for points in kinds.values() for p in points)))
+    kept.set_ylim(0, max(1.1, *(facts["kept"] + 0.05 for facts in report["layers"].values())))
     kept.axhline(1, color="black", linewidth=0.6)
     kept.set_xlabel("layer")
     for axes in (changes, kept):
