@@ -247,6 +247,7 @@ def test_a_4_bit_merge_opens_in_transformers_and_holds_the_adapter(family, check
         # felt in the outputs, the change is delta (the report); in the weights it is not far off
         assert report["layers"][name]["kept"] == pytest.approx(1, abs=0.05), name
         assert relative_error(change, delta) < 1.5, name
+        assert float((change * delta).sum() / delta.square().sum()) > 0.5, name  # a no-op gives 0
     linear = {n for n, m in again.named_modules() if isinstance(m, Linear4bit)}
     assert linear == set(live_deltas(model))  # no more and no less than in training
 

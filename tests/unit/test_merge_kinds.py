@@ -114,9 +114,10 @@ def test_the_4_bit_merge_is_close_to_it(kind, base_of, tmp_path):
     model = trained_by_peft(base, adapter, **settings)
     data: Any = {"format": "nf4", "calibration": "none"}
     merge(MergeConfig(adapter=str(adapter), output_dir=str(output), **data))
-    again = load_base(str(output), FP32)
-    off = (logits(again) - logits(model)).norm() / logits(model).norm()
-    assert off < 0.15  # 4-bit rounding of random weights without data, and bf16 for the rest
+    before = logits(load_base(str(base), FP32))
+    wanted, got = logits(model) - before, logits(load_base(str(output), FP32)) - before
+    # Without data there is noise; of a merge that does nothing, or all of it twice, this is 0 or 2.
+    assert float((got * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.4)
 
 
 def test_a_head_parted_from_its_embedding_is_so_in_the_config(base_of, tmp_path):
