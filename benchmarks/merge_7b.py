@@ -41,7 +41,8 @@ from transformers import LlamaConfig
 from watch import Held, make_cold, watch
 
 from qlora import nf4
-from qlora.adapter_reader import CONFIG, PREFIX, WEIGHTS
+from qlora.adapter_reader import CONFIG, WEIGHTS
+from qlora.adapter_tensors import PREFIX
 from qlora.checkpoint import quantized_layers, skeleton
 from qlora.config import QuantConfig
 from qlora.shards import Entry, parse_size, publishing, write_shards

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from qlora import nf4
-from qlora.adapter_reader import CONFIG, PREFIX, WEIGHTS, AdapterFile, read_adapter
+from qlora.adapter_reader import CONFIG, WEIGHTS, AdapterFile, read_adapter
+from qlora.adapter_tensors import PREFIX
 from qlora.checkpoint import Checkpoint, resolve
 from qlora.verify import Verifier, read_examples
 

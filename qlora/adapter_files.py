@@ -20,13 +20,13 @@ from torch import nn
 
 from qlora.adapter_reader import (
     CONFIG,
-    PREFIX,
     WEIGHTS,
     AdapterFile,
     raise_faults,
     read_adapter,
     require_same_base,
 )
+from qlora.adapter_tensors import PREFIX
 from qlora.adapters import Model, adapter_configs, matches, require_new_name, set_adapter, wrap
 from qlora.config import LoraConfig
 from qlora.errors import UserError

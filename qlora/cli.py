@@ -26,7 +26,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from qlora.config import ALL_LINEAR, MergeConfig, TrainConfig, flat
+from qlora.config import ALL_LINEAR
 from qlora.errors import UserError, did_you_mean
 from qlora.recipe import Loader, is_list, read_recipe
 
@@ -83,11 +83,6 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, prog
         if recipe is None or error.name in given:
             raise
         raise UserError(f"{recipe}: {error.name}: {error.reason}") from None
-
-
-def to_yaml(config: TrainConfig | MergeConfig) -> str:
-    """The flat recipe that `--config` reads back to an equal config."""
-    return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True)
 
 
 # -------------------------------------------------------------- the settings, from the dataclasses

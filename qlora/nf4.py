@@ -109,12 +109,18 @@ def _cells() -> tuple[Tensor, Tensor]:
 def dequantize(quantized: Quantized) -> Tensor:
     """The weight (out, in) that the codes stand for, fp32."""
     packed, state = quantized
-    # As one long row: bitsandbytes' AVX-512 kernel takes a wrong absmax where a block crosses rows.
-    row = (1, state.shape.numel())
+    return _decode(packed, absmax(quantized), state, state.shape.numel()).view(state.shape)
+
+
+def _decode(packed: Tensor, scales: Tensor, state: bnb.QuantState, values: int) -> Tensor:
+    """So many values, fp32, as one long row.
+
+    bitsandbytes' AVX-512 kernel takes a wrong absmax where a block crosses rows.
+    """
     out = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed, absmax(quantized), state.blocksize, state.quant_type, row, torch.float32
+        packed, scales, state.blocksize, state.quant_type, (1, values), torch.float32
     )
-    return torch.as_tensor(out).view(state.shape)
+    return torch.as_tensor(out)
 
 
 def absmax(quantized: Quantized) -> Tensor:
@@ -136,15 +142,9 @@ def in_rows(quantized: Quantized, values: int) -> Iterator[tuple[slice, Tensor]]
     for first in range(0, out_features, step):
         rows = slice(first, min(first + step, out_features))
         start, stop = rows.start * in_features, rows.stop * in_features
-        out = torch.ops.bitsandbytes.dequantize_4bit.default(
-            packed[start // 2 : -(-stop // 2)],
-            scales[start // state.blocksize : -(-stop // state.blocksize)],
-            state.blocksize,
-            state.quant_type,
-            (1, stop - start),
-            torch.float32,
-        )
-        yield rows, torch.as_tensor(out).view(-1, in_features)
+        codes = packed[start // 2 : -(-stop // 2)]
+        blocks = scales[start // state.blocksize : -(-stop // state.blocksize)]
+        yield rows, _decode(codes, blocks, state, stop - start).view(-1, in_features)
 
 
 @cache

@@ -374,7 +374,11 @@ def test_many_faults_are_counted(copy):
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
         ({"use_qalora": True, "target_parameters": ["x"]}, "use_qalora=True, target_parameters="),
         ({"r": 8}, r"its config says r=8"),
-        ({"r": 0}, r"r must be at least 1, got 0"),
+        ({"r": 0}, r"r must be a whole number above 0, got 0"),
+        ({"lora_alpha": "16"}, r"lora_alpha must be a number above 0, got '16'"),
+        ({"rank_pattern": {"q_proj": 2.5}}, r"r of 'q_proj' in rank_pattern must be a whole"),
+        ({"alpha_pattern": {"*_proj": 2}}, r"'\*_proj' in alpha_pattern is no regular expression"),
+        ({"alpha_pattern": [2]}, r"alpha_pattern must be an object, got \[2\]"),
     ],
     ids=str,
 )

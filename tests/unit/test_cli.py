@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from qlora import cli
-from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig, TrainConfig
+from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig, TrainConfig, flat
 from qlora.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -290,15 +291,10 @@ configs = st.builds(
 # Without shrinking, which takes minutes for a config of this many parts.
 @settings(max_examples=50, deadline=None, database=None, phases=[Phase.generate])
 @given(configs)
-def test_to_yaml_is_read_back_as_the_same_config(tmp_path_factory, config):
+def test_a_flat_config_is_read_back_as_the_same(tmp_path_factory, config):
     path = tmp_path_factory.getbasetemp() / "written.yaml"
-    path.write_text(cli.to_yaml(config), encoding="utf-8")
+    path.write_text(yaml.safe_dump(flat(config), sort_keys=False), encoding="utf-8")
     assert cli.parse(TrainConfig, ["--config", str(path)], prog="train.py") == config
-
-
-def test_to_yaml_is_flat_and_readable():
-    lines = cli.to_yaml(MergeConfig(adapter="out", output_dir="merged")).splitlines()
-    assert lines[:4] == ["adapter: out", "output_dir: merged", "weights: []", "base_model: null"]
 
 
 # --------------------------------------------------------------------------------- the whole way

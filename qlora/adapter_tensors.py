@@ -1,0 +1,193 @@
+"""What an adapter's tensors are: sorted by their names, and checked against its config.
+
+    <module>.lora_A.weight (r, in), lora_B.weight (out, r)        a linear layer's change
+    <module>.lora_magnitude_vector (out,)                         DoRA's magnitudes beside it
+    <module>.lora_B.bias (out,)                                   lora_bias, added to the bias
+    <module>.lora_embedding_A (r, vocab), lora_embedding_B (dim, r)      an embedding's change
+    <module>.token_adapter.trainable_tokens_delta (n, dim)        rows of an embedding, anew
+    <module>.weight, .bias                                        trained in full
+
+each after the prefix `base_model.model.`: PEFT's format.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora.config import LoraConfig
+from qlora.lora import Factors
+
+PREFIX = "base_model.model."
+PARTS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_B.bias": "bias",
+    "token_adapter.trainable_tokens_delta": "rows",
+}
+VOCABULARY = ("embed_tokens", "lm_head")  # PEFT saves these whole where they were resized
+
+
+class Contents(NamedTuple):
+    """What an adapter holds, under the model's own names."""
+
+    pairs: dict[str, Factors]
+    """of each adapted module: a linear layer, or an embedding as one from vocab to dim"""
+    embeddings: frozenset[str]
+    """those of `pairs` that are embeddings"""
+    whole: dict[str, Tensor]
+    """parameters trained in full"""
+    bias_changes: dict[str, Tensor]
+    """what is added to a module's bias (out,)"""
+    rows: dict[str, tuple[Tensor, Tensor]]
+    """of an embedding: ids (n,) and the rows (n, dim) that take their place"""
+
+
+def sort_out(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Any], config: LoraConfig
+) -> tuple[Contents, list[str]]:
+    """What `tensors` are, and everything that is wrong with them.
+
+    Args:
+        tensors: of adapter_model.safetensors, by their names there.
+        values: adapter_config.json.
+        config: what was read from it.
+    """
+    parts, whole, faults = _sort(tensors, values)
+    pairs, embeddings = _pair_up(parts, values, config, faults)
+    bias_changes, rows = _others(parts, pairs, values, faults)
+    if not (parts or whole):
+        faults.append("no lora_A or lora_B tensor")
+    return Contents(pairs, embeddings, whole, bias_changes, rows), faults
+
+
+def _sort(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
+    """The parts of each adapted module, the parameters saved whole, and what is wrong so far."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    faults = []
+    ends = "|".join(map(re.escape, PARTS))
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            faults.append(f"{key} is {tensor.dtype}, wanted floating point")
+        elif not torch.isfinite(tensor).all():
+            faults.append(f"{key} holds NaN or infinity")
+        name = key.removeprefix(PREFIX)
+        if name == key:
+            faults.append(f"unexpected {key}")
+        elif match := re.fullmatch(rf"(.+)\.({ends})", name):
+            parts.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            whole[name] = tensor
+    saved = tuple(values.get("modules_to_save") or ())
+    for name in list(whole):
+        module, _, kind = name.rpartition(".")
+        module = module.removesuffix(".base_layer")
+        explained = (
+            _ends_in(module, (*saved, *VOCABULARY))
+            or (kind == "bias" and values.get("bias", "none") != "none")
+            or (".base_layer." in name and module in parts)
+        )
+        if not explained:
+            faults.append(f"unexpected {PREFIX}{name}")
+        whole[f"{module}.{kind}"] = whole.pop(name)
+    for entry in saved:
+        if not any(_ends_in(name.rpartition(".")[0], (entry,)) for name in whole):
+            faults.append(f"missing {entry}, which its config says was trained in full")
+    return parts, whole, faults
+
+
+def _ends_in(module: str, entries: Iterable[str]) -> bool:
+    """PEFT's rule for modules_to_save: an ending, be it of a word; or of a module above it."""
+    return any(module.endswith(entry) or f"{entry}." in module for entry in entries)
+
+
+def _pair_up(
+    parts: Mapping[str, Mapping[str, Tensor]],
+    values: Mapping[str, Any],
+    config: LoraConfig,
+    faults: list[str],
+) -> tuple[dict[str, Factors], frozenset[str]]:
+    """The factors of each module, and which are embeddings; what is wrong goes to `faults`."""
+    pairs, embeddings = {}, set()
+    for module, found in parts.items():
+        if set(found) == {"token_adapter.trainable_tokens_delta"}:
+            continue
+        is_embedding = any("embedding" in part for part in found)
+        names = [f"lora_embedding_{s}" if is_embedding else f"lora_{s}.weight" for s in "AB"]
+        missing = [name for name in names if name not in found]
+        faults += [f"missing {PREFIX}{module}.{name}" for name in missing]
+        if missing:
+            continue
+        r = _of_module(values.get("rank_pattern"), module, config.r)
+        wrong = [
+            f"{PREFIX}{module}.{name} has shape {tuple(found[name].shape)}, its config says r={r}"
+            for name, axis in zip(names, (0, 1), strict=True)
+            if found[name].ndim != 2 or found[name].shape[axis] != r
+        ]
+        faults += wrong
+        if wrong:
+            continue
+        lora_A, lora_B = (found[name] for name in names)
+        magnitude = next((t for part, t in found.items() if PARTS[part] == "magnitude"), None)
+        if magnitude is not None and magnitude.shape != (len(lora_B),):
+            faults.append(
+                f"{PREFIX}{module}.lora_magnitude_vector has shape {tuple(magnitude.shape)}, "
+                f"wanted {(len(lora_B),)}"
+            )
+        if (magnitude is not None) != bool(values.get("use_dora")):
+            had = "has" if magnitude is not None else "has no"
+            faults.append(
+                f"{PREFIX}{module} {had} lora_magnitude_vector, its config says "
+                f"use_dora={bool(values.get('use_dora'))}"
+            )
+        alpha = _of_module(values.get("alpha_pattern"), module, config.lora_alpha)
+        scaling = replace(config, r=r, lora_alpha=alpha).scaling
+        pairs[module] = Factors(lora_A, lora_B, scaling, magnitude)
+        if is_embedding:
+            embeddings.add(module)
+    return pairs, frozenset(embeddings)
+
+
+def _of_module(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """What rank_pattern or alpha_pattern says of `module`, by PEFT's rule."""
+    found = (v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", module))
+    return next(found, default)
+
+
+def _others(
+    parts: Mapping[str, Mapping[str, Tensor]],
+    pairs: Mapping[str, Factors],
+    values: Mapping[str, Any],
+    faults: list[str],
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """What is added to biases, and the new rows of embeddings."""
+    bias_changes, rows = {}, {}
+    for module, found in parts.items():
+        if values.get("lora_bias") and "lora_B.weight" in found and "lora_B.bias" not in found:
+            faults.append(f"missing {PREFIX}{module}.lora_B.bias")
+        if "lora_B.bias" in found and module in pairs:
+            bias_changes[module] = pairs[module].scaling * found["lora_B.bias"].float()
+        for tensor in (t for part, t in found.items() if PARTS[part] == "rows"):
+            ids = values.get("trainable_token_indices")
+            if isinstance(ids, dict):
+                ids = next((v for k, v in ids.items() if _ends_in(module, (k,))), None)
+            if not isinstance(ids, list) or len(ids) != len(tensor):
+                faults.append(
+                    f"{PREFIX}{module} has {len(tensor)} trained token rows, its config names "
+                    f"{len(ids) if isinstance(ids, list) else 'none'}"
+                )
+                continue
+            rows[module] = torch.tensor(ids, dtype=torch.long), tensor
+    if values.get("trainable_token_indices") and not rows:
+        faults.append("missing the rows of trainable_token_indices")
+    return bias_changes, rows
