@@ -4,7 +4,8 @@
 
 For every way the share of the gain kept, the KL divergence to the live adapter and how often the
 most likely token is the same, all measured by merge_dequant.py's own --verify; and the seconds the
-merge took (verification not counted). PEFT's row is its own merge_and_unload on the 4-bit model.
+merge took (verification not counted). PEFT's row is its own merge_and_unload on the 4-bit model;
+other roundings to compare with are in other_roundings.py.
 """
 
 import argparse
@@ -16,6 +17,14 @@ from typing import Any
 
 import peft
 import torch
+from other_roundings import (
+    Method,
+    descent,
+    descent_from_original,
+    gptq,
+    instead,
+    on_the_adapters_space,
+)
 from results import record
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -24,15 +33,17 @@ from qlora.adapter_reader import read_adapter
 from qlora.base import load_base
 from qlora.checkpoint import resolve
 from qlora.config import MergeConfig
+from qlora.export import choose_codes
 from qlora.merge import merge
 from qlora.verify import Verifier, read_examples
 
 
-def ours(**settings: Any) -> Callable[[str, str, Path], None]:
-    """merge_dequant.py with these flags."""
+def ours(rounding: Method = choose_codes, **settings: Any) -> Callable[[str, str, Path], None]:
+    """merge_dequant.py with these flags, and with another rounding if that is asked for."""
 
     def run(adapter: str, base: str, output: Path) -> None:
-        merge(MergeConfig(adapter=adapter, base_model=base, output_dir=str(output), **settings))
+        with instead(rounding):
+            merge(MergeConfig(adapter=adapter, base_model=base, output_dir=str(output), **settings))
 
     return run
 
@@ -54,7 +65,13 @@ WAYS: dict[str, Callable[[str, str, Path], None]] = {
     "bf16 onto NF4 (the default)": ours(),
     "bf16 onto the original weights": ours(onto="original"),
     "NF4 by PEFT": pefts,
-    "NF4, no data": ours(format="nf4", calibration="none"),
+    "NF4, quantize(W16 + delta), no data": ours(format="nf4", calibration="none"),
+    "NF4, errors kept off A, no data": ours(
+        on_the_adapters_space, format="nf4", calibration="none"
+    ),
+    "NF4, GPTQ": ours(gptq, format="nf4"),
+    "NF4, two sweeps from W4": ours(descent, format="nf4"),
+    "NF4, two sweeps from W16 + delta": ours(descent_from_original, format="nf4"),
     "NF4, text of its own": ours(format="nf4", calibration="self"),
     "NF4, calibrated": ours(format="nf4"),
 }
@@ -65,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--verify", required=True)
-    parser.add_argument("--only", default="", help="ways whose name has this in it")
+    parser.add_argument("--only", nargs="+", default=[""], help="ways whose name has one of these")
     parser.add_argument("--tokens", type=int, default=8192, help="supervised ones to measure on")
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -74,8 +91,8 @@ def main() -> None:
     examples = read_examples(given.verify, Path(given.adapter), given.tokens)
     verifier = Verifier(adapter, base, examples, device="cpu")
     rows = []
-    ways = {name: way for name, way in WAYS.items() if given.only in name}
-    ways |= four_bit_base(base, given.only)
+    ways = WAYS | {"NF4, 4-bit base only, calibrated": four_bit_base(base)}
+    ways = {name: way for name, way in ways.items() if any(part in name for part in given.only)}
     for name, way in ways.items():
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "merged"
@@ -108,18 +125,15 @@ def main() -> None:
         )
 
 
-def four_bit_base(base: str, only: str) -> dict[str, Callable[[str, str, Path], None]]:
+def four_bit_base(base: str) -> Callable[[str, str, Path], None]:
     """The calibrated merge of somebody who has no 16-bit weights, only a 4-bit checkpoint."""
-    name = "NF4, calibrated, 4-bit base only"
-    if only not in name:
-        return {}
 
     def run(adapter: str, _: str, output: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             load_base(base, device="cpu").save_pretrained(folder)
             ours(format="nf4")(adapter, folder, output)
 
-    return {name: run}
+    return run
 
 
 if __name__ == "__main__":

@@ -49,26 +49,22 @@ from qlora.shards import Entry, parse_size, publishing, write_shards
 
 MERGE = Path(__file__).parents[1] / "merge_dequant.py"
 R = 16
-SHAPES = {
-    "llama2-7b": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        vocab_size=32000,
+
+
+def llama(hidden: int, intermediate: int, layers: int, vocabulary: int) -> LlamaConfig:
+    """A Llama of that shape, in bf16."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        vocab_size=vocabulary,
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
-    ),
-    "tiny": LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2752,
-        num_hidden_layers=14,
-        num_attention_heads=16,
-        vocab_size=8000,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    ),
-}
+    )
+
+
+SHAPES = {"llama2-7b": llama(4096, 11008, 32, 32000), "tiny": llama(1024, 2752, 14, 8000)}
 SHARD_SIZES = {"llama2-7b": "5GB", "tiny": "150MB"}
 
 

@@ -5,7 +5,8 @@
 The adapter is rescaled so that in every layer |delta| is the given share of |W|, 0.1 % to 10 %, and
 with --random its directions are drawn anew as well. What was "trained" is then by definition the
 live model: it is the teacher, the gain is KL(live || base), and the share kept is
-1 - KL(live || merged) / KL(live || base). All compute in fp32, so that the teacher is not noisy.
+1 - KL(live || merged) / KL(live || base). Beside it stands the share of the loss that the rescaled
+adapter gains on the data, if it gains any. All compute in fp32, so that the teacher is not noisy.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--verify", required=True)
     parser.add_argument("--tokens", type=int, default=4096, help="supervised ones to measure on")
     parser.add_argument("--random", action="store_true", help="random directions, same sizes")
-    parser.add_argument("--only", default="", help="ways whose name has this in it")
+    parser.add_argument("--only", nargs="+", default=[""], help="ways whose name has one of these")
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.001, 0.003, 0.01, 0.03, 0.1])
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -59,7 +60,7 @@ def main() -> None:
             adapter = rescaled(trained, Checkpoint(base), size, new, given.random)
             verifier = Verifier(adapter, str(base), examples, device="cpu", compute_dtype="fp32")
             for name, way in WAYS.items():
-                if given.only not in name:
+                if not any(part in name for part in given.only):
                     continue
                 output = Path(folder) / name
                 way(str(adapter.folder), str(base), output)
@@ -69,6 +70,7 @@ def main() -> None:
                         "delta_over_weight": size,
                         "way": name,
                         "kept": 1 - found.kl / found.kl_base,
+                        "kept_loss": found.kept,
                         "kl": found.kl,
                         "kl_base": found.kl_base,
                         "directions": "random" if given.random else "trained",
@@ -77,11 +79,12 @@ def main() -> None:
                     }
                 )
                 record("merge_synthetic", rows[-1])
-    print(f"\n{'|delta| / |W|':>14}  {'':24}{'kept':>9}{'KL':>11}{'KL of base':>13}")
+    print(f"\n{'|delta| / |W|':>14}  {'':24}{'kept':>9}{'of loss':>9}{'KL':>11}{'KL of base':>13}")
     for row in rows:
         print(
-            f"{row['delta_over_weight']:14.1%}  {row['way']:24}{row['kept']:9.2%}{row['kl']:11.6f}"
-            f"{row['kl_base']:13.5f}"
+            f"{row['delta_over_weight']:14.1%}  {row['way']:24}{row['kept']:9.2%}"
+            + ("      n/a" if row["kept_loss"] is None else f"{row['kept_loss']:9.2%}")
+            + f"{row['kl']:11.6f}{row['kl_base']:13.5f}"
         )
 
 

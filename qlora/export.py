@@ -11,7 +11,7 @@ adapter are rounded: what quantization had taken off them dithers the adapter's 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,28 +91,35 @@ def in_4_bits(
     Args:
         moments: sum of x x' over the layer's inputs, fp32 (in, in), if known.
     """
-    codes, base = folding.codes, folding.base()
-    if codes is not None and not nf4.is_on_grid(codes, quant):
-        codes = None
+    base = folding.base()
+    if folding.codes and not nf4.is_on_grid(folding.codes, quant):
+        folding = replace(folding, weight=base, codes=None)
     if folding.factors is None:
-        return codes or nf4.quantize(base, quant), {}
+        return folding.codes or nf4.quantize(base, quant), {}
     delta = folding.factors.change(base)
-    target = base + delta
-    if moments is None and folding.original is not None:
-        merged = nf4.quantize(folding.original.float() + delta, quant)
-    else:
-        if moments is None:
-            moments = torch.eye(target.shape[1], device=target.device)
-        start = codes or nf4.quantize(target, quant)
-        lora_A, lora_B = folding.factors[:2]
-        merged = keep_adapter(start, target, lora_A, lora_B, moments)
+    merged = choose_codes(folding, base, delta, quant, moments)
     change = nf4.dequantize(merged) - base
     felt = delta if moments is None else delta @ moments
     norms = float(base.norm()), float(delta.norm())
     found = _facts(*norms, _dot(felt, change), _dot(felt, delta))
-    if codes is not None:
-        found["codes_changed"] = nf4.codes_changed(codes, merged)
+    if folding.codes:
+        found["codes_changed"] = nf4.codes_changed(folding.codes, merged)
     return merged, found
+
+
+def choose_codes(
+    folding: Folding, base: Tensor, delta: Tensor, quant: QuantConfig, moments: Tensor | None
+) -> nf4.Quantized:
+    """Codes for base + delta (out, in), by what is known."""
+    if moments is None and folding.original is not None:
+        return nf4.quantize(folding.original.float() + delta, quant)
+    target = base + delta
+    if moments is None:
+        moments = torch.eye(target.shape[1], device=target.device)
+    assert folding.factors is not None
+    lora_A, lora_B = folding.factors[:2]
+    start = folding.codes or nf4.quantize(target, quant)
+    return keep_adapter(start, target, lora_A, lora_B, moments)
 
 
 def _facts(weight_norm: float, delta_norm: float, kept: float, wanted: float) -> Facts:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qlora import nf4
 from qlora.adapter_files import attach, check_fits
 from qlora.adapter_reader import AdapterFile
-from qlora.lora import Factors, LoRALinear, is_tied, lora_layers, vocabulary
+from qlora.lora import LoRALinear, is_tied, lora_layers, vocabulary
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def put_on(model: PreTrainedModel, adapter: AdapterFile) -> None:
     for name, layer in lora_layers(model).items():
         factors = adapter.pairs[name].to(layer.weight.device)
         if factors.magnitude is not None:
-            layer.register_forward_hook(partial(_rescale, _dora_gain(layer, factors)))
+            layer.register_forward_hook(partial(_rescale, factors.gain(_weight(layer.base_layer))))
 
 
 def _replace(model: nn.Module, param: str, value: Tensor) -> None:
@@ -68,14 +68,10 @@ def _add(parameter: Any, change: Tensor) -> None:
     parameter.copy_(parameter.float() + change.to(parameter.device))
 
 
-def _dora_gain(layer: LoRALinear, factors: Factors) -> Tensor:
-    """What DoRA multiplies each output with, magnitude / |row of W + scaling * B A|, (out,)."""
-    base: Any = layer.base_layer
-    state = getattr(base.weight, "quant_state", None)
-    weight = nf4.dequantize(nf4.Quantized(base.weight, state)) if state else base.weight.float()
-    summed = weight + factors._replace(magnitude=None).change(weight)
-    assert factors.magnitude is not None
-    return torch.div(factors.magnitude.float(), summed.norm(dim=1))
+def _weight(layer: nn.Linear) -> Tensor:
+    """(out, in), fp32"""
+    state: Any = getattr(layer.weight, "quant_state", None)
+    return nf4.dequantize(nf4.Quantized(layer.weight, state)) if state else layer.weight.float()
 
 
 def _rescale(gain: Tensor, layer: LoRALinear, _: Any, y: Tensor) -> Tensor:

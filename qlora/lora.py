@@ -58,8 +58,15 @@ class Factors(NamedTuple):
         if self.magnitude is None:
             return delta
         summed = delta.add_(weight)
-        summed *= (self.magnitude.float() / summed.norm(dim=1))[:, None]
-        return summed.sub_(weight)
+        return summed.mul_(self._gain(summed)[:, None]).sub_(weight)
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """What DoRA multiplies each output with, magnitude / |row of W + scaling * B A|, (out,)."""
+        return self._gain(delta_weight(self.lora_A, self.lora_B, self.scaling).add_(weight))
+
+    def _gain(self, summed: Tensor) -> Tensor:
+        assert self.magnitude is not None
+        return torch.div(self.magnitude.float(), summed.norm(dim=1))
 
 
 class LoRALinear(nn.Module):

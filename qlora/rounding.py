@@ -12,11 +12,13 @@ Two things matter as much as the descent.
 
 - The start is timid. A code that moves because it helps a little blocks one that would help more,
   so early rounds make a move dearer: with damping p they count H_jj (1 + p) for H_jj.
-- What is left of the error is not alike. Noise averages out over the layers of a model, but a
-  change that falls short in the directions the adapter reads (the rows of A) or writes (the
-  columns of B) falls short in every layer, and that adds up. So after the timid rounds the error in
-  those directions is added to what is aimed at, round after round, until it is made up for: dual
-  ascent, with "no error there" as the constraint. The round that ends best is kept.
+- What is left of the error is not alike. Noise averages out over the layers of a model. But every
+  layer's adapter writes in a few directions (the columns of B), and what falls short there as a
+  response to what the inputs have most of, or to what the adapter reads of them (the rows of A),
+  falls short in every layer, and that adds up. These responses are few, r times r + PRINCIPAL a
+  layer, and after the timid rounds their error is added to what is aimed at, round after round,
+  until it is made up for: dual ascent, with "no error there" as the constraint. The round that
+  ends best is kept.
 
 The descent over codes is that of GPTQ's relatives (arXiv:2210.17323, and QuIP's LDLQ,
 arXiv:2307.13304) without their sweep from left to right, which has to move every weight off the
@@ -31,11 +33,12 @@ from torch import Tensor
 from qlora import nf4
 from qlora.nf4 import Quantized
 
-TIMID = (8.0, 2.0, 0.5)  # damping of the rounds toward the target itself
+TIMID = (8.0, 1.0)  # damping of the rounds toward the target itself
 DAMPING = 0.25  # of the rounds after, which make up for what adds up
-ROUNDS = 30  # at most
+ROUNDS = 24  # at most
 GAIN = 0.05  # the rounds end when less than this share of an error is made up for at a time
-BIAS = 10.0  # how much worse than noise an error is that adds up over the layers
+BIAS = 100.0  # how much worse than noise an error is that adds up over the layers
+PRINCIPAL = 64  # directions in which the inputs are largest
 PATIENCE, ENOUGH = 4, 0.98  # or when that many have not lowered the cost to this share
 CHUNK = 64  # columns at a time, where blocks do not lie within rows
 
@@ -57,15 +60,15 @@ def keep_adapter(
     """
     grid = _Grid(start)
     state = _State(grid, target, moments)
-    metric = _Metric(lora_A.float(), lora_B.float(), moments)
-    best, best_cost = grid.point(), metric.cost(state)
+    responses = _Responses(lora_A.float(), lora_B.float(), moments)
+    best, best_cost = grid.point(), state.noise() + BIAS * responses.error(state)
     gain, costs = 1.0, [best_cost]
     for round_ in range(ROUNDS):
         timid = round_ < len(TIMID)
         if not timid:
-            metric.compensate(state, gain)
+            responses.make_up_for(state, gain)
         state.sweep(TIMID[round_] if timid else DAMPING)
-        cost = metric.cost(state)
+        cost = state.noise() + BIAS * responses.error(state)
         if cost < best_cost:
             best, best_cost = grid.point(), cost
         elif not timid:  # too much at a time
@@ -95,6 +98,10 @@ class _State:
     def error(self) -> Tensor:
         """Weight less target, (in, out)."""
         return self.grid.weight - self.target
+
+    def noise(self) -> float:
+        """The error that is felt, tr(E H E')."""
+        return float((self.felt * self.error()).sum())
 
     def sweep(self, damping: float) -> None:
         """One pass of coordinate descent over all columns, and over the scales of blocks."""
@@ -210,39 +217,38 @@ class _Grid:
         return Quantized(packed, state)
 
 
-class _Metric:
-    """How much an error costs, and which part of it adds up over the layers.
-
-    That is the part in the adapter's own directions, A's on the input and B's on the output. On the
-    input it is a regression: the multiple of A with which the outputs' error is uncorrelated with
-    A x once it is taken off.
-    """
+class _Responses:
+    """What must come through: what is written along B in response to the inputs that matter."""
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, moments: Tensor) -> None:
-        self.moments = moments
-        self.lora_A = lora_A
-        self.read = moments @ lora_A.T  # (in, r): what the inputs have in common with A x
-        self.gram_inv = torch.linalg.pinv(lora_A @ self.read, hermitian=True)
+        reads = torch.cat([lora_A, _principal(moments, PRINCIPAL)])  # (k, in)
+        size = ((reads @ moments) * reads).sum(1, keepdim=True).clamp_min(0).sqrt()
+        self.reads = reads / size.clamp_min(torch.finfo(torch.float32).tiny)
+        self.seen = moments @ self.reads.T  # (in, k): what the inputs have in common with each
+        self.gram = self.reads @ self.seen  # (k, k)
+        self.gram_inv = torch.linalg.pinv(self.gram, hermitian=True)
         self.written = torch.linalg.qr(lora_B).Q  # (out, r)
 
-    def compensate(self, state: _State, gain: float) -> None:
-        """Aim to the other side of what adds up."""
-        error = state.error()
-        by_A = self.gram_inv @ (self.lora_A @ state.felt)  # (r, out)
-        rest = torch.addmm(error, self.lora_A.T, by_A, alpha=-1)
-        by_B = rest @ self.written  # (in, r)
-        for aside, left, right in (
-            (state.aside, self.lora_A.T, by_A),
-            (state.aside, by_B, self.written.T),
-            (state.aside_felt, self.read, by_A),
-            (state.aside_felt, self.moments @ by_B, self.written.T),
-        ):
-            aside.addmm_(left, right, alpha=-gain)
+    def _wrong(self, state: _State) -> Tensor:
+        """The regression of the outputs' error along B on the inputs that matter, (k, r)."""
+        return self.gram_inv @ (self.reads @ (state.felt @ self.written))
 
-    def cost(self, state: _State) -> float:
-        """Noise, and BIAS times what adds up."""
-        error, felt = state.error(), state.felt
-        read = self.lora_A @ felt  # (r, out)
-        along_A = ((self.gram_inv @ read) * read).sum()
-        along_B = ((felt @ self.written) * (error @ self.written)).sum()
-        return float((felt * error).sum() + BIAS * (along_A + along_B))
+    def error(self, state: _State) -> float:
+        """How much of the error that is felt lies there."""
+        wrong = self._wrong(state)
+        return float((wrong * (self.gram @ wrong)).sum())
+
+    def make_up_for(self, state: _State, gain: float) -> None:
+        """Aim to the other side of it."""
+        wrong = self._wrong(state)
+        state.aside.addmm_(self.reads.T @ wrong, self.written.T, alpha=-gain)
+        state.aside_felt.addmm_(self.seen @ wrong, self.written.T, alpha=-gain)
+
+
+def _principal(moments: Tensor, count: int) -> Tensor:
+    """About the first eigenvectors of `moments` (in, in), as rows, by subspace iteration."""
+    shape = (len(moments), min(count, len(moments)))
+    found = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(moments)
+    for _ in range(4):
+        found = torch.linalg.qr(moments @ found).Q
+    return torch.as_tensor(found.T)
