@@ -231,7 +231,8 @@ class _Responses:
 
     def _wrong(self, state: _State) -> Tensor:
         """The regression of the outputs' error along B on the inputs that matter, (k, r)."""
-        return self.gram_inv @ (self.reads @ (state.felt @ self.written))
+        along_B = state.felt @ self.written  # (in, r)
+        return torch.mm(self.gram_inv, self.reads @ along_B)
 
     def error(self, state: _State) -> float:
         """How much of the error that is felt lies there."""
@@ -251,4 +252,4 @@ def _principal(moments: Tensor, count: int) -> Tensor:
     found = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(moments)
     for _ in range(4):
         found = torch.linalg.qr(moments @ found).Q
-    return torch.as_tensor(found.T)
+    return found.T
