@@ -10,7 +10,7 @@ token on is close enough to what it was trained on (arXiv:2305.17888 quantizes w
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ class SecondMoments:
 def calibrate(
     adapter: AdapterFile,
     base_model: str,
-    data: str,
+    data: Sequence[str],
     tokenizer_folder: Any,
     *,
     device: str,
@@ -65,17 +65,18 @@ def calibrate(
     """Second moments of `adapter`'s layers, live on `base_model`, over some of `data`.
 
     Args:
-        data: what `prepare_data` reads, or OWN_TEXT.
+        data: what `prepare_data` reads, some of each; or OWN_TEXT.
 
     Raises:
         UserError: the data cannot be read, or the adapter does not fit.
     """
-    if data != OWN_TEXT:
+    from_model = list(data) == [OWN_TEXT]
+    if not from_model:
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         except (OSError, ValueError) as error:
             raise UserError(f"{tokenizer_folder} holds no tokenizer to calibrate with") from error
-        rows, stats = prepare_data(data, tokenizer, max_length=MAX_LENGTH)
+        read = [prepare_data(source, tokenizer, max_length=MAX_LENGTH) for source in data]
     model = load_base(
         base_model, adapter.quantization, device=device, trust_remote_code=trust_remote_code
     )
@@ -83,10 +84,12 @@ def calibrate(
     model.eval()
     widest = max(layer.in_features for layer in lora_layers(model).values())
     tokens = max(MIN_TOKENS, TOKENS_PER_INPUT * widest)
-    if data == OWN_TEXT:
+    if from_model:
         return SecondMoments(model, own_text(model, tokens))
-    every = max(1, stats.tokens // tokens)
-    chosen = [rows[i] for i in range(0, len(rows), every)]
+    chosen = []
+    for rows, stats in read:
+        every = max(1, stats.tokens * len(read) // tokens)
+        chosen += [rows[i] for i in range(0, len(rows), every)]
     return SecondMoments(model, length_batches(chosen, tokenizer))
 
 

@@ -114,7 +114,7 @@ def _prepare(config: MergeConfig) -> _Job:
 
         examples = read_examples(config.verify, tokenizer_folder)
         verifier = Verifier(adapter, str(checkpoint.folder), examples, **running)
-    data = _calibration_data(config, adapter)
+    data = _calibration_data(config)
     moments = None
     if data:
         from qlora.calibration import calibrate
@@ -160,25 +160,27 @@ def _write_better(job: _Job, folder: Path) -> MergeReport:
     return reports[better]
 
 
-def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> str | None:
-    """What to choose 4-bit codes with: the data given, or else the adapter's own."""
+def _calibration_data(config: MergeConfig) -> list[str]:
+    """What to choose 4-bit codes with: the data given, or else what the adapters learned from."""
     if config.format != "nf4" or config.calibration == "none":
-        return None
-    data = config.calibration or _training_data(adapter.folder)
-    if data is None:
+        return []
+    if config.calibration:
+        return [config.calibration]
+    runs = [Path(adapter).expanduser() / "run.yaml" for adapter in config.adapters]
+    data = dict.fromkeys(found for run in runs if (found := _training_data(run)))
+    if not data:
         print(
-            f"No data to calibrate with: {adapter.folder / 'run.yaml'} names none that is there. "
+            f"No data to calibrate with: {' and '.join(map(str, runs))} names none that is there. "
             "The model reads text that it writes itself; --calibration DATA keeps more."
         )
-    return data or "self"
+    return list(data) or ["self"]
 
 
-def _training_data(folder: Path) -> str | None:
-    """The file or folder the adapter was trained on, as its run.yaml tells, if it is still there.
+def _training_data(path: Path) -> str | None:
+    """The file or folder that was trained on, as a run.yaml tells, if it is still there.
 
     Names of the hub are left alone: nothing is downloaded that nobody asked for.
     """
-    path = folder / "run.yaml"
     if not path.is_file():
         return None
     run = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -12,13 +12,14 @@ Two things matter as much as the descent.
 
 - The start is timid. A code that moves because it helps a little blocks one that would help more,
   so early rounds make a move dearer: with damping p they count H_jj (1 + p) for H_jj.
-- What is left of the error is not alike. Noise averages out over the layers of a model. But every
-  layer's adapter writes in a few directions (the columns of B), and what falls short there as a
-  response to what the inputs have most of, or to what the adapter reads of them (the rows of A),
-  falls short in every layer, and that adds up. These responses are few, r times r + PRINCIPAL a
-  layer, and after the timid rounds their error is added to what is aimed at, round after round,
-  until it is made up for: dual ascent, with "no error there" as the constraint. The round that
-  ends best is kept.
+- Not all of the error that is left matters alike. Most of it is noise, which averages out over the
+  layers of a model. What does not is the error in what a layer writes along its adapter's
+  directions (the columns of B) in response to its main inputs: to those the adapter reads (the rows
+  of A), and to the inputs' principal directions. It falls short in every layer in the same way, and
+  that adds up: most of the KL divergence was there. These responses are few, r (r + PRINCIPAL) a
+  layer. After the timid rounds their error is added to what is aimed at, round after round, until
+  it is made up for: dual ascent, with "no error there" as the constraint. The round that ends best
+  is kept.
 
 The descent over codes is that of GPTQ's relatives (arXiv:2210.17323, and QuIP's LDLQ,
 arXiv:2307.13304) without their sweep from left to right, which has to move every weight off the
@@ -35,7 +36,7 @@ from qlora.nf4 import Quantized
 
 TIMID = (8.0, 1.0)  # damping of the rounds toward the target itself
 DAMPING = 0.25  # of the rounds after, which make up for what adds up
-ROUNDS = 24  # at most
+ROUNDS = 20  # at most
 GAIN = 0.05  # the rounds end when less than this share of an error is made up for at a time
 BIAS = 100.0  # how much worse than noise an error is that adds up over the layers
 PRINCIPAL = 64  # directions in which the inputs are largest

@@ -73,20 +73,23 @@ def test_the_model_is_left_without_hooks(live):
     assert not any(layer._forward_pre_hooks for layer in lora_layers(live).values())
 
 
-def test_rows_are_spread_over_the_data(live, checkpoints, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_are_spread_over_the_data(count, live, checkpoints, tmp_path, monkeypatch):
     save_adapter(live, tmp_path / "adapter")
-    lines = [{"prompt": f"say {i}", "completion": f"{i}"} for i in range(100, 200)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = [tmp_path / f"{verb}.jsonl" for verb in ("say", "ask")][:count]
+    for file in files:
+        rows = [{"prompt": f"{file.stem} {i}", "completion": f"{i}"} for i in range(100, 200)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("qlora.calibration.MIN_TOKENS", 500)
     base = checkpoints("llama")
-    found = calibrate(
-        read_adapter(tmp_path / "adapter"), str(base), str(tmp_path / "rows.jsonl"), base,
-        device="cpu",
-    )  # fmt: skip
+    adapter = read_adapter(tmp_path / "adapter")
+    found = calibrate(adapter, str(base), [*map(str, files)], base, device="cpu")
     tokens = sum(int(batch["attention_mask"].sum()) for batch in found.batches)
     assert 250 < tokens < 1000
     texts = [tiny_tokenizer().decode(ids) for batch in found.batches for ids in batch["input_ids"]]
-    assert any("say 10" in t for t in texts) and any("say 19" in t for t in texts)
+    for file in files:
+        for part in (10, 19):
+            assert any(f"{file.stem} {part}" in text for text in texts)
 
 
 def test_a_base_without_a_tokenizer(live, checkpoints, tmp_path):
@@ -97,7 +100,7 @@ def test_a_base_without_a_tokenizer(live, checkpoints, tmp_path):
     with pytest.raises(UserError, match="holds no tokenizer to calibrate with"):
         calibrate(
             read_adapter(tmp_path / "adapter"), str(checkpoints("llama")),
-            str(tmp_path / "rows.jsonl"), Path(empty), device="cpu",
+            [str(tmp_path / "rows.jsonl")], Path(empty), device="cpu",
         )  # fmt: skip
 
 
