@@ -223,8 +223,9 @@ class _Responses:
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, moments: Tensor) -> None:
         reads = torch.cat([lora_A, _principal(moments, PRINCIPAL)])  # (k, in)
-        size = ((reads @ moments) * reads).sum(1, keepdim=True).clamp_min(0).sqrt()
-        self.reads = reads / size.clamp_min(torch.finfo(torch.float32).tiny)
+        energy = ((reads @ moments) * reads).sum(1, keepdim=True)
+        there = energy[:, 0] > energy.max() * torch.finfo(torch.float32).eps
+        self.reads = reads[there] / energy[there].sqrt()
         self.seen = moments @ self.reads.T  # (in, k): what the inputs have in common with each
         self.gram = self.reads @ self.seen  # (k, k)
         self.gram_inv = torch.linalg.pinv(self.gram, hermitian=True)
