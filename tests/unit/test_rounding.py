@@ -150,3 +150,29 @@ def test_inputs_that_never_were_leave_the_codes_alone():
     start, target, lora_A, lora_B, moments = layer()
     chosen = rounding.keep_adapter(start, target, lora_A, lora_B, torch.zeros_like(moments))
     assert torch.equal(chosen.packed, start.packed)
+
+
+def test_what_adds_up_over_the_layers_is_made_up_for():
+    """Against least squares on inputs with these moments."""
+    start, target, lora_A, lora_B, moments = layer(256, 256)
+    values, vectors = torch.linalg.eigh(moments.double())
+    x = values.clamp_min(0).sqrt()[:, None] * vectors.T  # x' x = moments
+    responses = rounding._Responses(lora_A, lora_B, moments)
+    seen = x @ responses.reads.double().T
+
+    def adds_up(codes: nf4.Quantized) -> float:
+        y = x @ (nf4.dequantize(codes) - target).double().T @ torch.linalg.qr(lora_B).Q.double()
+        return float((seen @ torch.linalg.lstsq(seen, y).solution).square().sum())
+
+    state = rounding._State(rounding._Grid(start), target, moments)
+    assert responses.error(state) == pytest.approx(adds_up(start), rel=1e-3)
+    chosen = rounding.keep_adapter(start, target, lora_A, lora_B, moments)
+    assert adds_up(chosen) < 0.03 * adds_up(start)
+
+
+def test_the_inputs_principal_directions():
+    *_, moments = layer(8, 256)
+    found = rounding._principal(moments, 32)
+    torch.testing.assert_close(found @ found.T, torch.eye(32), rtol=0, atol=1e-5)
+    most = torch.linalg.eigvalsh(moments)[-32:].sum()
+    assert float(torch.trace(found @ moments @ found.T) / most) > 0.99
