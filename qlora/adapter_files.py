@@ -27,10 +27,11 @@ from qlora.adapter_reader import (
     require_same_base,
 )
 from qlora.adapter_tensors import PREFIX
-from qlora.adapters import Model, adapter_configs, matches, require_new_name, set_adapter, wrap
+from qlora.adapters import Model, adapter_configs, require_new_name, set_adapter, wrap
 from qlora.config import LoraConfig
 from qlora.errors import UserError
 from qlora.lora import LoRALinear, lora_layers
+from qlora.matching import matches
 
 # ---- writing ----
 
@@ -71,8 +72,8 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: list[str]) -> dic
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": config.r,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
         "revision": getattr(model, "qlora_base", {}).get("revision"),
         "target_modules": portable_targets(model, layers),
         "task_type": "CAUSAL_LM",
@@ -145,15 +146,10 @@ def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default"
 
 def require_plain(adapter: AdapterFile) -> None:
     """Refuse what only the merge can handle so far."""
-    config, wrong = adapter.config, adapter.extras
-    if any(
-        (len(f.lora_A), f.scaling) != (config.r, config.scaling) for f in adapter.pairs.values()
-    ):
-        wrong = [*wrong, "ranks or scalings that differ from layer to layer"]
-    if wrong:
+    if adapter.extras:
         raise UserError(
-            f"{adapter.folder} holds {' and '.join(wrong)}, which cannot be put on a model yet. "
-            "merge_dequant.py folds them in"
+            f"{adapter.folder} holds {' and '.join(adapter.extras)}, which cannot be put on a "
+            "model yet. merge_dequant.py folds them in"
         )
 
 
@@ -169,11 +165,17 @@ def load_adapter_weights(
     layers = {n: m for n, m in lora_layers(model).items() if adapter_name in m.lora_A}
     faults = [f"{name} has no adapter on the model" for name in adapter.pairs if name not in layers]
     faults += [f"{name} is not in the files" for name in layers if name not in adapter.pairs]
-    if (adapter.config.r, adapter.config.scaling) != (config.r, config.scaling):
-        faults.append(
-            f"r={adapter.config.r} and scaling={adapter.config.scaling:g} in the files, "
-            f"r={config.r} and scaling={config.scaling:g} on the model"
-        )
+    differ: dict[tuple[float, ...], str] = {}
+    for name in sorted(layers.keys() & adapter.pairs.keys()):
+        own, saved = config.of(name), adapter.pairs[name]
+        found = len(saved.lora_A), saved.scaling, own.r, own.scaling
+        if found[:2] != found[2:]:
+            differ.setdefault(found, name)
+    faults += [
+        f"r={r} and scaling={scaling:g} in the files, r={own_r} and scaling={own_scaling:g} on the "
+        f"model ({name})"
+        for (r, scaling, own_r, own_scaling), name in differ.items()
+    ]
     check_fits(model, adapter)
     raise_faults(
         f"{adapter.folder} is no checkpoint of this run",

@@ -12,7 +12,6 @@ each after the prefix `base_model.model.`: PEFT's format.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -128,11 +127,12 @@ def _pair_up(
         faults += [f"missing {PREFIX}{module}.{name}" for name in missing]
         if missing:
             continue
-        r = _of_module(values.get("rank_pattern"), module, config.r)
+        own = config.of(module)
         wrong = [
-            f"{PREFIX}{module}.{name} has shape {tuple(found[name].shape)}, its config says r={r}"
+            f"{PREFIX}{module}.{name} has shape {tuple(found[name].shape)}, "
+            f"its config says r={own.r}"
             for name, axis in zip(names, (0, 1), strict=True)
-            if found[name].ndim != 2 or found[name].shape[axis] != r
+            if found[name].ndim != 2 or found[name].shape[axis] != own.r
         ]
         faults += wrong
         if wrong:
@@ -150,18 +150,10 @@ def _pair_up(
                 f"{PREFIX}{module} {had} lora_magnitude_vector, its config says "
                 f"use_dora={bool(values.get('use_dora'))}"
             )
-        alpha = _of_module(values.get("alpha_pattern"), module, config.lora_alpha)
-        scaling = replace(config, r=r, lora_alpha=alpha).scaling
-        pairs[module] = Factors(lora_A, lora_B, scaling, magnitude)
+        pairs[module] = Factors(lora_A, lora_B, own.scaling, magnitude)
         if is_embedding:
             embeddings.add(module)
     return pairs, frozenset(embeddings)
-
-
-def _of_module(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """What rank_pattern or alpha_pattern says of `module`, by PEFT's rule."""
-    found = (v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", module))
-    return next(found, default)
 
 
 def _others(

@@ -2,12 +2,11 @@
 
 The model keeps its class: `apply_lora` replaces the targeted linear layers by LoRALinear in
 place, so Trainer, generate() and everything else go on working. An error leaves the model as it
-was. Target names mean what they mean in PEFT: a list matches whole endings of the dotted name, a
-single string is a regular expression over the full name, "all-linear" is every linear layer but
-the output head. Unlike in PEFT, each entry must match something.
+was. Which layers a config means is in qlora.matching.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,9 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from qlora.config import ALL_LINEAR, LoraConfig
+from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
-from qlora.lora import LoRALinear, lora_layers, output_head
+from qlora.lora import LoRALinear, lora_layers
+from qlora.matching import target_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,10 +39,10 @@ def apply_lora(
     """
     config = config or LoraConfig()
     require_new_name(model, adapter_name)
-    names = target_layers(model, config.target_modules)
+    names = target_layers(model, config)
     model.requires_grad_(False)
     for name in names:
-        wrap(model, name).add_adapter(adapter_name, config, generator=generator)
+        wrap(model, name).add_adapter(adapter_name, config.of(name), generator=generator)
     adapter_configs(model)[adapter_name] = config
     set_adapter(model, adapter_name)
     return model
@@ -120,69 +120,23 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """One line: `trainable 4,884,480 of 139,399,488 parameters (3.50%)`."""
+    """The trainable adapters by kind of layer, and in all.
+
+    layer        layers       out x in  rank    trainable
+    q_proj           30      576 x 576    16      552,960
+    …
+    trainable 4,884,480 of 139,399,488 parameters (3.50%)
+    """
+    found: Counter[tuple[str, int, int, int]] = Counter()
+    for name, layer in lora_layers(model).items():
+        for lora_A in layer.lora_A.values():
+            if lora_A.requires_grad:
+                kind = name.rpartition(".")[2]
+                found[kind, layer.out_features, layer.in_features, len(lora_A)] += 1
+    if found:
+        print(f"{'layer':16}{'layers':>7}{'out x in':>15}{'rank':>6}{'trainable':>13}")
+    for (kind, out_features, in_features, r), count in found.items():
+        shape, size = f"{out_features} x {in_features}", count * r * (out_features + in_features)
+        print(f"{kind:16}{count:7}{shape:>15}{r:6}{size:13,}")
     trainable, total = trainable_parameters(model)
     print(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-
-
-def target_layers(model: nn.Module, target_modules: str | tuple[str, ...]) -> list[str]:
-    """Names of the linear layers that `target_modules` means, in the model's order.
-
-    Raises:
-        UserError: an entry matches nothing, or only what is no linear layer.
-    """
-    head = output_head(model)
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if not re.search(r"\.(base_layer|lora_[AB])(\.|$)", name)
-    }
-    linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | LoRALinear)}
-    targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    if targets == (ALL_LINEAR,):
-        chosen = [name for name, module in linear.items() if module is not head]
-        if not chosen:
-            raise UserError(
-                "all-linear found no linear layer in this model: name its layers as target_modules"
-            )
-        return chosen
-    is_regex = isinstance(target_modules, str)
-    if is_regex:
-        _require_regex(targets[0])
-    hits = {t: [n for n in modules if matches(n, t, is_regex=is_regex)] for t in targets}
-    _require_hits(hits, set(linear))
-    chosen_set = {name for found in hits.values() for name in found}
-    return [name for name in linear if name in chosen_set]
-
-
-def matches(name: str, target: str, *, is_regex: bool) -> bool:
-    """PEFT's rule: a regular expression over the full name, or a whole ending of it."""
-    if is_regex:
-        return re.fullmatch(target, name) is not None
-    return name == target or name.endswith(f".{target}")
-
-
-def _require_regex(target: str) -> None:
-    try:
-        re.compile(target)
-    except re.error as error:
-        raise UserError(
-            f"target_modules {target!r} is no regular expression ({error}); "
-            "for name endings give a list"
-        ) from error
-
-
-def _require_hits(hits: dict[str, list[str]], linear: set[str]) -> None:
-    leaves = sorted({name.rpartition(".")[2] for name in linear})
-    missing = [target for target, found in hits.items() if not found]
-    if missing:
-        raise UserError(
-            f"target_modules {', '.join(map(repr, missing))} matches no layer."
-            f"{did_you_mean(missing[0], leaves)} This model has: {', '.join(leaves)}."
-        )
-    other = sorted({name for found in hits.values() for name in found} - linear)
-    if other:
-        raise UserError(
-            f"target_modules matches what is no linear layer: {', '.join(other[:5])}"
-            f"{' …' if len(other) > 5 else ''}. This model's linear layers: {', '.join(leaves)}."
-        )

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from io import StringIO
 from pathlib import Path
@@ -205,9 +205,9 @@ def _read(hint: Any, words: list[str]) -> Any:
     """The words after a flag -> the value of its type, or a UserError with what was wanted."""
     if not is_list(hint):
         return _read_one(hint, words[0])
-    if float in get_args(hint):
+    if kind := next((k for k in (int, float) if k in get_args(hint)), None):
         numbers = re.findall(r"[^\s,\[\]]+", " ".join(words))
-        return tuple(_read_number(float, number) for number in numbers)
+        return tuple(_read_number(kind, number) for number in numbers)
     if len(words) == 1 and re.fullmatch(r"\[.*\]", words[0], re.DOTALL):
         return _read_bracketed(words[0])
     # One plain word is a list of one: taken as a regular expression over the full name, as PEFT
@@ -238,7 +238,7 @@ def _is_pattern(word: str) -> bool:
 def _read_one(hint: Any, text: str) -> Any:
     options = get_args(hint)
     if get_origin(hint) is Mapping:
-        return json.loads(text)
+        return _read_mapping(text)
     if get_origin(hint) is Literal:
         if text in options:
             return text
@@ -249,6 +249,19 @@ def _read_one(hint: Any, text: str) -> Any:
     if bool in options and text.lower() in ("true", "false"):
         return text.lower() == "true"
     return _read_number(hint, text) if hint in (int, float) else text
+
+
+def _read_mapping(text: str) -> dict[str, Any]:
+    """`{"q_proj": 8}`, as `_as_flag` writes it, or `{q_proj: 8}`, as one does by hand."""
+    value: Any = None
+    with suppress(ValueError):
+        value = json.loads(text)
+    if value is None:
+        with suppress(yaml.YAMLError):
+            value = yaml.load(text, Loader=Loader)
+    if not isinstance(value, dict):
+        raise UserError(f"wanted {{NAME: VALUE}}, got {text!r}")
+    return {str(key): item for key, item in value.items()}
 
 
 def _read_number(kind: type[int] | type[float], text: str) -> int | float:
@@ -274,7 +287,8 @@ def _metavar(hint: Any) -> str | None:
     if get_origin(hint) is Literal:
         return "{" + ",".join(options) + "}"
     if is_list(hint):
-        return "NUMBER [NUMBER ...]" if float in get_args(hint) else "NAME [NAME ...]"
+        numbers = not {int, float}.isdisjoint(get_args(hint))
+        return "NUMBER [NUMBER ...]" if numbers else "NAME [NAME ...]"
     if bool in options:
         return "{true,false}"
     return {int: "INT", float: "NUMBER", str: "STR"}.get(options[0] if options else hint)

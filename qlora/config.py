@@ -14,8 +14,9 @@ Where the defaults come from:
   at a held-out loss of 1.334 in place of 1.474 (benchmarks/results/nf4_against_16bit.jsonl).
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from qlora.errors import UserError
@@ -29,6 +30,28 @@ def _require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _require_number(name: str, value: Any, *, whole: bool = False) -> None:
+    kinds, wanted = ((int,), "a whole number") if whole else ((int, float), "a number")
+    ok = type(value) in kinds and value > 0
+    _require(ok, f"{name} must be {wanted} above 0, got {value!r}")
+
+
+def _require_pattern(name: str, pattern: Any, *, whole: bool = False) -> None:
+    _require(isinstance(pattern, Mapping), f"{name} must be NAME: NUMBER pairs, got {pattern!r}")
+    for key, value in pattern.items():
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise UserError(f"{key!r} in {name} is no regular expression ({error})") from error
+        _require_number(f"{key} in {name}", value, whole=whole)
+
+
+def pattern_key(pattern: Iterable[str], module: str) -> str | None:
+    """The entry of rank_pattern or alpha_pattern that is for `module`, by PEFT's rule: the first
+    that matches an ending of its name, after a dot."""
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How the frozen base is quantized."""
@@ -38,13 +61,13 @@ class QuantConfig:
     blocksize: int = 64
     """weights that share one absmax, 32 to 4096"""
     double_quant: bool = True
-    """quantize the absmax too: 4.127 bits a weight instead of 4.5"""
+    """quantize the absmax too: 4.127 bits, not 4.5"""
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """bf16; fp16 on a GPU without bf16, fp32 on a CPU without it"""
     skip_modules: tuple[str, ...] = ()
     """module names, or their last part, to leave unquantized (the output head always is)"""
     allow_unquantized: bool = False
-    """go on when linear weights cannot be quantized (fused experts)"""
+    """leave weights as they are that cannot be quantized"""
 
     def __post_init__(self) -> None:
         _require(
@@ -73,10 +96,20 @@ class LoraConfig:
     """dropout on the adapter's input, in training"""
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     """all-linear, a list of name endings, or one regular expression over the full name"""
+    exclude_modules: str | tuple[str, ...] = ()
+    """layers to leave out, named in the same way"""
+    layers_to_transform: tuple[int, ...] = ()
+    """only the layers with these numbers"""
+    layers_pattern: tuple[str, ...] = ()
+    """what the number stands after, if not the first in a name"""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """other ranks, by an ending of the layer's name"""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """other values of lora_alpha, likewise"""
     modules_to_save: tuple[str, ...] = ()
     """modules trained in full beside the adapter (not there yet)"""
     use_rslora: bool = False
-    """scaling lora_alpha / sqrt(r) instead (arXiv:2312.03732)"""
+    """scaling lora_alpha / sqrt(r), arXiv:2312.03732"""
     use_dora: bool = False
     """weight-decomposed adapter (not there yet)"""
     init_lora_weights: str | bool = True
@@ -85,8 +118,21 @@ class LoraConfig:
     """dtype of A and B: bf16 on a GPU that has it, else fp32"""
 
     def __post_init__(self) -> None:
-        _require(self.r >= 1, f"r must be at least 1, got {self.r}")
-        _require(self.lora_alpha > 0, f"lora_alpha must be above 0, got {self.lora_alpha}")
+        _require_number("r", self.r, whole=True)
+        _require_number("lora_alpha", self.lora_alpha)
+        _require_pattern("rank_pattern", self.rank_pattern, whole=True)
+        _require_pattern("alpha_pattern", self.alpha_pattern)
+        _require(
+            not self.layers_pattern or bool(self.layers_to_transform),
+            "layers_pattern says where the numbers of layers_to_transform stand: give both",
+        )
+        _require(
+            not self.layers_to_transform
+            or self.targets_all_linear
+            or not isinstance(self.target_modules, str),
+            "layers_to_transform chooses among what a list of target_modules matches; in a regular "
+            "expression write the numbers themselves",
+        )
         _require(
             0 <= self.lora_dropout < 1,
             f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}",
@@ -105,6 +151,20 @@ class LoraConfig:
                 not value,
                 f"{name}={getattr(self, name)!r} is not there yet: leave it out",
             )
+
+    @property
+    def targets_all_linear(self) -> bool:
+        """Whether every linear layer but the output head is meant."""
+        return self.target_modules in (ALL_LINEAR, (ALL_LINEAR,))
+
+    def of(self, module: str) -> "LoraConfig":
+        """The same with the rank and alpha that the patterns give `module`."""
+        found: dict[str, Any] = {}
+        for name, pattern in (("r", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
+            key = pattern_key(pattern, module)
+            if key is not None:
+                found[name] = pattern[key]
+        return replace(self, **found) if found else self
 
     @property
     def scaling(self) -> float:
@@ -142,7 +202,7 @@ class TrainConfig:
     revision: str | None = None
     """branch, tag or commit of a hub model"""
     trust_remote_code: bool = False
-    """run code that comes with the model; off unless you trust it"""
+    """run code that comes with the model"""
     lora: LoraConfig = LoraConfig()
     quant: QuantConfig = QuantConfig()
     per_device_train_batch_size: int = 2
@@ -150,29 +210,29 @@ class TrainConfig:
     gradient_accumulation_steps: int = 8
     """forward passes an optimizer step"""
     learning_rate: float | None = None
-    """by default from the rule of LoRA Without Regret, printed with its reason"""
+    """by default from a rule, printed with its reason"""
     num_train_epochs: float = 1.0
     """passes over the data"""
     max_steps: int = -1
     """optimizer steps; overrides num_train_epochs when above 0"""
     lr_scheduler_type: str = "linear"
-    """any of transformers': linear (down to zero), cosine, constant, …"""
+    """any of transformers': linear, cosine, constant, …"""
     warmup_ratio: float = 0.0
-    """share of the steps in which the learning rate rises, for schedules that warm up"""
+    """share of the steps in which the learning rate rises"""
     weight_decay: float = 0.0
     """AdamW weight decay"""
     max_grad_norm: float = 0.3
     """gradient clipping"""
     optim: str = "paged_adamw_8bit"
-    """any of transformers': paged_adamw_8bit, paged_adamw_32bit, adamw_torch, …"""
+    """any of transformers': paged_adamw_32bit, adamw_torch, …"""
     gradient_checkpointing: bool = True
-    """recompute activations in the backward pass: slower, far less memory"""
+    """recompute activations: slower, far less memory"""
     seed: int = 42
     """of the adapter's start, the order of rows and dropout"""
     logging_steps: int = 10
     """steps between rows of metrics.jsonl"""
     eval_steps: int | None = None
-    """steps between evaluations; by default once an epoch, where there is eval_data"""
+    """steps between evaluations; by default an epoch"""
     save_steps: int = 100
     """steps between checkpoints; the last two are kept"""
     resume: bool = False
@@ -262,7 +322,7 @@ class MergeConfig:
     max_shard_size: str = "5GB"
     """largest file of the output"""
     trust_remote_code: bool = False
-    """run code that comes with the model; off unless you trust it"""
+    """run code that comes with the model"""
 
     def __post_init__(self) -> None:
         folders = (self.adapter,) if isinstance(self.adapter, str) else self.adapter

@@ -14,13 +14,13 @@ from qlora.adapters import (
     disable_adapter,
     print_trainable_parameters,
     set_adapter,
-    target_layers,
     trainable_parameters,
 )
 from qlora.base import load_base
 from qlora.config import LoraConfig
 from qlora.errors import UserError
 from qlora.lora import LoRALinear, lora_layers
+from qlora.matching import target_layers
 
 # transformers 5.23 deprecates a property that PEFT 0.21 asks for.
 from_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
@@ -104,13 +104,13 @@ def test_gpt2s_transposed_layers_are_those_that_peft_chooses(checkpoints, target
 @pytest.mark.parametrize("targets", ["all-linear", ("all-linear",)])
 @pytest.mark.parametrize("family", ["llama", "gemma", "phi"])
 def test_all_linear_leaves_the_output_head_alone(family, targets):
-    names = target_layers(tiny_model(family), targets)
+    names = target_layers(tiny_model(family), LoraConfig(target_modules=targets))
     assert names
     assert "lm_head" not in names
 
 
 def test_targets_come_in_the_models_order():
-    names = target_layers(tiny_model("llama"), ("v_proj", "q_proj"))
+    names = target_layers(tiny_model("llama"), LoraConfig(target_modules=("v_proj", "q_proj")))
     assert [name.split(".", 2)[2] for name in names] == [
         "0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.q_proj", "1.self_attn.v_proj",
     ]  # fmt: skip
@@ -118,16 +118,17 @@ def test_targets_come_in_the_models_order():
 
 def test_part_of_a_name_is_no_ending():
     with pytest.raises(UserError, match="'proj' matches no layer"):
-        target_layers(tiny_model("llama"), ("proj",))
+        target_layers(tiny_model("llama"), LoraConfig(target_modules=("proj",)))
 
 
 def test_an_adapted_model_has_the_same_targets():
     """The matrices of an adapter, and the layer below it, are no targets."""
     model = tiny_model("llama")
-    before = target_layers(model, "all-linear")
+    before = target_layers(model, LoraConfig())
     apply_lora(model, LoraConfig(r=2))
-    assert target_layers(model, "all-linear") == before
-    assert target_layers(model, ("q_proj",)) == [n for n in before if n.endswith("q_proj")]
+    assert target_layers(model, LoraConfig()) == before
+    queries = target_layers(model, LoraConfig(target_modules=("q_proj",)))
+    assert queries == [n for n in before if n.endswith("q_proj")]
 
 
 @pytest.mark.parametrize(
@@ -152,9 +153,20 @@ def test_four_bit_weights_count_all_of_their_values(checkpoints):
 
 
 def test_print_trainable_parameters(capsys):
-    print_trainable_parameters(apply_lora(smollm2(), LoraConfig(r=16)))
-    line = "trainable 4,884,480 of 139,399,488 parameters (3.50%)\n"
-    assert capsys.readouterr().out == line
+    config = LoraConfig(r=16, rank_pattern={r"layers\.\d\.mlp\.up_proj": 4})
+    print_trainable_parameters(apply_lora(smollm2(), config))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[1:-1]] == [
+        ["q_proj", "30", "576", "x", "576", "16", "552,960"],
+        ["k_proj", "30", "192", "x", "576", "16", "368,640"],
+        ["v_proj", "30", "192", "x", "576", "16", "368,640"],
+        ["o_proj", "30", "576", "x", "576", "16", "552,960"],
+        ["gate_proj", "30", "1536", "x", "576", "16", "1,013,760"],
+        ["up_proj", "10", "1536", "x", "576", "4", "84,480"],
+        ["down_proj", "30", "576", "x", "1536", "16", "1,013,760"],
+        ["up_proj", "20", "1536", "x", "576", "16", "675,840"],
+    ]
+    assert lines[-1] == "trainable 4,631,040 of 139,146,048 parameters (3.33%)"
 
 
 # ---- putting it on ----

@@ -152,7 +152,7 @@ def test_several_adapters_with_weights():
             "no flag takes false: a value follows its flag, "
             "and a switch takes none but is turned off with --no-NAME",
         ),
-        (["--r", "0"], "r must be at least 1, got 0"),
+        (["--r", "0"], "r must be a whole number above 0, got 0"),
         (["--learning-rate", "-1e-4"], "learning_rate must be above 0, got -0.0001"),
         (["--config", "no.yaml"], "--config no.yaml: No such file or directory"),
     ],
@@ -238,7 +238,7 @@ def test_a_runs_own_record_is_a_recipe(recipe):
             "r: 8\nseed: [1",
             "recipe.yaml, line 2 is not YAML: expected ',' or ']', but got '<stream end>'",
         ),
-        ("model:\nr: 0", "r must be at least 1, got 0"),
+        ("model:\nr: 0", "r must be a whole number above 0, got 0"),
     ],
 )
 def test_a_wrong_recipe(recipe, text, line):

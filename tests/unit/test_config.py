@@ -48,8 +48,8 @@ def test_a_config_cannot_be_changed():
             lambda: QuantConfig(compute_dtype="int8"),
             "compute_dtype must be auto, bf16, fp16 or fp32, got 'int8'",
         ),
-        (lambda: LoraConfig(r=0), "r must be at least 1, got 0"),
-        (lambda: LoraConfig(lora_alpha=0), "lora_alpha must be above 0, got 0"),
+        (lambda: LoraConfig(r=0), "r must be a whole number above 0, got 0"),
+        (lambda: LoraConfig(lora_alpha=0), "lora_alpha must be a number above 0, got 0"),
         (lambda: LoraConfig(lora_dropout=1), "lora_dropout must be at least 0 and below 1, got 1"),
         (
             lambda: LoraConfig(target_modules=()),
