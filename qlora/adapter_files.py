@@ -30,7 +30,7 @@ from qlora.adapter_tensors import PREFIX
 from qlora.adapters import Model, adapter_configs, require_new_name, set_adapter, wrap
 from qlora.config import LoraConfig
 from qlora.errors import UserError
-from qlora.lora import LoRALinear, lora_layers
+from qlora.lora import LoRALinear, lora_layers, was_conv1d
 from qlora.matching import matches
 
 # ---- writing ----
@@ -62,7 +62,7 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: list[str]) -> dic
     values: dict[str, Any] = {
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": any(_was_conv1d(model.get_submodule(name)) for name in layers),
+        "fan_in_fan_out": any(map(was_conv1d, _bases(model, layers))),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -83,10 +83,9 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: list[str]) -> dic
     return dict(sorted(values.items()))
 
 
-def _was_conv1d(layer: nn.Module) -> bool:
-    """Whether the checkpoint stores this layer's weight as (in, out), as GPT-2's Conv1D does."""
-    source = getattr(getattr(layer, "base_layer", layer), "source_cls", None)
-    return getattr(source, "__name__", None) == "Conv1D"
+def _bases(model: nn.Module, layers: list[str]) -> list[nn.Module]:
+    found = map(model.get_submodule, layers)
+    return [m.base_layer if isinstance(m, LoRALinear) else m for m in found]
 
 
 def portable_targets(model: nn.Module, layers: list[str]) -> list[str]:

@@ -7,16 +7,17 @@ was. Which layers a config means is in qlora.matching.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
-from qlora.lora import LoRALinear, lora_layers
+from qlora.lora import LoRALinear, as_dense, computes_in, dense_weight, lora_layers
 from qlora.matching import target_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -80,6 +81,16 @@ def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
 
 def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
     """Make one adapter, or several whose changes add up, active and trainable; the rest rest."""
+    names = _known(model, adapter_name)
+    for layer in lora_layers(model).values():
+        layer.active_adapters = tuple(name for name in names if name in layer.lora_A)
+        for name in layer.lora_A:
+            layer.lora_A[name].requires_grad_(name in names)
+            layer.lora_B[name].requires_grad_(name in names)
+
+
+def _known(model: nn.Module, adapter_name: str | Iterable[str]) -> tuple[str, ...]:
+    """The names given, all of which must be those of adapters on the model."""
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     known = adapter_configs(model)
     for name in names:
@@ -88,11 +99,13 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
                 f"no adapter {name!r} on the model, which has: {', '.join(known) or 'none'}."
                 f"{did_you_mean(name, known)}"
             )
-    for layer in lora_layers(model).values():
-        layer.active_adapters = tuple(name for name in names if name in layer.lora_A)
-        for name in layer.lora_A:
-            layer.lora_A[name].requires_grad_(name in names)
-            layer.lora_B[name].requires_grad_(name in names)
+    return names
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that are active, each once."""
+    layers = lora_layers(model).values()
+    return tuple(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
 
 
 @contextmanager
@@ -107,6 +120,119 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, names in zip(layers, active, strict=True):
             layer.active_adapters = names
+
+
+# ---- merge, unmerge, take off ----
+
+
+def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
+    """Fold adapters, by default the active ones, into dense 16-bit weights, for speed.
+
+    The 4-bit base stays as it is beside them, which costs memory: nothing is quantized again, and
+    `unmerge_adapter` is exact. `set_adapter` and `disable_adapter` go on meaning what they mean,
+    as merged weights are used while all that is in them is active. `model.train()` unmerges.
+
+    Raises:
+        UserError: there is no such adapter, some are merged already, or the model is in training.
+    """
+    names = _to_merge(model, adapter_names)
+    if model.training:
+        raise UserError(
+            "the model is in training mode, in which adapters are kept apart from the base: call "
+            "model.eval() before merge_adapter"
+        )
+    for layer in lora_layers(model).values():
+        layer.merge(names)
+    return model
+
+
+def unmerge_adapter(model: Model) -> Model:
+    """Undo `merge_adapter`, exactly.
+
+    Raises:
+        UserError: nothing is merged.
+    """
+    if not merged_adapters(model):
+        raise UserError("no adapter is merged: there is nothing to unmerge")
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+    return model
+
+
+def merged_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that are merged, each once."""
+    layers = lora_layers(model).values()
+    return tuple(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
+
+
+def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
+    """Make `model` a plain 16-bit one with these adapters, by default the active ones, folded in.
+
+    Every 4-bit layer becomes a dense one, adapted or not, so that the model is one thing, and what
+    `save_pretrained` writes is what merge_dequant.py does (which needs less memory, one tensor at a
+    time). Other adapters are dropped.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    names = _to_merge(model, adapter_names, again=True)
+    for name, layer in lora_layers(model).items():
+        weight = layer.merged(n for n in names if n in layer.lora_A)
+        model.set_submodule(name, as_dense(layer.base_layer, weight), strict=True)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight = dense_weight(module).to(computes_in(module))
+            model.set_submodule(name, as_dense(module, weight), strict=True)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+        model.is_loaded_in_4bit = False  # type: ignore[assignment]
+    adapter_configs(model).clear()
+    return model
+
+
+def unload(model: Model) -> Model:
+    """Take every adapter off: `model` is its frozen base again."""
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.base_layer, strict=True)
+    adapter_configs(model).clear()
+    return model
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter off, and free its memory.
+
+    Raises:
+        UserError: there is no such adapter, or it is active or merged.
+    """
+    _known(model, adapter_name)
+    if adapter_name in merged_adapters(model):
+        raise UserError(f"adapter {adapter_name!r} is merged: unmerge_adapter first")
+    if adapter_name in active_adapters(model):
+        raise UserError(
+            f"adapter {adapter_name!r} is active: set_adapter another first, or unload to take all "
+            "off"
+        )
+    for name, layer in lora_layers(model).items():
+        layer.remove_adapter(adapter_name)
+        if not layer.lora_A:
+            model.set_submodule(name, layer.base_layer, strict=True)
+    del adapter_configs(model)[adapter_name]
+
+
+def _to_merge(
+    model: nn.Module, adapter_names: str | Iterable[str] | None, *, again: bool = False
+) -> tuple[str, ...]:
+    names = active_adapters(model) if adapter_names is None else _known(model, adapter_names)
+    if not names:
+        raise UserError("no adapter is active: there is nothing to merge")
+    merged = merged_adapters(model)
+    if merged and not again:
+        raise UserError(f"{', '.join(merged)} is merged already: unmerge_adapter first")
+    return names
+
+
+# ---- what is trained ----
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

@@ -12,10 +12,9 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora import nf4
 from qlora.adapter_files import attach, check_fits
 from qlora.adapter_reader import AdapterFile
-from qlora.lora import LoRALinear, is_tied, lora_layers, vocabulary
+from qlora.lora import LoRALinear, dense_weight, is_tied, lora_layers, vocabulary
 
 
 @torch.no_grad()
@@ -44,7 +43,9 @@ def put_on(model: PreTrainedModel, adapter: AdapterFile) -> None:
     for name, layer in lora_layers(model).items():
         factors = adapter.pairs[name].to(layer.weight.device)
         if factors.magnitude is not None:
-            layer.register_forward_hook(partial(_rescale, factors.gain(_weight(layer.base_layer))))
+            layer.register_forward_hook(
+                partial(_rescale, factors.gain(dense_weight(layer.base_layer)))
+            )
 
 
 def _replace(model: nn.Module, param: str, value: Tensor) -> None:
@@ -66,12 +67,6 @@ def _replace(model: nn.Module, param: str, value: Tensor) -> None:
 
 def _add(parameter: Any, change: Tensor) -> None:
     parameter.copy_(parameter.float() + change.to(parameter.device))
-
-
-def _weight(layer: nn.Linear) -> Tensor:
-    """(out, in), fp32"""
-    state: Any = getattr(layer.weight, "quant_state", None)
-    return nf4.dequantize(nf4.Quantized(layer.weight, state)) if state else layer.weight.float()
 
 
 def _rescale(gain: Tensor, layer: LoRALinear, _: Any, y: Tensor) -> Tensor:

@@ -7,11 +7,15 @@ bitsandbytes Linear4bit or a plain nn.Linear and stays frozen.
 A layer holds any number of adapters by name and adds up the active ones. A and B are kept in the
 adapter's dtype and cast to the input's for the products, which are small: x is never cast up.
 
+Merging makes a second, dense weight, W + scaling * B A in 16 bits, and leaves W and its codes
+alone: nothing is quantized again, and unmerging is exact.
+
 `delta_weight` is the only place that computes scaling * B A as a matrix; the merge and every
 function that folds an adapter into a weight call it.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.config import LoraConfig
-from qlora.nf4 import DTYPES
+from qlora.nf4 import DTYPES, Quantized, dequantize
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -84,6 +88,9 @@ class LoRALinear(nn.Module):
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active_adapters: tuple[str, ...] = ()
+        self.merged_adapters: tuple[str, ...] = ()
+        self.merged_weight: Tensor | None
+        self.register_buffer("merged_weight", None, persistent=False)
 
     @property
     def in_features(self) -> int:
@@ -116,15 +123,50 @@ class LoRALinear(nn.Module):
         self.scaling[name] = config.scaling
         self.dropout[name] = config.lora_dropout
 
+    def remove_adapter(self, name: str) -> None:
+        """Forget adapter `name`, if the layer has it."""
+        if name in self.lora_A:
+            for held in (self.lora_A, self.lora_B, self.scaling, self.dropout):
+                del held[name]
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
-        y: Tensor = self.base_layer(x)
-        for name in self.active_adapters:
+        names = self.active_adapters
+        if self.merged_weight is not None and set(self.merged_adapters) <= set(names):
+            y = _linear(x, self.merged_weight, self.bias)
+            names = tuple(name for name in names if name not in self.merged_adapters)
+        else:
+            y = self.base_layer(x)
+        for name in names:
             dropped = F.dropout(x, self.dropout[name], self.training)
             low = F.linear(dropped, self.lora_A[name].to(x.dtype))  # (..., r)
             up = F.linear(low, self.lora_B[name].to(x.dtype))  # (..., out)
             y = torch.add(y, up, alpha=self.scaling[name])
         return y
+
+    def merged(self, names: Iterable[str]) -> Tensor:
+        """The base weight with these adapters folded in, (out, in), in the layer's dtype."""
+        weight = dense_weight(self.base_layer)
+        for name in names:
+            weight = weight.add_(self.delta_weight(name))
+        return weight.to(computes_in(self.base_layer))
+
+    def merge(self, names: Iterable[str]) -> None:
+        """Compute with these adapters' `merged` weight from now on, as long as all are active."""
+        self.merged_adapters = tuple(name for name in names if name in self.lora_A)
+        if self.merged_adapters:
+            self.merged_weight = self.merged(self.merged_adapters)
+
+    def unmerge(self) -> None:
+        """Forget the merged weight."""
+        self.merged_adapters, self.merged_weight = (), None
+
+    def train(self, mode: bool = True) -> "LoRALinear":
+        """In training adapters are apart from the base, as A and B are about to change."""
+        if mode:
+            self.unmerge()
+        super().train(mode)
+        return self
 
     def delta_weight(self, name: str) -> Tensor:
         """What adapter `name` adds to the base weight, fp32 (out, in)."""
@@ -142,9 +184,46 @@ def adapter_dtype(config: LoraConfig, base_layer: nn.Linear) -> torch.dtype:
     """
     if config.adapter_dtype != "auto":
         return DTYPES[config.adapter_dtype]
-    computes_in = getattr(base_layer, "compute_dtype", base_layer.weight.dtype)
-    in_bf16 = base_layer.weight.is_cuda and computes_in == torch.bfloat16
+    in_bf16 = base_layer.weight.is_cuda and computes_in(base_layer) == torch.bfloat16
     return torch.bfloat16 if in_bf16 else torch.float32
+
+
+def computes_in(layer: nn.Linear) -> torch.dtype:
+    """The dtype a Linear4bit or nn.Linear computes in."""
+    dtype: torch.dtype = getattr(layer, "compute_dtype", layer.weight.dtype)
+    return dtype
+
+
+def dense_weight(layer: nn.Linear) -> Tensor:
+    """A new tensor with the weight of a Linear4bit or nn.Linear, fp32 (out, in)."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight.detach().to(torch.float32, copy=True)
+    return dequantize(Quantized(layer.weight.detach(), state))
+
+
+def as_dense(layer: nn.Linear, weight: Tensor) -> nn.Module:
+    """A plain frozen layer with `layer`'s bias and that weight (out, in), as the model's own class
+    had it: an nn.Linear, or GPT-2's Conv1D."""
+    if was_conv1d(layer):
+        dense: Any = layer.source_cls(layer.out_features, layer.in_features)  # type: ignore[operator]
+        weight = weight.T.contiguous()
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense.bias = layer.bias
+    return dense.train(layer.training)  # type: ignore[no-any-return]
+
+
+def was_conv1d(layer: nn.Module) -> bool:
+    """Whether the checkpoint stores this layer's weight as (in, out), as GPT-2's Conv1D does."""
+    return getattr(getattr(layer, "source_cls", None), "__name__", None) == "Conv1D"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As a Linear4bit does: in the weight's dtype, and back to x's."""
+    bias = bias if bias is None else bias.to(weight.dtype)
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

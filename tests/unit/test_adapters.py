@@ -3,24 +3,33 @@
 import peft
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import FP32, randomize_adapter, tiny_model, token_ids
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as LlamaModelConfig
-from transformers import LlamaForCausalLM
 
+from qlora.adapter_files import save_adapter
 from qlora.adapters import (
     adapter_configs,
     apply_lora,
+    delete_adapter,
     disable_adapter,
+    merge_adapter,
+    merge_and_unload,
     print_trainable_parameters,
     set_adapter,
     trainable_parameters,
+    unload,
+    unmerge_adapter,
 )
 from qlora.base import load_base
-from qlora.config import LoraConfig
+from qlora.config import LoraConfig, MergeConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.lora import LoRALinear, lora_layers
+from qlora.lora import LoRALinear, dense_weight, lora_layers
 from qlora.matching import target_layers
+from qlora.merge import merge
 
 # transformers 5.23 deprecates a property that PEFT 0.21 asks for.
 from_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
@@ -367,3 +376,172 @@ def test_blocks_can_be_nested(two):
             pass
         assert torch.equal(logits(two), base)
     assert torch.equal(logits(two), adapted)
+
+
+# ---- merge, unmerge, take off ----
+
+
+def codes(model):
+    """Every tensor of the frozen base, the 4-bit ones as their bytes."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if "lora_" not in name and "merged_weight" not in name:
+            found[name.replace(".base_layer", "")] = tensor.clone()
+    return found
+
+
+def same(tensors, others):
+    return tensors.keys() == others.keys() and all(
+        torch.equal(tensor, others[name]) for name, tensor in tensors.items()
+    )
+
+
+@pytest.fixture(params=["llama", "gpt2", "qwen2", "plain"])
+def adapted(request, checkpoints):
+    """A base, 4-bit or plain, with two adapters of which "default" is active; evaluating."""
+    family = request.param
+    model = tiny_model("llama") if family == "plain" else load_base(str(checkpoints(family)), FP32)
+    first = "c_attn" if family == "gpt2" else "q_proj"
+    apply_lora(model, LoraConfig(r=3, target_modules=(first,)), adapter_name="other")
+    apply_lora(model, LoraConfig(r=4))
+    randomize_adapter(model, std=0.1)
+    return model.eval()
+
+
+def test_merged_it_computes_what_it_computed_live(adapted):
+    live, base = logits(adapted), codes(adapted)
+    with disable_adapter(adapted):
+        without = logits(adapted)
+    merge_adapter(adapted)
+    calls = []
+    for layer in lora_layers(adapted).values():
+        layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(logits(adapted), live, rtol=0, atol=1e-5)
+    assert not calls  # one product a layer
+    assert same(codes(adapted), base)
+    with disable_adapter(adapted):
+        assert torch.equal(logits(adapted), without)
+    unmerge_adapter(adapted)
+    assert torch.equal(logits(adapted), live)
+    assert same(codes(adapted), base)
+    assert not any("merged" in name for name in adapted.state_dict())
+
+
+def test_other_adapters_go_on_meaning_what_they_mean(adapted):
+    wanted = {}
+    for names in (["default"], ["other"], ["default", "other"]):
+        set_adapter(adapted, names)
+        wanted[tuple(names)] = logits(adapted)
+    merge_adapter(adapted, "default")
+    for names, values in wanted.items():
+        set_adapter(adapted, list(names))
+        torch.testing.assert_close(logits(adapted), values, rtol=0, atol=1e-5)
+
+
+def test_training_unmerges(adapted):
+    merge_adapter(adapted)
+    adapted.train()
+    adapted(input_ids=token_ids()).logits.sum().backward()
+    for layer in lora_layers(adapted).values():
+        assert layer.merged_weight is None
+        assert layer.lora_A["default"].grad is not None
+
+
+def test_a_merge_in_bf16_is_one_rounding(checkpoints):
+    model = load_base(str(checkpoints("llama")), QuantConfig(compute_dtype="bf16"))
+    apply_lora(model, LoraConfig(r=4))
+    randomize_adapter(model, std=0.1)
+    merge_adapter(model.eval())
+    for layer in lora_layers(model).values():
+        exact = dense_weight(layer.base_layer) + layer.delta_weight("default")
+        assert layer.merged_weight.dtype == torch.bfloat16
+        assert torch.equal(layer.merged_weight, exact.bfloat16())
+    assert logits(model).dtype == torch.bfloat16
+
+
+@from_peft
+def test_merging_a_plain_base_is_what_peft_does():
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    theirs = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(**config)).eval()
+    ours = apply_lora(tiny_model("llama"), LoraConfig(**config)).eval()
+    for name, layer in lora_layers(ours).items():
+        torch.nn.init.normal_(layer.lora_B["default"])
+        other = theirs.get_submodule(f"base_model.model.{name}")
+        for ab in ("lora_A", "lora_B"):
+            getattr(other, ab)["default"].weight.data = getattr(layer, ab)["default"].data.clone()
+    merge_adapter(ours)
+    theirs.merge_adapter()
+    wanted = logits(theirs)
+    torch.testing.assert_close(logits(ours), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(merge_and_unload(ours)), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merge_and_unload_is_the_merge_of_the_files(family, checkpoints, tmp_path):
+    model = load_base(str(checkpoints(family)), FP32)
+    some = "c_fc" if family == "gpt2" else "up_proj"  # the other layers are 4-bit and not adapted
+    apply_lora(model, LoraConfig(r=4, target_modules=(some,))).eval()
+    randomize_adapter(model, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    live = logits(model)
+    merge_and_unload(model)
+    assert not any(isinstance(m, Linear4bit | LoRALinear) for m in model.modules())
+    torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    out = tmp_path / "merged"
+    merge(MergeConfig(adapter=str(tmp_path / "adapter"), output_dir=str(out), format="fp32"))
+    files = [load_file(tmp_path / who / "model.safetensors") for who in ("saved", "merged")]
+    assert same(*files)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_unload_leaves_the_very_base(checkpoints):
+    model = load_base(str(checkpoints("llama")), FP32)
+    before, modules = logits(model), dict(model.named_modules())
+    apply_lora(model, LoraConfig(r=4))
+    randomize_adapter(model)
+    assert unload(model) is model
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(logits(model), before)
+    apply_lora(model, LoraConfig(r=2))  # and takes new ones
+
+
+def test_delete_adapter(adapted):
+    live = logits(adapted)
+    delete_adapter(adapted, "other")
+    assert adapter_configs(adapted).keys() == {"default"}
+    assert torch.equal(logits(adapted), live)
+    assert not any("other" in name for name, _ in adapted.named_parameters())
+
+
+def test_a_layer_without_an_adapter_is_the_base_layer_again(adapted):
+    set_adapter(adapted, "other")
+    wanted = logits(adapted)
+    delete_adapter(adapted, "default")
+    first = "c_attn" if "c_attn" in str(adapted) else "q_proj"
+    assert all(name.endswith(first) for name in lora_layers(adapted))
+    assert torch.equal(logits(adapted), wanted)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda m: merge_adapter(m, "othr"), "no adapter 'othr' .* Did you mean other"),
+        (lambda m: merge_adapter(merge_adapter(m)), "default is merged already: unmerge_adapter"),
+        (lambda m: merge_adapter(m.train()), "training mode.*model.eval"),
+        (unmerge_adapter, "no adapter is merged"),
+        (lambda m: unmerge_adapter(unmerge_adapter(merge_adapter(m))), "no adapter is merged"),
+        (lambda m: delete_adapter(m, "default"), "'default' is active: set_adapter another first"),
+        (lambda m: delete_adapter(merge_adapter(m, "other"), "other"), "'other' is merged"),
+        (lambda m: delete_adapter(m, "none"), "no adapter 'none'"),
+        (lambda m: merge_and_unload(unload(m)), "no adapter is active"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(adapted, wrong, message):
+    live, base = logits(adapted), codes(adapted)
+    with pytest.raises(UserError, match=message):
+        wrong(adapted)
+    assert same(codes(adapted), base)
+    if lora_layers(adapted):
+        torch.testing.assert_close(logits(adapted.eval()), live, rtol=0, atol=1e-5)
