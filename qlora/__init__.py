@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qlora.config import QuantConfig as QuantConfig
     from qlora.config import TrainConfig as TrainConfig
     from qlora.errors import UserError as UserError
+    from qlora.weighted import add_weighted_adapter as add_weighted_adapter
 
 _ROOMS = {
     "qlora.adapter_files": ("load_adapter", "save_adapter"),
@@ -43,8 +44,8 @@ _ROOMS = {
     "qlora.base": ("load_base",),
     "qlora.config": ("DataConfig", "LoraConfig", "MergeConfig", "QuantConfig", "TrainConfig"),
     "qlora.errors": ("UserError",),
+    "qlora.weighted": ("add_weighted_adapter",),
 }
-_LATER = ("add_weighted_adapter",)
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
@@ -56,8 +57,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        raise AttributeError(f"qlora.{name} is not there yet")
     if name not in _HOME:
         raise AttributeError(f"module 'qlora' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

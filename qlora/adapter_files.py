@@ -132,12 +132,7 @@ def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default"
     for name, factors in adapter.pairs.items():
         if name in adapter.embeddings:
             continue
-        layer = wrap(model, name)
-        device = layer.weight.device
-        layer.lora_A[adapter_name] = nn.Parameter(factors.lora_A.to(device))
-        layer.lora_B[adapter_name] = nn.Parameter(factors.lora_B.to(device))
-        layer.scaling[adapter_name] = factors.scaling
-        layer.dropout[adapter_name] = adapter.config.lora_dropout
+        wrap(model, name).put_adapter(adapter_name, factors, adapter.config.lora_dropout)
     adapter_configs(model)[adapter_name] = adapter.config
     set_adapter(model, adapter_name)
     model.requires_grad_(False)

@@ -81,7 +81,7 @@ def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
 
 def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
     """Make one adapter, or several whose changes add up, active and trainable; the rest rest."""
-    names = _known(model, adapter_name)
+    names = known_adapters(model, adapter_name)
     for layer in lora_layers(model).values():
         layer.active_adapters = tuple(name for name in names if name in layer.lora_A)
         for name in layer.lora_A:
@@ -89,7 +89,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
             layer.lora_B[name].requires_grad_(name in names)
 
 
-def _known(model: nn.Module, adapter_name: str | Iterable[str]) -> tuple[str, ...]:
+def known_adapters(model: nn.Module, adapter_name: str | Iterable[str]) -> tuple[str, ...]:
     """The names given, all of which must be those of adapters on the model."""
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     known = adapter_configs(model)
@@ -205,7 +205,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         UserError: there is no such adapter, or it is active or merged.
     """
-    _known(model, adapter_name)
+    known_adapters(model, adapter_name)
     if adapter_name in merged_adapters(model):
         raise UserError(f"adapter {adapter_name!r} is merged: unmerge_adapter first")
     if adapter_name in active_adapters(model):
@@ -223,7 +223,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 def _to_merge(
     model: nn.Module, adapter_names: str | Iterable[str] | None, *, again: bool = False
 ) -> tuple[str, ...]:
-    names = active_adapters(model) if adapter_names is None else _known(model, adapter_names)
+    names = (
+        active_adapters(model) if adapter_names is None else known_adapters(model, adapter_names)
+    )
     if not names:
         raise UserError("no adapter is active: there is nothing to merge")
     merged = merged_adapters(model)

@@ -123,6 +123,18 @@ class LoRALinear(nn.Module):
         self.scaling[name] = config.scaling
         self.dropout[name] = config.lora_dropout
 
+    def put_adapter(self, name: str, factors: Factors, dropout: float = 0.0) -> None:
+        """An adapter with these values, frozen and not yet active."""
+        device = self.base_layer.weight.device
+        self.lora_A[name] = nn.Parameter(factors.lora_A.to(device), requires_grad=False)
+        self.lora_B[name] = nn.Parameter(factors.lora_B.to(device), requires_grad=False)
+        self.scaling[name] = factors.scaling
+        self.dropout[name] = dropout
+
+    def factors(self, name: str) -> Factors:
+        """What adapter `name` is here."""
+        return Factors(self.lora_A[name], self.lora_B[name], self.scaling[name])
+
     def remove_adapter(self, name: str) -> None:
         """Forget adapter `name`, if the layer has it."""
         if name in self.lora_A:

@@ -1,0 +1,236 @@
+"""A new adapter out of several: weighted sums of them, by PEFT's ways and under its names.
+
+    cat              A's stacked, B's side by side: the weighted sum of the changes, exactly
+    svd              the same sum in a rank of choice: its best approximation
+    linear           sum of sqrt(weight) A times sum of sqrt(weight) B: cheap, with cross terms
+    ties             linear, of the largest values only, where their signs agree (arXiv:2306.01708)
+    dare_linear      linear, of random values, the others' size made up for (arXiv:2311.03099)
+    dare_ties        both
+    magnitude_prune  linear, of the largest values only
+
+and the last four with _svd: the same done to the changes themselves, scaling * B A, and brought to
+a rank of choice.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapters import Model, adapter_configs, known_adapters, require_new_name, wrap
+from qlora.errors import UserError, did_you_mean
+from qlora.lora import Factors, LoRALinear, lora_layers
+
+Combination = Literal[
+    "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd",
+    "dare_linear_svd", "magnitude_prune", "magnitude_prune_svd",
+]  # fmt: skip
+Signs = Literal["total", "frequency"]
+Mix = Callable[[list[Tensor], list[float]], Tensor]
+
+
+@torch.no_grad()
+def add_weighted_adapter(
+    model: Model,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: Combination = "svd",
+    svd_rank: int | None = None,
+    density: float | None = None,
+    majority_sign_method: Signs = "total",
+    *,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """A new adapter beside the others, frozen and not yet active.
+
+    Args:
+        svd_rank: rank of the new adapter, for svd and what ends in _svd; by default the largest.
+        density: share of the values that are kept, above 0 and at most 1, for ties, dare and
+            magnitude_prune.
+        majority_sign_method: of ties: a sign weighs as much as its values, or each value alike.
+        generator: of dare's choice; by default torch's global one.
+
+    Raises:
+        UserError: the name is taken, an adapter is not there, or the settings do not fit.
+    """
+    require_new_name(model, adapter_name)
+    names = known_adapters(model, adapters)
+    _check(names, weights, combination_type, svd_rank, density, majority_sign_method)
+    configs = adapter_configs(model)
+    layers = {
+        name: {n: w for n, w in zip(names, weights, strict=True) if n in layer.lora_A}
+        for name, layer in lora_layers(model).items()
+    }
+    layers = {name: parts for name, parts in layers.items() if parts}
+    if combination_type != "cat" and not combination_type.endswith("svd"):
+        _require_one_rank(model, layers, combination_type)
+    mix = _mix(combination_type.removesuffix("_svd"), density, majority_sign_method, generator)
+    r = svd_rank or _largest(model, names)
+    made = {
+        name: _combined(wrap(model, name), parts, combination_type, mix, r)
+        for name, parts in layers.items()
+    }
+    r = max(len(lora_A) for lora_A, _ in made.values())
+    for name, (lora_A, lora_B) in made.items():
+        like = next(iter(layers[name]))
+        layer = wrap(model, name)
+        dtype = layer.lora_A[like].dtype
+        missing = r - len(
+            lora_A
+        )  # rows of zeros: one rank for all is what every reader understands
+        lora_A = nn.functional.pad(lora_A, (0, 0, 0, missing)).to(dtype)
+        lora_B = nn.functional.pad(lora_B, (0, missing)).to(dtype)
+        layer.put_adapter(adapter_name, Factors(lora_A, lora_B, 1.0))
+    configs[adapter_name] = replace(
+        configs[names[0]],
+        r=r,
+        lora_alpha=r,
+        use_rslora=False,
+        target_modules=tuple(made),
+        exclude_modules=(),
+        layers_to_transform=(),
+        layers_pattern=(),
+        rank_pattern={},
+        alpha_pattern={},
+    )
+    return model
+
+
+def _combined(
+    layer: LoRALinear, parts: dict[str, float], way: str, mix: Mix, r: int
+) -> tuple[Tensor, Tensor]:
+    """A and B, fp32 and of scaling 1, of one layer's weighted adapters."""
+    found = [layer.factors(name) for name in parts]
+    each = [w * factors.scaling for w, factors in zip(parts.values(), found, strict=True)]
+    if way == "cat":
+        return _cat(found, each)
+    if way == "svd":
+        return _low_rank_svd(*_cat(found, each), r)
+    if way.endswith("_svd"):
+        return _svd(mix([layer.delta_weight(name) for name in parts], [*parts.values()]), r)
+    roots = [math.sqrt(abs(w)) for w in each]
+    signed = [math.copysign(root, w) for root, w in zip(roots, each, strict=True)]
+    lora_A = mix([factors.lora_A.float() for factors in found], signed)
+    return lora_A, mix([factors.lora_B.float() for factors in found], roots)
+
+
+# ---- ways to mix some tensors of one shape into one ----
+
+
+def _mix(way: str, density: float | None, signs: Signs, generator: torch.Generator | None) -> Mix:
+    def prune(tensor: Tensor) -> Tensor:
+        if density is None or density == 1:
+            return tensor
+        if not way.startswith("dare"):
+            return keep_largest(tensor, density)
+        return keep_some(tensor, density, generator)
+
+    def mix(tensors: list[Tensor], weights: list[float]) -> Tensor:
+        stacked = torch.stack([prune(tensor) for tensor in tensors])
+        scale = torch.tensor(weights, device=stacked.device).view(-1, *[1] * tensors[0].ndim)
+        if not way.endswith("ties"):
+            return (stacked * scale).sum(0)
+        agree = agreeing(stacked, signs)
+        return (stacked * scale * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+    return mix
+
+
+def keep_largest(tensor: Tensor, density: float) -> Tensor:
+    """The largest of its values, that share of them; zeros for the rest."""
+    flat = tensor.flatten()
+    kept = flat.abs().topk(int(density * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(tensor)
+
+
+def keep_some(tensor: Tensor, density: float, generator: torch.Generator | None = None) -> Tensor:
+    """About that share of its values at random, divided by it; zeros for the rest."""
+    drawn = torch.bernoulli(torch.full_like(tensor, density), generator=generator)
+    return tensor * drawn / density
+
+
+def agreeing(stacked: Tensor, signs: Signs) -> Tensor:
+    """Where each of some tensors (n, …) has the sign that most have: by size, or by count."""
+    votes = stacked.sum(0) if signs == "total" else stacked.sign().sum(0)
+    return stacked.sign() == torch.where(votes >= 0, 1, -1)
+
+
+def _cat(found: list[Factors], each: list[float]) -> tuple[Tensor, Tensor]:
+    """A (R, in) and B (out, R) of the weighted sum, exactly; R is the sum of ranks."""
+    lora_A = torch.cat([w * f.lora_A.float() for f, w in zip(found, each, strict=True)])
+    return lora_A, torch.cat([f.lora_B.float() for f in found], dim=1)
+
+
+def _low_rank_svd(lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The best A (r, in) and B (out, r) for B A, which is never formed."""
+    left, up = torch.linalg.qr(lora_B)
+    right, down = torch.linalg.qr(lora_A.T)
+    new_A, new_B = _svd(up @ down.T, r)
+    return new_A @ right.T, left @ new_B
+
+
+def _svd(delta: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    return vh[:r], u[:, :r] * s[:r]
+
+
+# ---- checks ----
+
+
+def _check(
+    names: Sequence[str],
+    weights: Sequence[float],
+    way: str,
+    svd_rank: int | None,
+    density: float | None,
+    signs: str,
+) -> None:
+    if not names or len(names) != len(weights):
+        raise UserError(f"wanted a weight for each adapter, got {len(names)} and {len(weights)}")
+    if len(set(names)) < len(names):
+        raise UserError("an adapter is named twice: add up its weights")
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"weights must be finite numbers, got {list(weights)}")
+    if way not in get_args(Combination):
+        raise UserError(
+            f"combination_type must be one of {', '.join(get_args(Combination))}, got {way!r}."
+            f"{did_you_mean(way, get_args(Combination))}"
+        )
+    if svd_rank is not None and (not way.endswith("svd") or svd_rank < 1):
+        raise UserError(
+            f"svd_rank is the rank, above 0, of what ends in svd; got {svd_rank} for {way}"
+        )
+    prunes = way.startswith(("ties", "dare", "magnitude"))
+    if prunes != (density is not None):
+        raise UserError(
+            f"density is the share of values that ties, dare and magnitude_prune keep: {way} "
+            f"{'needs one' if prunes else 'takes none'}"
+        )
+    if density is not None and not 0 < density <= 1:
+        raise UserError(f"density must be above 0 and at most 1, got {density}")
+    if signs not in get_args(Signs):
+        raise UserError(f"majority_sign_method must be total or frequency, got {signs!r}")
+
+
+def _require_one_rank(model: nn.Module, layers: dict[str, dict[str, float]], way: str) -> None:
+    for name, parts in layers.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LoRALinear)
+        ranks = {adapter: len(layer.lora_A[adapter]) for adapter in parts}
+        if len(set(ranks.values())) > 1:
+            raise UserError(
+                f"{way} wants adapters of one rank, at {name} they have "
+                f"{', '.join(f'{r} ({adapter})' for adapter, r in ranks.items())}: take svd or cat"
+            )
+
+
+def _largest(model: nn.Module, names: Sequence[str]) -> int:
+    """The largest rank that one of these adapters has."""
+    layers = lora_layers(model).values()
+    return max(
+        len(layer.lora_A[name]) for layer in layers for name in names if name in layer.lora_A
+    )
