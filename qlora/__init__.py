@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qlora.adapters import disable_adapter as disable_adapter
     from qlora.adapters import merge_adapter as merge_adapter
     from qlora.adapters import merge_and_unload as merge_and_unload
+    from qlora.adapters import mixed_batch as mixed_batch
     from qlora.adapters import print_trainable_parameters as print_trainable_parameters
     from qlora.adapters import set_adapter as set_adapter
     from qlora.adapters import unload as unload
@@ -36,6 +37,7 @@ _ROOMS = {
         "disable_adapter",
         "merge_adapter",
         "merge_and_unload",
+        "mixed_batch",
         "print_trainable_parameters",
         "set_adapter",
         "unload",

@@ -7,7 +7,7 @@ was. Which layers a config means is in qlora.matching.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -120,6 +120,27 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, names in zip(layers, active, strict=True):
             layer.active_adapters = names
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
+    """Inside the block each row of a batch goes through its own adapter, or the base for None.
+
+    The base sees all rows at once. Which adapters are active does not matter meanwhile.
+
+    Raises:
+        UserError: there is no such adapter; in the block: a batch has another number of rows.
+    """
+    known_adapters(model, [name for name in adapter_names if name is not None])
+    layers = lora_layers(model).values()
+    before = [layer.adapter_of_row for layer in layers]
+    try:
+        for layer in layers:
+            layer.adapter_of_row = tuple(name or "" for name in adapter_names)
+        yield
+    finally:
+        for layer, names in zip(layers, before, strict=True):
+            layer.adapter_of_row = names
 
 
 # ---- merge, unmerge, take off ----

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.config import LoraConfig
+from qlora.errors import UserError
 from qlora.nf4 import DTYPES, Quantized, dequantize
 
 
@@ -88,6 +89,7 @@ class LoRALinear(nn.Module):
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active_adapters: tuple[str, ...] = ()
+        self.adapter_of_row: tuple[str, ...] | None = None
         self.merged_adapters: tuple[str, ...] = ()
         self.merged_weight: Tensor | None
         self.register_buffer("merged_weight", None, persistent=False)
@@ -143,6 +145,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
+        if self.adapter_of_row is not None:
+            return self._by_rows(x, self.adapter_of_row)
         names = self.active_adapters
         if self.merged_weight is not None and set(self.merged_adapters) <= set(names):
             y = _linear(x, self.merged_weight, self.bias)
@@ -150,10 +154,26 @@ class LoRALinear(nn.Module):
         else:
             y = self.base_layer(x)
         for name in names:
-            dropped = F.dropout(x, self.dropout[name], self.training)
-            low = F.linear(dropped, self.lora_A[name].to(x.dtype))  # (..., r)
-            up = F.linear(low, self.lora_B[name].to(x.dtype))  # (..., out)
-            y = torch.add(y, up, alpha=self.scaling[name])
+            y = torch.add(y, self._change(x, name), alpha=self.scaling[name])
+        return y
+
+    def _change(self, x: Tensor, name: str) -> Tensor:
+        """B A x (..., out), in x's dtype."""
+        dropped = F.dropout(x, self.dropout[name], self.training)
+        low = F.linear(dropped, self.lora_A[name].to(x.dtype))  # (..., r)
+        return F.linear(low, self.lora_B[name].to(x.dtype))
+
+    def _by_rows(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        """Each row of x (rows, ..., in) through its own adapter; the base sees them together."""
+        if len(x) != len(names):
+            raise UserError(
+                f"{len(names)} adapter names for a batch whose layers see {len(x)} rows: give one "
+                "name a row (a layer that sees tokens in another order, as experts do, cannot tell)"
+            )
+        y: Tensor = self.base_layer(x)
+        for name in dict.fromkeys(name for name in names if name in self.lora_A):
+            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            y = y.index_add(0, rows, self._change(x[rows], name), alpha=self.scaling[name])
         return y
 
     def merged(self, names: Iterable[str]) -> Tensor:

@@ -18,6 +18,7 @@ from qlora.adapters import (
     disable_adapter,
     merge_adapter,
     merge_and_unload,
+    mixed_batch,
     print_trainable_parameters,
     set_adapter,
     trainable_parameters,
@@ -376,6 +377,67 @@ def test_blocks_can_be_nested(two):
             pass
         assert torch.equal(logits(two), base)
     assert torch.equal(logits(two), adapted)
+
+
+# ---- rows of one batch ----
+
+
+@pytest.fixture
+def four(checkpoints):
+    """A 4-bit base with adapters of four ranks, of which one is not on every layer."""
+    model = load_base(str(checkpoints("llama")), FP32)
+    for r, targets in ((1, "all-linear"), (2, "all-linear"), (3, ("q_proj",)), (4, "all-linear")):
+        apply_lora(model, LoraConfig(r=r, target_modules=targets), adapter_name=f"r{r}")
+    randomize_adapter(model, std=0.3)
+    return model.eval()
+
+
+def test_a_mixed_batch_is_its_adapters_one_by_one(four):
+    names = ["r2", "r1", "r4", "r3", "r1", None, "r2", "r4"]
+    ids = token_ids(rows=8)
+    calls = []
+    for layer in lora_layers(four).values():
+        layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    merge_adapter(four, "r1")
+    with torch.no_grad(), mixed_batch(four, names):
+        mixed = four(input_ids=ids).logits
+    assert len(calls) == len(lora_layers(four))  # one base pass
+    for row, name in enumerate(names):
+        with torch.no_grad(), disable_adapter(four):
+            if name:
+                set_adapter(four, name)
+            alone = four(input_ids=ids[row : row + 1]).logits
+        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_each_row_trains_its_own_adapter(four):
+    for layer in lora_layers(four).values():
+        layer.lora_B.requires_grad_(True)
+    with mixed_batch(four, ["r1", "r4"]):
+        four(input_ids=token_ids()).logits[0].sum().backward()  # the first row alone
+    layer = lora_layers(four)["model.layers.0.self_attn.q_proj"]
+    assert layer.lora_B["r1"].grad.abs().max() > 0
+    assert layer.lora_B["r4"].grad.abs().max() == 0 and layer.lora_B["r2"].grad is None
+
+
+def test_a_mixed_batch_generates(four):
+    four.generation_config.eos_token_id = None
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    with mixed_batch(four, ["r1", "r4"]):
+        both = four.generate(token_ids(), **settings)
+    for row, name in enumerate(["r1", "r4"]):
+        set_adapter(four, name)
+        assert torch.equal(four.generate(token_ids()[row : row + 1], **settings)[0], both[row])
+
+
+def test_names_that_do_not_fit_a_batch(four):
+    with pytest.raises(UserError, match="no adapter 'r5'"), mixed_batch(four, ["r1", "r5"]):
+        pass
+    wrong = pytest.raises(UserError, match=r"3 adapter names .* 2 rows: give one name a row")
+    with wrong, mixed_batch(four, ["r1", "r2", "r1"]):
+        logits(four)
+    set_adapter(four, "r1")
+    assert logits(four).shape[0] == 2  # after the block all is as it was
 
 
 # ---- merge, unmerge, take off ----
