@@ -20,6 +20,7 @@ from torch import nn
 
 from qlora.adapter_reader import (
     CONFIG,
+    DORA,
     WEIGHTS,
     AdapterFile,
     raise_faults,
@@ -46,8 +47,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, adapter_name: str = "d
     layers = {n: m for n, m in lora_layers(model).items() if adapter_name in m.lora_A}
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name].detach().cpu()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name].detach().cpu()
+        for kind, parameter in layer.parameters_of(adapter_name).items():
+            ending = "" if kind == "lora_magnitude_vector" else ".weight"
+            tensors[f"{PREFIX}{name}.{kind}{ending}"] = parameter.detach().cpu()
     metadata = {"format": "pt", "qlora": json.dumps(getattr(model, "qlora_base", {}))}
     save_file(tensors, folder / f".{WEIGHTS}", metadata=metadata)
     text = json.dumps(_peft_config(model, configs[adapter_name], list(layers)), indent=2)
@@ -77,7 +79,7 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: list[str]) -> dic
         "revision": getattr(model, "qlora_base", {}).get("revision"),
         "target_modules": portable_targets(model, layers),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
     return dict(sorted(values.items()))
@@ -140,9 +142,10 @@ def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default"
 
 def require_plain(adapter: AdapterFile) -> None:
     """Refuse what only the merge can handle so far."""
-    if adapter.extras:
+    more = [what for what in adapter.extras if what != DORA]
+    if more:
         raise UserError(
-            f"{adapter.folder} holds {' and '.join(adapter.extras)}, which cannot be put on a "
+            f"{adapter.folder} holds {' and '.join(more)}, which cannot be put on a "
             "model yet. merge_dequant.py folds them in"
         )
 
@@ -160,6 +163,10 @@ def load_adapter_weights(
     faults = [f"{name} has no adapter on the model" for name in adapter.pairs if name not in layers]
     faults += [f"{name} is not in the files" for name in layers if name not in adapter.pairs]
     differ: dict[tuple[float, ...], str] = {}
+    if adapter.config.use_dora != config.use_dora:
+        faults.append(
+            f"use_dora={adapter.config.use_dora} in the files, {config.use_dora} on the model"
+        )
     for name in sorted(layers.keys() & adapter.pairs.keys()):
         own, saved = config.of(name), adapter.pairs[name]
         found = len(saved.lora_A), saved.scaling, own.r, own.scaling
@@ -178,8 +185,11 @@ def load_adapter_weights(
     )
     with torch.no_grad():
         for name, factors in adapter.pairs.items():
-            layers[name].lora_A[adapter_name].copy_(factors.lora_A)
-            layers[name].lora_B[adapter_name].copy_(factors.lora_B)
+            values = [factors.lora_A, factors.lora_B]
+            values += [] if factors.magnitude is None else [factors.magnitude]
+            parameters = layers[name].parameters_of(adapter_name).values()
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
 
 
 def check_fits(model: nn.Module, adapter: AdapterFile) -> None:

@@ -20,6 +20,7 @@ from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import Factors
 
+DORA = "DoRA's magnitudes"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Inits that change the base weights, so that the adapter is right only over the changed base.
 REBASING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -105,7 +106,7 @@ class AdapterFile:
     def extras(self) -> list[str]:
         """What it holds beside A and B of linear layers, in words."""
         found = {
-            "DoRA's magnitudes": any(f.magnitude is not None for f in self.pairs.values()),
+            DORA: any(f.magnitude is not None for f in self.pairs.values()),
             "embeddings": bool(self.embeddings),
             "parameters trained in full": bool(self.whole),
             "biases": bool(self.bias_changes),
@@ -241,6 +242,7 @@ def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
             rank_pattern=values.get("rank_pattern") or {},
             alpha_pattern=values.get("alpha_pattern") or {},
             use_rslora=bool(values.get("use_rslora")),
+            use_dora=bool(values.get("use_dora")),
         )
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error

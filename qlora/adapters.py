@@ -85,8 +85,8 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
     for layer in lora_layers(model).values():
         layer.active_adapters = tuple(name for name in names if name in layer.lora_A)
         for name in layer.lora_A:
-            layer.lora_A[name].requires_grad_(name in names)
-            layer.lora_B[name].requires_grad_(name in names)
+            for parameter in layer.parameters_of(name).values():
+                parameter.requires_grad_(name in names)
 
 
 def known_adapters(model: nn.Module, adapter_name: str | Iterable[str]) -> tuple[str, ...]:
@@ -133,6 +133,9 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     """
     known_adapters(model, [name for name in adapter_names if name is not None])
     layers = lora_layers(model).values()
+    for name in filter(None, adapter_names):
+        if any(name in layer.lora_magnitude_vector for layer in layers):
+            raise UserError(f"adapter {name!r} is DoRA's, which cannot be mixed by rows")
     before = [layer.adapter_of_row for layer in layers]
     try:
         for layer in layers:
@@ -276,16 +279,16 @@ def print_trainable_parameters(model: nn.Module) -> None:
     …
     trainable 4,884,480 of 139,399,488 parameters (3.50%)
     """
-    found: Counter[tuple[str, int, int, int]] = Counter()
+    found: Counter[tuple[str, int, int, int, int]] = Counter()
     for name, layer in lora_layers(model).items():
-        for lora_A in layer.lora_A.values():
+        for adapter, lora_A in layer.lora_A.items():
             if lora_A.requires_grad:
                 kind = name.rpartition(".")[2]
-                found[kind, layer.out_features, layer.in_features, len(lora_A)] += 1
+                size = sum(p.numel() for p in layer.parameters_of(adapter).values())
+                found[kind, layer.out_features, layer.in_features, len(lora_A), size] += 1
     if found:
         print(f"{'layer':16}{'layers':>7}{'out x in':>15}{'rank':>6}{'trainable':>13}")
-    for (kind, out_features, in_features, r), count in found.items():
-        shape, size = f"{out_features} x {in_features}", count * r * (out_features + in_features)
-        print(f"{kind:16}{count:7}{shape:>15}{r:6}{size:13,}")
+    for (kind, out_features, in_features, r, size), count in found.items():
+        print(f"{kind:16}{count:7}{f'{out_features} x {in_features}':>15}{r:6}{count * size:13,}")
     trainable, total = trainable_parameters(model)
     print(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")

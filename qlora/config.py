@@ -111,7 +111,7 @@ class LoraConfig:
     use_rslora: bool = False
     """scaling lora_alpha / sqrt(r), arXiv:2312.03732"""
     use_dora: bool = False
-    """weight-decomposed adapter (not there yet)"""
+    """a trained length of each output, arXiv:2402.09353"""
     init_lora_weights: str | bool = True
     """True: A Kaiming-uniform, B zero. No other yet"""
     adapter_dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -144,7 +144,6 @@ class LoraConfig:
         )
         for name, value in (
             ("modules_to_save", self.modules_to_save),
-            ("use_dora", self.use_dora),
             ("init_lora_weights", self.init_lora_weights is not True),
         ):
             _require(

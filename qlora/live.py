@@ -4,7 +4,6 @@ For measuring only: embeddings, biases and what was trained in full are put into
 A and B of linear layers run beside them, as in training.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qlora.adapter_files import attach, check_fits
 from qlora.adapter_reader import AdapterFile
-from qlora.lora import LoRALinear, dense_weight, is_tied, lora_layers, vocabulary
+from qlora.lora import is_tied, vocabulary
 
 
 @torch.no_grad()
@@ -40,12 +39,6 @@ def put_on(model: PreTrainedModel, adapter: AdapterFile) -> None:
         weight = model.get_submodule(name).weight
         _add(weight, adapter.pairs[name].to(weight.device).change(weight.float().T).T)
     attach(model, adapter)
-    for name, layer in lora_layers(model).items():
-        factors = adapter.pairs[name].to(layer.weight.device)
-        if factors.magnitude is not None:
-            layer.register_forward_hook(
-                partial(_rescale, factors.gain(dense_weight(layer.base_layer)))
-            )
 
 
 def _replace(model: nn.Module, param: str, value: Tensor) -> None:
@@ -67,9 +60,3 @@ def _replace(model: nn.Module, param: str, value: Tensor) -> None:
 
 def _add(parameter: Any, change: Tensor) -> None:
     parameter.copy_(parameter.float() + change.to(parameter.device))
-
-
-def _rescale(gain: Tensor, layer: LoRALinear, _: Any, y: Tensor) -> Tensor:
-    if layer.bias is None:
-        return y * gain.to(y.dtype)
-    return (y - layer.bias) * gain.to(y.dtype) + layer.bias

@@ -7,6 +7,11 @@ bitsandbytes Linear4bit or a plain nn.Linear and stays frozen.
 A layer holds any number of adapters by name and adds up the active ones. A and B are kept in the
 adapter's dtype and cast to the input's for the products, which are small: x is never cast up.
 
+DoRA (arXiv:2402.09353) multiplies each output with magnitude / |row of W + scaling * B A|, where
+the row's length is a constant of the backward pass. Its square is, row by row,
+|W|^2 + 2 scaling (W A') B + scaling^2 B A A' B', and W A' is the base layer's output for the r rows
+of A: neither B A nor a dequantized W is formed.
+
 Merging makes a second, dense weight, W + scaling * B A in 16 bits, and leaves W and its codes
 alone: nothing is quantized again, and unmerging is exact.
 
@@ -86,6 +91,10 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ParameterDict()
+        """of DoRA's adapters, (out,)"""
+        self.row_norm: Tensor | None
+        self.register_buffer("row_norm", None, persistent=False)  # of W, (out,), fp32
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active_adapters: tuple[str, ...] = ()
@@ -122,26 +131,43 @@ class LoRALinear(nn.Module):
         self.lora_A[name] = nn.Parameter(lora_A.to(device, dtype))
         lora_B = torch.zeros(self.out_features, config.r, device=device, dtype=dtype)
         self.lora_B[name] = nn.Parameter(lora_B)
+        if config.use_dora:
+            self.lora_magnitude_vector[name] = nn.Parameter(self._row_norm().to(dtype, copy=True))
         self.scaling[name] = config.scaling
         self.dropout[name] = config.lora_dropout
 
     def put_adapter(self, name: str, factors: Factors, dropout: float = 0.0) -> None:
         """An adapter with these values, frozen and not yet active."""
         device = self.base_layer.weight.device
-        self.lora_A[name] = nn.Parameter(factors.lora_A.to(device), requires_grad=False)
-        self.lora_B[name] = nn.Parameter(factors.lora_B.to(device), requires_grad=False)
+        held = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
+        values = (factors.lora_A, factors.lora_B, factors.magnitude)
+        for parameters, value in zip(held, values, strict=True):
+            if value is not None:  # a copy: what a file gives may lie where kernels round otherwise
+                parameters[name] = nn.Parameter(value.to(device, copy=True), requires_grad=False)
         self.scaling[name] = factors.scaling
         self.dropout[name] = dropout
 
     def factors(self, name: str) -> Factors:
         """What adapter `name` is here."""
-        return Factors(self.lora_A[name], self.lora_B[name], self.scaling[name])
+        magnitude = self._magnitude(name)
+        return Factors(self.lora_A[name], self.lora_B[name], self.scaling[name], magnitude)
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of adapter `name`, by the name of their kind; none if it is not here."""
+        kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
+        held = {kind: getattr(self, kind) for kind in kinds}
+        return {kind: parameters[name] for kind, parameters in held.items() if name in parameters}
+
+    def _magnitude(self, name: str) -> Tensor | None:
+        has_one = name in self.lora_magnitude_vector
+        return self.lora_magnitude_vector[name] if has_one else None
 
     def remove_adapter(self, name: str) -> None:
         """Forget adapter `name`, if the layer has it."""
-        if name in self.lora_A:
-            for held in (self.lora_A, self.lora_B, self.scaling, self.dropout):
-                del held[name]
+        for kind in self.parameters_of(name):
+            del getattr(self, kind)[name]
+        self.scaling.pop(name, None)
+        self.dropout.pop(name, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
@@ -153,15 +179,45 @@ class LoRALinear(nn.Module):
             names = tuple(name for name in names if name not in self.merged_adapters)
         else:
             y = self.base_layer(x)
+        base = y
         for name in names:
-            y = torch.add(y, self._change(x, name), alpha=self.scaling[name])
+            dropped = F.dropout(x, self.dropout[name], self.training)
+            change = self._change(dropped, name)
+            if name not in self.lora_magnitude_vector:
+                y = torch.add(y, change, alpha=self.scaling[name])
+                continue
+            # gain * (W x + scaling * B A x), of which W x is in y already
+            own = base if dropped is x else self.base_layer(dropped)
+            own = own if self.bias is None else own - self.bias
+            gain = self._gain(name)
+            y = y + (gain - 1).to(y.dtype) * own + (gain * self.scaling[name]).to(y.dtype) * change
         return y
 
     def _change(self, x: Tensor, name: str) -> Tensor:
         """B A x (..., out), in x's dtype."""
-        dropped = F.dropout(x, self.dropout[name], self.training)
-        low = F.linear(dropped, self.lora_A[name].to(x.dtype))  # (..., r)
+        low = F.linear(x, self.lora_A[name].to(x.dtype))  # (..., r)
         return F.linear(low, self.lora_B[name].to(x.dtype))
+
+    def _gain(self, name: str) -> Tensor:
+        """What DoRA multiplies each output with, fp32 (out,)."""
+        with torch.no_grad():
+            scaling, lora_A, lora_B = (
+                self.scaling[name],
+                self.lora_A[name],
+                self.lora_B[name].float(),
+            )
+            seen = self.base_layer(lora_A.to(computes_in(self.base_layer)))  # A W' (r, out)
+            seen = (seen if self.bias is None else seen - self.bias).float()
+            gram = lora_A.float() @ lora_A.float().T
+            cross = (2 * scaling * seen.T + scaling**2 * lora_B @ gram).mul_(lora_B).sum(1)
+            norm = self._row_norm().square().add_(cross).clamp_min_(0).sqrt_()
+        return torch.div(self.lora_magnitude_vector[name].float(), norm)
+
+    def _row_norm(self) -> Tensor:
+        """|row of W|, fp32 (out,), made once."""
+        if self.row_norm is None:
+            self.row_norm = dense_weight(self.base_layer).norm(dim=1)
+        return self.row_norm.float()
 
     def _by_rows(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """Each row of x (rows, ..., in) through its own adapter; the base sees them together."""
@@ -173,14 +229,15 @@ class LoRALinear(nn.Module):
         y: Tensor = self.base_layer(x)
         for name in dict.fromkeys(name for name in names if name in self.lora_A):
             rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            y = y.index_add(0, rows, self._change(x[rows], name), alpha=self.scaling[name])
+            dropped = F.dropout(x[rows], self.dropout[name], self.training)
+            y = y.index_add(0, rows, self._change(dropped, name), alpha=self.scaling[name])
         return y
 
     def merged(self, names: Iterable[str]) -> Tensor:
         """The base weight with these adapters folded in, (out, in), in the layer's dtype."""
         weight = dense_weight(self.base_layer)
-        for name in names:
-            weight = weight.add_(self.delta_weight(name))
+        for change in [self.factors(name).change(weight) for name in names]:
+            weight = weight.add_(change)
         return weight.to(computes_in(self.base_layer))
 
     def merge(self, names: Iterable[str]) -> None:
@@ -202,7 +259,9 @@ class LoRALinear(nn.Module):
 
     def delta_weight(self, name: str) -> Tensor:
         """What adapter `name` adds to the base weight, fp32 (out, in)."""
-        return delta_weight(self.lora_A[name], self.lora_B[name], self.scaling[name])
+        if name not in self.lora_magnitude_vector:
+            return delta_weight(self.lora_A[name], self.lora_B[name], self.scaling[name])
+        return self.factors(name).change(dense_weight(self.base_layer))
 
     def extra_repr(self) -> str:
         ranks = {name: matrix.shape[0] for name, matrix in self.lora_A.items()}

@@ -61,6 +61,9 @@ def add_weighted_adapter(
     names = known_adapters(model, adapters)
     _check(names, weights, combination_type, svd_rank, density, majority_sign_method)
     configs = adapter_configs(model)
+    for name in names:
+        if configs[name].use_dora:
+            raise UserError(f"adapter {name!r} is DoRA's, of which no weighted sum is made")
     layers = {
         name: {n: w for n, w in zip(names, weights, strict=True) if n in layer.lora_A}
         for name, layer in lora_layers(model).items()

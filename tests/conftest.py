@@ -108,13 +108,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 def randomize_adapter(model: nn.Module, *, seed: int = 1, std: float = 0.05) -> None:
-    """Give every lora_B random values: a merge test with B = 0 tests nothing."""
+    """Random values for every lora_B, and in DoRA: a merge test with B = 0 tests nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, LoRALinear):
                 for lora_B in layer.lora_B.values():
                     lora_B.copy_(torch.randn(lora_B.shape, generator=generator) * std)
+                for magnitude in layer.lora_magnitude_vector.values():
+                    magnitude.mul_(1 + torch.randn(magnitude.shape, generator=generator) * std)
 
 
 def token_ids(*, rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

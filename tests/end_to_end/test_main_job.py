@@ -128,7 +128,7 @@ BAD_FILES = {
         (["--learning-rte", "1"], "--learning-rate"),
         (["--config", "typo.yaml"], "lora_alpha"),
         (["--plan"], "not there yet"),
-        (["--use-dora"], "not there yet"),
+        (["--packing"], "not there yet"),
         (["--resume"], "no checkpoint"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -177,6 +177,28 @@ def test_ranks_and_alphas_of_their_own_go_both_ways(tmp_path, use_rslora):
 
 
 @from_peft
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, UNEVEN], ids=["", "rs", "uneven"])
+def test_dora_goes_both_ways(tmp_path, settings):
+    model = ours(use_dora=True, **settings)
+    save_adapter(model, tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "ours").eval()
+    assert torch.allclose(logits(loaded), logits(model), **SAME_LOGITS)
+    assert torch.equal(logits(load_adapter(tiny_model("llama"), tmp_path / "ours")), logits(model))
+    loaded.save_pretrained(tmp_path / "theirs")
+    again = load_adapter(tiny_model("llama"), tmp_path / "theirs")
+    assert torch.equal(logits(again), logits(model))
+    files = [load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs")]
+    shapes, wanted = ({key: (t.shape, t.dtype) for key, t in file.items()} for file in files)
+    assert shapes == wanted
+    resumed = ours(use_dora=True, **settings)
+    randomize_adapter(resumed, seed=8)
+    load_adapter_weights(resumed, tmp_path / "ours")
+    assert torch.equal(logits(resumed), logits(model))
+    with pytest.raises(UserError, match="use_dora=True in the files, False on the model"):
+        load_adapter_weights(ours(**settings), tmp_path / "ours")
+
+
+@from_peft
 @pytest.mark.parametrize(
     "chosen",
     [{"exclude_modules": ["mlp.up_proj", "k_proj"]}, {"layers_to_transform": [1]}],

@@ -420,6 +420,12 @@ def test_each_row_trains_its_own_adapter(four):
     assert layer.lora_B["r4"].grad.abs().max() == 0 and layer.lora_B["r2"].grad is None
 
 
+def test_dora_cannot_be_mixed_by_rows(four):
+    apply_lora(four, LoraConfig(r=2, use_dora=True), adapter_name="dora")
+    with pytest.raises(UserError, match="'dora' is DoRA's"), mixed_batch(four, ["r1", "dora"]):
+        pass
+
+
 def test_a_mixed_batch_generates(four):
     four.generation_config.eos_token_id = None
     settings = {"max_new_tokens": 4, "do_sample": False}
@@ -458,14 +464,14 @@ def same(tensors, others):
     )
 
 
-@pytest.fixture(params=["llama", "gpt2", "qwen2", "plain"])
+@pytest.fixture(params=["llama", "gpt2", "qwen2", "plain", "llama dora", "qwen2 dora"])
 def adapted(request, checkpoints):
     """A base, 4-bit or plain, with two adapters of which "default" is active; evaluating."""
-    family = request.param
+    family, _, dora = request.param.partition(" ")
     model = tiny_model("llama") if family == "plain" else load_base(str(checkpoints(family)), FP32)
     first = "c_attn" if family == "gpt2" else "q_proj"
     apply_lora(model, LoraConfig(r=3, target_modules=(first,)), adapter_name="other")
-    apply_lora(model, LoraConfig(r=4))
+    apply_lora(model, LoraConfig(r=4, use_dora=bool(dora)))
     randomize_adapter(model, std=0.1)
     return model.eval()
 

@@ -73,11 +73,12 @@ def peft_twin(model: torch.nn.Module, folder: Path, base: Path) -> Any:
     return peft.PeftModel.from_pretrained(twin, folder, is_trainable=True)
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_pefts(family, checkpoints, tmp_path):
+def test_logits_and_gradients_are_pefts(family, use_dora, checkpoints, tmp_path):
     base = checkpoints(family)
     model = load_base(str(base), FP32)
-    apply_lora(model, LORA)
+    apply_lora(model, replace(LORA, use_dora=use_dora))
     randomize_adapter(model)
     twin = peft_twin(model, tmp_path / "adapter", base)
     ids = token_ids()
@@ -89,12 +90,12 @@ def test_logits_and_gradients_are_pefts(family, checkpoints, tmp_path):
     compared = 0
     for name, layer in lora_layers(model).items():
         peer = wrapped.get_submodule(name)
-        for side, matrix in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+        for side, parameter in layer.parameters_of("default").items():
             gradient = getattr(peer, side)["default"].weight.grad
             assert gradient.abs().max() > 0
-            assert (matrix["default"].grad - gradient).abs().max() <= 1e-5, (name, side)
+            assert (parameter.grad - gradient).abs().max() <= 1e-5, (name, side)
             compared += 1
-    assert compared == 2 * len(lora_layers(model)) > 0
+    assert compared == (2 + use_dora) * len(lora_layers(model)) > 0
     assert [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n] == []
 
 

@@ -127,6 +127,12 @@ def test_ranks_and_scalings_of_any_kind_add_up_exactly(way):
         assert len(layer.lora_A["new"]) == 14  # one rank for all, as the files want it
 
 
+def test_dora_is_refused():
+    model = apply_lora(ours(), LoraConfig(r=4, use_dora=True), adapter_name="dora")
+    with pytest.raises(UserError, match="'dora' is DoRA's, of which no weighted sum"):
+        add_weighted_adapter(model, ["one", "dora"], [1, 1], "new", "cat")
+
+
 def test_the_new_one_rests_until_it_is_set_and_can_be_saved(tmp_path):
     model = ours()
     with torch.no_grad():
