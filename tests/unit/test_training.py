@@ -12,17 +12,24 @@ import torch
 import yaml
 from conftest import FAMILIES, FP32, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import set_seed
 
-from qlora.adapter_files import save_adapter
+from qlora.adapter_files import load_adapter, save_adapter
 from qlora.adapter_reader import read_adapter
 from qlora.adapters import apply_lora
 from qlora.base import load_base
-from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
+from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig, TrainConfig
 from qlora.data import collator, prepare_data
 from qlora.errors import UserError
 from qlora.lora import lora_layers
+from qlora.merge import merge
 from qlora.trainer import AdapterTrainer, make_trainer, token_loss
 from qlora.training import default_learning_rate, prepare_for_training, train
 
@@ -273,6 +280,25 @@ def test_checkpointing_saves_memory_and_changes_nothing(checkpoints):
     assert loss_on == loss_off
     assert torch.equal(gradient_on, gradient_off)
     assert saved_on < saved_off / 2
+
+
+def test_dora_trains_and_merges(checkpoints, data, tmp_path):
+    """Its magnitudes learn, and the merged model computes what the live one does."""
+    base = checkpoints("qwen2")
+    uneven = replace(LORA, use_dora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 2})
+    output = train(config(base, data, tmp_path / "out", lora=uneven))
+    saved = read_adapter(output)
+    for name, layer in lora_layers(apply_lora(load_base(str(base), FP32), uneven)).items():
+        start = layer.lora_magnitude_vector["default"]
+        assert not torch.equal(saved.pairs[name].magnitude, start), name
+    merged = merge(
+        MergeConfig(adapter=str(output), output_dir=str(tmp_path / "merged"), format="fp32")
+    )
+    live = load_adapter(load_base(str(base), FP32), output).eval()
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = live(input_ids=token_ids()).logits
+        torch.testing.assert_close(plain(input_ids=token_ids()).logits, wanted, rtol=0, atol=1e-5)
 
 
 def test_trainer_refuses_a_model_without_adapters(checkpoints):
