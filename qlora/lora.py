@@ -132,7 +132,8 @@ class LoRALinear(nn.Module):
         lora_B = torch.zeros(self.out_features, config.r, device=device, dtype=dtype)
         self.lora_B[name] = nn.Parameter(lora_B)
         if config.use_dora:
-            self.lora_magnitude_vector[name] = nn.Parameter(self._row_norm().to(dtype, copy=True))
+            # in fp32: steps of bf16 are 0.4 % of a length, more than one update
+            self.lora_magnitude_vector[name] = nn.Parameter(self._row_norm().clone())
         self.scaling[name] = config.scaling
         self.dropout[name] = config.lora_dropout
 

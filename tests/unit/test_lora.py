@@ -281,3 +281,15 @@ def test_forward_and_gradients_in_bf16_on_a_gpu(base):
     assert reference.relative_rms(x.grad.cpu(), exact_x.grad) < 0.01
     assert reference.relative_rms(layer.lora_A["default"].grad.cpu(), A.grad) < 0.01
     assert reference.relative_rms(layer.lora_B["default"].grad.cpu(), B.grad) < 0.01
+
+
+def test_magnitudes_are_fp32_and_begin_as_the_rows_lengths():
+    base = torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16)
+    layer = LoRALinear(base)
+    layer.add_adapter("default", LoraConfig(r=2, use_dora=True, adapter_dtype="bf16"))
+    magnitude = layer.lora_magnitude_vector["default"]
+    assert magnitude.dtype == torch.float32 and layer.lora_A["default"].dtype == torch.bfloat16
+    assert torch.equal(magnitude, base.weight.float().norm(dim=1))
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    layer.active_adapters = ("default",)
+    assert torch.equal(layer(x), base(x))  # a new adapter changes nothing
