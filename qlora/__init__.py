@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora.adapter_files import load_adapter as load_adapter
     from qlora.adapter_files import save_adapter as save_adapter
+    from qlora.adapter_files import swap_adapter as swap_adapter
     from qlora.adapters import apply_lora as apply_lora
     from qlora.adapters import delete_adapter as delete_adapter
     from qlora.adapters import disable_adapter as disable_adapter
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from qlora.weighted import add_weighted_adapter as add_weighted_adapter
 
 _ROOMS = {
-    "qlora.adapter_files": ("load_adapter", "save_adapter"),
+    "qlora.adapter_files": ("load_adapter", "save_adapter", "swap_adapter"),
     "qlora.adapters": (
         "apply_lora",
         "delete_adapter",

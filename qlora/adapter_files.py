@@ -28,7 +28,16 @@ from qlora.adapter_reader import (
     require_same_base,
 )
 from qlora.adapter_tensors import PREFIX
-from qlora.adapters import Model, adapter_configs, require_new_name, set_adapter, wrap
+from qlora.adapters import (
+    Model,
+    active_adapters,
+    adapter_configs,
+    known_adapters,
+    merged_adapters,
+    require_new_name,
+    set_adapter,
+    wrap,
+)
 from qlora.config import LoraConfig
 from qlora.errors import UserError
 from qlora.lora import LoRALinear, lora_layers, was_conv1d
@@ -128,16 +137,46 @@ def load_adapter(
     return model
 
 
+def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "default") -> Model:
+    """Put a saved adapter, frozen, in the place of one on `model`: of any rank, on any layers.
+
+    It is active where the old one was, and the others stay as they are.
+
+    Raises:
+        UserError: the files are at fault or of another base, there is no such adapter, or it is
+            merged; the model is then untouched.
+    """
+    adapter = read_adapter(folder)
+    known_adapters(model, adapter_name)
+    require_plain(adapter)
+    check_fits(model, adapter)
+    if adapter_name in merged_adapters(model):
+        raise UserError(f"adapter {adapter_name!r} is merged: unmerge_adapter first")
+    active = active_adapters(model)
+    _place(model, adapter, adapter_name)
+    for name, layer in lora_layers(model).items():
+        if name not in adapter.pairs:
+            layer.remove_adapter(adapter_name)
+        layer.active_adapters = tuple(n for n in active if n in layer.lora_A)
+        if not layer.lora_A:
+            model.set_submodule(name, layer.base_layer, strict=True)
+    return model
+
+
 def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default") -> None:
     """The linear layers' A and B of `adapter` on `model`, in place, active and frozen."""
-    model.requires_grad_(False)
-    for name, factors in adapter.pairs.items():
-        if name in adapter.embeddings:
-            continue
-        wrap(model, name).put_adapter(adapter_name, factors, adapter.config.lora_dropout)
-    adapter_configs(model)[adapter_name] = adapter.config
+    _place(model, adapter, adapter_name)
     set_adapter(model, adapter_name)
     model.requires_grad_(False)
+
+
+def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
+    for name, factors in adapter.pairs.items():
+        if name not in adapter.embeddings:
+            layer = wrap(model, name)
+            layer.remove_adapter(adapter_name)
+            layer.put_adapter(adapter_name, factors, adapter.config.lora_dropout)
+    adapter_configs(model)[adapter_name] = adapter.config
 
 
 def require_plain(adapter: AdapterFile) -> None:

@@ -20,8 +20,9 @@ from qlora.adapter_files import (
     portable_targets,
     read_adapter,
     save_adapter,
+    swap_adapter,
 )
-from qlora.adapters import adapter_configs, apply_lora, set_adapter
+from qlora.adapters import adapter_configs, apply_lora, merge_adapter, set_adapter
 from qlora.base import load_base
 from qlora.checkpoint import Checkpoint
 from qlora.config import LoraConfig
@@ -607,3 +608,52 @@ def test_weights_of_another_rank_are_refused(tmp_path, r):
 
 def test_weights_for_an_adapter_that_is_not_there_are_refused(adapter):
     refuses_weights(tiny_model("llama"), adapter, "no adapter")
+
+
+# ---- one in the place of another ----
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A model with "default" and "other", both active, and the folder of an adapter to swap in."""
+    save_adapter(ours(targets=("up_proj", "q_proj"), r=7, use_dora=True), tmp_path / "new")
+    model = ours(targets=("q_proj", "v_proj"))
+    apply_lora(model, LoraConfig(r=3, target_modules=("v_proj",)), adapter_name="other")
+    set_adapter(model, ["default", "other"])
+    randomize_adapter(model)
+    return model, tmp_path / "new"
+
+
+def test_a_swapped_adapter_takes_the_place_of_the_old(pair):
+    model, new = pair
+    swap_adapter(model, new)
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        own = {"v_proj": ("other",)}.get(name.rpartition(".")[2], ("default",))
+        assert layer.active_adapters == own and set(layer.lora_A) == set(own)
+        trained = [p.requires_grad for p in layer.parameters_of(own[0]).values()]
+        assert all(trained) is (own == ("other",))  # as it was
+    set_adapter(model, "default")
+    wanted = logits(load_adapter(tiny_model("llama"), new))
+    assert torch.equal(logits(model), wanted)
+
+
+def test_an_idle_one_stays_idle(pair):
+    model, new = pair
+    set_adapter(model, "other")
+    before = logits(model)
+    swap_adapter(model, new)
+    assert torch.equal(logits(model), before)
+
+
+def test_what_cannot_be_swapped_leaves_the_model_alone(pair):
+    model, new = pair
+    merge_adapter(model, "default")
+    before, values = snapshot(model), logits(model)
+    for name, message in (("default", "is merged: unmerge_adapter"), ("none", "no adapter 'none'")):
+        with pytest.raises(UserError, match=message):
+            swap_adapter(model, new, adapter_name=name)
+    change_tensors(new, lambda tensors: tensors.clear())
+    with pytest.raises(UserError, match="no lora_A or lora_B tensor"):
+        swap_adapter(model, new, adapter_name="other")
+    assert snapshot(model) == before and torch.equal(logits(model), values)
