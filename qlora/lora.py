@@ -68,15 +68,8 @@ class Factors(NamedTuple):
         if self.magnitude is None:
             return delta
         summed = delta.add_(weight)
-        return summed.mul_(self._gain(summed)[:, None]).sub_(weight)
-
-    def gain(self, weight: Tensor) -> Tensor:
-        """What DoRA multiplies each output with, magnitude / |row of W + scaling * B A|, (out,)."""
-        return self._gain(delta_weight(self.lora_A, self.lora_B, self.scaling).add_(weight))
-
-    def _gain(self, summed: Tensor) -> Tensor:
-        assert self.magnitude is not None
-        return torch.div(self.magnitude.float(), summed.norm(dim=1))
+        gain = self.magnitude.float() / summed.norm(dim=1)
+        return summed.mul_(gain[:, None]).sub_(weight)
 
 
 class LoRALinear(nn.Module):
@@ -175,12 +168,12 @@ class LoRALinear(nn.Module):
         if self.adapter_of_row is not None:
             return self._by_rows(x, self.adapter_of_row)
         names = self.active_adapters
+        base: Tensor | None = None
         if self.merged_weight is not None and set(self.merged_adapters) <= set(names):
             y = _linear(x, self.merged_weight, self.bias)
             names = tuple(name for name in names if name not in self.merged_adapters)
         else:
-            y = self.base_layer(x)
-        base = y
+            y = base = self.base_layer(x)
         for name in names:
             dropped = F.dropout(x, self.dropout[name], self.training)
             change = self._change(dropped, name)
@@ -188,7 +181,7 @@ class LoRALinear(nn.Module):
                 y = torch.add(y, change, alpha=self.scaling[name])
                 continue
             # gain * (W x + scaling * B A x), of which W x is in y already
-            own = base if dropped is x else self.base_layer(dropped)
+            own = base if base is not None and dropped is x else self.base_layer(dropped)
             own = own if self.bias is None else own - self.bias
             gain = self._gain(name)
             y = y + (gain - 1).to(y.dtype) * own + (gain * self.scaling[name]).to(y.dtype) * change

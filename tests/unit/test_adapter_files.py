@@ -467,7 +467,7 @@ def test_what_peft_0_21_computes_differently_is_refused(copy, values):
 @pytest.mark.parametrize("init", ["gaussian", "eva", "orthogonal", False])
 def test_inits_that_leave_the_base_alone_are_no_obstacle(copy, init):
     change_config(copy, init_lora_weights=init)
-    load_adapter(tiny_model("llama"), copy)
+    assert torch.equal(logits(load_adapter(tiny_model("llama"), copy)), logits(ours()))
 
 
 @pytest.mark.parametrize(
@@ -650,6 +650,8 @@ def test_what_cannot_be_swapped_leaves_the_model_alone(pair):
     model, new = pair
     merge_adapter(model, "default")
     before, values = snapshot(model), logits(model)
+    with pytest.raises(UserError, match="is merged: unmerge_adapter"):
+        load_adapter_weights(model, new)
     for name, message in (("default", "is merged: unmerge_adapter"), ("none", "no adapter 'none'")):
         with pytest.raises(UserError, match=message):
             swap_adapter(model, new, adapter_name=name)

@@ -500,10 +500,12 @@ def test_other_adapters_go_on_meaning_what_they_mean(adapted):
     for names in (["default"], ["other"], ["default", "other"]):
         set_adapter(adapted, names)
         wanted[tuple(names)] = logits(adapted)
-    merge_adapter(adapted, "default")
-    for names, values in wanted.items():
-        set_adapter(adapted, list(names))
-        torch.testing.assert_close(logits(adapted), values, rtol=0, atol=1e-5)
+    for merged in ("default", "other"):
+        merge_adapter(adapted, merged)
+        for names, values in wanted.items():
+            set_adapter(adapted, list(names))
+            torch.testing.assert_close(logits(adapted), values, rtol=0, atol=1e-5)
+        unmerge_adapter(adapted)
 
 
 def test_training_unmerges(adapted):
