@@ -33,8 +33,8 @@ from qlora.adapters import (
     active_adapters,
     adapter_configs,
     known_adapters,
-    merged_adapters,
     require_new_name,
+    require_unmerged,
     set_adapter,
     wrap,
 )
@@ -150,7 +150,7 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
     known_adapters(model, adapter_name)
     require_plain(adapter)
     check_fits(model, adapter)
-    _require_unmerged(model, adapter_name)
+    require_unmerged(model, adapter_name)
     active = active_adapters(model)
     _place(model, adapter, adapter_name)
     for name, layer in lora_layers(model).items():
@@ -178,11 +178,6 @@ def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
     adapter_configs(model)[adapter_name] = adapter.config
 
 
-def _require_unmerged(model: nn.Module, adapter_name: str) -> None:
-    if adapter_name in merged_adapters(model):
-        raise UserError(f"adapter {adapter_name!r} is merged: unmerge_adapter first")
-
-
 def require_plain(adapter: AdapterFile) -> None:
     """Refuse what only the merge can handle so far."""
     more = [what for what in adapter.extras if what != DORA]
@@ -202,7 +197,7 @@ def load_adapter_weights(
     config = adapter_configs(model).get(adapter_name)
     if config is None:
         raise UserError(f"the model has no adapter {adapter_name!r} to load weights into")
-    _require_unmerged(model, adapter_name)
+    require_unmerged(model, adapter_name)
     layers = {n: m for n, m in lora_layers(model).items() if adapter_name in m.lora_A}
     faults = [f"{name} has no adapter on the model" for name in adapter.pairs if name not in layers]
     faults += [f"{name} is not in the files" for name in layers if name not in adapter.pairs]

@@ -189,6 +189,12 @@ def merged_adapters(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
 
 
+def require_unmerged(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to change an adapter whose merged weight would then be another's."""
+    if adapter_name in merged_adapters(model):
+        raise UserError(f"adapter {adapter_name!r} is merged: unmerge_adapter first")
+
+
 def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
     """Make `model` a plain 16-bit one with these adapters, by default the active ones, folded in.
 
@@ -230,8 +236,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         UserError: there is no such adapter, or it is active or merged.
     """
     known_adapters(model, adapter_name)
-    if adapter_name in merged_adapters(model):
-        raise UserError(f"adapter {adapter_name!r} is merged: unmerge_adapter first")
+    require_unmerged(model, adapter_name)
     if adapter_name in active_adapters(model):
         raise UserError(
             f"adapter {adapter_name!r} is active: set_adapter another first, or unload to take all "

@@ -195,14 +195,11 @@ class LoRALinear(nn.Module):
     def _gain(self, name: str) -> Tensor:
         """What DoRA multiplies each output with, fp32 (out,)."""
         with torch.no_grad():
-            scaling, lora_A, lora_B = (
-                self.scaling[name],
-                self.lora_A[name],
-                self.lora_B[name].float(),
-            )
+            scaling = self.scaling[name]
+            lora_A, lora_B = self.lora_A[name].float(), self.lora_B[name].float()
             seen = self.base_layer(lora_A.to(computes_in(self.base_layer)))  # A W' (r, out)
             seen = (seen if self.bias is None else seen - self.bias).float()
-            gram = lora_A.float() @ lora_A.float().T
+            gram = lora_A @ lora_A.T
             cross = (2 * scaling * seen.T + scaling**2 * lora_B @ gram).mul_(lora_B).sum(1)
             norm = self._row_norm().square().add_(cross).clamp_min_(0).sqrt_()
         return torch.div(self.lora_magnitude_vector[name].float(), norm)

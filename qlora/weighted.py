@@ -14,13 +14,13 @@ a rank of choice.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from qlora.adapters import Model, adapter_configs, known_adapters, require_new_name, wrap
+from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
 from qlora.lora import Factors, LoRALinear, lora_layers
 
@@ -77,30 +77,26 @@ def add_weighted_adapter(
         name: _combined(wrap(model, name), parts, combination_type, mix, r)
         for name, parts in layers.items()
     }
+    _put(model, made, configs[names[0]], adapter_name)
+    return model
+
+
+def _put(
+    model: nn.Module, made: dict[str, tuple[Tensor, Tensor]], like: LoraConfig, adapter_name: str
+) -> None:
+    """A and B of each layer onto the model, filled up with zeros to one rank: every reader of an
+    adapter's files understands that."""
     r = max(len(lora_A) for lora_A, _ in made.values())
     for name, (lora_A, lora_B) in made.items():
-        like = next(iter(layers[name]))
         layer = wrap(model, name)
-        dtype = layer.lora_A[like].dtype
-        missing = r - len(
-            lora_A
-        )  # rows of zeros: one rank for all is what every reader understands
+        dtype = next(iter(layer.lora_A.values())).dtype
+        missing = r - len(lora_A)
         lora_A = nn.functional.pad(lora_A, (0, 0, 0, missing)).to(dtype)
         lora_B = nn.functional.pad(lora_B, (0, missing)).to(dtype)
         layer.put_adapter(adapter_name, Factors(lora_A, lora_B, 1.0))
-    configs[adapter_name] = replace(
-        configs[names[0]],
-        r=r,
-        lora_alpha=r,
-        use_rslora=False,
-        target_modules=tuple(made),
-        exclude_modules=(),
-        layers_to_transform=(),
-        layers_pattern=(),
-        rank_pattern={},
-        alpha_pattern={},
+    adapter_configs(model)[adapter_name] = LoraConfig(
+        r=r, lora_alpha=r, lora_dropout=like.lora_dropout, target_modules=tuple(made)
     )
-    return model
 
 
 def _combined(
