@@ -10,8 +10,8 @@ from qlora.initialise import best_rank, eva, eva_ranks, gaussian, loftq, olora, 
 
 R, SCALING = 4, 3.0
 SHAPES = [(48, 64), (64, 48), (64, 64)]
-# 64 roundings of 6e-8 in a product of values around 1; a direction is off by that times its singular
-# value over the gap to the next one, which is 10 to 30 here
+# 64 roundings of 6e-8 in a product of values around 1; a direction is off by that times its
+# singular value over the gap to the next one, 10 to 30 here
 FP32_TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
