@@ -7,16 +7,24 @@ An adapter called "default" stands in the folder itself, any other in a sub-fold
 Beside PEFT's `format: pt`, the safetensors metadata carries one entry of our own, `qlora`: how the
 base was quantized and its fingerprint, so that a merge knows what was trained on and an adapter is
 not put on another base. Consumers ignore it.
+
+An adapter whose base was changed for it (qlora.rebase: PiSSA, OLoRA, LoftQ of several rounds) is
+saved as one of rank 2r over the base as it was: A over A', B beside -B', the same scaling. `qlora`
+then says `rebased`, and who knows what that means makes the base anew and takes A and B alone: this
+is the function that was trained. Over the plain 4-bit base, as PEFT and vLLM have it, that function
+is off by the difference between two quantizations of each weight; over the original weights by the
+error of the changed base alone.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.adapter_reader import (
     CONFIG,
@@ -40,8 +48,15 @@ from qlora.adapters import (
 )
 from qlora.config import LoraConfig
 from qlora.errors import UserError
-from qlora.lora import LoRALinear, lora_layers, was_conv1d
+from qlora.lora import Factors, LoRALinear, lora_layers, was_conv1d
 from qlora.matching import matches
+from qlora.rebase import (
+    original_weight,
+    rebase,
+    require_alone,
+    require_originals,
+    require_own_base,
+)
 
 # ---- writing ----
 
@@ -56,16 +71,28 @@ def save_adapter(model: nn.Module, folder: str | Path, *, adapter_name: str = "d
     layers = {n: m for n, m in lora_layers(model).items() if adapter_name in m.lora_A}
     tensors = {}
     for name, layer in layers.items():
-        for kind, parameter in layer.parameters_of(adapter_name).items():
+        for kind, value in _saved(layer, adapter_name).items():
             ending = "" if kind == "lora_magnitude_vector" else ".weight"
-            tensors[f"{PREFIX}{name}.{kind}{ending}"] = parameter.detach().cpu()
-    metadata = {"format": "pt", "qlora": json.dumps(getattr(model, "qlora_base", {}))}
+            tensors[f"{PREFIX}{name}.{kind}{ending}"] = value.detach().cpu()
+    config, base = configs[adapter_name], getattr(model, "qlora_base", {})
+    if any(layer.taken for layer in layers.values()):
+        config, base = config.with_ranks(2), {**base, "rebased": True}
+    metadata = {"format": "pt", "qlora": json.dumps(base)}
     save_file(tensors, folder / f".{WEIGHTS}", metadata=metadata)
-    text = json.dumps(_peft_config(model, configs[adapter_name], list(layers)), indent=2)
+    text = json.dumps(_peft_config(model, config, list(layers)), indent=2)
     (folder / f".{CONFIG}").write_text(text + "\n", encoding="utf-8")
     for name in (WEIGHTS, CONFIG):
         os.replace(folder / f".{name}", folder / name)
     return folder
+
+
+def _saved(layer: LoRALinear, adapter_name: str) -> dict[str, Tensor]:
+    """What is saved of an adapter's part of a layer, by kind."""
+    values: dict[str, Tensor] = dict(layer.parameters_of(adapter_name))
+    if taken := layer.taken:
+        values["lora_A"] = torch.cat([values["lora_A"], taken.lora_A])
+        values["lora_B"] = torch.cat([values["lora_B"], -taken.lora_B], dim=1)
+    return values
 
 
 def _peft_config(model: nn.Module, config: LoraConfig, layers: list[str]) -> dict[str, Any]:
@@ -131,6 +158,7 @@ def load_adapter(
     require_new_name(model, adapter_name)
     require_plain(adapter)
     check_fits(model, adapter)
+    _require_alone(model, adapter)
     attach(model, adapter, adapter_name)
     if trainable:
         set_adapter(model, adapter_name)
@@ -150,6 +178,8 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
     known_adapters(model, adapter_name)
     require_plain(adapter)
     check_fits(model, adapter)
+    require_own_base(model, "swap_adapter")
+    _require_alone(model, adapter)
     require_unmerged(model, adapter_name)
     active = active_adapters(model)
     _place(model, adapter, adapter_name)
@@ -170,12 +200,34 @@ def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default"
 
 
 def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
-    for name, factors in adapter.pairs.items():
+    for name, factors in trained(adapter).items():
         if name not in adapter.embeddings:
             layer = wrap(model, name)
             layer.remove_adapter(adapter_name)
             layer.put_adapter(adapter_name, factors, adapter.config.lora_dropout)
-    adapter_configs(model)[adapter_name] = adapter.config
+            if taken := adapter.taken.get(name):
+                rebase(layer, original_weight(model, name), taken)
+    adapter_configs(model)[adapter_name] = _own_config(adapter)
+
+
+def trained(adapter: AdapterFile) -> dict[str, Factors]:
+    """The factors that were trained, which are all there are but where the base was changed."""
+    found = dict(adapter.pairs)
+    for name, taken in adapter.taken.items():
+        r = len(taken.lora_A)
+        pair = found[name]
+        found[name] = Factors(pair.lora_A[:r], pair.lora_B[:, :r], pair.scaling)
+    return found
+
+
+def _own_config(adapter: AdapterFile) -> LoraConfig:
+    return adapter.config.with_ranks(0.5) if adapter.taken else adapter.config
+
+
+def _require_alone(model: nn.Module, adapter: AdapterFile) -> None:
+    """Refuse an adapter that changes the base, where another is on it."""
+    if adapter.taken:
+        require_alone(model, f"adapter {adapter.folder}")
 
 
 def require_plain(adapter: AdapterFile) -> None:
@@ -206,10 +258,11 @@ def load_adapter_weights(
         faults.append(
             f"use_dora={adapter.config.use_dora} in the files, {config.use_dora} on the model"
         )
-    for name in sorted(layers.keys() & adapter.pairs.keys()):
-        own, saved = config.of(name), adapter.pairs[name]
+    values = trained(adapter)
+    for name in sorted(layers.keys() & values.keys()):
+        own, saved = config.of(name), values[name]
         found = len(saved.lora_A), saved.scaling, own.r, own.scaling
-        if found[:2] != found[2:]:
+        if found[0] != found[2] or not math.isclose(found[1], found[3]):
             differ.setdefault(found, name)
     faults += [
         f"r={r} and scaling={scaling:g} in the files, r={own_r} and scaling={own_scaling:g} on the "
@@ -223,12 +276,22 @@ def load_adapter_weights(
         mend="Give the settings the run was started with, or a new --output-dir",
     )
     with torch.no_grad():
-        for name, factors in adapter.pairs.items():
-            values = [factors.lora_A, factors.lora_B]
-            values += [] if factors.magnitude is None else [factors.magnitude]
+        for name, factors in values.items():
+            tensors = [factors.lora_A, factors.lora_B]
+            tensors += [] if factors.magnitude is None else [factors.magnitude]
             parameters = layers[name].parameters_of(adapter_name).values()
-            for parameter, value in zip(parameters, values, strict=True):
+            for parameter, value in zip(parameters, tensors, strict=True):
                 parameter.copy_(value)
+            _set_base(model, name, adapter.taken.get(name))
+
+
+def _set_base(model: nn.Module, name: str, taken: Factors | None) -> None:
+    """The base of layer `name` without `taken`, if it is not that already."""
+    layer = lora_layers(model)[name]
+    now = [] if layer.taken is None else [t.cpu() for t in layer.taken[:2]]
+    wanted = [] if taken is None else [t.cpu() for t in taken[:2]]
+    if len(now) != len(wanted) or not all(map(torch.equal, now, wanted)):
+        rebase(layer, original_weight(model, name), taken)
 
 
 def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
@@ -252,3 +315,4 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
         faults,
         mend="Load the base it was trained on",
     )
+    require_originals(model, adapter.taken)

@@ -77,6 +77,9 @@ class AdapterFile:
     """of an embedding: ids (n,) and the rows (n, dim) that take their place"""
     fan_in_fan_out: bool = False
     revision: str | None = None
+    taken: dict[str, Factors] = field(default_factory=dict)
+    """what each layer's base was quantized without (qlora.rebase): the later half of its pair, with
+    B's sign turned; empty for a base as it was"""
     base: dict[str, Any] = field(default_factory=dict)
     """How its base was quantized, and the base's fingerprint; empty for adapters of others."""
 
@@ -126,7 +129,9 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     values = _read_config(folder)
     config = _lora_config(values, folder)
     tensors, metadata = _read_tensors(folder)
+    base = _read_base_record(metadata, folder)
     contents, faults = sort_out(tensors, values, config)
+    taken = _taken(contents.pairs, faults) if base.pop("rebased", False) else {}
     raise_faults(
         f"{folder / WEIGHTS}", faults, mend="Save the adapter again, or take an earlier checkpoint"
     )
@@ -137,7 +142,8 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         **contents._asdict(),
         revision=values.get("revision"),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
-        base=_read_base_record(metadata, folder),
+        taken=taken,
+        base=base,
     )
 
 
@@ -158,6 +164,11 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
             raise UserError(
                 f"{adapter.folder} holds {' and '.join(more)}, of which no weighted sum is made: "
                 "merge it alone, without a weight"
+            )
+        if adapter.taken and len(adapters) > 1:
+            raise UserError(
+                f"{adapter.folder} was trained over a base that was changed for it (PiSSA, OLoRA "
+                "or LoftQ): merge it alone"
             )
         if (adapter.base, adapter.fan_in_fan_out) != (first.base, first.fan_in_fan_out):
             raise UserError(
@@ -265,6 +276,17 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
+
+
+def _taken(pairs: Mapping[str, Factors], faults: list[str]) -> dict[str, Factors]:
+    """The later half of each pair, which cancels what training began with."""
+    odd = [name for name, pair in pairs.items() if len(pair.lora_A) % 2]
+    faults += [f"{name} has an odd rank, its metadata says it is two adapters" for name in odd]
+    found = {}
+    for name, pair in pairs.items():
+        r = len(pair.lora_A) // 2
+        found[name] = Factors(pair.lora_A[r:], -pair.lora_B[:, r:], pair.scaling)
+    return found
 
 
 def _read_base_record(metadata: Mapping[str, str], folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
 from qlora.lora import LoRALinear, as_dense, computes_in, dense_weight, lora_layers
 from qlora.matching import target_layers
+from qlora.rebase import check_start, require_own_base, restore, start_from_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,18 +33,25 @@ def apply_lora(
 ) -> Model:
     """Freeze `model` and add a trainable, active adapter to its targeted layers, in place.
 
+    PiSSA, OLoRA and LoftQ read the weights from before quantization, one at a time, from where
+    load_base found them, and all but LoftQ of one round change the base: see qlora.rebase.
+
     Args:
         generator: of A's first values; by default torch's global one.
 
     Raises:
-        UserError: a target matches nothing or no linear layer, or the name is taken.
+        UserError: a target matches nothing or no linear layer, the name is taken, or what
+            init_lora_weights wants is not to be had.
     """
     config = config or LoraConfig()
     require_new_name(model, adapter_name)
-    names = target_layers(model, config)
+    layers = {name: config.of(name) for name in target_layers(model, config)}
+    check_start(model, layers)
     model.requires_grad_(False)
-    for name in names:
-        wrap(model, name).add_adapter(adapter_name, config.of(name), generator=generator)
+    for name, own in layers.items():
+        wrap(model, name).add_adapter(adapter_name, own, generator=generator)
+        if own.starts_from_weights:
+            start_from_weights(model, name, adapter_name, own, generator)
     adapter_configs(model)[adapter_name] = config
     set_adapter(model, adapter_name)
     return model
@@ -69,6 +77,7 @@ def require_new_name(model: nn.Module, adapter_name: str) -> None:
         )
     if adapter_name in adapter_configs(model):
         raise UserError(f"the model already has an adapter {adapter_name!r}: choose another name")
+    require_own_base(model, f"adapter {adapter_name!r}")
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -110,7 +119,10 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is its frozen base."""
+    """Inside the block the model is its frozen base.
+
+    One that was changed for its adapter has what was taken out of it beside it, in 16 bits.
+    """
     layers = lora_layers(model).values()
     active = [layer.active_adapters for layer in layers]
     try:
@@ -132,6 +144,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
         UserError: there is no such adapter; in the block: a batch has another number of rows.
     """
     known_adapters(model, [name for name in adapter_names if name is not None])
+    require_own_base(model, "mixed_batch")
     layers = lora_layers(model).values()
     for name in filter(None, adapter_names):
         if any(name in layer.lora_magnitude_vector for layer in layers):
@@ -213,6 +226,7 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
         if isinstance(module, Linear4bit):
             weight = dense_weight(module).to(computes_in(module))
             model.set_submodule(name, as_dense(module, weight), strict=True)
+    model.original_weights = None  # type: ignore[assignment]  # they are others now
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -222,7 +236,13 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
 
 
 def unload(model: Model) -> Model:
-    """Take every adapter off: `model` is its frozen base again."""
+    """Take every adapter off: `model` is its frozen base again.
+
+    Raises:
+        UserError: the base was changed for its adapter, and the checkpoint to make it anew from is
+            gone.
+    """
+    restore(model)
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.base_layer, strict=True)
     adapter_configs(model).clear()
@@ -233,7 +253,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take one adapter off, and free its memory.
 
     Raises:
-        UserError: there is no such adapter, or it is active or merged.
+        UserError: there is no such adapter, or it is active or merged; or `unload` would raise.
     """
     known_adapters(model, adapter_name)
     require_unmerged(model, adapter_name)
@@ -242,6 +262,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             f"adapter {adapter_name!r} is active: set_adapter another first, or unload to take all "
             "off"
         )
+    restore(model)
     for name, layer in lora_layers(model).items():
         layer.remove_adapter(adapter_name)
         if not layer.lora_A:

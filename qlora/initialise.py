@@ -1,12 +1,11 @@
-"""First values of A and B other than Kaiming-uniform A and zero B, as functions on tensors.
+"""First values of A and B that are made of a layer's weight or its inputs, as tensor functions.
 
-    gaussian  A ~ N(0, 1/r^2), B = 0                                    PEFT
-    pissa     scaling B A = the best rank r of W                        arXiv:2404.02948
-    olora     B A = the first r of Q and R, W = Q R                     arXiv:2406.01775
-    loftq     scaling B A = the best rank r of W - Q, Q the 4-bit base  arXiv:2310.08659
-    eva       A = the main directions of the layer's inputs, B = 0      arXiv:2410.07170
+    pissa  scaling B A = the best rank r of W                        arXiv:2404.02948
+    olora  B A = the first r of Q and R, W = Q R                     arXiv:2406.01775
+    loftq  scaling B A = the best rank r of W - Q, Q the 4-bit base  arXiv:2310.08659
+    eva    A = the main directions of the layer's inputs, B = 0      arXiv:2410.07170
 
-Gaussian and EVA leave the base as it is. PiSSA and OLoRA take scaling B A out of the weights, and
+EVA leaves the base as it is. PiSSA and OLoRA take scaling B A out of the weights, and
 what is quantized is the rest, W - scaling B A. LoftQ alternates: Q_t = q(W - scaling B_t-1 A_t-1),
 then B_t, A_t from W - Q_t. Its first Q is the plain one, so one iteration leaves the base as it is.
 
@@ -31,11 +30,6 @@ from qlora.lora import delta_weight
 
 OVERSAMPLING = 16  # directions beside the wanted ones, which iterate to get those right
 Pair = tuple[Tensor, Tensor]
-
-
-def gaussian(r: int, in_features: int, generator: torch.Generator | None = None) -> Tensor:
-    """A (r, in) with a standard deviation of 1/r, as PEFT's init_lora_weights="gaussian"."""
-    return torch.randn(r, in_features, generator=generator) / r
 
 
 def pissa(
@@ -150,7 +144,7 @@ def _subspace(weight: Tensor, r: int, niter: int, generator: torch.Generator | N
     for _ in range(niter):
         basis = torch.linalg.qr(weight @ (weight.T @ basis))[0]
     found = basis.T @ weight  # (draws, in)
-    return basis @ torch.linalg.eigh(found @ found.T)[1].flip(1)[:, :r]
+    return torch.mm(basis, torch.linalg.eigh(found @ found.T)[1].flip(1)[:, :r])
 
 
 def _share(left: Tensor, right: Tensor, scaling: float) -> Pair:

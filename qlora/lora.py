@@ -12,6 +12,9 @@ the row's length is a constant of the backward pass. Its square is, row by row,
 |W|^2 + 2 scaling (W A') B + scaling^2 B A A' B', and W A' is the base layer's output for the r rows
 of A: neither B A nor a dequantized W is formed.
 
+An adapter that starts from the weights (qlora.rebase) takes a part of them out of the base. That
+part, scaling * B' A', stands in for the adapter where it is not active.
+
 Merging makes a second, dense weight, W + scaling * B A in 16 bits, and leaves W and its codes
 alone: nothing is quantized again, and unmerging is exact.
 
@@ -95,6 +98,11 @@ class LoRALinear(nn.Module):
         self.merged_adapters: tuple[str, ...] = ()
         self.merged_weight: Tensor | None
         self.register_buffer("merged_weight", None, persistent=False)
+        self.taken_A: Tensor | None
+        self.register_buffer("taken_A", None, persistent=False)
+        self.taken_B: Tensor | None
+        self.register_buffer("taken_B", None, persistent=False)
+        self.taken_scaling = 1.0
 
     @property
     def in_features(self) -> int:
@@ -120,7 +128,10 @@ class LoRALinear(nn.Module):
         device = self.base_layer.weight.device
         dtype = adapter_dtype(config, self.base_layer)
         lora_A = torch.empty(config.r, self.in_features)
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(lora_A, std=1 / config.r, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
         self.lora_A[name] = nn.Parameter(lora_A.to(device, dtype))
         lora_B = torch.zeros(self.out_features, config.r, device=device, dtype=dtype)
         self.lora_B[name] = nn.Parameter(lora_B)
@@ -140,6 +151,19 @@ class LoRALinear(nn.Module):
                 parameters[name] = nn.Parameter(value.to(device, copy=True), requires_grad=False)
         self.scaling[name] = factors.scaling
         self.dropout[name] = dropout
+
+    @property
+    def taken(self) -> Factors | None:
+        """What was taken out of the base weight for the adapter; None for a base as it was."""
+        if self.taken_A is None or self.taken_B is None:
+            return None
+        return Factors(self.taken_A, self.taken_B, self.taken_scaling)
+
+    @taken.setter
+    def taken(self, taken: Factors | None) -> None:
+        own = (None, None) if taken is None else (t.detach().clone() for t in taken[:2])
+        self.taken_A, self.taken_B = own
+        self.taken_scaling = 1.0 if taken is None else taken.scaling
 
     def factors(self, name: str) -> Factors:
         """What adapter `name` is here."""
@@ -174,6 +198,8 @@ class LoRALinear(nn.Module):
             names = tuple(name for name in names if name not in self.merged_adapters)
         else:
             y = base = self.base_layer(x)
+            if not names and (taken := self.taken):
+                y = torch.add(y, _low_rank(x, *taken[:2]), alpha=taken.scaling)
         for name in names:
             dropped = F.dropout(x, self.dropout[name], self.training)
             change = self._change(dropped, name)
@@ -189,8 +215,7 @@ class LoRALinear(nn.Module):
 
     def _change(self, x: Tensor, name: str) -> Tensor:
         """B A x (..., out), in x's dtype."""
-        low = F.linear(x, self.lora_A[name].to(x.dtype))  # (..., r)
-        return F.linear(low, self.lora_B[name].to(x.dtype))
+        return _low_rank(x, self.lora_A[name], self.lora_B[name])
 
     def _gain(self, name: str) -> Tensor:
         """What DoRA multiplies each output with, fp32 (out,)."""
@@ -300,6 +325,12 @@ def as_dense(layer: nn.Linear, weight: Tensor) -> nn.Module:
 def was_conv1d(layer: nn.Module) -> bool:
     """Whether the checkpoint stores this layer's weight as (in, out), as GPT-2's Conv1D does."""
     return getattr(getattr(layer, "source_cls", None), "__name__", None) == "Conv1D"
+
+
+def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """B A x (..., out), in x's dtype."""
+    low = F.linear(x, lora_A.to(x.dtype))  # (..., r)
+    return F.linear(low, lora_B.to(x.dtype))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
