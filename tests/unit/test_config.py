@@ -109,7 +109,6 @@ def test_steps_stand_in_for_epochs():
     "make",
     [
         lambda: LoraConfig(modules_to_save=("lm_head",)),
-        lambda: LoraConfig(init_lora_weights="pissa"),
         lambda: DataConfig("x", packing=True),
         lambda: train_config(plan=True),
         lambda: train_config(gpu_memory="8GB"),
