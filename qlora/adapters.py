@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
+from qlora.eva import eva_start
 from qlora.lora import LoRALinear, as_dense, computes_in, dense_weight, lora_layers
 from qlora.matching import target_layers
 from qlora.rebase import check_start, require_own_base, restore, start_from_weights
@@ -30,6 +31,7 @@ def apply_lora(
     *,
     adapter_name: str = "default",
     generator: torch.Generator | None = None,
+    data: Sequence[Any] | None = None,
 ) -> Model:
     """Freeze `model` and add a trainable, active adapter to its targeted layers, in place.
 
@@ -38,6 +40,7 @@ def apply_lora(
 
     Args:
         generator: of A's first values; by default torch's global one.
+        data: what EVA looks at, batches of input_ids and attention_mask (rows, length).
 
     Raises:
         UserError: a target matches nothing or no linear layer, the name is taken, or what
@@ -47,9 +50,17 @@ def apply_lora(
     require_new_name(model, adapter_name)
     layers = {name: config.of(name) for name in target_layers(model, config)}
     check_start(model, layers)
+    directions: dict[str, Tensor] = {}
+    if config.init_lora_weights == "eva":
+        with disable_adapter(model):
+            config, directions = eva_start(model, config, layers, data)
+        layers = {name: config.of(name) for name in directions}
     model.requires_grad_(False)
     for name, own in layers.items():
-        wrap(model, name).add_adapter(adapter_name, own, generator=generator)
+        layer = wrap(model, name)
+        layer.add_adapter(adapter_name, own, generator=generator)
+        if name in directions:
+            layer.lora_A[adapter_name].data.copy_(directions[name])
         if own.starts_from_weights:
             start_from_weights(model, name, adapter_name, own, generator)
     adapter_configs(model)[adapter_name] = config

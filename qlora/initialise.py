@@ -1,13 +1,12 @@
-"""First values of A and B that are made of a layer's weight or its inputs, as tensor functions.
+"""First values of A and B that are made of a layer's weight, as functions on tensors.
 
     pissa  scaling B A = the best rank r of W                        arXiv:2404.02948
     olora  B A = the first r of Q and R, W = Q R                     arXiv:2406.01775
     loftq  scaling B A = the best rank r of W - Q, Q the 4-bit base  arXiv:2310.08659
-    eva    A = the main directions of the layer's inputs, B = 0      arXiv:2410.07170
 
-EVA leaves the base as it is. PiSSA and OLoRA take scaling B A out of the weights, and
-what is quantized is the rest, W - scaling B A. LoftQ alternates: Q_t = q(W - scaling B_t-1 A_t-1),
-then B_t, A_t from W - Q_t. Its first Q is the plain one, so one iteration leaves the base as it is.
+PiSSA and OLoRA take scaling B A out of the weight, and what is quantized is the rest,
+W - scaling B A. LoftQ alternates: Q_t = q(W - scaling B_t-1 A_t-1), then B_t, A_t from W - Q_t. Its
+first Q is the plain one, so one iteration leaves the base as it is.
 
 A matrix of 7B models is 4096 x 11008, and a full SVD of one takes seconds on a GPU. The best rank r
 needs none: the eigenvectors of the smaller of W W' and W' W, 4096 x 4096, are the singular vectors
@@ -21,7 +20,7 @@ Left out: CorDA and LoRA-GA, which want the weights' gradients or inputs in fp32
 quantized; PiSSA's own loop over quantizations, which is LoftQ with another start.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -85,34 +84,6 @@ def loftq(
         if i + 1 < iterations:
             taken, rest = pair, weight - delta_weight(*pair, scaling)
     return pair, taken
-
-
-def eva(covariance: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """The r main directions of a layer's inputs, A (r, in), and the share of variance of each (r,).
-
-    Args:
-        covariance: of the inputs, (in, in), to any factor.
-    """
-    values, vectors = torch.linalg.eigh(covariance.float())
-    values, vectors = values.flip(0)[:r].clamp_min(0), vectors.flip(1)[:, :r]
-    total = covariance.diagonal().sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return vectors.T.contiguous(), values / total
-
-
-def eva_ranks(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """How many of each layer's directions are kept, if the `budget` largest of all of them are.
-
-    Args:
-        shares: of each layer, the share of variance of each direction, as many as it may have.
-    """
-    layers = [name for name, share in shares.items() for _ in range(len(share))]
-    order = torch.cat([share.cpu() for share in shares.values()]).argsort(
-        descending=True, stable=True
-    )
-    ranks = dict.fromkeys(shares, 0)
-    for i in order[:budget].tolist():
-        ranks[layers[i]] += 1
-    return ranks
 
 
 def best_rank(

@@ -45,14 +45,16 @@ def plain(model: torch.nn.Module, name: str) -> Tensor:
 
 @pytest.mark.parametrize("max_bytes", [1 << 30, 1])
 def test_moments_are_the_sum_over_real_tokens(live, max_bytes):
-    moments = SecondMoments(live, length_batches(ROWS, tiny_tokenizer()), max_bytes=max_bytes)
+    moments = SecondMoments(
+        live, length_batches(ROWS, tiny_tokenizer()), lora_layers(live), max_bytes=max_bytes
+    )
     for name in lora_layers(live):
         torch.testing.assert_close(moments.of(name), plain(live, name), rtol=1e-4, atol=1e-5)
     assert len(moments.groups) == (1 if max_bytes > 1 else len(lora_layers(live)))
 
 
 def test_layers_that_read_one_input_share_its_moments(live):
-    moments = SecondMoments(live, length_batches(ROWS, tiny_tokenizer()))
+    moments = SecondMoments(live, length_batches(ROWS, tiny_tokenizer()), lora_layers(live))
     layer = "model.layers.1"
     q, k, v = (moments.of(f"{layer}.self_attn.{name}_proj") for name in "qkv")
     assert q is k is v
@@ -62,14 +64,18 @@ def test_layers_that_read_one_input_share_its_moments(live):
 
 def test_a_group_holds_no_more_than_asked(live):
     wide, narrow = 4 * 128**2, 4 * 64**2  # down_proj reads 128 values, all others 64
-    moments = SecondMoments(live, length_batches(ROWS, tiny_tokenizer()), max_bytes=wide + narrow)
+    moments = SecondMoments(
+        live, length_batches(ROWS, tiny_tokenizer()), lora_layers(live), max_bytes=wide + narrow
+    )
     for group in moments.groups:
         assert sum(wide if "down" in n else narrow for n in set(group.values())) <= wide + narrow
     assert [n for group in moments.groups for n in group] == list(lora_layers(live))
 
 
 def test_the_model_is_left_without_hooks(live):
-    SecondMoments(live, length_batches(ROWS, tiny_tokenizer())).of("model.layers.0.mlp.up_proj")
+    SecondMoments(live, length_batches(ROWS, tiny_tokenizer()), lora_layers(live)).of(
+        "model.layers.0.mlp.up_proj"
+    )
     assert not any(layer._forward_pre_hooks for layer in lora_layers(live).values())
 
 
@@ -113,5 +119,5 @@ def test_the_model_writes_what_it_reads(live):
     assert (batch["input_ids"][:, 0] == live.generation_config.bos_token_id).all()
     assert len(batch["input_ids"][:, 1:].unique()) > 50  # nothing greedy
     assert torch.equal(own_text(live, 500)[0]["input_ids"], batch["input_ids"])
-    moments = SecondMoments(live, [batch]).of("model.layers.1.mlp.down_proj")
+    moments = SecondMoments(live, [batch], lora_layers(live)).of("model.layers.1.mlp.down_proj")
     assert torch.isfinite(moments).all() and moments.diagonal().min() > 0

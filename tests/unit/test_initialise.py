@@ -6,7 +6,7 @@ import reference
 import torch
 from torch import nn
 
-from qlora.initialise import best_rank, eva, eva_ranks, loftq, olora, pissa
+from qlora.initialise import best_rank, loftq, olora, pissa
 
 R, SCALING = 4, 3.0
 SHAPES = [(48, 64), (64, 48), (64, 64)]
@@ -126,27 +126,6 @@ def test_loftq_s_error_falls_with_every_iteration_and_pissa_s_is_below_plain_nf4
     assert errors == sorted(errors, reverse=True)
     rest = weight - reference.delta(*pissa(weight, R, SCALING), SCALING).float()
     assert float((rest - round_trip(rest)).norm()) < errors[0]
-
-
-def test_eva_finds_the_main_directions_of_inputs_and_their_shares():
-    inputs = random_weight(500, 32) * torch.linspace(0.1, 2, 32)
-    centred = inputs - inputs.mean(0)
-    _, values, right = torch.linalg.svd(centred.double(), full_matrices=False)
-    lora_A, shares = eva(centred.T @ centred, R)
-    cosines = (lora_A.double() * right[:R]).sum(1).abs()
-    torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=1e-4, atol=0)
-    wanted = (values**2 / (values**2).sum())[:R].float()
-    torch.testing.assert_close(shares, wanted, rtol=1e-4, atol=0)
-
-
-def test_eva_ranks_go_to_the_directions_with_the_largest_shares():
-    shares = {
-        "a": torch.tensor([0.5, 0.3, 0.1, 0.05]),
-        "b": torch.tensor([0.2, 0.1, 0.05, 0.01]),
-        "c": torch.tensor([0.04, 0.03, 0.02, 0.01]),
-    }
-    assert eva_ranks(shares, 4) == {"a": 3, "b": 1, "c": 0}
-    assert sum(eva_ranks(shares, 7).values()) == 7
 
 
 @pytest.mark.parametrize("r", [1, 48])
