@@ -210,6 +210,15 @@ def test_a_16_bit_adapter_takes_out_what_it_holds(base):
     assert torch.equal(layer.taken.lora_B, layer.lora_B["default"])
 
 
+def test_in_bf16_the_new_codes_compute_as_the_old_ones_did(base):
+    quant = QuantConfig(compute_dtype="bf16", blocksize=32, double_quant=False)
+    model = started(base, quant=quant, init_lora_weights="pissa")
+    state = lora_layers(model)[Q].base_layer.weight.quant_state
+    assert (state.dtype, state.blocksize, bool(state.nested)) == (torch.bfloat16, 32, False)
+    assert state is lora_layers(model)[Q].base_layer.quant_state
+    assert logits(model).dtype == torch.bfloat16
+
+
 # ---- without the adapter ----
 
 
