@@ -288,8 +288,9 @@ def load_adapter_weights(
 def _set_base(model: nn.Module, name: str, taken: Factors | None) -> None:
     """The base of layer `name` without `taken`, if it is not that already."""
     layer = lora_layers(model)[name]
-    now = [] if layer.taken is None else [t.cpu() for t in layer.taken[:2]]
-    wanted = [] if taken is None else [t.cpu() for t in taken[:2]]
+    now, wanted = (
+        [] if t is None else [f.cpu().float() for f in t[:2]] for t in (layer.taken, taken)
+    )
     if len(now) != len(wanted) or not all(map(torch.equal, now, wanted)):
         rebase(layer, original_weight(model, name), taken)
 

@@ -237,7 +237,10 @@ def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
     init = values.get("init_lora_weights", True)
     unsupported = [f"{k}={v!r}" for k, v in values.items() if v and k not in UNDERSTOOD]
     if isinstance(init, str) and init.startswith(REBASING_INITS):
-        unsupported.append(f"init_lora_weights={init!r} (it changes the base weights)")
+        unsupported.append(
+            f"init_lora_weights={init!r} (it changes the base weights; PEFT saves it as a plain "
+            "adapter with path_initial_model_for_weight_conversion)"
+        )
     if unsupported:
         raise UserError(
             f"{folder / CONFIG} asks for what is not there yet: {', '.join(unsupported)}. "

@@ -9,7 +9,8 @@ so that codes + scaling * B' A' is nearer to W than quantize(W) is. That sum is 
 without its adapter, and what training then learns is the change scaling * (B A - B' A'). This makes
 it an adapter like any other, of rank 2r, over the base as it was: saved so, it works everywhere,
 but for the difference between two quantizations of one weight. Who knows of `taken` makes the codes
-anew, and has the very function that was trained.
+anew, and has the very function that was trained (to the bit on one kind of device; another adds up
+B' A' in another order, and a value half-way between two codes may take the other).
 
 W comes from the model's checkpoint, tensor by tensor (`original_weights` of a model that load_base
 made), as loading cast it. It is read again when the adapter is taken off, so nothing is kept of the
@@ -116,11 +117,10 @@ def start_from_weights(
     layer: Any = model.get_submodule(name)
     weight = original_weight(model, name)
     pair, taken = _first_values(weight, config, _quant_of(layer.base_layer), generator)
-    if not pair[0].any():  # 4 bits lost nothing that LoftQ could make up for: B A = 0 it is
-        return
     lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    for parameter, value in zip((lora_A, lora_B), pair, strict=True):
-        parameter.copy_(value)
+    if pair[0].any():  # else there is nothing to make up for, and A = 0, B = 0 would not learn
+        lora_A.copy_(pair[0])
+        lora_B.copy_(pair[1])
     if taken is not None:
         # in the adapter's dtype: what is saved of it, and what was taken out, are the same
         taken_A, taken_B = (t.to(lora_A.dtype) for t in taken)
@@ -149,7 +149,8 @@ def _first_values(
 def rebase(layer: LoRALinear, weight: Tensor, taken: Factors | None) -> None:
     """Make the base of `layer` anew, of its original `weight` (out, in) without `taken`."""
     base: Any = layer.base_layer
-    rest = weight if taken is None else weight.float() - taken.to(weight.device).change(weight)
+    taken = taken and taken.to(weight.device)
+    rest = weight if taken is None else weight.float() - taken.change(weight)
     old = getattr(base.weight, "quant_state", None)
     if old is not None:
         packed, state = nf4.quantize(rest, _quant_of(base))

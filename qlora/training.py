@@ -36,7 +36,7 @@ from qlora.report import plot_loss, read_metrics, write_adapter_card
 from qlora.shards import require_new
 from qlora.trainer import AdapterTrainer, check_trainer_arguments, make_trainer
 
-EVA_TOKENS = 1 << 15  # some for each direction that the widest layers have
+EVA_TOKENS = 1 << 13  # many for each direction that a layer may get
 
 
 def train(config: TrainConfig) -> Path:

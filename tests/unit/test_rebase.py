@@ -219,6 +219,21 @@ def test_in_bf16_the_new_codes_compute_as_the_old_ones_did(base):
     assert logits(model).dtype == torch.bfloat16
 
 
+def test_weights_that_are_all_zero_get_an_adapter_that_can_learn(checkpoints, tmp_path):
+    """Nothing to decompose: A = 0 and B = 0 would stay so."""
+    plain = tiny_model("llama")
+    plain.get_submodule(Q).weight.data.zero_()
+    plain.save_pretrained(tmp_path / "base")
+    for settings in ({"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq"}, LOFTQ_3):
+        model = started(tmp_path / "base", **settings)
+        layer = lora_layers(model)[Q]
+        assert layer.lora_A["default"].any()
+        assert not live_weight(layer).any()
+        save_adapter(model, tmp_path / "adapter")
+        again = load_adapter(load_base(str(tmp_path / "base"), FP32), tmp_path / "adapter")
+        assert torch.equal(logits(again.eval()), logits(model))
+
+
 # ---- without the adapter ----
 
 
