@@ -33,7 +33,7 @@ from qlora.checkpoint import (
 )
 from qlora.config import QuantConfig
 from qlora.errors import UserError
-from qlora.lora import output_head
+from qlora.frozen import output_head
 
 DTYPE_NAMES: dict[Any, Any] = {dtype: name for name, dtype in nf4.DTYPES.items()}
 
