@@ -34,7 +34,7 @@ from qlora.checkpoint import (
 )
 from qlora.config import QuantConfig
 from qlora.errors import UserError
-from qlora.lora import output_head
+from qlora.frozen import output_head
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What the 4-bit merge knows of a layer's inputs: their second moments, from a run over data.
 
 The model is the one that was trained, the 4-bit base with its live adapter. It reads some rows, and
-qlora.moments adds up the inputs of each adapted layer.
+qlora.moments adds up the inputs of each adapted linear layer.
 
 Where there are no rows to read, the model reads what it writes itself: text sampled from its first
 token on is close enough to what it was trained on (arXiv:2305.17888 quantizes with it).
@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
+from qlora.adapter_files import attach, check_fits
 from qlora.adapter_reader import AdapterFile
 from qlora.base import load_base
 from qlora.data import length_batches, prepare_data
 from qlora.errors import UserError
-from qlora.live import put_on
-from qlora.lora import lora_layers
+from qlora.lora import LoRALinear, lora_layers
 from qlora.moments import SecondMoments
 
 MIN_TOKENS = 8192  # more changed nothing that could be measured
@@ -59,10 +59,12 @@ def calibrate(
     model = load_base(
         base_model, adapter.quantization, device=device, trust_remote_code=trust_remote_code
     )
-    put_on(model, adapter)
+    check_fits(model, adapter)
+    attach(model, adapter)
     model.eval()
-    layers = lora_layers(model)
-    widest = max(layer.in_features for layer in layers.values())
+    found = lora_layers(model).items()
+    layers = {name: layer for name, layer in found if isinstance(layer, LoRALinear)}
+    widest = max(layer.shape[1] for layer in layers.values())
     tokens = max(MIN_TOKENS, TOKENS_PER_INPUT * widest)
     if from_model:
         return SecondMoments(model, own_text(model, tokens), layers)

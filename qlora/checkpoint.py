@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qlora.config import QuantConfig
 from qlora.errors import UserError, first_line
-from qlora.lora import output_head
+from qlora.frozen import output_head
 from qlora.nf4 import RECORD_MARK
 from qlora.shards import DTYPE_CODES, INDEX, SINGLE, publishing
 

@@ -42,7 +42,7 @@ def eva_start(
         data: batches of input_ids and attention_mask, (rows, length) each.
 
     Raises:
-        UserError: there is no data, a layer sees none of it, or r is above its inputs' number.
+        UserError: there is no data, or a layer sees too little of it.
     """
     if not data:
         raise UserError(
@@ -50,12 +50,6 @@ def eva_start(
             "batches of input_ids and attention_mask"
         )
     modules = {name: model.get_submodule(name) for name in layers}
-    small = [name for name, own in layers.items() if own.r > modules[name].in_features]
-    if small:
-        raise UserError(
-            "init_lora_weights='eva' finds at most as many directions as a layer has inputs, and r "
-            f"is above that in {', '.join(small)}: give a smaller r, or rank_pattern"
-        )
     was_training = model.training
     try:
         found = _directions(model, layers, modules, data)

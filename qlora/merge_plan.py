@@ -3,6 +3,7 @@
 The plan runs in the model's order, in which calibration gets to know the layers.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from qlora.adapter_reader import AdapterFile, raise_faults, require_same_base
 from qlora.checkpoint import Checkpoint, disk_name, linear_layers, quantized_layers, skeleton
 from qlora.config import MergeConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.lora import is_tied, vocabulary
+from qlora.frozen import is_tied, vocabulary
 from qlora.shards import Entry
 
 
@@ -158,6 +159,12 @@ class _Planner:
         self.faults: list[str] = []
 
     def plan(self) -> Plan:
+        if self.adapter.parameters:
+            raise UserError(
+                f"adapter {self.adapter.folder} changes {', '.join(self.adapter.parameters)}, "
+                "which stand otherwise in a checkpoint than in the model: load_adapter, "
+                "merge_and_unload and save_pretrained instead"
+            )
         self._find_missing()
         ops = [
             self._op(name, source) for name, source in self.sources.items() if self._is_own(name)
@@ -200,6 +207,8 @@ class _Planner:
             packed, shape, floats = False, whole, True
         transposed = module is not None and self.transposed.get(module, False)
         matrix = shape[::-1] if transposed and not packed else shape
+        if len(shape) > 2 and module in adapter.pairs:  # a convolution
+            matrix = (shape[0], math.prod(shape[1:]))
         if module in adapter.pairs and matrix != adapter.pairs[module].shape:
             wanted = adapter.pairs[module].shape
             self.faults.append(f"{name} is {matrix}, the adapter is for {wanted}")

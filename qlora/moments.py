@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from qlora.adapter_module import plain
+from qlora.frozen import matrix_shape
+
 MAX_BYTES = 4 << 30
 
 
@@ -80,10 +83,10 @@ def _groups(
     used = 0
     for name, layer in layers.items():
         leader = leaders.get(name, name)
-        size = 4 * layer.in_features**2 if leader not in groups[-1].values() else 0
+        size = 4 * _inputs(layer) ** 2 if leader not in groups[-1].values() else 0
         if groups[-1] and used + size > max_bytes:
             groups.append({})
-            leader, used, size = name, 0, 4 * layer.in_features**2
+            leader, used, size = name, 0, 4 * _inputs(layer) ** 2
         groups[-1][name] = leader
         used += size
     return groups
@@ -96,7 +99,7 @@ def _gather(
     group: Mapping[str, str],
 ) -> dict[str, Moments]:
     leaders = {name: layers[name] for name in dict.fromkeys(group.values())}
-    made = {name: _no_moments(layer.in_features, model.device) for name, layer in leaders.items()}
+    made = {name: _no_moments(_inputs(layer), model.device) for name, layer in leaders.items()}
     real = torch.empty(0)
 
     def add(name: str, x: Tensor) -> None:
@@ -112,6 +115,10 @@ def _gather(
             real = batch["attention_mask"].bool().to(model.device)
             _run(model, batch)
     return {name: made[leader] for name, leader in group.items()}
+
+
+def _inputs(layer: nn.Module) -> int:
+    return matrix_shape(plain(layer))[1]
 
 
 def _no_moments(in_features: int, device: torch.device) -> Moments:

@@ -23,14 +23,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from qlora import nf4
+from qlora.adapter_module import adapted, plain, wrappers
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
+from qlora.frozen import dense_weight, is_linear, is_quantized, matrix_shape, was_conv1d
 from qlora.initialise import Pair, loftq, olora, pissa
-from qlora.lora import Factors, LoRALinear, dense_weight, lora_layers
+from qlora.lora import Factors, LoRALinear
 
 
 class OriginalWeights(Protocol):
@@ -43,8 +44,11 @@ class OriginalWeights(Protocol):
         """The weight (out, in) in the dtype that loading casts it to."""
 
 
+# ---- whether it can be ----
+
+
 def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
-    """Refuse a start from weights that cannot be had, before anything is changed.
+    """Refuse a start of A and B that these layers cannot have, before anything is changed.
 
     Args:
         layers: those to be adapted, and what each is to get.
@@ -52,44 +56,61 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
     Raises:
         UserError: it names every layer at fault.
     """
-    wanted = {name: config for name, config in layers.items() if config.starts_from_weights}
-    if not wanted:
+    modules = {name: plain(model.get_submodule(name)) for name in layers}
+    config = next(iter(layers.values()))
+    init = config.init_lora_weights
+    if init in (True, "gaussian"):
         return
-    init = next(iter(wanted.values())).init_lora_weights
-    modules = {name: _linear(model, name) for name in wanted}
+    others = [name for name, module in modules.items() if not is_linear(module)]
+    if others:
+        raise UserError(
+            f"init_lora_weights={init!r} is for linear layers, which {_some(others)} is not: give "
+            "it an adapter of its own"
+        )
     small = [
-        f"{name} has r={config.r} and is {tuple(_shape(modules[name]))}"
-        for name, config in wanted.items()
-        if config.r > min(_shape(modules[name]))
+        f"{name} has r={layers[name].r} and is {matrix_shape(module)}"
+        for name, module in modules.items()
+        if layers[name].r > min(matrix_shape(module))
     ]
     if small:
         raise UserError(
             f"init_lora_weights={init!r} takes at most as many directions as a layer has: "
             f"{_some(small)}. Give a smaller r, or another to these layers with rank_pattern"
         )
-    plain = [name for name, module in modules.items() if not isinstance(module, Linear4bit)]
-    if init == "loftq" and plain:
+    dense = [name for name, module in modules.items() if not is_quantized(module)]
+    if init == "loftq" and dense:
         raise UserError(
-            f"LoftQ makes up for quantization, and these layers are not quantized: {_some(plain)}. "
+            f"LoftQ makes up for quantization, and these layers are not quantized: {_some(dense)}. "
             "Name them in exclude_modules"
         )
-    if any(config.rebases for config in wanted.values()):
+    if config.rebases:
         require_alone(model, f"init_lora_weights={init!r}")
-    require_originals(model, modules)
+    if config.starts_from_weights:
+        require_originals(model, modules)
 
 
 def require_alone(model: nn.Module, what: str) -> None:
     """Refuse `what`, which changes the base, while there are adapters on it."""
-    if names := adapter_names(model):
+    if names := _adapter_names(model):
         raise UserError(
             f"{what} changes the base, and {', '.join(names)} was made for it as it is: unload "
             "first, or load the base again"
         )
 
 
+def require_own_base(model: nn.Module, what: str) -> None:
+    """Refuse `what` on a model whose base was changed for the adapter it has."""
+    if taken_out(model):
+        raise UserError(
+            f"{what} wants the base as it was, and it was changed for adapter "
+            f"{', '.join(_adapter_names(model))} (PiSSA, OLoRA or LoftQ): unload that first"
+        )
+
+
 def require_originals(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse 4-bit layers whose weights from before quantization are not at hand."""
-    coded = [name for name in names if isinstance(_linear(model, name), Linear4bit)]
+    modules = {name: plain(model.get_submodule(name)) for name in names}
+    coded = {name: module for name, module in modules.items() if is_quantized(module)}
     originals: OriginalWeights | None = getattr(model, "original_weights", None)
     if coded and originals is None:
         raise UserError(
@@ -97,7 +118,9 @@ def require_originals(model: nn.Module, names: Iterable[str]) -> None:
             "model with load_base, which remembers where they are (a checkpoint that is 4-bit "
             "already has none)"
         )
-    missing = [n for n in coded if originals and originals.shape(n) != _shape(_linear(model, n))]
+    missing = [
+        name for name in coded if originals and originals.shape(name) != matrix_shape(coded[name])
+    ]
     if missing:
         raise UserError(
             f"the checkpoint does not hold the weights of {_some(missing)} as this model has them: "
@@ -105,18 +128,23 @@ def require_originals(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
+# ---- the start ----
+
+
 @torch.no_grad()
 def start_from_weights(
-    model: nn.Module,
-    name: str,
+    layer: LoRALinear,
+    weight: Tensor,
     adapter_name: str,
     config: LoraConfig,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Give the new adapter of layer `name` its first values, and the layer the base they want."""
-    layer: Any = model.get_submodule(name)
-    weight = original_weight(model, name)
-    pair, taken = _first_values(weight, config, _quant_of(layer.base_layer), generator)
+    """Give the new adapter of a layer its first values, and the layer the base they want.
+
+    Args:
+        weight: the layer's `original_weight` (out, in).
+    """
+    pair, taken = _first_values(weight, config, _quant_of(layer.plain), generator)
     lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     if pair[0].any():  # else there is nothing to make up for, and A = 0, B = 0 would not learn
         lora_A.copy_(pair[0])
@@ -145,32 +173,50 @@ def _first_values(
     return pair, pair
 
 
+# ---- the base ----
+
+
 @torch.no_grad()
 def rebase(layer: LoRALinear, weight: Tensor, taken: Factors | None) -> None:
     """Make the base of `layer` anew, of its original `weight` (out, in) without `taken`."""
-    base: Any = layer.base_layer
+    base = layer.plain
     taken = taken and taken.to(weight.device)
     rest = weight if taken is None else weight.float() - taken.change(weight)
-    old = getattr(base.weight, "quant_state", None)
-    if old is not None:
+    if is_quantized(base):
         packed, state = nf4.quantize(rest, _quant_of(base))
-        state.dtype = old.dtype  # what the codes are turned into
+        state.dtype = base.weight.quant_state.dtype  # what the codes are turned into
         base.weight.data = packed
         base.weight.quant_state = base.quant_state = state
     else:
-        base.weight.copy_(rest)
+        base.weight.copy_(rest.T if was_conv1d(base) else rest)
     layer.taken = taken
 
 
 def original_weight(model: nn.Module, name: str) -> Tensor:
     """The weight (out, in) that layer `name` was loaded with, on its device."""
-    base, taken = _linear(model, name), getattr(model.get_submodule(name), "taken", None)
+    module = model.get_submodule(name)
+    layers = (wrapper for wrapper in wrappers(module) if isinstance(wrapper, LoRALinear))
+    base, taken = plain(module), next((layer.taken for layer in layers), None)
     originals: OriginalWeights | None = getattr(model, "original_weights", None)
-    is_whole = taken is None and not isinstance(base, Linear4bit)
+    is_whole = taken is None and not is_quantized(base)
     if originals is not None and not is_whole:
         return originals.read(name).to(base.weight.device)
     weight = dense_weight(base)
     return weight if taken is None else weight + taken.change(weight)
+
+
+def taken_out(model: nn.Module) -> dict[str, Factors]:
+    """Of layers whose base was changed for an adapter, what was taken out of it."""
+    found = {name: layer.taken for name, layer in _linear_layers(model).items()}
+    return {name: taken for name, taken in found.items() if taken is not None}
+
+
+def set_bases(model: nn.Module, wanted: Mapping[str, Factors]) -> None:
+    """Every adapted layer's base without what is `wanted` out of it, and all others as loaded."""
+    there = taken_out(model)
+    for name, layer in _linear_layers(model).items():
+        if not _same(there.get(name), wanted.get(name)):
+            rebase(layer, original_weight(model, name), wanted.get(name))
 
 
 def restore(model: nn.Module) -> None:
@@ -179,41 +225,31 @@ def restore(model: nn.Module) -> None:
     Raises:
         UserError: the weights from before quantization are no longer there.
     """
-    layers = {n: layer for n, layer in lora_layers(model).items() if layer.taken is not None}
-    require_originals(model, layers)
-    for name, layer in layers.items():
-        rebase(layer, original_weight(model, name), None)
+    require_originals(model, taken_out(model))
+    set_bases(model, {})
 
 
-def require_own_base(model: nn.Module, what: str) -> None:
-    """Refuse `what` on a model whose base was changed for the adapter it has."""
-    if any(layer.taken is not None for layer in lora_layers(model).values()):
-        raise UserError(
-            f"{what} wants the base as it was, and it was changed for adapter "
-            f"{', '.join(adapter_names(model))} (PiSSA, OLoRA or LoftQ): unload that first"
-        )
+def _same(one: Factors | None, other: Factors | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    pairs = zip(one[:2], other[:2], strict=True)
+    return all(torch.equal(a.cpu().float(), b.cpu().float()) for a, b in pairs)
 
 
-def adapter_names(model: nn.Module) -> list[str]:
+def _linear_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in adapted(model) if isinstance(module, LoRALinear)}
+
+
+def _adapter_names(model: nn.Module) -> list[str]:
     """The adapters on `model`, each once."""
-    return list(dict.fromkeys(n for layer in lora_layers(model).values() for n in layer.lora_A))
-
-
-def _linear(model: nn.Module, name: str) -> Any:
-    """The frozen layer at `name`, below its adapters."""
-    module: Any = model.get_submodule(name)
-    return module.base_layer if isinstance(module, LoRALinear) else module
-
-
-def _shape(layer: Any) -> tuple[int, int]:
-    return layer.out_features, layer.in_features
+    return list(dict.fromkeys(n for _, wrapper in adapted(model) for n in wrapper.adapters))
 
 
 def _quant_of(layer: Any) -> QuantConfig:
-    """How a Linear4bit is quantized; anything, for a layer that is not."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
+    """How a 4-bit layer is quantized; anything, for one that is not."""
+    if not is_quantized(layer):
         return QuantConfig()
+    state = layer.weight.quant_state
     return QuantConfig(state.quant_type, state.blocksize, bool(state.nested))
 
 

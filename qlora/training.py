@@ -63,9 +63,11 @@ def _train(config: TrainConfig) -> Path:
     check_trainer_arguments(config.trainer)
     tokenizer, max_length = _load_tokenizer(config)
     rows, eval_rows = _load_rows(config, tokenizer, max_length)
+    # what is trained in full starts from the original weights
+    skipped = (*config.quant.skip_modules, *config.lora.modules_to_save)
     model = load_base(
         config.model,
-        config.quant,
+        replace(config.quant, skip_modules=skipped),
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )

@@ -109,6 +109,11 @@ def test_a_config_cannot_be_changed():
             "loftq_config is for init_lora_weights=loftq: give both",
         ),
         (
+            lambda: LoraConfig(init_lora_weights="gaussian", target_parameters=("experts.down",)),
+            "target_parameters have no other start than true, and init_lora_weights is "
+            "'gaussian': leave one of them out",
+        ),
+        (
             lambda: LoraConfig(init_lora_weights="eva", eva_config={"rho": 0.5}),
             "rho must be a number from 1 on, got 0.5",
         ),
@@ -165,7 +170,6 @@ def test_steps_stand_in_for_epochs():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: LoraConfig(modules_to_save=("lm_head",)),
         lambda: DataConfig("x", packing=True),
         lambda: train_config(plan=True),
         lambda: train_config(gpu_memory="8GB"),

@@ -28,19 +28,17 @@ from qlora.adapter_files import (
 from qlora.adapters import (
     adapter_configs,
     apply_lora,
-    delete_adapter,
     disable_adapter,
-    merge_adapter,
-    merge_and_unload,
     mixed_batch,
     set_adapter,
-    unload,
 )
 from qlora.base import load_base
 from qlora.config import LoraConfig, MergeConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.lora import dense_weight, lora_layers
+from qlora.frozen import dense_weight
+from qlora.lora import lora_layers
 from qlora.merge import merge
+from qlora.merging import delete_adapter, merge_adapter, merge_and_unload, unload
 
 LOFTQ_3 = {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}}
 REBASING = {
