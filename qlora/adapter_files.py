@@ -42,27 +42,41 @@ from qlora.config import LoraConfig
 from qlora.errors import UserError
 from qlora.lora import LoRALinear, lora_layers, was_conv1d
 from qlora.matching import matches
+from qlora.portable import portable_subset
 
 # ---- writing ----
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> Path:
-    """Write adapter `adapter_name` so that PEFT loads it; returns the folder it stands in."""
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    portable: bool = False,
+) -> Path:
+    """Write adapter `adapter_name` so that PEFT loads it; returns the folder it stands in.
+
+    Args:
+        portable: write it so that vLLM, SGLang, llama.cpp and TGI compute the same, too
+            (qlora.portable); raises UserError for what they cannot, such as DoRA.
+    """
     configs = adapter_configs(model)
     if adapter_name not in configs:
         raise UserError(f"no adapter {adapter_name!r} to save; the model has: {', '.join(configs)}")
     folder = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
-    folder.mkdir(parents=True, exist_ok=True)
     layers = {n: m for n, m in lora_layers(model).items() if adapter_name in m.lora_A}
     tensors = {}
     for name, layer in layers.items():
         for kind, parameter in layer.parameters_of(adapter_name).items():
             ending = "" if kind == "lora_magnitude_vector" else ".weight"
             tensors[f"{PREFIX}{name}.{kind}{ending}"] = parameter.detach().cpu()
+    values = _peft_config(model, configs[adapter_name], list(layers))
+    if portable:
+        values, tensors = portable_subset(values, tensors, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "qlora": json.dumps(getattr(model, "qlora_base", {}))}
     save_file(tensors, folder / f".{WEIGHTS}", metadata=metadata)
-    text = json.dumps(_peft_config(model, configs[adapter_name], list(layers)), indent=2)
-    (folder / f".{CONFIG}").write_text(text + "\n", encoding="utf-8")
+    (folder / f".{CONFIG}").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     for name in (WEIGHTS, CONFIG):
         os.replace(folder / f".{name}", folder / name)
     return folder
