@@ -1,8 +1,8 @@
 """What the programs that load PEFT adapter files refuse, and what they ignore without a word.
 
 Ignoring is the worse of the two: the program runs, and another model answers. Each rule is a line
-of a table below, a letter for each consumer: `R` refuses, `I` ignores, `-` takes it. They were read
-in, and where that can be done tried against,
+of a table below, a letter for each consumer: `R` refuses, `I` ignores, `-` takes it; the worse one
+where that depends on the layer. They come from the sources of
 
     vLLM 0.33.0         vllm/lora: peft_helper.py (validate_legal, get_rank_and_scaling),
                         lora_model.py, utils.py (parse_fine_tuned_lora_name)
@@ -36,7 +36,7 @@ HIGHEST_RANK = 512  # vllm/config/lora.py, MaxLoRARanks
 
 
 @dataclass(frozen=True)
-class Contents:
+class Adapter:
     """An adapter as its consumers see it."""
 
     values: Mapping[str, Any]
@@ -77,7 +77,7 @@ def kind_of(key: str) -> tuple[str, str]:
 
 # ---- what to look for ----
 
-Offenders = Callable[[Contents], Iterable[str]]
+Offenders = Callable[[Adapter], Iterable[str]]
 
 
 def _set(*names: str) -> Offenders:
@@ -93,48 +93,48 @@ def _kinds(*kinds: str) -> Offenders:
     return lambda a: _leaves(a.of_kind(*kinds))
 
 
-def _dora(a: Contents) -> list[str]:
+def _dora(a: Adapter) -> list[str]:
     return _leaves(a.of_kind("magnitude")) or list(_set("use_dora")(a))
 
 
-def _alphas(a: Contents) -> list[str]:
+def _alphas(a: Adapter) -> list[str]:
     """Entries of alpha_pattern that give a module another alpha."""
     pattern = a.values.get("alpha_pattern") or {}
     used = {pattern_key(pattern, module) for module in a.ranks}
     return [key for key in pattern if key in used and pattern[key] != a.values.get("lora_alpha", 8)]
 
 
-def _other_ranks(a: Contents) -> list[str]:
+def _other_ranks(a: Adapter) -> list[str]:
     own = a.values.get("r", 8)
     return _leaves(module for module, r in a.ranks.items() if r != own)
 
 
-def _high_rank(a: Contents) -> list[str]:
+def _high_rank(a: Adapter) -> list[str]:
     highest = max(a.ranks.values(), default=0)
     return [f"r={highest}, at most {HIGHEST_RANK}"] if highest > HIGHEST_RANK else []
 
 
-def _regex(a: Contents) -> list[str]:
+def _regex(a: Adapter) -> list[str]:
     targets = a.values.get("target_modules", [])
     is_list = isinstance(targets, list) or targets in ("all-linear", "all")
     return [] if is_list else [f"target_modules={targets!r}"]
 
 
-def _bias_setting(a: Contents) -> list[str]:
+def _bias_setting(a: Adapter) -> list[str]:
     bias = a.values.get("bias", "none")
     return [] if bias == "none" else [f"bias={bias!r}"]
 
 
-def _rebasing_init(a: Contents) -> list[str]:
+def _rebasing_init(a: Adapter) -> list[str]:
     init = a.values.get("init_lora_weights", True)
     return [init] if isinstance(init, str) and init.lower() not in PLAIN_INITS else []
 
 
-def _convolutions(a: Contents) -> list[str]:
+def _convolutions(a: Adapter) -> list[str]:
     return _leaves(kind_of(name)[0] for name, shape in a.shapes.items() if len(shape) > 2)
 
 
-def _odd_ones(a: Contents) -> list[str]:
+def _odd_ones(a: Adapter) -> list[str]:
     """Layers without the one that they are stacked with."""
     needs = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     found = set()
@@ -145,7 +145,7 @@ def _odd_ones(a: Contents) -> list[str]:
     return sorted(found)
 
 
-def _gaps(a: Contents) -> list[str]:
+def _gaps(a: Adapter) -> list[str]:
     """Kinds of layers that are adapted in some blocks only."""
     blocks: dict[str, set[int]] = {}
     for module in a.ranks:
@@ -205,7 +205,7 @@ LOST = (
     Rule("R R R I - -", "convolutions", _convolutions, KEEP),
     Rule("R I I I - -", "an init that changes the base", _rebasing_init, CONVERT),
     Rule("R I I I - -", "repeated layers", _set("layer_replication"), KEEP),
-    Rule("R I - I - -", "aLoRA", _set("alora_invocation_tokens"), KEEP),
+    Rule("R I - I I -", "aLoRA", _set("alora_invocation_tokens"), KEEP),
     Rule("R I I I - -", "QALoRA", _set("use_qalora"), KEEP),
     Rule("R I I I - -", "BD-LoRA", _set("use_bdlora"), KEEP),
     Rule("- R R I - -", "parameters as targets", _set("target_parameters"), KEEP),
@@ -227,8 +227,8 @@ def findings(
         values: adapter_config.json.
         tensors: of adapter_model.safetensors, by their names there; only shapes are looked at.
     """
-    contents = Contents(values, {name: tuple(t.shape) for name, t in tensors.items()})
-    found = ((rule, list(rule.offenders(contents))) for rule in rules)
+    adapter = Adapter(values, {name: tuple(t.shape) for name, t in tensors.items()})
+    found = ((rule, list(rule.offenders(adapter))) for rule in rules)
     return [(rule, f"{rule.what} ({_few(names)})") for rule, names in found if names]
 
 

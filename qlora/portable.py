@@ -155,8 +155,8 @@ def main(config: PortableConfig) -> None:
             text = json.dumps(values, indent=2) + "\n"
             (partial / CONFIG).write_text(text, encoding="utf-8")
         print(f"\nThe same function, in {output}:\n{table(problems(values, tensors))}")
-    elif findings(values, tensors, BAKED) and not findings(values, tensors, LOST):
-        print("\nWith --output-dir it is written so that all of them read the same.")
+    elif (baked := findings(values, tensors, BAKED)) and not findings(values, tensors, LOST):
+        print(f"\n--output-dir DIR writes it without {', '.join(what for _, what in baked)}.")
 
 
 def table(found: Mapping[str, list[str]]) -> str:
