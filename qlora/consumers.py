@@ -10,8 +10,8 @@ where that depends on the layer. They come from the sources of
                         init_lora_shapes), lora.py (scaling, normalize_qkv_proj), mem_pool.py
     llama.cpp           convert_lora_to_gguf.py; src/llama-adapter.cpp, .h
     TGI                 server/text_generation_server/adapters/lora.py (prepare_weights)
-    transformers        5.17 to 5.23, the worst of them (5.17 loads nothing that was trained in full):
-                        integrations/peft.py, load_adapter
+    transformers        integrations/peft.py (load_adapter), the worst of 5.17 to 5.23: 5.17 alone
+                        loads nothing that was trained in full
     PEFT 0.21           reads what it wrote
 
 Left out is what a file cannot tell: the layers that a server knows of each family, how it was

@@ -56,6 +56,8 @@ def portable_subset(
     _refuse_lost(values, tensors, folder)
     require_understood(values, folder)
     _, contents = contents_of(values, tensors, folder)
+    if not contents.pairs:
+        raise UserError(f"adapter {folder} holds no lora_A and lora_B: there is nothing to write")
     r = max(len(factors.lora_A) for factors in contents.pairs.values())
     scaling = _common_scaling([factors.scaling for factors in contents.pairs.values()])
     baked = dict(tensors)

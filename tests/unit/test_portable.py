@@ -303,6 +303,12 @@ def test_files_at_fault_are_refused(values, tensors, message):
         portable_subset({**PLAIN, **values}, {**pair("a.q"), **tensors}, Path("x"))
 
 
+def test_a_copy_of_the_base_alone_is_no_adapter():
+    copy = {"base_model.model.lm_head.base_layer.weight": torch.ones(6, 4)}
+    with pytest.raises(UserError, match="holds no lora_A and lora_B: there is nothing to write"):
+        portable_subset(PLAIN, copy, Path("x"))
+
+
 # ---- the command ----
 
 
