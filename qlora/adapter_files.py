@@ -10,10 +10,10 @@ not put on another base. Consumers ignore it.
 
 An adapter whose base was changed for it (qlora.rebase: PiSSA, OLoRA, LoftQ of several rounds) is
 saved as one of rank 2r over the base as it was: A over A', B beside -B', the same scaling. `qlora`
-then says `rebased`, and who knows what that means makes the base anew and takes A and B alone: this
-is the function that was trained. Over the plain 4-bit base, as PEFT and vLLM have it, that function
-is off by the difference between two quantizations of each weight; over the original weights by the
-error of the changed base alone.
+then says in `rebased` where in each layer A ends, and who knows what that means makes the base anew
+and takes A and B alone: this is the function that was trained. Over the plain 4-bit base, as PEFT
+and vLLM have it, that function is off by the difference between two quantizations of each weight;
+over the original weights by the error of the changed base alone.
 """
 
 import json
@@ -60,6 +60,7 @@ from qlora.layers import LoRAExperts
 from qlora.lora import Factors, lora_layers
 from qlora.matching import matches, takes_adapter
 from qlora.merging import require_unmerged
+from qlora.portable import portable_subset
 from qlora.rebase import (
     require_alone,
     require_originals,
@@ -72,25 +73,36 @@ from qlora.trained import TrainedModule
 # ---- writing ----
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> Path:
-    """Write adapter `adapter_name` so that PEFT loads it; returns the folder it stands in."""
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    portable: bool = False,
+) -> Path:
+    """Write adapter `adapter_name` so that PEFT loads it; returns the folder it stands in.
+
+    Args:
+        portable: write it so that vLLM, SGLang, llama.cpp and TGI compute the same, too
+            (qlora.portable); raises UserError for what they cannot, such as DoRA.
+    """
     configs = adapter_configs(model)
     if adapter_name not in configs:
         raise UserError(f"no adapter {adapter_name!r} to save; the model has: {', '.join(configs)}")
     folder = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in parameters_by_file_name(model, adapter_name).items()
-    }
+    own = parameters_by_file_name(model, adapter_name)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in own.items()}
     config, base = configs[adapter_name], getattr(model, "qlora_base", {})
     if taken := taken_out(model):
         tensors |= _with_taken(tensors, taken)
-        config, base = config.with_ranks(2), {**base, "rebased": True}
-    metadata = {"format": "pt", "qlora": json.dumps(base)}
-    save_file(tensors, folder / f".{WEIGHTS}", metadata=metadata)
-    text = json.dumps(_peft_config(model, config, adapter_name), indent=2)
-    (folder / f".{CONFIG}").write_text(text + "\n", encoding="utf-8")
+        config = config.with_ranks(2)
+        base = {**base, "rebased": {name: len(out.lora_A) for name, out in taken.items()}}
+    values = _peft_config(model, config, adapter_name)
+    if portable:
+        values, tensors = portable_subset(values, tensors, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f".{WEIGHTS}", metadata={"format": "pt", "qlora": json.dumps(base)})
+    (folder / f".{CONFIG}").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     for name in (WEIGHTS, CONFIG):
         os.replace(folder / f".{name}", folder / name)
     return folder

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qlora.adapter_tensors import PREFIX, sort_out
+from qlora.adapter_tensors import PREFIX, Contents, sort_out
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import Factors
@@ -83,8 +83,8 @@ class AdapterFile:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """all of the above as they stand in the file"""
     taken: dict[str, Factors] = field(default_factory=dict)
-    """what each layer's base was quantized without (qlora.rebase): the later half of its pair, with
-    B's sign turned; empty for a base as it was"""
+    """what each layer's base was quantized without (qlora.rebase); its pair undoes that in the
+    ranks behind those that were trained. Empty for a base as it was"""
     base: dict[str, Any] = field(default_factory=dict)
     """How its base was quantized, and the base's fingerprint; empty for adapters of others."""
 
@@ -138,14 +138,11 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     """
     folder = Path(folder).expanduser()
     values = _read_config(folder)
-    config = _lora_config(values, folder)
+    require_understood(values, folder)
     tensors, metadata = _read_tensors(folder)
+    config, contents = contents_of(values, tensors, folder)
     base = _read_base_record(metadata, folder)
-    contents, faults = sort_out(tensors, values, config)
-    taken = _taken(contents.pairs, faults) if base.pop("rebased", False) else {}
-    raise_faults(
-        f"{folder / WEIGHTS}", faults, mend="Save the adapter again, or take an earlier checkpoint"
-    )
+    taken = _taken(base.pop("rebased", {}), contents.pairs, folder)
     return AdapterFile(
         folder=folder,
         config=config,
@@ -160,7 +157,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
 
 
 def as_trained(adapter: AdapterFile) -> AdapterFile:
-    """The adapter that goes with a base changed for it, of half the rank; any other as it is."""
+    """The adapter that goes with a base changed for it, of half the ranks; any other as it is."""
     if not adapter.taken:
         return adapter
     pairs, tensors = dict(adapter.pairs), dict(adapter.tensors)
@@ -169,7 +166,37 @@ def as_trained(adapter: AdapterFile) -> AdapterFile:
         pairs[name] = Factors(pair.lora_A[:r], pair.lora_B[:, :r], pair.scaling)
         for side, half in zip("AB", pairs[name][:2], strict=True):
             tensors[f"{PREFIX}{name}.lora_{side}.weight"] = half
-    return replace(adapter, pairs=pairs, tensors=tensors, config=adapter.config.with_ranks(0.5))
+    ranks = {name: len(taken.lora_A) for name, taken in adapter.taken.items()}
+    config = adapter.config.with_ranks(0.5)
+    if any(config.of(name).r != r for name, r in ranks.items()):  # a portable one was padded
+        config = config.with_ranks_of(ranks)
+    return replace(adapter, pairs=pairs, tensors=tensors, config=config)
+
+
+def read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """An adapter's config, its tensors and their metadata, as they are in its two files.
+
+    Raises:
+        UserError: a file is missing or damaged, or is of no LoRA adapter.
+    """
+    folder = Path(folder).expanduser()
+    return _read_config(folder), *_read_tensors(folder)
+
+
+def contents_of(
+    values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[LoraConfig, Contents]:
+    """What the tensors are, after the config.
+
+    Raises:
+        UserError: they do not go together, or a value is out of its range; all offenders are named.
+    """
+    config = _lora_config(values, folder)
+    contents, faults = sort_out(tensors, values, config)
+    raise_faults(
+        f"{folder / WEIGHTS}", faults, mend="Save the adapter again, or take an earlier checkpoint"
+    )
+    return config, contents
 
 
 def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> AdapterFile:
@@ -258,7 +285,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
+def require_understood(values: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a config that asks for what is not there."""
     init = values.get("init_lora_weights", True)
     unsupported = [f"{k}={v!r}" for k, v in values.items() if v and k not in UNDERSTOOD]
     if isinstance(init, str) and init.startswith(REBASING_INITS):
@@ -271,6 +299,9 @@ def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
             f"{folder / CONFIG} asks for what is not there yet: {', '.join(unsupported)}. "
             "Wanted a LoRA adapter without it"
         )
+
+
+def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
     targets = values.get("target_modules") or "all-linear"
     try:
         return LoraConfig(
@@ -318,14 +349,21 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
 
-def _taken(pairs: Mapping[str, Factors], faults: list[str]) -> dict[str, Factors]:
-    """The later half of each pair, which cancels what training began with."""
-    odd = [name for name, pair in pairs.items() if len(pair.lora_A) % 2]
-    faults += [f"{name} has an odd rank, its metadata says it is two adapters" for name in odd]
+def _taken(
+    ranks: Mapping[str, int], pairs: Mapping[str, Factors], folder: Path
+) -> dict[str, Factors]:
+    """What as many ranks, behind those of the trained part, undo in each layer."""
+    faults = [
+        f"{name} has no {2 * r} ranks, and its metadata says that {r} of them undo {r}"
+        for name, r in ranks.items()
+        if name not in pairs or len(pairs[name].lora_A) < 2 * r
+    ]
+    faults += [f"{name} is not in its metadata" for name in pairs if ranks and name not in ranks]
+    raise_faults(f"{folder / WEIGHTS}", faults, mend="Save the adapter again")
     found = {}
-    for name, pair in pairs.items():
-        r = len(pair.lora_A) // 2
-        found[name] = Factors(pair.lora_A[r:], -pair.lora_B[:, r:], pair.scaling)
+    for name, r in ranks.items():
+        lora_A, lora_B, scaling = pairs[name][:3]
+        found[name] = Factors(lora_A[r : 2 * r], -lora_B[:, r : 2 * r], scaling)
     return found
 
 

@@ -226,6 +226,17 @@ class LoraConfig:
             alpha_pattern={name: alpha * alphas for name, alpha in self.alpha_pattern.items()},
         )
 
+    def with_ranks_of(self, ranks: Mapping[str, int]) -> "LoraConfig":
+        """The same scaling in each of these layers, which are all there are, with other ranks."""
+        own = {name: self.of(name) for name in ranks}
+        own = {name: config.with_ranks(ranks[name] / config.r) for name, config in own.items()}
+        alphas = {name: config.lora_alpha for name, config in own.items()}
+        return replace(
+            self,
+            rank_pattern={name: config.r for name, config in own.items() if config.r != self.r},
+            alpha_pattern={n: alpha for n, alpha in alphas.items() if alpha != self.lora_alpha},
+        )
+
     @property
     def starts_from_weights(self) -> bool:
         """Whether A and B are made of the base's weights from before quantization."""

@@ -58,7 +58,10 @@ def eva_start(
     shares = {name: share for name, (_, share) in found.items()}
     ranks = share_out(shares, sum(own.r for own in layers.values()))
     chosen = {name: found[name][0][:rank] for name, rank in ranks.items() if rank}
-    return _with_ranks(config, layers, ranks), chosen
+    config = config.with_ranks_of({name: len(lora_A) for name, lora_A in chosen.items()})
+    if len(chosen) < len(layers):
+        config = replace(config, target_modules=tuple(chosen))
+    return config, chosen
 
 
 def _directions(
@@ -116,20 +119,3 @@ def share_out(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     for i in order[:budget].tolist():
         ranks[layers[i]] += 1
     return ranks
-
-
-def _with_ranks(
-    config: LoraConfig, layers: Mapping[str, LoraConfig], ranks: Mapping[str, int]
-) -> LoraConfig:
-    """`config` for the layers that have a rank, each with it and the scaling it had."""
-    kept = {
-        name: own.with_ranks(ranks[name] / own.r) for name, own in layers.items() if ranks[name]
-    }
-    return replace(
-        config,
-        target_modules=config.target_modules if len(kept) == len(layers) else tuple(kept),
-        rank_pattern={n: own.r for n, own in kept.items() if own.r != config.r},
-        alpha_pattern={
-            n: own.lora_alpha for n, own in kept.items() if own.lora_alpha != config.lora_alpha
-        },
-    )

@@ -325,14 +325,29 @@ def test_a_run_goes_on_with_the_base_of_its_checkpoint(base, tmp_path, init):
     assert_same_codes(again, plain)
 
 
-def test_an_odd_rank_that_says_it_is_two_adapters_is_refused(base, tmp_path):
+def test_saved_portable_it_is_the_same_on_its_own_base(base, tmp_path):
+    """Ranks are padded there, and all layers get one scaling."""
+    model = trained(base, **REBASING["patterns"])
+    save_adapter(model, tmp_path, portable=True)
+    written = json.loads((tmp_path / CONFIG).read_text())
+    assert (written["r"], written["rank_pattern"]) == (12, {})
+    again = load_adapter(load_base(str(base), FP32), tmp_path).eval()
+    torch.testing.assert_close(logits(again), logits(model), **SAME_LOGITS)
+    save_adapter(again, tmp_path / "again")
+    assert len(read_adapter(tmp_path / "again").taken[Q].lora_A) == 6
+    output = tmp_path / "out"
+    merge(MergeConfig(adapter=str(tmp_path), output_dir=str(output), format="fp32"))
+    merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(model), **SAME_LOGITS)
+
+
+def test_a_record_that_does_not_go_with_the_tensors_is_refused(base, tmp_path):
     save_adapter(started(base, init_lora_weights="pissa"), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
-    halves = {n: (t[:7] if "lora_A" in n else t[:, :7]).contiguous() for n, t in tensors.items()}
-    save_file(halves, tmp_path / WEIGHTS, metadata={"format": "pt", "qlora": '{"rebased": true}'})
-    written = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps({**written, "r": 7}))
-    with pytest.raises(UserError, match=f"{Q} has an odd rank, its metadata says it is two"):
+    record = json.dumps({"rebased": {Q: 5}})
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt", "qlora": record})
+    message = f"{Q} has no 10 ranks, and its metadata says that 5 of them undo 5; .* is not in its"
+    with pytest.raises(UserError, match=message):
         read_adapter(tmp_path)
 
 
