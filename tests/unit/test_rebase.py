@@ -232,6 +232,22 @@ def test_weights_that_are_all_zero_get_an_adapter_that_can_learn(checkpoints, tm
         assert torch.equal(logits(again.eval()), logits(model))
 
 
+def test_it_stands_beside_what_is_trained_in_full(base, tmp_path):
+    """Biases lie below A and B, and the head is saved whole."""
+    settings = {"init_lora_weights": "pissa", "bias": "lora_only", "modules_to_save": ("lm_head",)}
+    base = tmp_path / "base"
+    tiny_model("phi").save_pretrained(base)
+    model = trained(base, **settings, target_modules=("q_proj", "fc1"))
+    for name, parameter in model.named_parameters():
+        if ".own." in name:
+            parameter.data.add_(0.01)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(load_base(str(base), FP32), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(model))
+    plain = load_base(str(base), FP32)
+    assert torch.equal(logits(unload(again)), logits(plain))
+
+
 # ---- without the adapter ----
 
 
@@ -460,6 +476,31 @@ def test_a_checkpoint_that_is_gone_is_refused_and_the_model_stays(base, tmp_path
     model = trained(tmp_path / "base", init_lora_weights="pissa")
     shutil.rmtree(tmp_path / "base")
     refused(model, "can no longer be read", lambda: unload(model))
+
+
+def test_a_start_that_fails_half_way_leaves_the_model_as_it_was(base, monkeypatch):
+    model, plain = load_base(str(base), FP32), load_base(str(base), FP32)
+    read, reads = type(model.original_weights).read, []
+
+    def fails_once(originals, name):
+        reads.append(name)
+        if len(reads) == 5:
+            raise UserError("the disk is asleep")
+        return read(originals, name)
+
+    monkeypatch.setattr(type(model.original_weights), "read", fails_once)
+    config = LoraConfig(init_lora_weights="pissa", r=4)
+    refused(model, "asleep", lambda: apply_lora(model, config))
+    assert len(reads) == 5 + 4  # the bases of four layers were made anew again
+    assert_same_codes(model, plain)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq", "eva"])
+def test_an_embedding_is_refused(base, init):
+    model = load_base(str(base), FP32)
+    config = LoraConfig(init_lora_weights=init, target_modules=("q_proj", "embed_tokens"))
+    message = f"init_lora_weights='{init}' is for linear layers, which model.embed_tokens is not"
+    refused(model, message, lambda: apply_lora(model, config))
 
 
 def test_loftq_of_layers_that_are_not_quantized_is_refused(base):
