@@ -302,10 +302,10 @@ def load_adapter_weights(
         faults,
         mend="Give the settings the run was started with, or a new --output-dir",
     )
+    set_bases(model, adapter.taken)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(adapter.tensors[name])
-    set_bases(model, adapter.taken)
 
 
 def _modules_of(names: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from qlora.adapter_module import (
     AdapterModule,
@@ -97,7 +98,8 @@ def _add(
     dtype = torch.float32 if config.adapter_dtype == "auto" else DTYPES[config.adapter_dtype]
     for name, leaves in found.own.items():
         wrap(model, name, TrainedModule).add_adapter(adapter_name, leaves, dtype=dtype)
-    for name in found.layers:
+    slow = config.starts_from_weights  # a decomposition a layer
+    for name in tqdm(found.layers, desc="Starting", leave=False, disable=not slow):
         layer, own = wrap_layer(model, name), config.of(name)
         layer.add_adapter(adapter_name, own, generator=generator)
         if own.starts_from_weights:

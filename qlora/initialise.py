@@ -6,7 +6,8 @@
 
 PiSSA and OLoRA take scaling B A out of the weight, and what is quantized is the rest,
 W - scaling B A. LoftQ alternates: Q_t = q(W - scaling B_t-1 A_t-1), then B_t, A_t from W - Q_t. Its
-first Q is the plain one, so one iteration leaves the base as it is.
+first Q is the plain one, so one iteration leaves the base as it is. What it makes up for is the
+error of that base: over the weights from before quantization its B A would be one error more.
 
 A matrix of 7B models is 4096 x 11008, and a full SVD of one takes seconds on a GPU. The best rank r
 needs none: the eigenvectors of the smaller of W W' and W' W, 4096 x 4096, are the singular vectors
