@@ -11,7 +11,7 @@ parameters, cannot be: they are named with their size and are an error unless al
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from qlora import nf4
 from qlora.checkpoint import (
     Checkpoint,
+    disk_name,
     is_skipped,
     linear_layers,
     quantized_layers,
@@ -34,6 +35,34 @@ from qlora.checkpoint import (
 from qlora.config import QuantConfig
 from qlora.errors import UserError
 from qlora.frozen import output_head
+
+
+@dataclass(frozen=True)
+class OriginalWeights:
+    """The weights of a 4-bit model's linear layers from before quantization, read when asked for.
+
+    `model.original_weights`, by the names of the model's layers.
+    """
+
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    """of each layer, its weight's name in the checkpoint"""
+    transposed: frozenset[str]
+    """the layers whose weight the checkpoint has as (in, out)"""
+    dtype: torch.dtype
+
+    def shape(self, name: str) -> tuple[int, int] | None:
+        """(out, in), or None where the checkpoint has no such weight."""
+        if name not in self.names:
+            return None
+        shape = self.checkpoint.tensors[self.names[name]].shape
+        return (shape[1], shape[0]) if name in self.transposed else (shape[0], shape[1])
+
+    def read(self, name: str) -> torch.Tensor:
+        """The weight (out, in) as loading casts it before it quantizes, on the CPU."""
+        weight = self.checkpoint.read(self.names[name]).to(self.dtype)
+        return weight.T if name in self.transposed else weight
+
 
 DTYPE_NAMES: dict[Any, Any] = {dtype: name for name, dtype in nf4.DTYPES.items()}
 
@@ -87,11 +116,26 @@ def load_base(
     _require_right_kernel(loaded)
     if not model.endswith(".gguf"):  # a hub name stays a name; a .gguf stands for its conversion
         loaded.config._name_or_path = model
-    loaded.qlora_base = {  # type: ignore[assignment]  # a plain attribute, no module
+    has_them = not checkpoint.is_quantized
+    # two plain attributes, no modules
+    loaded.original_weights = (
+        _original_weights(checkpoint, plan, dtype) if has_them else None  # type: ignore[assignment]
+    )
+    loaded.qlora_base = {  # type: ignore[assignment]
         **describe(checkpoint, replace(quant, compute_dtype=DTYPE_NAMES[dtype])),
         "revision": revision,
     }
     return loaded
+
+
+def _original_weights(
+    checkpoint: Checkpoint, plan: nn.Module, dtype: torch.dtype
+) -> OriginalWeights:
+    layers = linear_layers(plan)
+    names = {name: disk_name(checkpoint, plan, f"{name}.weight") for name in layers}
+    transposed = {name for name, layer in layers.items() if not isinstance(layer, nn.Linear)}
+    known = {name: found for name, found in names.items() if found}
+    return OriginalWeights(checkpoint, known, frozenset(transposed), dtype)
 
 
 def default_device() -> torch.device:
