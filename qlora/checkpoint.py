@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from qlora.config import QuantConfig
 from qlora.errors import UserError, first_line
-from qlora.lora import output_head
 from qlora.nf4 import RECORD_MARK
 from qlora.shards import DTYPE_CODES, INDEX, SINGLE, publishing
+from qlora.tasks import heads, is_in, task_named
 
 HUB_FILES = "safetensors json jinja model tiktoken txt py"
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
@@ -267,20 +267,37 @@ class Checkpoint:
 # ---- what the model made of it will look like ----
 
 
-def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model of `folder` on the meta device: names and shapes, no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def model_config(
+    folder: Path, *, labels: Sequence[str] = (), trust_remote_code: bool = False
+) -> Any:
+    """config.json of `folder` as transformers reads it, with these labels if there are any."""
+    from transformers import AutoConfig
 
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    return config
+
+
+def skeleton(
+    folder: Path,
+    *,
+    task: str = "causal-lm",
+    labels: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of `folder` for a task on the meta device: names and shapes, no memory."""
+    wanted = task_named(task)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = model_config(folder, labels=labels, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: nn.Module = wanted.load("from_config")(
                 config, trust_remote_code=trust_remote_code
             )
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"{folder} is no causal language model that this transformers knows: "
-            f"{first_line(error)}"
+            f"{folder} is no {wanted.kind} that this transformers knows: {first_line(error)}"
         ) from error
     return model
 
@@ -299,16 +316,18 @@ def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:
     """Layers of the skeleton `model` to be quantized; True where the weight is (in, out) on disk.
 
     These are every nn.Linear and every Conv1D (GPT-2's transposed linear layer) but the output
-    head and what `quant` skips.
+    head or a classifier's, what `quant` skips, and what transformers never quantizes.
     """
     from transformers.pytorch_utils import Conv1D
 
-    head = output_head(model)
+    left_out = heads(model)
+    kept = kept_dense(model)
     return {
         name: isinstance(module, Conv1D)
         for name, module in linear_layers(model).items()
         if (type(module) is nn.Linear or isinstance(module, Conv1D))
-        and module is not head
+        and name not in kept
+        and not is_in(name, left_out)
         and not is_skipped(name, quant.skip_modules)
     }
 
@@ -318,6 +337,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def kept_dense(model: nn.Module) -> list[str]:
+    """Linear layers that transformers keeps out of 4 bits, as the models look at their dtype: T5's
+    `wo`, which overflows in fp16."""
+    endings = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return [name for name in linear_layers(model) if endings and name.endswith(endings)]
 
 
 def is_skipped(name: str, skip_modules: Iterable[str]) -> bool:
