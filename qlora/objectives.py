@@ -235,9 +235,10 @@ def _words_and_labels(
     row: Record, tokenizer: PreTrainedTokenizerBase, names: Names
 ) -> Iterable[tuple[str, bool]]:
     for i, label in zip(row["input_ids"], row["labels"], strict=True):
+        yield str(tokenizer.decode([i])).strip(), False
         if label != NO_LOSS:
             yield names[label], True
-        yield str(tokenizer.decode([i])), False
+        yield " ", False
 
 
 def label_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:

@@ -215,8 +215,9 @@ def kind_of(
         if all(column in found for column in kind):
             return kind
     wanted = "; ".join(" + ".join(kind) for kind in kinds)
+    every = {column for kind in kinds for column in kind}
     known = [column for kind in kinds for column in kind if column not in found]
-    hints = (did_you_mean(column, known) for column in found)
+    hints = (did_you_mean(column, known) for column in found if column not in every)
     raise UserError(
         f"{source} has the columns {', '.join(found)}: wanted are {wanted}. Rename them."
         f"{next(filter(None, hints), '')}"
