@@ -32,6 +32,11 @@ from qlora.shards import DTYPE_CODES, INDEX, SINGLE, publishing
 from qlora.tasks import heads, is_in, task_named
 
 HUB_FILES = "safetensors json jinja model tiktoken txt py"
+# RoBERTa and its kin number positions from the pad's id + 1 on.
+POSITIONS_AFTER_PAD = (
+    "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
@@ -236,10 +241,15 @@ class Checkpoint:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest row its model takes, where config.json says."""
+        """The longest row its model takes, where config.json says and it is a limit."""
         text = self.config.get("text_config") or self.config
+        if "relative_attention_num_buckets" in text:  # T5's n_positions limits nothing
+            return None
         names = ("max_position_embeddings", "n_positions")
-        return next((text[name] for name in names if text.get(name)), None)
+        longest = next((text[name] for name in names if text.get(name)), None)
+        if longest and text.get("model_type") in POSITIONS_AFTER_PAD:
+            longest -= (text.get("pad_token_id") or 0) + 1
+        return longest
 
     @cached_property
     def is_quantized(self) -> bool:
