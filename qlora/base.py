@@ -76,29 +76,24 @@ def load_base(
     plan = skeleton(checkpoint.folder, task=task, **known)
     config = model_config(checkpoint.folder, **known)
     in_full = heads_to_train(checkpoint, plan, task)
-    settings = None
     if checkpoint.is_quantized:
         quant = own_quantization(checkpoint, quant)
         _leave_out(config, in_full)
-    elif method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
-        raise UserError(
-            f"{model} is already quantized, with {method}: give the 16-bit model it was made from, "
-            "or a bitsandbytes 4-bit one"
-        )
     quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
+    settings = None
     if not checkpoint.is_quantized:
+        _require_in_16_bits(checkpoint, model)
         _require_all_quantized(plan, quant)
         settings = _Bnb4BitConfig(quant, dtype, _skipped(plan, quant))
+    loading = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": trust_remote_code}
+    loading |= {"quantization_config": settings} if settings else {}
     with _quiet() if in_full else nullcontext():  # of a head that is not there we tell ourselves
         loaded, info = task_named(task).load("from_pretrained")(
             checkpoint.folder,
             config=config,
-            dtype=dtype,
-            device_map={"": device},
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # we refuse them ourselves, but in a head
-            **({"quantization_config": settings} if settings else {}),
+            **loading,
         )
     _complete(loaded, checkpoint, info, in_full, seed)
     if settings is not None:
@@ -123,6 +118,14 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _require_in_16_bits(checkpoint: Checkpoint, model: str) -> None:
+    if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
+        raise UserError(
+            f"{model} is already quantized, with {method}: give the 16-bit model it was made from, "
+            "or a bitsandbytes 4-bit one"
+        )
 
 
 def heads_to_train(checkpoint: Checkpoint, model: nn.Module, task: str) -> list[str]:
@@ -162,10 +165,7 @@ def _complete(
     seed: int,
 ) -> None:
     """Make what the checkpoint lacks of the modules `new`; refuse it where it lacks more, as
-    transformers would make up random tensors.
-
-    Matrices are normal with the model's initializer_range, the rest is as in a new model.
-    """
+    transformers would make up random tensors."""
     misshapen = {name for name, *_ in info["mismatched_keys"]}
     missing = sorted({*info["missing_keys"], *misshapen})
     lacks = [name for name in missing if not is_in(name, new)]
@@ -177,11 +177,17 @@ def _complete(
         )
     if missing:
         made = sorted({head for head in new for name in missing if is_in(name, [head])})
-        print(f"{', '.join(made)} is not in the checkpoint: made anew, with seed {seed}")
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: a seed means the same everywhere
+        print(f"The checkpoint has no {', '.join(made)} of this shape: made anew, seed {seed}")
+        _initialise(model, missing, seed)
+
+
+def _initialise(model: nn.Module, names: Iterable[str], seed: int) -> None:
+    """New values for parameters: matrices normal with the model's initializer_range, the rest as in
+    a new model. Drawn on the CPU, so a seed means the same everywhere."""
+    generator = torch.Generator().manual_seed(seed)
     config: Any = getattr(model, "config", None)
     std = getattr(config, "initializer_range", None) or 0.02
-    for name in missing:
+    for name in names:
         parameter = model.get_parameter(name)
         values = torch.zeros(parameter.shape)
         if parameter.ndim > 1:
