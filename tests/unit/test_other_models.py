@@ -73,7 +73,10 @@ MODELS = {
         LoraConfig(
             r=4,
             lora_alpha=8,
-            target_modules=("query", "value", "dense1", "sr", "patch_embeddings.0.proj"),
+            target_modules=(
+                "q_proj", "v_proj", "fc1",
+                "patch_embeddings.proj", "sequence_reduction.sequence_reduction",  # Conv2d
+            ),
             modules_to_save=("decode_head.classifier",),
         ),
     ),
@@ -107,6 +110,8 @@ def in_4_bits(model: nn.Module) -> nn.Module:
                 layer.in_features, layer.out_features, layer.bias is not None,
                 compute_dtype=torch.float32, quant_type="nf4",
             )  # fmt: skip
+            # as load_base does: on a CPU with bf16 units it would infer with other roundings
+            made.support_avx512bf16_for_cpu = False
             made.load_state_dict(layer.state_dict())
             model.set_submodule(name, made.to("cpu"))  # quantizes
     return model
@@ -124,7 +129,7 @@ def test_train_save_open_merge(kind, is_4_bit, tmp_path):
 
     apply_lora(model, config, generator=torch.Generator().manual_seed(0))
     before = output(again, inputs)
-    assert torch.equal(output(model, inputs), before)
+    assert (output(model, inputs) - before).abs().max() <= TOLERANCE
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(8):
@@ -140,7 +145,7 @@ def test_train_save_open_merge(kind, is_4_bit, tmp_path):
 
         save_adapter(model, tmp_path)
         load_adapter(again, tmp_path)
-        assert torch.equal(output(again, inputs), wanted)
+        assert (output(again, inputs) - wanted).abs().max() <= TOLERANCE
         opened = peft.PeftModel.from_pretrained(twin, tmp_path).eval()
         assert (output(opened.base_model.model, inputs) - wanted).abs().max() <= TOLERANCE
 
