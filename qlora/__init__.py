@@ -12,15 +12,10 @@ if TYPE_CHECKING:
     from qlora.adapter_files import save_adapter as save_adapter
     from qlora.adapter_files import swap_adapter as swap_adapter
     from qlora.adapters import apply_lora as apply_lora
-    from qlora.adapters import delete_adapter as delete_adapter
     from qlora.adapters import disable_adapter as disable_adapter
-    from qlora.adapters import merge_adapter as merge_adapter
-    from qlora.adapters import merge_and_unload as merge_and_unload
     from qlora.adapters import mixed_batch as mixed_batch
     from qlora.adapters import print_trainable_parameters as print_trainable_parameters
     from qlora.adapters import set_adapter as set_adapter
-    from qlora.adapters import unload as unload
-    from qlora.adapters import unmerge_adapter as unmerge_adapter
     from qlora.base import load_base as load_base
     from qlora.config import DataConfig as DataConfig
     from qlora.config import LoraConfig as LoraConfig
@@ -28,25 +23,32 @@ if TYPE_CHECKING:
     from qlora.config import QuantConfig as QuantConfig
     from qlora.config import TrainConfig as TrainConfig
     from qlora.errors import UserError as UserError
+    from qlora.merging import delete_adapter as delete_adapter
+    from qlora.merging import merge_adapter as merge_adapter
+    from qlora.merging import merge_and_unload as merge_and_unload
+    from qlora.merging import unload as unload
+    from qlora.merging import unmerge_adapter as unmerge_adapter
     from qlora.weighted import add_weighted_adapter as add_weighted_adapter
 
 _ROOMS = {
     "qlora.adapter_files": ("load_adapter", "save_adapter", "swap_adapter"),
     "qlora.adapters": (
         "apply_lora",
-        "delete_adapter",
         "disable_adapter",
-        "merge_adapter",
-        "merge_and_unload",
         "mixed_batch",
         "print_trainable_parameters",
         "set_adapter",
-        "unload",
-        "unmerge_adapter",
     ),
     "qlora.base": ("load_base",),
     "qlora.config": ("DataConfig", "LoraConfig", "MergeConfig", "QuantConfig", "TrainConfig"),
     "qlora.errors": ("UserError",),
+    "qlora.merging": (
+        "delete_adapter",
+        "merge_adapter",
+        "merge_and_unload",
+        "unload",
+        "unmerge_adapter",
+    ),
     "qlora.weighted": ("add_weighted_adapter",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

@@ -11,6 +11,8 @@ not put on another base. Consumers ignore it.
 
 import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from qlora.adapter_module import adapted, base_modules, plain, take_off
 from qlora.adapter_reader import (
     CONFIG,
-    DORA,
     WEIGHTS,
     AdapterFile,
     raise_faults,
@@ -30,18 +32,27 @@ from qlora.adapter_reader import (
 from qlora.adapter_tensors import PREFIX
 from qlora.adapters import (
     Model,
+    activate,
     active_adapters,
     adapter_configs,
+    all_or_nothing,
     known_adapters,
     require_new_name,
-    require_unmerged,
+    require_only_biases,
     set_adapter,
     wrap,
+    wrap_layer,
+    wrap_rows,
 )
 from qlora.config import LoraConfig
 from qlora.errors import UserError
-from qlora.lora import LoRALinear, lora_layers, was_conv1d
-from qlora.matching import matches
+from qlora.frozen import is_quantized, matrix_shape, was_conv1d
+from qlora.layers import LoRAExperts
+from qlora.lora import lora_layers
+from qlora.matching import matches, takes_adapter
+from qlora.merging import require_unmerged
+from qlora.tasks import task_of
+from qlora.trained import TrainedModule
 
 # ---- writing ----
 
@@ -53,50 +64,65 @@ def save_adapter(model: nn.Module, folder: str | Path, *, adapter_name: str = "d
         raise UserError(f"no adapter {adapter_name!r} to save; the model has: {', '.join(configs)}")
     folder = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
     folder.mkdir(parents=True, exist_ok=True)
-    layers = {n: m for n, m in lora_layers(model).items() if adapter_name in m.lora_A}
-    tensors = {}
-    for name, layer in layers.items():
-        for kind, parameter in layer.parameters_of(adapter_name).items():
-            ending = "" if kind == "lora_magnitude_vector" else ".weight"
-            tensors[f"{PREFIX}{name}.{kind}{ending}"] = parameter.detach().cpu()
+    tensors = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in parameters_by_file_name(model, adapter_name).items()
+    }
     metadata = {"format": "pt", "qlora": json.dumps(getattr(model, "qlora_base", {}))}
     save_file(tensors, folder / f".{WEIGHTS}", metadata=metadata)
-    text = json.dumps(_peft_config(model, configs[adapter_name], list(layers)), indent=2)
+    text = json.dumps(_peft_config(model, configs[adapter_name], adapter_name), indent=2)
     (folder / f".{CONFIG}").write_text(text + "\n", encoding="utf-8")
     for name in (WEIGHTS, CONFIG):
         os.replace(folder / f".{name}", folder / name)
     return folder
 
 
-def _peft_config(model: nn.Module, config: LoraConfig, layers: list[str]) -> dict[str, Any]:
+def parameters_by_file_name(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """All that adapter `adapter_name` is on the model, under the names that files give it."""
+    layers = {name for name, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    found = {}
+    for name, wrapper in adapted(model):
+        behind = ".base_layer" if isinstance(wrapper, TrainedModule) and name in layers else ""
+        for ending, parameter in wrapper.parameters_of(adapter_name).items():
+            found[f"{PREFIX}{name}{behind}.{ending}"] = parameter
+    return found
+
+
+def _peft_config(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, Any]:
     base: Any = getattr(model, "config", None)
+    task = task_of(model)
+    found = lora_layers(model).items()
+    layers = {name: layer for name, layer in found if adapter_name in layer.adapters}
+    token_ids: Any = config.trainable_token_indices
+    if isinstance(token_ids, tuple):
+        token_ids = list(token_ids)
+    else:
+        token_ids = {name: list(ids) for name, ids in token_ids.items()}
     values: dict[str, Any] = {
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
-        "bias": "none",
-        "fan_in_fan_out": any(map(was_conv1d, _bases(model, layers))),
+        "bias": config.bias,
+        "fan_in_fan_out": any(was_conv1d(layer.plain) for layer in layers.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": config.lora_alpha,
+        "lora_bias": config.lora_bias,
         "lora_dropout": config.lora_dropout,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
         "peft_type": "LORA",
         "r": config.r,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "revision": getattr(model, "qlora_base", {}).get("revision"),
-        "target_modules": portable_targets(model, layers),
-        "task_type": "CAUSAL_LM",
+        "target_modules": portable_targets(model, list(layers)),
+        "target_parameters": list(config.target_parameters) or None,
+        "task_type": config.task_type or (task.task_type if task else None),
+        "trainable_token_indices": token_ids or None,
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
     return dict(sorted(values.items()))
-
-
-def _bases(model: nn.Module, layers: list[str]) -> list[nn.Module]:
-    found = map(model.get_submodule, layers)
-    return [m.base_layer if isinstance(m, LoRALinear) else m for m in found]
 
 
 def portable_targets(model: nn.Module, layers: list[str]) -> list[str]:
@@ -104,9 +130,8 @@ def portable_targets(model: nn.Module, layers: list[str]) -> list[str]:
     leaves = sorted({name.rpartition(".")[2] for name in layers})
     hit = [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | LoRALinear)
-        and ".base_layer" not in name
+        for name, module in base_modules(model).items()
+        if takes_adapter(plain(module))
         and any(matches(name, leaf, is_regex=False) for leaf in leaves)
     ]
     return leaves if set(hit) == set(layers) else sorted(layers)
@@ -129,7 +154,7 @@ def load_adapter(
     """
     adapter = read_adapter(folder)
     require_new_name(model, adapter_name)
-    require_plain(adapter)
+    require_only_biases(model, adapter.config.bias)
     check_fits(model, adapter)
     attach(model, adapter, adapter_name)
     if trainable:
@@ -148,44 +173,58 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
     """
     adapter = read_adapter(folder)
     known_adapters(model, adapter_name)
-    require_plain(adapter)
     check_fits(model, adapter)
     require_unmerged(model, adapter_name)
+    if adapter_configs(model)[adapter_name].bias == "none":
+        require_only_biases(model, adapter.config.bias)
     active = active_adapters(model)
+    take_off(model, adapter_name)
     _place(model, adapter, adapter_name)
-    for name, layer in lora_layers(model).items():
-        if name not in adapter.pairs:
-            layer.remove_adapter(adapter_name)
-        layer.active_adapters = tuple(n for n in active if n in layer.lora_A)
-        if not layer.lora_A:
-            model.set_submodule(name, layer.base_layer, strict=True)
+    activate(model, active)
     return model
 
 
 def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default") -> None:
-    """The linear layers' A and B of `adapter` on `model`, in place, active and frozen."""
-    _place(model, adapter, adapter_name)
-    set_adapter(model, adapter_name)
-    model.requires_grad_(False)
+    """`adapter` on `model`, in place, active and frozen."""
+    with all_or_nothing(model, adapter_name):
+        _place(model, adapter, adapter_name)
+        set_adapter(model, adapter_name)
+        model.requires_grad_(False)
 
 
 def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
+    own: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in adapter.whole.items():
+        module, _, leaf = name.rpartition(".")
+        # PEFT saves embeddings whole beside their A and B, as they were
+        if module in adapter.pairs and torch.equal(value, model.get_parameter(name).to(value)):
+            continue
+        own.setdefault(module, {})[leaf] = value
+    for name, values in own.items():
+        wrap(model, name, TrainedModule).put_adapter(adapter_name, values)
     for name, factors in adapter.pairs.items():
-        if name not in adapter.embeddings:
-            layer = wrap(model, name)
-            layer.remove_adapter(adapter_name)
-            layer.put_adapter(adapter_name, factors, adapter.config.lora_dropout)
+        bias = adapter.lora_biases.get(name)
+        dropout = adapter.config.lora_dropout
+        wrap_layer(model, name).put_adapter(adapter_name, factors, dropout, bias)
+    for name, pairs in adapter.parameters.items():
+        leaves = _leaves_of(model, name, adapter.config)
+        lora_A = {leaf: pair[0] for leaf, pair in zip(leaves, pairs, strict=True)}
+        lora_B = {leaf: pair[1] for leaf, pair in zip(leaves, pairs, strict=True)}
+        scaling = adapter.config.of(name).scaling
+        wrap(model, name, LoRAExperts).put_adapter(adapter_name, lora_A, lora_B, scaling)
+    for name, (ids, rows) in adapter.rows.items():
+        wrap_rows(model, name).put_adapter(adapter_name, ids.tolist(), rows)
     adapter_configs(model)[adapter_name] = adapter.config
 
 
-def require_plain(adapter: AdapterFile) -> None:
-    """Refuse what only the merge can handle so far."""
-    more = [what for what in adapter.extras if what != DORA]
-    if more:
-        raise UserError(
-            f"{adapter.folder} holds {' and '.join(more)}, which cannot be put on a "
-            "model yet. merge_dequant.py folds them in"
-        )
+def _leaves_of(model: nn.Module, module: str, config: LoraConfig) -> list[str]:
+    """Which parameters of a module target_parameters means, in the module's order."""
+    below = plain(model.get_submodule(module))
+    return [
+        leaf
+        for leaf, _ in below.named_parameters(recurse=False)
+        if any(matches(f"{module}.{leaf}", e, is_regex=False) for e in config.target_parameters)
+    ]
 
 
 def load_adapter_weights(
@@ -193,62 +232,107 @@ def load_adapter_weights(
 ) -> None:
     """Overwrite the values of an adapter the model already has, as resuming a run does."""
     adapter = read_adapter(folder)
-    require_plain(adapter)
     config = adapter_configs(model).get(adapter_name)
     if config is None:
         raise UserError(f"the model has no adapter {adapter_name!r} to load weights into")
     require_unmerged(model, adapter_name)
-    layers = {n: m for n, m in lora_layers(model).items() if adapter_name in m.lora_A}
-    faults = [f"{name} has no adapter on the model" for name in adapter.pairs if name not in layers]
-    faults += [f"{name} is not in the files" for name in layers if name not in adapter.pairs]
-    differ: dict[tuple[float, ...], str] = {}
-    if adapter.config.use_dora != config.use_dora:
-        faults.append(
-            f"use_dora={adapter.config.use_dora} in the files, {config.use_dora} on the model"
-        )
-    for name in sorted(layers.keys() & adapter.pairs.keys()):
-        own, saved = config.of(name), adapter.pairs[name]
-        found = len(saved.lora_A), saved.scaling, own.r, own.scaling
-        if found[:2] != found[2:]:
-            differ.setdefault(found, name)
-    faults += [
-        f"r={r} and scaling={scaling:g} in the files, r={own_r} and scaling={own_scaling:g} on the "
-        f"model ({name})"
-        for (r, scaling, own_r, own_scaling), name in differ.items()
-    ]
     check_fits(model, adapter)
+    own = parameters_by_file_name(model, adapter_name)
+    faults = _differences(config, adapter)
+    more, less = adapter.tensors.keys() - own.keys(), own.keys() - adapter.tensors.keys()
+    faults += [f"{module} has no adapter on the model" for module in _modules_of(more)]
+    faults += [f"{module} is not in the files" for module in _modules_of(less)]
     raise_faults(
         f"{adapter.folder} is no checkpoint of this run",
         faults,
         mend="Give the settings the run was started with, or a new --output-dir",
     )
     with torch.no_grad():
-        for name, factors in adapter.pairs.items():
-            values = [factors.lora_A, factors.lora_B]
-            values += [] if factors.magnitude is None else [factors.magnitude]
-            parameters = layers[name].parameters_of(adapter_name).values()
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.copy_(value)
+        for name, parameter in own.items():
+            parameter.copy_(adapter.tensors[name])
+
+
+def _modules_of(names: Iterable[str]) -> list[str]:
+    """The modules whose tensors have these names in a file."""
+    ending = r"(\.base_layer)*\.(lora_|token_adapter).*$|(\.base_layer)?\.(weight|bias)$"
+    return sorted({re.sub(ending, "", name.removeprefix(PREFIX)) for name in names})
+
+
+def _differences(config: LoraConfig, adapter: AdapterFile) -> list[str]:
+    """How an adapter's settings differ from those of the one on the model."""
+    faults = []
+    for field in ("use_dora", "bias"):
+        saved, own = getattr(adapter.config, field), getattr(config, field)
+        if saved != own:
+            faults.append(f"{field}={saved} in the files, {own} on the model")
+    differ: dict[tuple[float, ...], str] = {}
+    for name, factors in adapter.pairs.items():
+        found = (len(factors.lora_A), factors.scaling, config.of(name).r, config.of(name).scaling)
+        if found[:2] != found[2:]:
+            differ.setdefault(found, name)
+    return faults + [
+        f"r={r} and scaling={scaling:g} in the files, r={own_r} and scaling={own_scaling:g} on the "
+        f"model ({name})"
+        for (r, scaling, own_r, own_scaling), name in differ.items()
+    ]
+
+
+# ---- does it belong there ----
 
 
 def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     """Refuse an adapter of another base: by fingerprint where known, and by every shape."""
     base: dict[str, Any] = getattr(model, "qlora_base", {})
     require_same_base(adapter, base.get("fingerprint"), "this model")
-    modules = dict(model.named_modules())
+    modules = {name: plain(module) for name, module in base_modules(model).items()}
     faults = []
     for name, factors in adapter.pairs.items():
         layer = modules.get(name)
-        if name in adapter.embeddings and isinstance(layer, nn.Embedding):
+        if layer is None or not takes_adapter(layer):
+            faults.append(f"{name} is no layer of this model that takes A and B")
             continue
-        if not isinstance(layer, nn.Linear | LoRALinear):
-            faults.append(f"{name} is no linear layer of this model")
-            continue
-        shape = (layer.out_features, layer.in_features)
-        if factors.shape != shape:
+        if (name in adapter.embeddings) != isinstance(layer, nn.Embedding):
+            faults.append(
+                f"{name} is a {type(layer).__name__}, which the adapter's tensors do not fit"
+            )
+        elif factors.shape != matrix_shape(layer):
+            shape = matrix_shape(layer)
             faults.append(f"{name} is {shape} in this model, the adapter wants {factors.shape}")
+    faults += _misfits_of_parameters(modules, adapter)
+    for name, (ids, rows) in adapter.rows.items():
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Embedding):
+            faults.append(f"{name} is no embedding of this model")
+        elif int(ids.max()) >= len(layer.weight) or rows.shape[1] != layer.weight.shape[1]:
+            wanted = f"row {int(ids.max())} of {rows.shape[1]} values"
+            faults.append(f"{name} is {tuple(layer.weight.shape)}, the adapter wants {wanted}")
     raise_faults(
         f"adapter {adapter.folder} does not fit this model",
         faults,
         mend="Load the base it was trained on",
     )
+
+
+def _misfits_of_parameters(modules: dict[str, Any], adapter: AdapterFile) -> list[str]:
+    """What is trained in full, and parameters that are no layer's."""
+    faults = []
+    for name, value in adapter.whole.items():
+        module, _, leaf = name.rpartition(".")
+        own = getattr(modules.get(module), leaf, None)
+        if own is None:
+            faults.append(f"{name} is no parameter of this model")
+            continue
+        shape = (
+            own.quant_state.shape
+            if is_quantized(modules[module]) and leaf == "weight"
+            else own.shape
+        )
+        grown = leaf == "weight" and len(value) > len(own) and shape[1:] == value.shape[1:]
+        if shape != value.shape and not grown:  # a vocabulary may have grown
+            faults.append(
+                f"{name} is {tuple(shape)} in this model, {tuple(value.shape)} in the adapter"
+            )
+    for name, pairs in adapter.parameters.items():
+        if name not in modules or len(pairs) > len(modules[name]._parameters):
+            faults.append(f"{name} has not the parameters that the adapter wants")
+    return faults

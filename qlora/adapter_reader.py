@@ -52,6 +52,7 @@ UNDERSTOOD = {
     "rank_pattern",
     "revision",
     "target_modules",
+    "target_parameters",
     "task_type",
     "trainable_token_indices",
     "use_dora",
@@ -72,12 +73,16 @@ class AdapterFile:
     """those of `pairs` that are embeddings"""
     whole: dict[str, Tensor] = field(default_factory=dict)
     """parameters trained in full"""
-    bias_changes: dict[str, Tensor] = field(default_factory=dict)
-    """what is added to a module's bias (out,)"""
+    lora_biases: dict[str, Tensor] = field(default_factory=dict)
+    """B's own biases (out,)"""
+    parameters: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """of modules that are no layer: A (E * r, in) and B (out, r * E) of some of their parameters"""
     rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """of an embedding: ids (n,) and the rows (n, dim) that take their place"""
     fan_in_fan_out: bool = False
     revision: str | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """all of the above as they stand in the file"""
     base: dict[str, Any] = field(default_factory=dict)
     """How its base was quantized, and the base's fingerprint; empty for adapters of others."""
 
@@ -104,6 +109,11 @@ class AdapterFile:
             skip_modules=tuple(self.base["skip_modules"]),
         )
 
+    @property
+    def bias_changes(self) -> dict[str, Tensor]:
+        """What is added to a module's bias (out,), in fp32."""
+        return {m: self.pairs[m].scaling * bias.float() for m, bias in self.lora_biases.items()}
+
     def parts(self, embedding: str | None, head: str | None) -> bool:
         """Whether an embedding and an output head that were one are two with this adapter."""
         if any(m in self.pairs for m in (embedding, head)):
@@ -120,7 +130,8 @@ class AdapterFile:
             DORA: any(f.magnitude is not None for f in self.pairs.values()),
             "embeddings": bool(self.embeddings),
             "parameters trained in full": bool(self.whole),
-            "biases": bool(self.bias_changes),
+            "biases": bool(self.lora_biases),
+            "parameters of modules that are no layer": bool(self.parameters),
             "trained token rows": bool(self.rows),
         }
         return [name for name, is_there in found.items() if is_there]
@@ -148,6 +159,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         **contents._asdict(),
         revision=values.get("revision"),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
+        tensors=tensors,
         base=_read_base_record(metadata, folder),
     )
 
@@ -191,7 +203,7 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
             1.0,
         )
     embeddings = frozenset().union(*(adapter.embeddings for adapter in adapters))
-    return replace(first, pairs=pairs, embeddings=embeddings)
+    return replace(first, pairs=pairs, embeddings=embeddings, tensors={})
 
 
 def require_same_base(adapter: AdapterFile, fingerprint: str | None, what: str) -> None:
@@ -254,9 +266,21 @@ def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
             alpha_pattern=values.get("alpha_pattern") or {},
             use_rslora=bool(values.get("use_rslora")),
             use_dora=bool(values.get("use_dora")),
+            target_parameters=tuple(values.get("target_parameters") or ()),
+            modules_to_save=tuple(values.get("modules_to_save") or ()),
+            trainable_token_indices=_token_ids(values.get("trainable_token_indices")),
+            bias=values.get("bias", "none"),
+            lora_bias=bool(values.get("lora_bias")),
+            task_type=values.get("task_type"),
         )
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
+
+
+def _token_ids(given: Any) -> Any:
+    if isinstance(given, dict):
+        return {name: tuple(ids) for name, ids in given.items()}
+    return tuple(given or ())
 
 
 # ---- the tensors ----

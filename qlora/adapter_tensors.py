@@ -1,6 +1,8 @@
 """What an adapter's tensors are: sorted by their names, and checked against its config.
 
     <module>.lora_A.weight (r, in), lora_B.weight (out, r)        a linear layer's change
+    <module>.lora_A.weight (r, in, *kernel), lora_B (out, r, 1…)  a convolution's, read as matrices
+    <module>[.base_layer…].lora_A.weight (E * r, in), …           those of a module's parameters
     <module>.lora_magnitude_vector (out,)                         DoRA's magnitudes beside it
     <module>.lora_B.bias (out,)                                   lora_bias, added to the bias
     <module>.lora_embedding_A (r, vocab), lora_embedding_B (dim, r)      an embedding's change
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from qlora.config import LoraConfig
 from qlora.lora import Factors
+from qlora.tasks import TASKS, task_typed
 
 PREFIX = "base_model.model."
 PARTS = {
@@ -31,6 +34,7 @@ PARTS = {
     "lora_B.bias": "bias",
     "token_adapter.trainable_tokens_delta": "rows",
 }
+PEFT_HEADS = ("classifier", "score")  # it lists both, of which a classifier has one
 VOCABULARY = ("embed_tokens", "lm_head")  # PEFT saves these whole where they were resized
 
 
@@ -43,8 +47,11 @@ class Contents(NamedTuple):
     """those of `pairs` that are embeddings"""
     whole: dict[str, Tensor]
     """parameters trained in full"""
-    bias_changes: dict[str, Tensor]
-    """what is added to a module's bias (out,)"""
+    lora_biases: dict[str, Tensor]
+    """B's own biases (out,), which a module's scaling is yet to multiply"""
+    parameters: dict[str, list[tuple[Tensor, Tensor]]]
+    """of modules that are no layer: A (E * r, in) and B (out, r * E) of some of their parameters,
+    in the module's order"""
     rows: dict[str, tuple[Tensor, Tensor]]
     """of an embedding: ids (n,) and the rows (n, dim) that take their place"""
 
@@ -60,11 +67,12 @@ def sort_out(
         config: what was read from it.
     """
     parts, whole, faults = _sort(tensors, values)
+    parameters = _parameters(parts, config, faults)
     pairs, embeddings = _pair_up(parts, values, config, faults)
-    bias_changes, rows = _others(parts, pairs, values, faults)
-    if not (parts or whole):
+    lora_biases, rows = _others(parts, pairs, values, faults)
+    if not (parts or whole or parameters):
         faults.append("no lora_A or lora_B tensor")
-    return Contents(pairs, embeddings, whole, bias_changes, rows), faults
+    return Contents(pairs, embeddings, whole, lora_biases, parameters, rows), faults
 
 
 def _sort(
@@ -99,15 +107,41 @@ def _sort(
         if not explained:
             faults.append(f"unexpected {PREFIX}{name}")
         whole[f"{module}.{kind}"] = whole.pop(name)
-    for entry in saved:
-        if not any(_ends_in(name.rpartition(".")[0], (entry,)) for name in whole):
-            faults.append(f"missing {entry}, which its config says was trained in full")
+    missing = [e for e in saved if not any(_ends_in(n.rpartition(".")[0], (e,)) for n in whole)]
+    if whole and TASKS[task_typed(values.get("task_type"))].trains_head:
+        missing = [entry for entry in missing if entry not in PEFT_HEADS]
+    faults += [f"missing {e}, which its config says was trained in full" for e in missing]
     return parts, whole, faults
 
 
 def _ends_in(module: str, entries: Iterable[str]) -> bool:
     """PEFT's rule for modules_to_save: an ending, be it of a word; or of a module above it."""
     return any(module.endswith(entry) or f"{entry}." in module for entry in entries)
+
+
+def _parameters(
+    parts: dict[str, dict[str, Tensor]], config: LoraConfig, faults: list[str]
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Those of target_parameters, taken out of `parts`. PEFT wraps a module once for each."""
+    modules = tuple({entry.rpartition(".")[0] for entry in config.target_parameters})
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for part in sorted(parts, key=lambda name: -name.count(".base_layer")):
+        module = part.replace(".base_layer", "")
+        if not any(module == m or module.endswith(f".{m}") for m in modules if m):
+            continue
+        held = parts.pop(part)
+        r = config.of(module).r
+        lora_A, lora_B = (held.get(f"lora_{s}.weight") for s in "AB")
+        if lora_A is None or lora_B is None:
+            faults.append(f"{PREFIX}{part} has not both of lora_A.weight and lora_B.weight")
+        elif len(lora_A) != lora_B.shape[-1] or len(lora_A) % r:
+            faults.append(
+                f"{PREFIX}{part}.lora_A.weight has shape {tuple(lora_A.shape)} and lora_B.weight "
+                f"{tuple(lora_B.shape)}, its config says r={r} for each expert"
+            )
+        else:
+            found.setdefault(module, []).append((lora_A, lora_B))
+    return found
 
 
 def _pair_up(
@@ -132,13 +166,14 @@ def _pair_up(
             f"{PREFIX}{module}.{name} has shape {tuple(found[name].shape)}, "
             f"its config says r={own.r}"
             for name, axis in zip(names, (0, 1), strict=True)
-            if found[name].ndim != 2 or found[name].shape[axis] != own.r
+            if found[name].ndim < 2 or found[name].shape[axis] != own.r
         ]
         faults += wrong
         if wrong:
             continue
-        lora_A, lora_B = (found[name] for name in names)
+        lora_A, lora_B = (found[name].flatten(1) for name in names)
         magnitude = next((t for part, t in found.items() if PARTS[part] == "magnitude"), None)
+        magnitude = magnitude if magnitude is None else magnitude.flatten()
         if magnitude is not None and magnitude.shape != (len(lora_B),):
             faults.append(
                 f"{PREFIX}{module}.lora_magnitude_vector has shape {tuple(magnitude.shape)}, "
@@ -162,13 +197,13 @@ def _others(
     values: Mapping[str, Any],
     faults: list[str],
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """What is added to biases, and the new rows of embeddings."""
-    bias_changes, rows = {}, {}
+    """B's biases, and the new rows of embeddings."""
+    lora_biases, rows = {}, {}
     for module, found in parts.items():
         if values.get("lora_bias") and "lora_B.weight" in found and "lora_B.bias" not in found:
             faults.append(f"missing {PREFIX}{module}.lora_B.bias")
         if "lora_B.bias" in found and module in pairs:
-            bias_changes[module] = pairs[module].scaling * found["lora_B.bias"].float()
+            lora_biases[module] = found["lora_B.bias"]
         for tensor in (t for part, t in found.items() if PARTS[part] == "rows"):
             ids = values.get("trainable_token_indices")
             if isinstance(ids, dict):
@@ -182,4 +217,4 @@ def _others(
             rows[module] = torch.tensor(ids, dtype=torch.long), tensor
     if values.get("trainable_token_indices") and not rows:
         faults.append("missing the rows of trainable_token_indices")
-    return bias_changes, rows
+    return lora_biases, rows

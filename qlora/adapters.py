@@ -1,26 +1,41 @@
 """What is done to a model: put an adapter on, choose which are active, look without it.
 
-The model keeps its class: `apply_lora` replaces the targeted linear layers by LoRALinear in
-place, so Trainer, generate() and everything else go on working. An error leaves the model as it
-was. Which layers a config means is in qlora.matching.
+The model keeps its class: `apply_lora` puts a wrapper in front of each targeted layer in place, so
+Trainer, generate() and everything else go on working. An error leaves the model as it was. Which
+parts a config means is in qlora.matching.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 
+from qlora.adapter_module import (
+    AdapterModule,
+    adapted,
+    base_modules,
+    plain,
+    put_module,
+    take_off,
+    wrappers,
+)
 from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
-from qlora.lora import LoRALinear, as_dense, computes_in, dense_weight, lora_layers
-from qlora.matching import target_layers
+from qlora.frozen import is_tied, vocabulary, was_conv1d
+from qlora.layers import LoRAExperts, lora_layer
+from qlora.lora import LoRALayer
+from qlora.matching import Targets, targets
+from qlora.nf4 import DTYPES
+from qlora.tasks import heads, task_of
+from qlora.trained import TokenRows, TrainedModule
 
 Model = TypeVar("Model", bound=nn.Module)
+Wrapper = TypeVar("Wrapper", bound=AdapterModule)
 
 
 def apply_lora(
@@ -32,32 +47,115 @@ def apply_lora(
 ) -> Model:
     """Freeze `model` and add a trainable, active adapter to its targeted layers, in place.
 
+    The head of a classifier of texts or tokens is always trained in full beside it.
+
     Args:
         generator: of A's first values; by default torch's global one.
 
     Raises:
-        UserError: a target matches nothing or no linear layer, or the name is taken.
+        UserError: an entry of the config matches nothing or what it cannot mean, or contradicts
+            the model, or the name is taken.
     """
-    config = config or LoraConfig()
+    config = _with_head(model, config or LoraConfig())
     require_new_name(model, adapter_name)
-    names = target_layers(model, config)
-    model.requires_grad_(False)
-    for name in names:
-        wrap(model, name).add_adapter(adapter_name, config.of(name), generator=generator)
-    adapter_configs(model)[adapter_name] = config
-    set_adapter(model, adapter_name)
+    found = targets(model, config)
+    _require_agreement(model, config, found)
+    require_only_biases(model, config.bias)
+    with all_or_nothing(model, adapter_name):
+        _add(model, config, found, adapter_name, generator)
+        adapter_configs(model)[adapter_name] = config
+        model.requires_grad_(False)
+        set_adapter(model, adapter_name)
     return model
 
 
-def wrap(model: nn.Module, name: str) -> LoRALinear:
-    """The LoRALinear at `name`, put around the linear layer there if it is not one yet."""
-    layer: Any = model.get_submodule(name)
-    if isinstance(layer, LoRALinear):
-        return layer
-    wrapped = LoRALinear(layer)
-    wrapped.train(layer.training)
-    model.set_submodule(name, wrapped, strict=True)
-    return wrapped
+def _with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The same with a classifier's head among what is trained in full, as in PEFT."""
+    task = task_of(model)
+    if task is None or not task.trains_head:
+        return config
+    return replace(
+        config, modules_to_save=tuple({**dict.fromkeys(config.modules_to_save), **heads(model)})
+    )
+
+
+def _add(
+    model: nn.Module,
+    config: LoraConfig,
+    found: Targets,
+    adapter_name: str,
+    generator: torch.Generator | None,
+) -> None:
+    dtype = torch.float32 if config.adapter_dtype == "auto" else DTYPES[config.adapter_dtype]
+    for name, leaves in found.own.items():
+        wrap(model, name, TrainedModule).add_adapter(adapter_name, leaves, dtype=dtype)
+    for name in found.layers:
+        layer = wrap_layer(model, name)
+        layer.add_adapter(adapter_name, config.of(name), generator=generator)
+    for name, leaves in found.parameters.items():
+        experts = wrap(model, name, LoRAExperts)
+        experts.add_adapter(adapter_name, leaves, config.of(name), generator=generator)
+    for name, ids in found.rows.items():
+        wrap_rows(model, name).add_adapter(adapter_name, ids, dtype)
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """An error in the block leaves the model without the adapter, and else as it was."""
+    trained = {p for p in model.parameters() if p.requires_grad}
+    active = active_adapters(model)
+    try:
+        yield
+    except BaseException:
+        take_off(model, adapter_name)
+        adapter_configs(model).pop(adapter_name, None)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
+        activate(model, active)
+        raise
+
+
+# ---- wrappers ----
+
+
+def wrap_layer(model: nn.Module, name: str) -> LoRALayer:
+    """The low-rank wrapper of the layer at `name`, put there if there is none."""
+    return wrap(model, name, LoRALayer, lora_layer)
+
+
+def wrap_rows(model: nn.Module, name: str) -> TokenRows:
+    """The rows' wrapper of the embedding at `name`; a head that is tied to it gets one, too."""
+    rows = wrap(model, name, TokenRows)
+    embedding, head = vocabulary(model)
+    if is_tied(model) and head and name == embedding:
+        wrap(model, head, TokenRows, lambda below: TokenRows(below, tied_to=rows))
+    return rows
+
+
+def wrap(
+    model: nn.Module,
+    name: str,
+    kind: type[Wrapper],
+    make: Callable[[nn.Module], Wrapper] | None = None,
+) -> Wrapper:
+    """The wrapper of that kind at `name`, put there if there is none: a TrainedModule innermost,
+    any other in front of those that stand there."""
+    outermost = model.get_submodule(name)
+    there = list(wrappers(outermost))
+    for wrapper in there:
+        if isinstance(wrapper, kind):
+            return wrapper
+    inside = kind is TrainedModule and there
+    made = (make or kind)(plain(outermost) if inside else outermost)
+    made.train(outermost.training)
+    if inside:
+        there[-1].base_layer = made
+    else:
+        put_module(model, name, made)
+    return made
+
+
+# ---- names and configs ----
 
 
 def require_new_name(model: nn.Module, adapter_name: str) -> None:
@@ -79,14 +177,69 @@ def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
     return configs
 
 
+def _require_agreement(model: nn.Module, config: LoraConfig, found: Targets) -> None:
+    """Refuse what the config says of the base, if it is not so."""
+    record: dict[str, Any] = getattr(model, "qlora_base", {})
+    if config.revision is not None and config.revision != record.get("revision", config.revision):
+        raise UserError(
+            f"revision={config.revision!r}, and the base was loaded at "
+            f"{record['revision'] or 'its default'}: leave it out, or load that one"
+        )
+    modules = base_modules(model)
+    transposed = {name for name in found.layers if was_conv1d(plain(modules[name]))}
+    if config.fan_in_fan_out is not None and config.fan_in_fan_out != bool(transposed):
+        raise UserError(
+            f"fan_in_fan_out={config.fan_in_fan_out}, and the targeted layers store "
+            f"{'(in, out)' if transposed else '(out, in)'}: leave it out, it is seen from them"
+        )
+
+
+def require_only_biases(model: nn.Module, bias: str) -> None:
+    """Refuse a second adapter that trains biases."""
+    others = [name for name, config in adapter_configs(model).items() if config.bias != "none"]
+    if bias != "none" and others:
+        raise UserError(
+            f"adapter {others[0]!r} trains biases already, and only one on a model can: give "
+            "bias='none', or take that one off"
+        )
+
+
+# ---- which are active ----
+
+
 def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
-    """Make one adapter, or several whose changes add up, active and trainable; the rest rest."""
+    """Make one adapter, or several whose changes add up, active and trainable; the rest rest.
+
+    Raises:
+        UserError: there is no such adapter, or two of them train the same part themselves.
+    """
     names = known_adapters(model, adapter_name)
-    for layer in lora_layers(model).values():
-        layer.active_adapters = tuple(name for name in names if name in layer.lora_A)
-        for name in layer.lora_A:
-            for parameter in layer.parameters_of(name).values():
+    _require_one_owner(model, names)
+    activate(model, names)
+    for _, wrapper in adapted(model):
+        for name in wrapper.adapters:
+            for parameter in wrapper.parameters_of(name).values():
                 parameter.requires_grad_(name in names)
+
+
+def activate(model: nn.Module, names: Sequence[str]) -> None:
+    """Let these adapters act, each where it is, and no other."""
+    for _, wrapper in adapted(model):
+        wrapper.active_adapters = tuple(name for name in names if name in wrapper.adapters)
+
+
+def _require_one_owner(model: nn.Module, names: Sequence[str]) -> None:
+    """What is trained itself has one value: two adapters at once cannot both give it."""
+    for name, module in base_modules(model).items():
+        there = [w for w in wrappers(module) if isinstance(w, TrainedModule | TokenRows)]
+        owners = dict.fromkeys(a for wrapper in there for a in names if a in wrapper.adapters)
+        others = [a for w in wrappers(module) for a in names if a in w.adapters]
+        is_whole = any("weight" in w.parameters_of(a) for w in there for a in owners)
+        if len(owners) > 1 or (is_whole and len(set(others)) > 1):
+            raise UserError(
+                f"adapters {' and '.join(map(repr, dict.fromkeys(others)))} cannot be active "
+                f"together: each has a {name} of its own"
+            )
 
 
 def known_adapters(model: nn.Module, adapter_name: str | Iterable[str]) -> tuple[str, ...]:
@@ -104,22 +257,21 @@ def known_adapters(model: nn.Module, adapter_name: str | Iterable[str]) -> tuple
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that are active, each once."""
-    layers = lora_layers(model).values()
-    return tuple(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+    names = (name for _, wrapper in adapted(model) for name in wrapper.active_adapters)
+    return tuple(dict.fromkeys(names))
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is its frozen base."""
-    layers = lora_layers(model).values()
-    active = [layer.active_adapters for layer in layers]
+    active = [(wrapper, wrapper.active_adapters) for _, wrapper in adapted(model)]
     try:
-        for layer in layers:
-            layer.active_adapters = ()
+        for wrapper, _ in active:
+            wrapper.active_adapters = ()
         yield
     finally:
-        for layer, names in zip(layers, active, strict=True):
-            layer.active_adapters = names
+        for wrapper, names in active:
+            wrapper.active_adapters = names
 
 
 @contextmanager
@@ -131,136 +283,24 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     Raises:
         UserError: there is no such adapter; in the block: a batch has another number of rows.
     """
-    known_adapters(model, [name for name in adapter_names if name is not None])
-    layers = lora_layers(model).values()
-    for name in filter(None, adapter_names):
-        if any(name in layer.lora_magnitude_vector for layer in layers):
-            raise UserError(f"adapter {name!r} is DoRA's, which cannot be mixed by rows")
-    before = [layer.adapter_of_row for layer in layers]
+    names = known_adapters(model, [name for name in adapter_names if name is not None])
+    there = [wrapper for _, wrapper in adapted(model)]
+    for name in dict.fromkeys(names):
+        for wrapper in (w for w in there if name in w.adapters):
+            if isinstance(wrapper, LoRALayer) and name in wrapper.lora_magnitude_vector:
+                raise UserError(f"adapter {name!r} is DoRA's, which cannot be mixed by rows")
+            if isinstance(wrapper, LoRAExperts):
+                raise UserError(
+                    f"adapter {name!r} changes experts, which do not see a batch row by row"
+                )
+    before = [wrapper.adapter_of_row for wrapper in there]
     try:
-        for layer in layers:
-            layer.adapter_of_row = tuple(name or "" for name in adapter_names)
+        for wrapper in there:
+            wrapper.adapter_of_row = tuple(name or "" for name in adapter_names)
         yield
     finally:
-        for layer, names in zip(layers, before, strict=True):
-            layer.adapter_of_row = names
-
-
-# ---- merge, unmerge, take off ----
-
-
-def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
-    """Fold adapters, by default the active ones, into dense 16-bit weights, for speed.
-
-    The 4-bit base stays as it is beside them, which costs memory: nothing is quantized again, and
-    `unmerge_adapter` is exact. `set_adapter` and `disable_adapter` go on meaning what they mean,
-    as merged weights are used while all that is in them is active. `model.train()` unmerges.
-
-    Raises:
-        UserError: there is no such adapter, some are merged already, or the model is in training.
-    """
-    names = _to_merge(model, adapter_names)
-    if model.training:
-        raise UserError(
-            "the model is in training mode, in which adapters are kept apart from the base: call "
-            "model.eval() before merge_adapter"
-        )
-    for layer in lora_layers(model).values():
-        layer.merge(names)
-    return model
-
-
-def unmerge_adapter(model: Model) -> Model:
-    """Undo `merge_adapter`, exactly.
-
-    Raises:
-        UserError: nothing is merged.
-    """
-    if not merged_adapters(model):
-        raise UserError("no adapter is merged: there is nothing to unmerge")
-    for layer in lora_layers(model).values():
-        layer.unmerge()
-    return model
-
-
-def merged_adapters(model: nn.Module) -> tuple[str, ...]:
-    """The names of the adapters that are merged, each once."""
-    layers = lora_layers(model).values()
-    return tuple(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
-
-
-def require_unmerged(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to change an adapter whose merged weight would then be another's."""
-    if adapter_name in merged_adapters(model):
-        raise UserError(f"adapter {adapter_name!r} is merged: unmerge_adapter first")
-
-
-def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
-    """Make `model` a plain 16-bit one with these adapters, by default the active ones, folded in.
-
-    Every 4-bit layer becomes a dense one, adapted or not, so that the model is one thing, and what
-    `save_pretrained` writes is what merge_dequant.py does (which needs less memory, one tensor at a
-    time). Other adapters are dropped.
-
-    Raises:
-        UserError: there is no such adapter.
-    """
-    names = _to_merge(model, adapter_names, again=True)
-    for name, layer in lora_layers(model).items():
-        weight = layer.merged(n for n in names if n in layer.lora_A)
-        model.set_submodule(name, as_dense(layer.base_layer, weight), strict=True)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit):
-            weight = dense_weight(module).to(computes_in(module))
-            model.set_submodule(name, as_dense(module, weight), strict=True)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-        model.is_loaded_in_4bit = False  # type: ignore[assignment]
-    adapter_configs(model).clear()
-    return model
-
-
-def unload(model: Model) -> Model:
-    """Take every adapter off: `model` is its frozen base again."""
-    for name, layer in lora_layers(model).items():
-        model.set_submodule(name, layer.base_layer, strict=True)
-    adapter_configs(model).clear()
-    return model
-
-
-def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take one adapter off, and free its memory.
-
-    Raises:
-        UserError: there is no such adapter, or it is active or merged.
-    """
-    known_adapters(model, adapter_name)
-    require_unmerged(model, adapter_name)
-    if adapter_name in active_adapters(model):
-        raise UserError(
-            f"adapter {adapter_name!r} is active: set_adapter another first, or unload to take all "
-            "off"
-        )
-    for name, layer in lora_layers(model).items():
-        layer.remove_adapter(adapter_name)
-        if not layer.lora_A:
-            model.set_submodule(name, layer.base_layer, strict=True)
-    del adapter_configs(model)[adapter_name]
-
-
-def _to_merge(
-    model: nn.Module, adapter_names: str | Iterable[str] | None, *, again: bool = False
-) -> tuple[str, ...]:
-    names = (
-        active_adapters(model) if adapter_names is None else known_adapters(model, adapter_names)
-    )
-    if not names:
-        raise UserError("no adapter is active: there is nothing to merge")
-    merged = merged_adapters(model)
-    if merged and not again:
-        raise UserError(f"{', '.join(merged)} is merged already: unmerge_adapter first")
-    return names
+        for wrapper, rows in zip(there, before, strict=True):
+            wrapper.adapter_of_row = rows
 
 
 # ---- what is trained ----
@@ -284,16 +324,31 @@ def print_trainable_parameters(model: nn.Module) -> None:
     …
     trainable 4,884,480 of 139,399,488 parameters (3.50%)
     """
-    found: Counter[tuple[str, int, int, int, int]] = Counter()
-    for name, layer in lora_layers(model).items():
-        for adapter, lora_A in layer.lora_A.items():
-            if lora_A.requires_grad:
-                kind = name.rpartition(".")[2]
-                size = sum(p.numel() for p in layer.parameters_of(adapter).values())
-                found[kind, layer.out_features, layer.in_features, len(lora_A), size] += 1
+    found: Counter[tuple[str, str, str, int]] = Counter()
+    for name, wrapper in adapted(model):
+        for adapter in wrapper.active_adapters:
+            own = wrapper.parameters_of(adapter).values()
+            size = sum(p.numel() for p in own if p.requires_grad)
+            if size:
+                shape, rank = _what_is_trained(wrapper, adapter)
+                found[name.rpartition(".")[2], shape, rank, size] += 1
     if found:
-        print(f"{'layer':16}{'layers':>7}{'out x in':>15}{'rank':>6}{'trainable':>13}")
-    for (kind, out_features, in_features, r, size), count in found.items():
-        print(f"{kind:16}{count:7}{f'{out_features} x {in_features}':>15}{r:6}{count * size:13,}")
+        print(f"{'layer':24}{'layers':>7}{'out x in':>15}{'rank':>10}{'trainable':>14}")
+    for (kind, shape, rank, size), count in found.items():
+        print(f"{kind:24}{count:7}{shape:>15}{rank:>10}{count * size:14,}")
     trainable, total = trainable_parameters(model)
     print(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+
+
+def _what_is_trained(wrapper: AdapterModule, adapter: str) -> tuple[str, str]:
+    """The shape of a module's weight, and the rank of its change, or what else it is."""
+    parameters = wrapper.parameters_of(adapter)
+    if isinstance(wrapper, LoRALayer):
+        return " x ".join(map(str, wrapper.shape)), str(len(wrapper.lora_A[adapter]))
+    if isinstance(wrapper, LoRAExperts):
+        return f"{len(parameters) // 2} stacked", str(wrapper.rank(adapter))
+    if isinstance(wrapper, TokenRows):
+        return " x ".join(map(str, wrapper.plain.weight.shape)), f"{len(wrapper.ids[adapter])} rows"
+    if "weight" not in parameters:
+        return "", "bias"
+    return " x ".join(map(str, parameters["weight"].shape)), "in full"

@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
+from qlora.adapter_files import attach, check_fits
 from qlora.adapter_reader import AdapterFile
 from qlora.base import load_base
 from qlora.data import length_batches, prepare_data
 from qlora.errors import UserError
-from qlora.live import put_on
 from qlora.lora import LoRALinear, lora_layers
 
 MIN_TOKENS = 8192  # more changed nothing that could be measured
@@ -80,9 +80,10 @@ def calibrate(
     model = load_base(
         base_model, adapter.quantization, device=device, trust_remote_code=trust_remote_code
     )
-    put_on(model, adapter)
+    check_fits(model, adapter)
+    attach(model, adapter)
     model.eval()
-    widest = max(layer.in_features for layer in lora_layers(model).values())
+    widest = max(layer.in_features for layer in _linear(model).values())
     tokens = max(MIN_TOKENS, TOKENS_PER_INPUT * widest)
     if from_model:
         return SecondMoments(model, own_text(model, tokens))
@@ -132,7 +133,7 @@ def _groups(model: PreTrainedModel, batch: Any, max_bytes: int) -> list[dict[str
         leaders[name] = last[0][1] if last and last[0][0] is x else name
         last[:] = [(x, leaders[name])]
 
-    layers = lora_layers(model)
+    layers = _linear(model)
     with _watching(layers, note):
         _run(model, batch)
     groups: list[dict[str, str]] = [{}]
@@ -149,7 +150,7 @@ def _groups(model: PreTrainedModel, batch: Any, max_bytes: int) -> list[dict[str
 
 
 def _gather(model: PreTrainedModel, batches: list[Any], group: dict[str, str]) -> dict[str, Tensor]:
-    layers = lora_layers(model)
+    layers = _linear(model)
     leaders = {name: layers[name] for name in dict.fromkeys(group.values())}
     moments = {
         name: torch.zeros(layer.in_features, layer.in_features, device=model.device)
@@ -167,6 +168,11 @@ def _gather(model: PreTrainedModel, batches: list[Any], group: dict[str, str]) -
             real = batch["attention_mask"].bool().to(model.device)
             _run(model, batch)
     return {name: moments[leader] for name, leader in group.items()}
+
+
+def _linear(model: PreTrainedModel) -> dict[str, LoRALinear]:
+    found = lora_layers(model).items()
+    return {name: layer for name, layer in found if isinstance(layer, LoRALinear)}
 
 
 @contextmanager

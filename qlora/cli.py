@@ -64,9 +64,9 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, prog
     SystemExit(0) after `--help`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"}.intersection(words):
-        words = ["--help"]  # whoever asks for help gets it, whatever else was written
-        return _call_tyro(config_class, words, prog=prog)
+    if {"-h", "--help", "--help-all"}.intersection(words):
+        # whoever asks for help gets it, whatever else was written
+        return _call_tyro(config_class, ["--help"], prog=prog, short="--help-all" not in words)
     settings = _settings(config_class)
     recipe, words = _take_recipe(words)
     values = read_recipe(recipe, settings) if recipe else {}
@@ -91,8 +91,11 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, prog
 def _settings(config_class: Any) -> dict[str, Any]:
     """Name -> type of every setting; those of a dataclass inside it stand beside its own."""
     settings: dict[str, Any] = {}
-    for name, hint in get_type_hints(config_class).items():
-        settings |= _settings(hint) if is_dataclass(hint) else {name: hint}
+    hints = get_type_hints(config_class)
+    for member in fields(config_class):
+        hint = hints[member.name]
+        if "no_flag" not in member.metadata:
+            settings |= _settings(hint) if is_dataclass(hint) else {member.name: hint}
     return settings
 
 
@@ -205,7 +208,7 @@ def _read(hint: Any, words: list[str]) -> Any:
     """The words after a flag -> the value of its type, or a UserError with what was wanted."""
     if not is_list(hint):
         return _read_one(hint, words[0])
-    if kind := next((k for k in (int, float) if k in get_args(hint)), None):
+    if kind := next((k for k in (int, float) if k in _items(hint)), None):
         numbers = re.findall(r"[^\s,\[\]]+", " ".join(words))
         return tuple(_read_number(kind, number) for number in numbers)
     if len(words) == 1 and re.fullmatch(r"\[.*\]", words[0], re.DOTALL):
@@ -215,6 +218,12 @@ def _read(hint: Any, words: list[str]) -> Any:
     if len(words) == 1 and str in get_args(hint) and _is_pattern(words[0]):
         return words[0]
     return tuple(words)
+
+
+def _items(hint: Any) -> tuple[Any, ...]:
+    """What a list setting holds: the arguments of its tuple."""
+    options = (hint, *get_args(hint))
+    return next((get_args(option) for option in options if get_origin(option) is tuple), ())
 
 
 def _read_bracketed(text: str) -> tuple[str, ...]:
@@ -287,7 +296,7 @@ def _metavar(hint: Any) -> str | None:
     if get_origin(hint) is Literal:
         return "{" + ",".join(options) + "}"
     if is_list(hint):
-        numbers = not {int, float}.isdisjoint(get_args(hint))
+        numbers = not {int, float}.isdisjoint(_items(hint))
         return "NUMBER [NUMBER ...]" if numbers else "NAME [NAME ...]"
     if bool in options:
         return "{true,false}"
@@ -320,6 +329,27 @@ def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
+def _as_tyro_wants_it(config_class: Any, *, short: bool) -> Any:
+    """The class without flags for what has none, and in `short` without the rare ones."""
+    hints = get_type_hints(config_class)
+    members: list[Any] = []
+    for member in fields(config_class):
+        hint = hints[member.name]
+        if is_dataclass(hint):
+            inner = _as_tyro_wants_it(hint, short=short)
+            given: Any = {} if _required(hint) else {"default": inner()}
+            members.append((member.name, inner, field(**given, kw_only=True)))
+        elif "no_flag" in member.metadata or (short and "rare" in member.metadata):
+            hidden = Annotated[hint, tyro.conf.Suppress]  # type: ignore[valid-type]
+            default: Any = {"default": member.default}
+            if member.default is MISSING:
+                default = {"default_factory": member.default_factory}
+            members.append((member.name, hidden, field(**default, kw_only=True)))
+    made: Any = make_dataclass(config_class.__name__, members, bases=(config_class,), frozen=True)
+    made.__doc__ = config_class.__doc__
+    return made
+
+
 def _with_config_flag(config_class: Any) -> Any:
     """The class with --config among its flags, for the help: `parse` has taken it by then."""
     about = "settings from a YAML file; flags win over it"
@@ -328,17 +358,32 @@ def _with_config_flag(config_class: Any) -> Any:
     return make_dataclass(config_class.__name__, [member], bases=(config_class,), frozen=True)
 
 
-def _call_tyro(config_class: type[Config], words: Sequence[str], *, prog: str) -> Config:
+def _as_asked(config: Any, config_class: type[Config]) -> Config:
+    """tyro's object as one of the class that was asked for."""
+    hints = get_type_hints(config_class)
+    values = {name: getattr(config, name) for name in hints}
+    for name, hint in hints.items():
+        if is_dataclass(hint):
+            values[name] = _as_asked(values[name], hint)  # type: ignore[arg-type]
+    return config_class(**values)
+
+
+def _call_tyro(
+    config_class: type[Config], words: Sequence[str], *, prog: str, short: bool = False
+) -> Config:
     """tyro's parse, with its boxed messages turned into a UserError."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_rule)
     box = StringIO()
+    about = (config_class.__doc__ or "").partition("\n")[0]
+    if short:
+        about += " (--help-all lists the flags that are rarely needed, too.)"
     try:
         with redirect_stderr(box):
             config, strays = tyro.cli(
-                _with_config_flag(config_class),
+                _with_config_flag(_as_tyro_wants_it(config_class, short=short)),
                 prog=prog,
-                description=(config_class.__doc__ or "").partition("\n")[0],
+                description=about,
                 args=words,
                 config=(tyro.conf.OmitArgPrefixes,),
                 registry=registry,
@@ -353,7 +398,7 @@ def _call_tyro(config_class: type[Config], words: Sequence[str], *, prog: str) -
             f"no flag takes {' '.join(strays)}: a value follows its flag, "
             "and a switch takes none but is turned off with --no-NAME"
         )
-    return config_class(**{name: getattr(config, name) for name in get_type_hints(config_class)})
+    return _as_asked(config, config_class)
 
 
 def _unboxed(box: str, stop: BaseException) -> UserError:

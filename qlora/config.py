@@ -16,13 +16,24 @@ Where the defaults come from:
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from qlora.errors import UserError
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 ALL_LINEAR = "all-linear"
+TASK_TYPES = (
+    "CAUSAL_LM",
+    "SEQ_2_SEQ_LM",
+    "SEQ_CLS",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+# Of a field: its flag is shown by --help-all only; or it has none.
+RARE: Mapping[str, Any] = {"rare": True}
+NO_FLAG: Mapping[str, Any] = {"no_flag": True}
 
 
 def _require(ok: bool, message: str) -> None:
@@ -44,6 +55,16 @@ def _require_pattern(name: str, pattern: Any, *, whole: bool = False) -> None:
         except re.error as error:
             raise UserError(f"{key!r} in {name} is no regular expression ({error})") from error
         _require_number(f"{key} in {name}", value, whole=whole)
+
+
+def _require_token_ids(given: Any) -> None:
+    ids = [*given.values()] if isinstance(given, Mapping) else [given]
+    for some in ids:
+        ok = all(type(i) is int and i >= 0 for i in some) and len(set(some)) == len(some)
+        _require(
+            ok and (some or given == ()),
+            f"trainable_token_indices must be different whole numbers from 0, got {some!r}",
+        )
 
 
 def pattern_key(pattern: Iterable[str], module: str) -> str | None:
@@ -96,26 +117,43 @@ class LoraConfig:
     """dropout on the adapter's input, in training"""
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     """all-linear, a list of name endings, or one regular expression over the full name"""
-    exclude_modules: str | tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = field(default=(), metadata=RARE)
     """layers to leave out, named in the same way"""
-    layers_to_transform: tuple[int, ...] = ()
+    layers_to_transform: tuple[int, ...] = field(default=(), metadata=RARE)
     """only the layers with these numbers"""
-    layers_pattern: tuple[str, ...] = ()
+    layers_pattern: tuple[str, ...] = field(default=(), metadata=RARE)
     """what the number stands after, if not the first in a name"""
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = field(default=(), metadata=RARE)
+    """endings of names of parameters that are no layer's, such as fused experts'"""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, metadata=RARE)
     """other ranks, by an ending of the layer's name"""
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, metadata=RARE)
     """other values of lora_alpha, likewise"""
     modules_to_save: tuple[str, ...] = ()
-    """modules trained in full beside the adapter (not there yet)"""
+    """modules trained in full beside the adapter"""
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = field(
+        default=(), metadata=RARE
+    )
+    """ids of tokens whose rows of the embedding are trained; or by an embedding's name"""
+    bias: Literal["none", "all", "lora_only"] = field(default="none", metadata=RARE)
+    """biases to train: none, all of the model's, or those of the adapted layers"""
+    lora_bias: bool = field(default=False, metadata=RARE)
+    """a bias for B, too"""
     use_rslora: bool = False
     """scaling lora_alpha / sqrt(r), arXiv:2312.03732"""
     use_dora: bool = False
     """a trained length of each output, arXiv:2402.09353"""
     init_lora_weights: str | bool = True
     """True: A Kaiming-uniform, B zero. No other yet"""
-    adapter_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """dtype of A and B: bf16 on a GPU that has it, else fp32"""
+    adapter_dtype: Literal["auto", "bf16", "fp32"] = field(default="auto", metadata=RARE)
+    """dtype of A and B, bf16 on a GPU that has it, else fp32; and of what is trained in full, where
+    auto is always fp32"""
+    task_type: str | None = field(default=None, metadata=NO_FLAG)
+    """what PEFT calls the task; by default that of the model's class"""
+    revision: str | None = field(default=None, metadata=NO_FLAG)
+    """that of the base; another than the one it was loaded with is an error"""
+    fan_in_fan_out: bool | None = field(default=None, metadata=NO_FLAG)
+    """whether weights are stored as (in, out), as GPT-2's; seen from the layers, or checked"""
 
     def __post_init__(self) -> None:
         _require_number("r", self.r, whole=True)
@@ -142,14 +180,24 @@ class LoraConfig:
             self.adapter_dtype in ("auto", "bf16", "fp32"),
             f"adapter_dtype must be auto, bf16 or fp32, got {self.adapter_dtype!r}",
         )
-        for name, value in (
-            ("modules_to_save", self.modules_to_save),
-            ("init_lora_weights", self.init_lora_weights is not True),
-        ):
-            _require(
-                not value,
-                f"{name}={getattr(self, name)!r} is not there yet: leave it out",
-            )
+        _require(
+            self.bias in ("none", "all", "lora_only"),
+            f"bias must be none, all or lora_only, got {self.bias!r}",
+        )
+        _require(
+            self.task_type in (None, *TASK_TYPES),
+            f"task_type must be one of {', '.join(TASK_TYPES)}, got {self.task_type!r}",
+        )
+        _require_token_ids(self.trainable_token_indices)
+        _require(
+            not (self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout)),
+            "target_parameters cannot be adapted with use_dora, lora_bias or lora_dropout: their "
+            "module multiplies with them as it likes. Leave these out",
+        )
+        _require(
+            self.init_lora_weights is True,
+            f"init_lora_weights={self.init_lora_weights!r} is not there yet: leave it out",
+        )
 
     @property
     def targets_all_linear(self) -> bool:
@@ -216,6 +264,8 @@ class TrainConfig:
     """passes over the data"""
     max_steps: int = -1
     """optimizer steps; overrides num_train_epochs when above 0"""
+    loraplus_lr_ratio: float = field(default=1.0, metadata=RARE)
+    """learning rate of B over that of A and all else: LoRA+ (arXiv:2402.12354), which takes 16"""
     lr_scheduler_type: str = "linear"
     """any of transformers': linear, cosine, constant, …"""
     warmup_ratio: float = 0.0
@@ -269,6 +319,7 @@ class TrainConfig:
             self.learning_rate is None or self.learning_rate > 0,
             f"learning_rate must be above 0, got {self.learning_rate}",
         )
+        _require_number("loraplus_lr_ratio", self.loraplus_lr_ratio)
         _require(
             0 <= self.warmup_ratio < 1,
             f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}",
@@ -378,6 +429,11 @@ class MergeConfig:
 def flat(config: TrainConfig | MergeConfig) -> dict[str, Any]:
     """Every setting under the name of its flag, in plain types that YAML and JSON can hold."""
     settings: dict[str, Any] = {}
-    for name, value in asdict(config).items():
-        settings |= value if name in ("data", "lora", "quant") else {name: value}
+    for member in fields(config):
+        value = getattr(config, member.name)
+        if is_dataclass(value):
+            own = {m.name for m in fields(value) if "no_flag" not in m.metadata}
+            settings |= {k: v for k, v in asdict(value).items() if k in own}  # type: ignore[arg-type]
+        else:
+            settings[member.name] = value
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}

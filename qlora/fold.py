@@ -97,7 +97,8 @@ def _fold(
         return [record[suffix].cpu() for suffix in suffixes], found
     (entry,) = op.entries
     weight, found = in_full(folding, entry.dtype)
-    return [_cast(weight.T if op.transposed else weight, entry)], found
+    weight = weight.T if op.transposed else weight.view(entry.shape)  # of a convolution: as it was
+    return [_cast(weight, entry)], found
 
 
 def _read(
@@ -112,8 +113,7 @@ def _read(
         return Folding(factors=factors, codes=codes)
     weight = _value(checkpoint, adapter, op).to(device)
     _require_finite(weight, op.name)
-    if op.transposed:
-        weight = weight.T
+    weight = weight.T if op.transposed else weight.flatten(1)
     if not op.round_trip:
         return Folding(weight, factors, original=weight)
     # Loading casts to the compute dtype before it quantizes; of a bf16 checkpoint this is no cast.

@@ -1,8 +1,9 @@
-"""LoRA over a frozen linear layer: y = W x + scaling * B A x (arXiv:2106.09685).
+"""LoRA over a frozen layer: y = W x + scaling * B A x (arXiv:2106.09685).
 
 A is (r, in), Kaiming-uniform with a = sqrt(5), that is uniform in ±1/sqrt(in); B is (out, r) and
-zero, so that a new adapter changes nothing; scaling is lora_alpha / r. The base layer W is a
-bitsandbytes Linear4bit or a plain nn.Linear and stays frozen.
+zero, so that a new adapter changes nothing; scaling is lora_alpha / r. The base layer W, for a
+linear layer a bitsandbytes Linear4bit, an nn.Linear or a Conv1D, stays frozen. (qlora.layers has
+the same over embeddings, convolutions and experts.)
 
 A layer holds any number of adapters by name and adds up the active ones. A and B are kept in the
 adapter's dtype and cast to the input's for the products, which are small: x is never cast up.
@@ -27,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora.adapter_module import AdapterModule, adapted
 from qlora.config import LoraConfig
-from qlora.errors import UserError
-from qlora.nf4 import DTYPES, Quantized, dequantize
+from qlora.frozen import as_dense, computes_in, dense_weight, matrix_shape
+from qlora.nf4 import DTYPES
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -72,96 +74,135 @@ class Factors(NamedTuple):
         return summed.mul_(gain[:, None]).sub_(weight)
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with named adapters beside it.
+class LoRALayer(AdapterModule):
+    """A frozen layer with named low-rank adapters beside it.
 
-    Args:
-        base_layer: Linear4bit or nn.Linear, (in_features) -> (out_features).
+    What the kinds of layers have in common; a kind says how `_down` and `_up` work, and how the
+    layer computes with another weight.
     """
 
-    def __init__(self, base_layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+    ENDINGS = ("lora_A.weight", "lora_B.weight")  # of A and B in adapter files
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_bias = nn.ParameterDict()
+        """B's own bias, of adapters that have one, (out,)"""
         self.lora_magnitude_vector = nn.ParameterDict()
         """of DoRA's adapters, (out,)"""
         self.row_norm: Tensor | None
         self.register_buffer("row_norm", None, persistent=False)  # of W, (out,), fp32
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
-        self.active_adapters: tuple[str, ...] = ()
-        self.adapter_of_row: tuple[str, ...] | None = None
-        self.merged_adapters: tuple[str, ...] = ()
+        self.merged_adapters = ()
         self.merged_weight: Tensor | None
         self.register_buffer("merged_weight", None, persistent=False)
 
     @property
-    def in_features(self) -> int:
-        return self.base_layer.in_features
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self.lora_A)
 
     @property
-    def out_features(self) -> int:
-        return self.base_layer.out_features
-
-    @property
-    def weight(self) -> Tensor:
-        """The base weight: some models look at a layer's dtype or device through it."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight as a matrix."""
+        return matrix_shape(self.plain)
 
     def add_adapter(
         self, name: str, config: LoraConfig, *, generator: torch.Generator | None = None
     ) -> None:
         """A new adapter, not yet active. Drawn on the CPU, so a seed means the same everywhere."""
-        device = self.base_layer.weight.device
-        dtype = adapter_dtype(config, self.base_layer)
-        lora_A = torch.empty(config.r, self.in_features)
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
-        self.lora_A[name] = nn.Parameter(lora_A.to(device, dtype))
-        lora_B = torch.zeros(self.out_features, config.r, device=device, dtype=dtype)
-        self.lora_B[name] = nn.Parameter(lora_B)
+        device = self.plain.weight.device
+        dtype = adapter_dtype(config, self.plain)
+        out_features, in_features = self.shape
+        lora_A, lora_B = torch.empty(config.r, in_features), torch.zeros(out_features, config.r)
+        self._initialise(lora_A, lora_B, generator)
+        self._put(name, lora_A.to(device, dtype), lora_B.to(device, dtype))
         if config.use_dora:
             # in fp32: steps of bf16 are 0.4 % of a length, more than one update
-            self.lora_magnitude_vector[name] = nn.Parameter(self._row_norm().clone())
+            magnitude = self._row_norm().clone().view(self._magnitude_shape)
+            self.lora_magnitude_vector[name] = nn.Parameter(magnitude)
+        if config.lora_bias:
+            self.lora_bias[name] = nn.Parameter(torch.zeros(out_features, device=device))
         self.scaling[name] = config.scaling
         self.dropout[name] = config.lora_dropout
 
-    def put_adapter(self, name: str, factors: Factors, dropout: float = 0.0) -> None:
+    def put_adapter(
+        self, name: str, factors: Factors, dropout: float = 0.0, bias: Tensor | None = None
+    ) -> None:
         """An adapter with these values, frozen and not yet active."""
-        device = self.base_layer.weight.device
-        held = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
-        values = (factors.lora_A, factors.lora_B, factors.magnitude)
-        for parameters, value in zip(held, values, strict=True):
-            if value is not None:  # a copy: what a file gives may lie where kernels round otherwise
-                parameters[name] = nn.Parameter(value.to(device, copy=True), requires_grad=False)
+        device = self.plain.weight.device
+        # copies: what a file gives may lie where kernels round otherwise
+        self._put(name, factors.lora_A.to(device, copy=True), factors.lora_B.to(device, copy=True))
+        if factors.magnitude is not None:
+            magnitude = factors.magnitude.to(device, copy=True).view(self._magnitude_shape)
+            self.lora_magnitude_vector[name] = nn.Parameter(magnitude)
+        if bias is not None:
+            self.lora_bias[name] = nn.Parameter(bias.to(device, copy=True))
+        for parameter in self.parameters_of(name).values():
+            parameter.requires_grad_(False)
         self.scaling[name] = factors.scaling
         self.dropout[name] = dropout
 
+    def _initialise(
+        self, lora_A: Tensor, lora_B: Tensor, generator: torch.Generator | None
+    ) -> None:
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
+
+    def _put(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
+        """A (r, in) and B (out, r) as parameters, in the shapes that files have."""
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_A), nn.Parameter(lora_B)
+
     def factors(self, name: str) -> Factors:
-        """What adapter `name` is here."""
-        magnitude = self._magnitude(name)
-        return Factors(self.lora_A[name], self.lora_B[name], self.scaling[name], magnitude)
+        """What adapter `name` is here, as matrices."""
+        magnitude = None
+        if name in self.lora_magnitude_vector:
+            magnitude = self.lora_magnitude_vector[name].flatten()
+        lora_A, lora_B = self.lora_A[name].flatten(1), self.lora_B[name].flatten(1)
+        return Factors(lora_A, lora_B, self.scaling[name], magnitude)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of adapter `name`, by the name of their kind; none if it is not here."""
-        kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
-        held = {kind: getattr(self, kind) for kind in kinds}
-        return {kind: parameters[name] for kind, parameters in held.items() if name in parameters}
-
-    def _magnitude(self, name: str) -> Tensor | None:
-        has_one = name in self.lora_magnitude_vector
-        return self.lora_magnitude_vector[name] if has_one else None
+        held = {
+            self.ENDINGS[0]: self.lora_A,
+            self.ENDINGS[1]: self.lora_B,
+            "lora_magnitude_vector": self.lora_magnitude_vector,
+            "lora_B.bias": self.lora_bias,
+        }
+        return {ending: parts[name] for ending, parts in held.items() if name in parts}
 
     def remove_adapter(self, name: str) -> None:
-        """Forget adapter `name`, if the layer has it."""
-        for kind in self.parameters_of(name):
-            del getattr(self, kind)[name]
+        for parts in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_bias):
+            if name in parts:
+                del parts[name]
         self.scaling.pop(name, None)
         self.dropout.pop(name, None)
+
+    # ---- what a kind of layer says ----
+
+    def _change(self, x: Tensor, name: str) -> Tensor:
+        """B A x (..., out), in the dtype of the layer's output."""
+        raise NotImplementedError
+
+    def _seen(self, lora_A: Tensor) -> Tensor:
+        """A W' (r, out) in fp32, of A (r, in)."""
+        return lora_A.float() @ dense_weight(self.plain).T
+
+    def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The base layer's output with another weight (out, in)."""
+        raise NotImplementedError
+
+    def _drop(self, x: Tensor, name: str) -> Tensor:
+        return F.dropout(x, self.dropout[name], self.training)
+
+    def _spread(self, features: Tensor) -> Tensor:
+        """Numbers (out,) in the shape that multiplies an output."""
+        return features
+
+    @property
+    def _magnitude_shape(self) -> tuple[int, ...]:
+        return (self.shape[0],)
+
+    # ---- forward ----
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
@@ -170,78 +211,91 @@ class LoRALinear(nn.Module):
         names = self.active_adapters
         base: Tensor | None = None
         if self.merged_weight is not None and set(self.merged_adapters) <= set(names):
-            y = _linear(x, self.merged_weight, self.bias)
+            y = self._with_weight(x, self.merged_weight)
             names = tuple(name for name in names if name not in self.merged_adapters)
         else:
             y = base = self.base_layer(x)
         for name in names:
-            dropped = F.dropout(x, self.dropout[name], self.training)
+            dropped = self._drop(x, name)
             change = self._change(dropped, name)
             if name not in self.lora_magnitude_vector:
                 y = torch.add(y, change, alpha=self.scaling[name])
                 continue
             # gain * (W x + scaling * B A x), of which W x is in y already
             own = base if base is not None and dropped is x else self.base_layer(dropped)
-            own = own if self.bias is None else own - self.bias
-            gain = self._gain(name)
+            own = own if self._bias is None else own - self._spread(self._bias)
+            gain = self._spread(self._gain(name))
             y = y + (gain - 1).to(y.dtype) * own + (gain * self.scaling[name]).to(y.dtype) * change
+        for name in self.active_adapters:
+            if name in self.lora_bias:
+                y = y + self._spread(self.scaling[name] * self.lora_bias[name]).to(y.dtype)
         return y
 
-    def _change(self, x: Tensor, name: str) -> Tensor:
-        """B A x (..., out), in x's dtype."""
-        low = F.linear(x, self.lora_A[name].to(x.dtype))  # (..., r)
-        return F.linear(low, self.lora_B[name].to(x.dtype))
+    @property
+    def _bias(self) -> Tensor | None:
+        bias: Tensor | None = getattr(self.base_layer, "bias", None)
+        return bias
 
     def _gain(self, name: str) -> Tensor:
         """What DoRA multiplies each output with, fp32 (out,)."""
         with torch.no_grad():
-            scaling = self.scaling[name]
-            lora_A, lora_B = self.lora_A[name].float(), self.lora_B[name].float()
-            seen = self.base_layer(lora_A.to(computes_in(self.base_layer)))  # A W' (r, out)
-            seen = (seen if self.bias is None else seen - self.bias).float()
+            factors, scaling = self.factors(name), self.scaling[name]
+            lora_A, lora_B = factors.lora_A.float(), factors.lora_B.float()
             gram = lora_A @ lora_A.T
-            cross = (2 * scaling * seen.T + scaling**2 * lora_B @ gram).mul_(lora_B).sum(1)
-            norm = self._row_norm().square().add_(cross).clamp_min_(0).sqrt_()
-        return torch.div(self.lora_magnitude_vector[name].float(), norm)
+            cross = 2 * scaling * self._seen(lora_A).T + scaling**2 * lora_B @ gram
+            norm = self._row_norm().square().add_(cross.mul_(lora_B).sum(1))
+            norm = norm.clamp_min_(0).sqrt_()
+        magnitude: Tensor = self.lora_magnitude_vector[name]
+        gain: Tensor = magnitude.float().flatten() / norm
+        return gain
 
     def _row_norm(self) -> Tensor:
         """|row of W|, fp32 (out,), made once."""
         if self.row_norm is None:
-            self.row_norm = dense_weight(self.base_layer).norm(dim=1)
+            self.row_norm = dense_weight(self.plain).norm(dim=1)
         return self.row_norm.float()
 
     def _by_rows(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
-        """Each row of x (rows, ..., in) through its own adapter; the base sees them together."""
-        if len(x) != len(names):
-            raise UserError(
-                f"{len(names)} adapter names for a batch whose layers see {len(x)} rows: give one "
-                "name a row (a layer that sees tokens in another order, as experts do, cannot tell)"
-            )
+        """Each row of x (rows, ...) through its own adapter; the base sees them together."""
         y: Tensor = self.base_layer(x)
-        for name in dict.fromkeys(name for name in names if name in self.lora_A):
-            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            dropped = F.dropout(x[rows], self.dropout[name], self.training)
-            y = y.index_add(0, rows, self._change(dropped, name), alpha=self.scaling[name])
+        for name, rows in self._rows_of(x, names).items():
+            change = self.scaling[name] * self._change(self._drop(x[rows], name), name)
+            if name in self.lora_bias:
+                change = change + self._spread(self.scaling[name] * self.lora_bias[name])
+            y = y.index_add(0, rows, change.to(y.dtype))
         return y
 
-    def merged(self, names: Iterable[str]) -> Tensor:
-        """The base weight with these adapters folded in, (out, in), in the layer's dtype."""
-        weight = dense_weight(self.base_layer)
+    # ---- merged ----
+
+    def merged(self, below: nn.Module, names: Iterable[str]) -> Tensor:
+        """The weight of `below` with these adapters in it, (out, in), in the layer's dtype."""
+        weight = dense_weight(below)
         for change in [self.factors(name).change(weight) for name in names]:
             weight = weight.add_(change)
-        return weight.to(computes_in(self.base_layer))
+        return weight.to(computes_in(below))
 
     def merge(self, names: Iterable[str]) -> None:
         """Compute with these adapters' `merged` weight from now on, as long as all are active."""
         self.merged_adapters = tuple(name for name in names if name in self.lora_A)
         if self.merged_adapters:
-            self.merged_weight = self.merged(self.merged_adapters)
+            self.merged_weight = self.merged(self.plain, self.merged_adapters)
 
     def unmerge(self) -> None:
         """Forget the merged weight."""
         self.merged_adapters, self.merged_weight = (), None
 
-    def train(self, mode: bool = True) -> "LoRALinear":
+    def fold(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
+        names = [name for name in names if name in self.lora_A]
+        if not names:
+            return below
+        made: Any = as_dense(below, self.merged(below, names))
+        for name in names:
+            if name in self.lora_bias:
+                bias = made.bias.float() + self.scaling[name] * self.lora_bias[name].detach()
+                made.bias = nn.Parameter(bias.to(made.weight.dtype), requires_grad=False)
+        return made  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> "LoRALayer":
         """In training adapters are apart from the base, as A and B are about to change."""
         if mode:
             self.unmerge()
@@ -250,84 +304,46 @@ class LoRALinear(nn.Module):
 
     def delta_weight(self, name: str) -> Tensor:
         """What adapter `name` adds to the base weight, fp32 (out, in)."""
-        if name not in self.lora_magnitude_vector:
-            return delta_weight(self.lora_A[name], self.lora_B[name], self.scaling[name])
-        return self.factors(name).change(dense_weight(self.base_layer))
+        factors = self.factors(name)
+        if factors.magnitude is None:
+            return delta_weight(*factors[:3])
+        return factors.change(dense_weight(self.plain))
 
     def extra_repr(self) -> str:
         ranks = {name: matrix.shape[0] for name, matrix in self.lora_A.items()}
         return f"r={ranks}, active={self.active_adapters}"
 
 
-def adapter_dtype(config: LoraConfig, base_layer: nn.Linear) -> torch.dtype:
+class LoRALinear(LoRALayer):
+    """LoRA over a Linear4bit, an nn.Linear or GPT-2's Conv1D."""
+
+    def _change(self, x: Tensor, name: str) -> Tensor:
+        low = F.linear(x, self.lora_A[name].to(x.dtype))  # (..., r)
+        return F.linear(low, self.lora_B[name].to(x.dtype))
+
+    def _seen(self, lora_A: Tensor) -> Tensor:
+        seen = self.base_layer(lora_A.to(computes_in(self.plain)))
+        seen = seen if self._bias is None else seen - self._bias
+        return seen.float()  # type: ignore[no-any-return]
+
+    def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        # as a Linear4bit does: in the weight's dtype, and back to x's
+        bias = None if self._bias is None else self._bias.to(weight.dtype)
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def adapter_dtype(config: LoraConfig, base_layer: nn.Module) -> torch.dtype:
     """bf16 on a GPU that computes in it, else fp32, unless the config says which.
 
     Under fp16 compute it must be fp32: loss scaling has no kernel for bf16 gradients.
     """
     if config.adapter_dtype != "auto":
         return DTYPES[config.adapter_dtype]
-    in_bf16 = base_layer.weight.is_cuda and computes_in(base_layer) == torch.bfloat16
+    weight: Any = base_layer.weight
+    in_bf16 = weight.is_cuda and computes_in(base_layer) == torch.bfloat16
     return torch.bfloat16 if in_bf16 else torch.float32
 
 
-def computes_in(layer: nn.Linear) -> torch.dtype:
-    """The dtype a Linear4bit or nn.Linear computes in."""
-    dtype: torch.dtype = getattr(layer, "compute_dtype", layer.weight.dtype)
-    return dtype
-
-
-def dense_weight(layer: nn.Linear) -> Tensor:
-    """A new tensor with the weight of a Linear4bit or nn.Linear, fp32 (out, in)."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return layer.weight.detach().to(torch.float32, copy=True)
-    return dequantize(Quantized(layer.weight.detach(), state))
-
-
-def as_dense(layer: nn.Linear, weight: Tensor) -> nn.Module:
-    """A plain frozen layer with `layer`'s bias and that weight (out, in), as the model's own class
-    had it: an nn.Linear, or GPT-2's Conv1D."""
-    if was_conv1d(layer):
-        dense: Any = layer.source_cls(layer.out_features, layer.in_features)  # type: ignore[operator]
-        weight = weight.T.contiguous()
-    else:
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.bias = layer.bias
-    return dense.train(layer.training)  # type: ignore[no-any-return]
-
-
-def was_conv1d(layer: nn.Module) -> bool:
-    """Whether the checkpoint stores this layer's weight as (in, out), as GPT-2's Conv1D does."""
-    return getattr(getattr(layer, "source_cls", None), "__name__", None) == "Conv1D"
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As a Linear4bit does: in the weight's dtype, and back to x's."""
-    bias = bias if bias is None else bias.to(weight.dtype)
-    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every adapted layer of `model`, by its name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def output_head(model: nn.Module) -> Any:
-    """The layer that makes logits, which is neither quantized nor adapted, or None."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if get else None
-
-
-def vocabulary(model: nn.Module) -> tuple[str | None, str | None]:
-    """The names of `model`'s embedding and of its output head."""
-    names = {module: name for name, module in model.named_modules()}
-    get = getattr(model, "get_input_embeddings", None)
-    return names.get(get() if get else None), names.get(output_head(model))
-
-
-def is_tied(model: nn.Module) -> bool:
-    """Whether `model`'s output head is its embedding."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if config else None
-    return bool(getattr(text, "tie_word_embeddings", False) and output_head(model) is not None)
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Every layer with a low-rank adapter, by its name."""
+    return {name: module for name, module in adapted(model) if isinstance(module, LoRALayer)}

@@ -32,7 +32,7 @@ from qlora.fold import merged_tensors
 from qlora.merge_plan import Plan, check_base, plan_merge
 from qlora.merge_report import MergeReport
 from qlora.shards import Entry, parse_size, publishing, require_new, write_shards
-from qlora.tasks import task_named
+from qlora.tasks import CAUSAL_LM, task_named
 
 if TYPE_CHECKING:
     from qlora.verify import Verification, Verifier
@@ -116,7 +116,7 @@ def _prepare(config: MergeConfig) -> _Job:
 
         examples = read_examples(config.verify, tokenizer_folder)
         verifier = Verifier(adapter, str(checkpoint.folder), examples, **running)
-    data = _calibration_data(config) if task_named(adapter.task).runs_on_text else []
+    data = _calibration_data(config) if task_named(adapter.task) is CAUSAL_LM else []
     moments = None
     if data:
         from qlora.calibration import calibrate
@@ -207,7 +207,7 @@ def _require_kept(verified: "Verification", min_kept: float) -> None:
 
 def _require_text_model(config: MergeConfig, adapter: AdapterFile) -> None:
     """Refuse to verify or calibrate with what does not write text."""
-    if task_named(adapter.task).runs_on_text:
+    if task_named(adapter.task) is CAUSAL_LM:
         return
     for name in ("verify", "calibration"):
         if getattr(config, name) not in (None, "none"):

@@ -3,6 +3,7 @@
 The plan runs in the model's order, in which calibration gets to know the layers.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from qlora.adapter_reader import AdapterFile, raise_faults, require_same_base
 from qlora.checkpoint import Checkpoint, disk_name, linear_layers, quantized_layers, skeleton
 from qlora.config import MergeConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.lora import is_tied, vocabulary
+from qlora.frozen import is_tied, vocabulary
 from qlora.shards import Entry
 from qlora.tasks import heads, is_in, task_named
 
@@ -168,6 +169,12 @@ class _Planner:
         self.out_dtype = nf4.DTYPES[_out_dtype(config, self.quant)]
 
     def plan(self) -> Plan:
+        if self.adapter.parameters:
+            raise UserError(
+                f"adapter {self.adapter.folder} changes {', '.join(self.adapter.parameters)}, "
+                "which stand otherwise in a checkpoint than in the model: load_adapter, "
+                "merge_and_unload and save_pretrained instead"
+            )
         self._find_missing()
         ops = [
             self._op(name, source) for name, source in self.sources.items() if self._is_own(name)
@@ -243,6 +250,8 @@ class _Planner:
             packed, shape, floats = False, whole, True
         transposed = module is not None and self.transposed.get(module, False)
         matrix = shape[::-1] if transposed and not packed else shape
+        if len(shape) > 2 and module in adapter.pairs:  # a convolution
+            matrix = (shape[0], math.prod(shape[1:]))
         if module in adapter.pairs and matrix != adapter.pairs[module].shape:
             wanted = adapter.pairs[module].shape
             self.faults.append(f"{name} is {matrix}, the adapter is for {wanted}")

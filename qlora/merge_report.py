@@ -11,7 +11,7 @@ from qlora.export import Facts
 from qlora.merge_plan import Plan
 from qlora.report import by_kind, plot_merge, write_merge_card
 from qlora.shards import replace_text
-from qlora.tasks import task_named
+from qlora.tasks import CAUSAL_LM, task_named
 
 if TYPE_CHECKING:
     from qlora.verify import Verification
@@ -55,7 +55,7 @@ class MergeReport:
         print(self._table())
         print(f"\nWritten to {output}. Use it:")
         task = task_named(self.plan.task)
-        served = f"      or      vllm serve {output}" if task.runs_on_text else ""
+        served = f"      or      vllm serve {output}" if task is CAUSAL_LM else ""
         print(f'  {task.auto_class}.from_pretrained("{output}"){served}')
 
     def _table(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from qlora.errors import UserError
-from qlora.lora import output_head
+from qlora.frozen import output_head
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,15 @@ class Task:
     """PEFT's name of it, for adapter_config.json"""
     auto_class: str
     """transformers' class that loads it"""
-    endings: tuple[str, ...]
-    """of the names of its classes"""
     kind: str
     """what a model of it is, in words"""
-    trains_head: bool = False
-    """its head is trained in full beside the adapter, and may be missing from a checkpoint"""
-    runs_on_text: bool = False
-    """it predicts the next token of a text, which is what a merge can verify and calibrate with"""
+    class_ending: str = ""
+    """of a classifier: how the names of its classes end"""
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether its head is trained in full, and may be missing from a checkpoint."""
+        return bool(self.class_ending)
 
     def load(self, what: str) -> Any:
         """Its Auto class's method `what`."""
@@ -40,34 +41,22 @@ class Task:
 
 
 TASKS = {
-    "causal-lm": Task(
-        "CAUSAL_LM",
-        "AutoModelForCausalLM",
-        ("ForCausalLM", "LMHeadModel"),
-        "causal language model",
-        runs_on_text=True,
-    ),
-    "seq2seq": Task(
-        "SEQ_2_SEQ_LM",
-        "AutoModelForSeq2SeqLM",
-        ("ForConditionalGeneration",),
-        "encoder-decoder language model",
-    ),
+    "causal-lm": Task("CAUSAL_LM", "AutoModelForCausalLM", "causal language model"),
+    "seq2seq": Task("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", "encoder-decoder language model"),
     "seq-cls": Task(
         "SEQ_CLS",
         "AutoModelForSequenceClassification",
-        ("ForSequenceClassification",),
         "classifier of texts",
-        trains_head=True,
+        "ForSequenceClassification",
     ),
     "token-cls": Task(
         "TOKEN_CLS",
         "AutoModelForTokenClassification",
-        ("ForTokenClassification",),
         "classifier of tokens",
-        trains_head=True,
+        "ForTokenClassification",
     ),
 }
+CAUSAL_LM = TASKS["causal-lm"]  # what predicts the next token of a text
 
 
 def task_named(name: str) -> Task:
@@ -82,8 +71,13 @@ def task_of(model: nn.Module) -> Task | None:
     name = getattr(model, "qlora_base", {}).get("task")
     if name is not None:
         return task_named(name)
-    class_name = type(model).__name__
-    return next((task for task in TASKS.values() if class_name.endswith(task.endings)), None)
+    for task in TASKS.values():
+        if task.trains_head and type(model).__name__.endswith(task.class_ending):
+            return task
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return TASKS["seq2seq" if is_encoder_decoder else "causal-lm"]
 
 
 def task_typed(task_type: str | None) -> str:

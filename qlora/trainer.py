@@ -119,6 +119,7 @@ def make_trainer(
             data_collator=collator(tokenizer, config.task, model),
             processing_class=tokenizer,
             objective=OBJECTIVES[config.task],
+            loraplus_lr_ratio=config.loraplus_lr_ratio,
         )
         # Made once to see that they can be, before anything is written, and dropped again: the
         # schedule's length is not known yet.
@@ -152,9 +153,15 @@ class AdapterTrainer(Trainer):
     objective: Objective
 
     def __init__(
-        self, model: PreTrainedModel, objective: Objective | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        *,
+        objective: Objective | None = None,
+        loraplus_lr_ratio: float = 1.0,
+        **kwargs: Any,
     ) -> None:
         self.objective = objective or OBJECTIVES["causal-lm"]
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         if not lora_layers(model):
             raise UserError("the model has no adapter to train: call apply_lora first")
         # Trainer refuses a quantized model unless it hears that adapters are attached. They are;
@@ -175,6 +182,21 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_adapter_weights(self.model, self.state.best_model_checkpoint)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's, in which LoRA+ (arXiv:2402.12354) gives B a rate of its own."""
+        is_new = self.optimizer is None
+        optimizer: Any = super().create_optimizer(model)
+        if is_new and self.loraplus_lr_ratio != 1:
+            layers = lora_layers(self.model).values()
+            matrices = {id(lora_B) for layer in layers for lora_B in layer.lora_B.values()}
+            for group in list(optimizer.param_groups):
+                fast = [p for p in group["params"] if id(p) in matrices]
+                group["params"] = [p for p in group["params"] if id(p) not in matrices]
+                if fast:
+                    rate = group["lr"] * self.loraplus_lr_ratio
+                    optimizer.add_param_group({**group, "params": fast, "lr": rate})
+        return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:

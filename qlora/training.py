@@ -62,9 +62,11 @@ def _train(config: TrainConfig) -> Path:
     check_trainer_arguments(config.trainer)
     tokenizer, max_length = _load_tokenizer(config)
     rows, eval_rows, labels = _load_rows(config, tokenizer, max_length)
+    # what is trained in full starts from the original weights
+    skipped = (*config.quant.skip_modules, *config.lora.modules_to_save)
     model = load_base(
         config.model,
-        config.quant,
+        replace(config.quant, skip_modules=skipped),
         task=config.task,
         labels=labels,
         seed=config.seed,
@@ -141,8 +143,8 @@ def _load_rows(
 def _own_labels(config: TrainConfig) -> tuple[str, ...]:
     """The labels that a checkpoint of a trained classifier has already."""
     known = Checkpoint(resolve(config.model, revision=config.revision)).config
-    classes = known.get("architectures") or ()
-    if not any(name.endswith(task_named(config.task).endings) for name in classes):
+    task, classes = task_named(config.task), known.get("architectures") or ()
+    if not task.trains_head or not any(name.endswith(task.class_ending) for name in classes):
         return ()
     names = known.get("id2label") or {}
     return tuple(names[number] for number in sorted(names, key=int))

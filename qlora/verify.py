@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from qlora.adapter_files import attach, check_fits
 from qlora.adapter_reader import AdapterFile
 from qlora.base import load_base
 from qlora.checkpoint import Checkpoint
 from qlora.config import QuantConfig
 from qlora.data import length_batches, prepare_data
 from qlora.errors import UserError, first_line
-from qlora.live import put_on
 
 MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
 MAX_LENGTH = 2048
@@ -155,7 +155,8 @@ class Verifier:
         )
         model = self._load(self.base_model, quant)
         base = deque(_log_probs(model, self.examples, "Base"))
-        put_on(model, self.adapter)
+        check_fits(model, self.adapter)
+        attach(model, self.adapter)
         loss_base = loss = kl_base = 0.0
         live = []
         for nll, log_p in _log_probs(model, self.examples, "Live adapter"):

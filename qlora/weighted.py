@@ -19,10 +19,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters import Model, adapter_configs, known_adapters, require_new_name, wrap
+from qlora.adapter_module import adapted
+from qlora.adapters import Model, adapter_configs, known_adapters, require_new_name
 from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
-from qlora.lora import Factors, LoRALinear, lora_layers
+from qlora.lora import Factors, LoRALayer, lora_layers
 
 Combination = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd",
@@ -64,6 +65,14 @@ def add_weighted_adapter(
     for name in names:
         if configs[name].use_dora:
             raise UserError(f"adapter {name!r} is DoRA's, of which no weighted sum is made")
+        other = [
+            n for n, w in adapted(model) if name in w.adapters and not isinstance(w, LoRALayer)
+        ]
+        if other:
+            raise UserError(
+                f"adapter {name!r} trains {', '.join(other[:4])}{', …' if len(other) > 4 else ''} "
+                "beside its A and B, of which no weighted sum is made"
+            )
     layers = {
         name: {n: w for n, w in zip(names, weights, strict=True) if n in layer.lora_A}
         for name, layer in lora_layers(model).items()
@@ -74,7 +83,7 @@ def add_weighted_adapter(
     mix = _mix(combination_type.removesuffix("_svd"), density, majority_sign_method, generator)
     r = svd_rank or _largest(model, names)
     made = {
-        name: _combined(wrap(model, name), parts, combination_type, mix, r)
+        name: _combined(lora_layers(model)[name], parts, combination_type, mix, r)
         for name, parts in layers.items()
     }
     _put(model, made, configs[names[0]], adapter_name)
@@ -88,7 +97,7 @@ def _put(
     adapter's files understands that."""
     r = max(len(lora_A) for lora_A, _ in made.values())
     for name, (lora_A, lora_B) in made.items():
-        layer = wrap(model, name)
+        layer = lora_layers(model)[name]
         dtype = next(iter(layer.lora_A.values())).dtype
         missing = r - len(lora_A)
         lora_A = nn.functional.pad(lora_A, (0, 0, 0, missing)).to(dtype)
@@ -100,7 +109,7 @@ def _put(
 
 
 def _combined(
-    layer: LoRALinear, parts: dict[str, float], way: str, mix: Mix, r: int
+    layer: LoRALayer, parts: dict[str, float], way: str, mix: Mix, r: int
 ) -> tuple[Tensor, Tensor]:
     """A and B, fp32 and of scaling 1, of one layer's weighted adapters."""
     found = [layer.factors(name) for name in parts]
@@ -217,8 +226,7 @@ def _check(
 
 def _require_one_rank(model: nn.Module, layers: dict[str, dict[str, float]], way: str) -> None:
     for name, parts in layers.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, LoRALinear)
+        layer = lora_layers(model)[name]
         ranks = {adapter: len(layer.lora_A[adapter]) for adapter in parts}
         if len(set(ranks.values())) > 1:
             raise UserError(

@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from qlora.config import QuantConfig
-from qlora.lora import LoRALinear
+from qlora.lora import LoRALayer
 
 VOCAB = 320
 SIZES: dict[str, Any] = {
@@ -162,7 +162,7 @@ def randomize_adapter(model: nn.Module, *, seed: int = 1, std: float = 0.05) -> 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in model.modules():
-            if isinstance(layer, LoRALinear):
+            if isinstance(layer, LoRALayer):
                 for lora_B in layer.lora_B.values():
                     lora_B.copy_(torch.randn(lora_B.shape, generator=generator) * std)
                 for magnitude in layer.lora_magnitude_vector.values():
@@ -173,3 +173,13 @@ def token_ids(*, rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor
     """Random token ids (rows, length)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, VOCAB, (rows, length), generator=generator)
+
+
+def pefts_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """PEFT's trainable parameters under the names they have in files."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = name.replace(".modules_to_save.default", "").replace(".default", "")
+            found[name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = parameter
+    return found

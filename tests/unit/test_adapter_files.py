@@ -22,12 +22,13 @@ from qlora.adapter_files import (
     save_adapter,
     swap_adapter,
 )
-from qlora.adapters import adapter_configs, apply_lora, merge_adapter, set_adapter
+from qlora.adapters import adapter_configs, apply_lora, set_adapter
 from qlora.base import load_base
 from qlora.checkpoint import Checkpoint
 from qlora.config import LoraConfig
 from qlora.errors import UserError
 from qlora.lora import lora_layers
+from qlora.merging import merge_adapter
 
 # transformers 5.23 deprecates a property that PEFT 0.21 asks for.
 from_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
@@ -337,9 +338,8 @@ def test_an_unknown_adapter_cannot_be_saved(tmp_path):
 def test_an_adapter_is_read_as_it_was(adapter):
     read = read_adapter(adapter)
     model = ours()
-    assert read.config == LoraConfig(
-        **SETTINGS, target_modules=tuple(sorted({n.rpartition(".")[2] for n in read.pairs}))
-    )
+    leaves = tuple(sorted({n.rpartition(".")[2] for n in read.pairs}))
+    assert read.config == LoraConfig(**SETTINGS, target_modules=leaves, task_type="CAUSAL_LM")
     assert set(read.pairs) == set(lora_layers(model))
     for lora_A, lora_B, *_ in read.pairs.values():
         assert (lora_A.shape[0], lora_B.shape[1]) == (4, 4)
@@ -430,11 +430,11 @@ def test_many_faults_are_counted(copy):
         ({"rank_pattern": {"q_proj": 2}}, r"q_proj.* has shape .*, its config says r=2"),
         ({"layer_replication": [[0, 1]]}, r"not there yet: layer_replication=.*without it"),
         ({"trainable_token_indices": [1]}, "missing the rows of trainable_token_indices"),
-        ({"target_parameters": ["x"]}, "target_parameters="),
+        ({"arrow_config": {"x": 1}}, "arrow_config="),
         ({"use_qalora": True}, "use_qalora=True"),
         ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights='pissa_niter_4' \(it changes"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
-        ({"use_qalora": True, "target_parameters": ["x"]}, "use_qalora=True, target_parameters="),
+        ({"use_qalora": True, "arrow_config": {"x": 1}}, "use_qalora=True, arrow_config="),
         ({"r": 8}, r"its config says r=8"),
         ({"r": 0}, r"r must be a whole number above 0, got 0"),
         ({"lora_alpha": "16"}, r"lora_alpha must be a number above 0, got '16'"),
@@ -528,7 +528,7 @@ def test_shapes_of_another_model_are_refused(copy):
 def test_layers_that_the_model_lacks_are_refused(adapter):
     refuses(
         adapter,
-        r"model.layers.0.mlp.gate_proj is no linear layer of this model",
+        r"model.layers.0.mlp.gate_proj is no layer of this model that takes A and B",
         model=tiny_model("phi"),
     )
 

@@ -14,23 +14,26 @@ from qlora.adapter_files import save_adapter
 from qlora.adapters import (
     adapter_configs,
     apply_lora,
-    delete_adapter,
     disable_adapter,
-    merge_adapter,
-    merge_and_unload,
     mixed_batch,
     print_trainable_parameters,
     set_adapter,
     trainable_parameters,
-    unload,
-    unmerge_adapter,
 )
 from qlora.base import load_base
 from qlora.config import LoraConfig, MergeConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.lora import LoRALinear, dense_weight, lora_layers
+from qlora.frozen import dense_weight
+from qlora.lora import LoRALinear, lora_layers
 from qlora.matching import target_layers
 from qlora.merge import merge
+from qlora.merging import (
+    delete_adapter,
+    merge_adapter,
+    merge_and_unload,
+    unload,
+    unmerge_adapter,
+)
 
 # transformers 5.23 deprecates a property that PEFT 0.21 asks for.
 from_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
@@ -240,9 +243,11 @@ def test_a_generator_decides_the_first_values():
         (r".*mlp\.up", "matches no layer"),  # the whole name, not its beginning
         ("q_proj", "'q_proj' matches no layer"),  # a string is an expression over the full name
         ("*q_proj", r"'\*q_proj' is no regular expression \(.*\); for name endings give a list"),
-        (("norm",), r"no linear layer: model\.norm\. This model's linear layers: down_proj"),
-        (("q_proj", "embed_tokens"), r"no linear layer: model\.embed_tokens\."),
-        (".*", r"no linear layer: .* …\. This"),
+        (
+            ("norm",),
+            r"convolution or embedding: model\.norm\. This model's linear layers: down_proj",
+        ),
+        (".*", r"no linear layer, convolution or embedding: .* …\. This"),
     ],
 )
 def test_bad_targets_are_refused(targets, message):

@@ -19,7 +19,7 @@ from qlora.base import compute_dtype, load_base, unquantized_linear
 from qlora.checkpoint import Checkpoint
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.lora import output_head
+from qlora.frozen import output_head
 
 CPU = torch.device("cpu")
 

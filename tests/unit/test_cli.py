@@ -308,8 +308,12 @@ def test_help_fits_two_screens(config_class, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert len(text.splitlines()) <= 100
+    assert "--help-all" in text
+    with pytest.raises(SystemExit):
+        cli.parse(config_class, ["--help-all"], prog="train.py")
+    every = capsys.readouterr().out
     for name in ("config", *cli._settings(config_class)):
-        assert "--" + name.replace("_", "-") in text
+        assert "--" + name.replace("_", "-") in every
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,6 @@ def test_steps_stand_in_for_epochs():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: LoraConfig(modules_to_save=("lm_head",)),
         lambda: LoraConfig(init_lora_weights="pissa"),
         lambda: DataConfig("x", packing=True),
         lambda: train_config(plan=True),

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from qlora.config import LoraConfig
-from qlora.lora import LoRALinear, adapter_dtype, delta_weight, lora_layers, output_head
+from qlora.frozen import output_head
+from qlora.lora import LoRALinear, adapter_dtype, delta_weight, lora_layers
 
 OUT, IN = 48, 64
 # fp32 products of length 64 and rank 4: some 64 roundings of 6e-8, relative to values around 1

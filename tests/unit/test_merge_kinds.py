@@ -17,7 +17,6 @@ from qlora.adapters import apply_lora
 from qlora.base import load_base
 from qlora.config import LoraConfig, MergeConfig
 from qlora.errors import UserError
-from qlora.live import put_on
 from qlora.lora import lora_layers
 from qlora.merge import merge
 
@@ -103,7 +102,7 @@ def test_the_merged_model_is_pefts_live_model(kind, base_of, tmp_path):
     torch.testing.assert_close(logits(again), wanted, rtol=1e-5, atol=1e-5)
     live = load_base(str(base), FP32)
     assert (logits(live) - wanted).abs().max() > 1e-3  # the adapter is not idle
-    put_on(live, read_adapter(adapter))
+    load_adapter(live, adapter)
     torch.testing.assert_close(logits(live.eval()), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -145,7 +144,7 @@ def test_a_layer_trained_in_full_stays_out_of_4_bits(base_of, tmp_path):
     settings = json.loads((output / "config.json").read_text())["quantization_config"]
     assert "model.layers.1.mlp.up_proj" in settings["llm_int8_skip_modules"]
     live = load_base(str(base), FP32)
-    put_on(live, read_adapter(adapter))
+    load_adapter(live, adapter)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.float32)
     torch.testing.assert_close(logits(live.eval()), logits(again), rtol=1e-5, atol=1e-5)
 
@@ -262,12 +261,3 @@ def test_a_bias_where_the_model_has_none(base_of, tmp_path):
     with pytest.raises(UserError, match=r"q_proj\.bias is not in the checkpoint"):
         merge(MergeConfig(adapter=str(tmp_path / "adapter"), output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
-
-
-def test_what_only_the_merge_can_handle_is_not_half_put_on_a_model(base_of, tmp_path):
-    base = base_of("llama", False)
-    trained_by_peft(base, tmp_path / "adapter", modules_to_save=["lm_head"])
-    model = load_base(str(base), FP32)
-    with pytest.raises(UserError, match="trained in full, which cannot be put on a model yet"):
-        load_adapter(model, tmp_path / "adapter")
-    assert not lora_layers(model)

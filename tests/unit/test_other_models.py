@@ -74,8 +74,11 @@ MODELS = {
             r=4,
             lora_alpha=8,
             target_modules=(
-                "q_proj", "v_proj", "fc1",
-                "patch_embeddings.proj", "sequence_reduction.sequence_reduction",  # Conv2d
+                "q_proj",
+                "v_proj",
+                "fc1",
+                "patch_embeddings.proj",
+                "sequence_reduction.sequence_reduction",  # Conv2d
             ),
             modules_to_save=("decode_head.classifier",),
         ),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import FAMILIES, FP32, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -98,7 +100,7 @@ def test_logits_and_gradients_are_pefts(family, use_dora, checkpoints, tmp_path)
     for name, layer in lora_layers(model).items():
         peer = wrapped.get_submodule(name)
         for side, parameter in layer.parameters_of("default").items():
-            gradient = getattr(peer, side)["default"].weight.grad
+            gradient = getattr(peer, side.removesuffix(".weight"))["default"].weight.grad
             assert gradient.abs().max() > 0
             assert (parameter.grad - gradient).abs().max() <= 1e-5, (name, side)
             compared += 1
@@ -299,6 +301,87 @@ def test_dora_trains_and_merges(checkpoints, data, tmp_path):
     with torch.no_grad():
         wanted = live(input_ids=token_ids()).logits
         torch.testing.assert_close(plain(input_ids=token_ids()).logits, wanted, rtol=0, atol=1e-5)
+
+
+def test_loraplus_rates_are_pefts(checkpoints, tmp_path, data):
+    model = apply_lora(load_base(str(checkpoints("llama")), FP32), LORA)
+    rows, _ = prepare_data(str(data), tiny_tokenizer(), max_length=128)
+    run = config(checkpoints("llama"), data, tmp_path / "out", loraplus_lr_ratio=16)
+    trainer = make_trainer(run, model, tiny_tokenizer(), rows, None)
+    ours = {
+        id(p): group["lr"]
+        for group in trainer.create_optimizer().param_groups
+        for p in group["params"]
+    }
+    matrices = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(ours[id(p)] == (0.16 if "lora_B" in n else 0.01) for n, p in matrices.items())
+    theirs = create_loraplus_optimizer(
+        model=peft_twin(model, tmp_path, checkpoints("llama")),
+        optimizer_cls=torch.optim.AdamW,
+        lr=1e-2,
+        loraplus_lr_ratio=16,
+    )
+    rates = Counter(g["lr"] for g in theirs.param_groups for _ in g["params"])
+    assert Counter(ours.values()) == rates
+
+
+def test_loraplus_trains_b_faster_and_resumes(checkpoints, tmp_path, data):
+    for name, settings in {"plain": {}, "plus": {"loraplus_lr_ratio": 4}}.items():
+        train(config(checkpoints("llama"), data, tmp_path / name, max_steps=2, **settings))
+    plain, plus = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "plus")
+    )
+    size = sum(t.abs().sum() for n, t in plus.items() if "lora_B" in n)
+    assert size > 2 * sum(t.abs().sum() for n, t in plain.items() if "lora_B" in n)
+    again = replace(
+        config(checkpoints("llama"), data, tmp_path / "plus", loraplus_lr_ratio=4), resume=True
+    )
+    train(again)
+    whole = tmp_path / "whole"
+    train(config(checkpoints("llama"), data, whole, loraplus_lr_ratio=4))
+    saved = [load_file(f / "adapter_model.safetensors") for f in (tmp_path / "plus", whole)]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ("norm", "layers.1.mlp.up_proj")},
+        {"trainable_token_indices": (5, 6, 7)},
+        {"target_modules": ("embed_tokens", "q_proj")},
+        {"bias": "all"},
+    ],
+    ids=str,
+)
+def test_what_else_trains_is_saved_resumed_and_merged(settings, checkpoints, tmp_path, data):
+    base = checkpoints("qwen2")
+    lora = replace(LORA, **settings)
+    train(config(base, data, tmp_path / "run", lora=lora, max_steps=2))
+    train(replace(config(base, data, tmp_path / "run", lora=lora), resume=True))
+    train(config(base, data, tmp_path / "whole", lora=lora))
+    files = [tmp_path / n / "adapter_model.safetensors" for n in ("run", "whole")]
+    saved = [load_file(file) for file in files]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    adapter = read_adapter(tmp_path / "run")
+    live = load_adapter(load_base(str(base), adapter.quantization), tmp_path / "run")
+    output = tmp_path / "merged"
+    merge(MergeConfig(adapter=str(tmp_path / "run"), output_dir=str(output), format="fp32"))
+    merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        wanted, got = live.eval()(token_ids()).logits, merged(token_ids()).logits
+    # fp32: the same sums in another order
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_trained_in_full_starts_from_the_original_weights(checkpoints, tmp_path, data):
+    lora = replace(LORA, modules_to_save=("layers.1.mlp.up_proj",))
+    run = config(checkpoints("llama"), data, tmp_path / "out", lora=lora, learning_rate=1e-9)
+    train(run)
+    name = "model.layers.1.mlp.up_proj.weight"
+    original = load_file(checkpoints("llama") / "model.safetensors")[name]
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    # 4 steps of 1e-9; rounded to NF4 it would be off by a tenth
+    torch.testing.assert_close(saved[f"base_model.model.{name}"], original, rtol=0, atol=1e-7)
 
 
 def test_trainer_refuses_a_model_without_adapters(checkpoints):
