@@ -315,9 +315,11 @@ def _require_right_kernel(model: PreTrainedModel) -> None:
 def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
     # Of a checkpoint that is 4-bit already transformers leaves norm weights in the dtype they have.
-    for parameter in model.parameters():
+    overflows = kept_dense(model) if dtype == torch.float16 else []
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+            own = torch.float32 if name.rpartition(".")[0] in overflows else dtype
+            parameter.data = parameter.data.to(own)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype

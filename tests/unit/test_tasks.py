@@ -5,14 +5,16 @@ import shutil
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import FP32, tiny_model
+from conftest import ENCODER, FP32, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
+from qlora import nf4
+from qlora.adapters import apply_lora
 from qlora.base import load_base
 from qlora.checkpoint import Checkpoint, kept_dense, skeleton
-from qlora.config import QuantConfig
+from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.tasks import TASKS, heads, task_named, task_of, task_typed
 
@@ -131,6 +133,34 @@ def test_t5_tells_what_stays_in_16_bits(checkpoints, capsys):
     assert "wo of this family is never quantized: 4 layers, 0.00 GiB, stay in 16 bits" in said
     assert {name.rpartition(".")[2] for name in kept_dense(tiny_model("t5"))} == {"wo"}
     assert kept_dense(tiny_model("llama")) == []
+
+
+def test_t5_keeps_in_fp32_what_overflows_in_fp16(checkpoints):
+    """As transformers does: T5's wo goes beyond 65,504."""
+    for dtype, wanted in (("fp16", torch.float32), ("bf16", torch.bfloat16)):
+        quant = QuantConfig(compute_dtype=dtype)
+        model = load_base(str(checkpoints("t5")), quant, task="seq2seq")
+        assert {m.weight.dtype for n, m in model.named_modules() if n.endswith(".wo")} == {wanted}
+        assert model.encoder.final_layer_norm.weight.dtype == nf4.DTYPES[dtype]
+
+
+def test_a_classifiers_head_is_trained_in_full_beside_what_is_asked_for(checkpoints):
+    model = load_base(str(checkpoints("modernbert")), FP32, task="seq-cls", labels=LABELS)
+    apply_lora(model, LoraConfig(r=2, modules_to_save=("final_norm",)))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    in_full = {name for name in trained if "lora_" not in name}
+    for module in ("head.dense", "head.norm", "classifier", "final_norm"):
+        assert any(module in name for name in in_full), module
+    assert not any("head" in name or "classifier" in name for name in trained - in_full)
+
+
+def test_a_head_of_a_model_that_load_base_did_not_load_is_trained_too():
+    model = BertForSequenceClassification(BertConfig(**ENCODER))
+    apply_lora(model, LoraConfig(r=2))
+    assert model.classifier.weight is not None
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "classifier" in name}
+    assert not any("lora_" in name for name in trained if "classifier" in name)
 
 
 def test_heads_of_models_that_load_base_did_not_load():
