@@ -95,7 +95,7 @@ def load_base(
             ignore_mismatched_sizes=True,  # we refuse them ourselves, but in a head
             **loading,
         )
-    _complete(loaded, checkpoint, info, in_full, seed)
+    _complete(loaded, plan, checkpoint, info, in_full, seed)
     if settings is not None:
         settings.as_bitsandbytes(loaded)
     _freeze(loaded, dtype)
@@ -159,6 +159,7 @@ def _quiet() -> Iterator[None]:
 
 def _complete(
     model: nn.Module,
+    plan: nn.Module,
     checkpoint: Checkpoint,
     info: Mapping[str, Any],
     new: Iterable[str],
@@ -167,6 +168,9 @@ def _complete(
     """Make what the checkpoint lacks of the modules `new`; refuse it where it lacks more, as
     transformers would make up random tensors."""
     misshapen = {name for name, *_ in info["mismatched_keys"]}
+    # transformers 5.17 takes any shape where something is quantized
+    shapes = {n: p.shape for n, p in plan.named_parameters() if is_in(n, new)}
+    misshapen |= {n for n, shape in shapes.items() if model.get_parameter(n).shape != shape}
     missing = sorted({*info["missing_keys"], *misshapen})
     lacks = [name for name in missing if not is_in(name, new)]
     if lacks:
@@ -178,23 +182,23 @@ def _complete(
     if missing:
         made = sorted({head for head in new for name in missing if is_in(name, [head])})
         print(f"The checkpoint has no {', '.join(made)} of this shape: made anew, seed {seed}")
-        _initialise(model, missing, seed)
+        _initialise(model, {name: shapes[name] for name in missing}, seed)
 
 
-def _initialise(model: nn.Module, names: Iterable[str], seed: int) -> None:
+def _initialise(model: nn.Module, shapes: Mapping[str, torch.Size], seed: int) -> None:
     """New values for parameters: matrices normal with the model's initializer_range, the rest as in
     a new model. Drawn on the CPU, so a seed means the same everywhere."""
     generator = torch.Generator().manual_seed(seed)
     config: Any = getattr(model, "config", None)
     std = getattr(config, "initializer_range", None) or 0.02
-    for name in names:
-        parameter = model.get_parameter(name)
-        values = torch.zeros(parameter.shape)
-        if parameter.ndim > 1:
+    for name, shape in shapes.items():
+        values = torch.zeros(shape)
+        if values.ndim > 1:
             values.normal_(std=std, generator=generator)
         elif name.endswith("weight"):  # of a norm
             values.fill_(1)
-        parameter.data.copy_(values)
+        parameter = model.get_parameter(name)
+        parameter.data = values.to(parameter)
 
 
 def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
