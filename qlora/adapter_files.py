@@ -51,27 +51,39 @@ from qlora.layers import LoRAExperts
 from qlora.lora import lora_layers
 from qlora.matching import matches, takes_adapter
 from qlora.merging import require_unmerged
+from qlora.portable import portable_subset
 from qlora.tasks import task_of
 from qlora.trained import TrainedModule
 
 # ---- writing ----
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> Path:
-    """Write adapter `adapter_name` so that PEFT loads it; returns the folder it stands in."""
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    portable: bool = False,
+) -> Path:
+    """Write adapter `adapter_name` so that PEFT loads it; returns the folder it stands in.
+
+    Args:
+        portable: write it so that vLLM, SGLang, llama.cpp and TGI compute the same, too
+            (qlora.portable); raises UserError for what they cannot, such as DoRA.
+    """
     configs = adapter_configs(model)
     if adapter_name not in configs:
         raise UserError(f"no adapter {adapter_name!r} to save; the model has: {', '.join(configs)}")
     folder = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
+    own = parameters_by_file_name(model, adapter_name)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in own.items()}
+    values = _peft_config(model, configs[adapter_name], adapter_name)
+    if portable:
+        values, tensors = portable_subset(values, tensors, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in parameters_by_file_name(model, adapter_name).items()
-    }
     metadata = {"format": "pt", "qlora": json.dumps(getattr(model, "qlora_base", {}))}
     save_file(tensors, folder / f".{WEIGHTS}", metadata=metadata)
-    text = json.dumps(_peft_config(model, configs[adapter_name], adapter_name), indent=2)
-    (folder / f".{CONFIG}").write_text(text + "\n", encoding="utf-8")
+    (folder / f".{CONFIG}").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     for name in (WEIGHTS, CONFIG):
         os.replace(folder / f".{name}", folder / name)
     return folder

@@ -51,6 +51,13 @@ class AdapterModule(nn.Module):
         """`below`, a plain module that stands for the base layer, with these adapters in it."""
         raise NotImplementedError
 
+    def train(self, mode: bool = True) -> "AdapterModule":
+        """In training nothing is merged, as parameters are about to change."""
+        if mode:
+            self.unmerge()
+        super().train(mode)
+        return self
+
     @property
     def plain(self) -> Any:
         """The base model's own module."""

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qlora.adapter_tensors import sort_out
+from qlora.adapter_tensors import Contents, sort_out
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import Factors
@@ -146,12 +146,9 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     """
     folder = Path(folder).expanduser()
     values = _read_config(folder)
-    config = _lora_config(values, folder)
+    require_understood(values, folder)
     tensors, metadata = _read_tensors(folder)
-    contents, faults = sort_out(tensors, values, config)
-    raise_faults(
-        f"{folder / WEIGHTS}", faults, mend="Save the adapter again, or take an earlier checkpoint"
-    )
+    config, contents = contents_of(values, tensors, folder)
     return AdapterFile(
         folder=folder,
         config=config,
@@ -162,6 +159,32 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         tensors=tensors,
         base=_read_base_record(metadata, folder),
     )
+
+
+def read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """An adapter's config, its tensors and their metadata, as they are in its two files.
+
+    Raises:
+        UserError: a file is missing or damaged, or is of no LoRA adapter.
+    """
+    folder = Path(folder).expanduser()
+    return _read_config(folder), *_read_tensors(folder)
+
+
+def contents_of(
+    values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[LoraConfig, Contents]:
+    """What the tensors are, after the config.
+
+    Raises:
+        UserError: they do not go together, or a value is out of its range; all offenders are named.
+    """
+    config = _lora_config(values, folder)
+    contents, faults = sort_out(tensors, values, config)
+    raise_faults(
+        f"{folder / WEIGHTS}", faults, mend="Save the adapter again, or take an earlier checkpoint"
+    )
+    return config, contents
 
 
 def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> AdapterFile:
@@ -245,7 +268,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
+def require_understood(values: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a config that asks for what is not there."""
     init = values.get("init_lora_weights", True)
     unsupported = [f"{k}={v!r}" for k, v in values.items() if v and k not in UNDERSTOOD]
     if isinstance(init, str) and init.startswith(REBASING_INITS):
@@ -255,6 +279,9 @@ def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
             f"{folder / CONFIG} asks for what is not there yet: {', '.join(unsupported)}. "
             "Wanted a LoRA adapter without it"
         )
+
+
+def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
     targets = values.get("target_modules") or "all-linear"
     try:
         return LoraConfig(

@@ -211,13 +211,6 @@ class LoRAExperts(AdapterModule):
     def unmerge(self) -> None:
         self.merged_adapters, self._merged = (), {}
 
-    def train(self, mode: bool = True) -> "LoRAExperts":
-        """As LoRALayer's."""
-        if mode:
-            self.unmerge()
-        super().train(mode)
-        return self
-
     def fold(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
         made = shallow_copy(below)
         with torch.no_grad():

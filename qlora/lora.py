@@ -295,13 +295,6 @@ class LoRALayer(AdapterModule):
                 made.bias = nn.Parameter(bias.to(made.weight.dtype), requires_grad=False)
         return made  # type: ignore[no-any-return]
 
-    def train(self, mode: bool = True) -> "LoRALayer":
-        """In training adapters are apart from the base, as A and B are about to change."""
-        if mode:
-            self.unmerge()
-        super().train(mode)
-        return self
-
     def delta_weight(self, name: str) -> Tensor:
         """What adapter `name` adds to the base weight, fp32 (out, in)."""
         factors = self.factors(name)

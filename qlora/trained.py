@@ -34,6 +34,7 @@ class TrainedModule(AdapterModule):
         super().__init__(base_layer)
         self.own = nn.ModuleDict()
         self._dense: nn.Module | None = None
+        self._merged: dict[str, dict[str, Tensor]] = {}
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -48,8 +49,10 @@ class TrainedModule(AdapterModule):
 
     def put_adapter(self, name: str, values: dict[str, Tensor]) -> None:
         """These values, frozen and not yet active; a vocabulary may have more rows."""
-        device = self.plain.weight.device
-        moved = {leaf: value.to(device, copy=True) for leaf, value in values.items()}
+        moved = {
+            leaf: value.to(getattr(self.plain, leaf).device, copy=True)
+            for leaf, value in values.items()
+        }
         parameters = {leaf: nn.Parameter(t, requires_grad=False) for leaf, t in moved.items()}
         self.own[name] = nn.ParameterDict(parameters)
 
@@ -97,9 +100,25 @@ class TrainedModule(AdapterModule):
         return value.clone()
 
     def _cast(self, name: str) -> dict[str, Tensor]:
-        """The adapter's own parameters in the dtypes of the base's."""
-        own, dtype = self.parameters_of(name), computes_in(self.plain)
-        return {leaf: value.to(dtype) for leaf, value in own.items()}
+        """The adapter's own parameters in the dtype that the base has."""
+        if name in self._merged:
+            return self._merged[name]
+        own = self.parameters_of(name).items()
+        return {leaf: value.to(self._dtype_of(leaf)) for leaf, value in own}
+
+    def _dtype_of(self, leaf: str) -> torch.dtype:
+        if is_quantized(self.plain):
+            return computes_in(self.plain)
+        dtype: torch.dtype = getattr(self.plain, leaf).dtype
+        return dtype
+
+    def merge(self, names: Iterable[str]) -> None:
+        """Keep them cast."""
+        self.merged_adapters = tuple(name for name in names if name in self.own)
+        self._merged = {name: self._cast(name) for name in self.merged_adapters}
+
+    def unmerge(self) -> None:
+        self.merged_adapters, self._merged = (), {}
 
     @property
     def bias(self) -> Tensor | None:

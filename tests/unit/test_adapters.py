@@ -384,6 +384,21 @@ def test_blocks_can_be_nested(two):
     assert torch.equal(logits(two), adapted)
 
 
+def test_an_inactive_adapter_costs_memory_only():
+    """The same operations, one by one, as without it."""
+    one = apply_lora(tiny_model("llama"), LoraConfig(r=2), adapter_name="one")
+    two = apply_lora(tiny_model("llama"), LoraConfig(r=2), adapter_name="one")
+    apply_lora(two, LoraConfig(r=8, use_dora=True, modules_to_save=("norm",)), adapter_name="two")
+    set_adapter(two, "one")
+
+    def operations(model: nn.Module) -> list[str]:
+        with torch.profiler.profile() as profile:
+            logits(model)
+        return [event.name for event in profile.events() if event.name.startswith("aten::")]
+
+    assert operations(two) == operations(one)
+
+
 # ---- rows of one batch ----
 
 

@@ -94,3 +94,30 @@ def test_grouped_convolutions_are_refused_unless_left_out():
         apply_lora(Eyes(), LoraConfig(target_modules=".*(first|grouped)"))
     config = LoraConfig(target_modules=".*(first|grouped)", exclude_modules=("grouped",))
     assert [name for name, _ in adapted(apply_lora(Eyes(), config))] == ["first"]
+
+
+class Patches(nn.Module):
+    """A module with a parameter of its own beside a layer, as ViT's embeddings have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cls_token = nn.Parameter(torch.randn(1, 4))
+        self.project = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.project(x) + self.cls_token)
+
+
+def test_a_module_with_parameters_of_its_own_and_layers_is_trained_in_full(tmp_path):
+    def new() -> nn.Module:
+        return nn.Sequential(Patches(), nn.Linear(4, 2)).eval()
+
+    model = moved(apply_lora(new(), LoraConfig(r=2, target_modules=("1",), modules_to_save=("0",))))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    live = model(x)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(new(), tmp_path)
+    torch.testing.assert_close(theirs(x), live, rtol=1e-5, atol=1e-5)  # fp32: another order
+    assert torch.equal(load_adapter(new(), tmp_path)(x), live)
+    torch.testing.assert_close(merge_and_unload(model)(x), live, rtol=1e-5, atol=1e-5)
