@@ -298,6 +298,12 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     require_same_base(adapter, base.get("fingerprint"), "this model")
     modules = {name: plain(module) for name, module in base_modules(model).items()}
     faults = []
+    labels = tuple(base.get("labels") or ())
+    if labels and adapter.labels and labels != adapter.labels:
+        faults.append(
+            f"its labels are {', '.join(adapter.labels)}, and the model was loaded with "
+            f"{', '.join(labels)}"
+        )
     for name, factors in adapter.pairs.items():
         layer = modules.get(name)
         if layer is None or not takes_adapter(layer):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import ENCODER, FP32, tiny_tokenizer, token_ids
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from qlora import load_adapter, load_base
@@ -192,6 +193,30 @@ def test_a_merge_to_4_bits_and_what_it_cannot_measure(checkpoints, tmp_path):
     assert (logits(merged, "seq-cls") - logits(live, "seq-cls")).abs().max() < 0.2
     assert type(merged.classifier) is torch.nn.Linear
     assert merged.qlora_base["labels"] == LABELS["seq-cls"]
+
+
+def test_a_run_is_resumed_with_its_head(checkpoints, tmp_path):
+    """Two steps and two more end where four do."""
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    base, settings = checkpoints("llama"), {"save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = run(base, "seq-cls", tmp_path / "whole", max_steps=4, **settings)
+    run(base, "seq-cls", tmp_path / "parts", max_steps=2, **settings)
+    parts = run(base, "seq-cls", tmp_path / "parts", max_steps=4, resume=True, **settings)
+    wanted, got = (load_file(f / "adapter_model.safetensors") for f in (whole, parts))
+    assert "base_model.model.score.weight" in wanted
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_an_adapter_of_other_labels(checkpoints, tmp_path):
+    base = checkpoints("llama")
+    folder = run(base, "seq-cls", tmp_path, max_steps=1)
+    model = load_base(str(base), FP32, task="seq-cls", labels=("x", "y", "z"))
+    message = "its labels are neg, pos, and the model was loaded with x, y, z"
+    with pytest.raises(UserError, match=message):
+        load_adapter(model, folder)
+    with pytest.raises(UserError, match=r"score\.weight is no parameter of this model"):
+        load_adapter(load_base(str(base), FP32), folder)
 
 
 def test_labels_of_a_trained_classifier_keep_their_places(checkpoints, tmp_path):
