@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora.chat import ensure_chat_template
 from qlora.errors import UserError
 from qlora.labels import label_names
-from qlora.objectives import OBJECTIVES, Collator
+from qlora.objectives import OBJECTIVES, Collator, Objective
 from qlora.records import kind_of, load_records
 
 BATCH_TOKENS = 2048  # to read, not to train: logits of so many over 128k take 0.5 GB in bf16
@@ -82,10 +82,7 @@ def prepare_data(
             "supervised": encoded.supervised,
         }
 
-    ids = [Value("int32")]
-    columns = {"input_ids": ids, "labels": ids if objective.labels_tokens else Value("int32")}
-    if objective.pairs_texts and "token_type_ids" in tokenizer.model_input_names:
-        columns["token_type_ids"] = ids
+    columns = _columns(objective, tokenizer)
     counts = dict.fromkeys(("length", "full_length", "supervised"), Value("int64"))
     encoded = records.map(
         encode,
@@ -99,6 +96,15 @@ def prepare_data(
     )
     rows, stats = _kept(source, encoded, max_length)
     return rows.select_columns([*columns, "length"]), replace(stats, labels=tuple(labels))
+
+
+def _columns(objective: Objective, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a row has beside its length."""
+    ids = [Value("int32")]
+    columns = {"input_ids": ids, "labels": Value("int32") if objective.one_label else ids}
+    if objective.one_label and "token_type_ids" in tokenizer.model_input_names:
+        columns["token_type_ids"] = ids
+    return columns
 
 
 def _kept(source: str, encoded: Dataset, max_length: int) -> tuple[Dataset, DataStats]:

@@ -76,14 +76,15 @@ class Objective:
     """(predicted, wanted, names) -> what evaluation tells beside the loss; rows of label numbers"""
     chats: bool = False
     """its records can be chats, which need a template"""
-    classifies: bool = False
-    """its labels are not tokens"""
-    labels_tokens: bool = True
-    """a row has many labels, not one"""
-    pairs_texts: bool = False
-    """a row can be two texts, which some models tell apart by token_type_ids"""
+    one_label: bool = False
+    """a row has one, and is a text or two, which some models tell apart by token_type_ids"""
     tokenizer_options: tuple[tuple[str, Any], ...] = ()
     """what its tokenizer is loaded with"""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether its labels are names, not tokens."""
+        return self.measure is not None
 
 
 # ---- causal language models
@@ -302,9 +303,7 @@ OBJECTIVES = {
         loss=label_loss,
         supervised=with_loss,
         measure=_of_rows,
-        classifies=True,
-        labels_tokens=False,
-        pairs_texts=True,
+        one_label=True,
     ),
     "token-cls": Objective(
         kinds=WORD_KINDS,
@@ -314,7 +313,6 @@ OBJECTIVES = {
         loss=label_loss,
         supervised=with_loss,
         measure=_of_words,
-        classifies=True,
         tokenizer_options=(("add_prefix_space", True),),  # words stand apart, also the first
     ),
 }
