@@ -7,9 +7,17 @@ An adapter called "default" stands in the folder itself, any other in a sub-fold
 Beside PEFT's `format: pt`, the safetensors metadata carries one entry of our own, `qlora`: how the
 base was quantized and its fingerprint, so that a merge knows what was trained on and an adapter is
 not put on another base. Consumers ignore it.
+
+An adapter whose base was changed for it (qlora.rebase: PiSSA, OLoRA, LoftQ of several rounds) is
+saved as one of rank 2r over the base as it was: A over A', B beside -B', the same scaling. `qlora`
+then says in `rebased` where in each layer A ends, and who knows what that means makes the base anew
+and takes A and B alone: this is the function that was trained. Over the plain 4-bit base, as PEFT
+and vLLM have it, that function is off by the difference between two quantizations of each weight;
+over the original weights by the error of the changed base alone.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -18,13 +26,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.adapter_module import adapted, base_modules, plain, take_off
 from qlora.adapter_reader import (
     CONFIG,
     WEIGHTS,
     AdapterFile,
+    as_trained,
     raise_faults,
     read_adapter,
     require_same_base,
@@ -48,10 +57,17 @@ from qlora.config import LoraConfig
 from qlora.errors import UserError
 from qlora.frozen import is_quantized, matrix_shape, was_conv1d
 from qlora.layers import LoRAExperts
-from qlora.lora import lora_layers
+from qlora.lora import Factors, lora_layers
 from qlora.matching import matches, takes_adapter
 from qlora.merging import require_unmerged
 from qlora.portable import portable_subset
+from qlora.rebase import (
+    require_alone,
+    require_originals,
+    require_own_base,
+    set_bases,
+    taken_out,
+)
 from qlora.tasks import task_of
 from qlora.trained import TrainedModule
 
@@ -77,12 +93,16 @@ def save_adapter(
     folder = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
     own = parameters_by_file_name(model, adapter_name)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in own.items()}
-    values = _peft_config(model, configs[adapter_name], adapter_name)
+    config, base = configs[adapter_name], getattr(model, "qlora_base", {})
+    if taken := taken_out(model):
+        tensors |= _with_taken(tensors, taken)
+        config = config.with_ranks(2)
+        base = {**base, "rebased": {name: len(out.lora_A) for name, out in taken.items()}}
+    values = _peft_config(model, config, adapter_name)
     if portable:
         values, tensors = portable_subset(values, tensors, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "qlora": json.dumps(getattr(model, "qlora_base", {}))}
-    save_file(tensors, folder / f".{WEIGHTS}", metadata=metadata)
+    save_file(tensors, folder / f".{WEIGHTS}", metadata={"format": "pt", "qlora": json.dumps(base)})
     (folder / f".{CONFIG}").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     for name in (WEIGHTS, CONFIG):
         os.replace(folder / f".{name}", folder / name)
@@ -97,6 +117,16 @@ def parameters_by_file_name(model: nn.Module, adapter_name: str) -> dict[str, nn
         behind = ".base_layer" if isinstance(wrapper, TrainedModule) and name in layers else ""
         for ending, parameter in wrapper.parameters_of(adapter_name).items():
             found[f"{PREFIX}{name}{behind}.{ending}"] = parameter
+    return found
+
+
+def _with_taken(tensors: dict[str, Tensor], taken: dict[str, Factors]) -> dict[str, Tensor]:
+    """A and B of layers whose base was changed, with what undoes that change behind."""
+    found = {}
+    for name, out in taken.items():
+        side_A, side_B = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
+        found[side_A] = torch.cat([tensors[side_A], out.lora_A.cpu()])
+        found[side_B] = torch.cat([tensors[side_B], -out.lora_B.cpu()], dim=1)
     return found
 
 
@@ -168,6 +198,8 @@ def load_adapter(
     require_new_name(model, adapter_name)
     require_only_biases(model, adapter.config.bias)
     check_fits(model, adapter)
+    if adapter.taken:
+        require_alone(model, f"adapter {adapter.folder}")
     attach(model, adapter, adapter_name)
     if trainable:
         set_adapter(model, adapter_name)
@@ -186,6 +218,9 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
     adapter = read_adapter(folder)
     known_adapters(model, adapter_name)
     check_fits(model, adapter)
+    require_own_base(model, "swap_adapter")
+    if adapter.taken:
+        require_alone(model, f"adapter {adapter.folder}")
     require_unmerged(model, adapter_name)
     if adapter_configs(model)[adapter_name].bias == "none":
         require_only_biases(model, adapter.config.bias)
@@ -205,6 +240,7 @@ def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default"
 
 
 def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
+    adapter = as_trained(adapter)
     own: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in adapter.whole.items():
         module, _, leaf = name.rpartition(".")
@@ -218,6 +254,7 @@ def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
         bias = adapter.lora_biases.get(name)
         dropout = adapter.config.lora_dropout
         wrap_layer(model, name).put_adapter(adapter_name, factors, dropout, bias)
+    set_bases(model, adapter.taken)
     for name, pairs in adapter.parameters.items():
         leaves = _leaves_of(model, name, adapter.config)
         lora_A = {leaf: pair[0] for leaf, pair in zip(leaves, pairs, strict=True)}
@@ -243,7 +280,7 @@ def load_adapter_weights(
     model: nn.Module, folder: str | Path, *, adapter_name: str = "default"
 ) -> None:
     """Overwrite the values of an adapter the model already has, as resuming a run does."""
-    adapter = read_adapter(folder)
+    adapter = as_trained(read_adapter(folder))
     config = adapter_configs(model).get(adapter_name)
     if config is None:
         raise UserError(f"the model has no adapter {adapter_name!r} to load weights into")
@@ -259,6 +296,7 @@ def load_adapter_weights(
         faults,
         mend="Give the settings the run was started with, or a new --output-dir",
     )
+    set_bases(model, adapter.taken)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(adapter.tensors[name])
@@ -280,7 +318,7 @@ def _differences(config: LoraConfig, adapter: AdapterFile) -> list[str]:
     differ: dict[tuple[float, ...], str] = {}
     for name, factors in adapter.pairs.items():
         found = (len(factors.lora_A), factors.scaling, config.of(name).r, config.of(name).scaling)
-        if found[:2] != found[2:]:
+        if found[0] != found[2] or not math.isclose(found[1], found[3]):
             differ.setdefault(found, name)
     return faults + [
         f"r={r} and scaling={scaling:g} in the files, r={own_r} and scaling={own_scaling:g} on the "
@@ -329,6 +367,7 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
         faults,
         mend="Load the base it was trained on",
     )
+    require_originals(model, adapter.taken)
 
 
 def _misfits_of_parameters(modules: dict[str, Any], adapter: AdapterFile) -> list[str]:

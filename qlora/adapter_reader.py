@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qlora.adapter_tensors import Contents, sort_out
+from qlora.adapter_tensors import PREFIX, Contents, sort_out
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import Factors
@@ -83,6 +83,9 @@ class AdapterFile:
     revision: str | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """all of the above as they stand in the file"""
+    taken: dict[str, Factors] = field(default_factory=dict)
+    """what each layer's base was quantized without (qlora.rebase); its pair undoes that in the
+    ranks behind those that were trained. Empty for a base as it was"""
     base: dict[str, Any] = field(default_factory=dict)
     """How its base was quantized, and the base's fingerprint; empty for adapters of others."""
 
@@ -149,6 +152,8 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     require_understood(values, folder)
     tensors, metadata = _read_tensors(folder)
     config, contents = contents_of(values, tensors, folder)
+    base = _read_base_record(metadata, folder)
+    taken = _taken(base.pop("rebased", {}), contents.pairs, folder)
     return AdapterFile(
         folder=folder,
         config=config,
@@ -157,8 +162,26 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         revision=values.get("revision"),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
         tensors=tensors,
-        base=_read_base_record(metadata, folder),
+        taken=taken,
+        base=base,
     )
+
+
+def as_trained(adapter: AdapterFile) -> AdapterFile:
+    """The adapter that goes with a base changed for it, of half the ranks; any other as it is."""
+    if not adapter.taken:
+        return adapter
+    pairs, tensors = dict(adapter.pairs), dict(adapter.tensors)
+    for name, taken in adapter.taken.items():
+        r, pair = len(taken.lora_A), adapter.pairs[name]
+        pairs[name] = Factors(pair.lora_A[:r], pair.lora_B[:, :r], pair.scaling)
+        for side, half in zip("AB", pairs[name][:2], strict=True):
+            tensors[f"{PREFIX}{name}.lora_{side}.weight"] = half
+    ranks = {name: len(taken.lora_A) for name, taken in adapter.taken.items()}
+    config = adapter.config.with_ranks(0.5)
+    if any(config.of(name).r != r for name, r in ranks.items()):  # a portable one was padded
+        config = config.with_ranks_of(ranks)
+    return replace(adapter, pairs=pairs, tensors=tensors, config=config)
 
 
 def read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
@@ -204,6 +227,11 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
             raise UserError(
                 f"{adapter.folder} holds {' and '.join(more)}, of which no weighted sum is made: "
                 "merge it alone, without a weight"
+            )
+        if adapter.taken and len(adapters) > 1:
+            raise UserError(
+                f"{adapter.folder} was trained over a base that was changed for it (PiSSA, OLoRA "
+                "or LoftQ): merge it alone"
             )
         if (adapter.base, adapter.fan_in_fan_out) != (first.base, first.fan_in_fan_out):
             raise UserError(
@@ -273,7 +301,10 @@ def require_understood(values: Mapping[str, Any], folder: Path) -> None:
     init = values.get("init_lora_weights", True)
     unsupported = [f"{k}={v!r}" for k, v in values.items() if v and k not in UNDERSTOOD]
     if isinstance(init, str) and init.startswith(REBASING_INITS):
-        unsupported.append(f"init_lora_weights={init!r} (it changes the base weights)")
+        unsupported.append(
+            f"init_lora_weights={init!r} (it changes the base weights; PEFT saves it as a plain "
+            "adapter with path_initial_model_for_weight_conversion)"
+        )
     if unsupported:
         raise UserError(
             f"{folder / CONFIG} asks for what is not there yet: {', '.join(unsupported)}. "
@@ -327,6 +358,24 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
+
+
+def _taken(
+    ranks: Mapping[str, int], pairs: Mapping[str, Factors], folder: Path
+) -> dict[str, Factors]:
+    """What as many ranks, behind those of the trained part, undo in each layer."""
+    faults = [
+        f"{name} has no {2 * r} ranks, and its metadata says that {r} of them undo {r}"
+        for name, r in ranks.items()
+        if name not in pairs or len(pairs[name].lora_A) < 2 * r
+    ]
+    faults += [f"{name} is not in its metadata" for name in pairs if ranks and name not in ranks]
+    raise_faults(f"{folder / WEIGHTS}", faults, mend="Save the adapter again")
+    found = {}
+    for name, r in ranks.items():
+        lora_A, lora_B, scaling = pairs[name][:3]
+        found[name] = Factors(lora_A[r : 2 * r], -lora_B[:, r : 2 * r], scaling)
+    return found
 
 
 def _read_base_record(metadata: Mapping[str, str], folder: Path) -> dict[str, Any]:

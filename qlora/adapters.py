@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from qlora.adapter_module import (
     AdapterModule,
@@ -26,11 +27,19 @@ from qlora.adapter_module import (
 )
 from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
+from qlora.eva import eva_start
 from qlora.frozen import is_tied, vocabulary, was_conv1d
 from qlora.layers import LoRAExperts, lora_layer
-from qlora.lora import LoRALayer
+from qlora.lora import LoRALayer, LoRALinear
 from qlora.matching import Targets, targets
 from qlora.nf4 import DTYPES
+from qlora.rebase import (
+    check_start,
+    original_weight,
+    require_own_base,
+    restore,
+    start_from_weights,
+)
 from qlora.tasks import heads, task_of
 from qlora.trained import TokenRows, TrainedModule
 
@@ -44,25 +53,39 @@ def apply_lora(
     *,
     adapter_name: str = "default",
     generator: torch.Generator | None = None,
+    data: Sequence[Any] | None = None,
 ) -> Model:
     """Freeze `model` and add a trainable, active adapter to its targeted layers, in place.
 
     The head of a classifier of texts or tokens is always trained in full beside it.
 
+    PiSSA, OLoRA and LoftQ read the weights from before quantization, one at a time, from where
+    load_base found them, and all but LoftQ of one round change the base: see qlora.rebase.
+
     Args:
         generator: of A's first values; by default torch's global one.
+        data: what EVA looks at, batches of input_ids and attention_mask (rows, length).
 
     Raises:
         UserError: an entry of the config matches nothing or what it cannot mean, or contradicts
-            the model, or the name is taken.
+            the model, or the name is taken, or what init_lora_weights wants is not to be had.
     """
     config = _with_head(model, config or LoraConfig())
     require_new_name(model, adapter_name)
     found = targets(model, config)
     _require_agreement(model, config, found)
     require_only_biases(model, config.bias)
+    layers = {name: config.of(name) for name in found.layers}
+    check_start(model, layers)
+    directions: dict[str, Tensor] = {}
+    if config.init_lora_weights == "eva":
+        with disable_adapter(model):
+            config, directions = eva_start(model, config, layers, data)
+        found = found._replace(layers=list(directions))
     with all_or_nothing(model, adapter_name):
         _add(model, config, found, adapter_name, generator)
+        for name, lora_A in directions.items():
+            wrap_layer(model, name).lora_A[adapter_name].data.copy_(lora_A)
         adapter_configs(model)[adapter_name] = config
         model.requires_grad_(False)
         set_adapter(model, adapter_name)
@@ -89,9 +112,14 @@ def _add(
     dtype = torch.float32 if config.adapter_dtype == "auto" else DTYPES[config.adapter_dtype]
     for name, leaves in found.own.items():
         wrap(model, name, TrainedModule).add_adapter(adapter_name, leaves, dtype=dtype)
-    for name in found.layers:
-        layer = wrap_layer(model, name)
-        layer.add_adapter(adapter_name, config.of(name), generator=generator)
+    slow = config.starts_from_weights  # a decomposition a layer
+    for name in tqdm(found.layers, desc="Starting", leave=False, disable=not slow):
+        layer, own = wrap_layer(model, name), config.of(name)
+        layer.add_adapter(adapter_name, own, generator=generator)
+        if own.starts_from_weights:
+            assert isinstance(layer, LoRALinear)  # check_start saw to it
+            weight = original_weight(model, name)
+            start_from_weights(layer, weight, adapter_name, own, generator)
     for name, leaves in found.parameters.items():
         experts = wrap(model, name, LoRAExperts)
         experts.add_adapter(adapter_name, leaves, config.of(name), generator=generator)
@@ -107,6 +135,7 @@ def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        restore(model)
         take_off(model, adapter_name)
         adapter_configs(model).pop(adapter_name, None)
         for parameter in model.parameters():
@@ -167,6 +196,7 @@ def require_new_name(model: nn.Module, adapter_name: str) -> None:
         )
     if adapter_name in adapter_configs(model):
         raise UserError(f"the model already has an adapter {adapter_name!r}: choose another name")
+    require_own_base(model, f"adapter {adapter_name!r}")
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -263,7 +293,10 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is its frozen base."""
+    """Inside the block the model is its frozen base.
+
+    One that was changed for its adapter has what was taken out of it beside it, in 16 bits.
+    """
     active = [(wrapper, wrapper.active_adapters) for _, wrapper in adapted(model)]
     try:
         for wrapper, _ in active:
@@ -284,6 +317,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
         UserError: there is no such adapter; in the block: a batch has another number of rows.
     """
     names = known_adapters(model, [name for name in adapter_names if name is not None])
+    require_own_base(model, "mixed_batch")
     there = [wrapper for _, wrapper in adapted(model)]
     for name in dict.fromkeys(names):
         for wrapper in (w for w in there if name in w.adapters):

@@ -13,7 +13,7 @@ with their size and are an error unless allowed.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,34 @@ from qlora.checkpoint import (
 from qlora.config import QuantConfig
 from qlora.errors import UserError
 from qlora.tasks import heads, is_in, task_named
+
+
+@dataclass(frozen=True)
+class OriginalWeights:
+    """The weights of a 4-bit model's linear layers from before quantization, read when asked for.
+
+    `model.original_weights`, by the names of the model's layers.
+    """
+
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    """of each layer, its weight's name in the checkpoint"""
+    transposed: frozenset[str]
+    """the layers whose weight the checkpoint has as (in, out)"""
+    dtype: torch.dtype
+
+    def shape(self, name: str) -> tuple[int, int] | None:
+        """(out, in), or None where the checkpoint has no such weight."""
+        if name not in self.names:
+            return None
+        shape = self.checkpoint.tensors[self.names[name]].shape
+        return (shape[1], shape[0]) if name in self.transposed else (shape[0], shape[1])
+
+    def read(self, name: str) -> torch.Tensor:
+        """The weight (out, in) as loading casts it before it quantizes, on the CPU."""
+        weight = self.checkpoint.read(self.names[name]).to(self.dtype)
+        return weight.T if name in self.transposed else weight
+
 
 DTYPE_NAMES: dict[Any, Any] = {dtype: name for name, dtype in nf4.DTYPES.items()}
 
@@ -102,6 +130,9 @@ def load_base(
     _require_right_kernel(loaded)
     if not model.endswith(".gguf"):  # a hub name stays a name; a .gguf stands for its conversion
         loaded.config._name_or_path = model
+    has_them = not checkpoint.is_quantized
+    # two plain attributes, no modules
+    loaded.original_weights = _original_weights(checkpoint, plan, dtype) if has_them else None
     loaded.qlora_base = {
         **describe(checkpoint, replace(quant, compute_dtype=DTYPE_NAMES[dtype])),
         "revision": revision,
@@ -111,6 +142,16 @@ def load_base(
         names = [config.id2label[i] for i in range(config.num_labels)]
         loaded.qlora_base |= {"heads": in_full, "labels": names}
     return loaded  # type: ignore[no-any-return]
+
+
+def _original_weights(
+    checkpoint: Checkpoint, plan: nn.Module, dtype: torch.dtype
+) -> OriginalWeights:
+    layers = linear_layers(plan)
+    names = {name: disk_name(checkpoint, plan, f"{name}.weight") for name in layers}
+    transposed = {name for name, layer in layers.items() if not isinstance(layer, nn.Linear)}
+    known = {name: found for name, found in names.items() if found}
+    return OriginalWeights(checkpoint, known, frozenset(transposed), dtype)
 
 
 def default_device() -> torch.device:

@@ -23,6 +23,7 @@ from qlora.errors import UserError
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 ALL_LINEAR = "all-linear"
+INITS = r"gaussian|pissa(_niter_\d+)?|olora|loftq|eva"
 TASK_TYPES = (
     "CAUSAL_LM",
     "SEQ_2_SEQ_LM",
@@ -144,7 +145,11 @@ class LoraConfig:
     use_dora: bool = False
     """a trained length of each output, arXiv:2402.09353"""
     init_lora_weights: str | bool = True
-    """True: A Kaiming-uniform, B zero. No other yet"""
+    """true: A Kaiming-uniform, B zero; gaussian, pissa, pissa_niter_N, olora, loftq or eva"""
+    loftq_config: Mapping[str, int] = field(default_factory=dict, metadata=RARE)
+    """loftq_iter: 1 to 5 rounds of loftq, by default 1"""
+    eva_config: Mapping[str, float] = field(default_factory=dict, metadata=RARE)
+    """rho: of eva, the largest rank of a layer over r, by default 2"""
     adapter_dtype: Literal["auto", "bf16", "fp32"] = field(default="auto", metadata=RARE)
     """dtype of A and B, bf16 on a GPU that has it, else fp32; and of what is trained in full, where
     auto is always fp32"""
@@ -194,10 +199,7 @@ class LoraConfig:
             "target_parameters cannot be adapted with use_dora, lora_bias or lora_dropout: their "
             "module multiplies with them as it likes. Leave these out",
         )
-        _require(
-            self.init_lora_weights is True,
-            f"init_lora_weights={self.init_lora_weights!r} is not there yet: leave it out",
-        )
+        _require_init(self)
 
     @property
     def targets_all_linear(self) -> bool:
@@ -213,10 +215,97 @@ class LoraConfig:
                 found[name] = pattern[key]
         return replace(self, **found) if found else self
 
+    def with_ranks(self, times: float) -> "LoraConfig":
+        """The same scaling with so many times the ranks."""
+        alphas = times**0.5 if self.use_rslora else times
+        return replace(
+            self,
+            r=round(self.r * times),
+            lora_alpha=self.lora_alpha * alphas,
+            rank_pattern={name: round(r * times) for name, r in self.rank_pattern.items()},
+            alpha_pattern={name: alpha * alphas for name, alpha in self.alpha_pattern.items()},
+        )
+
+    def with_ranks_of(self, ranks: Mapping[str, int]) -> "LoraConfig":
+        """The same scaling in each of these layers, which are all there are, with other ranks."""
+        own = {name: self.of(name) for name in ranks}
+        own = {name: config.with_ranks(ranks[name] / config.r) for name, config in own.items()}
+        alphas = {name: config.lora_alpha for name, config in own.items()}
+        return replace(
+            self,
+            rank_pattern={name: config.r for name, config in own.items() if config.r != self.r},
+            alpha_pattern={n: alpha for n, alpha in alphas.items() if alpha != self.lora_alpha},
+        )
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether A and B are made of the base's weights from before quantization."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora", "loftq"))
+
+    @property
+    def rebases(self) -> bool:
+        """Whether the base is quantized again, without what A and B start with."""
+        is_loftq = self.init_lora_weights == "loftq"
+        return self.starts_from_weights and (not is_loftq or self.loftq_iter > 1)
+
+    @property
+    def loftq_iter(self) -> int:
+        """How often LoftQ quantizes and decomposes."""
+        return int(self.loftq_config.get("loftq_iter", 1))
+
+    @property
+    def pissa_niter(self) -> int | None:
+        """PiSSA's iterations from a random subspace; None for the exact decomposition."""
+        count = re.fullmatch(r"pissa_niter_(\d+)", str(self.init_lora_weights))
+        return int(count[1]) if count else None
+
+    @property
+    def rho(self) -> float:
+        """The largest rank that EVA gives a layer, over r."""
+        return float(self.eva_config.get("rho", 2.0))
+
     @property
     def scaling(self) -> float:
         """What B A x is multiplied with: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
         return float(self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r))
+
+
+def _require_init(config: LoraConfig) -> None:
+    init = config.init_lora_weights
+    _require(
+        init is True or re.fullmatch(INITS, str(init)) is not None,
+        "init_lora_weights must be true, gaussian, pissa, pissa_niter_N, olora, loftq or eva, got "
+        f"{init!r}",
+    )
+    _require(
+        not (config.use_dora and config.starts_from_weights),
+        f"use_dora is not there with init_lora_weights={init!r}: take one of them",
+    )
+    _require(
+        not config.target_parameters or init is True,
+        f"target_parameters have no other start than true, and init_lora_weights is {init!r}: "
+        "leave one of them out",
+    )
+    for name, of, known in (
+        ("loftq_config", "loftq", {"loftq_iter", "loftq_bits"}),
+        ("eva_config", "eva", {"rho"}),
+    ):
+        given = getattr(config, name)
+        _require(isinstance(given, Mapping), f"{name} must be NAME: NUMBER pairs, got {given!r}")
+        more = sorted(given.keys() - known)
+        _require(not more, f"{name} takes {' and '.join(sorted(known))}, not {', '.join(more)}")
+        _require(not given or init == of, f"{name} is for init_lora_weights={of}: give both")
+    bits, rounds = (
+        config.loftq_config.get("loftq_bits", 4),
+        config.loftq_config.get("loftq_iter", 1),
+    )
+    _require(bits == 4, f"loftq_bits must be 4, as the base is, got {bits!r}")
+    _require(
+        type(rounds) is int and 1 <= rounds <= 5,
+        f"loftq_iter must be a whole number from 1 to 5, got {rounds!r}",
+    )
+    rho = config.eva_config.get("rho", 2.0)
+    _require(type(rho) in (int, float) and rho >= 1, f"rho must be a number from 1 on, got {rho!r}")
 
 
 @dataclass(frozen=True)

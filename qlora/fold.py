@@ -118,8 +118,14 @@ def _read(
         return Folding(weight, factors, original=weight)
     # Loading casts to the compute dtype before it quantizes; of a bf16 checkpoint this is no cast.
     weight = weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype))
-    codes = nf4.quantize(weight, quant)
-    return Folding(None, factors, codes, original=weight)
+    taken = adapter.taken.get(op.module) if op.module else None
+    if taken is None:
+        codes = nf4.quantize(weight, quant)
+        return Folding(None, factors, codes, original=weight)
+    # the base was quantized without it, and the adapter is a change of the two together
+    part = taken.to(device).change(weight)
+    base = nf4.round_trip(weight.float() - part, quant).add_(part)
+    return Folding(base, factors, original=weight)
 
 
 def _value(checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp) -> Tensor:

@@ -31,7 +31,11 @@ class LoRAEmbedding(LoRALayer):
     ENDINGS = ("lora_embedding_A", "lora_embedding_B")
 
     def _initialise(
-        self, lora_A: Tensor, lora_B: Tensor, generator: torch.Generator | None
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        config: LoraConfig,
+        generator: torch.Generator | None,
     ) -> None:
         lora_A.zero_()
         lora_B.normal_(generator=generator)

@@ -13,6 +13,9 @@ the row's length is a constant of the backward pass. Its square is, row by row,
 |W|^2 + 2 scaling (W A') B + scaling^2 B A A' B', and W A' is the base layer's output for the r rows
 of A: neither B A nor a dequantized W is formed.
 
+An adapter that starts from the weights (qlora.rebase) takes a part of them out of the base. That
+part, scaling * B' A', stands in for the adapter where it is not active.
+
 Merging makes a second, dense weight, W + scaling * B A in 16 bits, and leaves W and its codes
 alone: nothing is quantized again, and unmerging is exact.
 
@@ -116,7 +119,7 @@ class LoRALayer(AdapterModule):
         dtype = adapter_dtype(config, self.plain)
         out_features, in_features = self.shape
         lora_A, lora_B = torch.empty(config.r, in_features), torch.zeros(out_features, config.r)
-        self._initialise(lora_A, lora_B, generator)
+        self._initialise(lora_A, lora_B, config, generator)
         self._put(name, lora_A.to(device, dtype), lora_B.to(device, dtype))
         if config.use_dora:
             # in fp32: steps of bf16 are 0.4 % of a length, more than one update
@@ -145,9 +148,16 @@ class LoRALayer(AdapterModule):
         self.dropout[name] = dropout
 
     def _initialise(
-        self, lora_A: Tensor, lora_B: Tensor, generator: torch.Generator | None
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        config: LoraConfig,
+        generator: torch.Generator | None,
     ) -> None:
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(lora_A, std=1 / config.r, generator=generator)  # as PEFT
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
 
     def _put(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
         """A (r, in) and B (out, r) as parameters, in the shapes that files have."""
@@ -176,6 +186,11 @@ class LoRALayer(AdapterModule):
                 del parts[name]
         self.scaling.pop(name, None)
         self.dropout.pop(name, None)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """What the layer gives without an adapter, or below those that are active."""
+        y: Tensor = self.base_layer(x)
+        return y
 
     # ---- what a kind of layer says ----
 
@@ -214,7 +229,7 @@ class LoRALayer(AdapterModule):
             y = self._with_weight(x, self.merged_weight)
             names = tuple(name for name in names if name not in self.merged_adapters)
         else:
-            y = base = self.base_layer(x)
+            y = base = self._base(x)
         for name in names:
             dropped = self._drop(x, name)
             change = self._change(dropped, name)
@@ -310,9 +325,35 @@ class LoRALayer(AdapterModule):
 class LoRALinear(LoRALayer):
     """LoRA over a Linear4bit, an nn.Linear or GPT-2's Conv1D."""
 
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.taken_A: Tensor | None
+        self.register_buffer("taken_A", None, persistent=False)
+        self.taken_B: Tensor | None
+        self.register_buffer("taken_B", None, persistent=False)
+        self.taken_scaling = 1.0
+
+    @property
+    def taken(self) -> Factors | None:
+        """What was taken out of the base weight for the adapter; None for a base as it was."""
+        if self.taken_A is None or self.taken_B is None:
+            return None
+        return Factors(self.taken_A, self.taken_B, self.taken_scaling)
+
+    @taken.setter
+    def taken(self, taken: Factors | None) -> None:
+        own = (None, None) if taken is None else (t.detach().clone() for t in taken[:2])
+        self.taken_A, self.taken_B = own
+        self.taken_scaling = 1.0 if taken is None else taken.scaling
+
+    def _base(self, x: Tensor) -> Tensor:
+        y = super()._base(x)
+        if self.active_adapters or (taken := self.taken) is None:
+            return y
+        return torch.add(y, _low_rank(x, *taken[:2]), alpha=taken.scaling)
+
     def _change(self, x: Tensor, name: str) -> Tensor:
-        low = F.linear(x, self.lora_A[name].to(x.dtype))  # (..., r)
-        return F.linear(low, self.lora_B[name].to(x.dtype))
+        return _low_rank(x, self.lora_A[name], self.lora_B[name])
 
     def _seen(self, lora_A: Tensor) -> Tensor:
         seen = self.base_layer(lora_A.to(computes_in(self.plain)))
@@ -323,6 +364,12 @@ class LoRALinear(LoRALayer):
         # as a Linear4bit does: in the weight's dtype, and back to x's
         bias = None if self._bias is None else self._bias.to(weight.dtype)
         return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """B A x (..., out), in x's dtype."""
+    low = F.linear(x, lora_A.to(x.dtype))  # (..., r)
+    return F.linear(low, lora_B.to(x.dtype))
 
 
 def adapter_dtype(config: LoraConfig, base_layer: nn.Module) -> torch.dtype:

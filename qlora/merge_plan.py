@@ -86,6 +86,12 @@ def check_base(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model, or merge "
             "--onto nf4"
         )
+    if checkpoint.is_quantized and adapter.taken:
+        raise UserError(
+            f"adapter {adapter.folder} was trained over a base that was changed for it (PiSSA, "
+            f"OLoRA or LoftQ), which is made of the weights from before quantization, but "
+            f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model"
+        )
     if checkpoint.is_quantized and adapter.base:
         mark = next(name for name in checkpoint.tensors if nf4.RECORD_MARK in name)
         state = unpack_tensor_to_dict(checkpoint.read(mark))

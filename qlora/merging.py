@@ -16,6 +16,7 @@ from qlora.adapter_module import adapted, base_modules, plain, put_module, take_
 from qlora.adapters import Model, active_adapters, adapter_configs, known_adapters
 from qlora.errors import UserError
 from qlora.frozen import as_dense, computes_in, dense_weight, is_tied, output_head
+from qlora.rebase import restore
 
 
 def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
@@ -84,6 +85,7 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
         if made is not module:
             put_module(model, name, made)
     _part(model)
+    model.original_weights = None  # type: ignore[assignment]  # they are others now
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -93,7 +95,13 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
 
 
 def unload(model: Model) -> Model:
-    """Take every adapter off: `model` is its frozen base again."""
+    """Take every adapter off: `model` is its frozen base again.
+
+    Raises:
+        UserError: the base was changed for its adapter, and the checkpoint to make it anew from is
+            gone.
+    """
+    restore(model)
     for name in list(adapter_configs(model)):
         take_off(model, name)
     adapter_configs(model).clear()
@@ -104,7 +112,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take one adapter off, and free its memory.
 
     Raises:
-        UserError: there is no such adapter, or it is active or merged.
+        UserError: there is no such adapter, or it is active or merged; or `unload` would raise.
     """
     known_adapters(model, adapter_name)
     require_unmerged(model, adapter_name)
@@ -113,6 +121,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             f"adapter {adapter_name!r} is active: set_adapter another first, or unload to take all "
             "off"
         )
+    restore(model)
     take_off(model, adapter_name)
     del adapter_configs(model)[adapter_name]
 

@@ -23,11 +23,12 @@ from transformers import (
 
 from qlora import __version__
 from qlora.adapter_files import load_adapter_weights
+from qlora.adapter_reader import read_adapter
 from qlora.adapters import apply_lora, print_trainable_parameters
 from qlora.base import load_base
 from qlora.checkpoint import Checkpoint, resolve
-from qlora.config import TrainConfig, flat
-from qlora.data import describe, prepare_data, show_example
+from qlora.config import LoraConfig, TrainConfig, flat
+from qlora.data import describe, length_batches, prepare_data, show_example
 from qlora.errors import UserError, first_line
 from qlora.memory import peak_bytes, show_bytes
 from qlora.objectives import OBJECTIVES
@@ -36,6 +37,8 @@ from qlora.report import plot_loss, read_metrics, write_adapter_card
 from qlora.shards import require_new
 from qlora.tasks import task_named, task_of
 from qlora.trainer import AdapterTrainer, check_trainer_arguments, make_trainer
+
+EVA_TOKENS = 1 << 13  # many for each direction that a layer may get
 
 
 def train(config: TrainConfig) -> Path:
@@ -73,7 +76,7 @@ def _train(config: TrainConfig) -> Path:
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    apply_lora(model, config.lora, generator=torch.Generator().manual_seed(config.seed))
+    _add_adapter(model, config, tokenizer, rows, checkpoint)
     print_trainable_parameters(model)
     config = with_learning_rate(config, model)
     prepare_for_training(model, gradient_checkpointing=config.gradient_checkpointing)
@@ -171,6 +174,37 @@ def _starting_point(output: Path, *, resume: bool) -> str | None:
         raise UserError(f"{output} already holds a run: give a new --output-dir, or {go_on}")
     require_new(output)
     return None
+
+
+# ---- the adapter ----
+
+
+def _add_adapter(
+    model: PreTrainedModel, config: TrainConfig, tokenizer: Any, rows: Any, checkpoint: str | None
+) -> None:
+    """The adapter that `config` asks for; on a run that goes on, one for its checkpoint to fill."""
+    lora, data = config.lora, None
+    if checkpoint:
+        lora = _as_saved(lora, checkpoint)
+    elif lora.init_lora_weights == "eva":
+        every = max(1, sum(map(len, rows["input_ids"])) // EVA_TOKENS)
+        data = length_batches((rows[i] for i in range(0, len(rows), every)), tokenizer)
+    generator = torch.Generator().manual_seed(config.seed)
+    apply_lora(model, lora, generator=generator, data=data)
+
+
+def _as_saved(lora: LoraConfig, checkpoint: str) -> LoraConfig:
+    """`lora` without a start of its own, and with the ranks that EVA gave the layers."""
+    plain = replace(lora, init_lora_weights=True, loftq_config={}, eva_config={})
+    if lora.init_lora_weights != "eva":
+        return plain
+    saved = read_adapter(checkpoint)
+    return replace(
+        plain,
+        target_modules=tuple(saved.pairs),
+        rank_pattern=saved.config.rank_pattern,
+        alpha_pattern=saved.config.alpha_pattern,
+    )
 
 
 # ---- the learning rate ----

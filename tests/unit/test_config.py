@@ -31,6 +31,25 @@ def test_scaling(use_rslora, scaling):
     assert LoraConfig(r=16, lora_alpha=32, use_rslora=use_rslora).scaling == scaling
 
 
+def test_the_names_of_inits_say_what_they_want():
+    loftq = LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 2})
+    assert (loftq.starts_from_weights, loftq.rebases, loftq.loftq_iter) == (True, True, 2)
+    assert not LoraConfig(init_lora_weights="loftq").rebases
+    assert LoraConfig(init_lora_weights="pissa_niter_16").pissa_niter == 16
+    assert LoraConfig(init_lora_weights="pissa").pissa_niter is None
+    assert not LoraConfig(init_lora_weights="eva").starts_from_weights
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_other_ranks_keep_the_scaling(use_rslora):
+    patterns = {"rank_pattern": {"q": 6}, "alpha_pattern": {"q": 9}}
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=use_rslora, **patterns)
+    doubled = config.with_ranks(2)
+    for name in ("q", "k"):
+        assert doubled.of(name).r == 2 * config.of(name).r
+        assert doubled.of(name).scaling == pytest.approx(config.of(name).scaling)
+
+
 def test_a_config_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
         LoraConfig().r = 8
@@ -58,6 +77,49 @@ def test_a_config_cannot_be_changed():
         (
             lambda: LoraConfig(adapter_dtype="fp16"),
             "adapter_dtype must be auto, bf16 or fp32, got 'fp16'",
+        ),
+        (
+            lambda: LoraConfig(init_lora_weights="pisa"),
+            "init_lora_weights must be true, gaussian, pissa, pissa_niter_N, olora, loftq or eva, "
+            "got 'pisa'",
+        ),
+        (
+            lambda: LoraConfig(init_lora_weights=False),
+            "init_lora_weights must be true, gaussian, pissa, pissa_niter_N, olora, loftq or eva, "
+            "got False",
+        ),
+        (
+            lambda: LoraConfig(init_lora_weights="pissa", use_dora=True),
+            "use_dora is not there with init_lora_weights='pissa': take one of them",
+        ),
+        (
+            lambda: LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 6}),
+            "loftq_iter must be a whole number from 1 to 5, got 6",
+        ),
+        (
+            lambda: LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 8}),
+            "loftq_bits must be 4, as the base is, got 8",
+        ),
+        (
+            lambda: LoraConfig(init_lora_weights="loftq", loftq_config={"iter": 2}),
+            "loftq_config takes loftq_bits and loftq_iter, not iter",
+        ),
+        (
+            lambda: LoraConfig(loftq_config={"loftq_iter": 2}),
+            "loftq_config is for init_lora_weights=loftq: give both",
+        ),
+        (
+            lambda: LoraConfig(init_lora_weights="gaussian", target_parameters=("experts.down",)),
+            "target_parameters have no other start than true, and init_lora_weights is "
+            "'gaussian': leave one of them out",
+        ),
+        (
+            lambda: LoraConfig(init_lora_weights="eva", eva_config={"rho": 0.5}),
+            "rho must be a number from 1 on, got 0.5",
+        ),
+        (
+            lambda: LoraConfig(init_lora_weights="eva", eva_config=2),
+            "eva_config must be NAME: NUMBER pairs, got 2",
         ),
         (lambda: DataConfig("x", max_length=7), "max_length must be at least 8, got 7"),
         (
@@ -112,7 +174,6 @@ def test_steps_stand_in_for_epochs():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: LoraConfig(init_lora_weights="pissa"),
         lambda: DataConfig("x", packing=True),
         lambda: train_config(plan=True),
         lambda: train_config(gpu_memory="8GB"),

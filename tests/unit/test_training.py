@@ -494,6 +494,32 @@ def test_rows_are_cut_at_what_the_model_takes(checkpoints, tmp_path, data, capsy
     assert "rows are cut at 512 tokens" in said and "1 row" in said
 
 
+INITS = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+    "loftq_1": {"init_lora_weights": "loftq"},
+    "eva": {"init_lora_weights": "eva"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+}
+
+
+@pytest.mark.parametrize("settings", INITS.values(), ids=INITS)
+def test_a_run_with_another_start_learns_and_resumes_to_the_bit(
+    settings, checkpoints, tmp_path, data
+):
+    base = checkpoints("llama")
+    started = config(base, data, tmp_path / "whole", lora=replace(LORA, **settings))
+    whole = train(started)
+    assert losses(whole)[-1] < losses(whole)[0]
+    parts = train(replace(started, output_dir=str(tmp_path / "parts"), max_steps=2))
+    parts = train(replace(started, output_dir=str(parts), resume=True))
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    files = [(folder / "adapter_config.json").read_text() for folder in (whole, parts)]
+    assert files[0] == files[1]
+
+
 def test_the_run_file_of_a_resumed_run_does_not_resume(checkpoints, tmp_path, data):
     base = checkpoints("llama")
     train(config(base, data, tmp_path / "run", max_steps=2))
