@@ -57,10 +57,10 @@ def apply_lora(
 ) -> Model:
     """Freeze `model` and add a trainable, active adapter to its targeted layers, in place.
 
+    The head of a classifier of texts or tokens is always trained in full beside it.
+
     PiSSA, OLoRA and LoftQ read the weights from before quantization, one at a time, from where
     load_base found them, and all but LoftQ of one round change the base: see qlora.rebase.
-
-    The head of a classifier of texts or tokens is always trained in full beside it.
 
     Args:
         generator: of A's first values; by default torch's global one.

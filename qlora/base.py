@@ -11,8 +11,8 @@ with their size and are an error unless allowed.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora import nf4
@@ -39,6 +38,7 @@ from qlora.checkpoint import (
 )
 from qlora.config import QuantConfig
 from qlora.errors import UserError
+from qlora.new_heads import complete, heads_to_train, quiet
 from qlora.tasks import heads, is_in, task_named
 
 
@@ -115,7 +115,7 @@ def load_base(
         settings = _Bnb4BitConfig(quant, dtype, _skipped(plan, quant))
     loading = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": trust_remote_code}
     loading |= {"quantization_config": settings} if settings else {}
-    with _quiet() if in_full else nullcontext():  # of a head that is not there we tell ourselves
+    with quiet() if in_full else nullcontext():  # of a head that is not there we tell ourselves
         loaded, info = task_named(task).load("from_pretrained")(
             checkpoint.folder,
             config=config,
@@ -123,7 +123,7 @@ def load_base(
             ignore_mismatched_sizes=True,  # we refuse them ourselves, but in a head
             **loading,
         )
-    _complete(loaded, plan, checkpoint, info, in_full, seed)
+    complete(loaded, plan, checkpoint, info, in_full, seed)
     if settings is not None:
         settings.as_bitsandbytes(loaded)
     _freeze(loaded, dtype)
@@ -168,77 +168,11 @@ def _require_in_16_bits(checkpoint: Checkpoint, model: str) -> None:
         )
 
 
-def heads_to_train(checkpoint: Checkpoint, model: nn.Module, task: str) -> list[str]:
-    """The modules that a classifier trains in full: its head, and a pooler that was never trained,
-    as the checkpoint lacks it."""
-    if not task_named(task).trains_head:
-        return []
-    pooler = f"{getattr(model, 'base_model_prefix', '')}.pooler"
-    below = [name for name in linear_layers(model) if is_in(name, [pooler])]
-    lacks = any(disk_name(checkpoint, model, f"{name}.weight") is None for name in below)
-    return [*heads(model), *([pooler] if lacks else [])]
-
-
 def _leave_out(config: Any, modules: Iterable[str]) -> None:
     """Let transformers not look for 4-bit codes of `modules` in a checkpoint that is quantized."""
     settings = config.quantization_config
     skipped = [*(settings.get("llm_int8_skip_modules") or []), *modules]
     config.quantization_config = {**settings, "llm_int8_skip_modules": skipped}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside the block transformers logs errors alone."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-
-
-def _complete(
-    model: nn.Module,
-    plan: nn.Module,
-    checkpoint: Checkpoint,
-    info: Mapping[str, Any],
-    new: Iterable[str],
-    seed: int,
-) -> None:
-    """Make what the checkpoint lacks of the modules `new`; refuse it where it lacks more, as
-    transformers would make up random tensors."""
-    misshapen = {name for name, *_ in info["mismatched_keys"]}
-    # transformers 5.17 takes any shape where something is quantized
-    shapes = {n: p.shape for n, p in plan.named_parameters() if is_in(n, new)}
-    misshapen |= {n for n, shape in shapes.items() if model.get_parameter(n).shape != shape}
-    missing = sorted({*info["missing_keys"], *misshapen})
-    lacks = [name for name in missing if not is_in(name, new)]
-    if lacks:
-        raise UserError(
-            f"{checkpoint.folder} lacks {len(lacks)} tensors of its model, or has them in "
-            f"another shape: {', '.join(lacks[:4])}{', …' if len(lacks) > 4 else ''}. "
-            "Download or copy it again"
-        )
-    if missing:
-        made = sorted({head for head in new for name in missing if is_in(name, [head])})
-        print(f"The checkpoint has no {', '.join(made)} of this shape: made anew, seed {seed}")
-        _initialise(model, {name: shapes[name] for name in missing}, seed)
-
-
-def _initialise(model: nn.Module, shapes: Mapping[str, torch.Size], seed: int) -> None:
-    """New values for parameters: matrices normal with the model's initializer_range, the rest as in
-    a new model. Drawn on the CPU, so a seed means the same everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    config: Any = getattr(model, "config", None)
-    std = getattr(config, "initializer_range", None) or 0.02
-    for name, shape in shapes.items():
-        values = torch.zeros(shape)
-        if values.ndim > 1:
-            values.normal_(std=std, generator=generator)
-        elif name.endswith("weight"):  # of a norm
-            values.fill_(1)
-        parameter = model.get_parameter(name)
-        parameter.data = values.to(parameter)
 
 
 def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:

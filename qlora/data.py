@@ -171,6 +171,9 @@ def length_batches(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int = BATCH_TOKENS,
+    *,
+    task: str = "causal-lm",
+    model: Any = None,
 ) -> list[Any]:
     """`rows`, shortest first, in batches of at most `max_tokens` (or one row), on the CPU."""
     groups: list[list[Mapping[str, Any]]] = [[]]
@@ -178,7 +181,7 @@ def length_batches(
         if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > max_tokens:
             groups.append([])
         groups[-1].append(row)
-    collate = collator(tokenizer)
+    collate = collator(tokenizer, task, model)
     return [collate(group) for group in groups]
 
 

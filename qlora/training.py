@@ -188,7 +188,8 @@ def _add_adapter(
         lora = _as_saved(lora, checkpoint)
     elif lora.init_lora_weights == "eva":
         every = max(1, sum(map(len, rows["input_ids"])) // EVA_TOKENS)
-        data = length_batches((rows[i] for i in range(0, len(rows), every)), tokenizer)
+        some = (rows[i] for i in range(0, len(rows), every))
+        data = length_batches(some, tokenizer, task=config.task, model=model)
     generator = torch.Generator().manual_seed(config.seed)
     apply_lora(model, lora, generator=generator, data=data)
 

@@ -195,6 +195,18 @@ def test_a_merge_to_4_bits_and_what_it_cannot_measure(checkpoints, tmp_path):
     assert merged.qlora_base["labels"] == LABELS["seq-cls"]
 
 
+@pytest.mark.parametrize("start", ["eva", "pissa"])
+@pytest.mark.parametrize(("family", "task"), [("t5", "seq2seq"), ("bert", "seq-cls")])
+def test_other_starts(family, task, start, checkpoints, tmp_path):
+    """EVA runs the model over rows of the task, PiSSA reads its weights."""
+    base, lora = checkpoints(family), LoraConfig(r=2, init_lora_weights=start)
+    folder = run(base, task, tmp_path, max_steps=1, lora=lora)
+    merge(MergeConfig(str(folder), str(tmp_path / "merged"), format="fp32"))
+    live = load_adapter(load_base(str(base), FP32, task=task, labels=LABELS[task]), folder)
+    merged = TASKS[task].load("from_pretrained")(tmp_path / "merged")
+    assert (logits(merged, task) - logits(live, task)).abs().max() <= TOLERANCE
+
+
 def test_a_run_is_resumed_with_its_head(checkpoints, tmp_path):
     """Two steps and two more end where four do."""
     for name in ("whole", "parts"):
