@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from conftest import randomize_adapter
+from diffusers import UNet2DModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -54,8 +55,7 @@ def segformer() -> tuple[nn.Module, dict[str, Any]]:
 
 def unet() -> tuple[nn.Module, dict[str, Any]]:
     """Diffusion: a noisy image and its time step -> the noise (arXiv:2006.11239)."""
-    diffusers = pytest.importorskip("diffusers", reason="the test extra installs it")
-    model = diffusers.UNet2DModel(
+    model = UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4,
         block_out_channels=(32, 64), attention_head_dim=16,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
