@@ -68,6 +68,7 @@ from qlora.rebase import (
     set_bases,
     taken_out,
 )
+from qlora.tasks import task_of
 from qlora.trained import TrainedModule
 
 # ---- writing ----
@@ -131,6 +132,7 @@ def _with_taken(tensors: dict[str, Tensor], taken: dict[str, Factors]) -> dict[s
 
 def _peft_config(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, Any]:
     base: Any = getattr(model, "config", None)
+    task = task_of(model)
     found = lora_layers(model).items()
     layers = {name: layer for name, layer in found if adapter_name in layer.adapters}
     token_ids: Any = config.trainable_token_indices
@@ -157,20 +159,12 @@ def _peft_config(model: nn.Module, config: LoraConfig, adapter_name: str) -> dic
         "revision": getattr(model, "qlora_base", {}).get("revision"),
         "target_modules": portable_targets(model, list(layers)),
         "target_parameters": list(config.target_parameters) or None,
-        "task_type": config.task_type or _task_type(model),
+        "task_type": config.task_type or (task.task_type if task else None),
         "trainable_token_indices": token_ids or None,
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
     return dict(sorted(values.items()))
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's name for what a model that generates does; of others PEFT needs none."""
-    if not hasattr(model, "prepare_inputs_for_generation"):
-        return None
-    config: Any = model.config
-    return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def portable_targets(model: nn.Module, layers: list[str]) -> list[str]:
@@ -342,6 +336,12 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     require_same_base(adapter, base.get("fingerprint"), "this model")
     modules = {name: plain(module) for name, module in base_modules(model).items()}
     faults = []
+    labels = tuple(base.get("labels") or ())
+    if labels and adapter.labels and labels != adapter.labels:
+        faults.append(
+            f"its labels are {', '.join(adapter.labels)}, and the model was loaded with "
+            f"{', '.join(labels)}"
+        )
     for name, factors in adapter.pairs.items():
         layer = modules.get(name)
         if layer is None or not takes_adapter(layer):

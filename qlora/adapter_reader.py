@@ -19,6 +19,7 @@ from qlora.adapter_tensors import PREFIX, Contents, sort_out
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import Factors
+from qlora.tasks import task_typed
 
 DORA = "DoRA's magnitudes"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,6 +88,16 @@ class AdapterFile:
     ranks behind those that were trained. Empty for a base as it was"""
     base: dict[str, Any] = field(default_factory=dict)
     """How its base was quantized, and the base's fingerprint; empty for adapters of others."""
+
+    @property
+    def task(self) -> str:
+        """What its base was loaded for; as PEFT's task_type says, where the file does not."""
+        return self.base.get("task") or task_typed(self.config.task_type)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of a classifier's labels; none where the file does not say."""
+        return tuple(self.base.get("labels") or ())
 
     @property
     def quantization(self) -> QuantConfig:

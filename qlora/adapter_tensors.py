@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qlora.config import LoraConfig
 from qlora.lora import Factors
+from qlora.tasks import TASKS, task_typed
 
 PREFIX = "base_model.model."
 PARTS = {
@@ -33,6 +34,7 @@ PARTS = {
     "lora_B.bias": "bias",
     "token_adapter.trainable_tokens_delta": "rows",
 }
+PEFT_HEADS = ("classifier", "score")  # it lists both, of which a classifier has one
 VOCABULARY = ("embed_tokens", "lm_head")  # PEFT saves these whole where they were resized
 
 
@@ -105,9 +107,10 @@ def _sort(
         if not explained:
             faults.append(f"unexpected {PREFIX}{name}")
         whole[f"{module}.{kind}"] = whole.pop(name)
-    for entry in saved:
-        if not any(_ends_in(name.rpartition(".")[0], (entry,)) for name in whole):
-            faults.append(f"missing {entry}, which its config says was trained in full")
+    missing = [e for e in saved if not any(_ends_in(n.rpartition(".")[0], (e,)) for n in whole)]
+    if whole and TASKS[task_typed(values.get("task_type"))].trains_head:
+        missing = [entry for entry in missing if entry not in PEFT_HEADS]
+    faults += [f"missing {e}, which its config says was trained in full" for e in missing]
     return parts, whole, faults
 
 

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +40,7 @@ from qlora.rebase import (
     restore,
     start_from_weights,
 )
+from qlora.tasks import heads, task_of
 from qlora.trained import TokenRows, TrainedModule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,6 +57,8 @@ def apply_lora(
 ) -> Model:
     """Freeze `model` and add a trainable, active adapter to its targeted layers, in place.
 
+    The head of a classifier of texts or tokens is always trained in full beside it.
+
     PiSSA, OLoRA and LoftQ read the weights from before quantization, one at a time, from where
     load_base found them, and all but LoftQ of one round change the base: see qlora.rebase.
 
@@ -66,7 +70,7 @@ def apply_lora(
         UserError: an entry of the config matches nothing or what it cannot mean, or contradicts
             the model, or the name is taken, or what init_lora_weights wants is not to be had.
     """
-    config = config or LoraConfig()
+    config = _with_head(model, config or LoraConfig())
     require_new_name(model, adapter_name)
     found = targets(model, config)
     _require_agreement(model, config, found)
@@ -86,6 +90,16 @@ def apply_lora(
         model.requires_grad_(False)
         set_adapter(model, adapter_name)
     return model
+
+
+def _with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The same with a classifier's head among what is trained in full, as in PEFT."""
+    task = task_of(model)
+    if task is None or not task.trains_head:
+        return config
+    return replace(
+        config, modules_to_save=tuple({**dict.fromkeys(config.modules_to_save), **heads(model)})
+    )
 
 
 def _add(

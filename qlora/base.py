@@ -3,21 +3,23 @@
 transformers does the loading, shard by shard, and bitsandbytes the quantizing; this room decides
 which layers, in which dtype and blocksize, and refuses what would silently stay in 16 bits.
 
-Every nn.Linear (and GPT-2's Conv1D) is quantized but the output head and what the config skips.
-Embeddings, norms and the head take the compute dtype and are not cast up; nothing has
-`requires_grad`. Weights that are linear but no Linear module, such as fused mixture-of-experts
-parameters, cannot be: they are named with their size and are an error unless allowed.
+Every nn.Linear (and GPT-2's Conv1D) is quantized but the output head or a classifier's, what the
+config skips, and T5's `wo`, which transformers quantizes for nobody. Embeddings, norms and the head
+take the compute dtype and are not cast up; nothing has `requires_grad`. Weights that are linear but
+no Linear module, such as fused mixture-of-experts parameters, cannot be quantized: they are named
+with their size and are an error unless allowed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
@@ -27,14 +29,17 @@ from qlora.checkpoint import (
     Checkpoint,
     disk_name,
     is_skipped,
+    kept_dense,
     linear_layers,
+    model_config,
     quantized_layers,
     resolve,
     skeleton,
 )
 from qlora.config import QuantConfig
 from qlora.errors import UserError
-from qlora.frozen import output_head
+from qlora.new_heads import complete, heads_to_train, quiet
+from qlora.tasks import heads, is_in, task_named
 
 
 @dataclass(frozen=True)
@@ -71,15 +76,21 @@ def load_base(
     model: str,
     quant: QuantConfig | None = None,
     *,
+    task: str = "causal-lm",
+    labels: Sequence[str] = (),
+    seed: int = 0,
     revision: str | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A frozen causal language model with 4-bit linear layers.
+    """A frozen model with 4-bit linear layers: a causal language model, or that of another task.
 
     Args:
         model: local folder, hub name, .gguf file, or a checkpoint that is already bitsandbytes
             4-bit (then its own quantization stands, and of `quant` only the compute dtype counts).
+        task: causal-lm, seq2seq, seq-cls or token-cls.
+        labels: the names of a classifier's labels, by default those of the checkpoint.
+        seed: of a classifier's head, where the checkpoint has none for these labels.
         device: by default the GPU where there is one.
 
     Raises:
@@ -89,27 +100,30 @@ def load_base(
     device = torch.device(device or default_device())
     dtype = compute_dtype(quant, device)
     checkpoint = Checkpoint(resolve(model, revision=revision))
-    plan = skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
+    known: Any = {"labels": labels, "trust_remote_code": trust_remote_code}
+    plan = skeleton(checkpoint.folder, task=task, **known)
+    config = model_config(checkpoint.folder, **known)
+    in_full = heads_to_train(checkpoint, plan, task)
     if checkpoint.is_quantized:
-        settings, quant = None, own_quantization(checkpoint, quant)
-    elif method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
-        raise UserError(
-            f"{model} is already quantized, with {method}: give the 16-bit model it was made from, "
-            "or a bitsandbytes 4-bit one"
-        )
-    else:
+        quant = own_quantization(checkpoint, quant)
+        _leave_out(config, in_full)
+    quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
+    settings = None
+    if not checkpoint.is_quantized:
+        _require_in_16_bits(checkpoint, model)
         _require_all_quantized(plan, quant)
         settings = _Bnb4BitConfig(quant, dtype, _skipped(plan, quant))
-    made: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        dtype=dtype,
-        device_map={"": device},
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        **({"quantization_config": settings} if settings else {}),
-    )
-    loaded: PreTrainedModel = made[0]
-    _require_complete(checkpoint, made[1])
+    loading = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": trust_remote_code}
+    loading |= {"quantization_config": settings} if settings else {}
+    with quiet() if in_full else nullcontext():  # of a head that is not there we tell ourselves
+        loaded, info = task_named(task).load("from_pretrained")(
+            checkpoint.folder,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # we refuse them ourselves, but in a head
+            **loading,
+        )
+    complete(loaded, plan, checkpoint, info, in_full, seed)
     if settings is not None:
         settings.as_bitsandbytes(loaded)
     _freeze(loaded, dtype)
@@ -117,15 +131,16 @@ def load_base(
     if not model.endswith(".gguf"):  # a hub name stays a name; a .gguf stands for its conversion
         loaded.config._name_or_path = model
     has_them = not checkpoint.is_quantized
-    # two plain attributes, no modules
-    loaded.original_weights = (
-        _original_weights(checkpoint, plan, dtype) if has_them else None  # type: ignore[assignment]
-    )
-    loaded.qlora_base = {  # type: ignore[assignment]
+    loaded.original_weights = _original_weights(checkpoint, plan, dtype) if has_them else None
+    loaded.qlora_base = {
         **describe(checkpoint, replace(quant, compute_dtype=DTYPE_NAMES[dtype])),
         "revision": revision,
+        "task": task,
     }
-    return loaded
+    if in_full:
+        names = [config.id2label[i] for i in range(config.num_labels)]
+        loaded.qlora_base |= {"heads": in_full, "labels": names}
+    return loaded  # type: ignore[no-any-return]
 
 
 def _original_weights(
@@ -145,15 +160,19 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _require_complete(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks tensors; transformers would make up random ones."""
-    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if missing:
+def _require_in_16_bits(checkpoint: Checkpoint, model: str) -> None:
+    if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
         raise UserError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors of its model, or has them in "
-            f"another shape: {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. "
-            "Download or copy it again"
+            f"{model} is already quantized, with {method}: give the 16-bit model it was made from, "
+            "or a bitsandbytes 4-bit one"
         )
+
+
+def _leave_out(config: Any, modules: Iterable[str]) -> None:
+    """Let transformers not look for 4-bit codes of `modules` in a checkpoint that is quantized."""
+    settings = config.quantization_config
+    skipped = [*(settings.get("llm_int8_skip_modules") or []), *modules]
+    config.quantization_config = {**settings, "llm_int8_skip_modules": skipped}
 
 
 def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
@@ -195,13 +214,14 @@ def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:
     Plain matrices that make up less than 1 % of the model together are left out: routers, which
     nobody quantizes.
     """
-    head = output_head(model)
+    left_out, kept = heads(model), kept_dense(model)
     total = sum(p.numel() for p in model.parameters())
     chosen = quantized_layers(model, quant)
     found: dict[str, int] = {}
     matrices: dict[str, int] = {}
     for name, module in model.named_modules():
-        known = isinstance(module, nn.Embedding | nn.modules.conv._ConvNd) or module is head
+        known = isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
+        known = known or name in kept or is_in(name, left_out)
         if known or name in chosen or is_skipped(name, quant.skip_modules):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -212,6 +232,12 @@ def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:
 
 
 def _require_all_quantized(model: nn.Module, quant: QuantConfig) -> None:
+    if kept := kept_dense(model):
+        size = sum(model.get_parameter(f"{name}.weight").numel() for name in kept)
+        print(
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in kept}))} of this family is "
+            f"never quantized: {len(kept)} layers, {size * 2 / 2**30:.2f} GiB, stay in 16 bits"
+        )
     left = unquantized_linear(model, quant)
     if not left or quant.allow_unquantized:
         return
@@ -267,9 +293,11 @@ def _require_right_kernel(model: PreTrainedModel) -> None:
 def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
     # Of a checkpoint that is 4-bit already transformers leaves norm weights in the dtype they have.
-    for parameter in model.parameters():
+    overflows = kept_dense(model) if dtype == torch.float16 else []
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+            own = torch.float32 if name.rpartition(".")[0] in overflows else dtype
+            parameter.data = parameter.data.to(own)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype

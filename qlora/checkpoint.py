@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +27,16 @@ from torch import Tensor, nn
 
 from qlora.config import QuantConfig
 from qlora.errors import UserError, first_line
-from qlora.frozen import output_head
 from qlora.nf4 import RECORD_MARK
 from qlora.shards import DTYPE_CODES, INDEX, SINGLE, publishing
+from qlora.tasks import heads, is_in, task_named
 
 HUB_FILES = "safetensors json jinja model tiktoken txt py"
+# RoBERTa and its kin number positions from the pad's id + 1 on.
+POSITIONS_AFTER_PAD = (
+    "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
@@ -236,10 +241,15 @@ class Checkpoint:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest row its model takes, where config.json says."""
+        """The longest row its model takes, where config.json says and it is a limit."""
         text = self.config.get("text_config") or self.config
+        if "relative_attention_num_buckets" in text:  # T5's n_positions limits nothing
+            return None
         names = ("max_position_embeddings", "n_positions")
-        return next((text[name] for name in names if text.get(name)), None)
+        longest = next((text[name] for name in names if text.get(name)), None)
+        if longest and text.get("model_type") in POSITIONS_AFTER_PAD:
+            longest -= (text.get("pad_token_id") or 0) + 1
+        return longest
 
     @cached_property
     def is_quantized(self) -> bool:
@@ -267,20 +277,37 @@ class Checkpoint:
 # ---- what the model made of it will look like ----
 
 
-def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model of `folder` on the meta device: names and shapes, no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def model_config(
+    folder: Path, *, labels: Sequence[str] = (), trust_remote_code: bool = False
+) -> Any:
+    """config.json of `folder` as transformers reads it, with these labels if there are any."""
+    from transformers import AutoConfig
 
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    return config
+
+
+def skeleton(
+    folder: Path,
+    *,
+    task: str = "causal-lm",
+    labels: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of `folder` for a task on the meta device: names and shapes, no memory."""
+    wanted = task_named(task)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = model_config(folder, labels=labels, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: nn.Module = wanted.load("from_config")(
                 config, trust_remote_code=trust_remote_code
             )
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"{folder} is no causal language model that this transformers knows: "
-            f"{first_line(error)}"
+            f"{folder} is no {wanted.kind} that this transformers knows: {first_line(error)}"
         ) from error
     return model
 
@@ -299,16 +326,18 @@ def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:
     """Layers of the skeleton `model` to be quantized; True where the weight is (in, out) on disk.
 
     These are every nn.Linear and every Conv1D (GPT-2's transposed linear layer) but the output
-    head and what `quant` skips.
+    head or a classifier's, what `quant` skips, and what transformers never quantizes.
     """
     from transformers.pytorch_utils import Conv1D
 
-    head = output_head(model)
+    left_out = heads(model)
+    kept = kept_dense(model)
     return {
         name: isinstance(module, Conv1D)
         for name, module in linear_layers(model).items()
         if (type(module) is nn.Linear or isinstance(module, Conv1D))
-        and module is not head
+        and name not in kept
+        and not is_in(name, left_out)
         and not is_skipped(name, quant.skip_modules)
     }
 
@@ -318,6 +347,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def kept_dense(model: nn.Module) -> list[str]:
+    """Linear layers that transformers keeps out of 4 bits, as the models look at their dtype: T5's
+    `wo`, which overflows in fp16."""
+    endings = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return [name for name in linear_layers(model) if endings and name.endswith(endings)]
 
 
 def is_skipped(name: str, skip_modules: Iterable[str]) -> bool:

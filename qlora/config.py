@@ -335,6 +335,8 @@ class TrainConfig:
     output_dir: str
     """where the adapter, metrics and checkpoints go"""
     data: DataConfig
+    task: Literal["causal-lm", "seq2seq", "seq-cls", "token-cls"] = "causal-lm"
+    """what the model is to do: write on, answer, or classify texts or tokens"""
     revision: str | None = None
     """branch, tag or commit of a hub model"""
     trust_remote_code: bool = False
@@ -385,6 +387,10 @@ class TrainConfig:
     """budget to plan for, like 8GB (not there yet)"""
 
     def __post_init__(self) -> None:
+        _require(
+            self.task in ("causal-lm", "seq2seq", "seq-cls", "token-cls"),
+            f"task must be causal-lm, seq2seq, seq-cls or token-cls, got {self.task!r}",
+        )
         for name in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",

@@ -1,31 +1,26 @@
-"""Records -> token ids with a loss mask -> batches.
+"""Records -> token ids with labels -> batches.
 
-A row of the result is
-
-    input_ids  (T,)  the chat template's rendering, token for token what apply_chat_template gives
-    labels     (T,)  the same ids where the model has to answer, -100 (no loss) elsewhere
-    length           T
-
-For chats, loss is on the assistant's turns and their end tokens alone (qlora.chat); of `text`
-records, on every token.
+A row of the result is what its task makes of a record (qlora.objectives): `input_ids` (T,),
+`labels`, -100 where there is no loss, and `length`, T. For a causal language model `labels` (T,)
+are the same ids where the model has to answer.
 
 Left out: packing (qlora.packing, later) and streaming: tokens are kept in memory, 8 bytes each, and
 so are the records of a local file.
 """
 
 import copy
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset, Features, Value
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from qlora.chat import NO_LOSS, Rendering, ensure_chat_template, is_answer, tokenize
+from qlora.chat import ensure_chat_template
 from qlora.errors import UserError
-from qlora.records import chat_of, kind_of, load_records, string_of
+from qlora.labels import label_names
+from qlora.objectives import OBJECTIVES, Collator, Objective
+from qlora.records import kind_of, load_records
 
 BATCH_TOKENS = 2048  # to read, not to train: logits of so many over 128k take 0.5 GB in bf16
 
@@ -43,64 +38,52 @@ class DataStats:
     """rows longer than max_length, kept or not"""
     dropped_rows: int
     """rows cut so far that no supervised token was left"""
-
-
-def _encode(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]] | None:
-    """Ids and labels of a record before the cut; None when there is no answer in it."""
-    chat = chat_of(record)
-    if chat is None:
-        ids = list(tokenizer(string_of(record["text"]), verbose=False)["input_ids"])
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-        return ids, list(ids)
-    if not any(is_answer(message) for message in chat.messages[chat.first :]):
-        return None
-    found = Rendering(tokenizer, chat).with_spans()
-    if found is not None:
-        return tokenize(tokenizer, *found)
-    if re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
-        marked: Any = tokenizer.apply_chat_template(
-            chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = marked["input_ids"], marked["assistant_masks"]
-        return ids, [i if on else NO_LOSS for i, on in zip(ids, mask, strict=True)]
-    raise UserError(
-        "the assistant's turns cannot be found in what the model's chat template makes of it: put "
-        "{% generation %} marks around them in the template, or render the rows to a text column"
-    )
+    labels: tuple[str, ...] = ()
+    """a classifier's labels, by their number"""
 
 
 def prepare_data(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    task: str = "causal-lm",
+    labels: Sequence[str] = (),
+    new_labels: bool = True,
 ) -> tuple[Dataset, DataStats]:
     """Rows of `source` as input_ids, labels (-100: no loss) and length, cut to max_length tokens.
 
     Installs the fallback chat template on a tokenizer that needs one (ensure_chat_template).
+
+    Args:
+        labels: the names of a classifier's labels.
+        new_labels: take the data's own in their place, where it has others.
     """
-    records = load_records(source)
-    if kind_of(records.column_names) != ("text",):
+    objective = OBJECTIVES[task]
+    records = load_records(source, objective.kinds)
+    kind = kind_of(records.column_names, source, objective.kinds)
+    if objective.chats and kind != ("text",):
         ensure_chat_template(tokenizer)
+    if objective.classifies and new_labels:
+        try:
+            labels = label_names(records, kind[-1], labels)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
 
     def encode(record: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            pair = _encode(record, tokenizer)
+            encoded = objective.encode(record, tokenizer, max_length, labels)
         except UserError as error:
             raise UserError(f"{source}, row {index + 1}: {error}") from error
-        ids, labels = pair or ([], [])
-        kept = labels[:max_length]
         return {
-            "input_ids": ids[:max_length],
-            "labels": kept,
-            "length": len(kept),
-            "full_length": len(ids),
-            # the first token is never predicted, so a label there alone teaches nothing
-            "supervised": sum(i != NO_LOSS for i in kept) * any(i != NO_LOSS for i in kept[1:]),
+            **encoded.row,
+            "length": encoded.tokens,
+            "full_length": encoded.full_length,
+            "supervised": encoded.supervised,
         }
 
-    columns = {"input_ids": [Value("int32")], "labels": [Value("int32")], "length": Value("int32")}
-    counts = {"full_length": Value("int64"), "supervised": Value("int64")}
+    columns = _columns(objective, tokenizer)
+    counts = dict.fromkeys(("length", "full_length", "supervised"), Value("int64"))
     encoded = records.map(
         encode,
         with_indices=True,
@@ -111,7 +94,17 @@ def prepare_data(
         new_fingerprint="qlora-data",  # spares datasets hashing the tokenizer for its cache
         desc="tokenizing",
     )
-    return _kept(source, encoded, max_length)
+    rows, stats = _kept(source, encoded, max_length)
+    return rows.select_columns([*columns, "length"]), replace(stats, labels=tuple(labels))
+
+
+def _columns(objective: Objective, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a row has beside its length."""
+    ids = [Value("int32")]
+    columns = {"input_ids": ids, "labels": Value("int32") if objective.one_label else ids}
+    if objective.one_label and "token_type_ids" in tokenizer.model_input_names:
+        columns["token_type_ids"] = ids
+    return columns
 
 
 def _kept(source: str, encoded: Dataset, max_length: int) -> tuple[Dataset, DataStats]:
@@ -138,24 +131,30 @@ def _kept(source: str, encoded: Dataset, max_length: int) -> tuple[Dataset, Data
         cut_rows=sum(length > max_length for length in full),
         dropped_rows=len(full) - len(keep),
     )
-    return rows.select_columns(["input_ids", "labels", "length"]), stats
+    return rows, stats
 
 
 # ---- batches, and what a person sees
 
 
 @dataclass
-class _Collator(DataCollatorForSeq2Seq):
-    def __call__(self, features: Any, return_tensors: str | None = None) -> Any:
-        rows = [{key: row[key] for key in ("input_ids", "labels")} for row in features]
-        return super().__call__(rows, return_tensors)  # type: ignore[no-untyped-call]
+class _Collator:
+    collate: Collator
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return self.collate([{k: v for k, v in row.items() if k != "length"} for row in rows])
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Rows -> input_ids, attention_mask, labels (B, T), T a multiple of 8, padded on the right.
+def collator(
+    tokenizer: PreTrainedTokenizerBase, task: str = "causal-lm", model: Any = None
+) -> Collator:
+    """Rows -> input_ids, attention_mask (B, T), labels, T a multiple of 8, padded on the right.
 
     Pads are masked by where they stand, never by their id: where pad is eos, the answers' own eos
     keeps its loss. A missing pad token is set on the tokenizer, to eos or else unk.
+
+    Args:
+        model: of an encoder-decoder, which makes decoder_input_ids out of the labels.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -165,13 +164,16 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         )
     right = copy.copy(tokenizer)  # generation may want its own tokenizer padded on the left
     right.padding_side = "right"
-    return _Collator(right, pad_to_multiple_of=8, label_pad_token_id=NO_LOSS)
+    return _Collator(OBJECTIVES[task].collator(right, model))
 
 
 def length_batches(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int = BATCH_TOKENS,
+    *,
+    task: str = "causal-lm",
+    model: Any = None,
 ) -> list[Any]:
     """`rows`, shortest first, in batches of at most `max_tokens` (or one row), on the CPU."""
     groups: list[list[Mapping[str, Any]]] = [[]]
@@ -179,17 +181,18 @@ def length_batches(
         if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > max_tokens:
             groups.append([])
         groups[-1].append(row)
-    collate = collator(tokenizer)
+    collate = collator(tokenizer, task, model)
     return [collate(group) for group in groups]
 
 
 def describe(stats: DataStats, *, name: str) -> str:
     """One line of counts, and a second when rows were cut or dropped."""
     share = stats.supervised_tokens / max(stats.tokens, 1)
-    line = (
-        f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, "
-        f"{stats.supervised_tokens:,} of them supervised ({share:.0%})"
-    )
+    line = f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {stats.supervised_tokens:,} "
+    line += "labels" if stats.labels else f"of them supervised ({share:.0%})"
+    if stats.labels:
+        shown = ", ".join(stats.labels[:8]) + (", …" if len(stats.labels) > 8 else "")
+        line += f" of {len(stats.labels)} kinds: {shown}"
     if stats.cut_rows or stats.dropped_rows:
         line += (
             f"\n{name}: {stats.cut_rows:,} rows cut at max_length, {stats.dropped_rows:,} rows "
@@ -198,15 +201,20 @@ def describe(stats: DataStats, *, name: str) -> str:
     return line
 
 
-def show_example(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, colour: bool) -> str:
+def show_example(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    colour: bool,
+    task: str = "causal-lm",
+    labels: Sequence[str] = (),
+) -> str:
     """A short row, decoded, with the part that has loss marked: how to check a mask by eye."""
     some = min(len(dataset), 32)
     row = min((dataset[i] for i in range(some)), key=lambda row: int(row["length"]))
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     pieces = []
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
-    for learned, group in groupby(pairs, key=lambda pair: pair[1] != NO_LOSS):
-        piece = str(tokenizer.decode([i for i, _ in group], skip_special_tokens=False))
+    for piece, learned in OBJECTIVES[task].pieces(row, tokenizer, labels):
         if len(piece) > 800:
             piece = f"{piece[:400]} … {piece[-400:]}"
         pieces.append(f"{begin}{piece}{end}" if learned else piece)

@@ -5,6 +5,7 @@ Linear4bit made of either. Seen from an adapter every weight is a matrix (out, i
 in is in_channels * kernel size, an embedding is a layer from vocab to dim.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -99,11 +100,16 @@ def vocabulary(model: nn.Module) -> tuple[str | None, str | None]:
     """The names of `model`'s embedding and of its output head."""
     names = {module: name for name, module in model.named_modules()}
     get = getattr(model, "get_input_embeddings", None)
-    return names.get(get() if get else None), names.get(output_head(model))
+    embedding = None
+    with suppress(NotImplementedError):  # a model of images has none, and says so in this way
+        embedding = get() if get else None
+    return names.get(embedding), names.get(output_head(model))
 
 
 def is_tied(model: nn.Module) -> bool:
     """Whether `model`'s output head is its embedding."""
+    if output_head(model) is None:
+        return False
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if config else None
-    return bool(getattr(text, "tie_word_embeddings", False) and output_head(model) is not None)
+    return bool(getattr(text, "tie_word_embeddings", False))

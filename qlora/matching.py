@@ -2,7 +2,7 @@
 
     target_modules       a list matches whole endings of the dotted name; one string is a regular
                          expression over the full name; "all-linear" is every linear layer but the
-                         output head
+                         output head, or a classifier's
     exclude_modules      the same, for those to leave out
     layers_to_transform  of what a list matches, only the layers with these numbers, the first in
                          the name (after one of layers_pattern, where that is given)
@@ -21,7 +21,8 @@ from torch import nn
 from qlora.adapter_module import base_modules, plain
 from qlora.config import LoraConfig, pattern_key
 from qlora.errors import UserError, did_you_mean
-from qlora.frozen import is_conv, is_linear, is_quantized, output_head, vocabulary
+from qlora.frozen import is_conv, is_linear, is_quantized, vocabulary
+from qlora.tasks import heads, is_in
 
 
 class Targets(NamedTuple):
@@ -45,13 +46,13 @@ def targets(model: nn.Module, config: LoraConfig) -> Targets:
     """
     saved = saved_modules(model, config)
     modules = base_modules(model)
-    layers = [name for name in target_layers(model, config) if not _is_in(name, saved)]
+    layers = [name for name in target_layers(model, config) if not is_in(name, saved)]
     if not layers:
         raise UserError("modules_to_save leaves none of the layers that target_modules means")
     own = {
         name: leaves
         for name in modules
-        if _is_in(name, saved) and (leaves := _leaves_of(modules[name]))
+        if is_in(name, saved) and (leaves := _leaves_of(modules[name]))
     }
     for name in _with_bias(modules, layers, config):
         own.setdefault(name, ["bias"])
@@ -76,8 +77,8 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
     linear = {n: m for n, m in modules.items() if is_linear(plain(m))}
     fitting = [n for n, m in modules.items() if takes_adapter(plain(m))]
     if config.targets_all_linear:
-        head = output_head(model)
-        chosen = {name for name, module in linear.items() if module is not head}
+        left_out = heads(model)
+        chosen = {name for name in linear if not is_in(name, left_out)}
         if not chosen:
             raise UserError(
                 "all-linear found no linear layer in this model: name its layers as target_modules"
@@ -101,7 +102,7 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     found: list[str] = []
     for name, module in modules.items():
         hit = any(name.endswith(entry) for entry in config.modules_to_save)
-        if hit and not _is_in(name, found) and any(True for _ in plain(module).parameters()):
+        if hit and not is_in(name, found) and any(True for _ in plain(module).parameters()):
             found.append(name)
     idle = [e for e in config.modules_to_save if not any(n.endswith(e) for n in modules)]
     if idle:
@@ -203,10 +204,6 @@ def _require_fitting(
             f"{', '.join(other[:5])}{' …' if len(other) > 5 else ''}. This model's linear layers: "
             f"{', '.join(_leaves(linear))}."
         )
-
-
-def _is_in(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _leaves_of(module: nn.Module) -> list[str]:

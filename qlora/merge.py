@@ -32,6 +32,7 @@ from qlora.fold import merged_tensors
 from qlora.merge_plan import Plan, check_base, plan_merge
 from qlora.merge_report import MergeReport
 from qlora.shards import Entry, parse_size, publishing, require_new, write_shards
+from qlora.tasks import CAUSAL_LM, task_named
 
 if TYPE_CHECKING:
     from qlora.verify import Verification, Verifier
@@ -104,6 +105,7 @@ def _prepare(config: MergeConfig) -> _Job:
         print("The adapter does not say how its base was quantized: taken as NF4, blocksize 64, ")
         print("double quantization, as transformers and PEFT load it for QLoRA.")
     check_base(checkpoint, adapter, config)
+    _require_text_model(config, adapter)
     plan = plan_merge(checkpoint, adapter, config)
     _require_space(config, plan.entries)
     tokenizer_folder = _tokenizer_folder(checkpoint, adapter)
@@ -114,7 +116,7 @@ def _prepare(config: MergeConfig) -> _Job:
 
         examples = read_examples(config.verify, tokenizer_folder)
         verifier = Verifier(adapter, str(checkpoint.folder), examples, **running)
-    data = _calibration_data(config)
+    data = _calibration_data(config) if task_named(adapter.task) is CAUSAL_LM else []
     moments = None
     if data:
         from qlora.calibration import calibrate
@@ -203,6 +205,18 @@ def _require_kept(verified: "Verification", min_kept: float) -> None:
         )
 
 
+def _require_text_model(config: MergeConfig, adapter: AdapterFile) -> None:
+    """Refuse to verify or calibrate with what does not write text."""
+    if task_named(adapter.task) is CAUSAL_LM:
+        return
+    for name in ("verify", "calibration"):
+        if getattr(config, name) not in (None, "none"):
+            raise UserError(
+                f"--{name} runs a causal language model over text, and adapter {adapter.folder} is "
+                f"for {adapter.task}: leave it out"
+            )
+
+
 # ---- check and apply ----
 
 
@@ -221,7 +235,7 @@ def _require_space(config: MergeConfig, entries: list[Entry]) -> None:
 def _require_loadable(folder: Path, job: _Job) -> None:
     """The model that the new config.json describes finds its parameters in the new files."""
     written = Checkpoint(folder)
-    model = skeleton(folder, trust_remote_code=job.config.trust_remote_code)
+    model = skeleton(folder, task=job.plan.task, trust_remote_code=job.config.trust_remote_code)
     faults = []
     for param, wanted in model.named_parameters():
         place = disk_name(written, model, param)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.utils import unpack_tensor_to_dict
+from torch import nn
 
 from qlora import nf4
 from qlora.adapter_reader import AdapterFile, raise_faults, require_same_base
@@ -17,6 +18,7 @@ from qlora.config import MergeConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.frozen import is_tied, vocabulary
 from qlora.shards import Entry
+from qlora.tasks import heads, is_in, task_named
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Plan:
     """the linear layers, and the checkpoint's names of their weights"""
     config_changes: dict[str, Any]
     """what is no longer true of the base's config.json"""
+    task: str
+    """what the merged model is for"""
 
     @property
     def placed(self) -> set[str]:
@@ -120,7 +124,12 @@ class _Planner:
 
     def __init__(self, checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig) -> None:
         self.checkpoint, self.adapter, self.config = checkpoint, adapter, config
-        model = skeleton(checkpoint.folder, trust_remote_code=config.trust_remote_code)
+        model = skeleton(
+            checkpoint.folder,
+            task=adapter.task,
+            labels=_labels(checkpoint, adapter),
+            trust_remote_code=config.trust_remote_code,
+        )
         quantized = quantized_layers(model, adapter.quantization)
         weights = {m: f"{m}.weight" for m in linear_layers(model)}
         self.linear = {m: disk_name(checkpoint, model, weight) for m, weight in weights.items()}
@@ -147,6 +156,14 @@ class _Planner:
             tied_to = disk_name(checkpoint, model, f"{self.embedding}.weight")
             self.places[f"{self.head}.weight"] = f"{self.head}.weight"
             self.sources[f"{self.head}.weight"] = tied_to or f"{self.head}.weight"
+        self.faults: list[str] = []
+        self.task = task_named(adapter.task)
+        self.new: set[str] = set()
+        """a classifier's parameters that are the adapter's, whatever the checkpoint has there"""
+        self.of_classifier: dict[str, Any] = {}
+        """what config.json says of it"""
+        if self.task.trains_head:
+            self._place_head(model)
         self.param_of = {place: param for param, place in self.places.items() if place}
         self.quant = adapter.quantization
         self.out_quant = replace(
@@ -156,7 +173,6 @@ class _Planner:
             double_quant=self.quant.double_quant and config.double_quant,
         )
         self.out_dtype = nf4.DTYPES[_out_dtype(config, self.quant)]
-        self.faults: list[str] = []
 
     def plan(self) -> Plan:
         if self.adapter.parameters:
@@ -177,7 +193,37 @@ class _Planner:
         )
         turn = {place: i for i, place in enumerate(self.places.values())}
         ops.sort(key=lambda op: turn.get(op.name, -1))
-        return Plan(ops, self.quant, self.out_quant, self.out_dtype, self.linear, changes)
+        return Plan(
+            ops,
+            self.quant,
+            self.out_quant,
+            self.out_dtype,
+            self.linear,
+            changes,
+            self.adapter.task,
+        )
+
+    def _place_head(self, model: Any) -> None:
+        """The adapter's head takes the place of the checkpoint's, which may be another task's."""
+        params = dict(model.named_parameters())
+        of_head = {param for param in params if is_in(param, heads(model))}
+        whole = params.keys() & self.adapter.whole.keys()
+        self.new = {param for param in whole if param in of_head or self.places[param] is None}
+        for param in self.new:
+            self.places[param] = place = self.places[param] or param
+            self.sources.setdefault(place, place)
+        lacks = [p for p in of_head - self.new if disk_name(self.checkpoint, model, p) is None]
+        self.faults += [f"{param} is in neither of the two" for param in sorted(lacks)]
+        for name in _of_other_heads(self.checkpoint, model):
+            del self.sources[name]
+        names = {str(i): label for i, label in model.config.id2label.items()}
+        self.of_classifier = {
+            "architectures": [type(model).__name__],
+            "id2label": names,
+            "label2id": {label: int(i) for i, label in names.items()},
+        }
+        if self.adapter.base.get("pad_token_id") is not None:
+            self.of_classifier["pad_token_id"] = self.adapter.base["pad_token_id"]
 
     def _is_own(self, name: str) -> bool:
         """Not a part of the 4-bit record of another tensor."""
@@ -193,8 +239,11 @@ class _Planner:
             self.faults.append("it has trained token rows, and parts head from embedding")
 
     def _op(self, name: str, source: str) -> MergeOp:
-        adapter, header = self.adapter, self.checkpoint.tensors[source]
-        param = self.param_of.get(name)
+        adapter, param = self.adapter, self.param_of.get(name)
+        if param in self.new:
+            shape = tuple(adapter.whole[param].shape)
+            return MergeOp(name, source, (Entry(name, self.out_dtype, shape),), param)
+        header = self.checkpoint.tensors[source]
         module = param.removesuffix(".weight") if param and param.endswith(".weight") else None
         packed = _is_packed(self.checkpoint, source)
         shape = _packed_shape(self.checkpoint, source) if packed else header.shape
@@ -244,7 +293,27 @@ class _Planner:
             self.faults.append(f"embedding and output head have {sizes} rows, not one number")
         elif sizes and ends[0] in self.adapter.whole:
             changes["vocab_size"] = sizes.pop()
-        return changes
+        return changes | self.of_classifier
+
+
+def _labels(checkpoint: Checkpoint, adapter: AdapterFile) -> tuple[str, ...]:
+    """A classifier's labels, by the rows of its head where the adapter does not name them; none
+    where those of the checkpoint's config.json hold."""
+    if adapter.labels or not (task_named(adapter.task).trains_head and adapter.whole):
+        return adapter.labels
+    count = min(tensor.shape[0] for tensor in adapter.whole.values())
+    if len(checkpoint.config.get("id2label") or {}) == count:
+        return ()
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+def _of_other_heads(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
+    """Tensors that stand beside the base model in a checkpoint, and that `model` has no use for."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if not any(name.startswith(prefix) for name in checkpoint.tensors):
+        return []  # it was saved without a head
+    own = {disk_name(checkpoint, model, name) for name in model.state_dict()}
+    return [n for n in checkpoint.tensors if not n.startswith(prefix) and n not in own]
 
 
 def _out_dtype(config: MergeConfig, quant: QuantConfig) -> str:

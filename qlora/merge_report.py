@@ -11,6 +11,7 @@ from qlora.export import Facts
 from qlora.merge_plan import Plan
 from qlora.report import by_kind, plot_merge, write_merge_card
 from qlora.shards import replace_text
+from qlora.tasks import CAUSAL_LM, task_named
 
 if TYPE_CHECKING:
     from qlora.verify import Verification
@@ -53,9 +54,9 @@ class MergeReport:
         print(f"Merged onto {onto}, {self.config.format}, {size / 1e9:.2f} GB.")
         print(self._table())
         print(f"\nWritten to {output}. Use it:")
-        print(
-            f'  AutoModelForCausalLM.from_pretrained("{output}")      or      vllm serve {output}'
-        )
+        task = task_named(self.plan.task)
+        served = f"      or      vllm serve {output}" if task is CAUSAL_LM else ""
+        print(f'  {task.auto_class}.from_pretrained("{output}"){served}')
 
     def _table(self) -> str:
         in_4_bits = any("codes_changed" in facts for facts in self.layers.values())

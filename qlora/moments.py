@@ -139,8 +139,5 @@ def _watching(layers: Mapping[str, Any], see: Any) -> Iterator[None]:
 @torch.no_grad()
 def _run(model: PreTrainedModel, batch: Any) -> None:
     """The model without its output head: nobody needs the logits."""
-    model.base_model(
-        input_ids=batch["input_ids"].to(model.device),
-        attention_mask=batch["attention_mask"].to(model.device),
-        use_cache=False,
-    )
+    inputs = {name: ids.to(model.device) for name, ids in batch.items() if name != "labels"}
+    model.base_model(**inputs, use_cache=False)

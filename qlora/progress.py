@@ -13,6 +13,12 @@ from qlora.memory import peak_bytes, show_bytes
 from qlora.report import read_metrics
 
 METRICS = "metrics.jsonl"
+EVALUATED = {
+    "eval_loss": "evaluation loss",
+    "eval_accuracy": "accuracy",
+    "eval_f1": "F1",
+}
+"""What evaluation measures, and how it is called on the terminal."""
 
 
 class MetricsWriter(TrainerCallback):
@@ -44,7 +50,8 @@ class MetricsWriter(TrainerCallback):
             row |= {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate")}
             row |= {"tokens_per_second": speed, "peak_bytes": peak_bytes()}
         elif "eval_loss" in logs:
-            row |= {"eval_loss": logs["eval_loss"], "peak_bytes": peak_bytes()}
+            row |= {name: logs[name] for name in EVALUATED if name in logs}
+            row |= {"peak_bytes": peak_bytes()}
         else:
             return
         logs.update({k: v for k, v in row.items() if k not in ("step", "epoch")})
@@ -90,9 +97,9 @@ class PlainProgress(ProgressCallback):
 
 
 def describe_log(logs: dict[str, Any]) -> str | None:
-    """`loss 1.2345  512 tokens/s  peak 1.8 GiB`, or the evaluation loss, or None for the rest."""
+    """`loss 1.2345  512 tokens/s  peak 1.8 GiB`, or what evaluation found, or None for the rest."""
     if "eval_loss" in logs:
-        return f"evaluation loss {logs['eval_loss']:.4f}"
+        return "  ".join(f"{said} {logs[k]:.4f}" for k, said in EVALUATED.items() if k in logs)
     if "tokens_per_second" not in logs:
         return None
     return (

@@ -41,11 +41,14 @@ NO_ROWS = "{} has no rows: at least one record is needed, fill it or give anothe
 # ---- records
 
 
-def load_records(source: str) -> Dataset:
+def load_records(source: str, kinds: Sequence[tuple[str, ...]] = KINDS) -> Dataset:
     """Rows of a local file, of a folder of files of one kind, or of a hub dataset's train split.
 
     A local file is read afresh at each call, past datasets' cache, and leaves nothing on disk.
     Blank rows of `text` are skipped.
+
+    Args:
+        kinds: the columns that make a kind of record, of those that will do.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -58,7 +61,7 @@ def load_records(source: str) -> Dataset:
         )
     else:
         records = _load_hub(source)
-    if len(records) and kind_of(records.column_names, source) == ("text",):
+    if len(records) and kind_of(records.column_names, source, kinds) == ("text",):
         filled = [i for i, text in enumerate(records["text"]) if string_of(text).strip()]
         records = records if len(filled) == len(records) else records.select(filled)
     if not len(records):
@@ -201,15 +204,20 @@ class Chat:
     first: int  # earlier messages are context: those of a `prompt` get no loss
 
 
-def kind_of(columns: Iterable[str], source: str = "the record") -> tuple[str, ...]:
+def kind_of(
+    columns: Iterable[str],
+    source: str = "the record",
+    kinds: Sequence[tuple[str, ...]] = KINDS,
+) -> tuple[str, ...]:
     """The columns that tell what kind of record it is."""
     found = list(columns)
-    for kind in KINDS:
+    for kind in kinds:
         if all(column in found for column in kind):
             return kind
-    wanted = "; ".join(" + ".join(kind) for kind in KINDS)
-    known = [column for kind in KINDS for column in kind if column not in found]
-    hints = (did_you_mean(column, known) for column in found)
+    wanted = "; ".join(" + ".join(kind) for kind in kinds)
+    every = {column for kind in kinds for column in kind}
+    known = [column for kind in kinds for column in kind if column not in found]
+    hints = (did_you_mean(column, known) for column in found if column not in every)
     raise UserError(
         f"{source} has the columns {', '.join(found)}: wanted are {wanted}. Rename them."
         f"{next(filter(None, hints), '')}"

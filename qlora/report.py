@@ -12,7 +12,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_loss(
+    rows: Sequence[Mapping[str, Any]], path: Path, *, per: str = "supervised token"
+) -> None:
     """Training loss as a line and evaluation loss as points over optimizer steps, as a PNG."""
     from matplotlib.figure import Figure
 
@@ -27,7 +29,7 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             *zip(*evals, strict=True), "o-", color="#c05621", linewidth=1.2, label="evaluation"
         )
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per supervised token)")
+    axes.set_ylabel(f"loss (nats per {per})")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -97,18 +99,26 @@ def write_adapter_card(folder: Path, facts: Mapping[str, Any]) -> None:
 
     Args:
         facts: base_model, data, rows, r, lora_alpha, target_modules, steps, learning_rate,
-            loss, eval_loss (or None), quant_type, blocksize, double_quant.
+            loss, eval_loss (or None), quant_type, blocksize, double_quant; and where there are
+            such: task, eval_accuracy, eval_f1, a classifier's labels and heads.
     """
     found = {"training loss": facts["loss"], "evaluation loss": facts["eval_loss"]}
+    found |= {name: facts.get(f"eval_{name}") for name in ("accuracy", "f1")}
     losses = ", ".join(f"{name} {x:.4f}" for name, x in found.items() if x is not None)
     double = " with double quantization" if facts["double_quant"] else ""
     base = str(facts["base_model"])
+    task = facts.get("task", "causal-lm")
+    of_task = "" if task == "causal-lm" else f', task="{task}"'
+    head = ""
+    if "labels" in facts:
+        of_task += f", labels={list(facts['labels'])!r}"
+        head = f" Trained in full beside it: {', '.join(facts['heads'])}."
     text = f"""{_front_matter(base, "library_name: peft", "lora", "qlora")}
 # LoRA adapter for {Path(base).name}
 
 Trained with QLoRA: the base was frozen in 4 bits ({facts["quant_type"].upper()}, blocksize
 {facts["blocksize"]}{double}), the adapter has rank {facts["r"]} and lora_alpha
-{facts["lora_alpha"]:g} on {facts["target_modules"]}.
+{facts["lora_alpha"]:g} on {facts["target_modules"]}.{head}
 
 | | |
 |---|---|
@@ -123,7 +133,7 @@ Use it live on the 4-bit base it was trained on:
 
 ```python
 from qlora import load_base, load_adapter
-model = load_adapter(load_base("{base}"), "path/to/this/folder")
+model = load_adapter(load_base("{base}"{of_task}), "path/to/this/folder")
 ```
 
 or with PEFT (`PeftModel.from_pretrained`), or merged: `python merge_dequant.py --adapter

@@ -1,7 +1,8 @@
 """transformers' Trainer for a frozen 4-bit model with adapters: what differs, and nothing else.
 
 It is told, truthfully, that adapters are attached; checkpoints hold the adapter alone; the loss is
-summed over supervised tokens and divided once per optimizer step, in training and in evaluation;
+summed over supervised tokens, or labels, and divided once per optimizer step, in training and in
+evaluation (what it is, qlora.objectives says);
 and a paged optimizer runs unpaged where there is no GPU to page from.
 """
 
@@ -20,14 +21,15 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora.adapter_files import load_adapter_weights, save_adapter
+from qlora.chat import NO_LOSS
 from qlora.config import TrainConfig
 from qlora.data import collator
 from qlora.errors import UserError, did_you_mean, first_line
 from qlora.lora import lora_layers
+from qlora.objectives import OBJECTIVES, Objective
 from qlora.progress import MetricsWriter, PlainProgress
 
 # Arguments of Trainer that follow from ours, so `--trainer.NAME` may not contradict them.
@@ -114,9 +116,9 @@ def make_trainer(
             args=arguments,
             train_dataset=rows,
             eval_dataset=eval_rows,
-            data_collator=collator(tokenizer),
+            data_collator=collator(tokenizer, config.task, model),
             processing_class=tokenizer,
-            compute_loss_func=token_loss,
+            objective=OBJECTIVES[config.task],
             loraplus_lr_ratio=config.loraplus_lr_ratio,
         )
         # Made once to see that they can be, before anything is written, and dropped again: the
@@ -142,25 +144,23 @@ def _eval_strategy(config: TrainConfig) -> str:
     return "steps" if config.eval_steps else "epoch"
 
 
-def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-    """Cross-entropy summed over supervised tokens, over those of the whole optimizer step."""
-    logits = outputs["logits"]
-    loss: Tensor = ForCausalLMLoss(
-        logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch
-    )
-    return loss
-
-
 class AdapterTrainer(Trainer):
     """Trainer for a frozen quantized model with LoRA adapters; saves and resumes the adapter."""
 
     model: Any
     processing_class: Any
     state: Any
+    objective: Objective
 
     def __init__(
-        self, model: PreTrainedModel, *, loraplus_lr_ratio: float = 1.0, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        *,
+        objective: Objective | None = None,
+        loraplus_lr_ratio: float = 1.0,
+        **kwargs: Any,
     ) -> None:
+        self.objective = objective or OBJECTIVES["causal-lm"]
         self.loraplus_lr_ratio = loraplus_lr_ratio
         if not lora_layers(model):
             raise UserError("the model has no adapter to train: call apply_lora first")
@@ -168,7 +168,7 @@ class AdapterTrainer(Trainer):
         # it is told while it asks and no longer, since elsewhere the mark means PEFT's own.
         model._hf_peft_config_loaded = True
         try:
-            super().__init__(model=model, **kwargs)
+            super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
         finally:
             del model._hf_peft_config_loaded
 
@@ -213,21 +213,38 @@ class AdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss over all supervised tokens of the set; Trainer's own averages means of batches."""
+        """Loss over all labels, where Trainer's own averages means of batches; and measures."""
         model = self.model.eval()
-        total, tokens, rows = 0.0, 0, 0
+        objective = self.objective
+        total, count, rows = 0.0, 0, 0
+        wanted: list[list[int]] = []
+        predicted: list[list[int]] = []
         one = torch.tensor(1, device=self.args.device)  # divide by nothing: sums are added up
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             labels = batch["labels"]
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=one)
+                loss, outputs = self.compute_loss(
+                    model, dict(batch), return_outputs=True, num_items_in_batch=one
+                )
             total += float(loss)
-            tokens += int((labels[:, 1:] != -100).sum())
+            count += objective.supervised(labels)
             rows += len(labels)
+            if objective.measure:
+                wanted += _labelled(labels, labels)
+                predicted += _labelled(outputs["logits"].argmax(-1), labels)
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
-        metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
+        metrics = {"loss": total / max(count, 1)}
+        if objective.measure:
+            metrics |= objective.measure(predicted, wanted, model.qlora_base["labels"])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         nothing: Any = None
         return EvalLoopOutput(nothing, nothing, metrics, num_samples=rows)
+
+
+def _labelled(found: Tensor, labels: Tensor) -> list[list[int]]:
+    """What was found in each row, where it has a label."""
+    rows = zip(found.view(len(labels), -1), labels.view(len(labels), -1), strict=True)
+    return [row[real != NO_LOSS].tolist() for row, real in rows]

@@ -31,9 +31,11 @@ from qlora.config import LoraConfig, TrainConfig, flat
 from qlora.data import describe, length_batches, prepare_data, show_example
 from qlora.errors import UserError, first_line
 from qlora.memory import peak_bytes, show_bytes
-from qlora.progress import METRICS
+from qlora.objectives import OBJECTIVES
+from qlora.progress import EVALUATED, METRICS
 from qlora.report import plot_loss, read_metrics, write_adapter_card
 from qlora.shards import require_new
+from qlora.tasks import task_named, task_of
 from qlora.trainer import AdapterTrainer, check_trainer_arguments, make_trainer
 
 EVA_TOKENS = 1 << 13  # many for each direction that a layer may get
@@ -62,12 +64,15 @@ def _train(config: TrainConfig) -> Path:
     checkpoint = _starting_point(output, resume=config.resume)
     check_trainer_arguments(config.trainer)
     tokenizer, max_length = _load_tokenizer(config)
-    rows, eval_rows = _load_rows(config, tokenizer, max_length)
+    rows, eval_rows, labels = _load_rows(config, tokenizer, max_length)
     # what is trained in full starts from the original weights
     skipped = (*config.quant.skip_modules, *config.lora.modules_to_save)
     model = load_base(
         config.model,
         replace(config.quant, skip_modules=skipped),
+        task=config.task,
+        labels=labels,
+        seed=config.seed,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
@@ -77,6 +82,7 @@ def _train(config: TrainConfig) -> Path:
     prepare_for_training(model, gradient_checkpointing=config.gradient_checkpointing)
 
     trainer = make_trainer(config, model, tokenizer, rows, eval_rows)
+    _share_pad(model, tokenizer)
     if checkpoint:
         load_adapter_weights(model, checkpoint)  # Trainer does it again; here it is still a check
     output.mkdir(parents=True, exist_ok=True)
@@ -98,26 +104,53 @@ def _load_tokenizer(config: TrainConfig) -> tuple[Any, int]:
         print(f"rows are cut at {max_length:,} tokens, the longest the model takes, not {asked:,}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code
+            folder,
+            trust_remote_code=config.trust_remote_code,
+            **dict(OBJECTIVES[config.task].tokenizer_options),
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no tokenizer to be read: {first_line(error)}") from error
     return tokenizer, max_length
 
 
-def _load_rows(config: TrainConfig, tokenizer: Any, max_length: int) -> tuple[Any, Any]:
-    """Training and evaluation rows (or None), described on the terminal with one example."""
+def _load_rows(
+    config: TrainConfig, tokenizer: Any, max_length: int
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """Training and evaluation rows (or None), described on the terminal with one example, and the
+    names of a classifier's labels."""
     had_template = bool(tokenizer.chat_template)
-    prepared = []
+    labels = _own_labels(config)
+    prepared: list[Any] = []
     for source in filter(None, (config.data.data, config.data.eval_data)):
-        rows, stats = prepare_data(source, tokenizer, max_length=max_length)
+        rows, stats = prepare_data(
+            source,
+            tokenizer,
+            max_length=max_length,
+            task=config.task,
+            labels=labels,
+            new_labels=not prepared,
+        )
         print(describe(stats, name=source))
         prepared.append(rows)
+        labels = stats.labels
     if tokenizer.chat_template and not had_template:
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
-    print(show_example(prepared[0], tokenizer, colour=sys.stdout.isatty()))
-    return prepared[0], prepared[1] if len(prepared) > 1 else None
+    shown = show_example(
+        prepared[0], tokenizer, colour=sys.stdout.isatty(), task=config.task, labels=labels
+    )
+    print(shown)
+    return prepared[0], prepared[1] if len(prepared) > 1 else None, labels
+
+
+def _own_labels(config: TrainConfig) -> tuple[str, ...]:
+    """The labels that a checkpoint of a trained classifier has already."""
+    known = Checkpoint(resolve(config.model, revision=config.revision)).config
+    task, classes = task_named(config.task), known.get("architectures") or ()
+    if not task.trains_head or not any(name.endswith(task.class_ending) for name in classes):
+        return ()
+    names = known.get("id2label") or {}
+    return tuple(names[number] for number in sorted(names, key=int))
 
 
 def _starting_point(output: Path, *, resume: bool) -> str | None:
@@ -155,7 +188,8 @@ def _add_adapter(
         lora = _as_saved(lora, checkpoint)
     elif lora.init_lora_weights == "eva":
         every = max(1, sum(map(len, rows["input_ids"])) // EVA_TOKENS)
-        data = length_batches((rows[i] for i in range(0, len(rows), every)), tokenizer)
+        some = (rows[i] for i in range(0, len(rows), every))
+        data = length_batches(some, tokenizer, task=config.task, model=model)
     generator = torch.Generator().manual_seed(config.seed)
     apply_lora(model, lora, generator=generator, data=data)
 
@@ -229,6 +263,16 @@ def prepare_for_training(
     return model
 
 
+def _share_pad(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Tell a classifier which tokens are pads: a decoder's reads its label off the last other."""
+    text = model.config.get_text_config()
+    task = task_of(model)
+    if task is not None and task.trains_head and text.pad_token_id is None:
+        text.pad_token_id = tokenizer.pad_token_id
+        base: Any = model.qlora_base
+        base["pad_token_id"] = tokenizer.pad_token_id
+
+
 # ---- what a run leaves behind ----
 
 
@@ -250,9 +294,10 @@ def _finish(trainer: AdapterTrainer, config: TrainConfig, rows: int) -> None:
     output = Path(config.output_dir)
     trainer.save_model(str(output))
     metrics = read_metrics(output / METRICS)
-    plot_loss(metrics, output / "loss.png")
+    base: Any = trainer.model.qlora_base
+    plot_loss(metrics, output / "loss.png", per="label" if "labels" in base else "supervised token")
     losses = [row["loss"] for row in metrics if "loss" in row]
-    evals = [row["eval_loss"] for row in metrics if "eval_loss" in row]
+    evals = [row for row in metrics if "eval_loss" in row]
     targets = config.lora.target_modules
     write_adapter_card(
         output,
@@ -263,11 +308,11 @@ def _finish(trainer: AdapterTrainer, config: TrainConfig, rows: int) -> None:
             "steps": trainer.state.global_step,
             "learning_rate": config.learning_rate,
             "loss": losses[-1] if losses else None,
-            "eval_loss": evals[-1] if evals else None,
+            **{name: evals[-1].get(name) if evals else None for name in EVALUATED},
             "r": config.lora.r,
             "lora_alpha": config.lora.lora_alpha,
             "target_modules": targets if isinstance(targets, str) else ", ".join(targets),
-            **trainer.model.qlora_base,
+            **base,
         },
     )
     print(f"\nThe adapter is in {output}; its loss curve is {output / 'loss.png'}.")

@@ -13,15 +13,29 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertModel,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     PhiConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from qlora.config import QuantConfig
@@ -52,6 +66,41 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     ),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+}  # fmt: skip
+ENCODER: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+OTHERS: dict[str, Callable[[], PreTrainedModel]] = {  # as they are pretrained, without a classifier
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+            pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+        )
+    ),
+    "bart": lambda: BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=VOCAB, d_model=64, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=128,
+            decoder_ffn_dim=128, encoder_attention_heads=4, decoder_attention_heads=4,
+            max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            decoder_start_token_id=2, forced_eos_token_id=2,
+        )
+    ),
+    "bert": lambda: BertForPreTraining(BertConfig(**ENCODER)),
+    "bert without pooler": lambda: BertForMaskedLM(BertConfig(**ENCODER)),
+    "bert without prefix": lambda: BertModel(BertConfig(**ENCODER)),
+    "roberta": lambda: RobertaForMaskedLM(
+        RobertaConfig(**ENCODER | {"max_position_embeddings": 514, "pad_token_id": 1})
+    ),
+    "modernbert": lambda: ModernBertForMaskedLM(
+        ModernBertConfig(**ENCODER, global_attn_every_n_layers=2, local_attention=16)
+    ),
+    "llama without pad": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"pad_token_id": None})),
 }  # fmt: skip
 FAMILIES = [name for name in CONFIGS if name != "mixtral"]
 FP32 = QuantConfig(compute_dtype="fp32")
@@ -84,7 +133,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A random model of `family`; norms and biases are random too, so that no term is idle."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype)
+    make = OTHERS.get(family) or (lambda: AutoModelForCausalLM.from_config(CONFIGS[family]()))
+    model = make().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -407,8 +407,12 @@ def four(checkpoints):
     """A 4-bit base with adapters of four ranks, of which one is not on every layer."""
     model = load_base(str(checkpoints("llama")), FP32)
     for r, targets in ((1, "all-linear"), (2, "all-linear"), (3, ("q_proj",)), (4, "all-linear")):
-        apply_lora(model, LoraConfig(r=r, target_modules=targets), adapter_name=f"r{r}")
-    randomize_adapter(model, std=0.3)
+        config, generator = (
+            LoraConfig(r=r, target_modules=targets),
+            torch.Generator().manual_seed(r),
+        )
+        apply_lora(model, config, adapter_name=f"r{r}", generator=generator)
+    randomize_adapter(model, std=0.1)
     return model.eval()
 
 

@@ -122,6 +122,10 @@ def test_a_config_cannot_be_changed():
             "eva_config must be NAME: NUMBER pairs, got 2",
         ),
         (lambda: DataConfig("x", max_length=7), "max_length must be at least 8, got 7"),
+        (
+            lambda: train_config(task="cls"),
+            "task must be causal-lm, seq2seq, seq-cls or token-cls, got 'cls'",
+        ),
         (lambda: train_config(save_steps=0), "save_steps must be at least 1, got 0"),
         (lambda: train_config(eval_steps=0), "eval_steps must be at least 1, got 0"),
         (lambda: train_config(learning_rate=0.0), "learning_rate must be above 0, got 0.0"),

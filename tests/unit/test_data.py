@@ -613,4 +613,5 @@ def test_a_tokenizer_with_nothing_to_pad_with():
     with pytest.raises(UserError, match="no pad, eos or unk token: set one"):
         collator(tokenizer)
     tokenizer.unk_token = "a"
-    assert collator(tokenizer).tokenizer.pad_token == "a"
+    collator(tokenizer)
+    assert tokenizer.pad_token == "a"

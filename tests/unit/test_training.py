@@ -32,7 +32,7 @@ from qlora.data import collator, prepare_data
 from qlora.errors import UserError
 from qlora.lora import lora_layers
 from qlora.merge import merge
-from qlora.trainer import AdapterTrainer, make_trainer, token_loss
+from qlora.trainer import AdapterTrainer, make_trainer
 from qlora.training import default_learning_rate, prepare_for_training, train
 
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -133,7 +133,7 @@ def test_20_steps_are_pefts(checkpoints, tmp_path, data):
     }
     curves = []
     for trainer_class, trained, extra in (
-        (AdapterTrainer, model, {"compute_loss_func": token_loss, "processing_class": tokenizer}),
+        (AdapterTrainer, model, {"processing_class": tokenizer}),
         (Trainer, twin, {}),
     ):
         set_seed(7)
