@@ -31,7 +31,6 @@ from qlora.eva import eva_start
 from qlora.frozen import is_tied, vocabulary, was_conv1d
 from qlora.layers import LoRAExperts, lora_layer
 from qlora.lora import LoRALayer, LoRALinear
-from qlora.matching import Targets, targets
 from qlora.nf4 import DTYPES
 from qlora.rebase import (
     check_start,
@@ -40,6 +39,7 @@ from qlora.rebase import (
     restore,
     start_from_weights,
 )
+from qlora.targets import Targets, targets
 from qlora.tasks import heads, task_of
 from qlora.trained import TokenRows, TrainedModule
 

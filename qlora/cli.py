@@ -9,25 +9,22 @@ Left out on purpose: abbreviated flags, which would make each new setting a brea
 heavy is imported here, so that a mistake is answered at once.
 """
 
-import json
-import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from io import StringIO
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from qlora.config import ALL_LINEAR
 from qlora.errors import UserError, did_you_mean
+from qlora.flag_values import as_flag, flag_of, metavar_of, read_value, show_default
 from qlora.recipe import Loader, is_list, read_recipe
 
 Config = TypeVar("Config")
@@ -76,7 +73,7 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, prog
     _refuse_unknown_flags(words, settings)
     given = {_name(word) for word in words if _is_flag(word)}
     _refuse_gaps(config_class, given | values.keys())
-    tokens = [_as_flag(name, value) for name, value in values.items()]
+    tokens = [as_flag(name, value) for name, value in values.items()]
     try:
         return _call_tyro(config_class, tokens + words, prog=prog)
     except _BadValue as error:
@@ -120,11 +117,6 @@ def _is_flag(word: str) -> bool:
 def _name(word: str) -> str:
     """`--lora-alpha=32` -> `lora_alpha`"""
     return word.partition("=")[0].lstrip("-").replace("-", "_")
-
-
-def _flag(name: str) -> str:
-    """`lora_alpha` -> `--lora-alpha`"""
-    return "--" + name.replace("_", "-")
 
 
 def _take(words: Sequence[str], pattern: str) -> tuple[list[tuple[str, str]], list[str]]:
@@ -173,12 +165,12 @@ def _take_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _refuse_unknown_flags(words: Iterable[str], settings: Mapping[str, Any]) -> None:
     """Nothing is swallowed: a run with a typo would train with a default."""
-    known = {_flag(name) for name in ("config", "help", *settings)}
-    known |= {_flag(f"no-{name}") for name, hint in settings.items() if hint is bool}
+    known = {flag_of(name) for name in ("config", "help", *settings)}
+    known |= {flag_of(f"no-{name}") for name, hint in settings.items() if hint is bool}
     hints = {
-        word.partition("=")[0]: did_you_mean(_flag(_name(word)), known)
+        word.partition("=")[0]: did_you_mean(flag_of(_name(word)), known)
         for word in words
-        if _is_flag(word) and (_flag(_name(word)) not in known or word[1] != "-")
+        if _is_flag(word) and (flag_of(_name(word)) not in known or word[1] != "-")
     }
     if hints:
         lines = [f"unknown flag {flag}.{hint}" for flag, hint in hints.items()]
@@ -188,119 +180,9 @@ def _refuse_unknown_flags(words: Iterable[str], settings: Mapping[str, Any]) -> 
 
 
 def _refuse_gaps(config_class: type, given: Iterable[str]) -> None:
-    missing = [_flag(name) for name in _required(config_class) if name not in set(given)]
+    missing = [flag_of(name) for name in _required(config_class) if name not in set(given)]
     if missing:
         raise UserError(f"missing {', '.join(missing)}: write a value here or in a --config file")
-
-
-# ----------------------------------------------------------------------------- one setting's value
-
-
-def _as_flag(name: str, value: Any) -> str:
-    """One word, whatever it holds: a list or mapping travels as JSON, which `_read` takes too."""
-    if isinstance(value, bool):
-        return _flag(name if value else f"no-{name}")
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return f"{_flag(name)}={text}"
-
-
-def _read(hint: Any, words: list[str]) -> Any:
-    """The words after a flag -> the value of its type, or a UserError with what was wanted."""
-    if not is_list(hint):
-        return _read_one(hint, words[0])
-    if kind := next((k for k in (int, float) if k in _items(hint)), None):
-        numbers = re.findall(r"[^\s,\[\]]+", " ".join(words))
-        return tuple(_read_number(kind, number) for number in numbers)
-    if len(words) == 1 and re.fullmatch(r"\[.*\]", words[0], re.DOTALL):
-        return _read_bracketed(words[0])
-    # One plain word is a list of one: taken as a regular expression over the full name, as PEFT
-    # takes a string, q_proj would match no layer.
-    if len(words) == 1 and str in get_args(hint) and _is_pattern(words[0]):
-        return words[0]
-    return tuple(words)
-
-
-def _items(hint: Any) -> tuple[Any, ...]:
-    """What a list setting holds: the arguments of its tuple."""
-    options = (hint, *get_args(hint))
-    return next((get_args(option) for option in options if get_origin(option) is tuple), ())
-
-
-def _read_bracketed(text: str) -> tuple[str, ...]:
-    """`["q_proj"]`, as `_as_flag` writes it, or `[q_proj]`, as one does by hand."""
-    try:
-        items = json.loads(text)
-    except ValueError:
-        try:
-            items = yaml.load(text, Loader=yaml.BaseLoader)
-        except yaml.YAMLError:
-            items = [None]
-    if not all(isinstance(item, str) for item in items):
-        raise UserError(f"wanted a list of names, got {text!r}")
-    return tuple(items)
-
-
-def _is_pattern(word: str) -> bool:
-    return word == ALL_LINEAR or not set(word).isdisjoint("\\*+?()[]{}|^$")
-
-
-def _read_one(hint: Any, text: str) -> Any:
-    options = get_args(hint)
-    if get_origin(hint) is Mapping:
-        return _read_mapping(text)
-    if get_origin(hint) is Literal:
-        if text in options:
-            return text
-        raise UserError(f"wanted {' or '.join(options)}, got {text!r}")
-    if NoneType in options:
-        is_none = text.lower() in ("none", "null")
-        return None if is_none else _read_one(options[options.index(NoneType) - 1], text)
-    if bool in options and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    return _read_number(hint, text) if hint in (int, float) else text
-
-
-def _read_mapping(text: str) -> dict[str, Any]:
-    """`{"q_proj": 8}`, as `_as_flag` writes it, or `{q_proj: 8}`, as one does by hand."""
-    value: Any = None
-    with suppress(ValueError):
-        value = json.loads(text)
-    if value is None:
-        with suppress(yaml.YAMLError):
-            value = yaml.load(text, Loader=Loader)
-    if not isinstance(value, dict):
-        raise UserError(f"wanted {{NAME: VALUE}}, got {text!r}")
-    return {str(key): item for key, item in value.items()}
-
-
-def _read_number(kind: type[int] | type[float], text: str) -> int | float:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"wanted {'a whole' if kind is int else 'a'} number, got {text!r}")
-    return number
-
-
-def _show(value: Any) -> list[str]:
-    """A default as the help prints it."""
-    return list(value) if isinstance(value, tuple) else [str(value)]
-
-
-def _metavar(hint: Any) -> str | None:
-    """What the help shows for a value of that type; None for a type that tyro reads itself."""
-    options = [part for part in get_args(hint) if part is not NoneType]
-    if get_origin(hint) is Mapping:
-        return "{NAME: VALUE}"
-    if get_origin(hint) is Literal:
-        return "{" + ",".join(options) + "}"
-    if is_list(hint):
-        numbers = not {int, float}.isdisjoint(_items(hint))
-        return "NUMBER [NUMBER ...]" if numbers else "NAME [NAME ...]"
-    if bool in options:
-        return "{true,false}"
-    return {int: "INT", float: "NUMBER", str: "STR"}.get(options[0] if options else hint)
 
 
 # -------------------------------------------------------------------------------------------- tyro
@@ -315,17 +197,17 @@ class _BadValue(UserError):
 
 
 def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Values are read by `_read`, for one kind of message and for what tyro has no type for."""
+    """`read_value` reads them, for one kind of message and for what tyro has no type for."""
     hint: Any = info.type
-    metavar = None if is_dataclass(hint) else _metavar(hint)
+    metavar = None if is_dataclass(hint) else metavar_of(hint)
     if metavar is None:
         return None
     return PrimitiveConstructorSpec(
         nargs="*" if is_list(hint) else 1,
         metavar=metavar,
-        instance_from_str=lambda words: _read(hint, words),
+        instance_from_str=lambda words: read_value(hint, words),
         is_instance=lambda value: True,
-        str_from_instance=_show,
+        str_from_instance=show_default,
     )
 
 
@@ -404,8 +286,8 @@ def _call_tyro(
 def _unboxed(box: str, stop: BaseException) -> UserError:
     """What tyro refused: our own UserError where one is at the bottom of it, else the box's text.
 
-    tyro draws a UserError from `_read` or a `__post_init__` into its box, wrapped at 80 columns;
-    the exception still hangs on the SystemExit, unharmed.
+    tyro draws a UserError from `read_value` or a `__post_init__` into its box, wrapped at 80
+    columns; the exception still hangs on the SystemExit, unharmed.
     """
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
     rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))

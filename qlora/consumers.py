@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qlora.adapter_tensors import PARTS, PREFIX
-from qlora.config import pattern_key
+from qlora.lora_config import pattern_key
 
 CONSUMERS = ("vLLM", "SGLang", "llama.cpp", "TGI", "transformers", "PEFT")
 # Inits that leave the base as it was, vLLM's _init_is_supported. After the others (PiSSA, OLoRA,

@@ -1,4 +1,4 @@
-"""Which parts of a model a LoraConfig means, by PEFT's rules.
+"""Which layers a LoraConfig means, by PEFT's rules.
 
     target_modules       a list matches whole endings of the dotted name; one string is a regular
                          expression over the full name; "all-linear" is every linear layer but the
@@ -6,65 +6,20 @@
     exclude_modules      the same, for those to leave out
     layers_to_transform  of what a list matches, only the layers with these numbers, the first in
                          the name (after one of layers_pattern, where that is given)
-    modules_to_save      an ending of a name, be it of a word: norm is input_layernorm, too
-    target_parameters    an ending of a parameter's full name
 
 Unlike in PEFT, each entry must match something.
 """
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
 
 from torch import nn
 
 from qlora.adapter_module import base_modules, plain
-from qlora.config import LoraConfig, pattern_key
 from qlora.errors import UserError, did_you_mean
-from qlora.frozen import is_conv, is_linear, is_quantized, vocabulary
+from qlora.frozen import is_conv, is_linear
+from qlora.lora_config import LoraConfig, pattern_key
 from qlora.tasks import heads, is_in
-
-
-class Targets(NamedTuple):
-    """What an adapter changes, by the names of modules, in the model's order."""
-
-    layers: list[str]
-    """that get A and B"""
-    parameters: dict[str, list[str]]
-    """of modules that are no layers: those that get A and B"""
-    own: dict[str, list[str]]
-    """parameters trained themselves: all of a module's, or its bias"""
-    rows: dict[str, tuple[int, ...]]
-    """of embeddings: the ids whose rows are trained"""
-
-
-def targets(model: nn.Module, config: LoraConfig) -> Targets:
-    """All that `config` means.
-
-    Raises:
-        UserError: an entry matches nothing, or nothing that it could mean.
-    """
-    saved = saved_modules(model, config)
-    modules = base_modules(model)
-    layers = [name for name in target_layers(model, config) if not is_in(name, saved)]
-    if not layers:
-        raise UserError("modules_to_save leaves none of the layers that target_modules means")
-    own = {
-        name: leaves
-        for name in modules
-        if is_in(name, saved) and (leaves := _leaves_of(modules[name]))
-    }
-    for name in _with_bias(modules, layers, config):
-        own.setdefault(name, ["bias"])
-    own = {name: own[name] for name in modules if name in own}
-    rows = _rows(model, modules, config)
-    twice = [name for name in rows if name in layers or name in own]
-    if twice:
-        raise UserError(
-            f"{', '.join(twice)} is adapted or trained as a whole, and in trainable_token_indices: "
-            "choose one"
-        )
-    return Targets(layers, _parameters(modules, config), own, rows)
 
 
 def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -96,30 +51,6 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
     return [name for name in fitting if name in chosen]
 
 
-def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the modules that modules_to_save means, without those inside another."""
-    modules = base_modules(model)
-    found: list[str] = []
-    for name, module in modules.items():
-        hit = any(name.endswith(entry) for entry in config.modules_to_save)
-        if hit and not is_in(name, found) and any(True for _ in plain(module).parameters()):
-            found.append(name)
-    idle = [e for e in config.modules_to_save if not any(n.endswith(e) for n in modules)]
-    if idle:
-        leaves = _leaves(modules)
-        raise UserError(
-            f"modules_to_save {', '.join(map(repr, idle))} matches no module."
-            f"{did_you_mean(idle[0], leaves)} This model has: {', '.join(filter(None, leaves))}."
-        )
-    asked = config.target_modules if isinstance(config.target_modules, tuple) else ()
-    twice = [t for t in asked if any(matches(name, t, is_regex=False) for name in found)]
-    if twice:
-        raise UserError(
-            f"{', '.join(twice)} is in target_modules and in modules_to_save: choose one of the two"
-        )
-    return found
-
-
 def matches(name: str, target: str, *, is_regex: bool) -> bool:
     """A regular expression over the full name, or a whole ending of it."""
     if is_regex:
@@ -148,8 +79,8 @@ def _hits(
     if missing:
         raise UserError(
             f"{field} {', '.join(map(repr, missing))} matches no layer."
-            f"{did_you_mean(missing[0], _leaves(linear))} This model has: "
-            f"{', '.join(_leaves(linear))}."
+            f"{did_you_mean(missing[0], leaves_of(linear))} This model has: "
+            f"{', '.join(leaves_of(linear))}."
         )
     return set().union(*hits.values())
 
@@ -202,87 +133,8 @@ def _require_fitting(
         raise UserError(
             f"target_modules matches what is no linear layer, convolution or embedding: "
             f"{', '.join(other[:5])}{' …' if len(other) > 5 else ''}. This model's linear layers: "
-            f"{', '.join(_leaves(linear))}."
+            f"{', '.join(leaves_of(linear))}."
         )
-
-
-def _leaves_of(module: nn.Module) -> list[str]:
-    return [leaf for leaf, _ in plain(module).named_parameters(recurse=False)]
-
-
-def _with_bias(
-    modules: Mapping[str, nn.Module], layers: Collection[str], config: LoraConfig
-) -> list[str]:
-    """The modules whose bias is trained."""
-    if config.bias == "none":
-        return []
-    asked = layers if config.bias == "lora_only" else modules
-    found = [name for name in asked if "bias" in _leaves_of(modules[name])]
-    if not found:
-        of = "layers that target_modules means" if config.bias == "lora_only" else "model"
-        raise UserError(f"bias={config.bias} has nothing to train: the {of} has no bias")
-    return found
-
-
-def _rows(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig
-) -> dict[str, tuple[int, ...]]:
-    """The rows that trainable_token_indices means, by the names of embeddings."""
-    asked = config.trainable_token_indices
-    if not isinstance(asked, Mapping):
-        name = vocabulary(model)[0]
-        if asked and name is None:
-            raise UserError(
-                "trainable_token_indices is a list, and this model does not say which embedding is "
-                "its vocabulary: give {NAME: ids}"
-            )
-        asked = {str(name): asked} if asked else {}
-    found: dict[str, tuple[int, ...]] = {}
-    embeddings = [name for name, m in modules.items() if isinstance(plain(m), nn.Embedding)]
-    for entry, ids in asked.items():
-        names = [name for name in embeddings if matches(name, entry, is_regex=False)]
-        if not names:
-            raise UserError(
-                f"trainable_token_indices {entry!r} matches no embedding. This model has: "
-                f"{', '.join(embeddings)}."
-            )
-        for name in names:
-            size = plain(modules[name]).num_embeddings
-            if max(ids) >= size:
-                raise UserError(
-                    f"trainable_token_indices has {max(ids)}, and {name} has {size} rows: resize "
-                    "the model's embedding first, or drop it"
-                )
-            found[name] = tuple(ids)
-    return found
-
-
-def _parameters(modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, list[str]]:
-    """The parameters that target_parameters means, by the names of their modules."""
-    every = {
-        f"{name}.{leaf}".lstrip("."): (name, leaf)
-        for name, module in modules.items()
-        for leaf in _leaves_of(module)
-    }
-    found: dict[str, list[str]] = {}
-    for entry in config.target_parameters:
-        hits = [full for full in every if matches(full, entry, is_regex=False)]
-        if not hits:
-            raise UserError(
-                f"target_parameters {entry!r} matches no parameter."
-                f"{did_you_mean(entry, [*every, *_leaves(every)])} They are named like "
-                f"{', '.join(list(every)[-2:])}."
-            )
-        for full in hits:
-            name, leaf = every[full]
-            module = plain(modules[name])
-            if is_quantized(module) or getattr(module, leaf).ndim not in (2, 3):
-                raise UserError(
-                    f"target_parameters {entry!r} means {full}, which is no matrix in 16 or 32 "
-                    "bits: adapt its layer with target_modules"
-                )
-            found.setdefault(name, []).append(leaf)
-    return found
 
 
 def _require_patterns(config: LoraConfig, chosen: set[str]) -> None:
@@ -293,10 +145,11 @@ def _require_patterns(config: LoraConfig, chosen: set[str]) -> None:
         if idle:
             raise UserError(
                 f"{field}_pattern {', '.join(map(repr, idle))} is that of no adapted layer."
-                f"{did_you_mean(idle[0], _leaves(chosen))} Adapted are: "
-                f"{', '.join(_leaves(chosen))}."
+                f"{did_you_mean(idle[0], leaves_of(chosen))} Adapted are: "
+                f"{', '.join(leaves_of(chosen))}."
             )
 
 
-def _leaves(names: Iterable[str]) -> list[str]:
+def leaves_of(names: Iterable[str]) -> list[str]:
+    """The last parts of these names, each once."""
     return sorted({name.rpartition(".")[2] for name in names})

@@ -1,7 +1,7 @@
 """A YAML recipe -> the settings it makes, checked against the known names, with the file's name.
 
 Scalars are taken as they are written, not as YAML guesses: `revision: 1.10` stays 1.10. They become
-flags (qlora.cli), so that a value is read by the same code wherever it stands.
+flags (qlora.flag_values), so that a value is read by the same code wherever it stands.
 """
 
 import re
@@ -26,7 +26,7 @@ Loader.add_implicit_resolver(
 
 
 def read_recipe(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> value of what the file sets, read no further than `_as_flag` needs.
+    """Name -> value of what the file sets, read no further than `as_flag` needs.
 
     An empty value, as after `revision:`, leaves the default. A run's own run.yaml is a recipe too:
     its settings are below `config:`.

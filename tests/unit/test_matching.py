@@ -11,9 +11,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from qlora.adapters import apply_lora
-from qlora.config import LoraConfig, pattern_key
 from qlora.errors import UserError
 from qlora.lora import lora_layers
+from qlora.lora_config import LoraConfig, pattern_key
 from qlora.matching import layer_number, target_layers
 
 NAMES = [

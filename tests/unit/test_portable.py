@@ -21,10 +21,11 @@ from qlora.adapter_files import load_adapter, save_adapter
 from qlora.adapter_reader import CONFIG, WEIGHTS
 from qlora.adapters import apply_lora
 from qlora.base import load_base
-from qlora.config import LoraConfig, MergeConfig, pattern_key
+from qlora.config import LoraConfig, MergeConfig
 from qlora.consumers import CONSUMERS, problems
 from qlora.errors import UserError
 from qlora.lora import lora_layers
+from qlora.lora_config import pattern_key
 from qlora.merge import merge
 from qlora.portable import PortableConfig, main, portable_subset
 
