@@ -263,6 +263,38 @@ def test_rows_of_a_batch_go_their_own_ways(kind, new_base):
     torch.testing.assert_close(mixed[1], wanted[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_on_a_gpu(kind, base_of, tmp_path):
+    """In bf16: trained a step, saved, loaded, merged, unmerged and taken off again."""
+    family, tied, _ = KINDS[kind]
+
+    def new() -> Any:
+        quant = QuantConfig(compute_dtype="bf16", allow_unquantized=True)
+        return load_base(str(base_of(family, tied)), quant, device="cuda").eval()
+
+    ids = token_ids().cuda()
+
+    def answers(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.as_tensor(model(ids).logits)
+
+    model, before = trained(new(), kind), answers(new())
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in parameters_by_file_name(model, "default").items():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    live = answers(model)
+    save_adapter(model, tmp_path)
+    assert torch.equal(answers(load_adapter(new(), tmp_path)), live)
+    merge_adapter(model)
+    # one more rounding of the weights to bf16, 0.4 %, in every layer
+    torch.testing.assert_close(answers(model), live, rtol=0.05, atol=0.05)
+    unmerge_adapter(model)
+    assert torch.equal(answers(model), live)
+    assert torch.equal(answers(unload(model)), before)
+
+
 # ---- what is refused, with the model as it was ----
 
 
