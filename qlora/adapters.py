@@ -189,7 +189,7 @@ def wrap(
 
 def require_new_name(model: nn.Module, adapter_name: str) -> None:
     """Refuse a name that is taken, or cannot be a key of a ParameterDict and a folder's name."""
-    if not re.fullmatch(r"[\w-]+", adapter_name) or hasattr(nn.ParameterDict, adapter_name):
+    if not re.fullmatch(r"[\w-]+", adapter_name) or hasattr(nn.ParameterDict(), adapter_name):
         raise UserError(
             f"adapter_name must be letters, digits, - and _, and no word that torch keeps for "
             f"itself, got {adapter_name!r}"

@@ -272,13 +272,13 @@ def test_bad_names_are_refused(name):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("name", ["train", "half", "keys"])
+@pytest.mark.parametrize("name", ["train", "half", "keys", "training", "_keys", "_parameters"])
 def test_names_that_a_parameter_dict_has_taken(name):
     """They work or are refused; in either case not half."""
     model = tiny_model("llama")
     before = snapshot(model)
     try:
-        apply_lora(model, LoraConfig(r=2), adapter_name=name)
+        apply_lora(model, LoraConfig(r=2, modules_to_save=("norm",)), adapter_name=name)
     except UserError:
         assert snapshot(model) == before
     else:
