@@ -13,7 +13,13 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from qlora.adapter_module import adapted, base_modules, plain, put_module, take_off, wrappers
-from qlora.adapters import Model, active_adapters, adapter_configs, known_adapters
+from qlora.adapters import (
+    Model,
+    active_adapters,
+    adapter_configs,
+    known_adapters,
+    require_one_owner,
+)
 from qlora.errors import UserError
 from qlora.frozen import as_dense, computes_in, dense_weight, is_tied, output_head
 from qlora.rebase import restore
@@ -27,7 +33,8 @@ def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None
     as merged weights are used while all that is in them is active. `model.train()` unmerges.
 
     Raises:
-        UserError: there is no such adapter, some are merged already, or the model is in training.
+        UserError: there is no such adapter, some are merged already, two of them cannot be active
+            together, or the model is in training.
     """
     names = _to_merge(model, adapter_names)
     if model.training:
@@ -134,6 +141,7 @@ def _to_merge(
     )
     if not names:
         raise UserError("no adapter is active: there is nothing to merge")
+    require_one_owner(model, names)
     merged = merged_adapters(model)
     if merged and not again:
         raise UserError(f"{', '.join(merged)} is merged already: unmerge_adapter first")

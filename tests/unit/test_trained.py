@@ -334,6 +334,9 @@ def test_two_that_own_the_same_part_are_not_active_together(base_of):
     before = logits(model)
     with pytest.raises(UserError, match="'one' and 'two' cannot be active together: each has a lm"):
         set_adapter(model, ["one", "two"])
+    for merge in (merge_adapter, merge_and_unload):
+        with pytest.raises(UserError, match="'one' and 'two' cannot be active together"):
+            merge(model, ["one", "two"])
     assert torch.equal(logits(model), before)
 
 
