@@ -379,11 +379,10 @@ def _misfits_of_parameters(modules: dict[str, Any], adapter: AdapterFile) -> lis
         if own is None:
             faults.append(f"{name} is no parameter of this model")
             continue
-        shape = (
-            own.quant_state.shape
-            if is_quantized(modules[module]) and leaf == "weight"
-            else own.shape
-        )
+        shape = own.shape
+        if leaf == "weight" and is_quantized(modules[module]):
+            shape = own.quant_state.shape  # (out, in)
+            shape = shape[::-1] if was_conv1d(modules[module]) else shape
         grown = leaf == "weight" and len(value) > len(own) and shape[1:] == value.shape[1:]
         if shape != value.shape and not grown:  # a vocabulary may have grown
             faults.append(

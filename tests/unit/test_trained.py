@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "norms": ("llama", False, {"modules_to_save": ("input_layernorm", "norm")}),
     "a block": ("llama", False, {"modules_to_save": ("layers.1.mlp",)}),
     "a conv1d": (
-        "gpt2", True, {"target_modules": ("c_attn",), "modules_to_save": ("h.1.attn.c_proj",)}
+        "gpt2", True, {"target_modules": ("c_attn",), "modules_to_save": ("h.1.mlp.c_fc",)}
     ),
     "the head": ("llama", False, {"modules_to_save": ("lm_head",)}),
     "the tied head": ("llama", True, {"modules_to_save": ("lm_head",)}),
