@@ -24,6 +24,8 @@ from qlora.errors import UserError
 from qlora.frozen import as_dense, computes_in, dense_weight, is_tied, output_head
 from qlora.rebase import restore
 
+OF_TASK = ("task", "heads", "labels", "pad_token_id")  # what a model is, whatever its weights are
+
 
 def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
     """Fold adapters, by default the active ones, into dense 16-bit weights, for speed.
@@ -93,6 +95,9 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
             put_module(model, name, made)
     _part(model)
     model.original_weights = None  # type: ignore[assignment]  # they are others now
+    record: dict[str, Any] = getattr(model, "qlora_base", {})  # of another base, then
+    kept = {key: record[key] for key in OF_TASK if key in record}
+    model.qlora_base = kept  # type: ignore[assignment]
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

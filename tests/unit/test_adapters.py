@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as LlamaModelConfig
 
 from qlora.adapter_files import save_adapter
+from qlora.adapter_reader import read_adapter
 from qlora.adapters import (
     active_adapters,
     adapter_configs,
@@ -627,6 +628,16 @@ def test_merge_and_unload_is_the_merge_of_the_files(family, checkpoints, tmp_pat
     assert same(*files)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_merged_model_is_no_longer_the_base_it_was(checkpoints, tmp_path):
+    """An adapter trained over it is none of that base, which a merge would look for."""
+    model = load_base(str(checkpoints("llama")), FP32)
+    merge_and_unload(apply_lora(model, LoraConfig(r=4)))
+    save_adapter(apply_lora(model, LoraConfig(r=4)), tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert adapter.base == {"task": "causal-lm"}
+    assert adapter.quantization == QuantConfig()
 
 
 def test_unload_leaves_the_very_base(checkpoints):
