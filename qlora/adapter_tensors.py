@@ -172,6 +172,12 @@ def _pair_up(
         if wrong:
             continue
         lora_A, lora_B = (found[name].flatten(1) for name in names)
+        if lora_B.shape[1] != own.r:
+            shape = tuple(found[names[1]].shape)
+            faults.append(
+                f"{PREFIX}{module}.{names[1]} has shape {shape}, its config says r={own.r}"
+            )
+            continue
         magnitude = next((t for part, t in found.items() if PARTS[part] == "magnitude"), None)
         magnitude = magnitude if magnitude is None else magnitude.flatten()
         if magnitude is not None and magnitude.shape != (len(lora_B),):
@@ -202,8 +208,14 @@ def _others(
     for module, found in parts.items():
         if values.get("lora_bias") and "lora_B.weight" in found and "lora_B.bias" not in found:
             faults.append(f"missing {PREFIX}{module}.lora_B.bias")
-        if "lora_B.bias" in found and module in pairs:
-            lora_biases[module] = found["lora_B.bias"]
+        if "lora_B.bias" in found and not values.get("lora_bias"):
+            faults.append(f"unexpected {PREFIX}{module}.lora_B.bias")
+        elif "lora_B.bias" in found and module in pairs:
+            bias, wanted = found["lora_B.bias"], (len(pairs[module].lora_B),)
+            if bias.shape != wanted:
+                shape = f"shape {tuple(bias.shape)}, wanted {wanted}"
+                faults.append(f"{PREFIX}{module}.lora_B.bias has {shape}")
+            lora_biases[module] = bias
         for tensor in (t for part, t in found.items() if PARTS[part] == "rows"):
             ids = values.get("trainable_token_indices")
             if isinstance(ids, dict):
