@@ -22,6 +22,7 @@ from qlora.adapters import (
 )
 from qlora.errors import UserError
 from qlora.frozen import as_dense, computes_in, dense_weight, is_tied, output_head
+from qlora.lora import lora_layers
 from qlora.rebase import restore
 
 OF_TASK = ("task", "heads", "labels", "pad_token_id")  # what a model is, whatever its weights are
@@ -82,9 +83,11 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
     time). Other adapters are dropped.
 
     Raises:
-        UserError: there is no such adapter.
+        UserError: there is no such adapter, two of them cannot be active together, or one has a
+            lora_bias where the layer has none to add it to.
     """
     names = _to_merge(model, adapter_names, again=True)
+    _require_biases(model, names)
     for name, module in base_modules(model).items():
         made = plain(module)
         for wrapper in reversed(list(wrappers(module))):
@@ -151,6 +154,23 @@ def _to_merge(
     if merged and not again:
         raise UserError(f"{', '.join(merged)} is merged already: unmerge_adapter first")
     return names
+
+
+def _require_biases(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse a lora_bias on layers without one: their class has none to save."""
+    without = {
+        n: layer
+        for n, layer in lora_layers(model).items()
+        if getattr(layer.plain, "bias", None) is None
+    }
+    for name in names:
+        found = [n for n, layer in without.items() if name in layer.lora_bias]
+        if found:
+            raise UserError(
+                f"adapter {name!r} has lora_bias, and {', '.join(found[:4])}"
+                f"{', …' if len(found) > 4 else ''} have no bias to fold it into: use "
+                "merge_adapter, which keeps it beside the layer"
+            )
 
 
 def _part(model: nn.Module) -> None:

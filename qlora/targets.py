@@ -46,6 +46,12 @@ def targets(model: nn.Module, config: LoraConfig) -> Targets:
     layers = [name for name in target_layers(model, config) if not is_in(name, saved)]
     if not layers:
         raise UserError("modules_to_save leaves none of the layers that target_modules means")
+    embeddings = [name for name in layers if isinstance(plain(modules[name]), nn.Embedding)]
+    if config.lora_bias and embeddings:
+        raise UserError(
+            f"lora_bias is a bias of B, and {', '.join(embeddings)} is an embedding, whose B has "
+            "none: leave one of them out"
+        )
     own = {
         name: leaves
         for name in modules

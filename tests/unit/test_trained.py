@@ -287,6 +287,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"target_modules": ("embed_tokens",), "trainable_token_indices": (5,)},
         "embed_tokens is adapted or trained as a whole, and in trainable_token_indices",
     ),
+    "a bias of an embedding's B": (
+        "llama",
+        {"target_modules": ("embed_tokens", "q_proj"), "lora_bias": True},
+        "model.embed_tokens is an embedding, whose B has none",
+    ),
     "no such parameter": (
         "mixtral", {"target_parameters": ("experts.up",)}, "matches no parameter"
     ),
@@ -326,6 +331,18 @@ def test_only_one_adapter_trains_biases(base_of, tmp_path):
         with pytest.raises(UserError, match="'default' trains biases already, and only one"):
             put_on()
     assert torch.equal(logits(model), before)
+
+
+def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(base_of):
+    model = load_base(str(base_of("llama", False)), FP32_OR_16_BITS).eval()
+    apply_lora(model, LoraConfig(r=2, target_modules=("v_proj", "k_proj"), lora_bias=True))
+    before = logits(model)
+    with pytest.raises(
+        UserError, match=r"'default' has lora_bias, and .*k_proj, .*have no bias to"
+    ):
+        merge_and_unload(model)
+    assert adapted(model) and torch.equal(logits(model), before)
+    merge_adapter(model)
 
 
 def test_two_that_own_the_same_part_are_not_active_together(base_of):
