@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qlora.config import LoraConfig
 from qlora.lora import Factors
+from qlora.matching import matches
 from qlora.tasks import TASKS, task_typed
 
 PREFIX = "base_model.model."
@@ -123,25 +124,39 @@ def _parameters(
     parts: dict[str, dict[str, Tensor]], config: LoraConfig, faults: list[str]
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Those of target_parameters, taken out of `parts`. PEFT wraps a module once for each."""
-    modules = tuple({entry.rpartition(".")[0] for entry in config.target_parameters})
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for part in sorted(parts, key=lambda name: -name.count(".base_layer")):
         module = part.replace(".base_layer", "")
-        if not any(module == m or module.endswith(f".{m}") for m in modules if m):
+        leaves = _leaves_of(module, config)
+        if not leaves:
             continue
         held = parts.pop(part)
-        r = config.of(module).r
+        ranks = sorted({config.of(f"{module}.{leaf}").r for leaf in leaves})
         lora_A, lora_B = (held.get(f"lora_{s}.weight") for s in "AB")
         if lora_A is None or lora_B is None:
             faults.append(f"{PREFIX}{part} has not both of lora_A.weight and lora_B.weight")
-        elif len(lora_A) != lora_B.shape[-1] or len(lora_A) % r:
+        elif len(lora_A) != lora_B.shape[-1] or all(len(lora_A) % r for r in ranks):
             faults.append(
                 f"{PREFIX}{part}.lora_A.weight has shape {tuple(lora_A.shape)} and lora_B.weight "
-                f"{tuple(lora_B.shape)}, its config says r={r} for each expert"
+                f"{tuple(lora_B.shape)}, its config says r={' or '.join(map(str, ranks))} for each "
+                "expert"
             )
         else:
             found.setdefault(module, []).append((lora_A, lora_B))
     return found
+
+
+def _leaves_of(module: str, config: LoraConfig) -> list[str]:
+    """The names of the parameters that target_parameters may mean in a module: those that are
+    named with it, or alone where target_modules does not mean the module."""
+    named = [entry.rpartition(".")[::2] for entry in config.target_parameters]
+    found = [leaf for above, leaf in named if above and matches(module, above, is_regex=False)]
+    targets = config.target_modules
+    is_regex = isinstance(targets, str)
+    entries = (targets,) if isinstance(targets, str) else targets
+    if any(matches(module, entry, is_regex=is_regex) for entry in entries):
+        return found
+    return found + [leaf for above, leaf in named if not above]
 
 
 def _pair_up(

@@ -122,7 +122,8 @@ def _add(
             start_from_weights(layer, weight, adapter_name, own, generator)
     for name, leaves in found.parameters.items():
         experts = wrap(model, name, LoRAExperts)
-        experts.add_adapter(adapter_name, leaves, config.of(name), generator=generator)
+        configs = {leaf: config.of(f"{name}.{leaf}") for leaf in leaves}
+        experts.add_adapter(adapter_name, configs, generator=generator)
     for name, ids in found.rows.items():
         wrap_rows(model, name).add_adapter(adapter_name, ids, dtype)
 
