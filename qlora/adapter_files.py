@@ -56,7 +56,7 @@ from qlora.adapters import (
 from qlora.config import LoraConfig
 from qlora.errors import UserError
 from qlora.frozen import is_quantized, matrix_shape, was_conv1d
-from qlora.layers import LoRAExperts
+from qlora.layers import LoRAExperts, expert_sizes
 from qlora.lora import Factors, lora_layers
 from qlora.matching import matches, takes_adapter
 from qlora.merging import require_unmerged
@@ -256,23 +256,22 @@ def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
         wrap_layer(model, name).put_adapter(adapter_name, factors, dropout, bias)
     set_bases(model, adapter.taken)
     for name, pairs in adapter.parameters.items():
-        leaves = _leaves_of(model, name, adapter.config)
+        leaves = _leaves_of(name, plain(model.get_submodule(name)), adapter.config)
         lora_A = {leaf: pair[0] for leaf, pair in zip(leaves, pairs, strict=True)}
         lora_B = {leaf: pair[1] for leaf, pair in zip(leaves, pairs, strict=True)}
-        scaling = adapter.config.of(name).scaling
+        scaling = {leaf: adapter.config.of(f"{name}.{leaf}").scaling for leaf in leaves}
         wrap(model, name, LoRAExperts).put_adapter(adapter_name, lora_A, lora_B, scaling)
     for name, (ids, rows) in adapter.rows.items():
         wrap_rows(model, name).put_adapter(adapter_name, ids.tolist(), rows)
     adapter_configs(model)[adapter_name] = adapter.config
 
 
-def _leaves_of(model: nn.Module, module: str, config: LoraConfig) -> list[str]:
+def _leaves_of(name: str, module: nn.Module, config: LoraConfig) -> list[str]:
     """Which parameters of a module target_parameters means, in the module's order."""
-    below = plain(model.get_submodule(module))
     return [
         leaf
-        for leaf, _ in below.named_parameters(recurse=False)
-        if any(matches(f"{module}.{leaf}", e, is_regex=False) for e in config.target_parameters)
+        for leaf, _ in module.named_parameters(recurse=False)
+        if any(matches(f"{name}.{leaf}", e, is_regex=False) for e in config.target_parameters)
     ]
 
 
@@ -379,17 +378,30 @@ def _misfits_of_parameters(modules: dict[str, Any], adapter: AdapterFile) -> lis
         if own is None:
             faults.append(f"{name} is no parameter of this model")
             continue
-        shape = (
-            own.quant_state.shape
-            if is_quantized(modules[module]) and leaf == "weight"
-            else own.shape
-        )
+        shape = own.shape
+        if leaf == "weight" and is_quantized(modules[module]):
+            shape = own.quant_state.shape  # (out, in)
+            shape = shape[::-1] if was_conv1d(modules[module]) else shape
         grown = leaf == "weight" and len(value) > len(own) and shape[1:] == value.shape[1:]
         if shape != value.shape and not grown:  # a vocabulary may have grown
             faults.append(
                 f"{name} is {tuple(shape)} in this model, {tuple(value.shape)} in the adapter"
             )
     for name, pairs in adapter.parameters.items():
-        if name not in modules or len(pairs) > len(modules[name]._parameters):
-            faults.append(f"{name} has not the parameters that the adapter wants")
+        leaves = _leaves_of(name, modules[name], adapter.config) if name in modules else []
+        if len(leaves) != len(pairs):
+            faults.append(
+                f"{name} has {len(leaves)} of target_parameters, the adapter has {len(pairs)}"
+            )
+            continue
+        for leaf, (lora_A, lora_B) in zip(leaves, pairs, strict=True):
+            experts, out_features, in_features = expert_sizes(modules[name], leaf)
+            ranks = experts * adapter.config.of(f"{name}.{leaf}").r
+            wanted = (ranks, in_features), (out_features, ranks)
+            found = tuple(lora_A.shape), tuple(lora_B.shape)
+            if found != wanted:
+                faults.append(
+                    f"{name}.{leaf} takes A {wanted[0]} and B {wanted[1]}, the adapter has "
+                    f"{found[0]} and {found[1]}"
+                )
     return faults

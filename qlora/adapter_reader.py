@@ -100,9 +100,15 @@ class AdapterFile:
         return tuple(self.base.get("labels") or ())
 
     @property
+    def knows_quantization(self) -> bool:
+        """Whether the file says how its base was quantized; PEFT's do not, nor ours of a model that
+        was 16-bit."""
+        return "quant_type" in self.base
+
+    @property
     def quantization(self) -> QuantConfig:
         """How the base was quantized in training; QLoRA's defaults where the file does not say."""
-        if not self.base:
+        if not self.knows_quantization:
             return QuantConfig()
         return QuantConfig(
             quant_type=self.base["quant_type"],

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qlora.config import LoraConfig
 from qlora.lora import Factors
+from qlora.matching import matches
 from qlora.tasks import TASKS, task_typed
 
 PREFIX = "base_model.model."
@@ -123,25 +124,39 @@ def _parameters(
     parts: dict[str, dict[str, Tensor]], config: LoraConfig, faults: list[str]
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Those of target_parameters, taken out of `parts`. PEFT wraps a module once for each."""
-    modules = tuple({entry.rpartition(".")[0] for entry in config.target_parameters})
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for part in sorted(parts, key=lambda name: -name.count(".base_layer")):
         module = part.replace(".base_layer", "")
-        if not any(module == m or module.endswith(f".{m}") for m in modules if m):
+        leaves = _leaves_of(module, config)
+        if not leaves:
             continue
         held = parts.pop(part)
-        r = config.of(module).r
+        ranks = sorted({config.of(f"{module}.{leaf}").r for leaf in leaves})
         lora_A, lora_B = (held.get(f"lora_{s}.weight") for s in "AB")
         if lora_A is None or lora_B is None:
             faults.append(f"{PREFIX}{part} has not both of lora_A.weight and lora_B.weight")
-        elif len(lora_A) != lora_B.shape[-1] or len(lora_A) % r:
+        elif len(lora_A) != lora_B.shape[-1] or all(len(lora_A) % r for r in ranks):
             faults.append(
                 f"{PREFIX}{part}.lora_A.weight has shape {tuple(lora_A.shape)} and lora_B.weight "
-                f"{tuple(lora_B.shape)}, its config says r={r} for each expert"
+                f"{tuple(lora_B.shape)}, its config says r={' or '.join(map(str, ranks))} for each "
+                "expert"
             )
         else:
             found.setdefault(module, []).append((lora_A, lora_B))
     return found
+
+
+def _leaves_of(module: str, config: LoraConfig) -> list[str]:
+    """The names of the parameters that target_parameters may mean in a module: those that are
+    named with it, or alone where target_modules does not mean the module."""
+    named = [entry.rpartition(".")[::2] for entry in config.target_parameters]
+    found = [leaf for above, leaf in named if above and matches(module, above, is_regex=False)]
+    targets = config.target_modules
+    is_regex = isinstance(targets, str)
+    entries = (targets,) if isinstance(targets, str) else targets
+    if any(matches(module, entry, is_regex=is_regex) for entry in entries):
+        return found
+    return found + [leaf for above, leaf in named if not above]
 
 
 def _pair_up(
@@ -172,6 +187,12 @@ def _pair_up(
         if wrong:
             continue
         lora_A, lora_B = (found[name].flatten(1) for name in names)
+        if lora_B.shape[1] != own.r:
+            shape = tuple(found[names[1]].shape)
+            faults.append(
+                f"{PREFIX}{module}.{names[1]} has shape {shape}, its config says r={own.r}"
+            )
+            continue
         magnitude = next((t for part, t in found.items() if PARTS[part] == "magnitude"), None)
         magnitude = magnitude if magnitude is None else magnitude.flatten()
         if magnitude is not None and magnitude.shape != (len(lora_B),):
@@ -202,8 +223,14 @@ def _others(
     for module, found in parts.items():
         if values.get("lora_bias") and "lora_B.weight" in found and "lora_B.bias" not in found:
             faults.append(f"missing {PREFIX}{module}.lora_B.bias")
-        if "lora_B.bias" in found and module in pairs:
-            lora_biases[module] = found["lora_B.bias"]
+        if "lora_B.bias" in found and not values.get("lora_bias"):
+            faults.append(f"unexpected {PREFIX}{module}.lora_B.bias")
+        elif "lora_B.bias" in found and module in pairs:
+            bias, wanted = found["lora_B.bias"], (len(pairs[module].lora_B),)
+            if bias.shape != wanted:
+                shape = f"shape {tuple(bias.shape)}, wanted {wanted}"
+                faults.append(f"{PREFIX}{module}.lora_B.bias has {shape}")
+            lora_biases[module] = bias
         for tensor in (t for part, t in found.items() if PARTS[part] == "rows"):
             ids = values.get("trainable_token_indices")
             if isinstance(ids, dict):

@@ -122,7 +122,8 @@ def _add(
             start_from_weights(layer, weight, adapter_name, own, generator)
     for name, leaves in found.parameters.items():
         experts = wrap(model, name, LoRAExperts)
-        experts.add_adapter(adapter_name, leaves, config.of(name), generator=generator)
+        configs = {leaf: config.of(f"{name}.{leaf}") for leaf in leaves}
+        experts.add_adapter(adapter_name, configs, generator=generator)
     for name, ids in found.rows.items():
         wrap_rows(model, name).add_adapter(adapter_name, ids, dtype)
 
@@ -189,7 +190,7 @@ def wrap(
 
 def require_new_name(model: nn.Module, adapter_name: str) -> None:
     """Refuse a name that is taken, or cannot be a key of a ParameterDict and a folder's name."""
-    if not re.fullmatch(r"[\w-]+", adapter_name) or hasattr(nn.ParameterDict, adapter_name):
+    if not re.fullmatch(r"[\w-]+", adapter_name) or hasattr(nn.ParameterDict(), adapter_name):
         raise UserError(
             f"adapter_name must be letters, digits, - and _, and no word that torch keeps for "
             f"itself, got {adapter_name!r}"
@@ -241,10 +242,11 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
     """Make one adapter, or several whose changes add up, active and trainable; the rest rest.
 
     Raises:
-        UserError: there is no such adapter, or two of them train the same part themselves.
+        UserError: there is no such adapter, it is named twice, or two of them train the same part
+            themselves.
     """
     names = known_adapters(model, adapter_name)
-    _require_one_owner(model, names)
+    require_one_owner(model, names)
     activate(model, names)
     for _, wrapper in adapted(model):
         for name in wrapper.adapters:
@@ -253,13 +255,20 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    """Let these adapters act, each where it is, and no other."""
+    """Let these adapters act, each where it is, and no other.
+
+    They add up in the order they were put on in: the sum's last bits depend on it.
+    """
+    names = [name for name in adapter_configs(model) if name in names]
     for _, wrapper in adapted(model):
         wrapper.active_adapters = tuple(name for name in names if name in wrapper.adapters)
 
 
-def _require_one_owner(model: nn.Module, names: Sequence[str]) -> None:
-    """What is trained itself has one value: two adapters at once cannot both give it."""
+def require_one_owner(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse an adapter that is named twice, and two that train the same part themselves: it has
+    one value."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{', '.join(map(repr, twice))} is named twice: name each adapter once")
     for name, module in base_modules(model).items():
         there = [w for w in wrappers(module) if isinstance(w, TrainedModule | TokenRows)]
         owners = dict.fromkeys(a for wrapper in there for a in names if a in wrapper.adapters)
@@ -297,14 +306,12 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
     One that was changed for its adapter has what was taken out of it beside it, in 16 bits.
     """
-    active = [(wrapper, wrapper.active_adapters) for _, wrapper in adapted(model)]
+    active = active_adapters(model)
     try:
-        for wrapper, _ in active:
-            wrapper.active_adapters = ()
+        activate(model, ())
         yield
     finally:
-        for wrapper, names in active:
-            wrapper.active_adapters = names
+        activate(model, active)  # by name: adapters may have come and gone in the block
 
 
 @contextmanager

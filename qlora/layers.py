@@ -10,7 +10,7 @@ likes; so their sum with B A is formed in every forward pass, which costs its me
 convolutions are left out: their change cannot be folded into the grouped weight.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class LoRAExperts(AdapterModule):
         super().__init__(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, dict[str, float]] = {}  # of an adapter's change of a parameter
         self.merged_adapters = ()
         self._merged: dict[str, Tensor] = {}
 
@@ -107,33 +107,40 @@ class LoRAExperts(AdapterModule):
     def add_adapter(
         self,
         name: str,
-        parameters: Iterable[str],
-        config: LoraConfig,
+        configs: Mapping[str, LoraConfig],
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """A new adapter of some of the module's parameters, not yet active."""
+        """A new adapter of some of the module's parameters, not yet active.
+
+        Args:
+            configs: what each of these parameters gets.
+        """
         lora_A, lora_B = {}, {}
-        for leaf in parameters:
+        for leaf, config in configs.items():
             weight = getattr(self.plain, leaf)
-            (experts, out_features, in_features) = self._sizes(leaf)
+            (experts, out_features, in_features) = expert_sizes(self.plain, leaf)
             dtype = adapter_dtype(config, _Weight(weight))
             drawn = torch.empty(config.r * experts, in_features)
             bound = in_features**-0.5
-            lora_A[leaf] = drawn.uniform_(-bound, bound, generator=generator).to(
-                weight.device, dtype
-            )
-            shape = (out_features, config.r * experts)
-            lora_B[leaf] = torch.zeros(shape, device=weight.device, dtype=dtype)
-        self.put_adapter(name, lora_A, lora_B, config.scaling)
+            lora_A[leaf] = drawn.uniform_(-bound, bound, generator=generator).to(dtype)
+            lora_B[leaf] = torch.zeros(out_features, config.r * experts, dtype=dtype)
+        self.put_adapter(name, lora_A, lora_B, {n: own.scaling for n, own in configs.items()})
 
     def put_adapter(
-        self, name: str, lora_A: dict[str, Tensor], lora_B: dict[str, Tensor], scaling: float
+        self,
+        name: str,
+        lora_A: Mapping[str, Tensor],
+        lora_B: Mapping[str, Tensor],
+        scaling: Mapping[str, float],
     ) -> None:
-        """An adapter with these values, by the names of the module's parameters."""
-        self.lora_A[name] = nn.ParameterDict({n: nn.Parameter(t) for n, t in lora_A.items()})
-        self.lora_B[name] = nn.ParameterDict({n: nn.Parameter(t) for n, t in lora_B.items()})
-        self.scaling[name] = scaling
+        """An adapter with these values, frozen and not yet active, by the names of the module's
+        parameters."""
+        for held, values in ((self.lora_A, lora_A), (self.lora_B, lora_B)):
+            moved = {n: t.to(getattr(self.plain, n).device, copy=True) for n, t in values.items()}
+            parameters = {n: nn.Parameter(t, requires_grad=False) for n, t in moved.items()}
+            held[name] = nn.ParameterDict(parameters)
+        self.scaling[name] = dict(scaling)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """As PEFT, which wraps a module once for each parameter, names them: the first stands
@@ -151,7 +158,7 @@ class LoRAExperts(AdapterModule):
         """The rank of each expert's change."""
         leaf = self.leaves_of(name)[0]
         held: Any = self.lora_A[name]
-        return len(held[leaf]) // self._sizes(leaf)[0]
+        return len(held[leaf]) // expert_sizes(self.plain, leaf)[0]
 
     def leaves_of(self, name: str) -> list[str]:
         """Which of the module's parameters adapter `name` changes, in the module's order."""
@@ -182,30 +189,16 @@ class LoRAExperts(AdapterModule):
 
     def delta_weight(self, name: str, leaf: str) -> Tensor:
         """What adapter `name` adds to a parameter, in its shape."""
-        (experts, out_features, in_features) = self._sizes(leaf)
+        (experts, out_features, in_features) = expert_sizes(self.plain, leaf)
         held_A: Any = self.lora_A[name]
         held_B: Any = self.lora_B[name]
         lora_A = held_A[leaf].view(experts, -1, in_features)
         lora_B = held_B[leaf].view(out_features, -1, experts).permute(2, 0, 1)
-        delta = self.scaling[name] * torch.bmm(lora_B, lora_A)  # (E, out, in)
+        delta = self.scaling[name][leaf] * torch.bmm(lora_B, lora_A)  # (E, out, in)
         weight = getattr(self.plain, leaf)
-        if weight.ndim == 3 and self._is_transposed:
+        if weight.ndim == 3 and _is_transposed(self.plain):
             delta = delta.transpose(1, 2)
         return delta.reshape(weight.shape)
-
-    @property
-    def _is_transposed(self) -> bool:
-        return bool(getattr(self.plain, "is_transposed", False))
-
-    def _sizes(self, leaf: str) -> tuple[int, int, int]:
-        """(experts, out, in) of one of the module's parameters."""
-        shape = getattr(self.plain, leaf).shape
-        if len(shape) == 2:
-            return 1, shape[0], shape[1]
-        experts, out_features, in_features = shape
-        if self._is_transposed:
-            return experts, in_features, out_features
-        return experts, out_features, in_features
 
     def merge(self, names: Iterable[str]) -> None:
         self.merged_adapters = tuple(name for name in names if name in self.lora_A)
@@ -222,6 +215,21 @@ class LoRAExperts(AdapterModule):
         for leaf, weight in changed.items():
             setattr(made, leaf, nn.Parameter(weight, requires_grad=False))
         return made
+
+
+def expert_sizes(module: nn.Module, leaf: str) -> tuple[int, int, int]:
+    """(experts, out, in) of one of a module's parameters."""
+    shape = getattr(module, leaf).shape
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    experts, out_features, in_features = shape
+    if _is_transposed(module):
+        return experts, in_features, out_features
+    return experts, out_features, in_features
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_transposed", False))
 
 
 class _Weight(nn.Module):

@@ -156,6 +156,10 @@ class LoraConfig:
             "target_parameters cannot be adapted with use_dora, lora_bias or lora_dropout: their "
             "module multiplies with them as it likes. Leave these out",
         )
+        require(
+            not (self.lora_bias and self.use_dora),
+            "lora_bias is not there with use_dora, in PEFT neither: take one of them",
+        )
         _require_init(self)
 
     @property

@@ -47,7 +47,6 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
         if not chosen:
             raise UserError("exclude_modules leaves none of the layers that target_modules means")
     _require_fitting(chosen, modules, linear)
-    _require_patterns(config, chosen)
     return [name for name in fitting if name in chosen]
 
 
@@ -137,8 +136,8 @@ def _require_fitting(
         )
 
 
-def _require_patterns(config: LoraConfig, chosen: set[str]) -> None:
-    """Every entry of rank_pattern and alpha_pattern must be that of some layer."""
+def require_patterns(config: LoraConfig, chosen: Collection[str]) -> None:
+    """Every entry of rank_pattern and alpha_pattern must be that of some layer, or parameter."""
     for field, pattern in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
         used = {pattern_key(pattern, name) for name in chosen}
         idle = [key for key in pattern if key not in used]

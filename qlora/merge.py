@@ -101,7 +101,7 @@ def _prepare(config: MergeConfig) -> _Job:
         raise UserError(f"adapter {adapter.folder} names no base model: give --base-model")
     revision = adapter.revision if base_model == adapter.base_model else None
     checkpoint = Checkpoint(resolve(base_model, revision=revision))
-    if not adapter.base:
+    if not adapter.knows_quantization:
         print("The adapter does not say how its base was quantized: taken as NF4, blocksize 64, ")
         print("double quantization, as transformers and PEFT load it for QLoRA.")
     check_base(checkpoint, adapter, config)

@@ -92,7 +92,7 @@ def check_base(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             f"OLoRA or LoftQ), which is made of the weights from before quantization, but "
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model"
         )
-    if checkpoint.is_quantized and adapter.base:
+    if checkpoint.is_quantized and adapter.knows_quantization:
         mark = next(name for name in checkpoint.tensors if nf4.RECORD_MARK in name)
         state = unpack_tensor_to_dict(checkpoint.read(mark))
         own = _in_words(state["quant_type"], state["blocksize"], "nested_blocksize" in state)

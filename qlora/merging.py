@@ -13,10 +13,19 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from qlora.adapter_module import adapted, base_modules, plain, put_module, take_off, wrappers
-from qlora.adapters import Model, active_adapters, adapter_configs, known_adapters
+from qlora.adapters import (
+    Model,
+    active_adapters,
+    adapter_configs,
+    known_adapters,
+    require_one_owner,
+)
 from qlora.errors import UserError
 from qlora.frozen import as_dense, computes_in, dense_weight, is_tied, output_head
+from qlora.lora import lora_layers
 from qlora.rebase import restore
+
+OF_TASK = ("task", "heads", "labels", "pad_token_id")  # what a model is, whatever its weights are
 
 
 def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
@@ -27,7 +36,8 @@ def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None
     as merged weights are used while all that is in them is active. `model.train()` unmerges.
 
     Raises:
-        UserError: there is no such adapter, some are merged already, or the model is in training.
+        UserError: there is no such adapter, some are merged already, two of them cannot be active
+            together, or the model is in training.
     """
     names = _to_merge(model, adapter_names)
     if model.training:
@@ -73,9 +83,11 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
     time). Other adapters are dropped.
 
     Raises:
-        UserError: there is no such adapter.
+        UserError: there is no such adapter, two of them cannot be active together, or one has a
+            lora_bias where the layer has none to add it to.
     """
     names = _to_merge(model, adapter_names, again=True)
+    _require_biases(model, names)
     for name, module in base_modules(model).items():
         made = plain(module)
         for wrapper in reversed(list(wrappers(module))):
@@ -86,6 +98,9 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
             put_module(model, name, made)
     _part(model)
     model.original_weights = None  # type: ignore[assignment]  # they are others now
+    record: dict[str, Any] = getattr(model, "qlora_base", {})  # of another base, then
+    kept = {key: record[key] for key in OF_TASK if key in record}
+    model.qlora_base = kept  # type: ignore[assignment]
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -134,10 +149,28 @@ def _to_merge(
     )
     if not names:
         raise UserError("no adapter is active: there is nothing to merge")
+    require_one_owner(model, names)
     merged = merged_adapters(model)
     if merged and not again:
         raise UserError(f"{', '.join(merged)} is merged already: unmerge_adapter first")
     return names
+
+
+def _require_biases(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse a lora_bias on layers without one: their class has none to save."""
+    without = {
+        n: layer
+        for n, layer in lora_layers(model).items()
+        if getattr(layer.plain, "bias", None) is None
+    }
+    for name in names:
+        found = [n for n, layer in without.items() if name in layer.lora_bias]
+        if found:
+            raise UserError(
+                f"adapter {name!r} has lora_bias, and {', '.join(found[:4])}"
+                f"{', …' if len(found) > 4 else ''} have no bias to fold it into: use "
+                "merge_adapter, which keeps it beside the layer"
+            )
 
 
 def _part(model: nn.Module) -> None:

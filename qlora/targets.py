@@ -18,7 +18,7 @@ from qlora.adapter_module import base_modules, plain
 from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
 from qlora.frozen import is_quantized, vocabulary
-from qlora.matching import leaves_of, matches, target_layers
+from qlora.matching import leaves_of, matches, require_patterns, target_layers
 from qlora.tasks import is_in
 
 
@@ -44,8 +44,14 @@ def targets(model: nn.Module, config: LoraConfig) -> Targets:
     saved = saved_modules(model, config)
     modules = base_modules(model)
     layers = [name for name in target_layers(model, config) if not is_in(name, saved)]
-    if not layers:
+    if not layers and not config.target_parameters:
         raise UserError("modules_to_save leaves none of the layers that target_modules means")
+    embeddings = [name for name in layers if isinstance(plain(modules[name]), nn.Embedding)]
+    if config.lora_bias and embeddings:
+        raise UserError(
+            f"lora_bias is a bias of B, and {', '.join(embeddings)} is an embedding, whose B has "
+            "none: leave one of them out"
+        )
     own = {
         name: leaves
         for name in modules
@@ -61,7 +67,11 @@ def targets(model: nn.Module, config: LoraConfig) -> Targets:
             f"{', '.join(twice)} is adapted or trained as a whole, and in trainable_token_indices: "
             "choose one"
         )
-    return Targets(layers, _parameters(modules, config), own, rows)
+    parameters = _parameters(modules, config)
+    require_patterns(
+        config, [*layers, *(f"{n}.{leaf}" for n in parameters for leaf in parameters[n])]
+    )
+    return Targets(layers, parameters, own, rows)
 
 
 def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:

@@ -65,6 +65,8 @@ def add_weighted_adapter(
     for name in names:
         if configs[name].use_dora:
             raise UserError(f"adapter {name!r} is DoRA's, of which no weighted sum is made")
+        if configs[name].lora_bias:
+            raise UserError(f"adapter {name!r} has lora_bias, of which no weighted sum is made")
         other = [
             n for n, w in adapted(model) if name in w.adapters and not isinstance(w, LoRALayer)
         ]

@@ -37,6 +37,7 @@ SETTINGS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 TARGETS = ["all-linear", ["q_proj", "v_proj"], r".*layers\.1.*(up|down)_proj"]
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q_B = Q_A.replace("lora_A", "lora_B")
+Q_BIAS = Q_B.removesuffix("weight") + "bias"
 # fp32: PEFT adds scaling * B A x in another order
 SAME_LOGITS = {"rtol": 0, "atol": 1e-5}
 
@@ -397,6 +398,11 @@ def refuses(folder, message, *, model=None, **kwargs):
         (lambda t: t.update({Q_A: torch.ones(5, 64)}), r"A.weight has shape \(5, 64\), .*r=4"),
         (lambda t: t.update({Q_B: torch.ones(64, 5)}), r"B.weight has shape \(64, 5\), .*r=4"),
         (lambda t: t.update({Q_A: torch.ones(4)}), r"A.weight has shape \(4,\), .*r=4"),
+        (
+            lambda t: t.update({Q_B: torch.ones(64, 4, 3)}),
+            r"B.weight has shape \(64, 4, 3\), .*r=4",
+        ),
+        (lambda t: t.update({Q_BIAS: torch.ones(64)}), rf"unexpected {Q_BIAS}"),
         (lambda t: t.clear(), r"no lora_A or lora_B tensor"),
         (
             lambda t: (t.pop(Q_B), t.update(extra=torch.ones(2))),  # all of them at once
@@ -407,6 +413,14 @@ def refuses(folder, message, *, model=None, **kwargs):
 def test_bad_tensors_are_refused(copy, change, message):
     change_tensors(copy, change)
     refuses(copy, message)
+
+
+def test_a_bias_of_another_length_is_refused(tmp_path):
+    model = apply_lora(tiny_model("qwen2"), LoraConfig(target_modules=("q_proj",), lora_bias=True))
+    save_adapter(model, tmp_path)
+    change_tensors(tmp_path, lambda t: t.update({Q_BIAS: torch.ones(3)}))
+    message = rf"{Q_BIAS} has shape \(3,\), wanted \(64,\)"
+    refuses(tmp_path, message, model=tiny_model("qwen2"))
 
 
 def test_a_scalar_is_refused(copy):

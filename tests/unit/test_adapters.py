@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as LlamaModelConfig
 
 from qlora.adapter_files import save_adapter
+from qlora.adapter_reader import read_adapter
 from qlora.adapters import (
+    active_adapters,
     adapter_configs,
     apply_lora,
     disable_adapter,
@@ -272,13 +274,13 @@ def test_bad_names_are_refused(name):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("name", ["train", "half", "keys"])
+@pytest.mark.parametrize("name", ["train", "half", "keys", "training", "_keys", "_parameters"])
 def test_names_that_a_parameter_dict_has_taken(name):
     """They work or are refused; in either case not half."""
     model = tiny_model("llama")
     before = snapshot(model)
     try:
-        apply_lora(model, LoraConfig(r=2), adapter_name=name)
+        apply_lora(model, LoraConfig(r=2, modules_to_save=("norm",)), adapter_name=name)
     except UserError:
         assert snapshot(model) == before
     else:
@@ -351,6 +353,14 @@ def test_an_unknown_adapter_is_refused(two):
     assert snapshot(two) == before
 
 
+@pytest.mark.parametrize("call", [set_adapter, merge_adapter, merge_and_unload])
+def test_an_adapter_is_not_counted_twice(two, call):
+    before, given = snapshot(two), logits(two)
+    with pytest.raises(UserError, match="'first' is named twice: name each adapter once"):
+        call(two.eval(), ["first", "second", "first"])
+    assert snapshot(two) == before and torch.equal(logits(two), given)
+
+
 def test_a_plain_model_has_no_adapter_to_set():
     with pytest.raises(UserError, match="which has: none"):
         set_adapter(tiny_model("llama"), "default")
@@ -373,6 +383,36 @@ def test_an_error_inside_the_block_restores_the_adapter(two):
     with pytest.raises(RuntimeError, match="inside"), disable_adapter(two):
         raise RuntimeError("inside")
     assert torch.equal(logits(two), adapted)
+
+
+def test_adapters_may_come_and_go_inside_the_block(two):
+    set_adapter(two, "first")
+    first = logits(two)
+    set_adapter(two, ["first", "second"])
+    with disable_adapter(two):
+        delete_adapter(two, "second")
+        apply_lora(two, LoraConfig(r=2, target_modules=("o_proj",)), adapter_name="third")
+        randomize_adapter(two, seed=3)
+        for layer in lora_layers(two).values():  # randomize_adapter changed it, too
+            if "first" in layer.lora_A:
+                layer.lora_B["first"].data.zero_()
+    assert active_adapters(two) == ("first",)
+    assert not torch.equal(logits(two), first)
+    assert torch.equal(logits(two), logits(tiny_model("llama")))  # third is not active
+
+
+def test_the_last_bits_are_the_same_after_the_block():
+    """They depend on the order in which adapters add up."""
+    model = tiny_model("llama")
+    for name, leaves in (("a", ("q_proj", "v_proj")), ("b", ("v_proj",)), ("c", ("v_proj",))):
+        config = LoraConfig(r=2, target_modules=leaves)
+        apply_lora(model, config, adapter_name=name)
+    randomize_adapter(model)
+    set_adapter(model, ["c", "b", "a"])
+    before = logits(model)
+    with disable_adapter(model):
+        pass
+    assert torch.equal(logits(model), before)
 
 
 def test_blocks_can_be_nested(two):
@@ -588,6 +628,16 @@ def test_merge_and_unload_is_the_merge_of_the_files(family, checkpoints, tmp_pat
     assert same(*files)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_merged_model_is_no_longer_the_base_it_was(checkpoints, tmp_path):
+    """An adapter trained over it is none of that base, which a merge would look for."""
+    model = load_base(str(checkpoints("llama")), FP32)
+    merge_and_unload(apply_lora(model, LoraConfig(r=4)))
+    save_adapter(apply_lora(model, LoraConfig(r=4)), tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert adapter.base == {"task": "causal-lm"}
+    assert adapter.quantization == QuantConfig()
 
 
 def test_unload_leaves_the_very_base(checkpoints):

@@ -89,6 +89,10 @@ def test_a_config_cannot_be_changed():
             "got False",
         ),
         (
+            lambda: LoraConfig(lora_bias=True, use_dora=True),
+            "lora_bias is not there with use_dora, in PEFT neither: take one of them",
+        ),
+        (
             lambda: LoraConfig(init_lora_weights="pissa", use_dora=True),
             "use_dora is not there with init_lora_weights='pissa': take one of them",
         ),

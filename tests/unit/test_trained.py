@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from conftest import CONFIGS, pefts_parameters, tiny_tokenizer, token_ids
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +30,8 @@ from qlora.merging import merge_adapter, merge_and_unload, unload, unmerge_adapt
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    # it means parameters by these patterns, and looks for them among layers when it warns
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
 ]
 QV = ("q_proj", "v_proj")
 KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
@@ -41,7 +43,7 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "norms": ("llama", False, {"modules_to_save": ("input_layernorm", "norm")}),
     "a block": ("llama", False, {"modules_to_save": ("layers.1.mlp",)}),
     "a conv1d": (
-        "gpt2", True, {"target_modules": ("c_attn",), "modules_to_save": ("h.1.attn.c_proj",)}
+        "gpt2", True, {"target_modules": ("c_attn",), "modules_to_save": ("h.1.mlp.c_fc",)}
     ),
     "the head": ("llama", False, {"modules_to_save": ("lm_head",)}),
     "the tied head": ("llama", True, {"modules_to_save": ("lm_head",)}),
@@ -66,6 +68,11 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     }),
     "one of experts": ("mixtral", False, {
         "target_modules": ("q_proj",), "target_parameters": ("experts.down_proj", "gate.weight"),
+    }),
+    "experts of two ranks": ("mixtral", False, {
+        "target_modules": ("q_proj",), "target_parameters": ("down_proj", "experts.gate_up_proj"),
+        "rank_pattern": {"experts.down_proj": 2, "q_proj": 3}, "use_rslora": True,
+        "alpha_pattern": {"gate_up_proj": 3},
     }),
 }  # fmt: skip
 # The weights of experts are no linear layers': a 4-bit base has them in 16 bits.
@@ -319,6 +326,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"target_modules": ("embed_tokens",), "trainable_token_indices": (5,)},
         "embed_tokens is adapted or trained as a whole, and in trainable_token_indices",
     ),
+    "a bias of an embedding's B": (
+        "llama",
+        {"target_modules": ("embed_tokens", "q_proj"), "lora_bias": True},
+        "model.embed_tokens is an embedding, whose B has none",
+    ),
     "no such parameter": (
         "mixtral", {"target_parameters": ("experts.up",)}, "matches no parameter"
     ),
@@ -360,12 +372,54 @@ def test_only_one_adapter_trains_biases(base_of, tmp_path):
     assert torch.equal(logits(model), before)
 
 
+def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(base_of):
+    model = load_base(str(base_of("llama", False)), FP32_OR_16_BITS).eval()
+    apply_lora(model, LoraConfig(r=2, target_modules=("v_proj", "k_proj"), lora_bias=True))
+    before = logits(model)
+    with pytest.raises(
+        UserError, match=r"'default' has lora_bias, and .*k_proj, .*have no bias to"
+    ):
+        merge_and_unload(model)
+    assert adapted(model) and torch.equal(logits(model), before)
+    merge_adapter(model)
+
+
+def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(base_of, tmp_path):
+    def base():
+        return load_base(str(base_of("mixtral", False)), FP32_OR_16_BITS).eval()
+
+    save_adapter(trained(base(), "experts"), tmp_path)
+    swapped = swap_adapter(trained(base(), "one of experts"), tmp_path)
+    assert not any(p.requires_grad for p in swapped.parameters())
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    inner = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_"
+    outer = inner.replace("base_layer.", "")
+    half = {f"{outer}A.weight": torch.ones(8, 128), f"{outer}B.weight": torch.ones(64, 8)}
+    whole = {name: t for name, t in tensors.items() if not name.startswith(inner)}
+    for changed, message in (
+        (tensors | half, r"experts.down_proj takes A \(16, 128\) and B \(64, 16\), .* \(8, 128\)"),
+        (whole, "layers.0.mlp.experts has 2 of target_parameters, the adapter has 1"),
+    ):
+        save_file(changed, path)
+        with pytest.raises(UserError, match=message):
+            load_adapter(base(), tmp_path)
+        model = trained(base(), "experts")
+        before = logits(model)
+        with pytest.raises(UserError, match=message):
+            swap_adapter(model, tmp_path)
+        assert torch.equal(logits(model), before)
+
+
 def test_two_that_own_the_same_part_are_not_active_together(base_of):
     model = load_base(str(base_of("llama", False)), FP32_OR_16_BITS).eval()
     trained(trained(model, "the head", name="one"), "the head", name="two", seed=4)
     before = logits(model)
     with pytest.raises(UserError, match="'one' and 'two' cannot be active together: each has a lm"):
         set_adapter(model, ["one", "two"])
+    for merge in (merge_adapter, merge_and_unload):
+        with pytest.raises(UserError, match="'one' and 'two' cannot be active together"):
+            merge(model, ["one", "two"])
     assert torch.equal(logits(model), before)
 
 

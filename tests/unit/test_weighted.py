@@ -133,6 +133,12 @@ def test_dora_is_refused():
         add_weighted_adapter(model, ["one", "dora"], [1, 1], "new", "cat")
 
 
+def test_lora_bias_is_refused():
+    model = apply_lora(ours(), LoraConfig(r=4, lora_bias=True), adapter_name="biased")
+    with pytest.raises(UserError, match="'biased' has lora_bias, of which no weighted sum"):
+        add_weighted_adapter(model, ["one", "biased"], [1, 1], "new", "cat")
+
+
 def test_the_new_one_rests_until_it_is_set_and_can_be_saved(tmp_path):
     model = ours()
     with torch.no_grad():
