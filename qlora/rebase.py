@@ -57,6 +57,8 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
     Raises:
         UserError: it names every layer at fault.
     """
+    if not layers:  # only parameters, which have no other start than the usual
+        return
     modules = {name: plain(model.get_submodule(name)) for name in layers}
     config = next(iter(layers.values()))
     init = config.init_lora_weights

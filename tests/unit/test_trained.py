@@ -69,6 +69,9 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "one of experts": ("mixtral", False, {
         "target_modules": ("q_proj",), "target_parameters": ("experts.down_proj", "gate.weight"),
     }),
+    "experts alone": (
+        "mixtral", False, {"target_modules": (), "target_parameters": ("experts.down_proj",)}
+    ),
     "experts of two ranks": ("mixtral", False, {
         "target_modules": ("q_proj",), "target_parameters": ("down_proj", "experts.gate_up_proj"),
         "rank_pattern": {"experts.down_proj": 2, "q_proj": 3}, "use_rslora": True,
