@@ -319,7 +319,9 @@ def require_understood(values: Mapping[str, Any], folder: Path) -> None:
 
 
 def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
-    targets = values.get("target_modules") or "all-linear"
+    targets = values.get("target_modules")
+    if not targets:
+        targets = () if values.get("target_parameters") else "all-linear"
     try:
         return LoraConfig(
             r=values.get("r", 8),  # PEFT's own defaults

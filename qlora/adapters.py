@@ -272,11 +272,16 @@ def require_one_owner(model: nn.Module, names: Sequence[str]) -> None:
     for name, module in base_modules(model).items():
         there = [w for w in wrappers(module) if isinstance(w, TrainedModule | TokenRows)]
         owners = dict.fromkeys(a for wrapper in there for a in names if a in wrapper.adapters)
-        others = [a for w in wrappers(module) for a in names if a in w.adapters]
-        is_whole = any("weight" in w.parameters_of(a) for w in there for a in owners)
-        if len(owners) > 1 or (is_whole and len(set(others)) > 1):
+        others = [a for a in names if any(a in w.adapters for w in wrappers(module))]
+        is_whole = any(
+            isinstance(w, TokenRows) or "weight" in w.parameters_of(a)
+            for w in there
+            for a in owners
+            if a in w.adapters
+        )
+        if len(owners) > 1 or (is_whole and len(others) > 1):
             raise UserError(
-                f"adapters {' and '.join(map(repr, dict.fromkeys(others)))} cannot be active "
+                f"adapters {' and '.join(map(repr, others))} cannot be active "
                 f"together: each has a {name} of its own"
             )
 

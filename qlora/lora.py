@@ -332,6 +332,9 @@ class LoRALinear(LoRALayer):
         self.taken_B: Tensor | None
         self.register_buffer("taken_B", None, persistent=False)
         self.taken_scaling = 1.0
+        self.whole: Tensor | None
+        """the weight as it was, of a layer that is not quantized and of which some is taken"""
+        self.register_buffer("whole", None, persistent=False)
 
     @property
     def taken(self) -> Factors | None:

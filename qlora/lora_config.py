@@ -137,7 +137,10 @@ class LoraConfig:
             0 <= self.lora_dropout < 1,
             f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}",
         )
-        require(bool(self.target_modules), "target_modules is empty: name at least one module")
+        require(
+            bool(self.target_modules or self.target_parameters),
+            "target_modules is empty: name at least one module",
+        )
         require(
             self.adapter_dtype in ("auto", "bf16", "fp32"),
             f"adapter_dtype must be auto, bf16 or fp32, got {self.adapter_dtype!r}",

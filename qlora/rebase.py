@@ -14,7 +14,8 @@ B' A' in another order, and a value half-way between two codes may take the othe
 
 W comes from the model's checkpoint, tensor by tensor (`original_weights` of a model that load_base
 made), as loading cast it. It is read again when the adapter is taken off, so nothing is kept of the
-old codes. A layer that is not quantized has its W at hand, and keeps W - scaling * B' A' instead.
+old codes. A layer that is not quantized keeps W beside
+W - scaling * B' A', as no rounded difference gives W back.
 
 Such a model holds this one adapter: others were trained over other codes.
 """
@@ -56,6 +57,8 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
     Raises:
         UserError: it names every layer at fault.
     """
+    if not layers:  # only parameters, which have no other start than the usual
+        return
     modules = {name: plain(model.get_submodule(name)) for name in layers}
     config = next(iter(layers.values()))
     init = config.init_lora_weights
@@ -187,7 +190,11 @@ def rebase(layer: LoRALinear, weight: Tensor, taken: Factors | None) -> None:
         state.dtype = base.weight.quant_state.dtype  # what the codes are turned into
         base.weight.data = packed
         base.weight.quant_state = base.quant_state = state
+    elif taken is None:
+        base.weight.copy_(layer.whole)
+        layer.whole = None
     else:
+        layer.whole = base.weight.detach().clone() if layer.whole is None else layer.whole
         base.weight.copy_(rest.T if was_conv1d(base) else rest)
     layer.taken = taken
 
@@ -196,13 +203,13 @@ def original_weight(model: nn.Module, name: str) -> Tensor:
     """The weight (out, in) that layer `name` was loaded with, on its device."""
     module = model.get_submodule(name)
     layers = (wrapper for wrapper in wrappers(module) if isinstance(wrapper, LoRALinear))
-    base, taken = plain(module), next((layer.taken for layer in layers), None)
+    base, whole = plain(module), next((layer.whole for layer in layers), None)
     originals: OriginalWeights | None = getattr(model, "original_weights", None)
-    is_whole = taken is None and not is_quantized(base)
-    if originals is not None and not is_whole:
+    if originals is not None and is_quantized(base):
         return originals.read(name).to(base.weight.device)
-    weight = dense_weight(base)
-    return weight if taken is None else weight + taken.change(weight)
+    if whole is None:
+        return dense_weight(base)
+    return (whole.T if was_conv1d(base) else whole).float()
 
 
 def taken_out(model: nn.Module) -> dict[str, Factors]:

@@ -15,7 +15,7 @@ from conftest import FP32, randomize_adapter, tiny_model, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora import nf4
+from qlora import adapters, nf4
 from qlora.adapter_files import (
     CONFIG,
     WEIGHTS,
@@ -565,3 +565,28 @@ def test_merges_that_want_the_base_as_it_was_are_refused(base, tmp_path):
             )
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_base_that_is_not_quantized_is_given_back_to_the_bit(family, init, monkeypatch):
+    """In bf16 the sum of what is left and what was taken is not what was there."""
+    leaf = {"llama": "up_proj", "gpt2": "c_fc"}[family]
+    config = LoraConfig(r=4, target_modules=(leaf,), init_lora_weights=init)
+    model = tiny_model(family, dtype=torch.bfloat16)
+    before = logits(model)
+    apply_lora(model, config)
+    randomize_adapter(model)
+    assert torch.equal(logits(unload(model)), before)
+
+    start, calls = adapters.start_from_weights, []
+
+    def once(*args):
+        if calls:
+            raise MemoryError
+        calls.append(start(*args))
+
+    monkeypatch.setattr(adapters, "start_from_weights", once)
+    with pytest.raises(MemoryError):
+        apply_lora(model, config)
+    assert torch.equal(logits(model), before)

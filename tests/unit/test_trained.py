@@ -69,6 +69,9 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "one of experts": ("mixtral", False, {
         "target_modules": ("q_proj",), "target_parameters": ("experts.down_proj", "gate.weight"),
     }),
+    "experts alone": (
+        "mixtral", False, {"target_modules": (), "target_parameters": ("experts.down_proj",)}
+    ),
     "experts of two ranks": ("mixtral", False, {
         "target_modules": ("q_proj",), "target_parameters": ("down_proj", "experts.gate_up_proj"),
         "rank_pattern": {"experts.down_proj": 2, "q_proj": 3}, "use_rslora": True,
@@ -382,6 +385,22 @@ def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(base_of):
         merge_and_unload(model)
     assert adapted(model) and torch.equal(logits(model), before)
     merge_adapter(model)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "tied"),
+    [
+        ("token rows", "lora on the embedding", False),
+        ("lora on the head", "token rows, tied", True),
+    ],
+)
+def test_rows_and_a_change_of_all_rows_are_not_active_together(base_of, one, two, tied):
+    """Which comes first would depend on the order they were put on in."""
+    model = load_base(str(base_of("llama", tied)), FP32_OR_16_BITS).eval()
+    trained(trained(model, one, name="one"), two, name="two", seed=4)
+    for call in (set_adapter, merge_adapter, merge_and_unload):
+        with pytest.raises(UserError, match="'one' and 'two' cannot be active together"):
+            call(model, ["one", "two"])
 
 
 def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(base_of, tmp_path):
