@@ -188,7 +188,7 @@ class Lab:
         self.test = [self.collate(lines[i : i + 8]) for i in range(0, len(lines), 8)]
 
     def loss(self, place: str, r: int, k: int, *, times: int = 1) -> float:
-        """Held-out loss after `times` the steps at the k-th rate, from the file or a run of ours."""
+        """Held-out loss after `times` the steps at the k-th rate: recorded, or of a run now."""
         given = self.given
         steps = times * given.steps
         run = Run(self.name, place, r, rate_of(k), steps, given.rows_per_step, given.seed)

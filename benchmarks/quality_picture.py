@@ -11,8 +11,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qlora.report import read_metrics
-
 Row = Mapping[str, Any]
 Curve = Sequence[tuple[float, float]]
 LABELS = {"full": "full fine-tuning", "all": "all layers", "mlp": "MLP"}
