@@ -53,7 +53,7 @@ PLACES: dict[str, dict[str, Any]] = {
 # have the same number of parameters within 1.2 %.
 QUESTIONS = {
     "rate": [("full", 0), ("all", 16)],
-    "rank": [("all", 1), ("all", 256)],
+    "rank": [("all", 1), ("all", 64)],
     "place": [("all", 16), ("attention", 42), ("mlp", 26)],
 }
 # Ranks to train for LONG times as many steps, at the best rate of the first. One layer has few
@@ -80,21 +80,26 @@ class Run:
 
 
 def rate_of(k: int) -> float:
-    """The k-th rate of the grid of half decades: 1e-4, 3.16e-4, 1e-3, ..."""
-    return float(f"{10 ** (k / 2):.3g}")
+    """The k-th rate of the grid of quarter decades: 1e-4, 1.78e-4, 3.16e-4, 5.62e-4, 1e-3, ..."""
+    return float(f"{10 ** (k / 4):.3g}")
 
 
 def next_k(losses: Mapping[int, float]) -> int | None:
-    """The rate to try next, until the best of the grid has a worse one on both sides."""
+    """The rate to try next: in half decades until the best has a worse one on both sides, then
+    halfway to those two, the better one first, until the best has both neighbours."""
     best = min(losses, key=lambda k: losses[k])
-    return next((k for k in (best + 1, best - 1) if k not in losses), None)
+    for way in (1, -1):
+        if not {best + way, best + 2 * way} & losses.keys():
+            return best + 2 * way
+    near = [k for k in (best + 1, best - 1) if k not in losses]
+    return min(near, key=lambda k: losses[2 * k - best], default=None)
 
 
 def start(folder: Path, *, full: bool) -> int:
     """Where to begin: the rule's rate for LoRA, a tenth of it for full fine-tuning."""
     config = AutoConfig.from_pretrained(folder).get_text_config()
     rate = default_learning_rate(config.model_type, config.hidden_size)
-    return round(2 * math.log10(rate / 10 if full else rate))
+    return round(4 * math.log10(rate / 10 if full else rate))
 
 
 def recorded() -> dict[Run, dict[str, Any]]:
