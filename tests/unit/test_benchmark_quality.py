@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_tokenizer
@@ -63,15 +62,19 @@ def test_rates_are_tried_until_the_best_has_both_neighbours(quality, bottom):
     assert len(losses) <= abs(bottom + 12) / 2 + 5  # half decades on the way
 
 
-def test_the_vertex_of_a_parabola_is_found(quality):
-    from quality_picture import best
+def test_a_longer_run_passes_through_a_shorter_one(quality):
+    from quality_picture import by_rate, by_step
 
-    rates = [1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2]
-    wanted = 7e-4
-    x, x0 = np.log(rates), np.log(wanted)
-    rate, loss = best(list(zip(rates, 1.5 + 0.02 * (x - x0) ** 2, strict=True)))
-    assert rate == pytest.approx(wanted) and loss == pytest.approx(1.5)
-    assert best([(1e-4, 2.0), (1e-3, 1.0)]) == (1e-3, 1.0)  # at the edge: no parabola
+    way = {"place": "all", "r": 16}
+    rows = [
+        {**way, "learning_rate": 1e-3, "steps": 4, "test_loss": [(2, 1.5), (4, 1.2)]},
+        {**way, "learning_rate": 3e-4, "steps": 2, "test_loss": [(2, 1.4)]},
+        {**way, "learning_rate": 1e-2, "steps": 2, "test_loss": [(2, float("nan"))]},
+        {**way, "r": 1, "learning_rate": 1e-3, "steps": 2, "test_loss": [(2, 1.6)]},
+    ]
+    assert by_rate(rows, "all", 16, steps=2) == [(3e-4, 1.4), (1e-3, 1.5)]
+    assert by_rate(rows, "all", 16, steps=4) == [(1e-3, 1.2)]
+    assert by_step(rows, "all", 16) == [(2, 1.5), (4, 1.2)]
 
 
 def test_every_row_is_seen_once_an_epoch_and_in_the_same_order(quality):
