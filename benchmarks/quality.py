@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_picture import draw
+from quality_picture import ONE_LAYER, draw
 from results import RESULTS, record
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,7 +47,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "all": {},
     "attention": {"target_modules": ATTENTION},
     "mlp": {"target_modules": MLP},
-    "mlp of layer 15": {"target_modules": MLP, "layers_to_transform": (15,)},
+    ONE_LAYER: {"target_modules": MLP, "layers_to_transform": (15,)},
 }
 # What to train, (place, r), each at all rates around its best. The places of the third question
 # have the same number of parameters within 1.2 %.
@@ -58,7 +58,7 @@ QUESTIONS = {
 }
 # Ranks to train for LONG times as many steps, at the best rate of the first. One layer has few
 # enough parameters for the data to outgrow them: 6,336 at r 1, when 400 steps show 48,000 tokens.
-CAPACITY = {"mlp of layer 15": (16, 1, 64, 4), "all": (16, 1)}
+CAPACITY = [(ONE_LAYER, r) for r in (16, 1, 64, 4)]
 LONG = 4
 
 
@@ -258,10 +258,9 @@ def main() -> None:
         for place, r in QUESTIONS.get(question, ()):
             lab.best_k(place, r)
     if "capacity" in given.questions:
-        for place, ranks in CAPACITY.items():
-            k = lab.best_k(place, ranks[0])
-            for r in ranks:
-                lab.loss(place, r, k, times=LONG)
+        k = lab.best_k(*CAPACITY[0])
+        for place, r in CAPACITY:
+            lab.loss(place, r, k, times=LONG)
     draw(lab.recorded(), FILE.with_suffix(".png"), steps=given.steps)
 
 
