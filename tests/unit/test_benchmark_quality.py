@@ -113,5 +113,6 @@ def test_what_is_recorded_is_not_run_again(
     capsys.readouterr()
     quality.main()
     again = [json.loads(line) for line in quality.FILE.read_text().splitlines()]
-    assert len(capsys.readouterr().out.splitlines()) == 2  # a line a run
+    a_line_a_run, table = capsys.readouterr().out.split("\n\n")
+    assert len(a_line_a_run.splitlines()) == 2 and "after 2 steps" in table
     assert [row["test_loss"] for row in again] == [row["test_loss"] for row in rows]
