@@ -213,7 +213,7 @@ class Lab:
             k = next_k(losses)
         return min(losses, key=lambda k: losses[k])
 
-    def recorded(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Every run of this model, batch size and seed, of this call or an earlier one."""
         own = (self.name, self.given.rows_per_step, self.given.seed)
         found = recorded().items()
@@ -261,7 +261,7 @@ def main() -> None:
         k = lab.best_k(*CAPACITY[0])
         for place, r in CAPACITY:
             lab.loss(place, r, k, times=LONG)
-    rows = lab.recorded()
+    rows = lab.rows()
     print(f"\n{'':24}{'best rate':>10}{'loss':>9}   after {given.steps} steps")
     for place, r in sorted({(row["place"], row["r"]) for row in rows}):
         if curve := by_rate(rows, place, r, given.steps):

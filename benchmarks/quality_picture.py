@@ -20,9 +20,9 @@ RANKS: list[Way] = [
     ("all", 64, "r 64", "#1a365d"),
 ]
 PLACES: list[Way] = [
-    ("attention", 42, "attention, r 42", "#c05621"),
-    ("mlp", 26, "MLP, r 26", "#2f855a"),
-    ("all", 16, "all, r 16", "#2b6cb0"),
+    ("attention", 42, "attention", "#c05621"),
+    ("mlp", 26, "MLP", "#2f855a"),
+    ("all", 16, "all", "#2b6cb0"),
 ]
 ONE_LAYER = "mlp of layer 15"
 
@@ -44,10 +44,11 @@ def best(curve: Curve) -> tuple[float, float]:
 
 
 def by_step(rows: Iterable[Row], place: str, r: int) -> Curve:
-    """(step, held-out loss) of the longest run, and of several such the one that ends lowest."""
+    """(step, held-out loss) of the longest runs, at each step the lowest over their rates."""
     own = [row for row in rows if (row["place"], row["r"]) == (place, r)]
-    ends = [(-row["steps"], row["test_loss"][-1][1], row["test_loss"]) for row in own]
-    return min(ends, default=(0, 0, []))[2]
+    most = max((row["steps"] for row in own), default=0)
+    curves = [row["test_loss"] for row in own if row["steps"] == most]
+    return [min(points, key=lambda point: point[1]) for points in zip(*curves, strict=True)]
 
 
 def draw(rows: Sequence[Row], path: Path, *, steps: int) -> None:
@@ -62,9 +63,9 @@ def draw(rows: Sequence[Row], path: Path, *, steps: int) -> None:
     _steps(one_layer, [(by_step(rows, ONE_LAYER, r), f"r {r}", blue) for r, blue in lines])
     titles = {
         by_rank: f"Rate and rank: loss after {steps} steps",
-        by_place: f"Place: loss after {steps} steps, 4.9 M parameters",
-        all_layers: "Rank, on all layers, each at its best rate",
-        one_layer: "Rank, on the MLP of one layer of 30",
+        by_place: "Place: attention r 42, MLP r 26, all r 16",
+        all_layers: "Rank: all layers, best rate at each step",
+        one_layer: "Capacity: one rate, the MLP of one layer of 30",
     }
     for axes, title in titles.items():
         axes.set_title(title, loc="left", fontsize=10)
@@ -87,7 +88,7 @@ def _rates(axes: Axes, lines: Sequence[Line]) -> None:
     rates = sorted({rate for curve, _, _ in lines for rate, _ in curve})
     ticks = [rate for rate in rates if f"{rate:.2e}"[:4] in ("1.00", "3.16")]  # half decades
     axes.set_xticks(ticks, [f"{rate:.0e}".replace("e-0", "e-") for rate in ticks])
-    axes.margins(x=0.25)
+    axes.margins(x=0.3)
     axes.set_xlabel("learning rate")
     _label(axes, lines, end=0)
 

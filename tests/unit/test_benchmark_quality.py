@@ -75,6 +75,8 @@ def test_a_longer_run_passes_through_a_shorter_one(quality):
     assert by_rate(rows, "all", 16, steps=2) == [(3e-4, 1.4), (1e-3, 1.5)]
     assert by_rate(rows, "all", 16, steps=4) == [(1e-3, 1.2)]
     assert by_step(rows, "all", 16) == [(2, 1.5), (4, 1.2)]
+    rows += [{**rows[0], "learning_rate": 1e-4, "test_loss": [(2, 1.3), (4, 1.25)]}]
+    assert by_step(rows, "all", 16) == [(2, 1.3), (4, 1.2)]
 
 
 def test_every_row_is_seen_once_an_epoch_and_in_the_same_order(quality):
