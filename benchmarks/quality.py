@@ -56,8 +56,8 @@ QUESTIONS = {
     "rank": [("all", 1), ("all", 64)],
     "place": [("all", 16), ("attention", 42), ("mlp", 26)],
 }
-# What to train for LONG times as many steps, at the best rate of r 16 and at a third of it: low ranks
-# suffer first from a high rate, and that is not to pass for a lack of capacity. One layer has few
+# What to train for LONG times as many steps, at the best rate of r 16 and at a third of it: r 1
+# suffers first from a high rate, and that is not to pass for a lack of capacity. One layer has few
 # enough parameters for data to outgrow: 6,336 at r 1, for 46,000 tokens in 400 steps.
 CAPACITY = [(ONE_LAYER, r) for r in (1, 16, 64)]
 LONG = 4

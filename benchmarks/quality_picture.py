@@ -12,9 +12,8 @@ Row = Mapping[str, Any]
 Curve = Sequence[tuple[float, float]]
 Line = tuple[Curve, str, str]  # points, label, colour
 Way = tuple[str, int, str, str]  # place, r, label, colour
-BLACK, BLUES = "#1a202c", ("#90cdf4", "#4299e1", "#2b6cb0", "#1a365d")
 RANKS: list[Way] = [
-    ("full", 0, "full", BLACK),
+    ("full", 0, "full", "#1a202c"),
     ("all", 1, "r 1", "#63b3ed"),
     ("all", 16, "r 16", "#2b6cb0"),
     ("all", 64, "r 64", "#1a365d"),
@@ -58,14 +57,12 @@ def draw(rows: Sequence[Row], path: Path, *, steps: int) -> None:
     for axes, ways in ((by_rank, RANKS), (by_place, PLACES)):
         _rates(axes, [(by_rate(rows, *way[:2], steps), *way[2:]) for way in ways])
     _steps(all_layers, [(by_step(rows, *way[:2]), *way[2:]) for way in RANKS])
-    ranks = sorted({row["r"] for row in rows if row["place"] == ONE_LAYER})
-    lines = zip(ranks, BLUES, strict=False)
-    _steps(one_layer, [(by_step(rows, ONE_LAYER, r), f"r {r}", blue) for r, blue in lines])
+    _steps(one_layer, [(by_step(rows, ONE_LAYER, r), *way) for _, r, *way in RANKS])
     titles = {
         by_rank: f"Rate and rank: loss after {steps} steps",
         by_place: "Place: attention r 42, MLP r 26, all r 16",
         all_layers: "Rank: all layers, best rate at each step",
-        one_layer: "Capacity: one rate, the MLP of one layer of 30",
+        one_layer: "Capacity: the MLP of one layer of 30",
     }
     for axes, title in titles.items():
         axes.set_title(title, loc="left", fontsize=10)
