@@ -7,12 +7,14 @@ the loss on held-out rows after a fixed number of steps. A run is a JSON line in
 results/quality.jsonl, and what is recorded there is not run again: the program can be stopped and
 started at will, and goes on with other questions, steps or seeds where another machine left off.
 
-As in the blog: alpha 32 / r, Adam at a constant rate without warm-up, weight decay or clipping, one
-epoch at most, the same rows in the same order for every run of a seed. All runs start from the
-unquantized model, so that full fine-tuning and LoRA differ in nothing else: master weights and
-adapters in fp32, products in bf16. The data is the E2E NLG challenge as the LoRA paper gave it to
-GPT-2: a line `facts||sentence` without a chat template, loss on the sentence.
-Not as in the blog: its "all layers" has the output head too, ours as QLoRA's and PEFT's has not.
+As in the blog: alpha 32 / r, a constant rate without warm-up, one epoch at most. Adam has torch's
+betas, no weight decay and no clipping, and every run of a seed sees the same rows in the same order.
+All start from the unquantized model, which is the only one that full fine-tuning can train: master
+weights and adapters in fp32, products in bf16. The data is the E2E NLG challenge as the LoRA paper
+gave it to GPT-2: a line `facts||sentence` without a chat template, loss on the sentence.
+
+Not as in the blog: its "all layers" has the output head too, ours, as QLoRA's and PEFT's, has not;
+full fine-tuning trains it (here it is the embedding as well).
 """
 
 import argparse
