@@ -8,7 +8,7 @@ results/quality.jsonl, and what is recorded there is not run again: the program 
 started at will, and goes on with other questions, steps or seeds where another machine left off.
 
 As in the blog: alpha 32 / r, a constant rate without warm-up, one epoch at most. Adam has torch's
-betas, no weight decay and no clipping, and every run of a seed sees the same rows in the same order.
+betas, no weight decay, no clipping; every run of a seed sees the same rows in the same order.
 All start from the unquantized model, which is the only one that full fine-tuning can train: master
 weights and adapters in fp32, products in bf16. The data is the E2E NLG challenge as the LoRA paper
 gave it to GPT-2: a line `facts||sentence` without a chat template, loss on the sentence.
