@@ -19,6 +19,7 @@ from qlora.adapter_tensors import PREFIX, Contents, sort_out
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.lora import Factors
+from qlora.matching import matches
 from qlora.tasks import task_typed
 
 DORA = "DoRA's magnitudes"
@@ -81,6 +82,8 @@ class AdapterFile:
     """of an embedding: ids (n,) and the rows (n, dim) that take their place"""
     fan_in_fan_out: bool = False
     revision: str | None = None
+    targets: tuple[str, ...] = ()
+    """endings of the names of all layers that have A and B, where the config says it so"""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """all of the above as they stand in the file"""
     taken: dict[str, Factors] = field(default_factory=dict)
@@ -117,6 +120,15 @@ class AdapterFile:
             compute_dtype=self.base["compute_dtype"],
             skip_modules=tuple(self.base["skip_modules"]),
         )
+
+    def missing(self, layers: Iterable[str]) -> list[str]:
+        """What is wrong: those of a base's layers that the config means and the files lack."""
+        there = {*self.pairs, *self.parameters, *(name.rpartition(".")[0] for name in self.whole)}
+        return [
+            f"{name} is in target_modules, and the files have no A and B for it"
+            for name in layers
+            if name not in there and any(matches(name, t, is_regex=False) for t in self.targets)
+        ]
 
     @property
     def bias_changes(self) -> dict[str, Tensor]:
@@ -167,6 +179,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         **contents._asdict(),
         revision=values.get("revision"),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
+        targets=_all_targets(values),
         tensors=tensors,
         taken=taken,
         base=base,
@@ -341,6 +354,15 @@ def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
         )
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
+
+
+def _all_targets(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """target_modules, if it is a list that nothing narrows."""
+    narrower = ("exclude_modules", "layers_to_transform", "eva_config")
+    targets = values.get("target_modules")
+    if not isinstance(targets, list) or any(values.get(name) for name in narrower):
+        return ()
+    return tuple(targets)
 
 
 def _token_ids(given: Any) -> Any:

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from qlora.adapter_files import attach, check_fits
+from qlora.adapter_files import attach
+from qlora.adapter_fits import check_fits
 from qlora.adapter_reader import AdapterFile
 from qlora.base import load_base
 from qlora.data import length_batches, prepare_data

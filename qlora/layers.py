@@ -41,7 +41,7 @@ class LoRAEmbedding(LoRALayer):
         lora_B.normal_(generator=generator)
 
     def _change(self, x: Tensor, name: str) -> Tensor:
-        low = F.embedding(x, self.lora_A[name].T)
+        low = F.embedding(x, self.lora_A[name].T, padding_idx=self.plain.padding_idx)
         return self._scaled(F.linear(low, self.lora_B[name]).to(self.plain.weight.dtype))
 
     def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:

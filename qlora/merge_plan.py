@@ -231,6 +231,7 @@ class _Planner:
         return weight == name or not _is_packed(self.checkpoint, weight)
 
     def _find_missing(self) -> None:
+        self.faults += self.adapter.missing(self.linear)
         untouched = self.layers - set(self.adapter.pairs)
         for param, place in self.places.items():
             if place is None and (self.rounds or param.removesuffix(".weight") not in untouched):

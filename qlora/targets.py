@@ -130,16 +130,16 @@ def _rows(
             )
         asked = {str(name): asked} if asked else {}
     found: dict[str, tuple[int, ...]] = {}
-    embeddings = [name for name, m in modules.items() if isinstance(plain(m), nn.Embedding)]
+    embeddings = [name for name, m in modules.items() if has_rows(plain(m))]
     for entry, ids in asked.items():
         names = [name for name in embeddings if matches(name, entry, is_regex=False)]
         if not names:
             raise UserError(
-                f"trainable_token_indices {entry!r} matches no embedding. This model has: "
-                f"{', '.join(embeddings)}."
+                f"trainable_token_indices {entry!r} matches no embedding and no head in 16 or 32 "
+                f"bits. This model has: {', '.join(embeddings)}."
             )
         for name in names:
-            size = plain(modules[name]).num_embeddings
+            size = len(plain(modules[name]).weight)
             if max(ids) >= size:
                 raise UserError(
                     f"trainable_token_indices has {max(ids)}, and {name} has {size} rows: resize "
@@ -147,6 +147,12 @@ def _rows(
                 )
             found[name] = tuple(ids)
     return found
+
+
+def has_rows(module: nn.Module) -> bool:
+    """Whether a module's weight has a row for each token: an embedding's, or an output head's."""
+    is_plain = isinstance(module, nn.Linear) and not is_quantized(module)
+    return isinstance(module, nn.Embedding) or is_plain
 
 
 def _parameters(modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, list[str]]:

@@ -141,7 +141,7 @@ class TrainedModule(AdapterModule):
 
 
 class TokenRows(AdapterModule):
-    """An embedding of which each adapter has some rows of its own; or the output head tied to it,
+    """An embedding of which each adapter has some rows of its own; or an output head, maybe tied,
     whose logits of these tokens they make.
 
     Args:
@@ -152,7 +152,8 @@ class TokenRows(AdapterModule):
         super().__init__(base_layer)
         self.rows: nn.ParameterDict = nn.ParameterDict() if tied_to is None else tied_to.rows
         self.ids: dict[str, list[int]] = {} if tied_to is None else tied_to.ids
-        self.is_head = tied_to is not None
+        self.is_tied = tied_to is not None
+        self.is_head = not isinstance(self.plain, nn.Embedding)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -172,7 +173,7 @@ class TokenRows(AdapterModule):
         self.rows[name] = nn.Parameter(rows.to(device, copy=True), requires_grad=False)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        if self.is_head or name not in self.rows:  # a head's are the embedding's
+        if self.is_tied or name not in self.rows:  # those of a tied head are the embedding's
             return {}
         return {"token_adapter.trainable_tokens_delta": self.rows[name]}
 

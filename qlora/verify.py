@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from qlora.adapter_files import attach, check_fits
+from qlora.adapter_files import attach
+from qlora.adapter_fits import check_fits
 from qlora.adapter_reader import AdapterFile
 from qlora.base import load_base
 from qlora.checkpoint import Checkpoint

@@ -51,6 +51,7 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     ),
     "token rows": ("llama", False, {"trainable_token_indices": [5, 7, 9]}),
     "token rows, tied": ("llama", True, {"trainable_token_indices": [5, 7, 9]}),
+    "rows of the head": ("llama", False, {"trainable_token_indices": {"lm_head": [5, 7, 9]}}),
 }  # fmt: skip
 
 
@@ -261,3 +262,22 @@ def test_a_bias_where_the_model_has_none(base_of, tmp_path):
     with pytest.raises(UserError, match=r"q_proj\.bias is not in the checkpoint"):
         merge(MergeConfig(adapter=str(tmp_path / "adapter"), output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_the_files_lack_is_named(base_of, tmp_path):
+    """PEFT would leave it as it starts, without a word."""
+    base, adapter = base_of("llama", False), tmp_path / "adapter"
+    trained_by_peft(base, adapter, target_modules=["q_proj", "v_proj"])
+    file = adapter / "adapter_model.safetensors"
+    kept = {n: t for n, t in load_file(file).items() if "layers.1.self_attn.v_proj" not in n}
+    save_file(kept, file, metadata={"format": "pt"})
+    message = r"layers\.1\.self_attn\.v_proj is in target_modules, and the files have no A and B"
+    model = load_base(str(base), FP32)
+    with pytest.raises(UserError, match=message):
+        load_adapter(model, adapter)
+    assert not lora_layers(model)
+    with pytest.raises(UserError, match=message):
+        merge(MergeConfig(adapter=str(adapter), output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    edit_config(adapter, exclude_modules=["layers.1.self_attn.v_proj"])  # then it may be
+    load_adapter(model, adapter)

@@ -62,6 +62,7 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "rows by name": (
         "gpt2", True, {"target_modules": ("c_attn",), "trainable_token_indices": {"wte": (4, 5)}}
     ),
+    "rows of the head": ("llama", False, {"trainable_token_indices": {"lm_head": (5, 9)}}),
     "experts": ("mixtral", False, {
         "target_modules": ("q_proj",),
         "target_parameters": ("experts.down_proj", "experts.gate_up_proj"),
@@ -322,7 +323,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "rows beyond": ("llama", {"trainable_token_indices": (5, 320)}, "has 320, and model.embed_tok"),
     "rows of no embedding": (
-        "llama", {"trainable_token_indices": {"lm_head": (5,)}}, "matches no embedding"
+        "llama", {"trainable_token_indices": {"q_proj": (5,)}}, "matches no embedding"
     ),
     "rows and lora": (
         "llama",
