@@ -203,14 +203,17 @@ def test_16_bits_are_no_further_off_than_the_plain_path(dtype, size, softcap, de
     assert gradient <= 1.001 * plain_gradient
 
 
-def test_small_probabilities_do_not_vanish_in_fp16():
-    """Of 60,000 words each has 1.7e-5, which fp16 rounds by 0.2 %, or more beside a divisor."""
-    hidden, weight, _, labels = case(3, 16, 60_000, masked=0.0, dtype=torch.float16, size=0.01)
+def test_small_probabilities_keep_their_digits_in_fp16():
+    """1e-5 is 167.8 of the smallest steps of fp16, so 0.14 % is lost of it as it is. Where the rows
+    of the head have much in common, that is not made up for by the label's."""
+    hidden, weight, _, labels = case(3, 4, 100_000, masked=0.0, dtype=torch.float16, size=0.2)
+    hidden = torch.zeros_like(hidden).requires_grad_()  # all words are equally likely
+    weight = weight + 1
     twin = hidden.detach().double().requires_grad_()
-    wanted = with_gradient(reference.linear_cross_entropy(twin, weight, labels, divisor=3000), twin)
-    loss = linear_cross_entropy(hidden, weight, labels, divisor=3000)
+    wanted = with_gradient(reference.linear_cross_entropy(twin, weight, labels, divisor=4096), twin)
+    loss = linear_cross_entropy(hidden, weight, labels, divisor=4096)
     (gradient,) = torch.autograd.grad(loss * 2.0**16, hidden)
-    assert off(gradient.double() / 2**16, wanted[1]) <= 2.0**-10  # an fp16 rounding or two
+    assert off(gradient.double() / 2**16, wanted[1]) <= 5e-3  # without care it is 1e-2
 
 
 # ---- memory ----
