@@ -157,3 +157,35 @@ def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """W + scaling B A, float64."""
     return weight.detach().double() + delta(lora_A, lora_B, scaling)
+
+
+# ---- the loss ----
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    divisor: int | None = None,
+) -> Tensor:
+    """Cross-entropy to (1 - e) onehot + e / vocab, token by token, float64, differentiable."""
+    total, count = hidden.double().sum() * 0, 0
+    for x, label in zip(hidden.double(), labels.tolist(), strict=True):
+        if label == -100:
+            continue
+        logits = weight.double() @ x
+        if bias is not None:
+            logits = logits + bias.double()
+        logits = scale * logits
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        wanted = torch.full_like(logits, label_smoothing / len(logits))
+        wanted[label] += 1 - label_smoothing
+        total = total - (wanted * torch.log_softmax(logits, 0)).sum()
+        count += 1
+    return total / max(1, count if divisor is None else divisor)
