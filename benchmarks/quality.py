@@ -37,7 +37,7 @@ from qlora.adapters import apply_lora, trainable_parameters
 from qlora.checkpoint import resolve
 from qlora.config import LoraConfig
 from qlora.data import collator
-from qlora.lora import output_head
+from qlora.frozen import output_head
 from qlora.report import read_metrics
 from qlora.training import default_learning_rate, prepare_for_training
 
