@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from qlora.adapter_module import AdapterModule, adapted
@@ -359,9 +360,11 @@ class LoRALinear(LoRALayer):
         return _low_rank(x, self.lora_A[name], self.lora_B[name])
 
     def _seen(self, lora_A: Tensor) -> Tensor:
-        seen = self.base_layer(lora_A.to(computes_in(self.plain)))
-        seen = seen if self._bias is None else seen - self._bias
-        return seen.float()  # type: ignore[no-any-return]
+        plain, rows = self.plain, lora_A.to(computes_in(self.plain))
+        if plain.bias is None:
+            return plain(rows).float()  # type: ignore[no-any-return]
+        # not subtracted afterwards: of 16 bits a large bias would leave few
+        return functional_call(plain, {"bias": torch.zeros_like(plain.bias)}, (rows,)).float()  # type: ignore[no-any-return]
 
     def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         # as a Linear4bit does: in the weight's dtype, and back to x's

@@ -294,3 +294,19 @@ def test_magnitudes_are_fp32_and_begin_as_the_rows_lengths():
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     layer.active_adapters = ("default",)
     assert torch.equal(layer(x), base(x))  # a new adapter changes nothing
+
+
+def test_doras_gain_is_right_beside_a_large_bias_in_bf16():
+    """As Qwen2's k_proj has: subtracted from outputs of 16 bits it would take their digits."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        base.bias.fill_(300)
+    layer = LoRALinear(base)
+    layer.add_adapter("default", LoraConfig(r=4, use_dora=True))
+    with torch.no_grad():
+        layer.lora_B["default"].normal_(std=0.2)
+        summed = base.weight.double() + delta_weight(*layer.factors("default")[:3]).double()
+    wanted = base.weight.double().norm(dim=1) / summed.norm(dim=1)
+    # W A' is rounded to bf16, 0.4 %
+    torch.testing.assert_close(layer._gain("default").double(), wanted, rtol=4e-3, atol=0)
