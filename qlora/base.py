@@ -132,15 +132,17 @@ def load_base(
         loaded.config._name_or_path = model
     has_them = not checkpoint.is_quantized
     loaded.original_weights = _original_weights(checkpoint, plan, dtype) if has_them else None
-    loaded.qlora_base = {
-        **describe(checkpoint, replace(quant, compute_dtype=DTYPE_NAMES[dtype])),
-        "revision": revision,
-        "task": task,
-    }
-    if in_full:
-        names = [config.id2label[i] for i in range(config.num_labels)]
-        loaded.qlora_base |= {"heads": in_full, "labels": names}
+    own = describe(checkpoint, replace(quant, compute_dtype=DTYPE_NAMES[dtype]))
+    loaded.qlora_base = {**own, "revision": revision, "task": task, **_head_record(config, in_full)}
     return loaded  # type: ignore[no-any-return]
+
+
+def _head_record(config: Any, in_full: Sequence[str]) -> dict[str, Any]:
+    """What an adapter must remember of a classifier's head."""
+    if not in_full:
+        return {}
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    return {"heads": list(in_full), "labels": names}
 
 
 def _original_weights(

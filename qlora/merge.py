@@ -24,7 +24,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from qlora.adapter_reader import AdapterFile, combine, raise_faults, read_adapter
+from qlora.adapter_reader import AdapterFile, raise_faults, read_adapter
+from qlora.adapter_sum import combine
 from qlora.checkpoint import Checkpoint, disk_name, resolve, skeleton
 from qlora.config import MergeConfig
 from qlora.errors import UserError

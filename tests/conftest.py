@@ -183,3 +183,26 @@ def pefts_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             name = name.replace(".modules_to_save.default", "").replace(".default", "")
             found[name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = parameter
     return found
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory):
+    """`base_of(family, tied)`: the folder of that tiny model, in fp32, made once."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def folder(family: str, tied: bool) -> Path:
+        path = root / f"{family}-{tied}"
+        if not path.exists():
+            torch.manual_seed(0)
+            config = CONFIGS[family]()
+            config.tie_word_embeddings = tied
+            model = AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim == 1:  # norms and biases, so that no term is idle
+                        parameter.add_(torch.randn_like(parameter) * 0.1)
+            model.save_pretrained(path)
+            tiny_tokenizer().save_pretrained(path)
+        return path
+
+    return folder

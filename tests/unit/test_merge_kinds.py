@@ -7,12 +7,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import CONFIGS, FP32, VOCAB, randomize_adapter, tiny_tokenizer, token_ids
+from conftest import FP32, VOCAB, randomize_adapter, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora.adapter_files import load_adapter, save_adapter
-from qlora.adapter_reader import combine, read_adapter
+from qlora.adapter_reader import read_adapter
+from qlora.adapter_sum import combine
 from qlora.adapters import apply_lora
 from qlora.base import load_base
 from qlora.config import LoraConfig, MergeConfig
@@ -53,24 +54,6 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "token rows, tied": ("llama", True, {"trainable_token_indices": [5, 7, 9]}),
     "rows of the head": ("llama", False, {"trainable_token_indices": {"lm_head": [5, 7, 9]}}),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory):
-    """`base_of(family, tied)`: the folder of that tiny model, in fp32, made once."""
-    root = tmp_path_factory.mktemp("bases")
-
-    def folder(family: str, tied: bool) -> Path:
-        path = root / f"{family}-{tied}"
-        if not path.exists():
-            torch.manual_seed(0)
-            config = CONFIGS[family]()
-            config.tie_word_embeddings = tied
-            AutoModelForCausalLM.from_config(config).save_pretrained(path)
-            tiny_tokenizer().save_pretrained(path)
-        return path
-
-    return folder
 
 
 def trained_by_peft(base: Path, folder: Path, **settings: Any) -> torch.nn.Module:

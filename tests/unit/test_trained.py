@@ -1,12 +1,11 @@
 """Every kind of adapter, trained and live: PEFT's own model is the oracle, on every base."""
 
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from conftest import CONFIGS, pefts_parameters, tiny_tokenizer, token_ids
+from conftest import pefts_parameters, token_ids
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -81,29 +80,6 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
 }  # fmt: skip
 # The weights of experts are no linear layers': a 4-bit base has them in 16 bits.
 FP32_OR_16_BITS = QuantConfig(compute_dtype="fp32", allow_unquantized=True)
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory):
-    """`base_of(family, tied)`: the folder of that tiny model, in fp32, made once."""
-    root = tmp_path_factory.mktemp("bases")
-
-    def folder(family: str, tied: bool) -> Path:
-        path = root / f"{family}-{tied}"
-        if not path.exists():
-            torch.manual_seed(0)
-            config = CONFIGS[family]()
-            config.tie_word_embeddings = tied
-            model = AutoModelForCausalLM.from_config(config)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim == 1:  # norms and biases, so that no term is idle
-                        parameter.add_(torch.randn_like(parameter) * 0.1)
-            model.save_pretrained(path)
-            tiny_tokenizer().save_pretrained(path)
-        return path
-
-    return folder
 
 
 @pytest.fixture(params=["4-bit", "plain"])
