@@ -55,11 +55,11 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     ),
     "lora on gpt2's embedding": ("gpt2", True, {"target_modules": ("wte", "c_attn")}),
     "lora on the head": ("llama", False, {"target_modules": ("lm_head", "q_proj")}),
-    "token rows": ("llama", False, {"trainable_token_indices": (5, 7, 9)}),
-    "token rows, tied": ("llama", True, {"trainable_token_indices": (5, 7, 9)}),
-    "token rows, scaled": ("gemma", True, {"trainable_token_indices": (3, 200)}),
+    "token rows": ("llama", False, {"trainable_token_indices": (92, 7, 191)}),
+    "token rows, tied": ("llama", True, {"trainable_token_indices": (92, 7, 191)}),
+    "token rows, scaled": ("gemma", True, {"trainable_token_indices": (92, 200)}),
     "rows by name": (
-        "gpt2", True, {"target_modules": ("c_attn",), "trainable_token_indices": {"wte": (4, 5)}}
+        "gpt2", True, {"target_modules": ("c_attn",), "trainable_token_indices": {"wte": (92, 7)}}
     ),
     "rows of the head": ("llama", False, {"trainable_token_indices": {"lm_head": (5, 9)}}),
     "experts": ("mixtral", False, {
