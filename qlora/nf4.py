@@ -108,17 +108,28 @@ def _cells() -> tuple[Tensor, Tensor]:
 
 def dequantize(quantized: Quantized) -> Tensor:
     """The weight (out, in) that the codes stand for, fp32."""
+    return dequantize_to(quantized, torch.float32)
+
+
+def dequantize_to(quantized: Quantized, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) that the codes stand for, rounded once to `dtype`."""
     packed, state = quantized
-    return _decode(packed, absmax(quantized), state, state.shape.numel()).view(state.shape)
+    return _decode(packed, absmax(quantized), state, state.shape.numel(), dtype).view(state.shape)
 
 
-def _decode(packed: Tensor, scales: Tensor, state: bnb.QuantState, values: int) -> Tensor:
-    """So many values, fp32, as one long row.
+def _decode(
+    packed: Tensor,
+    scales: Tensor,
+    state: bnb.QuantState,
+    values: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """So many values as one long row.
 
     bitsandbytes' AVX-512 kernel takes a wrong absmax where a block crosses rows.
     """
     out = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed, scales, state.blocksize, state.quant_type, (1, values), torch.float32
+        packed, scales, state.blocksize, state.quant_type, (1, values), dtype
     )
     return torch.as_tensor(out)
 

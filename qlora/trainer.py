@@ -122,7 +122,7 @@ def make_trainer(
             processing_class=tokenizer,
             objective=OBJECTIVES[config.task],
             loraplus_lr_ratio=config.loraplus_lr_ratio,
-            loss_without_logits=config.loss_without_logits,
+            fast_path=config.fast_path,
         )
         # Made once to see that they can be, before anything is written, and dropped again: the
         # schedule's length is not known yet.
@@ -161,7 +161,7 @@ class AdapterTrainer(Trainer):
         *,
         objective: Objective | None = None,
         loraplus_lr_ratio: float = 1.0,
-        loss_without_logits: bool = True,
+        fast_path: bool = True,
         **kwargs: Any,
     ) -> None:
         self.objective = objective or OBJECTIVES["causal-lm"]
@@ -175,7 +175,7 @@ class AdapterTrainer(Trainer):
             super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
         finally:
             del model._hf_peft_config_loaded
-        wanted = loss_without_logits and self.objective.without_logits
+        wanted = fast_path and self.objective.without_logits
         self.head = language_head(model) if wanted else None
 
     def compute_loss(

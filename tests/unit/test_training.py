@@ -204,7 +204,7 @@ def test_the_loss_without_logits_is_the_same(family, checkpoints, tmp_path, data
             checkpoints(family),
             data,
             tmp_path / str(on),
-            loss_without_logits=on,
+            fast_path=on,
             optim="adamw_torch",
             gradient_accumulation_steps=2,
         )
@@ -221,7 +221,7 @@ def test_the_loss_without_logits_is_the_same(family, checkpoints, tmp_path, data
 @pytest.mark.parametrize("on", [True, False])
 def test_neither_training_nor_evaluation_asks_for_logits(on, checkpoints, tmp_path, data):
     asked: list[torch.Size] = []
-    settings = config(checkpoints("gemma"), data, tmp_path / "run", loss_without_logits=on)
+    settings = config(checkpoints("gemma"), data, tmp_path / "run", fast_path=on)
     model = apply_lora(load_base(settings.model, FP32), LORA)
     rows, _ = prepare_data(str(data), tiny_tokenizer(), max_length=128)
     trainer = make_trainer(settings, model, tiny_tokenizer(), rows, rows)
