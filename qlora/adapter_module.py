@@ -1,4 +1,4 @@
-"""What every adapted module has: a frozen one of the base below it, and adapters by name.
+"""What stands in front of a module of the base: adapters by name, or a faster way to do the same.
 
 The model keeps its class, and its other modules do not notice: a wrapper answers for the module
 that it stands in front of. Wrappers stand on each other where a module is adapted in several ways.
@@ -13,18 +13,38 @@ from torch import Tensor, nn
 from qlora.errors import UserError
 
 
-class AdapterModule(nn.Module):
-    """A frozen module and, beside it, what named adapters change about it.
+class Wrapper(nn.Module):
+    """A module that stands in front of one of the base, or of another wrapper.
 
-    It can stand on another one (`plain` is below them all). What it does not have itself, like
-    `weight` or `embedding_dim`, is the base layer's: some models look.
+    What it does not have itself, like `weight` or `embedding_dim`, is the base layer's: some models
+    look.
     """
-
-    merged_adapters: tuple[str, ...] = ()
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
+
+    @property
+    def plain(self) -> Any:
+        """The base model's own module."""
+        return plain(self.base_layer)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+class AdapterModule(Wrapper):
+    """A frozen module and, beside it, what named adapters change about it."""
+
+    merged_adapters: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
         self.active_adapters: tuple[str, ...] = ()
         self.adapter_of_row: tuple[str, ...] | None = None
 
@@ -57,20 +77,6 @@ class AdapterModule(nn.Module):
             self.unmerge()
         super().train(mode)
         return self
-
-    @property
-    def plain(self) -> Any:
-        """The base model's own module."""
-        below = self.base_layer
-        return below.plain if isinstance(below, AdapterModule) else below
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
 
     def _rows_of(self, x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Which rows of a batch x (rows, ...) go through which of its adapters."""
@@ -105,20 +111,27 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def plain(module: nn.Module) -> Any:
     """The base's own module behind any wrappers."""
-    return module.plain if isinstance(module, AdapterModule) else module
+    while isinstance(module, Wrapper):
+        module = module.base_layer
+    return module
 
 
-def wrappers(module: nn.Module) -> Iterator[AdapterModule]:
+def wrappers(module: nn.Module) -> Iterator[Wrapper]:
     """Those that stand in front of a module of the base, the outermost first."""
-    while isinstance(module, AdapterModule):
+    while isinstance(module, Wrapper):
         yield module
         module = module.base_layer
 
 
+def adapter_modules(module: nn.Module) -> Iterator[AdapterModule]:
+    """Those of `wrappers` that hold adapters."""
+    return (wrapper for wrapper in wrappers(module) if isinstance(wrapper, AdapterModule))
+
+
 def adapted(model: nn.Module) -> list[tuple[str, AdapterModule]]:
-    """Every wrapper on `model`, by the name of the module behind it."""
+    """Every module on `model` that holds adapters, by the name of the one behind it."""
     modules = base_modules(model).items()
-    return [(name, wrapper) for name, module in modules for wrapper in wrappers(module)]
+    return [(name, found) for name, module in modules for found in adapter_modules(module)]
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -128,14 +141,22 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def take_off(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter everywhere, and wrappers that have none left."""
+    """Remove an adapter everywhere, and the modules of adapters that have none left."""
     for _, wrapper in adapted(model):
         wrapper.remove_adapter(adapter_name)
     for name, module in base_modules(model).items():
-        left = [wrapper for wrapper in wrappers(module) if wrapper.adapters]
-        if len(left) < len(list(wrappers(module))):
-            below = plain(module)
-            for wrapper in reversed(left):
-                wrapper.base_layer = below
-                below = wrapper
-            put_module(model, name, below)
+        there = list(wrappers(module))
+        left = [w for w in there if not isinstance(w, AdapterModule) or w.adapters]
+        if len(left) < len(there):
+            outermost = plain(module)
+            for stays in reversed(left):
+                stays.base_layer = outermost
+                outermost = stays
+            put_module(model, name, outermost)
+
+
+def take_all_off(model: nn.Module) -> None:
+    """Leave the base's own modules and nothing in front of them."""
+    for name, module in base_modules(model).items():
+        if isinstance(module, Wrapper):
+            put_module(model, name, plain(module))

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from qlora.adapter_module import (
     AdapterModule,
     adapted,
+    adapter_modules,
     base_modules,
     plain,
     put_module,
@@ -44,7 +45,7 @@ from qlora.tasks import heads, task_of
 from qlora.trained import TokenRows, TrainedModule
 
 Model = TypeVar("Model", bound=nn.Module)
-Wrapper = TypeVar("Wrapper", bound=AdapterModule)
+Kind = TypeVar("Kind", bound=AdapterModule)
 
 
 def apply_lora(
@@ -165,9 +166,9 @@ def wrap_rows(model: nn.Module, name: str) -> TokenRows:
 def wrap(
     model: nn.Module,
     name: str,
-    kind: type[Wrapper],
-    make: Callable[[nn.Module], Wrapper] | None = None,
-) -> Wrapper:
+    kind: type[Kind],
+    make: Callable[[nn.Module], Kind] | None = None,
+) -> Kind:
     """The wrapper of that kind at `name`, put there if there is none: a TrainedModule innermost,
     any other in front of those that stand there."""
     outermost = model.get_submodule(name)
@@ -272,7 +273,7 @@ def require_one_owner(model: nn.Module, names: Sequence[str]) -> None:
     for name, module in base_modules(model).items():
         there = [w for w in wrappers(module) if isinstance(w, TrainedModule | TokenRows)]
         owners = dict.fromkeys(a for wrapper in there for a in names if a in wrapper.adapters)
-        others = [a for a in names if any(a in w.adapters for w in wrappers(module))]
+        others = [a for a in names if any(a in w.adapters for w in adapter_modules(module))]
         is_whole = any(
             isinstance(w, TokenRows) or "weight" in w.parameters_of(a)
             for w in there

@@ -12,7 +12,15 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from qlora.adapter_module import adapted, base_modules, plain, put_module, take_off, wrappers
+from qlora.adapter_module import (
+    adapted,
+    adapter_modules,
+    base_modules,
+    plain,
+    put_module,
+    take_all_off,
+    take_off,
+)
 from qlora.adapters import (
     Model,
     active_adapters,
@@ -90,7 +98,7 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
     _require_biases(model, names)
     for name, module in base_modules(model).items():
         made = plain(module)
-        for wrapper in reversed(list(wrappers(module))):
+        for wrapper in reversed(list(adapter_modules(module))):
             made = wrapper.fold(made, names)
         if isinstance(made, Linear4bit):
             made = as_dense(made, dense_weight(made).to(computes_in(made)))
@@ -117,8 +125,7 @@ def unload(model: Model) -> Model:
             gone.
     """
     restore(model)
-    for name in list(adapter_configs(model)):
-        take_off(model, name)
+    take_all_off(model)
     adapter_configs(model).clear()
     return model
 
