@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from qlora.kernels import usable
+from qlora.kernels import usable, written
 from qlora.nf4 import Quantized, absmax, dequantize_to
 
 # One of WAYS, or "plain", which makes a tensor each time. benchmarks/decode.py says which one is
@@ -68,7 +67,7 @@ def _by_triton(quantized: Quantized, out: Tensor) -> None:
     from qlora.kernels import nf4
 
     nf4.decode(*quantized, out)
-    increment_version(out)  # Triton writes past autograd
+    written(out)
 
 
 def _by_bitsandbytes(quantized: Quantized, out: Tensor) -> None:
@@ -103,11 +102,11 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: i
             return torch.empty(shape, dtype=dtype, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
     key = device, stream, slot
-    buffer = _held.buffers.get(key)
-    if buffer is None or len(buffer) < wanted:
-        _held.buffers.pop(key, None)  # never the old beside the new
-        del buffer
-        with torch.inference_mode(False):  # or only inference could write to it ever after
+    with torch.inference_mode(False):  # made in inference, only inference could write to it
+        buffer = _held.buffers.get(key)
+        if buffer is None or len(buffer) < wanted:
+            _held.buffers.pop(key, None)  # never the old beside the new
+            del buffer
             buffer = torch.empty(wanted, dtype=torch.uint8, device=device)
-        _held.buffers[key] = buffer
-    return buffer[:wanted].view(dtype).view(shape)
+            _held.buffers[key] = buffer
+        return buffer[:wanted].view(dtype).view(shape)

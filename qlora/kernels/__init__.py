@@ -8,6 +8,8 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 
 @cache
@@ -34,3 +36,8 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
         )
         return False
     return True
+
+
+def written(*tensors: Tensor) -> None:
+    """Tell autograd that a kernel wrote to them, which it then reports where they were saved."""
+    increment_version([t for t in tensors if not t.is_inference()])

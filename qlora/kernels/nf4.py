@@ -3,26 +3,26 @@
     value = level[code] * absmax          absmax = map[absmax code] * second absmax + offset
 
 Both levels of the double quantization are undone in the one kernel. Each step is rounded as
-bitsandbytes rounds it (hence no fused multiply-add), and the value once, to the dtype of the output.
+bitsandbytes rounds it (hence no fused multiply-add), and the value once, to the output's dtype.
 
-What decides the design is that a byte of codes becomes four bytes of bf16, and that memory must not
-wait for arithmetic: of an H200's it would from 18 instructions a value on, of an A100's from 26. So
+What decides the design: a byte of codes becomes four bytes of bf16, and memory must not wait for
+arithmetic. From 18 instructions a value on, an H200's would; from 24 on, an A100's. So
 
 - a thread takes groups of 8 values: it loads 4 bytes and stores 16, both side by side with its
   neighbours', and as every block is a multiple of 8, a group has one absmax;
 - it has 4 groups of its own, whose loads are under way together;
-- the 16 levels lie in shared memory, each in a bank of its own, so that a warp looks up 32 values at
-  once whatever they are.
+- the 16 levels lie in shared memory, each in a bank of its own, so that a warp looks up 32 values
+  at once, whatever they are.
 
-Compiled for sm_80 and sm_90 that is 10 instructions a value and 32 registers, so that all threads of
-a multiprocessor can run: it should come near to the card's copy bandwidth, at 2.52 bytes a value in
-bf16. A tree of selections, which needs no table, takes 20 instructions; a table that is read through
-the first-level cache takes 12, for its 64-bit addresses. bitsandbytes has three launches, and writes
-the decoded absmax, 4 bytes a block, in between.
+Compiled for sm_80 and sm_90 that is 10 instructions a value and 32 registers, so that all threads
+of a multiprocessor can run: it should come near to the card's copy bandwidth, at 2.52 bytes a value
+in bf16. A tree of selections, which needs no table, takes 20 instructions; a table that is read
+through the first-level cache takes 12, for its 64-bit addresses. bitsandbytes has three launches,
+and writes the decoded absmax, 4 bytes a block, in between.
 
-`product` multiplies with a weight that is decoded on the way and nowhere stored: 0.52 bytes of memory
-a value, where decoding first and reading again takes 4.52. Then arithmetic is what it waits for, so
-it is meant for few tokens, and has no gradient.
+`product` multiplies with a weight that is decoded on the way and nowhere stored: 0.52 bytes of
+memory a value, where decoding first and reading again takes 4.52. Then arithmetic is what it waits
+for, so it is meant for few tokens. It has no gradient.
 """
 
 from typing import Any
