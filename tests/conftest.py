@@ -9,6 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: it then runs kernels on a CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -102,6 +106,8 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {  # as they are pretrained, 
     ),
     "llama without pad": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"pad_token_id": None})),
 }  # fmt: skip
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
 FAMILIES = [name for name in CONFIGS if name != "mixtral"]
 FP32 = QuantConfig(compute_dtype="fp32")
 
@@ -183,6 +189,15 @@ def pefts_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             name = name.replace(".modules_to_save.default", "").replace(".default", "")
             found[name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = parameter
     return found
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """Where Triton's kernels run: on a GPU, or through its interpreter where there is none."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU of this machine")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

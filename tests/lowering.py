@@ -1,0 +1,78 @@
+"""What Triton's compiler makes of the kernels for GPUs that are not here; run by test_kernels.py.
+
+    python tests/lowering.py
+
+In a process of its own, as the tests' own runs the kernels through Triton's interpreter. Prints
+{kernel: {"ptx": assembly, "registers": a thread's, "spills": bytes}} as JSON.
+"""
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qlora.gated import ACTS
+from qlora.kernels import gated, nf4
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CARDS = {"T4": 75, "A100": 80, "H200": 90, "RTX 5090": 120}
+FLOATS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+WEIGHT = ["*u8", "*u8", "*fp32", "*fp32", "*fp32", "*fp32"]
+BLOCKS = {"BLOCKSIZE": 64, "DOUBLE": True}
+
+
+def lowered(kernel: Any, types: list[str], constants: dict[str, Any], card: str) -> dict[str, Any]:
+    """For arguments that are all multiples of 16, as pointers and the sizes of real weights are."""
+    names = kernel.arg_names
+    signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(types))},
+    )
+    options = {"enable_fp_fusion": kernel is not nf4._decode}
+    made = triton.compile(source, target=GPUTarget("cuda", CARDS[card], 32), options=options)
+    return {"ptx": made.asm["ptx"], **resources(made.asm["cubin"])}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What the machine code of one kernel takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [BIN / "cuobjdump", "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    words = dict(
+        word.split(":") for word in said.split() if word.count(":") == 1 and word[-1] != ":"
+    )
+    return {"registers": int(words["REG"]), "spills": int(words["LOCAL"])}
+
+
+def main() -> None:
+    """All kernels, decode for every card, the others with all dtypes between them."""
+    made = {}
+    decoded = [(card, name) for card in ("A100", "H200") for name in FLOATS]
+    for card, name in [*decoded, ("T4", "fp16"), ("RTX 5090", "bf16")]:
+        types = [*WEIGHT, FLOATS[name], "i32", "i32"]
+        constants = BLOCKS | {"GROUPS": nf4.GROUPS}
+        made[f"decode {name} {card}"] = lowered(nf4._decode, types, constants, card)
+    for name in ("bf16", "fp16"):
+        types = [FLOATS[name], *WEIGHT, FLOATS[name], *["i32"] * 5]
+        for kernel, tokens, rows, groups in ((nf4._few, 1, 4, 128), (nf4._some, 16, 32, 16)):
+            constants = {"TOKENS": tokens, "ROWS": rows, "GROUPS": groups, "STEPS": 4} | BLOCKS
+            made[f"{kernel.__name__} {name}"] = lowered(kernel, types, constants, "H200")
+    for act, name in zip(ACTS, FLOATS, strict=True):
+        constants = {"ACT": act, "BLOCK": gated.BLOCK}
+        types = [FLOATS[name]] * 6 + ["i32"]
+        made[f"gated {act} {name}"] = lowered(gated._backward, types, constants, "H200")
+    print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()
