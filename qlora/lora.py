@@ -24,7 +24,7 @@ function that folds an adapter into a weight call it.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -336,6 +336,13 @@ class LoRALinear(LoRALayer):
         self.whole: Tensor | None
         """the weight as it was, of a layer that is not quantized and of which some is taken"""
         self.register_buffer("whole", None, persistent=False)
+        self.fast: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
+        """a faster way to compute the same where it can (qlora.fast_layers)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype."""
+        y = self.fast(self, x) if self.fast is not None else None
+        return super().forward(x) if y is None else y
 
     @property
     def taken(self) -> Factors | None:

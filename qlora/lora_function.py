@@ -1,0 +1,304 @@
+"""LoRA's forward and backward as autograd functions that keep one tensor: the layer's input.
+
+Of layers i that share their input x (n, in), with frozen W_i (out_i, in), A_i, B_i and scaling s_i:
+
+    y_i  = x W_i' + s_i (x A_i') B_i'
+    dx   = sum_i dy_i W_i + s_i (dy_i B_i) A_i          added up in one buffer, product by product
+    dA_i = s_i (dy_i B_i)' x        dB_i = s_i dy_i' (x A_i')
+
+Every product with A or B is one of rank r: B A is never formed. The A of a group are stacked, so
+that x and dx are read once for all of them. For the backward pass there stay x, which its producer
+holds anyhow, x A' (n, r), and the packed weight by reference; plain autograd keeps the same x, but
+makes a tensor of dx's size for each term, and one of y's for each sum.
+
+A gated MLP, y = down(act(gate(x)) * up(x)), is one function too. It keeps x, gate(x) and up(x) and
+makes the rest again, or with `recompute` x alone. The latter is for models with gradient
+checkpointing, which makes a layer's activations again when its backward pass comes: what the block
+keeps is then kept before it computes, so that this second forward pass ends there, and the down
+projection, a fifth of a layer's products, is not computed twice. Its tokens go in tiles, since
+nothing but their sums leaves them: however long a row is, a few tiles (tokens, intermediate) exist.
+
+Plain twins: LoRALinear's own forward, and the model's own MLP. Left out: dropout, DoRA, a bias of
+B, several adapters at once, which take the plain way.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qlora.decode import decoded
+from qlora.gated import gated_backward, gated_forward
+
+# Of the four tensors (tokens, intermediate) that a tile has in its backward pass, each. 6,000
+# tokens of Llama-2-7B in 16 bits: more than a matrix product needs to be at full speed.
+TILE_BYTES = 128 << 20
+
+
+class Frozen(NamedTuple):
+    """What a layer is made of beside A and B."""
+
+    layer: nn.Module
+    """a Linear4bit or an nn.Linear"""
+    scaling: float
+
+
+def lora_linear(
+    x: Tensor, layers: Sequence[Frozen], factors: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, ...]:
+    """What layers with adapters give for one input.
+
+    Args:
+        x: (..., in), in the dtype that the layers compute in.
+        factors: A (r, in) and B (out, r) of each layer, in any float dtype.
+
+    Returns:
+        (..., out) of each, in x's dtype.
+    """
+    matrices = [matrix for pair in factors for matrix in pair]
+    return _LoRALinear.apply(x, tuple(layers), *matrices)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def lora_mlp(
+    x: Tensor,
+    layers: Sequence[Frozen],
+    factors: Sequence[tuple[Tensor, Tensor]],
+    *,
+    activation: str,
+    recompute: bool = False,
+) -> Tensor:
+    """down(activation(gate(x)) * up(x)) of gate, up and down projections with adapters.
+
+    Args:
+        x: (..., in), in the dtype that the layers compute in.
+        factors: A and B of gate, up and down.
+        activation: one of qlora.gated's.
+        recompute: keep x alone, and make gate(x) and up(x) again for the backward pass.
+    """
+    matrices = [matrix for pair in factors for matrix in pair]
+    keeper = None
+    if recompute and torch.is_grad_enabled() and x.requires_grad:
+        x = _Keep.apply(x, *matrices)  # type: ignore[no-untyped-call]
+        keeper = x.grad_fn
+    return _LoRAMLP.apply(x, tuple(layers), activation, recompute, keeper, *matrices)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# ---- products
+
+
+class _Product(NamedTuple):
+    """A layer's part of the arithmetic, in the dtype of x."""
+
+    frozen: Frozen
+    lora_A: Tensor
+    """(r, in)"""
+    lora_B: Tensor
+    """(out, r)"""
+    dense: Tensor | None = None
+    """its weight (out, in), where it was decoded for more than one product"""
+
+    def weight(self) -> Tensor:
+        """(out, in), to be used at once."""
+        return self.decoded(0) if self.dense is None else self.dense
+
+    def decoded(self, slot: int) -> Tensor:
+        return decoded(self.frozen.layer, self.lora_A.dtype, slot)
+
+    def forward(self, x: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
+        """y (n, out), of x (n, in) and low = x A' (n, r)."""
+        bias: Tensor | None = self.frozen.layer.bias  # type: ignore[assignment]
+        weight = self.weight().T
+        if bias is None:
+            y = torch.mm(x, weight, out=out)
+        else:
+            y = torch.addmm(bias.to(x.dtype), x, weight, out=out)
+        return y.addmm_(low, self.lora_B.T, alpha=self.frozen.scaling)
+
+    def to_low(self, dy: Tensor) -> Tensor:
+        """The gradient of x A', s dy B (n, r)."""
+        return (dy @ self.lora_B).mul_(self.frozen.scaling)
+
+    def backward(self, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x A' (n, r) and of x (n, in)."""
+        dlow = self.to_low(dy)
+        return dlow, (dy @ self.weight()).addmm_(dlow, self.lora_A)
+
+    def dB(self, dy: Tensor, low: Tensor) -> Tensor:
+        """s dy' (x A') (out, r)."""
+        return (dy.T @ low).mul_(self.frozen.scaling)
+
+
+def _products(layers: Sequence[Frozen], matrices: Sequence[Tensor], dtype: Any) -> list[_Product]:
+    pairs = zip(matrices[::2], matrices[1::2], strict=True)
+    return [
+        _Product(layer, lora_A.to(dtype), lora_B.to(dtype))
+        for layer, (lora_A, lora_B) in zip(layers, pairs, strict=True)
+    ]
+
+
+def _stacked(products: Sequence[_Product]) -> Tensor:
+    """Their A, (sum of r, in)."""
+    return torch.cat([p.lora_A for p in products]) if len(products) > 1 else products[0].lora_A
+
+
+def _lows(low: Tensor, products: Sequence[_Product]) -> tuple[Tensor, ...]:
+    """Each one's columns of x A' (n, sum of r)."""
+    return torch.split(low, [len(p.lora_A) for p in products], dim=1)
+
+
+def _gradients(
+    x: Tensor,
+    low: Tensor,
+    products: Sequence[_Product],
+    dys: Sequence[Tensor | None],
+    dx: Tensor | None,
+) -> list[Tensor | None]:
+    """dA and dB of each layer, one after another; fills dx (n, in), if there is one."""
+    found: list[Tensor | None] = []
+    dlow = torch.zeros_like(low)
+    parts = zip(products, dys, _lows(low, products), _lows(dlow, products), strict=True)
+    is_begun = False
+    for product, dy, own_low, own_dlow in parts:
+        if dy is None:  # nobody asked for this layer's output
+            found += [None, None]
+            continue
+        own_dlow.copy_(product.to_low(dy))
+        found += [own_dlow.T @ x, product.dB(dy, own_low)]
+        if dx is not None:
+            torch.addmm(dx, dy, product.weight(), beta=float(is_begun), out=dx)
+            is_begun = True
+    if dx is not None:
+        dx.addmm_(dlow, _stacked(products), beta=float(is_begun))
+    return found
+
+
+def _like(found: Sequence[Tensor | None], matrices: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients in the dtypes of what they are gradients of."""
+    pairs = zip(found, matrices, strict=True)
+    return [None if g is None else g.to(matrix.dtype) for g, matrix in pairs]
+
+
+# ---- layers that share an input
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: Any, *matrices: Tensor) -> tuple[Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1])
+        products = _products(layers, matrices, x.dtype)
+        low = flat @ _stacked(products).T
+        pairs = zip(products, _lows(low, products), strict=True)
+        ys = [product.forward(flat, own) for product, own in pairs]
+        ctx.save_for_backward(x, low, *matrices)
+        ctx.layers = layers
+        ctx.set_materialize_grads(False)
+        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> Any:
+        x, low, *matrices = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1])
+        dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        products = _products(ctx.layers, matrices, x.dtype)
+        rows = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        found = _gradients(flat, low, products, rows, dx)
+        return None if dx is None else dx.view(x.shape), None, *_like(found, matrices)
+
+
+# ---- the gated MLP
+
+
+class _Keep(torch.autograd.Function):
+    """x itself; what this keeps for the backward pass is for the function after it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *matrices: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *matrices)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> Any:
+        return dx, *[None for _ in ctx.needs_input_grad[1:]]
+
+
+class _LoRAMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layers: Any,
+        activation: str,
+        recompute: bool,
+        keeper: Any,
+        *matrices: Tensor,
+    ) -> Tensor:
+        ctx.layers, ctx.activation, ctx.recompute, ctx.keeper = (
+            layers,
+            activation,
+            recompute,
+            keeper,
+        )
+        flat = x.reshape(-1, x.shape[-1])
+        *both, down = _products(layers, matrices, x.dtype)
+        tiles = _tiles(flat, down) if recompute else [slice(None)]
+        if len(tiles) > 1:
+            *both, down = [p._replace(dense=p.decoded(i)) for i, p in enumerate((*both, down))]
+        y = flat.new_empty(len(flat), len(down.lora_B))
+        kept: tuple[Tensor, ...] = ()
+        for tile in tiles:
+            made = _gate_and_up(flat[tile], both)
+            h = gated_forward(*made[1:], activation)
+            down.forward(h, h @ down.lora_A.T, out=y[tile])
+            kept = () if recompute else made
+        if keeper is None:
+            ctx.save_for_backward(x, *matrices, *kept)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        # before all else: under checkpointing, this is what makes the layer's activations again
+        x, *held = (ctx.keeper or ctx).saved_tensors
+        matrices, kept = held[:6], held[6:]
+        flat, rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        *both, down = _products(ctx.layers, matrices, x.dtype)
+        tiles = _tiles(flat, down) if ctx.recompute else [slice(None)]
+        if len(tiles) > 1:
+            down = down._replace(dense=down.decoded(2))
+        found: list[Any] = []
+        for tile in tiles:
+            ddown, dh = down.backward(rows[tile])
+            if ctx.recompute and both[0].dense is None:  # for what is made again and for dx
+                both = [p._replace(dense=p.decoded(slot)) for slot, p in enumerate(both)]
+            low, gate, up = kept or _gate_and_up(flat[tile], both)
+            h, dgate, dup = gated_backward(gate, up, dh, ctx.activation, in_place=ctx.recompute)
+            own_dx = None if dx is None else dx[tile]
+            own: list[Any] = _gradients(flat[tile], low, both, [dgate, dup], own_dx)
+            own += [ddown.T @ h, down.dB(rows[tile], h @ down.lora_A.T)]
+            # sums of tiles in fp32, and rounded once
+            own = [g.float() for g in own] if len(tiles) > 1 else own
+            found = [f.add_(g) for f, g in zip(found, own, strict=True)] if found else own
+        no = None, None, None, None
+        return None if dx is None else dx.view(x.shape), *no, *_like(found, matrices)
+
+
+def _gate_and_up(x: Tensor, both: Sequence[_Product]) -> tuple[Tensor, Tensor, Tensor]:
+    """x A' (n, 2 r) of gate and up, gate(x) and up(x) (n, intermediate)."""
+    low = x @ _stacked(both).T
+    gate, up = (p.forward(x, own) for p, own in zip(both, _lows(low, both), strict=True))
+    return low, gate, up
+
+
+def _tiles(x: Tensor, down: _Product) -> list[slice]:
+    """Slices of the tokens of x (n, in), as even as can be."""
+    intermediate = down.lora_A.shape[1]
+    count = max(1, math.ceil(len(x) * intermediate * x.element_size() / TILE_BYTES))
+    bounds = [len(x) * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
