@@ -5,7 +5,8 @@
 Weights have the shapes of a block's linear layers, and double quantization. Ways are timed by turns
 in one run, by the card's own clock, with the caches overwritten before each, as a training step
 leaves them; seconds are medians of the rounds. A decode is also given as a share of the bandwidth
-that the card copies a large tensor with. A way that differs from qlora.nf4.dequantize_to is an error.
+that the card copies a large tensor with. A way that gives another weight than
+qlora.nf4.dequantize_to is an error.
 
 Products are of 1 to 256 tokens: with a weight decoded before, decoded on the way by our kernel, and
 by bitsandbytes' own layer, which decides between the two by itself.

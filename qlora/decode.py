@@ -102,7 +102,7 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: i
             return torch.empty(shape, dtype=dtype, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
     key = device, stream, slot
-    with torch.inference_mode(False):  # made in inference, only inference could write to it
+    with torch.inference_mode(False):  # where memory has no version, and writing is not noticed
         buffer = _held.buffers.get(key)
         if buffer is None or len(buffer) < wanted:
             _held.buffers.pop(key, None)  # never the old beside the new

@@ -129,12 +129,17 @@ def test_threads_have_memory_of_their_own():
     assert others[0].data_ptr() != mine.data_ptr()
 
 
-def test_memory_of_an_inference_is_used_in_training():
+def test_memory_that_inference_made_is_watched_in_training():
     shape = torch.Size((4, 4))
     with torch.inference_mode():
-        first = scratch(shape, torch.float32, CPU, 0).fill_(1)
-    second = scratch(shape, torch.float32, CPU, 0).fill_(2)
-    assert first.data_ptr() == second.data_ptr()
+        made = scratch(shape, torch.float32, CPU, 0)
+    x = torch.ones(1, 4, requires_grad=True)
+    y = F.linear(x, scratch(shape, torch.float32, CPU, 0).fill_(2))
+    y.sum().backward(retain_graph=True)
+    assert x.grad.tolist() == [[8.0] * 4]
+    assert scratch(shape, torch.float32, CPU, 0).fill_(3).data_ptr() == made.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("inference", [False, True])
