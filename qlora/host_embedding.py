@@ -48,7 +48,8 @@ def _why_not(model: nn.Module) -> str | None:
     if weight.requires_grad:
         return f"{name} is trained, and then needed on the GPU"
     named = model.named_parameters(remove_duplicate=False)
-    others = [other for other, p in named if p is weight and other != f"{name}.weight"]
+    users = [own.rpartition(".")[0] for own, p in named if p is weight]
+    others = [user for user in users if not isinstance(model.get_submodule(user), nn.Embedding)]
     if others:
         return f"{name} is tied to {', '.join(others)}, and then needed on the GPU"
     return None

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import CONFIGS, tiny_model, token_ids
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from qlora.errors import UserError
-from qlora.offload import Buffers, offload_activations
+from qlora.offload import Buffers, Saved, offload_activations
 from qlora.training import prepare_for_training
 
 LAYERS = 6
@@ -249,6 +250,19 @@ def test_what_many_layers_read_is_copied_once_at_most(copies, keep, times):
     loss.backward()
 
 
+def test_another_tensor_at_the_same_address_is_another(copies):
+    """So is the same one once it was changed."""
+    memory = numpy.zeros((TOKENS, DIM), dtype=numpy.float32)
+    first, second = torch.from_numpy(memory), torch.from_numpy(memory)
+    offload = offloading(copies)
+    saved = Saved(first, copies, offload.buffers, lambda: None)
+    assert first.data_ptr() == second.data_ptr()
+    assert saved.is_of(first.view(TOKENS, DIM)) and not saved.is_of(second)
+    assert not saved.is_of(first[1:]) and not saved.is_of(first.T)
+    first.add_(1)
+    assert not saved.is_of(first)
+
+
 # ---- what is left where it is ----
 
 
@@ -289,6 +303,15 @@ def test_what_stays(copies, stays):
         return checkpoint(lambda x, other: x * other.sum(), x, stays(x), use_reentrant=False)
 
     assert packed(copies, compute) == [(TOKENS, DIM)]  # x itself
+
+
+def test_what_stays_does_not_hold_itself(copies):
+    """A result that its own function saves, as relu's."""
+    with offloading(copies, min_bytes=1 << 20):
+        result = (batch().requires_grad_() * 1).relu()
+    alive = weakref.ref(result.untyped_storage())
+    del result
+    assert alive() is None
 
 
 # ---- ways to use it ----
