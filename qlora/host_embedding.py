@@ -6,7 +6,8 @@ the weight becomes a CUDA tensor whose bytes lie there, made through __cuda_arra
 lookup's kernel then fetches its rows over PCIe: 64 MiB for 8,192 tokens, 3 ms at 25 GB/s, with no
 copy of ids to the CPU, which would wait for the GPU. Nobody else notices: the module, its name, its
 device and dtype, state dict and generate() are as before; resize_token_embeddings makes a weight on
-the GPU again. torch rounds pinned memory up to a power of two.
+the GPU again. It is loaded onto the GPU first, when activations do not need the room yet. torch
+rounds pinned memory up to a power of two.
 
 Left out: the output head, of which every chunk of tokens needs all rows, 1 GB over PCIe; and an
 embedding that is trained, adapted or tied to the head, for the same reason.

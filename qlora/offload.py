@@ -102,8 +102,9 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
                 loss = model(**batch).loss
             loss.backward()
 
-    Values and gradients are the same to the bit. The model wants gradient checkpointing, else all
-    that layers save is moved.
+    Values and gradients are the same to the bit. Without gradients it does nothing, and it can be
+    entered again inside of itself. The model wants gradient checkpointing, else all that its layers
+    save is moved.
 
     Args:
         min_bytes: smaller tensors stay.
@@ -234,7 +235,8 @@ class Saved:
         """Start the copy back, if it is not there."""
         if self.tensor is None:
             assert self.host is not None
-            self.tensor = torch.empty_like(self.host, device=self.copies.device)
+            shape, dtype = self.host.shape, self.host.dtype
+            self.tensor = torch.empty(shape, dtype=dtype, device=self.copies.device)
             self.started = self.copies.start(self.tensor, self.host)
             self._version = self.tensor._version
 

@@ -472,7 +472,8 @@ def test_memory_and_gradients_on_a_gpu():
     x = torch.randn(tokens, dim, device="cuda", dtype=torch.bfloat16)
     offload = offload_activations()
     peaks, found = [], []
-    for context in (torch.enable_grad(), offload, offload):
+    # the first of each allocates workspaces and pins
+    for context in (torch.enable_grad(), torch.enable_grad(), offload, offload):
         model.zero_grad()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -482,10 +483,10 @@ def test_memory_and_gradients_on_a_gpu():
         loss.backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
         found.append(gradients(model))
-    assert same(found[1], found[0]) and same(found[2], found[0])
+    assert all(same(one, found[0]) for one in found)
     # two stay, one is on its way, and in the backward pass one is ahead
-    assert peaks[0] - peaks[1] >= (layers - 4) * size
-    assert peaks[2] <= peaks[1]
+    assert peaks[1] - peaks[2] >= (layers - 4) * size
+    assert peaks[3] <= peaks[2]
     assert len(offload.buffers.free) <= layers
     assert all(buffer.is_pinned() for buffer in offload.buffers.free)
 
