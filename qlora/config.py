@@ -115,6 +115,10 @@ class TrainConfig:
     """any of transformers': paged_adamw_32bit, adamw_torch, …"""
     gradient_checkpointing: bool = True
     """recompute activations: slower, far less memory"""
+    offload_activations: bool = field(default=False, metadata=RARE)
+    """what gradient checkpointing keeps waits in host memory: longer rows on a GPU"""
+    offload_embedding: bool = field(default=False, metadata=RARE)
+    """the embedding is read from host memory, if the output head is not tied to it"""
     fast_path: bool = field(default=True, metadata=RARE)
     """compute layers and loss by functions that keep less for the backward pass: the same numbers,
     faster and in less memory"""
@@ -172,6 +176,11 @@ class TrainConfig:
             require(
                 getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}"
             )
+        require(
+            self.gradient_checkpointing or not self.offload_activations,
+            "offload_activations moves what gradient_checkpointing keeps, and that is off: turn it "
+            "on, or leave offload_activations out",
+        )
         require(
             self.eval_steps is None or self.data.eval_data is not None,
             "eval_steps is given but eval_data is not: give both",

@@ -3,12 +3,12 @@
 It is told, truthfully, that adapters are attached; checkpoints hold the adapter alone; the loss is
 summed over supervised tokens, or labels, and divided once per optimizer step, in training and in
 evaluation (what it is, qlora.objectives says), and a language model's is computed without its
-logits where that gives the same (qlora.language_head); and a paged optimizer runs unpaged where
-there is no GPU to page from.
+logits where that gives the same (qlora.language_head); layer inputs wait in host memory if asked
+(qlora.offload); and a paged optimizer runs unpaged where there is no GPU to page from.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from qlora.errors import UserError, did_you_mean, first_line
 from qlora.language_head import language_head
 from qlora.lora import lora_layers
 from qlora.objectives import OBJECTIVES, Objective
+from qlora.offload import offload_activations
 from qlora.progress import MetricsWriter, PlainProgress
 
 # Arguments of Trainer that follow from ours, so `--trainer.NAME` may not contradict them.
@@ -123,6 +124,7 @@ def make_trainer(
             objective=OBJECTIVES[config.task],
             loraplus_lr_ratio=config.loraplus_lr_ratio,
             fast_path=config.fast_path,
+            offload=offload_activations() if config.offload_activations else None,
         )
         # Made once to see that they can be, before anything is written, and dropped again: the
         # schedule's length is not known yet.
@@ -162,10 +164,12 @@ class AdapterTrainer(Trainer):
         objective: Objective | None = None,
         loraplus_lr_ratio: float = 1.0,
         fast_path: bool = True,
+        offload: offload_activations | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective = objective or OBJECTIVES["causal-lm"]
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.offload = offload
         if not lora_layers(model):
             raise UserError("the model has no adapter to train: call apply_lora first")
         # Trainer refuses a quantized model unless it hears that adapters are attached. They are;
@@ -177,6 +181,13 @@ class AdapterTrainer(Trainer):
             del model._hf_peft_config_loaded
         wanted = fast_path and self.objective.without_logits
         self.head = language_head(model) if wanted else None
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Trainer's, around every forward pass."""
+        stack: ExitStack = super().compute_loss_context_manager()
+        if self.offload is not None:
+            stack.enter_context(self.offload)
+        return stack
 
     def compute_loss(
         self,

@@ -31,8 +31,10 @@ from qlora.config import LoraConfig, TrainConfig, flat
 from qlora.data import describe, length_batches, prepare_data, show_example
 from qlora.errors import UserError, first_line
 from qlora.fast_path import use_fast_path
+from qlora.host_embedding import offload_embedding
 from qlora.memory import peak_bytes, show_bytes
 from qlora.objectives import OBJECTIVES
+from qlora.offload import require_gpu
 from qlora.progress import EVALUATED, METRICS
 from qlora.report import plot_loss, read_metrics, write_adapter_card
 from qlora.shards import require_new
@@ -64,6 +66,7 @@ def _train(config: TrainConfig) -> Path:
     config = replace(config, output_dir=str(output))
     checkpoint = _starting_point(output, resume=config.resume)
     check_trainer_arguments(config.trainer)
+    _require_gpu_for_offloading(config)
     tokenizer, max_length = _load_tokenizer(config)
     rows, eval_rows, labels = _load_rows(config, tokenizer, max_length)
     # what is trained in full starts from the original weights
@@ -78,6 +81,8 @@ def _train(config: TrainConfig) -> Path:
         trust_remote_code=config.trust_remote_code,
     )
     _add_adapter(model, config, tokenizer, rows, checkpoint)
+    if config.offload_embedding:
+        offload_embedding(model)
     print_trainable_parameters(model)
     config = with_learning_rate(config, model)
     prepare_for_training(
@@ -98,6 +103,12 @@ def _train(config: TrainConfig) -> Path:
         trainer.train(resume_from_checkpoint=checkpoint)
     _finish(trainer, config, len(rows))
     return output
+
+
+def _require_gpu_for_offloading(config: TrainConfig) -> None:
+    for name in ("offload_activations", "offload_embedding"):
+        if getattr(config, name):
+            require_gpu(f"--{name.replace('_', '-')}")
 
 
 def _load_tokenizer(config: TrainConfig) -> tuple[Any, int]:

@@ -156,6 +156,11 @@ def test_a_config_cannot_be_changed():
             "blocksize must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096, got 100",
         ),
         (
+            lambda: train_config(offload_activations=True, gradient_checkpointing=False),
+            "offload_activations moves what gradient_checkpointing keeps, and that is off: turn it "
+            "on, or leave offload_activations out",
+        ),
+        (
             lambda: MergeConfig("adapter", "out", min_kept=0.9),
             "min_kept is measured on the data of verify: give both",
         ),

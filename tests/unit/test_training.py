@@ -14,6 +14,7 @@ import yaml
 from conftest import FAMILIES, FP32, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
+from test_offload import LateCopies
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
+from qlora import trainer, training
 from qlora.adapter_files import load_adapter, save_adapter
 from qlora.adapter_reader import read_adapter
 from qlora.adapters import apply_lora
@@ -32,6 +34,7 @@ from qlora.data import collator, prepare_data
 from qlora.errors import UserError
 from qlora.lora import lora_layers
 from qlora.merge import merge
+from qlora.offload import offload_activations
 from qlora.trainer import AdapterTrainer, make_trainer
 from qlora.training import default_learning_rate, prepare_for_training, train
 
@@ -588,6 +591,44 @@ def test_an_output_folder_that_holds_a_run(checkpoints, tmp_path, data):
     with pytest.raises(UserError, match=r"already holds a run.*--resume"):
         train(config(checkpoints("llama"), data, output))
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["offload_activations", "offload_embedding"])
+def test_offloading_wants_a_gpu(name, checkpoints, tmp_path, data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(UserError, match=f"{flag} wants a CUDA GPU, and torch finds none here"):
+        train(config(checkpoints("llama"), data, tmp_path / "run", **{name: True}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_offloaded_layer_inputs_train_the_same_adapter(checkpoints, tmp_path, data, monkeypatch):
+    monkeypatch.setattr(training, "require_gpu", lambda what: None)
+    copies = LateCopies()
+    offload = offload_activations(copies=copies, min_bytes=1, keep=1)
+    monkeypatch.setattr(trainer, "offload_activations", lambda: offload)
+    settings: dict[str, Any] = {
+        "gradient_accumulation_steps": 2,
+        "data": DataConfig(str(data), str(data), max_length=128),
+        "eval_steps": 2,
+    }
+    found = []
+    for name in ("plain", "offloaded"):
+        settings["offload_activations"] = name == "offloaded"
+        train(config(checkpoints("llama"), data, tmp_path / name, **settings))
+        found.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert copies.log and not copies.waiting
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_offloaded_run_on_a_gpu(base_of, tmp_path, data):
+    base = base_of("llama", False)
+    settings: dict[str, Any] = {"offload_activations": True, "offload_embedding": True}
+    output = train(config(base, data, tmp_path / "run", quant=QuantConfig(), **settings))
+    assert losses(output)[-1] < losses(output)[0]
 
 
 @pytest.mark.gpu
