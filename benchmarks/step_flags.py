@@ -12,6 +12,7 @@ from step_sides import PARTS, SIDES, missing, without
 from demo.__main__ import small_model
 from qlora.checkpoint import Checkpoint, resolve
 from qlora.errors import UserError, did_you_mean
+from qlora.memory import show_bytes
 from qlora.nf4 import DTYPES
 from qlora.shards import parse_size
 
@@ -59,19 +60,29 @@ def checked(given: argparse.Namespace) -> list[str]:
     for name in ("seq", "batch", "r", "rounds", "unit"):
         if getattr(given, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(given, name)}")
-    if given.gpu_memory and parse_size(given.gpu_memory) <= CONTEXT_BYTES:
-        raise UserError(
-            f"--gpu-memory {given.gpu_memory} is what the CUDA context takes: give more"
-        )
-    if given.longest and not given.gpu_memory and not torch.cuda.is_available():
+    if given.gpu_memory:
+        check_cap(given.gpu_memory)
+    if given.longest and not torch.cuda.is_available():
         raise UserError("--longest searches a GPU's memory, and there is none here")
-    if given.gpu_memory and not torch.cuda.is_available():
-        raise UserError("--gpu-memory caps a GPU, and there is none here: leave it out")
     if given.seq > (positions := max_positions(given)) and not given.longest:
         raise UserError(f"--seq {given.seq} is more than the {positions} positions of the model")
     if given.count and given.checkpointing:
         raise UserError("--count sees nothing inside of checkpoints: add --no-checkpointing")
     return side_names(given)
+
+
+def check_cap(asked: str) -> None:
+    """Refuse a card that this one cannot stand in for."""
+    size = parse_size(asked)
+    if size <= CONTEXT_BYTES:
+        raise UserError(f"--gpu-memory {asked} is what the CUDA context takes: give more")
+    if not torch.cuda.is_available():
+        raise UserError("--gpu-memory caps a GPU, and there is none here: leave it out")
+    there = torch.cuda.get_device_properties(0).total_memory
+    if size - CONTEXT_BYTES > there:
+        raise UserError(
+            f"--gpu-memory {asked} is more than the {show_bytes(there)} of this GPU: leave it out"
+        )
 
 
 def side_names(given: argparse.Namespace) -> list[str]:

@@ -1,9 +1,12 @@
 """benchmarks/step.py: sides that train alike, figures that follow from what was measured."""
 
+import argparse
 import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -168,6 +171,40 @@ def test_rates_follow_from_seconds(step):
     step.with_rates(found, tokens=1000, flops_a_token=6 * 500)
     assert row["tokens_per_second"] == {"median": 500, "min": 250, "max": 1000}
     assert row["share_of_ceiling"] == 0.25  # 500 tokens x 3,000 FLOP of 6 MFLOP
+
+
+def test_a_side_that_runs_out_of_memory_does_not_stop_the_others(step, monkeypatch, capsys):
+    from turns import ApartError
+
+    order = []
+
+    def side(name: str) -> Callable[[str], object]:
+        def call(method: str) -> object:
+            order.append(name)
+            return {"above_loaded_bytes": 8} if method == "warm_up" else (0.5, 2.0)
+
+        return call
+
+    def too_large(method: str) -> object:
+        raise ApartError("OutOfMemoryError", "a traceback")
+
+    sides = {"ours": side("ours"), "peft": too_large, "dense": side("dense")}
+    monkeypatch.setattr(step, "runners", lambda *_, **__: nullcontext(sides))
+    monkeypatch.setattr(step, "product", lambda *_, **__: nullcontext(lambda method: 100.0))
+    given = argparse.Namespace(rounds=3, alone=False, one_process=False)
+    found = step.by_turns(list(sides), None, given)
+    assert found["sides"]["peft"] == {"out_of_memory": True}
+    assert found["sides"]["dense"]["seconds"] == [0.5] * 3
+    assert order[2:] == ["ours", "dense", "dense", "ours", "ours", "dense"]  # by turns
+    assert found["ceiling_flops"] == 100.0
+    assert "peft: out of memory" in capsys.readouterr().out
+
+    def broken(method: str) -> object:
+        raise ApartError("KeyError", "a traceback")
+
+    sides["peft"] = broken
+    with pytest.raises(ApartError, match="a traceback"):
+        step.by_turns(list(sides), None, given)
 
 
 class Block(nn.Module):
