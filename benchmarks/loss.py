@@ -55,10 +55,10 @@ def peak(run: Way, device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
-    return max(accumulate(_changes(seen.profiler)), default=0)
+    return max(accumulate(changes(seen.profiler)), default=0)
 
 
-def _changes(profiler: Any) -> Iterable[int]:
+def changes(profiler: Any) -> Iterable[int]:
     """Bytes allocated, or freed below zero, in order of time."""
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     return [e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())]
