@@ -30,6 +30,7 @@ from qlora.checkpoint import Checkpoint, resolve
 from qlora.config import LoraConfig, TrainConfig, flat
 from qlora.data import describe, length_batches, prepare_data, show_example
 from qlora.errors import UserError, first_line
+from qlora.language_head import put_language_head
 from qlora.memory import peak_bytes, show_bytes
 from qlora.objectives import OBJECTIVES
 from qlora.progress import EVALUATED, METRICS
@@ -79,7 +80,11 @@ def _train(config: TrainConfig) -> Path:
     _add_adapter(model, config, tokenizer, rows, checkpoint)
     print_trainable_parameters(model)
     config = with_learning_rate(config, model)
-    prepare_for_training(model, gradient_checkpointing=config.gradient_checkpointing)
+    prepare_for_training(
+        model,
+        gradient_checkpointing=config.gradient_checkpointing,
+        fast_path=config.fast_path,
+    )
 
     trainer = make_trainer(config, model, tokenizer, rows, eval_rows)
     _share_pad(model, tokenizer)
@@ -249,10 +254,17 @@ def _is_complete(trainer: AdapterTrainer, checkpoint: str) -> bool:
 
 
 def prepare_for_training(
-    model: PreTrainedModel, gradient_checkpointing: bool = True
+    model: PreTrainedModel, gradient_checkpointing: bool = True, fast_path: bool = True
 ) -> PreTrainedModel:
-    """Training mode, no key-value cache, and non-re-entrant checkpointing if asked; in place."""
+    """Make `model`, with its adapters on, ready for a training loop, in place.
+
+    Training mode, no key-value cache, non-re-entrant checkpointing if asked; and a loss without
+    logits (qlora.language_head), unless `fast_path` is off. Generation and everything else go on
+    as before.
+    """
     model.config.use_cache = False
+    if fast_path:
+        put_language_head(model)
     if gradient_checkpointing:
         settings = {"use_reentrant": False}
         if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
