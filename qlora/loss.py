@@ -12,9 +12,12 @@ of them exists at a time, and the gradient of x is computed while it does:
 
 so that the backward pass has nothing left to do but to multiply dx with a number, and no chunk is
 computed twice. It costs the plain path's two products, only over tokens with a label, and a chunk's
-logits, in fp32 and once more in the dtype of x. dx waits in fp32 and is rounded once, after that
-number (one over the tokens of a step, say): in 16 bits it is nearer to the exact one than the plain
-path's, which rounds dz with the number in it.
+logits, in fp32 and once more in the dtype of x.
+
+In 16 bits, that number (one over the tokens of a step, say) must not cost a second rounding. On a
+GPU dx is a product in fp32, waits so, and is rounded once: it is nearer to the exact one than the
+plain path's. A CPU has no such product. There the mantissa of the number of tokens is in dz, which
+leaves a power of two to multiply with, unless a step has other tokens too.
 
 The idea is that of Liger's fused linear cross-entropy (arXiv:2410.10989). Left out: the gradient of
 W, as the head of a 4-bit base is frozen (who trains it takes the plain path), and skipping small
@@ -22,6 +25,7 @@ probabilities (cut cross-entropy, arXiv:2411.09009), which changes the result. t
 (torch.nn.functional.linear_cross_entropy, since 2.13) has no softcap.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -39,11 +43,9 @@ NO_LABEL = -100
 CHUNK_BYTES = {"cpu": 64 << 20}
 GPU_CHUNK_BYTES = 256 << 20
 
-# Probabilities of one token in 100,000 are near the end of what fp16 can hold: dz, at most 1, is
-# moved to the other end. A power of two changes nothing else, and is taken back at the end.
-GRADIENT_SCALE = 2.0**15
-
-BLOCK = 4096  # words of a 16-bit W that are made fp32 at a time, where no product does it itself
+# Probabilities of one token in 100,000 are near the end of what fp16 can hold. A power of two
+# changes nothing else, and is taken back at the end.
+GRADIENT_SCALE = 256.0
 
 
 class _Head(NamedTuple):
@@ -115,17 +117,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype, rows = _computed_in(head.weight), chunk_rows(head.weight)
         losses = hidden.new_empty(len(hidden), dtype=dtype)
         gradient = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
+        factor = GRADIENT_SCALE / math.frexp(max(1, len(labels)))[0]
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             losses[chunk], logits_gradient = _of_chunk(
-                hidden[chunk], labels[chunk], head, gradient is not None
+                hidden[chunk], labels[chunk], head, factor if gradient is not None else None
             )
             if gradient is not None:
-                gradient[chunk] = _exact_product(logits_gradient.to(hidden.dtype), head.weight)
+                gradient[chunk] = _product(logits_gradient.to(hidden.dtype), head.weight)
             del logits_gradient  # else the next chunk's would stand beside it
         if gradient is not None:
             ctx.save_for_backward(gradient)
-            ctx.factor, ctx.dtype = head.scale / GRADIENT_SCALE, hidden.dtype
+            ctx.factor, ctx.dtype = head.scale / factor, hidden.dtype
         return losses.sum()
 
     @staticmethod
@@ -135,32 +138,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (gradient * (loss_gradient * ctx.factor)).to(ctx.dtype), None, None
 
 
-def _exact_product(p: Tensor, weight: Tensor) -> Tensor:
-    """p (rows, vocab) times weight (vocab, dim), sums of 16-bit numbers not rounded to 16 bits."""
-    dtype = _computed_in(weight)
-    if weight.dtype == dtype:
-        return p @ weight
-    if weight.is_cuda:
-        return torch.mm(p, weight, out_dtype=dtype)
-    total = p.new_zeros(len(p), weight.shape[1], dtype=dtype)
-    for start in range(0, len(weight), BLOCK):
-        block = slice(start, start + BLOCK)
-        total.addmm_(p[:, block].to(dtype), weight[block].to(dtype))
-    return total
+def _product(p: Tensor, weight: Tensor) -> Tensor:
+    """p (rows, vocab) times weight (vocab, dim), in fp32 where a product of 16 bits can be."""
+    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(p, weight, out_dtype=torch.float32)
+    return p @ weight
 
 
 def _of_chunk(
-    hidden: Tensor, labels: Tensor, head: _Head, wants_gradient: bool
+    hidden: Tensor, labels: Tensor, head: _Head, factor: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses (rows,), and their gradients in scale * (W x + b), times GRADIENT_SCALE (rows, vocab),
-    both in the dtype of losses."""
+    """Losses (rows,), and `factor` times the gradients of them in scale * (W x + b), (rows, vocab),
+    which are not computed for None."""
     z = F.linear(hidden, head.weight, head.bias).to(_computed_in(head.weight))
     slope = None
     if head.scale != 1:
         z *= head.scale
     if head.softcap is not None:
         z.div_(head.softcap).tanh_()
-        slope = 1 - z * z if wants_gradient else None
+        slope = None if factor is None else 1 - z * z
         z *= head.softcap
     picked, mean = z.gather(1, labels[:, None]), z.mean(1, keepdim=True)
     top = z.amax(1, keepdim=True)
@@ -168,12 +164,12 @@ def _of_chunk(
     total = p.sum(1, keepdim=True)
     smoothing = head.label_smoothing
     losses = total.log() + (1 - smoothing) * (top - picked) + smoothing * (top - mean)
-    if wants_gradient:
-        p *= GRADIENT_SCALE / total
+    if factor is not None:
+        p *= factor / total
         if smoothing:
-            p -= GRADIENT_SCALE * smoothing / p.shape[1]
-        ones = torch.full_like(picked, GRADIENT_SCALE)
-        p.scatter_add_(1, labels[:, None], (smoothing - 1) * ones)
+            p -= factor * smoothing / p.shape[1]
+        labelled = torch.full_like(picked, (smoothing - 1) * factor)
+        p.scatter_add_(1, labels[:, None], labelled)
         if slope is not None:
             p *= slope
     return losses[:, 0], p
