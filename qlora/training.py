@@ -32,6 +32,7 @@ from qlora.data import describe, length_batches, prepare_data, show_example
 from qlora.errors import UserError, first_line
 from qlora.language_head import put_language_head
 from qlora.memory import peak_bytes, show_bytes
+from qlora.norms import put_norms
 from qlora.objectives import OBJECTIVES
 from qlora.progress import EVALUATED, METRICS
 from qlora.report import plot_loss, read_metrics, write_adapter_card
@@ -258,13 +259,14 @@ def prepare_for_training(
 ) -> PreTrainedModel:
     """Make `model`, with its adapters on, ready for a training loop, in place.
 
-    Training mode, no key-value cache, non-re-entrant checkpointing if asked; and a loss without
-    logits (qlora.language_head), unless `fast_path` is off. Generation and everything else go on
-    as before.
+    Training mode, no key-value cache, non-re-entrant checkpointing if asked; and, unless
+    `fast_path` is off, a loss without logits (qlora.language_head) and torch's own norms
+    (qlora.norms). Generation and everything else go on as before.
     """
     model.config.use_cache = False
     if fast_path:
         put_language_head(model)
+        put_norms(model)
     if gradient_checkpointing:
         settings = {"use_reentrant": False}
         if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
