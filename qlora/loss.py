@@ -1,24 +1,31 @@
 """Linear + cross-entropy in chunks of tokens: the loss of a language model without its logits.
 
     z_i  = softcap * tanh(scale * (W x_i + b) / softcap)           without a softcap, scale * (…)
-    loss = sum_i [logsumexp(z_i) - (1 - e) z_i[y_i] - e mean(z_i)] / divisor     e: label_smoothing
+    loss = sum_i [logsumexp(z_i) - (1 - e) z_i[y_i] - e mean(z_i)]           e: label_smoothing
 
 of all tokens i with a label. Logits (tokens, vocab) are the largest tensor of a training step: 4096
 tokens over 128k take 2.1 GB in fp32, and the plain path holds them several times over. Here a chunk
 of them exists at a time, and the gradient of x is computed while it does:
 
     dz_i = softmax(z_i) - (1 - e) onehot(y_i) - e / vocab          times the slope of the softcap
-    dx_i = scale * W' dz_i / divisor
+    dx_i = scale * W' dz_i
 
 so that the backward pass has nothing left to do but to multiply dx with a number, and no chunk is
 computed twice. It costs the plain path's two products, only over tokens with a label, and a chunk's
 logits, in fp32 and once more in the dtype of x.
 
+In 16 bits, that number (one over the tokens of a step, say) must not cost a second rounding. On a
+GPU dx is a product in fp32, waits so, and is rounded once: it is nearer to the exact one than the
+plain path's. A CPU has no such product. There the mantissa of the number of tokens is in dz, which
+leaves a power of two to multiply with, unless a step has other tokens too.
+
 The idea is that of Liger's fused linear cross-entropy (arXiv:2410.10989). Left out: the gradient of
 W, as the head of a 4-bit base is frozen (who trains it takes the plain path), and skipping small
-probabilities (cut cross-entropy, arXiv:2411.09009), which changes the result.
+probabilities (cut cross-entropy, arXiv:2411.09009), which changes the result. torch's own
+(torch.nn.functional.linear_cross_entropy, since 2.13) has no softcap.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +58,12 @@ class _Head(NamedTuple):
     label_smoothing: float
 
 
+def chunk_rows(weight: Tensor) -> int:
+    """How many tokens' logits over this head (vocab, dim) are a chunk."""
+    chunk_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
+    return max(1, chunk_bytes // (len(weight) * _computed_in(weight).itemsize))
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -60,23 +73,19 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
-    divisor: Tensor | int | None = None,
-    chunk_bytes: int | None = None,
+    ignore_index: int = NO_LABEL,
 ) -> Tensor:
-    """Cross-entropy of the logits that `weight` makes of `hidden`, in fp32; fp64 of fp64.
+    """The sum over tokens of the cross-entropy of the logits that `weight` makes of `hidden`.
 
-    Differentiable in `hidden` alone. Where no token has a label, it and its gradient are 0.
+    In fp32, of fp64 in fp64. Differentiable in `hidden` alone.
 
     Args:
         hidden: (tokens, dim).
         weight: (vocab, dim), frozen; its dtype is the one that products are computed in.
-        labels: (tokens,), -100 where there is none.
+        labels: (tokens,), `ignore_index` where there is none.
         bias: (vocab,), frozen.
         scale: what logits are multiplied with.
         softcap: what they are then bounded by.
-        divisor: what the sum over tokens is divided by, a count or a tensor (), of which 0 is
-            taken as 1; by default how many have a label.
-        chunk_bytes: fp32 logits that may exist at a time.
 
     Raises:
         UserError: `weight` or `bias` is to get a gradient.
@@ -86,67 +95,68 @@ def linear_cross_entropy(
             "linear_cross_entropy has no gradient for the output head, and this one is trained: "
             "freeze it, or compute the loss from logits"
         )
-    kept = (labels != NO_LABEL).nonzero()[:, 0]
-    hidden, labels = hidden[kept].to(weight.dtype), labels[kept]
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    count = len(labels) if divisor is None else divisor
-    divided_by = torch.as_tensor(count, dtype=dtype, device=hidden.device).clamp_min(1)
+    kept = (labels != ignore_index).nonzero()[:, 0]
     head = _Head(weight, bias, scale, softcap, label_smoothing)
-    if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES.get(hidden.device.type, GPU_CHUNK_BYTES)
-    rows = max(1, chunk_bytes // (len(weight) * dtype.itemsize))
-    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, labels, divided_by, head, rows
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden[kept].to(weight.dtype), labels[kept], head
+        )
     return loss
+
+
+def _computed_in(weight: Tensor) -> torch.dtype:
+    """The dtype of losses, and of logits while they become losses."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The loss of tokens that all have a label; the gradient is ready when it is."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, divisor: Tensor, head: _Head, rows: int
-    ) -> Tensor:
-        # 1 / divisor = 2^-exponent / mantissa. The mantissa goes into the gradient before it is
-        # rounded, and the power of two after, which then rounds nothing: a 16-bit gradient is as
-        # exact as the plain path's.
-        mantissa, exponent = torch.frexp(divisor)
-        losses = torch.empty(len(hidden), dtype=divisor.dtype, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: _Head) -> Tensor:
+        dtype, rows = _computed_in(head.weight), chunk_rows(head.weight)
+        losses = hidden.new_empty(len(hidden), dtype=dtype)
+        gradient = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
+        factor = GRADIENT_SCALE / math.frexp(max(1, len(labels)))[0]
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             losses[chunk], logits_gradient = _of_chunk(
-                hidden[chunk], labels[chunk], head, GRADIENT_SCALE / mantissa, gradient is not None
+                hidden[chunk], labels[chunk], head, factor if gradient is not None else None
             )
             if gradient is not None:
-                gradient[chunk] = logits_gradient.to(hidden.dtype) @ head.weight
+                gradient[chunk] = _product(logits_gradient.to(hidden.dtype), head.weight)
             del logits_gradient  # else the next chunk's would stand beside it
         if gradient is not None:
-            power = torch.ldexp(torch.full_like(divisor, 1 / GRADIENT_SCALE), -exponent)
-            ctx.save_for_backward(gradient, power)
-        return losses.sum() / divisor
+            ctx.save_for_backward(gradient)
+            ctx.factor, ctx.dtype = head.scale / factor, hidden.dtype
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, power = ctx.saved_tensors
-        # in fp32, as a loss scaled for fp16 is multiplied with more than fp16 can hold
-        scaled = (gradient.to(power.dtype) * (loss_gradient * power)).to(gradient.dtype)
-        return scaled, None, None, None, None
+        (gradient,) = ctx.saved_tensors
+        return (gradient * (loss_gradient * ctx.factor)).to(ctx.dtype), None, None
+
+
+def _product(p: Tensor, weight: Tensor) -> Tensor:
+    """p (rows, vocab) times weight (vocab, dim), in fp32 where a product of 16 bits can be."""
+    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(p, weight, out_dtype=torch.float32)
+    return p @ weight
 
 
 def _of_chunk(
-    hidden: Tensor, labels: Tensor, head: _Head, factor: Tensor, wants_gradient: bool
+    hidden: Tensor, labels: Tensor, head: _Head, factor: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses (rows,), and factor times the gradient of the sum of them in W x + b (rows, vocab)."""
-    z = F.linear(hidden, head.weight, head.bias).to(factor.dtype)
+    """Losses (rows,), and `factor` times the gradients of them in scale * (W x + b), (rows, vocab),
+    which are not computed for None."""
+    z = F.linear(hidden, head.weight, head.bias).to(_computed_in(head.weight))
     slope = None
     if head.scale != 1:
         z *= head.scale
     if head.softcap is not None:
         z.div_(head.softcap).tanh_()
-        slope = 1 - z * z if wants_gradient else None
+        slope = None if factor is None else 1 - z * z
         z *= head.softcap
     picked, mean = z.gather(1, labels[:, None]), z.mean(1, keepdim=True)
     top = z.amax(1, keepdim=True)
@@ -154,12 +164,12 @@ def _of_chunk(
     total = p.sum(1, keepdim=True)
     smoothing = head.label_smoothing
     losses = total.log() + (1 - smoothing) * (top - picked) + smoothing * (top - mean)
-    if wants_gradient:
-        factor = factor * head.scale
+    if factor is not None:
         p *= factor / total
         if smoothing:
-            p -= factor * (smoothing / p.shape[1])
-        p.scatter_add_(1, labels[:, None], (smoothing - 1) * factor.expand_as(picked))
+            p -= factor * smoothing / p.shape[1]
+        labelled = torch.full_like(picked, (smoothing - 1) * factor)
+        p.scatter_add_(1, labels[:, None], labelled)
         if slope is not None:
             p *= slope
     return losses[:, 0], p

@@ -72,8 +72,6 @@ class Objective:
     """(outputs, labels, number of labels in the step) -> loss"""
     supervised: Callable[[Tensor], int]
     """the number of labels with loss in a batch's labels"""
-    without_logits: bool = False
-    """the loss is token_loss, which qlora.language_head has of hidden states too"""
     measure: Callable[..., dict[str, float]] | None = None
     """(predicted, wanted, names) -> what evaluation tells beside the loss; rows of label numbers"""
     chats: bool = False
@@ -287,7 +285,6 @@ OBJECTIVES = {
         pieces=_learned_runs,
         loss=token_loss,
         supervised=lambda labels: with_loss(labels[:, 1:]),
-        without_logits=True,
         chats=True,
     ),
     "seq2seq": Objective(

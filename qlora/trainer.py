@@ -2,8 +2,7 @@
 
 It is told, truthfully, that adapters are attached; checkpoints hold the adapter alone; the loss is
 summed over supervised tokens, or labels, and divided once per optimizer step, in training and in
-evaluation (what it is, qlora.objectives says), and a language model's is computed without its
-logits where that gives the same (qlora.language_head); layer inputs wait in host memory if asked
+evaluation (what it is, qlora.objectives says); layer inputs wait in host memory if asked
 (qlora.offload); and a paged optimizer runs unpaged where there is no GPU to page from.
 """
 
@@ -29,7 +28,6 @@ from qlora.chat import NO_LOSS
 from qlora.config import TrainConfig
 from qlora.data import collator
 from qlora.errors import UserError, did_you_mean, first_line
-from qlora.language_head import language_head
 from qlora.lora import lora_layers
 from qlora.objectives import OBJECTIVES, Objective
 from qlora.offload import offload_activations
@@ -123,7 +121,6 @@ def make_trainer(
             processing_class=tokenizer,
             objective=OBJECTIVES[config.task],
             loraplus_lr_ratio=config.loraplus_lr_ratio,
-            fast_path=config.fast_path,
             offload=offload_activations() if config.offload_activations else None,
         )
         # Made once to see that they can be, before anything is written, and dropped again: the
@@ -163,7 +160,6 @@ class AdapterTrainer(Trainer):
         *,
         objective: Objective | None = None,
         loraplus_lr_ratio: float = 1.0,
-        fast_path: bool = True,
         offload: offload_activations | None = None,
         **kwargs: Any,
     ) -> None:
@@ -179,8 +175,6 @@ class AdapterTrainer(Trainer):
             super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
         finally:
             del model._hf_peft_config_loaded
-        wanted = fast_path and self.objective.without_logits
-        self.head = language_head(model) if wanted else None
 
     def compute_loss_context_manager(self) -> ExitStack:
         """Trainer's, around every forward pass."""
@@ -188,22 +182,6 @@ class AdapterTrainer(Trainer):
         if self.offload is not None:
             stack.enter_context(self.offload)
         return stack
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Trainer's, or the same of the last hidden states, which then are the outputs."""
-        # what torch.compile or accelerate put around the model is to be called itself
-        if self.head is None or model is not self.model:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.accelerator.autocast():  # which accelerate puts around the model's forward alone
-            outputs = model.base_model(**{k: v for k, v in inputs.items() if k != "labels"})
-            loss = self.head.next_token_loss(outputs[0], inputs["labels"], num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = str(output_dir or self.args.output_dir)

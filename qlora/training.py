@@ -32,7 +32,9 @@ from qlora.data import describe, length_batches, prepare_data, show_example
 from qlora.errors import UserError, first_line
 from qlora.fast_path import use_fast_path
 from qlora.host_embedding import offload_embedding
+from qlora.language_head import put_language_head
 from qlora.memory import peak_bytes, show_bytes
+from qlora.norms import put_norms
 from qlora.objectives import OBJECTIVES
 from qlora.offload import require_gpu
 from qlora.progress import EVALUATED, METRICS
@@ -267,13 +269,17 @@ def _is_complete(trainer: AdapterTrainer, checkpoint: str) -> bool:
 def prepare_for_training(
     model: PreTrainedModel, gradient_checkpointing: bool = True, *, fast_path: bool = True
 ) -> PreTrainedModel:
-    """Training mode, no key-value cache, and non-re-entrant checkpointing if asked; in place.
+    """Make `model`, with its adapters on, ready for a training loop, in place.
 
-    Args:
-        fast_path: layers compute by functions that keep less for the backward pass
-            (qlora.fast_path): the same numbers, faster and in less memory.
+    Training mode, no key-value cache, non-re-entrant checkpointing if asked; and, unless
+    `fast_path` is off, layers that keep less for the backward pass (qlora.fast_path), a loss
+    without logits (qlora.language_head) and torch's own norms (qlora.norms): the same numbers.
+    Generation and everything else go on as before.
     """
     model.config.use_cache = False
+    if fast_path:
+        put_language_head(model)
+        put_norms(model)
     if gradient_checkpointing:
         settings = {"use_reentrant": False}
         if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x

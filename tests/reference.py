@@ -171,12 +171,12 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
-    divisor: int | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """Cross-entropy to (1 - e) onehot + e / vocab, token by token, float64, differentiable."""
-    total, count = hidden.double().sum() * 0, 0
+    total = hidden.double().sum() * 0
     for x, label in zip(hidden.double(), labels.tolist(), strict=True):
-        if label == -100:
+        if label == ignore_index:
             continue
         logits = weight.double() @ x
         if bias is not None:
@@ -187,5 +187,4 @@ def linear_cross_entropy(
         wanted = torch.full_like(logits, label_smoothing / len(logits))
         wanted[label] += 1 - label_smoothing
         total = total - (wanted * torch.log_softmax(logits, 0)).sum()
-        count += 1
-    return total / max(1, count if divisor is None else divisor)
+    return total

@@ -11,9 +11,10 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, FP32, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
+from conftest import FAMILIES, FP32, VOCAB, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
+from test_loss import chunks_of
 from test_offload import LateCopies
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +33,7 @@ from qlora.base import load_base
 from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig, TrainConfig
 from qlora.data import collator, prepare_data
 from qlora.errors import UserError
+from qlora.lazy_logits import LazyLogits
 from qlora.lora import lora_layers
 from qlora.merge import merge
 from qlora.offload import offload_activations
@@ -212,7 +214,8 @@ def test_the_loss_without_logits_is_the_same(family, checkpoints, tmp_path, data
             gradient_accumulation_steps=2,
         )
         both = replace(settings.data, eval_data=str(data))
-        output = train(replace(settings, data=both, eval_steps=2))
+        with chunks_of(8 * VOCAB):
+            output = train(replace(settings, data=both, eval_steps=2))
         lines = (output / "metrics.jsonl").read_text().splitlines()
         rows.append([json.loads(line) for line in lines])
     for key, count in (("loss", 4), ("eval_loss", 2), ("grad_norm", 4)):
@@ -223,15 +226,23 @@ def test_the_loss_without_logits_is_the_same(family, checkpoints, tmp_path, data
 
 @pytest.mark.parametrize("on", [True, False])
 def test_neither_training_nor_evaluation_asks_for_logits(on, checkpoints, tmp_path, data):
-    asked: list[torch.Size] = []
-    settings = config(checkpoints("gemma"), data, tmp_path / "run", fast_path=on)
+    settings = config(checkpoints("gemma"), data, tmp_path / "run")
     model = apply_lora(load_base(settings.model, FP32), LORA)
+    prepare_for_training(model, fast_path=on)
     rows, _ = prepare_data(str(data), tiny_tokenizer(), max_length=128)
     trainer = make_trainer(settings, model, tiny_tokenizer(), rows, rows)
-    model.lm_head.register_forward_hook(lambda _, args, y: asked.append(y.shape))
-    trainer.train()
-    trainer.evaluate()
-    assert bool(asked) is not on
+    seen, own_loss = [], trainer.compute_loss_func
+
+    def loss(outputs, *args, **kwargs):
+        seen.append(outputs["logits"])
+        return own_loss(outputs, *args, **kwargs)
+
+    trainer.compute_loss_func = loss
+    with chunks_of(8 * VOCAB):
+        trainer.train()
+        trainer.evaluate()
+    assert len(seen) == 4 + 10
+    assert all((isinstance(x, LazyLogits) and x._made is None) is on for x in seen)
 
 
 # ---- a run ----
