@@ -32,6 +32,7 @@ from qlora.data import describe, length_batches, prepare_data, show_example
 from qlora.errors import UserError, first_line
 from qlora.memory import peak_bytes, show_bytes
 from qlora.objectives import OBJECTIVES
+from qlora.packing import PackedRows
 from qlora.progress import EVALUATED, METRICS
 from qlora.report import plot_loss, read_metrics, write_adapter_card
 from qlora.shards import require_new
@@ -81,7 +82,10 @@ def _train(config: TrainConfig) -> Path:
     config = with_learning_rate(config, model)
     prepare_for_training(model, gradient_checkpointing=config.gradient_checkpointing)
 
-    trainer = make_trainer(config, model, tokenizer, rows, eval_rows)
+    packs = PackedRows(rows, max_length) if config.data.packing else rows
+    if config.data.packing:
+        print(packs.describe())
+    trainer = make_trainer(config, model, tokenizer, packs, eval_rows)
     _share_pad(model, tokenizer)
     if checkpoint:
         load_adapter_weights(model, checkpoint)  # Trainer does it again; here it is still a check
