@@ -35,7 +35,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qlora.errors import UserError, first_line
@@ -105,28 +104,24 @@ def rows_attention(
     cu_seq_lens_q: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The same, a row at a time, in any dtype; where no rows are given, transformers' own."""
+    """The same, a row at a time, in any dtype; of a batch as it is where no rows are given."""
     _refuse(others)
-    if cu_seq_lens_q is None:
-        if sliding_window is not None and key.shape[2] > sliding_window:
-            raise _not_for_this("longer than the model's sliding window")
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, None, dropout=dropout, scaling=scaling
-        )
-        return out, None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # not enable_gqa: only some of SDPA's kernels have it
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if cu_seq_lens_q is None:
+        out = _causal(query, key, value, dropout, scaling, sliding_window)
+        return out.transpose(1, 2).contiguous(), None
     lengths = cu_seq_lens_q.diff().tolist()
     parts = (x.split(lengths, dim=2) for x in (query, key, value))
     outs = [
-        _one_row(q, k, v, dropout, scaling, sliding_window).transpose(1, 2)
+        _causal(q, k, v, dropout, scaling, sliding_window).transpose(1, 2)
         for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(outs, dim=1), None  # (1, total, heads, head_dim)
 
 
-def _one_row(
+def _causal(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -134,11 +129,12 @@ def _one_row(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """Causal attention of a row, (1, heads, length, head_dim)."""
-    length, mask = query.shape[2], None
-    if sliding_window is not None and length > sliding_window:
-        seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
-        mask = seen.tril().triu(1 - sliding_window)
+    """Causal attention, (batch, heads, length, head_dim); with more keys, queries are the last."""
+    length, keys, mask = query.shape[2], key.shape[2], None
+    window = min(sliding_window or keys, keys)
+    if length != keys or window != keys:
+        seen = torch.ones(length, keys, dtype=torch.bool, device=query.device)
+        mask = seen.tril(keys - length).triu(keys - length + 1 - window)
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scaling
     )
@@ -153,14 +149,10 @@ def _refuse(others: dict[str, Any]) -> None:
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **_: Any) -> None:
     """The mask that transformers makes for these attentions: none."""
     if attention_mask is not None and not attention_mask.all():
-        raise _not_for_this("with padding")
-
-
-def _not_for_this(what: str) -> UserError:
-    return UserError(
-        f"the model's attention is set for rows one after the other and got a batch {what}: "
-        "model.set_attn_implementation('sdpa') sets it back"
-    )
+        raise UserError(
+            "the model's attention is set for rows without padding, and these have some: "
+            "model.set_attn_implementation('sdpa') sets it back"
+        )
 
 
 # ---- which of them
@@ -190,9 +182,9 @@ def rows_collator(
             "--packing wants a model that keeps the rows of a pack apart, by their position_ids; "
             f"{type(model).__name__} does not ({fault}): leave --packing out, rows are padded"
         )
-    model.set_attn_implementation(before)
-    if faults:
-        print(f"rows are padded to the longest of their batch ({faults[-1]})")
+    if fast_path:
+        reason = faults[-1] if faults else "its attention is one of its own"
+        print(f"rows are padded to the longest of their batch ({reason})")
     return None
 
 
