@@ -267,7 +267,8 @@ def test_a_packed_run_counts_its_tokens_evaluates_and_resumes(checkpoints, tmp_p
     packed, padded = (train(run) for run in runs)
     said = capsys.readouterr().out
     packs = int(re.search(r"packing: 40 rows in (\d+) of up to 128 tokens", said)[1])
-    rows = [[json.loads(x) for x in (run / "metrics.jsonl").open()] for run in (packed, padded)]
+    texts = [(run / "metrics.jsonl").read_text() for run in (packed, padded)]
+    rows = [[json.loads(line) for line in text.splitlines()] for text in texts]
     evals = [row["eval_loss"] for run in rows for row in run if "eval_loss" in row]
     assert len(evals) == 2 and evals[0] == pytest.approx(evals[1], rel=1e-5)
     states = []
