@@ -67,11 +67,10 @@ class DataConfig:
     max_length: int = 2048
     """rows longer than this many tokens are cut, and counted"""
     packing: bool = False
-    """several rows in one sequence (not there yet)"""
+    """put rows together into packs of up to max_length tokens"""
 
     def __post_init__(self) -> None:
         require(self.max_length >= 8, f"max_length must be at least 8, got {self.max_length}")
-        require(not self.packing, "packing is not there yet: leave it out, rows are padded")
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     quant: QuantConfig = QuantConfig()
     per_device_train_batch_size: int = 2
-    """rows a forward pass"""
+    """rows, or packs of them, a forward pass"""
     gradient_accumulation_steps: int = 8
     """forward passes an optimizer step"""
     learning_rate: float | None = None
@@ -145,6 +144,10 @@ class TrainConfig:
         require(
             self.task in ("causal-lm", "seq2seq", "seq-cls", "token-cls"),
             f"task must be causal-lm, seq2seq, seq-cls or token-cls, got {self.task!r}",
+        )
+        require(
+            not self.data.packing or self.task == "causal-lm",
+            f"packing is for task causal-lm, and task is {self.task}: leave it out",
         )
         for name in (
             "per_device_train_batch_size",

@@ -4,8 +4,8 @@ A row of the result is what its task makes of a record (qlora.objectives): `inpu
 `labels`, -100 where there is no loss, and `length`, T. For a causal language model `labels` (T,)
 are the same ids where the model has to answer.
 
-Left out: packing (qlora.packing, later) and streaming: tokens are kept in memory, 8 bytes each, and
-so are the records of a local file.
+Several rows in one, and batches without padding, are in qlora.packing. Left out: streaming; tokens
+are kept in memory, 8 bytes each, and so are the records of a local file.
 """
 
 import copy

@@ -32,6 +32,7 @@ from qlora.lora import lora_layers
 from qlora.objectives import OBJECTIVES, Objective
 from qlora.offload import offload_activations
 from qlora.progress import MetricsWriter, PlainProgress
+from qlora.row_attention import rows_collator
 
 # Arguments of Trainer that follow from ours, so `--trainer.NAME` may not contradict them.
 OWN_ARGUMENTS = (
@@ -89,7 +90,8 @@ def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingA
         "fp16": model.dtype == torch.float16,  # T4 and older: loss scaling, fp32 adapters
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
-        "train_sampling_strategy": "group_by_length",  # as QLoRA: less padding
+        # as QLoRA: less padding; packs are nearly of one length
+        "train_sampling_strategy": "random" if config.data.packing else "group_by_length",
         "length_column_name": "length",
         "include_num_input_tokens_seen": "non_padding",
         "label_names": ["labels"],
@@ -109,6 +111,12 @@ def make_trainer(
 ) -> "AdapterTrainer":
     """The Trainer for one run, with our own loss, metrics and progress lines."""
     arguments = training_arguments(config, model)
+    collate = collator(tokenizer, config.task, model)
+    if config.task == "causal-lm":
+        packing, fast = config.data.packing, config.fast_path
+        pad = tokenizer.pad_token_id
+        found = rows_collator(model, packing=packing, fast_path=fast, pad_token_id=pad)
+        collate = found or collate
     if arguments.fp16 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
         raise UserError("fp16 compute wants fp32 adapters: leave out --adapter-dtype, or give fp32")
     try:
@@ -117,7 +125,7 @@ def make_trainer(
             args=arguments,
             train_dataset=rows,
             eval_dataset=eval_rows,
-            data_collator=collator(tokenizer, config.task, model),
+            data_collator=collate,
             processing_class=tokenizer,
             objective=OBJECTIVES[config.task],
             loraplus_lr_ratio=config.loraplus_lr_ratio,
@@ -183,6 +191,13 @@ class AdapterTrainer(Trainer):
             stack.enter_context(self.offload)
         return stack
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Trainer's, without a mask where position_ids say where rows begin: it would hide that."""
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if "position_ids" in prepared:
+            prepared.pop("attention_mask", None)  # Trainer counted its tokens before
+        return prepared
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = str(output_dir or self.args.output_dir)
         save_adapter(self.model, folder)
@@ -227,7 +242,7 @@ class AdapterTrainer(Trainer):
         """Loss over all labels, where Trainer's own averages means of batches; and measures."""
         model = self.model.eval()
         objective = self.objective
-        total, count, rows = 0.0, 0, 0
+        total, count = 0.0, 0
         wanted: list[list[int]] = []
         predicted: list[list[int]] = []
         one = torch.tensor(1, device=self.args.device)  # divide by nothing: sums are added up
@@ -240,7 +255,6 @@ class AdapterTrainer(Trainer):
                 )
             total += float(loss)
             count += objective.supervised(labels)
-            rows += len(labels)
             if objective.measure:
                 wanted += _labelled(labels, labels)
                 predicted += _labelled(outputs["logits"].argmax(-1), labels)
@@ -252,7 +266,7 @@ class AdapterTrainer(Trainer):
             metrics |= objective.measure(predicted, wanted, model.qlora_base["labels"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         nothing: Any = None
-        return EvalLoopOutput(nothing, nothing, metrics, num_samples=rows)
+        return EvalLoopOutput(nothing, nothing, metrics, num_samples=self.num_examples(dataloader))
 
 
 def _labelled(found: Tensor, labels: Tensor) -> list[list[int]]:

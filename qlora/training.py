@@ -37,6 +37,7 @@ from qlora.memory import peak_bytes, show_bytes
 from qlora.norms import put_norms
 from qlora.objectives import OBJECTIVES
 from qlora.offload import require_gpu
+from qlora.packing import PackedRows
 from qlora.progress import EVALUATED, METRICS
 from qlora.report import plot_loss, read_metrics, write_adapter_card
 from qlora.shards import require_new
@@ -93,7 +94,10 @@ def _train(config: TrainConfig) -> Path:
         fast_path=config.fast_path,
     )
 
-    trainer = make_trainer(config, model, tokenizer, rows, eval_rows)
+    packs = PackedRows(rows, max_length) if config.data.packing else rows
+    if config.data.packing:
+        print(packs.describe())
+    trainer = make_trainer(config, model, tokenizer, packs, eval_rows)
     _share_pad(model, tokenizer)
     if checkpoint:
         load_adapter_weights(model, checkpoint)  # Trainer does it again; here it is still a check

@@ -128,7 +128,7 @@ BAD_FILES = {
         (["--learning-rte", "1"], "--learning-rate"),
         (["--config", "typo.yaml"], "lora_alpha"),
         (["--plan"], "not there yet"),
-        (["--packing"], "not there yet"),
+        (["--packing", "--task", "seq-cls"], "packing is for task causal-lm"),
         (["--resume"], "no checkpoint"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -264,7 +264,7 @@ configs = st.builds(
     TrainConfig,
     model=names,
     output_dir=names,
-    data=st.builds(DataConfig, data=names, eval_data=st.none() | names, packing=st.just(False)),
+    data=st.builds(DataConfig, data=names, eval_data=st.none() | names, packing=st.booleans()),
     revision=st.none() | names,
     lora=st.builds(
         LoraConfig,

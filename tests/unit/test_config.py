@@ -137,6 +137,10 @@ def test_a_config_cannot_be_changed():
             lambda: train_config(warmup_ratio=1.0),
             "warmup_ratio must be at least 0 and below 1, got 1.0",
         ),
+        (
+            lambda: TrainConfig("base", "out", DataConfig("x", packing=True), task="seq2seq"),
+            "packing is for task causal-lm, and task is seq2seq: leave it out",
+        ),
         (lambda: train_config(num_train_epochs=0), "num_train_epochs must be above 0, got 0"),
         (
             lambda: MergeConfig("adapter", "out", onto="gguf"),
@@ -183,7 +187,6 @@ def test_steps_stand_in_for_epochs():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: DataConfig("x", packing=True),
         lambda: train_config(plan=True),
         lambda: train_config(gpu_memory="8GB"),
     ],

@@ -1,6 +1,7 @@
 """Training against PEFT + Trainer, and what a run leaves behind."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -243,6 +244,63 @@ def test_neither_training_nor_evaluation_asks_for_logits(on, checkpoints, tmp_pa
         trainer.evaluate()
     assert len(seen) == 4 + 10
     assert all((isinstance(x, LazyLogits) and x._made is None) is on for x in seen)
+
+
+# ---- packing ----
+
+
+def test_packed_batches_weigh_tokens_too(checkpoints, tmp_path, data):
+    """4 packs at once, 2 packs twice, in flat batches or with a mask of each: one curve."""
+    curves = []
+    for size, passes, fast in ((4, 1, True), (2, 2, True), (2, 2, False)):
+        output = tmp_path / f"run-{size}-{fast}"
+        settings = config(
+            checkpoints("qwen3"),
+            data,
+            output,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=passes,
+            optim="adamw_torch",
+            fast_path=fast,
+        )
+        train(replace(settings, data=replace(settings.data, packing=True)))
+        curves.append(losses(output))
+    # fp32 in another order, 1e-6, and what four steps of Adam make of it
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert curves[1] == pytest.approx(curves[2], rel=1e-5)
+    assert curves[0][-1] < curves[0][0]
+
+
+def test_a_packed_run_counts_its_tokens_evaluates_and_resumes(checkpoints, tmp_path, data, capsys):
+    base = checkpoints("llama")
+    runs = []
+    for packing in (True, False):
+        settings = config(base, data, tmp_path / str(packing), max_steps=-1)
+        both = replace(settings.data, eval_data=str(data), packing=packing)
+        runs.append(replace(settings, data=both, num_train_epochs=1.0, learning_rate=1e-9))
+    packed, padded = (train(run) for run in runs)
+    said = capsys.readouterr().out
+    packs = int(re.search(r"packing: 40 rows in (\d+) of up to 128 tokens", said)[1])
+    texts = [(run / "metrics.jsonl").read_text() for run in (packed, padded)]
+    rows = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    evals = [row["eval_loss"] for run in rows for row in run if "eval_loss" in row]
+    assert len(evals) == 2 and evals[0] == pytest.approx(evals[1], rel=1e-5)
+    states = []
+    for run in (packed, padded):
+        found = [json.loads(p.read_text()) for p in run.glob("checkpoint-*/trainer_state.json")]
+        states.append(max(found, key=lambda state: state["global_step"]))
+    _, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
+    assert stats.tokens / 128 <= packs <= 20
+    assert [state["global_step"] for state in states] == [-(-packs // 4), 10]
+    assert {state["num_input_tokens_seen"] for state in states} == {stats.tokens}
+
+    settings = replace(config(base, data, tmp_path / "whole"), data=runs[0].data)
+    parts = replace(settings, output_dir=str(tmp_path / "parts"))
+    whole = train(settings)
+    train(replace(parts, max_steps=2))
+    train(replace(parts, resume=True))
+    saved = [load_file(f / "adapter_model.safetensors") for f in (whole, tmp_path / "parts")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
 # ---- a run ----
