@@ -7,7 +7,7 @@ parameter is the fp32 number rounded to bf16, and beside it lie the lower 16 bit
     master = parameter * 2^16 + lower      of their bits, as integers; lower in [-2^15, 2^15)
 
 which is exact both ways: read as a signed number, the lower half is what rounding to the nearest
-left over (of a tie, always away from zero). Split-SGD keeps weights so (arXiv:2005.04680, sec. 7).
+left over (of a tie, always away from zero). Split-SGD keeps weights in halves (arXiv:2005.04680).
 
 For a step the parameters become fp32 numbers, a few million at a time, with their gradients; the
 optimizer, any that goes parameter by parameter, then works on those in place, unaware. Its own
