@@ -115,6 +115,7 @@ class MasterWeights(torch.optim.Optimizer):
         rounded, lower = split(master)
         parts = zip(gradients, rounded.split(sizes), lower.split(sizes), strict=True)
         for p, upper, rest in parts:
+            p.grad = None
             p.copy_(upper.view(p.shape))
             self.lower[p] = rest, p._version
 
@@ -147,7 +148,7 @@ class MasterWeights(torch.optim.Optimizer):
 
 @contextmanager
 def _standing_in(values: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Parameters with other data, of any dtype, and afterwards with their own; no gradients."""
+    """Parameters with other data, of any dtype, and afterwards with their own."""
     own = {p: p.data for p in values}
     try:
         for p, value in values.items():
@@ -155,7 +156,7 @@ def _standing_in(values: dict[Tensor, Tensor]) -> Iterator[None]:
         yield
     finally:
         for p, data in own.items():
-            p.grad, p.data = None, data
+            p.data = data
 
 
 def bundles(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:

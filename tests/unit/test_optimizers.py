@@ -169,9 +169,9 @@ def test_plain_bf16_loses_what_is_kept():
 
 def test_gradients_and_storage_stay():
     named = start()
-    optimizer = keep_updates(torch.optim.AdamW(named.values(), RATE))
     loss(named, torch.Generator().manual_seed(0)).backward()
     before = {n: (p.data_ptr(), p.grad, p._version) for n, p in named.items()}
+    optimizer = keep_updates(torch.optim.AdamW(named.values(), RATE))
     optimizer.step()
     for n, p in named.items():
         address, gradient, version = before[n]
