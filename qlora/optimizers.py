@@ -13,10 +13,10 @@ For a step the parameters become fp32 numbers, a few million at a time, with the
 optimizer, any that goes parameter by parameter, then works on those in place, unaware. Its own
 state is in fp32 then as well, which torch's would else keep in bf16.
 
-Cost: 2 bytes a parameter beside what the optimizer keeps, 32 MiB during a step, and two passes over
-the parameters. Left out: stochastic rounding, which keeps updates on average, with noise, and needs
-nothing but kernels that do it; fp32 parameters, which take 4 bytes more with their gradients and
-a cast in each forward pass.
+Cost: 2 bytes a parameter beside what the optimizer keeps, about 32 MiB during a step, and a few
+passes over the parameters. Left out: stochastic rounding, which needs no memory but its own kernels,
+and keeps updates on average only; and fp32 parameters, which with their gradients take 4 bytes
+more and a cast in every forward pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -163,11 +163,13 @@ def bundles(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Neighbours on one device, of at most BUNDLE numbers together; a larger one is alone."""
     for _, neighbours in groupby(parameters, key=lambda p: p.device):
         held: list[Tensor] = []
+        room = BUNDLE
         for p in neighbours:
-            if held and sum(map(Tensor.numel, held)) + p.numel() > BUNDLE:
+            if held and p.numel() > room:
                 yield held
-                held = []
+                held, room = [], BUNDLE
             held.append(p)
+            room -= p.numel()
         yield held
 
 
