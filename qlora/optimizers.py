@@ -14,8 +14,8 @@ optimizer, any that goes parameter by parameter, then works on those in place, u
 state is in fp32 then as well, which torch's would else keep in bf16.
 
 Cost: 2 bytes a parameter beside what the optimizer keeps, about 32 MiB during a step, and a few
-passes over the parameters. Left out: stochastic rounding, which needs no memory but its own kernels,
-and keeps updates on average only; and fp32 parameters, which with their gradients take 4 bytes
+passes over the parameters. Left out: stochastic rounding, which needs no memory but kernels of its
+own, and keeps updates on average only; and fp32 parameters, which with their gradients take 4 bytes
 more and a cast in every forward pass.
 """
 
