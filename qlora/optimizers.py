@@ -1,8 +1,9 @@
 """Master weights in fp32 for parameters in bf16, for 2 bytes a parameter.
 
-A bf16 number has 8 bits of mantissa: an update below 2^-9 of it is rounded away, and with a rate of
-3e-4 most updates of a LoRA's A are. So the sum is kept in fp32, and its bits in two places: the
-parameter is the fp32 number rounded to bf16, and beside it lie the lower 16 bits, an int16
+A bf16 number has 8 bits of mantissa: an update below 2^-9 of it is rounded away. At a rate of 3e-4
+a fifth of the updates of a LoRA's A are, and most as the rate falls (benchmarks/adapter_dtype.py).
+So the sum is kept in fp32, and its bits in two places: the parameter is the fp32 number rounded to
+bf16, and beside it lie the lower 16 bits, an int16
 
     master = parameter * 2^16 + lower      of their bits, as integers; lower in [-2^15, 2^15)
 
