@@ -3,7 +3,8 @@
 It is told, truthfully, that adapters are attached; checkpoints hold the adapter alone; the loss is
 summed over supervised tokens, or labels, and divided once per optimizer step, in training and in
 evaluation (what it is, qlora.objectives says); layer inputs wait in host memory if asked
-(qlora.offload); and a paged optimizer runs unpaged where there is no GPU to page from.
+(qlora.offload); adapters in bf16 keep updates that are too small for it (qlora.optimizers); and a
+paged optimizer runs unpaged where there is no GPU to page from.
 """
 
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from qlora.errors import UserError, did_you_mean, first_line
 from qlora.lora import lora_layers
 from qlora.objectives import OBJECTIVES, Objective
 from qlora.offload import offload_activations
+from qlora.optimizers import keep_updates, loses_updates
 from qlora.progress import MetricsWriter, PlainProgress
 from qlora.row_attention import rows_collator
 
@@ -133,12 +135,16 @@ def make_trainer(
         )
         # Made once to see that they can be, before anything is written, and dropped again: the
         # schedule's length is not known yet.
-        trainer.create_optimizer()
+        optimizer = trainer.create_optimizer()
         trainer.create_scheduler(num_training_steps=10)
     except (ValueError, RuntimeError, ImportError, TypeError) as error:
         with suppress(OSError):
             Path(config.output_dir).rmdir()  # Trainer makes it at once; goes only if empty
         raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
+    if loses_updates(optimizer):
+        print(
+            f"{config.optim} loses small updates of bf16 adapters: --adapter-dtype fp32 keeps them"
+        )
     trainer.optimizer = trainer.lr_scheduler = None
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -210,10 +216,12 @@ class AdapterTrainer(Trainer):
         load_adapter_weights(self.model, self.state.best_model_checkpoint)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Trainer's, in which LoRA+ (arXiv:2402.12354) gives B a rate of its own."""
+        """Trainer's, with a rate of B's own (LoRA+, arXiv:2402.12354), that keeps small updates."""
         is_new = self.optimizer is None
         optimizer: Any = super().create_optimizer(model)
-        if is_new and self.loraplus_lr_ratio != 1:
+        if not is_new:
+            return optimizer
+        if self.loraplus_lr_ratio != 1:
             layers = lora_layers(self.model).values()
             matrices = {id(lora_B) for layer in layers for lora_B in layer.lora_B.values()}
             for group in list(optimizer.param_groups):
@@ -222,7 +230,8 @@ class AdapterTrainer(Trainer):
                 if fast:
                     rate = group["lr"] * self.loraplus_lr_ratio
                     optimizer.add_param_group({**group, "params": fast, "lr": rate})
-        return optimizer
+        self.optimizer = keep_updates(optimizer)
+        return self.optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:

@@ -188,3 +188,14 @@ def linear_cross_entropy(
         wanted[label] += 1 - label_smoothing
         total = total - (wanted * torch.log_softmax(logits, 0)).sum()
     return total
+
+
+# ---- 16-bit numbers ----
+
+
+def nearest_bf16(values: Tensor) -> Tensor:
+    """Finite normal fp32 values with 8 significant bits, ties away from zero."""
+    exact = values.detach().cpu().numpy().astype(np.float64)
+    step = 2.0 ** (np.floor(np.log2(np.abs(np.where(exact == 0, 1, exact)))) - 7)
+    rounded = np.trunc(exact / step + np.copysign(0.5, exact)) * step
+    return torch.from_numpy(rounded).to(torch.bfloat16).to(values.device)

@@ -38,6 +38,7 @@ from qlora.lazy_logits import LazyLogits
 from qlora.lora import lora_layers
 from qlora.merge import merge
 from qlora.offload import offload_activations
+from qlora.optimizers import MasterWeights
 from qlora.trainer import AdapterTrainer, make_trainer
 from qlora.training import default_learning_rate, prepare_for_training, train
 
@@ -366,6 +367,44 @@ def test_optimizers(optim, checkpoints, tmp_path, data, capsys):
     assert losses(output)[-1] < losses(output)[0]
     said = capsys.readouterr().out.count("runs unpaged")
     assert said == (1 if optim.startswith("paged") and not torch.cuda.is_available() else 0)
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch", "adafactor"])
+def test_bf16_adapters_resume_to_the_bit(optim, checkpoints, tmp_path, data):
+    """With what their optimizer keeps of updates too small for bf16."""
+    bf16 = {"lora": replace(LORA, adapter_dtype="bf16"), "optim": optim, "loraplus_lr_ratio": 4}
+    base, saved = checkpoints("llama"), {}
+    for name, settings in {
+        "whole": {},
+        "parts": {"max_steps": 2},
+        "again": {"resume": True},
+    }.items():
+        output = tmp_path / ("whole" if name == "whole" else "parts")
+        train(config(base, data, output, **bf16, **settings))
+        saved[name] = load_file(output / "adapter_model.safetensors")
+    assert {t.dtype for t in saved["whole"].values()} == {torch.bfloat16}
+    assert all(torch.equal(t, saved["again"][name]) for name, t in saved["whole"].items())
+    states = [torch.load(tmp_path / n / "checkpoint-4/optimizer.pt") for n in ("whole", "parts")]
+    halves = [state["lower_halves"] for state in states]
+    assert len(halves[0]) == len(saved["whole"]) and all(half.any() for half in halves[0])
+    assert all(map(torch.equal, *halves))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "auto"])
+def test_who_keeps_updates(dtype, checkpoints, tmp_path, data, capsys, monkeypatch):
+    """bf16 adapters; where an optimizer cannot, a line says so."""
+    rows, _ = prepare_data(str(data), tiny_tokenizer(), max_length=128)
+    settings = config(checkpoints("llama"), data, tmp_path / "run")
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr("qlora.optimizers.BY_PARAMETER", ())
+        model = apply_lora(load_base(settings.model, FP32), replace(LORA, adapter_dtype=dtype))
+        trainer = make_trainer(settings, model, tiny_tokenizer(), rows, None)
+        halves = next(iter(lora_layers(model).values())).lora_A["default"].dtype == torch.bfloat16
+        keeps = isinstance(trainer.create_optimizer(), MasterWeights)
+        assert keeps == (known and halves)
+        said = "paged_adamw_8bit loses small updates of bf16 adapters" in capsys.readouterr().out
+        assert said == (halves and not known)
 
 
 def test_checkpointing_saves_memory_and_changes_nothing(checkpoints):
@@ -702,11 +741,15 @@ def test_an_offloaded_run_on_a_gpu(base_of, tmp_path, data):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_bf16_run_on_a_gpu(checkpoints, tmp_path, data):
-    """Paged 8-bit optimizer, checkpointing and bf16 adapters, as on a real card."""
-    output = train(
-        config(checkpoints("llama"), data, tmp_path / "run", quant=QuantConfig(), max_steps=20)
-    )
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
+def test_bf16_run_on_a_gpu(optim, checkpoints, tmp_path, data):
+    """Paged optimizers, checkpointing and bf16 adapters, as on a real card; it resumes."""
+    settings = {"quant": QuantConfig(), "optim": optim, "max_steps": 20, "save_steps": 10}
+    base = checkpoints("llama")
+    output = train(config(base, data, tmp_path / "run", **settings))
+    halves = torch.load(output / "checkpoint-20" / "optimizer.pt")["lower_halves"]
+    assert all(half.any() for half in halves)
+    train(config(base, data, output, **settings | {"max_steps": 22}, resume=True))
     assert losses(output)[-1] < losses(output)[0] - 0.1
     A, *_ = next(iter(read_adapter(output).pairs.values()))
     assert A.dtype == torch.bfloat16
