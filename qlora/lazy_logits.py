@@ -127,10 +127,9 @@ class LazyLogits(Tensor):
         return self._made
 
     def _is_current(self) -> bool:
-        """Whether autograd does now as it did where they come from."""
+        """Whether their recipe has the graph that they are part of, and may be added to."""
         return (
-            torch.is_grad_enabled() == self._with_gradient
-            and self.requires_grad == self._recipe.hidden.requires_grad
+            self.requires_grad == self._recipe.hidden.requires_grad
             and not torch.is_inference_mode_enabled()
             and not torch.compiler.is_compiling()
         )

@@ -12,6 +12,8 @@ what models do), and norms stay as they are. Left out: Gemma's (1 + w), which th
 in 16 bits, where it loses digits; a norm that is trained.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,9 +45,11 @@ class RMSNorm(Wrapper):
 def put_norms(model: nn.Module) -> None:
     """An RMSNorm in front of each frozen norm of `model` that is one, where torch has a kernel."""
     for name, module in base_modules(model).items():
-        eps = rms_norm_eps(module)
-        if eps is not None and module.weight.device.type in HAS_KERNEL:
-            put_module(model, name, RMSNorm(module, eps).train(module.training))
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.device.type in HAS_KERNEL:
+            eps = rms_norm_eps(module)
+            if eps is not None:
+                put_module(model, name, RMSNorm(module, eps).train(module.training))
 
 
 @torch.no_grad()
@@ -59,6 +63,8 @@ def rms_norm_eps(module: nn.Module) -> float | None:
         return None
     watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     if not isinstance(eps, float) or watched or isinstance(module, Wrapper | nn.RMSNorm):
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # Mamba's have a gate
         return None
     # rows of the size of sqrt(eps) tell where eps is added
     sizes = torch.tensor([1.0, 100.0, eps**0.5])[:, None]

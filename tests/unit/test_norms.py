@@ -84,6 +84,13 @@ class Centred(LlamaRMSNorm):
         return super().forward(x - x.mean(-1, keepdim=True))
 
 
+class Gated(LlamaRMSNorm):
+    """As Mamba's, which may be called without its gate."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(x if gate is None else x * gate)
+
+
 class EpsOutside(LlamaRMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
@@ -92,7 +99,7 @@ class EpsOutside(LlamaRMSNorm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_no_rms_norm_is_not_taken_for_one(dtype):
     others = [Centred(64), EpsOutside(64, 1e-5), Gemma2RMSNorm(64), nn.LayerNorm(64, bias=False),
-              nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 64), nn.Embedding(4, 64)]  # fmt: skip
+              Gated(64), nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 64)]  # fmt: skip
     for module in others:
         assert rms_norm_eps(module.to(dtype).requires_grad_(False)) is None, module
     for module in (LlamaRMSNorm(64, 1e-4), T5LayerNorm(64, 1e-4)):
