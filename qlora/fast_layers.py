@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter_module import Wrapper
-from qlora.frozen import computes_in, is_quantized, was_conv1d
+from qlora.frozen import computes_in, is_quantized, product_dtype, was_conv1d
 from qlora.lora import LoRALayer, LoRALinear
 from qlora.lora_function import Frozen, lora_linear, lora_mlp
 
@@ -42,7 +42,7 @@ def why_plain(layer: LoRALayer) -> str | None:
 
 def is_fast(layer: LoRALayer, x: Tensor) -> bool:
     """Whether the functions cover this call; without gradients there is nothing to be won."""
-    in_dtype = x.dtype == computes_in(layer.base_layer)
+    in_dtype = x.dtype == computes_in(layer.base_layer) == product_dtype(x)
     return torch.is_grad_enabled() and in_dtype and why_plain(layer) is None
 
 

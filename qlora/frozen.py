@@ -41,6 +41,14 @@ def computes_in(layer: nn.Module) -> torch.dtype:
     return dtype
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product of x is computed in: its own dtype, or autocast's."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
 def matrix_shape(layer: Any) -> tuple[int, int]:
     """(out, in) of its weight as a matrix."""
     if isinstance(layer, nn.Linear):

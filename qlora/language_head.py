@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter_module import Wrapper, put_module
-from qlora.frozen import is_quantized, output_head, vocabulary
-from qlora.lazy_logits import lazy_logits, product_dtype
+from qlora.frozen import is_quantized, output_head, product_dtype, vocabulary
+from qlora.lazy_logits import lazy_logits
 from qlora.loss import chunk_rows
 
 

@@ -238,6 +238,15 @@ def test_another_dtype_than_the_layers_computes_the_plain_way(checkpoints, capsy
     assert gradients(model)["loss"] > 0
 
 
+def test_under_autocast_it_computes_as_without_it():
+    model = frozen_model(LlamaConfig(**SIZES))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = gradients(model)
+        use_fast_path(model)
+        found = gradients(model)
+    assert all(torch.equal(gradient, found[name]) for name, gradient in wanted.items())
+
+
 def test_what_changes_about_adapters_later(checkpoints):
     """Another adapter, two at once, none, rows of their own, merged: as without the fast path."""
     models = [adapted(checkpoints("llama")) for _ in range(2)]
