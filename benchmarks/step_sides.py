@@ -16,9 +16,8 @@ same for all: benchmarks/step_runner.py. Other batches, such as packed rows, wou
 """
 
 import importlib.util
-import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,11 +25,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qlora.adapter_module import base_modules, put_module
 from qlora.adapters import apply_lora
 from qlora.base import load_base
 from qlora.config import LoraConfig, QuantConfig
+from qlora.fast_layers import MLPBlock, SharedInput
+from qlora.fast_path import use_fast_path
 from qlora.frozen import as_dense, dense_weight, is_quantized
+from qlora.language_head import put_language_head
+from qlora.lora import LoRALinear
 from qlora.matching import target_layers
+from qlora.norms import put_norms
 from qlora.training import prepare_for_training
 
 
@@ -87,27 +92,42 @@ def base_of(setup: Setup) -> Any:
 # ---- ours, and ours without a part ----
 
 
-def prepared(model: Any, *, checkpointing: bool, fast_path: bool = True) -> Any:
-    """As prepare_for_training makes it."""
-    given: dict[str, Any] = {"gradient_checkpointing": checkpointing}
-    if "fast_path" in inspect.signature(prepare_for_training).parameters:
-        given["fast_path"] = fast_path
-    return prepare_for_training(model, **given)
+def prepared(model: Any, setup: Setup, *, left_out: Collection[str] = ()) -> Any:
+    """As prepare_for_training makes it, but for some of PARTS."""
+    everything = not set(left_out) - {"checkpointing"}
+    checkpointing = setup.checkpointing and "checkpointing" not in left_out
+    prepare_for_training(model, gradient_checkpointing=checkpointing, fast_path=everything)
+    if everything or "fast path" in left_out:
+        return model
+    if "loss without logits" not in left_out:
+        put_language_head(model)
+    if "norms" not in left_out:
+        put_norms(model)
+    if "layer functions" not in left_out:
+        use_fast_path(model, recompute=checkpointing)
+    for name, module in base_modules(model).items():
+        if "MLP blocks" in left_out and isinstance(module, MLPBlock):
+            put_module(model, name, module.base_layer)
+        if "groups" in left_out and isinstance(module, LoRALinear):
+            module.fast = SharedInput([module])
+    return model
 
 
-Prepare = Callable[[Any, Setup], Any]
-PARTS: dict[str, Prepare] = {
-    "fast path": lambda m, s: prepared(m, checkpointing=s.checkpointing, fast_path=False),
-    "checkpointing": lambda m, s: prepared(m, checkpointing=False),
-}
+PARTS = (
+    "fast path",
+    "layer functions",
+    "groups",
+    "MLP blocks",
+    "loss without logits",
+    "norms",
+    "checkpointing",
+)
+"""what --ablate leaves out: all of the fast path, then one part of it after the other"""
 
 
-def ours(setup: Setup, prepare: Prepare | None = None) -> Side:
-    """This project's model; `prepare` says how where it is not with all parts on."""
-    model = apply_lora(base_of(setup), setup.lora)
-    if prepare is None:
-        return plain(prepared(model, checkpointing=setup.checkpointing))
-    return plain(prepare(model, setup))
+def ours(setup: Setup, left_out: Collection[str] = ()) -> Side:
+    """This project's model."""
+    return plain(prepared(apply_lora(base_of(setup), setup.lora), setup, left_out=left_out))
 
 
 def without(part: str) -> str:
@@ -238,7 +258,7 @@ def dense(setup: Setup) -> Side:
         if is_quantized(layer):
             model.set_submodule(name, as_dense(layer, dense_weight(layer).to(model.dtype)))
     model.enable_input_require_grads()  # so that gradients go all the way down, as with adapters
-    return plain(prepared(model, checkpointing=setup.checkpointing, fast_path=False))
+    return plain(prepared(model, setup, left_out=["fast path"]))
 
 
 # ---- by name ----
@@ -256,10 +276,7 @@ NEEDS = {"trl": ["trl"], "liger": ["trl", "liger_kernel"], "unsloth": ["unsloth"
 
 def make_side(name: str, setup: Setup) -> Side:
     """The side of that name, its adapter at the start that all share."""
-    if name in SIDES:
-        side = SIDES[name](setup)
-    else:
-        side = ours(setup, PARTS[name.removeprefix(without(""))])
+    side = SIDES[name](setup) if name in SIDES else ours(setup, [name.removeprefix(without(""))])
     draw_adapter(side.model, setup.seed)
     return side
 
