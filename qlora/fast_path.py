@@ -8,7 +8,7 @@ called, or how its source reads; what is not recognised computes layer by layer.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby, permutations
 from typing import Any, NamedTuple
 
@@ -42,7 +42,8 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
     """
     take_fast_path_off(model)
     layers = lora_layers(model)
-    seen = _seen(model)
+    seen = _seen(model, layers.values())
+    read = [call.x for call in seen.values()]
     for group in _groups(layers, seen):
         shared = SharedInput(group)
         for layer in group:
@@ -50,7 +51,9 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
     for name, module in base_modules(model).items():
         block = _mlp(name, module, layers, seen)
         if block is not None:
-            block.recompute = recompute
+            # what a norm reads, as Gemma's does, is made again in any case, so keep what it is of
+            is_read = any(x is seen[module].y for x in read)
+            block.recompute = recompute and not is_read
             put_module(model, name, block)
     _say_what_is_plain(layers, seen)
 
@@ -116,13 +119,11 @@ def _activation(module: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _seen(model: Any) -> dict[nn.Module, _Call]:
-    """The calls of layers with adapters and of the modules they are in, in their order, of those
-    that were called once with one tensor."""
+def _seen(model: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, _Call]:
+    """The calls of `layers` and of the base's modules, in their order, of those that were called
+    once with one tensor."""
     if getattr(model, "main_input_name", None) != "input_ids":
         return {}
-    layers, modules = lora_layers(model), base_modules(model)
-    watched = [*layers.values(), *(modules[name] for name in dict.fromkeys(map(_parent, layers)))]
     calls: dict[nn.Module, list[_Call]] = {}
 
     def note(module: nn.Module, args: Any, y: Any) -> None:
@@ -133,6 +134,7 @@ def _seen(model: Any) -> dict[nn.Module, _Call]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
+    watched = {*layers, *base_modules(model).values()}
     hooks = [module.register_forward_hook(note) for module in watched]
     was_training = model.training
     try:

@@ -162,6 +162,23 @@ def test_what_only_looks_like_a_gated_mlp_is_left_alone(kind):
     the_same(gradients(model), wanted)
 
 
+@pytest.mark.parametrize("family, times", [("llama", 2), ("gemma", 4)])
+def test_checkpointing_makes_a_blocks_output_again_only_for_who_reads_it(
+    family, times, checkpoints, monkeypatch
+):
+    """Gemma's norm after the MLP does."""
+    model = adapted(checkpoints(family))
+    prepare_for_training(model, gradient_checkpointing=True)
+    assert {m.recompute for m in model.modules() if isinstance(m, MLPBlock)} == {family == "llama"}
+    made: list[Tensor] = []
+    forward = lora_function.gated_forward
+    monkeypatch.setattr(
+        lora_function, "gated_forward", lambda *given: made.append(forward(*given)) or made[-1]
+    )
+    gradients(model)
+    assert len(made) == times  # of two layers
+
+
 def test_gate_and_up_in_one_matrix():
     """Phi-3's: no block, no group of q, k and v, and every layer by itself."""
     model = frozen_model(Phi3Config(**SIZES))
