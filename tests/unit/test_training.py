@@ -326,7 +326,10 @@ def test_what_a_run_leaves_behind(checkpoints, tmp_path, data, capsys):
         assert all(row[key] > 0 for row in rows), key
     run = yaml.safe_load((output / "run.yaml").read_text())
     assert run["config"]["learning_rate"] == 1e-2 and run["config"]["r"] == 4
-    assert run["base"]["fingerprint"] and run["versions"]["torch"] == torch.__version__
+    assert (
+        run["base"]["fingerprint"]
+        and run["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    )
     assert not list(output.rglob("training_args.bin"))  # a pickle nobody needs
     printed = capsys.readouterr().out
     assert "merge_dequant.py --adapter" in printed and "loss.png" in printed
