@@ -9,6 +9,8 @@ plain way rounds act(gate) to 16 bits before it multiplies.
 In one pass: Triton's kernel on a GPU, and elsewhere torch over chunks that stay in the cache.
 """
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ def gated_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     _check(act, gate, up)
     gate, up = gate.contiguous(), up.contiguous()
     h = torch.empty_like(gate)
-    if usable(gate.device, gate.dtype):
+    if has_kernel(gate.device, gate.dtype, act):
         from qlora.kernels import gated
 
         gated.forward(gate, up, h, act)
@@ -61,7 +63,7 @@ def gated_backward(
     gate, up, dh = gate.contiguous(), up.contiguous(), dh.contiguous()
     out = (dh, gate, up) if in_place else tuple(torch.empty_like(gate) for _ in range(3))
     h, dgate, dup = out
-    if usable(gate.device, gate.dtype):
+    if has_kernel(gate.device, gate.dtype, act):
         from qlora.kernels import gated
 
         gated.backward(gate, up, dh, h, dgate, dup, act)
@@ -69,6 +71,30 @@ def gated_backward(
     else:
         plain_backward(gate, up, dh, h, dgate, dup, act)
     return h, dgate, dup
+
+
+@cache
+def has_kernel(device: torch.device, dtype: torch.dtype, act: str) -> bool:
+    """Whether the kernel runs there, and gives what its twin gives: seen once, on a few values."""
+    if not usable(device, dtype):
+        return False
+    from qlora.kernels import gated
+
+    grid = torch.linspace(-9, 9, 4099, device=device).to(dtype)
+    gate, up, dh = grid, grid.flip(0), grid.roll(7)
+    found, wanted = torch.empty(2, 4, len(grid), device=device, dtype=dtype)
+    gated.forward(gate, up, found[0], act)
+    gated.backward(gate, up, dh, found[1], found[2], found[3], act)
+    plain_forward(gate, up, wanted[0], act)
+    plain_backward(gate, up, dh, wanted[1], wanted[2], wanted[3], act)
+    # one rounding, and exponentials that may differ by some of fp32's
+    close = torch.finfo(dtype).eps + 1e-5
+    is_right = torch.allclose(found, wanted, rtol=close, atol=1e-4)
+    if not is_right:
+        logging.getLogger(__name__).warning(
+            "Triton's kernel of %s over %s on %s is wrong, so torch computes it", act, dtype, device
+        )
+    return is_right
 
 
 def _check(act: str, *tensors: Tensor) -> None:

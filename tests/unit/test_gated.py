@@ -173,3 +173,20 @@ def test_tensors_that_do_not_belong_together(other):
     gate, up, _ = case(2, 2)
     with pytest.raises(ValueError, match=r"must agree in shape, dtype and device, got \(2, 2\)"):
         gated_backward(gate, up, other, "silu")
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_kernel_that_is_wrong_is_not_used(kernel_device, dtype, monkeypatch, caplog):
+    from qlora.kernels import gated as kernel
+
+    monkeypatch.setattr(gated, "usable", lambda device, dtype: True)
+    gated.has_kernel.cache_clear()
+    assert all(gated.has_kernel(kernel_device, dtype, act) for act in ACTS)
+    right = kernel.backward
+    monkeypatch.setattr(
+        kernel, "backward", lambda g, u, d, h, dg, du, act: right(g, u, d, h, du, dg, act)
+    )
+    gated.has_kernel.cache_clear()
+    assert not gated.has_kernel(kernel_device, dtype, "silu")
+    assert "Triton's kernel of silu" in caplog.text
+    gated.has_kernel.cache_clear()
