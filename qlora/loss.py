@@ -37,9 +37,9 @@ from qlora.errors import UserError
 
 NO_LABEL = -100
 
-# fp32 logits of a chunk. Each chunk reads all of W, in 16 bits a FLOP a byte for each token, so that
-# fewer tokens than the card does FLOP while it reads a byte wait for memory, and more are no faster:
-# 165 on a 4090, 206 on an H200 by data sheet. Over 128k there are 262, and on a CPU 131.
+# fp32 logits of a chunk. Each reads all of W, a FLOP a byte for each token in 16 bits: fewer tokens
+# than the card does FLOP while it reads a byte wait for memory, and more are no faster. That is 165
+# on a 4090 and 206 on an H200, by data sheet. Over 128k a chunk has 262, and on a CPU 131.
 CHUNK_BYTES = {"cpu": 64 << 20}
 GPU_CHUNK_BYTES = 128 << 20
 
