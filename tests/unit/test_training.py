@@ -226,6 +226,31 @@ def test_the_loss_without_logits_is_the_same(family, checkpoints, tmp_path, data
         assert len(fast) == count and fast == pytest.approx(slow, rel=1e-5), key
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_fifty_steps_with_everything_on_end_where_they_do_with_everything_off(
+    family, checkpoints, tmp_path, data
+):
+    """Layer functions, rows without padding, a loss in chunks, checkpointing."""
+    ends = []
+    with chunks_of(32 * VOCAB):
+        for on in (True, False):
+            settings = config(
+                checkpoints(family),
+                data,
+                tmp_path / str(on),
+                fast_path=on,
+                gradient_checkpointing=on,
+                learning_rate=1e-3,
+                max_steps=50,
+                save_steps=50,
+                optim="adamw_torch",
+            )
+            found = losses(train(settings))
+            assert found[-1] < found[0] - 0.3
+            ends.append(found[-1])
+    assert ends[0] == pytest.approx(ends[1], abs=1e-3)
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_neither_training_nor_evaluation_asks_for_logits(on, checkpoints, tmp_path, data):
     settings = config(checkpoints("gemma"), data, tmp_path / "run")
