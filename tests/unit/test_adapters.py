@@ -432,7 +432,7 @@ def test_an_inactive_adapter_costs_memory_only():
     set_adapter(two, "one")
 
     def operations(model: nn.Module) -> list[str]:
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             logits(model)
         return [event.name for event in profile.events() if event.name.startswith("aten::")]
 
