@@ -41,6 +41,22 @@ def computes_in(layer: nn.Module) -> torch.dtype:
     return dtype
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product of x is computed in: its own dtype, or autocast's."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to see its calls, or has put another forward in its place."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    backward_hooks = (module._backward_hooks, module._backward_pre_hooks)
+    # accelerate's forward moves weights about
+    return any(hooks) or any(backward_hooks) or "forward" in vars(module)
+
+
 def matrix_shape(layer: Any) -> tuple[int, int]:
     """(out, in) of its weight as a matrix."""
     if isinstance(layer, nn.Linear):

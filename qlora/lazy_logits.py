@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from qlora.frozen import product_dtype
 from qlora.loss import linear_cross_entropy
 
 
@@ -42,14 +43,6 @@ def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> "
     product = partial(_product, weight, bias, dtype)
     recipe = _Recipe(weight, bias, dtype, hidden, (product,), hidden)
     return _lazy(torch.empty(shape, dtype=dtype, device="meta"), recipe)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What a product of x is computed in: its own dtype, or autocast's."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
 
 
 def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, hidden: Tensor) -> Tensor:
