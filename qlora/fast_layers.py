@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter_module import Wrapper
-from qlora.frozen import computes_in, is_quantized, product_dtype, was_conv1d
+from qlora.frozen import computes_in, is_quantized, is_watched, product_dtype, was_conv1d
 from qlora.lora import LoRALayer, LoRALinear
 from qlora.lora_function import Frozen, lora_linear, lora_mlp
 
@@ -37,6 +37,8 @@ def why_plain(layer: LoRALayer) -> str | None:
         return "lora_dropout"
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return "a base that is trained"
+    if is_watched(base):
+        return "a base with hooks"
     return None
 
 
@@ -65,6 +67,10 @@ class SharedInput:
         self.layers = tuple(layers)
         self._seen: tuple[Tensor, int] | None = None
         self._waiting: dict[LoRALayer, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy nobody waits, if a forward pass was left half done."""
+        return {"layers": self.layers, "_seen": None, "_waiting": {}}
 
     def __call__(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
         """What `layer` gives for x (..., in), or None where it is to compute by itself."""
@@ -97,7 +103,8 @@ class MLPBlock(Wrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(..., in) -> (..., in)."""
-        is_plain = args or kwargs or any(_is_watched(layer) for layer in self.layers)
+        # of the calls of what is in it, the function makes none
+        is_plain = args or kwargs or any(map(is_watched, self.base_layer.modules()))
         if is_plain or not all(is_fast(layer, x) for layer in self.layers):
             return self.base_layer(x, *args, **kwargs)
         frozen, factors = _inputs(self.layers)
@@ -105,8 +112,3 @@ class MLPBlock(Wrapper):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, recompute={self.recompute}"
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    """Whether somebody wants to see its calls, of which the block would make none."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)

@@ -49,6 +49,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to see its calls, or has put another forward in its place."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    backward_hooks = (module._backward_hooks, module._backward_pre_hooks)
+    # accelerate's forward moves weights about
+    return any(hooks) or any(backward_hooks) or "forward" in vars(module)
+
+
 def matrix_shape(layer: Any) -> tuple[int, int]:
     """(out, in) of its weight as a matrix."""
     if isinstance(layer, nn.Linear):

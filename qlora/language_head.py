@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter_module import Wrapper, put_module
-from qlora.frozen import is_quantized, output_head, product_dtype, vocabulary
+from qlora.frozen import is_quantized, is_watched, output_head, product_dtype, vocabulary
 from qlora.lazy_logits import lazy_logits
 from qlora.loss import chunk_rows
 
@@ -51,10 +51,8 @@ def put_language_head(model: nn.Module) -> None:
 
 def is_untouched(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is a plain linear layer that nobody trains or watches."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
-    watched = any(hooks) or "forward" in vars(layer)  # there accelerate moves weights about
     trained = any(parameter.requires_grad for parameter in layer.parameters())
-    return type(layer) is nn.Linear and not watched and not trained
+    return type(layer) is nn.Linear and not is_watched(layer) and not trained
 
 
 def _pays(hidden: Tensor, layer: nn.Linear) -> bool:

@@ -196,7 +196,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.save_for_backward(x, low, *matrices)
         ctx.layers = layers
         ctx.set_materialize_grads(False)
-        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -258,7 +258,7 @@ class _LoRAMLP(torch.autograd.Function):
             kept = () if recompute else made
         if keeper is None:
             ctx.save_for_backward(x, *matrices, *kept)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.adapter_module import Wrapper, base_modules, put_module
+from qlora.frozen import is_watched
 
 HAS_KERNEL = ("cuda",)
 EPS = ("variance_epsilon", "eps", "epsilon")  # as models call it
@@ -61,8 +62,7 @@ def rms_norm_eps(module: nn.Module) -> float | None:
     weight = state.pop("weight", None)
     if state or not isinstance(weight, nn.Parameter) or weight.ndim != 1 or weight.requires_grad:
         return None
-    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    if not isinstance(eps, float) or watched or isinstance(module, Wrapper | nn.RMSNorm):
+    if not isinstance(eps, float) or is_watched(module) or isinstance(module, Wrapper | nn.RMSNorm):
         return None
     if len(inspect.signature(module.forward).parameters) != 1:  # Mamba's have a gate
         return None

@@ -332,6 +332,73 @@ def test_somebody_who_watches_a_layer_sees_it_called(checkpoints):
     the_same(gradients(adapted_plain), wanted)
 
 
+def test_hooks_below_the_adapters_are_called_too():
+    """On the base's own layers, and on the MLP and its activation, put there before or after."""
+    model = frozen_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
+    layer = model.model.layers[0]
+    watched = [layer.mlp, layer.mlp.act_fn, layer.mlp.up_proj.base_layer]
+    watched.append(layer.self_attn.q_proj.base_layer)
+    wanted = gradients(model)
+    for put_before in (True, False):
+        seen: list[nn.Module] = []
+        if not put_before:
+            use_fast_path(model)
+        hooks = [
+            module.register_forward_hook(lambda module, *_, seen=seen: seen.append(module))
+            for module in watched
+        ]
+        if put_before:
+            use_fast_path(model)
+        seen.clear()
+        the_same(gradients(model), wanted)
+        assert set(seen) == set(watched)
+        for hook in hooks:
+            hook.remove()
+    assert fast_parts(model)[0] == 1
+
+
+def test_a_forward_that_was_put_in_a_layers_place_is_called():
+    """As accelerate does, to bring weights that are elsewhere."""
+    model = frozen_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
+    base = model.model.layers[0].self_attn.q_proj.base_layer
+    own, calls = base.forward, []
+    base.forward = lambda x: calls.append(1) or own(x)
+    prepare_for_training(model, gradient_checkpointing=False)
+    calls.clear()
+    gradients(model)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_under_autocast(compute, checkpointing, checkpoints):
+    models = [adapted(checkpoints("llama"), quant=QuantConfig(compute_dtype=compute))]
+    models.append(copy.deepcopy(models[0]))
+    found = []
+    for model, fast in zip(models, (True, False), strict=True):
+        prepare_for_training(model, gradient_checkpointing=checkpointing, fast_path=fast)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(gradients(model))
+    # of 16 bits two ways round in two ways
+    the_same(*found, close=1e-6 if compute == "fp32" else 0.1)
+
+
+def test_after_a_forward_pass_that_was_left_half_done(checkpoints):
+    model = adapted(checkpoints("llama"))
+    prepare_for_training(model, gradient_checkpointing=False)
+    wanted = gradients(model)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    hook = lora_layers(model)["model.layers.0.self_attn.k_proj"].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        gradients(model)
+    hook.remove()
+    the_same(gradients(copy.deepcopy(model)), wanted)
+    the_same(gradients(model), wanted)
+
+
 def test_a_copy_of_a_model_is_its_own(checkpoints):
     model = adapted(checkpoints("llama"))
     prepare_for_training(model, gradient_checkpointing=False)

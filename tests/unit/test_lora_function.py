@@ -137,6 +137,21 @@ def test_a_gated_mlp(activation, recompute, tiles, device, monkeypatch):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+def test_no_tokens_at_all(recompute):
+    """As an expert gets them that no token is sent to."""
+    layers = [layer(64, 128, 4), layer(64, 128, 4), layer(128, 64, 4)]
+    x = torch.randn(2, 0, 64, requires_grad=True)
+    made = [
+        *lora_linear(x, *arguments(layers[:2])),
+        lora_mlp(x, *arguments(layers), activation="silu", recompute=recompute),
+    ]
+    assert [tuple(y.shape) for y in made] == [(2, 0, 128), (2, 0, 128), (2, 0, 64)]
+    sum(y.sum() for y in made).backward()
+    assert x.grad.shape == x.shape
+    assert not any(parameter.grad.any() for parameter in parameters(layers))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 def test_an_input_without_gradient(recompute):
     """As that of the first layers, which see a frozen embedding."""
     layers = [layer(64, 128, 4), layer(64, 128, 4), layer(128, 64, 4)]
