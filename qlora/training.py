@@ -276,8 +276,8 @@ def prepare_for_training(
     """Make `model`, with its adapters on, ready for a training loop, in place.
 
     Training mode, no key-value cache, non-re-entrant checkpointing if asked; and, unless
-    `fast_path` is off, layers that keep less for the backward pass (qlora.fast_path), a loss
-    without logits (qlora.language_head) and torch's own norms (qlora.norms): the same numbers.
+    `fast_path` is off, layers and norms that keep less for the backward pass (qlora.fast_path,
+    qlora.norms) and a loss without logits (qlora.language_head): the same numbers.
     Generation and everything else go on as before.
     """
     model.config.use_cache = False
