@@ -3,10 +3,12 @@
 A few tokens go through the model once, and each layer's input and output is noted. Layers of one
 module that are called one after another with the same tensor share their input. A module is a gated
 MLP when gate and up get what it gets, it gives what down gives, and what down gets is
-act(gate(x)) * up(x) with one of the activations there are. So it does not matter what a class is
-called, or how its source reads; what is not recognised computes layer by layer.
+act(gate(x)) * up(x) with one of the activations there are, of large values too. So it does not
+matter what a class is called, or how its source reads; what is not recognised computes layer by
+layer.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby, permutations
@@ -22,6 +24,7 @@ from qlora.gated import ACTS, gated_forward
 from qlora.lora import LoRALayer, LoRALinear, lora_layers
 
 FEW_TOKENS = 8
+LARGE = 200.0  # its square is a number in fp16, too
 
 
 class _Call(NamedTuple):
@@ -100,9 +103,35 @@ def _mlp(
             h = gated_forward(seen[gate].y, seen[up].y, activation)
             # theirs rounds the activation too
             close = 4 * torch.finfo(h.dtype).eps * h.norm()
-            if (h - seen[down].x).norm() <= close:
-                return MLPBlock(module, (gate, up, down), activation)
+            block = MLPBlock(module, (gate, up, down), activation)
+            if (h - seen[down].x).norm() <= close and _is_so_of_large_values(block, call.x):
+                return block
     return None
+
+
+@torch.no_grad()
+def _is_so_of_large_values(block: MLPBlock, x: Tensor) -> bool:
+    """Whether the module computes the same where gate and up give large values, and in training:
+    some bound the former (DeepSeek-V4), or drop out."""
+    module, (gate, up, down) = plain(block), block.layers
+    shape = (*x.shape[:-1], gate.shape[0])
+    given = torch.linspace(-LARGE, LARGE, math.prod(shape)).to(x).view(shape)
+    instead = {gate: given, up: given.flip(-1)}
+    calls: list[_Call] = []
+    hooks = [layer.register_forward_hook(lambda layer, *_: instead[layer]) for layer in instead]
+    hooks.append(down.register_forward_hook(lambda _, args, y: calls.append(_Call(args[0], y))))
+    was_training, module.training = module.training, True
+    try:
+        y = module(x)
+    finally:
+        module.training = was_training
+        for hook in hooks:
+            hook.remove()
+    if not calls or y is not calls[0].y:
+        return False
+    h = gated_forward(instead[gate], instead[up], block.activation)
+    close = 4 * torch.finfo(h.dtype).eps * h.float().norm()  # which is too large for fp16
+    return bool((h.float() - calls[0].x.float()).norm() <= close)
 
 
 def _activation(module: nn.Module) -> str | None:

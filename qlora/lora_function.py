@@ -140,6 +140,11 @@ def _products(layers: Sequence[Frozen], matrices: Sequence[Tensor], dtype: Any) 
     ]
 
 
+def _empty(x: Tensor, product: _Product) -> Tensor:
+    """Memory for y (..., out) of x (..., in); not a view, to which nobody could add in place."""
+    return x.new_empty(*x.shape[:-1], len(product.lora_B))
+
+
 def _stacked(products: Sequence[_Product]) -> Tensor:
     """Their A, (sum of r, in)."""
     return torch.cat([p.lora_A for p in products]) if len(products) > 1 else products[0].lora_A
@@ -192,11 +197,13 @@ class _LoRALinear(torch.autograd.Function):
         products = _products(layers, matrices, x.dtype)
         low = flat @ _stacked(products).T
         pairs = zip(products, _lows(low, products), strict=True)
-        ys = [product.forward(flat, own) for product, own in pairs]
+        ys = [_empty(x, product) for product in products]
+        for y, (product, own) in zip(ys, pairs, strict=True):
+            product.forward(flat, own, out=y.view(len(flat), y.shape[-1]))
         ctx.save_for_backward(x, low, *matrices)
         ctx.layers = layers
         ctx.set_materialize_grads(False)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
@@ -249,16 +256,17 @@ class _LoRAMLP(torch.autograd.Function):
         tiles = _tiles(flat, down) if recompute else [slice(None)]
         if len(tiles) > 1:
             *both, down = [p._replace(dense=p.decoded(i)) for i, p in enumerate((*both, down))]
-        y = flat.new_empty(len(flat), len(down.lora_B))
+        y = _empty(x, down)
+        rows = y.view(len(flat), y.shape[-1])
         kept: tuple[Tensor, ...] = ()
         for tile in tiles:
             made = _gate_and_up(flat[tile], both)
             h = gated_forward(*made[1:], activation)
-            down.forward(h, h @ down.lora_A.T, out=y[tile])
+            down.forward(h, h @ down.lora_A.T, out=rows[tile])
             kept = () if recompute else made
         if keeper is None:
             ctx.save_for_backward(x, *matrices, *kept)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable

@@ -110,7 +110,8 @@ def only_block(model: Any) -> MLPBlock | None:
 @pytest.mark.parametrize(
     "name, found",
     [("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", None),
-     ("gelu_new", "gelu_tanh"), ("gelu_fast", "gelu_tanh"), ("quick_gelu", None), ("tanh", None)],
+     ("gelu_10", None), ("gelu_new", "gelu_tanh"), ("gelu_fast", "gelu_tanh"),
+     ("quick_gelu", None), ("tanh", None)],
 )  # fmt: skip
 def test_an_activation_is_known_by_its_values(name, found):
     model = frozen_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}, hidden_act=name))
@@ -153,7 +154,32 @@ class Dropping(Halved):
         return y
 
 
-@pytest.mark.parametrize("kind", [Halved, Squared, Dropping])
+class Bounded(Halved):
+    """DeepSeek-V4's, whose gate and up have bounds that few tokens do not reach."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x).clamp(max=10.0), self.up_proj(x).clamp(-10.0, 10.0)
+        y: Tensor = self.down_proj(self.act_fn(gate) * up)
+        return y
+
+
+class DroppingByFunction(Halved):
+    """One with dropout that is no module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return nn.functional.dropout(y, 0.5, self.training)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("act, found", [("silu", "silu"), ("gelu_10", None)])
+def test_large_values_are_looked_at_in_16_bits_too(act, found, dtype):
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 1}, hidden_act=act)
+    block = only_block(frozen_model(config).to(dtype))
+    assert (block.activation if block else None) == found
+
+
+@pytest.mark.parametrize("kind", [Halved, Squared, Dropping, Bounded, DroppingByFunction])
 def test_what_only_looks_like_a_gated_mlp_is_left_alone(kind):
     model = frozen_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
     model.model.layers[0].mlp = kind(model.model.layers[0].mlp)

@@ -136,6 +136,24 @@ def test_a_gated_mlp(activation, recompute, tiles, device, monkeypatch):
     close(again, wanted)
 
 
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_it_gives_can_be_changed_in_place(recompute, shape):
+    """As Falcon's decoder layer does, which adds its attention to what its MLP gives."""
+    layers = [layer(64, 128, 4), layer(64, 128, 4), layer(128, 64, 4)]
+    x = torch.randn(*shape, requires_grad=True)
+
+    def changed(both: Sequence[Tensor], y: Tensor) -> Tensor:
+        made = both[0].add_(1).square().sum() + both[1].mul_(2).square().sum()
+        return made + y.add_(1).square().sum()
+
+    mlp = lora_mlp(x, *arguments(layers), activation="silu", recompute=recompute)
+    got = changed(lora_linear(x, *arguments(layers[:2])), mlp)
+    wanted = changed([one.twin(x) for one in layers[:2]], twin_mlp(x, layers, "silu"))
+    inputs = [x, *parameters(layers)]
+    close(torch.autograd.grad(got, inputs), torch.autograd.grad(wanted, inputs))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_no_tokens_at_all(recompute):
     """As an expert gets them that no token is sent to."""
