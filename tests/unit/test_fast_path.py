@@ -357,6 +357,25 @@ def test_hooks_below_the_adapters_are_called_too():
     assert fast_parts(model)[0] == 1
 
 
+class Gained(nn.Linear):
+    """A linear layer with a forward of its own, as BitNet's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_linear_layer_of_another_kind_computes_what_it_computes(capsys):
+    model = frozen_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
+    layer = model.model.layers[0]
+    for own in (layer.self_attn.q_proj, layer.mlp.up_proj):
+        own.base_layer.__class__ = Gained
+    wanted = gradients(model)
+    use_fast_path(model)
+    said = "2 of 7 layers compute the plain way: no plain linear layer of its own\n"
+    assert capsys.readouterr().out == said
+    the_same(gradients(model), wanted)
+
+
 def test_a_forward_that_was_put_in_a_layers_place_is_called():
     """As accelerate does, to bring weights that are elsewhere."""
     model = frozen_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
