@@ -481,6 +481,22 @@ def test_a_layer_that_is_never_called_does_not_disturb_the_others():
     assert list(shared._waiting) == [k]
 
 
+def test_the_last_call_of_prepare_for_training_counts(checkpoints):
+    model = adapted(checkpoints("llama"))
+    modules = [type(module) for module in model.modules()]
+    names = [name for name, _ in model.named_parameters()]
+    prepare_for_training(model)
+    assert fast_parts(model)[0] == 2 and [type(m) for m in model.modules()] != modules
+    prepare_for_training(model, gradient_checkpointing=False, fast_path=False)
+    assert [type(module) for module in model.modules()] == modules
+    assert [name for name, _ in model.named_parameters()] == names
+    assert not any(layer.fast for layer in lora_layers(model).values())
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    prepare_for_training(model)
+    assert fast_parts(model)[0] == 2
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
 def test_it_computes_once_for_all(monkeypatch):
     (q, k, v), _ = three()
     from qlora import fast_layers
