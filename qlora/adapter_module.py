@@ -4,7 +4,7 @@ The model keeps its class, and its other modules do not notice: a wrapper answer
 that it stands in front of. Wrappers stand on each other where a module is adapted in several ways.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -144,9 +144,14 @@ def take_off(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter everywhere, and the modules of adapters that have none left."""
     for _, wrapper in adapted(model):
         wrapper.remove_adapter(adapter_name)
+    take_wrappers_off(model, lambda w: isinstance(w, AdapterModule) and not w.adapters)
+
+
+def take_wrappers_off(model: nn.Module, is_unwanted: Callable[[Wrapper], bool]) -> None:
+    """Leave the other wrappers, in their order."""
     for name, module in base_modules(model).items():
         there = list(wrappers(module))
-        left = [w for w in there if not isinstance(w, AdapterModule) or w.adapters]
+        left = [w for w in there if not is_unwanted(w)]
         if len(left) < len(there):
             outermost = plain(module)
             for stays in reversed(left):

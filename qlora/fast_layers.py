@@ -20,8 +20,9 @@ from qlora.lora_function import Frozen, lora_linear, lora_mlp
 def why_plain(layer: LoRALayer) -> str | None:
     """What about a layer and its active adapter the functions do not cover, or None."""
     base: Any = layer.base_layer
-    if not isinstance(layer, LoRALinear) or not isinstance(base, nn.Linear):
-        return "no linear layer of its own"
+    # what is derived from nn.Linear may compute something else
+    if not isinstance(layer, LoRALinear) or not (type(base) is nn.Linear or is_quantized(base)):
+        return "no plain linear layer of its own"
     if was_conv1d(base) and not is_quantized(base):
         return "a Conv1D"
     if layer.merged_adapters or layer.adapter_of_row is not None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter_module import base_modules, plain, put_module, wrappers
+from qlora.adapter_module import base_modules, plain, put_module, take_wrappers_off, wrappers
 from qlora.fast_layers import MLPBlock, SharedInput, why_plain
 from qlora.frozen import computes_in
 from qlora.gated import ACTS, gated_forward
@@ -66,9 +66,7 @@ def take_fast_path_off(model: nn.Module) -> None:
     for layer in lora_layers(model).values():
         if isinstance(layer, LoRALinear):
             layer.fast = None
-    for name, module in base_modules(model).items():
-        if isinstance(module, MLPBlock):
-            put_module(model, name, module.base_layer)
+    take_wrappers_off(model, lambda wrapper: isinstance(wrapper, MLPBlock))
 
 
 def _groups(

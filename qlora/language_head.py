@@ -35,6 +35,10 @@ class LanguageHead(Wrapper):
             return logits
         return lazy_logits(hidden, layer.weight, layer.bias)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """The head's: transformers puts a weight there that is tied to the embedding's."""
+        self.base_layer.register_parameter(name, param)
+
 
 def put_language_head(model: nn.Module) -> None:
     """A LanguageHead in front of the output head of `model`, in place; or a line on the terminal

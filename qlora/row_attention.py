@@ -18,8 +18,8 @@ packing rows are padded instead. All are set by the names that transformers' Att
 gives them, its public way to bring an attention of one's own.
 
 Whether a model does it right is not asked of its class but seen, once, on two short rows: the
-gradient of the second's hidden states in the first's embeddings must be exactly zero, and both must
-be what they are alone, but for rounding. A model that does not read position_ids, mixes tokens with
+gradient of the second's logits in the first's embeddings must be exactly zero, and both must be
+what they are alone, but for rounding. A model that does not read position_ids, mixes tokens with
 a convolution or a recurrent state, or adds what an attention does not know (softcap, sinks) fails.
 
 Left out: flex_attention, which compiles its kernels anew for new lengths; torch's varlen does the
@@ -233,7 +233,8 @@ def _pack(rows: list[list[int]]) -> dict[str, list[int]]:
 
 
 def _seen(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The embeddings, and the last hidden states that the model makes of them, with gradients."""
+    """The embeddings, and the logits that the model makes of them, with gradients. Of the whole
+    model, as some hand the arguments of a batch on to nobody."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "attention_mask")}
     moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     embedded: list[Tensor] = []
@@ -243,14 +244,14 @@ def _seen(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
     hook = model.get_input_embeddings().register_forward_hook(keep)
     try:
-        hidden = model.base_model(**moved)[0]
-        return embedded[0], hidden
+        logits = model(**moved).logits
+        return embedded[0], logits
     finally:
         hook.remove()
 
 
 def _difference(embedded: Tensor, together: Tensor, alone: list[Tensor]) -> str | None:
-    """What two rows together, (1, 2 * FEW_TOKENS, dim), have that they have not alone."""
+    """What two rows together, (1, 2 * FEW_TOKENS, vocab), have that they have not alone."""
     first, second = (part.float() for part in together[:, : 2 * FEW_TOKENS].split(FEW_TOKENS, 1))
     # Of a sum a norm may make a constant: cosines are as good as random factors.
     some = (second * torch.arange(second.shape[-1], device=second.device).cos()).sum()
@@ -262,5 +263,5 @@ def _difference(embedded: Tensor, together: Tensor, alone: list[Tensor]) -> str 
     # Rounding differs by a few eps, as a GPU has other kernels for other shapes, and that grows
     # from layer to layer; a row in another place is another row.
     if apart > torch.finfo(together.dtype).eps ** 0.5:
-        return f"its hidden states are {apart:.1%} off those of a row alone"
+        return f"its logits are {apart:.1%} off those of a row alone"
     return None

@@ -23,6 +23,7 @@ from transformers import (
 
 from qlora import __version__
 from qlora.adapter_files import load_adapter_weights
+from qlora.adapter_module import take_wrappers_off
 from qlora.adapter_reader import read_adapter
 from qlora.adapters import apply_lora, print_trainable_parameters
 from qlora.base import load_base
@@ -30,11 +31,11 @@ from qlora.checkpoint import Checkpoint, resolve
 from qlora.config import LoraConfig, TrainConfig, flat
 from qlora.data import describe, length_batches, prepare_data, show_example
 from qlora.errors import UserError, first_line
-from qlora.fast_path import use_fast_path
+from qlora.fast_path import take_fast_path_off, use_fast_path
 from qlora.host_embedding import offload_embedding
-from qlora.language_head import put_language_head
+from qlora.language_head import LanguageHead, put_language_head
 from qlora.memory import peak_bytes, show_bytes
-from qlora.norms import put_norms
+from qlora.norms import RMSNorm, put_norms
 from qlora.objectives import OBJECTIVES
 from qlora.offload import require_gpu
 from qlora.packing import PackedRows
@@ -277,23 +278,31 @@ def prepare_for_training(
 
     Training mode, no key-value cache, non-re-entrant checkpointing if asked; and, unless
     `fast_path` is off, layers and norms that keep less for the backward pass (qlora.fast_path,
-    qlora.norms) and a loss without logits (qlora.language_head): the same numbers.
-    Generation and everything else go on as before.
+    qlora.norms) and a loss without logits (qlora.language_head): the same numbers. Generation and
+    everything else go on as before. Called again, it goes by what it is told last.
     """
     model.config.use_cache = False
+    if not fast_path:
+        take_fast_path_off(model)
+        take_wrappers_off(model, lambda wrapper: isinstance(wrapper, LanguageHead | RMSNorm))
     if fast_path:
         put_language_head(model)
         put_norms(model)
-    if gradient_checkpointing:
-        settings = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    _set_checkpointing(model, gradient_checkpointing)
     model.train()
     if fast_path:
         use_fast_path(model, recompute=gradient_checkpointing)
     return model
+
+
+def _set_checkpointing(model: PreTrainedModel, on: bool) -> None:
+    # its name since transformers 5.2x
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        settings = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{kind}_checkpointing_enable")(**settings)
+    elif getattr(model, f"is_{kind}_checkpointing"):
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 def _share_pad(model: PreTrainedModel, tokenizer: Any) -> None:

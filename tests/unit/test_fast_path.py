@@ -383,6 +383,25 @@ def test_hooks_below_the_adapters_are_called_too():
     assert fast_parts(model)[0] == 1
 
 
+class Gained(nn.Linear):
+    """A linear layer with a forward of its own, as BitNet's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_linear_layer_of_another_kind_computes_what_it_computes(capsys):
+    model = frozen_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
+    layer = model.model.layers[0]
+    for own in (layer.self_attn.q_proj, layer.mlp.up_proj):
+        own.base_layer.__class__ = Gained
+    wanted = gradients(model)
+    use_fast_path(model)
+    said = "2 of 7 layers compute the plain way: no plain linear layer of its own\n"
+    assert capsys.readouterr().out == said
+    the_same(gradients(model), wanted)
+
+
 def test_a_forward_that_was_put_in_a_layers_place_is_called():
     """As accelerate does, to bring weights that are elsewhere."""
     model = frozen_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
@@ -486,6 +505,22 @@ def test_a_layer_that_is_never_called_does_not_disturb_the_others():
         got = torch.autograd.grad(q(x).sum() + v(x).sum(), x)[0]
         torch.testing.assert_close(got, wanted)
     assert list(shared._waiting) == [k]
+
+
+def test_the_last_call_of_prepare_for_training_counts(checkpoints):
+    model = adapted(checkpoints("llama"))
+    modules = [type(module) for module in model.modules()]
+    names = [name for name, _ in model.named_parameters()]
+    prepare_for_training(model)
+    assert fast_parts(model)[0] == 2 and [type(m) for m in model.modules()] != modules
+    prepare_for_training(model, gradient_checkpointing=False, fast_path=False)
+    assert [type(module) for module in model.modules()] == modules
+    assert [name for name, _ in model.named_parameters()] == names
+    assert not any(layer.fast for layer in lora_layers(model).values())
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    prepare_for_training(model)
+    assert fast_parts(model)[0] == 2
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 def test_it_computes_once_for_all(monkeypatch):

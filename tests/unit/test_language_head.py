@@ -345,6 +345,19 @@ def test_a_quantized_head(checkpoints, capsys):
     assert capsys.readouterr().out == said("model.layers.0.self_attn.q_proj", "quantized")
 
 
+def test_weights_are_tied_again():
+    model = tiny_model("gemma").requires_grad_(False)
+    names = list(model.state_dict())
+    put_language_head(model)
+    wrapped = list(model.state_dict())
+    model.tie_weights()
+    model.resize_token_embeddings(VOCAB + 8)
+    head = model.get_output_embeddings()
+    assert head.base_layer.weight is model.get_input_embeddings().weight
+    assert len(head.weight) == VOCAB + 8
+    assert list(model.state_dict()) == wrapped and len(names) == len(wrapped)
+
+
 def test_a_head_that_is_watched():
     model = frozen("llama")
     put_language_head(model)

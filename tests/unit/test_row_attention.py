@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     Lfm2Config,
+    LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
     OPTConfig,
@@ -179,7 +180,8 @@ class Absolute(nn.Module):
     def forward(self, position_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
         length = inputs["input_ids"].shape[1]
         outputs = self.inside(position_ids=position_ids, **inputs)
-        return (outputs[0] + torch.linspace(0, 1, 512)[:length, None],)
+        outputs.last_hidden_state += torch.linspace(0, 1, 512)[:length, None]
+        return outputs
 
 
 def test_a_model_that_does_not_read_position_ids_is_refused():
@@ -187,8 +189,22 @@ def test_a_model_that_does_not_read_position_ids_is_refused():
     model.config.use_cache = False
     model.model = Absolute(model.model)
     model.get_input_embeddings = lambda: model.model.inside.embed_tokens
-    with pytest.raises(UserError, match=r"hidden states are \d+\.\d% off those of a row alone"):
+    with pytest.raises(UserError, match=r"logits are \d+\.\d% off those of a row alone"):
         rows_collator(model, packing=True, fast_path=True, pad_token_id=0)
+
+
+class Swallowing(LlamaForCausalLM):
+    """A head that hands nothing on to the model under it, as some remote code does."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **_: Any) -> Any:
+        return super().forward(input_ids=input_ids, labels=labels)
+
+
+def test_a_model_whose_head_swallows_position_ids_is_refused():
+    model: Any = Swallowing(CONFIGS["llama"]()).eval()
+    with pytest.raises(UserError, match="a row reads the one before it"):
+        rows_collator(model, packing=True, fast_path=True, pad_token_id=0)
+    assert rows_collator(model, packing=False, fast_path=True, pad_token_id=0) is None
 
 
 def test_an_attention_that_does_it_right_is_found_where_the_models_own_mask_does_not(tmp_path):
