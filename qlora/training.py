@@ -282,12 +282,12 @@ def prepare_for_training(
     everything else go on as before. Called again, it goes by what it is told last.
     """
     model.config.use_cache = False
-    if not fast_path:
-        take_fast_path_off(model)
-        take_wrappers_off(model, lambda wrapper: isinstance(wrapper, LanguageHead | RMSNorm))
     if fast_path:
         put_language_head(model)
         put_norms(model)
+    else:
+        take_fast_path_off(model)
+        take_wrappers_off(model, lambda wrapper: isinstance(wrapper, LanguageHead | RMSNorm))
     _set_checkpointing(model, gradient_checkpointing)
     model.train()
     if fast_path:
