@@ -146,11 +146,23 @@ def _refuse(others: dict[str, Any]) -> None:
             raise ValueError(f"no attention within rows has {name}")
 
 
-def _no_mask(*args: Any, attention_mask: Tensor | None = None, **_: Any) -> None:
-    """The mask that transformers makes for these attentions: none."""
-    if attention_mask is not None and not attention_mask.all():
+def _no_mask(
+    *args: Any,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """The mask that transformers makes for these attentions: none. The last key is then that of
+    the last query, which a cache of a fixed size, with room for tokens to come, does not hold to.
+    """
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if padded or int(kv_offset) + kv_length != int(q_offset) + q_length:
+        what = "these have some" if padded else "the cache of this generation has room to come"
         raise UserError(
-            "the model's attention is set for rows without padding, and these have some: "
+            f"the model's attention is set for rows without padding, and {what}: "
             "model.set_attn_implementation('sdpa') sets it back"
         )
 

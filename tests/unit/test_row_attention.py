@@ -282,6 +282,10 @@ def test_other_batches_are_computed_as_before(family, tmp_path):
     mask[0, 0] = 0
     with pytest.raises(UserError, match=r"rows without padding.*attn_implementation\('sdpa'\)"):
         model(input_ids=ids, attention_mask=mask)
+    # a cache of a fixed size holds keys of tokens to come
+    fixed = {"max_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    with pytest.raises(UserError, match=r"room to come.*attn_implementation\('sdpa'\)"):
+        model.generate(ids[:, :3], cache_implementation="static", **fixed)
     model.set_attn_implementation("sdpa")
     model(input_ids=ids, attention_mask=mask)
 
