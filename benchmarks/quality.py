@@ -38,7 +38,7 @@ from qlora.checkpoint import resolve
 from qlora.config import LoraConfig
 from qlora.data import collator
 from qlora.frozen import output_head
-from qlora.report import read_metrics
+from qlora.pictures import read_metrics
 from qlora.training import default_learning_rate, prepare_for_training
 
 FILE = RESULTS / "quality.jsonl"

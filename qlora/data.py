@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
-from qlora.chat import ensure_chat_template
+from qlora.chat_template import ensure_chat_template
 from qlora.errors import UserError
 from qlora.labels import label_names
 from qlora.objectives import OBJECTIVES, Collator, Objective

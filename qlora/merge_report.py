@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from qlora.config import MergeConfig
 from qlora.export import Facts
 from qlora.merge_plan import Plan
-from qlora.report import by_kind, plot_merge, write_merge_card
+from qlora.model_card import write_merge_card
+from qlora.pictures import by_kind, plot_merge
 from qlora.shards import replace_text
 from qlora.tasks import CAUSAL_LM, task_named
 

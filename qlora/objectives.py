@@ -9,9 +9,10 @@
 The loss is a cross-entropy summed over all labels of an optimizer step and divided once by their
 number, so that it does not matter how a step is split into batches.
 
-For chats (causal-lm), loss is on the assistant's turns and their end tokens alone (qlora.chat); of
-`text` records, on every token. Sources: transformers' examples for the others (run_translation,
-run_glue, run_ner), from which it is that the first token of a word alone has its label.
+For chats (causal-lm), loss is on the assistant's turns and their end tokens alone
+(qlora.chat_template); of `text` records, on every token. Sources: transformers'
+examples for the others (run_translation, run_glue, run_ner), from which it is that the first
+token of a word alone has its label.
 
 Left out: regression, several labels a row, question answering.
 """
@@ -32,7 +33,7 @@ from transformers import (
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qlora.chat import NO_LOSS, Rendering, is_answer, tokenize
+from qlora.chat_template import NO_LOSS, Rendering, is_answer, tokenize
 from qlora.errors import UserError
 from qlora.labels import accuracy, entity_f1, label_id
 from qlora.records import KINDS, chat_of, kind_of, string_of

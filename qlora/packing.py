@@ -28,7 +28,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora.chat import NO_LOSS
+from qlora.chat_template import NO_LOSS
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from qlora.memory import peak_bytes, show_bytes
-from qlora.report import read_metrics
+from qlora.pictures import read_metrics
 
 METRICS = "metrics.jsonl"
 EVALUATED = {

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora.adapter_files import load_adapter_weights, save_adapter
-from qlora.chat import NO_LOSS
+from qlora.chat_template import NO_LOSS
 from qlora.config import TrainConfig
 from qlora.data import collator
 from qlora.errors import UserError, did_you_mean, first_line

@@ -35,12 +35,13 @@ from qlora.fast_path import take_fast_path_off, use_fast_path
 from qlora.host_embedding import offload_embedding
 from qlora.language_head import LanguageHead, put_language_head
 from qlora.memory import peak_bytes, show_bytes
+from qlora.model_card import write_adapter_card
 from qlora.norms import RMSNorm, put_norms
 from qlora.objectives import OBJECTIVES
 from qlora.offload import require_gpu
 from qlora.packing import PackedRows
+from qlora.pictures import plot_loss, read_metrics
 from qlora.progress import EVALUATED, METRICS
-from qlora.report import plot_loss, read_metrics, write_adapter_card
 from qlora.shards import require_new
 from qlora.tasks import task_named, task_of
 from qlora.trainer import AdapterTrainer, check_trainer_arguments, make_trainer

@@ -1,4 +1,4 @@
-"""Tests of qlora.records, qlora.chat and qlora.data: texts by hand, ids from transformers."""
+"""Records, chats and rows: texts by hand, ids from transformers."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora.chat import ensure_chat_template
+from qlora.chat_template import ensure_chat_template
 from qlora.data import DataStats, collator, describe, prepare_data, show_example
 from qlora.errors import UserError
 from qlora.records import chat_messages, load_records, prompt_messages

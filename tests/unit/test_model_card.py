@@ -1,6 +1,6 @@
-"""The picture and the cards."""
+"""The cards."""
 
-from qlora.report import plot_loss, write_adapter_card
+from qlora.report import write_adapter_card
 
 FACTS = {
     "base_model": "owner/name",
@@ -17,12 +17,6 @@ FACTS = {
     "blocksize": 64,
     "double_quant": True,
 }
-
-
-def test_loss_picture(tmp_path):
-    rows = [{"step": i, "loss": 3 / i} for i in range(1, 9)] + [{"step": 8, "eval_loss": 0.5}]
-    plot_loss(rows, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_adapter_card_says_what_was_done(tmp_path):
