@@ -1,6 +1,6 @@
 """The cards."""
 
-from qlora.report import write_adapter_card
+from qlora.model_card import write_adapter_card
 
 FACTS = {
     "base_model": "owner/name",
