@@ -136,7 +136,8 @@ def ablation_table(rows: Sequence[Row]) -> str:
                 speed = row["tokens_per_second"]["median"] / ours["tokens_per_second"]["median"]
                 memory = row["above_loaded_bytes"] / ours["above_loaded_bytes"]
                 lines.append([_question(run), name, f"{speed:.2f}", f"{memory:.2f}"])
-    return _markdown(["ours without a part", "", "tokens/s", "memory above the model"], lines)
+    head = ["ours without a part", "", "tokens/s, of all", "memory above the model, of all"]
+    return _markdown(head, lines)
 
 
 def _question(run: Row) -> str:

@@ -34,8 +34,6 @@ def why_plain(layer: LoRALayer) -> str | None:
         return "DoRA"
     if name in layer.lora_bias:
         return "lora_bias"
-    if layer.dropout[name] and layer.training:
-        return "lora_dropout"
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return "a base that is trained"
     if is_watched(base):
@@ -53,7 +51,10 @@ def _inputs(layers: Sequence[LoRALayer]) -> tuple[list[Frozen], list[tuple[Tenso
     """What the functions take, of layers that are fast."""
     names = [layer.active_adapters[0] for layer in layers]
     pairs = list(zip(layers, names, strict=True))
-    frozen = [Frozen(layer.base_layer, layer.scaling[name]) for layer, name in pairs]
+    frozen = [
+        Frozen(layer.base_layer, layer.scaling[name], layer.drawn_dropout(name))
+        for layer, name in pairs
+    ]
     return frozen, [(layer.lora_A[name], layer.lora_B[name]) for layer, name in pairs]
 
 

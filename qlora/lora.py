@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from qlora.adapter_module import AdapterModule, adapted
 from qlora.config import LoraConfig
+from qlora.dropout import Dropout
 from qlora.frozen import as_dense, computes_in, dense_weight, matrix_shape
 from qlora.nf4 import DTYPES
 
@@ -208,7 +209,13 @@ class LoRALayer(AdapterModule):
         raise NotImplementedError
 
     def _drop(self, x: Tensor, name: str) -> Tensor:
-        return F.dropout(x, self.dropout[name], self.training)
+        dropout = self.drawn_dropout(name)
+        return x if dropout is None else dropout(x)
+
+    def drawn_dropout(self, name: str) -> Dropout | None:
+        """What one call of the layer is to drop of A's input; None where it drops nothing."""
+        is_on = self.training and self.dropout[name] > 0
+        return Dropout.drawn(self.dropout[name]) if is_on else None
 
     def _spread(self, features: Tensor) -> Tensor:
         """Numbers (out,) in the shape that multiplies an output."""

@@ -18,8 +18,11 @@ keeps is then kept before it computes, so that this second forward pass ends the
 projection, a fifth of a layer's products, is not computed twice. Its tokens go in tiles, since
 nothing but their sums leaves them: however long a row is, a few tiles (tokens, intermediate) exist.
 
-Plain twins: LoRALinear's own forward, and the model's own MLP. Left out: dropout, DoRA, a bias of
-B, several adapters at once, which take the plain way.
+With lora_dropout each A reads an x of its own, of which nothing is kept either: the mask is made
+again from its seed, and its product with A stands alone.
+
+Plain twins: LoRALinear's own forward, and the model's own MLP. Left out: DoRA, a bias of B, several
+adapters at once, which take the plain way.
 """
 
 import itertools
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora.decode import decoded
+from qlora.dropout import Dropout
 from qlora.gated import gated_backward, gated_forward
 
 # Of the four tensors (tokens, intermediate) that a tile has in its backward pass, each. 6,000
@@ -45,6 +49,8 @@ class Frozen(NamedTuple):
     layer: nn.Module
     """a Linear4bit or an nn.Linear"""
     scaling: float
+    dropout: Dropout | None = None
+    """of what A reads"""
 
 
 def lora_linear(
@@ -108,6 +114,21 @@ class _Product(NamedTuple):
     def decoded(self, slot: int) -> Tensor:
         return decoded(self.frozen.layer, self.lora_A.dtype, slot)
 
+    def kept(self, x: Tensor, part: int) -> Tensor | None:
+        """Dropout's mask of x (n, in), the part of that number of all tokens; None without."""
+        dropout = self.frozen.dropout
+        return None if dropout is None else dropout.kept(x, part)
+
+    def low(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """x A' (n, r), of what is kept of x (n, in)."""
+        low = _only(x, kept) @ self.lora_A.T
+        return low if kept is None else low.mul_(self.gain)
+
+    @property
+    def gain(self) -> float:
+        """What dropout multiplies with what it keeps."""
+        return 1.0 if self.frozen.dropout is None else self.frozen.dropout.gain
+
     def forward(self, x: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
         """y (n, out), of x (n, in) and low = x A' (n, r)."""
         bias: Tensor | None = self.frozen.layer.bias  # type: ignore[assignment]
@@ -120,16 +141,26 @@ class _Product(NamedTuple):
 
     def to_low(self, dy: Tensor) -> Tensor:
         """The gradient of x A', s dy B (n, r)."""
-        return (dy @ self.lora_B).mul_(self.frozen.scaling)
+        return (dy @ self.lora_B).mul_(self.frozen.scaling * self.gain)
 
-    def backward(self, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of x A' (n, r) and of x (n, in)."""
-        dlow = self.to_low(dy)
-        return dlow, (dy @ self.weight()).addmm_(dlow, self.lora_A)
+    def add_low(self, dx: Tensor, dlow: Tensor, kept: Tensor | None) -> Tensor:
+        """dx (n, in), with what comes to it by way of A in it."""
+        if kept is None:
+            return dx.addmm_(dlow, self.lora_A)
+        return dx.add_((dlow @ self.lora_A).mul_(kept))
+
+    def dA(self, dlow: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
+        """dlow' x (r, in)."""
+        return dlow.T @ _only(x, kept)
 
     def dB(self, dy: Tensor, low: Tensor) -> Tensor:
         """s dy' (x A') (out, r)."""
         return (dy.T @ low).mul_(self.frozen.scaling)
+
+
+def _only(x: Tensor, kept: Tensor | None) -> Tensor:
+    """x, with zeros where it is not kept."""
+    return x if kept is None else x * kept
 
 
 def _products(layers: Sequence[Frozen], matrices: Sequence[Tensor], dtype: Any) -> list[_Product]:
@@ -150,6 +181,17 @@ def _stacked(products: Sequence[_Product]) -> Tensor:
     return torch.cat([p.lora_A for p in products]) if len(products) > 1 else products[0].lora_A
 
 
+def _low(x: Tensor, products: Sequence[_Product], part: int = 0) -> Tensor:
+    """x A' of all (n, sum of r)."""
+    if _drop_out(products):
+        return torch.cat([p.low(x, p.kept(x, part)) for p in products], dim=1)
+    return x @ _stacked(products).T
+
+
+def _drop_out(products: Sequence[_Product]) -> bool:
+    return any(p.frozen.dropout is not None for p in products)
+
+
 def _lows(low: Tensor, products: Sequence[_Product]) -> tuple[Tensor, ...]:
     """Each one's columns of x A' (n, sum of r)."""
     return torch.split(low, [len(p.lora_A) for p in products], dim=1)
@@ -161,9 +203,11 @@ def _gradients(
     products: Sequence[_Product],
     dys: Sequence[Tensor | None],
     dx: Tensor | None,
+    part: int = 0,
 ) -> list[Tensor | None]:
     """dA and dB of each layer, one after another; fills dx (n, in), if there is one."""
     found: list[Tensor | None] = []
+    is_one_input = not _drop_out(products)
     dlow = torch.zeros_like(low)
     parts = zip(products, dys, _lows(low, products), _lows(dlow, products), strict=True)
     is_begun = False
@@ -172,11 +216,14 @@ def _gradients(
             found += [None, None]
             continue
         own_dlow.copy_(product.to_low(dy))
-        found += [own_dlow.T @ x, product.dB(dy, own_low)]
+        kept = product.kept(x, part)
+        found += [product.dA(own_dlow, x, kept), product.dB(dy, own_low)]
         if dx is not None:
             torch.addmm(dx, dy, product.weight(), beta=float(is_begun), out=dx)
             is_begun = True
-    if dx is not None:
+            if not is_one_input:
+                product.add_low(dx, own_dlow, kept)
+    if dx is not None and (is_one_input or not is_begun):
         dx.addmm_(dlow, _stacked(products), beta=float(is_begun))
     return found
 
@@ -195,7 +242,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layers: Any, *matrices: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
         products = _products(layers, matrices, x.dtype)
-        low = flat @ _stacked(products).T
+        low = _low(flat, products)
         pairs = zip(products, _lows(low, products), strict=True)
         ys = [_empty(x, product) for product in products]
         for y, (product, own) in zip(ys, pairs, strict=True):
@@ -259,10 +306,10 @@ class _LoRAMLP(torch.autograd.Function):
         y = _empty(x, down)
         rows = y.view(len(flat), y.shape[-1])
         kept: tuple[Tensor, ...] = ()
-        for tile in tiles:
-            made = _gate_and_up(flat[tile], both)
+        for part, tile in enumerate(tiles):
+            made = _gate_and_up(flat[tile], both, part)
             h = gated_forward(*made[1:], activation)
-            down.forward(h, h @ down.lora_A.T, out=rows[tile])
+            down.forward(h, down.low(h, down.kept(h, part)), out=rows[tile])
             kept = () if recompute else made
         if keeper is None:
             ctx.save_for_backward(x, *matrices, *kept)
@@ -281,15 +328,17 @@ class _LoRAMLP(torch.autograd.Function):
         if len(tiles) > 1:
             down = down._replace(dense=down.decoded(2))
         found: list[Any] = []
-        for tile in tiles:
-            ddown, dh = down.backward(rows[tile])
+        for part, tile in enumerate(tiles):
+            ddown, dh = down.to_low(rows[tile]), rows[tile] @ down.weight()
+            of_h = down.kept(dh, part)
+            dh = down.add_low(dh, ddown, of_h)
             if ctx.recompute and both[0].dense is None:  # for what is made again and for dx
                 both = [p._replace(dense=p.decoded(slot)) for slot, p in enumerate(both)]
-            low, gate, up = kept or _gate_and_up(flat[tile], both)
+            low, gate, up = kept or _gate_and_up(flat[tile], both, part)
             h, dgate, dup = gated_backward(gate, up, dh, ctx.activation, in_place=ctx.recompute)
             own_dx = None if dx is None else dx[tile]
-            own: list[Any] = _gradients(flat[tile], low, both, [dgate, dup], own_dx)
-            own += [ddown.T @ h, down.dB(rows[tile], h @ down.lora_A.T)]
+            own: list[Any] = _gradients(flat[tile], low, both, [dgate, dup], own_dx, part)
+            own += [down.dA(ddown, h, of_h), down.dB(rows[tile], down.low(h, of_h))]
             # sums of tiles in fp32, and rounded once
             own = [g.float() for g in own] if len(tiles) > 1 else own
             found = [f.add_(g) for f, g in zip(found, own, strict=True)] if found else own
@@ -297,9 +346,9 @@ class _LoRAMLP(torch.autograd.Function):
         return None if dx is None else dx.view(x.shape), *no, *_like(found, matrices)
 
 
-def _gate_and_up(x: Tensor, both: Sequence[_Product]) -> tuple[Tensor, Tensor, Tensor]:
+def _gate_and_up(x: Tensor, both: Sequence[_Product], part: int) -> tuple[Tensor, Tensor, Tensor]:
     """x A' (n, 2 r) of gate and up, gate(x) and up(x) (n, intermediate)."""
-    low = x @ _stacked(both).T
+    low = _low(x, both, part)
     gate, up = (p.forward(x, own) for p, own in zip(both, _lows(low, both), strict=True))
     return low, gate, up
 

@@ -89,6 +89,21 @@ def test_the_numbers_are_the_same(family, checkpointing, checkpoints, capsys):
     assert all(torch.equal(g, wanted[name]) for name, g in gradients(model).items())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_numbers_are_dropped(device, checkpointing, checkpoints, capsys):
+    model = adapted(checkpoints("llama"), replace(LORA, lora_dropout=0.3)).to(device)
+    prepare_for_training(model, gradient_checkpointing=checkpointing, fast_path=False)
+    without = gradients(model.eval())
+    wanted = gradients(model.train())
+    assert abs(wanted["loss"] - without["loss"]) > 1e-3 * without["loss"]
+    use_fast_path(model, recompute=checkpointing)
+    assert fast_parts(model) == (2, [1, 1, 2, 3])
+    assert "plain" not in capsys.readouterr().out
+    the_same(gradients(model), wanted)
+    the_same(gradients(model.eval()), without)
+
+
 # ---- what is recognised ----
 
 
@@ -254,7 +269,6 @@ def test_layers_of_an_image_model_are_not_looked_for():
     "lora, reason",
     [
         ({"use_dora": True}, "DoRA"),
-        ({"lora_dropout": 0.5}, "lora_dropout"),
         ({"lora_bias": True}, "lora_bias"),
     ],
 )

@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora import lora_function
 from qlora.config import QuantConfig
+from qlora.dropout import Dropout
 from qlora.lora_function import Frozen, lora_linear, lora_mlp
 from qlora.nf4 import dequantize, quantize
 
+MLP_SHAPES = [(64, 128), (64, 128), (128, 64)]
 ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
@@ -31,7 +33,8 @@ class Layer(NamedTuple):
     def twin(self, x: Tensor) -> Tensor:
         layer: Any = self.frozen.layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        low = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        read = x if self.frozen.dropout is None else self.frozen.dropout(x)
+        low = F.linear(F.linear(read, self.A.to(x.dtype)), self.B.to(x.dtype))
         return F.linear(x, self.weight.to(x.dtype), bias) + self.frozen.scaling * low
 
 
@@ -42,6 +45,7 @@ def layer(
     *,
     bias: bool = False,
     four_bit: bool = True,
+    p: float = 0.0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Layer:
@@ -63,7 +67,8 @@ def layer(
         made.weight = nn.Parameter(weight.to(device, dtype))
     A = nn.Parameter(torch.randn(r, inputs, device=device) / inputs**0.5)
     B = nn.Parameter(torch.randn(outputs, r, device=device) / r**0.5)
-    return Layer(Frozen(made.requires_grad_(False), 0.7), weight.to(device), A, B)
+    frozen = Frozen(made.requires_grad_(False), 0.7, Dropout.drawn(p) if p else None)
+    return Layer(frozen, weight.to(device), A, B)
 
 
 def parameters(layers: Sequence[Layer]) -> list[nn.Parameter]:
@@ -93,11 +98,13 @@ def close(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     bias=st.booleans(),
     four_bit=st.booleans(),
     unused=st.booleans(),
+    dropped=st.lists(st.sampled_from([0.0, 0.3]), min_size=3, max_size=3),
 )
-def test_layers_that_share_an_input(shape, outputs, r, bias, four_bit, unused):
+def test_layers_that_share_an_input(shape, outputs, r, bias, four_bit, unused, dropped):
     torch.manual_seed(0)
     layers = [
-        layer(64, size, r + i, bias=bias, four_bit=four_bit) for i, size in enumerate(outputs)
+        layer(64, size, r + i, bias=bias, four_bit=four_bit, p=p)
+        for i, (size, p) in enumerate(zip(outputs, dropped, strict=False))
     ]
     x = torch.randn(*shape, 64, requires_grad=True)
     ys = lora_linear(x, *arguments(layers))
@@ -113,15 +120,15 @@ def test_layers_that_share_an_input(shape, outputs, r, bias, four_bit, unused):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("tiles, p", [(1, 0.0), (3, 0.0), (1, 0.3)])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("activation", ACTS)
-def test_a_gated_mlp(activation, recompute, tiles, device, monkeypatch):
+def test_a_gated_mlp(activation, recompute, tiles, p, device, monkeypatch):
     torch.manual_seed(0)
     layers = [
-        layer(64, 128, 4, bias=True, device=device),
-        layer(64, 128, 4, four_bit=False, device=device),
-        layer(128, 64, 4, bias=True, device=device),
+        layer(64, 128, 4, bias=True, device=device, p=p),
+        layer(64, 128, 4, four_bit=False, device=device, p=p / 2),
+        layer(128, 64, 4, bias=True, device=device, p=p),
     ]
     monkeypatch.setattr(lora_function, "TILE_BYTES", 21 * 128 * 4 // tiles)
     x = torch.randn(3, 7, 64, device=device).transpose(0, 1).requires_grad_()  # not contiguous
@@ -212,6 +219,34 @@ def test_a_layer_keeps_its_input_and_nothing_else_of_its_size():
         saved = saved_by(make)
         assert [tensor.numel() for tensor in saved] == sizes
         assert saved[0].data_ptr() == x.data_ptr()
+
+
+def test_tiles_drop_each_for_itself_and_the_same_in_both_passes(monkeypatch):
+    """The derivative along some direction, of what the function gives in fp64."""
+    torch.manual_seed(0)
+    double = torch.float64
+    layers = [layer(*shape, 2, four_bit=False, p=0.3, dtype=double) for shape in MLP_SHAPES]
+    layers = [one._replace(A=nn.Parameter(one.A.double()), B=nn.Parameter(one.B.double()))
+              for one in layers]  # fmt: skip
+    monkeypatch.setattr(lora_function, "TILE_BYTES", 10 * 128 * 8)
+    x = torch.randn(30, 64, dtype=double, requires_grad=True)
+    leaves = [x, *parameters(layers)]
+    directions = [torch.randn_like(leaf) for leaf in leaves]
+
+    def loss(step: float) -> Tensor:
+        with torch.no_grad():
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf += step * direction
+        return lora_mlp(x, *arguments(layers), activation="silu", recompute=True).square().sum()
+
+    gradients = torch.autograd.grad(loss(0), leaves)
+    along = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    difference = (loss(1e-6) - loss(-2e-6)) / 2e-6
+    # the function adds up its tiles' gradients of A and B in fp32
+    assert abs(along - difference) <= 1e-5 * abs(difference)
+    alike = torch.ones(30, 64, dtype=double)
+    first, second, _ = lora_mlp(alike, *arguments(layers), activation="silu", recompute=True)[::10]
+    assert not torch.allclose(first, second)
 
 
 def test_the_second_forward_pass_of_checkpointing_ends_before_the_block(monkeypatch):
