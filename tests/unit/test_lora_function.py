@@ -203,8 +203,9 @@ def saved_by(make: Any) -> list[Tensor]:
     return list(found.values())
 
 
-def test_a_layer_keeps_its_input_and_nothing_else_of_its_size():
-    layers = [layer(64, 128, 2), layer(64, 128, 2), layer(128, 64, 2)]
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_layer_keeps_its_input_and_nothing_else_of_its_size(p):
+    layers = [layer(*shape, 2, p=p) for shape in MLP_SHAPES]
     x = torch.randn(50, 64, requires_grad=True)
     made = [
         (lambda: lora_linear(x, *arguments(layers[:1])), [x.numel(), 50 * 2]),
