@@ -23,5 +23,5 @@ if __name__ == "__main__":
         main,
         TrainConfig,
         prog="train.py",
-        interrupted="the same command with --resume goes on from the last checkpoint, if there is one yet",
+        interrupted="--resume goes on from the last checkpoint, if there is one yet",
     )
