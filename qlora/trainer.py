@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora.adapter_files import load_adapter_weights, save_adapter
@@ -146,7 +146,7 @@ def make_trainer(
             f"{config.optim} loses small updates of bf16 adapters: --adapter-dtype fp32 keeps them"
         )
     trainer.optimizer = trainer.lr_scheduler = None
-    for callback in (ProgressCallback, PrinterCallback):
+    for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # in a notebook another one
         trainer.remove_callback(callback)
     # First of all callbacks, so that the loggers get its figures too.
     trainer.callback_handler.callbacks.insert(0, MetricsWriter(Path(config.output_dir)))
