@@ -10,7 +10,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check install clean help
+.PHONY: demo test check docs install clean help
 
 demo: $(VENV)/.installed $(VENV)/.small-model  ## train, compare and merge a small model, on any PC
 	$(BIN)/python -m demo
@@ -23,6 +23,9 @@ check: $(VENV)/.installed  ## format, lint, types and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/.installed  ## the API documentation, from the docstrings, into build/docs
+	$(BIN)/python docs/api.py
 
 install: $(VENV)/.installed  ## only the set-up: .venv with qlora in it
 	@echo "qlora is in $(VENV): . $(BIN)/activate"
