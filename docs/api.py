@@ -2,7 +2,7 @@
 
     python docs/api.py [FOLDER]     into build/docs, where none is named; `make docs` does it
 
-A room has a page if qlora's own docstring lists it as one to call; the rest of qlora/ is its inside.
+A room has a page if qlora's own docstring lists it as one to call; the rest is its inside.
 Whatever pdoc warns of, an annotation it cannot read or a name that is not there, is an error.
 """
 

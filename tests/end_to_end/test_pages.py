@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, tiny_model, tiny_tokenizer
+from conftest import tiny_model, tiny_tokenizer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -85,7 +85,7 @@ def spans(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """What a reader could type: the lines of blocks without a language, and such words in a line."""
+    """What a reader could type: lines of blocks without a language, and such spans in the text."""
     lines = [line for block in blocks(page, "") for line in block.splitlines()]
     starts = tuple({name.split()[0] + " " for name in (*NOT_RUN, "python ")})
     lines += [span for span in spans(page) if span.startswith(starts)]
@@ -120,7 +120,9 @@ def of_all_pages(what) -> list:
 def all_commands(*, run: bool) -> list:
     """(page, command) of those that are run, or of those that are not, each on its first page."""
     found = {param.values[1]: param for param in reversed(of_all_pages(commands))}
-    return [param for command, param in reversed(found.items()) if (why_not(command) is None) == run]
+    return [
+        param for command, param in reversed(found.items()) if (why_not(command) is None) == run
+    ]
 
 
 def why_not(command: str) -> str | None:
@@ -133,7 +135,7 @@ def why_not(command: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with all that the pages speak of: models, data, recipes, what was trained from it."""
+    """A folder with all that the pages speak of: models, data, recipes, and what they made."""
     folder = tmp_path_factory.mktemp("world")
     for name, family in {"base": "llama", "encoder": "modernbert"}.items():
         tiny_model(family).save_pretrained(folder / name)
@@ -298,6 +300,11 @@ def test_files_that_are_named_are_there(page):
     ours = re.compile(r"(qlora|tests|benchmarks|configs|demo|docs)/[\w./-]+")
     named = [span for span in spans(page) if ours.fullmatch(span)]
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_every_room_of_the_house_has_its_place():
+    rooms = {p.stem for p in (ROOT / "qlora").iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert not {room for room in rooms if room[0] != "_"} - set(spans(ROOT / "CONTRIBUTING.md"))
 
 
 def test_every_page_is_one_click_from_the_readme():
