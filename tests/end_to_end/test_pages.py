@@ -33,6 +33,7 @@ INSTEAD = {  # what a page says, and the tiny one that is run
     "Qwen/Qwen2.5-7B-Instruct": "base",
     "answerdotai/ModernBERT-base": "encoder",
     "path-or-hub-name": "base",
+    "BASE": "base",
 }
 ALSO = {  # a part of a command, and what is added to it so that it takes seconds
     "train.py": "--max-steps 2 --max-length 128 --compute-dtype fp32",
@@ -86,7 +87,8 @@ def spans(page: Path) -> list[str]:
 
 def commands(page: Path) -> list[str]:
     """What a reader could type: lines of blocks without a language, and such spans in the text."""
-    lines = [line for block in blocks(page, "") for line in block.splitlines()]
+    typed = [re.sub(r" \\\n +", " ", block) for block in blocks(page, "")]  # a line that goes on
+    lines = [line for block in typed for line in block.splitlines()]
     starts = tuple({name.split()[0] + " " for name in (*NOT_RUN, "python ")})
     lines += [span for span in spans(page) if span.startswith(starts)]
     return [one for line in lines for one in line.split(" && ")]
@@ -302,6 +304,15 @@ def test_files_that_are_named_are_there(page):
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_messages_are_what_the_code_says():
+    """What stands in “” is a part of an error message."""
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "qlora").rglob("*.py"))
+    said = re.sub(r'"\n +f?"', "", sources)
+    quoted = re.findall("“(.+?)”", (ROOT / "README.md").read_text("utf-8"))
+    assert len(quoted) > 8
+    assert not [words for words in quoted if words not in said]
+
+
 def test_every_room_of_the_house_has_its_place():
     rooms = {p.stem for p in (ROOT / "qlora").iterdir() if p.suffix == ".py" or p.is_dir()}
     assert not {room for room in rooms if room[0] != "_"} - set(spans(ROOT / "CONTRIBUTING.md"))
@@ -311,15 +322,3 @@ def test_every_page_is_one_click_from_the_readme():
     assert {page.resolve() for page in PAGES[1:]} <= {
         (ROOT / link.partition("#")[0]).resolve() for link in links(PAGES[0])
     }
-
-
-def test_the_picture_says_what_the_records_say(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import merge_picture
-
-    said = merge_picture.in_words(merge_picture.kept(ROOT / "benchmarks/results/merge.jsonl"))
-    drawn = merge_picture.PICTURE.read_text("utf-8").replace("&apos;", "'")
-    assert said in drawn, "python benchmarks/merge_picture.py draws it anew"
-    alt = next(t.content for t in tokens(ROOT / "README.md") if t.type == "image")
-    for share in re.findall(r"[\d.]+ %", said):
-        assert share in alt
