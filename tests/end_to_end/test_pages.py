@@ -39,6 +39,7 @@ ALSO = {  # a part of a command, and what is added to it so that it takes second
     "train.py": "--max-steps 2 --max-length 128 --compute-dtype fp32",
     "--config configs/": "--model base",
     "-m qlora.chat": "--max-new-tokens 4",
+    "-m qlora.evaluate": "--max-new-tokens 4",
 }
 NOT_RUN = {  # how a command begins, and why it cannot run here
     "make": "minutes, or the whole of a check: what it would run is asked of make",
@@ -311,6 +312,16 @@ def test_messages_are_what_the_code_says():
     quoted = re.findall("“(.+?)”", (ROOT / "README.md").read_text("utf-8"))
     assert len(quoted) > 8
     assert not [words for words in quoted if words not in said]
+
+
+def test_names_in_contributing_are_in_the_code():
+    files = [path for top in ("qlora", "tests") for path in (ROOT / top).rglob("*.py")]
+    code = "".join(path.read_text("utf-8") for path in files if path.name != Path(__file__).name)
+    named = [s for s in spans(ROOT / "CONTRIBUTING.md") if re.fullmatch(r"[A-Za-z_.]+(?<!toml)", s)]
+    names = {name.rpartition(".")[2] for name in named} - {path.stem for path in files}
+    later = {"chat", "evaluate", "report"}
+    missing = [name for name in names - later if not re.search(rf"\b{name}\b", code)]
+    assert not missing
 
 
 def test_every_room_of_the_house_has_its_place():
