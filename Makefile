@@ -10,7 +10,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check notebooks install clean help
+.PHONY: demo test check notebooks docs install clean help
 
 demo: $(VENV)/.installed $(VENV)/.small-model  ## train, compare and merge a small model, on any PC
 	$(BIN)/python -m demo
@@ -26,6 +26,9 @@ check: $(VENV)/.installed  ## format, lint, types and the import contract
 
 notebooks: $(VENV)/.installed $(VENV)/.small-model  ## run notebooks/*.py and write their .ipynb
 	$(BIN)/python -m notebooks.generate
+
+docs: $(VENV)/.installed  ## the API documentation, from the docstrings, into build/docs
+	$(BIN)/python docs/api.py
 
 install: $(VENV)/.installed  ## only the set-up: .venv with qlora in it
 	@echo "qlora is in $(VENV): . $(BIN)/activate"

@@ -33,7 +33,6 @@ from qlora.base import load_base
 from qlora.checkpoint import resolve
 from qlora.config import LoraConfig, QuantConfig
 from qlora.data import collator, length_batches, prepare_data
-from qlora.language_head import language_head
 from qlora.lora import LoRALinear
 from qlora.optimizers import join, keep_updates
 from qlora.training import prepare_for_training
@@ -152,10 +151,9 @@ def held_out_loss(model: Any, found: list[Any]) -> float:
 
 
 def loss_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The mean over its supervised tokens, of which alone logits are made."""
-    hidden = model.base_model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
-    head: Any = language_head(model)
-    return head.next_token_loss(hidden, batch["labels"], None)  # type: ignore[no-any-return]
+    """The mean over its supervised tokens, of which no logits are kept."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    return model(**inputs).loss  # type: ignore[no-any-return]
 
 
 def language_model(way: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What benchmarks/step.py found, as tables: on the terminal, and in README.md from the records.
+"""What benchmarks/step.py found, as tables: on the terminal, and from the records on the page.
 
-    python benchmarks/step_table.py     writes README.md's part between the markers anew
+    python benchmarks/step_table.py     writes docs/measured.md's part anew
 
 Of every question (machine, model, batch, length, dtype, checkpointing, cap) the last record counts.
 """
@@ -14,7 +14,7 @@ from results import RESULTS
 
 from qlora.memory import show_bytes
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "measured.md"
 BEGIN, END = "<!-- benchmarks/step_table.py -->", "<!-- end -->"
 SAME = ("device", "model", "dtype", "batch", "seq", "r", "checkpointing", "gpu_memory")
 Row = Mapping[str, Any]
@@ -71,7 +71,7 @@ def show_saved(saved: Mapping[str, Row]) -> None:
         print(f"{kind:36}" + "".join(f"{count / 2**20:12.2f} MiB" for count in counts))
 
 
-# ---- README.md ----
+# ---- on the page ----
 
 
 def tables(folder: Path) -> str:
@@ -157,11 +157,11 @@ def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """README.md's text with what the records in `folder` say between the markers."""
+    """The page's `text` with what the records in `folder` say between the markers."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{tables(folder)}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text("utf-8"), RESULTS), "utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text("utf-8"), RESULTS), "utf-8")

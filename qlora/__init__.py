@@ -1,6 +1,21 @@
 """QLoRA: fine-tune large language models on one small GPU, and merge without losing it.
 
-Names are loaded when first used, so that `import qlora.config` does not import torch.
+What is named below comes with `import qlora`; it is loaded when first used, so that
+`import qlora.config` does not import torch. More is in the rooms that are meant to be called:
+
+- `qlora.config`, `qlora.lora_config`: every setting of a run and of an adapter
+- `qlora.base`: a checkpoint becomes a frozen 4-bit model
+- `qlora.adapters`: put adapters on it, and choose among them
+- `qlora.adapter_files`, `qlora.portable`: save and load them, here and for other programs
+- `qlora.merging`, `qlora.weighted`: fold adapters in, take them off, make one of several
+- `qlora.training`: train, or make a model ready for a loop of your own
+- `qlora.optimizers`: so that rounding eats no update of a bf16 adapter
+- `qlora.offload`, `qlora.host_embedding`: what can wait in host memory
+- `qlora.loss`: cross-entropy without logits
+- `qlora.data`: records become tokens
+- `qlora.merge`: an adapter becomes part of a checkpoint
+- `qlora.nf4`: the 4-bit codec
+- `qlora.errors`: what goes wrong
 """
 
 import logging

@@ -364,12 +364,12 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """The trainable adapters by kind of layer, and in all.
+    """Print the trainable adapters by kind of layer, and in all, like
 
-    layer        layers       out x in  rank    trainable
-    q_proj           30      576 x 576    16      552,960
-    …
-    trainable 4,884,480 of 139,399,488 parameters (3.50%)
+        layer        layers       out x in  rank    trainable
+        q_proj           30      576 x 576    16      552,960
+
+    and `trainable 4,884,480 of 139,399,488 parameters (3.50%)`.
     """
     found: Counter[tuple[str, str, str, int]] = Counter()
     for name, wrapper in adapted(model):

@@ -291,10 +291,10 @@ def test_tables_are_made_of_the_last_record_of_a_question(step, tmp_path):
     assert tables(tmp_path).splitlines()[-1] == f"| {card} | 4,096 | does not fit |"
 
 
-def test_readme_says_what_the_records_say(step):
-    from step_table import BEGIN, END, README, with_tables
+def test_the_page_says_what_the_records_say(step):
+    from step_table import BEGIN, END, PAGE, with_tables
 
-    text = README.read_text("utf-8")
-    assert text.count(BEGIN) == text.count(END) == 1, "README.md has lost its markers"
+    text = PAGE.read_text("utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1, "docs/measured.md has lost its markers"
     wanted = with_tables(text, ROOT / "benchmarks" / "results")
     assert text == wanted, "python benchmarks/step_table.py writes the table anew"

@@ -1,0 +1,84 @@
+"""The README's figures and its picture are what the records in benchmarks/results say."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8").replace("\u00a0", " ")
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    """Their programs can be imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def latest(name: str, *keys: str) -> dict:
+    """The last record of each question that `keys` ask."""
+    lines = (ROOT / f"benchmarks/results/{name}.jsonl").read_text("utf-8").splitlines()
+    return {tuple(row[key] for key in keys): row for row in map(json.loads, lines)}
+
+
+def figures_of_the_readme(step_table) -> Iterator[str]:
+    """Its table's cells, from the records."""
+    merges = latest("merge", "way", "adapter")
+
+    def gain(way: str, *digits: int) -> str:
+        kept = [merges[way, adapter]["kept"] for adapter in ("ad_e2e", "ad_gsm_r16")]
+        return " / ".join(f"{100 * k:.{d}f}" for k, d in zip(kept, digits, strict=False)) + " %"
+
+    yield f"| {gain('NF4, calibrated', 1, 1)} | PEFT {gain('NF4 by PEFT', 1, 1)}; "
+    yield f"GPTQ {100 * merges['NF4, GPTQ', 'ad_e2e']['kept']:.1f} % (E2E)"
+    yield f"| {gain('bf16 onto NF4 (the default)', 2, 1)} | onto the original weights "
+    yield f"{gain('bf16 onto the original weights', 1, 1)} |"
+    (whole,) = latest("merge_7b").values()
+    yield f"{whole['above_torch_resident_bytes'] / 1e9:.2f} GB above torch, "
+    yield f"{whole['merge_seconds']:.0f} s |"
+    beside = {way: row["peak_resident_bytes"] / 1e6
+              for (way,), row in latest("merge_against_peft", "way").items()}  # fmt: skip
+    yield f"| {beside['ours, onto the original weights']:.0f} MB | "
+    yield f"PEFT {beside['PEFT, base in 16 bits']:.0f} MB |"
+    yield from figures_of_a_step(step_table)
+    (cost,) = latest("adapter_cost").values()
+    ours, peft = (
+        100 * (cost["seconds"][f"step, {whose}DoRA"] / cost["seconds"][f"step, {whose}LoRA"] - 1)
+        for whose in ("", "PEFT's ")
+    )
+    yield f"| {ours:.0f} % | PEFT {peft:.0f} % |"
+
+
+def figures_of_a_step(step_table) -> Iterator[str]:
+    runs = {
+        (run["dtype"], run["checkpointing"]): step_table.with_ratios(run["sides"])
+        for run in step_table.latest(ROOT / "benchmarks/results/step.jsonl")
+    }
+    fp32, bf16 = (runs[dtype, True] for dtype in ("float32", "bfloat16"))
+    memory = {
+        side: " / ".join(f"{run[side]['above_loaded_bytes'] / 2**20:.0f}" for run in (fp32, bf16))
+        for side in ("ours", "peft")
+    }
+    yield f"| {memory['ours']} MiB | PEFT {memory['peft']} MiB |"
+    without = [runs[dtype, False]["ours"]["speed"] for dtype in ("float32", "bfloat16")]
+    yield f"without checkpointing {without[0]:.2f} / {without[1]:.2f} |"
+    yield f"| {fp32['ours']['speed']:.2f} / {bf16['ours']['speed']:.2f} times PEFT's |"
+
+
+def test_the_table_says_what_the_records_say():
+    import step_table
+
+    assert not [figure for figure in figures_of_the_readme(step_table) if figure not in README]
+
+
+def test_the_picture_says_what_the_records_say():
+    import merge_picture
+
+    said = merge_picture.in_words(merge_picture.kept(ROOT / "benchmarks/results/merge.jsonl"))
+    drawn = merge_picture.PICTURE.read_text("utf-8").replace("&apos;", "'")
+    assert said in drawn, "python benchmarks/merge_picture.py draws it anew"
+    (for_the_blind,) = re.findall(r"!\[(.*?)\]\(docs/merge.svg\)", README, re.S)
+    for share in re.findall(r"[\d.]+ %", said):
+        assert share in for_the_blind

@@ -1,0 +1,334 @@
+"""The pages people read: their commands and Python run, their links lead somewhere.
+
+Everything is run in this process, on tiny models, in a copy of a folder that has what the pages
+speak of. What is put in place of what is in the tables below, and nowhere else.
+"""
+
+import importlib.util
+import io
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from qlora import UserError
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# ------------------------------------------------------------------------- what stands for what
+
+INSTEAD = {  # what a page says, and the tiny one that is run
+    "Qwen/Qwen2.5-7B-Instruct": "base",
+    "answerdotai/ModernBERT-base": "encoder",
+    "path-or-hub-name": "base",
+    "BASE": "base",
+}
+ALSO = {  # a part of a command, and what is added to it so that it takes seconds
+    "train.py": "--max-steps 2 --max-length 128 --compute-dtype fp32",
+    "--config configs/": "--model base",
+    "-m qlora.chat": "--max-new-tokens 4",
+    "-m qlora.evaluate": "--max-new-tokens 4",
+}
+NOT_RUN = {  # how a command begins, and why it cannot run here
+    "make": "minutes, or the whole of a check: what it would run is asked of make",
+    "pip install": "changes the environment: that what it names is known is looked up",
+    "python3 -m venv": "changes the environment",
+    ". .venv": "changes the environment",
+    "python -m demo": "minutes: `make demo`",
+    "python -m pytest": "is running already: the files it names are looked up",
+    "python benchmarks/": "minutes to hours: that it takes these flags is looked up",
+    "python docs/api.py": "tests/end_to_end/test_api_pages.py does it",
+    "vllm serve": "another program, which wants a GPU",
+    "python convert_hf_to_gguf.py": "another program, llama.cpp",
+    "llama-quantize": "another program, llama.cpp",
+    "llama-cli": "another program, llama.cpp",
+    "ollama": "another program",
+    "hf": "wants an account",
+    "nvidia-smi": "wants a GPU",
+}
+FOREIGN = {  # flags that are not ours
+    "--extra-index-url": "pip",
+    "--max-lora-rank": "vLLM",
+}
+WANTS_A_GPU = {"offload_activations()": "wants a CUDA GPU"}  # Python, and what it says without one
+PROGRAMS = ("train.py", "merge_dequant.py", "benchmarks/step.py", "-m qlora.portable",
+            "-m qlora.chat", "-m qlora.evaluate", "-m qlora.report")  # fmt: skip
+SAID = "What is the capital of France?\n"  # to a program that listens
+
+
+# ------------------------------------------------------------------------- what is on a page
+
+
+def tokens(page: Path) -> Iterator[Token]:
+    """All of a page, what is inside of a line as well."""
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text("utf-8")):
+        yield token
+        yield from token.children or ()
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    return [t.content for t in tokens(page) if t.type == "fence" and t.info == kind]
+
+
+def spans(page: Path) -> list[str]:
+    return [t.content for t in tokens(page) if t.type == "code_inline"]
+
+
+def commands(page: Path) -> list[str]:
+    """What a reader could type: lines of blocks without a language, and such spans in the text."""
+    typed = [re.sub(r" \\\n +", " ", block) for block in blocks(page, "")]  # a line that goes on
+    lines = [line for block in typed for line in block.splitlines()]
+    starts = tuple({name.split()[0] + " " for name in (*NOT_RUN, "python ")})
+    lines += [span for span in spans(page) if span.startswith(starts)]
+    return [one for line in lines for one in line.split(" && ")]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names GitHub gives to headings."""
+    found, heading = set(), False
+    for token in tokens(page):
+        if heading and token.type == "inline":
+            words = re.sub(r"[^\w\- ]", "", token.content.lower())
+            found.add(words.replace(" ", "-"))
+        heading = token.type == "heading_open"
+    return found
+
+
+def links(page: Path) -> list[str]:
+    found = [t.attrGet("href") or t.attrGet("src") for t in tokens(page)]
+    return [str(link) for link in found if link and not re.match(r"https?:", str(link))]
+
+
+def of_all_pages(what) -> list:
+    """(page, one) for each thing that `what` finds on them, with an id to tell them by."""
+    return [
+        pytest.param(page, one, id=f"{page.name}: {one}")
+        for page in PAGES
+        for one in dict.fromkeys(what(page))
+    ]
+
+
+def all_commands(*, run: bool) -> list:
+    """(page, command) of those that are run, or of those that are not, each on its first page."""
+    found = {param.values[1]: param for param in reversed(of_all_pages(commands))}
+    return [
+        param for command, param in reversed(found.items()) if (why_not(command) is None) == run
+    ]
+
+
+def why_not(command: str) -> str | None:
+    """How it begins, if it is one that is not run."""
+    return next((start for start in NOT_RUN if f"{command} ".startswith(start)), None)
+
+
+# ------------------------------------------------------------------------- the reader's folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with all that the pages speak of: models, data, recipes, and what they made."""
+    folder = tmp_path_factory.mktemp("world")
+    for name, family in {"base": "llama", "encoder": "modernbert"}.items():
+        tiny_model(family).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    rows = [{"prompt": f"double {i}", "completion": str(2 * i)} for i in range(24)]
+    films = [{"text": f"film {i}", "label": ("bad", "good")[i % 2]} for i in range(24)]
+    for name, some in {"mine": rows, "held_out": rows[:8], "films": films}.items():
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (folder / f"{name}.jsonl").write_text(text)
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("python train.py --model base --data mine.jsonl --output-dir out/mine", patch)
+        run("python merge_dequant.py --adapter out/mine --output-dir out/mine-merged", patch)
+        run("python merge_dequant.py --adapter out/mine --output-dir out/mine-4bit --format nf4",
+            patch)  # fmt: skip
+    for name in "ab":
+        shutil.copytree(folder / "out/mine", folder / "out" / name)
+    return folder
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch) -> Path:
+    """A copy of that folder, to work in."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def instead(text: str) -> str:
+    for said, meant in INSTEAD.items():
+        text = text.replace(said, meant)
+    return text
+
+
+def run(command: str, patch: pytest.MonkeyPatch) -> None:
+    """What a command does, in this process; an exit code above 0 is an error."""
+    words = shlex.split(instead(command))
+    words += [word for part, more in ALSO.items() if part in command for word in more.split()]
+    if "--output-dir" in words and "--resume" not in words:  # the page's earlier commands made it
+        shutil.rmtree(words[words.index("--output-dir") + 1], ignore_errors=True)
+    assert words[0] == "python", f"neither run nor in NOT_RUN: {command}"
+    patch.syspath_prepend(str(ROOT))
+    patch.setattr(sys, "argv", words[2:] if words[1].startswith("-") else words[1:])
+    patch.setattr(sys, "stdin", io.StringIO(SAID))
+    try:
+        if words[1] == "-c":
+            exec(words[2], {})
+        elif words[1] == "-m":
+            room = importlib.util.find_spec(words[2])
+            assert room and room.origin, f"there is no {words[2]}"
+            runpy.run_path(room.origin, run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, f"{command}: exit code {stop.code}"
+
+
+# ------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("page, command", all_commands(run=True))
+def test_command_runs(page, command, here, monkeypatch):
+    run(command, monkeypatch)
+
+
+@pytest.mark.parametrize("page, command", all_commands(run=False))
+def test_what_cannot_run_here_names_what_is_there(page, command, world, monkeypatch, capsys):
+    words = shlex.split(command)
+    for word in words:  # an output of an earlier command, or a file of the project
+        if re.match(r"out/", word):
+            assert (world / word).exists(), f"no command makes {word}"
+        if re.match(r"(benchmarks|tests|docs|demo)/", word):
+            assert (ROOT / word).exists()
+    match words:
+        case ["make", *targets]:
+            said = subprocess.run(
+                ["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True
+            )
+            assert said.returncode == 0, said.stderr
+        case ["pip", "install", *packages]:
+            known = (ROOT / "constraints.txt").read_text()
+            for name in packages:
+                if re.fullmatch(r"[\w-]+", name) and not name.startswith("-"):
+                    assert f"\n{name}==" in known, f"{name} is not in constraints.txt"
+            assert packages[packages.index("-c") + 1] == "constraints.txt"
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module)
+        case ["python", script, *more] if script.startswith("benchmarks/"):
+            flags = [word for word in more if word.startswith("--")]
+            assert not flags or set(flags) <= flags_of(script, monkeypatch, capsys)
+
+
+def flags_of(program: str, patch: pytest.MonkeyPatch, capsys) -> set[str]:
+    """The flags that a program's help lists."""
+    patch.syspath_prepend(str(ROOT / "benchmarks"))
+    all_of_it = "--help" if program.startswith("benchmarks/") else "--help-all"
+    capsys.readouterr()
+    run(f"python {program} {all_of_it}", patch)
+    return set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+
+
+def flags(page: Path) -> list[str]:
+    found = [re.match(r"--[a-z][\w-]*", span) for span in spans(page)]
+    return [match[0] for match in found if match]
+
+
+@pytest.fixture(scope="module")
+def known_flags() -> set[str]:
+    """All flags of all programs that are there."""
+    found = set(FOREIGN)
+    for program in PROGRAMS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COLUMNS", "200")
+            said = io.StringIO()
+            patch.setattr(sys, "stdout", said)
+            patch.syspath_prepend(str(ROOT / "benchmarks"))
+            module = program.removeprefix("-m ")
+            if module == program or importlib.util.find_spec(module):
+                about = "--help" if program.startswith("benchmarks/") else "--help-all"
+                run(f"python {program} {about}", patch)
+            found |= set(re.findall(r"--[a-z][\w-]*", said.getvalue()))
+    return found
+
+
+@pytest.mark.parametrize("page, flag", of_all_pages(flags))
+def test_flag_is_one(page, flag, known_flags):
+    assert flag in known_flags or flag == "--trainer"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")],
+                         ids=lambda page: page.name)  # fmt: skip
+def test_python_runs(page, here):
+    """The blocks of a page one after the other, as a reader would paste them."""
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        said = [line for code, line in WANTS_A_GPU.items() if code in block]
+        if said and not torch.cuda.is_available():
+            with pytest.raises(UserError, match=said[0]):
+                exec(instead(block), names)
+        else:
+            exec(instead(block), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_are_of_a_kind_that_is_tried(page):
+    assert {t.info for t in tokens(page) if t.type == "fence"} <= {"", "python", "json"}
+    for block in blocks(page, "json"):
+        assert all(json.loads(line) for line in block.splitlines())
+
+
+@pytest.mark.parametrize("page, link", of_all_pages(links))
+def test_link_leads_somewhere(page, link):
+    path, _, anchor = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    assert target.is_relative_to(ROOT) and target.exists(), f"{link}: no such file"
+    assert not anchor or anchor in anchors(target), f"{link}: {target.name} has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_are_there(page):
+    ours = re.compile(r"(qlora|tests|benchmarks|configs|demo|docs)/[\w./-]+")
+    named = [span for span in spans(page) if ours.fullmatch(span)]
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_messages_are_what_the_code_says():
+    """What stands in “” is a part of an error message."""
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "qlora").rglob("*.py"))
+    said = re.sub(r'"\n +f?"', "", sources)
+    quoted = re.findall("“(.+?)”", (ROOT / "README.md").read_text("utf-8"))
+    assert len(quoted) > 8
+    assert not [words for words in quoted if words not in said]
+
+
+def test_names_in_contributing_are_in_the_code():
+    files = [path for top in ("qlora", "tests") for path in (ROOT / top).rglob("*.py")]
+    code = "".join(path.read_text("utf-8") for path in files if path != Path(__file__))
+    _, steps = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("## To add", 1)
+    names = {name.rpartition(".")[2] for name in re.findall(r"`([A-Za-z_.]+)`", steps)}
+    assert len(names) > 20
+    assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
+
+
+def test_every_room_of_the_house_has_its_place():
+    rooms = {p.stem for p in (ROOT / "qlora").iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert not {room for room in rooms if room[0] != "_"} - set(spans(ROOT / "CONTRIBUTING.md"))
+
+
+def test_every_page_is_one_click_from_the_readme():
+    assert {page.resolve() for page in PAGES[1:]} <= {
+        (ROOT / link.partition("#")[0]).resolve() for link in links(PAGES[0])
+    }
