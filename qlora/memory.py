@@ -1,10 +1,20 @@
 """Memory of a run: what it did need. (What one will need, before it starts, comes later.)"""
 
+import os
 import re
 import sys
 from pathlib import Path
 
 import torch
+
+
+def total_bytes() -> int | None:
+    """What there is: the GPU's memory where there is one, else the machine's; None if unknown."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties().total_memory)
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def peak_bytes() -> int:

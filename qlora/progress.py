@@ -10,15 +10,15 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from qlora.memory import peak_bytes, show_bytes
-from qlora.pictures import read_metrics
+from qlora.pictures import METRICS, read_metrics
 
-METRICS = "metrics.jsonl"
 EVALUATED = {
     "eval_loss": "evaluation loss",
     "eval_accuracy": "accuracy",
     "eval_f1": "F1",
 }
 """What evaluation measures, and how it is called on the terminal."""
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left  {postfix}"
 
 
 class MetricsWriter(TrainerCallback):
@@ -67,11 +67,18 @@ class MetricsWriter(TrainerCallback):
 
 
 class PlainProgress(ProgressCallback):
-    """Trainer's progress bar on a terminal, and everywhere a readable line a log, not a dict."""
+    """A bar on a terminal, with loss, speed and the time left; everywhere a readable line a log."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.current_step = state.global_step  # not 0 in a run that goes on
         if sys.stderr.isatty():
-            super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format=BAR,
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
@@ -94,6 +101,8 @@ class PlainProgress(ProgressCallback):
         if line:
             width = len(str(state.max_steps))
             tqdm.write(f"step {state.global_step:>{width}}/{state.max_steps}  {line}")
+        if line and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix_str(line)
 
 
 def describe_log(logs: dict[str, Any]) -> str | None:

@@ -40,11 +40,11 @@ from qlora.norms import RMSNorm, put_norms
 from qlora.objectives import OBJECTIVES
 from qlora.offload import require_gpu
 from qlora.packing import PackedRows
-from qlora.pictures import plot_loss, read_metrics
-from qlora.progress import EVALUATED, METRICS
+from qlora.pictures import METRICS, plot_loss, read_metrics
+from qlora.progress import EVALUATED
 from qlora.shards import require_new
 from qlora.tasks import task_named, task_of
-from qlora.trainer import AdapterTrainer, check_trainer_arguments, make_trainer
+from qlora.trainer import AdapterTrainer, check_loggers, check_trainer_arguments, make_trainer
 
 EVA_TOKENS = 1 << 13  # many for each direction that a layer may get
 
@@ -71,6 +71,7 @@ def _train(config: TrainConfig) -> Path:
     config = replace(config, output_dir=str(output))
     checkpoint = _starting_point(output, resume=config.resume)
     check_trainer_arguments(config.trainer)
+    check_loggers(config.report_to)
     _require_gpu_for_offloading(config)
     tokenizer, max_length = _load_tokenizer(config)
     rows, eval_rows, labels = _load_rows(config, tokenizer, max_length)
