@@ -4,17 +4,19 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def total_bytes() -> int | None:
-    """What there is: the GPU's memory where there is one, else the machine's; None if unknown."""
+def device() -> tuple[str, int | None]:
+    """Name and bytes of memory of what computes: the GPU, or the CPU; None if not known."""
     if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties().total_memory)
+        found: Any = torch.cuda.get_device_properties()
+        return str(found.name), int(found.total_memory)
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+        return "CPU", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return "CPU", None
 
 
 def peak_bytes() -> int:

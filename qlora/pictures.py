@@ -5,7 +5,6 @@ The colours are those of Okabe and Ito (2008), which colour-blind readers tell a
 told apart differs by line or marker too, for print in grey.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRICS = "metrics.jsonl"
 INK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
     "#24292f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c959f",
 )  # fmt: skip
@@ -35,11 +33,6 @@ MANY = 500  # points of a line; more cannot be told apart, and would weigh a meg
 GIB = 2**30
 
 Row = Mapping[str, Any]
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 # ---- a run
@@ -280,6 +273,6 @@ def as_svg(figure: "Figure", title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same in every picture of a page
     svg = re.sub(r'^(.*?) (?:width|height)="[^"]*"', r"\1", svg, count=1, flags=re.DOTALL)
-    for name, color in (("blue", BLUE), ("grey", GREY)):
+    for name, color in (("blue", BLUE), ("grey", GREY), ("page", "#ffffff")):
         svg = svg.replace(color, f"var(--{name}, {color})")
     return f'<svg role="img" aria-label="{title}"' + svg.replace(INK, "currentColor")

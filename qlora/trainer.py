@@ -22,7 +22,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.integrations import (
+from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
