@@ -6,7 +6,8 @@ is escaped (jinja2's autoescape), since samples are anybody's text. Nothing heav
 """
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
@@ -72,15 +73,22 @@ def read_run(folder: Path) -> Run:
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         raise UserError(f"{folder / RUN} is not what train.py writes: start the run again")
     rows = read_rows(folder / METRICS)
-    faults = [n for n, row in enumerate(rows, start=1) if not isinstance(row.get("step"), int)]
-    if faults:
-        raise UserError(f"{folder / METRICS}: row {faults[0]} has no step: remove that line")
+    samples = read_rows(folder / SAMPLES)
+    _require(folder / METRICS, rows, ("step",))
+    _require(folder / SAMPLES, samples, ("prompt", "wanted", "before", "after"))
     if not any(row.get("loss") is not None for row in rows):
         raise UserError(
             f"{folder} has logged nothing yet: {METRICS} gets a first row after the first step. "
             "Wait for it, or start the run again"
         )
-    return Run(folder, facts, rows, read_rows(folder / SAMPLES))
+    return Run(folder, facts, rows, samples)
+
+
+def _require(path: Path, rows: list[dict[str, Any]], keys: Sequence[str]) -> None:
+    for number, row in enumerate(rows, start=1):
+        if not all(key in row for key in keys):
+            wanted = " or ".join([", ".join(keys[:-1]), keys[-1]]) if keys[1:] else keys[0]
+            raise UserError(f"{path}: row {number} has no {wanted}: remove that line")
 
 
 def read_merge(folder: Path, merged: str | None) -> dict[str, Any] | None:
@@ -141,7 +149,7 @@ def _tile(label: str, value: str, note: str) -> dict[str, str]:
 
 def _epochs(run: Run) -> str:
     epochs = run.values("epoch")
-    return f"{epochs[-1][1]:.2g} passes over the data" if epochs else ""
+    return f"{epochs[-1][1]:.3g} × the data" if epochs else ""
 
 
 def _memory(run: Run) -> tuple[float, int | None]:
@@ -172,8 +180,8 @@ def remarks(run: Run) -> list[str]:
             f"From step {lost[0]:,} on the loss is not a number: take a lower --learning-rate."
         )
     evals = run.values("eval_loss")
-    if evals and evals[-1][1] > 1.02 * min(loss for _, loss in evals):
-        step, best = min(evals, key=lambda pair: pair[1])
+    step, best = min(evals, key=lambda pair: pair[1], default=(0, 0.0))
+    if evals and evals[-1][1] > 1.02 * best + 0.01:
         found.append(
             f"Evaluation was best at step {step:,} ({best:.4f}) and has become worse since: "
             "fewer steps may do."
@@ -263,8 +271,9 @@ def _plain(value: Any) -> str:
 
 def next_commands(folder: Path, *, merged: bool) -> list[str]:
     """What to type next."""
-    chat = f"python -m qlora.chat --adapter {folder}"
-    merge = f"python merge_dequant.py --adapter {folder} --output-dir {folder}-merged"
+    name, out = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
+    chat = f"python -m qlora.chat --adapter {name}"
+    merge = f"python merge_dequant.py --adapter {name} --output-dir {out}"
     return [chat] if merged else [chat, merge]
 
 
