@@ -38,7 +38,7 @@ from qlora.checkpoint import resolve
 from qlora.config import LoraConfig
 from qlora.data import collator
 from qlora.frozen import output_head
-from qlora.pictures import read_metrics
+from qlora.run_files import read_rows
 from qlora.training import default_learning_rate, prepare_for_training
 
 FILE = RESULTS / "quality.jsonl"
@@ -107,7 +107,7 @@ def start(folder: Path, *, full: bool) -> int:
 
 def recorded() -> dict[Run, dict[str, Any]]:
     """Every run in the file, and what was measured."""
-    rows = read_metrics(FILE) if FILE.is_file() else []
+    rows = read_rows(FILE)
     return {Run(**{field.name: row[field.name] for field in fields(Run)}): row for row in rows}
 
 

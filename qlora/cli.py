@@ -60,7 +60,7 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, prog
     `argv` is `sys.argv[1:]` unless given. Raises UserError for whatever is wrong with either, and
     SystemExit(0) after `--help`.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _name_positional(config_class, sys.argv[1:] if argv is None else argv)
     if {"-h", "--help", "--help-all"}.intersection(words):
         # whoever asks for help gets it, whatever else was written
         return _call_tyro(config_class, ["--help"], prog=prog, short="--help-all" not in words)
@@ -117,6 +117,13 @@ def _is_flag(word: str) -> bool:
 def _name(word: str) -> str:
     """`--lora-alpha=32` -> `lora_alpha`"""
     return word.partition("=")[0].lstrip("-").replace("-", "_")
+
+
+def _name_positional(config_class: Any, words: Sequence[str]) -> list[str]:
+    """The words, with the flag put before the first if that stands without it and may."""
+    names = [member.name for member in fields(config_class) if "positional" in member.metadata]
+    bare = bool(names and words) and not words[0].startswith("-")
+    return [flag_of(names[0]), *words] if bare else [*words]
 
 
 def _take(words: Sequence[str], pattern: str) -> tuple[list[tuple[str, str]], list[str]]:

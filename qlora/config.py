@@ -21,6 +21,8 @@ from typing import Any, Literal
 from qlora.lora_config import RARE, require, require_number
 from qlora.lora_config import LoraConfig as LoraConfig
 
+POSITIONAL = {"positional": True}
+"""for what may be given without the name of its flag"""
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -131,6 +133,8 @@ class TrainConfig:
     """steps between checkpoints; the last two are kept"""
     resume: bool = False
     """go on from the last checkpoint in output_dir"""
+    samples: int = 3
+    """rows whose answers before and after go to samples.jsonl; 0 for none"""
     report_to: tuple[str, ...] = ()
     """loggers: tensorboard, wandb, trackio, mlflow, …"""
     trainer: Mapping[str, Any] = field(default_factory=dict)
@@ -188,6 +192,7 @@ class TrainConfig:
             self.eval_steps is None or self.data.eval_data is not None,
             "eval_steps is given but eval_data is not: give both",
         )
+        require(self.samples >= 0, f"samples must be at least 0, got {self.samples}")
         require(
             self.max_steps > 0 or self.num_train_epochs > 0,
             f"num_train_epochs must be above 0, got {self.num_train_epochs}",
@@ -276,6 +281,16 @@ class MergeConfig:
         """Each adapter's folder and its weight."""
         folders = (self.adapter,) if isinstance(self.adapter, str) else self.adapter
         return dict(zip(folders, self.weights or (1.0,) * len(folders), strict=True))
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One page about a run, as HTML that needs no network: python -m qlora.report OUT"""
+
+    adapter: str = field(metadata=POSITIONAL)
+    """output folder of train.py; the name of the flag can be left out"""
+    merged: str | None = None
+    """merged checkpoint of it; by default the newest beside it"""
 
 
 def flat(config: TrainConfig | MergeConfig) -> dict[str, Any]:

@@ -1,10 +1,22 @@
 """Memory of a run: what it did need. (What one will need, before it starts, comes later.)"""
 
+import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+
+
+def device() -> tuple[str, int | None]:
+    """Name and bytes of memory of what computes: the GPU, or the CPU; None if not known."""
+    if torch.cuda.is_available():
+        found: Any = torch.cuda.get_device_properties()
+        return str(found.name), int(found.total_memory)
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return "CPU", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return "CPU", None
 
 
 def peak_bytes() -> int:

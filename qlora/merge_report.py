@@ -11,7 +11,7 @@ from qlora.export import Facts
 from qlora.merge_plan import Plan
 from qlora.model_card import write_merge_card
 from qlora.pictures import by_kind, plot_merge
-from qlora.shards import replace_text
+from qlora.run_files import MERGE_REPORT, replace_text
 from qlora.tasks import CAUSAL_LM, task_named
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class MergeReport:
             "layers": self.layers,
             "verify": asdict(verified) | {"kept": verified.kept} if verified else None,
         }
-        replace_text(folder / "merge_report.json", json.dumps(values, indent=2) + "\n")
+        replace_text(folder / MERGE_REPORT, json.dumps(values, indent=2) + "\n")
         if self.layers:
             plot_merge(values, folder / "merge.png")
         write_merge_card(folder, values)

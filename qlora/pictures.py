@@ -1,41 +1,194 @@
-"""What people look at after a run: the loss curve, and how much of each layer a merge kept."""
+"""What people look at after a run: its curves, and how much of each layer a merge kept.
 
-import json
+A picture is drawn once and written as a PNG, or as an SVG for a page that may be light or dark.
+The colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; what must be
+told apart differs by line or marker too, for print in grey.
+"""
+
 import re
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
+    "#24292f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c959f",
+)  # fmt: skip
+MARKERS = "os^vDPX*"  # one more than there are colours, so that the pairs differ for long
+PANELS = {
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens a second",
+    "peak_bytes": "peak memory",
+}
+SMOOTHED = 30  # a point of the smooth line is the mean of a 30th of the rows
+FEW = 40  # rows that are drawn with a point each
+MANY = 500  # points of a line; more cannot be told apart, and would weigh a megabyte in an SVG
+GIB = 2**30
+
+Row = Mapping[str, Any]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+# ---- a run
 
 
 def plot_loss(
-    rows: Sequence[Mapping[str, Any]], path: Path, *, per: str = "supervised token"
+    rows: Sequence[Row],
+    path: Path,
+    *,
+    per: str = "supervised token",
+    total_bytes: int | None = None,
 ) -> None:
-    """Training loss as a line and evaluation loss as points over optimizer steps, as a PNG."""
+    """The curves of a run over its optimizer steps, as a PNG (`draw_run`)."""
+    draw_run(rows, per=per, total_bytes=total_bytes).savefig(path, dpi=150)
+
+
+def draw_run(
+    rows: Sequence[Row], *, per: str = "supervised token", total_bytes: int | None = None
+) -> "Figure":
+    """Loss, raw and smoothed, with evaluation as points; below it whatever else the rows have.
+
+    Args:
+        rows: of metrics.jsonl.
+        per: what the loss is a mean over.
+        total_bytes: memory of the device, to compare the peak with.
+    """
     from matplotlib.figure import Figure
 
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    evals = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    if train:
-        axes.plot(*zip(*train, strict=True), color="#2b6cb0", linewidth=1.8, label="training")
-    if evals:
+    panels = [key for key in PANELS if any(row.get(key) is not None for row in rows)]
+    figure = Figure(figsize=(8, 4.9 if panels else 3.4), layout="constrained")
+    heights = (2.4, 1) if panels else (1,)
+    grid = figure.add_gridspec(len(heights), max(len(panels), 1), height_ratios=heights)
+    _draw_loss(figure.add_subplot(grid[0, :]), rows, per)
+    for column, key in enumerate(panels):
+        axes = figure.add_subplot(grid[1, column])
+        steps, values = _series(rows, key)
+        _style(axes, size=8, ticks=3)
+        axes.set_title(PANELS[key], fontsize=9, loc="left", color=INK)
+        if key == "peak_bytes":
+            _draw_memory(axes, steps, values / GIB, total_bytes)
+        else:
+            _draw_curve(axes, steps, values, smooth=key != "learning_rate")
+        if key == "learning_rate":
+            axes.yaxis.set_major_formatter(lambda rate, _: _short(rate))
+    for axes in figure.axes:
+        axes.set_xlim(0, 1.02 * max((row["step"] for row in rows), default=1))
+    return figure
+
+
+def _series(rows: Sequence[Row], key: str) -> tuple[Any, Any]:
+    """Steps and values of the rows that have one, each an array."""
+    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    pairs = np.array(found, dtype=float).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _draw_loss(axes: "Axes", rows: Sequence[Row], per: str) -> None:
+    _style(axes)
+    steps, values = _series(rows, "loss")
+    if len(steps):
+        line = _draw_curve(axes, steps, values, smooth=True)
+        smooth = " (smoothed)" if len(axes.lines) > 1 else ""
+        line.set_label(f"training{smooth}, {_last(line.get_ydata())} at the end")
+        lost = steps[~np.isfinite(values)]
+        if len(lost):
+            axes.axvspan(lost[0], steps[-1], color=GREY, alpha=0.25, label="not a number")
+    steps, values = _series(rows, "eval_loss")
+    if len(steps):
+        label = f"evaluation, {_last(values)} at the end"
         axes.plot(
-            *zip(*evals, strict=True), "o-", color="#c05621", linewidth=1.2, label="evaluation"
-        )
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(f"loss (nats per {per})")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
+            steps, values, "D--", color=VERMILION, linewidth=0.9, markersize=5.5,
+            markeredgecolor="white", markeredgewidth=0.8, label=label, zorder=4, clip_on=False,
+        )  # fmt: skip
+        axes.set_ylim(top=max(axes.get_ylim()[1], _top(values)))
+    axes.set_xlabel("optimizer step", color=INK)
+    axes.set_ylabel(f"loss (nats per {per})", color=INK)
+    if axes.lines:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+
+
+def _draw_curve(axes: "Axes", steps: Any, values: Any, *, smooth: bool) -> Any:
+    """A line from 0 up, and where it is smoothed, faintly what it was made from; returns it."""
+    width = len(values) // SMOOTHED if smooth else 0
+    points, top = "." if len(values) <= FEW else "", _top(values)
+    if width > 1:
+        raw, values = values, smoothed(values, width)
+        axes.plot(steps, raw, color=BLUE, alpha=0.3, linewidth=0.7, rasterized=len(raw) > MANY)
+        top = min(top, 1.4 * _top(values))  # a few spikes may not make the rest flat
+    some = _some(len(values))
+    look: Any = {"color": BLUE, "linewidth": 1.6, "clip_on": False}
+    (line,) = axes.plot(steps[some], values[some], points + "-", **look)
+    axes.set_ylim(0, top)
+    return line
+
+
+def _some(count: int) -> Any:
+    """Places of at most MANY of them, the first and the last included."""
+    return np.linspace(0, count - 1, min(count, MANY)).round().astype(int)
+
+
+def _draw_memory(axes: "Axes", steps: Any, gib: Any, total_bytes: int | None) -> None:
+    """The peak so far as an area, and how much there is as a dashed line."""
+    some = _some(len(gib))
+    axes.fill_between(steps[some], gib[some], color=BLUE, alpha=0.25, linewidth=0)
+    axes.plot(steps[some], gib[some], color=BLUE, linewidth=1.6)
+    said = f"memory: {gib[-1]:.1f}"
+    top = float(gib.max())
+    if total_bytes:
+        top = total_bytes / GIB
+        axes.axhline(top, color=INK, linewidth=1, linestyle="--")
+        said += f" of {top:.0f}"
+    axes.set_title(f"{said} GiB", fontsize=9, loc="left", color=INK)
+    axes.set_ylim(0, 1.12 * top or 1)
+
+
+def smoothed(values: Any, width: int) -> Any:
+    """The mean of `width` values around each, fewer at the ends; what is no number is left out."""
+    known = np.isfinite(values)
+    sums, counts = (
+        np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(known, values, 0.0), known)
+    )
+    places = np.arange(len(values))
+    low, high = np.maximum(places - width // 2, 0), np.minimum(places + width // 2 + 1, len(values))
+    with np.errstate(invalid="ignore"):
+        return (sums[high] - sums[low]) / (counts[high] - counts[low])
+
+
+def _top(values: Any) -> float:
+    """Where an axis that begins at 0 ends."""
+    known = values[np.isfinite(values)]
+    return 1.05 * float(known.max()) if len(known) and known.max() > 0 else 1.0
+
+
+def _last(values: Any) -> str:
+    return f"{values[-1]:.4f}" if np.isfinite(values[-1]) else "not a number"
+
+
+def _short(rate: float) -> str:
+    """`5e-4`"""
+    return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-") if rate else "0"
+
+
+def _style(axes: "Axes", *, size: int = 9, ticks: int = 9) -> None:
+    """Quiet axes, and at most so many ticks for steps or layers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if train or evals:
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    axes.spines[["bottom", "left"]].set_color(GREY)
+    axes.tick_params(labelsize=size, color=GREY, labelcolor=INK)
+    if ticks:
+        axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+# ---- a merge
 
 
 def by_kind(
@@ -56,39 +209,70 @@ def plot_merge(report: Mapping[str, Any], path: Path) -> None:
     Args:
         report: what merge_report.json holds.
     """
+    draw_merge(report).savefig(path, dpi=150)
+
+
+def draw_merge(report: Mapping[str, Any]) -> "Figure":
+    """Each kind of layer as a line over the layers, and where it was measured the loss as bars."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     verify = report["verify"]
-    figure = Figure(figsize=(11 if verify else 8, 4.5), layout="constrained")
+    figure = Figure(figsize=(11 if verify else 8, 4.8), layout="constrained")
     grid = figure.add_gridspec(2, 2 if verify else 1, width_ratios=[3, 1] if verify else [1])
     changes, kept = (figure.add_subplot(grid[row, 0]) for row in (0, 1))
-    for kind, found in by_kind(report["layers"]).items():
-        places = [place for place, _ in found]
-        ratios = [facts["delta_over_weight"] for _, facts in found]
-        changes.plot(places, ratios, ".-", linewidth=1, label=kind)
-        kept.plot(places, [facts["kept"] for _, facts in found], ".-", linewidth=1)
-    changes.set_ylabel("|change| / |weight|")
-    changes.set_ylim(bottom=0)
-    changes.legend(frameon=False, ncols=4, fontsize=8)
-    kept.set_ylabel("share of the change kept")
-    kept.set_ylim(0, max(1.1, *(facts["kept"] + 0.05 for facts in report["layers"].values())))
-    kept.axhline(1, color="black", linewidth=0.6)
-    kept.set_xlabel("layer")
     for axes in (changes, kept):
+        _style(axes)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    shown = [changes, kept]
+    colors = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, INK)
+    for i, (kind, found) in enumerate(by_kind(report["layers"]).items()):
+        places = [place for place, _ in found]
+        look: Any = {
+            "color": colors[i % len(colors)], "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4, "linewidth": 1,
+        }  # fmt: skip
+        changes.plot(places, [facts["delta_over_weight"] for _, facts in found], **look, label=kind)
+        kept.plot(places, [facts["kept"] for _, facts in found], **look)
+    changes.set_ylabel("|change| / |weight|", color=INK)
+    changes.set_ylim(bottom=0)
+    changes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), frameon=False, ncols=4, fontsize=9, labelcolor=INK
+    )
+    kept.set_ylabel("share of the change kept", color=INK)
+    kept.set_ylim(0, max(1.1, *(facts["kept"] + 0.05 for facts in report["layers"].values())))
+    kept.axhline(1, color=INK, linewidth=0.6)
+    kept.set_xlabel("layer", color=INK)
     if verify:
-        bars = figure.add_subplot(grid[:, 1])
-        values = [verify[f"loss_{which}"] for which in ("base", "live", "merged")]
-        colors = ["#a0aec0", "#2b6cb0", "#c05621"]
-        drawn = bars.bar(["4-bit base", "live", "merged"], values, color=colors)
-        bars.bar_label(drawn, fmt="%.4f", fontsize=8)
-        bars.set_ylabel("loss (nats per supervised token)")
-        share = "no gain" if verify["kept"] is None else f"{verify['kept']:.2%} of the gain kept"
-        bars.set_title(f"{share}\nKL to live {verify['kl']:.4f}", fontsize=10)
-        shown.append(bars)
-    for axes in shown:
-        axes.grid(alpha=0.25, axis="y")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+        _draw_verified(figure.add_subplot(grid[:, 1]), verify)
+    return figure
+
+
+def _draw_verified(axes: "Axes", verify: Mapping[str, Any]) -> None:
+    _style(axes, ticks=0)
+    axes.grid(visible=False, axis="x")
+    values = [verify[f"loss_{which}"] for which in ("base", "live", "merged")]
+    bars = axes.bar(["4-bit base", "live", "merged"], values, color=[GREY, BLUE, ORANGE])
+    axes.bar_label(bars, fmt="%.4f", fontsize=9, color=INK)
+    axes.set_ylabel("loss (nats per supervised token)", color=INK)
+    share = "no gain" if verify["kept"] is None else f"{verify['kept']:.2%} of the gain kept"
+    axes.set_title(f"{share}\nKL to live {verify['kl']:.4f}", fontsize=10, color=INK)
+
+
+# ---- for a page
+
+
+def as_svg(figure: "Figure", title: str) -> str:
+    """The picture as an element of a page, which gives its colours: `currentColor` for ink, and
+    variables named after the others, like `--blue`."""
+    from matplotlib import rc_context
+
+    text = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue().partition("<svg")[2]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same in every picture of a page
+    svg = re.sub(r'^(.*?) (?:width|height)="[^"]*"', r"\1", svg, count=1, flags=re.DOTALL)
+    for name, color in (("blue", BLUE), ("grey", GREY), ("page", "#ffffff")):
+        svg = svg.replace(color, f"var(--{name}, {color})")
+    return f'<svg role="img" aria-label="{title}"' + svg.replace(INK, "currentColor")

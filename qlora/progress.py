@@ -10,33 +10,32 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from qlora.memory import peak_bytes, show_bytes
-from qlora.pictures import read_metrics
+from qlora.run_files import METRICS, read_rows
 
-METRICS = "metrics.jsonl"
 EVALUATED = {
     "eval_loss": "evaluation loss",
     "eval_accuracy": "accuracy",
     "eval_f1": "F1",
 }
 """What evaluation measures, and how it is called on the terminal."""
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left{postfix}"
 
 
 class MetricsWriter(TrainerCallback):
-    """A row of metrics.jsonl per log, with speed since the last one and the peak of memory."""
+    """A row of metrics.jsonl per log, with the speed since the last one, the seconds of the run so
+    far and the peak of memory."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS
         self.tokens = 0
-        self.started = 0.0
+        self.started = self.begun = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run logs the steps after its checkpoint again: drop the first telling.
-        kept = [r for r in self._rows() if r["step"] <= state.global_step]
+        kept = [r for r in read_rows(self.path) if r["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.tokens, self.started = state.num_input_tokens_seen, time.perf_counter()
-
-    def _rows(self) -> list[dict[str, Any]]:
-        return read_metrics(self.path) if self.path.is_file() else []
+        self.begun = self.started - (kept[-1].get("seconds", 0) if kept else 0)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -54,6 +53,7 @@ class MetricsWriter(TrainerCallback):
             row |= {"peak_bytes": peak_bytes()}
         else:
             return
+        row["seconds"] = time.perf_counter() - self.begun
         logs.update({k: v for k, v in row.items() if k not in ("step", "epoch")})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -67,25 +67,25 @@ class MetricsWriter(TrainerCallback):
 
 
 class PlainProgress(ProgressCallback):
-    """Trainer's progress bar on a terminal, and everywhere a readable line a log, not a dict."""
+    """A bar on a terminal, with loss, speed and the time left; everywhere a readable line a log."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if sys.stderr.isatty():
-            super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+    training_bar: Any
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.current_step = state.global_step  # not 0 in a run that goes on
+        self.training_bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            bar_format=BAR,
+            dynamic_ncols=True,
+            disable=None,  # where there is no terminal
+        )
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        if self.training_bar is not None:
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+        if sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -94,6 +94,8 @@ class PlainProgress(ProgressCallback):
         if line:
             width = len(str(state.max_steps))
             tqdm.write(f"step {state.global_step:>{width}}/{state.max_steps}  {line}")
+        if line and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix_str(line)
 
 
 def describe_log(logs: dict[str, Any]) -> str | None:

@@ -76,13 +76,6 @@ def _is_running(pid: str) -> bool:
     return True
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file beside its place and rename it, so that it is never half there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def require_new(folder: Path) -> None:
     """Refuse a folder that already holds something, or that cannot be made."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

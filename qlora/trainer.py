@@ -7,7 +7,7 @@ evaluation (what it is, qlora.objectives says); layer inputs wait in host memory
 paged optimizer runs unpaged where there is no GPU to page from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +20,10 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainingArguments,
+)
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
@@ -46,6 +50,7 @@ OWN_ARGUMENTS = (
     "remove_unused_columns",
     "use_cpu",
 )
+LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}  # others are as named
 
 
 def check_trainer_arguments(given: Mapping[str, Any]) -> None:
@@ -62,6 +67,26 @@ def check_trainer_arguments(given: Mapping[str, Any]) -> None:
             raise UserError(f"--trainer.{name} has a flag of its own: give --{name}")
         if name in OWN_ARGUMENTS:
             raise UserError(f"--trainer.{name} follows from the other settings: leave it out")
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse a logger that transformers does not know, or whose package is not installed."""
+    named = [name for name in names if name not in ("all", "none")]
+    if not named:
+        return
+    unknown = [name for name in named if name not in INTEGRATION_TO_CALLBACK]
+    if unknown:
+        known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+        hint = did_you_mean(unknown[0], INTEGRATION_TO_CALLBACK)
+        raise UserError(f"--report-to must be among {known}; got {', '.join(unknown)}.{hint}")
+    there = {*get_available_reporting_integrations(), "flyte"}  # which it leaves out
+    missing = [name for name in named if name not in there]
+    if missing:
+        packages = " ".join(LOGGER_PACKAGES.get(name, name) for name in missing)
+        raise UserError(
+            f"--report-to {' '.join(missing)} wants a package that is not installed: "
+            f"pip install {packages}"
+        )
 
 
 def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingArguments:
@@ -252,6 +277,7 @@ class AdapterTrainer(Trainer):
         model = self.model.eval()
         objective = self.objective
         total, count = 0.0, 0
+        self.callback_handler.eval_dataloader = dataloader  # its length, for the progress bar
         wanted: list[list[int]] = []
         predicted: list[list[int]] = []
         one = torch.tensor(1, device=self.args.device)  # divide by nothing: sums are added up

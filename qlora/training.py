@@ -9,9 +9,10 @@ import importlib.metadata
 import os
 import platform
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -34,17 +35,19 @@ from qlora.errors import UserError, first_line
 from qlora.fast_path import take_fast_path_off, use_fast_path
 from qlora.host_embedding import offload_embedding
 from qlora.language_head import LanguageHead, put_language_head
-from qlora.memory import peak_bytes, show_bytes
+from qlora.memory import device, peak_bytes, show_bytes
 from qlora.model_card import write_adapter_card
 from qlora.norms import RMSNorm, put_norms
 from qlora.objectives import OBJECTIVES
 from qlora.offload import require_gpu
 from qlora.packing import PackedRows
-from qlora.pictures import plot_loss, read_metrics
-from qlora.progress import EVALUATED, METRICS
+from qlora.pictures import plot_loss
+from qlora.progress import EVALUATED
+from qlora.run_files import METRICS, RUN, SAMPLES, read_rows
+from qlora.samples import ask, questions
 from qlora.shards import require_new
 from qlora.tasks import task_named, task_of
-from qlora.trainer import AdapterTrainer, check_trainer_arguments, make_trainer
+from qlora.trainer import AdapterTrainer, check_loggers, check_trainer_arguments, make_trainer
 
 EVA_TOKENS = 1 << 13  # many for each direction that a layer may get
 
@@ -71,16 +74,18 @@ def _train(config: TrainConfig) -> Path:
     config = replace(config, output_dir=str(output))
     checkpoint = _starting_point(output, resume=config.resume)
     check_trainer_arguments(config.trainer)
+    check_loggers(config.report_to)
     _require_gpu_for_offloading(config)
     tokenizer, max_length = _load_tokenizer(config)
-    rows, eval_rows, labels = _load_rows(config, tokenizer, max_length)
+    data = _load_rows(config, tokenizer, max_length)
+    rows = data.rows
     # what is trained in full starts from the original weights
     skipped = (*config.quant.skip_modules, *config.lora.modules_to_save)
     model = load_base(
         config.model,
         replace(config.quant, skip_modules=skipped),
         task=config.task,
-        labels=labels,
+        labels=data.labels,
         seed=config.seed,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
@@ -99,16 +104,21 @@ def _train(config: TrainConfig) -> Path:
     packs = PackedRows(rows, max_length) if config.data.packing else rows
     if config.data.packing:
         print(packs.describe())
-    trainer = make_trainer(config, model, tokenizer, packs, eval_rows)
+    trainer = make_trainer(config, model, tokenizer, packs, data.eval_rows)
     _share_pad(model, tokenizer)
     if checkpoint:
         load_adapter_weights(model, checkpoint)  # Trainer does it again; here it is still a check
     output.mkdir(parents=True, exist_ok=True)
-    write_run_file(output / "run.yaml", config, model)
+    write_run_file(output / RUN, config, model, data.counts)
+    samples = questions(config, data.rows, data.eval_rows, max_length)
+    if samples and not checkpoint:
+        ask(output / SAMPLES, "before", samples, model, tokenizer)
     if checkpoint and _is_complete(trainer, checkpoint):  # Trainer would do one step too many
         print(f"All {trainer.state.global_step} steps were done; --max-steps N goes on from there.")
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+    if samples:
+        ask(output / SAMPLES, "after", samples, model, tokenizer)
     _finish(trainer, config, len(rows))
     return output
 
@@ -137,14 +147,24 @@ def _load_tokenizer(config: TrainConfig) -> tuple[Any, int]:
     return tokenizer, max_length
 
 
-def _load_rows(
-    config: TrainConfig, tokenizer: Any, max_length: int
-) -> tuple[Any, Any, tuple[str, ...]]:
-    """Training and evaluation rows (or None), described on the terminal with one example, and the
-    names of a classifier's labels."""
+class _Data(NamedTuple):
+    """What is trained on."""
+
+    rows: Any
+    eval_rows: Any
+    """or None"""
+    labels: tuple[str, ...]
+    """of a classifier"""
+    counts: dict[str, Any]
+    """of both, for people"""
+
+
+def _load_rows(config: TrainConfig, tokenizer: Any, max_length: int) -> _Data:
+    """Training and evaluation rows, described on the terminal with one example."""
     had_template = bool(tokenizer.chat_template)
     labels = _own_labels(config)
     prepared: list[Any] = []
+    counts: dict[str, Any] = {}
     for source in filter(None, (config.data.data, config.data.eval_data)):
         rows, stats = prepare_data(
             source,
@@ -155,6 +175,8 @@ def _load_rows(
             new_labels=not prepared,
         )
         print(describe(stats, name=source))
+        numbers = {name: n for name, n in asdict(stats).items() if name != "labels"}
+        counts["evaluation" if prepared else "training"] = {"source": source, **numbers}
         prepared.append(rows)
         labels = stats.labels
     if tokenizer.chat_template and not had_template:
@@ -164,7 +186,7 @@ def _load_rows(
         prepared[0], tokenizer, colour=sys.stdout.isatty(), task=config.task, labels=labels
     )
     print(shown)
-    return prepared[0], prepared[1] if len(prepared) > 1 else None, labels
+    return _Data(prepared[0], prepared[1] if len(prepared) > 1 else None, labels, counts)
 
 
 def _own_labels(config: TrainConfig) -> tuple[str, ...]:
@@ -319,8 +341,11 @@ def _share_pad(model: PreTrainedModel, tokenizer: Any) -> None:
 # ---- what a run leaves behind ----
 
 
-def write_run_file(path: Path, config: TrainConfig, model: PreTrainedModel) -> None:
-    """The full config, the versions and the base's fingerprint; `--config run.yaml` reads it."""
+def write_run_file(
+    path: Path, config: TrainConfig, model: PreTrainedModel, data: Mapping[str, Any]
+) -> None:
+    """The full config, the versions, the base's fingerprint, the counts of the data and the device;
+    `--config run.yaml` reads it."""
     packages = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
     versions = {name: importlib.metadata.version(name) for name in packages}
     qlora_base: Any = model.qlora_base
@@ -328,6 +353,8 @@ def write_run_file(path: Path, config: TrainConfig, model: PreTrainedModel) -> N
         "config": flat(replace(config, resume=False)),
         "versions": {"qlora": __version__, "python": platform.python_version(), **versions},
         "base": {"resolved": str(model.config._name_or_path), **qlora_base},
+        "data": data,
+        "device": dict(zip(("name", "memory_bytes"), device(), strict=True)),
     }
     path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
 
@@ -336,9 +363,10 @@ def _finish(trainer: AdapterTrainer, config: TrainConfig, rows: int) -> None:
     """Write the adapter and what goes with it, and say what to do next."""
     output = Path(config.output_dir)
     trainer.save_model(str(output))
-    metrics = read_metrics(output / METRICS)
+    metrics = read_rows(output / METRICS)
     base: Any = trainer.model.qlora_base
-    plot_loss(metrics, output / "loss.png", per="label" if "labels" in base else "supervised token")
+    per = "label" if "labels" in base else "supervised token"
+    plot_loss(metrics, output / "loss.png", per=per, total_bytes=device()[1])
     losses = [row["loss"] for row in metrics if "loss" in row]
     evals = [row for row in metrics if "eval_loss" in row]
     targets = config.lora.target_modules
@@ -359,4 +387,7 @@ def _finish(trainer: AdapterTrainer, config: TrainConfig, rows: int) -> None:
         },
     )
     print(f"\nThe adapter is in {output}; its loss curve is {output / 'loss.png'}.")
-    print(f"Merge it:  python merge_dequant.py --adapter {output} --output-dir {output}-merged")
+    print(f"See how it went:  python -m qlora.report {output}")
+    print(
+        f"Merge it:         python merge_dequant.py --adapter {output} --output-dir {output}-merged"
+    )

@@ -1,9 +1,161 @@
-"""The pictures."""
+"""The pictures, read back from what is drawn."""
 
-from qlora.pictures import plot_loss
+import math
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
+
+from qlora.pictures import as_svg, draw_merge, draw_run, plot_loss, plot_merge, smoothed
+
+# Okabe and Ito, Color Universal Design (2008)
+OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
+GREYS = {"#24292f", "#8c959f", "#ffffff"}  # ink, quiet lines, the edge of a point
 
 
-def test_loss_picture(tmp_path):
-    rows = [{"step": i, "loss": 3 / i} for i in range(1, 9)] + [{"step": 8, "eval_loss": 0.5}]
-    plot_loss(rows, tmp_path / "loss.png")
+def run_of(count, *, every=0):
+    """Rows of a run of so many logs, 10 steps apart, with an evaluation each `every` logs."""
+    rows = []
+    for i in range(1, count + 1):
+        rows.append(
+            {
+                "step": 10 * i,
+                "loss": 0.5 + 2 / i + 0.1 * math.sin(7 * i),
+                "grad_norm": 1 / i,
+                "learning_rate": 1e-4,
+                "tokens_per_second": 900.0,
+                "peak_bytes": 2**30 * (2 - 1 / i),
+            }
+        )
+        if every and i % every == 0:
+            rows.append({"step": 10 * i, "eval_loss": 0.6 + 2 / i})
+    return rows
+
+
+def line_of(axes, label):
+    (line,) = (line for line in axes.lines if str(line.get_label()).startswith(label))
+    return line
+
+
+@pytest.mark.parametrize("count", [1, 3, 200, 10_000])
+def test_a_run_of_any_length(count, tmp_path):
+    rows = run_of(count)
+    plot_loss(rows, tmp_path / "loss.png", total_bytes=8 * 2**30)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    axes = draw_run(rows).axes
+    losses = [row["loss"] for row in rows]
+    drawn = line_of(axes[0], "training")
+    assert drawn.get_xdata()[0] == 10 and drawn.get_xdata()[-1] == 10 * count
+    if count < 60:  # as they are
+        assert list(drawn.get_ydata()) == losses and len(axes[0].lines) == 1
+    else:
+        raw, smooth = axes[0].lines
+        assert list(raw.get_ydata()) == losses and raw.get_alpha() < 0.5
+        assert len(smooth.get_ydata()) <= 500
+        assert np.diff(smooth.get_ydata()).std() < np.diff(losses).std() / 2
+        assert "smoothed" in smooth.get_label()
+
+
+def test_smoothing_is_the_mean_around_each_value():
+    values = np.array([4.0, 1.0, np.nan, 7.0, 2.0, 2.0])
+    wanted = []
+    for i in range(6):
+        near = [v for v in values[max(i - 1, 0) : i + 2] if not math.isnan(v)]
+        wanted.append(sum(near) / len(near))
+    assert smoothed(values, 2) == pytest.approx(wanted, rel=1e-12)
+    assert smoothed(values, 3) == pytest.approx(wanted, rel=1e-12)
+    assert np.isnan(smoothed(np.full(3, np.nan), 2)).all()
+
+
+def test_evaluation_is_points_and_told_apart_in_grey_too():
+    axes = draw_run(run_of(40, every=10)).axes[0]
+    evaluation, training = line_of(axes, "evaluation"), line_of(axes, "training")
+    assert list(evaluation.get_xdata()) == [100, 200, 300, 400]
+    assert list(evaluation.get_ydata()) == pytest.approx([0.6 + 2 / i for i in (10, 20, 30, 40)])
+    assert evaluation.get_linestyle() != training.get_linestyle()
+    assert evaluation.get_marker() not in ("None", training.get_marker())
+    assert "0.6500 at the end" in evaluation.get_label()
+    assert len(draw_run(run_of(40)).axes[0].lines) == 1  # no evaluation, no points
+
+
+def test_below_the_loss_is_what_the_rows_have():
+    def titles(rows, **settings):
+        return [axes.get_title(loc="left") for axes in draw_run(rows, **settings).axes[1:]]
+
+    assert titles(run_of(4), total_bytes=16 * 2**30) == [
+        "learning rate",
+        "gradient norm",
+        "tokens a second",
+        "memory: 1.8 of 16 GiB",
+    ]
+    assert titles(run_of(4))[-1] == "memory: 1.8 GiB"
+    assert titles([{"step": 1, "loss": 2.0, "grad_norm": 1.0}]) == ["gradient norm"]
+    assert titles([{"step": 1, "loss": 2.0, "grad_norm": None}]) == []
+    (ceiling,) = (
+        line for line in draw_run(run_of(4), total_bytes=2**34).axes[-1].lines if line.is_dashed()
+    )
+    assert set(ceiling.get_ydata()) == {16}
+
+
+def test_a_loss_that_is_not_a_number_is_shown():
+    rows = run_of(30)
+    for row in rows[20:]:
+        row["loss"] = math.nan
+    axes = draw_run(rows).axes[0]
+    (gone,) = axes.patches
+    assert (gone.get_x(), gone.get_x() + gone.get_width()) == (210, 300)
+    assert "not a number at the end" in line_of(axes, "training").get_label()
+    assert draw_run([{"step": 1, "loss": math.nan}]).axes[0].get_ylim()[1] == 1
+
+
+def test_a_few_spikes_do_not_make_the_rest_flat():
+    rows = run_of(300)
+    rows[150]["loss"] = 1000.0
+    assert 2.5 < draw_run(rows).axes[0].get_ylim()[1] < 1000 / 5
+
+
+def test_a_picture_of_nothing_is_empty():
+    assert draw_run([]).axes[0].lines[:] == []
+
+
+def report_of(*, layers=3, kinds=("q_proj", "up_proj"), verified=True):
+    facts = {"delta_over_weight": 0.01, "kept": 0.99}
+    names = [f"model.layers.{i}.{kind}" for i in range(layers) for kind in kinds]
+    verify = {"loss_base": 3.0, "loss_live": 1.0, "loss_merged": 1.1, "kept": 0.95, "kl": 0.01}
+    return {"layers": dict.fromkeys(names, facts), "verify": verify if verified else None}
+
+
+def test_the_picture_of_a_merge(tmp_path):
+    kinds = [f"kind{i}" for i in range(14)]
+    changes, kept = draw_merge(report_of(kinds=kinds, verified=False)).axes
+    looks = {(line.get_color(), line.get_marker()) for line in changes.lines}
+    assert len(looks) == 14 and len({marker for _, marker in looks}) > 7  # told apart in grey
+    assert len(kept.lines) == 14 + 1
+    bars = draw_merge(report_of()).axes[-1]
+    assert [bar.get_height() for bar in bars.patches] == [3.0, 1.0, 1.1]
+    assert [t.get_text() for t in bars.get_xticklabels()] == ["4-bit base", "live", "merged"]
+    plot_merge(report_of(), tmp_path / "merge.png")
+    assert (tmp_path / "merge.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("figure", [draw_run(run_of(90, every=30)), draw_merge(report_of())])
+def test_colours_are_told_apart_by_everyone(figure):
+    lines = [line for axes in figure.axes for line in axes.findobj(Line2D)]
+    bars = [patch.get_facecolor() for axes in figure.axes for patch in axes.patches]
+    data = {to_hex(line.get_color()) for axes in figure.axes for line in axes.lines}
+    assert lines and data | {to_hex(bar) for bar in bars} <= OKABE_ITO | GREYS
+    assert data & OKABE_ITO
+
+
+@pytest.mark.parametrize("count", [3, 10_000])
+def test_a_picture_for_a_page(count):
+    svg = as_svg(draw_run(run_of(count, every=count // 3)), "Curves")
+    assert len(svg) < 250_000
+    ElementTree.fromstring(svg)
+    assert "#24292f" not in svg and "currentColor" in svg  # the page says what ink is
+    assert "#0072b2" not in svg.replace("var(--blue, #0072b2)", "")
+    assert "optimizer step</text>" in svg  # text that can be searched and read aloud
+    assert not re.search(r'<g id=|\s(?:width|height)="\d+pt"', svg)

@@ -1,0 +1,101 @@
+"""What the model answers before training and after it, for people to read: samples.jsonl.
+
+A few rows of the evaluation data, or of the training data where there is none, spread over it. The
+model reads each up to its last answer (of a row of text, the first half) and writes on, by its most
+likely tokens, up to twice the length of the answer that was wanted. Nothing random is drawn, so
+training goes as it does without. One prompt at a time: training's attention takes no padding
+(qlora.row_attention).
+
+Left out: classifiers, whose answers evaluation counts.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora.chat_template import NO_LOSS, PROBE
+from qlora.config import TrainConfig
+from qlora.errors import UserError
+from qlora.generation import decode, generate, generation_settings, prompt_ids
+from qlora.objectives import OBJECTIVES
+from qlora.run_files import SAMPLES, read_rows, replace_text
+
+MAX_NEW_TOKENS = 128
+
+
+class Question(NamedTuple):
+    """A row, cut in two."""
+
+    prompt: list[int]
+    wanted: list[int]
+    max_new_tokens: int
+
+
+def questions(
+    config: TrainConfig, rows: Any, eval_rows: Any | None, max_length: int
+) -> list[Question]:
+    """What to ask, as many as `config.samples`, of prepared rows; prints which.
+
+    Args:
+        max_length: tokens that the model takes.
+    """
+    if not config.samples or OBJECTIVES[config.task].classifies:
+        return []
+    rows, of = (rows, "training") if eval_rows is None else (eval_rows, "evaluation")
+    count = min(config.samples, len(rows))
+    print(f"before and after training, {count} rows of the {of} data are answered: {SAMPLES}")
+    found = []
+    for row in (rows[i * len(rows) // count] for i in range(count)):
+        prompt, wanted, room = row["input_ids"], row["labels"], max_length
+        if config.task != "seq2seq":  # whose answer is apart
+            begin, end = _last_answer(wanted)
+            prompt, wanted, room = prompt[:begin], prompt[begin:end], max_length - begin
+        found.append(Question(prompt, wanted, min(MAX_NEW_TOKENS, 2 * len(wanted), room)))
+    return found
+
+
+def _last_answer(labels: list[int]) -> tuple[int, int]:
+    """Where the last run of tokens with loss begins and ends; its half where nothing is before."""
+    end = max(i for i, label in enumerate(labels) if label != NO_LOSS) + 1
+    begin = max((i + 1 for i in range(end) if labels[i] == NO_LOSS), default=0)
+    return begin or (end + 1) // 2, end
+
+
+def ask(
+    path: Path,
+    when: str,
+    asked: list[Question],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write the model's answers to `path`, as those `when` "before" or "after".
+
+    A row has prompt, wanted, before and after; what the file has already of a prompt stays.
+    """
+    known = {row["prompt"]: row for row in read_rows(path)}
+    rows = []
+    for prompt, wanted, max_new_tokens in asked:
+        shown = _shown(tokenizer, prompt)
+        row = {"prompt": shown, "wanted": decode(tokenizer, wanted), "before": None, "after": None}
+        settings = generation_settings(model, tokenizer, max_new_tokens)
+        (answer,) = generate(model, tokenizer, [prompt], settings)
+        rows.append(row | known.get(shown, {}) | {when: answer})
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_text(path, "".join(lines))
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    """The user's words where the chat template has its own around them, else the whole prompt."""
+    text = str(tokenizer.decode(prompt, skip_special_tokens=False))
+    if tokenizer.chat_template:
+        try:
+            probe = prompt_ids(tokenizer, [{"role": "user", "content": PROBE}])
+        except UserError:  # it wants more than a user's turn
+            return text
+        begin, _, end = str(tokenizer.decode(probe, skip_special_tokens=False)).partition(PROBE)
+        inner = text.removeprefix(begin).removesuffix(end)
+        if begin + inner + end == text:
+            return inner
+    return text
