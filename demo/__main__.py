@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from demo.score import exact_match
-from qlora import MergeConfig, TrainConfig, UserError, load_adapter, load_base
+from qlora import MergeConfig, TrainConfig, UserError, generation, load_adapter, load_base
 from qlora.cli import parse
 from qlora.merge import merge
 from qlora.training import train
@@ -29,7 +28,6 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 OUTPUT = Path("out/demo")
 MERGED = Path("out/demo-merged")
-BATCH_ROWS = 25
 MAX_NEW_TOKENS = 40  # the longest right answer has 36
 
 
@@ -101,23 +99,10 @@ def step(title: str, about: str, count: list[int] = [0]) -> Iterator[None]:  # n
     print(f"({time.perf_counter() - started:.0f} s)")
 
 
-@torch.no_grad()
 def answers(model: PreTrainedModel, tokenizer: Any, requests: Sequence[str]) -> list[str]:
-    """The model's most likely answer to each request, decoded."""
-    model.eval()
-    tokenizer.padding_side = "left"
-    found: list[str] = []
-    for start in range(0, len(requests), BATCH_ROWS):
-        chats = [[{"role": "user", "content": r}] for r in requests[start : start + BATCH_ROWS]]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        ids = model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, use_cache=True
-        )
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        found += tokenizer.batch_decode(new, skip_special_tokens=True)
-    return found
+    """The model's most likely answer to each request."""
+    chats = [[{"role": "user", "content": request}] for request in requests]
+    return generation.answers(model, tokenizer, chats, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def score(given: Sequence[str], wanted: Sequence[str]) -> int:

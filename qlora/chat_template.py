@@ -59,12 +59,17 @@ def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 class Rendering:
-    """One chat as the template writes it, whole or in part."""
+    """One chat as the template writes it, whole or in part.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> None:
+    `full` is the whole, with the mark that opens an answer behind it if `prompt`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat: Chat, *, prompt: bool = False
+    ) -> None:
         self.tokenizer, self.chat = tokenizer, chat
         try:
-            self.full = self._render(chat.messages)
+            self.full = self._render(chat.messages, prompt)
         except (TemplateError, TypeError) as error:
             raise UserError(
                 f"the model's chat template refuses it: {first_line(error)} Change the messages "
