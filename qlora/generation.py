@@ -129,7 +129,7 @@ def generate(
     bar = tqdm(total=len(prompts), desc=progress, leave=False, disable=not progress)
     with bar, ready_to_write(model):
         for batch in _batches(prompts, settings["max_new_tokens"]):
-            inputs = _left_padded([prompts[i] for i in batch], settings["pad_token_id"])
+            inputs = left_padded([prompts[i] for i in batch], settings["pad_token_id"])
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
             ids = model.generate(**inputs, **settings)  # type: ignore[operator]
             if not model.config.is_encoder_decoder:  # whose output is the answer alone
@@ -174,7 +174,7 @@ def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[
         yield batch
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask (B, T), each row at the right end."""
     width = max(map(len, prompts))
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
