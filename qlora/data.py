@@ -50,6 +50,7 @@ def prepare_data(
     task: str = "causal-lm",
     labels: Sequence[str] = (),
     new_labels: bool = True,
+    limit: int | None = None,
 ) -> tuple[Dataset, DataStats]:
     """Rows of `source` as input_ids, labels (-100: no loss) and length, cut to max_length tokens.
 
@@ -58,9 +59,11 @@ def prepare_data(
     Args:
         labels: the names of a classifier's labels.
         new_labels: take the data's own in their place, where it has others.
+        limit: take only the first so many records.
     """
     objective = OBJECTIVES[task]
     records = load_records(source, objective.kinds)
+    records = records if limit is None else records.select(range(min(limit, len(records))))
     kind = kind_of(records.column_names, source, objective.kinds)
     if objective.chats and kind != ("text",):
         ensure_chat_template(tokenizer)

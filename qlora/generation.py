@@ -45,7 +45,7 @@ def answers(
         chats: messages with `role` and `content`, the last of them the user's.
         max_new_tokens: an answer is cut there.
         temperature: 0 takes the most likely token; above, tokens are drawn from torch's generator.
-        progress: what to call a progress bar; none without.
+        progress: what to call a progress bar on a terminal; none without.
 
     Raises:
         UserError: the chat template refuses a chat.
@@ -126,10 +126,11 @@ def generate(
     Prompts of like length go together, up to BATCH_ROWS and BATCH_TOKENS a batch.
     """
     found = [""] * len(prompts)
-    bar = tqdm(total=len(prompts), desc=progress, leave=False, disable=not progress)
+    hidden = None if progress else True  # None: where there is no terminal
+    bar = tqdm(total=len(prompts), desc=progress, leave=False, disable=hidden)
     with bar, ready_to_write(model):
         for batch in _batches(prompts, settings["max_new_tokens"]):
-            inputs = _left_padded([prompts[i] for i in batch], settings["pad_token_id"])
+            inputs = left_padded([prompts[i] for i in batch], settings["pad_token_id"])
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
             ids = model.generate(**inputs, **settings)  # type: ignore[operator]
             if not model.config.is_encoder_decoder:  # whose output is the answer alone
@@ -174,7 +175,7 @@ def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[
         yield batch
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask (B, T), each row at the right end."""
     width = max(map(len, prompts))
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]

@@ -37,6 +37,11 @@ def require_number(name: str, value: Any, *, whole: bool = False) -> None:
     require(ok, f"{name} must be {wanted} above 0, got {value!r}")
 
 
+def require_at_least(name: str, value: float | None, least: float) -> None:
+    """Refuse a number below `least`; none at all is none to refuse."""
+    require(value is None or value >= least, f"{name} must be at least {least}, got {value}")
+
+
 def _require_pattern(name: str, pattern: Any, *, whole: bool = False) -> None:
     require(isinstance(pattern, Mapping), f"{name} must be NAME: NUMBER pairs, got {pattern!r}")
     for key, value in pattern.items():

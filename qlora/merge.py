@@ -293,5 +293,4 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
 
 def _tokenizer_folder(checkpoint: Checkpoint, adapter: AdapterFile) -> Path:
     """Where training left the tokenizer it used, else the base's own."""
-    has_one = (adapter.folder / "tokenizer_config.json").is_file()
-    return adapter.folder if has_one else checkpoint.folder
+    return adapter.folder if adapter.has_tokenizer else checkpoint.folder

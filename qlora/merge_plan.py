@@ -86,6 +86,11 @@ def check_base(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model, or merge "
             "--onto nf4"
         )
+    require_same_codes(checkpoint, adapter)
+
+
+def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
+    """Refuse a base in other 4-bit codes than those the adapter was trained on."""
     if checkpoint.is_quantized and adapter.taken:
         raise UserError(
             f"adapter {adapter.folder} was trained over a base that was changed for it (PiSSA, "

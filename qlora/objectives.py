@@ -257,6 +257,12 @@ def with_loss(labels: Tensor) -> int:
     return int((labels != NO_LOSS).sum())
 
 
+def labelled(found: Tensor, labels: Tensor) -> list[list[int]]:
+    """What was found in each row, where it has a label."""
+    rows = zip(found.view(len(labels), -1), labels.view(len(labels), -1), strict=True)
+    return [row[real != NO_LOSS].tolist() for row, real in rows]
+
+
 def _of_rows(predicted: Any, wanted: Any, names: Names) -> dict[str, float]:
     return {"accuracy": accuracy(predicted, wanted)}
 

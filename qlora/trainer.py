@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -29,12 +28,11 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora.adapter_files import load_adapter_weights, save_adapter
-from qlora.chat_template import NO_LOSS
 from qlora.config import TrainConfig
 from qlora.data import collator
 from qlora.errors import UserError, did_you_mean, first_line
 from qlora.lora import lora_layers
-from qlora.objectives import OBJECTIVES, Objective
+from qlora.objectives import OBJECTIVES, Objective, labelled
 from qlora.offload import offload_activations
 from qlora.optimizers import keep_updates, loses_updates
 from qlora.progress import MetricsWriter, PlainProgress
@@ -291,8 +289,8 @@ class AdapterTrainer(Trainer):
             total += float(loss)
             count += objective.supervised(labels)
             if objective.measure:
-                wanted += _labelled(labels, labels)
-                predicted += _labelled(outputs["logits"].argmax(-1), labels)
+                wanted += labelled(labels, labels)
+                predicted += labelled(outputs["logits"].argmax(-1), labels)
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
@@ -302,9 +300,3 @@ class AdapterTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         nothing: Any = None
         return EvalLoopOutput(nothing, nothing, metrics, num_samples=self.num_examples(dataloader))
-
-
-def _labelled(found: Tensor, labels: Tensor) -> list[list[int]]:
-    """What was found in each row, where it has a label."""
-    rows = zip(found.view(len(labels), -1), labels.view(len(labels), -1), strict=True)
-    return [row[real != NO_LOSS].tolist() for row, real in rows]
