@@ -3,8 +3,8 @@
     python -m notebooks.generate [NN_name ...]
 
 The source is in jupytext's percent format: `# %%` begins a cell of code, `# %% [markdown]` one of
-text. It is run on a kernel of its own, in an empty folder that has demo/*.jsonl where a clone has
-them, and what comes out goes into the .ipynb. What would differ from one run to the next although
+text. It is run on a kernel of its own, in an empty folder beside demo/*.jsonl and configs/, as in a
+clone, and what comes out goes into the .ipynb. What would differ from one run to the next although
 nothing changed (random ids, times, the states of progress bars) is left out, so that a change of
 the .ipynb is one that someone made. The tests run the sources by the same functions.
 """
@@ -55,6 +55,7 @@ def run(notebook: Any, root: Path) -> Any:
     (root / "demo").mkdir()
     for data in (FOLDER.parent / "demo").glob("*.jsonl"):
         shutil.copy(data, root / "demo")
+    shutil.copytree(FOLDER.parent / "configs", root / "configs")
     client = NotebookClient(
         notebook,
         timeout=CELL_SECONDS,

@@ -106,7 +106,8 @@ def load_base(
     in_full = heads_to_train(checkpoint, plan, task)
     if checkpoint.is_quantized:
         quant = own_quantization(checkpoint, quant)
-        _leave_out(config, in_full)
+        if in_full:  # else a list that says nothing stays so: then transformers skips the head
+            _leave_out(config, in_full)
     quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
     settings = None
     if not checkpoint.is_quantized:

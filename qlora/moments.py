@@ -2,7 +2,7 @@
 
 For each layer the sum of x x' over its input tokens, (in, in), and what centres it. For all layers
 of a 7B model together these are 22 GB, so they are gathered for a group of layers at a time, as
-many as MAX_BYTES holds, with one run for each group. Layers that read one input share them.
+many as `room` has space for, with one run for each group. Layers that read one input share them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,11 +44,11 @@ class SecondMoments:
         batches: Sequence[Any],
         layers: Mapping[str, nn.Module],
         *,
-        max_bytes: int = MAX_BYTES,
+        max_bytes: int | None = None,
     ):
         self.model = model.eval()
         self.batches, self.layers = batches, layers
-        self.groups = _groups(model, batches[0], layers, max_bytes)
+        self.groups = _groups(model, batches[0], layers, max_bytes or room(model.device))
         self._gathered: dict[str, Moments] = {}
 
     def of(self, layer: str) -> Tensor:
@@ -62,6 +62,13 @@ class SecondMoments:
             self._gathered = {}  # the last group's memory goes before the next is taken
             self._gathered = _gather(self.model, self.batches, self.layers, group)
         return self._gathered[layer]
+
+
+def room(device: torch.device) -> int:
+    """Bytes for moments: MAX_BYTES, and on a small GPU half of what the model leaves free."""
+    if device.type != "cuda":
+        return MAX_BYTES
+    return min(MAX_BYTES, torch.cuda.mem_get_info(device)[0] // 2)
 
 
 def _groups(

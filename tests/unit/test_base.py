@@ -11,7 +11,7 @@ from bitsandbytes.nn import Linear4bit
 from conftest import FAMILIES, FP32, tiny_model, token_ids
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, FalconConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig
 
 from qlora import nf4
 from qlora.adapters import apply_lora
@@ -292,6 +292,21 @@ def test_a_saved_4_bit_model_loads_with_the_same_logits(bases, tmp_path, family)
     again = load(tmp_path)
     assert len(four_bit_layers(again)) == len(four_bit_layers(bases(family)))
     assert torch.equal(logits(again), logits(bases(family)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_4_bit_model_that_transformers_saved_loads_with_the_same_logits(base_of, tmp_path, tied):
+    """Its config.json has no list of layers that are left out: the head is, all the same."""
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        base_of("llama", tied), dtype=torch.float32, quantization_config=settings
+    )
+    theirs.save_pretrained(tmp_path)
+    assert Checkpoint(tmp_path).config["quantization_config"]["llm_int8_skip_modules"] is None
+    ours = load(tmp_path)
+    assert four_bit_layers(ours).keys() == four_bit_layers(theirs).keys()
+    # in train mode bitsandbytes does not repack; 1e-5: fp32 rounding, another compute path
+    assert torch.allclose(logits(ours), logits(theirs.train()), rtol=0, atol=1e-5)
 
 
 def test_a_4_bit_checkpoints_own_quantization_stands(checkpoints, tmp_path):

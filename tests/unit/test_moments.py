@@ -10,7 +10,7 @@ from qlora.base import load_base
 from qlora.config import LoraConfig
 from qlora.data import length_batches
 from qlora.lora import lora_layers
-from qlora.moments import SecondMoments
+from qlora.moments import MAX_BYTES, SecondMoments, room
 
 ROWS = [
     {"input_ids": [3, 40, 41, 2], "labels": [-100, 40, 41, 2]},
@@ -69,6 +69,13 @@ def test_a_group_holds_no_more_than_asked(live):
     for group in moments.groups:
         assert sum(wide if "down" in n else narrow for n in set(group.values())) <= wide + narrow
     assert [n for group in moments.groups for n in group] == list(lora_layers(live))
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(3 << 30, 3 << 29), (100 << 30, MAX_BYTES)])
+def test_a_small_gpu_gives_half_of_what_is_free(monkeypatch, free, wanted):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 8 << 30))
+    assert room(torch.device("cuda")) == wanted
+    assert room(torch.device("cpu")) == MAX_BYTES
 
 
 def test_the_covariance_is_that_of_the_tokens_less_their_mean(live):
