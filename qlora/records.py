@@ -113,7 +113,7 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
     try:
         # datasets knows a file by name and mtime, and would serve an edited one from its cache
         with tempfile.TemporaryDirectory() as cache:
-            return load_dataset(
+            records = load_dataset(
                 kind,
                 data_files=[str(file) for file in files],
                 split="train",
@@ -121,10 +121,32 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
                 keep_in_memory=True,
                 **options,
             )
+        return _with_dates_as_written(records, files) if kind == "json" else records
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
         raise UserError(_why_unreadable(source, files, kind, error)) from error
     finally:
         datasets_logging.set_verbosity(verbosity)
+
+
+def _with_dates_as_written(records: Dataset, files: Sequence[Path]) -> Dataset:
+    """`records` with the text of columns that hold nothing but dates: "2024-05-01" comes out of
+    datasets as a timestamp, and would be trained on as "2024-05-01 00:00:00"."""
+    types = {name: getattr(value, "dtype", "") for name, value in records.features.items()}
+    dates = [name for name, dtype in types.items() if dtype.startswith("timestamp")]
+    rows = [row for file in files for row in _json_rows(file)] if dates else []
+    for name in dates:
+        written = [row.get(name) for row in rows]
+        records = records.remove_columns(name).add_column(name, written)
+    return records
+
+
+def _json_rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON: one a line, or a list of them."""
+    text = file.read_text("utf-8-sig")
+    if text.lstrip().startswith("["):
+        whole: list[dict[str, Any]] = json.loads(text)
+        return whole
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _check_text(source: str, files: Sequence[Path]) -> None:

