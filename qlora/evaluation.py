@@ -39,8 +39,8 @@ from qlora.language_head import put_language_head
 from qlora.loading import Found, find
 from qlora.objectives import OBJECTIVES
 from qlora.records import load_records, prompt_messages
+from qlora.run_files import replace_text
 from qlora.scores import compare_answers, measure_rows, require_scorers
-from qlora.shards import replace_text
 
 RESULTS = "evaluation.json"
 MAX_LENGTH = 2048
