@@ -85,7 +85,7 @@ def learn(lora: LoraConfig, folder: Path, steps: int, rate: float | None) -> Non
     data = DataConfig(str(DATA / "train.jsonl"), max_length=256)
     settings = {"max_steps": steps, "save_steps": steps, "per_device_train_batch_size": 4}
     config = TrainConfig(str(small_model()), str(folder), data, lora=lora, quant=QUANT)
-    settings |= {"gradient_accumulation_steps": 1, "learning_rate": rate}
+    settings |= {"gradient_accumulation_steps": 1, "learning_rate": rate, "samples": 0}
     train(replace(config, **settings, gradient_checkpointing=False))
 
 

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 from conftest import FAMILIES, FP32, VOCAB, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_loss import chunks_of
 from test_offload import LateCopies
 from transformers import (
@@ -70,6 +71,7 @@ def config(base: Path, rows: Path, output: Path, **settings: Any) -> TrainConfig
         max_steps=4,
         logging_steps=1,
         save_steps=2,
+        samples=0,
     )
     return replace(quick, **settings)
 
@@ -349,8 +351,14 @@ def test_what_a_run_leaves_behind(checkpoints, tmp_path, data, capsys):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for key in ("loss", "learning_rate", "tokens_per_second", "peak_bytes"):
         assert all(row[key] > 0 for row in rows), key
+    seconds = [row["seconds"] for row in rows]
+    assert seconds[0] > 0 and seconds == sorted(seconds)
     run = yaml.safe_load((output / "run.yaml").read_text())
     assert run["config"]["learning_rate"] == 1e-2 and run["config"]["r"] == 4
+    _, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
+    counted = {"source": str(data), **asdict(stats)}
+    counted.pop("labels")
+    assert run["data"] == {"training": counted} and run["device"]["memory_bytes"] > 2**28
     assert (
         run["base"]["fingerprint"]
         and run["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
@@ -358,6 +366,7 @@ def test_what_a_run_leaves_behind(checkpoints, tmp_path, data, capsys):
     assert not list(output.rglob("training_args.bin"))  # a pickle nobody needs
     printed = capsys.readouterr().out
     assert "merge_dequant.py --adapter" in printed and "loss.png" in printed
+    assert f"python -m qlora.report {output}" in printed
     assert read_adapter(output).config.lora_alpha == 8
 
 
@@ -719,6 +728,40 @@ def test_loggers_get_speed_and_memory(checkpoints, tmp_path, data):
     trainer.add_callback(Logger)
     trainer.train()
     assert {"loss", "tokens_per_second", "peak_bytes"} <= seen[0].keys()
+
+
+def test_tensorboard_gets_every_row(checkpoints, tmp_path, data):
+    settings = config(checkpoints("llama"), data, tmp_path / "run", report_to=("tensorboard",))
+    both = replace(settings.data, eval_data=str(data))
+    output = train(replace(settings, data=both, eval_steps=4))
+    (folder,) = (output / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 5
+    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_bytes"):
+        scalars = [(e.step, e.value) for e in events.Scalars(f"train/{name}")]
+        wanted = [(row["step"], row[name]) for row in rows if name in row]
+        assert scalars == [(step, pytest.approx(x, rel=1e-6)) for step, x in wanted], name
+    (found,) = events.Scalars("eval/loss")  # fp32
+    assert found.value == pytest.approx(rows[-1]["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("trackio",), "--report-to trackio wants a package .*: pip install trackio$"),
+        (("tensorboard", "wandb", "comet_ml"), "to wandb comet_ml .*: pip install wandb comet-ml$"),
+        (("wandbb",), r"--report-to must be among azure_ml, .*; got wandbb. Did you mean wandb\?$"),
+    ],
+)
+def test_a_logger_that_is_not_installed(names, said, tmp_path, monkeypatch):
+    """Said before anything is loaded: there is neither model nor data here."""
+    there = ["tensorboard"]
+    monkeypatch.setattr(trainer, "get_available_reporting_integrations", lambda: there)
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(UserError, match=said):
+        train(config(nowhere, nowhere, tmp_path / "run", report_to=names))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_output_folder_that_holds_a_run(checkpoints, tmp_path, data):
