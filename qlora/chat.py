@@ -155,6 +155,9 @@ class Chat:
                 if not patient:
                     raise
                 note(f"error: {error}")
+            except KeyboardInterrupt:  # before the answer began
+                if not patient:
+                    raise
 
     def obey(self, line: str) -> None:
         """A command but /exit."""
