@@ -42,7 +42,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from qlora.config import QuantConfig
+from qlora import apply_lora, load_base, save_adapter
+from qlora.config import LoraConfig, QuantConfig
 from qlora.lora import LoRALayer
 
 VOCAB = 320
@@ -181,8 +182,6 @@ def adapters(
     checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """`adapters("llama")`: a random adapter on that tiny model, with its tokenizer, made once."""
-    from qlora import LoraConfig, apply_lora, load_base, save_adapter
-
     root = tmp_path_factory.mktemp("adapters")
 
     def folder(family: str) -> Path:

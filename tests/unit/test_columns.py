@@ -5,7 +5,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora.columns import Columns, cells, wrap
+from qlora.columns import Columns, cells, printable, wrap
 
 texts = st.text(st.sampled_from("ab cd\n\t 我é👍-"), max_size=60)
 
@@ -26,6 +26,13 @@ def test_cells_are_those_of_a_terminal():
     assert cells("我们") == 4  # wide
     assert cells("👍") == 2
     assert cells("e\u0301") == 1  # a combining accent
+
+
+def test_a_model_gives_a_terminal_no_orders():
+    assert printable("a\x1b[2J\tb\r\n\x07👍") == "a[2J\tb\n👍"
+    written = []
+    Columns(1, 20, written.append).show(["\x1b[2Jhi"], [True])
+    assert screen("".join(written)) == ["[2Jhi", ""]
 
 
 def test_lines_break_at_spaces_and_within_long_words():
