@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qlora.cli import run
-from qlora.columns import Columns
+from qlora.columns import Columns, printable
 from qlora.config import ChatConfig
 from qlora.errors import UserError
 
@@ -155,6 +155,9 @@ class Chat:
                 if not patient:
                     raise
                 note(f"error: {error}")
+            except KeyboardInterrupt:  # before the answer began
+                if not patient:
+                    raise
 
     def obey(self, line: str) -> None:
         """A command but /exit."""
@@ -225,7 +228,7 @@ class Running:
 
     def __call__(self, texts: Sequence[str], ended: Sequence[bool]) -> None:
         """Print what is new of the one text."""
-        text = texts[0].rstrip()
+        text = (printable(texts[0]) if sys.stdout.isatty() else texts[0]).rstrip()
         write_out(text[self.shown :])
         self.shown = max(self.shown, len(text))
 

@@ -26,6 +26,12 @@ def _cells_of(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
+def printable(text: str) -> str:
+    """Without control characters but line breaks and tabs: a model may write what a terminal would
+    obey."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
 def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` cells, broken at spaces, or within words that are longer.
 
@@ -75,7 +81,7 @@ class Columns:
 
     def show(self, texts: Sequence[str], ended: Sequence[bool]) -> None:
         """All of the texts so far, and which of them are at an end."""
-        wrapped = [wrap(text.rstrip(), self.width) for text in texts]
+        wrapped = [wrap(printable(text).rstrip(), self.width) for text in texts]
         last = max(map(len, wrapped))
         full = min(
             last if end else len(lines) - 1 for lines, end in zip(wrapped, ended, strict=True)

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from qlora.adapters import disable_adapter
 from qlora.chat_template import NO_LOSS
+from qlora.columns import printable
 from qlora.config import EvaluateConfig
 from qlora.data import DataStats, describe, prepare_data
 from qlora.errors import UserError
@@ -166,8 +167,8 @@ def _ask(config: EvaluateConfig, found: Found, tokenizer: Any) -> list[Question]
         )
     elif len(questions) < len(every):
         print(
-            f"{len(every) - len(questions)} questions do not fit into the model beside an answer, "
-            "and are not asked."
+            f"{len(every) - len(questions)} of {len(every)} questions do not fit into the model "
+            "beside an answer: they are not asked."
         )
     return questions
 
@@ -287,7 +288,7 @@ def samples(results: dict[str, Any]) -> str:
 
 def _short(text: str) -> str:
     longest = max(60, min(120, shutil.get_terminal_size((100, 24)).columns)) - 14
-    words = " ".join(text.split())
+    words = printable(" ".join(text.split()))
     return words if len(words) <= longest else f"{words[: longest - 1]}…"
 
 

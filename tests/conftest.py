@@ -42,7 +42,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from qlora.config import QuantConfig
+from qlora import apply_lora, load_base, save_adapter
+from qlora.config import LoraConfig, QuantConfig
 from qlora.lora import LoRALayer
 
 VOCAB = 320
@@ -174,6 +175,26 @@ def randomize_adapter(model: nn.Module, *, seed: int = 1, std: float = 0.05) -> 
                     lora_B.copy_(torch.randn(lora_B.shape, generator=generator) * std)
                 for magnitude in layer.lora_magnitude_vector.values():
                     magnitude.mul_(1 + torch.randn(magnitude.shape, generator=generator) * std)
+
+
+@pytest.fixture(scope="session")
+def adapters(
+    checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`adapters("llama")`: a random adapter on that tiny model, with its tokenizer, made once."""
+    root = tmp_path_factory.mktemp("adapters")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        if not path.exists():
+            model = load_base(str(checkpoints(family)), FP32)
+            apply_lora(model, LoraConfig(r=4, lora_alpha=8))
+            randomize_adapter(model, std=0.3)
+            save_adapter(model, path)
+            tiny_tokenizer().save_pretrained(path)
+        return path
+
+    return folder
 
 
 def token_ids(*, rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

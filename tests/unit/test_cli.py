@@ -10,7 +10,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from qlora import cli
-from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig, TrainConfig, flat
+from qlora.config import (
+    ChatConfig,
+    DataConfig,
+    EvaluateConfig,
+    LoraConfig,
+    MergeConfig,
+    QuantConfig,
+    TrainConfig,
+    flat,
+)
 from qlora.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -300,7 +309,7 @@ def test_a_flat_config_is_read_back_as_the_same(tmp_path_factory, config):
 # --------------------------------------------------------------------------------- the whole way
 
 
-@pytest.mark.parametrize("config_class", [TrainConfig, MergeConfig])
+@pytest.mark.parametrize("config_class", [TrainConfig, MergeConfig, ChatConfig, EvaluateConfig])
 def test_help_fits_two_screens(config_class, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:

@@ -6,7 +6,15 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig, TrainConfig
+from qlora.config import (
+    ChatConfig,
+    DataConfig,
+    EvaluateConfig,
+    LoraConfig,
+    MergeConfig,
+    QuantConfig,
+    TrainConfig,
+)
 from qlora.errors import UserError, did_you_mean
 
 
@@ -124,6 +132,41 @@ def test_a_config_cannot_be_changed():
         (
             lambda: LoraConfig(init_lora_weights="eva", eva_config=2),
             "eva_config must be NAME: NUMBER pairs, got 2",
+        ),
+        (
+            lambda: ChatConfig(),
+            "give either --adapter, a folder that train.py wrote, or --model, a whole model; "
+            "got neither",
+        ),
+        (
+            lambda: EvaluateConfig(data="x", adapter="a", model="b"),
+            "give either --adapter, a folder that train.py wrote, or --model, a whole model; "
+            "got both",
+        ),
+        (
+            lambda: ChatConfig(model="a", base_model="b"),
+            "base_model goes with --adapter alone: leave it out",
+        ),
+        (
+            lambda: ChatConfig(adapter="a", load_in_4bit=True),
+            "load_in_4bit goes with --model alone: leave it out",
+        ),
+        (
+            lambda: ChatConfig(model="a", compare=True),
+            "compare shows the base beside its adapter: give --adapter, not --model",
+        ),
+        (
+            lambda: ChatConfig(model="a", temperature=-0.1),
+            "temperature must be at least 0, got -0.1",
+        ),
+        (
+            lambda: ChatConfig(model="a", max_new_tokens=0),
+            "max_new_tokens must be at least 1, got 0",
+        ),
+        (lambda: EvaluateConfig(data="x", model="a", limit=0), "limit must be at least 1, got 0"),
+        (
+            lambda: EvaluateConfig(data="x", model="a", max_length=7),
+            "max_length must be at least 8, got 7",
         ),
         (lambda: DataConfig("x", max_length=7), "max_length must be at least 8, got 7"),
         (
