@@ -126,5 +126,5 @@ def metavar_of(hint: Any) -> str | None:
         numbers = not {int, float}.isdisjoint(_items(hint))
         return "NUMBER [NUMBER ...]" if numbers else "NAME [NAME ...]"
     if bool in options:
-        return "{true,false}"
+        return "{true,NAME}" if str in options else "{true,false}"
     return {int: "INT", float: "NUMBER", str: "STR"}.get(options[0] if options else hint)

@@ -323,6 +323,7 @@ def test_help_fits_two_screens(config_class, capsys, monkeypatch):
     every = capsys.readouterr().out
     for name in ("config", *cli._settings(config_class)):
         assert "--" + name.replace("_", "-") in every
+    assert ("--init-lora-weights {true,NAME}" in every) == (config_class is TrainConfig)
 
 
 @pytest.mark.parametrize(
