@@ -157,7 +157,7 @@ for task in ("home", "dates"):
 # ## 4. Switch
 #
 # `set_adapter` says which adapter is at work, at once and without loading anything;
-# `disable_adapter` is the model as it came. The same two requests, to all three:
+# `disable_adapter` is the model as it came. A request of each exam, to all three:
 
 # %%
 from qlora import disable_adapter, mixed_batch, set_adapter
@@ -175,8 +175,12 @@ def ask(requests):
     return [" ".join(text.split()) for text in texts]
 
 
-requests = ["Please switch off the lights in the loft.", "The wedding is on June 7, 2031."]
+def exam_request(task, number):
+    return rows[f"{task}_exam"][number][1]["content"]
 
+
+requests = [exam_request("home", 0), exam_request("dates", 0)]
+print(*requests, sep="\n")
 with disable_adapter(model):
     print("no adapter", *ask(requests), sep="\n    ")
 for task in ("home", "dates"):
@@ -213,6 +217,7 @@ with disable_adapter(model):
 for task in ("home", "dates"):
     set_adapter(model, task)
     score(task)
+    assert scores[task][task] > 0.5
 
 # %% [markdown]
 # ## 6. What an adapter weighs
@@ -238,33 +243,28 @@ print(f"10 adapters      {(base_bytes + 10 * adapter_bytes) / 1e6:5.0f} MB, with
 # %%
 import time
 
-requests = [
-    "Set a timer for the soup for nine minutes.",
-    "It began on 30 August 1998.",
-    "Tell Omar that the train is late.",
-    "I was born on February 2, 2003.",
-]
 who = ["home", "dates", "home", "dates"]
+requests = [exam_request(task, number) for number, task in enumerate(who, start=1)]
 
 start = time.perf_counter()
 with mixed_batch(model, who):
     together = ask(requests)
 middle = time.perf_counter()
 for name, request, answer in zip(who, requests, together, strict=True):
-    print(f"{name:6} {request:44} {answer}")
+    print(f"{name:5}  {request}\n       {answer}")
 
 alone = []
 for name, request in zip(who, requests, strict=True):
     set_adapter(model, name)
     alone += ask([request])
 print(f"{middle - start:.1f} s together, {time.perf_counter() - middle:.1f} s one by one")
-assert together == alone
+print("the same answers" if together == alone else alone)
 
 # %% [markdown]
 # ## 8. Mix
 #
-# Several adapters can be at work at once: their changes to the weights add up. The adapters know
-# nothing of each other, though, and what one adds is noise to the other.
+# Several adapters can be at work at once: their changes to the weights add up. They know nothing of
+# each other, though, and what one adds is noise to the other.
 
 # %%
 set_adapter(model, ["home", "dates"])
@@ -274,30 +274,31 @@ score("both at once")
 # ## 9. Combine
 #
 # `add_weighted_adapter` makes a third adapter of the two, each times a weight. The ways and their
-# names are PEFT's:
+# names are those of PEFT, the library whose adapter files this project reads and writes. An adapter
+# changes a weight matrix by a product B A of two thin ones, 8 wide: its rank.
 #
-# * `cat` puts them side by side: exactly the weighted sum, of rank 8 + 8;
-# * `svd` is the closest to that sum that a rank of 8 can come;
-# * `linear` adds up the factors A, and the factors B: cheap, and of rank 8, but each B then meets
-#   the other's A, too;
-# * `ties` keeps only the largest half of the values, and of those only what agrees in sign.
+# * `cat` puts them side by side: exactly the weighted sum, of rank 8 + 8.
+# * `svd` comes as close to that sum as a rank of 8 can.
+# * `linear` adds up the A's, and the B's: cheap, but then each B meets the other's A, too.
+# * `ties` does so as well, with only the largest values (here half of them: `density`), and where
+#   the two disagree in sign, with the larger one alone.
 
 # %%
 from qlora import add_weighted_adapter
 
 ways = {
-    "sum, 0.7 each": ("cat", 0.7, None),
-    "sum, 0.5 each": ("cat", 0.5, None),
-    "svd, 0.7 each": ("svd", 0.7, None),
-    "linear, 0.7 each": ("linear", 0.7, None),
-    "ties, 1 each": ("ties", 1.0, 0.5),
+    "sum, 0.7 + 0.7": ("cat", [0.7, 0.7], None),
+    "sum, 1 + 0.5": ("cat", [1.0, 0.5], None),
+    "svd, 1 + 0.5": ("svd", [1.0, 0.5], None),
+    "linear, 1 + 0.5": ("linear", [1.0, 0.5], None),
+    "ties, 1 + 1": ("ties", [1.0, 1.0], 0.5),
 }
-for name, (way, weight, density) in ways.items():
-    short = f"{way}_{weight}".replace(".", "_")
+for number, (name, (way, weights, density)) in enumerate(ways.items()):
+    made = f"mix_{number}"
     add_weighted_adapter(
-        model, ["home", "dates"], [weight, weight], short, combination_type=way, density=density
+        model, ["home", "dates"], weights, made, combination_type=way, density=density
     )
-    set_adapter(model, short)
+    set_adapter(model, made)
     score(name)
 
 # %%
@@ -320,12 +321,14 @@ plt.show()
 # %% [markdown]
 # In the picture:
 #
-# * Each adapter is good at its own task and useless at the other.
-# * Both at full strength get in each other's way. At 0.7 each, one adapter does most of both.
-# * Weights that are too small forget; so do a rank that is too low and values left out.
+# * Each adapter is good at its own task, and of no use for the other.
+# * Both at full strength get in each other's way.
+# * The weights of a sum are a dial between the tasks: what one gains, the other loses. `svd` and
+#   `linear` do about as well in half the rank.
+# * `ties` keeps most of both: it was made to leave out what disturbs.
 #
-# What is best differs from one pair of adapters to the next, and marking an exam takes seconds. And
-# where requests can be told apart beforehand, `mixed_batch` loses nothing at all.
+# What is best differs from one pair of adapters to the next, so measure: marking an exam takes
+# seconds. And where it is known which request is for which task, `mixed_batch` loses nothing.
 
 # %% [markdown]
 # ## 10. Keep and reopen
@@ -351,11 +354,11 @@ score("dates, reopened")
 # %% [markdown]
 # ## 11. Merge
 #
-# If one model with both skills is wanted, without adapters, the weighted sum is folded into the
-# weights. The same on the command line:
+# If one model without adapters is wanted, `merge` folds a weighted sum of them into its weights.
+# (What another way has combined, save and merge alone.) The same on the command line:
 #
 # ```
-# python merge_dequant.py --adapter out/many/home out/many/dates --weights 0.7 0.7 \
+# python merge_dequant.py --adapter out/many/home out/many/dates --weights 1 0.5 \
 #     --output-dir out/many-merged
 # ```
 
@@ -367,23 +370,26 @@ shutil.rmtree("out/many-merged", ignore_errors=True)
 merged = merge(
     MergeConfig(
         adapter=("out/many/home", "out/many/dates"),
-        weights=(0.7, 0.7),
+        weights=(1.0, 0.5),
         output_dir="out/many-merged",
     )
 )
 
 # %% [markdown]
-# The result is an ordinary checkpoint: it needs transformers, and nothing of this project.
+# The result is an ordinary checkpoint, which needs transformers and nothing of this project. It
+# does what the sum with the same weights did, but for the rounding to 16 bits.
 
 # %%
 from transformers import AutoModelForCausalLM
 
 whole = AutoModelForCausalLM.from_pretrained(merged, dtype=model.dtype)
-score("merged, 0.7 each", whole)
+score("merged, 1 + 0.5", whole)
 
 # %% [markdown]
 # ## Try it yourself
 #
 # * Train `home` at a rank of 2, or on 50 examples. Does it get along better with `dates`?
 # * Make a third task in a few lines, and put three adapters in one batch.
+# * Let both adapters start from the same values: call `torch.manual_seed(0)` inside `teach`. What
+#   does it do to the mix?
 # * Draw both scores of `cat` for weights from 0 to 1. Is 0.7 the best?
