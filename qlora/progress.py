@@ -78,6 +78,7 @@ class PlainProgress(ProgressCallback):
             initial=state.global_step,
             bar_format=BAR,
             dynamic_ncols=True,
+            smoothing=0,  # the time left is by the mean of all steps: evaluations come in between
             disable=None,  # where there is no terminal
         )
 
