@@ -79,7 +79,7 @@ class PlainProgress(ProgressCallback):
             bar_format=BAR,
             dynamic_ncols=True,
             smoothing=0,  # the time left is by the mean of all steps: evaluations come in between
-            disable=None,  # where there is no terminal
+            disable=not sys.stderr.isatty(),  # None, in a notebook, would show one
         )
 
     def on_prediction_step(
