@@ -110,7 +110,16 @@ def _draw_loss(axes: "Axes", rows: Sequence[Row], per: str) -> None:
     axes.set_xlabel("optimizer step", color=INK)
     axes.set_ylabel(f"loss (nats per {per})", color=INK)
     if axes.lines:
+        _leave_out_emptiness(axes)
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+
+
+def _leave_out_emptiness(axes: "Axes") -> None:
+    """Begin the axis below all lines, where from 0 they would be flat at its top."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
+    low, top = min(drawn[np.isfinite(drawn)], default=0.0), axes.get_ylim()[1]
+    if low > 0.4 * top:
+        axes.set_ylim(bottom=low - 0.2 * (top - low))
 
 
 def _draw_curve(axes: "Axes", steps: Any, values: Any, *, smooth: bool) -> Any:

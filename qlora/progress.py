@@ -78,7 +78,8 @@ class PlainProgress(ProgressCallback):
             initial=state.global_step,
             bar_format=BAR,
             dynamic_ncols=True,
-            disable=None,  # where there is no terminal
+            smoothing=0,  # the time left is by the mean of all steps: evaluations come in between
+            disable=not sys.stderr.isatty(),  # None, in a notebook, would show one
         )
 
     def on_prediction_step(

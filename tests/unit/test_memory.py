@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
-from qlora.memory import show_bytes
+import psutil
+import torch
+
+from qlora.memory import device, show_bytes
 
 CHILD = """
 import numpy
@@ -19,6 +22,14 @@ def test_peak_counts_what_was_given_back_and_not_the_parent():
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, check=True)
     assert 290_000_000 < int(done.stdout) < 400_000_000
     assert len(ballast) == 700_000_000
+
+
+def test_what_there_is():
+    if torch.cuda.is_available():
+        total = torch.cuda.mem_get_info()[1]
+        assert device() == (torch.cuda.get_device_name(), total)
+    else:
+        assert device() == ("CPU", psutil.virtual_memory().total)
 
 
 def test_bytes_are_shown_in_gib_or_mib():

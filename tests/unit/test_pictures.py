@@ -117,6 +117,12 @@ def test_a_few_spikes_do_not_make_the_rest_flat():
     assert 2.5 < draw_run(rows).axes[0].get_ylim()[1] < 1000 / 5
 
 
+def test_the_axis_begins_at_0_or_just_below_what_is_there():
+    assert draw_run(run_of(20)).axes[0].get_ylim()[0] == 0  # from 2.57 to 0.6
+    high = [{"step": i, "loss": 1.6 + 0.4 / i} for i in range(1, 9)]
+    assert 1.4 < draw_run([*high, {"step": 8, "eval_loss": 1.6}]).axes[0].get_ylim()[0] < 1.6
+
+
 def test_a_picture_of_nothing_is_empty():
     assert draw_run([]).axes[0].lines[:] == []
 
