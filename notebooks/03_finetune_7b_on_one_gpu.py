@@ -114,6 +114,8 @@ def plan(recipe):
 
 
 plans = {gb: plan(recipe) for gb, recipe in RECIPES.items()}
+for gb, (run, parts) in plans.items():
+    print(f"{RECIPES[gb]:12} {run.model:30} {sum(parts.values()) / 2**30:4.1f} GiB")
 
 # %% [markdown]
 # A bar for each recipe. The dashed line next to it is the card it is made for. What is free

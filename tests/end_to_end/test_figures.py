@@ -73,6 +73,16 @@ def test_the_table_says_what_the_records_say():
     assert not [figure for figure in figures_of_the_readme(step_table) if figure not in README]
 
 
+def test_memory_is_what_the_notebook_adds_up():
+    book = json.loads((ROOT / "notebooks/03_finetune_7b_on_one_gpu.ipynb").read_text("utf-8"))
+    texts = [o["text"] for c in book["cells"] for o in c.get("outputs", ()) if "text" in o]
+    sums = dict(re.findall(r"^(\w+\.yaml) .* ([\d.]+ GiB)$", "".join(map("".join, texts)), re.M))
+    assert len(sums) == 4
+    for recipe, size in sums.items():
+        assert re.search(rf"`configs/{recipe}` .*\| {size} \|", README)
+        assert f"By arithmetic {size} " in (ROOT / f"configs/{recipe}").read_text("utf-8")
+
+
 def test_the_picture_says_what_the_records_say():
     import merge_picture
 
