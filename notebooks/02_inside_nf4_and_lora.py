@@ -3,7 +3,7 @@
 #
 # QLoRA is two ideas. **NF4** stores the weights of a model in 4 bits each. **LoRA** trains a small
 # addition to weights that stay as they are. This notebook builds both by hand, in a few lines each,
-# and holds them against the real thing: every claim is an `assert`.
+# and holds them against the real thing: an `assert` stands for each claim that can be computed.
 #
 # It needs no GPU and runs in a minute. You should know what a matrix product and a gradient
 # are; the papers are [QLoRA](https://arxiv.org/abs/2305.14314) and
@@ -62,9 +62,9 @@ plt.show()
 
 # %% [markdown]
 # Levels should be where the weights are: close together near zero, far apart at the ends. NF4 takes
-# **quantiles** of the normal distribution, points that cut its area into equal parts: 8 above zero,
-# 7 below, and zero itself, so that a weight of 0 stays 0. Dividing by the largest makes the ends -1
-# and 1.
+# **quantiles** of the normal distribution, points that cut the area of each side into equal parts:
+# 8 above zero, 7 below, and zero itself, so that a weight of 0 stays 0. Dividing by the largest
+# makes the ends -1 and 1.
 
 # %%
 quantile = torch.special.ndtri  # the point below which a given share of a normal distribution lies
