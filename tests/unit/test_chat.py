@@ -132,6 +132,15 @@ def test_a_person_may_err(talk, monkeypatch):
     assert len(said.out.strip()) > 1  # the answer to hi
 
 
+def test_a_terminal_is_given_no_orders_and_a_pipe_the_text_as_it_is(monkeypatch, capsys):
+    for is_terminal, expected in ((False, "a\x1b[2J b"), (True, "a[2J b")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda on=is_terminal: on, raising=False)
+        running = chat.Running()
+        for text in ("a\x1b[2J", "a\x1b[2J ", "a\x1b[2J b\n"):
+            running([text], [False])
+        assert capsys.readouterr().out == expected
+
+
 def test_old_turns_are_forgotten_aloud(talk):
     said = talk(["x" * 300, "y" * 300])
     assert said.err == (
