@@ -137,6 +137,7 @@ def summary(before: int, after: int, merged: int, rows: int, started: float) -> 
     print(f"  merged model  {MERGED}")
     print(f"  loss curve    {OUTPUT / 'loss.png'}")
     print(f"  time          {(time.perf_counter() - started) / 60:.1f} minutes")
+    print(f"\nTalk to it:\n\n  .venv/bin/python -m qlora.chat --adapter {OUTPUT} --compare")
     print(
         "\nNow with your own data: a .jsonl file with lines like"
         ' {"prompt": "…", "completion": "…"}\n\n'
