@@ -139,6 +139,7 @@ def teach(task, learning_rate=2e-3):
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
     for step, batch in enumerate(batches, start=1):
+        batch = {name: values.to(model.device) for name, values in batch.items()}
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -207,6 +208,7 @@ scores = {}
 
 @torch.no_grad()
 def share_right(model, exam):
+    exam = {name: values.to(model.device) for name, values in exam.items()}
     likeliest = model(exam["input_ids"], attention_mask=exam["attention_mask"]).logits.argmax(-1)
     wanted = exam["labels"][:, 1:]  # of the next token
     return ((likeliest[:, :-1] == wanted) | (wanted == -100)).all(dim=1).float().mean().item()
@@ -393,7 +395,7 @@ merged = merge(
 # %%
 from transformers import AutoModelForCausalLM
 
-whole = AutoModelForCausalLM.from_pretrained(merged, dtype=model.dtype)
+whole = AutoModelForCausalLM.from_pretrained(merged, dtype=model.dtype).to(model.device)
 score("merged, 1 + 0.5", whole)
 
 # %% [markdown]
