@@ -31,6 +31,9 @@ KINDS = (  # columns that make a kind of record, first match wins
     ("instruction", "output"),
     ("text",),
 )
+TEXTS = (
+    "prompt", "completion", "instruction", "input", "output", "target", "text", "text_pair", "system",
+)  # fmt: skip
 ROLES = dict.fromkeys(("system",), "system")
 ROLES |= dict.fromkeys(("user", "human"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
@@ -106,8 +109,10 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
     kind = LOADERS[files[0].suffix.lower()]
     if kind != "parquet":
         _check_text(source, files)
-    # pandas would read the answers "None" and "N/A" as missing
-    options = {"keep_default_na": False} if kind == "csv" else {}
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        # pandas would read the answers "None" and "N/A" as missing, and "007" and "1.50" as numbers
+        options = {"keep_default_na": False, "converters": dict.fromkeys(TEXTS, str)}
     verbosity = datasets_logging.get_verbosity()
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # we explain the failure ourselves
     try:

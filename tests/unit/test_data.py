@@ -463,6 +463,14 @@ def test_bad_files(tmp_path, name, content, message):
         load_records(str(tmp_path / name))
 
 
+def test_numbers_in_a_csv_are_text_as_they_stand_there(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion,label\n1,007,3\n2,1.50,4\n3,1e5,5\n")
+    records = load_records(str(tmp_path / "a.csv"))
+    assert records["completion"][:] == ["007", "1.50", "1e5"]
+    assert records["prompt"][:] == ["1", "2", "3"]
+    assert records["label"][:] == [3, 4, 5]  # of a classifier, a number
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "data/train.csv", "./train", "/no/such", "a/b/c"])
 def test_a_missing_path_is_no_hub_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
