@@ -32,7 +32,8 @@ KINDS = (  # columns that make a kind of record, first match wins
     ("text",),
 )
 TEXTS = (
-    "prompt", "completion", "instruction", "input", "output", "target", "text", "text_pair", "system",
+    "prompt", "completion", "instruction", "input", "output", "target", "text", "text_pair",
+    "system",
 )  # fmt: skip
 ROLES = dict.fromkeys(("system",), "system")
 ROLES |= dict.fromkeys(("user", "human"), "user")
