@@ -103,8 +103,13 @@ def read_merge(folder: Path, merged: str | None) -> dict[str, Any] | None:
         return report
     found = sorted(folder.absolute().parent.glob(f"*/{MERGE_REPORT}"), key=_age)
     reports = filter(None, map(_merge_report, found))
-    ours = (r for r in reports if folder.resolve() in {Path(a).resolve() for a in r["adapters"]})
-    return next(ours, None)
+    return next((r for r in reports if any(_is(a, folder) for a in r["adapters"])), None)
+
+
+def _is(adapter: str, folder: Path) -> bool:
+    """Whether a merge means that folder; it may have been started elsewhere, with a short name."""
+    path, whole = Path(adapter).expanduser(), folder.resolve()
+    return path.resolve() == whole or whole.parts[-len(path.parts) :] == path.parts
 
 
 def _age(path: Path) -> float:

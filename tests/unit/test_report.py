@@ -208,6 +208,14 @@ def test_the_newest_merge_beside_it_is_found(folder):
     assert read_merge(folder, str(new))["format"] == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("adapter", "found"), [("my run", True), ("elsewhere/my run", False), ("run", False)]
+)
+def test_a_merge_that_was_started_elsewhere(adapter, found, folder):
+    merged(folder, "merged", adapters={adapter: 1.0})
+    assert (read_merge(folder, None) is not None) is found
+
+
 def test_a_merge_that_was_not_measured(folder):
     found = Page(page(read_run(folder), {**MERGE, "verify": None, "layers": {}}))
     assert "was not measured" in found.words and found.tags.count("svg") == 1
