@@ -137,9 +137,11 @@ def summary(before: int, after: int, merged: int, rows: int, started: float) -> 
     print(f"  merged model  {MERGED}")
     print(f"  loss curve    {OUTPUT / 'loss.png'}")
     print(f"  time          {(time.perf_counter() - started) / 60:.1f} minutes")
-    print(f"\nTalk to it:\n\n  .venv/bin/python -m qlora.chat --adapter {OUTPUT} --compare")
     print(
-        "\nNow with your own data: a .jsonl file with lines like"
+        f"\nTalk to it, and see how it went:\n\n"
+        f"  .venv/bin/python -m qlora.chat --adapter {OUTPUT} --compare\n"
+        f"  .venv/bin/python -m qlora.report {OUTPUT}\n\n"
+        "Now with your own data: a .jsonl file with lines like"
         ' {"prompt": "…", "completion": "…"}\n\n'
         "  .venv/bin/python train.py --model YOUR_MODEL --data YOUR.jsonl --output-dir out/mine\n"
     )

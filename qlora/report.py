@@ -286,10 +286,10 @@ def main(config: ReportConfig) -> None:
     """Write the page, and say where it is."""
     folder = Path(config.adapter).expanduser()
     run = read_run(folder)
-    text = page(run, read_merge(folder, config.merged))
-    replace_text(folder / REPORT, text)
+    merge = read_merge(folder, config.merged)
+    replace_text(folder / REPORT, page(run, merge))
     print(f"The report is {folder / REPORT}: open it in a browser; it needs no network.")
-    print(f"Next:  {next_commands(folder, merged=False)[-1]}")
+    print(f"Next:  {next_commands(folder, merged=merge is not None)[-1]}")
 
 
 if __name__ == "__main__":

@@ -388,6 +388,8 @@ def _finish(trainer: AdapterTrainer, config: TrainConfig, rows: int) -> None:
     )
     print(f"\nThe adapter is in {output}; its loss curve is {output / 'loss.png'}.")
     print(f"See how it went:  python -m qlora.report {output}")
+    if config.task == "causal-lm":
+        print(f"Talk to it:       python -m qlora.chat --adapter {output} --compare")
     print(
         f"Merge it:         python merge_dequant.py --adapter {output} --output-dir {output}-merged"
     )
