@@ -188,7 +188,8 @@ def adapters(
         path = root / family
         if not path.exists():
             model = load_base(str(checkpoints(family)), FP32)
-            apply_lora(model, LoraConfig(r=4, lora_alpha=8))
+            generator = torch.Generator().manual_seed(0)
+            apply_lora(model, LoraConfig(r=4, lora_alpha=8), generator=generator)
             randomize_adapter(model, std=0.3)
             save_adapter(model, path)
             tiny_tokenizer().save_pretrained(path)
