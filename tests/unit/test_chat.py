@@ -64,7 +64,7 @@ def test_a_pipe_gets_the_answers_alone(talk, adapters, checkpoints):
     alone = talk([], prompt=QUESTIONS[0])
     assert alone.out == f"{expected[0]}\n"
     again = talk(["what is it?", "/reset", *QUESTIONS, "/exit", "hi"])
-    assert again.out.splitlines()[-2:] == said.out.splitlines()
+    assert again.out.endswith(said.out)
     assert again.err == "The turns so far are forgotten.\n"
 
 
