@@ -16,7 +16,7 @@ demo: $(VENV)/.installed $(VENV)/.small-model  ## train, compare and merge a sma
 	$(BIN)/python -m demo
 
 test: $(VENV)/.installed $(VENV)/.small-model  ## the test suite; tests that need a GPU skip themselves
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4
 
 check: $(VENV)/.installed  ## format, lint, types and the import contract
 	$(BIN)/ruff format --check .
