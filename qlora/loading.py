@@ -1,8 +1,8 @@
 """The model that is to be tried: found and checked before anything large is read, then loaded.
 
 An adapter is put live on its base, quantized as in training; a whole model stays as it is, 16-bit
-or 4-bit. What is computed in is what training computed in where this machine has units for it (then
-losses are the same), else what the machine does best.
+or 4-bit. What is computed in is fp32 where training computed in it, else the best 16 bits that this
+machine has units for, or fp32: the same as in training, and the same losses, on a like machine.
 """
 
 import sys

@@ -2,7 +2,8 @@
 
 The page is a single file that needs no network and no scripts: how training went, the model's
 answers before and after, data, memory, settings, and what a merge kept. All that comes from files
-is escaped (jinja2's autoescape), since samples are anybody's text. Nothing heavy is imported.
+is escaped (jinja2's autoescape), since samples are anybody's text. Neither torch nor transformers
+is imported.
 """
 
 import json

@@ -2,9 +2,9 @@
 
 A few rows of the evaluation data, or of the training data where there is none, spread over it. The
 model reads each up to its last answer (of a row of text, the first half) and writes on, by its most
-likely tokens, up to twice the length of the answer that was wanted. Nothing random is drawn, so
-training goes as it does without. One prompt at a time: training's attention takes no padding
-(qlora.row_attention).
+likely tokens, up to twice the length of the answer that was wanted, at most MAX_NEW_TOKENS. Nothing
+random is drawn, so training goes as it does without. One prompt at a time: training's attention
+takes no padding (qlora.row_attention).
 
 Left out: classifiers, whose answers evaluation counts.
 """
