@@ -116,6 +116,14 @@ def test_a_run_that_goes_on_keeps_what_was_answered_before(checkpoints, tmp_path
     assert [row["after"] for row in rows] == [row["after"] for row in whole]
 
 
+def test_one_prompt_may_want_several_answers(checkpoints, tmp_path):
+    rows = [{"prompt": "Say a word.", "completion": word} for word in ("bee", "cat", "dog", "elk")]
+    data = lines(tmp_path / "words.jsonl", rows)
+    asked = read(train(config(checkpoints("llama"), data, tmp_path / "run", samples=4)))
+    assert [row["wanted"] for row in asked] == ["bee", "cat", "dog", "elk"]
+    assert all(row["before"] is not None and row["after"] is not None for row in asked)
+
+
 def test_it_is_the_evaluation_data_that_is_asked(checkpoints, tmp_path, data, capsys):
     other = lines(tmp_path / "eval.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
     settings = config(checkpoints("llama"), data, tmp_path / "run", samples=5, max_steps=1)
