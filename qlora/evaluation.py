@@ -109,13 +109,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _output(config: EvaluateConfig, found: Found) -> Path | None:
     """Where the results go; nowhere for a whole model, unless it is said."""
-    if config.output is None:
-        return found.adapter.folder / RESULTS if found.adapter else None
-    path = Path(config.output).expanduser()
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if config.output is not None:
+        path = Path(config.output).expanduser()
+    elif found.adapter:
+        path = found.adapter.folder / RESULTS
+    else:
+        return None
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir():
         raise UserError(f"--output {path} must be a file in a folder that exists")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"--output {path} cannot be written: its folder is not yours to write to")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is not yours to write to: give a file elsewhere as --output")
     return path
 
 
@@ -142,8 +146,10 @@ def _trained_length(folder: Path) -> int | None:
     """The max_length of the run that left this adapter, where its run.yaml is still there."""
     is_checkpoint = folder.name.startswith("checkpoint-")
     path = (folder.parent if is_checkpoint else folder) / "run.yaml"
-    run = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    length = run.get("config", {}).get("max_length") if isinstance(run, dict) else None
+    try:
+        length = yaml.safe_load(path.read_text(encoding="utf-8"))["config"]["max_length"]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):  # none, or not train.py's
+        return None
     return length if isinstance(length, int) else None
 
 

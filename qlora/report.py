@@ -7,6 +7,7 @@ is imported.
 """
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -288,6 +289,8 @@ def main(config: ReportConfig) -> None:
     folder = Path(config.adapter).expanduser()
     run = read_run(folder)
     merge = read_merge(folder, config.merged)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is not yours to write to: copy it, and report on the copy")
     replace_text(folder / REPORT, page(run, merge))
     print(f"The report is {folder / REPORT}: open it in a browser; it needs no network.")
     print(f"Next:  {next_commands(folder, merged=merge is not None)[-1]}")

@@ -23,7 +23,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is no JSON object, as the last of a run that was killed while it wrote.
     """
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     rows = []
     # not splitlines: a text may hold other line ends, which JSON leaves as they are
     for number, line in enumerate(text.split("\n"), start=1):

@@ -72,16 +72,16 @@ def ask(
 ) -> None:
     """Write the model's answers to `path`, as those `when` "before" or "after".
 
-    A row has prompt, wanted, before and after; what the file has already of a prompt stays.
+    A row has prompt, wanted, before and after; what the file has already of such a row stays.
     """
-    known = {row["prompt"]: row for row in read_rows(path)}
+    known = {(row["prompt"], row["wanted"]): row for row in read_rows(path)}
     rows = []
     for prompt, wanted, max_new_tokens in asked:
-        shown = _shown(tokenizer, prompt)
-        row = {"prompt": shown, "wanted": decode(tokenizer, wanted), "before": None, "after": None}
+        pair = _shown(tokenizer, prompt), decode(tokenizer, wanted)
+        row = {"prompt": pair[0], "wanted": pair[1], "before": None, "after": None}
         settings = generation_settings(model, tokenizer, max_new_tokens)
         (answer,) = generate(model, tokenizer, [prompt], settings)
-        rows.append(row | known.get(shown, {}) | {when: answer})
+        rows.append(row | known.get(pair, {}) | {when: answer})
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_text(path, "".join(lines))
 

@@ -8,6 +8,7 @@ rate, and what a run leaves behind.
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -117,6 +118,7 @@ def _train(config: TrainConfig) -> Path:
         print(f"All {trainer.state.global_step} steps were done; --max-steps N goes on from there.")
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(output))  # before anything else may fail
     if samples:
         ask(output / SAMPLES, "after", samples, model, tokenizer)
     _finish(trainer, config, len(rows))
@@ -360,9 +362,8 @@ def write_run_file(
 
 
 def _finish(trainer: AdapterTrainer, config: TrainConfig, rows: int) -> None:
-    """Write the adapter and what goes with it, and say what to do next."""
+    """Write what goes with the adapter, and say what to do next."""
     output = Path(config.output_dir)
-    trainer.save_model(str(output))
     metrics = read_rows(output / METRICS)
     base: Any = trainer.model.qlora_base
     per = "label" if "labels" in base else "supervised token"
@@ -387,9 +388,8 @@ def _finish(trainer: AdapterTrainer, config: TrainConfig, rows: int) -> None:
         },
     )
     print(f"\nThe adapter is in {output}; its loss curve is {output / 'loss.png'}.")
-    print(f"See how it went:  python -m qlora.report {output}")
+    name, merged = shlex.quote(str(output)), shlex.quote(f"{output}-merged")
+    print(f"See how it went:  python -m qlora.report {name}")
     if config.task == "causal-lm":
-        print(f"Talk to it:       python -m qlora.chat --adapter {output} --compare")
-    print(
-        f"Merge it:         python merge_dequant.py --adapter {output} --output-dir {output}-merged"
-    )
+        print(f"Talk to it:       python -m qlora.chat --adapter {name} --compare")
+    print(f"Merge it:         python merge_dequant.py --adapter {name} --output-dir {merged}")

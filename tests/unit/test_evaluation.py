@@ -1,6 +1,7 @@
 """Evaluation end to end: its loss is training's, its answers are transformers'."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -234,6 +235,26 @@ def test_mistakes_are_found_before_the_model_is_loaded(adapters, tmp_path, rows,
     config = {"adapter": str(adapters("llama")), "data": str(data), **settings}
     with pytest.raises(UserError, match=message):
         evaluate(EvaluateConfig(**config))
+
+
+@pytest.mark.parametrize("output", [None, "results.json"])
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_folder_that_cannot_be_written_to(output, adapters, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    place = output and str(tmp_path / output)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(UserError, match="is not yours to write to: give a file elsewhere as --ou"):
+        evaluate(EvaluateConfig(adapter=str(adapters("llama")), data=str(data), output=place))
+
+
+@pytest.mark.parametrize("text", ["config: [", "config:", "- a", "\xff"])
+def test_a_damaged_run_file_is_as_good_as_none(text, adapters, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters("llama"), folder)
+    (folder / "run.yaml").write_text(text, encoding="latin-1")
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    config = EvaluateConfig(adapter=str(folder), data=str(data), generate=False)
+    assert evaluate(config)["max_length"] == 512  # all that the model takes
 
 
 @pytest.mark.usefixtures("nothing_loads")

@@ -293,6 +293,10 @@ BAD = {
         lambda f: (f / "samples.jsonl").write_text('{"prompt": "a", "wan'),
         "samples.jsonl, line 1: a JSON object is wanted",
     ),
+    "no text": (
+        lambda f: (f / "metrics.jsonl").write_bytes(b'{"step\xff'),
+        "metrics.jsonl, line 1: a JSON object is wanted",
+    ),
     "other samples": (
         lambda f: (f / "samples.jsonl").write_text('{"question": "a"}\n'),
         "samples.jsonl: row 1 has no prompt, wanted, before or after",
@@ -306,6 +310,13 @@ def test_bad_input_is_one_clear_line(damage, said, folder):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         main(ReportConfig(str(folder)))
     assert "\n" not in str(error.value)
+    assert not (folder / "report.html").exists()
+
+
+def test_a_folder_that_cannot_be_written_to(folder, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(UserError, match=r"is not yours to write to: copy it, and report on the"):
+        main(ReportConfig(str(folder)))
     assert not (folder / "report.html").exists()
 
 

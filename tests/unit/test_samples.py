@@ -16,7 +16,7 @@ from qlora.base import load_base
 from qlora.config import DataConfig, LoraConfig, TrainConfig
 from qlora.data import prepare_data
 from qlora.errors import UserError
-from qlora.samples import questions
+from qlora.samples import ask, questions
 from qlora.training import train
 
 ROWS = [{"prompt": f"{i} times {i}", "completion": f"{i * i} " * (1 + i % 5)} for i in range(40)]
@@ -114,6 +114,28 @@ def test_a_run_that_goes_on_keeps_what_was_answered_before(checkpoints, tmp_path
     rows = read(train(config(base, data, output, samples=2, resume=True)))
     assert [row["before"] for row in rows] == [None, None]
     assert [row["after"] for row in rows] == [row["after"] for row in whole]
+
+
+def test_one_prompt_may_want_several_answers(checkpoints, tmp_path):
+    rows = [{"prompt": "Say a word.", "completion": word} for word in ("bee", "cat", "dog", "elk")]
+    data = lines(tmp_path / "words.jsonl", rows)
+    asked = read(train(config(checkpoints("llama"), data, tmp_path / "run", samples=4)))
+    assert [row["wanted"] for row in asked] == ["bee", "cat", "dog", "elk"]
+    assert all(row["before"] is not None and row["after"] is not None for row in asked)
+
+
+def test_the_adapter_is_saved_before_the_last_answers(checkpoints, tmp_path, data, monkeypatch):
+    """What they may run into, a full memory or Ctrl-C, costs no training."""
+
+    def stopped(path, when, *rest):
+        if when == "after":
+            raise KeyboardInterrupt
+        ask(path, when, *rest)
+
+    monkeypatch.setattr("qlora.training.ask", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(checkpoints("llama"), data, tmp_path / "run"))
+    load_adapter(load_base(str(checkpoints("llama")), FP32), tmp_path / "run")
 
 
 def test_it_is_the_evaluation_data_that_is_asked(checkpoints, tmp_path, data, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import asdict, replace
@@ -368,6 +369,15 @@ def test_what_a_run_leaves_behind(checkpoints, tmp_path, data, capsys):
     assert "merge_dequant.py --adapter" in printed and "loss.png" in printed
     assert f"python -m qlora.report {output}" in printed
     assert read_adapter(output).config.lora_alpha == 8
+
+
+def test_commands_to_go_on_with_can_be_copied(checkpoints, tmp_path, data, capsys):
+    output = train(config(checkpoints("llama"), data, tmp_path / "a run", max_steps=1))
+    said = [shlex.split(line.partition(":")[2]) for line in capsys.readouterr().out.splitlines()]
+    assert ["python", "-m", "qlora.report", str(output)] in said
+    assert ["python", "-m", "qlora.chat", "--adapter", str(output), "--compare"] in said
+    merge = ["--adapter", str(output), "--output-dir", f"{output}-merged"]
+    assert ["python", "merge_dequant.py", *merge] in said
 
 
 def test_resuming_a_complete_run_does_no_step_more(checkpoints, tmp_path, data, capsys):
