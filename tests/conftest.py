@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from transformers import (
 )
 
 from qlora import apply_lora, load_base, save_adapter
-from qlora.config import LoraConfig, QuantConfig
+from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
 from qlora.lora import LoRALayer
 
 VOCAB = 320
@@ -196,6 +197,25 @@ def adapters(
         return path
 
     return folder
+
+
+def quick_run(base: Path, rows: Path, output: Path, **settings: Any) -> TrainConfig:
+    """Four steps of training on the CPU, the same wherever they run."""
+    quick = TrainConfig(
+        model=str(base),
+        output_dir=str(output),
+        data=DataConfig(str(rows), max_length=128),
+        lora=LoraConfig(r=4, lora_alpha=8),
+        quant=FP32,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",  # the same steps, also where a run is to go on longer
+        max_steps=4,
+        logging_steps=1,
+        save_steps=2,
+    )
+    return replace(quick, **settings)
 
 
 def token_ids(*, rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

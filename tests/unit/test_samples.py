@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FP32, VOCAB, tiny_tokenizer
+from conftest import quick_run as config
 from safetensors.torch import load_file
 from test_loss import chunks_of
 
@@ -30,24 +31,6 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return lines(tmp_path / "data.jsonl", ROWS)
-
-
-def config(base: Path, rows: Path, output: Path, **settings: Any) -> TrainConfig:
-    quick = TrainConfig(
-        model=str(base),
-        output_dir=str(output),
-        data=DataConfig(str(rows), max_length=128),
-        lora=LoraConfig(r=4, lora_alpha=8),
-        quant=FP32,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",  # the same steps, also where a run is to go on longer
-        max_steps=4,
-        logging_steps=1,
-        save_steps=2,
-    )
-    return replace(quick, **settings)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, FP32, VOCAB, randomize_adapter, tiny_model, tiny_tokenizer, token_ids
+from conftest import (
+    FAMILIES,
+    FP32,
+    VOCAB,
+    quick_run,
+    randomize_adapter,
+    tiny_model,
+    tiny_tokenizer,
+    token_ids,
+)
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,7 +43,7 @@ from qlora.adapter_files import load_adapter, save_adapter
 from qlora.adapter_reader import read_adapter
 from qlora.adapters import apply_lora
 from qlora.base import load_base
-from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig, TrainConfig
+from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig
 from qlora.data import collator, prepare_data
 from qlora.errors import UserError
 from qlora.lazy_logits import LazyLogits
@@ -45,6 +55,7 @@ from qlora.trainer import AdapterTrainer, make_trainer
 from qlora.training import default_learning_rate, prepare_for_training, train
 
 LORA = LoraConfig(r=4, lora_alpha=8)
+config = partial(quick_run, samples=0)
 
 
 @pytest.fixture
@@ -56,25 +67,6 @@ def data(tmp_path: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def config(base: Path, rows: Path, output: Path, **settings: Any) -> TrainConfig:
-    quick = TrainConfig(
-        model=str(base),
-        output_dir=str(output),
-        data=DataConfig(str(rows), max_length=128),
-        lora=LORA,
-        quant=FP32,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",  # the same steps, also where a run is to go on longer
-        max_steps=4,
-        logging_steps=1,
-        save_steps=2,
-        samples=0,
-    )
-    return replace(quick, **settings)
 
 
 def losses(output: Path) -> list[float]:
