@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from qlora.decode import decoded
 from qlora.dropout import Dropout
 from qlora.gated import gated_backward, gated_forward
+from qlora.products import add_linear, inner, linear
 
 # Of the four tensors (tokens, intermediate) that a tile has in its backward pass, each. 6,000
 # tokens of Llama-2-7B in 16 bits: more than a matrix product needs to be at full speed.
@@ -121,7 +122,7 @@ class _Product(NamedTuple):
 
     def low(self, x: Tensor, kept: Tensor | None) -> Tensor:
         """x A' (n, r), of what is kept of x (n, in)."""
-        low = _only(x, kept) @ self.lora_A.T
+        low = linear(_only(x, kept), self.lora_A)
         return low if kept is None else low.mul_(self.gain)
 
     @property
@@ -130,18 +131,15 @@ class _Product(NamedTuple):
         return 1.0 if self.frozen.dropout is None else self.frozen.dropout.gain
 
     def forward(self, x: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
-        """y (n, out), of x (n, in) and low = x A' (n, r)."""
+        """y (..., out), of x (..., in) and low = x A' (n, r), in `out` if it is given."""
         bias: Tensor | None = self.frozen.layer.bias  # type: ignore[assignment]
-        weight = self.weight().T
-        if bias is None:
-            y = torch.mm(x, weight, out=out)
-        else:
-            y = torch.addmm(bias.to(x.dtype), x, weight, out=out)
-        return y.addmm_(low, self.lora_B.T, alpha=self.frozen.scaling)
+        y = linear(x, self.weight(), None if bias is None else bias.to(x.dtype), out)
+        y.view(-1, y.shape[-1]).addmm_(low, self.lora_B.T, alpha=self.frozen.scaling)
+        return y
 
     def to_low(self, dy: Tensor) -> Tensor:
         """The gradient of x A', s dy B (n, r)."""
-        return (dy @ self.lora_B).mul_(self.frozen.scaling * self.gain)
+        return linear(dy, self.lora_B.T).mul_(self.frozen.scaling * self.gain)
 
     def add_low(self, dx: Tensor, dlow: Tensor, kept: Tensor | None) -> Tensor:
         """dx (n, in), with what comes to it by way of A in it."""
@@ -151,11 +149,11 @@ class _Product(NamedTuple):
 
     def dA(self, dlow: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
         """dlow' x (r, in)."""
-        return dlow.T @ _only(x, kept)
+        return inner(dlow, _only(x, kept))
 
     def dB(self, dy: Tensor, low: Tensor) -> Tensor:
         """s dy' (x A') (out, r)."""
-        return (dy.T @ low).mul_(self.frozen.scaling)
+        return inner(dy, low).mul_(self.frozen.scaling)
 
 
 def _only(x: Tensor, kept: Tensor | None) -> Tensor:
@@ -171,11 +169,6 @@ def _products(layers: Sequence[Frozen], matrices: Sequence[Tensor], dtype: Any) 
     ]
 
 
-def _empty(x: Tensor, product: _Product) -> Tensor:
-    """Memory for y (..., out) of x (..., in); not a view, to which nobody could add in place."""
-    return x.new_empty(*x.shape[:-1], len(product.lora_B))
-
-
 def _stacked(products: Sequence[_Product]) -> Tensor:
     """Their A, (sum of r, in)."""
     return torch.cat([p.lora_A for p in products]) if len(products) > 1 else products[0].lora_A
@@ -185,7 +178,7 @@ def _low(x: Tensor, products: Sequence[_Product], part: int = 0) -> Tensor:
     """x A' of all (n, sum of r)."""
     if _drop_out(products):
         return torch.cat([p.low(x, p.kept(x, part)) for p in products], dim=1)
-    return x @ _stacked(products).T
+    return linear(x, _stacked(products))
 
 
 def _drop_out(products: Sequence[_Product]) -> bool:
@@ -202,30 +195,35 @@ def _gradients(
     low: Tensor,
     products: Sequence[_Product],
     dys: Sequence[Tensor | None],
-    dx: Tensor | None,
     part: int = 0,
-) -> list[Tensor | None]:
-    """dA and dB of each layer, one after another; fills dx (n, in), if there is one."""
-    found: list[Tensor | None] = []
+    *,
+    needs_dx: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, list[Any]]:
+    """dx (n, in), in `out` if it is given, and dA and dB of each layer, one after another; None
+    for those of a layer whose output nobody asked for."""
+    dx: Tensor | None = None
+    found: list[Any] = []
     is_one_input = not _drop_out(products)
     dlow = torch.zeros_like(low)
     parts = zip(products, dys, _lows(low, products), _lows(dlow, products), strict=True)
-    is_begun = False
     for product, dy, own_low, own_dlow in parts:
-        if dy is None:  # nobody asked for this layer's output
+        if dy is None:
             found += [None, None]
             continue
         own_dlow.copy_(product.to_low(dy))
         kept = product.kept(x, part)
         found += [product.dA(own_dlow, x, kept), product.dB(dy, own_low)]
-        if dx is not None:
-            torch.addmm(dx, dy, product.weight(), beta=float(is_begun), out=dx)
-            is_begun = True
+        if needs_dx:
+            weight = product.weight().T
+            dx = linear(dy, weight, out=out) if dx is None else add_linear(dx, dy, weight)
             if not is_one_input:
                 product.add_low(dx, own_dlow, kept)
-    if dx is not None and (is_one_input or not is_begun):
-        dx.addmm_(dlow, _stacked(products), beta=float(is_begun))
-    return found
+    if needs_dx and dx is None:
+        dx = torch.zeros_like(x) if out is None else out.zero_()
+    if dx is not None and is_one_input:
+        dx.addmm_(dlow, _stacked(products))
+    return dx, found
 
 
 def _like(found: Sequence[Tensor | None], matrices: Sequence[Tensor]) -> list[Tensor | None]:
@@ -244,23 +242,20 @@ class _LoRALinear(torch.autograd.Function):
         products = _products(layers, matrices, x.dtype)
         low = _low(flat, products)
         pairs = zip(products, _lows(low, products), strict=True)
-        ys = [_empty(x, product) for product in products]
-        for y, (product, own) in zip(ys, pairs, strict=True):
-            product.forward(flat, own, out=y.view(len(flat), y.shape[-1]))
+        ys = tuple(product.forward(x, own) for product, own in pairs)
         ctx.save_for_backward(x, low, *matrices)
         ctx.layers = layers
         ctx.set_materialize_grads(False)
-        return tuple(ys)
+        return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         x, low, *matrices = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1])
-        dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         products = _products(ctx.layers, matrices, x.dtype)
         rows = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        found = _gradients(flat, low, products, rows, dx)
+        dx, found = _gradients(flat, low, products, rows, needs_dx=ctx.needs_input_grad[0])
         return None if dx is None else dx.view(x.shape), None, *_like(found, matrices)
 
 
@@ -303,7 +298,7 @@ class _LoRAMLP(torch.autograd.Function):
         tiles = _tiles(flat, down) if recompute else [slice(None)]
         if len(tiles) > 1:
             *both, down = [p._replace(dense=p.decoded(i)) for i, p in enumerate((*both, down))]
-        y = _empty(x, down)
+        y = x.new_empty(*x.shape[:-1], len(down.lora_B))
         rows = y.view(len(flat), y.shape[-1])
         kept: tuple[Tensor, ...] = ()
         for part, tile in enumerate(tiles):
@@ -322,25 +317,30 @@ class _LoRAMLP(torch.autograd.Function):
         x, *held = (ctx.keeper or ctx).saved_tensors
         matrices, kept = held[:6], held[6:]
         flat, rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        needs_dx = ctx.needs_input_grad[0]
         *both, down = _products(ctx.layers, matrices, x.dtype)
         tiles = _tiles(flat, down) if ctx.recompute else [slice(None)]
-        if len(tiles) > 1:
+        is_tiled = len(tiles) > 1
+        if is_tiled:
             down = down._replace(dense=down.decoded(2))
+        dx = torch.empty_like(flat) if is_tiled and needs_dx else None
         found: list[Any] = []
         for part, tile in enumerate(tiles):
-            ddown, dh = down.to_low(rows[tile]), rows[tile] @ down.weight()
+            ddown, dh = down.to_low(rows[tile]), linear(rows[tile], down.weight().T)
             of_h = down.kept(dh, part)
             dh = down.add_low(dh, ddown, of_h)
             if ctx.recompute and both[0].dense is None:  # for what is made again and for dx
                 both = [p._replace(dense=p.decoded(slot)) for slot, p in enumerate(both)]
             low, gate, up = kept or _gate_and_up(flat[tile], both, part)
             h, dgate, dup = gated_backward(gate, up, dh, ctx.activation, in_place=ctx.recompute)
-            own_dx = None if dx is None else dx[tile]
-            own: list[Any] = _gradients(flat[tile], low, both, [dgate, dup], own_dx, part)
+            own_dx, own = _gradients(
+                flat[tile], low, both, [dgate, dup], part,
+                needs_dx=needs_dx, out=None if dx is None else dx[tile],
+            )  # fmt: skip
+            dx = own_dx if dx is None else dx
             own += [down.dA(ddown, h, of_h), down.dB(rows[tile], down.low(h, of_h))]
             # sums of tiles in fp32, and rounded once
-            own = [g.float() for g in own] if len(tiles) > 1 else own
+            own = [g.float() for g in own] if is_tiled else own
             found = [f.add_(g) for f, g in zip(found, own, strict=True)] if found else own
         no = None, None, None, None
         return None if dx is None else dx.view(x.shape), *no, *_like(found, matrices)

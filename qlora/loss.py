@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from qlora.errors import UserError
+from qlora.products import linear
 
 NO_LABEL = -100
 
@@ -142,7 +142,7 @@ def _product(p: Tensor, weight: Tensor) -> Tensor:
     """p (rows, vocab) times weight (vocab, dim), in fp32 where a product of 16 bits can be."""
     if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(p, weight, out_dtype=torch.float32)
-    return p @ weight
+    return linear(p, weight.T)
 
 
 def _of_chunk(
@@ -150,7 +150,7 @@ def _of_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Losses (rows,), and `factor` times the gradients of them in scale * (W x + b), (rows, vocab),
     which are not computed for None."""
-    z = F.linear(hidden, head.weight, head.bias).to(_computed_in(head.weight))
+    z = linear(hidden, head.weight, head.bias).to(_computed_in(head.weight))
     slope = None
     if head.scale != 1:
         z *= head.scale
