@@ -2,10 +2,12 @@
 
 import json
 import platform
+import re
 import shlex
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,4 +40,13 @@ def _plain(word: str) -> str:
 def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+    return f"{torch.get_num_threads()} CPU threads, {_processor()}"
+
+
+def _processor() -> str:
+    """Its name, where Linux says it."""
+    with suppress(OSError):
+        named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if named:
+            return named[1]
+    return platform.machine()

@@ -97,6 +97,8 @@ def prepared(model: Any, setup: Setup, *, left_out: Collection[str] = ()) -> Any
     everything = not set(left_out) - {"checkpointing"}
     checkpointing = setup.checkpointing and "checkpointing" not in left_out
     prepare_for_training(model, gradient_checkpointing=checkpointing, fast_path=everything)
+    if "oneDNN" in left_out:
+        torch.backends.mkldnn.enabled = False  # of all that is in this process
     if everything or "fast path" in left_out:
         return model
     if "loss without logits" not in left_out:
@@ -120,6 +122,7 @@ PARTS = (
     "MLP blocks",
     "loss without logits",
     "norms",
+    "oneDNN",
     "checkpointing",
 )
 """what --ablate leaves out: all of the fast path, then one part of it after the other"""
