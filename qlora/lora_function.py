@@ -300,12 +300,9 @@ class _LoRAMLP(torch.autograd.Function):
             *both, down = [p._replace(dense=p.decoded(i)) for i, p in enumerate((*both, down))]
         y = x.new_empty(*x.shape[:-1], len(down.lora_B))
         rows = y.view(len(flat), y.shape[-1])
-        kept: tuple[Tensor, ...] = ()
         for part, tile in enumerate(tiles):
-            made = _gate_and_up(flat[tile], both, part)
-            h = gated_forward(*made[1:], activation)
-            down.forward(h, down.low(h, down.kept(h, part)), out=rows[tile])
-            kept = () if recompute else made
+            kept = _mlp(flat[tile], both, down, activation, part, out=rows[tile])
+            kept = () if recompute else kept  # before the next tile is there
         if keeper is None:
             ctx.save_for_backward(x, *matrices, *kept)
         return y
@@ -317,33 +314,58 @@ class _LoRAMLP(torch.autograd.Function):
         x, *held = (ctx.keeper or ctx).saved_tensors
         matrices, kept = held[:6], held[6:]
         flat, rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        needs_dx = ctx.needs_input_grad[0]
         *both, down = _products(ctx.layers, matrices, x.dtype)
         tiles = _tiles(flat, down) if ctx.recompute else [slice(None)]
-        is_tiled = len(tiles) > 1
-        if is_tiled:
-            down = down._replace(dense=down.decoded(2))
-        dx = torch.empty_like(flat) if is_tiled and needs_dx else None
-        found: list[Any] = []
-        for part, tile in enumerate(tiles):
-            ddown, dh = down.to_low(rows[tile]), linear(rows[tile], down.weight().T)
-            of_h = down.kept(dh, part)
-            dh = down.add_low(dh, ddown, of_h)
-            if ctx.recompute and both[0].dense is None:  # for what is made again and for dx
-                both = [p._replace(dense=p.decoded(slot)) for slot, p in enumerate(both)]
-            low, gate, up = kept or _gate_and_up(flat[tile], both, part)
-            h, dgate, dup = gated_backward(gate, up, dh, ctx.activation, in_place=ctx.recompute)
-            own_dx, own = _gradients(
-                flat[tile], low, both, [dgate, dup], part,
-                needs_dx=needs_dx, out=None if dx is None else dx[tile],
-            )  # fmt: skip
-            dx = own_dx if dx is None else dx
-            own += [down.dA(ddown, h, of_h), down.dB(rows[tile], down.low(h, of_h))]
-            # sums of tiles in fp32, and rounded once
-            own = [g.float() for g in own] if is_tiled else own
-            found = [f.add_(g) for f, g in zip(found, own, strict=True)] if found else own
+        if len(tiles) == 1:
+            dx, found = _mlp_gradients(ctx, flat, rows, kept, both, down)
+        else:
+            *both, down = [p._replace(dense=p.decoded(i)) for i, p in enumerate((*both, down))]
+            dx, found = torch.empty_like(flat) if ctx.needs_input_grad[0] else None, []
+            for part, tile in enumerate(tiles):
+                out = None if dx is None else dx[tile]
+                _, own = _mlp_gradients(ctx, flat[tile], rows[tile], kept, both, down, part, out)
+                wide = [g.float() for g in own]  # their sums are rounded once
+                found = [f.add_(g) for f, g in zip(found, wide, strict=True)] if found else wide
         no = None, None, None, None
         return None if dx is None else dx.view(x.shape), *no, *_like(found, matrices)
+
+
+def _mlp(
+    x: Tensor,
+    both: Sequence[_Product],
+    down: _Product,
+    activation: str,
+    part: int,
+    out: Tensor,
+) -> tuple[Tensor, ...]:
+    """The block's y (n, out) of x (n, in), into `out`; what _gate_and_up made."""
+    made = _gate_and_up(x, both, part)
+    h = gated_forward(*made[1:], activation)
+    down.forward(h, down.low(h, down.kept(h, part)), out)
+    return made
+
+
+def _mlp_gradients(
+    ctx: Any,
+    x: Tensor,
+    dy: Tensor,
+    kept: Sequence[Tensor],
+    both: Sequence[_Product],
+    down: _Product,
+    part: int = 0,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, list[Any]]:
+    """dx (n, in), in `out` if it is given, and the gradients of the six A and B, of dy (n, out)."""
+    ddown, dh = down.to_low(dy), linear(dy, down.weight().T)
+    of_h = down.kept(dh, part)
+    dh = down.add_low(dh, ddown, of_h)
+    if ctx.recompute and both[0].dense is None:  # for what is made again and for dx
+        both = [p._replace(dense=p.decoded(slot)) for slot, p in enumerate(both)]
+    low, gate, up = kept or _gate_and_up(x, both, part)
+    h, dgate, dup = gated_backward(gate, up, dh, ctx.activation, in_place=ctx.recompute)
+    needs_dx = ctx.needs_input_grad[0]
+    dx, found = _gradients(x, low, both, [dgate, dup], part, needs_dx=needs_dx, out=out)
+    return dx, [*found, down.dA(ddown, h, of_h), down.dB(dy, down.low(h, of_h))]
 
 
 def _gate_and_up(x: Tensor, both: Sequence[_Product], part: int) -> tuple[Tensor, Tensor, Tensor]:
