@@ -2,7 +2,8 @@
 
     python benchmarks/step.py                             SmolLM2-135M, the demo's model
     python benchmarks/step.py --shape llama3.1-8b --seq 2048
-    python benchmarks/step.py --shape llama3.1-8b --gpu-memory 8GiB --longest
+    python benchmarks/step.py --shape llama3.1-8b --gpu-memory 8GiB --longest \\
+        --sides ours ours-offloading peft
     python benchmarks/step.py --ablate                    ours without one part after the other
     python benchmarks/step.py --count --no-checkpointing  what a layer keeps for its backward pass
 

@@ -4,13 +4,15 @@ A side is a model that is ready to train, and what computes its loss of a batch 
 length), every token of which has a label. The step around it (backward, clipping, optimizer) is the
 same for all: benchmarks/step_runner.py. Other batches, such as packed rows, would come in here.
 
-    ours     load_base, apply_lora, prepare_for_training
-    peft     get_peft_model on the same base; in 16 bits under autocast with fp32 adapters, which is
-             what Trainer does with bf16=True
-    trl      TRL's SFTTrainer on the same base: its loss without logits, its bf16 adapters
-    liger    the same with Liger's kernels, as its use_liger_kernel has them
-    unsloth  FastLanguageModel, which loads the checkpoint itself
-    dense    the limit: the same weights, decoded, frozen, without adapters
+    ours             load_base, apply_lora, prepare_for_training
+    ours-offloading  the same, the embedding and what checkpointing keeps in host memory
+    peft             get_peft_model on the same base; in 16 bits under autocast with fp32 adapters,
+                     which is what Trainer does with bf16=True
+    trl              TRL's SFTTrainer on the same base: its loss without logits, its bf16 adapters
+    liger            the same with Liger's kernels, as its use_liger_kernel has them
+    unsloth          FastLanguageModel, which loads the checkpoint itself
+    dense            the limit of torch's own layers: the same weights, decoded, frozen, without
+                     adapters
 
 `ours, no X` is ours without the part X, one of PARTS.
 """
@@ -31,11 +33,13 @@ from qlora.base import load_base
 from qlora.config import LoraConfig, QuantConfig
 from qlora.fast_layers import MLPBlock, SharedInput
 from qlora.fast_path import use_fast_path
-from qlora.frozen import as_dense, dense_weight, is_quantized
+from qlora.frozen import as_dense, dense_weight, is_quantized, is_tied
+from qlora.host_embedding import offload_embedding
 from qlora.language_head import put_language_head
 from qlora.lora import LoRALinear
 from qlora.matching import target_layers
 from qlora.norms import put_norms
+from qlora.offload import offload_activations
 from qlora.training import prepare_for_training
 
 
@@ -131,6 +135,17 @@ PARTS = (
 def ours(setup: Setup, left_out: Collection[str] = ()) -> Side:
     """This project's model."""
     return plain(prepared(apply_lora(base_of(setup), setup.lora), setup, left_out=left_out))
+
+
+def offloading(setup: Setup) -> Side:
+    """Ours with all in host memory that can be there; it wants a GPU."""
+    model = ours(setup).model
+    if not is_tied(model):
+        offload_embedding(model)
+    if not setup.checkpointing:
+        return plain(model)
+    offload = offload_activations()
+    return plain(model, lambda: offload)
 
 
 def without(part: str) -> str:
@@ -268,6 +283,7 @@ def dense(setup: Setup) -> Side:
 
 SIDES: dict[str, Callable[[Setup], Side]] = {
     "ours": ours,
+    "ours-offloading": offloading,
     "peft": peft,
     "dense": dense,
     "trl": trl,

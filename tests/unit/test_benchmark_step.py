@@ -25,6 +25,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     import step
 
     monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)  # a side switches it off
     return step
 
 
@@ -106,7 +107,9 @@ def test_a_mistake_is_one_line(step, monkeypatch, capsys, flags, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("flags", ["--gpu-memory 8GiB", "--longest"])
+@pytest.mark.parametrize(
+    "flags", ["--gpu-memory 8GiB", "--longest", "--sides ours-offloading peft"]
+)
 def test_memory_of_a_gpu_wants_one(step, monkeypatch, capsys, flags):
     command(monkeypatch, *flags.split())
     with pytest.raises(SystemExit):

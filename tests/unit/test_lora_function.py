@@ -1,5 +1,6 @@
 """The autograd functions against the same arithmetic in plain torch, on dense weights."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -248,6 +249,25 @@ def test_tiles_drop_each_for_itself_and_the_same_in_both_passes(monkeypatch):
     alike = torch.ones(30, 64, dtype=double)
     first, second, _ = lora_mlp(alike, *arguments(layers), activation="silu", recompute=True)[::10]
     assert not torch.allclose(first, second)
+
+
+def test_of_a_tile_nothing_is_left_when_the_next_begins(monkeypatch):
+    layers = [layer(*shape, 2) for shape in MLP_SHAPES]
+    monkeypatch.setattr(lora_function, "TILE_BYTES", 10 * 128 * 4)
+    alive: list[weakref.ref[Tensor]] = []
+    begin = lora_function._gate_and_up
+
+    def gate_and_up(*given: Any) -> tuple[Tensor, ...]:
+        assert not [one for one in alive if one() is not None]
+        made = begin(*given)
+        alive.extend(weakref.ref(tensor) for tensor in made)
+        return made
+
+    monkeypatch.setattr(lora_function, "_gate_and_up", gate_and_up)
+    x = torch.randn(30, 64, requires_grad=True)
+    y = lora_mlp(x, *arguments(layers), activation="silu", recompute=True)
+    y.square().sum().backward()
+    assert len(alive) == 2 * 3 * 3  # in both passes, of three tiles
 
 
 def test_the_second_forward_pass_of_checkpointing_ends_before_the_block(monkeypatch):
