@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 CONTEXT = GIB // 2  # about what the CUDA context takes of a card
 
 
 def counted(*flags: str) -> dict[str, int]:
-    command = [sys.executable, str(TESTS / "step_memory.py"), *flags]
-    rooms = os.pathsep.join(map(str, (TESTS.parent, TESTS.parent / "benchmarks")))
-    env = {**os.environ, "PYTHONPATH": rooms}
+    command = [sys.executable, str(ROOT / "benchmarks" / "step_memory.py"), *flags]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     found: dict[str, int] = json.loads(ran.stdout.splitlines()[-1])

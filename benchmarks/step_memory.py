@@ -1,7 +1,6 @@
-"""What a training step of a large model holds on a GPU, counted where there is none; run by
-test_step_memory.py.
+"""What a training step of a large model holds on a GPU, counted where there is none.
 
-    python tests/step_memory.py llama2-7b --seq 2048 [--batch 1] [--r 16] [--offload]
+    python benchmarks/step_memory.py llama2-7b --seq 2048 [--batch 1] [--r 16] [--offload]
 
 Prints {"loaded": bytes, "peak": bytes} as JSON: of all tensors' memory, not what kernels take for
 themselves, nor the CUDA context, nor what the allocator loses between blocks.
@@ -15,6 +14,7 @@ it is on, has a stand-in that takes the same memory as the GPU's way does.
 import argparse
 import copy
 import json
+import sys
 import tempfile
 import weakref
 from typing import Any
@@ -34,6 +34,7 @@ from qlora.adapter_module import base_modules, plain
 from qlora.adapters import apply_lora
 from qlora.base import load_base
 from qlora.config import LoraConfig, QuantConfig
+from qlora.errors import UserError
 from qlora.frozen import is_quantized, is_tied
 from qlora.lora import LoRALayer
 from qlora.offload import offload_activations
@@ -248,10 +249,19 @@ def count(name: str, *, seq: int, batch: int, r: int, offload: bool) -> dict[str
     return {"loaded": loaded, "peak": counter.peak}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("--offload", action="store_true")
+def main() -> None:
+    """The command; what the user can mend is one line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", metavar="shape", help="llama2-7b, llama3.1-8b, …")
+    parser.add_argument("--offload", action="store_true", help="as --offload-activations does")
     for flag, default in (("seq", 2048), ("batch", 1), ("r", 16)):
         parser.add_argument(f"--{flag}", type=int, default=default)
-    print(json.dumps(count(**vars(parser.parse_args()))))
+    try:
+        print(json.dumps(count(**vars(parser.parse_args()))))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
