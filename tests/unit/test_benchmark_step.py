@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import NEEDS_GPU
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,16 @@ def test_ablation_takes_parts_away_one_at_a_time(step, monkeypatch, tmp_path):
     row = json.loads((tmp_path / "step_ablation.jsonl").read_text())
     assert list(row["sides"]) == ["ours", *(f"ours, no {part}" for part in PARTS)]
     assert row["loss_apart"] < 1e-2  # a part may round otherwise; it changes nothing else
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_offloading_changes_no_number(step, monkeypatch, tmp_path):
+    rounds = ("--rounds", "2", "--dtype", "fp32", "--sides", "ours", "ours-offloading")
+    command(monkeypatch, *TINY, *rounds)
+    step.main()
+    ours, offloading = json.loads((tmp_path / "step.jsonl").read_text())["sides"].values()
+    assert ours["loss"] == offloading["loss"]
 
 
 def test_what_a_layer_keeps(step, monkeypatch, tmp_path, capsys):
