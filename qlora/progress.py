@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from qlora.memory import peak_bytes, show_bytes
-from qlora.run_files import METRICS, read_rows
+from qlora.run_files import METRICS, read_metrics, replace_text
 
 EVALUATED = {
     "eval_loss": "evaluation loss",
@@ -32,8 +32,8 @@ class MetricsWriter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run logs the steps after its checkpoint again: drop the first telling.
-        kept = [r for r in read_rows(self.path) if r["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        kept = [r for r in read_metrics(self.path.parent) if r["step"] <= state.global_step]
+        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.tokens, self.started = state.num_input_tokens_seen, time.perf_counter()
         self.begun = self.started - (kept[-1].get("seconds", 0) if kept else 0)
 

@@ -9,7 +9,7 @@ is imported.
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
@@ -26,7 +26,7 @@ from qlora.cli import run
 from qlora.config import ReportConfig
 from qlora.errors import UserError
 from qlora.pictures import GIB, as_svg, by_kind, draw_merge, draw_run
-from qlora.run_files import MERGE_REPORT, METRICS, RUN, SAMPLES, read_rows, replace_text
+from qlora.run_files import MERGE_REPORT, METRICS, RUN, read_metrics, read_samples, replace_text
 
 REPORT = "report.html"
 MAIN_SETTINGS = (
@@ -74,23 +74,13 @@ def read_run(folder: Path) -> Run:
         facts = None
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         raise UserError(f"{folder / RUN} is not what train.py writes: start the run again")
-    rows = read_rows(folder / METRICS)
-    samples = read_rows(folder / SAMPLES)
-    _require(folder / METRICS, rows, ("step",))
-    _require(folder / SAMPLES, samples, ("prompt", "wanted", "before", "after"))
+    rows, samples = read_metrics(folder), read_samples(folder)
     if not any(row.get("loss") is not None for row in rows):
         raise UserError(
             f"{folder} has logged nothing yet: {METRICS} gets a first row after the first step. "
             "Wait for it, or start the run again"
         )
     return Run(folder, facts, rows, samples)
-
-
-def _require(path: Path, rows: list[dict[str, Any]], keys: Sequence[str]) -> None:
-    for number, row in enumerate(rows, start=1):
-        if not all(key in row for key in keys):
-            wanted = " or ".join([", ".join(keys[:-1]), keys[-1]]) if keys[1:] else keys[0]
-            raise UserError(f"{path}: row {number} has no {wanted}: remove that line")
 
 
 def read_merge(folder: Path, merged: str | None) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ a report is there at once.
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,22 @@ SAMPLES = "samples.jsonl"
 MERGE_REPORT = "merge_report.json"
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged; nothing where it has not."""
+    return read_rows(folder / METRICS, ("step",))
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """What a run's model answered; nothing where it was not asked."""
+    return read_rows(folder / SAMPLES, ("prompt", "wanted", "before", "after"))
+
+
+def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of a file; none where there is no file.
 
     Raises:
-        UserError: a line is no JSON object, as the last of a run that was killed while it wrote.
+        UserError: a line is no JSON object, as the last of a run that was killed while it wrote, or
+            one without one of `keys`.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     rows = []
@@ -33,6 +45,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 raise UserError(
                     f"{path}, line {number}: a JSON object is wanted, got {line[:40]!r}, which is "
                     "cut short or damaged: remove that line"
+                )
+            if lacking := [key for key in keys if key not in row]:
+                raise UserError(
+                    f"{path}, line {number}: it has no {', '.join(lacking)}: remove that line"
                 )
             rows.append(row)
     return rows

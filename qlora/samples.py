@@ -20,7 +20,7 @@ from qlora.config import TrainConfig
 from qlora.errors import UserError
 from qlora.generation import decode, generate, generation_settings, prompt_ids
 from qlora.objectives import OBJECTIVES
-from qlora.run_files import SAMPLES, read_rows, replace_text
+from qlora.run_files import SAMPLES, read_samples, replace_text
 
 MAX_NEW_TOKENS = 128
 
@@ -64,17 +64,17 @@ def _last_answer(labels: list[int]) -> tuple[int, int]:
 
 
 def ask(
-    path: Path,
+    folder: Path,
     when: str,
     asked: list[Question],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write the model's answers to `path`, as those `when` "before" or "after".
+    """Write the model's answers into `folder`, as those `when` "before" or "after".
 
     A row has prompt, wanted, before and after; what the file has already of such a row stays.
     """
-    known = {(row["prompt"], row["wanted"]): row for row in read_rows(path)}
+    known = {(row["prompt"], row["wanted"]): row for row in read_samples(folder)}
     rows = []
     for prompt, wanted, max_new_tokens in asked:
         pair = _shown(tokenizer, prompt), decode(tokenizer, wanted)
@@ -83,7 +83,7 @@ def ask(
         (answer,) = generate(model, tokenizer, [prompt], settings)
         rows.append(row | known.get(pair, {}) | {when: answer})
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_text(path, "".join(lines))
+    replace_text(folder / SAMPLES, "".join(lines))
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:

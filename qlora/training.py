@@ -44,7 +44,7 @@ from qlora.offload import require_gpu
 from qlora.packing import PackedRows
 from qlora.pictures import plot_loss
 from qlora.progress import EVALUATED
-from qlora.run_files import METRICS, RUN, SAMPLES, read_rows
+from qlora.run_files import RUN, read_metrics, read_samples
 from qlora.samples import ask, questions
 from qlora.shards import require_new
 from qlora.tasks import task_named, task_of
@@ -113,14 +113,14 @@ def _train(config: TrainConfig) -> Path:
     write_run_file(output / RUN, config, model, data.counts)
     samples = questions(config, data.rows, data.eval_rows, max_length)
     if samples and not checkpoint:
-        ask(output / SAMPLES, "before", samples, model, tokenizer)
+        ask(output, "before", samples, model, tokenizer)
     if checkpoint and _is_complete(trainer, checkpoint):  # Trainer would do one step too many
         print(f"All {trainer.state.global_step} steps were done; --max-steps N goes on from there.")
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output))  # before anything else may fail
     if samples:
-        ask(output / SAMPLES, "after", samples, model, tokenizer)
+        ask(output, "after", samples, model, tokenizer)
     _finish(trainer, config, len(rows))
     return output
 
@@ -208,6 +208,7 @@ def _starting_point(output: Path, *, resume: bool) -> str | None:
         int(p.parent.name[11:]): p.parent for p in output.glob("checkpoint-*/trainer_state.json")
     }
     if resume and whole:
+        read_metrics(output), read_samples(output)  # a damaged one is said now, and not at the end
         return str(whole[max(whole)])
     if resume:
         raise UserError(
@@ -364,7 +365,7 @@ def write_run_file(
 def _finish(trainer: AdapterTrainer, config: TrainConfig, rows: int) -> None:
     """Write what goes with the adapter, and say what to do next."""
     output = Path(config.output_dir)
-    metrics = read_rows(output / METRICS)
+    metrics = read_metrics(output)
     base: Any = trainer.model.qlora_base
     per = "label" if "labels" in base else "supervised token"
     plot_loss(metrics, output / "loss.png", per=per, total_bytes=device()[1])

@@ -287,7 +287,7 @@ BAD = {
     ),
     "other rows": (
         lambda f: (f / "metrics.jsonl").write_text('{"loss": 1.0}\n'),
-        "row 1 has no step",
+        "line 1: it has no step",
     ),
     "half the samples": (
         lambda f: (f / "samples.jsonl").write_text('{"prompt": "a", "wan'),
@@ -299,7 +299,7 @@ BAD = {
     ),
     "other samples": (
         lambda f: (f / "samples.jsonl").write_text('{"question": "a"}\n'),
-        "samples.jsonl: row 1 has no prompt, wanted, before or after",
+        "samples.jsonl, line 1: it has no prompt, wanted, before, after",
     ),
 }
 

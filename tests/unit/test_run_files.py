@@ -25,6 +25,13 @@ def test_a_damaged_line_is_named(line, tmp_path):
         read_rows(path)
 
 
+def test_a_row_without_what_is_wanted_of_it_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1, "b": 2, "c": null}\n\n{"a": 1}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl, line 3: it has no b, c: remove that line"):
+        read_rows(path, ("a", "b", "c"))
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     replace_text(path, "first")

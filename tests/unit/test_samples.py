@@ -99,6 +99,27 @@ def test_a_run_that_goes_on_keeps_what_was_answered_before(checkpoints, tmp_path
     assert [row["after"] for row in rows] == [row["after"] for row in whole]
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("samples.jsonl", '{"prompt": "a", "wan', "a JSON object is wanted"),
+        ("samples.jsonl", '{"question": "a"}', "it has no prompt, wanted, before, after"),
+        ("metrics.jsonl", '{"loss": 1.0}', "it has no step"),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_said_before_it_goes_on(
+    name, line, said, checkpoints, tmp_path, data
+):
+    base = checkpoints("llama")
+    output = train(config(base, data, tmp_path / "run", samples=1, max_steps=1))
+    with (output / name).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    there = {path: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=rf"{name}, line \d: {said}.*: remove that line"):
+        train(config(base, data, output, samples=1, resume=True))
+    assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == there
+
+
 def test_one_prompt_may_want_several_answers(checkpoints, tmp_path):
     rows = [{"prompt": "Say a word.", "completion": word} for word in ("bee", "cat", "dog", "elk")]
     data = lines(tmp_path / "words.jsonl", rows)
