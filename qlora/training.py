@@ -208,7 +208,9 @@ def _starting_point(output: Path, *, resume: bool) -> str | None:
         int(p.parent.name[11:]): p.parent for p in output.glob("checkpoint-*/trainer_state.json")
     }
     if resume and whole:
-        read_metrics(output), read_samples(output)  # a damaged one is said now, and not at the end
+        # what goes on in these files later: a damaged one is said now
+        read_metrics(output)
+        read_samples(output)
         return str(whole[max(whole)])
     if resume:
         raise UserError(
