@@ -20,11 +20,11 @@ from results import record
 from torch import Tensor
 
 from demo.__main__ import small_model
-from qlora.adapters import apply_lora, disable_adapter, mixed_batch, set_adapter
-from qlora.base import load_base
+from qlora.adapters.apply import apply_lora, disable_adapter, mixed_batch, set_adapter
+from qlora.adapters.fuse import merge_adapter
+from qlora.adapters.targets import target_layers
+from qlora.base.load import load_base
 from qlora.config import LoraConfig
-from qlora.matching import target_layers
-from qlora.merging import merge_adapter
 
 Way = Callable[[], Any]
 NAMES = ["a1", "a2", "a3", "a4"]

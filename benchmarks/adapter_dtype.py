@@ -28,14 +28,14 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
 from demo.__main__ import small_model
-from qlora.adapters import apply_lora
-from qlora.base import load_base
-from qlora.checkpoint import resolve
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.lora import LoRALinear
+from qlora.base.checkpoint import resolve
+from qlora.base.load import load_base
 from qlora.config import LoraConfig, QuantConfig
-from qlora.data import collator, length_batches, prepare_data
-from qlora.lora import LoRALinear
-from qlora.optimizers import join, keep_updates
+from qlora.data.rows import collator, length_batches, prepare_data
 from qlora.training import prepare_for_training
+from qlora.training.optimizers import join, keep_updates
 
 WAYS = ("fp32", "bf16", "bf16 kept")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -1,4 +1,4 @@
-"""How fast a GPU decodes NF4 weights, in each way of qlora.decode, and multiplies with them.
+"""How fast a GPU decodes NF4 weights, in each way of qlora.ops.nf4, and multiplies with them.
 
     python benchmarks/decode.py [--dtype bf16] [--rounds 30] [--models llama3.1-8b ...]
 
@@ -6,13 +6,13 @@ Weights have the shapes of a block's linear layers, and double quantization. Way
 in one run, by the card's own clock, with the caches overwritten before each, as a training step
 leaves them; seconds are medians of the rounds. A decode is also given as a share of the bandwidth
 that the card copies a large tensor with. A way that gives another weight than
-qlora.nf4.dequantize_to is an error.
+qlora.ops.nf4.dequantize_to is an error.
 
 Products are of 1 to 256 tokens: with a weight decoded before, decoded on the way by our kernel, and
 by bitsandbytes' own layer, which decides between the two by itself.
 
-The last line says what qlora.decode.GPU_WAY should be on this card: the way that decodes all layers
-of all models in the least time, if it takes 3 % less than bitsandbytes' kernel.
+The last line says what qlora.ops.nf4.GPU_WAY should be on this card: the way that decodes all
+layers of all models in the least time, if it takes 3 % less than bitsandbytes' kernel.
 """
 
 import argparse
@@ -28,9 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlora.config import QuantConfig
-from qlora.decode import into_scratch
-from qlora.kernels import usable
-from qlora.nf4 import DTYPES, Quantized, dequantize_to, quantize
+from qlora.ops.gated import usable
+from qlora.ops.nf4 import DTYPES, Quantized, dequantize_to, into_scratch, quantize
 
 Shape = tuple[int, int]
 Run = Callable[[], Any]
@@ -87,7 +86,7 @@ def traffic(weight: Quantized, dtype: torch.dtype) -> int:
 
 
 def ways(dtype: torch.dtype) -> dict[str, Callable[[Quantized], Tensor]]:
-    """Those of qlora.decode that run here; "plain" makes a tensor each time."""
+    """Those of qlora.ops.nf4 that run here; "plain" makes a tensor each time."""
     found = {
         name: partial(into_scratch, dtype=dtype, slot=0, way=name)
         for name in ("bitsandbytes", "triton")
@@ -118,7 +117,7 @@ def products(weight: Quantized, dtype: torch.dtype, tokens: int, rounds: int) ->
     packed, state = weight
     runs["bitsandbytes' layer"] = lambda: bitsandbytes.matmul_4bit(x, packed.t(), state)
     if "triton" in known:
-        from qlora.kernels.nf4 import product
+        from qlora.ops.kernels import product
 
         wanted = F.linear(x, dequantize_to(weight, dtype)).float()
         apart = (product(x, *weight).float() - wanted).norm() / wanted.norm()
@@ -170,7 +169,7 @@ def main() -> None:
     if totals[best] > GAIN * totals["bitsandbytes"]:
         best = "bitsandbytes"
     shown = ", ".join(f"{name} {took * 1e3:.2f} ms" for name, took in totals.items())
-    print(f'qlora.decode.GPU_WAY = "{best}": a block of each model takes {shown}')
+    print(f'qlora.ops.nf4.GPU_WAY = "{best}": a block of each model takes {shown}')
     record("decode", {"what": "verdict", "way": best, "seconds": totals, **facts})
 
 

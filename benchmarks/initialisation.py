@@ -16,11 +16,11 @@ from results import record
 from torch import Tensor
 
 from demo.__main__ import small_model
-from qlora import nf4
-from qlora.checkpoint import Checkpoint, linear_layers, resolve, skeleton
+from qlora.adapters.lora import delta_weight
+from qlora.adapters.starts import loftq, pissa
+from qlora.base.checkpoint import Checkpoint, linear_layers, resolve, skeleton
 from qlora.config import QuantConfig
-from qlora.initialise import loftq, pissa
-from qlora.lora import delta_weight
+from qlora.ops import nf4
 
 QUANT = QuantConfig()
 Start = Callable[[Tensor, int, float], Tensor]

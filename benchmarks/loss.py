@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qlora.language_head import LanguageHead
-from qlora.memory import show_bytes
+from qlora.fast.head import LanguageHead
+from qlora.training.progress import show_bytes
 
 Way = Callable[[], tuple[Tensor, Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

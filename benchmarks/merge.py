@@ -29,13 +29,13 @@ from results import record
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from qlora.adapter_reader import read_adapter
-from qlora.base import load_base
-from qlora.checkpoint import resolve
+from qlora.adapters.format import read_adapter
+from qlora.base.checkpoint import resolve
+from qlora.base.load import load_base
 from qlora.config import MergeConfig
-from qlora.export import choose_codes
 from qlora.merge import merge
-from qlora.verify import Verifier, read_examples
+from qlora.merge.codes import choose_codes
+from qlora.merge.measure import Verifier, read_examples
 
 
 def ours(rounding: Method = choose_codes, **settings: Any) -> Callable[[str, str, Path], None]:

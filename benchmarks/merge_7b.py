@@ -40,12 +40,13 @@ from torch import Tensor
 from transformers import LlamaConfig
 from watch import Held, make_cold, watch
 
-from qlora import nf4
-from qlora.adapter_reader import CONFIG, WEIGHTS
-from qlora.adapter_tensors import PREFIX
-from qlora.checkpoint import quantized_layers, skeleton
+from qlora.adapters.format import CONFIG, WEIGHTS
+from qlora.adapters.tensors import PREFIX
+from qlora.base.checkpoint import quantized_layers, skeleton
+from qlora.base.shards import Entry, parse_size, write_shards
 from qlora.config import QuantConfig
-from qlora.shards import Entry, parse_size, publishing, write_shards
+from qlora.files import publishing
+from qlora.ops import nf4
 
 MERGE = Path(__file__).parents[1] / "merge_dequant.py"
 R = 16
@@ -149,7 +150,7 @@ def measure_merge(folder: Path) -> dict[str, Any]:
     """The merge in a fresh process; its time, and its memory above one that only imported."""
     wait = "; import time; time.sleep(0.1)"  # long enough to be seen
     bare = watch([sys.executable, "-c", f"import torch{wait}"])
-    modules = "qlora.merge, transformers.models.llama.modeling_llama"
+    modules = "qlora.merge.run, transformers.models.llama.modeling_llama"
     imported = watch([sys.executable, "-c", f"import {modules}{wait}"])
     flags = {"adapter": folder / "adapter", "base-model": folder / "base"}
     with part(folder) as output:

@@ -38,9 +38,9 @@ def ours(*flags: str) -> Callable[[], Merge]:
     """What merge_dequant.py does with these flags."""
 
     def load() -> Merge:
-        from qlora import merge
         from qlora.cli import parse
         from qlora.config import MergeConfig
+        from qlora.merge import run as merge
 
         def run(base: str, adapter: str, output: str) -> None:
             words = ["--base-model", base, "--adapter", adapter, "--output-dir", output, *flags]

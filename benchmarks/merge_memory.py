@@ -18,8 +18,8 @@ import torch
 from results import record
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora.adapter_files import save_adapter
-from qlora.adapters import apply_lora
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.files import save_adapter
 from qlora.config import LoraConfig
 
 CHILD = """

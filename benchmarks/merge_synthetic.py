@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from qlora import nf4
-from qlora.adapter_reader import CONFIG, WEIGHTS, AdapterFile, read_adapter
-from qlora.adapter_tensors import PREFIX
-from qlora.checkpoint import Checkpoint, resolve
-from qlora.verify import Verifier, read_examples
+from qlora.adapters.format import CONFIG, WEIGHTS, AdapterFile, read_adapter
+from qlora.adapters.tensors import PREFIX
+from qlora.base.checkpoint import Checkpoint, resolve
+from qlora.merge.measure import Verifier, read_examples
+from qlora.ops import nf4
 
 WAYS = {
     "PEFT": partial(pefts, dtype=torch.float32),

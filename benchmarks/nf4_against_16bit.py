@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from demo.__main__ import small_model
-from qlora.adapters import apply_lora
-from qlora.base import compute_dtype, describe, load_base
-from qlora.checkpoint import Checkpoint, resolve
+from qlora.adapters.apply import apply_lora
+from qlora.base.checkpoint import Checkpoint, resolve
+from qlora.base.load import compute_dtype, describe, load_base
 from qlora.config import DataConfig, QuantConfig, TrainConfig
-from qlora.data import prepare_data
-from qlora.trainer import make_trainer
-from qlora.training import prepare_for_training, with_learning_rate
+from qlora.data.rows import prepare_data
+from qlora.training.run import prepare_for_training, with_learning_rate
+from qlora.training.trainer import make_trainer
 
 MAX_LENGTH = 256
 

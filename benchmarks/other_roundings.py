@@ -1,7 +1,7 @@
 """Other ways to round W + delta to 4 bits, in some lines of plain torch each, to compare with ours.
 
-Each takes what `qlora.export.choose_codes` takes, and can stand in its place: all but the rounding
-is then the same. None of them moves absmax.
+Each takes what `qlora.merge.codes.choose_codes` takes, and can stand in its place: all but the
+rounding is then the same. None of them moves absmax.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from qlora import nf4
 from qlora.config import QuantConfig
-from qlora.export import Folding
+from qlora.merge.codes import Folding
+from qlora.ops import nf4
 
 Method = Callable[[Folding, Tensor, Tensor, QuantConfig, Tensor | None], nf4.Quantized]
 
@@ -102,4 +102,4 @@ def with_levels(quantized: nf4.Quantized, weight: Tensor) -> nf4.Quantized:
 
 def instead(method: Method) -> Any:
     """Inside the block, merges to 4 bits round by `method`."""
-    return patch("qlora.export.choose_codes", method)
+    return patch("qlora.merge.codes.choose_codes", method)

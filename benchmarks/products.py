@@ -17,7 +17,7 @@ from results import record
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora.products import by_onednn, inner, linear
+from qlora.ops.lora import by_onednn, inner, linear
 
 SHAPES = {"q": (576, 576), "k": (576, 192), "up": (576, 1536), "down": (1536, 576)}
 LARGE = {"7B up": (4096, 11008)}

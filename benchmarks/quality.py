@@ -33,13 +33,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from demo.__main__ import small_model
-from qlora.adapters import apply_lora, trainable_parameters
-from qlora.checkpoint import resolve
+from qlora.adapters.apply import apply_lora, trainable_parameters
+from qlora.base.checkpoint import resolve
+from qlora.base.modules import output_head
 from qlora.config import LoraConfig
-from qlora.data import collator
-from qlora.frozen import output_head
-from qlora.run_files import read_rows
-from qlora.training import default_learning_rate, prepare_for_training
+from qlora.data.rows import collator
+from qlora.files import read_rows
+from qlora.training.run import default_learning_rate, prepare_for_training
 
 FILE = RESULTS / "quality.jsonl"
 TEST_ROWS = 64

@@ -24,11 +24,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from qlora import nf4
-from qlora.checkpoint import linear_layers, quantized_layers
+from qlora.base.checkpoint import linear_layers, quantized_layers
+from qlora.base.shards import Entry, parse_size, write_shards
 from qlora.config import QuantConfig
 from qlora.errors import UserError, did_you_mean
-from qlora.shards import Entry, parse_size, publishing, write_shards
+from qlora.files import publishing
+from qlora.ops import nf4
 
 QUANT = QuantConfig()
 SHARD = "5GB"

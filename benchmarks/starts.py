@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from demo.__main__ import small_model
-from qlora.adapter_files import attach
-from qlora.adapter_reader import read_adapter
-from qlora.adapters import apply_lora
-from qlora.base import load_base
-from qlora.checkpoint import resolve
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.files import attach
+from qlora.adapters.format import read_adapter
+from qlora.base.checkpoint import resolve
+from qlora.base.load import load_base
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
-from qlora.data import length_batches, prepare_data
+from qlora.data.rows import length_batches, prepare_data
 from qlora.training import train
 
 DATA = Path(__file__).parent.parent / "demo"

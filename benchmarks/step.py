@@ -47,11 +47,11 @@ from step_table import show, show_saved
 from tqdm.auto import tqdm
 from turns import Apart, ApartError
 
-from qlora.base import compute_dtype
-from qlora.checkpoint import linear_layers, resolve, skeleton
+from qlora.base.checkpoint import linear_layers, resolve, skeleton
+from qlora.base.load import compute_dtype
+from qlora.base.shards import parse_size
 from qlora.config import QuantConfig
 from qlora.errors import UserError
-from qlora.shards import parse_size
 
 Call = Callable[..., Any]
 """a Runner, wherever it lives: `call("step")`"""

@@ -10,11 +10,11 @@ from shapes import shape
 from step_sides import PARTS, SIDES, missing, without
 
 from demo.__main__ import small_model
-from qlora.checkpoint import Checkpoint, resolve
+from qlora.base.checkpoint import Checkpoint, resolve
+from qlora.base.shards import parse_size
 from qlora.errors import UserError, did_you_mean
-from qlora.memory import show_bytes
-from qlora.nf4 import DTYPES
-from qlora.shards import parse_size
+from qlora.ops.nf4 import DTYPES
+from qlora.training.progress import show_bytes
 
 CONTEXT_BYTES = 1 << 29  # about what the CUDA context takes of a card
 DEMO_MODEL = "SmolLM2-135M-Instruct"

@@ -29,15 +29,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from qlora import decode, fast_layers, frozen, gated, language_head, lazy_logits, loss, norms
-from qlora.adapter_module import base_modules, plain
-from qlora.adapters import apply_lora
-from qlora.base import load_base
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.lora import LoRALayer
+from qlora.adapters.wrappers import base_modules, plain
+from qlora.base import modules as frozen
+from qlora.base.load import load_base
+from qlora.base.modules import is_quantized, is_tied
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.frozen import is_quantized, is_tied
-from qlora.lora import LoRALayer
-from qlora.offload import offload_activations
+from qlora.fast import head as language_head
+from qlora.fast import head as lazy_logits
+from qlora.fast import layers as fast_layers
+from qlora.fast import layers as norms
+from qlora.fast.offload import offload_activations
+from qlora.ops import gated, loss
+from qlora.ops import nf4 as decode
 from qlora.training import prepare_for_training
 
 DTYPE = torch.bfloat16

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
 
-from qlora.base import compute_dtype
+from qlora.base.load import compute_dtype
 from qlora.config import TrainConfig
-from qlora.products import linear
+from qlora.ops.lora import linear
 
 MAX_GRAD_NORM = TrainConfig.max_grad_norm
 LEARNING_RATE = 1e-3

@@ -27,19 +27,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter_module import base_modules, put_module
-from qlora.adapters import apply_lora
-from qlora.base import load_base
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.lora import LoRALinear
+from qlora.adapters.targets import target_layers
+from qlora.adapters.wrappers import base_modules, put_module
+from qlora.base.load import load_base
+from qlora.base.modules import as_dense, dense_weight, is_quantized, is_tied
 from qlora.config import LoraConfig, QuantConfig
-from qlora.fast_layers import MLPBlock, SharedInput
-from qlora.fast_path import use_fast_path
-from qlora.frozen import as_dense, dense_weight, is_quantized, is_tied
-from qlora.host_embedding import offload_embedding
-from qlora.language_head import put_language_head
-from qlora.lora import LoRALinear
-from qlora.matching import target_layers
-from qlora.norms import put_norms
-from qlora.offload import offload_activations
+from qlora.fast.head import put_language_head
+from qlora.fast.layers import MLPBlock, SharedInput, put_norms, use_fast_path
+from qlora.fast.offload import offload_activations, offload_embedding
 from qlora.training import prepare_for_training
 
 

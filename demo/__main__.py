@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from demo.score import exact_match
-from qlora import MergeConfig, TrainConfig, UserError, generation, load_adapter, load_base
+from qlora import MergeConfig, TrainConfig, UserError, load_adapter, load_base
 from qlora.cli import parse
+from qlora.data import generation
 from qlora.merge import merge
 from qlora.training import train
 

@@ -98,7 +98,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora.adapter_reader import read_adapter
+from qlora.adapters.format import read_adapter
 
 adapter = read_adapter("out/adapter")
 in_4_bits = BitsAndBytesConfig(
@@ -149,7 +149,7 @@ ways["this project, 4 bits"] = merge(
 # %%
 import pandas as pd
 
-from qlora.verify import Verifier, read_examples
+from qlora.merge.measure import Verifier, read_examples
 
 examples = read_examples("../demo/test.jsonl", Path("out/adapter"), max_tokens=500)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -196,7 +196,8 @@ for axes in (gain, distance):
 # trained.
 
 # %%
-from qlora import load_adapter, load_base, nf4
+from qlora import load_adapter, load_base
+from qlora.ops import nf4
 
 model = load_base(adapter.base_model, device="cpu")
 load_adapter(model, "out/adapter")

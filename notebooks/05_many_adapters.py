@@ -107,7 +107,7 @@ for row in rows["dates"][:3]:
 # %%
 import datasets
 
-from qlora.data import collator, prepare_data
+from qlora.data.rows import collator, prepare_data
 
 datasets.disable_progress_bars()
 data = {}

@@ -1,21 +1,32 @@
 """QLoRA: fine-tune large language models on one small GPU, and merge without losing it.
 
-What is named below comes with `import qlora`; it is loaded when first used, so that
-`import qlora.config` does not import torch. More is in the rooms that are meant to be called:
+    from qlora import LoraConfig, MergeConfig, QuantConfig
+    from qlora import apply_lora, load_adapter, load_base, save_adapter
+    from qlora.merge import merge
+    from qlora.training import prepare_for_training
 
-- `qlora.config`, `qlora.lora_config`: every setting of a run and of an adapter
-- `qlora.base`: a checkpoint becomes a frozen 4-bit model
-- `qlora.adapters`: put adapters on it, and choose among them
-- `qlora.adapter_files`, `qlora.portable`: save and load them, here and for other programs
-- `qlora.merging`, `qlora.weighted`: fold adapters in, take them off, make one of several
-- `qlora.training`: train, or make a model ready for a loop of your own
-- `qlora.optimizers`: so that rounding eats no update of a bf16 adapter
-- `qlora.offload`, `qlora.host_embedding`: what can wait in host memory
-- `qlora.loss`: cross-entropy without logits
-- `qlora.data`: records become tokens
-- `qlora.merge`: an adapter becomes part of a checkpoint
-- `qlora.nf4`: the 4-bit codec
-- `qlora.errors`: what goes wrong
+    model = load_base("path-or-hub-name", QuantConfig())      # frozen 4-bit Linear4bit layers
+    apply_lora(model, LoraConfig(r=16, lora_alpha=32))        # in place; the model keeps its class
+    prepare_for_training(model, gradient_checkpointing=True)  # the fast path, checkpointing
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+    for batch in batches:                                     # or transformers' Trainer
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    save_adapter(model, "out")                                # PEFT's files
+    load_adapter(model, "out", adapter_name="other")
+    merge(MergeConfig(adapter="out", output_dir="merged"))    # a checkpoint for from_pretrained
+
+A package imports only from the packages to its left:
+
+    ops -> base -> adapters -> fast -> training | merge | apps
+
+`data` stands beside them and knows no model; `errors`, `config`, `files`, `pictures` and `cli` are
+below them all. What is named below is loaded when first used, so that `import qlora.config` does
+not import torch.
 """
 
 import logging
@@ -23,14 +34,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora.adapter_files import load_adapter as load_adapter
-    from qlora.adapter_files import save_adapter as save_adapter
-    from qlora.adapter_files import swap_adapter as swap_adapter
+    from qlora.adapters import add_weighted_adapter as add_weighted_adapter
     from qlora.adapters import apply_lora as apply_lora
+    from qlora.adapters import delete_adapter as delete_adapter
     from qlora.adapters import disable_adapter as disable_adapter
+    from qlora.adapters import load_adapter as load_adapter
+    from qlora.adapters import merge_adapter as merge_adapter
+    from qlora.adapters import merge_and_unload as merge_and_unload
     from qlora.adapters import mixed_batch as mixed_batch
     from qlora.adapters import print_trainable_parameters as print_trainable_parameters
+    from qlora.adapters import save_adapter as save_adapter
     from qlora.adapters import set_adapter as set_adapter
+    from qlora.adapters import swap_adapter as swap_adapter
+    from qlora.adapters import unload as unload
+    from qlora.adapters import unmerge_adapter as unmerge_adapter
     from qlora.base import load_base as load_base
     from qlora.config import DataConfig as DataConfig
     from qlora.config import LoraConfig as LoraConfig
@@ -38,35 +55,35 @@ if TYPE_CHECKING:
     from qlora.config import QuantConfig as QuantConfig
     from qlora.config import TrainConfig as TrainConfig
     from qlora.errors import UserError as UserError
-    from qlora.merging import delete_adapter as delete_adapter
-    from qlora.merging import merge_adapter as merge_adapter
-    from qlora.merging import merge_and_unload as merge_and_unload
-    from qlora.merging import unload as unload
-    from qlora.merging import unmerge_adapter as unmerge_adapter
-    from qlora.weighted import add_weighted_adapter as add_weighted_adapter
 
-_ROOMS = {
-    "qlora.adapter_files": ("load_adapter", "save_adapter", "swap_adapter"),
+_PACKAGES = {
     "qlora.adapters": (
+        "add_weighted_adapter",
         "apply_lora",
-        "disable_adapter",
-        "mixed_batch",
-        "print_trainable_parameters",
-        "set_adapter",
-    ),
-    "qlora.base": ("load_base",),
-    "qlora.config": ("DataConfig", "LoraConfig", "MergeConfig", "QuantConfig", "TrainConfig"),
-    "qlora.errors": ("UserError",),
-    "qlora.merging": (
         "delete_adapter",
+        "disable_adapter",
+        "load_adapter",
         "merge_adapter",
         "merge_and_unload",
+        "mixed_batch",
+        "print_trainable_parameters",
+        "save_adapter",
+        "set_adapter",
+        "swap_adapter",
         "unload",
         "unmerge_adapter",
     ),
-    "qlora.weighted": ("add_weighted_adapter",),
+    "qlora.base": ("load_base",),
+    "qlora.config": (
+        "DataConfig",
+        "LoraConfig",
+        "MergeConfig",
+        "QuantConfig",
+        "TrainConfig",
+    ),
+    "qlora.errors": ("UserError",),
 }
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+_HOME = {name: package for package, names in _PACKAGES.items() for name in names}
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
 

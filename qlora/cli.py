@@ -7,25 +7,36 @@ taken as they are written, not as YAML guesses: `revision: 1.10` stays 1.10.
 
 Left out on purpose: abbreviated flags, which would make each new setting a breaking change. Nothing
 heavy is imported here, so that a mistake is answered at once.
+
+One setting's value: from the words after its flag to its type, and back to one word.
+
+A value is read by the same code wherever it was written, on a command line or in a recipe.
+
+A YAML recipe -> the settings it makes, checked against the known names, with the file's name.
+
+Scalars are taken as they are written, not as YAML guesses: `revision: 1.10` stays 1.10. They become
+flags (qlora.cli), so that a value is read by the same code wherever it stands.
 """
 
+import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from qlora.config.lora import ALL_LINEAR
 from qlora.errors import UserError, did_you_mean
-from qlora.flag_values import as_flag, flag_of, metavar_of, read_value, show_default
-from qlora.recipe import Loader, is_list, read_recipe
 
 Config = TypeVar("Config")
 
@@ -307,3 +318,201 @@ def _unboxed(box: str, stop: BaseException) -> UserError:
     if gap := re.match(r"Missing value for argument '(--[\w-]+)'", text):
         return UserError(f"{gap[1]} needs a value (one that starts with - is written {gap[1]}=-…)")
     return UserError(str(cause or text))
+
+
+def flag_of(name: str) -> str:
+    """`lora_alpha` -> `--lora-alpha`"""
+    return "--" + name.replace("_", "-")
+
+
+def as_flag(name: str, value: Any) -> str:
+    """One word, whatever it holds: a list or mapping travels as JSON, which `read_value` takes."""
+    if isinstance(value, bool):
+        return flag_of(name if value else f"no-{name}")
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return f"{flag_of(name)}={text}"
+
+
+def read_value(hint: Any, words: list[str]) -> Any:
+    """The words after a flag -> the value of its type, or a UserError with what was wanted."""
+    if not is_list(hint):
+        return _read_one(hint, words[0])
+    if kind := next((k for k in (int, float) if k in _items(hint)), None):
+        numbers = re.findall(r"[^\s,\[\]]+", " ".join(words))
+        return tuple(_read_number(kind, number) for number in numbers)
+    if len(words) == 1 and re.fullmatch(r"\[.*\]", words[0], re.DOTALL):
+        return _read_bracketed(words[0])
+    # One plain word is a list of one: taken as a regular expression over the full name, as PEFT
+    # takes a string, q_proj would match no layer.
+    if len(words) == 1 and str in get_args(hint) and _is_pattern(words[0]):
+        return words[0]
+    return tuple(words)
+
+
+def _items(hint: Any) -> tuple[Any, ...]:
+    """What a list setting holds: the arguments of its tuple."""
+    options = (hint, *get_args(hint))
+    return next((get_args(option) for option in options if get_origin(option) is tuple), ())
+
+
+def _read_bracketed(text: str) -> tuple[str, ...]:
+    """`["q_proj"]`, as `as_flag` writes it, or `[q_proj]`, as one does by hand."""
+    try:
+        items = json.loads(text)
+    except ValueError:
+        try:
+            items = yaml.load(text, Loader=yaml.BaseLoader)
+        except yaml.YAMLError:
+            items = [None]
+    if not all(isinstance(item, str) for item in items):
+        raise UserError(f"wanted a list of names, got {text!r}")
+    return tuple(items)
+
+
+def _is_pattern(word: str) -> bool:
+    return word == ALL_LINEAR or not set(word).isdisjoint("\\*+?()[]{}|^$")
+
+
+def _read_one(hint: Any, text: str) -> Any:
+    options = get_args(hint)
+    if get_origin(hint) is Mapping:
+        return _read_mapping(text)
+    if get_origin(hint) is Literal:
+        if text in options:
+            return text
+        raise UserError(f"wanted {' or '.join(options)}, got {text!r}")
+    if NoneType in options:
+        is_none = text.lower() in ("none", "null")
+        return None if is_none else _read_one(options[options.index(NoneType) - 1], text)
+    if bool in options and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return _read_number(hint, text) if hint in (int, float) else text
+
+
+def _read_mapping(text: str) -> dict[str, Any]:
+    """`{"q_proj": 8}`, as `as_flag` writes it, or `{q_proj: 8}`, as one does by hand."""
+    value: Any = None
+    with suppress(ValueError):
+        value = json.loads(text)
+    if value is None:
+        with suppress(yaml.YAMLError):
+            value = yaml.load(text, Loader=Loader)
+    if not isinstance(value, dict):
+        raise UserError(f"wanted {{NAME: VALUE}}, got {text!r}")
+    return {str(key): item for key, item in value.items()}
+
+
+def _read_number(kind: type[int] | type[float], text: str) -> int | float:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"wanted {'a whole' if kind is int else 'a'} number, got {text!r}")
+    return number
+
+
+def show_default(value: Any) -> list[str]:
+    """A default as the help prints it."""
+    return list(value) if isinstance(value, tuple) else [str(value)]
+
+
+def metavar_of(hint: Any) -> str | None:
+    """What the help shows for a value of that type; None for a type that tyro reads itself."""
+    options = [part for part in get_args(hint) if part is not NoneType]
+    if get_origin(hint) is Mapping:
+        return "{NAME: VALUE}"
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(options) + "}"
+    if is_list(hint):
+        numbers = not {int, float}.isdisjoint(_items(hint))
+        return "NUMBER [NUMBER ...]" if numbers else "NAME [NAME ...]"
+    if bool in options:
+        return "{true,NAME}" if str in options else "{true,false}"
+    return {int: "INT", float: "NUMBER", str: "STR"}.get(options[0] if options else hint)
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's, but 1e-4 is a number, as everyone who writes it means."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_recipe(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> value of what the file sets, read no further than `as_flag` needs.
+
+    An empty value, as after `revision:`, leaves the default. A run's own run.yaml is a recipe too:
+    its settings are below `config:`.
+    """
+    root = _compose(path)
+    nested = [node for key, node in root.value if key.value == "config"]
+    if nested and isinstance(nested[0], yaml.MappingNode):
+        root = nested[0]
+    values: dict[str, Any] = {}
+    unknown = []
+    for key, node in root.value:
+        name = key.value.replace("-", "_") if isinstance(key, yaml.ScalarNode) else _written(key)
+        if name not in settings:
+            unknown.append(f"unknown key {name}.{did_you_mean(name, settings)}")
+        elif name in values:
+            raise UserError(f"{path}: {name} is set twice: keep one of the two")
+        else:
+            values[name] = _recipe_value(f"{path}: {name}", node, settings[name])
+    if unknown:
+        raise UserError(f"{path}: {' '.join(unknown)}")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _compose(path: Path) -> yaml.MappingNode:
+    """The file's mapping as YAML nodes, which still know how each value was written."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=Loader)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line} is not YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path} must have lines of `name: value`, got {_written(root)}")
+    return root
+
+
+def _recipe_value(where: str, node: yaml.Node, hint: Any) -> Any:
+    """One value: text as it is written, or a list, switch or mapping where the setting is one."""
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "null":
+        return None
+    if hint is bool:
+        if kind != "bool":
+            raise UserError(f"{where} must be true or false, got {_written(node)}")
+        return yaml.SafeLoader.bool_values[node.value.lower()]
+    if get_origin(hint) is Mapping:
+        if kind != "map":
+            raise UserError(f"{where} must be a mapping of NAME: VALUE, got {_written(node)}")
+        return Loader("").construct_document(node)
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    items = node.value if is_list(hint) and kind == "seq" else [node]
+    if not all(isinstance(item, yaml.ScalarNode) for item in items):
+        wanted = "a value or a list of them" if is_list(hint) else "one value"
+        raise UserError(f"{where} must be {wanted}, got {_written(node)}")
+    return [item.value for item in items]
+
+
+def _written(node: yaml.Node | None) -> str:
+    """What came, for a message."""
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value)
+    return "a mapping" if isinstance(node, yaml.MappingNode) else "a list" if node else "nothing"
+
+
+def is_list(hint: Any) -> bool:
+    """Whether a setting of that type takes several words."""
+    return any(get_origin(part) in (tuple, Sequence) for part in (hint, *get_args(hint)))

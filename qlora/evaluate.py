@@ -4,8 +4,7 @@
     python -m qlora.evaluate --adapter out --data rows.jsonl --limit 100 --no-generate
     python -m qlora.evaluate --model out-merged --data rows.jsonl
 
-An adapter is measured beside its base. `--help` lists every flag; qlora.scores says what the
-figures are.
+An adapter is measured beside its base. `--help` lists every flag.
 """
 
 from qlora.cli import run
@@ -14,7 +13,7 @@ from qlora.config import EvaluateConfig
 
 def main(config: EvaluateConfig) -> None:
     """Evaluate, with torch imported only now: a mistake in the flags should not wait for it."""
-    from qlora.evaluation import evaluate
+    from qlora.apps.evaluation import evaluate
 
     evaluate(config)
 

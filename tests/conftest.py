@@ -44,8 +44,8 @@ from transformers import (
 )
 
 from qlora import apply_lora, load_base, save_adapter
+from qlora.adapters.lora import LoRALayer
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
-from qlora.lora import LoRALayer
 
 VOCAB = 320
 SIZES: dict[str, Any] = {

@@ -16,8 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlora.gated import ACTS
-from qlora.kernels import gated, nf4
+from qlora.ops import kernels as gated
+from qlora.ops import kernels as nf4
+from qlora.ops.gated import ACTS
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CARDS = {"T4": 75, "A100": 80, "H200": 90, "RTX 5090": 120}

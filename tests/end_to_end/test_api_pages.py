@@ -25,7 +25,7 @@ def pages(tmp_path_factory) -> dict[str, str]:
 
 
 def test_every_room_that_people_are_told_of_has_a_page(pages):
-    """What a page for people names, like `qlora.optimizers.keep_updates`, or imports."""
+    """What a page for people names, like `qlora.training.optimizers.keep_updates`, or imports."""
     texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
     told = {name for text in texts for name in re.findall(r"`(qlora\.\w+\.\w+)", text)}
     told |= {

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from qlora import load_adapter, load_base
+from qlora.base.tasks import TASKS
 from qlora.config import DataConfig, LoraConfig, MergeConfig, TrainConfig
 from qlora.errors import UserError
 from qlora.merge import merge
-from qlora.tasks import TASKS
 from qlora.training import train
 
 # PEFT computes B A x in the same order as we do; a merge in another. Logits are below 10.

@@ -8,8 +8,9 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoTokenizer
 
-from qlora import QuantConfig, apply_lora, load_base, nf4
-from qlora.adapters import trainable_parameters
+from qlora import QuantConfig, apply_lora, load_base
+from qlora.adapters.apply import trainable_parameters
+from qlora.ops import nf4
 
 
 @pytest.fixture(scope="module")

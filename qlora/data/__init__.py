@@ -1,0 +1,11 @@
+"""Records become token ids with a loss mask, and batches. Knows no model.
+
+- `prepare_data`: a file, folder or hub name becomes rows of ids and labels
+- `records`: the formats that are read
+- `chat_template`: which tokens of a rendered chat are learned
+- `objectives`: what each task does with a record
+- `rows`: rows, packs and batches
+- `generation`: prompts become answers
+"""
+
+from qlora.data.rows import prepare_data as prepare_data

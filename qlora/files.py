@@ -1,0 +1,125 @@
+"""The small files that a run and a merge leave for people, and how they are written and read.
+
+Rows, of metrics.jsonl and samples.jsonl, are lines of JSON. Nothing heavy is imported here, so that
+a report is there at once.
+"""
+
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import UserError
+
+RUN = "run.yaml"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+MERGE_REPORT = "merge_report.json"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged; nothing where it has not."""
+    return read_rows(folder / METRICS, ("step",))
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """What a run's model answered; nothing where it was not asked."""
+    return read_rows(folder / SAMPLES, ("prompt", "wanted", "before", "after"))
+
+
+def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a file; none where there is no file.
+
+    Raises:
+        UserError: a line is no JSON object, as the last of a run that was killed while it wrote, or
+            one without one of `keys`.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    rows = []
+    # not splitlines: a text may hold other line ends, which JSON leaves as they are
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            row = _object(line)
+            if row is None:
+                raise UserError(
+                    f"{path}, line {number}: a JSON object is wanted, got {line[:40]!r}, which is "
+                    "cut short or damaged: remove that line"
+                )
+            if lacking := [key for key in keys if key not in row]:
+                raise UserError(
+                    f"{path}, line {number}: it has no {', '.join(lacking)}: remove that line"
+                )
+            rows.append(row)
+    return rows
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that it is never half there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def front_matter(base_model: str, *lines: str) -> str:
+    """What the hub reads; a base that is a local folder has no name there and is left out."""
+    *settings, first, second = lines
+    path = Path(base_model).expanduser()
+    if not path.is_absolute() and not path.exists():
+        settings.insert(0, f"base_model: {base_model}")
+    return "\n".join(["---", *settings, "tags:", f"- {first}", f"- {second}", "---", ""])
+
+
+@contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """`with publishing(folder) as partial`: a folder that appears whole or not at all.
+
+    Files are written into a neighbour of `folder`, which takes its name when the block ends and is
+    removed when it fails. `folder` must not exist, or be empty. What a killed run left is removed.
+    """
+    require_new(folder)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        if not _is_running(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    """Whether a process of that number is there, and is not this one."""
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def require_new(folder: Path) -> None:
+    """Refuse a folder that already holds something, or that cannot be made."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already holds something: give a new folder, or remove it")
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{folder} cannot be made: {parent} is no folder that can be written to")

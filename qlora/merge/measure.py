@@ -1,0 +1,288 @@
+"""Does the merged checkpoint answer like base + live adapter? Measured, not assumed.
+
+Both models read the same rows. At every supervised position the live model gives a distribution p
+over the next token and the merged one q: loss is the mean of -log of the token that really comes,
+KL the mean of sum p log(p / q), in nats. The models are held one after the other; what is kept of
+the live one is log p at up to MAX_TOKENS positions.
+
+What the 4-bit merge knows of a layer's inputs: their second moments, from a run over data.
+
+The model is the one that was trained, the 4-bit base with its live adapter. It reads some rows, and
+qlora.adapters.starts adds up the inputs of each adapted linear layer.
+
+Where there are no rows to read, the model reads what it writes itself: text sampled from its first
+token on is close enough to what it was trained on (arXiv:2305.17888 quantizes with it).
+"""
+
+import gc
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from qlora.adapters.files import attach, check_fits
+from qlora.adapters.format import AdapterFile
+from qlora.adapters.lora import LoRALinear, lora_layers
+from qlora.adapters.starts import SecondMoments
+from qlora.base.checkpoint import Checkpoint
+from qlora.base.load import load_base
+from qlora.config import QuantConfig
+from qlora.data.rows import length_batches, prepare_data
+from qlora.errors import UserError, first_line
+
+MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
+MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Losses and KL are means over `tokens` supervised tokens of `rows` rows, in nats."""
+
+    rows: int
+    tokens: int
+    loss_base: float
+    loss_live: float
+    loss_merged: float
+    kl: float
+    """of the merged model to the live one"""
+    kl_base: float
+    """of the base to the live model: how far the adapter moved it"""
+    agreement: float
+    """share of the tokens for which live and merged model hold the same next token most likely"""
+
+    @property
+    def kept(self) -> float | None:
+        """The share of what training gained in loss that the merged model has; None of no gain."""
+        gain = self.loss_base - self.loss_live
+        return (self.loss_base - self.loss_merged) / gain if gain > 0 else None
+
+    def table(self) -> str:
+        """A small table for the terminal."""
+        kept = "no gain" if self.kept is None else f"{self.kept:.2%}"
+        return (
+            f"\nMeasured on {self.rows} rows, {self.tokens} supervised tokens:\n"
+            f"  {'':24}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
+            f"  {'4-bit base':24}{self.loss_base:9.4f}{0:12.2%}{self.kl_base:13.6f}\n"
+            f"  {'base + live adapter':24}{self.loss_live:9.4f}{1:12.2%}\n"
+            f"  {'merged':24}{self.loss_merged:9.4f}{kept:>12}{self.kl:13.6f}"
+            f"{self.agreement:17.2%}"
+        )
+
+
+def read_examples(data: str, tokenizer_folder: Path, max_tokens: int = MAX_TOKENS) -> list[Any]:
+    """Batches of the first rows of `data`, up to `max_tokens` supervised tokens, on the CPU."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{tokenizer_folder} holds no tokenizer to verify with: {first_line(error)}"
+        ) from error
+    rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH)
+    chosen: list[dict[str, Any]] = []
+    tokens = 0
+    for row in rows:
+        tokens += sum(label != -100 for label in row["labels"])
+        if chosen and tokens > max_tokens:
+            break
+        chosen.append(row)
+    return length_batches(chosen, tokenizer)
+
+
+class _Live(NamedTuple):
+    """What base and live adapter made of the examples."""
+
+    loss_base: float
+    kl_base: float
+    loss: float
+    log_p: list[Tensor]
+    dtype: torch.dtype
+
+
+class Verifier:
+    """Measures merged checkpoints against `adapter` live on `base_model`, which is run once.
+
+    All compute in one dtype, by default that of `device`, also where training was in another.
+    """
+
+    def __init__(
+        self,
+        adapter: AdapterFile,
+        base_model: str,
+        examples: list[Any],
+        *,
+        device: str,
+        compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.adapter, self.base_model, self.examples = adapter, base_model, examples
+        self.device, self.trust_remote_code = device, trust_remote_code
+        self.compute_dtype = compute_dtype
+        self.rows = sum(len(batch["labels"]) for batch in examples)
+        self.tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in examples)
+
+    def measure(self, merged: Path) -> Verification:
+        """Loss, KL and agreement of the checkpoint in the folder `merged`."""
+        live = self._live
+        if Checkpoint(merged).is_quantized:
+            model = self._load(str(merged), QuantConfig(compute_dtype=self.compute_dtype))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                merged,
+                dtype=live.dtype,
+                device_map=self.device,
+                trust_remote_code=self.trust_remote_code,
+            )
+        kl = loss = 0.0
+        same = 0
+        pairs = zip(live.log_p, _log_probs(model, self.examples, "Merged"), strict=True)
+        for log_p, (nll, log_q) in pairs:
+            loss += nll
+            same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+            kl += _kl(log_p, log_q)
+        return Verification(
+            rows=self.rows,
+            tokens=self.tokens,
+            loss_base=live.loss_base,
+            kl_base=live.kl_base,
+            loss_live=live.loss,
+            loss_merged=loss / self.tokens,
+            kl=kl / self.tokens,
+            agreement=same / self.tokens,
+        )
+
+    @cached_property
+    def _live(self) -> _Live:
+        quant = replace(
+            self.adapter.quantization, compute_dtype=self.compute_dtype, allow_unquantized=True
+        )
+        model = self._load(self.base_model, quant)
+        base = deque(_log_probs(model, self.examples, "Base"))
+        check_fits(model, self.adapter)
+        attach(model, self.adapter)
+        loss_base = loss = kl_base = 0.0
+        live = []
+        for nll, log_p in _log_probs(model, self.examples, "Live adapter"):
+            nll_base, log_base = base.popleft()  # held no longer than needed
+            loss_base, loss = loss_base + nll_base, loss + nll
+            kl_base += _kl(log_p, log_base)
+            live.append(log_p)
+        dtype = model.dtype
+        del model
+        _free()
+        n = self.tokens
+        return _Live(loss_base / n, kl_base / n, loss / n, live, dtype)
+
+    def _load(self, model: str, quant: QuantConfig) -> PreTrainedModel:
+        return load_base(model, quant, device=self.device, trust_remote_code=self.trust_remote_code)
+
+
+@torch.no_grad()
+def _log_probs(
+    model: PreTrainedModel, batches: list[Any], name: str
+) -> Iterator[tuple[float, Tensor]]:
+    """For each batch the summed -log p of the real tokens, and log p (tokens, vocab) on the CPU."""
+    model.eval()
+    for batch in tqdm(batches, desc=name, leave=False):
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        mask = batch["labels"][:, 1:] != -100
+        log_p = F.log_softmax(logits[:, :-1][mask].float(), dim=-1)
+        nll = F.nll_loss(log_p, batch["labels"][:, 1:][mask], reduction="sum")
+        yield float(nll), log_p.cpu()
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> float:
+    return float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+MIN_TOKENS = 8192  # more changed nothing that could be measured
+TOKENS_PER_INPUT = 4  # of the widest layer: with fewer than 1 its moments are singular
+OWN_TEXT = "self"
+OWN_LENGTH = 128
+OWN_BATCH = 64
+
+
+def calibrate(
+    adapter: AdapterFile,
+    base_model: str,
+    data: Sequence[str],
+    tokenizer_folder: Any,
+    *,
+    device: str,
+    trust_remote_code: bool = False,
+) -> SecondMoments:
+    """Second moments of `adapter`'s layers, live on `base_model`, over some of `data`.
+
+    Args:
+        data: what `prepare_data` reads, some of each; or OWN_TEXT.
+
+    Raises:
+        UserError: the data cannot be read, or the adapter does not fit.
+    """
+    from_model = list(data) == [OWN_TEXT]
+    if not from_model:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{tokenizer_folder} holds no tokenizer to calibrate with") from error
+        read = [prepare_data(source, tokenizer, max_length=MAX_LENGTH) for source in data]
+    model = load_base(
+        base_model, adapter.quantization, device=device, trust_remote_code=trust_remote_code
+    )
+    check_fits(model, adapter)
+    attach(model, adapter)
+    model.eval()
+    found = lora_layers(model).items()
+    layers = {name: layer for name, layer in found if isinstance(layer, LoRALinear)}
+    widest = max(layer.shape[1] for layer in layers.values())
+    tokens = max(MIN_TOKENS, TOKENS_PER_INPUT * widest)
+    if from_model:
+        return SecondMoments(model, own_text(model, tokens), layers)
+    chosen = []
+    for rows, stats in read:
+        every = max(1, stats.tokens * len(read) // tokens)
+        chosen += [rows[i] for i in range(0, len(rows), every)]
+    return SecondMoments(model, length_batches(chosen, tokenizer), layers)
+
+
+@torch.no_grad()
+def own_text(model: PreTrainedModel, tokens: int) -> list[dict[str, Tensor]]:
+    """At least `tokens` tokens that `model` writes from its first on, the same at every call."""
+    config = model.generation_config
+    ends = config.eos_token_id
+    first = config.bos_token_id if config.bos_token_id is not None else ends
+    first = first[0] if isinstance(first, list) else first or 0
+    batches = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        rows = math.ceil(tokens / OWN_LENGTH)
+        for done in tqdm(range(0, rows, OWN_BATCH), desc="Writing text of its own", leave=False):
+            start = torch.full((min(OWN_BATCH, rows - done), 1), first, device=model.device)
+            written = model.generate(  # type: ignore[operator]  # of a mixin that is not typed
+                start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=OWN_LENGTH - 1,
+                min_new_tokens=OWN_LENGTH - 1,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=first,
+            )
+            batches.append({"input_ids": written, "attention_mask": torch.ones_like(written)})
+    return batches

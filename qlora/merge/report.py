@@ -1,0 +1,134 @@
+"""What a merge tells of itself: merge_report.json, a picture, the model card, and the terminal."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from qlora.base.tasks import CAUSAL_LM, task_named
+from qlora.config import MergeConfig
+from qlora.files import MERGE_REPORT, front_matter, replace_text
+from qlora.merge.codes import Facts
+from qlora.merge.plan import Plan
+from qlora.pictures import by_kind, plot_merge
+
+if TYPE_CHECKING:
+    from qlora.merge.measure import Verification
+
+
+WARN_BELOW = 0.95  # share of the gain kept
+
+
+class MergeReport:
+    """What is known of a merge so far; `layers` fills while it runs."""
+
+    def __init__(self, config: MergeConfig, base_model: str, plan: Plan) -> None:
+        self.config, self.base_model, self.plan = config, base_model, plan
+        self.layers: dict[str, Facts] = {}
+        self.verified: Verification | None = None
+
+    def write(self, folder: Path) -> None:
+        """merge_report.json, merge.png and README.md in `folder`."""
+        quant, verified = self.plan.quant, self.verified
+        values: dict[str, Any] = {
+            "adapters": self.config.adapters,
+            "base_model": self.base_model,
+            "onto": self.config.onto,
+            "format": self.config.format,
+            "quant_type": quant.quant_type,
+            "blocksize": quant.blocksize,
+            "double_quant": quant.double_quant,
+            "layers": self.layers,
+            "verify": asdict(verified) | {"kept": verified.kept} if verified else None,
+        }
+        replace_text(folder / MERGE_REPORT, json.dumps(values, indent=2) + "\n")
+        if self.layers:
+            plot_merge(values, folder / "merge.png")
+        write_merge_card(folder, values)
+
+    def print_summary(self, output: Path) -> None:
+        """What was done, and a table of it by kind of layer."""
+        base = "the dequantized 4-bit base"
+        onto = base if self.config.onto == "nf4" else "the original weights"
+        size = sum(entry.nbytes for entry in self.plan.entries)
+        print(f"Merged onto {onto}, {self.config.format}, {size / 1e9:.2f} GB.")
+        print(self._table())
+        print(f"\nWritten to {output}. Use it:")
+        task = task_named(self.plan.task)
+        served = f"      or      vllm serve {output}" if task is CAUSAL_LM else ""
+        print(f'  {task.auto_class}.from_pretrained("{output}"){served}')
+
+    def _table(self) -> str:
+        in_4_bits = any("codes_changed" in facts for facts in self.layers.values())
+        head = f"\n{'':18}{'layers':>7}{'change of weight':>18}{'of it kept':>12}{'least':>9}"
+        lines = [head + f"{'codes changed':>15}" * in_4_bits]
+        for kind, found in by_kind(self.layers).items():
+            kept = [facts["kept"] for _, facts in found]
+            line = (
+                f"{kind:18}{len(found):7}"
+                f"{median(facts['delta_over_weight'] for _, facts in found):18.2%}"
+                f"{median(kept):12.1%}{min(kept):9.1%}"
+            )
+            if in_4_bits:
+                codes = [f["codes_changed"] for _, f in found if "codes_changed" in f]
+                line += f"{median(codes):15.1%}" if codes else ""
+            lines.append(line)
+        return "\n".join(lines)
+
+    def print_verification(self) -> None:
+        """The measured table, and a warning where little is kept."""
+        if self.verified is None:
+            return
+        print(self.verified.table())
+        kept = self.verified.kept
+        if kept is not None and kept < WARN_BELOW:
+            print(
+                f"\nWARNING: the merged model has lost {1 - kept:.1%} of what training gained on "
+                "this data. Do not use it in place of the live adapter."
+            )
+
+
+def write_merge_card(folder: Path, report: Mapping[str, Any]) -> None:
+    """README.md of a merged checkpoint: what was merged onto what, and what was measured."""
+    onto = {
+        "nf4": f"the base dequantized from 4 bits ({report['quant_type'].upper()}, blocksize "
+        f"{report['blocksize']}), as it was in training",
+        "original": "the original weights, which the adapter did not see in training",
+    }[report["onto"]]
+    verify = report["verify"]
+    measured = "Not measured: merge with `--verify DATA` to compare it with the live adapter."
+    if verify:
+        measured = (
+            f"On {verify['rows']} rows: loss {verify['loss_base']:.4f} for the 4-bit base, "
+            f"{verify['loss_live']:.4f} with the live adapter, {verify['loss_merged']:.4f} merged; "
+            f"KL to the live adapter {verify['kl']:.2g} nats a token, the same most likely token "
+            f"in {verify['agreement']:.1%} of the places."
+        )
+        if verify["kept"] is not None:
+            measured += f" That keeps {verify['kept']:.2%} of what training gained."
+    picture = "\n![what each layer kept](merge.png)" if report["layers"] else ""
+    base = str(report["base_model"])
+    text = f"""{front_matter(base, "library_name: transformers", "qlora", "merged")}
+# {Path(base).name} with a LoRA adapter merged in
+
+{_adapters(report["adapters"])} folded in fp32 into {onto},
+and rounded once to {report["format"]}.
+
+{measured}
+{picture}
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _adapters(weights: Mapping[str, float]) -> str:
+    """Each adapter by name, with its weight where that is not 1."""
+    names = [
+        f"`{a}`" + (f" times {weight:g}" if weight != 1 else "") for a, weight in weights.items()
+    ]
+    return (
+        f"The adapter {names[0]} was"
+        if len(names) == 1
+        else f"The adapters {', '.join(names)} were"
+    )

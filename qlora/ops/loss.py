@@ -1,0 +1,175 @@
+"""Linear + cross-entropy in chunks of tokens: the loss of a language model without its logits.
+
+    z_i  = softcap * tanh(scale * (W x_i + b) / softcap)           without a softcap, scale * (…)
+    loss = sum_i [logsumexp(z_i) - (1 - e) z_i[y_i] - e mean(z_i)]           e: label_smoothing
+
+of all tokens i with a label. Logits (tokens, vocab) are the largest tensor of a training step: 4096
+tokens over 128k take 2.1 GB in fp32, and the plain path holds them several times over. Here a chunk
+of them exists at a time, and the gradient of x is computed while it does:
+
+    dz_i = softmax(z_i) - (1 - e) onehot(y_i) - e / vocab          times the slope of the softcap
+    dx_i = scale * W' dz_i
+
+so that the backward pass has nothing left to do but to multiply dx with a number, and no chunk is
+computed twice. It costs the plain path's two products, only over tokens with a label, and a chunk's
+logits, in fp32 and once more in the dtype of x.
+
+In 16 bits, that number (one over the tokens of a step, say) must not cost a second rounding. On a
+GPU dx is a product in fp32, waits so, and is rounded once: it is nearer to the exact one than the
+plain path's. A CPU has no such product. There the mantissa of the number of tokens is in dz, which
+leaves a power of two to multiply with, unless a step has other tokens too.
+
+The idea is that of Liger's fused linear cross-entropy (arXiv:2410.10989). Left out: the gradient of
+W, as the head of a 4-bit base is frozen (who trains it takes the plain path), and skipping small
+probabilities (cut cross-entropy, arXiv:2411.09009), which changes the result. torch's own
+(torch.nn.functional.linear_cross_entropy, since 2.13) has no softcap.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qlora.errors import UserError
+from qlora.ops.lora import linear
+
+NO_LABEL = -100
+
+# fp32 logits of a chunk. Each reads all of W, a FLOP a byte for each token in 16 bits: fewer tokens
+# than the card does FLOP while it reads a byte wait for memory, and more are no faster. That is 165
+# on a 4090 and 206 on an H200, by data sheet. Over 128k a chunk has 262, and on a CPU 131.
+CHUNK_BYTES = {"cpu": 64 << 20}
+GPU_CHUNK_BYTES = 128 << 20
+
+# Probabilities of one token in 100,000 are near the end of what fp16 can hold. A power of two
+# changes nothing else, and is taken back at the end.
+GRADIENT_SCALE = 256.0
+
+
+class _Head(NamedTuple):
+    """What makes logits of hidden states, and a loss of logits."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    label_smoothing: float
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """How many tokens' logits over this head (vocab, dim) are a chunk."""
+    chunk_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
+    return max(1, chunk_bytes // (len(weight) * _computed_in(weight).itemsize))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = NO_LABEL,
+) -> Tensor:
+    """The sum over tokens of the cross-entropy of the logits that `weight` makes of `hidden`.
+
+    In fp32, of fp64 in fp64. Differentiable in `hidden` alone.
+
+    Args:
+        hidden: (tokens, dim).
+        weight: (vocab, dim), frozen; its dtype is the one that products are computed in.
+        labels: (tokens,), `ignore_index` where there is none.
+        bias: (vocab,), frozen.
+        scale: what logits are multiplied with.
+        softcap: what they are then bounded by.
+
+    Raises:
+        UserError: `weight` or `bias` is to get a gradient.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise UserError(
+            "linear_cross_entropy has no gradient for the output head, and this one is trained: "
+            "freeze it, or compute the loss from logits"
+        )
+    kept = (labels != ignore_index).nonzero()[:, 0]
+    head = _Head(weight, bias, scale, softcap, label_smoothing)
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden[kept].to(weight.dtype), labels[kept], head
+        )
+    return loss
+
+
+def _computed_in(weight: Tensor) -> torch.dtype:
+    """The dtype of losses, and of logits while they become losses."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss of tokens that all have a label; the gradient is ready when it is."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: _Head) -> Tensor:
+        dtype, rows = _computed_in(head.weight), chunk_rows(head.weight)
+        losses = hidden.new_empty(len(hidden), dtype=dtype)
+        gradient = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
+        factor = GRADIENT_SCALE / math.frexp(max(1, len(labels)))[0]
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            losses[chunk], logits_gradient = _of_chunk(
+                hidden[chunk], labels[chunk], head, factor if gradient is not None else None
+            )
+            if gradient is not None:
+                gradient[chunk] = _product(logits_gradient.to(hidden.dtype), head.weight)
+            del logits_gradient  # else the next chunk's would stand beside it
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+            ctx.factor, ctx.dtype = head.scale / factor, hidden.dtype
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * (loss_gradient * ctx.factor)).to(ctx.dtype), None, None
+
+
+def _product(p: Tensor, weight: Tensor) -> Tensor:
+    """p (rows, vocab) times weight (vocab, dim), in fp32 where a product of 16 bits can be."""
+    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(p, weight, out_dtype=torch.float32)
+    return linear(p, weight.T)
+
+
+def _of_chunk(
+    hidden: Tensor, labels: Tensor, head: _Head, factor: float | None
+) -> tuple[Tensor, Tensor]:
+    """Losses (rows,), and `factor` times the gradients of them in scale * (W x + b), (rows, vocab),
+    which are not computed for None."""
+    z = linear(hidden, head.weight, head.bias).to(_computed_in(head.weight))
+    slope = None
+    if head.scale != 1:
+        z *= head.scale
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_()
+        slope = None if factor is None else 1 - z * z
+        z *= head.softcap
+    picked, mean = z.gather(1, labels[:, None]), z.mean(1, keepdim=True)
+    top = z.amax(1, keepdim=True)
+    p = z.sub_(top).exp_()
+    total = p.sum(1, keepdim=True)
+    smoothing = head.label_smoothing
+    losses = total.log() + (1 - smoothing) * (top - picked) + smoothing * (top - mean)
+    if factor is not None:
+        p *= factor / total
+        if smoothing:
+            p -= factor * smoothing / p.shape[1]
+        labelled = torch.full_like(picked, (smoothing - 1) * factor)
+        p.scatter_add_(1, labels[:, None], labelled)
+        if slope is not None:
+            p *= slope
+    return losses[:, 0], p

@@ -1,0 +1,302 @@
+"""transformers' Trainer for a frozen 4-bit model with adapters: what differs, and nothing else.
+
+It is told, truthfully, that adapters are attached; checkpoints hold the adapter alone; the loss is
+summed over supervised tokens, or labels, and divided once per optimizer step, in training and in
+evaluation (what it is, qlora.data.objectives says); layer inputs wait in host memory if asked
+(qlora.fast.offload); adapters in bf16 keep updates that are too small for it
+(qlora.training.optimizers); and a paged optimizer runs unpaged where there is no GPU to page from.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import EvalLoopOutput
+
+from qlora.adapters.files import load_adapter_weights, save_adapter
+from qlora.adapters.lora import lora_layers
+from qlora.config import TrainConfig
+from qlora.data.objectives import OBJECTIVES, Objective, labelled
+from qlora.data.rows import collator
+from qlora.errors import UserError, did_you_mean, first_line
+from qlora.fast.attention import rows_collator
+from qlora.fast.offload import offload_activations
+from qlora.training.optimizers import keep_updates, loses_updates
+from qlora.training.progress import MetricsWriter, PlainProgress
+
+# Arguments of Trainer that follow from ours, so `--trainer.NAME` may not contradict them.
+OWN_ARGUMENTS = (
+    "bf16",
+    "do_train",
+    "fp16",
+    "gradient_checkpointing_kwargs",
+    "label_smoothing_factor",
+    "remove_unused_columns",
+    "use_cpu",
+)
+LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}  # others are as named
+
+
+def check_trainer_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse what TrainingArguments does not have, and what this project decides itself."""
+    known = {field.name for field in fields(TrainingArguments) if field.init}
+    own = {field.name for field in fields(TrainConfig)}
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"--trainer.{name} is no argument of transformers.TrainingArguments."
+                f"{did_you_mean(name, known)}"
+            )
+        if name in own:
+            raise UserError(f"--trainer.{name} has a flag of its own: give --{name}")
+        if name in OWN_ARGUMENTS:
+            raise UserError(f"--trainer.{name} follows from the other settings: leave it out")
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse a logger that transformers does not know, or whose package is not installed."""
+    named = [name for name in names if name not in ("all", "none")]
+    if not named:
+        return
+    unknown = [name for name in named if name not in INTEGRATION_TO_CALLBACK]
+    if unknown:
+        known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+        hint = did_you_mean(unknown[0], INTEGRATION_TO_CALLBACK)
+        raise UserError(f"--report-to must be among {known}; got {', '.join(unknown)}.{hint}")
+    there = {*get_available_reporting_integrations(), "flyte"}  # which it leaves out
+    missing = [name for name in named if name not in there]
+    if missing:
+        packages = " ".join(LOGGER_PACKAGES.get(name, name) for name in missing)
+        raise UserError(
+            f"--report-to {' '.join(missing)} wants a package that is not installed: "
+            f"pip install {packages}"
+        )
+
+
+def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingArguments:
+    """transformers' arguments for `config`; what `--trainer.NAME` gave comes last and wins."""
+    on_cpu = model.device.type == "cpu"
+    settings: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_ratio,  # below 1 it is a share of the steps
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "seed": config.seed,
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "eval_strategy": _eval_strategy(config),
+        "eval_steps": config.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "report_to": list(config.report_to) or "none",
+        "fp16": model.dtype == torch.float16,  # T4 and older: loss scaling, fp32 adapters
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        # as QLoRA: less padding; packs are nearly of one length
+        "train_sampling_strategy": "random" if config.data.packing else "group_by_length",
+        "length_column_name": "length",
+        "include_num_input_tokens_seen": "non_padding",
+        "label_names": ["labels"],
+    }
+    if on_cpu and "paged" in config.optim:
+        print(f"{config.optim} runs unpaged: this machine has no GPU memory to page from")
+    try:
+        arguments = TrainingArguments(**{**settings, **config.trainer})
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one GPU, also where more are visible
+    return arguments
+
+
+def make_trainer(
+    config: TrainConfig, model: PreTrainedModel, tokenizer: Any, rows: Any, eval_rows: Any
+) -> "AdapterTrainer":
+    """The Trainer for one run, with our own loss, metrics and progress lines."""
+    arguments = training_arguments(config, model)
+    collate = collator(tokenizer, config.task, model)
+    if config.task == "causal-lm":
+        packing, fast = config.data.packing, config.fast_path
+        pad = tokenizer.pad_token_id
+        found = rows_collator(model, packing=packing, fast_path=fast, pad_token_id=pad)
+        collate = found or collate
+    if arguments.fp16 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise UserError("fp16 compute wants fp32 adapters: leave out --adapter-dtype, or give fp32")
+    try:
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            data_collator=collate,
+            processing_class=tokenizer,
+            objective=OBJECTIVES[config.task],
+            loraplus_lr_ratio=config.loraplus_lr_ratio,
+            offload=offload_activations() if config.offload_activations else None,
+        )
+        # Made once to see that they can be, before anything is written, and dropped again: the
+        # schedule's length is not known yet.
+        optimizer = trainer.create_optimizer()
+        trainer.create_scheduler(num_training_steps=10)
+    except (ValueError, RuntimeError, ImportError, TypeError) as error:
+        with suppress(OSError):
+            Path(config.output_dir).rmdir()  # Trainer makes it at once; goes only if empty
+        raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
+    if loses_updates(optimizer):
+        print(
+            f"{config.optim} loses small updates of bf16 adapters: --adapter-dtype fp32 keeps them"
+        )
+    trainer.optimizer = trainer.lr_scheduler = None
+    for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # in a notebook another one
+        trainer.remove_callback(callback)
+    # First of all callbacks, so that the loggers get its figures too.
+    trainer.callback_handler.callbacks.insert(0, MetricsWriter(Path(config.output_dir)))
+    trainer.add_callback(PlainProgress())
+    return trainer
+
+
+def _eval_strategy(config: TrainConfig) -> str:
+    if not config.data.eval_data:
+        return "no"
+    return "steps" if config.eval_steps else "epoch"
+
+
+class AdapterTrainer(Trainer):
+    """Trainer for a frozen quantized model with LoRA adapters; saves and resumes the adapter."""
+
+    model: Any
+    processing_class: Any
+    state: Any
+    objective: Objective
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        objective: Objective | None = None,
+        loraplus_lr_ratio: float = 1.0,
+        offload: offload_activations | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.objective = objective or OBJECTIVES["causal-lm"]
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.offload = offload
+        if not lora_layers(model):
+            raise UserError("the model has no adapter to train: call apply_lora first")
+        # Trainer refuses a quantized model unless it hears that adapters are attached. They are;
+        # it is told while it asks and no longer, since elsewhere the mark means PEFT's own.
+        model._hf_peft_config_loaded = True
+        try:
+            super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
+        finally:
+            del model._hf_peft_config_loaded
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Trainer's, around every forward pass."""
+        stack: ExitStack = super().compute_loss_context_manager()
+        if self.offload is not None:
+            stack.enter_context(self.offload)
+        return stack
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Trainer's, without a mask where position_ids say where rows begin: it would hide that."""
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if "position_ids" in prepared:
+            prepared.pop("attention_mask", None)  # Trainer counted its tokens before
+        return prepared
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = str(output_dir or self.args.output_dir)
+        save_adapter(self.model, folder)
+        self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_adapter_weights(self.model, self.state.best_model_checkpoint)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's, with a rate of B's own (LoRA+, arXiv:2402.12354), that keeps small updates."""
+        is_new = self.optimizer is None
+        optimizer: Any = super().create_optimizer(model)
+        if not is_new:
+            return optimizer
+        if self.loraplus_lr_ratio != 1:
+            layers = lora_layers(self.model).values()
+            matrices = {id(lora_B) for layer in layers for lora_B in layer.lora_B.values()}
+            for group in list(optimizer.param_groups):
+                fast = [p for p in group["params"] if id(p) in matrices]
+                group["params"] = [p for p in group["params"] if id(p) not in matrices]
+                if fast:
+                    rate = group["lr"] * self.loraplus_lr_ratio
+                    optimizer.add_param_group({**group, "params": fast, "lr": rate})
+        self.optimizer = keep_updates(optimizer)
+        return self.optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.use_cpu and "is_paged" in kwargs:
+            kwargs["is_paged"] = False
+        return optimizer, kwargs
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss over all labels, where Trainer's own averages means of batches; and measures."""
+        model = self.model.eval()
+        objective = self.objective
+        total, count = 0.0, 0
+        self.callback_handler.eval_dataloader = dataloader  # its length, for the progress bar
+        wanted: list[list[int]] = []
+        predicted: list[list[int]] = []
+        one = torch.tensor(1, device=self.args.device)  # divide by nothing: sums are added up
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            labels = batch["labels"]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(
+                    model, dict(batch), return_outputs=True, num_items_in_batch=one
+                )
+            total += float(loss)
+            count += objective.supervised(labels)
+            if objective.measure:
+                wanted += labelled(labels, labels)
+                predicted += labelled(outputs["logits"].argmax(-1), labels)
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+        metrics = {"loss": total / max(count, 1)}
+        if objective.measure:
+            metrics |= objective.measure(predicted, wanted, model.qlora_base["labels"])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        nothing: Any = None
+        return EvalLoopOutput(nothing, nothing, metrics, num_samples=self.num_examples(dataloader))

@@ -1,0 +1,274 @@
+"""What is written is what safetensors and transformers read, whole or not at all."""
+
+import errno
+import json
+import os
+import subprocess
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import tiny_model, token_ids
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qlora.base import shards
+from qlora.base.shards import (
+    DTYPE_CODES,
+    INDEX,
+    SINGLE,
+    Entry,
+    parse_size,
+    plan_shards,
+    write_shards,
+)
+from qlora.errors import UserError
+from qlora.files import publishing, require_new
+
+
+def entries_of(tensors):
+    return [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+
+
+def write(folder, tensors, *, max_bytes=10**9):
+    return write_shards(folder, entries_of(tensors), iter(tensors.values()), max_bytes=max_bytes)
+
+
+def as_bytes(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8).tolist()
+
+
+def bitwise_equal(a, b):
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and as_bytes(a) == as_bytes(b)
+
+
+# ---- the files ----
+
+
+@pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
+def test_every_dtype_and_shape_is_read_back(tmp_path, dtype):
+    values = torch.arange(-6, 6).to(dtype)
+    tensors = {
+        "matrix": values.view(3, 4),
+        "transposed": values.view(3, 4).T,
+        "slice": values.view(3, 4)[:, ::2],
+        "cube": values.view(2, 3, 2),
+        "scalar": values[3],
+        "empty": values[:0].view(0, 4),
+        'ünïcode/ " name': values,
+    }
+    (path,) = write(tmp_path, tensors)
+    assert path == tmp_path / SINGLE
+    read = load_file(path)
+    assert set(read) == set(tensors)
+    assert all(bitwise_equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_nan_and_infinity_keep_their_bits(tmp_path):
+    special = torch.tensor([0x7FC1, 0x7F80, 0xFF80, 0x0001, 0x8000], dtype=torch.int32)
+    weird = special.to(torch.int16).view(torch.bfloat16)
+    (path,) = write(tmp_path, {"weird": weird})
+    assert bitwise_equal(load_file(path)["weird"], weird)
+
+
+def test_the_metadata_says_pt(tmp_path):
+    """transformers refuses a file without it."""
+    (path,) = write(tmp_path, {"a": torch.ones(3, dtype=torch.uint8)})
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_data_start_at_a_multiple_of_8(tmp_path):
+    for i in range(8):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (path,) = write(folder, {"a" * (i + 1): torch.ones(3)})
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+        assert load_file(path)["a" * (i + 1)].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(2, 3).bfloat16(), r"a: planned \(torch.float32, \(2, 3\)\), got"),
+        (torch.ones(3, 2), r"a: planned .* got"),
+    ],
+)
+def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path, tensor, message):
+    with pytest.raises(ValueError, match=message):
+        write_shards(tmp_path, [Entry("a", torch.float32, (2, 3))], iter([tensor]), max_bytes=10**9)
+
+
+# ---- several files ----
+
+
+def test_shards_and_their_index(tmp_path):
+    tensors = {name: torch.full((4,), i, dtype=torch.float32) for i, name in enumerate("edcba")}
+    paths = write(tmp_path, tensors, max_bytes=32)  # two tensors of 16 bytes
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert [path.name for path in paths] == names
+    assert [set(load_file(path)) for path in paths] == [{"e", "d"}, {"c", "b"}, {"a"}]
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"] == {"total_size": 80}
+    assert index["weight_map"] == dict(zip("edcba", sorted([*names, *names[:2]]), strict=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, INDEX])
+
+
+def test_one_file_has_no_index(tmp_path):
+    write(tmp_path, {"a": torch.ones(3)})
+    assert [p.name for p in tmp_path.iterdir()] == [SINGLE]
+
+
+@pytest.mark.parametrize("max_bytes", [10**9, 100_000])
+def test_transformers_reads_a_sharded_model(tmp_path, max_bytes):
+    model = tiny_model("llama")
+    model.config.save_pretrained(tmp_path)
+    paths = write(tmp_path, dict(model.state_dict()), max_bytes=max_bytes)
+    assert (len(paths) > 1) == (max_bytes == 100_000)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(read(token_ids()).logits, model(token_ids()).logits)
+
+
+# ---- the plan ----
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 1000**3),
+        ("500MB", 500 * 1000**2),
+        ("5GiB", 5 * 1024**3),
+        ("1.5KiB", 1536),
+        ("2TB", 2 * 1000**4),
+        ("7kb", 7000),
+        (" 3 G ", 3 * 1000**3),
+        ("100B", 100),
+        ("42", 42),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5XB", "-5GB", "1e3", "5 GB extra", "five"])
+def test_bad_sizes_are_refused(text):
+    with pytest.raises(UserError, match=f"size must look like 5GB or 500MB, got {text!r}"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["1.2.3GB", ".", "..5MB"])
+def test_numbers_with_several_points_are_refused(text):
+    with pytest.raises(UserError, match="size must look like 5GB or 500MB"):
+        parse_size(text)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 50), max_size=30),
+    max_bytes=st.integers(1, 60),
+)
+def test_a_plan_keeps_order_and_bound_and_wastes_nothing(sizes, max_bytes):
+    entries = [Entry(f"t{i}", torch.uint8, (size,)) for i, size in enumerate(sizes)]
+    shards = plan_shards(entries, max_bytes)
+    assert [entry for shard in shards for entry in shard] == entries
+    assert all(shards)
+    for shard in shards:
+        large = [entry for entry in shard if entry.nbytes > max_bytes]
+        assert sum(e.nbytes for e in shard) <= max_bytes or len(large) == 1 == sum(
+            e.nbytes > 0 for e in shard
+        )
+    for shard, following in pairwise(shards):
+        assert sum(e.nbytes for e in shard) + following[0].nbytes > max_bytes
+
+
+# ---- whole or not at all ----
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_published_folder_appears_at_the_end(tmp_path, exists):
+    folder = tmp_path / "deep" / "out"
+    if exists:
+        folder.mkdir(parents=True)
+    with publishing(folder) as partial:
+        (partial / "a").write_text("1")
+        assert not (folder / "a").exists()
+    assert (folder / "a").read_text() == "1"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), publishing(tmp_path / "out") as partial:
+        (partial / "a").write_text("1")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_leftover_of_a_killed_run_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 123)
+    leftover = tmp_path / ".out.partial-123"
+    leftover.mkdir()
+    (leftover / "half").write_text("1")
+    with publishing(tmp_path / "out") as partial:
+        (partial / "a").write_text("1")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_output_that_holds_something_is_refused(tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+        (out / "mine").write_text("keep")
+    else:
+        out.write_text("keep")
+    for attempt in (lambda: require_new(out), lambda: publishing(out).__enter__()):
+        with pytest.raises(UserError, match=r"out already holds something: give a new folder"):
+            attempt()
+    assert (out / "mine" if kind == "folder" else out).read_text() == "keep"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+# ---- disks that fail, runs that were killed ----
+
+
+def test_what_does_not_read_back_is_an_error(tmp_path, monkeypatch):
+    entries, tensors = [Entry("a", torch.float32, (4,))], iter([torch.arange(4.0)])
+
+    def spoil(fd: int) -> None:
+        os.ftruncate(fd, os.fstat(fd).st_size - 1)
+        os.ftruncate(fd, os.fstat(fd).st_size + 1)  # the last byte is 0 now
+
+    monkeypatch.setattr(shards.os, "fsync", spoil)
+    with pytest.raises(UserError, match=r"does not read back the same \(a\): the disk is at fault"):
+        write_shards(tmp_path, entries, tensors, max_bytes=100)
+
+
+def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards.os, "fsync", full)
+    entries, tensors = [Entry("a", torch.float32, (4,))], iter([torch.arange(4.0)])
+    match = r"cannot be written to \(No space left on device\): make room"
+    with pytest.raises(UserError, match=match), publishing(tmp_path / "out") as partial:
+        write_shards(partial, entries, tensors, max_bytes=100)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    left, busy = (tmp_path / f".out.partial-{pid}" for pid in (gone.pid, os.getppid()))
+    for folder in (left, busy):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    with publishing(tmp_path / "out") as partial:
+        (partial / "file").touch()
+    assert not left.exists()
+    assert busy.exists()  # its run is still going on
+    assert (tmp_path / "out" / "file").exists()

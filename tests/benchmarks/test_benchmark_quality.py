@@ -1,0 +1,120 @@
+"""benchmarks/quality.py: which runs it makes, what they train, and that none is made twice."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qlora.adapters.apply import apply_lora, trainable_parameters
+from qlora.config import LoraConfig
+
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The benchmark, with a results folder of its own."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import quality
+    import results
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(quality, "FILE", tmp_path / "quality.jsonl")
+    return quality
+
+
+def test_places_have_the_published_number_of_parameters(quality):
+    # LoRA of rank 16 on SmolLM2-135M by PEFT: all linear, attention, MLP
+    for place, wanted in (("all", 4_884_480), ("attention", 1_843_200), ("mlp", 3_041_280)):
+        with torch.device("meta"):  # shapes alone
+            model = AutoModelForCausalLM.from_config(SMOLLM2_135M)
+        apply_lora(model, LoraConfig(r=16, **quality.PLACES[place]))
+        assert trainable_parameters(model)[0] == wanted
+    per_rank = {"all": 305_280, "attention": 115_200, "mlp": 190_080}
+    matched = [r * per_rank[place] for place, r in quality.QUESTIONS["place"]]
+    assert max(matched) / min(matched) < 1.03
+
+
+@pytest.mark.parametrize("bottom", [-20, -13, -12, -11, -10, 0])
+def test_rates_are_tried_until_the_best_has_both_neighbours(quality, bottom):
+    def loss(k: int) -> float:
+        return (k - bottom - 0.1) ** 2  # no ties
+
+    losses = {-12: loss(-12)}
+    while (k := quality.next_k(losses)) is not None:
+        assert k not in losses
+        losses[k] = loss(k)
+    assert {bottom - 1, bottom, bottom + 1} <= set(losses)
+    assert len(losses) <= abs(bottom + 12) / 2 + 5  # half decades on the way
+
+
+def test_a_longer_run_passes_through_a_shorter_one(quality):
+    from quality_picture import by_rate, by_step
+
+    way = {"place": "all", "r": 16}
+    rows = [
+        {**way, "learning_rate": 1e-3, "steps": 4, "test_loss": [(2, 1.5), (4, 1.2)]},
+        {**way, "learning_rate": 3e-4, "steps": 2, "test_loss": [(2, 1.4)]},
+        {**way, "learning_rate": 1e-2, "steps": 2, "test_loss": [(2, float("nan"))]},
+        {**way, "r": 1, "learning_rate": 1e-3, "steps": 2, "test_loss": [(2, 1.6)]},
+    ]
+    assert by_rate(rows, "all", 16, steps=2) == [(3e-4, 1.4), (1e-3, 1.5)]
+    assert by_rate(rows, "all", 16, steps=4) == [(1e-3, 1.2)]
+    assert by_step(rows, "all", 16) == [(2, 1.5), (4, 1.2)]
+    rows += [{**rows[0], "learning_rate": 1e-4, "test_loss": [(2, 1.3), (4, 1.25)]}]
+    assert by_step(rows, "all", 16) == [(2, 1.3), (4, 1.2)]
+
+
+def test_every_row_is_seen_once_an_epoch_and_in_the_same_order(quality):
+    rows = [{"input_ids": [i] * (i % 7 + 1)} for i in range(64)]
+    made = [list(quality.batches(rows, steps=n, size=4, seed=3)) for n in (16, 20)]
+    assert sorted(row["input_ids"][0] for batch in made[0] for row in batch) == list(range(64))
+    assert made[0] == made[1][:16]
+    assert made[0] != list(quality.batches(rows, steps=16, size=4, seed=4))
+
+
+def test_loss_is_on_the_sentence_and_its_end(quality):
+    tokenizer = tiny_tokenizer()
+    row = quality.encode("name : Aromi||Aromi is a cafe . \n", tokenizer)
+    learned = [i for i in row["labels"] if i != -100]
+    assert tokenizer.decode(learned) == " Aromi is a cafe .<|im_end|>"
+    assert tokenizer.decode(row["input_ids"]) == "name : Aromi || Aromi is a cafe .<|im_end|>"
+
+
+def test_what_is_recorded_is_not_run_again(
+    quality, checkpoints: Callable[[str], Path], tmp_path, monkeypatch, capsys
+):
+    data = tmp_path / "data.txt"
+    data.write_text("".join(f"name : {i}||{i} is a cafe .\n" for i in range(40)))
+    flags = ["--train", str(data), "--test", str(data), "--model", str(checkpoints("llama"))]
+    command = ["quality.py", *flags, "--steps", "2", "--questions", "rate", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    # three rates each, whatever the tiny model's losses are
+    monkeypatch.setattr(quality, "next_k", lambda found: None if len(found) > 2 else max(found) + 2)
+    quality.main()
+    lines = quality.FILE.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["place"] for row in rows] == ["full"] * 3 + ["all"] * 3
+    assert quality.FILE.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    quality.FILE.write_text("\n".join(lines[:4]) + "\n")  # as if stopped there
+    capsys.readouterr()
+    quality.main()
+    again = [json.loads(line) for line in quality.FILE.read_text().splitlines()]
+    a_line_a_run, table = capsys.readouterr().out.split("\n\n")
+    assert len(a_line_a_run.splitlines()) == 2 and "after 2 steps" in table
+    assert [row["test_loss"] for row in again] == [row["test_loss"] for row in rows]

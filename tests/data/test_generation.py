@@ -1,0 +1,116 @@
+"""Answers in batches, against transformers' generate on one prompt at a time."""
+
+import copy
+
+import pytest
+import torch
+from conftest import CHATML, tiny_model, tiny_tokenizer
+
+from qlora.data import generation
+from qlora.data.chat_template import ensure_chat_template
+from qlora.data.generation import answers, generate, generation_settings, prompt_ids, stop_ids
+from qlora.errors import UserError
+
+CHATS = [
+    [{"role": "user", "content": text}]
+    for text in ("hi", "what is the weather like?", "lights off", "and now a longer one, please")
+]
+CHATS[2] = [{"role": "system", "content": "be kind"}, *CHATS[2]]
+
+
+def one_by_one(model, tokenizer, chats, **settings):
+    """transformers alone: no batch, so no pads."""
+    found = []
+    for chat in chats:
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ids = model.generate(**inputs, do_sample=False, pad_token_id=0, **settings)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        found.append(tokenizer.decode(new, skip_special_tokens=True))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+def test_batches_answer_as_one_by_one(family, monkeypatch):
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    expected = one_by_one(model, tokenizer, CHATS, max_new_tokens=12)
+    assert len(set(expected)) > 2
+    assert answers(model, tokenizer, CHATS, max_new_tokens=12) == expected
+    monkeypatch.setattr(generation, "BATCH_ROWS", 2)
+    assert answers(model, tokenizer, CHATS, max_new_tokens=12) == expected
+    monkeypatch.setattr(generation, "BATCH_TOKENS", 1)
+    assert answers(model, tokenizer, CHATS, max_new_tokens=12) == expected
+    assert answers(model, tokenizer, []) == []
+
+
+def test_model_and_tokenizer_are_left_as_they_were(caplog, capsys):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9, max_length=30)
+    model.config.use_cache = False
+    before, side = copy.deepcopy(model.generation_config.to_dict()), tokenizer.padding_side
+    answers(model.train(), tokenizer, CHATS, max_new_tokens=4)
+    assert model.training
+    assert not model.config.use_cache
+    assert model.generation_config.to_dict() == before
+    assert tokenizer.padding_side == side
+    # transformers has a warning for each of: sampling settings, two lengths, no pad token
+    assert caplog.text + capsys.readouterr().err == ""
+
+
+def test_a_base_model_has_neither_template_nor_pad(caplog):
+    model, tokenizer = tiny_model("llama without pad"), tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.pad_token = None
+    written = tiny_tokenizer()
+    written.chat_template = None
+    ensure_chat_template(written)
+    expected = one_by_one(model, written, CHATS, max_new_tokens=8)
+    assert answers(model, tokenizer, CHATS, max_new_tokens=8) == expected
+    assert tokenizer.chat_template is None
+    assert tokenizer.pad_token is None
+    assert caplog.text == ""
+
+
+def test_an_answer_ends_where_the_template_ends_it():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompt = prompt_ids(tokenizer, CHATS[1])
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0].tolist()
+    third = ids[len(prompt) + 2]
+    tokenizer.eos_token = "<bos>"
+    end = tokenizer.convert_ids_to_tokens(third)
+    tokenizer.add_special_tokens({"extra_special_tokens": [end]})
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", end)
+    assert stop_ids(model, tokenizer) == sorted({1, 2, third})
+    settings = generation_settings(model, tokenizer, 8)
+    whole, _ = generate(model, tokenizer, [prompt, prompt], settings)
+    assert whole == tokenizer.decode(ids[len(prompt) : len(prompt) + 2])
+
+
+def test_drawn_answers_come_from_torchs_generator():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    torch.manual_seed(1)
+    hot = answers(model, tokenizer, CHATS, max_new_tokens=8, temperature=2.0)
+    torch.manual_seed(1)
+    assert answers(model, tokenizer, CHATS, max_new_tokens=8, temperature=2.0) == hot
+    assert answers(model, tokenizer, CHATS, max_new_tokens=8) != hot
+
+
+def test_an_encoder_decoder_writes_nothing_but_the_answer():
+    model, tokenizer = tiny_model("t5"), tiny_tokenizer()
+    prompts = [tokenizer("one")["input_ids"], tokenizer("two and three")["input_ids"]]
+    settings = generation_settings(model, tokenizer, 6)
+    expected = [
+        tokenizer.decode(
+            model.generate(torch.tensor([p]), max_new_tokens=6, do_sample=False)[0],
+            skip_special_tokens=True,
+        )
+        for p in prompts
+    ]
+    assert generate(model, tokenizer, prompts, settings) == expected
+
+
+def test_a_chat_that_the_template_refuses():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(UserError, match=r"chat template refuses it: no system turns\. Change the"):
+        answers(tiny_model("llama"), tokenizer, CHATS)

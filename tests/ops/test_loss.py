@@ -1,0 +1,277 @@
+"""Linear + cross-entropy in chunks, against its twin in float64 and against transformers' loss."""
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qlora.errors import UserError
+from qlora.ops import loss as loss_module
+from qlora.ops.loss import linear_cross_entropy
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+class Sizes(TorchDispatchMode):
+    """The elements of every tensor that an operation makes, and that has memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+        self.seen += [tensor.numel() for tensor in tensors if not tensor.is_meta]
+        return made
+
+
+def case(
+    tokens: int,
+    dim: int,
+    vocab: int,
+    *,
+    masked: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+    size: float = 1.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, a head whose logits have about that standard deviation, its bias, labels."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, dim, generator=generator).to(dtype)
+    weight = (torch.randn(vocab, dim, generator=generator) * size * dim**-0.5).to(dtype)
+    bias = torch.randn(vocab, generator=generator).to(dtype)
+    labels = torch.randint(vocab, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < masked] = -100
+    return hidden.requires_grad_(), weight, bias, labels
+
+
+def chunks_of(logits: int, itemsize: int = 4) -> Any:
+    """In this context a chunk has so many logits."""
+    size = logits * itemsize
+    return patch.multiple(loss_module, CHUNK_BYTES={"cpu": size}, GPU_CHUNK_BYTES=size)
+
+
+def with_gradient(loss: Tensor, hidden: Tensor, by: float = 1.0) -> tuple[Tensor, Tensor]:
+    (gradient,) = torch.autograd.grad(loss * by, hidden)
+    return loss.detach(), gradient / by
+
+
+def off(got: Tensor, wanted: Tensor) -> float:
+    """The norm of the error over that of what was wanted."""
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
+
+
+# ---- in fp32 and fp64 ----
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    tokens=st.integers(1, 13),
+    dim=st.integers(1, 9),
+    vocab=st.integers(2, 40),
+    masked=st.sampled_from([0.0, 0.5, 0.9]),
+    size=st.sampled_from([0.1, 1.0, 10.0]),
+    has_bias=st.booleans(),
+    scale=st.sampled_from([1.0, 0.0625, 1.7]),
+    softcap=st.sampled_from([None, 2.0, 30.0]),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    ignore_index=st.sampled_from([-100, 1]),
+    chunk_rows=st.integers(1, 14),
+    seed=st.integers(0, 99),
+)
+def test_loss_and_gradient_are_the_twins(
+    tokens, dim, vocab, masked, size, has_bias, scale, softcap, label_smoothing,
+    ignore_index, chunk_rows, seed,
+):  # fmt: skip
+    hidden, weight, bias, labels = case(tokens, dim, vocab, masked=masked, size=size, seed=seed)
+    labels[labels == -100] = ignore_index
+    how: dict[str, Any] = {
+        "bias": bias if has_bias else None, "scale": scale, "softcap": softcap,
+        "label_smoothing": label_smoothing, "ignore_index": ignore_index,
+    }  # fmt: skip
+    with chunks_of(vocab * chunk_rows):
+        loss = linear_cross_entropy(hidden, weight, labels, **how)
+    wanted = reference.linear_cross_entropy(hidden, weight, labels, **how)
+    got, exact = with_gradient(loss, hidden, by=3.0), with_gradient(wanted, hidden)
+    assert loss.dtype == torch.float32 and got[1].shape == hidden.shape
+    # a loss near 0 is the difference of logits, which fp32 knows to 6e-8 of the largest
+    torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-5, atol=1e-5 * tokens)
+    # likewise a gradient near 0; where a softcap is all but reached its slope is such a difference
+    atol = 1e-5 * float(weight.abs().max()) * scale
+    torch.testing.assert_close(got[1].double(), exact[1].double(), rtol=1e-5, atol=atol)
+    assert not got[1][labels == ignore_index].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_loss_and_gradient_are_torchs(softcap, label_smoothing, device):
+    """At a size where one chunk has many tokens and the last is cut."""
+    tensors = (t.detach().to(device) for t in case(301, 64, 1000, size=3.0))
+    hidden, weight, _, labels = tensors
+    hidden.requires_grad_()
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    how: dict[str, Any] = {"label_smoothing": label_smoothing}
+    wanted = with_gradient(F.cross_entropy(logits, labels, reduction="sum", **how), hidden)
+    with chunks_of(64 * 1000):
+        loss = linear_cross_entropy(hidden, weight, labels, softcap=softcap, **how)
+    got = with_gradient(loss, hidden)
+    # sums of 64 products and of 1000 exponentials in another order
+    assert off(got[0], wanted[0]) <= 1e-6 and off(got[1], wanted[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_gradcheck(softcap, label_smoothing):
+    hidden, weight, bias, labels = case(7, 5, 11, dtype=torch.float64)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            hidden, weight, labels, bias=bias, scale=0.3, softcap=softcap,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+
+    with chunks_of(11 * 2, itemsize=8):
+        assert torch.autograd.gradcheck(loss, hidden)
+
+
+def test_losses_of_micro_batches_add_up():
+    hidden, weight, _, labels = case(24, 8, 50)
+    whole = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
+    for sizes in ([1, 23], [10, 3, 11]):
+        parts = zip(hidden.split(sizes), labels.split(sizes), strict=True)
+        total = sum(linear_cross_entropy(x, weight, y) for x, y in parts)
+        got = with_gradient(total, hidden)
+        # fp32 sums in another order
+        assert off(got[0], whole[0]) <= 1e-6 and off(got[1], whole[1]) <= 1e-6
+
+
+@pytest.mark.parametrize("tokens", [0, 6])
+def test_where_nothing_has_a_label_loss_and_gradient_are_0(tokens):
+    hidden, weight, _, labels = case(tokens, 4, 9, masked=1.0)
+    loss, gradient = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
+    assert loss == 0 and torch.equal(gradient, torch.zeros(tokens, 4))
+
+
+# ---- in 16 bits ----
+
+
+def plain_path(
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, count: int = 1
+) -> Tensor:
+    """What transformers computes: logits in 16 bits, softcapped there, and the loss in fp32."""
+    logits = F.linear(hidden, weight)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / count
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("softcap", [None, 10.0])
+@pytest.mark.parametrize("size", [0.5, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_16_bits_are_no_further_off_than_the_plain_path(dtype, size, softcap, device):
+    """Half of the tokens are what the model predicts: there dz is no round number. The plain path
+    rounds it with the number of tokens in it, so that takes several."""
+    scaling = 2.0**16 if dtype == torch.float16 else 1.0  # as a GradScaler's
+    ours, plain = [], []
+    for seed, count in enumerate((18, 21, 25, 29, 37, 1237, 1500, 4097)):
+        hidden, weight, _, labels = case(37, 64, 3000, dtype=dtype, size=size, seed=seed)
+        best = F.linear(hidden, weight).argmax(1)
+        labels[::2] = torch.where(labels == -100, -100, best)[::2]
+        if device == "cpu":  # where more than one rounding of others would show
+            labels[(labels != -100).cumsum(0) > count] = -100
+            count = int((labels != -100).sum())
+        # in float64, as autograd rounds the gradient of hidden to its dtype
+        twin = hidden.detach().double().requires_grad_()
+        loss = reference.linear_cross_entropy(twin, weight, labels, softcap=softcap) / count
+        exact = with_gradient(loss, twin)
+        hidden, weight, labels = (t.detach().to(device) for t in (hidden, weight, labels))
+        hidden.requires_grad_()
+        with chunks_of(3000 * 16):
+            fast = linear_cross_entropy(hidden, weight, labels, softcap=softcap) / count
+        slow = plain_path(hidden, weight, labels, softcap, count)
+        for errors, loss in ((ours, fast), (plain, slow)):
+            gradient = torch.autograd.grad(loss * scaling, hidden)[0].double() / scaling
+            errors.append((abs(loss.item() - exact[0].item()), off(gradient.cpu(), exact[1])))
+    (loss, gradient), (plain_loss, plain_gradient) = (
+        torch.tensor(x).norm(dim=0) for x in (ours, plain)
+    )
+    # The same roundings to 16 bits. Sums in fp32 in another order: an ulp of a loss of 8 is 1e-6.
+    assert loss <= plain_loss + 2e-6
+    assert gradient <= 1.001 * plain_gradient
+
+
+def test_small_probabilities_keep_their_digits_in_fp16():
+    """1e-5 is 167.8 of the smallest steps of fp16, so 0.14 % is lost of it as it is. Where the rows
+    of the head have much in common, that is not made up for by the label's."""
+    hidden, weight, _, labels = case(3, 4, 100_000, masked=0.0, dtype=torch.float16, size=0.2)
+    hidden = torch.zeros_like(hidden).requires_grad_()  # all words are equally likely
+    weight = weight + 1
+    twin = hidden.detach().double().requires_grad_()
+    wanted = with_gradient(reference.linear_cross_entropy(twin, weight, labels) / 4096, twin)
+    loss = linear_cross_entropy(hidden, weight, labels) / 4096
+    (gradient,) = torch.autograd.grad(loss * 2.0**16, hidden)
+    assert off(gradient.double() / 2**16, wanted[1]) <= 5e-3  # without care it is 1e-2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_autocast_changes_nothing(dtype, device):
+    """The products are computed in the dtype of the head, as is said."""
+    hidden, weight, _, labels = (t.detach().to(device) for t in case(20, 8, 50, dtype=dtype))
+    hidden.requires_grad_()
+    wanted = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
+    with torch.autocast(device, torch.bfloat16):
+        got = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_more_than_a_chunk_of_logits_is_made(dtype, softcap, device):
+    tensors = (t.detach().to(device) for t in case(64, 4, 1000, masked=0.2, dtype=dtype))
+    hidden, weight, _, labels = tensors
+    hidden.requires_grad_()
+    with Sizes() as sizes, chunks_of(8 * 1000):
+        linear_cross_entropy(hidden, weight, labels, softcap=softcap).backward()
+        with torch.no_grad():
+            linear_cross_entropy(hidden, weight, labels, softcap=softcap)
+    assert max(sizes.seen) == 8 * 1000
+    with Sizes() as sizes:
+        plain_path(hidden, weight, labels, softcap)
+    assert max(sizes.seen) == 64 * 1000  # what is counted here can be seen
+
+
+def test_evaluation_computes_no_gradient():
+    hidden, weight, _, labels = case(20, 8, 50)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, labels)
+    assert not loss.requires_grad
+    assert torch.equal(loss, linear_cross_entropy(hidden, weight, labels).detach())
+
+
+# ---- what it cannot do ----
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_a_trained_head_is_refused(trained):
+    hidden, weight, bias, labels = case(4, 4, 9)
+    (weight if trained == "weight" else bias).requires_grad_()
+    with pytest.raises(UserError, match="no gradient for the output head, and this one is trained"):
+        linear_cross_entropy(hidden, weight, labels, bias=bias)

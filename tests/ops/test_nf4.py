@@ -1,0 +1,339 @@
+"""The 4-bit codec against a float64 twin, the published codebook and the error figures."""
+
+import json
+import math
+from math import prod
+
+import bitsandbytes
+import pytest
+import reference
+import torch
+from bitsandbytes import functional as bnb
+
+from qlora.config import QuantConfig
+from qlora.ops import nf4
+
+PLAIN = QuantConfig(double_quant=False)
+LEVELS = {"nf4": reference.NF4, "fp4": reference.FP4}
+# shape of each linear layer of a block, how often it stands there, and the number of blocks
+SMOLLM2 = {(576, 576): 2, (192, 576): 2, (1536, 576): 2, (576, 1536): 1}, 30
+LLAMA_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}, 32
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def million():
+    """Enough values that the figures below are met to their last digit."""
+    return gaussian(1024, 1024)
+
+
+# ---- the levels ----
+
+
+def test_the_codebook_is_the_published_one():
+    assert nf4.codebook("nf4").tolist() == reference.NF4
+
+
+def test_the_codebook_can_be_made_from_normal_quantiles():
+    # 2.4e-7: the published values were rounded to fp32 on their way; two of its steps at 1
+    made = torch.tensor(reference.nf4_from_quantiles(), dtype=torch.float64)
+    assert torch.allclose(nf4.codebook("nf4").double(), made, rtol=0, atol=2.4e-7)
+
+
+def test_the_codebook_has_7_negative_levels_zero_and_8_positive():
+    assert nf4.codebook("nf4").sign().tolist() == [-1] * 7 + [0] + [1] * 8
+
+
+def test_the_fp4_codebook():
+    # 6e-8: half an fp32 step below 1
+    distinct = sorted(set(nf4.codebook("fp4").tolist()))
+    assert distinct == pytest.approx(reference.FP4, abs=6e-8)
+
+
+# ---- codes and absmax ----
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 4096])
+@pytest.mark.parametrize(
+    "shape",
+    [(96, 128), (24, 50), (7, 9), (5, 4096)],  # (24, 50), (7, 9): the last block is not full
+)
+def test_codes_and_absmax_equal_the_reference(shape, blocksize):
+    weight = gaussian(*shape)
+    packed, state = nf4.quantize(weight, QuantConfig(blocksize=blocksize, double_quant=False))
+    codes = reference.quantize(weight, reference.NF4, blocksize)
+    assert torch.equal(packed.flatten(), reference.pack(codes.indices))
+    assert state.absmax.tolist() == codes.absmax.tolist()
+
+
+def test_the_first_of_two_indices_is_in_the_high_nibble():
+    weight = torch.tensor([[1.0, -1.0]])  # levels 15 and 0
+    assert nf4.quantize(weight, PLAIN).packed.tolist() == [[0xF0]]
+
+
+def test_a_tie_goes_to_the_lower_level():
+    low, high = reference.NF4[6] / 2, reference.NF4[8] / 2  # half-way to 0, exact in fp32
+    weight = torch.tensor([[1.0, low, high, -1.0]])
+    codes = reference.quantize(weight, reference.NF4, 64)
+    assert codes.indices.tolist() == [15, 6, 7, 0]
+    assert torch.equal(nf4.quantize(weight, PLAIN).packed.flatten(), reference.pack(codes.indices))
+
+
+def test_codes_do_not_depend_on_the_dtype():
+    weight = gaussian(64, 96).bfloat16().half().bfloat16()  # values that all three can hold
+    same = [nf4.quantize(weight.to(d), PLAIN) for d in (torch.float32, torch.float16)]
+    packed, state = nf4.quantize(weight, PLAIN)
+    for other in same:
+        assert torch.equal(packed, other.packed)
+        assert torch.equal(state.absmax, other.state.absmax)
+
+
+def test_a_transposed_weight_is_read_row_by_row():
+    weight = gaussian(64, 96)
+    view = weight.T.contiguous().T
+    assert torch.equal(nf4.quantize(view, PLAIN).packed, nf4.quantize(weight, PLAIN).packed)
+
+
+# ---- what is left of the weight ----
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [64, 128])
+@pytest.mark.parametrize("shape", [(96, 128), (24, 50), (7, 9)])
+def test_dequantized_equals_the_reference(shape, blocksize, quant_type):
+    weight = gaussian(*shape)
+    quant = QuantConfig(quant_type=quant_type, blocksize=blocksize, double_quant=False)
+    left = nf4.round_trip(weight, quant)
+    expected = reference.round_trip(weight, LEVELS[quant_type], blocksize=blocksize)
+    assert (left.dtype, left.shape) == (torch.float32, weight.shape)
+    # 1.2e-7: one fp32 rounding of level and one of level times absmax, each 6e-8 at most
+    assert torch.allclose(left.double(), expected, rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocksize"), [((64, 64), 128), ((8, 576), 128), ((8, 896), 256), ((8, 96), 64)]
+)
+def test_blocks_that_cross_rows(shape, blocksize):
+    """576 and 896 are the widths of SmolLM2-135M and Qwen2-0.5B."""
+    weight = gaussian(*shape)
+    left = nf4.round_trip(weight, QuantConfig(blocksize=blocksize, double_quant=False))
+    expected = reference.round_trip(weight, blocksize=blocksize)
+    assert torch.allclose(left.double(), expected, rtol=1.2e-7, atol=0)
+
+
+def test_double_quantized_equals_the_reference(million):
+    left = nf4.round_trip(million, QuantConfig()).double()
+    expected = reference.round_trip(million, double_quant=True)
+    # 1e-5: the mean is taken off in fp32. bitsandbytes looks its 8-bit levels up on a grid and
+    # so, in 2 blocks of 1,000, takes the neighbour of the nearest level, all but as near; an
+    # absmax is then off by one step, 0.014 of the largest deviation, which is below 1.
+    off = (left - expected).abs() > 1e-5 * expected.abs()
+    assert off.double().mean() < 0.005
+    assert torch.allclose(left, expected, rtol=0.0145, atol=0)
+
+
+def test_a_zero_weight_stays_zero():
+    assert not nf4.round_trip(torch.zeros(2, 64), PLAIN).any()
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "mean_absolute", "relative_rms"),
+    [("nf4", 0.0728, 0.0920), ("fp4", 0.09654, 0.1219)],
+)
+def test_error_of_a_gaussian(million, quant_type, mean_absolute, relative_rms):
+    # The figures are exact integrals; 0.0005 is ten standard errors of a million values.
+    left = nf4.round_trip(million, QuantConfig(quant_type=quant_type, double_quant=False))
+    assert (left - million).abs().mean().item() == pytest.approx(mean_absolute, abs=0.0005)
+    assert reference.relative_rms(left, million) == pytest.approx(relative_rms, abs=0.0005)
+
+
+def test_nf4_and_fp4_among_other_4_bit_codes(million):
+    few = million[:256]
+    errors = {
+        name: reference.relative_rms(reference.round_trip(few, levels), few)
+        for name, levels in [
+            ("E2M1", reference.E2M1),
+            ("INT4", reference.INT4),
+            ("E3M0", reference.E3M0),
+        ]
+    }
+    for quant_type in ("nf4", "fp4"):
+        left = nf4.round_trip(few, QuantConfig(quant_type=quant_type, double_quant=False))
+        errors[quant_type] = reference.relative_rms(left, few)
+    assert sorted(errors, key=errors.__getitem__) == ["nf4", "E2M1", "INT4", "fp4", "E3M0"]
+
+
+@pytest.mark.parametrize(
+    ("blocksize", "error"),
+    [(32, 0.08731), (64, 0.09198), (128, 0.09558), (256, 0.09864), (4096, 0.1100)],
+)
+def test_error_grows_with_the_blocksize(million, blocksize, error):
+    left = nf4.round_trip(million, QuantConfig(blocksize=blocksize, double_quant=False))
+    # 0.0003: less than a tenth of the distance to the next blocksize, and 4096 has few blocks
+    assert reference.relative_rms(left, million) == pytest.approx(error, abs=0.0003)
+
+
+def test_double_quantization_costs_next_to_nothing(million):
+    plain, double = (nf4.round_trip(million, q) for q in (PLAIN, QuantConfig()))
+    cost = reference.relative_rms(double, million) / reference.relative_rms(plain, million) - 1
+    assert 0.0001 < cost < 0.0005  # .09198 -> .09201, both rounded: 0.02 to 0.04 %
+
+
+def test_double_quantized_absmax_are_0_2_percent_off(million):
+    """The largest of each block has level 1 or -1, so that it shows the absmax itself."""
+    absmax, double = (
+        w.view(-1, 64).abs().amax(1) for w in (million, nf4.round_trip(million, QuantConfig()))
+    )
+    assert reference.relative_rms(double, absmax) == pytest.approx(0.0020, abs=0.0001)
+
+
+def test_a_dequantized_weight_quantizes_to_the_same_codes(million):
+    first = nf4.quantize(million, PLAIN)
+    again = nf4.quantize(nf4.dequantize(first), PLAIN)
+    assert torch.equal(first.packed, again.packed)
+    assert torch.equal(first.state.absmax, again.state.absmax)
+
+
+def test_fp4_of_fp4_changes_no_value(million):
+    """Values, not codes: FP4 has two codes for zero."""
+    quant = QuantConfig(quant_type="fp4", double_quant=False)
+    once = nf4.round_trip(million, quant)
+    assert torch.equal(nf4.round_trip(once, quant), once)
+
+
+def test_double_quantized_weights_keep_their_codes(million):
+    first = nf4.quantize(million, QuantConfig())
+    assert torch.equal(first.packed, nf4.quantize(nf4.dequantize(first), QuantConfig()).packed)
+
+
+# ---- storage ----
+
+
+@pytest.mark.parametrize(
+    ("double_quant", "bits"),
+    [(False, 4 + 32 / 64), (True, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 1024**2)],
+    ids=["4.5", "4.126953 and one fp32 offset"],
+)
+def test_bits_a_weight(million, double_quant, bits):
+    quantized = nf4.quantize(million, QuantConfig(double_quant=double_quant))
+    assert nf4.storage_bytes(quantized) * 8 / million.numel() == bits
+
+
+def test_smollm2_takes_54_77_megabytes():
+    shapes, blocks = SMOLLM2
+    assert blocks * sum(prod(s) * n for s, n in shapes.items()) == 106_168_320
+    sizes = {s: nf4.storage_bytes(nf4.quantize(gaussian(*s), QuantConfig())) for s in shapes}
+    total = blocks * sum(sizes[s] * n for s, n in shapes.items())
+    assert total / 1e6 == pytest.approx(54.77, abs=0.005)
+
+
+def test_llama_7b_takes_3866_megabytes():
+    """By proportion: storage is linear in whole blocks of blocks (64 x 256), but for the offset."""
+    shapes, blocks = LLAMA_7B
+    linear = blocks * sum(prod(s) * n for s, n in shapes.items())
+    assert linear == 6_476_005_376
+    sample = gaussian(64, 4096)
+    assert all(prod(s) % (64 * 256) == 0 for s in [*shapes, sample.shape])
+    per_weight = (nf4.storage_bytes(nf4.quantize(sample, QuantConfig())) - 4) / sample.numel()
+    offsets = 4 * blocks * sum(shapes.values())
+    in_bf16 = 2 * (2 * 32000 * 4096 + (2 * 32 + 1) * 4096)  # embedding, head, norms
+    total = linear * per_weight + offsets + in_bf16
+    assert total / 1e6 == pytest.approx(3866, abs=0.5)
+
+
+# ---- the record on disk ----
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_record_comes_back_as_it_was(double_quant):
+    quant = QuantConfig(blocksize=128, double_quant=double_quant)
+    before = nf4.quantize(gaussian(24, 50).bfloat16(), quant)
+    after = nf4.from_record(nf4.to_record(before))
+    assert torch.equal(before.packed, after.packed)
+    assert torch.equal(nf4.dequantize(before), nf4.dequantize(after))
+    assert (after.state.dtype, after.state.shape) == (torch.bfloat16, (24, 50))
+    assert (after.state.blocksize, after.state.nested) == (128, double_quant)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_record_is_what_bitsandbytes_saves(double_quant):
+    weight = gaussian(32, 96)
+    layer = bitsandbytes.nn.Linear4bit(
+        96, 32, bias=False, quant_type="nf4", compress_statistics=double_quant
+    )
+    layer.load_state_dict({"weight": weight})
+    saved = layer.to("cpu").state_dict()
+    record = nf4.to_record(nf4.quantize(weight, QuantConfig(double_quant=double_quant)))
+    named = {f"weight.{suffix}".rstrip("."): tensor for suffix, tensor in record.items()}
+    assert set(named) == set(saved)
+    for key in saved:
+        if ".quant_state." in key:  # JSON; ours is padded with blanks
+            both = [json.loads(bytes(t.numpy())) for t in (named[key], saved[key])]
+            assert both[0] == both[1]
+        else:
+            assert torch.equal(named[key], saved[key])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_codes_made_on_a_gpu_equal_those_of_the_cpu():
+    weight = gaussian(96, 128)
+    here, there = (nf4.quantize(w, PLAIN) for w in (weight, weight.cuda()))
+    assert torch.equal(here.packed, there.packed.cpu())
+    assert torch.equal(here.state.absmax, there.state.absmax.cpu())
+    assert torch.equal(nf4.dequantize(here), nf4.dequantize(there).cpu())
+
+
+# ---- the fast ways against bitsandbytes' own ----
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_made_on_a_cpu_are_those_of_bitsandbytes(dtype, double_quant, blocksize):
+    weight = torch.randn(96, 12288, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[0, :256] = 0
+    levels = nf4.codebook("nf4")
+    weight[1, :15] = (levels[1:] + levels[:-1]) / 2  # just on the bounds
+    weight[1, 15] = 1
+    weight[2, :4096] *= 1e-30
+    same_as_bitsandbytes(
+        weight.to(dtype), QuantConfig(blocksize=blocksize, double_quant=double_quant)
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 100), (5, 7), (1, 1), (2, 32)])
+@pytest.mark.parametrize("value", [1.0, math.inf, math.nan])
+def test_odd_shapes_and_values_are_left_to_bitsandbytes(shape, value):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight[0, 0] = value
+    same_as_bitsandbytes(weight, QuantConfig(double_quant=False))
+
+
+def same_as_bitsandbytes(weight: torch.Tensor, quant: QuantConfig) -> None:
+    packed, state = bnb.quantize_4bit(
+        weight,
+        blocksize=quant.blocksize,
+        compress_statistics=quant.double_quant,
+        quant_type=quant.quant_type,
+    )
+    ours = nf4.to_record(nf4.quantize(weight, quant))
+    theirs = nf4.to_record(nf4.Quantized(packed, state))
+    assert ours.keys() == theirs.keys()
+    for suffix, tensor in theirs.items():
+        got = ours[suffix]
+        assert got.dtype == tensor.dtype, suffix
+        torch.testing.assert_close(got, tensor, rtol=0, atol=0, equal_nan=True, msg=suffix)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (70, 96), (33, 2), (1, 640)])
+@pytest.mark.parametrize("values", [1, 1000, 10**6])
+def test_some_rows_at_a_time_are_the_whole(shape, values):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    quantized = nf4.quantize(weight, QuantConfig())
+    parts = list(nf4.in_rows(quantized, values))
+    assert [i for rows, _ in parts for i in range(rows.start, rows.stop)] == list(range(shape[0]))
+    assert torch.equal(torch.cat([part for _, part in parts]), nf4.dequantize(quantized))

@@ -1,0 +1,47 @@
+"""Small files, written whole and read again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora.errors import UserError
+from qlora.files import read_rows, replace_text
+
+
+def test_rows_are_read_back(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    rows = [{"text": "a\u2028b\x85c\nd"}, {"loss": float("inf")}]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
+    assert read_rows(path) == rows
+
+
+@pytest.mark.parametrize("line", ['{"step": 3, "lo', "[1]", "\x00\x00"])
+def test_a_damaged_line_is_named(line, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n\n' + line)
+    with pytest.raises(UserError, match=r"rows.jsonl, line 3: a JSON object .* remove that line"):
+        read_rows(path)
+
+
+def test_a_row_without_what_is_wanted_of_it_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1, "b": 2, "c": null}\n\n{"a": 1}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl, line 3: it has no b, c: remove that line"):
+        read_rows(path, ("a", "b", "c"))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    replace_text(path, "first")
+    replace_text(path, "second")
+    assert path.read_text() == "second" and [*tmp_path.iterdir()] == [path]
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        replace_text(path, "third")
+    assert path.read_text() == "second"

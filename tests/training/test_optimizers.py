@@ -1,0 +1,330 @@
+"""bf16 parameters trained as fp32 ones are, bit for bit, and the state that goes with it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from reference import nearest_bf16
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.optimization import Adafactor
+
+from qlora.training.optimizers import (
+    BUNDLE,
+    MasterWeights,
+    bundles,
+    join,
+    keep_updates,
+    loses_updates,
+    split,
+)
+
+RATE = 3e-4
+Make = Callable[[list[Any]], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Make] = {
+    "adamw_torch": lambda ps: torch.optim.AdamW(ps, RATE, weight_decay=0.1),
+    "adamw_torch_fused": lambda ps: torch.optim.AdamW(ps, RATE, fused=True),
+    "adagrad": lambda ps: torch.optim.Adagrad(ps, RATE),
+    "sgd": lambda ps: torch.optim.SGD(ps, RATE, momentum=0.9),
+    "rmsprop": lambda ps: torch.optim.RMSprop(ps, RATE),
+    "adafactor": lambda ps: Adafactor(ps, RATE, scale_parameter=False, relative_step=False),
+    "adamw_8bit": lambda ps: bnb.optim.AdamW8bit(ps, RATE, weight_decay=0.1),
+    "adamw_bnb": lambda ps: bnb.optim.AdamW(ps, RATE),
+    "lion_8bit": lambda ps: bnb.optim.Lion8bit(ps, RATE),
+    "ademamix": lambda ps: bnb.optim.AdEMAMix(ps, RATE),
+}
+PAGED: dict[str, Make] = {
+    "paged_adamw_8bit": lambda ps: bnb.optim.PagedAdamW8bit(ps, RATE),
+    "paged_adamw_32bit": lambda ps: bnb.optim.PagedAdamW32bit(ps, RATE),
+    "paged_lion_8bit": lambda ps: bnb.optim.PagedLion8bit(ps, RATE),
+}
+SHAPES = {"A": (8, 700), "B": (650, 8), "small": (5, 3), "gain": (650,), "idle": (4, 4)}
+
+
+def start(device: str = "cpu", scale: int = 1) -> dict[str, nn.Parameter]:
+    """A and B of a layer and others, in bf16 but for the gain."""
+    draw = torch.Generator().manual_seed(0)
+    values = {
+        name: torch.randn([size * scale if size > 8 else size for size in shape], generator=draw)
+        for name, shape in SHAPES.items()
+    }
+    dtypes = {name: torch.float32 if name == "gain" else torch.bfloat16 for name in values}
+    return {n: nn.Parameter((0.04 * v).to(device, dtypes[n])) for n, v in values.items()}
+
+
+def loss(named: dict[str, Tensor], draw: torch.Generator) -> Tensor:
+    """Of one batch; all but "idle" have a part in it."""
+    A, B = named["A"], named["B"]
+    x = torch.randn(4, A.shape[1], generator=draw).to(A)
+    y = F.linear(F.linear(x, A), B).float() * (1 + named["gain"])
+    return F.mse_loss(y, x[:, : y.shape[1]].float()) + named["small"].float().square().sum()
+
+
+def train(named: dict[str, nn.Parameter], optimizer: Any, steps: range) -> None:
+    for step in steps:
+        loss(named, torch.Generator().manual_seed(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train_in_fp32(named: dict[str, nn.Parameter], make: Make, steps: int) -> dict[str, Tensor]:
+    """fp32 weights, rounded for the forward pass, whose bf16 gradients they get."""
+    masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in named.items()}
+    optimizer = make(list(masters.values()))
+    for step in range(steps):
+        rounded: dict[str, Any] = {
+            name: (master.detach() if name == "gain" else nearest_bf16(master)).requires_grad_()
+            for name, master in masters.items()
+        }
+        loss(rounded, torch.Generator().manual_seed(step)).backward()
+        for name, master in masters.items():
+            gradient = rounded[name].grad
+            master.grad = None if gradient is None else gradient.float()
+        optimizer.step()
+    return {name: master.detach() for name, master in masters.items()}
+
+
+def kept(named: dict[str, nn.Parameter], optimizer: Any) -> dict[str, Tensor]:
+    """The fp32 numbers that an optimizer keeps in halves."""
+    found: dict[str, Tensor] = {}
+    for name, p in named.items():
+        lower = optimizer.lower.get(p)
+        found[name] = (
+            p.detach().float() if lower is None else join(p.detach(), lower[0].view(p.shape))
+        )
+    return found
+
+
+# ---- halves ----
+
+
+def bits(count: int = 1 << 18) -> Tensor:
+    """fp32 numbers of every kind."""
+    edges = [0x7FFFFFFF, -1, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, -(2**31), 0, 1, 0x8000, 0x18000]
+    edges += [0x3F808000, 0x3F818000, 0x3F7F8000, 0x3F807FFF, 0x3F808001]  # ties, and beside them
+    drawn = np.random.default_rng(0).integers(-(2**31), 2**31, count)
+    return torch.from_numpy(np.concatenate([drawn, edges]).astype(np.int32)).view(torch.float32)
+
+
+def test_halves_are_exact():
+    master = bits()
+    numbers = ~master.isnan()
+    upper, lower = split(master)
+    assert (upper.dtype, lower.dtype) == (torch.bfloat16, torch.int16)
+    joined = join(upper, lower)
+    assert torch.equal(joined.view(torch.int32)[numbers], master.view(torch.int32)[numbers])
+    assert not upper[~numbers].isfinite().any()  # what diverged is seen
+
+
+def test_the_upper_half_is_the_nearest():
+    master = bits()
+    normal = (master.abs() > 2.0**-126) & (master.abs() < 2.0**127)
+    upper, _ = split(master[normal])
+    assert torch.equal(upper, nearest_bf16(master[normal]))
+    torchs = master[normal].bfloat16()  # of ties, it takes the even one
+    tie = master[normal].view(torch.int32) & 0xFFFF == 0x8000
+    assert tie.sum() >= 4 and torch.equal(upper[~tie], torchs[~tie])
+
+
+def test_without_a_lower_half_a_number_is_itself():
+    upper = torch.randn(100).bfloat16()
+    assert torch.equal(join(upper, torch.zeros(100, dtype=torch.int16)), upper.float())
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_is_that_of_fp32_weights(name, monkeypatch):
+    """Bit for bit, also in several bundles."""
+    monkeypatch.setattr(
+        "qlora.training.optimizers.BUNDLE", 5500
+    )  # less than A, more than B and "small"
+    make, named = OPTIMIZERS[name], start()
+    wanted = train_in_fp32(named, make, 25)
+    optimizer = keep_updates(make(list(named.values())))
+    before = {n: p.detach().clone() for n, p in named.items()}
+    train(named, optimizer, range(25))
+    got = kept(named, optimizer)
+    for n in named:
+        assert torch.equal(got[n], wanted[n]), n
+        assert named[n].dtype == before[n].dtype
+        assert torch.equal(named[n], before[n]) == (n == "idle"), n
+    assert torch.equal(named["A"], nearest_bf16(wanted["A"]))
+
+
+def test_plain_bf16_loses_what_is_kept():
+    """Updates of a thousandth: none arrives in bf16, and here their sum does."""
+    for keep in (False, True):
+        p = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+        optimizer: Any = torch.optim.SGD([p], 1e-3)
+        optimizer = keep_updates(optimizer) if keep else optimizer
+        for _ in range(100):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        # bf16 has steps of 2^-8 below 1
+        assert p.detach().float().unique().item() == pytest.approx(0.9 if keep else 1, abs=2**-9)
+
+
+def test_gradients_and_storage_stay():
+    named = start()
+    loss(named, torch.Generator().manual_seed(0)).backward()
+    before = {n: (p.data_ptr(), p.grad, p._version) for n, p in named.items()}
+    optimizer = keep_updates(torch.optim.AdamW(named.values(), RATE))
+    optimizer.step()
+    for n, p in named.items():
+        address, gradient, version = before[n]
+        assert p.data_ptr() == address and p.grad is gradient
+        assert (p._version > version) == (n != "idle")  # as autograd is to see
+
+
+def test_an_error_within_a_step_leaves_all_as_it_was():
+    class Broken(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise RuntimeError("out of memory")
+
+    named = start()
+    optimizer = keep_updates(Broken([named["A"], named["B"]], RATE))
+    loss(named, torch.Generator().manual_seed(0)).backward()
+    before = {n: (p.detach().clone(), p.grad) for n, p in named.items()}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    for n, p in named.items():
+        assert torch.equal(p, before[n][0]) and p.dtype == before[n][0].dtype
+        assert p.grad is before[n][1]
+
+
+def test_schedules_and_new_groups_reach_the_optimizer():
+    named = start()
+    inner = torch.optim.AdamW([named["A"]], RATE)
+    optimizer = keep_updates(inner)
+    optimizer.add_param_group({"params": [named["B"]], "lr": 4 * RATE})
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 1)
+    before = named["B"].detach().clone()
+    train(named, optimizer, range(1))
+    schedule.step()
+    assert [group["lr"] for group in inner.param_groups] == [RATE / 2, 2 * RATE]
+    assert not torch.equal(named["B"], before) and named["B"] in inner.state
+    assert optimizer.state is inner.state
+
+
+def test_a_closure_is_evaluated():
+    named = start()
+    optimizer = keep_updates(torch.optim.SGD(named.values(), RATE))
+
+    def closure() -> float:
+        found = loss(named, torch.Generator().manual_seed(0))
+        found.backward()
+        return found.item()
+
+    before = named["A"].detach().clone()
+    assert optimizer.step(closure) > 0 and not torch.equal(named["A"], before)
+
+
+# ---- where it is not needed ----
+
+
+def test_fp32_parameters_need_none():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(3))], RATE)
+    assert keep_updates(optimizer) is optimizer and not loses_updates(optimizer)
+
+
+def test_an_optimizer_that_is_not_known_stays_as_it_is():
+    """LBFGS updates all parameters by what it finds in all of them."""
+    optimizer = torch.optim.LBFGS([nn.Parameter(torch.ones(3).bfloat16())])
+    assert keep_updates(optimizer) is optimizer and loses_updates(optimizer)
+
+
+def test_it_is_put_around_once():
+    optimizer = keep_updates(torch.optim.SGD([nn.Parameter(torch.ones(3).bfloat16())], RATE))
+    assert isinstance(optimizer, MasterWeights)
+    assert keep_updates(optimizer) is optimizer and not loses_updates(optimizer)
+
+
+# ---- its state ----
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_to_the_bit(name, tmp_path):
+    named = start()
+    optimizer = keep_updates(OPTIMIZERS[name](list(named.values())))
+    train(named, optimizer, range(6))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    again = {n: nn.Parameter(p.detach().clone()) for n, p in named.items()}
+    resumed = keep_updates(OPTIMIZERS[name](list(again.values())))
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert all(p.dtype == named[n].dtype for n, p in again.items())
+    for parameters, one in ((named, optimizer), (again, resumed)):
+        train(parameters, one, range(6, 12))
+    wanted, got = kept(named, optimizer), kept(again, resumed)
+    assert all(torch.equal(wanted[n], got[n]) for n in wanted)
+
+
+def test_lower_halves_take_two_bytes_a_parameter(tmp_path):
+    named = start()
+    optimizer = keep_updates(torch.optim.SGD(named.values(), RATE))
+    train(named, optimizer, range(2))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    halves = sum(named[n].numel() for n in ("A", "B", "small"))
+    assert 2 * halves < (tmp_path / "optimizer.pt").stat().st_size < 2 * halves + 4096
+
+
+def test_a_state_without_lower_halves_is_taken():
+    """A checkpoint from before, whose moments are bf16: from there on they are fp32."""
+    named = start()
+    plain = torch.optim.AdamW(named.values(), RATE)
+    train(named, plain, range(3))
+    state = plain.state_dict()
+    optimizer = keep_updates(torch.optim.AdamW(named.values(), RATE))
+    optimizer.load_state_dict(state)
+    moment = optimizer.state[named["A"]]["exp_avg"]
+    assert moment.dtype == torch.float32
+    assert torch.equal(moment, plain.state[named["A"]]["exp_avg"].float())
+    train(named, optimizer, range(3, 5))
+
+
+def test_what_is_overwritten_has_no_lower_half():
+    named = start()
+    optimizer: Any = keep_updates(torch.optim.SGD(named.values(), RATE))
+    train(named, optimizer, range(3))
+    assert optimizer.lower[named["A"]][0].any()
+    with torch.no_grad():
+        named["A"].copy_(torch.ones_like(named["A"]))
+    saved = optimizer.state_dict()["lower_halves"]
+    assert not saved[0].any() and saved[1].any()
+    named["A"].grad = torch.zeros_like(named["A"])
+    optimizer.step()
+    assert torch.equal(kept(named, optimizer)["A"], torch.ones(SHAPES["A"]))
+
+
+# ---- bundles ----
+
+
+def test_bundles_hold_all_in_order():
+    sizes = [BUNDLE - 1, 1, 1, 2 * BUNDLE, 5]
+    parameters = [torch.empty(size, dtype=torch.bool, device="meta") for size in sizes]
+    found = [[p.numel() for p in bundle] for bundle in bundles(parameters)]
+    assert found == [[BUNDLE - 1, 1], [1], [2 * BUNDLE], [5]]
+    assert list(bundles([])) == []
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *PAGED])
+def test_training_on_a_gpu_is_that_of_fp32_weights(name):
+    """With parameters of more than 1e5 numbers, from where bitsandbytes pages."""
+    make, named = {**OPTIMIZERS, **PAGED}[name], start("cuda", scale=32)
+    wanted = train_in_fp32(named, make, 10)
+    optimizer = keep_updates(make(list(named.values())))
+    train(named, optimizer, range(10))
+    got = kept(named, optimizer)
+    assert all(torch.equal(got[n], wanted[n]) for n in named)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(named, optimizer, range(10, 12))
+    assert all(p.isfinite().all() for p in named.values())
