@@ -6,17 +6,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+IN_PARALLEL := --numprocesses logical --maxprocesses 4
 INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check notebooks docs install clean help
+.PHONY: demo test test-full check check-pages notebooks docs install clean help
 
 demo: $(VENV)/.installed $(VENV)/.small-model  ## train, compare and merge a small model, on any PC
 	$(BIN)/python -m demo
 
 test: $(VENV)/.installed $(VENV)/.small-model  ## the test suite; tests that need a GPU skip themselves
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --ignore tests/pages $(IN_PARALLEL)
+
+test-full: $(VENV)/.installed $(VENV)/.small-model  ## every combination too, for a nightly run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'full or not full' $(IN_PARALLEL)
+
+check-pages: $(VENV)/.installed $(VENV)/.small-model  ## commands, figures and links of the pages; notebooks; benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pages $(IN_PARALLEL)
 
 check: $(VENV)/.installed  ## format, lint, types and the import contract
 	$(BIN)/ruff format --check .
@@ -39,7 +46,7 @@ clean:  ## remove .venv and every cache; what was trained stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 
 # On Linux, PyPI's torch brings gigabytes of CUDA along. A machine without an NVIDIA driver gets the

@@ -110,6 +110,16 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {  # as they are pretrained, 
     "llama without pad": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"pad_token_id": None})),
 }  # fmt: skip
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def axis(*values: Any) -> list[Any]:
+    """Parameters of which `make test` runs the first, and `pytest -m full` (every night) all.
+
+    For axes that are multiplied with others: dtypes, families, checkpointing.
+    """
+    return [values[0], *(pytest.param(value, marks=pytest.mark.full) for value in values[1:])]
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
 FAMILIES = [name for name in CONFIGS if name != "mixtral"]
 FP32 = QuantConfig(compute_dtype="fp32")
