@@ -199,7 +199,6 @@ def load_adapter(
     adapter = read_adapter(folder)
     require_new_name(model, adapter_name)
     require_only_biases(model, adapter.config.bias)
-    check_fits(model, adapter)
     if adapter.taken:
         require_alone(model, f"adapter {adapter.folder}")
     attach(model, adapter, adapter_name)
@@ -234,7 +233,12 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
 
 
 def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default") -> None:
-    """`adapter` on `model`, in place, active and frozen."""
+    """`adapter` on `model`, in place, active and frozen.
+
+    Raises:
+        UserError: it does not fit; the model is then untouched.
+    """
+    check_fits(model, adapter)
     with all_or_nothing(model, adapter_name):
         _place(model, adapter, adapter_name)
         set_adapter(model, adapter_name)

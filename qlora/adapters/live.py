@@ -1,8 +1,12 @@
-"""The model that is to be tried: found and checked before anything large is read, then loaded.
+"""A model for inference: resolved and checked from headers alone, then loaded.
 
-An adapter is put live on its base, quantized as in training; a whole model stays as it is, 16-bit
-or 4-bit. What is computed in is fp32 where training computed in it, else the best 16 bits that this
-machine has units for, or fp32: the same as in training, and the same losses, on a like machine.
+`resolve_model` finds the checkpoint and the adapter that a command names and raises before
+anything large is read. `ResolvedModel.load` then loads a base with its live adapter, or a model
+without one, in 16 or 4 bits. `load_live` is the one way to get a base with its adapter.
+
+The base is quantized as in training. The compute dtype is fp32 where training used fp32, else the
+best 16-bit dtype that this machine has units for, or fp32: on the same kind of machine as in
+training the losses are the same.
 """
 
 import sys
@@ -30,37 +34,69 @@ from qlora.config import ModelChoice, QuantConfig
 from qlora.errors import UserError, first_line
 
 
+def load_live(
+    base: str,
+    adapter: AdapterFile,
+    *,
+    quant: QuantConfig | None = None,
+    revision: str | None = None,
+    device: Any = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """`base` in 4 bits with `adapter` active on it, frozen and in eval mode.
+
+    Args:
+        quant: by default that of training; another compute dtype may be asked for.
+
+    Raises:
+        UserError: the base cannot be loaded, or the adapter does not fit it.
+    """
+    model = load_base(
+        base,
+        quant or adapter.quantization,
+        task=adapter.task,
+        labels=adapter.labels,
+        revision=revision,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    attach(model, adapter)
+    _share_pad(model, adapter.base)
+    model.eval()
+    return model
+
+
 @dataclass(frozen=True)
-class Found:
-    """A model that is there and fits together, not loaded yet."""
+class ResolvedModel:
+    """A model, or a base and its adapter, that exist and belong together; not loaded yet."""
 
     choice: ModelChoice
     name: str
-    """of the base, or of the whole model, as it was given"""
+    """of the base, or of the model without an adapter, as the user gave it"""
     checkpoint: Checkpoint
     adapter: AdapterFile | None
     revision: str | None = None
 
     @property
     def task(self) -> str:
-        """What the model is for."""
+        """The name of its task, in qlora.base.tasks."""
         return self.adapter.task if self.adapter else task_in(self.checkpoint.config)
 
     @property
     def what(self) -> str:
-        """It, in a message."""
+        """How messages name it."""
         return f"adapter {self.adapter.folder}" if self.adapter else f"model {self.name}"
 
     def describe(self) -> str:
-        """One line of what is loaded."""
+        """One line: adapter, base, bits and compute dtype."""
         quant = self.quantization
         bits = f"4-bit {quant.quant_type.upper()}, " if self.in_4_bits else ""
-        own = f"{self.adapter.folder}, an adapter on " if self.adapter else ""
-        return f"{own}{self.name} ({bits}computed in {quant.compute_dtype})"
+        prefix = f"{self.adapter.folder}, an adapter on " if self.adapter else ""
+        return f"{prefix}{self.name} ({bits}computed in {quant.compute_dtype})"
 
     @property
     def in_4_bits(self) -> bool:
-        """Whether its linear layers are, once it is loaded."""
+        """Whether its linear layers will be 4-bit."""
         asked = self.adapter is not None or self.choice.load_in_4bit
         return asked or self.checkpoint.is_quantized
 
@@ -75,18 +111,19 @@ class Found:
 
     @property
     def quantization(self) -> QuantConfig:
-        """How it is loaded in 4 bits."""
-        asked = self.choice.compute_dtype
+        """The settings of its 4-bit layers, with the compute dtype for this machine."""
+        dtype = self.choice.compute_dtype
         quant = self.adapter.quantization if self.adapter else QuantConfig()
-        if asked == "auto":
-            own = DTYPE_NAMES[compute_dtype(QuantConfig(), default_device())]
-            asked = quant.compute_dtype if quant.compute_dtype in ("fp32", own) else own
-        return replace(quant, compute_dtype=asked, allow_unquantized=True)
+        if dtype == "auto":
+            fastest = DTYPE_NAMES[compute_dtype(QuantConfig(), default_device())]
+            trained_in = quant.compute_dtype
+            dtype = trained_in if trained_in in ("fp32", fastest) else fastest
+        return replace(quant, compute_dtype=dtype, allow_unquantized=True)
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer that training left with the adapter, else the model's own."""
-        own = self.adapter is not None and self.adapter.has_tokenizer
-        folder = self.adapter.folder if self.adapter and own else self.checkpoint.folder
+        """The tokenizer that training saved with the adapter, else the checkpoint's."""
+        saved = self.adapter is not None and self.adapter.has_tokenizer
+        folder = self.adapter.folder if self.adapter and saved else self.checkpoint.folder
         try:
             return AutoTokenizer.from_pretrained(
                 folder,
@@ -95,45 +132,37 @@ class Found:
             )
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{folder} holds no tokenizer to be read: {first_line(error)}"
+                f"{folder} holds no tokenizer that can be read: {first_line(error)}"
             ) from error
 
     def load(self) -> PreTrainedModel:
-        """The model, to write and to measure with: on the GPU where there is one."""
-        with _bars_for_people():
-            return self._load()
+        """The model in eval mode, on the GPU where there is one."""
+        with _progress_bars_on_terminals_only():
+            model = self._load()
+        model.eval()
+        return model
 
     def _load(self) -> PreTrainedModel:
         trusted: Any = {"trust_remote_code": self.choice.trust_remote_code}
-        if not self.in_4_bits:
-            device = default_device()
-            whole: PreTrainedModel = task_named(self.task).load("from_pretrained")(
-                self.checkpoint.folder,
-                dtype=compute_dtype(self.quantization, device),
-                device_map={"": device},
-                **trusted,
+        quant, device = self.quantization, default_device()
+        if self.adapter:
+            return load_live(
+                self.name, self.adapter, quant=quant, revision=self.revision, **trusted
             )
-            whole.eval()
-            return whole
-        model = load_base(
-            self.name,
-            self.quantization,
-            task=self.task,
-            labels=self.labels,
-            revision=self.revision,
+        if self.in_4_bits:
+            return load_base(self.name, quant, task=self.task, labels=self.labels, **trusted)
+        model: PreTrainedModel = task_named(self.task).load("from_pretrained")(
+            self.checkpoint.folder,
+            dtype=compute_dtype(quant, device),
+            device_map={"": device},
             **trusted,
         )
-        if self.adapter:
-            check_fits(model, self.adapter)
-            attach(model, self.adapter)
-            _share_pad(model, self.adapter.base)
-        model.eval()
         return model
 
 
 @contextmanager
-def _bars_for_people() -> Iterator[None]:
-    """Inside the block transformers shows a progress bar on a terminal alone, not in a log."""
+def _progress_bars_on_terminals_only() -> Iterator[None]:
+    """Inside the block transformers shows no progress bar unless stderr is a terminal."""
     hides = transformers_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
     if hides:
         transformers_logging.disable_progress_bar()
@@ -144,8 +173,8 @@ def _bars_for_people() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def find(choice: ModelChoice) -> Found:
-    """What `choice` names, from headers alone.
+def resolve_model(choice: ModelChoice) -> ResolvedModel:
+    """The model or base and adapter that `choice` names, checked from headers alone.
 
     Raises:
         UserError: there is no such adapter or model, or the two do not belong together.
@@ -154,7 +183,7 @@ def find(choice: ModelChoice) -> Found:
         name = str(choice.model)
         if (Path(name).expanduser() / CONFIG).is_file():
             raise UserError(f"{name} is an adapter, not a whole model: give it as --adapter")
-        return Found(choice, name, Checkpoint(resolve(name)), None)
+        return ResolvedModel(choice, name, Checkpoint(resolve(name)), None)
     _require_adapter(Path(choice.adapter).expanduser())
     adapter = read_adapter(choice.adapter)
     name = choice.base_model or adapter.base_model or ""
@@ -167,12 +196,12 @@ def find(choice: ModelChoice) -> Found:
         if choice.base_model:
             raise
         raise UserError(
-            f"adapter {adapter.folder} was trained on {name}, which is not to be had: {error}. "
+            f"adapter {adapter.folder} was trained on {name}, which could not be found: {error}. "
             "Give the base's new place as --base-model"
         ) from error
-    found = Found(choice, name, checkpoint, adapter, revision)
-    _require_together(found, adapter)
-    return found
+    model = ResolvedModel(choice, name, checkpoint, adapter, revision)
+    _require_same_base(model, adapter)
+    return model
 
 
 def task_in(config: Mapping[str, Any]) -> str:
@@ -185,7 +214,7 @@ def task_in(config: Mapping[str, Any]) -> str:
 
 
 def _require_adapter(folder: Path) -> None:
-    """Say of some folders what they are in place of an adapter."""
+    """Raise if `folder` is a model, or a run without a final adapter."""
     if (folder / CONFIG).is_file():
         return
     if (folder / "config.json").is_file():
@@ -193,28 +222,28 @@ def _require_adapter(folder: Path) -> None:
     steps = [int(p.parent.name[11:]) for p in folder.glob(f"checkpoint-*/{CONFIG}")]
     if steps:
         raise UserError(
-            f"{folder} is of a run that did not end, so it holds no adapter: give its last "
+            f"{folder} is a run that did not finish, so it holds no adapter: give its last "
             f"checkpoint, {folder / f'checkpoint-{max(steps)}'}"
         )
 
 
-def _require_together(found: Found, adapter: AdapterFile) -> None:
-    """Refuse a base on which the adapter was not trained, before it is loaded."""
-    checkpoint = found.checkpoint
+def _require_same_base(model: ResolvedModel, adapter: AdapterFile) -> None:
+    """Raise if the adapter was trained on another base, before that is loaded."""
+    checkpoint = model.checkpoint
     require_same_base(adapter, checkpoint.fingerprint, str(checkpoint.folder))
     require_same_codes(checkpoint, adapter)
-    if not adapter.taken:  # that one wants weights, not shapes: attach looks
-        plan = skeleton(
+    if not adapter.taken:  # that needs weights, not only shapes: attach checks it
+        empty = skeleton(
             checkpoint.folder,
-            task=found.task,
-            labels=found.labels,
-            trust_remote_code=found.choice.trust_remote_code,
+            task=model.task,
+            labels=model.labels,
+            trust_remote_code=model.choice.trust_remote_code,
         )
-        check_fits(plan, adapter)
+        check_fits(empty, adapter)
 
 
 def _share_pad(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
-    """A classifier that is a decoder reads its label off the last token that is no pad."""
+    """A decoder that classifies reads its label off the last token that is not padding."""
     text = model.config.get_text_config()
     if text.pad_token_id is None:
         text.pad_token_id = base.get("pad_token_id")

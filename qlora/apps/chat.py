@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from qlora.adapters.apply import disable_adapter, mixed_batch
-from qlora.adapters.live import Found, find
+from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import Columns, printable
 from qlora.config import ChatConfig
 from qlora.data.generation import (
@@ -57,7 +57,7 @@ Ctrl-C stops an answer. A line that begins with a space is no command."""
 def chat(config: ChatConfig) -> None:
     """Load the model and talk."""
     with redirect_stdout(sys.stderr):  # on standard output an answer stands alone
-        found = find(config)
+        found = resolve_model(config)
         talk = load(config, found)
     if config.prompt is not None:
         talk.go_through([f" {config.prompt}"])
@@ -70,7 +70,7 @@ def chat(config: ChatConfig) -> None:
         talk.go_through(line.rstrip("\n") for line in sys.stdin)
 
 
-def load(config: ChatConfig, found: Found) -> "Chat":
+def load(config: ChatConfig, found: ResolvedModel) -> "Chat":
     """The model with whom it is talked.
 
     Raises:

@@ -50,7 +50,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora.adapters.apply import disable_adapter
-from qlora.adapters.live import Found, find
+from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import printable
 from qlora.config import EvaluateConfig
 from qlora.data.chat_template import NO_LOSS
@@ -97,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UserError: anything the user can mend. Nothing was written then.
     """
-    found = find(config)
+    found = resolve_model(config)
     output = _output(config, found)
     tokenizer = found.load_tokenizer()
     rows, stats = _prepare(config, found, tokenizer)
@@ -126,7 +126,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 # ---- what is measured on ----
 
 
-def _output(config: EvaluateConfig, found: Found) -> Path | None:
+def _output(config: EvaluateConfig, found: ResolvedModel) -> Path | None:
     """Where the results go; nowhere for a whole model, unless it is said."""
     if config.output is not None:
         path = Path(config.output).expanduser()
@@ -142,7 +142,7 @@ def _output(config: EvaluateConfig, found: Found) -> Path | None:
     return path
 
 
-def _prepare(config: EvaluateConfig, found: Found, tokenizer: Any) -> tuple[Any, DataStats]:
+def _prepare(config: EvaluateConfig, found: ResolvedModel, tokenizer: Any) -> tuple[Any, DataStats]:
     """Rows as training would have them."""
     return prepare_data(
         config.data,
@@ -155,7 +155,7 @@ def _prepare(config: EvaluateConfig, found: Found, tokenizer: Any) -> tuple[Any,
     )
 
 
-def _max_length(config: EvaluateConfig, found: Found) -> int:
+def _max_length(config: EvaluateConfig, found: ResolvedModel) -> int:
     trained = _trained_length(found.adapter.folder) if found.adapter else None
     asked = config.max_length or trained or MAX_LENGTH
     return min(asked, found.checkpoint.max_positions or asked)
@@ -172,7 +172,7 @@ def _trained_length(folder: Path) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def _ask(config: EvaluateConfig, found: Found, tokenizer: Any) -> list[Question]:
+def _ask(config: EvaluateConfig, found: ResolvedModel, tokenizer: Any) -> list[Question]:
     """The questions in the data that fit into the model with an answer."""
     objective = OBJECTIVES[found.task]
     if objective.classifies:
@@ -221,7 +221,7 @@ def questions_in(records: Any, tokenizer: Any, task: str) -> Iterator[Question]:
 
 def _measure(
     config: EvaluateConfig,
-    found: Found,
+    found: ResolvedModel,
     model: PreTrainedModel,
     tokenizer: Any,
     rows: Any,
@@ -253,7 +253,7 @@ def _measure(
 
 def _results(
     config: EvaluateConfig,
-    found: Found,
+    found: ResolvedModel,
     stats: DataStats,
     scores: dict[str, dict[str, float]],
     questions: Sequence[Question],

@@ -29,8 +29,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from qlora.adapters.files import attach, check_fits
+from qlora.adapters.files import attach
 from qlora.adapters.format import AdapterFile
+from qlora.adapters.live import load_live
 from qlora.adapters.lora import LoRALinear, lora_layers
 from qlora.adapters.starts import SecondMoments
 from qlora.base.checkpoint import Checkpoint
@@ -166,7 +167,6 @@ class Verifier:
         )
         model = self._load(self.base_model, quant)
         base = deque(_log_probs(model, self.examples, "Base"))
-        check_fits(model, self.adapter)
         attach(model, self.adapter)
         loss_base = loss = kl_base = 0.0
         live = []
@@ -241,12 +241,7 @@ def calibrate(
         except (OSError, ValueError) as error:
             raise UserError(f"{tokenizer_folder} holds no tokenizer to calibrate with") from error
         read = [prepare_data(source, tokenizer, max_length=MAX_LENGTH) for source in data]
-    model = load_base(
-        base_model, adapter.quantization, device=device, trust_remote_code=trust_remote_code
-    )
-    check_fits(model, adapter)
-    attach(model, adapter)
-    model.eval()
+    model = load_live(base_model, adapter, device=device, trust_remote_code=trust_remote_code)
     found = lora_layers(model).items()
     layers = {name: layer for name, layer in found if isinstance(layer, LoRALinear)}
     widest = max(layer.shape[1] for layer in layers.values())

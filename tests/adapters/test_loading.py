@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora import load_adapter, load_base
 from qlora.adapters import live as loading
-from qlora.adapters.live import find
+from qlora.adapters.live import resolve_model
 from qlora.config import MergeConfig, ModelChoice
 from qlora.errors import UserError
 from qlora.merge import merge
@@ -24,7 +24,7 @@ def logits(model):
 
 def test_an_adapter_is_live_on_its_base_in_the_dtype_of_training(adapters, checkpoints):
     base = checkpoints("llama")
-    model = find(ModelChoice(adapter=str(adapters("llama")))).load()
+    model = resolve_model(ModelChoice(adapter=str(adapters("llama")))).load()
     assert not model.training
     assert model.dtype == torch.float32  # the adapter was made on such a base
     twin = load_base(str(base), FP32)
@@ -34,20 +34,22 @@ def test_an_adapter_is_live_on_its_base_in_the_dtype_of_training(adapters, check
 
 def test_a_whole_model_stays_as_it_is(adapters, checkpoints, tmp_path):
     folder = str(checkpoints("llama"))
-    whole = find(ModelChoice(model=folder, compute_dtype="fp32")).load()
+    whole = resolve_model(ModelChoice(model=folder, compute_dtype="fp32")).load()
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(logits(whole), logits(plain))
-    quantized = find(ModelChoice(model=folder, load_in_4bit=True, compute_dtype="fp32")).load()
+    quantized = resolve_model(
+        ModelChoice(model=folder, load_in_4bit=True, compute_dtype="fp32")
+    ).load()
     assert torch.equal(logits(quantized), logits(load_base(folder, FP32).eval()))
     merged = str(tmp_path / "merged")
     merge(MergeConfig(adapter=str(adapters("llama")), output_dir=merged, format="nf4"))
-    found = find(ModelChoice(model=merged))
+    found = resolve_model(ModelChoice(model=merged))
     assert any(isinstance(module, Linear4bit) for module in found.load().modules())
     assert found.describe().startswith(f"{merged} (4-bit NF4, computed in ")
 
 
 def test_a_dtype_without_units_is_not_taken_from_training(adapters, tmp_path, monkeypatch):
-    found = find(ModelChoice(adapter=str(adapters("llama"))))
+    found = resolve_model(ModelChoice(adapter=str(adapters("llama"))))
     monkeypatch.setitem(found.adapter.base, "compute_dtype", "bf16")
     for own, taken in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         monkeypatch.setattr(loading, "compute_dtype", lambda quant, device, own=own: own)
@@ -80,7 +82,7 @@ def broken(adapters, checkpoints, tmp_path):
         ({"adapter": "cut"}, r"holds no adapter: give its last checkpoint, .*checkpoint-10$"),
         (
             {"adapter": "moved"},
-            r"was trained on .*gone, which is not to be had: .* new place as --base-model$",
+            r"was trained on .*gone, which could not be found: .* new place as --base-model$",
         ),
         ({"adapter": "moved", "base_model": "other"}, "belongs to another base: it was trained on"),
         ({"adapter": "moved", "base_model": "gone"}, r"^model .*gone does not exist: give a"),
@@ -90,7 +92,7 @@ def broken(adapters, checkpoints, tmp_path):
 )
 def test_what_does_not_fit_is_found_before_anything_is_loaded(broken, choice, message):
     with pytest.raises(UserError, match=message):
-        find(ModelChoice(**{key: str(broken / value) for key, value in choice.items()}))
+        resolve_model(ModelChoice(**{key: str(broken / value) for key, value in choice.items()}))
 
 
 def test_shapes_are_compared_where_no_fingerprint_is_known(broken, checkpoints, monkeypatch):
@@ -105,11 +107,11 @@ def test_shapes_are_compared_where_no_fingerprint_is_known(broken, checkpoints, 
     monkeypatch.setattr(loading, "read_adapter", as_peft_writes)
     choice = ModelChoice(adapter=str(adapter), base_model=str(checkpoints("gpt2")))
     with pytest.raises(UserError, match=r"does not fit this model: .*q_proj is no layer of this"):
-        find(choice)
-    assert find(ModelChoice(adapter=str(adapter), base_model=str(broken / "other")))
+        resolve_model(choice)
+    assert resolve_model(ModelChoice(adapter=str(adapter), base_model=str(broken / "other")))
 
 
 def test_a_model_without_a_tokenizer(checkpoints, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match="bare holds no tokenizer to be read"):
-        find(ModelChoice(model=str(tmp_path / "bare"))).load_tokenizer()
+    with pytest.raises(UserError, match="bare holds no tokenizer that can be read"):
+        resolve_model(ModelChoice(model=str(tmp_path / "bare"))).load_tokenizer()

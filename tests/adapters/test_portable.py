@@ -389,7 +389,7 @@ def test_the_command_ends_with_2_and_one_line(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "qlora.adapters.portable",
+        "qlora.portable",
         "--adapter",
         str(tmp_path / "absent"),
     ]

@@ -214,7 +214,9 @@ def test_samples_do_nothing_to_a_terminal():
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    monkeypatch.setattr("qlora.adapters.live.Found.load", lambda self: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "qlora.adapters.live.ResolvedModel.load", lambda self: pytest.fail("it was loaded")
+    )
 
 
 @pytest.mark.parametrize(
