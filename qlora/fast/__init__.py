@@ -5,3 +5,6 @@
 - `attention`: rows of a batch one after the other, without padding
 - `offload`: activations and the embedding in host memory
 """
+
+from qlora.fast.offload import offload_activations as offload_activations
+from qlora.fast.offload import offload_embedding as offload_embedding
