@@ -432,17 +432,13 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
     pairs = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.pairs):
         found = [
-            (weight * factors.scaling, factors)
+            (factors, weight)
             for adapter, weight in zip(adapters, weights, strict=True)
             if (factors := adapter.pairs.get(name))
         ]
-        shapes = {(f.lora_B.shape[0], f.lora_A.shape[1]) for _, f in found}
+        shapes = {factors.shape for factors, _ in found}
         if len(shapes) > 1:
             raise UserError(f"{name} has the shapes {shapes} in these adapters: they do not fit")
-        pairs[name] = Factors(
-            torch.cat([factors.lora_A.float() for _, factors in found]),
-            torch.cat([scaling * factors.lora_B.float() for scaling, factors in found], dim=1),
-            1.0,
-        )
+        pairs[name] = Factors.cat(found)
     embeddings = frozenset().union(*(adapter.embeddings for adapter in adapters))
     return replace(first, pairs=pairs, embeddings=embeddings, tensors={})

@@ -278,40 +278,34 @@ def add_weighted_adapter(
     return model
 
 
-def _put(
-    model: nn.Module, made: dict[str, tuple[Tensor, Tensor]], like: LoraConfig, adapter_name: str
-) -> None:
-    """A and B of each layer onto the model, filled up with zeros to one rank: every reader of an
-    adapter's files understands that."""
-    r = max(len(lora_A) for lora_A, _ in made.values())
-    for name, (lora_A, lora_B) in made.items():
-        layer = lora_layers(model)[name]
-        dtype = next(iter(layer.lora_A.values())).dtype
-        missing = r - len(lora_A)
-        lora_A = nn.functional.pad(lora_A, (0, 0, 0, missing)).to(dtype)
-        lora_B = nn.functional.pad(lora_B, (0, missing)).to(dtype)
-        layer.put_adapter(adapter_name, Factors(lora_A, lora_B, 1.0))
+def _put(model: nn.Module, made: dict[str, Factors], like: LoraConfig, adapter_name: str) -> None:
+    """The factors of each layer as an adapter on the model, of one rank: all readers of adapter
+    files understand that."""
+    r = max(len(factors.lora_A) for factors in made.values())
+    layers = lora_layers(model)
+    for name, factors in made.items():
+        dtype = next(iter(layers[name].lora_A.values())).dtype
+        lora_A, lora_B = (t.to(dtype) for t in factors.padded(r)[:2])
+        layers[name].put_adapter(adapter_name, Factors(lora_A, lora_B, 1.0))
     adapter_configs(model)[adapter_name] = LoraConfig(
         r=r, lora_alpha=r, lora_dropout=like.lora_dropout, target_modules=tuple(made)
     )
 
 
-def _combined(
-    layer: LoRALayer, parts: dict[str, float], way: str, mix: Mix, r: int
-) -> tuple[Tensor, Tensor]:
-    """A and B, fp32 and of scaling 1, of one layer's weighted adapters."""
+def _combined(layer: LoRALayer, parts: dict[str, float], way: str, mix: Mix, r: int) -> Factors:
+    """One layer's weighted adapters as one, in fp32 and of scaling 1."""
     found = [layer.factors(name) for name in parts]
-    each = [w * factors.scaling for w, factors in zip(parts.values(), found, strict=True)]
-    if way == "cat":
-        return _cat(found, each)
-    if way == "svd":
-        return _low_rank_svd(*_cat(found, each), r)
+    if way in ("cat", "svd"):
+        stacked = Factors.cat([*zip(found, parts.values(), strict=True)])
+        return stacked if way == "cat" else _low_rank_svd(stacked, r)
     if way.endswith("_svd"):
         return _svd(mix([layer.delta_weight(name) for name in parts], [*parts.values()]), r)
+    each = [w * factors.scaling for w, factors in zip(parts.values(), found, strict=True)]
     roots = [math.sqrt(abs(w)) for w in each]
     signed = [math.copysign(root, w) for root, w in zip(roots, each, strict=True)]
     lora_A = mix([factors.lora_A.float() for factors in found], signed)
-    return lora_A, mix([factors.lora_B.float() for factors in found], roots)
+    lora_B = mix([factors.lora_B.float() for factors in found], roots)
+    return Factors(lora_A, lora_B, 1.0)
 
 
 # ---- ways to mix some tensors of one shape into one ----
@@ -355,23 +349,18 @@ def agreeing(stacked: Tensor, signs: Signs) -> Tensor:
     return stacked.sign() == torch.where(votes >= 0, 1, -1)
 
 
-def _cat(found: list[Factors], each: list[float]) -> tuple[Tensor, Tensor]:
-    """A (R, in) and B (out, R) of the weighted sum, exactly; R is the sum of ranks."""
-    lora_A = torch.cat([w * f.lora_A.float() for f, w in zip(found, each, strict=True)])
-    return lora_A, torch.cat([f.lora_B.float() for f in found], dim=1)
+def _low_rank_svd(sum_: Factors, r: int) -> Factors:
+    """The best approximation of rank r of B A, which is never formed."""
+    left, up = torch.linalg.qr(sum_.lora_B)  # (out, R) = (out, R) @ (R, R)
+    right, down = torch.linalg.qr(sum_.lora_A.T)  # (in, R) = (in, R) @ (R, R)
+    core = _svd(up @ down.T, r)
+    return Factors(core.lora_A @ right.T, left @ core.lora_B, 1.0)
 
 
-def _low_rank_svd(lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """The best A (r, in) and B (out, r) for B A, which is never formed."""
-    left, up = torch.linalg.qr(lora_B)
-    right, down = torch.linalg.qr(lora_A.T)
-    new_A, new_B = _svd(up @ down.T, r)
-    return new_A @ right.T, left @ new_B
-
-
-def _svd(delta: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def _svd(delta: Tensor, r: int) -> Factors:
+    """The best approximation of rank r of `delta` (out, in)."""
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    return vh[:r], u[:, :r] * s[:r]
+    return Factors(vh[:r], u[:, :r] * s[:r], 1.0)
 
 
 # ---- checks ----

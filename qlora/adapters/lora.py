@@ -24,7 +24,7 @@ function that folds an adapter into a weight call it.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,22 @@ class Factors(NamedTuple):
         """Its part of some rows of the layer."""
         magnitude = None if self.magnitude is None else self.magnitude[rows]
         return self._replace(lora_B=self.lora_B[rows], magnitude=magnitude)
+
+    def padded(self, r: int) -> "Factors":
+        """The same change with zeros as further rows of A and columns of B, up to rank `r`."""
+        zeros = r - len(self.lora_A)
+        lora_A, lora_B = F.pad(self.lora_A, (0, 0, 0, zeros)), F.pad(self.lora_B, (0, zeros))
+        return self._replace(lora_A=lora_A, lora_B=lora_B) if zeros else self
+
+    @staticmethod
+    def cat(parts: Sequence[tuple["Factors", float]]) -> "Factors":
+        """The weighted sum of changes, exactly: A stacked, B side by side, so the ranks add up.
+
+        In fp32 and of scaling 1: B takes each part's weight and scaling.
+        """
+        lora_A = torch.cat([f.lora_A.float() for f, _ in parts])  # (sum of r, in)
+        lora_B = torch.cat([weight * f.scaling * f.lora_B.float() for f, weight in parts], dim=1)
+        return Factors(lora_A, lora_B, 1.0)
 
     def change(self, weight: Tensor) -> Tensor:
         """What the adapter adds to `weight` (out, in), in fp32."""

@@ -50,10 +50,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from qlora.adapters.format import CONFIG, WEIGHTS, contents_of, read_files, require_understood
-from qlora.adapters.lora import Factors
 from qlora.adapters.tensors import PARTS, PREFIX
 from qlora.config import PortableConfig
 from qlora.config.lora import pattern_key
@@ -84,9 +82,10 @@ def portable_subset(
     scaling = _common_scaling([factors.scaling for factors in contents.pairs.values()])
     baked = dict(tensors)
     for module, factors in contents.pairs.items():
-        lora_A, lora_B = _padded(factors, r, scaling)
-        baked[f"{PREFIX}{module}.lora_A.weight"] = lora_A
-        baked[f"{PREFIX}{module}.lora_B.weight"] = lora_B
+        lora_B = _times(factors.lora_B, factors.scaling / scaling)
+        padded = factors._replace(lora_B=lora_B).padded(r)
+        baked[f"{PREFIX}{module}.lora_A.weight"] = padded.lora_A
+        baked[f"{PREFIX}{module}.lora_B.weight"] = padded.lora_B
     return _portable_values(values, list(contents.pairs), r, scaling * r), baked
 
 
@@ -106,15 +105,6 @@ def _common_scaling(scalings: list[float]) -> float:
         return exact, scalings.count(scaling)
 
     return max(dict.fromkeys(scalings), key=fit)
-
-
-def _padded(factors: Factors, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r), to be multiplied with `scaling`."""
-    lora_A, lora_B = factors.lora_A, _times(factors.lora_B, factors.scaling / scaling)
-    zeros = r - len(lora_A)
-    if not zeros:
-        return lora_A, lora_B
-    return F.pad(lora_A, (0, 0, 0, zeros)), F.pad(lora_B, (0, zeros))
 
 
 def _times(lora_B: Tensor, ratio: float) -> Tensor:
