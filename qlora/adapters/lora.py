@@ -359,8 +359,9 @@ class LoRALinear(LoRALayer):
         self.whole: Tensor | None
         """the weight as it was, of a layer that is not quantized and of which some is taken"""
         self.register_buffer("whole", None, persistent=False)
+        # The fused forward, set by qlora.fast.layers.use_fast_path: the same output from fused
+        # functions, or None where they do not support this call, which then is computed here.
         self.fast: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
-        """a faster way to compute the same where it can (qlora.fast.layers)"""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
