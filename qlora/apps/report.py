@@ -230,7 +230,7 @@ def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
         {**row, "right": row["after"] is not None and row["after"].strip() == row["wanted"].strip()}
         for row in run.samples
     ]
-    template = files("qlora").joinpath(REPORT).read_text(encoding="utf-8")
+    template = files("qlora.apps").joinpath(REPORT).read_text(encoding="utf-8")
     return (
         Environment(autoescape=True, undefined=StrictUndefined)
         .from_string(template)
