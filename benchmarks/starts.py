@@ -93,8 +93,8 @@ def losses(folder: Path, held_out: list[Any]) -> dict[str, float]:
     """Held-out loss of the adapter in `folder`, over each base that it may be put on."""
     adapter = read_adapter(folder)
     places = {"as trained": (adapter, True)}
-    if adapter.taken:
-        plain = replace(adapter, taken={})
+    if adapter.subtracted:
+        plain = replace(adapter, subtracted={})
         places |= {"over plain NF4": (plain, True), "over 16 bits": (plain, False)}
     found = {}
     for place, (own, in_4_bits) in places.items():

@@ -48,10 +48,10 @@ from qlora.adapters.format import (
     CONFIG,
     WEIGHTS,
     AdapterFile,
-    as_trained,
     raise_faults,
     read_adapter,
     require_same_base,
+    without_rebase,
 )
 from qlora.adapters.fuse import require_unmerged
 from qlora.adapters.layers import LoRAExperts, expert_sizes
@@ -62,7 +62,7 @@ from qlora.adapters.rebase import (
     require_originals,
     require_own_base,
     set_bases,
-    taken_out,
+    subtracted_parts,
 )
 from qlora.adapters.targets import has_rows, matches, takes_adapter
 from qlora.adapters.tensors import PREFIX
@@ -96,7 +96,7 @@ def save_adapter(
     own = parameters_by_file_name(model, adapter_name)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in own.items()}
     config, base = configs[adapter_name], getattr(model, "qlora_base", {})
-    if taken := taken_out(model):
+    if taken := subtracted_parts(model):
         tensors |= _with_taken(tensors, taken)
         config = config.with_ranks(2)
         base = {**base, "rebased": {name: len(out.lora_A) for name, out in taken.items()}}
@@ -199,7 +199,7 @@ def load_adapter(
     adapter = read_adapter(folder)
     require_new_name(model, adapter_name)
     require_only_biases(model, adapter.config.bias)
-    if adapter.taken:
+    if adapter.subtracted:
         require_alone(model, f"adapter {adapter.folder}")
     attach(model, adapter, adapter_name)
     if trainable:
@@ -220,7 +220,7 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
     known_adapters(model, adapter_name)
     check_fits(model, adapter)
     require_own_base(model, "swap_adapter")
-    if adapter.taken:
+    if adapter.subtracted:
         require_alone(model, f"adapter {adapter.folder}")
     require_unmerged(model, adapter_name)
     if adapter_configs(model)[adapter_name].bias == "none":
@@ -246,9 +246,9 @@ def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default"
 
 
 def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
-    adapter = as_trained(adapter)
+    adapter = without_rebase(adapter)
     own: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in adapter.whole.items():
+    for name, value in adapter.full_params.items():
         module, _, leaf = name.rpartition(".")
         # PEFT saves embeddings whole beside their A and B, as they were
         if module in adapter.pairs and torch.equal(value, model.get_parameter(name).to(value)):
@@ -260,7 +260,7 @@ def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
         bias = adapter.lora_biases.get(name)
         dropout = adapter.config.lora_dropout
         wrap_layer(model, name).put_adapter(adapter_name, factors, dropout, bias)
-    set_bases(model, adapter.taken)
+    set_bases(model, adapter.subtracted)
     for name, pairs in adapter.parameters.items():
         leaves = parameters_meant(name, plain(model.get_submodule(name)), adapter.config)
         lora_A = {leaf: pair[0] for leaf, pair in zip(leaves, pairs, strict=True)}
@@ -276,7 +276,7 @@ def load_adapter_weights(
     model: nn.Module, folder: str | Path, *, adapter_name: str = "default"
 ) -> None:
     """Overwrite the values of an adapter the model already has, as resuming a run does."""
-    adapter = as_trained(read_adapter(folder))
+    adapter = without_rebase(read_adapter(folder))
     config = adapter_configs(model).get(adapter_name)
     if config is None:
         raise UserError(f"the model has no adapter {adapter_name!r} to load weights into")
@@ -292,7 +292,7 @@ def load_adapter_weights(
         faults,
         mend="Give the settings the run was started with, or a new --output-dir",
     )
-    set_bases(model, adapter.taken)
+    set_bases(model, adapter.subtracted)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(adapter.tensors[name])
@@ -370,13 +370,13 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
         faults,
         mend="Load the base it was trained on",
     )
-    require_originals(model, adapter.taken)
+    require_originals(model, adapter.subtracted)
 
 
 def _misfits_of_parameters(modules: dict[str, Any], adapter: AdapterFile) -> list[str]:
     """What is trained in full, and parameters that are no layer's."""
     faults = []
-    for name, value in adapter.whole.items():
+    for name, value in adapter.full_params.items():
         module, _, leaf = name.rpartition(".")
         own = getattr(modules.get(module), leaf, None)
         if own is None:

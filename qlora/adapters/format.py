@@ -75,7 +75,7 @@ class AdapterFile:
     base_model: str | None
     embeddings: frozenset[str] = frozenset()
     """those of `pairs` that are embeddings"""
-    whole: dict[str, Tensor] = field(default_factory=dict)
+    full_params: dict[str, Tensor] = field(default_factory=dict)
     """parameters trained in full"""
     lora_biases: dict[str, Tensor] = field(default_factory=dict)
     """B's own biases (out,)"""
@@ -89,7 +89,7 @@ class AdapterFile:
     """endings of the names of all layers that have A and B, where the config says it so"""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """all of the above as they stand in the file"""
-    taken: dict[str, Factors] = field(default_factory=dict)
+    subtracted: dict[str, Factors] = field(default_factory=dict)
     """what each layer's base was quantized without (qlora.adapters.rebase); its pair undoes that
     in the ranks behind those that were trained. Empty for a base as it was"""
     base: dict[str, Any] = field(default_factory=dict)
@@ -131,7 +131,11 @@ class AdapterFile:
 
     def missing(self, layers: Iterable[str]) -> list[str]:
         """What is wrong: those of a base's layers that the config means and the files lack."""
-        there = {*self.pairs, *self.parameters, *(name.rpartition(".")[0] for name in self.whole)}
+        there = {
+            *self.pairs,
+            *self.parameters,
+            *(name.rpartition(".")[0] for name in self.full_params),
+        }
         return [
             f"{name} is in target_modules, and the files have no A and B for it"
             for name in layers
@@ -147,7 +151,7 @@ class AdapterFile:
         """Whether an embedding and an output head that were one are two with this adapter."""
         if any(m in self.pairs for m in (embedding, head)):
             return True
-        own = [self.whole.get(f"{m}.weight") for m in (embedding, head)]
+        own = [self.full_params.get(f"{m}.weight") for m in (embedding, head)]
         if own[0] is None or own[1] is None:
             return own[0] is not own[1]
         return not torch.equal(own[0], own[1])
@@ -158,7 +162,7 @@ class AdapterFile:
         found = {
             DORA: any(f.magnitude is not None for f in self.pairs.values()),
             "embeddings": bool(self.embeddings),
-            "parameters trained in full": bool(self.whole),
+            "parameters trained in full": bool(self.full_params),
             "biases": bool(self.lora_biases),
             "parameters of modules that are no layer": bool(self.parameters),
             "trained token rows": bool(self.rows),
@@ -189,22 +193,22 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
         targets=_all_targets(values),
         tensors=tensors,
-        taken=taken,
+        subtracted=taken,
         base=base,
     )
 
 
-def as_trained(adapter: AdapterFile) -> AdapterFile:
+def without_rebase(adapter: AdapterFile) -> AdapterFile:
     """The adapter that goes with a base changed for it, of half the ranks; any other as it is."""
-    if not adapter.taken:
+    if not adapter.subtracted:
         return adapter
     pairs, tensors = dict(adapter.pairs), dict(adapter.tensors)
-    for name, taken in adapter.taken.items():
+    for name, taken in adapter.subtracted.items():
         r, pair = len(taken.lora_A), adapter.pairs[name]
         pairs[name] = Factors(pair.lora_A[:r], pair.lora_B[:, :r], pair.scaling)
         for side, half in zip("AB", pairs[name][:2], strict=True):
             tensors[f"{PREFIX}{name}.lora_{side}.weight"] = half
-    ranks = {name: len(taken.lora_A) for name, taken in adapter.taken.items()}
+    ranks = {name: len(taken.lora_A) for name, taken in adapter.subtracted.items()}
     config = adapter.config.with_ranks(0.5)
     if any(config.of(name).r != r for name, r in ranks.items()):  # a portable one was padded
         config = config.with_ranks_of(ranks)
@@ -378,7 +382,7 @@ def _read_base_record(metadata: Mapping[str, str], folder: Path) -> dict[str, An
 
 def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
     """Refuse a base in other 4-bit codes than those the adapter was trained on."""
-    if checkpoint.is_quantized and adapter.taken:
+    if checkpoint.is_quantized and adapter.subtracted:
         raise UserError(
             f"adapter {adapter.folder} was trained over a base that was changed for it (PiSSA, "
             f"OLoRA or LoftQ), which is made of the weights from before quantization, but "
@@ -419,7 +423,7 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
                 f"{adapter.folder} holds {' and '.join(more)}, of which no weighted sum is made: "
                 "merge it alone, without a weight"
             )
-        if adapter.taken and len(adapters) > 1:
+        if adapter.subtracted and len(adapters) > 1:
             raise UserError(
                 f"{adapter.folder} was trained over a base that was changed for it (PiSSA, OLoRA "
                 "or LoftQ): merge it alone"

@@ -232,7 +232,7 @@ def _require_same_base(model: ResolvedModel, adapter: AdapterFile) -> None:
     checkpoint = model.checkpoint
     require_same_base(adapter, checkpoint.fingerprint, str(checkpoint.folder))
     require_same_codes(checkpoint, adapter)
-    if not adapter.taken:  # that needs weights, not only shapes: attach checks it
+    if not adapter.subtracted:  # that needs weights, not only shapes: attach checks it
         empty = skeleton(
             checkpoint.folder,
             task=model.task,

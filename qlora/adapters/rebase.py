@@ -103,7 +103,7 @@ def require_alone(model: nn.Module, what: str) -> None:
 
 def require_own_base(model: nn.Module, what: str) -> None:
     """Refuse `what` on a model whose base was changed for the adapter it has."""
-    if taken_out(model):
+    if subtracted_parts(model):
         raise UserError(
             f"{what} wants the base as it was, and it was changed for adapter "
             f"{', '.join(_adapter_names(model))} (PiSSA, OLoRA or LoftQ): unload that first"
@@ -212,7 +212,7 @@ def original_weight(model: nn.Module, name: str) -> Tensor:
     return (whole.T if was_conv1d(base) else whole).float()
 
 
-def taken_out(model: nn.Module) -> dict[str, Factors]:
+def subtracted_parts(model: nn.Module) -> dict[str, Factors]:
     """Of layers whose base was changed for an adapter, what was taken out of it."""
     found = {name: layer.taken for name, layer in _linear_layers(model).items()}
     return {name: taken for name, taken in found.items() if taken is not None}
@@ -220,7 +220,7 @@ def taken_out(model: nn.Module) -> dict[str, Factors]:
 
 def set_bases(model: nn.Module, wanted: Mapping[str, Factors]) -> None:
     """Every adapted layer's base without what is `wanted` out of it, and all others as loaded."""
-    there = taken_out(model)
+    there = subtracted_parts(model)
     for name, layer in _linear_layers(model).items():
         if not _same(there.get(name), wanted.get(name)):
             rebase(layer, original_weight(model, name), wanted.get(name))
@@ -232,7 +232,7 @@ def restore(model: nn.Module) -> None:
     Raises:
         UserError: the weights from before quantization are no longer there.
     """
-    require_originals(model, taken_out(model))
+    require_originals(model, subtracted_parts(model))
     set_bases(model, {})
 
 

@@ -48,7 +48,7 @@ class Contents(NamedTuple):
     """of each adapted module: a linear layer, or an embedding as one from vocab to dim"""
     embeddings: frozenset[str]
     """those of `pairs` that are embeddings"""
-    whole: dict[str, Tensor]
+    full_params: dict[str, Tensor]
     """parameters trained in full"""
     lora_biases: dict[str, Tensor]
     """B's own biases (out,), which a module's scaling is yet to multiply"""
@@ -69,21 +69,21 @@ def sort_out(
         values: adapter_config.json.
         config: what was read from it.
     """
-    parts, whole, faults = _sort(tensors, values)
+    parts, full_params, faults = _sort(tensors, values)
     parameters = _parameters(parts, config, faults)
     pairs, embeddings = _pair_up(parts, values, config, faults)
     lora_biases, rows = _others(parts, pairs, values, faults)
-    if not (parts or whole or parameters):
+    if not (parts or full_params or parameters):
         faults.append("no lora_A or lora_B tensor")
-    return Contents(pairs, embeddings, whole, lora_biases, parameters, rows), faults
+    return Contents(pairs, embeddings, full_params, lora_biases, parameters, rows), faults
 
 
 def _sort(
     tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
-    """The parts of each adapted module, the parameters saved whole, and what is wrong so far."""
+    """The parts of each adapted module, the parameters saved in full, and what is wrong so far."""
     parts: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
+    full_params: dict[str, Tensor] = {}
     faults = []
     ends = "|".join(map(re.escape, PARTS))
     for key, tensor in tensors.items():
@@ -97,9 +97,9 @@ def _sort(
         elif match := re.fullmatch(rf"(.+)\.({ends})", name):
             parts.setdefault(match[1], {})[match[2]] = tensor
         else:
-            whole[name] = tensor
+            full_params[name] = tensor
     saved = tuple(values.get("modules_to_save") or ())
-    for name in list(whole):
+    for name in list(full_params):
         module, _, kind = name.rpartition(".")
         module = module.removesuffix(".base_layer")
         explained = (
@@ -109,12 +109,14 @@ def _sort(
         )
         if not explained:
             faults.append(f"unexpected {PREFIX}{name}")
-        whole[f"{module}.{kind}"] = whole.pop(name)
-    missing = [e for e in saved if not any(_ends_in(n.rpartition(".")[0], (e,)) for n in whole)]
-    if whole and TASKS[task_typed(values.get("task_type"))].trains_head:
+        full_params[f"{module}.{kind}"] = full_params.pop(name)
+    missing = [
+        e for e in saved if not any(_ends_in(n.rpartition(".")[0], (e,)) for n in full_params)
+    ]
+    if full_params and TASKS[task_typed(values.get("task_type"))].trains_head:
         missing = [entry for entry in missing if entry not in PEFT_HEADS]
     faults += [f"missing {e}, which its config says was trained in full" for e in missing]
-    return parts, whole, faults
+    return parts, full_params, faults
 
 
 def _ends_in(module: str, entries: Iterable[str]) -> bool:

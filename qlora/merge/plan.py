@@ -118,7 +118,7 @@ class _Planner:
             m: m in adapter.embeddings or adapter.fan_in_fan_out for m in adapter.pairs
         }
         self.transposed |= quantized
-        self.layers = {m for m in quantized if f"{m}.weight" not in adapter.whole}
+        self.layers = {m for m in quantized if f"{m}.weight" not in adapter.full_params}
         """quantized in training"""
         self.rounds = config.onto == "nf4" and not checkpoint.is_quantized
         """these go through their codes; those of a 4-bit base are as they were"""
@@ -128,7 +128,7 @@ class _Planner:
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         touched = sorted({*self.transposed, *adapter.rows}, key=lambda m: order.get(m, -1))
         params = [f"{m}.weight" for m in touched]
-        params += [*adapter.whole, *(f"{m}.bias" for m in adapter.bias_changes)]
+        params += [*adapter.full_params, *(f"{m}.bias" for m in adapter.bias_changes)]
         self.places = {param: disk_name(checkpoint, model, param) for param in params}
         """the checkpoint's name of each parameter that something is done to"""
         self.sources = {name: name for name in checkpoint.tensors}
@@ -187,7 +187,7 @@ class _Planner:
         """The adapter's head takes the place of the checkpoint's, which may be another task's."""
         params = dict(model.named_parameters())
         of_head = {param for param in params if is_in(param, heads(model))}
-        whole = params.keys() & self.adapter.whole.keys()
+        whole = params.keys() & self.adapter.full_params.keys()
         self.new = {param for param in whole if param in of_head or self.places[param] is None}
         for param in self.new:
             self.places[param] = place = self.places[param] or param
@@ -222,15 +222,15 @@ class _Planner:
     def _op(self, name: str, source: str) -> MergeOp:
         adapter, param = self.adapter, self.param_of.get(name)
         if param in self.new:
-            shape = tuple(adapter.whole[param].shape)
+            shape = tuple(adapter.full_params[param].shape)
             return MergeOp(name, source, (Entry(name, self.out_dtype, shape),), param)
         header = self.checkpoint.tensors[source]
         module = param.removesuffix(".weight") if param and param.endswith(".weight") else None
         packed = _is_packed(self.checkpoint, source)
         shape = _packed_shape(self.checkpoint, source) if packed else header.shape
         floats = packed or header.dtype.is_floating_point
-        if param in adapter.whole:
-            whole = tuple(adapter.whole[param].shape)
+        if param in adapter.full_params:
+            whole = tuple(adapter.full_params[param].shape)
             resizable = module in (self.embedding, self.head)
             if whole[resizable:] != shape[resizable:]:
                 self.faults.append(f"{name} is {shape}, the adapter has it as {whole}")
@@ -272,7 +272,7 @@ class _Planner:
         sizes = {op.entries[0].shape[0] for op in ops if op.param in ends}
         if len(sizes) > 1:
             self.faults.append(f"embedding and output head have {sizes} rows, not one number")
-        elif sizes and ends[0] in self.adapter.whole:
+        elif sizes and ends[0] in self.adapter.full_params:
             changes["vocab_size"] = sizes.pop()
         return changes | self.of_classifier
 
@@ -280,9 +280,9 @@ class _Planner:
 def _labels(checkpoint: Checkpoint, adapter: AdapterFile) -> tuple[str, ...]:
     """A classifier's labels, by the rows of its head where the adapter does not name them; none
     where those of the checkpoint's config.json hold."""
-    if adapter.labels or not (task_named(adapter.task).trains_head and adapter.whole):
+    if adapter.labels or not (task_named(adapter.task).trains_head and adapter.full_params):
         return adapter.labels
-    count = min(tensor.shape[0] for tensor in adapter.whole.values())
+    count = min(tensor.shape[0] for tensor in adapter.full_params.values())
     if len(checkpoint.config.get("id2label") or {}) == count:
         return ()
     return tuple(f"LABEL_{i}" for i in range(count))

@@ -406,7 +406,7 @@ def _read(
         return Folding(weight, factors, original=weight)
     # Loading casts to the compute dtype before it quantizes; of a bf16 checkpoint this is no cast.
     weight = weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype))
-    taken = adapter.taken.get(op.module) if op.module else None
+    taken = adapter.subtracted.get(op.module) if op.module else None
     if taken is None:
         codes = nf4.quantize(weight, quant)
         return Folding(None, factors, codes, original=weight)
@@ -420,7 +420,7 @@ def _value(checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp) -> Tensor:
     """The tensor of `op` with what the adapter puts in its place, or adds but for A and B."""
     if op.param is None:
         return checkpoint.read(op.source)
-    value = adapter.whole.get(op.param)
+    value = adapter.full_params.get(op.param)
     if value is None:
         value = checkpoint.read(op.source)
     module, _, kind = op.param.rpartition(".")

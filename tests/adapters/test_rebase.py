@@ -369,7 +369,7 @@ def test_saved_portable_it_is_the_same_on_its_own_base(base, tmp_path):
     again = load_adapter(load_base(str(base), FP32), tmp_path).eval()
     torch.testing.assert_close(logits(again), logits(model), **SAME_LOGITS)
     save_adapter(again, tmp_path / "again")
-    assert len(read_adapter(tmp_path / "again").taken[Q].lora_A) == 6
+    assert len(read_adapter(tmp_path / "again").subtracted[Q].lora_A) == 6
     output = tmp_path / "out"
     merge(MergeConfig(adapter=str(tmp_path), output_dir=str(output), format="fp32"))
     merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
