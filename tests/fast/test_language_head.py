@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from chunks import Sizes, chunks_of
 from conftest import (
     CONFIGS,
     FP32,
@@ -17,7 +18,6 @@ from conftest import (
     token_ids,
 )
 from safetensors.torch import load_file
-from test_loss import Sizes, chunks_of
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from chunks import Sizes, chunks_of
+from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loss import DEVICES, Sizes, chunks_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

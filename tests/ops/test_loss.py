@@ -1,37 +1,19 @@
 """Linear + cross-entropy in chunks, against its twin in float64 and against transformers' loss."""
 
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import reference
 import torch
+from chunks import Sizes, chunks_of
+from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qlora.errors import UserError
-from qlora.ops import loss as loss_module
 from qlora.ops.loss import linear_cross_entropy
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-class Sizes(TorchDispatchMode):
-    """The elements of every tensor that an operation makes, and that has memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
-        self.seen += [tensor.numel() for tensor in tensors if not tensor.is_meta]
-        return made
 
 
 def case(
@@ -52,12 +34,6 @@ def case(
     labels = torch.randint(vocab, (tokens,), generator=generator)
     labels[torch.rand(tokens, generator=generator) < masked] = -100
     return hidden.requires_grad_(), weight, bias, labels
-
-
-def chunks_of(logits: int, itemsize: int = 4) -> Any:
-    """In this context a chunk has so many logits."""
-    size = logits * itemsize
-    return patch.multiple(loss_module, CHUNK_BYTES={"cpu": size}, GPU_CHUNK_BYTES=size)
 
 
 def with_gradient(loss: Tensor, hidden: Tensor, by: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from chunks import chunks_of
 from conftest import FP32, VOCAB, tiny_tokenizer
 from conftest import quick_run as config
 from safetensors.torch import load_file
-from test_loss import chunks_of
 
 from qlora.adapters.files import load_adapter
 from qlora.base.load import load_base

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import yaml
+from chunks import chunks_of
 from conftest import (
     FAMILIES,
     FP32,
@@ -27,7 +28,6 @@ from conftest import (
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_loss import chunks_of
 from test_offload import LateCopies
 from transformers import (
     AutoModelForCausalLM,

@@ -1,0 +1,30 @@
+"""Helpers of tests that the loss makes no more than a chunk of logits."""
+
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qlora.ops import loss
+
+
+class Sizes(TorchDispatchMode):
+    """Records the number of elements of every tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.seen += [tensor.numel() for tensor in tensors if not tensor.is_meta]
+        return result
+
+
+def chunks_of(logits: int, itemsize: int = 4) -> Any:
+    """A context in which the loss computes this many logits at a time."""
+    size = logits * itemsize
+    return patch.multiple(loss, CHUNK_BYTES={"cpu": size}, GPU_CHUNK_BYTES=size)

@@ -1,0 +1,55 @@
+"""When a fast version counts as equal to the plain one."""
+
+import math
+
+import pytest
+import torch
+
+from qlora.ops.agree import agrees, relative_error
+
+X = torch.tensor([3.0, 4.0])  # norm 5
+
+
+def test_relative_error_is_of_norms():
+    assert relative_error(X + torch.tensor([0.0, 0.5]), X) == pytest.approx(0.1)
+    assert relative_error([X, X * 2], [X, X]) == pytest.approx(1)  # the largest
+    assert relative_error(X.half(), X.double()) == 0
+    assert relative_error(torch.full((2,), 6e4).half(), torch.full((2,), 6e4)) == 0  # fp64 norms
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (X, torch.zeros(2)),
+        (X * math.nan, X),
+        (X[:1], X),
+        ([X], [X, X]),
+    ],
+    ids=["nothing expected", "nan", "shape", "number of tensors"],
+)
+def test_what_cannot_be_compared_is_infinitely_far(values, expected):
+    assert relative_error(values, expected) == math.inf
+
+
+def test_tolerance():
+    assert agrees(torch.exp, torch.exp, X, tolerance=0)
+    assert agrees(lambda x: x * 1.01, lambda x: x, X, tolerance=0.011)
+    assert not agrees(lambda x: x * 1.01, lambda x: x, X, tolerance=0.009)
+
+
+def test_a_named_version_that_differs_or_raises_is_logged(caplog):
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    assert not agrees(torch.sin, torch.exp, X, tolerance=1e-3, what="the sine")
+    assert not agrees(broken, torch.exp, X, tolerance=1e-3, what="the kernel")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "the sine is not used" in first and "0.001" in first
+    assert "the kernel is not used" in second and "Failed to find C compiler" in second
+
+
+def test_an_open_question_is_not_logged_and_raises(caplog):
+    assert not agrees(torch.sin, torch.exp, X, tolerance=1e-3)
+    assert caplog.records == []
+    with pytest.raises(ZeroDivisionError):
+        agrees(lambda x: x / (1 // 0), torch.exp, X, tolerance=1e-3)
