@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +275,17 @@ def base_of(tmp_path_factory):
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_build(base_of, tmp_path_factory):
+    """`adapter_build(kind, base)`: the `adapter_kinds.Build` of a kind over that base, made once."""
+    from adapter_kinds import ADAPTER_KINDS, build
+
+    @cache
+    def made(kind: str, base: str = "4-bit") -> Any:
+        asked = ADAPTER_KINDS[kind]
+        checkpoint = base_of(asked.family, asked.tied)
+        return build(kind, base, checkpoint, tmp_path_factory.mktemp("adapter"))
+
+    return made

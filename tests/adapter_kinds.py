@@ -1,0 +1,256 @@
+"""Every kind of adapter that the tests use, and one build of each that they share.
+
+ADAPTER_KINDS has what each kind asks for, in the words of PEFT's LoraConfig. The session fixture
+`adapter_build(kind, base)` gives its `Build`, made once a process: our model with an adapter whose
+every trainable value was moved, its files, and the files, logits and gradients of PEFT's own model
+with the same values.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from conftest import VOCAB, pefts_parameters, token_ids
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.files import parameters_by_file_name, save_adapter
+from qlora.base.load import load_base
+from qlora.config import LoraConfig, QuantConfig
+
+
+class AdapterKind(NamedTuple):
+    """An adapter of r 4 and lora_alpha 6 on `TARGETS`, but for `settings`."""
+
+    settings: dict[str, Any]
+    family: str = "llama"
+    tied: bool = False
+    """whether the base's head is its embedding"""
+    base: str = "any"
+    """"plain": PEFT would copy 4-bit codes, which nothing trains (ours become dense)"""
+    by_peft: bool = False
+    """only PEFT can make it, over a plain base"""
+    vocab: int = VOCAB
+
+
+TARGETS = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+QV = ("q_proj", "v_proj")
+Q_AND_EMBEDDING = ("embed_tokens", "q_proj")
+ID = int(token_ids()[0, 2])  # of the first row
+TOKENS = (ID, 7, 191)
+RANKS = {"q_proj": 2, r"layers\.1\..*down_proj": 6}
+
+ADAPTER_KINDS: dict[str, AdapterKind] = {
+    # A and B of linear layers
+    "lora": AdapterKind({}),
+    "rslora": AdapterKind({"use_rslora": True}),
+    "ranks": AdapterKind({"rank_pattern": RANKS}),
+    "alphas": AdapterKind({"alpha_pattern": {"v_proj": 3.7, "up_proj": 7}}),
+    "doubled alphas": AdapterKind({"alpha_pattern": {"v_proj": 12, "down_proj": 3}}),
+    "rslora, alphas and ranks": AdapterKind(
+        {"use_rslora": True, "alpha_pattern": {"v_proj": 3}, "rank_pattern": RANKS}
+    ),
+    "regex": AdapterKind({"target_modules": ".*(q|v)_proj"}),
+    "dora": AdapterKind({"use_dora": True}),
+    "dora on conv1d": AdapterKind(
+        {"use_dora": True, "target_modules": ("c_attn", "c_proj")}, "gpt2", True
+    ),
+    "dora beside biases": AdapterKind({"use_dora": True}, "qwen2"),
+    # biases
+    "all biases": AdapterKind({"bias": "all"}, "qwen2"),
+    "lora's biases": AdapterKind({"bias": "lora_only", "target_modules": ("q_proj", "fc1")}, "phi"),
+    "all biases of gpt2": AdapterKind({"bias": "all", "target_modules": ("c_attn",)}, "gpt2", True),
+    "biases and dora": AdapterKind({"bias": "lora_only", "use_dora": True}, "qwen2"),
+    "lora_bias": AdapterKind({"lora_bias": True, "target_modules": QV}, "qwen2"),
+    # modules trained in full
+    "norms": AdapterKind({"modules_to_save": ("input_layernorm", "norm")}),
+    "a block": AdapterKind(
+        {"target_modules": QV, "modules_to_save": ("layers.1.mlp",)}, base="plain"
+    ),
+    "a conv1d": AdapterKind(
+        {"target_modules": ("c_attn",), "modules_to_save": ("h.1.mlp.c_fc",)}, "gpt2", True, "plain"
+    ),
+    "the head": AdapterKind({"modules_to_save": ("lm_head",)}),
+    "the tied head": AdapterKind({"modules_to_save": ("lm_head",)}, tied=True),
+    "the tied embedding": AdapterKind({"modules_to_save": ("embed_tokens",)}, tied=True),
+    "embedding and tied head": AdapterKind(
+        {"modules_to_save": ("embed_tokens", "lm_head")}, "gemma", True
+    ),
+    # A and B of embeddings and heads
+    "lora on the embedding": AdapterKind({"target_modules": Q_AND_EMBEDDING}),
+    "lora on the tied embedding": AdapterKind(
+        {"target_modules": ("embed_tokens", *TARGETS[2:])}, tied=True
+    ),
+    "lora on a scaled embedding": AdapterKind({"target_modules": Q_AND_EMBEDDING}, "gemma", True),
+    "dora on the embedding": AdapterKind({"target_modules": Q_AND_EMBEDDING, "use_dora": True}),
+    "lora on gpt2's embedding": AdapterKind({"target_modules": ("wte", "c_attn")}, "gpt2", True),
+    "lora on the head": AdapterKind({"target_modules": ("lm_head", "q_proj")}),
+    "lora on the tied head": AdapterKind({"target_modules": ("lm_head", "q_proj")}, tied=True),
+    "lora on embedding and head": AdapterKind({"target_modules": ("embed_tokens", "lm_head")}),
+    # token rows
+    "token rows": AdapterKind({"trainable_token_indices": TOKENS}),
+    "token rows, tied": AdapterKind({"trainable_token_indices": TOKENS}, tied=True),
+    "token rows, scaled": AdapterKind({"trainable_token_indices": TOKENS}, "gemma", True),
+    "token rows by name": AdapterKind(
+        {"target_modules": ("c_attn",), "trainable_token_indices": {"wte": TOKENS}}, "gpt2", True
+    ),
+    "token rows of the head": AdapterKind({"trainable_token_indices": {"lm_head": (5, 9)}}),
+    # experts
+    "experts": AdapterKind(
+        {
+            "target_modules": ("q_proj",),
+            "target_parameters": ("experts.down_proj", "experts.gate_up_proj"),
+        },
+        "mixtral",
+    ),
+    "one of experts": AdapterKind(
+        {
+            "target_modules": ("q_proj",),
+            "target_parameters": ("experts.down_proj", "gate.weight"),
+        },
+        "mixtral",
+    ),
+    "experts alone": AdapterKind(
+        {"target_modules": (), "target_parameters": ("experts.down_proj",)}, "mixtral"
+    ),
+    "experts of two ranks": AdapterKind(
+        {
+            "target_modules": ("q_proj",),
+            "target_parameters": ("down_proj", "experts.gate_up_proj"),
+            "rank_pattern": {"experts.down_proj": 2, "q_proj": 3},
+            "use_rslora": True,
+            "alpha_pattern": {"gate_up_proj": 3},
+        },
+        "mixtral",
+    ),
+    # what ours does not write
+    "gaussian": AdapterKind({"init_lora_weights": "gaussian"}, by_peft=True),
+    "an idle pattern": AdapterKind({"alpha_pattern": {"q_proj": 6, "o_proj": 2}}, by_peft=True),
+    "no bias to train": AdapterKind({"bias": "all"}, by_peft=True),
+    "classifier": AdapterKind({"task_type": "SEQ_CLS"}, by_peft=True),
+    "grown vocabulary": AdapterKind({}, by_peft=True, vocab=VOCAB + 16),
+    "pissa": AdapterKind({"init_lora_weights": "pissa"}, by_peft=True),
+    "olora": AdapterKind({"init_lora_weights": "olora"}, by_peft=True),
+    "replicated layers": AdapterKind({"layer_replication": [[0, 2], [1, 2]]}, by_peft=True),
+    "alora": AdapterKind({"alora_invocation_tokens": [ID]}, by_peft=True),
+    "q_proj alone": AdapterKind({"target_modules": ("q_proj",)}, by_peft=True),
+    "up_proj alone": AdapterKind({"target_modules": ("up_proj",)}, by_peft=True),
+    "without k_proj": AdapterKind(
+        {"target_modules": ("q_proj", "v_proj", "gate_proj")}, by_peft=True
+    ),
+    "first layer": AdapterKind({"target_modules": QV, "layers_to_transform": [0]}, by_peft=True),
+    "down_proj of the last layer": AdapterKind(
+        {"target_modules": ("1.mlp.down_proj",)}, by_peft=True
+    ),
+    "r 1024": AdapterKind({"r": 1024}, by_peft=True),
+}
+OUR_KINDS = [kind for kind, asked in ADAPTER_KINDS.items() if not asked.by_peft]
+# The weights of experts are no linear layers': a 4-bit base has them in 16 bits.
+FP32_OR_16_BITS = QuantConfig(compute_dtype="fp32", allow_unquantized=True)
+
+
+class Build(NamedTuple):
+    """A kind's adapter, ours and PEFT's with the same values. Tests leave it as they found it."""
+
+    model: Any
+    """ours, evaluating; None where only PEFT can make it"""
+    folder: Path
+    """its files (of PEFT, where only PEFT can make it)"""
+    peft_folder: Path
+    """PEFT's files"""
+    base_logits: Tensor
+    logits: Tensor
+    """of PEFT's model"""
+    gradients: dict[str, Tensor]
+    """of PEFT's model, under the names that files have; empty where only PEFT can make it"""
+
+
+def build(kind: str, base: str, checkpoint: Path, root: Path) -> Build:
+    """The adapter of that kind over a "4-bit" or "plain" base of `checkpoint`."""
+    asked = ADAPTER_KINDS[kind]
+    folder = peft_folder = root / "peft"
+    plain = new_base(kind, base, checkpoint)
+    base_logits = logits(plain)
+    model, gradients = None, {}
+    with warnings.catch_warnings():  # PEFT's, of tied weights and of patterns that it looks for
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(plain, peft_config(kind)).eval()
+        parameters = pefts_parameters(theirs)
+        if asked.by_peft:
+            move(parameters)
+        else:
+            folder = root / "ours"
+            model = trained(new_base(kind, base, checkpoint), kind)
+            ours = parameters_by_file_name(model, "default")
+            assert {n: p.shape for n, p in ours.items()} == {
+                n: p.shape for n, p in parameters.items()
+            }
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(ours[name])
+            save_adapter(model, folder)
+            gradients = gradients_of(theirs, parameters)
+        grown = asked.vocab != VOCAB
+        theirs.save_pretrained(peft_folder, save_embedding_layers=True if grown else "auto")
+        wanted = logits(theirs)
+    return Build(model, folder, peft_folder, base_logits, wanted, gradients)
+
+
+def new_base(kind: str, base: str, checkpoint: Path) -> Any:
+    """The model that a kind's adapter is for, each time the same: "4-bit", or "plain" in fp32."""
+    if ADAPTER_KINDS[kind].settings.get("task_type") == "SEQ_CLS":
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    if base == "4-bit":
+        return load_base(str(checkpoint), FP32_OR_16_BITS).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    if (vocab := ADAPTER_KINDS[kind].vocab) != VOCAB:
+        torch.manual_seed(0)
+        model.resize_token_embeddings(vocab, mean_resizing=False)
+    return model.eval()
+
+
+def trained(model: Any, kind: str, *, name: str = "default", seed: int = 3) -> Any:
+    """`model` with an adapter of that kind, every trainable value moved."""
+    settings = {"target_modules": TARGETS} | ADAPTER_KINDS[kind].settings
+    apply_lora(model, LoraConfig(**{"r": 4, "lora_alpha": 6} | settings), adapter_name=name)
+    move(parameters_by_file_name(model, name), seed)
+    return model
+
+
+def peft_config(kind: str) -> peft.LoraConfig:
+    """PEFT's config of that kind, which has lists where ours has tuples."""
+
+    def listed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: listed(part) for name, part in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    plain = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": TARGETS}
+    return peft.LoraConfig(**listed(plain | ADAPTER_KINDS[kind].settings))
+
+
+def move(parameters: dict[str, nn.Parameter], seed: int = 3, std: float = 0.02) -> None:
+    """Noise on every value, after the size of each parameter's."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=std * float(parameter.abs().mean() + 0.5))
+
+
+def logits(model: Any) -> Tensor:
+    """Of `token_ids`."""
+    with torch.no_grad():
+        return torch.as_tensor(model(input_ids=token_ids()).logits)
+
+
+def gradients_of(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Of the language modeling loss of `token_ids`, by the parameters' names."""
+    ids = token_ids()
+    loss = model(input_ids=ids, labels=ids).loss
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
