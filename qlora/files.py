@@ -65,11 +65,45 @@ def _object(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
+def read_json(path: Path, *, mend: str = "") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: the file cannot be read or holds anything else; `mend` says how to mend it.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. {mend}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON object: {error}. {mend}") from error
+    if not isinstance(values, dict):
+        kind = type(values).__name__
+        raise UserError(f"{path} is no JSON object: it holds a {kind}. {mend}")
+    return values
+
+
+@contextmanager
+def replacing(*paths: Path) -> Iterator[list[Path]]:
+    """`with replacing(path) as [partial]`: files that appear whole or not at all.
+
+    Each partial file lies beside its `path` and is renamed to it when the block ends, all of them
+    after the last was written. They are removed when the block fails.
+    """
+    partials = [path.with_name(f".{path.name}.partial") for path in paths]
+    try:
+        yield partials
+        for partial, path in zip(partials, paths, strict=True):
+            os.replace(partial, path)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that it is never half there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a text file that appears whole or not at all."""
+    with replacing(path) as [partial]:
+        partial.write_text(text, encoding="utf-8")
 
 
 def front_matter(base_model: str, *lines: str) -> str:

@@ -20,7 +20,6 @@ Does an adapter belong on a model? All that is wrong with that, before anything 
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,6 +71,7 @@ from qlora.base.modules import is_quantized, matrix_shape, was_conv1d
 from qlora.base.tasks import task_of
 from qlora.config import LoraConfig
 from qlora.errors import UserError
+from qlora.files import replacing
 
 # ---- writing ----
 
@@ -104,10 +104,9 @@ def save_adapter(
     if portable:
         values, tensors = portable_subset(values, tensors, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f".{WEIGHTS}", metadata={"format": "pt", "qlora": json.dumps(base)})
-    (folder / f".{CONFIG}").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    for name in (WEIGHTS, CONFIG):
-        os.replace(folder / f".{name}", folder / name)
+    with replacing(folder / WEIGHTS, folder / CONFIG) as [weights, settings]:
+        save_file(tensors, weights, metadata={"format": "pt", "qlora": json.dumps(base)})
+        settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

@@ -20,15 +20,17 @@ from qlora.adapters.lora import Factors
 from qlora.adapters.targets import matches
 from qlora.adapters.tensors import PREFIX, Contents, sort_out
 from qlora.base.checkpoint import Checkpoint
-from qlora.base.tasks import task_typed
 from qlora.config import LoraConfig, QuantConfig
+from qlora.config.lora import INITS
+from qlora.config.tasks import task_typed
 from qlora.errors import UserError
+from qlora.files import read_json
 from qlora.ops import nf4
 
 DORA = "DoRA's magnitudes"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Inits that change the base weights, so that the adapter is right only over the changed base.
-REBASING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+REBASING_INITS = tuple(name for name, init in INITS.items() if init.changes_base)
 # Keys of PEFT's config that are read here, or that change nothing about what was saved. Any other
 # that is set asks for what is not there.
 UNDERSTOOD = {
@@ -270,12 +272,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"adapter {folder} {what}: give the folder with {CONFIG} and {WEIGHTS}, "
             "as train.py wrote it"
         )
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / CONFIG} is no JSON: {error}. Save the adapter again") from error
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
+    values = read_json(folder / CONFIG, mend="Save the adapter again")
+    if values.get("peft_type") != "LORA":
+        kind = values.get("peft_type")
         raise UserError(f"{folder / CONFIG} is no LoRA adapter: peft_type is {kind!r}, wanted LORA")
     return values
 

@@ -29,8 +29,9 @@ from qlora.adapters.format import (
 )
 from qlora.base.checkpoint import Checkpoint, resolve, skeleton
 from qlora.base.load import DTYPE_NAMES, compute_dtype, default_device, load_base
-from qlora.base.tasks import TASKS, task_named
+from qlora.base.tasks import auto_class
 from qlora.config import ModelChoice, QuantConfig
+from qlora.config.tasks import TASKS, task_named
 from qlora.errors import UserError, first_line
 
 
@@ -151,7 +152,7 @@ class ResolvedModel:
             )
         if self.in_4_bits:
             return load_base(self.name, quant, task=self.task, labels=self.labels, **trusted)
-        model: PreTrainedModel = task_named(self.task).load("from_pretrained")(
+        model: PreTrainedModel = auto_class(task_named(self.task)).from_pretrained(
             self.checkpoint.folder,
             dtype=compute_dtype(quant, device),
             device_map={"": device},

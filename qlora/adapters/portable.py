@@ -54,7 +54,7 @@ from torch import Tensor
 from qlora.adapters.format import CONFIG, WEIGHTS, contents_of, read_files, require_understood
 from qlora.adapters.tensors import PARTS, PREFIX
 from qlora.config import PortableConfig
-from qlora.config.lora import pattern_key
+from qlora.config.lora import INITS, pattern_key
 from qlora.errors import UserError
 from qlora.files import publishing, require_new
 
@@ -169,9 +169,10 @@ def table(found: Mapping[str, list[str]]) -> str:
 
 
 CONSUMERS = ("vLLM", "SGLang", "llama.cpp", "TGI", "transformers", "PEFT")
-# Inits that leave the base as it was, vLLM's _init_is_supported. After the others (PiSSA, OLoRA,
-# CorDA, LoftQ) A and B are right over a changed base only; PEFT makes that base anew.
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+# Inits that leave the base as it was, vLLM's _init_is_supported, which counts lora_ga among them.
+# After the others (PiSSA, OLoRA, CorDA, LoftQ) A and B are right over a changed base only; PEFT
+# makes that base anew.
+PLAIN_INITS = ("lora_ga", *(name for name, init in INITS.items() if not init.changes_base))
 HIGHEST_RANK = 512  # vllm/config/lora.py, MaxLoRARanks
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from qlora.adapters.lora import Factors
 from qlora.adapters.targets import matches
-from qlora.base.tasks import TASKS, task_typed
 from qlora.config import LoraConfig
+from qlora.config.tasks import TASKS, task_typed
 
 PREFIX = "base_model.model."
 PARTS = {

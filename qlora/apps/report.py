@@ -6,7 +6,6 @@ is escaped (jinja2's autoescape), since samples are anybody's text. Neither torc
 is imported.
 """
 
-import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -24,7 +23,15 @@ from markupsafe import Markup
 
 from qlora.config import ReportConfig
 from qlora.errors import UserError
-from qlora.files import MERGE_REPORT, METRICS, RUN, read_metrics, read_samples, replace_text
+from qlora.files import (
+    MERGE_REPORT,
+    METRICS,
+    RUN,
+    read_json,
+    read_metrics,
+    read_samples,
+    replace_text,
+)
 from qlora.pictures import GIB, as_svg, by_kind, draw_merge, draw_run
 
 REPORT = "report.html"
@@ -109,11 +116,11 @@ def _age(path: Path) -> float:
 
 def _merge_report(path: Path) -> dict[str, Any] | None:
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(path)
+    except UserError:
         return None
     keys = ("adapters", "onto", "format", "layers", "verify")
-    return report if isinstance(report, dict) and all(key in report for key in keys) else None
+    return report if all(key in report for key in keys) else None
 
 
 # ---- what is told

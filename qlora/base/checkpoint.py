@@ -12,7 +12,6 @@ Pickled checkpoints (.bin, .pt) are never opened.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -26,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qlora.base.shards import DTYPE_CODES, INDEX, SINGLE
-from qlora.base.tasks import heads, is_in, task_named
+from qlora.base.tasks import auto_class, heads, is_in
 from qlora.config import QuantConfig
+from qlora.config.tasks import task_named
 from qlora.errors import UserError, first_line
-from qlora.files import publishing
+from qlora.files import publishing, read_json
 from qlora.ops.nf4 import RECORD_MARK
 
 HUB_FILES = "safetensors json jinja model tiktoken txt py"
@@ -149,16 +149,6 @@ def _sampled_digest(path: Path) -> str:
 # ---- reading it ----
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON object: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is no JSON object: it holds {type(values).__name__}")
-    return values
-
-
 class Header(NamedTuple):
     """A tensor as its file's header describes it."""
 
@@ -176,7 +166,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json."""
-        return _read_json(self.folder / "config.json")
+        return read_json(self.folder / "config.json")
 
     @cached_property
     def tensors(self) -> dict[str, Header]:
@@ -204,7 +194,7 @@ class Checkpoint:
         index = self.folder / INDEX
         if (self.folder / SINGLE).is_file():  # first, as transformers does
             return [self.folder / SINGLE]
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{index} holds no weight_map: download or copy it again")
         names = sorted(set(map(str, weight_map.values())))
@@ -303,7 +293,7 @@ def skeleton(
     try:
         config = model_config(folder, labels=labels, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model: nn.Module = wanted.load("from_config")(
+            model: nn.Module = auto_class(wanted).from_config(
                 config, trust_remote_code=trust_remote_code
             )
     except (ValueError, KeyError, OSError) as error:

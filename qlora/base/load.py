@@ -42,8 +42,9 @@ from qlora.base.checkpoint import (
     resolve,
     skeleton,
 )
-from qlora.base.tasks import heads, is_in, task_named
+from qlora.base.tasks import auto_class, heads, is_in
 from qlora.config import QuantConfig
+from qlora.config.tasks import task_named
 from qlora.errors import UserError
 from qlora.ops import nf4
 
@@ -123,7 +124,7 @@ def load_base(
     loading = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": trust_remote_code}
     loading |= {"quantization_config": settings} if settings else {}
     with quiet() if in_full else nullcontext():  # of a head that is not there we tell ourselves
-        loaded, info = task_named(task).load("from_pretrained")(
+        loaded, info = auto_class(task_named(task)).from_pretrained(
             checkpoint.folder,
             config=config,
             output_loading_info=True,

@@ -1,4 +1,4 @@
-"""What kind of model a task has: transformers' Auto class, PEFT's task_type, and its head.
+"""The task of a model, and its head (the table of tasks is qlora.config.tasks).
 
 A language model ends in its output head, which turns hidden states into logits of the vocabulary
 and comes with the checkpoint. A classifier ends in a head of its own: a checkpoint that was only
@@ -6,67 +6,19 @@ pretrained lacks it, so it is made, and always trained in full, as PEFT does. Ne
 (What a task does with records, batches and losses is in qlora.data.objectives.)
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from qlora.base.modules import output_head
-from qlora.errors import UserError
+from qlora.config.tasks import TASKS, Task, task_named
 
 
-@dataclass(frozen=True)
-class Task:
-    """A kind of model."""
+def auto_class(task: Task) -> Any:
+    """The class of transformers that loads models for `task`."""
+    import transformers
 
-    task_type: str
-    """PEFT's name of it, for adapter_config.json"""
-    auto_class: str
-    """transformers' class that loads it"""
-    kind: str
-    """what a model of it is, in words"""
-    class_ending: str = ""
-    """of a classifier: how the names of its classes end"""
-    tokenizer_options: tuple[tuple[str, Any], ...] = ()
-    """what its tokenizer is loaded with"""
-
-    @property
-    def trains_head(self) -> bool:
-        """Whether its head is trained in full, and may be missing from a checkpoint."""
-        return bool(self.class_ending)
-
-    def load(self, what: str) -> Any:
-        """Its Auto class's method `what`."""
-        import transformers
-
-        return getattr(getattr(transformers, self.auto_class), what)
-
-
-TASKS = {
-    "causal-lm": Task("CAUSAL_LM", "AutoModelForCausalLM", "causal language model"),
-    "seq2seq": Task("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", "encoder-decoder language model"),
-    "seq-cls": Task(
-        "SEQ_CLS",
-        "AutoModelForSequenceClassification",
-        "classifier of texts",
-        "ForSequenceClassification",
-    ),
-    "token-cls": Task(
-        "TOKEN_CLS",
-        "AutoModelForTokenClassification",
-        "classifier of tokens",
-        "ForTokenClassification",
-        tokenizer_options=(("add_prefix_space", True),),  # words stand apart, also the first
-    ),
-}
-CAUSAL_LM = TASKS["causal-lm"]  # what predicts the next token of a text
-
-
-def task_named(name: str) -> Task:
-    """The task of that name."""
-    if name not in TASKS:
-        raise UserError(f"task must be {', '.join(TASKS)}, got {name!r}")
-    return TASKS[name]
+    return getattr(transformers, task.auto_class)
 
 
 def task_of(model: nn.Module) -> Task | None:
@@ -81,12 +33,6 @@ def task_of(model: nn.Module) -> Task | None:
         return None
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return TASKS["seq2seq" if is_encoder_decoder else "causal-lm"]
-
-
-def task_typed(task_type: str | None) -> str:
-    """The name of the task that PEFT calls `task_type`; of what it does not say, causal-lm."""
-    names = (name for name, task in TASKS.items() if task.task_type == task_type)
-    return next(names, "causal-lm")
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:

@@ -5,20 +5,41 @@ qlora.config. What would contradict itself, or mean nothing, is refused.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from qlora.config.tasks import TASKS
 from qlora.errors import UserError
 
 ALL_LINEAR = "all-linear"
-INITS = r"gaussian|pissa(_niter_\d+)?|olora|loftq|eva"
-TASK_TYPES = (
-    "CAUSAL_LM",
-    "SEQ_2_SEQ_LM",
-    "SEQ_CLS",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-)
+TASK_TYPES = (*(task.task_type for task in TASKS.values()), "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+class Init(NamedTuple):
+    """How a value of init_lora_weights computes A and B."""
+
+    reads_weights: bool = False
+    """from the base's weights before quantization"""
+    changes_base: bool = False
+    """the base then has to lose scaling B A, so that the sum starts unchanged"""
+    reads_data: bool = False
+    """from activations on the training data"""
+    implemented: bool = True
+    """here; the others are PEFT's and only met in adapters that it saved"""
+
+
+INITS = {
+    "gaussian": Init(),
+    "pissa": Init(reads_weights=True, changes_base=True),  # and pissa_niter_N
+    "olora": Init(reads_weights=True, changes_base=True),
+    "loftq": Init(reads_weights=True, changes_base=True),  # here from the second round on
+    "eva": Init(reads_data=True),
+    "corda": Init(reads_weights=True, changes_base=True, reads_data=True, implemented=False),
+    "lora_ga": Init(reads_weights=True, changes_base=True, reads_data=True, implemented=False),
+    "orthogonal": Init(implemented=False),
+    "mica": Init(reads_weights=True, implemented=False),
+}
+
+
 # Of a field: its flag is shown by --help-all only; or it has none.
 RARE: Mapping[str, Any] = {"rare": True}
 NO_FLAG: Mapping[str, Any] = {"no_flag": True}
@@ -207,15 +228,21 @@ class LoraConfig:
         )
 
     @property
+    def init(self) -> Init:
+        """What init_lora_weights does."""
+        name = re.sub(r"^pissa_niter_\d+$", "pissa", str(self.init_lora_weights))
+        return INITS.get(name, Init())
+
+    @property
     def starts_from_weights(self) -> bool:
         """Whether A and B are made of the base's weights from before quantization."""
-        return str(self.init_lora_weights).startswith(("pissa", "olora", "loftq"))
+        return self.init.reads_weights
 
     @property
     def rebases(self) -> bool:
         """Whether the base is quantized again, without what A and B start with."""
         is_loftq = self.init_lora_weights == "loftq"
-        return self.starts_from_weights and (not is_loftq or self.loftq_iter > 1)
+        return self.init.changes_base and (not is_loftq or self.loftq_iter > 1)
 
     @property
     def loftq_iter(self) -> int:
@@ -240,9 +267,9 @@ class LoraConfig:
 
 
 def _require_init(config: LoraConfig) -> None:
-    init = config.init_lora_weights
+    init, implemented = config.init_lora_weights, [n for n, of in INITS.items() if of.implemented]
     require(
-        init is True or re.fullmatch(INITS, str(init)) is not None,
+        init is True or re.sub(r"^pissa_niter_\d+$", "pissa", str(init)) in implemented,
         "init_lora_weights must be true, gaussian, pissa, pissa_niter_N, olora, loftq or eva, got "
         f"{init!r}",
     )

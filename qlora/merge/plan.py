@@ -15,8 +15,9 @@ from qlora.adapters.format import AdapterFile, raise_faults, require_same_base, 
 from qlora.base.checkpoint import Checkpoint, disk_name, linear_layers, quantized_layers, skeleton
 from qlora.base.modules import is_tied, vocabulary
 from qlora.base.shards import Entry
-from qlora.base.tasks import heads, is_in, task_named
+from qlora.base.tasks import heads, is_in
 from qlora.config import MergeConfig, QuantConfig
+from qlora.config.tasks import task_named
 from qlora.errors import UserError
 from qlora.ops import nf4
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from qlora.base.tasks import CAUSAL_LM, task_named
 from qlora.config import MergeConfig
+from qlora.config.tasks import CAUSAL_LM, task_named
 from qlora.files import MERGE_REPORT, front_matter, replace_text
 from qlora.merge.codes import Facts
 from qlora.merge.plan import Plan

@@ -32,8 +32,8 @@ from torch import Tensor
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
 from qlora.base.checkpoint import Checkpoint, disk_name, resolve, skeleton
 from qlora.base.shards import Entry, parse_size, write_shards
-from qlora.base.tasks import CAUSAL_LM, task_named
 from qlora.config import MergeConfig
+from qlora.config.tasks import CAUSAL_LM, task_named
 from qlora.errors import UserError
 from qlora.files import publishing, require_new
 from qlora.merge.plan import Plan, check_base, plan_merge

@@ -30,8 +30,9 @@ from qlora.adapters.format import read_adapter
 from qlora.adapters.wrappers import take_wrappers_off
 from qlora.base.checkpoint import Checkpoint, resolve
 from qlora.base.load import load_base
-from qlora.base.tasks import task_named, task_of
+from qlora.base.tasks import task_of
 from qlora.config import LoraConfig, TrainConfig, flat
+from qlora.config.tasks import task_named
 from qlora.data.rows import PackedRows, describe, length_batches, prepare_data, show_example
 from qlora.errors import UserError, first_line
 from qlora.fast.head import LanguageHead, put_language_head

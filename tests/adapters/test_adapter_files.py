@@ -486,7 +486,11 @@ def test_inits_that_leave_the_base_alone_are_no_obstacle(copy, init):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is no JSON: "), ("[]", "is no LoRA adapter"), ("", "is no JSON: ")],
+    [
+        ("{", "is no JSON object: "),
+        ("[]", "is no JSON object: it holds a"),
+        ("", "is no JSON object: "),
+    ],
 )
 def test_a_broken_config_is_refused(copy, text, message):
     (copy / CONFIG).write_text(text)

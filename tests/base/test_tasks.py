@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 from qlora.adapters.apply import apply_lora
 from qlora.base.checkpoint import Checkpoint, kept_dense, skeleton
 from qlora.base.load import load_base
-from qlora.base.tasks import TASKS, heads, task_named, task_of, task_typed
+from qlora.base.tasks import auto_class, heads, task_of
 from qlora.config import LoraConfig, QuantConfig
+from qlora.config.tasks import TASKS, task_named, task_typed
 from qlora.errors import UserError
 from qlora.ops import nf4
 
@@ -184,9 +185,9 @@ def test_tasks_by_name_type_and_class(checkpoints):
 
 
 def test_auto_classes_are_transformers(checkpoints):
-    assert TASKS["causal-lm"].load("from_pretrained") == AutoModelForCausalLM.from_pretrained
+    assert auto_class(TASKS["causal-lm"]).from_pretrained == AutoModelForCausalLM.from_pretrained
     for task in TASKS.values():
-        assert task.load("from_config")
+        assert auto_class(task).from_config
 
 
 @pytest.mark.parametrize(("family", "positions"), [("roberta", 512), ("bert", 512), ("t5", None)])

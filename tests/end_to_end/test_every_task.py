@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from qlora import load_adapter, load_base
-from qlora.base.tasks import TASKS
+from qlora.base.tasks import auto_class
 from qlora.config import DataConfig, LoraConfig, MergeConfig, TrainConfig
+from qlora.config.tasks import TASKS
 from qlora.errors import UserError
 from qlora.merge import merge
 from qlora.training import train
@@ -124,7 +125,7 @@ def test_train_open_merge(family, task, in_full, checkpoints, tmp_path, capsys):
 
     merge(MergeConfig(str(folder), str(tmp_path / "merged"), format="fp32"))
     assert f"{TASKS[task].auto_class}.from_pretrained(" in capsys.readouterr().out
-    merged, info = TASKS[task].load("from_pretrained")(
+    merged, info = auto_class(TASKS[task]).from_pretrained(
         tmp_path / "merged", output_loading_info=True
     )
     assert not any(info.values()), info
@@ -173,7 +174,7 @@ def test_a_merge_of_a_pefts_classifier(checkpoints, tmp_path):
             str(tmp_path / "adapter"), str(tmp_path / "merged"), base_model=str(base), format="fp32"
         )
     )
-    merged = TASKS["seq-cls"].load("from_pretrained")(tmp_path / "merged")
+    merged = auto_class(TASKS["seq-cls"]).from_pretrained(tmp_path / "merged")
     assert merged.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert (logits(merged, "seq-cls") - logits(model, "seq-cls")).abs().max() <= TOLERANCE
 
@@ -203,7 +204,7 @@ def test_other_starts(family, task, start, checkpoints, tmp_path):
     folder = run(base, task, tmp_path, max_steps=1, lora=lora)
     merge(MergeConfig(str(folder), str(tmp_path / "merged"), format="fp32"))
     live = load_adapter(load_base(str(base), FP32, task=task, labels=LABELS[task]), folder)
-    merged = TASKS[task].load("from_pretrained")(tmp_path / "merged")
+    merged = auto_class(TASKS[task]).from_pretrained(tmp_path / "merged")
     assert (logits(merged, task) - logits(live, task)).abs().max() <= TOLERANCE
 
 
