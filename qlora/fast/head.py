@@ -1,42 +1,30 @@
-"""An output head whose logits are made when somebody looks at them: the loss needs none.
+"""An output head whose logits are computed on first use: the loss is computed without them.
 
-    model(input_ids=..., labels=...).loss
-
-is what the model's own forward computes of logits: it takes them from its head, may scale and bound
-them, and asks transformers for the loss. `LanguageHead`, in front of the head, gives it LazyLogits
-(qlora.fast.head), of which the loss comes without them. Nothing of the model is replaced, nothing
-is asked of its class or its config, and what it adds to the loss (the router loss of experts) is
-added as ever.
-
-A head that is trained, adapted, quantized or watched by hooks makes its logits at once; so do
-torch.compile, inference_mode, and few tokens: up to a chunk of qlora.ops.loss there is nothing to
-save, and generation wants the logits of one.
-
-Logits that are made when somebody looks at them, and give their cross-entropy without.
-
-A tensor of torch's protocol for such (__torch_function__). It knows shape, dtype and device, notes
-what is done to it, as far as the loss knows how to do that too, and hands `cross_entropy` over to
-qlora.ops.loss:
+`LanguageHead` wraps a model's frozen output head and returns LazyLogits: a tensor with the logits'
+shape, dtype and device that records what the model and transformers' losses do to it:
 
     logits = head(x)                          W x + b
     logits / c, tanh, * c                     Gemma; * c alone Cohere, Falcon-H1; / c Granite
-    .float(), .view, .reshape, .flatten, .contiguous, [..., :-1, :]        what losses do
+    .float(), .to, .view, .reshape, .flatten, .contiguous, [..., :-1, :]
     cross_entropy(logits, labels)             sum or mean, with label_smoothing and ignore_index
 
-Whatever else is asked of it makes the logits, once, by the very operations that were noted, and
-goes on with these: generation, accuracy, distillation, another loss give what they always give, bit
-for bit. Only a gradient *in* the logits is not to be had of a loss that was computed without them:
-autograd says that they were not used.
+The cross-entropy is that of qlora.ops.loss. Every other operation materializes the logits, once, by
+the recorded operations: generation, accuracy, distillation and other losses get the same values,
+bit for bit. No class or config of a model is read, and what it adds to the loss (the router loss of
+experts) is added. Only the gradient *in* logits whose loss was computed without them does not
+exist: autograd raises that they were not used.
 
-Left out: a loss for each token, class weights, logits times a tensor. They make the logits.
+The head computes logits at once where it is trained, adapted, quantized or has hooks; under
+torch.compile and inference_mode; and of few tokens, up to a chunk of qlora.ops.loss, where lazy
+logits would save nothing. Left out: a loss per token, class weights, logits times a tensor. They
+materialize the logits.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from types import EllipsisType
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -49,25 +37,11 @@ from qlora.base.modules import is_quantized, is_watched, output_head, product_dt
 from qlora.ops.loss import chunk_rows, linear_cross_entropy
 
 
-class LanguageHead(Wrapper):
-    """A frozen linear layer that makes logits of hidden states, lazily where that pays."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., dim) -> (..., vocab)."""
-        layer = self.base_layer
-        if torch.compiler.is_compiling() or not (is_untouched(layer) and _pays(hidden, layer)):
-            logits: Tensor = layer(hidden)
-            return logits
-        return lazy_logits(hidden, layer.weight, layer.bias)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """The head's: transformers puts a weight there that is tied to the embedding's."""
-        self.base_layer.register_parameter(name, param)
-
-
 def put_language_head(model: nn.Module) -> None:
-    """A LanguageHead in front of the output head of `model`, in place; or a line on the terminal
-    where there is a head for which it can do nothing."""
+    """Wrap the output head of `model` in a LanguageHead, in place.
+
+    Prints one line where there is a head that cannot be wrapped.
+    """
     name, head = vocabulary(model)[1], output_head(model)
     if name is None or isinstance(head, LanguageHead):
         return
@@ -78,14 +52,30 @@ def put_language_head(model: nn.Module) -> None:
     print(f"the loss is computed from all logits: the output head, {name}, is {what}")
 
 
+class LanguageHead(Wrapper):
+    """A frozen linear layer from hidden states to logits, lazy where that saves memory."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., dim) -> (..., vocab)."""
+        layer = self.base_layer
+        if torch.compiler.is_compiling() or not (is_untouched(layer) and _saves(hidden, layer)):
+            logits: Tensor = layer(hidden)
+            return logits
+        return lazy_logits(hidden, layer.weight, layer.bias)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Of the wrapped head: transformers registers a weight that is tied to the embedding's."""
+        self.base_layer.register_parameter(name, param)
+
+
 def is_untouched(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is a plain linear layer that nobody trains or watches."""
-    trained = any(parameter.requires_grad for parameter in layer.parameters())
-    return type(layer) is nn.Linear and not is_watched(layer) and not trained
+    """Whether it is a plain, frozen linear layer without hooks."""
+    is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+    return type(layer) is nn.Linear and not is_watched(layer) and not is_trained
 
 
-def _pays(hidden: Tensor, layer: nn.Linear) -> bool:
-    """Whether there is more than a chunk of logits, of which there may be a loss."""
+def _saves(hidden: Tensor, layer: nn.Linear) -> bool:
+    """Whether there is more than a chunk of logits, of which a loss may be computed."""
     return (
         type(hidden) is Tensor
         and product_dtype(hidden) == product_dtype(layer.weight)
@@ -98,167 +88,168 @@ def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> "
     """Logits (..., vocab) of hidden states (..., dim) and a frozen head (vocab, dim), (vocab,)."""
     if not torch.is_grad_enabled():
         hidden = hidden.detach()
-    shape, dtype = (*hidden.shape[:-1], len(weight)), product_dtype(hidden)
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    product = partial(_product, weight, bias, dtype)
-    recipe = _Recipe(weight, bias, dtype, hidden, (product,), hidden)
-    return _lazy(torch.empty(shape, dtype=dtype, device="meta"), recipe)
+    dtype = product_dtype(hidden)
+    like = torch.empty((*hidden.shape[:-1], len(weight)), dtype=dtype, device="meta")
+    bias = None if bias is None else bias.detach()
+    return _lazy(like, _Recipe(weight.detach(), bias, dtype, hidden, rows=hidden))
 
 
-def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, hidden: Tensor) -> Tensor:
-    """What a linear layer computes where product_dtype is `dtype`."""
-    bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(dtype), weight.to(dtype), bias)
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How logits are made, and what that is: c tanh(a (W x + b)), or a (W x + b), of each x."""
+class _Recipe(NamedTuple):
+    """How logits are computed: c tanh(a (W x + b)), without a softcap a (W x + b), of each x."""
 
     weight: Tensor
     bias: Tensor | None
     dtype: torch.dtype
     """of the product"""
     hidden: Tensor
-    steps: tuple[Callable[[Tensor], Tensor], ...]
-    """that make logits of it"""
+    """the head's input"""
     rows: Tensor
-    """x, (..., dim), a view of `hidden` or of some of it"""
+    """x, (..., dim), of the logits that are left: a view of `hidden`"""
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    """after the product"""
     a: float = 1.0
     c: float | None = None
 
-    def make(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """By the operations that were recorded."""
+        weight, bias = self._in_dtype()
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = F.linear(hidden.to(self.dtype), weight, bias)
         for step in self.steps:
-            hidden = step(hidden)
-        return hidden
+            logits = step(logits)
+        return logits
 
-    def loss(self, target: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
-        """The sum over tokens."""
+    def loss(self, target: Tensor, **settings: Any) -> Tensor:
+        """The sum over tokens, from the hidden states."""
+        weight, bias = self._in_dtype()
+        scale = self.a if self.c is None else self.a * self.c
         return linear_cross_entropy(
-            self.rows,
-            self.weight.to(self.dtype),
-            target,
-            bias=None if self.bias is None else self.bias.to(self.dtype),
-            scale=self.a if self.c is None else self.a * self.c,
-            softcap=self.c,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
+            self.rows, weight, target, bias=bias, scale=scale, softcap=self.c, **settings
         )
+
+    def _in_dtype(self) -> tuple[Tensor, Tensor | None]:
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return self.weight.to(self.dtype), bias
 
 
 class LazyLogits(Tensor):
-    """Logits (..., vocab) that know their shape, dtype, device, and how to be made.
-
-    What torch is asked to do with them and is not among the tables below is done with the one
-    tensor that `made` returns.
-    """
+    """Logits (..., vocab) without memory, until an operation materializes them."""
 
     _recipe: _Recipe
     _like: Tensor
-    """of the same shape, dtype and strides, and no memory: what torch would make of them it says"""
+    """a tensor of the same shape, dtype and strides on the meta device"""
     _source: "LazyLogits | None"
-    """what they are a view of, by the last step"""
-    _with_gradient: bool
-    _made: Tensor | None
+    """the logits that they are a view of, by the last step"""
+    _value: Tensor | None
+    """once materialized"""
 
-    def made(self) -> Tensor:
-        """The logits as any tensor, made at the first call, part of the graph that they would be
-        part of."""
-        if self._made is None:
-            with torch.inference_mode(False), torch.set_grad_enabled(self._with_gradient):
+    @property
+    def is_materialized(self) -> bool:
+        return self._value is not None
+
+    def materialize(self) -> Tensor:
+        """The logits as a plain tensor with the graph of `hidden`, computed in the first call."""
+        if self._value is None:
+            with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
                 if self._source is None:
-                    made = self._recipe.make(self._recipe.hidden)
+                    value = self._recipe.logits(self._recipe.hidden)
                 else:
-                    made = self._recipe.steps[-1](self._source.made())
-            if self.requires_grad and not made.requires_grad:
-                # a function of autograd had them made without a graph, and gave them one of its own
-                with torch.inference_mode(False), torch.enable_grad():
-                    made = _Made.apply(self)  # type: ignore[no-untyped-call]
-            self._made = made
-        return self._made
-
-    def _is_current(self) -> bool:
-        """Whether their recipe has the graph that they are part of, and may be added to."""
-        return (
-            self.requires_grad == self._recipe.hidden.requires_grad
-            and not torch.is_inference_mode_enabled()
-            and not torch.compiler.is_compiling()
-        )
+                    value = self._recipe.steps[-1](self._source.materialize())
+                if self.requires_grad and not value.requires_grad:
+                    # re-entrant checkpointing: no graph where they were recorded, one around it
+                    value = _Materialize.apply(self)  # type: ignore[no-untyped-call]
+            self._value = value
+        return self._value
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, lazy = kwargs or {}, args[0] if args else None
-        if isinstance(lazy, LazyLogits) and lazy._made is None:
-            if func in KNOWN:
+        if isinstance(lazy, LazyLogits) and not lazy.is_materialized:
+            if func in METADATA:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-            if func in ANSWERS and lazy._is_current():
-                answer = ANSWERS[func](lazy, *args[1:], **kwargs)
+            if lazy._may_answer():
+                answer = _answer(lazy, func, *args[1:], **kwargs)
                 if answer is not None:
                     return answer
-        args, kwargs = tree_map_only(LazyLogits, LazyLogits.made, (args, kwargs))
+        args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch calls it so
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """The same for what comes from C++, below autograd: _Promise has the gradient."""
+        """Operations from C++, below autograd: _Lazy has the gradient."""
         if func._schema.is_mutable:
-            raise RuntimeError(f"logits that are not made yet cannot be changed by {func}")
-        values = tree_map_only(LazyLogits, _value, (args, kwargs or {}))
-        return func(*values[0], **values[1])
+            raise RuntimeError(f"logits that are not materialized cannot be changed by {func}")
+        args, kwargs = tree_map_only(LazyLogits, _detached_value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _may_answer(self) -> bool:
+        """Whether the recipe has the graph of these logits, and torch's mode allows for it."""
+        return (
+            self.requires_grad == self._recipe.hidden.requires_grad
+            and not torch.is_inference_mode_enabled()
+            and not torch.compiler.is_compiling()
+        )
 
 
 def _lazy(like: Tensor, recipe: _Recipe, source: LazyLogits | None = None) -> LazyLogits:
-    """`source` is there if they are a view of it."""
-    made: LazyLogits = _Promise.apply(recipe.hidden, like, recipe)  # type: ignore[no-untyped-call]
-    made._recipe, made._like, made._source, made._made = recipe, like, source, None
-    made._with_gradient = torch.is_grad_enabled()
-    return made
+    lazy: LazyLogits = _Lazy.apply(recipe.hidden, like, recipe)  # type: ignore[no-untyped-call]
+    lazy._recipe, lazy._like, lazy._source, lazy._value = recipe, like, source, None
+    return lazy
 
 
-def _value(logits: LazyLogits) -> Tensor:
-    if logits._made is not None:
-        return logits._made.detach()
-    return logits._recipe.make(logits._recipe.hidden.detach())
+def _detached_value(logits: LazyLogits) -> Tensor:
+    if logits._value is not None:
+        return logits._value.detach()
+    return logits._recipe.logits(logits._recipe.hidden.detach())
 
 
-class _Promise(torch.autograd.Function):
-    """Hidden states to logits that are not made yet, whose gradient is that of those that will."""
+class _Lazy(torch.autograd.Function):
+    """Hidden states to lazy logits; the gradient is that of the logits they will be."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, like: Tensor, recipe: _Recipe) -> LazyLogits:
         ctx.recipe = recipe
-        made: LazyLogits = Tensor._make_wrapper_subclass(
+        lazy: LazyLogits = Tensor._make_wrapper_subclass(
             LazyLogits, like.shape, dtype=like.dtype, device=hidden.device
         )
-        return made
+        return lazy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             hidden = ctx.recipe.hidden.detach().requires_grad_()
-            logits = ctx.recipe.make(hidden)
+            logits = ctx.recipe.logits(hidden)
         return torch.autograd.grad(logits, hidden, gradient)[0], None, None
 
 
-class _Made(torch.autograd.Function):
-    """Logits that are not made yet to those that are, by the graph that the former are part of."""
+class _Materialize(torch.autograd.Function):
+    """Lazy logits to their values, by the graph that the former have."""
 
     @staticmethod
     def forward(ctx: Any, logits: LazyLogits) -> Tensor:
-        return _value(logits)
+        return _detached_value(logits)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
-# ---- what they answer without being made: a function of torch -> what it gives, or None ----
+# ---- what lazy logits do without being materialized
+
+METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "layout", "ndim", "shape")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "requires_grad")),
+    *(Tensor.dim, Tensor.is_floating_point, Tensor.numel, Tensor.size),
+}
+SCALES = {Tensor.mul: 1, torch.mul: 1, Tensor.div: -1, torch.div: -1}  # the number's exponent
+SHAPES = {
+    *(Tensor.contiguous, Tensor.flatten, Tensor.float),
+    *(Tensor.reshape, Tensor.to, Tensor.view),
+}
 
 
 def _cross_entropy(
@@ -271,92 +262,66 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """torch's, whose arguments these are, of logits (tokens, vocab) and labels (tokens,)."""
-    plain = (weight, size_average, reduce) == (None, None, None) and reduction in ("mean", "sum")
-    ids = isinstance(target, Tensor) and target.dtype == torch.int64
-    if not (plain and ids and target.shape == logits.shape[:-1] and target.ndim == 1):
+    """torch's, with its arguments, of logits (tokens, vocab) and labels (tokens,), or None."""
+    is_plain = (weight, size_average, reduce) == (None, None, None) and reduction in ("mean", "sum")
+    if not (is_plain and isinstance(target, Tensor) and target.dtype == torch.int64):
         return None
-    if target.device != logits.device:
+    if target.ndim != 1 or target.shape != logits.shape[:-1] or target.device != logits.device:
         return None
-    loss = logits._recipe.loss(target, label_smoothing, ignore_index)
+    loss = logits._recipe.loss(target, label_smoothing=label_smoothing, ignore_index=ignore_index)
     if reduction == "mean":
         loss = loss / (target != ignore_index).sum()
     dtype = logits.dtype
-    if torch.is_autocast_enabled(target.device.type):  # which has losses in fp32
+    if torch.is_autocast_enabled(target.device.type):  # which computes losses in fp32
         dtype = torch.promote_types(dtype, torch.float32)
     return loss.to(dtype)
 
 
-def _noted(logits: LazyLogits, func: Any, args: Any, kwargs: Any, **change: Any) -> Tensor | None:
-    """The logits after `func`, which changes the recipe so; or None if that is for made ones."""
-    like = func(logits._like, *args, **kwargs)
-    if like is logits._like:
+def _answer(logits: LazyLogits, func: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    """func(logits, ...) without materializing them; None where the loss supports no such step."""
+    if func is F.cross_entropy:
+        return _cross_entropy(logits, *args, **kwargs)
+    recipe, like = logits._recipe, logits._like
+    if kwargs:
+        return None
+    if func in SCALES and len(args) == 1:
+        number = args[0]
+        if not isinstance(number, int | float) or number == 0 or not math.isfinite(number):
+            return None
+        factor = number ** SCALES[func]
+        if recipe.c is None:
+            recipe = recipe._replace(a=recipe.a * factor)
+        else:
+            recipe = recipe._replace(c=recipe.c * factor)
+    elif func in (Tensor.tanh, torch.tanh) and recipe.c is None:
+        recipe = recipe._replace(c=1.0)
+    elif func is Tensor.__getitem__ and _selects_rows(args[0], like.ndim):
+        recipe = recipe._replace(rows=recipe.rows[args[0]])
+    elif func not in SHAPES or not all(isinstance(x, int | torch.dtype) for x in _flat(args)):
+        return None
+    after = func(like, *args)
+    if after is like:
         return logits
-    recipe, vocab = logits._recipe, logits._like.shape[-1]
-    if like.shape[-1:] != (vocab,) or like.dtype not in (logits.dtype, torch.float32):
+    if after.shape[-1:] != like.shape[-1:] or after.dtype not in (like.dtype, torch.float32):
         return None
-    step = partial(_call, func, args, kwargs)
-    rows = change.pop("rows", recipe.rows).reshape(*like.shape[:-1], -1)
-    recipe = replace(recipe, steps=(*recipe.steps, step), rows=rows, **change)
-    return _lazy(like, recipe, logits if like._is_view() else None)
+    rows = recipe.rows.reshape(*after.shape[:-1], -1)  # (..., dim)
+    recipe = recipe._replace(rows=rows, steps=(*recipe.steps, partial(_call, func, args)))
+    return _lazy(after, recipe, logits if after._is_view() else None)
 
 
-def _call(func: Any, args: Any, kwargs: Any, x: Tensor) -> Tensor:
-    made: Tensor = func(x, *args, **kwargs)
-    return made
-
-
-def _scaled(func: Any, power: int, logits: LazyLogits, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Times a number, or its inverse."""
-    if len(args) != 1 or kwargs or not isinstance(args[0], int | float):
-        return None
-    if args[0] == 0 or not math.isfinite(args[0]):
-        return None
-    factor, recipe = args[0] ** power, logits._recipe
-    if recipe.c is None:
-        return _noted(logits, func, args, kwargs, a=recipe.a * factor)
-    return _noted(logits, func, args, kwargs, c=recipe.c * factor)
-
-
-def _bounded(func: Any, logits: LazyLogits, *args: Any, **kwargs: Any) -> Tensor | None:
-    """tanh, once."""
-    if args or kwargs or logits._recipe.c is not None:
-        return None
-    return _noted(logits, func, args, kwargs, c=1.0)
-
-
-def _shaped(func: Any, logits: LazyLogits, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Rows in another order of dimensions, or all in another dtype."""
-    sizes = [size for arg in args for size in (arg if isinstance(arg, tuple | list) else (arg,))]
-    if kwargs or not all(isinstance(size, int | torch.dtype) for size in sizes):
-        return None
-    return _noted(logits, func, args, kwargs)
-
-
-def _sliced(func: Any, logits: LazyLogits, key: Any) -> Tensor | None:
-    """Some of the rows, whole."""
+def _selects_rows(key: Any, ndim: int) -> bool:
+    """Whether indexing with `key` gives some of the rows, each with all of its logits."""
     keys = key if isinstance(key, tuple) else (key,)
-    if not all(isinstance(k, int | slice | EllipsisType) and not isinstance(k, bool) for k in keys):
-        return None
-    reaches_vocab = Ellipsis in keys or len(keys) >= logits.ndim
-    if reaches_vocab and keys[-1] != slice(None):
-        return None
-    return _noted(logits, func, (key,), {}, rows=logits._recipe.rows[key])
+    if any(isinstance(k, bool) or not isinstance(k, int | slice | EllipsisType) for k in keys):
+        return False
+    reaches_vocab = Ellipsis in keys or len(keys) >= ndim
+    return not reaches_vocab or keys[-1] == slice(None)
 
 
-KNOWN = {
-    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "layout", "ndim", "shape")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "requires_grad")),
-    *(Tensor.dim, Tensor.is_floating_point, Tensor.numel, Tensor.size),
-}
-"""what they know of themselves"""
+def _flat(args: Any) -> list[Any]:
+    return [x for arg in args for x in (arg if isinstance(arg, tuple | list) else (arg,))]
 
-ANSWERS: dict[Any, Callable[..., Tensor | None]] = {
-    F.cross_entropy: _cross_entropy,
-    Tensor.__getitem__: partial(_sliced, Tensor.__getitem__),
-    **{f: partial(_scaled, f, 1) for f in (Tensor.mul, torch.mul)},
-    **{f: partial(_scaled, f, -1) for f in (Tensor.div, torch.div)},
-    **{f: partial(_bounded, f) for f in (Tensor.tanh, torch.tanh)},
-    **{f: partial(_shaped, f) for f in (Tensor.contiguous, Tensor.flatten, Tensor.float)},
-    **{f: partial(_shaped, f) for f in (Tensor.reshape, Tensor.to, Tensor.view)},
-}
+
+def _call(func: Any, args: Any, x: Tensor) -> Tensor:
+    result: Tensor = func(x, *args)
+    return result

@@ -91,7 +91,7 @@ def run(model: Any, **inputs: Any) -> tuple[Any, Tensor]:
 
 
 def is_lazy(logits: Any) -> bool:
-    return isinstance(logits, LazyLogits) and logits._made is None
+    return isinstance(logits, LazyLogits) and not logits.is_materialized
 
 
 def off(got: Tensor, wanted: Tensor) -> float:

@@ -47,7 +47,7 @@ class Case:
 
 
 def is_lazy(x: Any) -> bool:
-    return isinstance(x, LazyLogits) and x._made is None
+    return isinstance(x, LazyLogits) and not x.is_materialized
 
 
 # ---- looked at in any way, they are what a linear layer makes, bit for bit ----
@@ -288,7 +288,7 @@ def test_made_in_a_function_that_has_the_gradient_itself(step):
 
 def test_operations_below_python_may_not_change_what_is_not_there():
     lazy, _ = Case().both()
-    raises = pytest.raises(RuntimeError, match=r"not made yet cannot be changed by aten\.zero_")
+    raises = pytest.raises(RuntimeError, match=r"not materialized cannot be changed by aten\.zero_")
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), raises:
         lazy.zero_()
 
