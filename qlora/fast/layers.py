@@ -1,44 +1,34 @@
-"""Finds the layers of a model that can compute together (qlora.fast.layers), by looking at a run.
+"""LoRA layers, gated MLPs and RMSNorms as functions that keep less for the backward pass.
 
-A few tokens go through the model once, and each layer's input and output is noted. Layers of one
-module that are called one after another with the same tensor share their input. A module is a gated
-MLP when gate and up get what it gets, it gives what down gives, and what down gets is
-act(gate(x)) * up(x) with one of the activations there are, of large values too. So it does not
-matter what a class is called, or how its source reads; what is not recognised computes layer by
-layer.
+    SharedInput   LoRA layers that are called one after another with one tensor (q, k and v): one
+                  qlora.ops.lora.lora_linear
+    MLPBlock      a gated MLP, down(act(gate(x)) * up(x)): one qlora.ops.lora.lora_mlp
+    RMSNorm       y = xhat * w, xhat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps) (arXiv:1910.07467)
 
-Layers with adapters that compute together, by qlora.ops.lora: those that are called one
-after another with the same input, and the three of a gated MLP.
+Which layers share their input is seen in one run of a few tokens. A gated MLP is found by the names
+of its children, a norm by its parameters; both must then agree numerically with the function that
+replaces them. Every forward pass checks whether the function supports the layer's current state,
+its adapter and dtype; otherwise the layer, or the model's own MLP or norm, computes as without this
+module.
 
-A layer asks, in each forward pass, whether the fast way covers what is wanted of it; if it does
-not, the layer, or the model's own MLP, computes as if this room were not there.
+Models write RMSNorm out in fp32: six kernels, of which autograd keeps x in fp32, twice the bytes of
+a 16-bit x. On a GPU torch.nn.functional.rms_norm is one kernel, keeps x in its own dtype and one
+number per row, and rounds once where models round twice. On a CPU it is as slow as the models' and
+keeps as much; there `_FromOutput` computes fp32 norms and keeps y instead of x, as apex does with
+`memory_efficient`:
 
-RMSNorms that keep less for the backward pass, in front of frozen norms of the model.
-
-    y  = xhat * w,    xhat = x * rstd,    rstd = 1 / sqrt(mean(x^2) + eps)       arXiv:1910.07467
     dx = rstd * (dy * w - xhat * mean(dy * y)),    xhat = y / w
 
-Models write it out, in fp32: six kernels, of which autograd keeps x as fp32, twice the bytes of a
-16-bit x; and y is rounded twice, before w and after. On a GPU torch.nn.functional.rms_norm is one
-kernel, keeps x as it is and a number a row, and rounds once.
-
-On a CPU torch has no such kernel (there rms_norm is as slow, and keeps as much, as what models do).
-In fp32 a function of ours keeps rstd, a number a row, and y in place of x, as apex's norms do with
-`memory_efficient`: the layers after it with adapters keep y anyhow, so nothing of x's size is its
-own. Forward and backward take 0.6 of the time that models' take (1024 x 576, one thread); y is the
-same to the bit, dx no further off. Who changes y in place gets autograd's error. 16-bit norms on a
-CPU stay the model's: y is rounded there, and xhat of it would be too.
-
-A norm is known by its structure, and by what it computes of a few random rows: so no class of a
-model is named. Gemma's (1 + w) is one with an offset; a 16-bit kernel would want 1 + w in 16 bits,
-where it loses digits, so there it stays the model's. Left out: a norm that is trained.
+The LoRA layers behind it keep y in any case, so that it adds one number per row. It takes 0.6 of
+the models' time (1024 x 576, one thread); y is equal to the bit, dx is no less exact. Left out:
+norms that are trained; 16-bit norms on a CPU, where xhat from a rounded y loses digits; Gemma's
+(1 + w) in 16 bits on a GPU, whose kernel would round 1 + w.
 """
 
 import inspect
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, permutations
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -47,189 +37,147 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qlora.adapters.lora import LoRALayer, LoRALinear, lora_layers
-from qlora.adapters.wrappers import (
-    Wrapper,
-    base_modules,
-    plain,
-    put_module,
-    take_wrappers_off,
-    wrappers,
+from qlora.adapters.wrappers import Wrapper, base_modules, plain, put_module, take_wrappers_off
+from qlora.base.modules import (
+    computes_in,
+    is_quantized,
+    is_watched,
+    product_dtype,
+    shallow_copy,
+    was_conv1d,
 )
-from qlora.base.modules import computes_in, is_quantized, is_watched, product_dtype, was_conv1d
+from qlora.ops.agree import agrees
 from qlora.ops.gated import ACTS, gated_forward
 from qlora.ops.lora import Frozen, lora_linear, lora_mlp
 
 FEW_TOKENS = 8
-LARGE = 200.0  # its square is a number in fp16, too
-
-
-class _Call(NamedTuple):
-    """A module's only call."""
-
-    x: Tensor
-    y: Tensor
+# Gate, up and down: Llama's names, which all gated MLPs of transformers have, and InternLM2's.
+PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+# gelu and its tanh form differ below 8; DeepSeek-V4 clamps gate and up at 10
+GATE_RANGES = (8.0, 200.0)
+HAS_KERNEL = ("cuda",)  # devices on which F.rms_norm is one kernel
+EPS = ("variance_epsilon", "eps", "epsilon")  # names in transformers' norms
 
 
 def use_fast_path(model: Any, *, recompute: bool = False) -> None:
-    """Let the layers of `model` with adapters compute by functions of our own; in place.
+    """Compute `model`'s LoRA layers and gated MLPs by the functions of qlora.ops.lora, in place.
 
-    Prints one line where some take the plain way. The numbers are the same either way.
+    The numbers are the same. Prints one line for each reason why layers fall back.
 
     Args:
-        recompute: activations are made again for the backward pass (gradient checkpointing), so
-            that a block need not keep them.
+        recompute: the model recomputes activations in the backward pass (gradient checkpointing),
+            so that an MLP keeps its input alone.
     """
     take_fast_path_off(model)
     layers = lora_layers(model)
-    seen = _seen(model, layers.values())
-    read = [call.x for call in seen.values()]
-    for group in _groups(layers, seen):
+    calls = _record_calls(model, layers.values())
+    for group in _groups(layers, calls):
         shared = SharedInput(group)
         for layer in group:
             layer.fast = shared
+    inputs = [call.x for call in calls.values()]
     for name, module in base_modules(model).items():
-        block = _mlp(name, module, layers, seen)
+        block = _gated_mlp(module) if module in calls else None
         if block is not None:
-            # what a norm reads, as Gemma's does, is made again in any case, so keep what it is of
-            is_read = any(x is seen[module].y for x in read)
-            block.recompute = recompute and not is_read
+            # Gemma's norm reads the block's output, so that the backward pass computes the block
+            # again in any case: then gate(x) and up(x) are kept
+            block.recompute = recompute and all(x is not calls[module].y for x in inputs)
             put_module(model, name, block)
-    _say_what_is_plain(layers, seen)
+    _report_fallbacks(layers, calls)
 
 
 def take_fast_path_off(model: nn.Module) -> None:
-    """Let every layer, and the model's own MLPs, compute by themselves."""
+    """Compute every LoRA layer, and the model's own MLPs, without the functions."""
     for layer in lora_layers(model).values():
         if isinstance(layer, LoRALinear):
             layer.fast = None
     take_wrappers_off(model, lambda wrapper: isinstance(wrapper, MLPBlock))
 
 
-def _groups(
-    layers: dict[str, LoRALayer], seen: dict[nn.Module, _Call]
-) -> Iterator[list[LoRALinear]]:
-    """Layers of one parent that were called one after another with the same tensor, or one."""
-    names = {layer: name for name, layer in layers.items() if isinstance(layer, LoRALinear)}
-    called = [layer for layer in seen if layer in names]
-    for _, group in groupby(called, lambda layer: (_parent(names[layer]), id(seen[layer].x))):
-        yield list(group)
-    yield from ([layer] for layer in names if layer not in seen)
+# ---- layers and blocks
 
 
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
+class SharedInput:
+    """LoRA layers that are called one after another with one tensor, as q, k and v; or one alone.
+
+    `LoRALinear.fast` of each. The first call computes the outputs of all; the others wait for their
+    layers' calls with the same unchanged tensor. A call with another tensor drops them.
+    """
+
+    def __init__(self, layers: Sequence[LoRALayer]) -> None:
+        self.layers = tuple(layers)
+        self._input: tuple[Tensor, int] | None = None  # and its version
+        self._waiting: dict[LoRALayer, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without outputs that wait, if the model is copied after an interrupted forward pass."""
+        return {"layers": self.layers, "_input": None, "_waiting": {}}
+
+    def __call__(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
+        """The output of `layer` for x (..., in), or None: the layer falls back."""
+        is_same = self._input is not None and self._input[0] is x and self._input[1] == x._version
+        if not (is_same and layer in self._waiting and torch.is_grad_enabled()):
+            self._input, self._waiting = None, {}
+            if not is_fast(layer, x):
+                return None
+            group = self.layers if all(is_fast(other, x) for other in self.layers) else (layer,)
+            outputs = lora_linear(x, *_arguments(group))
+            if len(group) == 1:
+                return outputs[0]
+            self._input = x, x._version
+            self._waiting = dict(zip(group, outputs, strict=True))
+        y = self._waiting.pop(layer)
+        if not self._waiting:
+            self._input = None
+        return y
 
 
-def _mlp(
-    name: str, module: nn.Module, layers: dict[str, LoRALayer], seen: dict[nn.Module, _Call]
-) -> "MLPBlock | None":
-    """`module` as one function, if it is a gated MLP of three layers with adapters."""
-    own = [layer for layer_name, layer in layers.items() if _parent(layer_name) == name]
-    call = seen.get(module)
-    if call is None or len(own) != 3 or any(layer not in seen for layer in own):
-        return None
-    inside = {part for layer in own for wrapper in wrappers(layer) for part in wrapper.modules()}
-    others = [part for part in plain(module).modules() if part not in inside][1:]
-    activation = _activation(others[0]) if len(others) == 1 else None
-    for gate, up, down in permutations(own):
-        is_shaped = seen[gate].x is call.x is seen[up].x and seen[down].y is call.y
-        if activation and is_shaped:
-            h = gated_forward(seen[gate].y, seen[up].y, activation)
-            # theirs rounds the activation too
-            close = 4 * torch.finfo(h.dtype).eps * h.norm()
-            block = MLPBlock(module, (gate, up, down), activation)
-            if (h - seen[down].x).norm() <= close and _is_so_of_large_values(block, call.x):
-                return block
-    return None
+class MLPBlock(Wrapper):
+    """A gated MLP, down(act(gate(x)) * up(x)), as one function instead of the model's own."""
+
+    def __init__(self, base_layer: nn.Module, layers: Sequence[LoRALayer], activation: str) -> None:
+        super().__init__(base_layer)
+        self.layers = tuple(
+            layers
+        )  # gate, up and down: children of base_layer, not registered here
+        self.activation = activation
+        self.recompute = False
+        """keep x alone for the backward pass, as under gradient checkpointing"""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """(..., in) -> (..., in)."""
+        # the function calls none of the modules inside, so that their hooks would not run
+        falls_back = args or kwargs or any(map(is_watched, self.base_layer.modules()))
+        if falls_back or not all(is_fast(layer, x) for layer in self.layers):
+            return self.base_layer(x, *args, **kwargs)
+        frozen, factors = _arguments(self.layers)
+        return lora_mlp(x, frozen, factors, activation=self.activation, recompute=self.recompute)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, recompute={self.recompute}"
 
 
-@torch.no_grad()
-def _is_so_of_large_values(block: "MLPBlock", x: Tensor) -> bool:
-    """Whether the module computes the same where gate and up give large values, and in training:
-    some bound the former (DeepSeek-V4), or drop out."""
-    module, (gate, up, down) = plain(block), block.layers
-    shape = (*x.shape[:-1], gate.shape[0])
-    given = torch.linspace(-LARGE, LARGE, math.prod(shape)).to(x).view(shape)
-    instead = {gate: given, up: given.flip(-1)}
-    calls: list[_Call] = []
-    hooks = [layer.register_forward_hook(lambda layer, *_: instead[layer]) for layer in instead]
-    hooks.append(down.register_forward_hook(lambda _, args, y: calls.append(_Call(args[0], y))))
-    was_training, module.training = module.training, True
-    try:
-        y = module(x)
-    finally:
-        module.training = was_training
-        for hook in hooks:
-            hook.remove()
-    if not calls or y is not calls[0].y:
-        return False
-    h = gated_forward(instead[gate], instead[up], block.activation)
-    close = 4 * torch.finfo(h.dtype).eps * h.float().norm()  # which is too large for fp16
-    return bool((h.float() - calls[0].x.float()).norm() <= close)
+def _arguments(layers: Sequence[LoRALayer]) -> tuple[list[Frozen], list[tuple[Tensor, Tensor]]]:
+    """The arguments of lora_linear and lora_mlp, for layers that are fast."""
+    names = [layer.active_adapters[0] for layer in layers]
+    pairs = list(zip(layers, names, strict=True))
+    frozen = [
+        Frozen(layer.base_layer, layer.scaling[name], layer.drawn_dropout(name))
+        for layer, name in pairs
+    ]
+    return frozen, [(layer.lora_A[name], layer.lora_B[name]) for layer, name in pairs]
 
 
-def _activation(module: nn.Module) -> str | None:
-    """Which of the known ones it is."""
-    if next(module.parameters(), None) is not None:
-        return None
-    grid = torch.linspace(-8, 8, 1025)
-    y = module(grid)
-    for name in ACTS:
-        wanted = gated_forward(grid, torch.ones_like(grid), name)
-        if isinstance(y, Tensor) and y.shape == grid.shape and (y - wanted).abs().max() < 1e-6:
-            return name
-    return None
-
-
-@torch.no_grad()
-def _seen(model: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, _Call]:
-    """The calls of `layers` and of the base's modules, in their order, of those that were called
-    once with one tensor."""
-    if getattr(model, "main_input_name", None) != "input_ids":
-        return {}
-    calls: dict[nn.Module, list[_Call]] = {}
-
-    def note(module: nn.Module, args: Any, y: Any) -> None:
-        if len(args) == 1 and isinstance(y, Tensor):
-            calls.setdefault(module, []).append(_Call(args[0], y))
-
-    ids = torch.arange(FEW_TOKENS, device=model.device)[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    watched = {*layers, *base_modules(model).values()}
-    hooks = [module.register_forward_hook(note) for module in watched]
-    was_training = model.training
-    try:
-        model.eval()
-        model.base_model(**inputs)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return {module: found[0] for module, found in calls.items() if len(found) == 1}
-
-
-def _say_what_is_plain(layers: dict[str, LoRALayer], seen: dict[nn.Module, _Call]) -> None:
-    reasons = Counter(
-        reason for layer in layers.values() if (reason := why_plain(layer) or _dtypes(layer, seen))
-    )
-    for reason, count in reasons.items():
-        print(f"{count} of {len(layers)} layers compute the plain way: {reason}")
-
-
-def _dtypes(layer: LoRALayer, seen: dict[nn.Module, _Call]) -> str | None:
-    """What stands against the functions about a layer's input."""
-    dtype = computes_in(layer.base_layer)
-    if layer in seen and seen[layer].x.dtype != dtype:
-        return f"their input is {seen[layer].x.dtype}, and they compute in {dtype}"
-    return None
+def is_fast(layer: LoRALayer, x: Tensor) -> bool:
+    """Whether the functions support this call; without gradients they save nothing."""
+    in_dtype = x.dtype == computes_in(layer.base_layer) == product_dtype(x)
+    return torch.is_grad_enabled() and in_dtype and why_plain(layer) is None
 
 
 def why_plain(layer: LoRALayer) -> str | None:
-    """What about a layer and its active adapter the functions do not cover, or None."""
+    """What the functions do not support in a layer and its active adapter, or None."""
     base: Any = layer.base_layer
-    # what is derived from nn.Linear may compute something else
+    # a subclass of nn.Linear may compute something else
     if not isinstance(layer, LoRALinear) or not (type(base) is nn.Linear or is_quantized(base)):
         return "no plain linear layer of its own"
     if was_conv1d(base) and not is_quantized(base):
@@ -250,87 +198,133 @@ def why_plain(layer: LoRALayer) -> str | None:
     return None
 
 
-def is_fast(layer: LoRALayer, x: Tensor) -> bool:
-    """Whether the functions cover this call; without gradients there is nothing to be won."""
-    in_dtype = x.dtype == computes_in(layer.base_layer) == product_dtype(x)
-    return torch.is_grad_enabled() and in_dtype and why_plain(layer) is None
+# ---- how they are found
 
 
-def _inputs(layers: Sequence[LoRALayer]) -> tuple[list[Frozen], list[tuple[Tensor, Tensor]]]:
-    """What the functions take, of layers that are fast."""
-    names = [layer.active_adapters[0] for layer in layers]
-    pairs = list(zip(layers, names, strict=True))
-    frozen = [
-        Frozen(layer.base_layer, layer.scaling[name], layer.drawn_dropout(name))
-        for layer, name in pairs
-    ]
-    return frozen, [(layer.lora_A[name], layer.lora_B[name]) for layer, name in pairs]
+class _Call(NamedTuple):
+    """The only call of a module."""
+
+    x: Tensor
+    y: Tensor
 
 
-class SharedInput:
-    """Layers that are called one after another with the same tensor, like q, k and v; or one alone.
+@torch.no_grad()
+def _record_calls(model: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, _Call]:
+    """Run a few tokens through `model`: the calls of `layers` and of the base's modules, in order,
+    of those that were called once, with one tensor. None of a model that reads no token ids."""
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return {}
+    calls: dict[nn.Module, list[_Call]] = {}
 
-    The first that is called computes for all. What the others gave waits for their calls: with the
-    same tensor, unchanged. A call with another one drops it.
-    """
+    def record(module: nn.Module, args: Any, y: Any) -> None:
+        if len(args) == 1 and isinstance(y, Tensor):
+            calls.setdefault(module, []).append(_Call(args[0], y))
 
-    def __init__(self, layers: Sequence[LoRALayer]) -> None:
-        self.layers = tuple(layers)
-        self._seen: tuple[Tensor, int] | None = None
-        self._waiting: dict[LoRALayer, Tensor] = {}
+    ids = torch.arange(FEW_TOKENS, device=model.device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    modules = {*layers, *base_modules(model).values()}
+    hooks = [module.register_forward_hook(record) for module in modules]
+    was_training = model.training
+    try:
+        model.eval()
+        model.base_model(**inputs)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return {module: own[0] for module, own in calls.items() if len(own) == 1}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy nobody waits, if a forward pass was left half done."""
-        return {"layers": self.layers, "_seen": None, "_waiting": {}}
 
-    def __call__(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
-        """What `layer` gives for x (..., in), or None where it is to compute by itself."""
-        is_same = self._seen is not None and self._seen[0] is x and self._seen[1] == x._version
-        if not (is_same and layer in self._waiting and torch.is_grad_enabled()):
-            self._seen, self._waiting = None, {}
-            together = self.layers if all(is_fast(other, x) for other in self.layers) else (layer,)
-            if not is_fast(layer, x):
-                return None
-            outputs = lora_linear(x, *_inputs(together))
-            if len(together) == 1:
-                return outputs[0]
-            self._seen = x, x._version
-            self._waiting = dict(zip(together, outputs, strict=True))
-        y = self._waiting.pop(layer)
-        if not self._waiting:
-            self._seen = None
+def _groups(
+    layers: dict[str, LoRALayer], calls: dict[nn.Module, _Call]
+) -> Iterator[list[LoRALinear]]:
+    """Layers of one parent that were called one after another with one tensor; the others alone."""
+    names = {layer: name for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+    called = [layer for layer in calls if layer in names]
+    for _, group in groupby(
+        called, lambda layer: (names[layer].rpartition(".")[0], id(calls[layer].x))
+    ):
+        yield list(group)
+    yield from ([layer] for layer in names if layer not in calls)
+
+
+def _gated_mlp(module: nn.Module) -> MLPBlock | None:
+    """`module` as one function, if it is a gated MLP whose three projections have adapters."""
+    children = plain(module)._modules
+    for names in PROJECTIONS:
+        projections = [children.get(name) for name in names]
+        others = [child for name, child in children.items() if name not in names]
+        # nothing but an activation beside them: T5Gemma's have dropout
+        if len(others) == 1 and all(isinstance(layer, LoRALinear) for layer in projections):
+            activation = next((act for act in ACTS if _computes(plain(module), names, act)), None)
+            if activation is not None:
+                return MLPBlock(module, projections, activation)
+    return None
+
+
+class _Slice(Wrapper):
+    """In a projection's place while its MLP is checked: a part of the input's features."""
+
+    def __init__(self, base_layer: nn.Module, part: slice) -> None:
+        super().__init__(base_layer)
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., self.part]
+
+
+def _computes(mlp: Any, names: Sequence[str], activation: str) -> bool:
+    """Whether the forward pass of `mlp` is down(activation(gate(x)) * up(x)), also in training and
+    where gate and up give large values: some clamp them, or drop out."""
+    gate = torch.linspace(-1, 1, 1024, device=next(mlp.parameters()).device)
+    x = torch.cat([gate, gate.roll(300)])[None, None]  # (1, 1, 2 * 1024)
+    gate_part, up_part = slice(1024), slice(1024, None)
+    twin = shallow_copy(mlp)
+    twin.training = True  # not train(), which is for the children too
+    for name, part in zip(names, (gate_part, up_part, slice(None)), strict=True):
+        twin._modules[name] = _Slice(mlp._modules[name], part)
+
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = type(mlp).forward(twin, x)
         return y
 
+    def function(x: Tensor) -> Tensor:
+        return gated_forward(x[..., gate_part], x[..., up_part], activation)
 
-class MLPBlock(Wrapper):
-    """A gated MLP, down(act(gate(x)) * up(x)), in front of the model's own, as one function."""
-
-    def __init__(self, base_layer: nn.Module, layers: Sequence[LoRALayer], activation: str) -> None:
-        super().__init__(base_layer)
-        self.layers = tuple(layers)  # gate, up and down, which are the base layer's children
-        self.activation = activation
-        self.recompute = False
-        """keep x alone for the backward pass, as under gradient checkpointing"""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """(..., in) -> (..., in)."""
-        # of the calls of what is in it, the function makes none
-        is_plain = args or kwargs or any(map(is_watched, self.base_layer.modules()))
-        if is_plain or not all(is_fast(layer, x) for layer in self.layers):
-            return self.base_layer(x, *args, **kwargs)
-        frozen, factors = _inputs(self.layers)
-        return lora_mlp(x, frozen, factors, activation=self.activation, recompute=self.recompute)
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}, recompute={self.recompute}"
+    close = 8 * torch.finfo(torch.float32).eps  # some write their activation out
+    try:
+        return all(agrees(forward, function, size * x, tolerance=close) for size in GATE_RANGES)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # it needs more than features
+        return False
 
 
-HAS_KERNEL = ("cuda",)
-EPS = ("variance_epsilon", "eps", "epsilon")  # as models call it
+def _report_fallbacks(layers: dict[str, LoRALayer], calls: dict[nn.Module, _Call]) -> None:
+    reasons: Counter[str] = Counter()
+    for layer in layers.values():
+        dtype, reason = computes_in(layer.base_layer), why_plain(layer)
+        if reason is None and layer in calls and calls[layer].x.dtype != dtype:
+            reason = f"their input is {calls[layer].x.dtype}, and they compute in {dtype}"
+        if reason is not None:
+            reasons[reason] += 1
+    for reason, count in reasons.items():
+        print(f"{count} of {len(layers)} layers compute the plain way: {reason}")
+
+
+# ---- norms
+
+
+def put_norms(model: nn.Module) -> None:
+    """Wrap each frozen RMSNorm of `model` in an RMSNorm of ours, in place."""
+    for name, module in base_modules(model).items():
+        form = rms_norm_form(module)
+        if form is not None:
+            put_module(model, name, RMSNorm(module, form).train(module.training))
 
 
 class Form(NamedTuple):
-    """What a norm computes, beside its weight."""
+    """What an RMSNorm computes, beside its weight."""
 
     eps: float
     offset: float = 0.0
@@ -338,7 +332,7 @@ class Form(NamedTuple):
 
 
 class RMSNorm(Wrapper):
-    """A frozen RMSNorm of a model, computed in the way that keeps the least."""
+    """A model's frozen RMSNorm, computed in the way that keeps the least."""
 
     def __init__(self, base_layer: nn.Module, form: Form) -> None:
         super().__init__(base_layer)
@@ -347,7 +341,7 @@ class RMSNorm(Wrapper):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
         norm, (eps, offset) = self.base_layer, self.form
-        # a wrapper below is an adapter's, that has a weight of its own
+        # a wrapper below is an adapter's, with a weight of its own
         is_frozen = not isinstance(norm, Wrapper) and not norm.weight.requires_grad
         if is_frozen and norm.weight.dtype == x.dtype:
             is_wide = torch.finfo(x.dtype).bits >= 32
@@ -365,21 +359,23 @@ class RMSNorm(Wrapper):
 
 
 def divides(weight: Tensor) -> bool:
-    """Whether y / w gives xhat back. A small w costs nothing, roundings are relative, until y falls
-    below the normal numbers: it may then be off by the least of them, `tiny`, and y / w by
-    tiny / |w|. That is to be no more than the rounding of an xhat of 1, which is a row's mean.
+    """Whether y / w recovers xhat.
+
+    A small w costs no digits, roundings being relative, until y is below the normal numbers: it may
+    then be off by the least of them, `tiny`, and y / w by tiny / |w|. That must be at most the
+    rounding of an xhat of 1, which is a row's mean: |w| >= 1e-31 in fp32.
     """
     limits = torch.finfo(weight.dtype)
-    return bool(weight.abs().min() >= limits.tiny / limits.eps)  # 1e-31 in fp32
+    return bool(weight.abs().min() >= limits.tiny / limits.eps)
 
 
 class _FromOutput(torch.autograd.Function):
-    """The norm of x (..., dim) in fp32 or more, whose backward pass wants what it gave, not x."""
+    """The norm of x (..., dim) in fp32 or fp64, whose backward pass reads y and not x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = x.square()
-        rstd = y.mean(-1, keepdim=True).add_(eps).rsqrt_()
+        rstd = y.mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
         torch.mul(x, rstd, out=y).mul_(weight)
         ctx.save_for_backward(y, rstd, weight)
         return y
@@ -390,22 +386,12 @@ class _FromOutput(torch.autograd.Function):
         y, rstd, weight = ctx.saved_tensors
         dx = dy * y
         minus = dx.mean(-1, keepdim=True).neg_()
-        torch.mul(y, minus, out=dx).div_(weight)
+        torch.mul(y, minus, out=dx).div_(weight)  # -xhat * mean(dy * y)
         return dx.addcmul_(dy, weight).mul_(rstd), None, None
 
 
-def put_norms(model: nn.Module) -> None:
-    """An RMSNorm in front of each frozen norm of `model` that is one."""
-    for name, module in base_modules(model).items():
-        form = rms_norm_form(module)
-        if form is not None:
-            put_module(model, name, RMSNorm(module, form).train(module.training))
-
-
-@torch.no_grad()
 def rms_norm_form(module: nn.Module) -> Form | None:
-    """The form of an RMSNorm that nobody trains, watches or stands in front of; None of any other
-    module."""
+    """The form of a frozen, unhooked, unwrapped RMSNorm; None for any other module."""
     eps = next((getattr(module, name) for name in EPS if hasattr(module, name)), None)
     state = {**module._parameters, **module._buffers, **module._modules}
     weight = state.pop("weight", None)
@@ -415,15 +401,15 @@ def rms_norm_form(module: nn.Module) -> Form | None:
         return None
     if len(inspect.signature(module.forward).parameters) != 1:  # Mamba's have a gate
         return None
-    # rows of the size of sqrt(eps) tell where eps is added
+    # rows of the size of sqrt(eps) show where eps is added
     sizes = torch.tensor([1.0, 100.0, eps**0.5])[:, None]
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(3, len(weight), generator=generator) * sizes).to(weight)
-    got = module(x).double()
     # two roundings, and those of some operations in fp32
     close = 2 * max(torch.finfo(weight.dtype).eps, 4 * torch.finfo(torch.float32).eps)
     for form in (Form(eps), Form(eps, offset=1.0)):
-        wanted = F.rms_norm(x.double(), weight.shape, weight.double() + form.offset, eps)
-        if got.shape == wanted.shape and (got - wanted).norm() <= close * wanted.norm():
+        exact_weight = weight.double() + form.offset
+        exact = F.rms_norm(x.double(), weight.shape, exact_weight, eps)
+        if agrees(module, lambda _, exact=exact: exact, x, tolerance=close):
             return form
     return None
