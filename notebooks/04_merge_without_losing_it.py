@@ -191,13 +191,14 @@ for axes in (gain, distance):
 
 # %%
 from qlora import load_adapter, load_base
+from qlora.base.modules import state_of
 from qlora.ops import nf4
 
 model = load_base(adapter.base_model, device="cpu")
 load_adapter(model, "out/adapter")
 name = "model.layers.15.self_attn.q_proj"
 layer = model.get_submodule(name)
-original = model.original_weights.read(name).float()
+original = state_of(model).original_weights.read(name).float()
 codes = nf4.quantize(original, adapter.quantization)
 base = nf4.dequantize(codes)
 delta = layer.delta_weight("default").detach()

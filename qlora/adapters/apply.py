@@ -38,8 +38,7 @@ from qlora.adapters.wrappers import (
     take_off,
     wrappers,
 )
-from qlora.base.modules import is_tied, vocabulary, was_conv1d
-from qlora.base.tasks import heads, task_of
+from qlora.base.modules import heads, is_tied, state_of, task_of, vocabulary, was_conv1d
 from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
 from qlora.ops.nf4 import DTYPES
@@ -203,19 +202,16 @@ def require_new_name(model: nn.Module, adapter_name: str) -> None:
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
     """The LoraConfig of each adapter on `model`, by name."""
-    if not hasattr(model, "lora_configs"):
-        model.lora_configs = {}  # type: ignore[assignment]  # a plain attribute, no parameter
-    configs: dict[str, LoraConfig] = model.lora_configs  # type: ignore[assignment]
-    return configs
+    return state_of(model).lora_configs
 
 
 def _require_agreement(model: nn.Module, config: LoraConfig, found: Targets) -> None:
     """Refuse what the config says of the base, if it is not so."""
-    record: dict[str, Any] = getattr(model, "qlora_base", {})
-    if config.revision is not None and config.revision != record.get("revision", config.revision):
+    state = state_of(model)
+    if config.revision is not None and state.quant and config.revision != state.revision:
         raise UserError(
             f"revision={config.revision!r}, and the base was loaded at "
-            f"{record['revision'] or 'its default'}: leave it out, or load that one"
+            f"{state.revision or 'its default'}: leave it out, or load that one"
         )
     modules = base_modules(model)
     transposed = {name for name in found.layers if was_conv1d(plain(modules[name]))}

@@ -67,8 +67,7 @@ from qlora.adapters.targets import has_rows, matches, takes_adapter
 from qlora.adapters.tensors import PREFIX
 from qlora.adapters.trained import TrainedModule
 from qlora.adapters.wrappers import adapted, base_modules, plain, take_off
-from qlora.base.modules import is_quantized, matrix_shape, was_conv1d
-from qlora.base.tasks import task_of
+from qlora.base.modules import is_quantized, matrix_shape, state_of, task_of, was_conv1d
 from qlora.config import LoraConfig
 from qlora.errors import UserError
 from qlora.files import replacing
@@ -95,7 +94,7 @@ def save_adapter(
     folder = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
     own = parameters_by_file_name(model, adapter_name)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in own.items()}
-    config, base = configs[adapter_name], getattr(model, "qlora_base", {})
+    config, base = configs[adapter_name], state_of(model).record()
     if taken := subtracted_parts(model):
         tensors |= _with_taken(tensors, taken)
         config = config.with_ranks(2)
@@ -157,7 +156,7 @@ def _peft_config(model: nn.Module, config: LoraConfig, adapter_name: str) -> dic
         "r": config.r,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
-        "revision": getattr(model, "qlora_base", {}).get("revision"),
+        "revision": state_of(model).revision,
         "target_modules": portable_targets(model, list(layers)),
         "target_parameters": list(config.target_parameters) or None,
         "task_type": config.task_type or (task.task_type if task else None),
@@ -333,11 +332,10 @@ def parameters_meant(name: str, module: nn.Module, config: LoraConfig) -> list[s
 
 def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     """Refuse an adapter of another base: by fingerprint where known, and by every shape."""
-    base: dict[str, Any] = getattr(model, "qlora_base", {})
-    require_same_base(adapter, base.get("fingerprint"), "this model")
+    require_same_base(adapter, state_of(model).fingerprint, "this model")
     modules = {name: plain(module) for name, module in base_modules(model).items()}
     faults = []
-    labels = tuple(base.get("labels") or ())
+    labels = state_of(model).labels
     if labels and adapter.labels and labels != adapter.labels:
         faults.append(
             f"its labels are {', '.join(adapter.labels)}, and the model was loaded with "

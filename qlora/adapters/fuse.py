@@ -45,11 +45,16 @@ from qlora.adapters.wrappers import (
     take_all_off,
     take_off,
 )
-from qlora.base.modules import as_dense, computes_in, dense_weight, is_tied, output_head
+from qlora.base.modules import (
+    as_dense,
+    computes_in,
+    dense_weight,
+    is_tied,
+    output_head,
+    state_of,
+)
 from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
-
-OF_TASK = ("task", "heads", "labels", "pad_token_id")  # what a model is, whatever its weights are
 
 
 def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
@@ -121,10 +126,7 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
         if made is not module:
             put_module(model, name, made)
     _part(model)
-    model.original_weights = None  # type: ignore[assignment]  # they are others now
-    record: dict[str, Any] = getattr(model, "qlora_base", {})  # of another base, then
-    kept = {key: record[key] for key in OF_TASK if key in record}
-    model.qlora_base = kept  # type: ignore[assignment]
+    state_of(model).forget_base()
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qlora.adapters.files import attach, check_fits
@@ -27,20 +27,26 @@ from qlora.adapters.format import (
     require_same_base,
     require_same_codes,
 )
-from qlora.base.checkpoint import Checkpoint, resolve, skeleton
-from qlora.base.load import DTYPE_NAMES, compute_dtype, default_device, load_base
-from qlora.base.tasks import auto_class
+from qlora.base.checkpoint import Checkpoint, skeleton
+from qlora.base.load import (
+    DTYPE_NAMES,
+    compute_dtype,
+    default_device,
+    load_base,
+    load_tokenizer,
+    share_pad,
+)
+from qlora.base.modules import auto_class
 from qlora.config import ModelChoice, QuantConfig
 from qlora.config.tasks import TASKS, task_named
-from qlora.errors import UserError, first_line
+from qlora.errors import UserError
 
 
 def load_live(
-    base: str,
+    base: str | Checkpoint,
     adapter: AdapterFile,
     *,
     quant: QuantConfig | None = None,
-    revision: str | None = None,
     device: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -57,12 +63,11 @@ def load_live(
         quant or adapter.quantization,
         task=adapter.task,
         labels=adapter.labels,
-        revision=revision,
         device=device,
         trust_remote_code=trust_remote_code,
     )
     attach(model, adapter)
-    _share_pad(model, adapter.base)
+    share_pad(model, adapter.base.get("pad_token_id"))
     model.eval()
     return model
 
@@ -76,11 +81,10 @@ class ResolvedModel:
     """of the base, or of the model without an adapter, as the user gave it"""
     checkpoint: Checkpoint
     adapter: AdapterFile | None
-    revision: str | None = None
 
     @property
     def task(self) -> str:
-        """The name of its task, in qlora.base.tasks."""
+        """The name of its task, in qlora.config.tasks."""
         return self.adapter.task if self.adapter else task_in(self.checkpoint.config)
 
     @property
@@ -106,9 +110,7 @@ class ResolvedModel:
         """The names of a classifier's labels."""
         if self.adapter:
             return self.adapter.labels
-        names = self.checkpoint.config.get("id2label") or {}
-        is_classifier = task_named(self.task).trains_head
-        return tuple(names[i] for i in sorted(names, key=int)) if is_classifier else ()
+        return self.checkpoint.labels if task_named(self.task).trains_head else ()
 
     @property
     def quantization(self) -> QuantConfig:
@@ -125,16 +127,8 @@ class ResolvedModel:
         """The tokenizer that training saved with the adapter, else the checkpoint's."""
         saved = self.adapter is not None and self.adapter.has_tokenizer
         folder = self.adapter.folder if self.adapter and saved else self.checkpoint.folder
-        try:
-            return AutoTokenizer.from_pretrained(
-                folder,
-                trust_remote_code=self.choice.trust_remote_code,
-                **dict(task_named(self.task).tokenizer_options),
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{folder} holds no tokenizer that can be read: {first_line(error)}"
-            ) from error
+        trusted = self.choice.trust_remote_code
+        return load_tokenizer(folder, task=self.task, trust_remote_code=trusted)
 
     def load(self) -> PreTrainedModel:
         """The model in eval mode, on the GPU where there is one."""
@@ -147,11 +141,9 @@ class ResolvedModel:
         trusted: Any = {"trust_remote_code": self.choice.trust_remote_code}
         quant, device = self.quantization, default_device()
         if self.adapter:
-            return load_live(
-                self.name, self.adapter, quant=quant, revision=self.revision, **trusted
-            )
+            return load_live(self.checkpoint, self.adapter, quant=quant, **trusted)
         if self.in_4_bits:
-            return load_base(self.name, quant, task=self.task, labels=self.labels, **trusted)
+            return load_base(self.checkpoint, quant, task=self.task, labels=self.labels, **trusted)
         model: PreTrainedModel = auto_class(task_named(self.task)).from_pretrained(
             self.checkpoint.folder,
             dtype=compute_dtype(quant, device),
@@ -184,7 +176,7 @@ def resolve_model(choice: ModelChoice) -> ResolvedModel:
         name = str(choice.model)
         if (Path(name).expanduser() / CONFIG).is_file():
             raise UserError(f"{name} is an adapter, not a whole model: give it as --adapter")
-        return ResolvedModel(choice, name, Checkpoint(resolve(name)), None)
+        return ResolvedModel(choice, name, Checkpoint.open(name), None)
     _require_adapter(Path(choice.adapter).expanduser())
     adapter = read_adapter(choice.adapter)
     name = choice.base_model or adapter.base_model or ""
@@ -192,7 +184,7 @@ def resolve_model(choice: ModelChoice) -> ResolvedModel:
         raise UserError(f"adapter {adapter.folder} names no base model: give --base-model")
     revision = adapter.revision if name == adapter.base_model else None
     try:
-        checkpoint = Checkpoint(resolve(name, revision=revision))
+        checkpoint = Checkpoint.open(name, revision=revision)
     except UserError as error:
         if choice.base_model:
             raise
@@ -200,7 +192,7 @@ def resolve_model(choice: ModelChoice) -> ResolvedModel:
             f"adapter {adapter.folder} was trained on {name}, which could not be found: {error}. "
             "Give the base's new place as --base-model"
         ) from error
-    model = ResolvedModel(choice, name, checkpoint, adapter, revision)
+    model = ResolvedModel(choice, name, checkpoint, adapter)
     _require_same_base(model, adapter)
     return model
 
@@ -241,10 +233,3 @@ def _require_same_base(model: ResolvedModel, adapter: AdapterFile) -> None:
             trust_remote_code=model.choice.trust_remote_code,
         )
         check_fits(empty, adapter)
-
-
-def _share_pad(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
-    """A decoder that classifies reads its label off the last token that is not padding."""
-    text = model.config.get_text_config()
-    if text.pad_token_id is None:
-        text.pad_token_id = base.get("pad_token_id")

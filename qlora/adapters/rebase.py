@@ -12,16 +12,16 @@ but for the difference between two quantizations of one weight. Who knows of `ta
 anew, and has the very function that was trained (to the bit on one kind of device; another adds up
 B' A' in another order, and a value half-way between two codes may take the other).
 
-W comes from the model's checkpoint, tensor by tensor (`original_weights` of a model that load_base
-made), as loading cast it. It is read again when the adapter is taken off, so nothing is kept of the
-old codes. A layer that is not quantized keeps W beside
+W comes from the model's checkpoint, tensor by tensor (`state_of(model).original_weights`, which
+load_base fills in), as loading cast it. It is read again when the adapter is taken off, so nothing
+is kept of the old codes. A layer that is not quantized keeps W beside
 W - scaling * B' A', as no rounded difference gives W back.
 
 Such a model holds this one adapter: others were trained over other codes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +29,17 @@ from torch import Tensor, nn
 from qlora.adapters.lora import Factors, LoRALinear
 from qlora.adapters.starts import Pair, loftq, olora, pissa
 from qlora.adapters.wrappers import adapted, plain, wrappers
-from qlora.base.modules import dense_weight, is_linear, is_quantized, matrix_shape, was_conv1d
+from qlora.base.modules import (
+    dense_weight,
+    is_linear,
+    is_quantized,
+    matrix_shape,
+    state_of,
+    was_conv1d,
+)
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.ops import nf4
-
-
-class OriginalWeights(Protocol):
-    """Weights of linear layers from before quantization, by the layers' names."""
-
-    def shape(self, name: str) -> tuple[int, int] | None:
-        """(out, in), or None where there is no such weight."""
-
-    def read(self, name: str) -> Tensor:
-        """The weight (out, in) in the dtype that loading casts it to."""
-
 
 # ---- whether it can be ----
 
@@ -114,7 +110,7 @@ def require_originals(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse 4-bit layers whose weights from before quantization are not at hand."""
     modules = {name: plain(model.get_submodule(name)) for name in names}
     coded = {name: module for name, module in modules.items() if is_quantized(module)}
-    originals: OriginalWeights | None = getattr(model, "original_weights", None)
+    originals = state_of(model).original_weights
     if coded and originals is None:
         raise UserError(
             "the weights from before quantization are needed and not at hand: load the 16-bit "
@@ -204,7 +200,7 @@ def original_weight(model: nn.Module, name: str) -> Tensor:
     module = model.get_submodule(name)
     layers = (wrapper for wrapper in wrappers(module) if isinstance(wrapper, LoRALinear))
     base, whole = plain(module), next((layer.whole for layer in layers), None)
-    originals: OriginalWeights | None = getattr(model, "original_weights", None)
+    originals = state_of(model).original_weights
     if originals is not None and is_quantized(base):
         return originals.read(name).to(base.weight.device)
     if whole is None:

@@ -27,8 +27,7 @@ from typing import NamedTuple
 from torch import nn
 
 from qlora.adapters.wrappers import base_modules, plain
-from qlora.base.modules import is_conv, is_linear, is_quantized, vocabulary
-from qlora.base.tasks import heads, is_in
+from qlora.base.modules import heads, is_conv, is_in, is_linear, is_quantized, vocabulary
 from qlora.config.lora import LoraConfig, pattern_key
 from qlora.errors import UserError, did_you_mean
 

@@ -1,8 +1,8 @@
-"""A checkpoint on disk becomes a model with frozen `Linear4bit` layers.
+"""Load a checkpoint from disk as a model with frozen `Linear4bit` layers.
 
 - `load_base(name, quant)`: load, quantize, freeze
 - `Checkpoint`, `resolve`: what a folder, hub name or .gguf file holds, read from headers
-- `tasks`: the kinds of model, their Auto classes and heads
+- `modules`: what qlora knows of a model and its modules: state, task, heads, dense weights
 - `shards`: write safetensors files as a stream
 """
 

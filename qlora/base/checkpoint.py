@@ -14,7 +14,8 @@ Pickled checkpoints (.bin, .pt) are never opened.
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qlora.base.modules import auto_class, heads, is_in
 from qlora.base.shards import DTYPE_CODES, INDEX, SINGLE
-from qlora.base.tasks import auto_class, heads, is_in
 from qlora.config import QuantConfig
 from qlora.config.tasks import task_named
 from qlora.errors import UserError, first_line
@@ -162,6 +163,15 @@ class Checkpoint:
     """A folder of safetensors, known from its headers; `read` fetches one tensor."""
 
     folder: Path
+    name: str = ""
+    """the path or hub name that it was opened by, if that is not the folder"""
+    revision: str | None = None
+    """of the hub's repository"""
+
+    @classmethod
+    def open(cls, model: str, *, revision: str | None = None) -> "Checkpoint":
+        """The checkpoint that the user calls `model`: see `resolve`."""
+        return cls(resolve(model, revision=revision), model, revision)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -231,6 +241,12 @@ class Checkpoint:
         return {"": self.read(name), **{s[1:]: self.read(name + s) for s in suffixes}}
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names by id, which every config.json has, also that of a language model."""
+        names = self.config.get("id2label") or {}
+        return tuple(names[i] for i in sorted(names, key=int))
+
+    @property
     def max_positions(self) -> int | None:
         """The longest row its model takes, where config.json says and it is a limit."""
         text = self.config.get("text_config") or self.config
@@ -265,16 +281,58 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class OriginalWeights:
+    """The weights of a 4-bit model's linear layers from before quantization, by the names of the
+    model's layers; read from the checkpoint on demand."""
+
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    """layer -> its weight's name in the checkpoint"""
+    transposed: frozenset[str]
+    """layers whose weight the checkpoint stores as (in, out)"""
+    dtype: torch.dtype
+
+    def shape(self, name: str) -> tuple[int, int] | None:
+        """(out, in), or None where the checkpoint has no such weight."""
+        if name not in self.names:
+            return None
+        shape = self.checkpoint.tensors[self.names[name]].shape
+        return (shape[1], shape[0]) if name in self.transposed else (shape[0], shape[1])
+
+    def read(self, name: str) -> Tensor:
+        """The weight (out, in) as loading casts it before it quantizes, on the CPU."""
+        weight = self.checkpoint.read(self.names[name]).to(self.dtype)
+        return weight.T if name in self.transposed else weight
+
+
 # ---- what the model made of it will look like ----
 
 
+@contextmanager
+def _naming_the_model(folder: Path, task: str) -> Iterator[None]:
+    """transformers' errors about an unknown model, as one of the user's."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"{folder} is no {task_named(task).kind} that this transformers knows: "
+            f"{first_line(error)}"
+        ) from error
+
+
 def model_config(
-    folder: Path, *, labels: Sequence[str] = (), trust_remote_code: bool = False
+    folder: Path,
+    *,
+    task: str = "causal-lm",
+    labels: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> Any:
     """config.json of `folder` as transformers reads it, with these labels if there are any."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with _naming_the_model(folder, task):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
@@ -287,19 +345,17 @@ def skeleton(
     task: str = "causal-lm",
     labels: Sequence[str] = (),
     trust_remote_code: bool = False,
+    config: Any = None,
 ) -> nn.Module:
-    """The model of `folder` for a task on the meta device: names and shapes, no memory."""
-    wanted = task_named(task)
-    try:
-        config = model_config(folder, labels=labels, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model: nn.Module = auto_class(wanted).from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(
-            f"{folder} is no {wanted.kind} that this transformers knows: {first_line(error)}"
-        ) from error
+    """The model of `folder` for a task on the meta device: names and shapes, no memory.
+
+    Args:
+        config: what `model_config` read, if it was; transformers writes into it.
+    """
+    trusted: Any = {"trust_remote_code": trust_remote_code}
+    config = config or model_config(folder, task=task, labels=labels, **trusted)
+    with _naming_the_model(folder, task), torch.device("meta"):
+        model: nn.Module = auto_class(task_named(task)).from_config(config, **trusted)
     return model
 
 

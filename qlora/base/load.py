@@ -19,13 +19,15 @@ checkpoint lacks), the values come from a seed, and whatever else is missing is 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -33,54 +35,27 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora.base.checkpoint import (
     Checkpoint,
+    OriginalWeights,
     disk_name,
     is_skipped,
     kept_dense,
     linear_layers,
     model_config,
     quantized_layers,
-    resolve,
     skeleton,
 )
-from qlora.base.tasks import auto_class, heads, is_in
+from qlora.base.modules import ModelState, auto_class, is_in, state_of, task_of
+from qlora.base.modules import heads as heads_of
 from qlora.config import QuantConfig
 from qlora.config.tasks import task_named
-from qlora.errors import UserError
+from qlora.errors import UserError, first_line
 from qlora.ops import nf4
-
-
-@dataclass(frozen=True)
-class OriginalWeights:
-    """The weights of a 4-bit model's linear layers from before quantization, read when asked for.
-
-    `model.original_weights`, by the names of the model's layers.
-    """
-
-    checkpoint: Checkpoint
-    names: Mapping[str, str]
-    """of each layer, its weight's name in the checkpoint"""
-    transposed: frozenset[str]
-    """the layers whose weight the checkpoint has as (in, out)"""
-    dtype: torch.dtype
-
-    def shape(self, name: str) -> tuple[int, int] | None:
-        """(out, in), or None where the checkpoint has no such weight."""
-        if name not in self.names:
-            return None
-        shape = self.checkpoint.tensors[self.names[name]].shape
-        return (shape[1], shape[0]) if name in self.transposed else (shape[0], shape[1])
-
-    def read(self, name: str) -> torch.Tensor:
-        """The weight (out, in) as loading casts it before it quantizes, on the CPU."""
-        weight = self.checkpoint.read(self.names[name]).to(self.dtype)
-        return weight.T if name in self.transposed else weight
-
 
 DTYPE_NAMES: dict[Any, Any] = {dtype: name for name, dtype in nf4.DTYPES.items()}
 
 
 def load_base(
-    model: str,
+    model: str | Checkpoint,
     quant: QuantConfig | None = None,
     *,
     task: str = "causal-lm",
@@ -93,64 +68,94 @@ def load_base(
     """A frozen model with 4-bit linear layers: a causal language model, or that of another task.
 
     Args:
-        model: local folder, hub name, .gguf file, or a checkpoint that is already bitsandbytes
-            4-bit (then its own quantization stands, and of `quant` only the compute dtype counts).
+        model: local folder, hub name, .gguf file, or an opened `Checkpoint`. One that is already
+            bitsandbytes 4-bit keeps its own quantization; of `quant` only the compute dtype counts.
         task: causal-lm, seq2seq, seq-cls or token-cls.
-        labels: the names of a classifier's labels, by default those of the checkpoint.
+        labels: class names of a classifier, by default those of the checkpoint.
         seed: of a classifier's head, where the checkpoint has none for these labels.
+        revision: of a hub name.
         device: by default the GPU where there is one.
 
     Raises:
-        UserError: nothing to load there, or linear weights would stay unquantized.
+        UserError: there is nothing to load, or linear weights would stay unquantized.
     """
     quant = quant or QuantConfig()
     device = torch.device(device or default_device())
     dtype = compute_dtype(quant, device)
-    checkpoint = Checkpoint(resolve(model, revision=revision))
-    known: Any = {"labels": labels, "trust_remote_code": trust_remote_code}
-    plan = skeleton(checkpoint.folder, task=task, **known)
-    config = model_config(checkpoint.folder, **known)
-    in_full = heads_to_train(checkpoint, plan, task)
+    trusted: Any = {"trust_remote_code": trust_remote_code}
+    checkpoint = (
+        model if isinstance(model, Checkpoint) else Checkpoint.open(model, revision=revision)
+    )
+    config = model_config(checkpoint.folder, task=task, labels=labels, **trusted)
+    empty = skeleton(checkpoint.folder, task=task, config=deepcopy(config), **trusted)
+    heads = heads_to_train(checkpoint, empty, task)
     if checkpoint.is_quantized:
         quant = own_quantization(checkpoint, quant)
-        if in_full:  # else a list that says nothing stays so: then transformers skips the head
-            _leave_out(config, in_full)
-    quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
+        if heads:  # otherwise transformers skips the language head by itself
+            _keep_dense(config, heads)
+    quant = replace(quant, skip_modules=(*quant.skip_modules, *heads))
     settings = None
     if not checkpoint.is_quantized:
-        _require_in_16_bits(checkpoint, model)
-        _require_all_quantized(plan, quant)
-        settings = _Bnb4BitConfig(quant, dtype, _skipped(plan, quant))
-    loading = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": trust_remote_code}
+        _require_in_16_bits(checkpoint)
+        _require_all_quantized(empty, quant)
+        settings = _Bnb4BitConfig(quant, dtype, _skipped(empty, quant))
+    loading = {"dtype": dtype, "device_map": {"": device}, **trusted}
     loading |= {"quantization_config": settings} if settings else {}
-    with quiet() if in_full else nullcontext():  # of a head that is not there we tell ourselves
+    with quiet() if heads else nullcontext():  # `complete` reports a missing head
         loaded, info = auto_class(task_named(task)).from_pretrained(
             checkpoint.folder,
             config=config,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # we refuse them ourselves, but in a head
+            ignore_mismatched_sizes=True,  # `complete` refuses them, except in a head
             **loading,
         )
-    complete(loaded, plan, checkpoint, info, in_full, seed)
+    complete(loaded, empty, checkpoint, info, heads, seed)
     if settings is not None:
         settings.as_bitsandbytes(loaded)
     _freeze(loaded, dtype)
     _require_right_kernel(loaded)
-    if not model.endswith(".gguf"):  # a hub name stays a name; a .gguf stands for its conversion
-        loaded.config._name_or_path = model
-    has_them = not checkpoint.is_quantized
-    loaded.original_weights = _original_weights(checkpoint, plan, dtype) if has_them else None
-    own = describe(checkpoint, replace(quant, compute_dtype=DTYPE_NAMES[dtype]))
-    loaded.qlora_base = {**own, "revision": revision, "task": task, **_head_record(config, in_full)}
+    if not checkpoint.name.endswith(".gguf"):  # there the folder of the conversion
+        loaded.config._name_or_path = checkpoint.name or str(checkpoint.folder)
+    loaded.qlora_state = ModelState(
+        fingerprint=checkpoint.fingerprint,
+        quant=replace(quant, compute_dtype=DTYPE_NAMES[dtype]),
+        revision=checkpoint.revision,
+        task=task,
+        heads=tuple(heads),
+        labels=tuple(config.id2label[i] for i in range(config.num_labels)) if heads else (),
+        original_weights=None
+        if checkpoint.is_quantized
+        else _original_weights(checkpoint, empty, dtype),
+    )
     return loaded  # type: ignore[no-any-return]
 
 
-def _head_record(config: Any, in_full: Sequence[str]) -> dict[str, Any]:
-    """What an adapter must remember of a classifier's head."""
-    if not in_full:
-        return {}
-    names = [config.id2label[i] for i in range(config.num_labels)]
-    return {"heads": list(in_full), "labels": names}
+def load_tokenizer(
+    source: Checkpoint | Path, *, task: str = "causal-lm", trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer in the folder of a checkpoint or adapter, with the options of `task`.
+
+    Raises:
+        UserError: there is none that transformers can read.
+    """
+    folder = source.folder if isinstance(source, Checkpoint) else source
+    options = dict(task_named(task).tokenizer_options)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds no tokenizer that can be read: {first_line(error)}"
+        ) from error
+
+
+def share_pad(model: PreTrainedModel, pad_token_id: int | None) -> None:
+    """Give a classifier without a pad token this one, and record it for its adapter's files.
+
+    A decoder reads the label of a row from its last token that is not padding.
+    """
+    text, task = model.config.get_text_config(), task_of(model)
+    if task is not None and task.trains_head and text.pad_token_id is None:
+        text.pad_token_id = state_of(model).pad_token_id = pad_token_id
 
 
 def _original_weights(
@@ -170,16 +175,16 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _require_in_16_bits(checkpoint: Checkpoint, model: str) -> None:
+def _require_in_16_bits(checkpoint: Checkpoint) -> None:
     if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
         raise UserError(
-            f"{model} is already quantized, with {method}: give the 16-bit model it was made from, "
-            "or a bitsandbytes 4-bit one"
+            f"{checkpoint.name or checkpoint.folder} is already quantized, with {method}: give the "
+            "16-bit model it was made from, or a bitsandbytes 4-bit one"
         )
 
 
-def _leave_out(config: Any, modules: Iterable[str]) -> None:
-    """Let transformers not look for 4-bit codes of `modules` in a checkpoint that is quantized."""
+def _keep_dense(config: Any, modules: Iterable[str]) -> None:
+    """Tell transformers that a 4-bit checkpoint has no codes of `modules`."""
     settings = config.quantization_config
     skipped = [*(settings.get("llm_int8_skip_modules") or []), *modules]
     config.quantization_config = {**settings, "llm_int8_skip_modules": skipped}
@@ -197,21 +202,6 @@ def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def describe(checkpoint: Checkpoint, quant: QuantConfig) -> dict[str, Any]:
-    """What an adapter must remember of its base: its fingerprint and how it was quantized.
-
-    The compute dtype belongs to it: weights are cast to it first and quantized then.
-    """
-    return {
-        "fingerprint": checkpoint.fingerprint,
-        "quant_type": quant.quant_type,
-        "blocksize": quant.blocksize,
-        "double_quant": quant.double_quant,
-        "compute_dtype": quant.compute_dtype,
-        "skip_modules": list(quant.skip_modules),
-    }
-
-
 def _skipped(model: nn.Module, quant: QuantConfig) -> list[str]:
     """The layers transformers must leave alone, as the anchored patterns it matches with."""
     chosen = quantized_layers(model, quant)
@@ -224,7 +214,7 @@ def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:
     Plain matrices that make up less than 1 % of the model together are left out: routers, which
     nobody quantizes.
     """
-    left_out, kept = heads(model), kept_dense(model)
+    left_out, kept = heads_of(model), kept_dense(model)
     total = sum(p.numel() for p in model.parameters())
     chosen = quantized_layers(model, quant)
     found: dict[str, int] = {}
@@ -377,7 +367,7 @@ def heads_to_train(checkpoint: Checkpoint, model: nn.Module, task: str) -> list[
     pooler = f"{getattr(model, 'base_model_prefix', '')}.pooler"
     below = [name for name in linear_layers(model) if is_in(name, [pooler])]
     lacks = any(disk_name(checkpoint, model, f"{name}.weight") is None for name in below)
-    return [*heads(model), *([pooler] if lacks else [])]
+    return [*heads_of(model), *([pooler] if lacks else [])]
 
 
 @contextmanager

@@ -6,12 +6,79 @@ in is in_channels * kernel size, an embedding is a layer from vocab to dim.
 """
 
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora.config import LoraConfig, QuantConfig
+from qlora.config.tasks import TASKS, Task, task_named
 from qlora.ops.nf4 import Quantized, dequantize
+
+if TYPE_CHECKING:
+    from qlora.base.checkpoint import OriginalWeights
+
+
+@dataclass
+class ModelState:
+    """What qlora knows of a model beyond its parameters: `state_of(model)`.
+
+    `load_base` fills it in; a model from elsewhere starts with an empty one.
+    """
+
+    fingerprint: str | None = None
+    """of the checkpoint (`Checkpoint.fingerprint`)"""
+    quant: QuantConfig | None = None
+    """how `load_base` quantized it, with `auto` compute dtype resolved"""
+    revision: str | None = None
+    """of the hub's repository, if one was asked for"""
+    task: str | None = None
+    heads: tuple[str, ...] = ()
+    """modules of a classifier that are trained in full"""
+    labels: tuple[str, ...] = ()
+    """class names of a classifier"""
+    pad_token_id: int | None = None
+    """of a classifier whose checkpoint has none"""
+    original_weights: "OriginalWeights | None" = None
+    """the weights from before quantization, if the checkpoint has them"""
+    lora_configs: dict[str, LoraConfig] = field(default_factory=dict)
+    """of the adapters on the model, by name"""
+
+    def forget_base(self) -> None:
+        """The weights are no longer the checkpoint's."""
+        self.fingerprint = self.quant = self.revision = self.original_weights = None
+
+    def record(self) -> dict[str, Any]:
+        """What adapter files and run.yaml keep of it; unknown entries are left out."""
+        known: dict[str, Any] = {}
+        if self.quant:
+            known = {
+                "fingerprint": self.fingerprint,
+                "quant_type": self.quant.quant_type,
+                "blocksize": self.quant.blocksize,
+                "double_quant": self.quant.double_quant,
+                # weights are cast to it before they are quantized
+                "compute_dtype": self.quant.compute_dtype,
+                "skip_modules": list(self.quant.skip_modules),
+                "revision": self.revision,
+            }
+        if self.task:
+            known["task"] = self.task
+        if self.heads:
+            known |= {"heads": list(self.heads), "labels": list(self.labels)}
+        if self.pad_token_id is not None:
+            known["pad_token_id"] = self.pad_token_id
+        return known
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """The state that `model` carries; an empty one is attached where it has none."""
+    state: ModelState | None = getattr(model, "qlora_state", None)
+    if state is None:
+        state = ModelState()
+        model.qlora_state = state  # type: ignore[assignment]  # nn.Module types its attributes
+    return state
 
 
 def was_conv1d(layer: nn.Module) -> bool:
@@ -129,3 +196,46 @@ def is_tied(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if config else None
     return bool(getattr(text, "tie_word_embeddings", False))
+
+
+def auto_class(task: Task) -> Any:
+    """The class of transformers that loads models for `task`."""
+    import transformers
+
+    return getattr(transformers, task.auto_class)
+
+
+def task_of(model: nn.Module) -> Task | None:
+    """The task of `model`: what it was loaded for, or what its class says; None of another kind."""
+    name = state_of(model).task
+    if name is not None:
+        return task_named(name)
+    for task in TASKS.values():
+        if task.trains_head and type(model).__name__.endswith(task.class_ending):
+            return task
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return TASKS["seq2seq" if is_encoder_decoder else "causal-lm"]
+
+
+def heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model` that make its output, which are neither quantized nor adapted.
+
+    That is the output head of a language model; of another transformers model all that stands
+    beside its `base_model`, and a pooler that the checkpoint lacked; of any other module nothing.
+    """
+    head = output_head(model)
+    if head is not None:
+        return {name: module for name, module in model.named_modules() if module is head}
+    base = getattr(model, "base_model", model)
+    if base is model:
+        return {}
+    children = {n: m for n, m in model.named_children() if any(True for _ in m.parameters())}
+    beside = {n: m for n, m in children.items() if m is not base}
+    return beside | {name: model.get_submodule(name) for name in state_of(model).heads}
+
+
+def is_in(name: str, modules: Any) -> bool:
+    """Whether `name` is one of the modules named, or inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)

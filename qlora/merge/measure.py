@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora.adapters.files import attach
 from qlora.adapters.format import AdapterFile
@@ -35,10 +35,9 @@ from qlora.adapters.live import load_live
 from qlora.adapters.lora import LoRALinear, lora_layers
 from qlora.adapters.starts import SecondMoments
 from qlora.base.checkpoint import Checkpoint
-from qlora.base.load import load_base
+from qlora.base.load import load_base, load_tokenizer
 from qlora.config import QuantConfig
 from qlora.data.rows import length_batches, prepare_data
-from qlora.errors import UserError, first_line
 
 MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
 MAX_LENGTH = 2048
@@ -81,12 +80,7 @@ class Verification:
 
 def read_examples(data: str, tokenizer_folder: Path, max_tokens: int = MAX_TOKENS) -> list[Any]:
     """Batches of the first rows of `data`, up to `max_tokens` supervised tokens, on the CPU."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{tokenizer_folder} holds no tokenizer to verify with: {first_line(error)}"
-        ) from error
+    tokenizer = load_tokenizer(tokenizer_folder)
     rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH)
     chosen: list[dict[str, Any]] = []
     tokens = 0
@@ -236,10 +230,7 @@ def calibrate(
     """
     from_model = list(data) == [OWN_TEXT]
     if not from_model:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{tokenizer_folder} holds no tokenizer to calibrate with") from error
+        tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
         read = [prepare_data(source, tokenizer, max_length=MAX_LENGTH) for source in data]
     model = load_live(base_model, adapter, device=device, trust_remote_code=trust_remote_code)
     found = lora_layers(model).items()

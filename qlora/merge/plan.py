@@ -13,9 +13,8 @@ from torch import nn
 
 from qlora.adapters.format import AdapterFile, raise_faults, require_same_base, require_same_codes
 from qlora.base.checkpoint import Checkpoint, disk_name, linear_layers, quantized_layers, skeleton
-from qlora.base.modules import is_tied, vocabulary
+from qlora.base.modules import heads, is_in, is_tied, vocabulary
 from qlora.base.shards import Entry
-from qlora.base.tasks import heads, is_in
 from qlora.config import MergeConfig, QuantConfig
 from qlora.config.tasks import task_named
 from qlora.errors import UserError
@@ -284,7 +283,7 @@ def _labels(checkpoint: Checkpoint, adapter: AdapterFile) -> tuple[str, ...]:
     if adapter.labels or not (task_named(adapter.task).trains_head and adapter.full_params):
         return adapter.labels
     count = min(tensor.shape[0] for tensor in adapter.full_params.values())
-    if len(checkpoint.config.get("id2label") or {}) == count:
+    if len(checkpoint.labels) == count:
         return ()
     return tuple(f"LABEL_{i}" for i in range(count))
 

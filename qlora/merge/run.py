@@ -30,12 +30,12 @@ import yaml
 from torch import Tensor
 
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
-from qlora.base.checkpoint import Checkpoint, disk_name, resolve, skeleton
+from qlora.base.checkpoint import Checkpoint, disk_name, skeleton
 from qlora.base.shards import Entry, parse_size, write_shards
 from qlora.config import MergeConfig
 from qlora.config.tasks import CAUSAL_LM, task_named
 from qlora.errors import UserError
-from qlora.files import publishing, require_new
+from qlora.files import RUN, publishing, require_new
 from qlora.merge.plan import Plan, check_base, plan_merge
 from qlora.merge.report import MergeReport
 
@@ -115,7 +115,7 @@ def _prepare(config: MergeConfig) -> _Job:
     if not base_model:
         raise UserError(f"adapter {adapter.folder} names no base model: give --base-model")
     revision = adapter.revision if base_model == adapter.base_model else None
-    checkpoint = Checkpoint(resolve(base_model, revision=revision))
+    checkpoint = Checkpoint.open(base_model, revision=revision)
     if not adapter.knows_quantization:
         print("The adapter does not say how its base was quantized: taken as NF4, blocksize 64, ")
         print("double quantization, as transformers and PEFT load it for QLoRA.")
@@ -183,7 +183,7 @@ def _calibration_data(config: MergeConfig) -> list[str]:
         return []
     if config.calibration:
         return [config.calibration]
-    runs = [Path(adapter).expanduser() / "run.yaml" for adapter in config.adapters]
+    runs = [Path(adapter).expanduser() / RUN for adapter in config.adapters]
     data = dict.fromkeys(found for run in runs if (found := _training_data(run)))
     if not data:
         print(

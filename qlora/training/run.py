@@ -17,24 +17,20 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    TrainerState,
-)
+from transformers import PreTrainedModel, TrainerState
 
 from qlora import __version__
 from qlora.adapters.apply import apply_lora, print_trainable_parameters
 from qlora.adapters.files import load_adapter_weights
 from qlora.adapters.format import read_adapter
 from qlora.adapters.wrappers import take_wrappers_off
-from qlora.base.checkpoint import Checkpoint, resolve
-from qlora.base.load import load_base
-from qlora.base.tasks import task_of
+from qlora.base.checkpoint import Checkpoint
+from qlora.base.load import load_base, load_tokenizer, share_pad
+from qlora.base.modules import state_of
 from qlora.config import LoraConfig, TrainConfig, flat
 from qlora.config.tasks import task_named
 from qlora.data.rows import PackedRows, describe, length_batches, prepare_data, show_example
-from qlora.errors import UserError, first_line
+from qlora.errors import UserError
 from qlora.fast.head import LanguageHead, put_language_head
 from qlora.fast.layers import RMSNorm, put_norms, take_fast_path_off, use_fast_path
 from qlora.fast.offload import offload_embedding, require_gpu
@@ -76,18 +72,19 @@ def _train(config: TrainConfig) -> Path:
     check_trainer_arguments(config.trainer)
     check_loggers(config.report_to)
     _require_gpu_for_offloading(config)
-    tokenizer, max_length = _load_tokenizer(config)
-    data = _load_rows(config, tokenizer, max_length)
+    base = Checkpoint.open(config.model, revision=config.revision)
+    tokenizer = load_tokenizer(base, task=config.task, trust_remote_code=config.trust_remote_code)
+    max_length = _max_length(config, base)
+    data = _load_rows(config, base, tokenizer, max_length)
     rows = data.rows
     # what is trained in full starts from the original weights
     skipped = (*config.quant.skip_modules, *config.lora.modules_to_save)
     model = load_base(
-        config.model,
+        base,
         replace(config.quant, skip_modules=skipped),
         task=config.task,
         labels=data.labels,
         seed=config.seed,
-        revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
     _add_adapter(model, config, tokenizer, rows, checkpoint)
@@ -105,7 +102,7 @@ def _train(config: TrainConfig) -> Path:
     if config.data.packing:
         print(packs.describe())
     trainer = make_trainer(config, model, tokenizer, packs, data.eval_rows)
-    _share_pad(model, tokenizer)
+    share_pad(model, tokenizer.pad_token_id)
     if checkpoint:
         load_adapter_weights(model, checkpoint)  # Trainer does it again; here it is still a check
     output.mkdir(parents=True, exist_ok=True)
@@ -130,22 +127,13 @@ def _require_gpu_for_offloading(config: TrainConfig) -> None:
             require_gpu(f"--{name.replace('_', '-')}")
 
 
-def _load_tokenizer(config: TrainConfig) -> tuple[Any, int]:
-    """The model's tokenizer, and the length to cut rows at: the model may take less than asked."""
-    folder = resolve(config.model, revision=config.revision)
+def _max_length(config: TrainConfig, base: Checkpoint) -> int:
+    """The length to cut rows at: the model may take less than asked."""
     asked = config.data.max_length
-    max_length = min(asked, Checkpoint(folder).max_positions or asked)
+    max_length = min(asked, base.max_positions or asked)
     if max_length < asked:
         print(f"rows are cut at {max_length:,} tokens, the longest the model takes, not {asked:,}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder,
-            trust_remote_code=config.trust_remote_code,
-            **dict(task_named(config.task).tokenizer_options),
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no tokenizer to be read: {first_line(error)}") from error
-    return tokenizer, max_length
+    return max_length
 
 
 class _Data(NamedTuple):
@@ -160,10 +148,10 @@ class _Data(NamedTuple):
     """of both, for people"""
 
 
-def _load_rows(config: TrainConfig, tokenizer: Any, max_length: int) -> _Data:
+def _load_rows(config: TrainConfig, base: Checkpoint, tokenizer: Any, max_length: int) -> _Data:
     """Training and evaluation rows, described on the terminal with one example."""
     had_template = bool(tokenizer.chat_template)
-    labels = _own_labels(config)
+    labels = _own_labels(config, base)
     prepared: list[Any] = []
     counts: dict[str, Any] = {}
     for source in filter(None, (config.data.data, config.data.eval_data)):
@@ -190,14 +178,11 @@ def _load_rows(config: TrainConfig, tokenizer: Any, max_length: int) -> _Data:
     return _Data(prepared[0], prepared[1] if len(prepared) > 1 else None, labels, counts)
 
 
-def _own_labels(config: TrainConfig) -> tuple[str, ...]:
+def _own_labels(config: TrainConfig, base: Checkpoint) -> tuple[str, ...]:
     """The labels that a checkpoint of a trained classifier has already."""
-    known = Checkpoint(resolve(config.model, revision=config.revision)).config
-    task, classes = task_named(config.task), known.get("architectures") or ()
-    if not task.trains_head or not any(name.endswith(task.class_ending) for name in classes):
-        return ()
-    names = known.get("id2label") or {}
-    return tuple(names[number] for number in sorted(names, key=int))
+    task, classes = task_named(config.task), base.config.get("architectures") or ()
+    is_trained = task.trains_head and any(name.endswith(task.class_ending) for name in classes)
+    return base.labels if is_trained else ()
 
 
 def _starting_point(output: Path, *, resume: bool) -> str | None:
@@ -215,7 +200,7 @@ def _starting_point(output: Path, *, resume: bool) -> str | None:
         raise UserError(
             f"{output} holds no checkpoint-N to resume from: start again without --resume"
         )
-    if (output / "run.yaml").exists():
+    if (output / RUN).exists():
         go_on = (
             "--resume to go on with it"
             if whole
@@ -332,16 +317,6 @@ def _set_checkpointing(model: PreTrainedModel, on: bool) -> None:
         getattr(model, f"{kind}_checkpointing_disable")()
 
 
-def _share_pad(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Tell a classifier which tokens are pads: a decoder's reads its label off the last other."""
-    text = model.config.get_text_config()
-    task = task_of(model)
-    if task is not None and task.trains_head and text.pad_token_id is None:
-        text.pad_token_id = tokenizer.pad_token_id
-        base: Any = model.qlora_base
-        base["pad_token_id"] = tokenizer.pad_token_id
-
-
 # ---- what a run leaves behind ----
 
 
@@ -352,11 +327,10 @@ def write_run_file(
     `--config run.yaml` reads it."""
     packages = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    qlora_base: Any = model.qlora_base
     record = {
         "config": flat(replace(config, resume=False)),
         "versions": {"qlora": __version__, "python": platform.python_version(), **versions},
-        "base": {"resolved": str(model.config._name_or_path), **qlora_base},
+        "base": {"resolved": str(model.config._name_or_path), **state_of(model).record()},
         "data": data,
         "device": dict(zip(("name", "memory_bytes"), device(), strict=True)),
     }
@@ -367,7 +341,7 @@ def _finish(trainer: AdapterTrainer, config: TrainConfig, rows: int) -> None:
     """Write what goes with the adapter, and say what to do next."""
     output = Path(config.output_dir)
     metrics = read_metrics(output)
-    base: Any = trainer.model.qlora_base
+    base = state_of(trainer.model).record()
     per = "label" if "labels" in base else "supervised token"
     plot_loss(metrics, output / "loss.png", per=per, total_bytes=device()[1])
     losses = [row["loss"] for row in metrics if "loss" in row]

@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qlora.adapters.files import load_adapter_weights, save_adapter
 from qlora.adapters.lora import lora_layers
+from qlora.base.modules import state_of
 from qlora.config import TrainConfig
 from qlora.data.objectives import OBJECTIVES, Objective, labelled
 from qlora.data.rows import collator
@@ -296,7 +297,7 @@ class AdapterTrainer(Trainer):
             )
         metrics = {"loss": total / max(count, 1)}
         if objective.measure:
-            metrics |= objective.measure(predicted, wanted, model.qlora_base["labels"])
+            metrics |= objective.measure(predicted, wanted, state_of(model).labels)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         nothing: Any = None
         return EvalLoopOutput(nothing, nothing, metrics, num_samples=self.num_examples(dataloader))

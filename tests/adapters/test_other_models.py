@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from qlora import LoraConfig, apply_lora, load_adapter, merge_and_unload, save_adapter
-from qlora.base.tasks import heads, is_in
+from qlora.base.modules import heads, is_in
 
 TOLERANCE = 1e-5  # fp32, the same sums in the same order as PEFT's; a merge rounds once more
 

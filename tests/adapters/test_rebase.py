@@ -35,7 +35,7 @@ from qlora.adapters.files import (
 from qlora.adapters.fuse import delete_adapter, merge_adapter, merge_and_unload, unload
 from qlora.adapters.lora import lora_layers
 from qlora.base.load import load_base
-from qlora.base.modules import dense_weight
+from qlora.base.modules import dense_weight, state_of
 from qlora.config import LoraConfig, MergeConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.merge import merge
@@ -304,7 +304,7 @@ def test_merged_in_memory_the_model_is_what_was_trained(base):
     torch.testing.assert_close(logits(model), wanted, **SAME_LOGITS)
     merge_and_unload(model)
     torch.testing.assert_close(logits(model), wanted, **SAME_LOGITS)
-    assert model.original_weights is None  # of another model now
+    assert state_of(model).original_weights is None  # of another model now
 
 
 # ---- the files ----
@@ -471,7 +471,7 @@ def test_a_rank_above_the_layer_s_is_refused_with_every_layer_named(base, init):
 
 def test_a_model_without_its_original_weights_is_refused(base, tmp_path):
     model = load_base(str(base), FP32)
-    model.original_weights = None
+    state_of(model).original_weights = None
     config = LoraConfig(init_lora_weights="loftq")
     message = "weights from before quantization are needed and not at hand: load the 16-bit model"
     refused(model, message, lambda: apply_lora(model, config))
@@ -482,7 +482,9 @@ def test_a_model_without_its_original_weights_is_refused(base, tmp_path):
 
 def test_a_checkpoint_with_other_weights_is_refused(base, checkpoints):
     model = load_base(str(base), FP32)
-    model.original_weights = load_base(str(checkpoints("gpt2")), FP32).original_weights
+    state_of(model).original_weights = state_of(
+        load_base(str(checkpoints("gpt2")), FP32)
+    ).original_weights
     config = LoraConfig(init_lora_weights="pissa", target_modules=("q_proj",))
     message = (
         rf"the checkpoint does not hold the weights of {Q}, model.layers.1.self_attn.q_proj as"
@@ -499,7 +501,7 @@ def test_a_checkpoint_that_is_gone_is_refused_and_the_model_stays(base, tmp_path
 
 def test_a_start_that_fails_half_way_leaves_the_model_as_it_was(base, monkeypatch):
     model, plain = load_base(str(base), FP32), load_base(str(base), FP32)
-    read, reads = type(model.original_weights).read, []
+    read, reads = type(state_of(model).original_weights).read, []
 
     def fails_once(originals, name):
         reads.append(name)
@@ -507,7 +509,7 @@ def test_a_start_that_fails_half_way_leaves_the_model_as_it_was(base, monkeypatc
             raise UserError("the disk is asleep")
         return read(originals, name)
 
-    monkeypatch.setattr(type(model.original_weights), "read", fails_once)
+    monkeypatch.setattr(type(state_of(model).original_weights), "read", fails_once)
     config = LoraConfig(init_lora_weights="pissa", r=4)
     refused(model, "asleep", lambda: apply_lora(model, config))
     assert len(reads) == 5 + 4  # the bases of four layers were made anew again

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig
 from qlora.adapters.apply import apply_lora
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import compute_dtype, load_base, unquantized_linear
-from qlora.base.modules import output_head
+from qlora.base.modules import output_head, state_of
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.ops import nf4
@@ -268,7 +268,7 @@ def test_it_says_how_it_was_quantized(checkpoints):
         "double_quant": True,
         "skip_modules": ["q_proj"],
     }
-    assert expected.items() <= model.qlora_base.items()
+    assert expected.items() <= state_of(model).record().items()
     assert model.config._name_or_path == str(checkpoints("llama"))
 
 
@@ -317,9 +317,11 @@ def test_a_4_bit_checkpoints_own_quantization_stands(checkpoints, tmp_path):
     first.save_pretrained(tmp_path)
     again = load(tmp_path, quant_type="nf4", blocksize=64, double_quant=True)
     assert torch.equal(logits(again), logits(first))
-    named = {key: again.qlora_base[key] for key in ("quant_type", "blocksize", "double_quant")}
+    named = {
+        key: state_of(again).record()[key] for key in ("quant_type", "blocksize", "double_quant")
+    }
     assert named == {"quant_type": "fp4", "blocksize": 32, "double_quant": False}
-    assert again.qlora_base["fingerprint"] == first.qlora_base["fingerprint"]
+    assert state_of(again).fingerprint == state_of(first).fingerprint
 
 
 def test_a_4_bit_checkpoint_takes_the_compute_dtype_asked_for(bases, tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 from qlora.adapters.apply import apply_lora
 from qlora.base.checkpoint import Checkpoint, kept_dense, skeleton
 from qlora.base.load import load_base
-from qlora.base.tasks import auto_class, heads, task_of
+from qlora.base.modules import auto_class, heads, state_of, task_of
 from qlora.config import LoraConfig, QuantConfig
 from qlora.config.tasks import TASKS, task_named, task_typed
 from qlora.errors import UserError
@@ -64,11 +64,11 @@ def test_all_is_quantized_but_the_head(family, task, class_name, in_full, dense,
     if in_full:
         assert sorted(heads(model)) == sorted(in_full)
         assert of_head
-        assert model.qlora_base["labels"] == list(LABELS)
+        assert state_of(model).labels == tuple(LABELS)
         assert model.config.id2label == dict(enumerate(LABELS))
         assert model.config.label2id == {"a": 0, "b": 1, "c": 2}
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.qlora_base["task"] == task
+    assert state_of(model).task == task
 
 
 def test_a_new_head_is_drawn_with_the_seed(checkpoints, capsys):
@@ -103,7 +103,7 @@ def test_a_head_of_the_checkpoint_stays_where_it_fits(classifier, capsys):
     folder, exact = classifier
     model = load_base(str(folder), FP32, task="seq-cls")
     assert torch.equal(model.classifier.weight, exact.classifier.weight)
-    assert model.qlora_base["labels"] == ["no", "yes"]
+    assert state_of(model).labels == ("no", "yes")
     assert "anew" not in capsys.readouterr().out
     model = load_base(str(folder), FP32, task="seq-cls", labels=LABELS)
     assert model.classifier.weight.shape == (3, 64)
@@ -200,4 +200,4 @@ def test_skip_modules_are_kept_beside_a_head(checkpoints):
     quant = QuantConfig(compute_dtype="fp32", skip_modules=("query",))
     model = load_base(str(checkpoints("bert")), quant, task="seq-cls", labels=LABELS)
     assert type(model.bert.encoder.layer[0].attention.self.query) is nn.Linear
-    assert model.qlora_base["skip_modules"] == ["query", "classifier"]
+    assert state_of(model).record()["skip_modules"] == ["query", "classifier"]

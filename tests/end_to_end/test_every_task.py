@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from qlora import load_adapter, load_base
-from qlora.base.tasks import auto_class
+from qlora.base.modules import auto_class, state_of
 from qlora.config import DataConfig, LoraConfig, MergeConfig, TrainConfig
 from qlora.config.tasks import TASKS
 from qlora.errors import UserError
@@ -193,7 +193,7 @@ def test_a_merge_to_4_bits_and_what_it_cannot_measure(checkpoints, tmp_path):
     # NF4 rounds each weight by up to 16 % of its block's largest; a tiny model averages out little
     assert (logits(merged, "seq-cls") - logits(live, "seq-cls")).abs().max() < 0.2
     assert type(merged.classifier) is torch.nn.Linear
-    assert merged.qlora_base["labels"] == LABELS["seq-cls"]
+    assert state_of(merged).labels == tuple(LABELS["seq-cls"])
 
 
 @pytest.mark.parametrize("start", ["eva", "pissa"])

@@ -48,7 +48,7 @@ def test_a_base_without_a_tokenizer(live, checkpoints, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="holds no tokenizer to calibrate with"):
+    with pytest.raises(UserError, match="holds no tokenizer"):
         calibrate(
             read_adapter(tmp_path / "adapter"), str(checkpoints("llama")),
             [str(tmp_path / "rows.jsonl")], Path(empty), device="cpu",
