@@ -33,7 +33,7 @@ from qlora.adapters.lora import LoRALinear
 from qlora.base.checkpoint import resolve
 from qlora.base.load import load_base
 from qlora.config import LoraConfig, QuantConfig
-from qlora.data.rows import collator, length_batches, prepare_data
+from qlora.data.rows import collator, length_batches, prepare_data, prepare_tokenizer
 from qlora.training import prepare_for_training
 from qlora.training.optimizers import join, keep_updates
 
@@ -164,6 +164,7 @@ def language_model(way: str, seed: int, given: argparse.Namespace) -> dict[str, 
     apply_lora(model, lora, generator=torch.Generator().manual_seed(seed))
     prepare_for_training(rounded_start(model, way), gradient_checkpointing=False)
     tokenizer = AutoTokenizer.from_pretrained(resolve(str(small_model())))
+    prepare_tokenizer(tokenizer)
     with tempfile.TemporaryDirectory() as name:
         sources = [as_jsonl(given.train, Path(name) / "a.jsonl", 2000)]
         sources += [as_jsonl(given.test, Path(name) / "b.jsonl", HELD_OUT)]

@@ -25,7 +25,7 @@ from qlora.base.checkpoint import Checkpoint, resolve
 from qlora.base.load import compute_dtype, load_base
 from qlora.base.modules import ModelState
 from qlora.config import DataConfig, QuantConfig, TrainConfig
-from qlora.data.rows import prepare_data
+from qlora.data.rows import prepare_data, prepare_tokenizer
 from qlora.training.run import prepare_for_training, with_learning_rate
 from qlora.training.trainer import make_trainer
 
@@ -60,6 +60,7 @@ def measure(config: TrainConfig, *, quantized: bool) -> tuple[float, float]:
     config = with_learning_rate(config, model)
     prepare_for_training(model, gradient_checkpointing=False)
     tokenizer = AutoTokenizer.from_pretrained(resolve(config.model))
+    prepare_tokenizer(tokenizer)
     rows, _ = prepare_data(config.data.data, tokenizer, max_length=MAX_LENGTH)
     held_out, _ = prepare_data(str(config.data.eval_data), tokenizer, max_length=MAX_LENGTH)
     Path(config.output_dir).mkdir(parents=True)

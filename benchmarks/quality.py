@@ -37,7 +37,7 @@ from qlora.adapters.apply import apply_lora, trainable_parameters
 from qlora.base.checkpoint import resolve
 from qlora.base.modules import output_head
 from qlora.config import LoraConfig
-from qlora.data.rows import collator
+from qlora.data.rows import collator, prepare_tokenizer
 from qlora.files import read_rows
 from qlora.training.run import default_learning_rate, prepare_for_training
 
@@ -186,6 +186,7 @@ class Lab:
         self.folder = resolve(given.model or str(small_model()))
         self.name = Path(given.model).name if given.model else "SmolLM2-135M-Instruct"
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        prepare_tokenizer(tokenizer)
         self.collate = collator(tokenizer)
         self.train, lines = (
             [encode(line, tokenizer) for line in path.read_text(encoding="utf-8").splitlines()]

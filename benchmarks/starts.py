@@ -29,7 +29,7 @@ from qlora.adapters.format import read_adapter
 from qlora.base.checkpoint import resolve
 from qlora.base.load import load_base
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
-from qlora.data.rows import length_batches, prepare_data
+from qlora.data.rows import length_batches, prepare_data, prepare_tokenizer
 from qlora.training import train
 
 DATA = Path(__file__).parent.parent / "demo"
@@ -48,6 +48,7 @@ STARTS: dict[str, dict[str, Any]] = {
 def read(name: str) -> list[Any]:
     """The demo's rows, in batches."""
     tokenizer = AutoTokenizer.from_pretrained(resolve(str(small_model())))
+    prepare_tokenizer(tokenizer)
     rows, _ = prepare_data(str(DATA / name), tokenizer, max_length=256)
     return length_batches(rows, tokenizer)
 

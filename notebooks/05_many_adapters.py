@@ -106,9 +106,10 @@ for row in rows["dates"][:3]:
 # %%
 import datasets
 
-from qlora.data.rows import collator, prepare_data
+from qlora.data.rows import collator, prepare_data, prepare_tokenizer
 
 datasets.disable_progress_bars()
+prepare_tokenizer(tokenizer)  # sets a pad token where there is none
 data = {}
 for name, chats in rows.items():
     lines = [json.dumps({"messages": turns}) for turns in chats]

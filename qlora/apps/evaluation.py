@@ -55,9 +55,15 @@ from qlora.apps.terminal import printable
 from qlora.config import EvaluateConfig
 from qlora.data.chat_template import NO_LOSS
 from qlora.data.generation import decode, generate, generation_settings
-from qlora.data.objectives import OBJECTIVES, labelled
+from qlora.data.objectives import OBJECTIVES, measure
 from qlora.data.records import load_records, prompt_messages
-from qlora.data.rows import DataStats, describe, length_batches, prepare_data
+from qlora.data.rows import (
+    DataStats,
+    describe,
+    length_batches,
+    prepare_data,
+    prepare_tokenizer,
+)
 from qlora.errors import UserError
 from qlora.fast.head import put_language_head
 from qlora.files import replace_text
@@ -100,6 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     found = resolve_model(config)
     output = _output(config, found)
     tokenizer = found.load_tokenizer()
+    prepare_tokenizer(tokenizer)
     rows, stats = _prepare(config, found, tokenizer)
     print(describe(stats, name=config.data))
     questions = _ask(config, found, tokenizer) if config.generate else []
@@ -355,25 +362,21 @@ def measure_rows(
     """
     model.eval()
     objective = OBJECTIVES[task]
-    one = torch.tensor(1, device=model.device)  # divide by nothing: sums are added up
-    total, count = 0.0, 0
-    predicted: list[list[int]] = []
-    wanted: list[list[int]] = []
+    one = torch.tensor(1, device=model.device)  # num_items=1 keeps the loss a sum
     batches = length_batches(rows, tokenizer, task=task, model=model)
     hidden = None if progress else True  # None: where there is no terminal
-    for batch in tqdm(batches, desc=progress, leave=False, disable=hidden):
-        inputs = {name: value.to(model.device) for name, value in batch.items()}
-        targets = inputs.pop("labels")
-        outputs = model(**inputs)
-        total += float(objective.loss(outputs, targets, one))
-        count += objective.supervised(targets)
-        if objective.measure:
-            wanted += labelled(targets, targets)
-            predicted += labelled(outputs["logits"].argmax(-1), targets)
-    loss = total / max(count, 1)
-    if objective.measure:
-        return {"loss": loss, **objective.measure(predicted, wanted, labels)}
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    def results() -> Iterator[tuple[Any, Any, Any]]:
+        for batch in tqdm(batches, desc=progress, leave=False, disable=hidden):
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            targets = inputs.pop("labels")
+            outputs = model(**inputs)
+            yield objective.loss(outputs, targets, one), outputs, targets
+
+    found = measure(objective, results(), labels)
+    if objective.classifies:
+        return found
+    return found | {"perplexity": math.exp(min(found["loss"], 700.0))}
 
 
 def require_scorers() -> None:

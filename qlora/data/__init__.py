@@ -1,6 +1,7 @@
 """Records become token ids with a loss mask, and batches. Knows no model.
 
 - `prepare_data`: a file, folder or hub name becomes rows of ids and labels
+- `prepare_tokenizer`: sets a missing pad token and chat template
 - `records`: the formats that are read
 - `chat_template`: which tokens of a rendered chat are learned
 - `objectives`: what each task does with a record
@@ -9,3 +10,4 @@
 """
 
 from qlora.data.rows import prepare_data as prepare_data
+from qlora.data.rows import prepare_tokenizer as prepare_tokenizer

@@ -38,18 +38,16 @@ PROBE = "QloraProbe7f3a"  # stands in for a turn's text; no white space for temp
 # ---- messages -> text and the spans with loss
 
 
-def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give a tokenizer without a chat template a plain one; True when it had to, so say it once.
+def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A plain chat template for a tokenizer that has none; None for one that has its own.
 
-    The fallback reads `### User:\\n…\\n\\n### Assistant:\\n…<eos>`, after the BOS token where the
-    tokenizer adds one by itself. It is saved with the tokenizer, so generation uses the same.
+    It renders `### User:\\n…\\n\\n### Assistant:\\n…<eos>`, after the BOS token where the tokenizer
+    adds one itself.
     """
     if tokenizer.chat_template:
-        return False
+        return None
     starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    bos = "{{ bos_token }}" if starts_with_bos else ""
-    tokenizer.chat_template = bos + FALLBACK_CHAT_TEMPLATE
-    return True
+    return ("{{ bos_token }}" if starts_with_bos else "") + FALLBACK_CHAT_TEMPLATE
 
 
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -68,6 +66,7 @@ class Rendering:
         self, tokenizer: PreTrainedTokenizerBase, chat: Chat, *, prompt: bool = False
     ) -> None:
         self.tokenizer, self.chat = tokenizer, chat
+        self.template = fallback_template(tokenizer)
         try:
             self.full = self._render(chat.messages, prompt)
         except (TemplateError, TypeError) as error:
@@ -79,7 +78,11 @@ class Rendering:
     def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                messages, tools=self.chat.tools, tokenize=False, add_generation_prompt=prompt
+                messages,
+                tools=self.chat.tools,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=prompt,
             )
         )
 

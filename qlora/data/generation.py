@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora.data.chat_template import PROBE, Rendering, ensure_chat_template
+from qlora.data.chat_template import PROBE, Rendering
 from qlora.data.records import Chat
 from qlora.errors import UserError
 
@@ -63,16 +63,8 @@ def prompt_ids(
     A tokenizer without a template is read with the plain one of qlora.data.chat_template.
     """
     messages = [dict(message) for message in chat]
-    text = Rendering(_with_template(tokenizer), Chat(messages, tools, 0), prompt=True).full
+    text = Rendering(tokenizer, Chat(messages, tools, 0), prompt=True).full
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _with_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    if tokenizer.chat_template:
-        return tokenizer
-    own = copy.copy(tokenizer)
-    ensure_chat_template(own)
-    return own
 
 
 def generation_settings(
@@ -99,7 +91,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     found = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     with suppress(UserError):  # a template that refuses these says so of the real chat
-        text = Rendering(_with_template(tokenizer), Chat(turn, None, 0)).full
+        text = Rendering(tokenizer, Chat(turn, None, 0)).full
         after = text.partition(PROBE)[2].lstrip()
         ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]
         found |= {i for i in ids[:1] if i in tokenizer.added_tokens_decoder}

@@ -179,7 +179,7 @@ class Objective:
     """(outputs, labels, number of labels in the step) -> loss"""
     supervised: Callable[[Tensor], int]
     """the number of labels with loss in a batch's labels"""
-    measure: Callable[..., dict[str, float]] | None = None
+    scores: Callable[..., dict[str, float]] | None = None
     """(predicted, wanted, names) -> what evaluation tells beside the loss; rows of label numbers"""
     chats: bool = False
     """its records can be chats, which need a template"""
@@ -189,7 +189,7 @@ class Objective:
     @property
     def classifies(self) -> bool:
         """Whether its labels are names, not tokens."""
-        return self.measure is not None
+        return self.scores is not None
 
 
 # ---- causal language models
@@ -361,9 +361,33 @@ def with_loss(labels: Tensor) -> int:
     return int((labels != NO_LOSS).sum())
 
 
-def labelled(found: Tensor, labels: Tensor) -> list[list[int]]:
-    """What was found in each row, where it has a label."""
-    rows = zip(found.view(len(labels), -1), labels.view(len(labels), -1), strict=True)
+def measure(
+    objective: Objective, results: Iterable[tuple[Tensor, Any, Tensor]], names: Names = ()
+) -> dict[str, float]:
+    """`loss`, the mean over all labels of all batches, and a classifier's accuracy and F1.
+
+    Args:
+        results: for each batch the loss summed over its labels (`objective.loss` divided by 1),
+            the model's outputs, and the labels.
+        names: a classifier's label names.
+    """
+    total, count = 0.0, 0
+    predicted: list[list[int]] = []
+    wanted: list[list[int]] = []
+    for loss, outputs, labels in results:
+        total += float(loss)
+        count += objective.supervised(labels)
+        if objective.scores:
+            wanted += _labelled(labels, labels)
+            predicted += _labelled(outputs["logits"].argmax(-1), labels)
+    found = {"loss": total / max(count, 1)}
+    return found | objective.scores(predicted, wanted, names) if objective.scores else found
+
+
+def _labelled(values: Tensor, labels: Tensor) -> list[list[int]]:
+    """For each row the values at the positions that have a label."""
+    # (B,) of a text or (B, T) of words -> (B, 1) or (B, T)
+    rows = zip(values.view(len(labels), -1), labels.view(len(labels), -1), strict=True)
     return [row[real != NO_LOSS].tolist() for row, real in rows]
 
 
@@ -413,7 +437,7 @@ OBJECTIVES = {
         pieces=_text_and_label,
         loss=label_loss,
         supervised=with_loss,
-        measure=_of_rows,
+        scores=_of_rows,
         one_label=True,
     ),
     "token-cls": Objective(
@@ -423,6 +447,6 @@ OBJECTIVES = {
         pieces=_words_and_labels,
         loss=label_loss,
         supervised=with_loss,
-        measure=_of_words,
+        scores=_of_words,
     ),
 }

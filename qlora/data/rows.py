@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data.chat_template import NO_LOSS, ensure_chat_template
+from qlora.data.chat_template import NO_LOSS, fallback_template
 from qlora.data.objectives import OBJECTIVES, Collator, Objective, label_names
 from qlora.data.records import kind_of, load_records
 from qlora.errors import UserError
@@ -62,6 +62,33 @@ class DataStats:
     """rows cut so far that no supervised token was left"""
     labels: tuple[str, ...] = ()
     """a classifier's labels, by their number"""
+    chats: bool = False
+    """whether the chat template rendered them"""
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, *, chats: bool = False
+) -> tuple[str, ...]:
+    """Set what batches need and the tokenizer lacks; returns the attributes that were set.
+
+    `pad_token` becomes eos, or else unk. With `chats`, `chat_template` becomes the fallback that
+    `prepare_data` rendered the rows with: saved with the tokenizer, generation uses the same.
+
+    Raises:
+        UserError: the tokenizer has no token to pad with.
+    """
+    changed = []
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise UserError(
+                "the tokenizer has no pad, eos or unk token: set one in its tokenizer_config"
+            )
+        changed.append("pad_token")
+    if chats and (template := fallback_template(tokenizer)):
+        tokenizer.chat_template = template
+        changed.append("chat_template")
+    return tuple(changed)
 
 
 def prepare_data(
@@ -76,7 +103,8 @@ def prepare_data(
 ) -> tuple[Dataset, DataStats]:
     """Rows of `source` as input_ids, labels (-100: no loss) and length, cut to max_length tokens.
 
-    Installs the fallback chat template on a tokenizer that needs one (ensure_chat_template).
+    The tokenizer stays as it is; chats of one without a chat template are rendered with
+    `fallback_template`.
 
     Args:
         labels: the names of a classifier's labels.
@@ -87,8 +115,6 @@ def prepare_data(
     records = load_records(source, objective.kinds)
     records = records if limit is None else records.select(range(min(limit, len(records))))
     kind = kind_of(records.column_names, source, objective.kinds)
-    if objective.chats and kind != ("text",):
-        ensure_chat_template(tokenizer)
     if objective.classifies and new_labels:
         try:
             labels = label_names(records, kind[-1], labels)
@@ -120,7 +146,9 @@ def prepare_data(
         desc="tokenizing",
     )
     rows, stats = _kept(source, encoded, max_length)
-    return rows.select_columns([*columns, "length"]), replace(stats, labels=tuple(labels))
+    chats = objective.chats and kind != ("text",)
+    stats = replace(stats, labels=tuple(labels), chats=chats)
+    return rows.select_columns([*columns, "length"]), stats
 
 
 def _columns(objective: Objective, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -176,17 +204,14 @@ def collator(
     """Rows -> input_ids, attention_mask (B, T), labels, T a multiple of 8, padded on the right.
 
     Pads are masked by where they stand, never by their id: where pad is eos, the answers' own eos
-    keeps its loss. A missing pad token is set on the tokenizer, to eos or else unk.
+    keeps its loss.
 
     Args:
+        tokenizer: with a pad token, as `prepare_tokenizer` leaves it.
         model: of an encoder-decoder, which makes decoder_input_ids out of the labels.
     """
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise UserError(
-            "the tokenizer has no pad, eos or unk token: set one in its tokenizer_config"
-        )
+        raise UserError("the tokenizer has no pad token: call prepare_tokenizer(tokenizer) first")
     right = copy.copy(tokenizer)  # generation may want its own tokenizer padded on the left
     right.padding_side = "right"
     return _Collator(OBJECTIVES[task].collator(right, model))

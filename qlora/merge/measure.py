@@ -37,7 +37,7 @@ from qlora.adapters.starts import SecondMoments
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer
 from qlora.config import QuantConfig
-from qlora.data.rows import length_batches, prepare_data
+from qlora.data.rows import length_batches, prepare_data, prepare_tokenizer
 
 MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
 MAX_LENGTH = 2048
@@ -81,6 +81,7 @@ class Verification:
 def read_examples(data: str, tokenizer_folder: Path, max_tokens: int = MAX_TOKENS) -> list[Any]:
     """Batches of the first rows of `data`, up to `max_tokens` supervised tokens, on the CPU."""
     tokenizer = load_tokenizer(tokenizer_folder)
+    prepare_tokenizer(tokenizer)
     rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH)
     chosen: list[dict[str, Any]] = []
     tokens = 0
@@ -231,6 +232,7 @@ def calibrate(
     from_model = list(data) == [OWN_TEXT]
     if not from_model:
         tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
+        prepare_tokenizer(tokenizer)
         read = [prepare_data(source, tokenizer, max_length=MAX_LENGTH) for source in data]
     model = load_live(base_model, adapter, device=device, trust_remote_code=trust_remote_code)
     found = lora_layers(model).items()

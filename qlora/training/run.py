@@ -29,7 +29,14 @@ from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
 from qlora.config import LoraConfig, TrainConfig, flat
 from qlora.config.tasks import task_named
-from qlora.data.rows import PackedRows, describe, length_batches, prepare_data, show_example
+from qlora.data.rows import (
+    PackedRows,
+    describe,
+    length_batches,
+    prepare_data,
+    prepare_tokenizer,
+    show_example,
+)
 from qlora.errors import UserError
 from qlora.fast.head import LanguageHead, put_language_head
 from qlora.fast.layers import RMSNorm, put_norms, take_fast_path_off, use_fast_path
@@ -150,9 +157,9 @@ class _Data(NamedTuple):
 
 def _load_rows(config: TrainConfig, base: Checkpoint, tokenizer: Any, max_length: int) -> _Data:
     """Training and evaluation rows, described on the terminal with one example."""
-    had_template = bool(tokenizer.chat_template)
     labels = _own_labels(config, base)
     prepared: list[Any] = []
+    chats = False
     counts: dict[str, Any] = {}
     for source in filter(None, (config.data.data, config.data.eval_data)):
         rows, stats = prepare_data(
@@ -164,11 +171,12 @@ def _load_rows(config: TrainConfig, base: Checkpoint, tokenizer: Any, max_length
             new_labels=not prepared,
         )
         print(describe(stats, name=source))
-        numbers = {name: n for name, n in asdict(stats).items() if name != "labels"}
+        chats |= stats.chats
+        numbers = {k: n for k, n in asdict(stats).items() if k not in ("labels", "chats")}
         counts["evaluation" if prepared else "training"] = {"source": source, **numbers}
         prepared.append(rows)
         labels = stats.labels
-    if tokenizer.chat_template and not had_template:
+    if "chat_template" in prepare_tokenizer(tokenizer, chats=chats):
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
     shown = show_example(

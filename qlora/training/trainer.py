@@ -7,7 +7,7 @@ evaluation (what it is, qlora.data.objectives says); layer inputs wait in host m
 (qlora.training.optimizers); and a paged optimizer runs unpaged where there is no GPU to page from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +31,7 @@ from qlora.adapters.files import load_adapter_weights, save_adapter
 from qlora.adapters.lora import lora_layers
 from qlora.base.modules import state_of
 from qlora.config import TrainConfig
-from qlora.data.objectives import OBJECTIVES, Objective, labelled
+from qlora.data.objectives import OBJECTIVES, Objective, measure
 from qlora.data.rows import collator
 from qlora.errors import UserError, did_you_mean, first_line
 from qlora.fast.attention import rows_collator
@@ -272,32 +272,25 @@ class AdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss over all labels, where Trainer's own averages means of batches; and measures."""
-        model = self.model.eval()
-        objective = self.objective
-        total, count = 0.0, 0
+        """Loss over all labels, where Trainer's own averages means of batches; and scores."""
         self.callback_handler.eval_dataloader = dataloader  # its length, for the progress bar
-        wanted: list[list[int]] = []
-        predicted: list[list[int]] = []
-        one = torch.tensor(1, device=self.args.device)  # divide by nothing: sums are added up
+        names = state_of(self.model).labels if self.objective.classifies else ()
+        found = measure(self.objective, self._results(dataloader), names)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        nothing: Any = None
+        return EvalLoopOutput(nothing, nothing, metrics, num_samples=self.num_examples(dataloader))
+
+    def _results(self, dataloader: Any) -> Iterator[tuple[Any, Any, Any]]:
+        """Summed loss, outputs and labels of each evaluation batch."""
+        model = self.model.eval()
+        one = torch.tensor(1, device=self.args.device)  # num_items=1 keeps the loss a sum
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
-            labels = batch["labels"]
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(
                     model, dict(batch), return_outputs=True, num_items_in_batch=one
                 )
-            total += float(loss)
-            count += objective.supervised(labels)
-            if objective.measure:
-                wanted += labelled(labels, labels)
-                predicted += labelled(outputs["logits"].argmax(-1), labels)
+            yield loss, outputs, batch["labels"]
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
-        metrics = {"loss": total / max(count, 1)}
-        if objective.measure:
-            metrics |= objective.measure(predicted, wanted, state_of(model).labels)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        nothing: Any = None
-        return EvalLoopOutput(nothing, nothing, metrics, num_samples=self.num_examples(dataloader))

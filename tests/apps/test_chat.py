@@ -107,7 +107,7 @@ def test_rows_that_cannot_be_mixed_are_answered_in_turn(talk, monkeypatch, capsy
         raise UserError("DoRA's, which cannot be mixed by rows")
 
     expected = talk(QUESTIONS, compare=True).out
-    monkeypatch.setattr("qlora.adapters.apply.mixed_batch", refuse)
+    monkeypatch.setattr(chat, "mixed_batch", refuse)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert talk(QUESTIONS, compare=True).out == printable(expected)
@@ -215,6 +215,6 @@ def test_a_base_without_a_template_says_so(talk, checkpoints, tmp_path):
 )  # fmt: skip
 def test_as_a_command(words, line):
     done = subprocess.run(
-        [sys.executable, "-m", "qlora.apps.chat", *words], capture_output=True, text=True, input=""
+        [sys.executable, "-m", "qlora.chat", *words], capture_output=True, text=True, input=""
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}\n")

@@ -90,7 +90,7 @@ def test_the_loss_is_that_of_training(family, task, run_of, capsys):
     assert ("base" in found) == ("bleu" in found["adapter"]) == (task in ("causal-lm", "seq2seq"))
     said = capsys.readouterr().out
     assert f"{wanted['eval_loss']:.4f}" in said
-    assert ("qlora.apps.chat" in said) == ("base" in found)
+    assert ("qlora.chat" in said) == ("base" in found)
 
 
 def plain_answers(model, tokenizer, rows, **settings):

@@ -228,7 +228,7 @@ def test_a_merge_that_was_not_measured(folder):
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "qlora.apps.report", *map(str, words)],
+        [sys.executable, "-m", "qlora.report", *map(str, words)],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
@@ -245,7 +245,7 @@ def test_the_command(folder):
 def test_it_needs_no_torch(folder):
     """A report is there at once."""
     code = (
-        "import sys, qlora.apps.report as r; r.write_report(r.ReportConfig(sys.argv[1]));"
+        "import sys, qlora.apps.report as r; r.report(r.ReportConfig(sys.argv[1]));"
         "assert not {'torch', 'transformers', 'datasets'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, check=True, capture_output=True)

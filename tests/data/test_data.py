@@ -10,9 +10,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora.data.chat_template import ensure_chat_template
 from qlora.data.records import chat_messages, load_records, prompt_messages
-from qlora.data.rows import DataStats, collator, describe, prepare_data, show_example
+from qlora.data.rows import (
+    DataStats,
+    collator,
+    describe,
+    prepare_data,
+    prepare_tokenizer,
+    show_example,
+)
 from qlora.errors import UserError
 
 CHATML = (
@@ -364,12 +370,14 @@ def test_text_is_learned_whole_and_ended(tmp_path):
 
 def test_the_fallback_template_is_plain(tmp_path):
     tokenizer = byte_level(None)
-    assert ensure_chat_template(tokenizer)
-    assert not ensure_chat_template(tokenizer)
-    rows, _ = prepare(tmp_path, [{"prompt": "one?", "completion": "two"}], tokenizer)
+    rows, stats = prepare(tmp_path, [{"prompt": "one?", "completion": "two"}], tokenizer)
     text = "### User:\none?\n\n### Assistant:\ntwo</s>\n\n"
     assert tokenizer.decode(rows[0]["input_ids"]) == text
     assert learned(rows[0], tokenizer) == ["two</s>"]
+    assert stats.chats and tokenizer.chat_template is None  # until the caller asks for it
+    assert prepare_tokenizer(tokenizer, chats=stats.chats) == ("pad_token", "chat_template")
+    assert prepare_tokenizer(tokenizer, chats=True) == ()
+    assert prepare(tmp_path, [{"prompt": "one?", "completion": "two"}], tokenizer)[0][0] == rows[0]
 
 
 def test_the_fallback_template_has_a_bos_where_the_tokenizer_adds_one(tmp_path):
@@ -571,7 +579,12 @@ def test_rows_are_cut_and_counted(tmp_path):
     assert [row["length"] for row in rows] == [length, length - 5]
     assert learned(rows[0], tokenizer) == ["b" * 8]  # 5 more than b, <|im_end|>, \n
     assert stats == DataStats(
-        rows=2, tokens=2 * length - 5, supervised_tokens=8 + 2, cut_rows=2, dropped_rows=1
+        rows=2,
+        tokens=2 * length - 5,
+        supervised_tokens=8 + 2,
+        cut_rows=2,
+        dropped_rows=1,
+        chats=True,
     )
     line = f"train: 2 rows, {2 * length - 5} tokens, 10 of them supervised"
     assert describe(stats, name="train").startswith(line)
@@ -614,6 +627,9 @@ def test_pads_have_no_loss_and_the_answers_eos_has(tmp_path):
     tokenizer = byte_level(eos="<|im_end|>")
     tokenizer.padding_side = "left"
     rows, _ = prepare(tmp_path, [{"messages": chat_messages(SHORT)}, CHAT], tokenizer)
+    with pytest.raises(UserError, match="no pad token: call prepare_tokenizer"):
+        collator(tokenizer)
+    assert prepare_tokenizer(tokenizer) == ("pad_token",)
     batch = collator(tokenizer)([rows[0], rows[1]])
     assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.padding_side == "left"  # the tokenizer's own side is left alone
@@ -632,7 +648,7 @@ def test_pads_have_no_loss_and_the_answers_eos_has(tmp_path):
 def test_a_tokenizer_with_nothing_to_pad_with():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
     with pytest.raises(UserError, match="no pad, eos or unk token: set one"):
-        collator(tokenizer)
+        prepare_tokenizer(tokenizer)
     tokenizer.unk_token = "a"
-    collator(tokenizer)
+    assert prepare_tokenizer(tokenizer) == ("pad_token",)
     assert tokenizer.pad_token == "a"

@@ -7,8 +7,8 @@ import torch
 from conftest import CHATML, tiny_model, tiny_tokenizer
 
 from qlora.data import generation
-from qlora.data.chat_template import ensure_chat_template
 from qlora.data.generation import answers, generate, generation_settings, prompt_ids, stop_ids
+from qlora.data.rows import prepare_tokenizer
 from qlora.errors import UserError
 
 CHATS = [
@@ -63,7 +63,7 @@ def test_a_base_model_has_neither_template_nor_pad(caplog):
     tokenizer.chat_template = tokenizer.pad_token = None
     written = tiny_tokenizer()
     written.chat_template = None
-    ensure_chat_template(written)
+    prepare_tokenizer(written, chats=True)
     expected = one_by_one(model, written, CHATS, max_new_tokens=8)
     assert answers(model, tokenizer, CHATS, max_new_tokens=8) == expected
     assert tokenizer.chat_template is None

@@ -351,7 +351,7 @@ def test_what_a_run_leaves_behind(checkpoints, tmp_path, data, capsys):
     assert run["config"]["learning_rate"] == 1e-2 and run["config"]["r"] == 4
     _, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
     counted = {"source": str(data), **asdict(stats)}
-    counted.pop("labels")
+    del counted["labels"], counted["chats"]
     assert run["data"] == {"training": counted} and run["device"]["memory_bytes"] > 2**28
     assert (
         run["base"]["fingerprint"]
@@ -367,8 +367,8 @@ def test_what_a_run_leaves_behind(checkpoints, tmp_path, data, capsys):
 def test_commands_to_go_on_with_can_be_copied(checkpoints, tmp_path, data, capsys):
     output = train(config(checkpoints("llama"), data, tmp_path / "a run", max_steps=1))
     said = [shlex.split(line.partition(":")[2]) for line in capsys.readouterr().out.splitlines()]
-    assert ["python", "-m", "qlora.apps.report", str(output)] in said
-    assert ["python", "-m", "qlora.apps.chat", "--adapter", str(output), "--compare"] in said
+    assert ["python", "-m", "qlora.report", str(output)] in said
+    assert ["python", "-m", "qlora.chat", "--adapter", str(output), "--compare"] in said
     merge = ["--adapter", str(output), "--output-dir", f"{output}-merged"]
     assert ["python", "merge_dequant.py", *merge] in said
 
