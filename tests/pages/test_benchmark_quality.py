@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: which runs it makes, what they train, and that none is made twice."""
+"""benchmarks/quality.py: which runs it performs, and that it repeats none."""
 
 import json
 import sys
@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora.adapters.apply import apply_lora, trainable_parameters
@@ -37,7 +36,7 @@ def quality(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return quality
 
 
-def test_places_have_the_published_number_of_parameters(quality):
+def test_targets_have_the_published_number_of_parameters(quality):
     # LoRA of rank 16 on SmolLM2-135M by PEFT: all linear, attention, MLP
     for place, wanted in (("all", 4_884_480), ("attention", 1_843_200), ("mlp", 3_041_280)):
         with torch.device("meta"):  # shapes alone
@@ -49,7 +48,7 @@ def test_places_have_the_published_number_of_parameters(quality):
     assert max(matched) / min(matched) < 1.03
 
 
-@pytest.mark.parametrize("bottom", [-20, -13, -12, -11, -10, 0])
+@pytest.mark.parametrize("bottom", [-20, -12, 0])
 def test_rates_are_tried_until_the_best_has_both_neighbours(quality, bottom):
     def loss(k: int) -> float:
         return (k - bottom - 0.1) ** 2  # no ties
@@ -62,23 +61,6 @@ def test_rates_are_tried_until_the_best_has_both_neighbours(quality, bottom):
     assert len(losses) <= abs(bottom + 12) / 2 + 5  # half decades on the way
 
 
-def test_a_longer_run_passes_through_a_shorter_one(quality):
-    from quality_picture import by_rate, by_step
-
-    way = {"place": "all", "r": 16}
-    rows = [
-        {**way, "learning_rate": 1e-3, "steps": 4, "test_loss": [(2, 1.5), (4, 1.2)]},
-        {**way, "learning_rate": 3e-4, "steps": 2, "test_loss": [(2, 1.4)]},
-        {**way, "learning_rate": 1e-2, "steps": 2, "test_loss": [(2, float("nan"))]},
-        {**way, "r": 1, "learning_rate": 1e-3, "steps": 2, "test_loss": [(2, 1.6)]},
-    ]
-    assert by_rate(rows, "all", 16, steps=2) == [(3e-4, 1.4), (1e-3, 1.5)]
-    assert by_rate(rows, "all", 16, steps=4) == [(1e-3, 1.2)]
-    assert by_step(rows, "all", 16) == [(2, 1.5), (4, 1.2)]
-    rows += [{**rows[0], "learning_rate": 1e-4, "test_loss": [(2, 1.3), (4, 1.25)]}]
-    assert by_step(rows, "all", 16) == [(2, 1.3), (4, 1.2)]
-
-
 def test_every_row_is_seen_once_an_epoch_and_in_the_same_order(quality):
     rows = [{"input_ids": [i] * (i % 7 + 1)} for i in range(64)]
     made = [list(quality.batches(rows, steps=n, size=4, seed=3)) for n in (16, 20)]
@@ -87,15 +69,7 @@ def test_every_row_is_seen_once_an_epoch_and_in_the_same_order(quality):
     assert made[0] != list(quality.batches(rows, steps=16, size=4, seed=4))
 
 
-def test_loss_is_on_the_sentence_and_its_end(quality):
-    tokenizer = tiny_tokenizer()
-    row = quality.encode("name : Aromi||Aromi is a cafe . \n", tokenizer)
-    learned = [i for i in row["labels"] if i != -100]
-    assert tokenizer.decode(learned) == " Aromi is a cafe .<|im_end|>"
-    assert tokenizer.decode(row["input_ids"]) == "name : Aromi || Aromi is a cafe .<|im_end|>"
-
-
-def test_what_is_recorded_is_not_run_again(
+def test_recorded_runs_are_not_repeated(
     quality, checkpoints: Callable[[str], Path], tmp_path, monkeypatch, capsys
 ):
     data = tmp_path / "data.txt"

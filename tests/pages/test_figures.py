@@ -1,4 +1,4 @@
-"""The README's figures and its picture are what the records in benchmarks/results say."""
+"""The README's figures and its picture match the records in benchmarks/results."""
 
 import json
 import re
@@ -13,18 +13,18 @@ README = (ROOT / "README.md").read_text("utf-8").replace("\u00a0", " ")
 
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
-    """Their programs can be imported."""
+    """Make the benchmarks importable."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
 def latest(name: str, *keys: str) -> dict:
-    """The last record of each question that `keys` ask."""
+    """The last record for each combination of `keys`."""
     lines = (ROOT / f"benchmarks/results/{name}.jsonl").read_text("utf-8").splitlines()
     return {tuple(row[key] for key in keys): row for row in map(json.loads, lines)}
 
 
 def figures_of_the_readme(step_table) -> Iterator[str]:
-    """Its table's cells, from the records."""
+    """The cells of its table, from the records."""
     merges = latest("merge", "way", "adapter")
 
     def gain(way: str, *digits: int) -> str:
@@ -67,13 +67,13 @@ def figures_of_a_step(step_table) -> Iterator[str]:
     yield f"| {fp32['ours']['speed']:.2f} / {bf16['ours']['speed']:.2f} times PEFT's |"
 
 
-def test_the_table_says_what_the_records_say():
+def test_table_matches_the_records():
     import step_table
 
     assert not [figure for figure in figures_of_the_readme(step_table) if figure not in README]
 
 
-def test_memory_is_what_the_notebook_adds_up():
+def test_memory_matches_the_notebook():
     book = json.loads((ROOT / "notebooks/03_finetune_7b_on_one_gpu.ipynb").read_text("utf-8"))
     texts = [o["text"] for c in book["cells"] for o in c.get("outputs", ()) if "text" in o]
     sums = dict(re.findall(r"^(\w+\.yaml) .* ([\d.]+ GiB)$", "".join(map("".join, texts)), re.M))
@@ -83,7 +83,7 @@ def test_memory_is_what_the_notebook_adds_up():
         assert f"By arithmetic {size} " in (ROOT / f"configs/{recipe}").read_text("utf-8")
 
 
-def test_the_picture_says_what_the_records_say():
+def test_picture_matches_the_records():
     import merge_picture
 
     said = merge_picture.in_words(merge_picture.kept(ROOT / "benchmarks/results/merge.jsonl"))

@@ -1,4 +1,4 @@
-"""The notebooks: each runs on a clean kernel without a word of complaint, and none is stale."""
+"""Each notebook runs on a clean kernel without warnings, and its .ipynb matches its source."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ EACH = pytest.mark.parametrize("source", sources(), ids=lambda path: path.stem)
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Where the small model is converted once for all notebooks."""
+    """The folder in which the small model is converted once for all notebooks."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -35,14 +35,14 @@ def outputs(notebook):
 
 
 def text_of(output) -> str:
-    """All that a reader sees of an output, but pictures."""
+    """The text of an output, without pictures."""
     data = output.get("data", {})
     seen = [output.get("text", ""), *(v for kind, v in data.items() if kind.startswith("text/"))]
     return "\n".join("".join(text) for text in seen)
 
 
 def kinds(notebook):
-    """What each cell gave, without its values, which may differ between machines."""
+    """The types of each cell's outputs, without values, which may differ between machines."""
     return [(n, o.output_type, sorted(o.get("data", {}))) for n, o in outputs(notebook)]
 
 
@@ -55,26 +55,25 @@ def check_outputs(notebook):
         assert not MACHINE.search(text), f"cell {number} shows a path of one machine: {text}"
 
 
-def test_there_are_notebooks():
-    assert len(sources()) >= 1
+def test_every_source_has_a_notebook():
     assert {p.stem for p in sources()} == {p.stem for p in sources()[0].parent.glob("*.ipynb")}
 
 
 @EACH
-def test_the_committed_notebook_is_that_of_its_source(source):
+def test_notebook_matches_its_source(source):
     notebook, wanted = written(source), read_source(source)
     assert notebook.metadata == wanted.metadata
     parts = ("id", "cell_type", "source", "metadata")
     for cell, right in zip(notebook.cells, wanted.cells, strict=True):
         same = all(cell[part] == right[part] for part in parts)
-        assert same, f"{source.stem}, {cell.id} is not what its source says: make notebooks"
+        assert same, f"{source.stem}, {cell.id} differs from its source: make notebooks"
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
     check_outputs(notebook)
 
 
 @EACH
-def test_it_runs_on_a_clean_kernel(source, tmp_path, cache, monkeypatch):
+def test_notebook_runs_on_a_clean_kernel(source, tmp_path, cache, monkeypatch):
     monkeypatch.setenv("QLORA_CACHE", str(cache))
     notebook = run(read_source(source), tmp_path)
     check_outputs(notebook)

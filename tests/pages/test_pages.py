@@ -1,7 +1,7 @@
-"""The pages people read: their commands and Python run, their links lead somewhere.
+"""README.md, CONTRIBUTING.md and docs/: their commands and Python blocks run, their links resolve.
 
-Everything is run in this process, on tiny models, in a copy of a folder that has what the pages
-speak of. What is put in place of what is in the tables below, and nowhere else.
+Everything runs in this process, on tiny models, in a copy of a folder with the files that the pages
+name. The tables below hold every substitution.
 """
 
 import importlib.util
@@ -27,52 +27,52 @@ from qlora import UserError
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# ------------------------------------------------------------------------- what stands for what
+# ---- substitutions
 
-INSTEAD = {  # what a page says, and the tiny one that is run
+INSTEAD = {  # a name on a page -> the tiny one that is used
     "Qwen/Qwen2.5-7B-Instruct": "base",
     "answerdotai/ModernBERT-base": "encoder",
     "path-or-hub-name": "base",
     "BASE": "base",
 }
-ALSO = {  # a part of a command, and what is added to it so that it takes seconds
+ALSO = {  # part of a command -> flags added to it, so that it takes seconds
     "train.py": "--max-steps 2 --max-length 128 --compute-dtype fp32",
     "--config configs/": "--model base",
     "-m qlora.chat": "--max-new-tokens 4",
     "-m qlora.evaluate": "--max-new-tokens 4",
 }
-NOT_RUN = {  # how a command begins, and why it cannot run here
-    "make": "minutes, or the whole of a check: what it would run is asked of make",
-    "pip install": "changes the environment: that what it names is known is looked up",
+NOT_RUN = {  # start of a command -> why it is not run
+    "make": "minutes, or the whole of a check: make --dry-run instead",
+    "pip install": "changes the environment: its packages are looked up",
     "python3 -m venv": "changes the environment",
     ". .venv": "changes the environment",
     "python -m demo": "minutes: `make demo`",
     "python -m pytest": "is running already: the files it names are looked up",
-    "python benchmarks/": "minutes to hours: that it takes these flags is looked up",
-    "python docs/api.py": "tests/end_to_end/test_api_pages.py does it",
-    "vllm serve": "another program, which wants a GPU",
+    "python benchmarks/": "minutes to hours: its flags are looked up",
+    "python docs/api.py": "tests/pages/test_api_pages.py runs it",
+    "vllm serve": "another program, needs a GPU",
     "python convert_hf_to_gguf.py": "another program, llama.cpp",
     "llama-quantize": "another program, llama.cpp",
     "llama-cli": "another program, llama.cpp",
     "ollama": "another program",
-    "hf": "wants an account",
-    "nvidia-smi": "wants a GPU",
+    "hf": "needs an account",
+    "nvidia-smi": "needs a GPU",
 }
-FOREIGN = {  # flags that are not ours
+FOREIGN = {  # flags of other programs
     "--extra-index-url": "pip",
     "--max-lora-rank": "vLLM",
 }
-WANTS_A_GPU = {"offload_activations()": "wants a CUDA GPU"}  # Python, and what it says without one
+NEEDS_A_GPU = {"offload_activations()": "GPU"}  # Python -> a word of its error without a GPU
 PROGRAMS = ("train.py", "merge_dequant.py", "benchmarks/step.py", "-m qlora.portable",
             "-m qlora.chat", "-m qlora.evaluate", "-m qlora.report")  # fmt: skip
-SAID = "What is the capital of France?\n"  # to a program that listens
+TYPED = "What is the capital of France?\n"  # on standard input
 
 
-# ------------------------------------------------------------------------- what is on a page
+# ---- the parts of a page
 
 
 def tokens(page: Path) -> Iterator[Token]:
-    """All of a page, what is inside of a line as well."""
+    """All tokens of a page, inline ones included."""
     for token in MarkdownIt("commonmark").enable("table").parse(page.read_text("utf-8")):
         yield token
         yield from token.children or ()
@@ -87,8 +87,8 @@ def spans(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """What a reader could type: lines of blocks without a language, and such spans in the text."""
-    typed = [re.sub(r" \\\n +", " ", block) for block in blocks(page, "")]  # a line that goes on
+    """Lines of blocks without a language, and spans that begin like a command."""
+    typed = [re.sub(r" \\\n +", " ", block) for block in blocks(page, "")]  # continued lines
     lines = [line for block in typed for line in block.splitlines()]
     starts = tuple({name.split()[0] + " " for name in (*NOT_RUN, "python ")})
     lines += [span for span in spans(page) if span.startswith(starts)]
@@ -112,7 +112,7 @@ def links(page: Path) -> list[str]:
 
 
 def of_all_pages(what) -> list:
-    """(page, one) for each thing that `what` finds on them, with an id to tell them by."""
+    """(page, item) for each item that `what` finds on a page."""
     return [
         pytest.param(page, one, id=f"{page.name}: {one}")
         for page in PAGES
@@ -121,7 +121,7 @@ def of_all_pages(what) -> list:
 
 
 def all_commands(*, run: bool) -> list:
-    """(page, command) of those that are run, or of those that are not, each on its first page."""
+    """(page, command) of the commands that are run, or are not, each on its first page."""
     found = {param.values[1]: param for param in reversed(of_all_pages(commands))}
     return [
         param for command, param in reversed(found.items()) if (why_not(command) is None) == run
@@ -129,16 +129,16 @@ def all_commands(*, run: bool) -> list:
 
 
 def why_not(command: str) -> str | None:
-    """How it begins, if it is one that is not run."""
+    """The entry of NOT_RUN for this command, if any."""
     return next((start for start in NOT_RUN if f"{command} ".startswith(start)), None)
 
 
-# ------------------------------------------------------------------------- the reader's folder
+# ---- the reader's folder
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with all that the pages speak of: models, data, recipes, and what they made."""
+    """A folder with all files that the pages name: models, data, recipes, and outputs."""
     folder = tmp_path_factory.mktemp("world")
     for name, family in {"base": "llama", "encoder": "modernbert"}.items():
         tiny_model(family).save_pretrained(folder / name)
@@ -162,7 +162,7 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(world, tmp_path, monkeypatch) -> Path:
-    """A copy of that folder, to work in."""
+    """A copy of that folder as the working directory."""
     shutil.copytree(world, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -175,29 +175,29 @@ def instead(text: str) -> str:
 
 
 def run(command: str, patch: pytest.MonkeyPatch) -> None:
-    """What a command does, in this process; an exit code above 0 is an error."""
+    """Run a command in this process; an exit code above 0 is an error."""
     words = shlex.split(instead(command))
     words += [word for part, more in ALSO.items() if part in command for word in more.split()]
-    if "--output-dir" in words and "--resume" not in words:  # the page's earlier commands made it
+    if "--output-dir" in words and "--resume" not in words:  # an earlier command wrote it
         shutil.rmtree(words[words.index("--output-dir") + 1], ignore_errors=True)
     assert words[0] == "python", f"neither run nor in NOT_RUN: {command}"
     patch.syspath_prepend(str(ROOT))
     patch.setattr(sys, "argv", words[2:] if words[1].startswith("-") else words[1:])
-    patch.setattr(sys, "stdin", io.StringIO(SAID))
+    patch.setattr(sys, "stdin", io.StringIO(TYPED))
     try:
         if words[1] == "-c":
             exec(words[2], {})
         elif words[1] == "-m":
-            room = importlib.util.find_spec(words[2])
-            assert room and room.origin, f"there is no {words[2]}"
-            runpy.run_path(room.origin, run_name="__main__")
+            module = importlib.util.find_spec(words[2])
+            assert module and module.origin, f"no module {words[2]}"
+            runpy.run_path(module.origin, run_name="__main__")
         else:
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
     except SystemExit as stop:
         assert not stop.code, f"{command}: exit code {stop.code}"
 
 
-# ------------------------------------------------------------------------- the tests
+# ---- the tests
 
 
 @pytest.mark.parametrize("page, command", all_commands(run=True))
@@ -206,9 +206,9 @@ def test_command_runs(page, command, here, monkeypatch):
 
 
 @pytest.mark.parametrize("page, command", all_commands(run=False))
-def test_what_cannot_run_here_names_what_is_there(page, command, world, monkeypatch, capsys):
+def test_files_and_flags_of_other_commands_exist(page, command, world, monkeypatch, capsys):
     words = shlex.split(command)
-    for word in words:  # an output of an earlier command, or a file of the project
+    for word in words:  # the output of an earlier command, or a file of the project
         if re.match(r"out/", word):
             assert (world / word).exists(), f"no command makes {word}"
         if re.match(r"(benchmarks|tests|docs|demo)/", word):
@@ -265,17 +265,17 @@ def known_flags() -> set[str]:
 
 
 @pytest.mark.parametrize("page, flag", of_all_pages(flags))
-def test_flag_is_one(page, flag, known_flags):
+def test_flag_exists(page, flag, known_flags):
     assert flag in known_flags or flag == "--trainer"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")],
                          ids=lambda page: page.name)  # fmt: skip
 def test_python_runs(page, here):
-    """The blocks of a page one after the other, as a reader would paste them."""
+    """The blocks of a page, one after the other."""
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
-        said = [line for code, line in WANTS_A_GPU.items() if code in block]
+        said = [line for code, line in NEEDS_A_GPU.items() if code in block]
         if said and not torch.cuda.is_available():
             with pytest.raises(UserError, match=said[0]):
                 exec(instead(block), names)
@@ -284,14 +284,14 @@ def test_python_runs(page, here):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_are_of_a_kind_that_is_tried(page):
+def test_blocks_have_a_tested_language(page):
     assert {t.info for t in tokens(page) if t.type == "fence"} <= {"", "python", "json"}
     for block in blocks(page, "json"):
         assert all(json.loads(line) for line in block.splitlines())
 
 
 @pytest.mark.parametrize("page, link", of_all_pages(links))
-def test_link_leads_somewhere(page, link):
+def test_link_resolves(page, link):
     path, _, anchor = link.partition("#")
     target = (page.parent / path).resolve() if path else page
     assert target.is_relative_to(ROOT) and target.exists(), f"{link}: no such file"
@@ -299,14 +299,14 @@ def test_link_leads_somewhere(page, link):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_that_are_named_are_there(page):
+def test_named_files_exist(page):
     ours = re.compile(r"(qlora|tests|benchmarks|configs|demo|docs)/[\w./-]+")
     named = [span for span in spans(page) if ours.fullmatch(span)]
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
-def test_messages_are_what_the_code_says():
-    """What stands in “” is a part of an error message."""
+def test_quoted_messages_are_in_the_code():
+    """A quotation in “” is a part of an error message."""
     sources = "".join(path.read_text("utf-8") for path in (ROOT / "qlora").rglob("*.py"))
     said = re.sub(r'"\n +f?"', "", sources)
     quoted = re.findall("“(.+?)”", (ROOT / "README.md").read_text("utf-8"))
@@ -314,7 +314,7 @@ def test_messages_are_what_the_code_says():
     assert not [words for words in quoted if words not in said]
 
 
-def test_names_in_contributing_are_in_the_code():
+def test_names_in_contributing_exist():
     files = [path for top in ("qlora", "tests") for path in (ROOT / top).rglob("*.py")]
     code = "".join(path.read_text("utf-8") for path in files if path != Path(__file__))
     _, steps = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("## To add", 1)
@@ -323,12 +323,13 @@ def test_names_in_contributing_are_in_the_code():
     assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
 
 
-def test_every_room_of_the_house_has_its_place():
-    rooms = {p.stem for p in (ROOT / "qlora").iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert not {room for room in rooms if room[0] != "_"} - set(spans(ROOT / "CONTRIBUTING.md"))
+def test_contributing_lists_every_package():
+    packages = {path.parent.name for path in (ROOT / "qlora").glob("*/__init__.py")}
+    named = {span.strip("/").removeprefix("qlora/") for span in spans(ROOT / "CONTRIBUTING.md")}
+    assert not packages - named
 
 
-def test_every_page_is_one_click_from_the_readme():
+def test_readme_links_to_every_page():
     assert {page.resolve() for page in PAGES[1:]} <= {
         (ROOT / link.partition("#")[0]).resolve() for link in links(PAGES[0])
     }
