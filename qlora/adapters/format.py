@@ -1,15 +1,18 @@
-"""Read an adapter's files: strictly, and whatever PEFT's LoRA can put into them.
+"""PEFT's adapter format: its config keys, and reading the two files strictly.
 
-Every missing, unexpected, misshapen or non-finite tensor is named, all at once (PEFT warns or stays
-silent), and a config that asks for what is not understood is refused by name. Pickled adapters
-(adapter_model.bin) are not opened. `adapter_tensors` says what the tensors are.
+`KEYS` says of each key of adapter_config.json how it is read and written; a config that sets any
+other key is refused by name. Of the tensors every missing, unexpected, misshapen or non-finite one
+is named, all at once, where PEFT warns or stays silent (qlora.adapters.tensors). Pickled adapters
+(adapter_model.bin) are not opened.
+
+`combine` makes one adapter of several, whose change is the weighted sum of theirs.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.utils import unpack_tensor_to_dict
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from qlora.adapters.lora import Factors
 from qlora.adapters.targets import matches
-from qlora.adapters.tensors import PREFIX, Contents, sort_out
+from qlora.adapters.tensors import PREFIX, Contents, sort_tensors
 from qlora.base.checkpoint import Checkpoint
 from qlora.config import LoraConfig, QuantConfig
 from qlora.config.lora import INITS
@@ -27,95 +30,175 @@ from qlora.errors import UserError
 from qlora.files import read_json
 from qlora.ops import nf4
 
-DORA = "DoRA's magnitudes"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Inits that change the base weights, so that the adapter is right only over the changed base.
 REBASING_INITS = tuple(name for name, init in INITS.items() if init.changes_base)
-# Keys of PEFT's config that are read here, or that change nothing about what was saved. Any other
-# that is set asks for what is not there.
-UNDERSTOOD = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_bias",
-    "lora_dropout",
-    "megatron_core",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "target_modules",
-    "target_parameters",
-    "task_type",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
+
+# ---- the keys of adapter_config.json ----
+
+
+class Key(NamedTuple):
+    """A key that is understood: read, or without effect on what was saved."""
+
+    default: Any = None
+    """what PEFT takes where the key is absent"""
+    read: Callable[[Any], Any] | None = None
+    """the value in the file -> the field of our LoraConfig that has the key's name"""
+    write: Callable[[Any], Any] | None = None
+    """that field -> the value in the file; None where the model says it, or it is not written"""
+    portable: bool = False
+    """whether a portable adapter has the default: A, B and target_modules say the same"""
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _always(value: Any) -> Callable[[Any], Any]:
+    return lambda _: value
+
+
+def _mapping(value: Any) -> Any:
+    return value or {}
+
+
+def _names(value: Any) -> Any:
+    """A list of names as a tuple; a regular expression stays a string."""
+    return value if isinstance(value, str) else tuple(value or ())
+
+
+def _list(names: Any) -> Any:
+    return list(names) or None
+
+
+def _token_ids(value: Any) -> Any:
+    """Ids, or ids by embedding."""
+    if isinstance(value, dict):
+        return {name: tuple(ids) for name, ids in value.items()}
+    return tuple(value or ())
+
+
+def _token_lists(ids: Any) -> Any:
+    lists = list(ids) if isinstance(ids, tuple) else {name: list(i) for name, i in ids.items()}
+    return lists or None
+
+
+KEYS: dict[str, Key] = {
+    "alpha_pattern": Key({}, _mapping, dict, portable=True),
+    "auto_mapping": Key(),
+    "base_model_name_or_path": Key(),
+    "bias": Key("none", _same, _same, portable=True),
+    "ensure_weight_tying": Key(),
+    "eva_config": Key(portable=True),
+    "exclude_modules": Key(portable=True),
+    "fan_in_fan_out": Key(False),
+    "inference_mode": Key(write=_always(True)),
+    "init_lora_weights": Key(True, write=_always(True), portable=True),
+    "layers_pattern": Key(write=_always(None), portable=True),
+    "layers_to_transform": Key(write=_always(None), portable=True),
+    "lora_alpha": Key(8, _same, _same),
+    "lora_bias": Key(False, bool, _same),
+    "lora_dropout": Key(0.0, _same, _same),
+    "megatron_core": Key(),
+    "modules_to_save": Key(None, _names, _list, portable=True),
+    "peft_type": Key(write=_always("LORA")),
+    "peft_version": Key(),
+    "qalora_group_size": Key(),
+    "r": Key(8, _same, _same),
+    "rank_pattern": Key({}, _mapping, dict, portable=True),
+    "revision": Key(),
+    "target_modules": Key(None, _names),
+    "target_parameters": Key(None, _names, _list),
+    "task_type": Key(None, _same),
+    "trainable_token_indices": Key(None, _token_ids, _token_lists, portable=True),
+    "use_dora": Key(False, bool, _same),
+    "use_rslora": Key(False, bool, _same, portable=True),
 }
+# They choose among the layers that target_modules matches.
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter as read: tensors as stored, under the model's own names."""
+def peft_values(config: LoraConfig, **of_model: Any) -> dict[str, Any]:
+    """adapter_config.json for `config`; `of_model` are the keys that depend on the model."""
+    values = {k: key.write(getattr(config, k, None)) for k, key in KEYS.items() if key.write}
+    return dict(sorted((values | of_model).items()))
+
+
+def require_understood(values: Mapping[str, Any], folder: Path) -> None:
+    """Raise if a config asks for what is not supported."""
+    init = values.get("init_lora_weights", True)
+    unsupported = [f"{k}={value!r}" for k, value in values.items() if value and k not in KEYS]
+    if isinstance(init, str) and init.startswith(REBASING_INITS):
+        unsupported.append(
+            f"init_lora_weights={init!r} (it changes the base weights; PEFT saves it as a plain "
+            "adapter with path_initial_model_for_weight_conversion)"
+        )
+    if unsupported:
+        raise UserError(
+            f"{folder / CONFIG} asks for what is not supported: {', '.join(unsupported)}. "
+            "Wanted a LoRA adapter without it"
+        )
+
+
+def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
+    fields = {k: key.read(values.get(k, key.default)) for k, key in KEYS.items() if key.read}
+    if not (fields["target_modules"] or fields["target_parameters"]):
+        fields["target_modules"] = "all-linear"
+    try:
+        return LoraConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+
+
+def _all_targets(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """target_modules, if it is a list and no other key narrows it down."""
+    targets = values.get("target_modules")
+    if not isinstance(targets, list) or any(values.get(k) for k in (*NARROWING, "eva_config")):
+        return ()
+    return tuple(targets)
+
+
+# ---- an adapter as read ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile(Contents):
+    """An adapter as read: its contents, with the tensors as stored, and what its base was."""
 
     folder: Path
     config: LoraConfig
-    pairs: dict[str, Factors]
-    """of each adapted module: a linear layer, or an embedding as one from vocab to dim"""
     base_model: str | None
-    embeddings: frozenset[str] = frozenset()
-    """those of `pairs` that are embeddings"""
-    full_params: dict[str, Tensor] = field(default_factory=dict)
-    """parameters trained in full"""
-    lora_biases: dict[str, Tensor] = field(default_factory=dict)
-    """B's own biases (out,)"""
-    parameters: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """of modules that are no layer: A (E * r, in) and B (out, r * E) of some of their parameters"""
-    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """of an embedding: ids (n,) and the rows (n, dim) that take their place"""
-    fan_in_fan_out: bool = False
     revision: str | None = None
+    fan_in_fan_out: bool = False
     targets: tuple[str, ...] = ()
-    """endings of the names of all layers that have A and B, where the config says it so"""
+    """suffixes of the names of all layers with A and B, where the config lists them"""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """all of the above as they stand in the file"""
+    """the contents by their names in the file"""
     subtracted: dict[str, Factors] = field(default_factory=dict)
-    """what each layer's base was quantized without (qlora.adapters.rebase); its pair undoes that
-    in the ranks behind those that were trained. Empty for a base as it was"""
+    """what each layer's base was quantized without (qlora.adapters.rebase), which the ranks behind
+    the trained ones of its pair undo; empty for an unchanged base"""
     base: dict[str, Any] = field(default_factory=dict)
-    """How its base was quantized, and the base's fingerprint; empty for adapters of others."""
+    """the base's fingerprint and how it was quantized; empty for adapters of other programs"""
 
     @property
     def task(self) -> str:
-        """What its base was loaded for; as PEFT's task_type says, where the file does not."""
+        """The task its base was loaded for, else that of PEFT's task_type."""
         return self.base.get("task") or task_typed(self.config.task_type)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of a classifier's labels; none where the file does not say."""
+        """The names of a classifier's labels; empty where the file does not say."""
         return tuple(self.base.get("labels") or ())
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether training left its tokenizer beside it."""
+        """Whether training saved its tokenizer with it."""
         return (self.folder / "tokenizer_config.json").is_file()
 
     @property
     def knows_quantization(self) -> bool:
-        """Whether the file says how its base was quantized; PEFT's do not, nor ours of a model that
-        was 16-bit."""
+        """Whether the file says how its base was quantized; PEFT's files do not, nor ours over a
+        16-bit model."""
         return "quant_type" in self.base
 
     @property
@@ -123,53 +206,45 @@ class AdapterFile:
         """How the base was quantized in training; QLoRA's defaults where the file does not say."""
         if not self.knows_quantization:
             return QuantConfig()
-        return QuantConfig(
-            quant_type=self.base["quant_type"],
-            blocksize=self.base["blocksize"],
-            double_quant=self.base["double_quant"],
-            compute_dtype=self.base["compute_dtype"],
-            skip_modules=tuple(self.base["skip_modules"]),
-        )
-
-    def missing(self, layers: Iterable[str]) -> list[str]:
-        """What is wrong: those of a base's layers that the config means and the files lack."""
-        there = {
-            *self.pairs,
-            *self.parameters,
-            *(name.rpartition(".")[0] for name in self.full_params),
-        }
-        return [
-            f"{name} is in target_modules, and the files have no A and B for it"
-            for name in layers
-            if name not in there and any(matches(name, t, is_regex=False) for t in self.targets)
-        ]
+        names = ("quant_type", "blocksize", "double_quant", "compute_dtype")
+        skip_modules = tuple(self.base["skip_modules"])
+        return QuantConfig(**{name: self.base[name] for name in names}, skip_modules=skip_modules)
 
     @property
     def bias_changes(self) -> dict[str, Tensor]:
         """What is added to a module's bias (out,), in fp32."""
         return {m: self.pairs[m].scaling * bias.float() for m, bias in self.lora_biases.items()}
 
-    def parts(self, embedding: str | None, head: str | None) -> bool:
-        """Whether an embedding and an output head that were one are two with this adapter."""
-        if any(m in self.pairs for m in (embedding, head)):
-            return True
-        own = [self.full_params.get(f"{m}.weight") for m in (embedding, head)]
-        if own[0] is None or own[1] is None:
-            return own[0] is not own[1]
-        return not torch.equal(own[0], own[1])
-
     @property
     def extras(self) -> list[str]:
-        """What it holds beside A and B of linear layers, in words."""
-        found = {
-            DORA: any(f.magnitude is not None for f in self.pairs.values()),
-            "embeddings": bool(self.embeddings),
-            "parameters trained in full": bool(self.full_params),
-            "biases": bool(self.lora_biases),
-            "parameters of modules that are no layer": bool(self.parameters),
-            "trained token rows": bool(self.rows),
+        """What it holds beside A and B of layers, in words."""
+        kinds = {
+            "DoRA's magnitudes": any(f.magnitude is not None for f in self.pairs.values()),
+            "parameters trained in full": self.full_params,
+            "biases": self.lora_biases,
+            "parameters of modules that are no layer": self.parameters,
+            "trained token rows": self.rows,
         }
-        return [name for name, is_there in found.items() if is_there]
+        return [kind for kind, held in kinds.items() if held]
+
+    def missing(self, layers: Iterable[str]) -> list[str]:
+        """Faults: those of a base's `layers` that the config targets and the files lack."""
+        in_full = {name.rpartition(".")[0] for name in self.full_params}
+        known = {*self.pairs, *self.parameters, *in_full}
+        return [
+            f"{name} is in target_modules, and the files have no A and B for it"
+            for name in layers
+            if name not in known and any(matches(name, t, is_regex=False) for t in self.targets)
+        ]
+
+    def unties(self, embedding: str | None, head: str | None) -> bool:
+        """Whether it changes a tied embedding and output head differently."""
+        if any(module in self.pairs for module in (embedding, head)):
+            return True
+        ours, theirs = (self.full_params.get(f"{module}.weight") for module in (embedding, head))
+        if ours is None or theirs is None:
+            return ours is not theirs
+        return not torch.equal(ours, theirs)
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:
@@ -185,43 +260,25 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     tensors, metadata = _read_tensors(folder)
     config, contents = contents_of(values, tensors, folder)
     base = _read_base_record(metadata, folder)
-    taken = _taken(base.pop("rebased", {}), contents.pairs, folder)
     return AdapterFile(
+        **vars(contents),
         folder=folder,
         config=config,
         base_model=values.get("base_model_name_or_path"),
-        **contents._asdict(),
         revision=values.get("revision"),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
         targets=_all_targets(values),
         tensors=tensors,
-        subtracted=taken,
+        subtracted=_subtracted(base.pop("rebased", {}), contents.pairs, folder),
         base=base,
     )
 
 
-def without_rebase(adapter: AdapterFile) -> AdapterFile:
-    """The adapter that goes with a base changed for it, of half the ranks; any other as it is."""
-    if not adapter.subtracted:
-        return adapter
-    pairs, tensors = dict(adapter.pairs), dict(adapter.tensors)
-    for name, taken in adapter.subtracted.items():
-        r, pair = len(taken.lora_A), adapter.pairs[name]
-        pairs[name] = Factors(pair.lora_A[:r], pair.lora_B[:, :r], pair.scaling)
-        for side, half in zip("AB", pairs[name][:2], strict=True):
-            tensors[f"{PREFIX}{name}.lora_{side}.weight"] = half
-    ranks = {name: len(taken.lora_A) for name, taken in adapter.subtracted.items()}
-    config = adapter.config.with_ranks(0.5)
-    if any(config.of(name).r != r for name, r in ranks.items()):  # a portable one was padded
-        config = config.with_ranks_of(ranks)
-    return replace(adapter, pairs=pairs, tensors=tensors, config=config)
-
-
 def read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """An adapter's config, its tensors and their metadata, as they are in its two files.
+    """An adapter's config, its tensors and their metadata, as stored.
 
     Raises:
-        UserError: a file is missing or damaged, or is of no LoRA adapter.
+        UserError: a file is missing or damaged, or belongs to no LoRA adapter.
     """
     folder = Path(folder).expanduser()
     return _read_config(folder), *_read_tensors(folder)
@@ -230,28 +287,17 @@ def read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], d
 def contents_of(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[LoraConfig, Contents]:
-    """What the tensors are, after the config.
+    """The config in our form, and what the tensors are.
 
     Raises:
-        UserError: they do not go together, or a value is out of its range; all offenders are named.
+        UserError: the two contradict each other, or a value is out of range; all are named.
     """
     config = _lora_config(values, folder)
-    contents, faults = sort_out(tensors, values, config)
+    contents, faults = sort_tensors(tensors, values, config)
     raise_faults(
         f"{folder / WEIGHTS}", faults, mend="Save the adapter again, or take an earlier checkpoint"
     )
     return config, contents
-
-
-def require_same_base(adapter: AdapterFile, fingerprint: str | None, what: str) -> None:
-    """Refuse a base whose fingerprint is not the one the adapter remembers, if both are known."""
-    wanted = adapter.base.get("fingerprint")
-    if wanted and fingerprint and wanted != fingerprint:
-        raise UserError(
-            f"adapter {adapter.folder} belongs to another base: it was trained on "
-            f"{adapter.base_model} (fingerprint {wanted[:12]}), {what} is {fingerprint[:12]}. "
-            "Give the base it was trained on"
-        )
 
 
 def raise_faults(what: str, faults: Iterable[str], *, mend: str) -> None:
@@ -262,9 +308,6 @@ def raise_faults(what: str, faults: Iterable[str], *, mend: str) -> None:
         raise UserError(f"{what}: {'; '.join(faults[:8])}{more}. {mend}")
 
 
-# ---- the config ----
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         what = "does not exist" if not folder.is_dir() else f"holds no {CONFIG}"
@@ -273,79 +316,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "as train.py wrote it"
         )
     values = read_json(folder / CONFIG, mend="Save the adapter again")
-    if values.get("peft_type") != "LORA":
-        kind = values.get("peft_type")
+    if (kind := values.get("peft_type")) != "LORA":
         raise UserError(f"{folder / CONFIG} is no LoRA adapter: peft_type is {kind!r}, wanted LORA")
     return values
-
-
-def require_understood(values: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a config that asks for what is not there."""
-    init = values.get("init_lora_weights", True)
-    unsupported = [f"{k}={v!r}" for k, v in values.items() if v and k not in UNDERSTOOD]
-    if isinstance(init, str) and init.startswith(REBASING_INITS):
-        unsupported.append(
-            f"init_lora_weights={init!r} (it changes the base weights; PEFT saves it as a plain "
-            "adapter with path_initial_model_for_weight_conversion)"
-        )
-    if unsupported:
-        raise UserError(
-            f"{folder / CONFIG} asks for what is not there yet: {', '.join(unsupported)}. "
-            "Wanted a LoRA adapter without it"
-        )
-
-
-def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
-    targets = values.get("target_modules")
-    if not targets:
-        targets = () if values.get("target_parameters") else "all-linear"
-    try:
-        return LoraConfig(
-            r=values.get("r", 8),  # PEFT's own defaults
-            lora_alpha=values.get("lora_alpha", 8),
-            lora_dropout=values.get("lora_dropout", 0.0),
-            target_modules=targets if isinstance(targets, str) else tuple(targets),
-            rank_pattern=values.get("rank_pattern") or {},
-            alpha_pattern=values.get("alpha_pattern") or {},
-            use_rslora=bool(values.get("use_rslora")),
-            use_dora=bool(values.get("use_dora")),
-            target_parameters=tuple(values.get("target_parameters") or ()),
-            modules_to_save=tuple(values.get("modules_to_save") or ()),
-            trainable_token_indices=_token_ids(values.get("trainable_token_indices")),
-            bias=values.get("bias", "none"),
-            lora_bias=bool(values.get("lora_bias")),
-            task_type=values.get("task_type"),
-        )
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from error
-
-
-def _all_targets(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """target_modules, if it is a list that nothing narrows."""
-    narrower = ("exclude_modules", "layers_to_transform", "eva_config")
-    targets = values.get("target_modules")
-    if not isinstance(targets, list) or any(values.get(name) for name in narrower):
-        return ()
-    return tuple(targets)
-
-
-def _token_ids(given: Any) -> Any:
-    if isinstance(given, dict):
-        return {name: tuple(ids) for name, ids in given.items()}
-    return tuple(given or ())
-
-
-# ---- the tensors ----
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = " (adapter_model.bin is a pickle and is not opened: save it as safetensors)"
-        raise UserError(
-            f"{folder} holds no {WEIGHTS}"
-            f"{pickled if (folder / 'adapter_model.bin').exists() else ''}"
-        )
+        has_pickle = (folder / "adapter_model.bin").exists()
+        raise UserError(f"{folder} holds no {WEIGHTS}{pickled if has_pickle else ''}")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -354,10 +335,20 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
 
-def _taken(
+def _read_base_record(metadata: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(metadata.get("qlora", "{}")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / WEIGHTS}: its qlora metadata is no JSON object") from error
+
+
+# ---- an adapter over a base that was changed for it ----
+
+
+def _subtracted(
     ranks: Mapping[str, int], pairs: Mapping[str, Factors], folder: Path
 ) -> dict[str, Factors]:
-    """What as many ranks, behind those of the trained part, undo in each layer."""
+    """A' and B' of each layer: of a pair, A over A' and B beside -B', the second r ranks."""
     faults = [
         f"{name} has no {2 * r} ranks, and its metadata says that {r} of them undo {r}"
         for name, r in ranks.items()
@@ -365,18 +356,43 @@ def _taken(
     ]
     faults += [f"{name} is not in its metadata" for name in pairs if ranks and name not in ranks]
     raise_faults(f"{folder / WEIGHTS}", faults, mend="Save the adapter again")
-    found = {}
+    return {
+        name: Factors(
+            pairs[name].lora_A[r : 2 * r], -pairs[name].lora_B[:, r : 2 * r], pairs[name].scaling
+        )
+        for name, r in ranks.items()
+    }
+
+
+def without_rebase(adapter: AdapterFile) -> AdapterFile:
+    """The trained ranks alone, which belong over the changed base; any other adapter unchanged."""
+    if not adapter.subtracted:
+        return adapter
+    pairs, tensors = dict(adapter.pairs), dict(adapter.tensors)
+    ranks = {name: len(factors.lora_A) for name, factors in adapter.subtracted.items()}
     for name, r in ranks.items():
-        lora_A, lora_B, scaling = pairs[name][:3]
-        found[name] = Factors(lora_A[r : 2 * r], -lora_B[:, r : 2 * r], scaling)
-    return found
+        lora_A, lora_B, scaling, _ = pairs[name]
+        pairs[name] = Factors(lora_A[:r], lora_B[:, :r], scaling)
+        for side, trained in zip("AB", pairs[name][:2], strict=True):
+            tensors[f"{PREFIX}{name}.lora_{side}.weight"] = trained
+    config = adapter.config.with_ranks(0.5)
+    if any(config.of(name).r != r for name, r in ranks.items()):  # a portable one was padded
+        config = config.with_ranks_of(ranks)
+    return replace(adapter, pairs=pairs, tensors=tensors, config=config)
 
 
-def _read_base_record(metadata: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(metadata.get("qlora", "{}")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / WEIGHTS}: its qlora metadata is no JSON object") from error
+# ---- whether it belongs to a base, or to other adapters ----
+
+
+def require_same_base(adapter: AdapterFile, fingerprint: str | None, what: str) -> None:
+    """Raise if a base's fingerprint is not the one the adapter has, where both are known."""
+    wanted = adapter.base.get("fingerprint")
+    if wanted and fingerprint and wanted != fingerprint:
+        raise UserError(
+            f"adapter {adapter.folder} belongs to another base: it was trained on "
+            f"{adapter.base_model} (fingerprint {wanted[:12]}), {what} is {fingerprint[:12]}. "
+            "Give the base it was trained on"
+        )
 
 
 def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:

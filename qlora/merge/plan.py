@@ -123,7 +123,7 @@ class _Planner:
         self.rounds = config.onto == "nf4" and not checkpoint.is_quantized
         """these go through their codes; those of a 4-bit base are as they were"""
         self.embedding, self.head = vocabulary(model)
-        self.parted = is_tied(model) and adapter.parts(self.embedding, self.head)
+        self.parted = is_tied(model) and adapter.unties(self.embedding, self.head)
         """the head was tied to the embedding, and is no longer"""
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         touched = sorted({*self.transposed, *adapter.rows}, key=lambda m: order.get(m, -1))

@@ -18,10 +18,10 @@ from qlora.adapters.files import (
     WEIGHTS,
     load_adapter,
     load_adapter_weights,
-    portable_targets,
     read_adapter,
     save_adapter,
     swap_adapter,
+    target_suffixes,
 )
 from qlora.adapters.fuse import merge_adapter
 from qlora.adapters.lora import lora_layers
@@ -306,7 +306,7 @@ def test_the_config_is_sorted_and_indented(adapter):
 )  # fmt: skip
 def test_targets_are_written_as_a_list_that_means_just_these_layers(targets, portable):
     model = apply_lora(tiny_model("llama"), LoraConfig(target_modules=targets))
-    assert portable_targets(model, list(lora_layers(model))) == portable
+    assert target_suffixes(model, list(lora_layers(model))) == portable
 
 
 def test_another_adapter_goes_into_a_sub_folder(tmp_path):
@@ -442,7 +442,7 @@ def test_many_faults_are_counted(copy):
         ({"modules_to_save": ["lm_head"]}, r"missing lm_head, which its config says"),
         ({"lora_bias": True}, r"missing .*q_proj.lora_B.bias"),
         ({"rank_pattern": {"q_proj": 2}}, r"q_proj.* has shape .*, its config says r=2"),
-        ({"layer_replication": [[0, 1]]}, r"not there yet: layer_replication=.*without it"),
+        ({"layer_replication": [[0, 1]]}, r"not supported: layer_replication=.*without it"),
         ({"trainable_token_indices": [1]}, "missing the rows of trainable_token_indices"),
         ({"arrow_config": {"x": 1}}, "arrow_config="),
         ({"use_qalora": True}, "use_qalora=True"),
