@@ -6,6 +6,7 @@
 - `shards`: write safetensors files as a stream
 """
 
-from qlora.base.checkpoint import Checkpoint as Checkpoint
-from qlora.base.checkpoint import resolve as resolve
-from qlora.base.load import load_base as load_base
+from qlora.base.checkpoint import Checkpoint, resolve
+from qlora.base.load import load_base
+
+__all__ = ["Checkpoint", "load_base", "resolve"]

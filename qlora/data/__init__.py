@@ -9,5 +9,6 @@
 - `generation`: prompts become answers
 """
 
-from qlora.data.rows import prepare_data as prepare_data
-from qlora.data.rows import prepare_tokenizer as prepare_tokenizer
+from qlora.data.rows import prepare_data, prepare_tokenizer
+
+__all__ = ["prepare_data", "prepare_tokenizer"]

@@ -6,5 +6,6 @@
 - `offload`: activations and the embedding in host memory
 """
 
-from qlora.fast.offload import offload_activations as offload_activations
-from qlora.fast.offload import offload_embedding as offload_embedding
+from qlora.fast.offload import offload_activations, offload_embedding
+
+__all__ = ["offload_activations", "offload_embedding"]

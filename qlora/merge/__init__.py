@@ -6,4 +6,6 @@
 - `measure`: how much of it the merged model kept
 """
 
-from qlora.merge.run import merge as merge
+from qlora.merge.run import merge
+
+__all__ = ["merge"]
