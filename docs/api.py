@@ -2,8 +2,8 @@
 
     python docs/api.py [FOLDER]     writes to build/docs by default; `make docs` runs it
 
-A page lists the public functions of a package, those in its `__all__`, or of a module of `ops`. A warning of pdoc, such
-as an annotation that it cannot evaluate, is an error.
+A page lists the public functions of a package (its `__all__`) or of a module of `ops`. A warning of
+pdoc, such as an annotation that it cannot evaluate, is an error.
 """
 
 import sys
@@ -14,7 +14,8 @@ import pdoc
 
 import qlora
 
-PACKAGES = ("config", "base", "adapters", "fast", "data", "training", "merge", "ops.nf4", "ops.loss")
+PACKAGES = ("config", "base", "adapters", "fast", "data", "training", "merge")
+MODULES = (*PACKAGES, "ops.nf4", "ops.loss")
 
 
 def write_pages(folder: Path) -> None:
@@ -24,7 +25,7 @@ def write_pages(folder: Path) -> None:
     pdoc.render.configure(docformat="google", show_source=False, include_undocumented=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        modules = [f"qlora.{package}" for package in PACKAGES]
+        modules = [f"qlora.{name}" for name in MODULES]
         pdoc.pdoc("qlora", *modules, output_directory=folder)
 
 
