@@ -11,7 +11,7 @@ from qlora.config import MergeConfig
 
 
 def main(config: MergeConfig) -> None:
-    """Merge, with torch imported only now: a mistake in the flags should not wait for it."""
+    """Merge, importing torch only now, so that errors in flags are reported at once."""
     from qlora.merge import merge
 
     merge(config)

@@ -12,7 +12,7 @@ from qlora.config import TrainConfig
 
 
 def main(config: TrainConfig) -> None:
-    """Train, with torch imported only now: a mistake in the flags should not wait for it."""
+    """Train, importing torch only now, so that errors in flags are reported at once."""
     from qlora.training import train
 
     train(config)

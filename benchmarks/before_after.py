@@ -3,8 +3,8 @@
     git worktree add ../before COMMIT
     python benchmarks/before_after.py ../before --dtype fp32 --rounds 9
 
-Each checkout runs its own benchmarks/step_runner.py in its own process, on the same model, batch and
-settings. The two take steps in turn, the other one first in every second round, so that a change of
+Each checkout runs its own benchmarks/step_runner.py in its own process, on the same model, batch
+and settings. The two alternate, the other one first in every second round, so that a change of
 the machine's speed affects both. Printed and recorded: the ratio of each pair of steps (median, min
 and max; above 1 is faster than before), and the memory that a step adds to the loaded model.
 """

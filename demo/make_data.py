@@ -1,19 +1,19 @@
-"""Write the demo's data: plain English requests and the commands a smart home could run.
+"""Write the demo's data: requests in plain English and the smart-home commands that answer them.
 
-The task is the heart of every voice assistant.  Somebody says
+The request
 
     Could you remind me to call the plumber on Friday at half past six in the evening?
 
-and a program needs
+becomes the command
 
     {"do": "remind", "what": "call the plumber", "when": "Friday 6:30 pm"}
 
-There are five kinds of request: reminders, table bookings, text messages, timers and lights.
-To answer, a model has to pick the right kind, copy names and phrases letter for letter, turn
+There are five kinds of requests: reminders, table bookings, text messages, timers and lights.
+A model has to choose the right kind, copy names and phrases letter for letter, turn
 number words into digits ("thirty five" -> 35) and spoken times into clock times ("quarter past
 eight in the evening" -> 8:15 pm).
 
-The test set cannot be passed by remembering the training set: every person, restaurant, chore,
+Memorizing the training set does not help on the test set: every person, restaurant, chore,
 message, dish and room in it is new.  `python make_data.py` writes `train.jsonl` and `test.jsonl`
 next to this file, and writes the same bytes each time.
 """

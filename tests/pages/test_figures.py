@@ -80,7 +80,7 @@ def test_memory_matches_the_notebook():
     assert len(sums) == 4
     for recipe, size in sums.items():
         assert re.search(rf"`configs/{recipe}` .*\| {size} \|", README)
-        assert f"By arithmetic {size} " in (ROOT / f"configs/{recipe}").read_text("utf-8")
+        assert f"Computed peak: {size} " in (ROOT / f"configs/{recipe}").read_text("utf-8")
 
 
 def test_picture_matches_the_records():
