@@ -22,7 +22,6 @@ materialize the logits.
 
 import math
 from collections.abc import Callable
-from functools import partial
 from types import EllipsisType
 from typing import Any, NamedTuple, TypeGuard
 
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qlora.adapters.wrappers import Wrapper, put_module
 from qlora.base.modules import is_quantized, is_watched, output_head, product_dtype, vocabulary
@@ -58,10 +57,16 @@ class LanguageHead(Wrapper):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., dim) -> (..., vocab)."""
         layer = self.base_layer
-        if torch.compiler.is_compiling() or not (is_untouched(layer) and _saves(hidden, layer)):
-            logits: Tensor = layer(hidden)
-            return logits
-        return lazy_logits(hidden, layer.weight, layer.bias)
+        is_lazy = (
+            not torch.compiler.is_compiling()
+            and not torch.is_inference_mode_enabled()
+            and is_untouched(layer)
+            and type(hidden) is Tensor
+            and product_dtype(hidden) == product_dtype(layer.weight)
+            and hidden.shape[:-1].numel() > chunk_rows(layer.weight)
+        )
+        logits: Tensor = lazy_logits(hidden, layer.weight, layer.bias) if is_lazy else layer(hidden)
+        return logits
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Of the wrapped head: transformers registers a weight that is tied to the embedding's."""
@@ -74,23 +79,13 @@ def is_untouched(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return type(layer) is nn.Linear and not is_watched(layer) and not is_trained
 
 
-def _saves(hidden: Tensor, layer: nn.Linear) -> bool:
-    """Whether there is more than a chunk of logits, of which a loss may be computed."""
-    return (
-        type(hidden) is Tensor
-        and product_dtype(hidden) == product_dtype(layer.weight)
-        and hidden.shape[:-1].numel() > chunk_rows(layer.weight)
-        and not torch.is_inference_mode_enabled()
-    )
-
-
 def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> "LazyLogits":
     """Logits (..., vocab) of hidden states (..., dim) and a frozen head (vocab, dim), (vocab,)."""
     if not torch.is_grad_enabled():
         hidden = hidden.detach()
     dtype = product_dtype(hidden)
     like = torch.empty((*hidden.shape[:-1], len(weight)), dtype=dtype, device="meta")
-    bias = None if bias is None else bias.detach()
+    bias = None if bias is None else bias.detach().to(dtype)
     return _lazy(like, _Recipe(weight.detach(), bias, dtype, hidden, rows=hidden))
 
 
@@ -112,24 +107,18 @@ class _Recipe(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """By the operations that were recorded."""
-        weight, bias = self._in_dtype()
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden.to(self.dtype), weight, bias)
+            logits = F.linear(hidden.to(self.dtype), self.weight.to(self.dtype), self.bias)
         for step in self.steps:
             logits = step(logits)
         return logits
 
     def loss(self, target: Tensor, **settings: Any) -> Tensor:
         """The sum over tokens, from the hidden states."""
-        weight, bias = self._in_dtype()
-        scale = self.a if self.c is None else self.a * self.c
-        return linear_cross_entropy(
-            self.rows, weight, target, bias=bias, scale=scale, softcap=self.c, **settings
-        )
-
-    def _in_dtype(self) -> tuple[Tensor, Tensor | None]:
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        return self.weight.to(self.dtype), bias
+        weight, softcap = self.weight.to(self.dtype), self.c
+        settings |= {"bias": self.bias, "softcap": softcap}
+        settings["scale"] = self.a if softcap is None else self.a * softcap
+        return linear_cross_entropy(self.rows, weight, target, **settings)
 
 
 class LazyLogits(Tensor):
@@ -140,16 +129,12 @@ class LazyLogits(Tensor):
     """a tensor of the same shape, dtype and strides on the meta device"""
     _source: "LazyLogits | None"
     """the logits that they are a view of, by the last step"""
-    _value: Tensor | None
-    """once materialized"""
-
-    @property
-    def is_materialized(self) -> bool:
-        return self._value is not None
+    value: Tensor | None
+    """the logits, once materialized"""
 
     def materialize(self) -> Tensor:
         """The logits as a plain tensor with the graph of `hidden`, computed in the first call."""
-        if self._value is None:
+        if self.value is None:
             with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
                 if self._source is None:
                     value = self._recipe.logits(self._recipe.hidden)
@@ -158,13 +143,13 @@ class LazyLogits(Tensor):
                 if self.requires_grad and not value.requires_grad:
                     # re-entrant checkpointing: no graph where they were recorded, one around it
                     value = _Materialize.apply(self)  # type: ignore[no-untyped-call]
-            self._value = value
-        return self._value
+            self.value = value
+        return self.value
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, lazy = kwargs or {}, args[0] if args else None
-        if isinstance(lazy, LazyLogits) and not lazy.is_materialized:
+        if isinstance(lazy, LazyLogits) and lazy.value is None:
             if func in METADATA:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
@@ -196,13 +181,13 @@ class LazyLogits(Tensor):
 
 def _lazy(like: Tensor, recipe: _Recipe, source: LazyLogits | None = None) -> LazyLogits:
     lazy: LazyLogits = _Lazy.apply(recipe.hidden, like, recipe)  # type: ignore[no-untyped-call]
-    lazy._recipe, lazy._like, lazy._source, lazy._value = recipe, like, source, None
+    lazy._recipe, lazy._like, lazy._source, lazy.value = recipe, like, source, None
     return lazy
 
 
 def _detached_value(logits: LazyLogits) -> Tensor:
-    if logits._value is not None:
-        return logits._value.detach()
+    if logits.value is not None:
+        return logits.value.detach()
     return logits._recipe.logits(logits._recipe.hidden.detach())
 
 
@@ -297,7 +282,7 @@ def _answer(logits: LazyLogits, func: Any, *args: Any, **kwargs: Any) -> Tensor 
         recipe = recipe._replace(c=1.0)
     elif func is Tensor.__getitem__ and _selects_rows(args[0], like.ndim):
         recipe = recipe._replace(rows=recipe.rows[args[0]])
-    elif func not in SHAPES or not all(isinstance(x, int | torch.dtype) for x in _flat(args)):
+    elif func not in SHAPES or not all(isinstance(x, int | torch.dtype) for x in tree_leaves(args)):
         return None
     after = func(like, *args)
     if after is like:
@@ -305,7 +290,7 @@ def _answer(logits: LazyLogits, func: Any, *args: Any, **kwargs: Any) -> Tensor 
     if after.shape[-1:] != like.shape[-1:] or after.dtype not in (like.dtype, torch.float32):
         return None
     rows = recipe.rows.reshape(*after.shape[:-1], -1)  # (..., dim)
-    recipe = recipe._replace(rows=rows, steps=(*recipe.steps, partial(_call, func, args)))
+    recipe = recipe._replace(rows=rows, steps=(*recipe.steps, lambda x: func(x, *args)))
     return _lazy(after, recipe, logits if after._is_view() else None)
 
 
@@ -316,12 +301,3 @@ def _selects_rows(key: Any, ndim: int) -> bool:
         return False
     reaches_vocab = Ellipsis in keys or len(keys) >= ndim
     return not reaches_vocab or keys[-1] == slice(None)
-
-
-def _flat(args: Any) -> list[Any]:
-    return [x for arg in args for x in (arg if isinstance(arg, tuple | list) else (arg,))]
-
-
-def _call(func: Any, args: Any, x: Tensor) -> Tensor:
-    result: Tensor = func(x, *args)
-    return result

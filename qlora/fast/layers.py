@@ -264,34 +264,23 @@ def _gated_mlp(module: nn.Module) -> MLPBlock | None:
     return None
 
 
-class _Slice(Wrapper):
-    """In a projection's place while its MLP is checked: a part of the input's features."""
-
-    def __init__(self, base_layer: nn.Module, part: slice) -> None:
-        super().__init__(base_layer)
-        self.part = part
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[..., self.part]
-
-
-def _computes(mlp: Any, names: Sequence[str], activation: str) -> bool:
+def _computes(mlp: Any, names: tuple[str, str, str], activation: str) -> bool:
     """Whether the forward pass of `mlp` is down(activation(gate(x)) * up(x)), also in training and
     where gate and up give large values: some clamp them, or drop out."""
-    gate = torch.linspace(-1, 1, 1024, device=next(mlp.parameters()).device)
-    x = torch.cat([gate, gate.roll(300)])[None, None]  # (1, 1, 2 * 1024)
-    gate_part, up_part = slice(1024), slice(1024, None)
-    twin = shallow_copy(mlp)
+    n = 1024
+    twin = shallow_copy(mlp)  # whose gate and up give one half of the features each
+    halves = lambda x: x[..., :n], lambda x: x[..., n:], lambda h: h
+    twin._modules.update(zip(names, halves, strict=True))  # type: ignore[arg-type]
     twin.training = True  # not train(), which is for the children too
-    for name, part in zip(names, (gate_part, up_part, slice(None)), strict=True):
-        twin._modules[name] = _Slice(mlp._modules[name], part)
+    gate = torch.linspace(-1, 1, n, device=next(mlp.parameters()).device)
+    x = torch.cat([gate, gate.roll(300)])[None, None]  # (1, 1, 2 n)
 
     def forward(x: Tensor) -> Tensor:
         y: Tensor = type(mlp).forward(twin, x)
         return y
 
     def function(x: Tensor) -> Tensor:
-        return gated_forward(x[..., gate_part], x[..., up_part], activation)
+        return gated_forward(x[..., :n], x[..., n:], activation)
 
     close = 8 * torch.finfo(torch.float32).eps  # some write their activation out
     try:

@@ -1,53 +1,43 @@
-"""The layer inputs that gradient checkpointing keeps, in pinned host memory until they are needed.
+"""Layer inputs that gradient checkpointing keeps, and the frozen embedding, in pinned host memory.
 
-Checkpointing keeps one tensor (tokens, dim) a layer: layers * tokens * dim * 2 bytes in bf16, 2 GiB
-for 8,192 tokens of Llama-3.1-8B, which is what grows with the length of rows. Here each is copied
-out while the GPU computes the next layers, and copied back while it does the layer above:
+`offload_activations`: checkpointing keeps one tensor (tokens, dim) per layer, 2 GiB in bf16 for
+8,192 tokens of Llama-3.1-8B, which is what grows with the length of rows. Each is copied out while
+the GPU computes the next layers, and back while it computes the layer above:
 
-    forward    x_i is saved; once `keep` newer ones are, its copy starts; one later it is let go
-    backward   x_i is handed out, and the copy of x_(i-1) starts
+    forward    x_i is saved; once `keep` newer ones are, its copy starts; one later x_i is released
+    backward   x_i is used, and the copy of x_(i-1) starts
 
-Saved-tensor hooks (torch.autograd.graph) are all it takes: a non-re-entrant checkpoint saves its
-positional tensors under the hooks around it, and what is inside of it under its own, so the hooks
-here see layer inputs, and of what follows the layers a few tensors that are newest and stay. Left
-where they are: parameters and other leaves (the graph holds them anyway: with a frozen embedding
-the first layer's input is one), views of them, what needs no gradient, is small or not contiguous.
+Saved-tensor hooks (torch.autograd.graph) are enough: a non-re-entrant checkpoint saves its inputs
+under the hooks around it and what is inside under its own, so that the hooks here get layer inputs,
+and after the last layer a few tensors that are the newest and stay. Left on the GPU: leaves and
+views of them, which the graph holds anyway (a frozen embedding's output is one), and tensors that
+are small, not contiguous, or without gradient.
 
-All copies of one `offload_activations` run in order on one stream of their own. It waits for the
-stream that computes before each copy, as the memory there may still be in use; and that stream
-waits for a copy before the tensor on the GPU is used or let go. So memory is let go in the order of
-the computation, and buffers can be used again at once: no record_stream, which would let memory
-grow while Python is ahead of the GPU. All state hangs on the graph, and goes with it.
+All copies run in order on one stream. It waits for the computing stream before each copy, as memory
+there may be in use; the computing stream waits for a copy before its tensor is used or released. So
+memory is released in the order of the computation and buffers are reused at once, without
+record_stream, which would let memory grow while Python is ahead of the GPU. All state belongs to
+the graph and is freed with it.
 
-What it costs: as much host memory, which cannot be swapped out. Time, none by arithmetic: a layer
-of P parameters does 2 P FLOP a token and moves 2 dim bytes, so a copy is hidden if P / dim is at
-least FLOP/s over bytes/s of the card; the tokens cancel. Llama-3.1-8B's P is 13 dim^2, and its dim
-4,096: 53,000 FLOP a byte. By data sheet a 4090 does 6,600 (165e12 / 25e9), a T4 5,400, an H200
-20,000. The backward pass computes twice as much for the same bytes. It is off by default, for long
-rows too, until a GPU has shown it: time of a step and peak with and without, for rows of 2k, 8k and
-32k tokens, and the time of the first step, which pins.
+Cost: as much host memory, which cannot be swapped out. No time, by arithmetic: a layer of P
+parameters computes 2 P FLOP per token and moves 2 dim bytes, so a copy is hidden if P / dim is at
+least FLOP/s over bytes/s of the card. For Llama-3.1-8B P / dim is 13 dim = 53,000; by data sheet a
+4090 needs 6,600 (165e12 / 25e9), a T4 5,400, an H200 20,000. Off by default until a GPU has shown
+it. Left out: several GPUs, and tensors inside checkpoints that keep more than their inputs.
 
-Left out: several GPUs, and tensors inside of checkpoints that keep more than their inputs.
-
-The frozen embedding in host memory, where the GPU reads the rows that it looks up.
-
-An embedding is the only weight of which a step needs a few rows: tokens * dim * 2 bytes of 0.98 GiB
-for Llama-3.1-8B. Pinned host memory has an address on the GPU too (CUDA's unified addressing), so
-the weight becomes a CUDA tensor whose bytes lie there, made through __cuda_array_interface__. The
-lookup's kernel then fetches its rows over PCIe: 64 MiB for 8,192 tokens, 3 ms at 25 GB/s, with no
-copy of ids to the CPU, which would wait for the GPU. Nobody else notices: the module, its name, its
-device and dtype, state dict and generate() are as before; resize_token_embeddings makes a weight on
-the GPU again. It is loaded onto the GPU first, when activations do not need the room yet. torch
-rounds pinned memory up to a power of two.
-
-Left out: the output head, of which every chunk of tokens needs all rows, 1 GB over PCIe; and an
-embedding that is trained, adapted or tied to the head, for the same reason.
+`offload_embedding`: a step reads a few rows of the embedding, which is 0.98 GiB for Llama-3.1-8B.
+Pinned memory has an address on the GPU (CUDA's unified addressing), so the weight becomes a CUDA
+tensor over it, by __cuda_array_interface__, and the lookup's kernel reads its rows over PCIe: 64
+MiB for 8,192 tokens, 3 ms at 25 GB/s. The module, its name, device, dtype, state dict and
+generate() stay as they are; resize_token_embeddings makes a weight on the GPU again. torch rounds
+pinned memory up to a power of two. Left out: the output head, of which every chunk of tokens reads
+all rows, 1 GB over PCIe; and an embedding that is trained, adapted or tied to the head.
 """
 
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,47 +52,32 @@ KEEP = 2  # the last layer's input is needed first, and the final norm saves one
 
 
 def require_gpu(what: str) -> None:
-    """Refuse a setting that means nothing on a machine without a GPU."""
+    """Refuse a setting that has no meaning on a machine without a GPU."""
     if not torch.cuda.is_available():
         raise UserError(f"{what} wants a CUDA GPU, and torch finds none here: leave it out")
 
 
-class Copies(Protocol):
-    """How bytes go to host memory and back, in the order in which copies are started."""
-
-    device: torch.device
-
-    def allocate(self, size: int) -> Tensor:
-        """Host memory: `size` bytes, uint8."""
-
-    def start(self, target: Tensor, source: Tensor) -> Any:
-        """Copy once all that was computed so far is done; to be finished."""
-
-    def finish(self, started: Any) -> None:
-        """What is computed from here on finds that copy done."""
-
-
 class CudaCopies:
-    """Copies between a GPU and pinned memory, beside what the GPU computes."""
+    """Copies between a GPU and pinned memory, parallel to the GPU's computation and in order."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.stream = torch.cuda.Stream(self.device)
 
     def allocate(self, size: int) -> Tensor:
-        """Pinned memory, or the copies would wait for the GPU."""
+        """Host memory, `size` bytes, uint8; pinned, without which copies would wait for the GPU."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-    def start(self, target: Tensor, source: Tensor) -> tuple[torch.cuda.Stream, torch.cuda.Event]:
-        """The stream that computes, whose memory it is, and the end of the copy."""
-        computing = torch.cuda.current_stream(self.device)
+    def start(self, target: Tensor, source: Tensor) -> Any:
+        """Start a copy after all that was computed so far; returns what `finish` takes."""
+        computing = torch.cuda.current_stream(self.device)  # which owns the memory
         self.stream.wait_stream(computing)
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
         return computing, self.stream.record_event()
 
-    def finish(self, started: tuple[torch.cuda.Stream, torch.cuda.Event]) -> None:
-        """Python does not wait, the stream does."""
+    def finish(self, started: Any) -> None:
+        """Let all that is computed from now on wait for that copy; Python does not wait."""
         computing, end = started
         computing.wait_event(end)
 
@@ -110,7 +85,7 @@ class CudaCopies:
 class offload_activations:  # a context manager, named as torch's save_on_cpu
     """Keep the inputs of checkpointed layers in host memory between forward and backward pass.
 
-    Around the forward pass, and once for a whole run, for its pinned buffers are used again:
+    Around the forward pass; one for a whole run, because its pinned buffers are reused:
 
         offload = offload_activations()
         for batch in batches:
@@ -118,22 +93,21 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
                 loss = model(**batch).loss
             loss.backward()
 
-    Values and gradients are the same to the bit. Without gradients it does nothing, and it can be
-    entered again inside of itself. The model wants gradient checkpointing, else all that its layers
-    save is moved.
+    Values and gradients are equal to the bit. Without gradients it does nothing; it may be nested.
+    Without gradient checkpointing, all that the layers save is moved.
 
     Args:
         min_bytes: smaller tensors stay.
-        keep: so many of the newest stay, at least 1; one more is on its way.
-        copies: by default from the current GPU to pinned memory.
+        keep: the number of newest tensors that stay, at least 1; one more is being copied.
+        copies: of the current GPU by default; tests and benchmarks simulate a device.
 
     Raises:
         UserError: there is no GPU.
-        RuntimeError: in either pass, where a tensor was changed in place after it was saved.
+        RuntimeError: in either pass, if a tensor was changed in place after it was saved.
     """
 
     def __init__(
-        self, *, min_bytes: int = MIN_BYTES, keep: int = KEEP, copies: Copies | None = None
+        self, *, min_bytes: int = MIN_BYTES, keep: int = KEEP, copies: CudaCopies | None = None
     ) -> None:
         if copies is None:
             require_gpu("offload_activations")
@@ -141,29 +115,29 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
         self.min_bytes, self.keep, self.copies = min_bytes, keep, copies
         self.buffers = Buffers(copies.allocate)
         self._entered: list[saved_tensors_hooks] = []
+        # all weak: the graph alone keeps what is saved
         self._known: weakref.WeakValueDictionary[int, Saved] = weakref.WeakValueDictionary()
-        self._last: Callable[[], Saved | None] = _nothing
+        self._last: Callable[[], Saved | None] = lambda: None
         self._newest: list[Callable[[], Saved | None]] = []
 
     def __enter__(self) -> "offload_activations":
-        hooks = saved_tensors_hooks(self._pack, self._unpack)
-        hooks.__enter__()
-        self._entered.append(hooks)
+        self._entered.append(saved_tensors_hooks(self._pack, self._unpack))
+        self._entered[-1].__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._entered.pop().__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> "Tensor | Saved":
-        if not self._is_worth_it(tensor):
-            return tensor.detach()  # the graph would hold itself by a tensor with its history
+        if not self._is_moved(tensor):
+            return tensor.detach()  # with its history, the graph would hold itself
         address = tensor.untyped_storage().data_ptr()
         saved = self._known.get(address)
         if saved is None or not saved.is_of(tensor):
-            saved = self._known[address] = Saved(tensor, self.copies, self.buffers, self._last)
+            saved = self._known[address] = Saved(tensor, self, self._last)
             self._last = weakref.ref(saved)
         if saved.tensor is not None:
-            self._make_room(saved)
+            self._release_older(saved)
         return saved
 
     def _unpack(self, saved: "Tensor | Saved") -> Tensor:
@@ -171,69 +145,60 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
             return saved
         tensor = saved.take()
         ahead = saved.before()
-        while ahead is not None and ahead.host is None:  # those that never left
+        while ahead is not None and ahead.host is None:  # never moved
             ahead = ahead.before()
         if ahead is not None:
             ahead.fetch()
         return tensor
 
-    def _is_worth_it(self, tensor: Tensor) -> bool:
-        whole = tensor._base
+    def _is_moved(self, tensor: Tensor) -> bool:
+        viewed = tensor._base
         return (
             tensor.device == self.copies.device
             and tensor.is_floating_point()
             and tensor.grad_fn is not None
-            and (whole is None or not whole.is_leaf)
+            and (viewed is None or not viewed.is_leaf)
             and tensor.layout == torch.strided
             and tensor.is_contiguous()
             and tensor.nbytes >= self.min_bytes
         )
 
-    def _make_room(self, newest: "Saved") -> None:
-        """Let go of the one whose copy was started last time, and start that of the next."""
-        here = [saved for found in self._newest if (saved := found()) not in (None, newest)]
-        here.append(newest)
-        while len(here) > self.keep + 1:
-            here.pop(0).let_go()
-        for saved in here[: -self.keep]:
-            saved.leave()
-        self._newest = [weakref.ref(saved) for saved in here]
-
-
-def _nothing() -> None:
-    """A reference to nothing."""
+    def _release_older(self, newest: "Saved") -> None:
+        """Release the tensor whose copy was started last time, and start the copy of the next."""
+        held = [saved for ref in self._newest if (saved := ref()) not in (None, newest)]
+        held.append(newest)
+        while len(held) > self.keep + 1:
+            held.pop(0).release()
+        for saved in held[: -self.keep]:
+            saved.move()
+        self._newest = [weakref.ref(saved) for saved in held]
 
 
 class Saved:
-    """What the graph has in a tensor's place: on the GPU, in host memory, or in both.
+    """What the graph holds instead of a tensor: on the GPU, in host memory, or in both.
 
     Args:
         before: a weak reference to what was saved before it.
     """
 
     def __init__(
-        self,
-        tensor: Tensor,
-        copies: Copies,
-        buffers: "Buffers",
-        before: "Callable[[], Saved | None]",
+        self, tensor: Tensor, owner: offload_activations, before: "Callable[[], Saved | None]"
     ) -> None:
-        self.copies, self.buffers = copies, buffers
-        self.before = before
+        self.copies, self.buffers, self.before = owner.copies, owner.buffers, before
         self.tensor: Tensor | None = tensor.detach()
         self.host: Tensor | None = None
         self.started: Any = None
         self._version = tensor._version
         self._storage = weakref.ref(tensor.untyped_storage())
-        self._place = _place(tensor)
+        self._view = _view_of(tensor)
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is what was saved. Memory that was let go may hold another at its
-        address, so the storage itself is compared."""
-        return self._storage() is tensor.untyped_storage() and self._place == _place(tensor)
+        """Whether `tensor` was saved here. Its storage is compared, as released memory may hold
+        another one at the same address."""
+        return self._storage() is tensor.untyped_storage() and self._view == _view_of(tensor)
 
-    def leave(self) -> None:
-        """Start the copy to host memory, if it was not yet."""
+    def move(self) -> None:
+        """Start the copy to host memory, unless it was started."""
         if self.tensor is not None and self.host is None:
             self._require_unchanged()
             self._buffer = self.buffers.take(self.tensor.nbytes)
@@ -241,24 +206,22 @@ class Saved:
             self.host = flat.view(self.tensor.shape)
             self.started = self.copies.start(self.host, self.tensor)
 
-    def let_go(self) -> None:
-        """Give back the memory on the GPU, once the copy in host memory is whole."""
+    def release(self) -> None:
+        """Free the memory on the GPU, after the copy to host memory."""
         if self.tensor is not None and self.host is not None:
             self._finish()
             self.tensor = None
 
     def fetch(self) -> None:
-        """Start the copy back, if it is not there."""
+        """Start the copy back to the GPU, if it is not there."""
         if self.tensor is None:
             assert self.host is not None
-            shape, dtype = self.host.shape, self.host.dtype
-            self.tensor = torch.empty(shape, dtype=dtype, device=self.copies.device)
+            self.tensor = torch.empty_like(self.host, device=self.copies.device)
             self.started = self.copies.start(self.tensor, self.host)
             self._version = self.tensor._version
 
     def take(self) -> Tensor:
-        """The tensor. It can be had again while the graph lives: what has left stays in host
-        memory."""
+        """The tensor, also several times: what was moved stays in host memory."""
         self.fetch()
         self._finish()
         tensor = self.tensor
@@ -274,40 +237,39 @@ class Saved:
         self._require_unchanged()
 
     def _require_unchanged(self) -> None:
-        """As torch does where there are no hooks."""
-        assert self.tensor is not None
-        if self.tensor._version != self._version:
+        """torch's own check, which it leaves out where there are hooks."""
+        if self.tensor is not None and self.tensor._version != self._version:
             raise RuntimeError(
                 f"a tensor {tuple(self.tensor.shape)} that the backward pass needs was changed in "
                 "place after it was saved"
             )
 
     def __del__(self) -> None:
-        """With the graph: nothing may go on writing where others will."""
+        """With the graph: no copy may still write to memory that is used again."""
         if self.started is not None:
             self.copies.finish(self.started)
         if self.host is not None:
             self.buffers.give(self._buffer)
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Which part of its storage a contiguous tensor is, and of what time."""
+def _view_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Which part of its storage a contiguous tensor is, and its version."""
     return tensor.storage_offset(), tensor.shape, tensor.dtype, tensor._version
 
 
 class Buffers:
-    """Host memory that is allocated once and used again: pinning takes long."""
+    """Host memory that is allocated once and reused, since pinning is slow."""
 
     def __init__(self, allocate: Callable[[int], Tensor]) -> None:
         self.allocate = allocate
         self.free: list[Tensor] = []  # the smallest first
 
     def take(self, size: int) -> Tensor:
-        """At least `size` bytes. As one that is too small goes for each that is made, there are
-        never more than were in use at once."""
-        place = bisect_left(self.free, size, key=len)
-        if place < len(self.free):
-            return self.free.pop(place)
+        """At least `size` bytes. For each new buffer one that is too small is freed, so that there
+        are never more than were in use at once."""
+        index = bisect_left(self.free, size, key=len)
+        if index < len(self.free):
+            return self.free.pop(index)
         del self.free[:1]
         return self.allocate(1 << (size - 1).bit_length())  # as torch rounds up what it pins
 
@@ -317,20 +279,19 @@ class Buffers:
 
 
 def offload_embedding(model: nn.Module) -> None:
-    """Move the weight of `model`'s embedding to pinned host memory, in place, after its adapters
-    were put on.
+    """Move the weight of `model`'s embedding to pinned host memory, in place, after apply_lora.
 
     Raises:
-        UserError: there is no GPU, or more than rows of the embedding is needed in a step.
+        UserError: there is no GPU, or a step needs more than rows of the embedding.
     """
     require_gpu("offload_embedding")
-    if reason := _why_not(model):
+    if reason := _needed_on_gpu(model):
         raise UserError(f"offload_embedding: {reason}: leave it out")
     embedding: Any = model.get_submodule(str(vocabulary(model)[0]))
     embedding.weight.data = in_host_memory(embedding.weight.data)
 
 
-def _why_not(model: nn.Module) -> str | None:
+def _needed_on_gpu(model: nn.Module) -> str | None:
     name, _ = vocabulary(model)
     embedding = None if name is None else model.get_submodule(name)
     if isinstance(embedding, AdapterModule):
@@ -349,14 +310,13 @@ def _why_not(model: nn.Module) -> str | None:
 
 
 def in_host_memory(weight: Tensor) -> Tensor:
-    """`weight` as a CUDA tensor of the same values whose bytes are in pinned host memory."""
+    """A CUDA tensor with the values of `weight`, whose bytes are in pinned host memory."""
     host = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True).copy_(weight)
     return torch.as_tensor(_Pinned(host), device=weight.device).view(weight.dtype)
 
 
 class _Pinned:
-    """Pinned memory by its address, which is the same on the GPU; alive as long as the tensor made
-    of it."""
+    """Pinned memory by its address, which is the same on the GPU; kept alive by the CUDA tensor."""
 
     def __init__(self, host: Tensor) -> None:
         self.host = host

@@ -91,7 +91,7 @@ def run(model: Any, **inputs: Any) -> tuple[Any, Tensor]:
 
 
 def is_lazy(logits: Any) -> bool:
-    return isinstance(logits, LazyLogits) and not logits.is_materialized
+    return isinstance(logits, LazyLogits) and logits.value is None
 
 
 def off(got: Tensor, wanted: Tensor) -> float:

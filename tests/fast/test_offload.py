@@ -257,7 +257,7 @@ def test_another_tensor_at_the_same_address_is_another(copies):
     memory = numpy.zeros((TOKENS, DIM), dtype=numpy.float32)
     first, second = torch.from_numpy(memory), torch.from_numpy(memory)
     offload = offloading(copies)
-    saved = Saved(first, copies, offload.buffers, lambda: None)
+    saved = Saved(first, offload, lambda: None)
     assert first.data_ptr() == second.data_ptr()
     assert saved.is_of(first.view(TOKENS, DIM)) and not saved.is_of(second)
     assert not saved.is_of(first[1:]) and not saved.is_of(first.T)

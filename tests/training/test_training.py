@@ -265,7 +265,7 @@ def test_neither_training_nor_evaluation_asks_for_logits(on, checkpoints, tmp_pa
         trainer.train()
         trainer.evaluate()
     assert len(seen) == 4 + 10
-    assert all((isinstance(x, LazyLogits) and not x.is_materialized) is on for x in seen)
+    assert all((isinstance(x, LazyLogits) and x.value is None) is on for x in seen)
 
 
 # ---- packing ----
