@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from qlora.fast.head import LanguageHead
-from qlora.training.progress import show_bytes
+from qlora.training.outputs import show_bytes
 
 Way = Callable[[], tuple[Tensor, Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

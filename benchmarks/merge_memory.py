@@ -25,7 +25,7 @@ from qlora.config import LoraConfig
 CHILD = """
 import sys, time
 from qlora.config import MergeConfig
-from qlora.memory import peak_resident_bytes
+from qlora.training.outputs import peak_resident_bytes
 from qlora.merge import merge
 import torch, transformers.models.llama.modeling_llama
 torch.zeros(1)

@@ -26,7 +26,7 @@ from qlora.base.load import compute_dtype, load_base
 from qlora.base.modules import ModelState
 from qlora.config import DataConfig, QuantConfig, TrainConfig
 from qlora.data.rows import prepare_data, prepare_tokenizer
-from qlora.training.run import prepare_for_training, with_learning_rate
+from qlora.training.run import prepare_for_training, rate_from_rule
 from qlora.training.trainer import make_trainer
 
 MAX_LENGTH = 256
@@ -57,7 +57,7 @@ def measure(config: TrainConfig, *, quantized: bool) -> tuple[float, float]:
     """Held-out loss before and after training."""
     model = load(config, quantized=quantized)
     apply_lora(model, config.lora, generator=torch.Generator().manual_seed(config.seed))
-    config = with_learning_rate(config, model)
+    config = replace(config, learning_rate=config.learning_rate or rate_from_rule(model))
     prepare_for_training(model, gradient_checkpointing=False)
     tokenizer = AutoTokenizer.from_pretrained(resolve(config.model))
     prepare_tokenizer(tokenizer)

@@ -14,7 +14,7 @@ from qlora.base.checkpoint import Checkpoint, resolve
 from qlora.base.shards import parse_size
 from qlora.errors import UserError, did_you_mean
 from qlora.ops.nf4 import DTYPES
-from qlora.training.progress import show_bytes
+from qlora.training.outputs import show_bytes
 
 CONTEXT_BYTES = 1 << 29  # about what the CUDA context takes of a card
 DEMO_MODEL = "SmolLM2-135M-Instruct"

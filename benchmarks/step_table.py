@@ -12,7 +12,7 @@ from typing import Any
 
 from results import RESULTS
 
-from qlora.training.progress import show_bytes
+from qlora.training.outputs import show_bytes
 
 PAGE = Path(__file__).parents[1] / "docs" / "measured.md"
 BEGIN, END = "<!-- benchmarks/step_table.py -->", "<!-- end -->"

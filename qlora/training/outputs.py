@@ -1,101 +1,295 @@
-"""What the model answers before training and after it, for people to read: samples.jsonl.
+"""What a run shows while it trains, and what it leaves beside the adapter and its checkpoints.
 
-A few rows of the evaluation data, or of the training data where there is none, spread over it. The
-model reads each up to its last answer (of a row of text, the first half) and writes on, by its most
-likely tokens, up to twice the length of the answer that was wanted, at most MAX_NEW_TOKENS. Nothing
-random is drawn, so training goes as it does without. One prompt at a time: training's attention
-takes no padding (qlora.fast.attention).
+    run.yaml        the config, versions, base, counts of the data and device, before the first step
+    metrics.jsonl   a row per log: loss, learning rate, tokens/s, peak memory; or evaluation's
+    samples.jsonl   answers to a few rows of the data, before and after training
+    loss.png        the curves of metrics.jsonl
+    README.md       the model card
 
-Left out: classifiers, whose answers evaluation counts.
+The samples are rows of the evaluation data, or of the training data without it, evenly spaced. The
+model reads each row up to its last answer (a row of plain text: its first half) and generates
+greedily, up to twice the length of the answer in the data and at most MAX_NEW_TOKENS. No random
+number is drawn, so training is bit for bit the same with samples and without. Prompts are generated
+one at a time: the attention that training sets takes no padding (qlora.fast.attention).
 
-The README.md beside what was made: what it is, how it was made, how to use it.
+Left out: samples of classifiers, whose accuracy evaluation reports.
 """
 
+import importlib.metadata
 import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+import yaml
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerCallback,
+)
 
-from qlora.config import TrainConfig
+from qlora import __version__
 from qlora.data.chat_template import NO_LOSS, PROBE
 from qlora.data.generation import decode, generate, generation_settings, prompt_ids
 from qlora.data.objectives import OBJECTIVES
 from qlora.errors import UserError
-from qlora.files import SAMPLES, front_matter, read_samples, replace_text
+from qlora.files import (
+    METRICS,
+    RUN,
+    SAMPLES,
+    front_matter,
+    read_metrics,
+    read_samples,
+    replace_text,
+)
+from qlora.pictures import plot_loss
 
+PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 MAX_NEW_TOKENS = 128
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left{postfix}"
+EVALUATED = {
+    "eval_loss": "evaluation loss",
+    "eval_accuracy": "accuracy",
+    "eval_f1": "F1",
+}
+"""What evaluation logs -> its name on the terminal."""
 
 
-class Question(NamedTuple):
-    """A row, cut in two."""
+# ---- before the first step: run.yaml ----
+
+
+def write_run_file(
+    folder: Path, settings: Mapping[str, Any], base: Mapping[str, Any], data: Mapping[str, Any]
+) -> None:
+    """run.yaml: all settings, versions, the base, counts of the data, and the device.
+
+    `train.py --config run.yaml` repeats the run.
+    """
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    record = {
+        "config": dict(settings),
+        "versions": {"qlora": __version__, "python": platform.python_version(), **versions},
+        "base": dict(base),
+        "data": data,
+        "device": dict(zip(("name", "memory_bytes"), device(), strict=True)),
+    }
+    (folder / RUN).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+
+
+# ---- at each log: metrics.jsonl and the terminal ----
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends a row to metrics.jsonl at each log, with speed, peak memory and seconds added.
+
+    Must be the first callback: loggers then receive the added values too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS
+        self.tokens = 0  # seen at the last log
+        self.logged_at = self.started_at = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A resumed run logs the steps after its checkpoint again: their first rows are dropped.
+        rows = [r for r in read_metrics(self.path.parent) if r["step"] <= state.global_step]
+        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.tokens, self.logged_at = state.num_input_tokens_seen, time.perf_counter()
+        self.started_at = self.logged_at - (rows[-1].get("seconds", 0) if rows else 0)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        logs = {} if logs is None else logs
+        row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
+        if "loss" in logs:
+            now = time.perf_counter()
+            speed = (state.num_input_tokens_seen - self.tokens) / (now - self.logged_at)
+            self.tokens, self.logged_at = state.num_input_tokens_seen, now
+            row |= {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate")}
+            row |= {"tokens_per_second": speed, "peak_bytes": peak_bytes()}
+        elif "eval_loss" in logs:
+            row |= {name: logs[name] for name in EVALUATED if name in logs}
+            row |= {"peak_bytes": peak_bytes()}
+        else:
+            return
+        row["seconds"] = time.perf_counter() - self.started_at
+        logs.update({k: v for k, v in row.items() if k not in ("step", "epoch")})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last step, whatever logging_steps is
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.logged_at = time.perf_counter()  # evaluation is not training time
+
+
+class PlainProgress(ProgressCallback):
+    """A readable line per log; on a terminal also a bar with loss, speed and the time left."""
+
+    training_bar: Any
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.current_step = state.global_step  # not 0 in a resumed run
+        self.training_bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            bar_format=BAR,
+            dynamic_ncols=True,
+            smoothing=0,  # time left by the mean of all steps, as evaluations come in between
+            disable=not sys.stderr.isatty(),  # None would show a bar in a notebook
+        )
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)  # type: ignore[no-untyped-call]
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        line = describe_log(logs or {})
+        if line:
+            width = len(str(state.max_steps))
+            tqdm.write(f"step {state.global_step:>{width}}/{state.max_steps}  {line}")
+        if line and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix_str(line)
+
+
+def describe_log(logs: dict[str, Any]) -> str | None:
+    """`loss 1.2345  512 tokens/s  peak 1.8 GiB`, or evaluation's values; None for other logs."""
+    if "eval_loss" in logs:
+        return "  ".join(f"{said} {logs[k]:.4f}" for k, said in EVALUATED.items() if k in logs)
+    if "tokens_per_second" not in logs:
+        return None
+    return (
+        f"loss {float(logs['loss']):.4f}  {logs['tokens_per_second']:,.0f} tokens/s"
+        f"  peak {show_bytes(logs['peak_bytes'])}"
+    )
+
+
+def device() -> tuple[str, int | None]:
+    """Name and bytes of memory of the GPU, or else of the CPU; None where unknown."""
+    if torch.cuda.is_available():
+        gpu: Any = torch.cuda.get_device_properties()
+        return str(gpu.name), int(gpu.total_memory)
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return "CPU", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return "CPU", None
+
+
+def peak_bytes() -> int:
+    """Peak of the bytes allocated on the GPU; without one, of this process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Peak of this process's resident memory, without its children."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage starts at the peak of the parent process
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(peak[1]) * 1024 if peak else 0
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+
+
+def show_bytes(count: int) -> str:
+    """`1.23 GiB`, or MiB below one."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+# ---- before and after training: samples.jsonl ----
+
+
+class Sample(NamedTuple):
+    """A row of the data, split before its last answer: token ids."""
 
     prompt: list[int]
-    wanted: list[int]
+    answer: list[int]
     max_new_tokens: int
 
 
-def questions(
-    config: TrainConfig, rows: Any, eval_rows: Any | None, max_length: int
-) -> list[Question]:
-    """What to ask, as many as `config.samples`, of prepared rows; prints which.
+def choose_samples(
+    task: str, count: int, rows: Any, eval_rows: Any | None, max_length: int
+) -> list[Sample]:
+    """Up to `count` evenly spaced rows; none of a classifier. Prints which data they are from.
 
     Args:
+        rows: prepared rows (qlora.data.rows); `eval_rows`, where given, are used instead.
         max_length: tokens that the model takes.
     """
-    if not config.samples or OBJECTIVES[config.task].classifies:
+    if not count or OBJECTIVES[task].classifies:
         return []
-    rows, of = (rows, "training") if eval_rows is None else (eval_rows, "evaluation")
-    count = min(config.samples, len(rows))
-    print(f"before and after training, {count} rows of the {of} data are answered: {SAMPLES}")
-    found = []
+    rows, kind = (rows, "training") if eval_rows is None else (eval_rows, "evaluation")
+    count = min(count, len(rows))
+    print(f"before and after training, {count} rows of the {kind} data are answered: {SAMPLES}")
+    samples = []
     for row in (rows[i * len(rows) // count] for i in range(count)):
-        prompt, wanted, room = row["input_ids"], row["labels"], max_length
-        if config.task != "seq2seq":  # whose answer is apart
-            begin, end = _last_answer(wanted)
-            prompt, wanted, room = prompt[:begin], prompt[begin:end], max_length - begin
-        found.append(Question(prompt, wanted, min(MAX_NEW_TOKENS, 2 * len(wanted), room)))
-    return found
+        prompt, answer, longest = row["input_ids"], row["labels"], max_length
+        if task != "seq2seq":  # there the labels are the answer alone
+            begin, end = _last_answer(answer)
+            prompt, answer, longest = prompt[:begin], prompt[begin:end], max_length - begin
+        samples.append(Sample(prompt, answer, min(MAX_NEW_TOKENS, 2 * len(answer), longest)))
+    return samples
 
 
 def _last_answer(labels: list[int]) -> tuple[int, int]:
-    """Where the last run of tokens with loss begins and ends; its half where nothing is before."""
+    """Begin and end of the last run of tokens with loss; its half where nothing is before it."""
     end = max(i for i, label in enumerate(labels) if label != NO_LOSS) + 1
     begin = max((i + 1 for i in range(end) if labels[i] == NO_LOSS), default=0)
     return begin or (end + 1) // 2, end
 
 
-def ask(
+def write_answers(
     folder: Path,
     when: str,
-    asked: list[Question],
+    samples: list[Sample],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write the model's answers into `folder`, as those `when` "before" or "after".
+    """Generate answers and write samples.jsonl: prompt, wanted, before, after.
 
-    A row has prompt, wanted, before and after; what the file has already of such a row stays.
+    Args:
+        when: "before" or "after": the column to fill; what the file has in the other is kept.
     """
     known = {(row["prompt"], row["wanted"]): row for row in read_samples(folder)}
     rows = []
-    for prompt, wanted, max_new_tokens in asked:
-        pair = _shown(tokenizer, prompt), decode(tokenizer, wanted)
-        row = {"prompt": pair[0], "wanted": pair[1], "before": None, "after": None}
+    for prompt, answer, max_new_tokens in samples:
+        key = _without_template(tokenizer, prompt), decode(tokenizer, answer)
+        row = {"prompt": key[0], "wanted": key[1], "before": None, "after": None}
         settings = generation_settings(model, tokenizer, max_new_tokens)
-        (answer,) = generate(model, tokenizer, [prompt], settings)
-        rows.append(row | known.get(pair, {}) | {when: answer})
+        (generated,) = generate(model, tokenizer, [prompt], settings)
+        rows.append(row | known.get(key, {}) | {when: generated})
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_text(folder / SAMPLES, "".join(lines))
 
 
-def _shown(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
-    """The user's words where the chat template has its own around them, else the whole prompt."""
+def _without_template(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    """The user's words, where the prompt is one turn of the chat template; else all of it."""
     text = str(tokenizer.decode(prompt, skip_special_tokens=False))
     if tokenizer.chat_template:
         try:
             probe = prompt_ids(tokenizer, [{"role": "user", "content": PROBE}])
-        except UserError:  # it wants more than a user's turn
+        except UserError:  # the template needs more than a user's turn
             return text
         begin, _, end = str(tokenizer.decode(probe, skip_special_tokens=False)).partition(PROBE)
         inner = text.removeprefix(begin).removesuffix(end)
@@ -104,38 +298,76 @@ def _shown(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
     return text
 
 
-def write_adapter_card(folder: Path, facts: Mapping[str, Any]) -> None:
+# ---- at the end: loss.png, README.md, and the commands to type next ----
+
+
+def write_results(
+    folder: Path, settings: Mapping[str, Any], base: Mapping[str, Any], *, rows: int, steps: int
+) -> None:
+    """loss.png and README.md from metrics.jsonl, and on the terminal what to do next.
+
+    Args:
+        settings, base: as in `write_run_file`.
+        rows: of the training data.
+        steps: of the optimizer.
+    """
+    metrics = read_metrics(folder)
+    per = "label" if "labels" in base else "supervised token"
+    plot_loss(metrics, folder / "loss.png", per=per, total_bytes=device()[1])
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    evals = [row for row in metrics if "eval_loss" in row]
+    measured = {"training loss": losses[-1]} if losses else {}
+    measured |= (
+        {EVALUATED[k].lower(): v for k, v in evals[-1].items() if k in EVALUATED} if evals else {}
+    )
+    write_adapter_card(folder, settings, base, rows=rows, steps=steps, measured=measured)
+    print(f"\nThe adapter is in {folder}; its loss curve is {folder / 'loss.png'}.")
+    name, merged = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
+    print(f"See how it went:  python -m qlora.report {name}")
+    if settings["task"] == "causal-lm":
+        print(f"Talk to it:       python -m qlora.chat --adapter {name} --compare")
+    print(f"Merge it:         python merge_dequant.py --adapter {name} --output-dir {merged}")
+
+
+def write_adapter_card(
+    folder: Path,
+    settings: Mapping[str, Any],
+    base: Mapping[str, Any],
+    *,
+    rows: int,
+    steps: int,
+    measured: Mapping[str, float],
+) -> None:
     """README.md of an adapter: what it is, how it was trained, how to use it.
 
     Args:
-        facts: base_model, data, rows, r, lora_alpha, target_modules, steps, learning_rate,
-            loss, eval_loss (or None), quant_type, blocksize, double_quant; and where there are
-            such: task, eval_accuracy, eval_f1, a classifier's labels and heads.
+        settings: task, data, learning_rate, r, lora_alpha, target_modules.
+        base: resolved, quant_type, blocksize, double_quant; a classifier's labels and heads.
+        measured: name -> last value.
     """
-    found = {"training loss": facts["loss"], "evaluation loss": facts["eval_loss"]}
-    found |= {name: facts.get(f"eval_{name}") for name in ("accuracy", "f1")}
-    losses = ", ".join(f"{name} {x:.4f}" for name, x in found.items() if x is not None)
-    double = " with double quantization" if facts["double_quant"] else ""
-    base = str(facts["base_model"])
-    task = facts.get("task", "causal-lm")
+    name, task = str(base["resolved"]), settings["task"]
+    targets = settings["target_modules"]
+    targets = targets if isinstance(targets, str) else ", ".join(targets)
+    at_the_end = ", ".join(f"{key} {value:.4f}" for key, value in measured.items())
+    double = " with double quantization" if base["double_quant"] else ""
     of_task = "" if task == "causal-lm" else f', task="{task}"'
     head = ""
-    if "labels" in facts:
-        of_task += f", labels={list(facts['labels'])!r}"
-        head = f" Trained in full beside it: {', '.join(facts['heads'])}."
-    text = f"""{front_matter(base, "library_name: peft", "lora", "qlora")}
-# LoRA adapter for {Path(base).name}
+    if "labels" in base:
+        of_task += f", labels={list(base['labels'])!r}"
+        head = f" Trained in full beside it: {', '.join(base['heads'])}."
+    text = f"""{front_matter(name, "library_name: peft", "lora", "qlora")}
+# LoRA adapter for {Path(name).name}
 
-Trained with QLoRA: the base was frozen in 4 bits ({facts["quant_type"].upper()}, blocksize
-{facts["blocksize"]}{double}), the adapter has rank {facts["r"]} and lora_alpha
-{facts["lora_alpha"]:g} on {facts["target_modules"]}.{head}
+Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()}, blocksize
+{base["blocksize"]}{double}), the adapter has rank {settings["r"]} and lora_alpha
+{settings["lora_alpha"]:g} on {targets}.{head}
 
 | | |
 |---|---|
-| data | {facts["data"]} ({facts["rows"]} rows) |
-| optimizer steps | {facts["steps"]} |
-| learning rate | {facts["learning_rate"]:.3g} |
-| at the end | {losses or "not logged"} |
+| data | {settings["data"]} ({rows} rows) |
+| optimizer steps | {steps} |
+| learning rate | {settings["learning_rate"]:.3g} |
+| at the end | {at_the_end or "not logged"} |
 
 ![loss](loss.png)
 
@@ -143,7 +375,7 @@ Use it live on the 4-bit base it was trained on:
 
 ```python
 from qlora import load_base, load_adapter
-model = load_adapter(load_base("{base}"{of_task}), "path/to/this/folder")
+model = load_adapter(load_base("{name}"{of_task}), "path/to/this/folder")
 ```
 
 or with PEFT (`PeftModel.from_pretrained`), or merged: `python merge_dequant.py --adapter

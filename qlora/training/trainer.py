@@ -1,10 +1,15 @@
-"""transformers' Trainer for a frozen 4-bit model with adapters: what differs, and nothing else.
+"""transformers' Trainer for a frozen 4-bit model with adapters.
 
-It is told, truthfully, that adapters are attached; checkpoints hold the adapter alone; the loss is
-summed over supervised tokens, or labels, and divided once per optimizer step, in training and in
-evaluation (what it is, qlora.data.objectives says); layer inputs wait in host memory if asked
-(qlora.fast.offload); adapters in bf16 keep updates that are too small for it
-(qlora.training.optimizers); and a paged optimizer runs unpaged where there is no GPU to page from.
+`make_trainer` turns a config into Trainer's arguments, batches and callbacks. AdapterTrainer
+differs from Trainer in this alone:
+
+    loss            summed over supervised tokens or labels and divided once per optimizer step, in
+                    training and in evaluation (qlora.data.objectives)
+    checkpoints     hold the adapter, not the model
+    optimizer       LoRA+ learning rates; small updates of bf16 adapters are kept
+                    (qlora.training.optimizers); paged optimizers run unpaged on a CPU
+    activations     optionally moved to host memory between forward and backward pass
+                    (qlora.fast.offload)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations.integration_utils import (
@@ -37,9 +43,9 @@ from qlora.errors import UserError, did_you_mean, first_line
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
 from qlora.training.optimizers import keep_updates, loses_updates
-from qlora.training.progress import MetricsWriter, PlainProgress
+from qlora.training.outputs import MetricsWriter, PlainProgress
 
-# Arguments of Trainer that follow from ours, so `--trainer.NAME` may not contradict them.
+# Arguments of Trainer that follow from other settings: refused as `--trainer.NAME`.
 OWN_ARGUMENTS = (
     "bf16",
     "do_train",
@@ -49,11 +55,12 @@ OWN_ARGUMENTS = (
     "remove_unused_columns",
     "use_cpu",
 )
-LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}  # others are as named
+# Logger -> package to install; the others have one name for both.
+LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 
 
 def check_trainer_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse what TrainingArguments does not have, and what this project decides itself."""
+    """Refuse a `--trainer.NAME` that TrainingArguments lacks or that other settings decide."""
     known = {field.name for field in fields(TrainingArguments) if field.init}
     own = {field.name for field in fields(TrainConfig)}
     for name in given:
@@ -78,9 +85,8 @@ def check_loggers(names: Sequence[str]) -> None:
         known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
         hint = did_you_mean(unknown[0], INTEGRATION_TO_CALLBACK)
         raise UserError(f"--report-to must be among {known}; got {', '.join(unknown)}.{hint}")
-    there = {*get_available_reporting_integrations(), "flyte"}  # which it leaves out
-    missing = [name for name in named if name not in there]
-    if missing:
+    installed = {*get_available_reporting_integrations(), "flyte"}  # which it never lists
+    if missing := [name for name in named if name not in installed]:
         packages = " ".join(LOGGER_PACKAGES.get(name, name) for name in missing)
         raise UserError(
             f"--report-to {' '.join(missing)} wants a package that is not installed: "
@@ -89,7 +95,8 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingArguments:
-    """transformers' arguments for `config`; what `--trainer.NAME` gave comes last and wins."""
+    """transformers' arguments for `config`; those of `--trainer.NAME` win."""
+    eval_strategy = ("steps" if config.eval_steps else "epoch") if config.data.eval_data else "no"
     on_cpu = model.device.type == "cpu"
     settings: dict[str, Any] = {
         "output_dir": config.output_dir,
@@ -100,14 +107,14 @@ def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingA
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps,
         "lr_scheduler_type": config.lr_scheduler_type,
-        "warmup_steps": config.warmup_ratio,  # below 1 it is a share of the steps
+        "warmup_steps": config.warmup_ratio,  # below 1: a fraction of the steps
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": config.optim,
         "seed": config.seed,
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
-        "eval_strategy": _eval_strategy(config),
+        "eval_strategy": eval_strategy,
         "eval_steps": config.eval_steps,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
@@ -116,7 +123,7 @@ def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingA
         "fp16": model.dtype == torch.float16,  # T4 and older: loss scaling, fp32 adapters
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
-        # as QLoRA: less padding; packs are nearly of one length
+        # group_by_length as in QLoRA: less padding; packs have nearly one length
         "train_sampling_strategy": "random" if config.data.packing else "group_by_length",
         "length_column_name": "length",
         "include_num_input_tokens_seen": "non_padding",
@@ -128,21 +135,26 @@ def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingA
         arguments = TrainingArguments(**{**settings, **config.trainer})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one GPU, also where more are visible
+    # One GPU even where more are visible: Trainer would use DataParallel, and no setting says so.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 def make_trainer(
     config: TrainConfig, model: PreTrainedModel, tokenizer: Any, rows: Any, eval_rows: Any
 ) -> "AdapterTrainer":
-    """The Trainer for one run, with our own loss, metrics and progress lines."""
+    """The Trainer of one run, with metrics.jsonl and progress lines as callbacks.
+
+    Raises:
+        UserError: Trainer or an optimizer refuses the settings. Nothing was written then.
+    """
     arguments = training_arguments(config, model)
     collate = collator(tokenizer, config.task, model)
     if config.task == "causal-lm":
         packing, fast = config.data.packing, config.fast_path
         pad = tokenizer.pad_token_id
-        found = rows_collator(model, packing=packing, fast_path=fast, pad_token_id=pad)
-        collate = found or collate
+        unpadded = rows_collator(model, packing=packing, fast_path=fast, pad_token_id=pad)
+        collate = unpadded or collate
     if arguments.fp16 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
         raise UserError("fp16 compute wants fp32 adapters: leave out --adapter-dtype, or give fp32")
     try:
@@ -157,40 +169,38 @@ def make_trainer(
             loraplus_lr_ratio=config.loraplus_lr_ratio,
             offload=offload_activations() if config.offload_activations else None,
         )
-        # Made once to see that they can be, before anything is written, and dropped again: the
-        # schedule's length is not known yet.
-        optimizer = trainer.create_optimizer()
-        trainer.create_scheduler(num_training_steps=10)
+        # Built once as a check, before anything is written; the number of steps is not known yet.
+        trainer.create_optimizer_and_scheduler(num_training_steps=10)
     except (ValueError, RuntimeError, ImportError, TypeError) as error:
         with suppress(OSError):
-            Path(config.output_dir).rmdir()  # Trainer makes it at once; goes only if empty
+            Path(config.output_dir).rmdir()  # Trainer creates it at once; removed only if empty
         raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
-    if loses_updates(optimizer):
+    if loses_updates(trainer.optimizer):
         print(
             f"{config.optim} loses small updates of bf16 adapters: --adapter-dtype fp32 keeps them"
         )
     trainer.optimizer = trainer.lr_scheduler = None
-    for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # in a notebook another one
+    for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # a notebook has another default
         trainer.remove_callback(callback)
-    # First of all callbacks, so that the loggers get its figures too.
+    # MetricsWriter goes first: it adds values that the loggers are to receive.
     trainer.callback_handler.callbacks.insert(0, MetricsWriter(Path(config.output_dir)))
     trainer.add_callback(PlainProgress())
     return trainer
 
 
-def _eval_strategy(config: TrainConfig) -> str:
-    if not config.data.eval_data:
-        return "no"
-    return "steps" if config.eval_steps else "epoch"
-
-
 class AdapterTrainer(Trainer):
-    """Trainer for a frozen quantized model with LoRA adapters; saves and resumes the adapter."""
+    """Trainer for a frozen quantized model with LoRA adapters; saves and resumes the adapter.
+
+    Args:
+        objective: loss and metrics, by default those of a causal language model.
+        loraplus_lr_ratio: learning rate of B over that of all else (LoRA+).
+        offload: entered around every forward pass.
+    """
 
     model: Any
     processing_class: Any
     state: Any
-    objective: Objective
+    optimizer: Any
 
     def __init__(
         self,
@@ -201,31 +211,40 @@ class AdapterTrainer(Trainer):
         offload: offload_activations | None = None,
         **kwargs: Any,
     ) -> None:
-        self.objective = objective or OBJECTIVES["causal-lm"]
+        self.objective: Objective = objective or OBJECTIVES["causal-lm"]
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.offload = offload
         if not lora_layers(model):
             raise UserError("the model has no adapter to train: call apply_lora first")
-        # Trainer refuses a quantized model unless it hears that adapters are attached. They are;
-        # it is told while it asks and no longer, since elsewhere the mark means PEFT's own.
+        # Trainer accepts a quantized model only with PEFT's mark, which means more elsewhere.
         model._hf_peft_config_loaded = True
         try:
             super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
         finally:
             del model._hf_peft_config_loaded
 
+    def fit(self, checkpoint: str | None) -> None:
+        """Train, from `checkpoint` on if given; a complete one is not trained one step further."""
+        if checkpoint:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if 0 < self.args.max_steps <= state.global_step:
+                self.state = state
+                print(f"All {state.global_step} steps were done; --max-steps N goes on from there.")
+                return
+        self.train(resume_from_checkpoint=checkpoint)
+
     def compute_loss_context_manager(self) -> ExitStack:
-        """Trainer's, around every forward pass."""
+        """The context of every forward pass: Trainer's, and offloading."""
         stack: ExitStack = super().compute_loss_context_manager()
         if self.offload is not None:
             stack.enter_context(self.offload)
         return stack
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Trainer's, without a mask where position_ids say where rows begin: it would hide that."""
+        """Trainer's, without the mask where position_ids mark the rows: it would override them."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         if "position_ids" in prepared:
-            prepared.pop("attention_mask", None)  # Trainer counted its tokens before
+            prepared.pop("attention_mask", None)  # used only for Trainer's count of tokens
         return prepared
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -240,11 +259,10 @@ class AdapterTrainer(Trainer):
         load_adapter_weights(self.model, self.state.best_model_checkpoint)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Trainer's, with a rate of B's own (LoRA+, arXiv:2402.12354), that keeps small updates."""
-        is_new = self.optimizer is None
+        """Trainer's, with LoRA+ rates (arXiv:2402.12354) and fp32 masters of bf16 parameters."""
+        if self.optimizer is not None:
+            return self.optimizer
         optimizer: Any = super().create_optimizer(model)
-        if not is_new:
-            return optimizer
         if self.loraplus_lr_ratio != 1:
             layers = lora_layers(self.model).values()
             matrices = {id(lora_B) for layer in layers for lora_B in layer.lora_B.values()}

@@ -6,11 +6,11 @@ import sys
 import psutil
 import torch
 
-from qlora.training.progress import device, show_bytes
+from qlora.training.outputs import device, show_bytes
 
 CHILD = """
 import numpy
-from qlora.memory import peak_resident_bytes
+from qlora.training.outputs import peak_resident_bytes
 before = peak_resident_bytes()
 numpy.ones(300_000_000, dtype=numpy.uint8)
 print(peak_resident_bytes() - before)

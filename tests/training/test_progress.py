@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora.training.progress import PlainProgress, describe_log
+from qlora.training.outputs import PlainProgress, describe_log
 
 LOGS = {"loss": 0.51234, "tokens_per_second": 1234.5, "peak_bytes": 3 * 2**29}
 LINE = "loss 0.5123  1,234 tokens/s  peak 1.50 GiB"
