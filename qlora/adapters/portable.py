@@ -1,42 +1,28 @@
-"""An adapter written so that every program takes it, and computes what was trained.
+"""An adapter written so that every consumer reads it and computes what was trained.
 
     python -m qlora.portable --adapter out [--output-dir out-portable]
 
-prints what each consumer (qlora.adapters.portable) makes of an adapter, and writes the portable
-one. That is the part of PEFT's format which all of them read alike: A and B of linear layers, one
-r, one lora_alpha, a list of targets, and nothing else. The function stays as it is:
+prints what each program that loads PEFT's files makes of an adapter, and writes a portable one: the
+part of the format that all of them read alike, which is A and B of linear layers, one r, one
+lora_alpha and a list of targets. The function stays the same:
 
     scaling      lora_alpha = scaling * r, a float; rsLoRA becomes lora_alpha / r, to a rounding of
                  a double
-    patterns     one scaling for all; what another layer had more or less goes into its B. A power
-                 of two is exact in any dtype; where it is not, that B becomes fp32
+    patterns     one scaling for all; B takes the ratio of its layer's scaling to that. A power of
+                 two is exact in any dtype; of another ratio that B becomes fp32
     ranks        rows of zeros below A and columns of zeros beside B, up to the highest r: a server
                  reserves that much for each layer anyway
-    targets      a list; full names where it was an expression or only some of the layers
+    targets      a list; full names where it was a regular expression or only some of the layers
 
 What A and B cannot say is refused by name: DoRA, biases, embeddings, modules and token rows trained
-in full. merge_dequant.py folds all of those in. Left out are zeros for layers that an adapter lacks
-beside others (SGLang wants v_proj where q_proj is): their shapes are the base's.
+in full. merge_dequant.py folds all of those in.
 
-What the programs that load PEFT adapter files refuse, and what they ignore without a word.
-
-Ignoring is the worse of the two: the program runs, and another model answers. Each rule is a line
-of a table below, a letter for each consumer: `R` refuses, `I` ignores, `-` takes it; the worse one
-where that depends on the layer. They come from the sources of
-
-    vLLM 0.33.0         vllm/lora: peft_helper.py (validate_legal, get_rank_and_scaling),
-                        lora_model.py, utils.py (parse_fine_tuned_lora_name)
-    SGLang 0.5.23       python/sglang/srt/lora: lora_manager.py (validate_new_adapter,
-                        init_lora_shapes), lora.py (scaling, normalize_qkv_proj), mem_pool.py
-    llama.cpp           convert_lora_to_gguf.py; src/llama-adapter.cpp, .h
-    TGI                 server/text_generation_server/adapters/lora.py (prepare_weights)
-    transformers        integrations/peft.py (load_adapter), the worst of 5.17 to 5.23: 5.17 alone
-                        loads nothing that was trained in full
-    PEFT 0.21           reads what it wrote
-
-Left out is what a file cannot tell: the layers that a server knows of each family, how it was
-started (vLLM and SGLang have a --max-lora-rank), LoRA on an output head that is tied to its
-embedding (llama.cpp refuses it), an added_tokens.json beside the adapter (SGLang refuses new ones).
+The verdicts are a table of rules, read off the consumers' sources. Ignoring a setting is worse than
+refusing it: the program runs, and another model answers. Left out is what files do not tell: the
+layers that a server supports of each family, its flags (vLLM and SGLang have --max-lora-rank), LoRA
+on an output head that is tied to its embedding (llama.cpp refuses it), an added_tokens.json beside
+the adapter (SGLang refuses new ones); and zeros for layers that an adapter lacks beside others
+(SGLang wants v_proj where q_proj is), as their shapes are the base's.
 """
 
 import json
@@ -51,18 +37,28 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora.adapters.format import CONFIG, WEIGHTS, contents_of, read_files, require_understood
+from qlora.adapters.format import (
+    CONFIG,
+    KEYS,
+    NARROWING,
+    WEIGHTS,
+    contents_of,
+    read_files,
+    require_understood,
+)
 from qlora.adapters.tensors import PARTS, PREFIX
 from qlora.config import PortableConfig
 from qlora.config.lora import INITS, pattern_key
 from qlora.errors import UserError
 from qlora.files import publishing, require_new
 
+# ---- the portable adapter ----
+
 
 def portable_subset(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same adapter in what every consumer reads; tensors that need no change are themselves.
+    """The same adapter in the form that every consumer reads; unchanged tensors are not copied.
 
     Args:
         values: adapter_config.json.
@@ -71,73 +67,51 @@ def portable_subset(
 
     Raises:
         UserError: it holds what A and B of linear layers cannot say, or its tensors and its config
-            do not go together.
+            contradict each other.
     """
-    _refuse_lost(values, tensors, folder)
+    if lost := findings(values, tensors, LOST):
+        mends = dict.fromkeys(rule.mend for rule, _ in lost)
+        parts = [", ".join(w for rule, w in lost if rule.mend == m) + f": {m}" for m in mends]
+        raise UserError(f"adapter {folder} holds what is not portable: {'; '.join(parts)}")
     require_understood(values, folder)
-    _, contents = contents_of(values, tensors, folder)
-    if not contents.pairs:
+    pairs = contents_of(values, tensors, folder)[1].pairs
+    if not pairs:
         raise UserError(f"adapter {folder} holds no lora_A and lora_B: there is nothing to write")
-    r = max(len(factors.lora_A) for factors in contents.pairs.values())
-    scaling = _common_scaling([factors.scaling for factors in contents.pairs.values()])
+    r = max(len(factors.lora_A) for factors in pairs.values())
+    scaling = _common_scaling([factors.scaling for factors in pairs.values()])
     baked = dict(tensors)
-    for module, factors in contents.pairs.items():
+    for module, factors in pairs.items():
         lora_B = _times(factors.lora_B, factors.scaling / scaling)
         padded = factors._replace(lora_B=lora_B).padded(r)
         baked[f"{PREFIX}{module}.lora_A.weight"] = padded.lora_A
         baked[f"{PREFIX}{module}.lora_B.weight"] = padded.lora_B
-    return _portable_values(values, list(contents.pairs), r, scaling * r), baked
-
-
-def _refuse_lost(values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    found = findings(values, tensors, LOST)
-    if found:
-        mends = dict.fromkeys(rule.mend for rule, _ in found)
-        parts = [", ".join(w for rule, w in found if rule.mend == m) + f": {m}" for m in mends]
-        raise UserError(f"adapter {folder} holds what is not portable: {'; '.join(parts)}")
+    targets = values.get("target_modules")
+    if not isinstance(targets, list) or any(values.get(key) for key in NARROWING):
+        targets = sorted(pairs)
+    alpha = scaling * r
+    alpha = int(alpha) if alpha == int(alpha) else alpha
+    defaults = {name: key.default for name, key in KEYS.items() if key.portable}
+    common = {"lora_alpha": alpha, "r": r, "target_modules": targets}
+    return dict(sorted({**values, **defaults, **common}.items())), baked
 
 
 def _common_scaling(scalings: list[float]) -> float:
     """The one that most layers have up to a power of two, and of these the most common."""
 
-    def fit(scaling: float) -> tuple[int, int]:
+    def count(scaling: float) -> tuple[int, int]:
         exact = sum(math.frexp(other / scaling)[0] == 0.5 for other in scalings)
         return exact, scalings.count(scaling)
 
-    return max(dict.fromkeys(scalings), key=fit)
+    return max(dict.fromkeys(scalings), key=count)
 
 
 def _times(lora_B: Tensor, ratio: float) -> Tensor:
     """B times `ratio`: in its dtype where that is exact, else in fp32."""
     if ratio == 1:
         return lora_B
-    wanted = lora_B.double() * ratio
-    kept = wanted.to(lora_B.dtype)
-    return kept if torch.equal(kept.double(), wanted) else wanted.float()
-
-
-def _portable_values(
-    values: Mapping[str, Any], modules: Iterable[str], r: int, lora_alpha: float
-) -> dict[str, Any]:
-    choices = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    targets = values.get("target_modules")
-    if not isinstance(targets, list) or any(values.get(name) for name in choices):
-        targets = sorted(modules)
-    plain: dict[str, Any] = {
-        "alpha_pattern": {},
-        "bias": "none",
-        "eva_config": None,
-        "init_lora_weights": True,
-        "lora_alpha": int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha,
-        "modules_to_save": None,
-        "r": r,
-        "rank_pattern": {},
-        "target_modules": targets,
-        "trainable_token_indices": None,
-        "use_rslora": False,
-        **dict.fromkeys(choices),
-    }
-    return dict(sorted({**values, **plain}.items()))
+    exact = lora_B.double() * ratio
+    rounded = exact.to(lora_B.dtype)
+    return rounded if torch.equal(rounded.double(), exact) else exact.float()
 
 
 # ---- the command ----
@@ -163,17 +137,12 @@ def make_portable(config: PortableConfig) -> None:
         print(f"\n--output-dir DIR writes it without {', '.join(what for _, what in baked)}.")
 
 
-def table(found: Mapping[str, list[str]]) -> str:
+def table(verdicts: Mapping[str, list[str]]) -> str:
     """A line for each consumer."""
-    return "\n".join(f"{who:<14}{'; '.join(what) or 'takes it'}" for who, what in found.items())
+    return "\n".join(f"{name:<14}{'; '.join(w) or 'takes it'}" for name, w in verdicts.items())
 
 
-CONSUMERS = ("vLLM", "SGLang", "llama.cpp", "TGI", "transformers", "PEFT")
-# Inits that leave the base as it was, vLLM's _init_is_supported, which counts lora_ga among them.
-# After the others (PiSSA, OLoRA, CorDA, LoftQ) A and B are right over a changed base only; PEFT
-# makes that base anew.
-PLAIN_INITS = ("lora_ga", *(name for name, init in INITS.items() if not init.changes_base))
-HIGHEST_RANK = 512  # vllm/config/lora.py, MaxLoRARanks
+# ---- what a rule looks at ----
 
 
 @dataclass(frozen=True)
@@ -185,26 +154,27 @@ class Adapter:
     shapes: Mapping[str, tuple[int, ...]]
     """of each tensor"""
 
-    def of_kind(self, *kinds: str) -> list[str]:
-        """Modules with tensors of these kinds (see `kind_of`)."""
-        return [module for module, kind in map(kind_of, self.shapes) if kind in kinds]
+    def leaves(self, *kinds: str) -> list[str]:
+        """The last parts of the names of modules with tensors of these kinds (see `kind_of`)."""
+        return _leaves(module for module, kind in map(kind_of, self.shapes) if kind in kinds)
 
     @property
     def ranks(self) -> dict[str, int]:
         """Of each module with an A (r, in)."""
         kinds = {name: kind_of(name) for name in self.shapes}
-        lora_A = {name: module for name, (module, kind) in kinds.items() if kind in ("A", "EA")}
-        return {module: self.shapes[name][0] for name, module in lora_A.items()}
+        return {m: self.shapes[name][0] for name, (m, kind) in kinds.items() if kind in ("A", "EA")}
+
+
+KINDS = {**PARTS, "lora_embedding_A": "EA", "lora_embedding_B": "EB", "lora_B.bias": "lora_bias"}
 
 
 def kind_of(key: str) -> tuple[str, str]:
     """A tensor's module, and what it is: A, B, EA, EB (an embedding's), magnitude, lora_bias, rows,
-    copy (of a base weight), bias, head (a classifier's), norm or whole."""
+    copy (of a base weight), bias, head (a classifier's), norm or full."""
     name = key.removeprefix(PREFIX)
-    for part, kind in PARTS.items():
+    for part, kind in KINDS.items():
         if name.endswith(f".{part}"):
-            kind = "lora_bias" if kind == "bias" else kind
-            return name.removesuffix(f".{part}"), f"E{kind}" if "embedding" in part else kind
+            return name.removesuffix(f".{part}"), kind
     module, _, last = name.rpartition(".")
     leaf = module.rpartition(".")[2]
     if last == "weight" and leaf == "base_layer":
@@ -213,11 +183,15 @@ def kind_of(key: str) -> tuple[str, str]:
         return module, "head"
     if last == "bias":
         return module, "bias"
-    return module, "norm" if "_layernorm" in name or ".norm" in name else "whole"
+    return module, "norm" if "_layernorm" in name or ".norm" in name else "full"
 
 
-# ---- what to look for ----
+def _leaves(modules: Iterable[str]) -> list[str]:
+    names = (module.removesuffix(".base_layer").rpartition(".")[2] for module in modules)
+    return list(dict.fromkeys(names))
 
+
+# Of an adapter, what a rule is about, by name; empty where the rule does not apply.
 Offenders = Callable[[Adapter], Iterable[str]]
 
 
@@ -231,11 +205,11 @@ def _missing(*names: str) -> Offenders:
 
 
 def _kinds(*kinds: str) -> Offenders:
-    return lambda a: _leaves(a.of_kind(*kinds))
+    return lambda a: a.leaves(*kinds)
 
 
-def _dora(a: Adapter) -> list[str]:
-    return _leaves(a.of_kind("magnitude")) or list(_set("use_dora")(a))
+def _dora(a: Adapter) -> Iterable[str]:
+    return a.leaves("magnitude") or _set("use_dora")(a)
 
 
 def _alphas(a: Adapter) -> list[str]:
@@ -246,8 +220,7 @@ def _alphas(a: Adapter) -> list[str]:
 
 
 def _other_ranks(a: Adapter) -> list[str]:
-    own = a.values.get("r", 8)
-    return _leaves(module for module, r in a.ranks.items() if r != own)
+    return _leaves(module for module, r in a.ranks.items() if r != a.values.get("r", 8))
 
 
 def _high_rank(a: Adapter) -> list[str]:
@@ -261,9 +234,9 @@ def _regex(a: Adapter) -> list[str]:
     return [] if is_list else [f"target_modules={targets!r}"]
 
 
-def _bias_setting(a: Adapter) -> list[str]:
+def _bias(a: Adapter) -> list[str]:
     bias = a.values.get("bias", "none")
-    return [] if bias == "none" else [f"bias={bias!r}"]
+    return [] if bias == "none" else [f"{bias=}"]
 
 
 def _rebasing_init(a: Adapter) -> list[str]:
@@ -275,15 +248,17 @@ def _convolutions(a: Adapter) -> list[str]:
     return _leaves(kind_of(name)[0] for name, shape in a.shapes.items() if len(shape) > 2)
 
 
-def _odd_ones(a: Adapter) -> list[str]:
-    """Layers without the one that they are stacked with."""
+def _unstacked(a: Adapter) -> list[str]:
+    """Layers without the one that SGLang stacks them with."""
     needs = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    found = set()
-    for module in a.ranks:
-        parent, _, leaf = module.rpartition(".")
-        if leaf in needs and f"{parent}.{needs[leaf]}" not in a.ranks:
-            found.add(f"{leaf} without {needs[leaf]}")
-    return sorted(found)
+    names = (module.rpartition(".") for module in a.ranks)
+    return sorted(
+        {
+            f"{leaf} without {needs[leaf]}"
+            for parent, _, leaf in names
+            if leaf in needs and f"{parent}.{needs[leaf]}" not in a.ranks
+        }
+    )
 
 
 def _gaps(a: Adapter) -> list[str]:
@@ -292,28 +267,40 @@ def _gaps(a: Adapter) -> list[str]:
     for module in a.ranks:
         if match := re.match(r".*?\.(\d+)\.(.+)", module):
             blocks.setdefault(match[2], set()).add(int(match[1]))
-    count = max((max(found) for found in blocks.values()), default=-1) + 1
+    count = max((max(numbers) for numbers in blocks.values()), default=-1) + 1
     some = a.values.get("layers_to_transform") is not None
-    return [leaf for leaf, found in blocks.items() if some or len(found) < count]
-
-
-def _leaves(modules: Iterable[str]) -> list[str]:
-    names = (module.removesuffix(".base_layer").rpartition(".")[2] for module in modules)
-    return list(dict.fromkeys(names))
+    return [leaf for leaf, numbers in blocks.items() if some or len(numbers) < count]
 
 
 # ---- the rules ----
+
+# The versions and sources that were read, on 2026-11-22.
+CONSUMERS = {
+    "vLLM": "0.33.0, vllm/lora: peft_helper.py (validate_legal, get_rank_and_scaling), "
+    "lora_model.py, utils.py (parse_fine_tuned_lora_name)",
+    "SGLang": "0.5.23, python/sglang/srt/lora: lora_manager.py (validate_new_adapter, "
+    "init_lora_shapes), lora.py (scaling, normalize_qkv_proj), mem_pool.py",
+    "llama.cpp": "convert_lora_to_gguf.py; src/llama-adapter.cpp, .h",
+    "TGI": "server/text_generation_server/adapters/lora.py (prepare_weights)",
+    "transformers": "5.17 to 5.23, the worst of them: 5.17 alone loads nothing that was trained in "
+    "full; integrations/peft.py (load_adapter)",
+    "PEFT": "0.21, which reads what it wrote",
+}
+# Inits that leave the base unchanged: vLLM's _init_is_supported, which counts lora_ga among them.
+# After the others A and B are right over a changed base only; PEFT makes that base anew.
+PLAIN_INITS = ("lora_ga", *(name for name, init in INITS.items() if not init.changes_base))
+HIGHEST_RANK = 512  # vllm/config/lora.py, MaxLoRARanks
 
 
 class Rule(NamedTuple):
     """Something an adapter may hold, and what each consumer makes of it."""
 
     verdicts: str
-    """a letter for each of CONSUMERS"""
+    """of each of CONSUMERS: R refuses, I ignores, - takes it; the worst where layers differ"""
     what: str
     offenders: Offenders
     mend: str = ""
-    """what to do where it cannot be written another way"""
+    """what to do where there is no other way to write it"""
 
 
 MERGE = "merge_dequant.py folds that in"
@@ -323,7 +310,7 @@ CONVERT = (
 )
 KEEP = "train without it, or serve it with PEFT"
 
-# What `qlora.adapters.portable` writes another way, without changing what is computed.
+# What `portable_subset` writes another way, without changing what is computed.
 BAKED = (
     Rule("R R R - - -", "no lora_alpha in the config", _missing("lora_alpha")),
     Rule("R R - - - -", "missing in the config", _missing("r", "target_modules")),
@@ -331,14 +318,14 @@ BAKED = (
     Rule("- I I - - -", "rsLoRA's scaling", _set("use_rslora")),
     Rule("- I I I - -", "alphas of their own", _alphas),
     Rule("- R - I - -", "ranks of their own", _other_ranks),
-    Rule("R - - - - -", "a setting for biases", _bias_setting),
+    Rule("R - - - - -", "a setting for biases", _bias),
 )
 # What A and B of linear layers cannot say.
 LOST = (
     Rule("R R R I I -", "DoRA's magnitudes", _dora, MERGE),
     Rule("R I R I - -", "lora_bias", _kinds("lora_bias"), MERGE),
     Rule("R I R I - -", "biases", _kinds("bias"), MERGE),
-    Rule("R I R I I -", "modules trained in full", _kinds("whole"), MERGE),
+    Rule("R I R I I -", "modules trained in full", _kinds("full"), MERGE),
     Rule("R I I I I -", "norms trained in full", _kinds("norm"), MERGE),
     Rule("- I R I I -", "a classification head", _kinds("head"), MERGE),
     Rule("- - - I - -", "embeddings", _kinds("EA", "EB"), MERGE),
@@ -351,10 +338,10 @@ LOST = (
     Rule("R I I I - -", "BD-LoRA", _set("use_bdlora"), KEEP),
     Rule("- R R I - -", "parameters as targets", _set("target_parameters"), KEEP),
 )
-# What is so in any file of this adapter.
+# What no file of this adapter changes.
 STAYS = (
     Rule("R - - - - -", "a high rank", _high_rank),
-    Rule("- R - - - -", "odd ones of stacked layers", _odd_ones),
+    Rule("- R - - - -", "odd ones of stacked layers", _unstacked),
     Rule("- - - I - -", "layers adapted in some blocks", _gaps),
 )
 
@@ -362,26 +349,26 @@ STAYS = (
 def findings(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], rules: Iterable[Rule]
 ) -> list[tuple[Rule, str]]:
-    """Which of `rules` an adapter falls under, each with the offenders in words.
+    """The `rules` that apply to an adapter, each with its offenders in words.
 
     Args:
         values: adapter_config.json.
         tensors: of adapter_model.safetensors, by their names there; only shapes are looked at.
     """
     adapter = Adapter(values, {name: tuple(t.shape) for name, t in tensors.items()})
-    found = ((rule, list(rule.offenders(adapter))) for rule in rules)
-    return [(rule, f"{rule.what} ({_few(names)})") for rule, names in found if names]
+    offenders = ((rule, list(rule.offenders(adapter))) for rule in rules)
+    return [(rule, f"{rule.what} ({_few(names)})") for rule, names in offenders if names]
 
 
 def problems(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """What each consumer refuses of an adapter, and what it ignores, in words; see `findings`."""
     words = {"R": "refuses", "I": "ignores"}
-    found: dict[str, list[str]] = {consumer: [] for consumer in CONSUMERS}
+    verdicts: dict[str, list[str]] = {consumer: [] for consumer in CONSUMERS}
     for rule, what in findings(values, tensors, (*BAKED, *LOST, *STAYS)):
         for consumer, verdict in zip(CONSUMERS, rule.verdicts.split(), strict=True):
             if verdict in words:
-                found[consumer].append(f"{words[verdict]} {what}")
-    return found
+                verdicts[consumer].append(f"{words[verdict]} {what}")
+    return verdicts
 
 
 def _few(names: list[str]) -> str:

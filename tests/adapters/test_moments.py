@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.lora import lora_layers
-from qlora.adapters.starts import MAX_BYTES, SecondMoments, room
+from qlora.adapters.starts import MAX_BYTES, SecondMoments, moments_budget
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
 from qlora.data.rows import length_batches
@@ -74,8 +74,8 @@ def test_a_group_holds_no_more_than_asked(live):
 @pytest.mark.parametrize(("free", "wanted"), [(3 << 30, 3 << 29), (100 << 30, MAX_BYTES)])
 def test_a_small_gpu_gives_half_of_what_is_free(monkeypatch, free, wanted):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 8 << 30))
-    assert room(torch.device("cuda")) == wanted
-    assert room(torch.device("cpu")) == MAX_BYTES
+    assert moments_budget(torch.device("cuda")) == wanted
+    assert moments_budget(torch.device("cpu")) == MAX_BYTES
 
 
 def test_the_covariance_is_that_of_the_tokens_less_their_mean(live):
