@@ -1,11 +1,12 @@
-"""What kinds of adapters cost a step on a 4-bit base, ours and PEFT's, in one process by turns.
+"""The cost of each kind of adapter per step on a 4-bit base, ours and PEFT's, in turn in one
+process.
 
     python benchmarks/adapter_cost.py [--model base] [--rows 8] [--length 128] [--rounds 5]
 
-Training steps (forward and backward): LoRA, LoRA beside seven inactive adapters, DoRA; the same
-with PEFT. Forward passes: the base, LoRA, LoRA merged, eight rows that go through four adapters in
-one pass, and the same rows in four passes. Every way runs once a round; medians of the rounds, and
-each beside LoRA's. Without --model it is SmolLM2-135M-Instruct.
+Training steps (forward and backward): LoRA, LoRA with seven inactive adapters, DoRA; the same with
+PEFT. Forward passes: the base, LoRA, merged LoRA, eight rows through four adapters in one pass, and
+the same rows in four passes. Each case runs once per round; the table has the medians, relative to
+LoRA. The default model is SmolLM2-135M-Instruct.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def step(model: Any, ids: Tensor) -> Way:
 
 
 def forwards(base: str, ids: Tensor) -> dict[str, Way]:
-    """Ways to run one model with four adapters; each sets up what it needs."""
+    """Cases that run one model with four adapters; each does its own set-up."""
     model: Any = load_base(base)
     for name in NAMES:
         apply_lora(model, LoraConfig(), adapter_name=name)
@@ -95,7 +96,7 @@ def forwards(base: str, ids: Tensor) -> dict[str, Way]:
 
 
 def main() -> None:
-    """A table and a record."""
+    """Print a table and record it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(small_model()))
     parser.add_argument("--rows", type=int, default=8)
@@ -116,7 +117,7 @@ def main() -> None:
     for turn in range(given.rounds + 1):  # the first one warms up
         for name in [*ways][turn % len(ways) :] + [*ways][
             : turn % len(ways)
-        ]:  # none is always first
+        ]:  # each case is first in some round
             run = ways[name]
             start = time.perf_counter()
             with torch.set_grad_enabled(name.startswith("step")):

@@ -1,12 +1,12 @@
-"""What bf16 adapters lose of their updates and what it costs: fp32, bf16, and bf16 that keeps them.
+"""Updates that bf16 adapters lose to rounding, and their effect: fp32, bf16, compensated bf16.
 
     python benchmarks/adapter_dtype.py --seeds 0 1 2
     python benchmarks/adapter_dtype.py --train dev.txt --test test.txt --steps 300 --seeds 0 1
 
-Without data: one linear layer whose target is itself and a low-rank change; its loss in shares of
-what it was before. With data: SmolLM2-135M-Instruct over NF4, computing in bf16, on E2E's lines
-`facts||sentence`. All three start from the same bf16 values; the rate falls to zero. An update is
-lost where a gradient was not zero and the parameter is the same after the step.
+Without data: one linear layer is trained toward itself plus a low-rank change; its loss is relative
+to the initial loss. With data: SmolLM2-135M-Instruct in NF4, computing in bf16, on E2E's lines
+`facts||sentence`. All three start from the same bf16 values; the rate decays to zero. An update is
+lost where the gradient is not zero and the parameter does not change in the step.
 """
 
 import argparse
@@ -48,7 +48,7 @@ HELD_OUT = 48  # rows
 
 
 class Run:
-    """A model's adapters, trained in one of the ways, and what was lost of its updates."""
+    """A model's adapters, trained in one of the three ways, with counts of lost updates."""
 
     def __init__(self, model: nn.Module, way: str, given: argparse.Namespace) -> None:
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -68,7 +68,7 @@ class Run:
         return found
 
     def step(self) -> None:
-        """One update, of which some are compared."""
+        """Take one step; some steps are compared with their parameters before."""
         nn.utils.clip_grad_norm_(self.named.values(), 0.3)
         looked_at = len(self.lost) * self.given.steps // 20 <= self.schedule.last_epoch
         before = self.values() if looked_at else {}
@@ -84,12 +84,12 @@ class Run:
         self.schedule.step()
 
     def lost_shares(self) -> dict[str, list[float]]:
-        """Of A's and of B's updates, in each twentieth of the run."""
+        """Lost share of A's and B's updates, in each twentieth of the run."""
         return {side: [round(row[side], 4) for row in self.lost] for side in ("A", "B")}
 
 
 def rounded_start(model: nn.Module, way: str) -> nn.Module:
-    """The same bf16 values for all, in the dtype of this way."""
+    """Set the same bf16 initial values, in the dtype of this way."""
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.bfloat16()
@@ -101,7 +101,7 @@ def rounded_start(model: nn.Module, way: str) -> nn.Module:
 
 
 def regression(way: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """W + scaling B A is to become W + a change of rank 8 whose size is a tenth of W's."""
+    """Train W + scaling B A toward W plus a change of rank 8 with a tenth of W's norm."""
     draw = torch.Generator().manual_seed(seed)
     size, rank = 256, 8
     frozen = nn.Linear(size, size, bias=False).requires_grad_(False)
@@ -129,7 +129,7 @@ def regression(way: str, seed: int, given: argparse.Namespace) -> dict[str, Any]
 
 
 def batches(rows: Any, tokenizer: Any, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Rows in a random order, again and again, `size` at a time."""
+    """Batches of `size` rows in a random order, epoch after epoch."""
     draw, collate = torch.Generator().manual_seed(seed), collator(tokenizer)
     while True:
         order = torch.randperm(len(rows), generator=draw).tolist()
@@ -139,7 +139,7 @@ def batches(rows: Any, tokenizer: Any, size: int, seed: int) -> Iterator[dict[st
 
 @torch.no_grad()
 def held_out_loss(model: Any, found: list[Any]) -> float:
-    """Per supervised token."""
+    """Loss per supervised token."""
     model.eval()
     total, tokens = 0.0, 0
     for batch in found:
@@ -151,7 +151,7 @@ def held_out_loss(model: Any, found: list[Any]) -> float:
 
 
 def loss_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The mean over its supervised tokens, of which no logits are kept."""
+    """Mean loss over the supervised tokens, without keeping logits."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     return model(**inputs).loss  # type: ignore[no-any-return]
 
@@ -186,7 +186,7 @@ def language_model(way: str, seed: int, given: argparse.Namespace) -> dict[str, 
 
 
 def main() -> None:
-    """A line and a record for each way and seed."""
+    """Print and record each way and seed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train", type=Path)
     parser.add_argument("--test", type=Path)

@@ -1,10 +1,10 @@
-"""How fast a GPU decodes NF4 weights, in each way of qlora.ops.nf4, and multiplies with them.
+"""Speed of decoding NF4 weights on a GPU, and of products with them, for each implementation.
 
     python benchmarks/decode.py [--dtype bf16] [--rounds 30] [--models llama3.1-8b ...]
 
-Weights have the shapes of a block's linear layers, and double quantization. Ways are timed by turns
-in one run, by the card's own clock, with the caches overwritten before each, as a training step
-leaves them; seconds are medians of the rounds. A decode is also given as a share of the bandwidth
+Weights have the shapes of a block's linear layers, and double quantization. Implementations are
+timed in turn in one run, with CUDA events, with the caches overwritten before each, as in a
+training step; seconds are medians of the rounds. A decode is also given as a share of the bandwidth
 that the card copies a large tensor with. A way that gives another weight than
 qlora.ops.nf4.dequantize_to is an error.
 
@@ -48,7 +48,7 @@ GAIN = 0.97
 
 
 def timed(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
-    """Seconds of each, medians, by turns."""
+    """Median seconds of each call, timed in turn."""
     dirt = torch.empty(CACHES, dtype=torch.uint8, device="cuda")
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
     for _ in range(rounds + WARM_UP):
@@ -67,7 +67,7 @@ def timed(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
 
 
 def copy_bandwidth(rounds: int) -> float:
-    """Bytes a second that are read and written."""
+    """Bytes read and written per second by a large copy."""
     source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * COPIED / timed({"copy": partial(target.copy_, source)}, rounds)["copy"]
@@ -135,7 +135,7 @@ def show(label: str, seconds: Mapping[str, float], suffix: Callable[[float], str
 
 @torch.no_grad()
 def main() -> None:
-    """Tables, records and a verdict."""
+    """Print tables and the fastest implementation, and record both."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=30)

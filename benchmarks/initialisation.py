@@ -1,4 +1,4 @@
-"""How much nearer to the 16-bit weights a model starts with LoftQ and PiSSA than with plain NF4.
+"""Initial error to the 16-bit weights with LoftQ and PiSSA, relative to plain NF4.
 
     python benchmarks/initialisation.py
 
@@ -27,7 +27,7 @@ Start = Callable[[Tensor, int, float], Tensor]
 
 
 def quantize(weight: Tensor) -> Tensor:
-    """What NF4 with double quantization leaves of a weight."""
+    """A weight quantized with NF4 and double quantization, and dequantized."""
     return nf4.round_trip(weight, QUANT)
 
 
@@ -61,7 +61,7 @@ METHODS = {
 
 
 def measure(layers: Sequence[int], r: int, scaling: float) -> dict[str, dict[str, list[float]]]:
-    """For each kind of layer and each method its error over plain NF4's, layer by layer."""
+    """The error relative to plain NF4's, by kind of layer and method, layer by layer."""
     checkpoint = Checkpoint(resolve(str(small_model())))
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name in linear_layers(skeleton(checkpoint.folder)):
@@ -76,7 +76,7 @@ def measure(layers: Sequence[int], r: int, scaling: float) -> dict[str, dict[str
 
 
 def main() -> None:
-    """A table for each lora_alpha, and a record of each."""
+    """Print a table for each lora_alpha, and record it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(30)))
     parser.add_argument("--r", type=int, default=16)

@@ -1,9 +1,9 @@
-"""The longest row that a side can step on, on a GPU or under a cap of its memory.
+"""The longest row that a side can train on, on a GPU or with a limit on its memory.
 
-By doubling until one does not fit, then by halving the gap. A try is the first two steps on rows of
-that length (the second has the optimizer's states from the start). What ran out of memory may have
-left something behind: the next try is in a fresh process. Positions that the model was not trained
-for cost what others cost, so the search does not stop at them.
+The search doubles the length until it does not fit, then bisects. A try is two steps on rows of
+that length (the second has the optimizer's states from the start). After a failed try the next one
+runs in a fresh process. Positions past the model's limit cost the same, so the search includes
+them.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def longest(fits: Callable[[int], bool], *, unit: int, limit: int = LIMIT) -> in
 
 
 class Tries:
-    """`fits` of a side."""
+    """Runs Runner.fits of one side, in a fresh process after a failure."""
 
     def __init__(self, name: str, setup: Setup) -> None:
         self.name, self.setup = name, setup
@@ -49,14 +49,14 @@ class Tries:
         return False
 
     def close(self) -> None:
-        """End the process, if one is there."""
+        """End the process, if there is one."""
         if self._side:
             self._side.close()
         self._side = None
 
 
 def find_longest(names: Sequence[str], setup: Setup, unit: int) -> dict[str, int]:
-    """For each side the tokens of the longest row; 0 where the model alone is too much."""
+    """Tokens of the longest row for each side; 0 where the model itself does not fit."""
     found = {}
     for name in tqdm(names, desc="Longest row", leave=False):
         tries = Tries(name, replace(setup, seq=unit))

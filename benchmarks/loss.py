@@ -1,14 +1,13 @@
-"""Memory and time of a language model's loss with all logits and without, by turns in one run.
+"""Memory and time of a language model's loss, with full logits and chunked, in turn in one run.
 
     python benchmarks/loss.py [--rows 4] [--length 256] [--vocab 49152] [--dim 576]
                               [--dtype bf16] [--masked 0] [--softcap 30] [--rounds 5]
 
 Forward and backward of head and loss, from hidden states (rows, length, dim) to their gradient, as
-transformers' models compute them: head, softcap, ForCausalLMLoss; with the plain head, and with
-LanguageHead in front of it. Seconds are medians of the
-rounds. Memory is what was held above the inputs at most: on a GPU what the allocator counts, on a
-CPU what the profiler sees allocated and freed, in a round of its own. The other figures say how far
-apart loss and gradient are.
+in transformers' models: head, softcap, ForCausalLMLoss; with the plain head, and with LanguageHead.
+Seconds are medians of the rounds. Memory is the peak above the inputs: on a GPU as counted by the
+allocator, on a CPU by the profiler, in a separate round. The other figures are the relative
+differences of loss and gradient.
 """
 
 import argparse
@@ -35,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def loss_and_gradient(
     head: nn.Module, softcap: float | None, hidden: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As the forward pass of a model computes it."""
+    """The loss as a model's forward pass computes it."""
     logits = head(hidden)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -44,7 +43,7 @@ def loss_and_gradient(
 
 
 def peak(run: Way, device: str) -> int:
-    """Most bytes that a run holds above what was there."""
+    """Peak bytes of a run above those allocated before it."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -56,13 +55,13 @@ def peak(run: Way, device: str) -> int:
 
 
 def changes(profiler: Any) -> Iterable[int]:
-    """Bytes allocated, or freed below zero, in order of time."""
+    """Bytes allocated (positive) or freed (negative), in order of time."""
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     return [e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())]
 
 
 def seconds(run: Way, device: str) -> float:
-    """Wall time of a run."""
+    """Wall-clock seconds of a run."""
     start = time.perf_counter()
     run()
     if device == "cuda":
@@ -71,7 +70,7 @@ def seconds(run: Way, device: str) -> float:
 
 
 def main() -> None:
-    """A table and a record."""
+    """Print a table and record it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, default in (("rows", 4), ("length", 256), ("vocab", 49152), ("dim", 576)):
         parser.add_argument(f"--{name}", type=int, default=default)

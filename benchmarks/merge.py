@@ -1,11 +1,11 @@
-"""What each way of merging keeps of what was trained, on an adapter and data of your choice.
+"""How much of the training each merge method keeps, for a given adapter and data.
 
     python benchmarks/merge.py --adapter out/mine --verify held_out.jsonl
 
-For every way the share of the gain kept, the KL divergence to the live adapter and how often the
-most likely token is the same, all measured by merge_dequant.py's own --verify; and the seconds the
-merge took (verification not counted). PEFT's row is its own merge_and_unload on the 4-bit model;
-other roundings to compare with are in other_roundings.py.
+For each method: the share of the gain kept, the KL divergence to the live adapter and the agreement
+of the most likely token, all from merge_dequant.py's --verify; and the seconds of the merge,
+without verification. PEFT's row is its merge_and_unload on the 4-bit model; other rounding methods
+are in other_roundings.py.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from qlora.merge.measure import Verifier, read_examples
 
 
 def ours(rounding: Method = choose_codes, **settings: Any) -> Callable[[str, str, Path], None]:
-    """merge_dequant.py with these flags, and with another rounding if that is asked for."""
+    """Merge with these flags, and with another rounding method if given."""
 
     def run(adapter: str, base: str, output: Path) -> None:
         with instead(rounding):
@@ -78,7 +78,7 @@ WAYS: dict[str, Callable[[str, str, Path], None]] = {
 
 
 def main() -> None:
-    """A line and a record for each way."""
+    """Print and record each method."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--verify", required=True)
@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def four_bit_base(base: str) -> Callable[[str, str, Path], None]:
-    """The calibrated merge of somebody who has no 16-bit weights, only a 4-bit checkpoint."""
+    """The calibrated merge from a 4-bit checkpoint, without the 16-bit weights."""
 
     def run(adapter: str, _: str, output: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,20 +1,19 @@
-"""Merging a 7B model on the CPU: is it as fast and as small as reading, rounding and writing?
+"""Time and memory of merging a 7B model on the CPU, against reading, rounding and writing it.
 
     python benchmarks/merge_7b.py
 
 A random bf16 checkpoint in the shape of Llama-2-7B (13.5 GB, in files of at most 5 GB) and a random
-adapter (r=16, all linear layers, fp32) go through merge_dequant.py with its defaults, bf16 onto
-NF4, in a process of its own. The time is that of the whole process, imports included. The memory is
-what it held above a process that only imported torch: resident, with the pages of mapped files, and
-anonymous, without them. It needs twice the checkpoint's size on the disk.
+adapter (r=16, all linear layers, fp32) are merged by merge_dequant.py with its defaults, bf16 onto
+NF4, in a separate process. The time is that of the whole process, imports included. The memory is
+the peak above a process that only imports torch: resident, with pages of mapped files, and
+anonymous, without them. It needs twice the checkpoint's size on disk.
 
-The yardstick is to read every tensor with safetensors and write its bytes to a new file, and one
-NF4 round trip of every linear weight that the merge rounds, tensor by tensor, once before the merge
-and once after it, also in processes of their own but without the time of their imports.
+The baseline reads every tensor with safetensors, writes its bytes to a new file, and rounds every
+linear weight to NF4 and back, tensor by tensor, once before the merge and once after it, in
+separate processes and without the time of imports.
 
-Every part starts alike: all that was written before is on the disk, and the checkpoint is not in
-the page cache (posix_fadvise). What a part leaves unwritten in the page cache at its end is timed
-apart ("flushed"), for merge and yardstick alike.
+Every part starts in the same state: earlier output is on disk, and the checkpoint is not in the
+page cache (posix_fadvise). Writing out the page cache at the end is timed separately ("flushed").
 """
 
 import argparse
@@ -53,7 +52,7 @@ R = 16
 
 
 def llama(hidden: int, intermediate: int, layers: int, vocabulary: int) -> LlamaConfig:
-    """A Llama of that shape, in bf16."""
+    """A Llama config with these sizes, in bf16."""
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -69,11 +68,11 @@ SHAPES = {"llama2-7b": llama(4096, 11008, 32, 32000), "tiny": llama(1024, 2752, 
 SHARD_SIZES = {"llama2-7b": "5GB", "tiny": "150MB"}
 
 
-# ---- what is merged ----
+# ---- the inputs ----
 
 
 def make(folder: Path, shape: str) -> None:
-    """Base and adapter in `folder`, as a stream; if they are not there yet."""
+    """Write base and adapter to `folder` as a stream, unless they exist."""
     if folder.exists():
         return
     generator = torch.Generator().manual_seed(0)
@@ -115,7 +114,7 @@ def make_adapter(folder: Path, model: torch.nn.Module, generator: torch.Generato
     (folder / CONFIG).write_text(json.dumps(values))
 
 
-# ---- what is measured ----
+# ---- measurements ----
 
 
 def yardstick(base: Path, output: Path) -> dict[str, float]:
@@ -138,7 +137,7 @@ def yardstick(base: Path, output: Path) -> dict[str, float]:
 
 
 def measure_yardstick(folder: Path) -> dict[str, float]:
-    """The same in a fresh process, and the seconds until all of it is on the disk."""
+    """The same in a fresh process, and the seconds until its output is on disk."""
     with part(folder) as output, fresh_process() as process:
         process.submit(skeleton, folder / "base").result()  # imports
         found = process.submit(yardstick, folder / "base", output).result()
@@ -147,7 +146,7 @@ def measure_yardstick(folder: Path) -> dict[str, float]:
 
 
 def measure_merge(folder: Path) -> dict[str, Any]:
-    """The merge in a fresh process; its time, and its memory above one that only imported."""
+    """Merge in a fresh process; its time, and its memory above a process that only imports."""
     wait = "; import time; time.sleep(0.1)"  # long enough to be seen
     bare = watch([sys.executable, "-c", f"import torch{wait}"])
     modules = "qlora.merge.run, transformers.models.llama.modeling_llama"
@@ -171,7 +170,7 @@ def measure_merge(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def part(folder: Path) -> Iterator[Path]:
-    """A new folder to write to, removed at the end; everything starts on the disk and cold."""
+    """A new output folder, removed at the end; the page cache starts cold and written out."""
     output = folder / "written"
     shutil.rmtree(output, ignore_errors=True)
     make_cold(file for file in folder.rglob("*") if file.is_file())
@@ -183,20 +182,20 @@ def part(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def fresh_process() -> Iterator[ProcessPoolExecutor]:
-    """Runs what is submitted to it in one new interpreter."""
+    """An executor that runs its calls in one new interpreter."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
 
 
 def flush_seconds() -> float:
-    """How long the page cache takes to write out what it holds."""
+    """Seconds to write out the page cache."""
     started = time.perf_counter()
     os.sync()
     return time.perf_counter() - started
 
 
 def above(peak: Held, floor: Held) -> Held:
-    """What `peak` holds more than `floor`."""
+    """Memory of `peak` above `floor`."""
     return Held(*(high - low for high, low in zip(peak, floor, strict=True)))
 
 
@@ -204,11 +203,11 @@ def _bytes(name: str, amount: Held) -> dict[str, int]:
     return {f"{name}_{kind}_bytes": count for kind, count in amount._asdict().items()}
 
 
-# ---- told ----
+# ---- output ----
 
 
 def show(row: Mapping[str, Any]) -> None:
-    """What was measured, and against what."""
+    """Print the merge against the baseline."""
     print(
         f"merge      {row['merge_seconds']:7.1f} s, on the disk after "
         f"{row['merge_flushed_seconds']:.1f} s (imports {row['import_seconds']:.1f} s)"
@@ -228,7 +227,7 @@ def show(row: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Make, measure, tell and record."""
+    """Create the inputs, measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--folder", type=Path, help="keep checkpoint and adapter here, for reuse")

@@ -2,15 +2,15 @@
 
     python benchmarks/merge_against_peft.py --model base --adapter out/mine
 
-PEFT in two ways: onto the base as loaded in 16 bits, which is what people do, and onto the base as
-loaded in 4 bits, dequantized afterwards to be saved in 16. Ours as well: onto the dequantized 4-bit
-base, by default, and onto the original weights. Which of these gives the trained model is what
-benchmarks/merge.py measures; here it is only what they cost on the CPU.
+PEFT merges in two ways: onto the base loaded in 16 bits, as is usual, and onto the base loaded in 4
+bits, dequantized afterwards and saved in 16. Ours merges onto the dequantized 4-bit base, by
+default, and onto the original weights. benchmarks/merge.py measures how much each keeps; this
+benchmark measures their cost on the CPU.
 
-Every merge is a process of its own, all ways take turns, and the medians are shown: seconds from
+Every merge is a separate process, the methods alternate, and the table has medians: seconds from
 the start of the interpreter to its end, seconds from the end of the imports until the files are
-written, and the peak of memory above what was held after the imports (resident counts the pages of
-mapped files, anonymous does not). The base has been read before, so it comes from the page cache.
+written, and the peak of memory above that after the imports (resident counts pages of mapped files,
+anonymous does not). The base is in the page cache.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from watch import Held, held, watch
 Merge = Callable[[str, str, str], None]  # of base, adapter, output
 
 
-# ---- the ways: each imports what it needs and returns what does the merge ----
+# ---- the methods: each imports what it needs and returns a function that merges ----
 
 
 def ours(*flags: str) -> Callable[[], Merge]:
-    """What merge_dequant.py does with these flags."""
+    """Merge as merge_dequant.py does with these flags."""
 
     def load() -> Merge:
         from qlora.cli import parse
@@ -52,7 +52,7 @@ def ours(*flags: str) -> Callable[[], Merge]:
 
 
 def pefts(*, in_4_bits: bool) -> Callable[[], Merge]:
-    """Load the base, put the adapter on, merge_and_unload, save."""
+    """Load base and adapter, merge_and_unload, save."""
 
     def load() -> Merge:
         from peft import PeftModel
@@ -91,11 +91,11 @@ WAYS: dict[str, Callable[[], Merge]] = {
 
 
 def child(way: str, base: str, adapter: str, output: str) -> None:
-    """One merge, in the process that was started for it; its figures are the last line printed."""
+    """One merge in this process; the last line printed has its figures."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     merge = WAYS[way]()
-    with torch.device("meta"):  # imports the code of this family of models
+    with torch.device("meta"):  # imports the code of this model family
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     before, started = held(), time.perf_counter()
     merge(base, adapter, output)
@@ -105,7 +105,7 @@ def child(way: str, base: str, adapter: str, output: str) -> None:
 
 def measure(way: str, base: str, adapter: str) -> dict[str, float]:
     """One merge in a fresh process."""
-    os.sync()  # what was written before this is not to be waited for now
+    os.sync()  # earlier output is on disk
     with tempfile.TemporaryDirectory() as folder:
         words = ["--child", way, "--model", base, "--adapter", adapter, "--output", f"{folder}/out"]
         run = watch([sys.executable, __file__, *words])
@@ -123,7 +123,7 @@ def measure(way: str, base: str, adapter: str) -> dict[str, float]:
 
 
 def read_all(folder: str) -> int:
-    """Bytes of the checkpoint, all of them read once."""
+    """Bytes of the checkpoint, each read once."""
     total = 0
     for file in Path(folder).glob("*.safetensors"):
         with file.open("rb") as stream:
@@ -132,11 +132,11 @@ def read_all(folder: str) -> int:
     return total
 
 
-# ---- told ----
+# ---- output ----
 
 
 def show(rows: Mapping[str, Mapping[str, float]]) -> None:
-    """A line for each way, and how many times our default's time and memory PEFT takes."""
+    """Print each method, and PEFT's time and memory relative to our default."""
     titles = f"{'seconds':>9}{'no imports':>12}{'resident':>12}{'anonymous':>12}"
     print(f"{'':36}{titles}")
     for way, row in rows.items():
@@ -155,7 +155,7 @@ def show(rows: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def main() -> None:
-    """A line and a record for each way."""
+    """Measure, print and record each method."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="folder of the 16-bit base")
     parser.add_argument("--adapter", required=True)

@@ -1,11 +1,11 @@
-"""The README's picture: how much of what was trained each way of merging keeps, from the records.
+"""The README's picture: the share of the training gain that each merge method keeps.
 
-    python benchmarks/merge_picture.py     draws docs/merge.svg anew
+    python benchmarks/merge_picture.py     redraws docs/merge.svg
 
-The bars are of one adapter and its held-out data (E2E, rank 16) in benchmarks/results/merge.jsonl;
-of each way the last record counts. What they say stands in the file as well, so that a test can
-tell a picture that the records have left behind. Colours are Okabe and Ito's, which people of every
-colour vision tell apart, on white, so that a dark page leaves it readable.
+The bars are the last records of each method for one adapter and its held-out data (E2E, rank 16) in
+benchmarks/results/merge.jsonl. Their values are also in the file's metadata, so that a test can
+detect an outdated picture. The colours are Okabe and Ito's, safe for all colour vision, on white,
+so that it is readable on a dark page.
 """
 
 import json
@@ -21,7 +21,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "merge.svg"
 ADAPTER, DATA = "ad_e2e", "e2e_test512"
 OURS, OTHERS, TEXT = "#0072B2", "#E69F00", "#24292f"
 ABOUT = "share of what training gained in held-out loss; SmolLM2-135M, E2E, rank 16"
-WAYS = {  # as a record has it: where it belongs, what it is called, whether it is ours
+WAYS = {  # name in the records -> group, label, whether it is ours
     "bf16 onto NF4 (the default)": ("16 bits", "this project", True),
     "bf16 onto the original weights": ("16 bits", "onto the original weights", False),
     "NF4, calibrated": ("4 bits", "this project", True),
@@ -31,7 +31,7 @@ WAYS = {  # as a record has it: where it belongs, what it is called, whether it 
 
 
 def kept(file: Path) -> dict[str, float]:
-    """Of each way, in their order, the share of training's gain that the merged model has."""
+    """Method -> share of the training gain that the merged model keeps, in the order of WAYS."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     found = {
         row["way"]: row["kept"] for row in rows if (row["adapter"], row["data"]) == (ADAPTER, DATA)
@@ -40,18 +40,18 @@ def kept(file: Path) -> dict[str, float]:
 
 
 def in_words(shares: Mapping[str, float]) -> str:
-    """The picture for those who cannot see it, and for the test."""
+    """The values as text, for accessibility and for the test."""
     said = (f"{WAYS[way][0]}, {WAYS[way][1]}: {percent(share)}" for way, share in shares.items())
     return "; ".join(said)
 
 
 def percent(share: float) -> str:
-    """A decimal where there is room for one below 100 %."""
+    """One decimal; two above 99.9 %."""
     return f"{100 * share:.2f} %" if share > 0.999 else f"{100 * share:.1f} %"
 
 
 def draw(shares: Mapping[str, float], path: Path) -> None:
-    """A bar a way, in two groups."""
+    """Draw one bar per method, in two groups."""
     matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same picture, the same file
     figure = Figure(figsize=(8, 3.7), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
@@ -73,7 +73,7 @@ def draw(shares: Mapping[str, float], path: Path) -> None:
 
 
 def bars(axes: Axes, shares: Mapping[str, float]) -> dict[str, float]:
-    """Draws them, and says at which height each way is."""
+    """Draw the bars; returns the height of each."""
     places: dict[str, float] = {}
     at, group = 0.0, ""
     for way, share in shares.items():

@@ -1,12 +1,12 @@
-"""How small or large a change may be and still survive a merge to 4 bits, ours and PEFT's.
+"""How much of a change a merge to 4 bits keeps, by its size, ours and PEFT's.
 
     python benchmarks/merge_synthetic.py --adapter out/mine --verify held_out.jsonl
 
-The adapter is rescaled so that in every layer |delta| is the given share of |W|, 0.1 % to 10 %, and
-with --random its directions are drawn anew as well. What was "trained" is then by definition the
-live model: it is the teacher, the gain is KL(live || base), and the share kept is
-1 - KL(live || merged) / KL(live || base). Beside it stands the share of the loss that the rescaled
-adapter gains on the data, if it gains any. All compute in fp32, so that the teacher is not noisy.
+The adapter is rescaled so that |delta| is the given share of |W| in every layer, 0.1 % to 10 %;
+with --random its directions are random as well. The live model is the teacher: the gain is KL(live
+|| base), and the share kept is 1 - KL(live || merged) / KL(live || base). The table also has the
+share of the loss that the rescaled adapter gains on the data, if any. All models compute in fp32,
+so that the teacher has no noise.
 """
 
 import argparse
@@ -40,7 +40,7 @@ WAYS = {
 
 
 def main() -> None:
-    """A line and a record for each size and way."""
+    """Print and record each size and method."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--verify", required=True)
@@ -91,7 +91,7 @@ def main() -> None:
 def rescaled(
     adapter: AdapterFile, base: Checkpoint, size: float, folder: Path, draw: bool
 ) -> AdapterFile:
-    """The adapter with |delta| = size |W| in each layer, as files in `folder`, for fp32 compute."""
+    """Write the adapter with |delta| = size |W| in each layer to `folder`, for fp32 compute."""
     folder.mkdir()
     for file in adapter.folder.iterdir():
         if file.is_file() and file.name != WEIGHTS:

@@ -1,10 +1,10 @@
-"""What quantizing the base costs: NF4 QLoRA against LoRA on the unquantized model.
+"""The cost of quantizing the base: QLoRA on NF4 against LoRA on the unquantized model.
 
     python benchmarks/nf4_against_16bit.py --train dev.txt --test test.txt
 
-Same data, steps, seed and adapter start; the loss on held-out rows before and after. The data is
-the E2E NLG challenge, a line `facts||sentence`. SmolLM2-135M-Instruct, whose weights come from a
-4-bit GGUF file, so "16 bits" means that file dequantized.
+Same data, steps, seed and initial adapter; the loss on held-out rows before and after. The data is
+the E2E NLG challenge, lines `facts||sentence`. The model is SmolLM2-135M-Instruct from a 4-bit GGUF
+file, so "16 bits" means that file dequantized.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def as_jsonl(source: Path, target: Path, rows: int) -> Path:
 
 
 def load(config: TrainConfig, *, quantized: bool) -> Any:
-    """The base in NF4, or as it is, in the same compute dtype."""
+    """The base in NF4, or unquantized, in the same compute dtype."""
     if quantized:
         return load_base(config.model, config.quant)
     checkpoint = Checkpoint(resolve(config.model))
@@ -71,7 +71,7 @@ def measure(config: TrainConfig, *, quantized: bool) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Both runs, a small table, a record."""
+    """Run both, print a table, and record it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)

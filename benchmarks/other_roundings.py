@@ -1,7 +1,8 @@
-"""Other ways to round W + delta to 4 bits, in some lines of plain torch each, to compare with ours.
+"""Other methods of rounding W + delta to 4 bits, in a few lines of plain torch each, for
+comparison.
 
-Each takes what `qlora.merge.codes.choose_codes` takes, and can stand in its place: all but the
-rounding is then the same. None of them moves absmax.
+Each has the signature of `qlora.merge.codes.choose_codes` and can replace it, so that all but the
+rounding is the same. None of them changes absmax.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ Method = Callable[[Folding, Tensor, Tensor, QuantConfig, Tensor | None], nf4.Qua
 def on_the_adapters_space(
     folding: Folding, base: Tensor, delta: Tensor, quant: QuantConfig, _: Tensor | None
 ) -> nf4.Quantized:
-    """No data: one sweep over the columns of W4 + delta that keeps the error times A' near zero."""
+    """No data: one sweep over the columns of W4 + delta that keeps error @ A.T near zero."""
     assert folding.factors is not None
     lora_A = folding.factors.lora_A.float()
     return descend(nf4.quantize(base + delta, quant), base + delta, lora_A.T @ lora_A, sweeps=1)
@@ -62,7 +63,7 @@ def descent_from_original(
 
 
 def descend(start: nf4.Quantized, target: Tensor, moments: Tensor, sweeps: int) -> nf4.Quantized:
-    """Column by column the level that lowers tr(E H E') most, all others as they are."""
+    """For each column, choose the level that lowers tr(E H E') most, with all others fixed."""
     scale, levels = scales(start), nf4.codebook(start.state.quant_type)
     weight = nf4.dequantize(start)
     felt = (weight - target) @ moments
@@ -78,7 +79,7 @@ def descend(start: nf4.Quantized, target: Tensor, moments: Tensor, sweeps: int) 
 
 
 def nearest(values: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
-    """The level times `scale` that is nearest to each of some values (out,)."""
+    """The level times `scale` nearest to each value (out,)."""
     ordered = levels.sort().values
     bounds = (ordered[1:] + ordered[:-1]) / 2
     return torch.as_tensor(ordered[torch.bucketize(values / scale, bounds)] * scale)
@@ -101,5 +102,5 @@ def with_levels(quantized: nf4.Quantized, weight: Tensor) -> nf4.Quantized:
 
 
 def instead(method: Method) -> Any:
-    """Inside the block, merges to 4 bits round by `method`."""
+    """Inside the block, merges to 4 bits round with `method`."""
     return patch("qlora.merge.codes.choose_codes", method)

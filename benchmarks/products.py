@@ -1,9 +1,9 @@
-"""Products of a training step in fp32 on a CPU, by torch (MKL) and by oneDNN, by turns in one run.
+"""fp32 products of a training step on a CPU, by torch (MKL) and by oneDNN, in turn in one run.
 
     python benchmarks/products.py [--tokens 1024] [--rounds 9]
 
-GFLOP/s are of the medians of the rounds. Apart is the relative distance from the product in fp64,
-of torch's and of ours. The shapes are those of SmolLM2-135M, and one of Llama-2-7B.
+GFLOP/s are from the median of the rounds. The errors are relative to the product in fp64. The
+shapes are those of SmolLM2-135M, and one of Llama-2-7B.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Product = Callable[[], Tensor]
 
 
 def products(tokens: int) -> dict[str, tuple[Product, Product, Product, int]]:
-    """Torch's, ours, the same in fp64, and the FLOP of it, by name."""
+    """Name -> torch's product, ours, the product in fp64, and its FLOP."""
     found = {}
     for name, (inputs, outputs) in {**SHAPES, **LARGE}.items():
         x, dy = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
@@ -55,14 +55,14 @@ def _three(
 
 
 def seconds(run: Product) -> float:
-    """Wall time of a run."""
+    """Wall-clock seconds of a run."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """A table and a record."""
+    """Print a table and record it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=9)

@@ -1,20 +1,20 @@
-"""Does rank, rate or place matter? "LoRA Without Regret" (Thinking Machines, 2025), in the small.
+"""The effect of rank, learning rate and targets: "LoRA Without Regret" (2025) on a small model.
 
     python benchmarks/quality.py --train dev.txt --test test.txt
 
-Full fine-tuning and LoRA of several ranks and places, each at the learning rates around its best:
+Full fine-tuning, and LoRA of several ranks and targets, each at the learning rates around its best:
 the loss on held-out rows after a fixed number of steps. A run is a JSON line in
-results/quality.jsonl, and what is recorded there is not run again: the program can be stopped and
-started at will, and goes on with other questions, steps or seeds where another machine left off.
+results/quality.jsonl, and a recorded run is not repeated: the program can be interrupted and
+restarted, with other questions, steps or seeds, and on another machine.
 
-As in the blog: alpha 32 / r, a constant rate without warm-up, one epoch at most. Adam has torch's
-betas, no weight decay, no clipping; every run of a seed sees the same rows in the same order.
-All start from the unquantized model, which is the only one that full fine-tuning can train: master
-weights and adapters in fp32, products in bf16. The data is the E2E NLG challenge as the LoRA paper
-gave it to GPT-2: a line `facts||sentence` without a chat template, loss on the sentence.
+As in the article: alpha 32 / r, a constant rate without warm-up, one epoch at most. Adam has
+torch's betas, no weight decay, no clipping; every run of a seed sees the same rows in the same
+order. All start from the unquantized model, which full fine-tuning needs: master weights and
+adapters in fp32, products in bf16. The data is the E2E NLG challenge in the LoRA paper's format for
+GPT-2: lines `facts||sentence` without a chat template, with a loss on the sentence.
 
-Not as in the blog: its "all layers" has the output head too, ours, as QLoRA's and PEFT's, has not;
-full fine-tuning trains it (here it is the embedding as well).
+Different from the article: its "all layers" includes the output head, ours, as QLoRA's and PEFT's,
+does not; full fine-tuning trains it (here it is tied to the embedding).
 """
 
 import argparse
@@ -67,7 +67,7 @@ LONG = 4
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; two that are equal give the same loss."""
+    """One training run; equal runs give the same loss."""
 
     model: str
     place: str
@@ -79,7 +79,7 @@ class Run:
     seed: int
 
 
-# ---- which runs
+# ---- the runs
 
 
 def rate_of(k: int) -> float:
@@ -99,20 +99,20 @@ def next_k(losses: Mapping[int, float]) -> int | None:
 
 
 def start(folder: Path, *, full: bool) -> int:
-    """Where to begin: the rule's rate for LoRA, a tenth of it for full fine-tuning."""
+    """The first rate: the default rule's for LoRA, a tenth of it for full fine-tuning."""
     config = AutoConfig.from_pretrained(folder).get_text_config()
     rate = default_learning_rate(config.model_type, config.hidden_size)
     return round(4 * math.log10(rate / 10 if full else rate))
 
 
 def recorded() -> dict[Run, dict[str, Any]]:
-    """Every run in the file, and what was measured."""
+    """Every run in the file, with its result."""
     rows = read_rows(FILE)
     return {Run(**{field.name: row[field.name] for field in fields(Run)}): row for row in rows}
 
 
 def final_loss(row: Mapping[str, Any]) -> float:
-    """Held-out loss at the end; that of a run that diverged counts as infinite."""
+    """Held-out loss at the end; infinite for a run that diverged."""
     loss = float(row["test_loss"][-1][1])
     return loss if math.isfinite(loss) else math.inf
 
@@ -129,7 +129,7 @@ def encode(line: str, tokenizer: Any) -> dict[str, list[int]]:
 
 
 def batches(rows: Sequence[Any], *, steps: int, size: int, seed: int) -> Iterator[list[Any]]:
-    """Rows in a random order, epoch after epoch; among 8 batches like lengths go together."""
+    """Batches in a random order, epoch after epoch; rows are sorted by length within 8 batches."""
     generator = torch.Generator().manual_seed(seed)
     pool: list[Any] = []
     ready: list[list[Any]] = []
@@ -148,7 +148,7 @@ def batches(rows: Sequence[Any], *, steps: int, size: int, seed: int) -> Iterato
 
 
 def load(folder: Path, run: Run, device: str) -> PreTrainedModel:
-    """The unquantized model in fp32, with what the run trains."""
+    """The unquantized model in fp32, with the trained parameters of the run."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     if run.place != "full":
         config = LoraConfig(r=run.r, lora_alpha=32, adapter_dtype="fp32", **PLACES[run.place])
@@ -159,8 +159,8 @@ def load(folder: Path, run: Run, device: str) -> PreTrainedModel:
 def answer_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     """Summed cross-entropy of the supervised tokens, and their number.
 
-    Rows are padded on the right of a causal model, so no mask is needed; logits are made only
-    where they are looked at, which spares a small model a fifth of its arithmetic.
+    Rows are padded on the right of a causal model, so no mask is needed; logits are computed only
+    for supervised tokens, which saves a small model a fifth of its computation.
     """
     device = model.device
     input_ids, labels = batch["input_ids"].to(device), batch["labels"][:, 1:].to(device)
@@ -173,13 +173,13 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Te
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, test: Sequence[Mapping[str, Tensor]]) -> float:
-    """Loss a supervised token, in nats."""
+    """Loss per supervised token, in nats."""
     found = [answer_loss(model, batch) for batch in test]
     return float(sum(loss for loss, _ in found)) / sum(tokens for _, tokens in found)
 
 
 class Lab:
-    """What the runs of one call share: model, data, and what is recorded of earlier ones."""
+    """The state that runs share: model, data, and earlier records."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
@@ -197,7 +197,7 @@ class Lab:
         self.test = [self.collate(lines[i : i + 8]) for i in range(0, len(lines), 8)]
 
     def loss(self, place: str, r: int, k: int, *, times: int = 1) -> float:
-        """Held-out loss after `times` the steps at the k-th rate: recorded, or of a run now."""
+        """Held-out loss after `times` the steps at the k-th rate, from the records or a new run."""
         given = self.given
         steps = times * given.steps
         run = Run(self.name, place, r, rate_of(k), steps, given.rows_per_step, given.seed)
@@ -218,7 +218,7 @@ class Lab:
         return min(losses, key=lambda k: losses[k])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every run of this model, batch size and seed, of this call or an earlier one."""
+        """Every run of this model, batch size and seed, new or recorded."""
         own = (self.name, self.given.rows_per_step, self.given.seed)
         found = recorded().items()
         return [row for run, row in found if (run.model, run.rows_per_step, run.seed) == own]
@@ -243,7 +243,7 @@ class Lab:
 
 
 def main() -> None:
-    """Every run that is not recorded yet, then a small table and the picture."""
+    """Perform all runs that are not recorded, print a table, and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""The picture of quality.py: held-out loss against rate, by rank and place, and against steps."""
+"""The picture of quality.py: held-out loss against learning rate, rank, targets and steps."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ def by_rate(rows: Iterable[Row], place: str, r: int, steps: int) -> Curve:
 
 
 def best(curve: Curve) -> tuple[float, float]:
-    """(rate, loss) where the loss is lowest."""
+    """The (rate, loss) with the lowest loss."""
     return min(curve, key=lambda point: point[1])
 
 
@@ -74,7 +74,7 @@ def draw(rows: Sequence[Row], path: Path, *, steps: int) -> None:
 
 
 def _rates(axes: Axes, lines: Sequence[Line]) -> None:
-    """A line each, with a mark where it is lowest."""
+    """Draw one line each, with a mark at its minimum."""
     lines = [line for line in lines if line[0]]
     lowest = min((best(curve)[1] for curve, _, _ in lines), default=0)
     axes.set_xscale("log")
@@ -91,7 +91,7 @@ def _rates(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _steps(axes: Axes, lines: Sequence[Line]) -> None:
-    """A line each, over the logarithm of the steps."""
+    """Draw one line each, over the logarithm of the steps."""
     lines = [line for line in lines if line[0]]
     axes.set_xscale("log")
     for curve, _, colour in lines:
@@ -104,7 +104,7 @@ def _steps(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _label(axes: Axes, lines: Sequence[Line], *, end: int) -> None:
-    """Each line's label at its first point (end 0) or last (end -1), none over another."""
+    """Label each line at its first point (end 0) or last (end -1), without overlap."""
     low, high = axes.get_ylim()
     at = -math.inf
     for curve, label, colour in sorted(lines, key=lambda line: line[0][end][1]):

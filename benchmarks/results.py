@@ -1,4 +1,4 @@
-"""Where a benchmark leaves what it measured: JSON lines, with the machine, versions and command."""
+"""Records of benchmarks: JSON lines with the measurement, device, versions and command."""
 
 import json
 import platform
@@ -32,7 +32,7 @@ def record(name: str, row: Mapping[str, Any]) -> None:
 
 
 def _plain(word: str) -> str:
-    """An argument without the folders of the machine it was given on."""
+    """An argument without the machine's folders."""
     path = Path(word)
     return "/".join(path.parts[-2:]) if path.is_absolute() else word
 
@@ -44,7 +44,7 @@ def _device() -> str:
 
 
 def _processor() -> str:
-    """Its name, where Linux says it."""
+    """The processor's name, if /proc has it."""
     with suppress(OSError):
         named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         if named:

@@ -1,9 +1,8 @@
-"""What a forward pass keeps for the backward pass, by decoder layer, dtype and shape.
+"""Tensors that a forward pass saves for the backward pass, by decoder layer, dtype and shape.
 
-`torch.autograd.graph.saved_tensors_hooks` sees every tensor that an operation saves. Two that share
-memory count once, in the layer that saved it first, with the bytes of that memory; parameters and
-buffers do not count, for they are there anyway. With checkpointing nothing is seen of what is in a
-layer: count without.
+`torch.autograd.graph.saved_tensors_hooks` reports every tensor that an operation saves. Tensors
+that share memory count once, in the layer that saved the memory first; parameters and buffers do
+not count. Checkpointing hides the tensors inside a layer: count without it.
 """
 
 from collections import Counter
@@ -24,14 +23,14 @@ class Kept(NamedTuple):
     kind: str
     """dtype and shape"""
     nbytes: int
-    """of the memory it lies in"""
+    """bytes of its storage"""
 
 
 def saved_tensors(model: nn.Module, forward: Callable[[], Tensor]) -> list[Kept]:
-    """What `forward`, which gives a loss, saves; each piece of memory once, in order of time."""
+    """The tensors that `forward` saves while it computes a loss; each storage once, in order."""
     there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     found: dict[int, Kept] = {}
-    held: list[Tensor] = []  # so that no memory is used twice
+    held: list[Tensor] = []  # so that no storage is reused
     current = [OUTSIDE]
 
     def pack(tensor: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
 
 
 def summary(kept: Sequence[Kept]) -> dict[str, Any]:
-    """Bytes in all, and of the layer in the middle, and that layer's tensors: kind -> bytes."""
+    """Total bytes, bytes of the middle layer, and that layer's tensors: kind -> bytes."""
     layers = sorted({k.layer for k in kept if k.layer != OUTSIDE})
     middle = [k for k in kept if layers and k.layer == layers[len(layers) // 2]]
     kinds: Counter[str] = Counter()

@@ -1,10 +1,10 @@
 """Checkpoints in the shape of well-known models, with random weights, 4-bit from the start.
 
-Sizes are those of the models' published config.json. `make` draws one matrix after the other, on
-the GPU where there is one, quantizes it at once and writes it down: of a 7B model no more than one
-matrix is ever dense. What it leaves is a plain bitsandbytes checkpoint of about half a byte a
-weight, which every tool loads in its own way. Matrices are normal with a deviation of 0.02, norms
-one, biases zero: as fast and as large as a trained model, but its loss means nothing.
+Sizes are those of the published config.json files. `make` draws one matrix at a time, on the GPU if
+there is one, quantizes and writes it: no more than one matrix of a 7B model is ever dense. The
+output is a standard bitsandbytes checkpoint of about half a byte per weight. Matrices are normal
+with a standard deviation of 0.02, norms one, biases zero: as fast and as large as a trained model,
+but its loss is meaningless.
 """
 
 from collections.abc import Iterator, Mapping
@@ -47,7 +47,7 @@ def sizes(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int,
     positions: int, *, theta: float = 10000.0, tied: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """These numbers as configs call them."""
+    """The sizes under their names in configs."""
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -62,7 +62,7 @@ def sizes(
 
 
 def llama3(*numbers: int, tied: bool = False, factor: float = 8.0) -> LlamaConfig:
-    """A Llama of 3.1 or later."""
+    """The config of a Llama 3.1 or later."""
     rope = {"rope_parameters": {**LLAMA3_ROPE, "factor": factor}}
     return LlamaConfig(**{**sizes(*numbers, 128256, 131072, tied=tied), **rope})
 
@@ -100,19 +100,19 @@ def shape(name: str) -> PretrainedConfig:
 
 
 def on_meta(config: PretrainedConfig) -> nn.Module:
-    """The model's names and shapes, without memory."""
+    """The model on the meta device."""
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model
 
 
 def linear_parameters(config: PretrainedConfig) -> int:
-    """Weights of all linear layers and the output head, as values."""
+    """The number of weights in all linear layers and the output head."""
     return sum(layer.weight.numel() for layer in linear_layers(on_meta(config)).values())
 
 
 def make(name: str, folder: Path) -> Path:
-    """The checkpoint of that shape in `folder`, if it is not there yet.
+    """Write the checkpoint of that shape to `folder`, unless it exists.
 
     Raises:
         UserError: there is no such shape, or the disk is full.
@@ -133,7 +133,7 @@ def make(name: str, folder: Path) -> Path:
 
 
 def write_config(folder: Path, model: Any, config: PretrainedConfig, dense: list[str]) -> None:
-    """config.json, which says that the linear layers but `dense` are 4-bit."""
+    """config.json, in which all linear layers but `dense` are 4-bit."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=QUANT.quant_type,
@@ -161,7 +161,7 @@ def _joined(name: str, suffix: str) -> str:
 
 
 def _tensors(shapes: Mapping[str, tuple[int, ...]], coded: set[str]) -> Iterator[Tensor]:
-    """What `_entries` plans, in its order."""
+    """The tensors that `_entries` lists, in its order."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     for name, size in shapes.items():

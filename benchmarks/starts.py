@@ -1,11 +1,11 @@
-"""How an adapter starts and what it learns, by its initialisation; and what its file is elsewhere.
+"""Initial and trained loss of each initialisation, also on the bases that other programs use.
 
     python benchmarks/starts.py --steps 24
 
-SmolLM2-135M-Instruct and the demo's data: held-out loss and KL from the 16-bit model at the start,
-seconds that the start took, and held-out loss after some steps. An adapter whose base was changed
-for it is measured three times: as it was trained, as the plain adapter that its file is for others
-over the plain NF4 base, and over the 16-bit one.
+SmolLM2-135M-Instruct and the demo's data: initial held-out loss and KL from the 16-bit model,
+seconds of the initialisation, and held-out loss after some steps. An adapter whose base was changed
+is measured three times: as trained, as a plain adapter on the plain NF4 base, and on the 16-bit
+base, as other programs load it.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def read(name: str) -> list[Any]:
 
 @torch.no_grad()
 def log_probs(model: Any, batches: list[Any]) -> tuple[float, list[Tensor]]:
-    """The loss of a supervised token, and log p of all that there are to choose from."""
+    """The loss per supervised token, and the log-probabilities of the vocabulary."""
     model.eval()
     found, loss, tokens = [], 0.0, 0
     for batch in batches:
@@ -69,7 +69,7 @@ def log_probs(model: Any, batches: list[Any]) -> tuple[float, list[Tensor]]:
 
 
 def start(lora: LoraConfig, held_out: list[Any], wanted: list[Tensor]) -> dict[str, float]:
-    """What the model is with a new adapter."""
+    """Loss and KL of the model with a new adapter."""
     model = load_base(str(small_model()), QUANT)
     data = read("train.jsonl")[::3] if lora.init_lora_weights == "eva" else None
     began = time.perf_counter()
@@ -82,7 +82,7 @@ def start(lora: LoraConfig, held_out: list[Any], wanted: list[Tensor]) -> dict[s
 
 
 def learn(lora: LoraConfig, folder: Path, steps: int, rate: float | None) -> None:
-    """A short run, its adapter in `folder`."""
+    """Train a short run; its adapter is saved in `folder`."""
     data = DataConfig(str(DATA / "train.jsonl"), max_length=256)
     settings = {"max_steps": steps, "save_steps": steps, "per_device_train_batch_size": 4}
     config = TrainConfig(str(small_model()), str(folder), data, lora=lora, quant=QUANT)
@@ -91,7 +91,7 @@ def learn(lora: LoraConfig, folder: Path, steps: int, rate: float | None) -> Non
 
 
 def losses(folder: Path, held_out: list[Any]) -> dict[str, float]:
-    """Held-out loss of the adapter in `folder`, over each base that it may be put on."""
+    """Held-out loss of the adapter in `folder` on each base that it may be loaded onto."""
     adapter = read_adapter(folder)
     places = {"as trained": (adapter, True)}
     if adapter.subtracted:
@@ -111,7 +111,7 @@ def full() -> Any:
 
 
 def main() -> None:
-    """A line and a record for each start."""
+    """Print and record each initialisation."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
     parser.add_argument("--steps", type=int, default=24)

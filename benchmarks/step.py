@@ -4,22 +4,22 @@
     python benchmarks/step.py --shape llama3.1-8b --seq 2048
     python benchmarks/step.py --shape llama3.1-8b --gpu-memory 8GiB --longest \\
         --sides ours ours-offloading peft
-    python benchmarks/step.py --ablate                    ours without one part after the other
-    python benchmarks/step.py --count --no-checkpointing  what a layer keeps for its backward pass
+    python benchmarks/step.py --ablate                    ours without each of its parts
+    python benchmarks/step.py --count --no-checkpointing  tensors that a layer saves for backward
 
-Each side lives in a process of its own (benchmarks/turns.py) and they step by turns, another one
-first in each round: speed is the median of the rounds, and no side's memory is in another's. Who
-they are is in benchmarks/step_sides.py, what a step is and how its memory is counted in
-benchmarks/step_runner.py. `--shape` makes a random 4-bit checkpoint (benchmarks/shapes.py).
+Each side runs in its own process (benchmarks/turns.py); they alternate, with another one first in
+each round. Speed is the median of the rounds. benchmarks/step_sides.py defines the sides,
+benchmarks/step_runner.py the step and how its memory is counted. `--shape` creates a random 4-bit
+checkpoint (benchmarks/shapes.py).
 
-The ceiling is what a large square matrix product reaches in the same dtype, measured in the same
-rounds. For N weights in linear layers and the head a step needs 2 N FLOP a token forward and 2 N
-backward to the inputs (the weights are frozen), and with checkpointing another 2 N: 4 N or 6 N over
-the time it took is its share of the ceiling. Attention and adapters are left out, and the head is
-counted like the layers.
+The ceiling is the throughput of a large square matrix product in the same dtype, measured in the
+same rounds. For N weights in linear layers and the head a step needs 2 N FLOP a token forward and 2
+N backward to the inputs (the weights are frozen), and with checkpointing another 2 N: 4 N or 6 N
+over the time it took is its share of the ceiling. Attention and adapters are left out, and the head
+is counted like the layers.
 
-`--gpu-memory` is a card of that size: torch may allocate so much less CONTEXT_BYTES, which the CUDA
-context takes.
+`--gpu-memory` simulates a GPU of that size: torch may allocate that much minus CONTEXT_BYTES, the
+CUDA context.
 """
 
 import argparse
@@ -54,7 +54,7 @@ from qlora.config import QuantConfig
 from qlora.errors import UserError
 
 Call = Callable[..., Any]
-"""a Runner, wherever it lives: `call("step")`"""
+"""a Runner in some process: `call("step")`"""
 
 
 # ---- the sides, each in its process ----
@@ -62,7 +62,7 @@ Call = Callable[..., Any]
 
 @contextmanager
 def runners(names: Sequence[str], setup: Setup, *, here: bool) -> Iterator[dict[str, Call]]:
-    """A Runner of each name; without those that run out of memory while they load."""
+    """A Runner for each name, except those that run out of memory while loading."""
     with ExitStack() as stack:
         if here:
             yield {name: _local(Runner(name, setup)) for name in names}
@@ -73,7 +73,7 @@ def runners(names: Sequence[str], setup: Setup, *, here: bool) -> Iterator[dict[
 
 @contextmanager
 def product(setup: Setup, *, here: bool) -> Iterator[Call]:
-    """The ceiling, in a process of its own too, so that it takes nothing of a side's memory."""
+    """The ceiling, in its own process, so that it uses none of a side's memory."""
     if here:
         yield _local(Product(setup))
         return
@@ -86,7 +86,7 @@ def _local(made: Any) -> Call:
 
 
 def fits(name: str, call: Callable[[], Any]) -> Any:
-    """What it gives; None, which is told, if it runs out of the GPU's memory."""
+    """The call's result; None, with a message, if the GPU's memory runs out."""
     try:
         return call()
     except ApartError as error:
@@ -96,11 +96,11 @@ def fits(name: str, call: Callable[[], Any]) -> Any:
         return None
 
 
-# ---- by turns ----
+# ---- alternating ----
 
 
 def by_turns(names: Sequence[str], setup: Setup, given: argparse.Namespace) -> dict[str, Any]:
-    """What each side took; of those that ran out of memory nothing but that."""
+    """Seconds and memory of each side, or that it ran out of memory."""
     groups = [[name] for name in names] if given.alone else [list(names)]
     found: dict[str, Any] = {}
     rates: list[float] = []
@@ -120,7 +120,7 @@ def by_turns(names: Sequence[str], setup: Setup, given: argparse.Namespace) -> d
 
 
 def _warm_up(sides: dict[str, Call], bar: Any) -> dict[str, dict[str, Any]]:
-    """What the first steps say of each side that has room for them."""
+    """Memory of the first steps of each side that fits."""
     taken = {}
     for name, call in sides.items():
         memory = fits(name, partial(call, "warm_up"))
@@ -131,7 +131,7 @@ def _warm_up(sides: dict[str, Call], bar: Any) -> dict[str, dict[str, Any]]:
 
 
 def _round(sides: dict[str, Call], taken: dict[str, dict[str, Any]], turn: int, bar: Any) -> None:
-    """A step of each; another one is first in the next round."""
+    """One step of each side; another one is first in the next round."""
     names = list(taken)
     first = turn % len(names)
     for name in names[first:] + names[:first]:
@@ -141,7 +141,7 @@ def _round(sides: dict[str, Call], taken: dict[str, dict[str, Any]], turn: int, 
 
 
 def with_rates(found: dict[str, Any], tokens: int, flops_a_token: float) -> None:
-    """Tokens a second, and the share of the ceiling, into each side."""
+    """Add tokens per second and the share of the ceiling to each side."""
     for row in found["sides"].values():
         if seconds := row.get("seconds"):
             rates = [tokens / s for s in seconds]
@@ -154,7 +154,7 @@ def with_rates(found: dict[str, Any], tokens: int, flops_a_token: float) -> None
 
 
 def loss_apart(sides: dict[str, Any]) -> float | None:
-    """How far the losses of the sides with adapters are from each other in the end, relative."""
+    """The relative difference of the final losses of the sides with adapters."""
     losses = [row["loss"] for row in sides.values() if "loss" in row and row["adapter_dtype"]]
     return max(losses) / min(losses) - 1 if len(losses) > 1 else None
 
@@ -175,7 +175,7 @@ def base_folder(given: argparse.Namespace, temporary: str) -> Path:
 
 
 def make_setup(given: argparse.Namespace, folder: Path) -> Setup:
-    """What the sides have in common."""
+    """The settings that all sides share."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     card = parse_size(given.gpu_memory) if given.gpu_memory else None
     return Setup(
@@ -192,7 +192,7 @@ def make_setup(given: argparse.Namespace, folder: Path) -> Setup:
 
 
 def facts(given: argparse.Namespace, setup: Setup) -> dict[str, Any]:
-    """What a record says beside the figures."""
+    """The facts of a record besides the figures."""
     dtype = compute_dtype(QuantConfig(compute_dtype=setup.dtype), torch.device(setup.device))
     return {
         "model": given.shape or Path(given.model or DEMO_MODEL).name,
@@ -206,7 +206,7 @@ def facts(given: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Measure, tell and record."""
+    """Measure, print and record."""
     names = checked(given)
     with tempfile.TemporaryDirectory() as temporary:
         setup = make_setup(given, base_folder(given, temporary))
@@ -231,8 +231,8 @@ def run(given: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The command; what the user can mend is one line."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # who waits for its turn takes no core
+    """The command; a user's error is one line."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting side uses no core
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     try:
         run(parser(__doc__.split("\n")[0]).parse_args())

@@ -1,4 +1,4 @@
-"""The flags of benchmarks/step.py, and what can be wrong with them before anything is loaded."""
+"""The flags of benchmarks/step.py, checked before anything is loaded."""
 
 import argparse
 import sys
@@ -16,12 +16,12 @@ from qlora.errors import UserError, did_you_mean
 from qlora.ops.nf4 import DTYPES
 from qlora.training.outputs import show_bytes
 
-CONTEXT_BYTES = 1 << 29  # about what the CUDA context takes of a card
+CONTEXT_BYTES = 1 << 29  # about the memory of the CUDA context
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 
 
 class Flags(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
+    """A parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -54,7 +54,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def checked(given: argparse.Namespace) -> list[str]:
-    """The names of the sides; all that can be wrong before anything is loaded."""
+    """The names of the sides, after all checks of the flags."""
     if given.model and given.shape:
         raise UserError("--model and --shape both say what to train: give one of them")
     for name in ("seq", "batch", "r", "rounds", "unit"):
@@ -72,7 +72,7 @@ def checked(given: argparse.Namespace) -> list[str]:
 
 
 def check_cap(asked: str) -> None:
-    """Refuse a card that this one cannot stand in for."""
+    """Refuse a memory limit that this GPU cannot simulate."""
     size = parse_size(asked)
     if size <= CONTEXT_BYTES:
         raise UserError(f"--gpu-memory {asked} is what the CUDA context takes: give more")
@@ -86,7 +86,7 @@ def check_cap(asked: str) -> None:
 
 
 def side_names(given: argparse.Namespace) -> list[str]:
-    """Who is to be measured."""
+    """The names of the sides to measure."""
     if given.ablate:
         parts = [part for part in PARTS if given.checkpointing or part != "checkpointing"]
         return ["ours", *map(without, parts)]
@@ -106,12 +106,12 @@ def side_names(given: argparse.Namespace) -> list[str]:
 
 
 def max_positions(given: argparse.Namespace) -> int:
-    """The longest row that the model was made for."""
+    """The model's limit on positions."""
     if given.shape:
         return int(shape(given.shape).max_position_embeddings)
     return Checkpoint(resolve(own_model(given))).max_positions or sys.maxsize
 
 
 def own_model(given: argparse.Namespace) -> str:
-    """What --model says, or the demo's."""
+    """The value of --model, by default the demo's model."""
     return given.model or str(small_model())

@@ -1,14 +1,14 @@
-"""What a training step of a large model holds on a GPU, counted where there is none.
+"""Memory of a training step of a large model on a GPU, counted without a GPU.
 
     python benchmarks/step_memory.py llama2-7b --seq 2048 [--batch 1] [--r 16] [--offload]
 
-Prints {"loaded": bytes, "peak": bytes} as JSON: of all tensors' memory, not what kernels take for
-themselves, nor the CUDA context, nor what the allocator loses between blocks.
+Prints {"loaded": bytes, "peak": bytes} as JSON: the memory of all tensors, without the kernels' own
+memory, the CUDA context and fragmentation.
 
-A narrow model of that shape, as deep as the large one, is loaded and prepared as any; then each of
-its tensors becomes one of the large model's size on the "meta" device, which has shapes and no
-memory, and two steps run there. In a process of its own, as what reads values, or asks which device
-it is on, has a stand-in that takes the same memory as the GPU's way does.
+A narrow model of that family, as deep as the large one, is loaded and prepared; then each of its
+tensors is replaced by one of the large model's size on the meta device, and two steps run there.
+Run it in a separate process: functions that read values or check the device are replaced by
+versions that allocate the same memory as on a GPU.
 """
 
 import argparse
@@ -50,12 +50,12 @@ DTYPE = torch.bfloat16
 
 
 class Counter(TorchDispatchMode):
-    """Bytes of all memory that operators make, while it lives."""
+    """Bytes of all storages that operators allocate, while they are alive."""
 
     def __init__(self, *, without: int) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.without = without  # values of the logits, which exist as a shape alone
+        self.without = without  # values of the logits, which have a shape only
         self.is_host = False
         self._known: set[int] = set()
 
@@ -82,7 +82,7 @@ class Counter(TorchDispatchMode):
 
 
 class HostMemory:
-    """Copies to memory that is not the GPU's, and is not counted."""
+    """Copies to host memory, which is not counted."""
 
     def __init__(self, counter: Counter) -> None:
         self.device = torch.device("meta")
@@ -102,7 +102,7 @@ class HostMemory:
 
 
 def empty(size: Any, dtype: torch.dtype = DTYPE) -> Tensor:
-    """Shape without memory."""
+    """A tensor on the meta device."""
     return torch.empty(tuple(size), dtype=dtype, device="meta")
 
 
@@ -110,7 +110,7 @@ def empty(size: Any, dtype: torch.dtype = DTYPE) -> Tensor:
 
 
 def narrow(config: PretrainedConfig) -> PretrainedConfig:
-    """As deep, with one head of keys, as wide."""
+    """The config of a narrow model of the same depth, with one key head."""
     made = copy.deepcopy(config)
     made.head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
@@ -123,7 +123,7 @@ def narrow(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def prepared(config: PretrainedConfig, r: int) -> Any:
-    """The narrow model, quantized, with adapters in 16 bits, ready to train."""
+    """The narrow model, quantized, with 16-bit adapters, prepared for training."""
     with tempfile.TemporaryDirectory() as folder:
         made = AutoModelForCausalLM.from_config(narrow(config), dtype=DTYPE)
         made.save_pretrained(folder)
@@ -133,7 +133,7 @@ def prepared(config: PretrainedConfig, r: int) -> Any:
 
 
 def widen(model: Any, large: dict[str, Any], r: int) -> None:
-    """Every tensor becomes that of the large model's modules, without values."""
+    """Replace every tensor with one of the large model's size, on the meta device."""
     for name, module in base_modules(model).items():
         own = plain(module)
         if isinstance(module, LoRALayer):
@@ -161,7 +161,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def _coded(weight: Any, size: torch.Size) -> Tensor:
-    """4-bit codes of that size, with what decodes them."""
+    """4-bit codes of that size, with their quantization state."""
     state = copy.copy(weight.quant_state)
     state.state2 = copy.copy(state.state2)
     state.shape = size
@@ -176,11 +176,11 @@ def _coded(weight: Any, size: torch.Size) -> Tensor:
     return made
 
 
-# ---- what stands in for the GPU ----
+# ---- replacements for GPU code ----
 
 
 class Norm(torch.autograd.Function):
-    """torch's kernel: it keeps x, and a number a row."""
+    """As torch's kernel, saves x and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class Norm(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **how: Any) -> Tensor:
-    """FlashAttention, which SDPA takes where rows need no mask."""
+    """FlashAttention, which SDPA uses where rows need no mask."""
     assert attn_mask is None
     found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
     first: Tensor = found[0]
@@ -202,7 +202,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **how: Any
 
 
 def stand_ins() -> None:
-    """In this process, for good."""
+    """Install the replacements in this process, permanently."""
     here: Any = torch
     scratch: dict[int, Tensor] = {}
 
@@ -216,12 +216,12 @@ def stand_ins() -> None:
     decode.scratch = buffer  # type: ignore[assignment]
     decode.way_for = lambda *_: "written"
     decode.WAYS["written"] = lambda *_: None
-    gated.plain_forward = gated.plain_backward = lambda *_: None  # a kernel writes what is there
+    gated.plain_forward = gated.plain_backward = lambda *_: None  # a kernel writes in place
     norms.HAS_KERNEL = ("meta",)  # type: ignore[assignment]
     F.rms_norm = lambda x, _, weight, eps: Norm.apply(x, weight)
     F.scaled_dot_product_attention = attention
     loss._product = lambda p, weight: empty((len(p), weight.shape[1]), torch.float32)
-    # autocast and positions that begin anew in a row: neither is here, and both cannot be asked for
+    # checks of autocast and of restarting positions read values, and neither applies here
     for room in (frozen, fast_layers, language_head, lazy_logits):
         room.product_dtype = lambda x: x.dtype  # type: ignore[attr-defined]
     here.is_autocast_enabled = lambda *_: False
@@ -235,7 +235,7 @@ def stand_ins() -> None:
 
 
 def count(name: str, *, seq: int, batch: int, r: int, offload: bool) -> dict[str, int]:
-    """Bytes of the model with adapters, and at the peak of the second step."""
+    """Bytes of the model with adapters, and the peak of the second step."""
     config = shape(name)
     model = prepared(config, r)
     large = dict(on_meta(config).named_modules())
@@ -256,7 +256,7 @@ def count(name: str, *, seq: int, batch: int, r: int, offload: bool) -> dict[str
 
 
 def main() -> None:
-    """The command; what the user can mend is one line."""
+    """The command; a user's error is one line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", metavar="shape", help="llama2-7b, llama3.1-8b, …")
     parser.add_argument("--offload", action="store_true", help="as --offload-activations does")

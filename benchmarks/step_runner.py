@@ -1,4 +1,4 @@
-"""One side of benchmarks/step.py: it takes steps, and says what they took.
+"""One side of benchmarks/step.py: takes steps and measures their time and memory.
 
 A step is forward, backward, clipping, optimizer and zero_grad, on the same batch of random ids each
 time. The optimizer is paged 8-bit AdamW on a GPU and torch's AdamW on a CPU. (fp16 goes without
@@ -6,8 +6,8 @@ loss scaling, which costs next to nothing.)
 
 Memory is counted from the model as it is loaded, with adapters, before the first step:
 
-    GPU       what torch's allocator held at most, in all and above that. The CUDA context (about
-              half a GiB) and a paged optimizer's states lie outside of it.
+    GPU       the peak of torch's allocator, in total and above that. The CUDA context (about half a
+              GiB) and a paged optimizer's states are not included.
     CPU       exactly, what a step allocates and frees as the profiler sees it, with the optimizer's
               states; and as the system sees it, the peak of the resident size (VmHWM) above the
               resident size at the start, in which malloc keeps what it may need again.
@@ -38,7 +38,7 @@ WARM_UP = 2  # the second one has the optimizer's states from the start
 
 
 class Runner:
-    """A side, loaded and ready."""
+    """One side, loaded and prepared."""
 
     def __init__(self, name: str, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
@@ -83,7 +83,7 @@ class Runner:
             torch.cuda.synchronize()
 
     def fits(self, seq: int) -> bool:
-        """Whether steps on rows of that length have room; after a False it is of no more use."""
+        """Whether steps on rows of that length fit; the Runner is unusable after a False."""
         try:
             self.ids = self._batch(seq)
             for _ in range(WARM_UP):
@@ -97,18 +97,18 @@ class Runner:
     # ---- memory ----
 
     def _settle(self) -> int:
-        """Let go of what is not held any more; bytes held now, from which peaks count."""
+        """Free unused memory, reset the peaks, and return the bytes in use."""
         gc.collect()
         if self.is_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (proc(5))
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
         return _resident("VmRSS")
 
     def warm_up(self) -> dict[str, Any]:
-        """The first steps; what they held above the loaded model, and what is trained."""
+        """Take the first steps; their memory above the loaded model, and the adapters' dtype."""
         for _ in range(WARM_UP):
             self._step()
         self._wait()
@@ -133,8 +133,8 @@ class Runner:
         return {"above_loaded_bytes": counted, "above_loaded_resident_bytes": resident}
 
     def saved(self) -> dict[str, Any]:
-        """What the forward pass keeps for the backward pass (benchmarks/saved.py), and
-        `held_bytes`, what it left allocated: what autograd was not told of is in it too."""
+        """Tensors saved for the backward pass (benchmarks/saved.py), and `held_bytes`, all bytes
+        that the forward pass leaves allocated."""
         found = summary(saved_tensors(self.model, lambda: self.forward(self.ids)))
         return {**found, "held_bytes": self._held()}
 
@@ -149,7 +149,7 @@ class Runner:
 
 
 class Product:
-    """A large square matrix product, what the steps are compared with."""
+    """A large square matrix product, the ceiling of a step."""
 
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)

@@ -1,18 +1,18 @@
-"""Who trains: ours, PEFT, TRL, Unsloth and the dense limit, on one base, each as its users do.
+"""The sides of the step benchmark: ours, PEFT, TRL, Unsloth and dense, each as its users run it.
 
-A side is a model that is ready to train, and what computes its loss of a batch of ids (rows,
-length), every token of which has a label. The step around it (backward, clipping, optimizer) is the
-same for all: benchmarks/step_runner.py. Other batches, such as packed rows, would come in here.
+A side is a model prepared for training, and a function that computes its loss on a batch of ids
+(rows, length), every token of which has a label. The rest of the step (backward, clipping,
+optimizer) is the same for all: benchmarks/step_runner.py.
 
     ours             load_base, apply_lora, prepare_for_training
-    ours-offloading  the same, the embedding and what checkpointing keeps in host memory
+    ours-offloading  the same, with the embedding and the checkpoints in host memory
     peft             get_peft_model on the same base; in 16 bits under autocast with fp32 adapters,
                      which is what Trainer does with bf16=True
     trl              TRL's SFTTrainer on the same base: its loss without logits, its bf16 adapters
     liger            the same with Liger's kernels, as its use_liger_kernel has them
     unsloth          FastLanguageModel, which loads the checkpoint itself
-    dense            the limit of torch's own layers: the same weights, decoded, frozen, without
-                     adapters
+    dense            the limit of torch's own layers: the same weights, dequantized, frozen,
+                     without adapters
 
 `ours, no X` is ours without the part X, one of PARTS.
 """
@@ -42,7 +42,7 @@ from qlora.training import prepare_for_training
 
 @dataclass(frozen=True)
 class Setup:
-    """What all sides have in common."""
+    """The settings that all sides share."""
 
     base: str
     """a folder that load_base takes"""
@@ -54,7 +54,7 @@ class Setup:
     device: str = "cpu"
     threads: int = 1
     allocator_bytes: int | None = None
-    """what torch may allocate on the GPU"""
+    """limit of torch's allocator on the GPU"""
     seed: int = 0
 
     @property
@@ -67,7 +67,7 @@ class Setup:
 
 
 class Side(NamedTuple):
-    """A model that is ready to train."""
+    """A model prepared for training."""
 
     model: nn.Module
     forward: Callable[[Tensor], Tensor]
@@ -90,11 +90,11 @@ def base_of(setup: Setup) -> Any:
     return load_base(setup.base, setup.quant, device=setup.device)
 
 
-# ---- ours, and ours without a part ----
+# ---- ours, and ours without one part ----
 
 
 def prepared(model: Any, setup: Setup, *, left_out: Collection[str] = ()) -> Any:
-    """As prepare_for_training makes it, but for some of PARTS."""
+    """As prepare_for_training does, without some of PARTS."""
     everything = not set(left_out) - {"checkpointing"}
     checkpointing = setup.checkpointing and "checkpointing" not in left_out
     prepare_for_training(model, gradient_checkpointing=checkpointing, fast_path=everything)
@@ -126,7 +126,7 @@ PARTS = (
     "oneDNN",
     "checkpointing",
 )
-"""what --ablate leaves out: all of the fast path, then one part of it after the other"""
+"""parts that --ablate turns off: the whole fast path, then each of its parts"""
 
 
 def ours(setup: Setup, left_out: Collection[str] = ()) -> Side:
@@ -135,7 +135,7 @@ def ours(setup: Setup, left_out: Collection[str] = ()) -> Side:
 
 
 def offloading(setup: Setup) -> Side:
-    """Ours with all in host memory that can be there; it wants a GPU."""
+    """Ours with activations and embedding in host memory; needs a GPU."""
     model = ours(setup).model
     if not is_tied(model):
         offload_embedding(model)
@@ -170,7 +170,7 @@ def peft_model(model: Any, setup: Setup) -> Any:
 
 
 def pefts_config(model: Any, setup: Setup) -> Any:
-    """The same adapter in PEFT's words."""
+    """The same adapter as a PEFT config."""
     import peft
 
     targets = target_layers(model, setup.lora)
@@ -180,7 +180,7 @@ def pefts_config(model: Any, setup: Setup) -> Any:
 
 
 def with_checkpointing(model: Any, setup: Setup) -> Any:
-    """As PEFT's users switch it on."""
+    """Turn on checkpointing as PEFT's users do."""
     if not setup.checkpointing:
         return model
     model.enable_input_require_grads()
@@ -193,12 +193,12 @@ def with_checkpointing(model: Any, setup: Setup) -> Any:
 
 
 def autocast(dtype: torch.dtype, device: str) -> AbstractContextManager[Any]:
-    """What Trainer puts around the model, where it computes in 16 bits."""
+    """The autocast that Trainer uses for 16-bit computation."""
     return torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
 
 
 def trl(setup: Setup, *, use_liger_kernel: bool = False) -> Side:
-    """SFTTrainer's model and loss, outside of its loop, with what its train() does first."""
+    """SFTTrainer's model and loss without its loop, after the set-up in its train()."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -239,7 +239,7 @@ def trl(setup: Setup, *, use_liger_kernel: bool = False) -> Side:
 
 
 def any_tokenizer() -> Any:
-    """A tokenizer, for those who want one though the ids are there."""
+    """A tokenizer, for trainers that need one although the rows are ids."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -267,12 +267,12 @@ def unsloth(setup: Setup) -> Side:
 
 
 def dense(setup: Setup) -> Side:
-    """The same weights in the compute dtype: no decoding, no adapters, no optimizer."""
+    """The same weights in the compute dtype, without decoding, adapters or optimizer."""
     model = base_of(setup)
     for name, layer in list(model.named_modules()):
         if is_quantized(layer):
             model.set_submodule(name, as_dense(layer, dense_weight(layer).to(model.dtype)))
-    model.enable_input_require_grads()  # so that gradients go all the way down, as with adapters
+    model.enable_input_require_grads()  # gradients flow to the first layer, as with adapters
     return plain(prepared(model, setup, left_out=["fast path"]))
 
 
@@ -291,20 +291,20 @@ NEEDS = {"trl": ["trl"], "liger": ["trl", "liger_kernel"], "unsloth": ["unsloth"
 
 
 def make_side(name: str, setup: Setup) -> Side:
-    """The side of that name, its adapter at the start that all share."""
+    """The side of that name, with the shared initial adapter."""
     side = SIDES[name](setup) if name in SIDES else ours(setup, [name.removeprefix(without(""))])
     draw_adapter(side.model, setup.seed)
     return side
 
 
 def missing(name: str) -> list[str]:
-    """The packages that the side needs and that are not installed."""
+    """The side's packages that are not installed."""
     return [p for p in NEEDS.get(name, []) if importlib.util.find_spec(p) is None]
 
 
 @torch.no_grad()
 def draw_adapter(model: nn.Module, seed: int) -> None:
-    """The same A for all, in the model's order: uniform in ±1/sqrt(in), as LoRA starts."""
+    """Set the same A on all sides, in the model's order: uniform in ±1/sqrt(in)."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_A" in name:

@@ -1,8 +1,9 @@
-"""What benchmarks/step.py found, as tables: on the terminal, and from the records on the page.
+"""Tables of benchmarks/step.py: on the terminal, and from the records in docs/measured.md.
 
-    python benchmarks/step_table.py     writes docs/measured.md's part anew
+    python benchmarks/step_table.py     rewrites its part of docs/measured.md
 
-Of every question (machine, model, batch, length, dtype, checkpointing, cap) the last record counts.
+For each setting (machine, model, batch, length, dtype, checkpointing, limit), the last record
+counts.
 """
 
 import json
@@ -24,7 +25,7 @@ Row = Mapping[str, Any]
 
 
 def show(found: Row) -> None:
-    """A line a side, each beside PEFT's, or the first."""
+    """Print one line per side, relative to PEFT's or the first."""
     sides = with_ratios(found["sides"])
     head = f"{'':24}{'tokens/s':>10}{'min … max':>18}{'ratio':>7}"
     print(f"{head}{'ceiling':>9}{'memory':>11}{'ratio':>7}")
@@ -49,7 +50,7 @@ def show(found: Row) -> None:
 
 
 def with_ratios(sides: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
-    """Each side with its `speed` and `memory` over PEFT's, or the first that ran."""
+    """Each side with `speed` and `memory` relative to PEFT's, or the first that ran."""
     ran = [name for name, row in sides.items() if "seconds" in row]
     made = {name: dict(row) for name, row in sides.items()}
     for name in ran:
@@ -60,7 +61,7 @@ def with_ratios(sides: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
 
 
 def show_saved(saved: Mapping[str, Row]) -> None:
-    """Side by side what a decoder layer in the middle keeps."""
+    """Print the saved tensors of a middle decoder layer, side by side."""
     kinds = dict.fromkeys(kind for row in saved.values() for kind in row["layer"])
     lines = {kind: [row["layer"].get(kind, 0) for row in saved.values()] for kind in kinds}
     lines["in all"] = [row["layer_bytes"] for row in saved.values()]
@@ -75,7 +76,7 @@ def show_saved(saved: Mapping[str, Row]) -> None:
 
 
 def tables(folder: Path) -> str:
-    """The markdown of all records in `folder`; empty where there are none."""
+    """The markdown of all records in `folder`; empty without records."""
     made = [
         speed_table(latest(folder / "step.jsonl")),
         longest_table(latest(folder / "step_longest.jsonl")),
@@ -85,7 +86,7 @@ def tables(folder: Path) -> str:
 
 
 def latest(file: Path) -> list[Row]:
-    """Of each question the last record, in the order they were first asked."""
+    """The last record of each setting, in order of their first records."""
     if not file.exists():
         return []
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -93,7 +94,7 @@ def latest(file: Path) -> list[Row]:
 
 
 def speed_table(rows: Sequence[Row]) -> str:
-    """Speed and memory, a line a side and run."""
+    """Speed and memory, one row per side and run."""
     lines = []
     for run in rows:
         for name, row in with_ratios(run["sides"]).items():
@@ -112,7 +113,7 @@ def speed_table(rows: Sequence[Row]) -> str:
 
 
 def longest_table(rows: Sequence[Row]) -> str:
-    """The longest row, a line a card and model, a column a side."""
+    """The longest row, one row per GPU and model, one column per side."""
     names = list(dict.fromkeys(name for run in rows for name in run["tokens"]))
     lines = [
         [_question(run), *(_tokens(run["tokens"].get(name)) for name in names)] for run in rows
@@ -127,7 +128,7 @@ def _tokens(count: int | None) -> str:
 
 
 def ablation_table(rows: Sequence[Row]) -> str:
-    """What each part is worth: its run without it beside the one with all."""
+    """The effect of each part: the run without it relative to the full run."""
     lines = []
     for run in rows:
         ours = run["sides"]["ours"]
@@ -141,7 +142,7 @@ def ablation_table(rows: Sequence[Row]) -> str:
 
 
 def _question(run: Row) -> str:
-    """Machine, model and sizes in few words."""
+    """Machine, model and sizes."""
     card = f" as {run['gpu_memory']}" if run["gpu_memory"] else ""
     size = f"{run['batch']} x {run['seq']}" if run["seq"] else f"{run['batch']} rows"
     kept = "checkpointing" if run["checkpointing"] else "no checkpointing"
@@ -157,7 +158,7 @@ def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """The page's `text` with what the records in `folder` say between the markers."""
+    """The page's `text` with the tables of `folder` between the markers."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{tables(folder)}\n{END}{after}"

@@ -1,10 +1,10 @@
-"""An object that lives in a process of its own, and does what it is told, one call at a time.
+"""An object in its own process, which is called one method at a time.
 
     with Apart(Counter, "aab") as counter:
         counter("most_common", 1)
 
-Two of them take turns: what one of them does while the other waits disturbs neither its memory nor
-its imports (some peers patch transformers when they are imported). The interpreter is a fresh one.
+Each has its own fresh interpreter, so that neither memory nor imports of one affect another (some
+peers patch transformers at import).
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class ApartError(RuntimeError):
-    """What an object raised in its process: `kind` is the class's name."""
+    """An exception of the object in its process: `kind` is the class's name."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -25,7 +25,7 @@ class ApartError(RuntimeError):
 
 
 class Apart:
-    """`make(*args)`, in a fresh process, until it is closed."""
+    """`make(*args)` in a fresh process, until it is closed."""
 
     def __init__(self, make: Callable[..., Any], *args: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -33,17 +33,17 @@ class Apart:
         self._process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
         self._process.start()
         theirs.close()
-        self._waits = True  # for what `make` gives: others can start meanwhile
+        self._waits = True  # for `make`: others can start meanwhile
 
     def ready(self) -> "Apart":
-        """Wait until the object is there."""
+        """Wait until the object is created."""
         if self._waits:
             self._waits = False
             self._answer()
         return self
 
     def __call__(self, method: str, *args: Any) -> Any:
-        """What the object's method gives; ApartError for whatever it raises."""
+        """The result of the object's method; ApartError for whatever it raises."""
         self.ready()
         self._pipe.send((method, args))
         return self._answer()
@@ -60,7 +60,7 @@ class Apart:
         return value
 
     def close(self) -> None:
-        """End the process; what it held is free."""
+        """End the process, which frees its memory."""
         with suppress(OSError):
             self._pipe.send(None)
         self._pipe.close()
@@ -79,7 +79,8 @@ class Apart:
 
 
 def _serve(pipe: Connection, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Answer with (False, value) or (True, (kind of error, its traceback)), until told to end."""
+    """Answer with (False, value) or (True, (kind of error, its traceback)), until the pipe sends
+    None."""
     try:
         made = make(*args)
         pipe.send((False, None))

@@ -1,9 +1,8 @@
-"""Run a command and watch it from outside: how long it took, and the most memory it held at once.
+"""Run a command, and measure its time and peak memory from outside.
 
-Linux only: /proc/PID/status is read every few milliseconds while the command runs. `resident` is
-VmHWM, which the kernel keeps itself; it counts the pages of mapped files too, which the system
-takes back whenever it wants. `anonymous` is RssAnon, what the process itself allocated; its peak is
-the highest value seen.
+Linux only: /proc/PID/status is read every few milliseconds. `resident` is VmHWM, kept by the
+kernel; it includes pages of mapped files, which the system can reclaim. `anonymous` is RssAnon, the
+process's own allocations; its peak is the highest value read.
 """
 
 import os
@@ -22,13 +21,13 @@ class Held(NamedTuple):
     """Memory of a process, bytes."""
 
     resident: int
-    """the most so far, with pages of mapped files"""
+    """peak so far, with pages of mapped files"""
     anonymous: int
     """now, without them"""
 
 
 class Run(NamedTuple):
-    """A command that has ended."""
+    """The result of a command."""
 
     seconds: float
     peak: Held
@@ -36,7 +35,7 @@ class Run(NamedTuple):
 
 
 def watch(command: Sequence[str]) -> Run:
-    """Run `command` to its end; what it prints is kept, and shown if it fails."""
+    """Run `command` to its end; its output is kept, and shown if it fails."""
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -53,14 +52,14 @@ def watch(command: Sequence[str]) -> Run:
 
 
 def held(pid: int | str = "self") -> Held:
-    """What a process holds; nothing, once it has ended."""
+    """Memory of a process; None after it has ended."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = (re.search(rf"{key}:\s+(\d+) kB", status) for key in ("VmHWM", "RssAnon"))
     return Held(*(int(match[1]) * 1024 if match else 0 for match in found))
 
 
 def make_cold(files: Iterable[Path]) -> None:
-    """Write out what is not on the disk yet, and drop `files` from the page cache."""
+    """Write out the page cache, and drop `files` from it."""
     os.sync()
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)

