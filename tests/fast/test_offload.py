@@ -1,7 +1,4 @@
-"""Saved layer inputs in host memory: the same numbers, in the right order, and nothing left behind.
-
-On the CPU the copies are late ones: what was not waited for holds NaN, as a GPU's holds anything.
-"""
+"""Layer inputs and the embedding in host memory: equal numbers, in order, nothing left behind."""
 
 import weakref
 from collections.abc import Callable
@@ -10,14 +7,20 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import CONFIGS, tiny_model, token_ids
+from conftest import CONFIGS, FP32, NEEDS_GPU, axis, tiny_model, token_ids
+from safetensors.torch import load_file
+from simulated_device import LateCopies
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.files import save_adapter
+from qlora.base.load import load_base
+from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.fast import layers as norms
-from qlora.fast.offload import Buffers, Saved, offload_activations
+from qlora.fast import layers, offload
+from qlora.fast.offload import Buffers, Saved, offload_activations, offload_embedding
 from qlora.training import prepare_for_training
 
 LAYERS = 6
@@ -25,53 +28,22 @@ TOKENS, DIM = 8, 16
 SIZE = TOKENS * DIM * 4  # bytes of a layer's input
 
 
-class LateCopies:
-    """Copies between two places on the CPU, each made when it is waited for, in order."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.allocated: list[int] = []
-        self.waiting: list[tuple[Any, Any]] = []
-        self.sources: list[Tensor] = []
-
-    def allocate(self, size: int) -> Tensor:
-        self.allocated.append(size)
-        return torch.empty(size, dtype=torch.uint8)
-
-    def start(self, target: Tensor, source: Tensor) -> Any:
-        self.log.append(f"start {float(source.flatten()[0]):g}")
-        self.sources.append(source.clone())
-        target.fill_(torch.nan)
-        # weakly: who lets one go that is still being copied has a bug
-        self.waiting.append((weakref.ref(target), weakref.ref(source)))
-        return self.waiting[-1]
-
-    def finish(self, started: Any) -> None:
-        while any(started is one for one in self.waiting):
-            target, source = (found() for found in self.waiting.pop(0))
-            assert target is not None and source is not None, "let go while it was copied"
-            target.data.copy_(source)
-            self.log.append(f"end {float(source.flatten()[0]):g}")
-
-
 @pytest.fixture
 def copies() -> LateCopies:
     return LateCopies()
 
 
-def offloading(copies: LateCopies, **settings: Any) -> offload_activations:
+def offloading(copies: Any, **settings: Any) -> offload_activations:
     return offload_activations(copies=copies, **{"min_bytes": SIZE, **settings})
 
 
 class Layers(nn.Module):
-    """Checkpointed layers whose inputs are all differentiable results, as from the second on."""
+    """Checkpointed layers, all of whose inputs have a gradient function."""
 
-    def __init__(self, count: int = LAYERS) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.matrices = nn.ParameterList(torch.randn(DIM, DIM) * 0.3 for _ in range(count))
+        self.matrices = nn.ParameterList(torch.randn(DIM, DIM) * 0.3 for _ in range(LAYERS))
         self.storages: list[Any] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,8 +65,8 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
-    return len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+def equal(tensors: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(tensors) == len(expected) and all(map(torch.equal, tensors, expected))
 
 
 def batch(seed: int = 0, tokens: int = TOKENS) -> Tensor:
@@ -102,186 +74,203 @@ def batch(seed: int = 0, tokens: int = TOKENS) -> Tensor:
 
 
 def plain_gradients(*batches: Tensor) -> list[Tensor]:
-    """Summed over batches, without any of it."""
+    """Summed over batches, without offloading."""
     model = Layers()
     for x in batches:
         model(x).sum().backward()
     return gradients(model)
 
 
-# ---- values ----
+# ---- values
 
 
-@pytest.mark.parametrize("keep", [1, 2, 4, 9])
-def test_gradients_are_the_same_to_the_bit(copies, keep):
-    offload = offloading(copies, keep=keep)
-    model = Layers()
+@pytest.mark.parametrize("keep", axis(2, 1, 4, 9))
+def test_offloaded_gradients_are_equal(copies, keep):
+    context, model = offloading(copies, keep=keep), Layers()
     for seed in range(3):
-        assert same(model.gradients(offload, batch(seed)), plain_gradients(batch(seed)))
-    assert copies.log.count("start 0") == 0
-    assert len(copies.log) > 0 or keep >= LAYERS
+        assert equal(model.gradients(context, batch(seed)), plain_gradients(batch(seed)))
+    assert bool(copies.log) == (keep < LAYERS)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "t5", "bart"])
-def test_gradients_of_a_model_are_the_same_to_the_bit(copies, family):
+@pytest.mark.parametrize("family", axis("gemma", "llama", "gpt2", "t5", "bart"))
+def test_offloaded_gradients_of_a_model_are_equal(copies, family):
     model: Any = prepare_for_training(tiny_model(family)).eval().train()
-    ids = token_ids(length=16)
-    found = []
+    ids, runs = token_ids(length=16), []
     for context in (torch.enable_grad(), offloading(copies, min_bytes=1, keep=1)):
         torch.manual_seed(3)  # of dropout
         model.zero_grad()
         with context:
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        found.append(gradients(model))
-    assert same(found[1], found[0])
-    assert copies.log
+        runs.append(gradients(model))
+    assert equal(runs[1], runs[0]) and copies.log
 
 
-def four_layers() -> Any:
+def test_of_a_frozen_model_only_layer_inputs_are_moved(copies, monkeypatch):
+    """All but the first, which is a leaf; what the final norm saves is newest and stays."""
+    monkeypatch.setattr(layers, "HAS_KERNEL", ("cpu", "cuda"))  # a GPU's norms, which keep x
     config = CONFIGS["llama"]()
     config.num_hidden_layers = 4
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model: Any = AutoModelForCausalLM.from_config(config).requires_grad_(False)
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.requires_grad_()
-    return prepare_for_training(model)
-
-
-def test_of_a_frozen_model_layer_inputs_are_moved_and_nothing_else(copies, monkeypatch):
-    """All but the first, which is a leaf; what the final norm saves is newest and stays."""
-    monkeypatch.setattr(norms, "HAS_KERNEL", ("cpu", "cuda"))  # a GPU's norms, which keep x
-    model, ids = four_layers(), token_ids()
+    prepare_for_training(model)
     with offloading(copies, min_bytes=1, keep=2):
-        outputs = model.base_model(input_ids=ids, output_hidden_states=True)
-    moved = copies.sources
-    assert same(moved, [state.detach() for state in outputs.hidden_states[1 : 1 + len(moved)]])
-    assert len(moved) == 3
+        outputs = model.base_model(input_ids=token_ids(), output_hidden_states=True)
+    assert equal(copies.sources, [state.detach() for state in outputs.hidden_states[1:4]])
 
 
-# ---- order and memory ----
+def test_gradients_accumulate_and_graphs_interleave(copies):
+    context, batches = offloading(copies), [batch(i) for i in range(3)]
+    model = Layers()
+    for x in batches:
+        with context:
+            loss = model(x).sum()
+        loss.backward()
+    assert equal(gradients(model), plain_gradients(*batches))
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        model = Layers()
+        with context:
+            losses = [model(x).sum() for x in batches]
+        for i in order:
+            losses[i].backward()
+        assert equal(gradients(model), plain_gradients(*(batches[i] for i in order)))
 
 
-class Counting(nn.Module):
-    """x_i is i: layers that add one, so that the log of copies says which they were."""
+def test_backward_twice_and_of_some_parameters(copies):
+    model = Layers()
+    with offloading(copies):
+        loss = model(batch()).sum()
+    some = torch.autograd.grad(loss, list(model.matrices)[-2:], retain_graph=True)
+    assert equal(list(some), plain_gradients(batch())[-2:])
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert equal(gradients(model), plain_gradients(batch(), batch()))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Parameter(torch.ones(()))
 
-    def forward(self, layers: int = LAYERS) -> Tensor:
-        x = torch.zeros(TOKENS, DIM) * self.one
-        for _ in range(layers):
-            x = checkpoint(lambda x: x * self.one + 1, x, use_reentrant=False)
-        return x
+def test_nested_contexts_and_backward_inside(copies):
+    context, model = offloading(copies), Layers()
+    with context:
+        with context:
+            loss = model(batch()).sum()
+        loss = loss + model(batch(1)).sum()
+        loss.backward()
+    assert equal(gradients(model), plain_gradients(batch(1), batch()))
+
+
+def test_without_gradients_nothing_is_moved(copies):
+    model = Layers()
+    with offloading(copies) as context, torch.no_grad():
+        y = model(batch())
+    assert torch.equal(y, model(batch()))
+    assert not copies.log and not context._known
+
+
+# ---- order and memory
 
 
 def test_order_of_copies(copies):
-    """Each leaves when two newer ones are there, one is on its way at a time, one is ahead."""
+    """A copy starts when two newer tensors exist, one is under way at a time, one is ahead."""
+    one = nn.Parameter(torch.ones(()))
     with offloading(copies):
-        loss = Counting()().sum()
+        x = torch.zeros(TOKENS, DIM) * one  # x_i is i
+        for _ in range(LAYERS):
+            x = checkpoint(lambda x: x * one + 1, x, use_reentrant=False)
     out = ["start 0", "end 0", "start 1", "end 1", "start 2", "end 2", "start 3"]
     assert copies.log == out
-    loss.backward()
+    x.sum().backward()
     back = ["end 3", "start 2", "end 2", "start 1", "end 1", "start 0", "end 0"]
     assert copies.log == out + back
 
 
-def test_memory_is_let_go_in_order(copies):
+def test_memory_is_released_in_order(copies):
     model = Layers()
     with offloading(copies):
         loss = model(batch()).sum()
-    assert [found() is not None for found in model.storages] == [False] * 3 + [True] * 3
+    assert [storage() is not None for storage in model.storages] == [False] * 3 + [True] * 3
     loss.backward()
     del loss
-    assert not any(found() for found in model.storages)
+    assert not any(storage() for storage in model.storages)
 
 
-def test_of_what_was_fetched_one_is_ahead_and_none_stays(copies, monkeypatch):
-    offload = offloading(copies)
+def test_backward_fetches_one_ahead_and_keeps_none(copies):
+    context = offloading(copies)
     alive: list[int] = []
 
-    def watched(x: Tensor, w: Tensor) -> Tensor:
-        alive.append(sum(one.tensor is not None for one in offload._known.values()))
+    def counted(x: Tensor, w: Tensor) -> Tensor:
+        alive.append(sum(saved.tensor is not None for saved in context._known.values()))
         return x + torch.tanh(x @ w)
 
     x = batch().requires_grad_() * 1
-    with offload:
+    with context:
         for matrix in Layers().matrices:
-            x = checkpoint(watched, x, matrix, use_reentrant=False)
+            x = checkpoint(counted, x, matrix, use_reentrant=False)
         loss = x.sum()
     assert max(alive) == 3
     alive.clear()
     loss.backward()
-    # the two that stayed and what is below them; then the one ahead of it
+    # the two that stayed and one ahead; then the one ahead
     assert alive == [3, 2, 1, 1, 1, 0]
 
 
-def test_buffers_are_used_again_whatever_the_length(copies):
-    offload, model = offloading(copies, min_bytes=1), Layers()
-    model.gradients(offload, batch())
-    in_a_step = len(copies.allocated)
-    assert in_a_step == 4 == len(offload.buffers.free)
-    for seed, tokens in enumerate((TOKENS, 3, TOKENS, 5)):
-        model.gradients(offload, batch(seed, tokens))
-    assert len(copies.allocated) == in_a_step
-    model.gradients(offload, batch(0, 3 * TOKENS))
-    model.gradients(offload, batch(0, 2 * TOKENS))
+def test_buffers_are_reused_for_any_length(copies):
+    context, model = offloading(copies, min_bytes=1), Layers()
+    for seed, tokens in enumerate((TOKENS, TOKENS, 3, TOKENS, 5)):
+        model.gradients(context, batch(seed, tokens))
+        assert len(copies.allocated) == 4 == len(context.buffers.free)
+    model.gradients(context, batch(0, 3 * TOKENS))
+    model.gradients(context, batch(0, 2 * TOKENS))
     assert copies.allocated == [SIZE] * 4 + [4 * SIZE] * 4
-    assert [len(buffer) for buffer in offload.buffers.free] == [4 * SIZE] * 4
+    assert [len(buffer) for buffer in context.buffers.free] == [4 * SIZE] * 4
 
 
 def test_the_smallest_buffer_that_fits_is_taken():
     buffers = Buffers(lambda size: torch.empty(size, dtype=torch.uint8))
-    held = [buffers.take(size) for size in (1024, 4096, 2048)]
-    for one in held:
-        buffers.give(one)
+    for buffer in [buffers.take(size) for size in (1024, 4096, 2048)]:
+        buffers.give(buffer)
     assert [len(buffers.take(size)) for size in (1500, 10, 4096, 5000)] == [2048, 1024, 4096, 8192]
 
 
 @pytest.mark.parametrize(("keep", "times"), [(1, 1), (2, 0)])
-def test_what_many_layers_read_is_copied_once_at_most(copies, keep, times):
-    """As an encoder's output is in each layer of the decoder."""
-    read = (batch().requires_grad_() * 1) + 7
+def test_a_tensor_that_many_layers_read_is_copied_once(copies, keep, times):
+    """As an encoder's output in each layer of the decoder."""
+    shared = (batch().requires_grad_() * 1) + 7
     x = batch(1).requires_grad_() * 1
     with offloading(copies, keep=keep):
         for _ in range(LAYERS):
-            x = checkpoint(lambda x, read: torch.tanh(x + read), x, read, use_reentrant=False)
+            x = checkpoint(lambda x, y: torch.tanh(x + y), x, shared, use_reentrant=False)
         loss = x.sum()
-    assert sum(torch.equal(one, read) for one in copies.sources) == times
+    assert sum(torch.equal(source, shared) for source in copies.sources) == times
     loss.backward()
 
 
-def test_another_tensor_at_the_same_address_is_another(copies):
-    """So is the same one once it was changed."""
+def test_a_tensor_is_known_by_storage_view_and_version(copies):
     memory = numpy.zeros((TOKENS, DIM), dtype=numpy.float32)
-    first, second = torch.from_numpy(memory), torch.from_numpy(memory)
-    offload = offloading(copies)
-    saved = Saved(first, offload, lambda: None)
-    assert first.data_ptr() == second.data_ptr()
+    first, second = torch.from_numpy(memory), torch.from_numpy(memory)  # at one address
+    saved = Saved(first, offloading(copies), lambda: None)
     assert saved.is_of(first.view(TOKENS, DIM)) and not saved.is_of(second)
     assert not saved.is_of(first[1:]) and not saved.is_of(first.T)
     first.add_(1)
     assert not saved.is_of(first)
 
 
-# ---- what is left where it is ----
+# ---- what stays on the device
 
 
 def packed(
     copies: LateCopies, compute: Callable[[], Any], **settings: Any
 ) -> list[tuple[int, ...]]:
-    """Shapes of what is held in place of tensors while the results are alive."""
-    offload = offloading(copies, **settings)
-    with offload:
+    """Shapes of what the graph holds in place of tensors while the results are alive."""
+    context = offloading(copies, **settings)
+    with context:
         results = compute()
-    shapes = [tuple(one.tensor.shape) for one in offload._known.values()]
+    shapes = [tuple(saved.tensor.shape) for saved in context._known.values()]
     del results
-    assert len(offload._known) == 0
+    assert len(context._known) == 0
     return shapes
 
 
-def test_parameters_other_leaves_and_views_of_them_stay(copies):
+def test_leaves_and_views_of_them_stay(copies):
     weight, frozen = nn.Parameter(torch.randn(DIM, DIM)), torch.randn(DIM, DIM)
     leaf = batch().requires_grad_()
     assert packed(copies, lambda: leaf @ weight, min_bytes=1) == []
@@ -290,25 +279,25 @@ def test_parameters_other_leaves_and_views_of_them_stay(copies):
 
 
 @pytest.mark.parametrize(
-    "stays",
+    "other",
     [
         pytest.param(lambda x: x[:-1].contiguous(), id="small"),
         pytest.param(lambda x: x.T, id="not contiguous"),
         pytest.param(lambda x: x.detach(), id="no gradient"),
-        pytest.param(lambda x: x.argsort(), id="whole numbers"),
+        pytest.param(lambda x: x.argsort(), id="integers"),
     ],
 )
-def test_what_stays(copies, stays):
+def test_other_tensors_that_stay(copies, other):
     x = batch().requires_grad_() * 1
 
     def compute() -> Tensor:
-        return checkpoint(lambda x, other: x * other.sum(), x, stays(x), use_reentrant=False)
+        return checkpoint(lambda x, other: x * other.sum(), x, other(x), use_reentrant=False)
 
     assert packed(copies, compute) == [(TOKENS, DIM)]  # x itself
 
 
-def test_what_stays_does_not_hold_itself(copies):
-    """A result that its own function saves, as relu's."""
+def test_a_result_that_its_function_saves_is_freed(copies):
+    """As relu's: no reference cycle."""
     with offloading(copies, min_bytes=1 << 20):
         result = (batch().requires_grad_() * 1).relu()
     alive = weakref.ref(result.untyped_storage())
@@ -316,107 +305,37 @@ def test_what_stays_does_not_hold_itself(copies):
     assert alive() is None
 
 
-# ---- ways to use it ----
+# ---- errors
 
 
-def test_gradients_add_up_over_batches(copies):
-    offload, model, batches = offloading(copies), Layers(), [batch(i) for i in range(3)]
-    for x in batches:
-        with offload:
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_error_leaves_no_hooks_copies_or_buffers(copies, where):
+    context, model = offloading(copies), Layers()
+
+    def broken(_: Tensor) -> Tensor:
+        raise ValueError("broken")
+
+    def run() -> None:
+        with context:
+            x = model(batch())
+            if where == "forward":
+                checkpoint(broken, x, use_reentrant=False)
+            x.register_hook(broken)
             loss = model(x).sum()
         loss.backward()
-    assert same(gradients(model), plain_gradients(*batches))
 
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_several_graphs_at_once(copies, order):
-    offload, model = offloading(copies), Layers()
-    with offload:
-        losses = [model(batch(i)).sum() for i in range(3)]
-    for i in order:
-        losses[i].backward()
-    assert same(gradients(model), plain_gradients(*(batch(i) for i in order)))
-
-
-def test_backward_again(copies):
-    model = Layers()
-    with offloading(copies):
-        loss = model(batch()).sum()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert same(gradients(model), plain_gradients(batch(), batch()))
-
-
-def test_some_gradients_alone(copies):
-    model = Layers()
-    with offloading(copies):
-        loss = model(batch()).sum()
-    found = torch.autograd.grad(loss, list(model.matrices)[-2:])
-    assert same(list(found), plain_gradients(batch())[-2:])
-
-
-def test_inside_of_itself_and_backward_inside(copies):
-    offload, model = offloading(copies), Layers()
-    with offload:
-        with offload:
-            loss = model(batch()).sum()
-        loss = loss + model(batch(1)).sum()
-        loss.backward()
-    assert same(gradients(model), plain_gradients(batch(1), batch()))
-
-
-def test_without_gradients_nothing_happens(copies):
-    model = Layers()
-    with offloading(copies) as offload, torch.no_grad():
-        found = model(batch())
-    assert torch.equal(found, model(batch()))
-    assert not copies.log and not offload._known
-
-
-# ---- errors ----
-
-
-def all_clear(offload: offload_activations, copies: LateCopies) -> bool:
-    """No hooks, no copies under way, every buffer back."""
+    with pytest.raises(ValueError, match="broken"):
+        run()
     x = batch().requires_grad_() * 1
     y = x * x
-    free = len(offload.buffers.free) == len(copies.allocated)
-    return y is not None and not offload._known and not copies.waiting and free
+    assert y is not None and not context._known and not copies.waiting
+    assert copies.allocated and len(context.buffers.free) == len(copies.allocated)
+    assert equal(model.gradients(context, batch()), plain_gradients(batch()))
 
 
-def test_an_error_in_the_forward_pass_leaves_nothing(copies):
-    offload, model = offloading(copies), Layers()
-
-    def broken(x: Tensor) -> Tensor:
-        raise ValueError("broken")
-
-    with pytest.raises(ValueError, match="broken"), offload:
-        checkpoint(broken, model(batch()), use_reentrant=False)
-    assert copies.allocated and all_clear(offload, copies)
-    assert same(model.gradients(offload, batch()), plain_gradients(batch()))
-
-
-def test_an_error_in_the_backward_pass_leaves_nothing(copies):
-    offload, model = offloading(copies), Layers()
-
-    def broken(gradient: Tensor) -> Tensor:
-        raise ValueError("broken")
-
-    with offload:
-        x = model(batch())
-        x.register_hook(broken)
-        x = model(x)
-        loss = x.sum()
-    with pytest.raises(ValueError, match="broken"):
-        loss.backward()
-    del x, loss
-    assert copies.allocated and all_clear(offload, copies)
-    assert same(model.gradients(offload, batch()), plain_gradients(batch()))
-
-
-@pytest.mark.parametrize("newer", [0, 1, 2], ids=["stayed", "stayed too", "on its way"])
-def test_a_change_in_place_is_an_error(copies, newer):
-    """As it is in torch without hooks, which with hooks does not look."""
+@pytest.mark.parametrize("newer", [0, 1, 2], ids=["stays", "stays too", "being copied"])
+def test_a_change_in_place_raises_in_backward(copies, newer):
+    """torch checks it where there are no hooks."""
     one = nn.Parameter(torch.ones(()))
     changed = x = torch.zeros(TOKENS, DIM) * one
     with offloading(copies):
@@ -427,7 +346,7 @@ def test_a_change_in_place_is_an_error(copies, newer):
         x.sum().backward()
 
 
-def test_a_change_in_place_is_an_error_in_the_forward_pass_too(copies):
+def test_a_change_in_place_raises_in_forward(copies):
     one = nn.Parameter(torch.ones(()))
     x = torch.zeros(TOKENS, DIM) * one
     with pytest.raises(RuntimeError, match="changed in place"), offloading(copies):
@@ -437,19 +356,101 @@ def test_a_change_in_place_is_an_error_in_the_forward_pass_too(copies):
             x = y
 
 
-def test_it_wants_a_gpu(monkeypatch):
+def test_offloading_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"offload_activations wants a CUDA GPU.*leave it out"):
         offload_activations()
+    with pytest.raises(UserError, match=r"offload_embedding wants a CUDA GPU.*leave it out"):
+        offload_embedding(nn.Linear(2, 2))
 
 
-# ---- on a GPU ----
+# ---- the embedding
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+@pytest.fixture
+def moved(monkeypatch) -> list[Tensor]:
+    """Copies of the weight on the CPU, in place of pinned memory."""
+    weights: list[Tensor] = []
+    monkeypatch.setattr(offload, "require_gpu", lambda what: None)
+    monkeypatch.setattr(
+        offload, "in_host_memory", lambda weight: weights.append(weight.clone()) or weights[-1]
+    )
+    return weights
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_array_interface_describes_pinned_memory(dtype):
+    """numpy's protocol by another name, which numpy reads on the CPU."""
+    weight = torch.randn(6, 10, dtype=dtype)
+
+    class Array:
+        __array_interface__ = offload._Pinned(weight).__cuda_array_interface__
+
+    array = torch.from_numpy(numpy.asarray(Array())).view(dtype)
+    assert torch.equal(array, weight) and array.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("family", axis("llama", "qwen3", "phi"))
+def test_a_model_with_a_moved_embedding_is_the_same(family, base_of, tmp_path, moved):
+    model: Any = load_base(str(base_of(family, False)), FP32)
+    apply_lora(model, LoraConfig(r=4))
+    ids, names = token_ids(), [*model.state_dict()]
+    logits, answer = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
+    weight = model.get_input_embeddings().weight
+    offload_embedding(model)
+    assert model.get_input_embeddings().weight is weight
+    assert weight.data_ptr() == moved[0].data_ptr() and not weight.requires_grad
+    assert torch.equal(model(ids).logits, logits) and [*model.state_dict()] == names
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), answer)
+    save_adapter(model, tmp_path / "adapter")
+    assert not [n for n in load_file(tmp_path / "adapter/adapter_model.safetensors") if "emb" in n]
+    model.resize_token_embeddings(weight.shape[0] + 3)
+    assert torch.equal(model(ids).logits[..., :-3], logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "why"),
+    [
+        ("gemma", {}, "is tied to lm_head"),
+        ("llama", {"modules_to_save": ("embed_tokens",)}, "is trained or adapted"),
+        ("llama", {"target_modules": ("embed_tokens", "q_proj")}, "is trained or adapted"),
+        ("llama", {"trainable_token_indices": (5, 6)}, "is trained or adapted"),
+        ("llama", None, "is trained"),
+    ],
+    ids=str,
+)
+def test_an_embedding_needed_on_the_gpu_is_refused(family, settings, why, base_of, moved):
+    model: Any = load_base(str(base_of(family, family == "gemma")), FP32)
+    if settings is None:
+        model.model.embed_tokens.weight.requires_grad_()
+    else:
+        apply_lora(model, LoraConfig(r=4, **settings))
+    message = f"offload_embedding: model.embed_tokens {why}, and then needed on the GPU: leave it"
+    with pytest.raises(UserError, match=message):
+        offload_embedding(model)
+    assert not moved
+
+
+def test_an_embedding_shared_by_encoder_and_decoder(moved):
+    model: Any = tiny_model("t5").requires_grad_(False)
+    ids = token_ids()
+    with pytest.raises(UserError, match="shared is tied to lm_head, and then"):
+        offload_embedding(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    logits = model(input_ids=ids, labels=ids).logits
+    offload_embedding(model)
+    assert torch.equal(model(input_ids=ids, labels=ids).logits, logits)
+    users = (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens)
+    assert {user.weight.data_ptr() for user in users} == {moved[0].data_ptr()}
+    with pytest.raises(UserError, match="this model has no embedding of tokens: leave it out"):
+        offload_embedding(nn.Linear(2, 2))
+
+
+# ---- on a GPU
 
 
 class Blocks(nn.Module):
-    """Layers without attention, whose kernels add up in one order."""
+    """Layers without attention, whose kernels sum in one order."""
 
     def __init__(self, layers: int, dim: int) -> None:
         super().__init__()
@@ -466,64 +467,62 @@ class Blocks(nn.Module):
 
 
 @pytest.mark.gpu
-@needs_gpu
+@NEEDS_GPU
 def test_memory_and_gradients_on_a_gpu():
     layers, tokens, dim = 16, 8192, 1024
     size = tokens * dim * 2  # 16 MiB
     model = Blocks(layers, dim).to("cuda", torch.bfloat16)
     x = torch.randn(tokens, dim, device="cuda", dtype=torch.bfloat16)
-    offload = offload_activations()
-    peaks, found = [], []
+    context = offload_activations()
+    peaks, runs = [], []
     # the first of each allocates workspaces and pins
-    for context in (torch.enable_grad(), torch.enable_grad(), offload, offload):
+    for mode in (torch.enable_grad(), torch.enable_grad(), context, context):
         model.zero_grad()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with context:
+        with mode:
             loss = model(x.clone().requires_grad_() * 1).float().square().mean()
         loss.backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
-        found.append(gradients(model))
-    assert all(same(one, found[0]) for one in found)
-    # two stay, one is on its way, and in the backward pass one is ahead
+        runs.append(gradients(model))
+    assert all(equal(run, runs[0]) for run in runs)
+    # two stay, one is being copied, and in the backward pass one is ahead
     assert peaks[1] - peaks[2] >= (layers - 4) * size
     assert peaks[3] <= peaks[2]
-    assert len(offload.buffers.free) <= layers
-    assert all(buffer.is_pinned() for buffer in offload.buffers.free)
+    assert len(context.buffers.free) <= layers
+    assert all(buffer.is_pinned() for buffer in context.buffers.free)
 
 
 @pytest.mark.gpu
-@needs_gpu
+@NEEDS_GPU
 def test_many_steps_on_a_gpu_while_python_is_ahead():
-    """Small layers, so that nothing but the order on the streams keeps values apart."""
+    """Small layers, so that only the order on the streams keeps values apart."""
     model = Blocks(24, 256).to("cuda")
     batches = [torch.randn(n, 256, device="cuda") for n in (1024, 2048, 1500, 4096)] * 3
-    offload = offload_activations(min_bytes=1, keep=1)
-    found = []
-    for context in (torch.enable_grad(), offload):
+    runs = []
+    for context in (torch.enable_grad(), offload_activations(min_bytes=1, keep=1)):
         model.zero_grad()
         for x in batches:
             with context:
                 loss = model(x.clone().requires_grad_() * 1).square().sum()
             loss.backward()
-        found.append(gradients(model))
-    assert same(found[1], found[0])
+        runs.append(gradients(model))
+    assert equal(runs[1], runs[0])
 
 
 @pytest.mark.gpu
-@needs_gpu
-def test_an_error_on_a_gpu_harms_nobody():
-    """Memory that copies still write to is not handed to others."""
+@NEEDS_GPU
+def test_memory_is_not_reused_while_copies_write_to_it_on_a_gpu():
     model = Blocks(12, 512).to("cuda")
     x = torch.randn(4096, 512, device="cuda").requires_grad_()
-    offload = offload_activations(min_bytes=1)
+    context = offload_activations(min_bytes=1)
 
     def broken(gradient: Tensor) -> Tensor:
         raise ValueError("broken")
 
     for _ in range(5):
-        with offload:
+        with context:
             y = model(x * 1)
             y.register_hook(broken)
             loss = model(y).sum()
@@ -532,4 +531,32 @@ def test_an_error_on_a_gpu_harms_nobody():
         del y, loss
         others = [torch.full((4096, 512), 7.0, device="cuda") for _ in range(24)]
         torch.cuda.synchronize()
-        assert all(bool((one == 7).all()) for one in others)
+        assert all(bool((other == 7).all()) for other in others)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_the_embedding_in_host_memory_on_a_gpu(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=65536, num_attention_heads=4, pad_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model: Any = load_base(str(tmp_path), QuantConfig())
+    apply_lora(model, LoraConfig(r=4))
+    ids = token_ids().cuda()
+    logits, answer = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
+    before, weight = torch.cuda.memory_allocated(), model.model.embed_tokens.weight
+    values = weight.detach().cpu()
+    offload_embedding(model)
+    assert before - torch.cuda.memory_allocated() >= weight.nbytes
+    assert model.device.type == "cuda" and model.dtype == weight.dtype
+    assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), answer)
+    assert torch.equal(model.state_dict()["model.embed_tokens.weight"].cpu(), values)
+    model(ids, labels=ids).loss.backward()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        table = torch.randn(1000, 96, device="cuda", dtype=dtype)
+        hosted = offload.in_host_memory(table)
+        assert (hosted.device, hosted.dtype, hosted.shape) == (table.device, dtype, table.shape)
+        assert torch.equal(nn.functional.embedding(ids, hosted), table[ids])
+        assert torch.equal(hosted.cpu(), table.cpu()) and torch.equal(hosted.clone(), table)

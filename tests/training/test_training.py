@@ -27,8 +27,8 @@ from conftest import (
 )
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
+from simulated_device import LateCopies
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_offload import LateCopies
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
