@@ -1,23 +1,21 @@
-"""Adapters that start from the base's own weights, and the base that is left to them.
+"""Adapters that start from the base's weights, and the base they are trained over.
 
-PiSSA, OLoRA, and LoftQ of several rounds take scaling * B' A' out of the weight, and the 4-bit base
-is made of the rest:
+PiSSA, OLoRA, and LoftQ of several rounds subtract scaling * B' A' from the weight, and the 4-bit
+base is quantized from the rest:
 
-    codes = quantize(W - scaling * B' A')      `taken` out of the base are A' (r, in), B' (out, r)
+    codes = quantize(W - scaling * B' A')      A' (r, in) and B' (out, r) are `subtracted`
 
-so that codes + scaling * B' A' is nearer to W than quantize(W) is. That sum is what the model is
-without its adapter, and what training then learns is the change scaling * (B A - B' A'). This makes
-it an adapter like any other, of rank 2r, over the base as it was: saved so, it works everywhere,
-but for the difference between two quantizations of one weight. Who knows of `taken` makes the codes
-anew, and has the very function that was trained (to the bit on one kind of device; another adds up
-B' A' in another order, and a value half-way between two codes may take the other).
+so that codes + scaling * B' A' is nearer to W than quantize(W). That sum is the model without its
+adapter, and training learns the change scaling * (B A - B' A'). It is saved as a plain adapter of
+rank 2r over the unchanged base and works everywhere as one, but for the difference between two
+quantizations of a weight. Our loaders quantize W - scaling * B' A' again and recover the trained
+function exactly (to the bit on one kind of device; another sums B' A' in another order, and a value
+half-way between two codes may take the other).
 
-W comes from the model's checkpoint, tensor by tensor (`state_of(model).original_weights`, which
-load_base fills in), as loading cast it. It is read again when the adapter is taken off, so nothing
-is kept of the old codes. A layer that is not quantized keeps W beside
-W - scaling * B' A', as no rounded difference gives W back.
-
-Such a model holds this one adapter: others were trained over other codes.
+W comes from the checkpoint, tensor by tensor, cast as loading casts it (`original_weights` of
+`state_of(model)`, which load_base fills in). It is read again when the adapter is taken off, so the
+old codes are not kept. A layer that is not quantized keeps W, as no rounded difference gives it
+back. The model holds this one adapter, as others were trained over other codes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,11 +39,11 @@ from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.ops import nf4
 
-# ---- whether it can be ----
+# ---- checks ----
 
 
 def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
-    """Refuse a start of A and B that these layers cannot have, before anything is changed.
+    """Raise if these layers cannot have the first values that the config asks for.
 
     Args:
         layers: those to be adapted, and what each is to get.
@@ -53,25 +51,22 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
     Raises:
         UserError: it names every layer at fault.
     """
-    if not layers:  # only parameters, which have no other start than the usual
-        return
     modules = {name: plain(model.get_submodule(name)) for name in layers}
-    config = next(iter(layers.values()))
+    config = next(iter(layers.values()), LoraConfig())
     init = config.init_lora_weights
     if init in (True, "gaussian"):
         return
-    others = [name for name, module in modules.items() if not is_linear(module)]
-    if others:
+    if others := [name for name, module in modules.items() if not is_linear(module)]:
         raise UserError(
             f"init_lora_weights={init!r} is for linear layers, which {_some(others)} is not: give "
             "it an adapter of its own"
         )
-    small = [
-        f"{name} has r={layers[name].r} and is {matrix_shape(module)}"
-        for name, module in modules.items()
-        if layers[name].r > min(matrix_shape(module))
-    ]
-    if small:
+    shapes = {name: matrix_shape(module) for name, module in modules.items()}
+    if small := [
+        f"{name} has r={layers[name].r} and is {shape}"
+        for name, shape in shapes.items()
+        if layers[name].r > min(shape)
+    ]:
         raise UserError(
             f"init_lora_weights={init!r} takes at most as many directions as a layer has: "
             f"{_some(small)}. Give a smaller r, or another to these layers with rank_pattern"
@@ -89,37 +84,35 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
 
 
 def require_alone(model: nn.Module, what: str) -> None:
-    """Refuse `what`, which changes the base, while there are adapters on it."""
+    """Raise if there are adapters on a model whose base `what` is to change."""
     if names := _adapter_names(model):
         raise UserError(
-            f"{what} changes the base, and {', '.join(names)} was made for it as it is: unload "
-            "first, or load the base again"
+            f"{what} changes the base, and {names} was made for it as it is: unload first, or load "
+            "the base again"
         )
 
 
 def require_own_base(model: nn.Module, what: str) -> None:
-    """Refuse `what` on a model whose base was changed for the adapter it has."""
+    """Raise if a model's base was changed for its adapter, which `what` does not allow."""
     if subtracted_parts(model):
         raise UserError(
             f"{what} wants the base as it was, and it was changed for adapter "
-            f"{', '.join(_adapter_names(model))} (PiSSA, OLoRA or LoftQ): unload that first"
+            f"{_adapter_names(model)} (PiSSA, OLoRA or LoftQ): unload that first"
         )
 
 
 def require_originals(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse 4-bit layers whose weights from before quantization are not at hand."""
+    """Raise if a 4-bit layer's weight from before quantization is not available."""
     modules = {name: plain(model.get_submodule(name)) for name in names}
-    coded = {name: module for name, module in modules.items() if is_quantized(module)}
+    shapes = {name: matrix_shape(m) for name, m in modules.items() if is_quantized(m)}
     originals = state_of(model).original_weights
-    if coded and originals is None:
+    if shapes and originals is None:
         raise UserError(
-            "the weights from before quantization are needed and not at hand: load the 16-bit "
+            "the weights from before quantization are needed and not available: load the 16-bit "
             "model with load_base, which remembers where they are (a checkpoint that is 4-bit "
             "already has none)"
         )
-    missing = [
-        name for name in coded if originals and originals.shape(name) != matrix_shape(coded[name])
-    ]
+    missing = [n for n, shape in shapes.items() if originals and originals.shape(n) != shape]
     if missing:
         raise UserError(
             f"the checkpoint does not hold the weights of {_some(missing)} as this model has them: "
@@ -138,33 +131,30 @@ def start_from_weights(
     config: LoraConfig,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Give the new adapter of a layer its first values, and the layer the base they want.
+    """Give the new adapter of a layer its first values, and the layer the base that they need.
 
     Args:
         weight: the layer's `original_weight` (out, in).
     """
-    pair, taken = _first_values(weight, config, _quant_of(layer.plain), generator)
+    pair, subtracted = _first_values(weight, config, _quant_of(layer.plain), generator)
     lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    if pair[0].any():  # else there is nothing to make up for, and A = 0, B = 0 would not learn
+    if pair[0].any():  # A = 0 and B = 0, of a weight of zeros, would not learn
         lora_A.copy_(pair[0])
         lora_B.copy_(pair[1])
-    if taken is not None:
-        # in the adapter's dtype: what is saved of it, and what was taken out, are the same
-        taken_A, taken_B = (t.to(lora_A.dtype) for t in taken)
-        rebase(layer, weight, Factors(taken_A, taken_B, config.scaling))
+    if subtracted is not None:
+        # in the adapter's dtype, so that what is saved is what was subtracted
+        base_A, base_B = (t.to(lora_A.dtype) for t in subtracted)
+        rebase(layer, weight, Factors(base_A, base_B, config.scaling))
 
 
 def _first_values(
     weight: Tensor, config: LoraConfig, quant: QuantConfig, generator: torch.Generator | None
 ) -> tuple[Pair, Pair | None]:
-    """A and B to start with, and A' and B' that are taken out of the base."""
+    """A and B to start with, and A' and B' that the base is quantized without."""
     r, scaling = config.r, config.scaling
     if config.init_lora_weights == "loftq":
-
-        def quantize(weight: Tensor) -> Tensor:
-            return nf4.round_trip(weight, quant)
-
-        return loftq(weight, r, scaling, quantize, iterations=config.loftq_iter)
+        rounds = config.loftq_iter
+        return loftq(weight, r, scaling, lambda w: nf4.round_trip(w, quant), iterations=rounds)
     if config.init_lora_weights == "olora":
         pair = olora(weight, r)
     else:
@@ -176,57 +166,57 @@ def _first_values(
 
 
 @torch.no_grad()
-def rebase(layer: LoRALinear, weight: Tensor, taken: Factors | None) -> None:
-    """Make the base of `layer` anew, of its original `weight` (out, in) without `taken`."""
+def rebase(layer: LoRALinear, weight: Tensor, subtracted: Factors | None) -> None:
+    """Give `layer` the base of its original `weight` (out, in) without what is `subtracted`."""
     base = layer.plain
-    taken = taken and taken.to(weight.device)
-    rest = weight if taken is None else weight.float() - taken.change(weight)
+    subtracted = subtracted and subtracted.to(weight.device)
+    rest = weight if subtracted is None else weight.float() - subtracted.change(weight)
     if is_quantized(base):
         packed, state = nf4.quantize(rest, _quant_of(base))
-        state.dtype = base.weight.quant_state.dtype  # what the codes are turned into
+        state.dtype = base.weight.quant_state.dtype  # that of dequantized weights
         base.weight.data = packed
         base.weight.quant_state = base.quant_state = state
-    elif taken is None:
+    elif subtracted is None:
         base.weight.copy_(layer.whole)
         layer.whole = None
     else:
         layer.whole = base.weight.detach().clone() if layer.whole is None else layer.whole
         base.weight.copy_(rest.T if was_conv1d(base) else rest)
-    layer.taken = taken
+    layer.taken = subtracted
 
 
 def original_weight(model: nn.Module, name: str) -> Tensor:
     """The weight (out, in) that layer `name` was loaded with, on its device."""
     module = model.get_submodule(name)
-    layers = (wrapper for wrapper in wrappers(module) if isinstance(wrapper, LoRALinear))
-    base, whole = plain(module), next((layer.whole for layer in layers), None)
-    originals = state_of(model).original_weights
+    base, originals = plain(module), state_of(model).original_weights
     if originals is not None and is_quantized(base):
         return originals.read(name).to(base.weight.device)
-    if whole is None:
+    layers = (wrapper for wrapper in wrappers(module) if isinstance(wrapper, LoRALinear))
+    kept = next((layer.whole for layer in layers), None)
+    if kept is None:
         return dense_weight(base)
-    return (whole.T if was_conv1d(base) else whole).float()
+    return (kept.T if was_conv1d(base) else kept).float()
 
 
 def subtracted_parts(model: nn.Module) -> dict[str, Factors]:
-    """Of layers whose base was changed for an adapter, what was taken out of it."""
-    found = {name: layer.taken for name, layer in _linear_layers(model).items()}
-    return {name: taken for name, taken in found.items() if taken is not None}
+    """What the bases of layers were changed by, for an adapter; empty for a base as loaded."""
+    parts = {name: layer.taken for name, layer in _linear_layers(model).items()}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
-def set_bases(model: nn.Module, wanted: Mapping[str, Factors]) -> None:
-    """Every adapted layer's base without what is `wanted` out of it, and all others as loaded."""
-    there = subtracted_parts(model)
+def set_bases(model: nn.Module, subtracted: Mapping[str, Factors]) -> None:
+    """Quantize every adapted layer without its `subtracted` part, or as loaded if it has none."""
+    current = subtracted_parts(model)
     for name, layer in _linear_layers(model).items():
-        if not _same(there.get(name), wanted.get(name)):
-            rebase(layer, original_weight(model, name), wanted.get(name))
+        if not _same(current.get(name), subtracted.get(name)):
+            rebase(layer, original_weight(model, name), subtracted.get(name))
 
 
 def restore(model: nn.Module) -> None:
     """Give every layer the base it was loaded with.
 
     Raises:
-        UserError: the weights from before quantization are no longer there.
+        UserError: the weights from before quantization are no longer available.
     """
     require_originals(model, subtracted_parts(model))
     set_bases(model, {})
@@ -243,13 +233,12 @@ def _linear_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in adapted(model) if isinstance(module, LoRALinear)}
 
 
-def _adapter_names(model: nn.Module) -> list[str]:
-    """The adapters on `model`, each once."""
-    return list(dict.fromkeys(n for _, wrapper in adapted(model) for n in wrapper.adapters))
+def _adapter_names(model: nn.Module) -> str:
+    return ", ".join(dict.fromkeys(n for _, wrapper in adapted(model) for n in wrapper.adapters))
 
 
 def _quant_of(layer: Any) -> QuantConfig:
-    """How a 4-bit layer is quantized; anything, for one that is not."""
+    """The settings of a 4-bit layer; the defaults for another, which has none."""
     if not is_quantized(layer):
         return QuantConfig()
     state = layer.weight.quant_state

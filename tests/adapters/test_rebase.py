@@ -473,7 +473,7 @@ def test_a_model_without_its_original_weights_is_refused(base, tmp_path):
     model = load_base(str(base), FP32)
     state_of(model).original_weights = None
     config = LoraConfig(init_lora_weights="loftq")
-    message = "weights from before quantization are needed and not at hand: load the 16-bit model"
+    message = "weights from before quantization are needed and not available: load the 16-bit model"
     refused(model, message, lambda: apply_lora(model, config))
     load_base(str(base), FP32).save_pretrained(tmp_path)
     quantized = load_base(str(tmp_path), FP32)
