@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from qlora.config import QuantConfig
-from qlora.merge.codes import Folding
+from qlora.merge.codes import AdaptedWeight
 from qlora.ops import nf4
 
-Method = Callable[[Folding, Tensor, Tensor, QuantConfig, Tensor | None], nf4.Quantized]
+Method = Callable[[AdaptedWeight, Tensor, Tensor, QuantConfig, Tensor | None], nf4.Quantized]
 
 
 def on_the_adapters_space(
-    folding: Folding, base: Tensor, delta: Tensor, quant: QuantConfig, _: Tensor | None
+    adapted: AdaptedWeight, base: Tensor, delta: Tensor, quant: QuantConfig, _: Tensor | None
 ) -> nf4.Quantized:
     """No data: one sweep over the columns of W4 + delta that keeps error @ A.T near zero."""
-    assert folding.factors is not None
-    lora_A = folding.factors.lora_A.float()
+    assert adapted.factors is not None
+    lora_A = adapted.factors.lora_A.float()
     return descend(nf4.quantize(base + delta, quant), base + delta, lora_A.T @ lora_A, sweeps=1)
 
 
 def gptq(
-    folding: Folding, base: Tensor, delta: Tensor, quant: QuantConfig, moments: Tensor | None
+    adapted: AdaptedWeight, base: Tensor, delta: Tensor, quant: QuantConfig, moments: Tensor | None
 ) -> nf4.Quantized:
     """GPTQ (arXiv:2210.17323) toward W4 + delta, with 1 % damping, absmax as it rounds."""
     assert moments is not None
@@ -46,19 +46,19 @@ def gptq(
 
 
 def descent(
-    folding: Folding, base: Tensor, delta: Tensor, quant: QuantConfig, moments: Tensor | None
+    adapted: AdaptedWeight, base: Tensor, delta: Tensor, quant: QuantConfig, moments: Tensor | None
 ) -> nf4.Quantized:
     """From W4's codes two sweeps of coordinate descent toward W4 + delta, weighted by X'X."""
-    assert folding.codes is not None and moments is not None
-    return descend(folding.codes, base + delta, moments, sweeps=2)
+    assert adapted.codes is not None and moments is not None
+    return descend(adapted.codes, base + delta, moments, sweeps=2)
 
 
 def descent_from_original(
-    folding: Folding, base: Tensor, delta: Tensor, quant: QuantConfig, moments: Tensor | None
+    adapted: AdaptedWeight, base: Tensor, delta: Tensor, quant: QuantConfig, moments: Tensor | None
 ) -> nf4.Quantized:
     """The same from quantize(W16 + delta)."""
-    assert folding.original is not None and moments is not None
-    start = nf4.quantize(folding.original.float() + delta, quant)
+    assert adapted.original is not None and moments is not None
+    start = nf4.quantize(adapted.original.float() + delta, quant)
     return descend(start, base + delta, moments, sweeps=2)
 
 

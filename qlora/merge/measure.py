@@ -1,17 +1,14 @@
-"""Does the merged checkpoint answer like base + live adapter? Measured, not assumed.
+"""What a merge needs the running model for: verification and calibration.
 
-Both models read the same rows. At every supervised position the live model gives a distribution p
-over the next token and the merged one q: loss is the mean of -log of the token that really comes,
-KL the mean of sum p log(p / q), in nats. The models are held one after the other; what is kept of
-the live one is log p at up to MAX_TOKENS positions.
+Verification compares the merged checkpoint with base + live adapter on the same rows. At every
+supervised position the live model gives a distribution p over the next token, the merged one q:
+loss is the mean of -log of the true token's probability, KL the mean of sum p log(p / q), in nats.
+One model is in memory at a time; of the live one, log p at up to MAX_TOKENS positions is kept.
 
-What the 4-bit merge knows of a layer's inputs: their second moments, from a run over data.
-
-The model is the one that was trained, the 4-bit base with its live adapter. It reads some rows, and
-qlora.adapters.starts adds up the inputs of each adapted linear layer.
-
-Where there are no rows to read, the model reads what it writes itself: text sampled from its first
-token on is close enough to what it was trained on (arXiv:2305.17888 quantizes with it).
+Calibration collects the second moments of the inputs of each adapted linear layer
+(qlora.adapters.starts), in the model as trained, the 4-bit base with its live adapter. Without data
+the model reads text that it samples itself from its first token on, which is close enough to what
+it was trained on (arXiv:2305.17888 quantizes with it).
 """
 
 import gc
@@ -41,11 +38,19 @@ from qlora.data.rows import length_batches, prepare_data, prepare_tokenizer
 
 MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
 MAX_LENGTH = 2048
+MIN_TOKENS = 8192  # for calibration: more changed nothing that could be measured
+TOKENS_PER_INPUT = 4  # of the widest layer: with fewer than 1 its moments are singular
+OWN_TEXT = "self"
+OWN_LENGTH = 128
+OWN_BATCH = 64
+
+
+# ---- verification ----
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Losses and KL are means over `tokens` supervised tokens of `rows` rows, in nats."""
+    """Means over `tokens` supervised tokens of `rows` rows; losses and KL in nats."""
 
     rows: int
     tokens: int
@@ -53,20 +58,20 @@ class Verification:
     loss_live: float
     loss_merged: float
     kl: float
-    """of the merged model to the live one"""
+    """between the live and the merged model"""
     kl_base: float
-    """of the base to the live model: how far the adapter moved it"""
+    """between the live model and the base: how far the adapter moved it"""
     agreement: float
-    """share of the tokens for which live and merged model hold the same next token most likely"""
+    """share of positions at which live and merged model find the same token most likely"""
 
     @property
     def kept(self) -> float | None:
-        """The share of what training gained in loss that the merged model has; None of no gain."""
+        """The share of training's gain in loss that the merged model has; None without a gain."""
         gain = self.loss_base - self.loss_live
         return (self.loss_base - self.loss_merged) / gain if gain > 0 else None
 
     def table(self) -> str:
-        """A small table for the terminal."""
+        """For the terminal."""
         kept = "no gain" if self.kept is None else f"{self.kept:.2%}"
         return (
             f"\nMeasured on {self.rows} rows, {self.tokens} supervised tokens:\n"
@@ -94,7 +99,7 @@ def read_examples(data: str, tokenizer_folder: Path, max_tokens: int = MAX_TOKEN
 
 
 class _Live(NamedTuple):
-    """What base and live adapter made of the examples."""
+    """The measurements of base and live adapter."""
 
     loss_base: float
     kl_base: float
@@ -104,24 +109,24 @@ class _Live(NamedTuple):
 
 
 class Verifier:
-    """Measures merged checkpoints against `adapter` live on `base_model`, which is run once.
+    """Measures merged checkpoints against `adapter` live on `base`, which run once.
 
-    All compute in one dtype, by default that of `device`, also where training was in another.
+    All compute in one dtype, by default that of `device`, whatever training computed in.
     """
 
     def __init__(
         self,
         adapter: AdapterFile,
-        base_model: str,
+        base: str | Checkpoint,
         examples: list[Any],
         *,
         device: str,
         compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-        self.adapter, self.base_model, self.examples = adapter, base_model, examples
-        self.device, self.trust_remote_code = device, trust_remote_code
+        self.adapter, self.base, self.examples = adapter, base, examples
         self.compute_dtype = compute_dtype
+        self.loading: Any = {"device": device, "trust_remote_code": trust_remote_code}
         self.rows = sum(len(batch["labels"]) for batch in examples)
         self.tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in examples)
 
@@ -129,13 +134,14 @@ class Verifier:
         """Loss, KL and agreement of the checkpoint in the folder `merged`."""
         live = self._live
         if Checkpoint(merged).is_quantized:
-            model = self._load(str(merged), QuantConfig(compute_dtype=self.compute_dtype))
+            quant = QuantConfig(compute_dtype=self.compute_dtype)
+            model = load_base(Checkpoint(merged), quant, **self.loading)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 merged,
                 dtype=live.dtype,
-                device_map=self.device,
-                trust_remote_code=self.trust_remote_code,
+                device_map=self.loading["device"],
+                trust_remote_code=self.loading["trust_remote_code"],
             )
         kl = loss = 0.0
         same = 0
@@ -160,37 +166,39 @@ class Verifier:
         quant = replace(
             self.adapter.quantization, compute_dtype=self.compute_dtype, allow_unquantized=True
         )
-        model = self._load(self.base_model, quant)
+        # not load_live: the base is measured before the adapter is attached
+        model = load_base(self.base, quant, **self.loading)
         base = deque(_log_probs(model, self.examples, "Base"))
         attach(model, self.adapter)
         loss_base = loss = kl_base = 0.0
         live = []
         for nll, log_p in _log_probs(model, self.examples, "Live adapter"):
-            nll_base, log_base = base.popleft()  # held no longer than needed
+            nll_base, log_base = base.popleft()  # freed as soon as possible
             loss_base, loss = loss_base + nll_base, loss + nll
             kl_base += _kl(log_p, log_base)
             live.append(log_p)
         dtype = model.dtype
         del model
-        _free()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         n = self.tokens
         return _Live(loss_base / n, kl_base / n, loss / n, live, dtype)
-
-    def _load(self, model: str, quant: QuantConfig) -> PreTrainedModel:
-        return load_base(model, quant, device=self.device, trust_remote_code=self.trust_remote_code)
 
 
 @torch.no_grad()
 def _log_probs(
     model: PreTrainedModel, batches: list[Any], name: str
 ) -> Iterator[tuple[float, Tensor]]:
-    """For each batch the summed -log p of the real tokens, and log p (tokens, vocab) on the CPU."""
+    """For each batch the summed -log p of the true tokens, and log p (tokens, vocab) on the CPU."""
     model.eval()
     for batch in tqdm(batches, desc=name, leave=False):
         batch = {key: value.to(model.device) for key, value in batch.items()}
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         mask = batch["labels"][:, 1:] != -100
-        log_p = F.log_softmax(logits[:, :-1][mask].float(), dim=-1)
+        log_p = F.log_softmax(
+            logits[:, :-1][mask].float(), dim=-1
+        )  # (B, T, vocab) -> (tokens, vocab)
         nll = F.nll_loss(log_p, batch["labels"][:, 1:][mask], reduction="sum")
         yield float(nll), log_p.cpu()
 
@@ -199,32 +207,22 @@ def _kl(log_p: Tensor, log_q: Tensor) -> float:
     return float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
 
 
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-MIN_TOKENS = 8192  # more changed nothing that could be measured
-TOKENS_PER_INPUT = 4  # of the widest layer: with fewer than 1 its moments are singular
-OWN_TEXT = "self"
-OWN_LENGTH = 128
-OWN_BATCH = 64
+# ---- calibration ----
 
 
 def calibrate(
     adapter: AdapterFile,
-    base_model: str,
+    base: str | Checkpoint,
     data: Sequence[str],
-    tokenizer_folder: Any,
+    tokenizer_folder: Path,
     *,
     device: str,
     trust_remote_code: bool = False,
 ) -> SecondMoments:
-    """Second moments of `adapter`'s layers, live on `base_model`, over some of `data`.
+    """Second moments of `adapter`'s layers, live on `base`, over rows spread over `data`.
 
     Args:
-        data: what `prepare_data` reads, some of each; or OWN_TEXT.
+        data: sources for `prepare_data`, of each an equal share; or OWN_TEXT.
 
     Raises:
         UserError: the data cannot be read, or the adapter does not fit.
@@ -233,33 +231,31 @@ def calibrate(
     if not from_model:
         tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
         prepare_tokenizer(tokenizer)
-        read = [prepare_data(source, tokenizer, max_length=MAX_LENGTH) for source in data]
-    model = load_live(base_model, adapter, device=device, trust_remote_code=trust_remote_code)
-    found = lora_layers(model).items()
-    layers = {name: layer for name, layer in found if isinstance(layer, LoRALinear)}
+        sources = [prepare_data(source, tokenizer, max_length=MAX_LENGTH) for source in data]
+    model = load_live(base, adapter, device=device, trust_remote_code=trust_remote_code)
+    layers = {n: layer for n, layer in lora_layers(model).items() if isinstance(layer, LoRALinear)}
     widest = max(layer.shape[1] for layer in layers.values())
     tokens = max(MIN_TOKENS, TOKENS_PER_INPUT * widest)
     if from_model:
         return SecondMoments(model, own_text(model, tokens), layers)
     chosen = []
-    for rows, stats in read:
-        every = max(1, stats.tokens * len(read) // tokens)
+    for rows, stats in sources:
+        every = max(1, stats.tokens * len(sources) // tokens)
         chosen += [rows[i] for i in range(0, len(rows), every)]
     return SecondMoments(model, length_batches(chosen, tokenizer), layers)
 
 
 @torch.no_grad()
 def own_text(model: PreTrainedModel, tokens: int) -> list[dict[str, Tensor]]:
-    """At least `tokens` tokens that `model` writes from its first on, the same at every call."""
+    """At least `tokens` tokens that `model` samples from its first token on; always the same."""
     config = model.generation_config
-    ends = config.eos_token_id
-    first = config.bos_token_id if config.bos_token_id is not None else ends
+    first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     first = first[0] if isinstance(first, list) else first or 0
     batches = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
         rows = math.ceil(tokens / OWN_LENGTH)
-        for done in tqdm(range(0, rows, OWN_BATCH), desc="Writing text of its own", leave=False):
+        for done in tqdm(range(0, rows, OWN_BATCH), desc="Sampling calibration text", leave=False):
             start = torch.full((min(OWN_BATCH, rows - done), 1), first, device=model.device)
             written = model.generate(  # type: ignore[operator]  # of a mixin that is not typed
                 start,

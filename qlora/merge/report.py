@@ -1,4 +1,4 @@
-"""What a merge tells of itself: merge_report.json, a picture, the model card, and the terminal."""
+"""What a merge reports: merge_report.json, merge.png, the model card, and the terminal."""
 
 import json
 from collections.abc import Mapping
@@ -17,12 +17,11 @@ from qlora.pictures import by_kind, plot_merge
 if TYPE_CHECKING:
     from qlora.merge.measure import Verification
 
-
 WARN_BELOW = 0.95  # share of the gain kept
 
 
 class MergeReport:
-    """What is known of a merge so far; `layers` fills while it runs."""
+    """Facts about a merge; `layers` fills while it runs."""
 
     def __init__(self, config: MergeConfig, base_model: str, plan: Plan) -> None:
         self.config, self.base_model, self.plan = config, base_model, plan
@@ -46,7 +45,7 @@ class MergeReport:
         replace_text(folder / MERGE_REPORT, json.dumps(values, indent=2) + "\n")
         if self.layers:
             plot_merge(values, folder / "merge.png")
-        write_merge_card(folder, values)
+        (folder / "README.md").write_text(_model_card(values), encoding="utf-8")
 
     def print_summary(self, output: Path) -> None:
         """What was done, and a table of it by kind of layer."""
@@ -64,21 +63,19 @@ class MergeReport:
         in_4_bits = any("codes_changed" in facts for facts in self.layers.values())
         head = f"\n{'':18}{'layers':>7}{'change of weight':>18}{'of it kept':>12}{'least':>9}"
         lines = [head + f"{'codes changed':>15}" * in_4_bits]
-        for kind, found in by_kind(self.layers).items():
-            kept = [facts["kept"] for _, facts in found]
+        for kind, layers in by_kind(self.layers).items():
+            kept = [facts["kept"] for _, facts in layers]
             line = (
-                f"{kind:18}{len(found):7}"
-                f"{median(facts['delta_over_weight'] for _, facts in found):18.2%}"
+                f"{kind:18}{len(layers):7}"
+                f"{median(facts['delta_over_weight'] for _, facts in layers):18.2%}"
                 f"{median(kept):12.1%}{min(kept):9.1%}"
             )
-            if in_4_bits:
-                codes = [f["codes_changed"] for _, f in found if "codes_changed" in f]
-                line += f"{median(codes):15.1%}" if codes else ""
-            lines.append(line)
+            codes = [facts["codes_changed"] for _, facts in layers if "codes_changed" in facts]
+            lines.append(line + (f"{median(codes):15.1%}" if codes else ""))
         return "\n".join(lines)
 
     def print_verification(self) -> None:
-        """The measured table, and a warning where little is kept."""
+        """The measured table, and a warning if much of the gain is lost."""
         if self.verified is None:
             return
         print(self.verified.table())
@@ -90,7 +87,7 @@ class MergeReport:
             )
 
 
-def write_merge_card(folder: Path, report: Mapping[str, Any]) -> None:
+def _model_card(report: Mapping[str, Any]) -> str:
     """README.md of a merged checkpoint: what was merged onto what, and what was measured."""
     onto = {
         "nf4": f"the base dequantized from 4 bits ({report['quant_type'].upper()}, blocksize "
@@ -109,26 +106,15 @@ def write_merge_card(folder: Path, report: Mapping[str, Any]) -> None:
         if verify["kept"] is not None:
             measured += f" That keeps {verify['kept']:.2%} of what training gained."
     picture = "\n![what each layer kept](merge.png)" if report["layers"] else ""
-    base = str(report["base_model"])
-    text = f"""{front_matter(base, "library_name: transformers", "qlora", "merged")}
+    base, weights = str(report["base_model"]), report["adapters"]
+    names = [f"`{name}`" + f" times {w:g}" * (w != 1) for name, w in weights.items()]
+    many = len(names) > 1
+    return f"""{front_matter(base, "library_name: transformers", "qlora", "merged")}
 # {Path(base).name} with a LoRA adapter merged in
 
-{_adapters(report["adapters"])} folded in fp32 into {onto},
+The adapter{"s" * many} {", ".join(names)} {"were" if many else "was"} folded in fp32 into {onto},
 and rounded once to {report["format"]}.
 
 {measured}
 {picture}
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _adapters(weights: Mapping[str, float]) -> str:
-    """Each adapter by name, with its weight where that is not 1."""
-    names = [
-        f"`{a}`" + (f" times {weight:g}" if weight != 1 else "") for a, weight in weights.items()
-    ]
-    return (
-        f"The adapter {names[0]} was"
-        if len(names) == 1
-        else f"The adapters {', '.join(names)} were"
-    )

@@ -1,29 +1,30 @@
-"""Fold a trained adapter into its base: plan, check, stream.
+"""Merge a trained adapter into its base on disk: plan, check, stream.
 
-    merged = dequantize(quantize(W)) + scaling * B A      in fp32, then one cast
+    W_merged = dequantize(quantize(W)) + scaling * B A      in fp32, then one cast
 
-is, to rounding, the function that was trained: every quantized layer goes through the same 4-bit
-codes as in training, also those without an adapter. `onto="original"` folds into the weights as
-they were before quantization; the adapter never saw those, so that is another function. For
-`format="nf4"` qlora.merge.codes finds 4-bit codes for the sum.
+is, to rounding, the function that was trained: every quantized layer goes through the 4-bit codes
+that it had in training, with or without an adapter. `onto="original"` adds to W itself, which the
+adapter never saw: another function. For `format="nf4"`, qlora.merge.codes chooses 4-bit codes for
+the sum.
 
-`plan_merge` decides from file headers alone what happens to each tensor, and every shape is
-checked before a byte is written. Then tensors go through one at a time, in fp32, into shards: no
-model is built, and memory grows with the largest tensor, not with the model. (Two things do build
-one, when asked for: calibration of the 4-bit output, and verification.)
+1. Plan: `plan_merge` decides from file headers what happens to each tensor (`MergeOp`).
+2. Check: adapter, base, shapes, disk space, data and tokenizer, before a byte is written.
+3. Stream: `apply_op` computes one tensor at a time, and write_shards writes it. Memory grows with
+   the largest tensor, not with the model. Calibration and verification do load the model.
 
-The tensors of a merged checkpoint, one after the other, as a plan says.
-
-Choosing 4-bit codes is slow and full of small steps, which a second core hardly helps along; so on
-a CPU several weights are worked on at a time, each by one thread.
+Choosing codes is many small operations, which a second core hardly speeds up: on a CPU several
+weights are computed at a time, each by one thread.
 """
 
 import json
 import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import yaml
@@ -36,21 +37,13 @@ from qlora.config import MergeConfig
 from qlora.config.tasks import CAUSAL_LM, task_named
 from qlora.errors import UserError
 from qlora.files import RUN, publishing, require_new
-from qlora.merge.plan import Plan, check_base, plan_merge
+from qlora.merge.codes import AdaptedWeight, Facts, fold, fold_to_codes
+from qlora.merge.plan import Kind, MergeOp, Plan, check_base, plan_merge
 from qlora.merge.report import MergeReport
+from qlora.ops import nf4
 
 if TYPE_CHECKING:
     from qlora.merge.measure import Verification, Verifier
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import TypeVar
-
-from qlora.config import QuantConfig
-from qlora.merge.codes import Facts, Folding, in_4_bits, in_full
-from qlora.merge.plan import MergeOp
-from qlora.ops import nf4
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -62,6 +55,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+MAX_WORKERS = 8
+Result = TypeVar("Result")
 
 
 def merge(config: MergeConfig) -> Path:
@@ -76,14 +71,15 @@ def merge(config: MergeConfig) -> Path:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but torch sees no GPU: use --device cpu")
     job = _prepare(config)
-    with publishing(output) as partial:
-        report = _write_better(job, partial) if config.onto == "auto" else _write(job, partial)
+    with publishing(output) as partial_folder:
+        write = _write_better if config.onto == "auto" else _write
+        report = write(job, partial_folder)
         if config.min_kept is not None:
-            report.verified = report.verified or job.measure(partial)
+            report.verified = report.verified or job.measure(partial_folder)
             _require_kept(report.verified, config.min_kept)
-            report.write(partial)
+            report.write(partial_folder)
     report.print_summary(output)
-    if job.verifier and report.verified is None:  # published by now: failing costs no merge
+    if job.verifier and report.verified is None:  # already published: a failure costs no merge
         report.verified = job.measure(output)
         report.write(output)
     report.print_verification()
@@ -92,7 +88,7 @@ def merge(config: MergeConfig) -> Path:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a merge works with, all of it checked."""
+    """A merge whose inputs are checked."""
 
     config: MergeConfig
     adapter: AdapterFile
@@ -102,14 +98,18 @@ class _Job:
     tokenizer_folder: Path
     verifier: "Verifier | None"
     moments: Callable[[str], Tensor] | None
+    """layer -> sum of x x' over its inputs, for a 4-bit output"""
 
     def measure(self, folder: Path) -> "Verification":
         assert self.verifier is not None
         return self.verifier.measure(folder)
 
 
+# ---- plan and check ----
+
+
 def _prepare(config: MergeConfig) -> _Job:
-    """Whatever the user can mend goes wrong here, before a byte is written."""
+    """Plan, and raise every error that the user can mend before a byte is written."""
     adapter = combine([read_adapter(a) for a in config.adapters], [*config.adapters.values()])
     base_model = config.base_model or adapter.base_model
     if not base_model:
@@ -123,68 +123,30 @@ def _prepare(config: MergeConfig) -> _Job:
     _require_text_model(config, adapter)
     plan = plan_merge(checkpoint, adapter, config)
     _require_space(config, plan.entries)
-    tokenizer_folder = _tokenizer_folder(checkpoint, adapter)
+    tokenizer_folder = adapter.folder if adapter.has_tokenizer else checkpoint.folder
     running: Any = {"device": config.device, "trust_remote_code": config.trust_remote_code}
-    verifier = None
+    verifier = moments = None
     if config.verify:
         from qlora.merge.measure import Verifier, read_examples
 
         examples = read_examples(config.verify, tokenizer_folder)
-        verifier = Verifier(adapter, str(checkpoint.folder), examples, **running)
-    data = _calibration_data(config) if task_named(adapter.task) is CAUSAL_LM else []
-    moments = None
-    if data:
+        verifier = Verifier(adapter, checkpoint, examples, **running)
+    if data := _calibration_data(config, adapter):
         from qlora.merge.measure import calibrate
 
-        source = str(checkpoint.folder)
-        moments = calibrate(adapter, source, data, tokenizer_folder, **running).of
+        moments = calibrate(adapter, checkpoint, data, tokenizer_folder, **running).of
     return _Job(config, adapter, base_model, checkpoint, plan, tokenizer_folder, verifier, moments)
 
 
-def _write(job: _Job, folder: Path) -> MergeReport:
-    """The merged checkpoint with everything that belongs to it, into the empty `folder`."""
-    report = MergeReport(job.config, job.base_model, job.plan)
-    tensors = merged_tensors(
-        job.checkpoint, job.adapter, job.plan, job.config.device, job.moments, report.layers
-    )
-    write_shards(folder, job.plan.entries, tensors, max_bytes=parse_size(job.config.max_shard_size))
-    _copy_companions(job.checkpoint, job.tokenizer_folder, job.plan, job.config, folder)
-    _require_loadable(folder, job)
-    report.write(folder)
-    return report
-
-
-def _write_better(job: _Job, folder: Path) -> MergeReport:
-    """Both ways, each measured, and the one with the lower loss into `folder`."""
-    reports = {}
-    for onto in ("nf4", "original"):
-        config = replace(job.config, onto=onto)
-        one = replace(job, config=config, plan=plan_merge(job.checkpoint, job.adapter, config))
-        (folder / onto).mkdir()
-        reports[onto] = _write(one, folder / onto)
-        reports[onto].verified = job.measure(folder / onto)
-    losses = {onto: report.verified.loss_merged for onto, report in reports.items()}  # type: ignore[union-attr]
-    better = min(losses, key=losses.__getitem__)
-    print(
-        f"Loss {losses['nf4']:.4f} onto the dequantized 4-bit base, {losses['original']:.4f} onto "
-        f"the original weights: taken is {better}, the lower."
-    )
-    for onto in reports:
-        for file in (folder / onto).iterdir():
-            file.rename(folder / file.name) if onto == better else file.unlink()
-        (folder / onto).rmdir()
-    reports[better].write(folder)
-    return reports[better]
-
-
-def _calibration_data(config: MergeConfig) -> list[str]:
-    """What to choose 4-bit codes with: the data given, or else what the adapters learned from."""
-    if config.format != "nf4" or config.calibration == "none":
+def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
+    """Data to choose 4-bit codes with: what is given, or else what the adapters were trained on."""
+    without = config.format != "nf4" or config.calibration == "none"
+    if without or task_named(adapter.task) is not CAUSAL_LM:
         return []
     if config.calibration:
         return [config.calibration]
     runs = [Path(adapter).expanduser() / RUN for adapter in config.adapters]
-    data = dict.fromkeys(found for run in runs if (found := _training_data(run)))
+    data = dict.fromkeys(source for run in runs if (source := _training_data(run)))
     if not data:
         print(
             f"No data to calibrate with: {' and '.join(map(str, runs))} names none that is there. "
@@ -194,9 +156,9 @@ def _calibration_data(config: MergeConfig) -> list[str]:
 
 
 def _training_data(path: Path) -> str | None:
-    """The file or folder that was trained on, as a run.yaml tells, if it is still there.
+    """The data file or folder that a run.yaml names, if it still exists.
 
-    Names of the hub are left alone: nothing is downloaded that nobody asked for.
+    Names on the hub are ignored: nothing is downloaded unasked.
     """
     if not path.is_file():
         return None
@@ -205,23 +167,8 @@ def _training_data(path: Path) -> str | None:
     return data if isinstance(data, str) and Path(data).expanduser().exists() else None
 
 
-def _require_kept(verified: "Verification", min_kept: float) -> None:
-    if verified.kept is None:
-        raise UserError(
-            "--min-kept asks how much of the gain is kept, but on this --verify data the adapter "
-            f"gains nothing: loss {verified.loss_base:.4f} without, {verified.loss_live:.4f} with "
-            "it. Give data like the training's"
-        )
-    if verified.kept < min_kept:
-        raise UserError(
-            f"the merged model keeps {verified.kept:.1%} of what training gained, --min-kept "
-            f"{min_kept} wants more: nothing was written. Give --calibration data like the "
-            "training's, or merge to --format bf16 --onto nf4"
-        )
-
-
 def _require_text_model(config: MergeConfig, adapter: AdapterFile) -> None:
-    """Refuse to verify or calibrate with what does not write text."""
+    """Raise if verification or calibration is asked for with a model that does not write text."""
     if task_named(adapter.task) is CAUSAL_LM:
         return
     for name in ("verify", "calibration"):
@@ -230,9 +177,6 @@ def _require_text_model(config: MergeConfig, adapter: AdapterFile) -> None:
                 f"--{name} runs a causal language model over text, and adapter {adapter.folder} is "
                 f"for {adapter.task}: leave it out"
             )
-
-
-# ---- check and apply ----
 
 
 def _require_space(config: MergeConfig, entries: list[Entry]) -> None:
@@ -247,46 +191,73 @@ def _require_space(config: MergeConfig, entries: list[Entry]) -> None:
         )
 
 
-def _require_loadable(folder: Path, job: _Job) -> None:
-    """The model that the new config.json describes finds its parameters in the new files."""
-    written = Checkpoint(folder)
-    model = skeleton(folder, task=job.plan.task, trust_remote_code=job.config.trust_remote_code)
-    faults = []
-    for param, wanted in model.named_parameters():
-        place = disk_name(written, model, param)
-        if place is None and (param in job.plan.placed or disk_name(job.checkpoint, model, param)):
-            faults.append(f"{param} is missing")
-        elif place is not None and place not in job.plan.coded:
-            shape = written.tensors[place].shape
-            if shape != tuple(wanted.shape):
-                faults.append(f"{param} is {shape}, its config.json says {tuple(wanted.shape)}")
-    raise_faults(
-        "the merged checkpoint does not make a model", faults,
-        mend="Nothing was written. The base's own files may not fit its config.json",
-    )  # fmt: skip
+def _require_kept(verified: "Verification", min_kept: float) -> None:
+    if verified.kept is None:
+        raise UserError(
+            "--min-kept asks how much of the gain is kept, but on this --verify data the adapter "
+            f"gains nothing: loss {verified.loss_base:.4f} without, {verified.loss_live:.4f} with "
+            "it. Give data like the training's"
+        )
+    if verified.kept < min_kept:
+        raise UserError(
+            f"the merged model keeps {verified.kept:.1%} of what training gained, --min-kept "
+            f"{min_kept} asks for more: nothing was written. Give --calibration data like the "
+            "training's, or merge to --format bf16 --onto nf4"
+        )
 
 
-# ---- what goes beside the weights ----
+# ---- write a checkpoint ----
 
 
-def _copy_companions(
-    checkpoint: Checkpoint, tokenizer_folder: Path, plan: Plan, config: MergeConfig, output: Path
-) -> None:
-    """config.json that says what the weights now are, and the tokenizer's files byte for byte."""
+def _write(job: _Job, folder: Path) -> MergeReport:
+    """The merged checkpoint with all its files, into the empty `folder`."""
+    report = MergeReport(job.config, job.base_model, job.plan)
+    tensors = stream_tensors(job, report.layers)
+    write_shards(folder, job.plan.entries, tensors, max_bytes=parse_size(job.config.max_shard_size))
+    _write_other_files(job, folder)
+    _require_loadable(folder, job)
+    report.write(folder)
+    return report
+
+
+def _write_better(job: _Job, folder: Path) -> MergeReport:
+    """Merge onto both bases, measure both, and leave the one with the lower loss in `folder`."""
+    reports, losses = {}, {}
+    for onto in ("nf4", "original"):
+        config = replace(job.config, onto=onto)
+        one = replace(job, config=config, plan=plan_merge(job.checkpoint, job.adapter, config))
+        (folder / onto).mkdir()
+        reports[onto] = _write(one, folder / onto)
+        reports[onto].verified = verified = job.measure(folder / onto)
+        losses[onto] = verified.loss_merged
+    better = min(losses, key=losses.__getitem__)
+    print(
+        f"Loss {losses['nf4']:.4f} onto the dequantized 4-bit base, {losses['original']:.4f} onto "
+        f"the original weights: taken is {better}, the lower."
+    )
+    for onto in reports:
+        for file in (folder / onto).iterdir():
+            file.rename(folder / file.name) if onto == better else file.unlink()
+        (folder / onto).rmdir()
+    reports[better].write(folder)
+    return reports[better]
+
+
+def _write_other_files(job: _Job, output: Path) -> None:
+    """config.json for the new weights; tokenizer, generation config and code byte for byte."""
+    checkpoint, plan = job.checkpoint, job.plan
     values = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     values.pop("torch_dtype", None)
     values["dtype"] = str(plan.out_dtype).removeprefix("torch.")
     for part in (values, values.get("text_config") or {}):
         part.update(plan.config_changes)
-    if config.format == "nf4":
+    if job.config.format == "nf4":
         values["quantization_config"] = _quantization_config(plan)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     (output / "config.json").write_text(text, encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        file = tokenizer_folder / name
-        if file.is_file():
-            shutil.copyfile(file, output / name)
-    for file in [checkpoint.folder / "generation_config.json", *checkpoint.folder.glob("*.py")]:
+    files = [job.tokenizer_folder / name for name in TOKENIZER_FILES]
+    files += [checkpoint.folder / "generation_config.json", *checkpoint.folder.glob("*.py")]
+    for file in files:
         if file.is_file():
             shutil.copyfile(file, output / file.name)
 
@@ -300,51 +271,55 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         bnb_4bit_quant_type=plan.out_quant.quant_type,
         bnb_4bit_use_double_quant=plan.out_quant.double_quant,
         bnb_4bit_compute_dtype=plan.out_dtype,
-        llm_int8_skip_modules=[m for m, name in plan.linear.items() if name not in plan.coded],
+        llm_int8_skip_modules=[m for m, name in plan.linear.items() if name not in plan.in_4_bits],
     )
     return dict(settings.to_dict())
 
 
-def _tokenizer_folder(checkpoint: Checkpoint, adapter: AdapterFile) -> Path:
-    """Where training left the tokenizer it used, else the base's own."""
-    return adapter.folder if adapter.has_tokenizer else checkpoint.folder
+def _require_loadable(folder: Path, job: _Job) -> None:
+    """Raise unless the model of the new config.json finds its parameters in the new files."""
+    plan, written = job.plan, Checkpoint(folder)
+    model = skeleton(folder, task=plan.task, trust_remote_code=job.config.trust_remote_code)
+    faults = []
+    for param, expected in model.named_parameters():
+        place = disk_name(written, model, param)
+        if place is None:
+            if param in plan.params or disk_name(job.checkpoint, model, param):
+                faults.append(f"{param} is missing")
+        elif place not in plan.in_4_bits and written.tensors[place].shape != expected.shape:
+            shape = written.tensors[place].shape
+            faults.append(f"{param} is {shape}, its config.json says {tuple(expected.shape)}")
+    raise_faults(
+        "the merged checkpoint does not make a model", faults,
+        mend="Nothing was written. The base's own files may not fit its config.json",
+    )  # fmt: skip
 
 
-Result = TypeVar("Result")
-MAX_WORKERS = 8
+# ---- stream the tensors ----
 
 
-def merged_tensors(
-    checkpoint: Checkpoint,
-    adapter: AdapterFile,
-    plan: Plan,
-    device: str,
-    moments: Callable[[str], Tensor] | None,
-    layers: dict[str, Facts],
-) -> Iterator[Tensor]:
-    """The output's tensors in the order of `plan.entries`; facts of adapted layers go to `layers`.
-
-    Args:
-        moments: gives an adapted layer's sum of x x' over its inputs, for a 4-bit output.
-    """
+def stream_tensors(job: _Job, layers: dict[str, Facts]) -> Iterator[Tensor]:
+    """The tensors in the order of `plan.entries`; facts of adapted layers are put into `layers`."""
 
     def tasks() -> Iterator[Callable[[], tuple[list[Tensor], Facts]]]:
-        for op in plan.ops:
-            # Here and not in the task: gathering moments runs the model, on all threads.
-            known = moments(op.module) if moments and op.module and op.in_4_bits else None
-            yield partial(_fold, checkpoint, adapter, plan, op, device, known)
+        for op in job.plan.ops:
+            # not inside the task: collecting moments runs the model, on all threads
+            uses_moments = job.moments and op.module and op.in_4_bits
+            moments = job.moments(op.module) if uses_moments else None  # type: ignore[misc, arg-type]
+            yield partial(apply_op, job, op, moments)
 
-    slow = device == "cpu" and any(op.module and op.in_4_bits for op in plan.ops)
+    slow = job.config.device == "cpu" and any(op.module and op.in_4_bits for op in job.plan.ops)
     workers = min(torch.get_num_threads(), MAX_WORKERS) if slow else 1
-    for op, (done, found) in zip(plan.ops, _in_turn(tasks(), workers), strict=True):
+    results = _in_order(tasks(), workers)
+    for op, (tensors, facts) in zip(job.plan.ops, results, strict=True):
         if op.module:
-            layers[op.module] = found
-        while done:
-            yield done.pop(0)  # held no longer than it takes to write it
+            layers[op.module] = facts
+        while tensors:
+            yield tensors.pop(0)  # freed as soon as it is written
 
 
-def _in_turn(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[Result]:
-    """What each task returns, in their order; `workers` run at a time, a few ahead of the turn."""
+def _in_order(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[Result]:
+    """The results of the tasks in their order; `workers` run at a time, a few ahead."""
     if workers == 1:
         for task in tasks:
             yield task()
@@ -364,71 +339,70 @@ def _in_turn(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[Re
         torch.set_num_threads(threads)
 
 
-def _fold(
-    checkpoint: Checkpoint,
-    adapter: AdapterFile,
-    plan: Plan,
-    op: MergeOp,
-    device: str,
-    moments: Tensor | None,
-) -> tuple[list[Tensor], Facts]:
-    """What is written for one weight, on the CPU, and what is to be reported of it."""
-    if not (op.module or op.round_trip or op.packed or op.in_4_bits):
+def apply_op(job: _Job, op: MergeOp, moments: Tensor | None) -> tuple[list[Tensor], Facts]:
+    """The tensors of one operation, on the CPU, and facts for the report.
+
+    Args:
+        moments: sum of x x' over the layer's inputs (in, in), for 4-bit codes.
+    """
+    if op.kind is Kind.COPY:
         (entry,) = op.entries
-        return [_cast(_value(checkpoint, adapter, op), entry)], {}
-    folding = _read(checkpoint, adapter, op, plan.quant, device)
+        return [_cast(_read(job, op), entry)], {}
+    adapted = _adapted_weight(job, op)
     if op.in_4_bits:
-        quantized, found = in_4_bits(folding, plan.out_quant, moments)
-        quantized.state.dtype = plan.out_dtype
+        quantized, facts = fold_to_codes(adapted, job.plan.out_quant, moments)
+        quantized.state.dtype = job.plan.out_dtype
         record = nf4.to_record(quantized)
         suffixes = [entry.name.removeprefix(op.name).lstrip(".") for entry in op.entries]
-        return [record[suffix].cpu() for suffix in suffixes], found
+        return [record[suffix].cpu() for suffix in suffixes], facts
     (entry,) = op.entries
-    weight, found = in_full(folding, entry.dtype)
-    weight = weight.T if op.transposed else weight.view(entry.shape)  # of a convolution: as it was
-    return [_cast(weight, entry)], found
+    weight, facts = fold(adapted, entry.dtype)  # (out, in); of a convolution (out, in * kernel)
+    return [_cast(weight.T if op.transposed else weight.view(entry.shape), entry)], facts
 
 
-def _read(
-    checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp, quant: QuantConfig, device: str
-) -> Folding:
-    """The weight of `op`, with what the adapter adds to it, on `device`."""
-    factors = adapter.pairs[op.module].to(device) if op.module else None
-    if op.packed:
-        record = checkpoint.record(op.source)
+def _adapted_weight(job: _Job, op: MergeOp) -> AdaptedWeight:
+    """The base weight of `op` as its kind says, with A and B, on the device."""
+    device, quant = job.config.device, job.plan.quant
+    factors = job.adapter.pairs[op.module].to(device) if op.module else None
+    if op.kind is Kind.PACKED:
+        record = job.checkpoint.record(op.source)
         assert record is not None
-        codes = nf4.from_record(record, device)
-        return Folding(factors=factors, codes=codes)
-    weight = _value(checkpoint, adapter, op).to(device)
+        return _with_codes(op, nf4.from_record(record, device), factors)
+    weight = _read(job, op).to(device)
     _require_finite(weight, op.name)
-    weight = weight.T if op.transposed else weight.flatten(1)
-    if not op.round_trip:
-        return Folding(weight, factors, original=weight)
-    # Loading casts to the compute dtype before it quantizes; of a bf16 checkpoint this is no cast.
+    weight = weight.T if op.transposed else weight.flatten(1)  # (out, in), (out, in * kernel)
+    if op.kind is Kind.WEIGHT:
+        return AdaptedWeight(weight, factors, original=weight)
+    # Loading casts to the compute dtype before it quantizes; for a bf16 checkpoint that is no cast.
     weight = weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype))
-    taken = adapter.subtracted.get(op.module) if op.module else None
-    if taken is None:
-        codes = nf4.quantize(weight, quant)
-        return Folding(None, factors, codes, original=weight)
-    # the base was quantized without it, and the adapter is a change of the two together
-    part = taken.to(device).change(weight)
+    if op.kind is Kind.ROUND_TRIP:
+        return _with_codes(op, nf4.quantize(weight, quant), factors, original=weight)
+    part = job.adapter.subtracted[str(op.module)].to(device).change(weight)
     base = nf4.round_trip(weight.float() - part, quant).add_(part)
-    return Folding(base, factors, original=weight)
+    return AdaptedWeight(base, factors, original=weight)
 
 
-def _value(checkpoint: Checkpoint, adapter: AdapterFile, op: MergeOp) -> Tensor:
-    """The tensor of `op` with what the adapter puts in its place, or adds but for A and B."""
-    if op.param is None:
-        return checkpoint.read(op.source)
-    value = adapter.full_params.get(op.param)
+def _with_codes(
+    op: MergeOp, codes: nf4.Quantized, factors: Any, original: Tensor | None = None
+) -> AdaptedWeight:
+    """Codes on another grid than the output's are only worth their values."""
+    if op.in_4_bits and not op.same_grid:
+        return AdaptedWeight(nf4.dequantize(codes), factors, original=original)
+    return AdaptedWeight(None, factors, codes, original)
+
+
+def _read(job: _Job, op: MergeOp) -> Tensor:
+    """The tensor of `op`, with the adapter's full parameters, bias changes and token rows."""
+    adapter = job.adapter
+    value = adapter.full_params.get(op.param) if op.param else None
     if value is None:
-        value = checkpoint.read(op.source)
-    module, _, kind = op.param.rpartition(".")
-    if kind == "bias" and module in adapter.bias_changes:
+        value = job.checkpoint.read(op.source)
+    module, _, leaf = (op.param or "").rpartition(".")
+    if leaf == "bias" and module in adapter.bias_changes:
         value = value.float() + adapter.bias_changes[module]
-    if kind == "weight" and module in adapter.rows:
+    if leaf == "weight" and module in adapter.rows:
         ids, rows = adapter.rows[module]
-        value = value.float().index_copy(0, ids, rows.float())
+        value = value.float().index_copy(0, ids, rows.float())  # (vocab, dim)
     return value
 
 
