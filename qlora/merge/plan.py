@@ -123,7 +123,7 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
 
 
 class _Planner:
-    """Checkpoint and adapter matched by name through the model; `faults` names what does not fit."""
+    """Checkpoint and adapter matched by name through the model; `faults`: what does not fit."""
 
     def __init__(
         self, checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig, model: Any

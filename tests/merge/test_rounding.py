@@ -70,7 +70,7 @@ def test_a_sweep_finds_for_each_code_in_turn_the_best_of_the_sixteen():
     grid.aligned = False  # codes alone: absmax stays
     grid.chunk = 64
     grid.absmax = grid.absmax.expand(64, 3)
-    rounding._State(grid, target, moments).sweep(0.0)
+    rounding._Descent(grid, target, moments).sweep(0.0)
     levels, scale = torch.tensor(reference.NF4), nf4.absmax(start)
     for row in range(3):
         weight = nf4.dequantize(start)[row].double()
@@ -165,7 +165,7 @@ def test_what_adds_up_over_the_layers_is_made_up_for():
         y = x @ (nf4.dequantize(codes) - target).double().T @ torch.linalg.qr(lora_B).Q.double()
         return float((seen @ torch.linalg.lstsq(seen, y).solution).square().sum())
 
-    state = rounding._State(rounding._Grid(start), target, moments)
+    state = rounding._Descent(rounding._Grid(start), target, moments)
     assert responses.error(state) == pytest.approx(adds_up(start), rel=1e-3)
     chosen = rounding.keep_adapter(start, target, lora_A, lora_B, moments)
     assert adds_up(chosen) < 0.03 * adds_up(start)
