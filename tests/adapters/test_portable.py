@@ -1,93 +1,226 @@
-"""The portable adapter is the same function, in PEFT and by each consumer's own arithmetic."""
+"""What each consumer makes of PEFT's files is what its source says; a portable adapter computes the
+same in PEFT, in ours and by each consumer's own arithmetic."""
 
-import json
 import math
-import subprocess
-import sys
+import runpy
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
-from conftest import FP32, randomize_adapter, tiny_model, token_ids
+from adapter_kinds import ADAPTER_KINDS, logits, new_base
+from conftest import FAMILIES, FP32, axis, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.files import load_adapter, save_adapter
-from qlora.adapters.format import CONFIG, WEIGHTS
+from qlora.adapters.format import CONFIG, WEIGHTS, read_files
 from qlora.adapters.lora import lora_layers
-from qlora.adapters.portable import CONSUMERS, make_portable, portable_subset, problems
+from qlora.adapters.portable import (
+    BAKED,
+    CONSUMERS,
+    LOST,
+    STAYS,
+    findings,
+    kind_of,
+    make_portable,
+    portable_subset,
+    problems,
+)
 from qlora.base.load import load_base
 from qlora.config import LoraConfig, MergeConfig, PortableConfig
 from qlora.config.lora import pattern_key
 from qlora.errors import UserError
 from qlora.merge import merge
 
-# transformers 5.23 deprecates a property that PEFT 0.21 asks for; PEFT warns of what it saves
-# whole.
+# transformers 5.23 deprecates a property that PEFT 0.21 asks for; PEFT warns of what it saves in
+# full and of layers that it did not expect.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:peft"),
 ]
 
 SAME = {"rtol": 0, "atol": 1e-5}  # fp32: the same sums in another order
-ALPHAS = {
-    "none": {},
-    "doubled": {"v_proj": 32, "down_proj": 8},
-    "odd": {"v_proj": 3, "k_proj": 7.7},
+WORDS = {"R": "refuses", "I": "ignores"}
+NONE = "- - - - - -"
+SETTING = "a setting for biases"
+FULL, INIT = "modules trained in full", "an init that changes the base"
+GAPS, ODD = "layers adapted in some blocks", "odd ones of stacked layers"
+# Of each kind the rules that its file falls under, and what each consumer does about it: vLLM,
+# SGLang, llama.cpp, TGI, transformers, PEFT.
+VERDICTS: dict[str, tuple[list[str], str]] = {
+    "lora": ([], NONE),
+    "gaussian": ([], NONE),
+    "an idle pattern": ([], NONE),
+    "without k_proj": ([], NONE),
+    "rslora": (["rsLoRA's scaling"], "- I I - - -"),
+    "alphas": (["alphas of their own"], "- I I I - -"),
+    "ranks": (["ranks of their own"], "- R - I - -"),
+    "regex": (["targets that are no list"], "- R - - - -"),
+    "dora": (["DoRA's magnitudes"], "R R R I I -"),
+    "lora_bias": (["lora_bias"], "R I R I - -"),
+    "all biases": ([SETTING, "biases"], "R I R I - -"),
+    "no bias to train": ([SETTING], "R - - - - -"),
+    "the head": ([FULL], "R I R I I -"),
+    "grown vocabulary": ([FULL], "R I R I I -"),
+    "norms": (["norms trained in full"], "R I I I I -"),
+    "classifier": (["a classification head"], "- I R I I -"),
+    "lora on embedding and head": (["embeddings"], "- - - I - -"),
+    "token rows": (["trained token rows"], "R I R I I -"),
+    "pissa": ([INIT], "R I I I - -"),
+    "olora": ([INIT], "R I I I - -"),
+    "replicated layers": (["repeated layers"], "R I I I - -"),
+    "alora": (["aLoRA"], "R I - I I -"),
+    "q_proj alone": ([ODD], "- R - - - -"),
+    "up_proj alone": ([ODD], "- R - - - -"),
+    "first layer": ([GAPS], "- - - I - -"),
+    "down_proj of the last layer": ([GAPS], "- - - I - -"),
+    "r 1024": (["a high rank"], "R - - - - -"),
 }
-RANKS = {"none": {}, "uneven": {"q_proj": 2, r"layers\.1\..*down_proj": 6}}
-KINDS = [
-    {"use_rslora": rs, "alpha_pattern": alphas, "rank_pattern": ranks}
-    for rs in (False, True)
-    for alphas in ALPHAS.values()
-    for ranks in RANKS.values()
-]
-UNEVEN = {"rank_pattern": RANKS["uneven"], "alpha_pattern": ALPHAS["odd"]}
-PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]}
+SCALED = ["lora", "rslora", "ranks", "alphas", "doubled alphas", "rslora, alphas and ranks"]
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]}
 
 
-def files(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    return (
-        json.loads((folder / CONFIG).read_text()),
-        load_file(folder / WEIGHTS),
+def peft_files(folder):
+    """adapter_config.json and the tensors."""
+    return read_files(folder)[:2]
+
+
+def pair(module):
+    prefix = f"base_model.model.{module}.lora"
+    return {f"{prefix}_A.weight": torch.ones(4, 6), f"{prefix}_B.weight": torch.ones(6, 4)}
+
+
+# ---- the verdicts ----
+
+
+@pytest.mark.parametrize("kind", VERDICTS)
+def test_verdicts_are_those_of_the_sources(kind, adapter_build, base_of):
+    build = adapter_build(kind, "plain")
+    values, tensors = peft_files(build.peft_folder)
+    rules, letters = VERDICTS[kind]
+    assert [rule.what for rule, _ in findings(values, tensors, (*BAKED, *LOST, *STAYS))] == rules
+    verdicts = {n: {w.split()[0] for w in what} for n, what in problems(values, tensors).items()}
+    words = {"R": {"refuses"}, "I": {"ignores"}, "-": set()}
+    assert list(verdicts.values()) == [words[letter] for letter in letters.split()]
+    assert vllm_refuses(values, tensors) == ("refuses" in verdicts["vLLM"])
+    assert llama_cpp_exits(tensors) == ("refuses" in verdicts["llama.cpp"])
+    assert sglang_refuses(values, tensors) == ("refuses" in verdicts["SGLang"])
+    if kind == "grown vocabulary":  # whose files a fresh base would not take
+        return
+    assert (build.logits - build.base_logits).abs().max() > 1e-3  # the adapter is not idle
+    base = base_of(ADAPTER_KINDS[kind].family, False)
+    loaded = peft.PeftModel.from_pretrained(new_base(kind, "plain", base), build.peft_folder)
+    torch.testing.assert_close(logits(loaded.eval()), build.logits, **SAME)
+    if not verdicts["transformers"]:
+        model = new_base(kind, "plain", base)
+        model.load_adapter(str(build.peft_folder))
+        torch.testing.assert_close(logits(model.eval()), build.logits, **SAME)
+
+
+def vllm_refuses(values, tensors):
+    """vllm/lora/peft_helper.py, PEFTHelper.validate_legal; utils.py, parse_fine_tuned_lora_name."""
+    init = values["init_lora_weights"]
+    features = (
+        set(values["modules_to_save"] or ()) - {"classifier", "score"},
+        values["use_dora"],
+        values["lora_bias"],
+        isinstance(init, str)
+        and init.lower() not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"),
+        values["alora_invocation_tokens"],
+        values["layer_replication"],
+        values["bias"] != "none",
+        values["r"] > 512,  # the highest --max-lora-rank
     )
+    copies = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+    parts = [name.split(".") for name in tensors if not name.endswith(copies)]
+    unknown = [
+        p
+        for p in parts
+        if not (p[-1] == "weight" and p[-2] in ("lora_A", "lora_B"))
+        and not (p[-1] in ("weight", "bias") and p[-2] in ("score", "classifier"))
+        and p[-1] not in ("lora_embedding_A", "lora_embedding_B")
+    ]
+    return any(features) or bool(unknown)
 
 
-def ours(model: Any, **settings: Any) -> Any:
-    """`model` with an adapter that is not idle."""
-    apply_lora(model, LoraConfig(**{"r": 4, "lora_alpha": 16, **settings})).eval()
-    randomize_adapter(model)
-    return model
+def llama_cpp_exits(tensors):
+    """convert_lora_to_gguf.py, get_tensors: what is no A and no B, no copy and no norm ends it."""
+    known = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+    passed = (*known, ".base_layer.weight", "_layernorm", ".norm")
+    return not all(any(part in name for part in passed) for name in tensors)
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=token_ids()).logits
+def sglang_refuses(values, tensors):
+    """lora_manager.py, validate_new_adapter and init_lora_shapes; lora.py, normalize_qkv_proj,
+    which looks up v_proj for each q_proj and stacks the two, and normalize_gate_up_proj;
+    mem_pool.py, whose buffers hold r rows and know the stacked names only."""
+    if values["use_dora"] or not isinstance(values["target_modules"], list):
+        return True
+    lora_A = {name: len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
+    if any(rows != values["r"] for rows in lora_A.values()):
+        return True
+    missing_v = [n for n in lora_A if "q_proj" in n and n.replace("q_proj", "v_proj") not in lora_A]
+    left = [n for n in lora_A if "v_proj" in n and n.replace("v_proj", "q_proj") not in lora_A]
+    left += [n for n in lora_A if ".up_proj" in n and n.replace("up_", "gate_") not in lora_A]
+    return bool(missing_v or left)
+
+
+@pytest.mark.parametrize("family", axis(*FAMILIES))
+def test_our_files_have_no_problems(family, checkpoints, tmp_path):
+    model = load_base(str(checkpoints(family)), FP32)
+    save_adapter(apply_lora(model, LoraConfig(r=64, lora_alpha=1)), tmp_path)
+    assert not any(problems(*peft_files(tmp_path)).values())
+
+
+@pytest.mark.parametrize(
+    ("values", "tensors", "letters"),
+    [
+        ({"use_qalora": True}, {}, "R I I I - -"),
+        ({"use_bdlora": {"nblocks": 2}}, {}, "R I I I - -"),
+        ({"target_parameters": ["experts.down_proj"]}, {}, "- R R I - -"),
+        ({}, {"conv.lora_A.weight": (4, 3, 3, 3)}, "R R R I - -"),
+        ({"target_modules": None}, {}, "- R - - - -"),
+        ({"target_modules": "all-linear"}, {}, NONE),
+        ({"init_lora_weights": "LoftQ"}, {}, "R I I I - -"),
+        ({"init_lora_weights": False}, {}, NONE),
+    ],
+    ids=str,
+)
+def test_verdicts_of_adapters_over_other_bases(values, tensors, letters):
+    """Kinds that need GPTQ, experts or images, by hand."""
+    shaped = {f"base_model.model.{name}": torch.empty(shape) for name, shape in tensors.items()}
+    found = problems({**PLAIN, "target_modules": ["q_proj"], **values}, shaped)
+    wanted = zip(CONSUMERS, letters.split(), strict=True)
+    assert {n: what[0].split()[0] for n, what in found.items() if what} == {
+        n: WORDS[letter] for n, letter in wanted if letter in WORDS
+    }
+
+
+def test_missing_settings_are_refused_by_consumers_that_need_them():
+    """vLLM's PEFTHelper.from_dict, SGLang's LoRAConfig and llama.cpp's lparams["lora_alpha"]."""
+    found = {name: what for name, what in problems({"peft_type": "LORA"}, {}).items() if what}
+    alpha = "refuses no lora_alpha in the config (lora_alpha)"
+    both = [alpha, "refuses missing in the config (r, target_modules)"]
+    assert found == {"vLLM": both, "SGLang": both, "llama.cpp": [alpha]}
+
+
+def test_five_offenders_are_named_at_most():
+    tensors = {f"base_model.model.{name}.weight": torch.ones(1) for name in "abcdefg"}
+    found = problems({"r": 4, "lora_alpha": 8, "target_modules": []}, tensors)
+    assert found["TGI"] == ["ignores modules trained in full (a, b, c, d, e, …)"]
+    for name in ("q_proj.lora_A.weight", "a.b.lora_B.bias", "x.lora_embedding_B"):
+        assert kind_of(f"base_model.model.{name}")[0] == name.partition(".lora")[0]
 
 
 # ---- the same function ----
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_peft_computes_the_same_from_it(kind, dtype, checkpoints, tmp_path):
-    base = str(checkpoints("llama"))
-    model = ours(load_base(base, FP32), adapter_dtype=dtype, **kind)
-    assert save_adapter(model, tmp_path, portable=True) == tmp_path
-    loaded = peft.PeftModel.from_pretrained(load_base(base, FP32), tmp_path)
-    torch.testing.assert_close(logits(loaded.eval()), logits(model), **SAME)
-    again = load_adapter(load_base(base, FP32), tmp_path)
-    torch.testing.assert_close(logits(again), logits(model), **SAME)
-    assert (logits(model) - logits(load_base(base, FP32))).abs().max() > 1e-2
-
-
-def scaling_of(consumer: str, values: dict[str, Any], module: str, rank: int) -> float:
+def scaling_of(consumer, values, module, rank):
     """What a consumer multiplies a module's B A with.
 
     vllm/lora/peft_helper.py get_rank_and_scaling; python/sglang/srt/lora/lora.py, LoRAAdapter;
@@ -104,57 +237,63 @@ def scaling_of(consumer: str, values: dict[str, Any], module: str, rank: int) ->
     return float(alpha / (math.sqrt(r) if root else r))
 
 
-def errors(consumer: str, folder: Path, model: Any) -> list[float]:
-    """How far a consumer's B A is from each layer's in `model`, relative, in fp64."""
-    values, tensors = files(folder)
-    found = []
+def error(consumer, folder, model):
+    """How far a consumer's B A is from a layer's in `model` at most, relative, in fp64."""
+    values, tensors = peft_files(folder)
+    errors = []
     for name, layer in lora_layers(model).items():
-        lora_A, lora_B = (
-            tensors[f"base_model.model.{name}.lora_{s}.weight"].double() for s in "AB"
-        )
+        prefix = f"base_model.model.{name}.lora_"
+        lora_A, lora_B = (tensors[f"{prefix}{side}.weight"].double() for side in "AB")
         got = scaling_of(consumer, values, name, len(lora_A)) * lora_B @ lora_A
         own_A, own_B, scaling, _ = layer.factors("default")
         wanted = scaling * own_B.double() @ own_A.double()
-        found.append(float(((got - wanted).norm() / wanted.norm()).detach()))
-    return found
+        errors.append(float(((got - wanted).norm() / wanted.norm()).detach()))
+    return max(errors)
 
 
-@pytest.mark.parametrize("consumer", ["vLLM", "SGLang", "llama.cpp", "TGI"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_every_consumer_computes_the_same_from_it(kind, consumer, tmp_path):
-    model = ours(tiny_model("llama"), **kind)
-    save_adapter(model, tmp_path / "plain")
-    save_adapter(model, tmp_path / "portable", portable=True)
-    found = problems(*files(tmp_path / "portable"))
-    assert not any(found.values())
-    assert max(errors(consumer, tmp_path / "portable", model)) < 1e-7  # fp32's rounding of B
-    # and from the plain file just where there is no problem with it
-    if not any("refuses" in what for what in problems(*files(tmp_path / "plain"))[consumer]):
-        is_same = max(errors(consumer, tmp_path / "plain", model)) < 1e-7
-        assert is_same == (not problems(*files(tmp_path / "plain"))[consumer])
+@pytest.mark.parametrize("kind", SCALED)
+def test_every_consumer_computes_the_same_from_the_portable_files(
+    kind, adapter_build, base_of, tmp_path
+):
+    build, base = adapter_build(kind, "plain"), base_of("llama", False)
+    assert save_adapter(build.model, tmp_path, portable=True) == tmp_path
+    loaded = peft.PeftModel.from_pretrained(new_base(kind, "plain", base), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), build.logits, **SAME)
+    again = load_adapter(new_base(kind, "plain", base), tmp_path)
+    torch.testing.assert_close(logits(again), build.logits, **SAME)
+    assert not any(problems(*peft_files(tmp_path)).values())
+    plain = problems(*peft_files(build.folder))
+    for consumer in ("vLLM", "SGLang", "llama.cpp", "TGI"):
+        assert error(consumer, tmp_path, build.model) < 1e-7  # fp32's rounding of B
+        # and from the plain files just where there is no problem with them
+        if not any("refuses" in what for what in plain[consumer]):
+            assert (error(consumer, build.folder, build.model) < 1e-7) == (not plain[consumer])
 
 
-@pytest.mark.parametrize(("alphas", "exact"), [("none", True), ("doubled", True), ("odd", False)])
-def test_powers_of_two_are_exact_in_any_dtype(alphas, exact, tmp_path):
-    model = ours(tiny_model("llama"), adapter_dtype="bf16", alpha_pattern=ALPHAS[alphas])
+@pytest.mark.parametrize(
+    ("alphas", "rounded"), [({"v_proj": 32, "down_proj": 8}, set()), ({"v_proj": 7.7}, {"v_proj"})]
+)
+def test_scaling_by_a_power_of_two_keeps_the_dtype(alphas, rounded, tmp_path):
+    config = LoraConfig(r=4, lora_alpha=16, adapter_dtype="bf16", alpha_pattern=alphas)
+    model = apply_lora(tiny_model("llama"), config)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"])
     save_adapter(model, tmp_path, portable=True)
-    values, tensors = files(tmp_path)
-    dtypes = {name.split(".")[-3] for name, t in tensors.items() if t.dtype == torch.float32}
-    assert dtypes == (set() if exact else {"v_proj", "k_proj"})  # the others are untouched
+    values, tensors = peft_files(tmp_path)
+    assert rounded == {n.split(".")[-3] for n, t in tensors.items() if t.dtype == torch.float32}
     assert (values["lora_alpha"], values["r"]) == (16, 4)
-    assert (max(errors("SGLang", tmp_path, model)) == 0) == exact
+    assert (error("SGLang", tmp_path, model) == 0) == (not rounded)
 
 
-def test_a_portable_adapter_stays_as_it_is(tmp_path):
-    save_adapter(ours(tiny_model("llama")), tmp_path)
-    values, tensors = files(tmp_path)
-    again, same = portable_subset(values, tensors, tmp_path)
-    assert {k: again[k] for k in values} == values
+def test_portable_files_stay_as_they_are(adapter_build):
+    values, tensors = peft_files(adapter_build("lora", "plain").folder)
+    again, same = portable_subset(values, tensors, Path("x"))
+    assert {key: again[key] for key in values} == values
     assert all(same[name] is tensor for name, tensor in tensors.items())
 
 
 @st.composite
-def pairs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def pairs(draw):
     """An adapter of some layers (3, 5), each with its own r, alpha and dtype."""
     values = {**PLAIN, "use_rslora": draw(st.booleans()), "rank_pattern": {}, "alpha_pattern": {}}
     tensors = {}
@@ -189,15 +328,12 @@ def test_b_times_a_is_the_same_for_any_ranks_and_alphas(adapter):
         torch.testing.assert_close(scaling * new[1] @ new[0], wanted, rtol=0, atol=1e-7 * scale)
 
 
-def test_the_merge_of_it_is_the_same(checkpoints, tmp_path):
-    model = ours(load_base(str(checkpoints("llama")), FP32), use_rslora=True, **UNEVEN)
-    merged = []
-    for portable in (False, True):
-        folder, output = tmp_path / f"adapter-{portable}", tmp_path / f"merged-{portable}"
-        save_adapter(model, folder, portable=portable)
-        merge(MergeConfig(adapter=str(folder), output_dir=str(output), format="fp32"))
-        merged.append(logits(AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)))
-    torch.testing.assert_close(*merged, **SAME)
+def test_merging_the_portable_files_gives_the_same(adapter_build, tmp_path):
+    build = adapter_build("rslora, alphas and ranks")
+    save_adapter(build.model, tmp_path / "portable", portable=True)
+    merge(MergeConfig(str(tmp_path / "portable"), str(tmp_path / "merged"), format="fp32"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), build.logits, **SAME)
 
 
 # ---- the config ----
@@ -212,116 +348,89 @@ def test_the_merge_of_it_is_the_same(checkpoints, tmp_path):
     ],
     ids=str,
 )
-def test_the_layers_that_peft_chose_become_a_list(chosen, tmp_path):
-    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="gaussian", **chosen)
-    model = peft.get_peft_model(tiny_model("llama"), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(tmp_path / "in")
-    make_portable(PortableConfig(adapter=str(tmp_path / "in"), output_dir=str(tmp_path / "out")))
-    values, _ = files(tmp_path / "out")
-    assert values["target_modules"] == [
-        "model.layers.1.self_attn.q_proj",
-        "model.layers.1.self_attn.v_proj",
-    ]
+def test_layers_chosen_by_peft_become_a_list(chosen):
+    config = peft.LoraConfig(r=4, init_lora_weights="gaussian", **chosen).to_dict()
+    names = [f"model.layers.1.self_attn.{leaf}_proj" for leaf in "qv"]
+    values, _ = portable_subset(config, {**pair(names[1]), **pair(names[0])}, Path("x"))
+    assert values["target_modules"] == names
     assert values["init_lora_weights"] is True
-    loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "out").eval()
-    torch.testing.assert_close(logits(loaded), logits(model.eval()), **SAME)
+    assert not (values["exclude_modules"] or values["layers_to_transform"])
 
 
-def test_a_list_of_endings_is_kept_and_what_is_unknown_too():
-    tensors = pair("a.q")
-    values, _ = portable_subset({**PLAIN, "base_model_name_or_path": "b"}, tensors, Path("x"))
-    assert values["target_modules"] == ["q"]
-    assert values["base_model_name_or_path"] == "b"
+def test_a_list_of_targets_and_keys_of_the_base_are_kept():
+    values, _ = portable_subset({**PLAIN, "base_model_name_or_path": "b"}, pair("a.q"), Path("x"))
+    assert (values["target_modules"], values["base_model_name_or_path"]) == (["q"], "b")
     assert (values["r"], values["lora_alpha"]) == (4, 8)
     assert type(values["lora_alpha"]) is int
-
-
-def pair(module: str) -> dict[str, torch.Tensor]:
-    prefix = f"base_model.model.{module}.lora"
-    return {f"{prefix}_A.weight": torch.ones(4, 6), f"{prefix}_B.weight": torch.ones(6, 4)}
 
 
 # ---- what is refused ----
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("kind", "message"),
     [
-        ({"use_dora": True}, r"DoRA's magnitudes \(.*q_proj.*\): merge_dequant.py folds that in$"),
-        ({"bias": "all"}, r"biases \(.*\): merge_dequant.py folds"),
-        ({"lora_bias": True}, r"lora_bias \(q_proj, v_proj\): merge_dequant"),
-        ({"modules_to_save": ["lm_head"]}, r"modules trained in full \(lm_head\): merge_dequant"),
-        ({"modules_to_save": ["norm"]}, r"norms trained in full \(.*norm.*\): merge_dequant"),
-        ({"target_modules": ["embed_tokens"]}, r"embeddings \(embed_tokens\): merge_dequant"),
-        ({"trainable_token_indices": [5]}, r"trained token rows \(embed_tokens\): merge_dequant"),
-        ({"alora_invocation_tokens": [5]}, r"aLoRA \(.*\): train without it, or serve"),
-        ({"init_lora_weights": "pissa"}, r"changes the base \(pissa\): save it with PEFT's path_"),
-        (
-            {"use_dora": True, "modules_to_save": ["lm_head"], "init_lora_weights": "olora"},
-            r"DoRA's magnitudes \(.*\), modules trained in full \(lm_head\): merge_dequant.py "
-            r"folds that in; an init that changes the base \(olora\): save it with",
-        ),
+        ("dora", r"DoRA's magnitudes \(.*q_proj.*\): merge_dequant.py folds that in$"),
+        ("all biases", r"biases \(.*\): merge_dequant.py"),
+        ("lora_bias", r"lora_bias \(q_proj, v_proj\): merge_dequant"),
+        ("the head", r"modules trained in full \(lm_head\): merge_dequant"),
+        ("norms", r"norms trained in full \(.*norm.*\): merge_dequant"),
+        ("lora on embedding and head", r"embeddings \(embed_tokens\): merge_dequant"),
+        ("token rows", r"trained token rows \(embed_tokens\): merge_dequant"),
+        ("alora", r"aLoRA \(.*\): train without it, or serve"),
+        ("pissa", r"changes the base \(pissa\): save it with PEFT's path_"),
     ],
-    ids=str,
 )
-def test_what_a_and_b_cannot_say_is_refused(settings, message, tmp_path, capsys):
-    settings = {"target_modules": ["q_proj", "v_proj"], **settings}
-    family = "qwen2" if "bias" in settings or "lora_bias" in settings else "llama"
-    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings)
-    peft.get_peft_model(tiny_model(family), config).save_pretrained(tmp_path / "in")
-    with pytest.raises(
-        UserError, match=rf"adapter {tmp_path / 'in'} holds what is not .*{message}"
-    ):
-        make_portable(
-            PortableConfig(adapter=str(tmp_path / "in"), output_dir=str(tmp_path / "out"))
-        )
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
-    assert len(capsys.readouterr().out.splitlines()) == len(CONSUMERS)  # the verdicts are there
-    make_portable(PortableConfig(adapter=str(tmp_path / "in")))  # which is all that was asked for
+def test_what_a_and_b_cannot_say_is_refused(kind, message, adapter_build, tmp_path, capsys):
+    folder = str(adapter_build(kind, "plain").peft_folder)
+    with pytest.raises(UserError, match=rf"adapter {folder} holds what is not .*{message}"):
+        make_portable(PortableConfig(adapter=folder, output_dir=str(tmp_path / "out")))
+    assert not any(tmp_path.iterdir())
+    assert len(capsys.readouterr().out.splitlines()) == len(CONSUMERS)  # the verdicts are printed
+    make_portable(PortableConfig(adapter=folder))  # which is all that was asked for
 
 
-def test_dora_is_refused_before_anything_is_written(tmp_path):
+def test_all_reasons_are_named_by_what_mends_them(adapter_build, tmp_path):
+    build = adapter_build("biases and dora", "plain")
+    values, tensors = peft_files(build.folder)
+    message = r"magnitudes \(.*\), biases \(.*\): merge_dequant.* in; .* the base \(olora\): save"
+    with pytest.raises(UserError, match=message):
+        portable_subset({**values, "init_lora_weights": "olora"}, tensors, Path("x"))
     with pytest.raises(UserError, match="holds what is not portable: DoRA's magnitudes"):
-        save_adapter(ours(tiny_model("llama"), use_dora=True), tmp_path / "out", portable=True)
+        save_adapter(build.model, tmp_path / "out", portable=True)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("values", "tensors", "message"),
     [
-        ({"arrow_config": {"top_k": 1}}, {}, "arrow_config="),
-        ({"r": 5}, {}, r"has shape \(4, 6\), its config says r=5"),
-        ({"lora_bias": True}, {}, r"missing base_model.model.a.q.lora_B.bias"),
+        ({"arrow_config": {"top_k": 1}}, pair("a.q"), "arrow_config="),
+        ({"r": 5}, pair("a.q"), r"\(4, 6\), its config says r=5"),
+        ({"lora_bias": True}, pair("a.q"), r"missing base_model.model.a.q.lora_B.bias"),
         ({}, {"base_model.model.b.lora_A.weight": torch.ones(4, 6)}, r"missing .*b.lora_B.weight"),
-        ({"lora_alpha": "8"}, {}, "lora_alpha must be a number above 0"),
+        ({"lora_alpha": "8"}, pair("a.q"), "lora_alpha must be a number above 0"),
+        ({}, {"base_model.model.lm_head.base_layer.weight": torch.ones(6, 4)}, "nothing to write"),
     ],
     ids=str,
 )
 def test_files_at_fault_are_refused(values, tensors, message):
     with pytest.raises(UserError, match=message):
-        portable_subset({**PLAIN, **values}, {**pair("a.q"), **tensors}, Path("x"))
-
-
-def test_a_copy_of_the_base_alone_is_no_adapter():
-    copy = {"base_model.model.lm_head.base_layer.weight": torch.ones(6, 4)}
-    with pytest.raises(UserError, match="holds no lora_A and lora_B: there is nothing to write"):
-        portable_subset(PLAIN, copy, Path("x"))
+        portable_subset({**PLAIN, **values}, tensors, Path("x"))
 
 
 # ---- the command ----
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
+def adapter(tmp_path):
     """rsLoRA with alphas of their own."""
-    model = ours(tiny_model("llama"), use_rslora=True, alpha_pattern={"v_proj": 3})
-    return save_adapter(model, tmp_path / "in")
+    config = LoraConfig(r=4, use_rslora=True, alpha_pattern={"v_proj": 3})
+    return save_adapter(apply_lora(tiny_model("llama"), config), tmp_path / "in")
 
 
-def test_a_line_for_each_consumer(adapter, capsys):
+def test_the_command_prints_a_line_for_each_consumer_and_writes_the_files(
+    adapter, tmp_path, capsys
+):
     make_portable(PortableConfig(adapter=str(adapter)))
     rs, alphas = "rsLoRA's scaling (use_rslora=True)", "alphas of their own (v_proj)"
     assert capsys.readouterr().out.splitlines() == [
@@ -334,43 +443,36 @@ def test_a_line_for_each_consumer(adapter, capsys):
         "",
         f"--output-dir DIR writes it without {rs}, {alphas}.",
     ]
-
-
-def test_the_portable_files_are_written_with_their_metadata(adapter, tmp_path, capsys):
-    make_portable(PortableConfig(adapter=str(adapter), output_dir=str(tmp_path / "new" / "out")))
-    assert capsys.readouterr().out.count("takes it") == 3 + len(CONSUMERS)
     folder = tmp_path / "new" / "out"
+    make_portable(PortableConfig(adapter=str(adapter), output_dir=str(folder)))
+    assert capsys.readouterr().out.count("takes it") == 3 + len(CONSUMERS)
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
     assert [p.name for p in folder.parent.iterdir()] == ["out"]
-    records = []
-    for path in (adapter, folder):
-        with safe_open(path / WEIGHTS, framework="pt") as file:
-            records.append(file.metadata())
-    assert records[0] == records[1]
+    assert read_files(folder)[2] == read_files(adapter)[2]  # the metadata
 
 
-def test_a_folder_in_use_is_left_alone(adapter, capsys):
+def test_a_folder_in_use_or_a_failed_write_leaves_everything_as_it_was(
+    adapter, tmp_path, monkeypatch, capsys
+):
     before = {path: path.read_bytes() for path in adapter.iterdir()}
     with pytest.raises(UserError, match="already holds something: give a new folder"):
         make_portable(PortableConfig(adapter=str(adapter), output_dir=str(adapter)))
-    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
     assert capsys.readouterr().out == ""
 
-
-def test_a_write_that_fails_leaves_nothing(adapter, tmp_path, monkeypatch):
-    def full(*_: Any, **__: Any) -> None:
+    def full(*_, **__):
         raise OSError("no space left")
 
     monkeypatch.setattr("qlora.adapters.portable.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         make_portable(PortableConfig(adapter=str(adapter), output_dir=str(tmp_path / "out")))
+    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / CONFIG).unlink(), "holds no adapter_config.json"),
+        (lambda f: (f / CONFIG).unlink(), f"holds no {CONFIG}"),
         (lambda f: (f / CONFIG).write_text("{"), "is no JSON"),
         (lambda f: (f / CONFIG).write_text('{"peft_type": "IA3"}'), "is no LoRA"),
         (lambda f: (f / WEIGHTS).write_bytes(b"x"), "damaged or cut short"),
@@ -378,22 +480,16 @@ def test_a_write_that_fails_leaves_nothing(adapter, tmp_path, monkeypatch):
         (lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS), "unexpected x"),
     ],
 )
-def test_bad_files_are_refused(adapter, change, message, capsys):
+def test_bad_files_are_refused_before_anything_is_printed(adapter, change, message, capsys):
     change(adapter)
     with pytest.raises(UserError, match=message):
         make_portable(PortableConfig(adapter=str(adapter)))
     assert capsys.readouterr().out == ""
 
 
-def test_the_command_ends_with_2_and_one_line(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "qlora.portable",
-        "--adapter",
-        str(tmp_path / "absent"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: adapter ") and done.stderr.count("\n") == 1
+def test_the_command_exits_with_2_and_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["portable", "--adapter", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("qlora.portable", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: adapter ") and err.count("\n") == 1
