@@ -1,11 +1,14 @@
 """Tiny models, built from a config in this process, for every family the project promises."""
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -210,7 +213,22 @@ def adapters(
     return folder
 
 
-def quick_run(base: Path, rows: Path, output: Path, **settings: Any) -> TrainConfig:
+ROWS = [{"prompt": f"{i} times {i}", "completion": f"{i * i} " * (1 + i % 5)} for i in range(40)]
+"""Of different lengths, so that a mean over tokens is not one over rows."""
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """A .jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def quick_config(base: Path, rows: Path, output: Path, **settings: Any) -> TrainConfig:
     """Four steps of training on the CPU, the same wherever they run."""
     quick = TrainConfig(
         model=str(base),
@@ -225,8 +243,43 @@ def quick_run(base: Path, rows: Path, output: Path, **settings: Any) -> TrainCon
         max_steps=4,
         logging_steps=1,
         save_steps=2,
+        samples=0,
     )
     return replace(quick, **settings)
+
+
+class Run(NamedTuple):
+    """A run that has ended."""
+
+    config: TrainConfig
+    folder: Path
+    said: str
+    """what it printed"""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ROWS in a file."""
+    return write_rows(tmp_path_factory.mktemp("data") / "data.jsonl", ROWS)
+
+
+@pytest.fixture(scope="session")
+def quick_run(
+    checkpoints: Callable[[str], Path], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """A `quick_config` with evaluation, samples and a logger, trained once.
+
+    Tests look at its folder; one that changes something copies it first.
+    """
+    from qlora.training import train
+
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    both = DataConfig(str(data), str(data), max_length=128)
+    settings: Any = {"eval_steps": 2, "samples": 3, "report_to": ("tensorboard",)}
+    config = quick_config(checkpoints("llama"), data, folder, data=both, **settings)
+    with redirect_stdout(StringIO()) as said:
+        train(config)
+    return Run(config, folder, said.getvalue())
 
 
 def token_ids(*, rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,334 @@
+"""What a run shows and leaves: progress lines, memory, samples, the model card, commands."""
+
+import inspect
+import io
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import FP32, ROWS, quick_config, read_rows, tiny_tokenizer, write_rows
+from safetensors.torch import load_file
+
+from qlora.adapters.files import load_adapter
+from qlora.base.load import load_base
+from qlora.config import LoraConfig
+from qlora.data.rows import prepare_data
+from qlora.training import train
+from qlora.training.outputs import (
+    MetricsWriter,
+    PlainProgress,
+    Sample,
+    choose_samples,
+    describe_log,
+    device,
+    peak_resident_bytes,
+    show_bytes,
+    write_adapter_card,
+    write_answers,
+    write_results,
+)
+
+# ---- progress ----
+
+LOGS = {"loss": 0.51234, "tokens_per_second": 1234.5, "peak_bytes": 3 * 2**29}
+LINE = "loss 0.5123  1,234 tokens/s  peak 1.50 GiB"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown_on(stream: io.StringIO, monkeypatch: Any, *, begin: int = 0) -> str:
+    """What a run of 10 steps, logged at its 6th, writes to standard error."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", "100")
+    progress, state = PlainProgress(), SimpleNamespace(max_steps=10, is_world_process_zero=True)
+    state.global_step = begin
+    progress.on_train_begin(None, state, None)
+    for state.global_step in range(begin + 1, 11):
+        progress.on_step_end(None, state, None)
+        if state.global_step == 6:
+            progress.on_log(None, state, None, LOGS)
+            progress.on_prediction_step(None, state, None, eval_dataloader=[1, 2])
+            progress.on_evaluate(None, state, None)
+            progress.on_log(None, state, None, {"eval_loss": 0.25})
+    progress.on_train_end(None, state, None)
+    progress.on_log(None, state, None, LOGS)  # after the end there is no bar
+    return stream.getvalue()
+
+
+def test_terminal_has_a_bar_with_loss_speed_and_time_left(monkeypatch, capsys):
+    shown = shown_on(Terminal(), monkeypatch)
+    assert f"left, {LINE}" in shown and "10/10 steps" in shown and "100%" in shown
+    assert "0/2 [" in shown  # the bar of evaluation
+    said = capsys.readouterr().out
+    assert f"step  6/10  {LINE}\n" in said and "step  6/10  evaluation loss 0.2500\n" in said
+
+
+def test_without_a_terminal_there_are_lines_alone(monkeypatch, capsys):
+    assert shown_on(io.StringIO(), monkeypatch) == ""
+    assert capsys.readouterr().out == (
+        f"step  6/10  {LINE}\nstep  6/10  evaluation loss 0.2500\nstep 10/10  {LINE}\n"
+    )
+
+
+def test_bar_of_a_resumed_run_begins_at_its_step(monkeypatch):
+    """Otherwise the steps of before would count as done in no time."""
+    shown = shown_on(Terminal(), monkeypatch, begin=5)
+    assert "0/10 steps" not in shown.replace("10/10", "") and "5/10 steps" in shown
+
+
+@pytest.mark.parametrize(
+    ("logs", "line"),
+    [
+        (LOGS, LINE),
+        ({"eval_loss": 0.5, "eval_accuracy": 0.75}, "evaluation loss 0.5000  accuracy 0.7500"),
+        ({"train_runtime": 3.0}, None),
+    ],
+)
+def test_line_of_a_log(logs, line):
+    assert describe_log(logs) == line
+
+
+def test_resumed_run_drops_rows_after_its_checkpoint(tmp_path):
+    rows = [{"step": step, "seconds": 2.0 * step} for step in range(1, 5)]
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    writer = MetricsWriter(tmp_path)
+    state = SimpleNamespace(global_step=2, num_input_tokens_seen=0)
+    writer.on_train_begin(None, state, None)
+    writer.on_log(None, state, None, {"eval_loss": 1.0})
+    *kept, new = read_rows(tmp_path / "metrics.jsonl")
+    assert kept == rows[:2] and new["seconds"] >= 4.0
+
+
+# ---- memory ----
+
+CHILD = f"""
+import re, sys, numpy
+from pathlib import Path
+{inspect.getsource(peak_resident_bytes)}
+before = peak_resident_bytes()
+numpy.ones(300_000_000, dtype=numpy.uint8)
+print(peak_resident_bytes() - before)
+"""
+
+
+def test_peak_counts_what_was_freed_and_not_the_parent():
+    """The child's own code is small: with torch imported, its peak could hide the parent's."""
+    ballast = bytearray(b"x" * 700_000_000)  # the parent's own, touched
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, check=True)
+    assert 290_000_000 < int(done.stdout) < 400_000_000
+    assert len(ballast) == 700_000_000
+
+
+def test_device():
+    if torch.cuda.is_available():
+        total = torch.cuda.mem_get_info()[1]
+        assert device() == (torch.cuda.get_device_name(), total)
+    else:
+        assert device() == ("CPU", psutil.virtual_memory().total)
+
+
+def test_bytes_are_shown_in_gib_or_mib():
+    assert show_bytes(5 * 2**29) == "2.50 GiB"
+    assert show_bytes(300 * 2**20) == "300 MiB"
+
+
+# ---- samples ----
+
+
+def rows_of(path: Path, records: list[dict[str, Any]], *, task="causal-lm", length=128) -> Any:
+    write_rows(path, records)
+    return prepare_data(str(path), tiny_tokenizer(), max_length=length, task=task)[0]
+
+
+def generated(model: Any, tokenizer: Any, record: dict[str, Any]) -> str:
+    """The answer of transformers alone."""
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": record["prompt"]}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    answer = tokenizer(record["completion"] + "<|im_end|>")["input_ids"]
+    model.eval()
+    model.generation_config.max_length = None
+    ids = model.generate(
+        **inputs, do_sample=False, use_cache=True, pad_token_id=0, max_new_tokens=2 * len(answer)
+    )
+    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(text)
+
+
+def require_answers_of_generate(base: Path, folder: Path) -> None:
+    rows, records = read_rows(folder / "samples.jsonl"), [ROWS[0], ROWS[13], ROWS[26]]
+    assert [row["prompt"] for row in rows] == [record["prompt"] for record in records]
+    assert [row["wanted"] for row in rows] == [record["completion"] for record in records]
+    tokenizer, model = tiny_tokenizer(), load_base(str(base), FP32)
+    assert [row["before"] for row in rows] == [generated(model, tokenizer, r) for r in records]
+    load_adapter(model, folder)
+    assert [row["after"] for row in rows] == [generated(model, tokenizer, r) for r in records]
+    assert all(row["before"] != row["after"] for row in rows)
+
+
+def test_answers_are_those_of_generate(quick_run, checkpoints):
+    require_answers_of_generate(checkpoints("llama"), quick_run.folder)
+    assert "3 rows of the evaluation data are answered: samples.jsonl" in quick_run.said
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_answers_of_another_family_are_those_of_generate(fast_path, checkpoints, tmp_path, data):
+    base, settings = checkpoints("gemma"), {"samples": 3, "fast_path": fast_path}
+    folder = train(quick_config(base, data, tmp_path / "run", **settings))
+    require_answers_of_generate(base, folder)
+
+
+def test_samples_change_no_number_and_the_adapter_is_saved_before_them(
+    checkpoints, tmp_path, data, monkeypatch
+):
+    """With dropout and a random order of rows; the last answers are interrupted."""
+    config = quick_config(checkpoints("llama"), data, tmp_path / "without")
+    config = replace(config, lora=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1))
+    train(config)
+
+    def interrupted(folder, when, *rest):
+        if when == "after":
+            raise KeyboardInterrupt
+        write_answers(folder, when, *rest)
+
+    monkeypatch.setattr("qlora.training.run.write_answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, output_dir=str(tmp_path / "with"), samples=3))
+    assert all(row["before"] for row in read_rows(tmp_path / "with" / "samples.jsonl"))
+    runs = [tmp_path / name for name in ("without", "with")]
+    metrics = [read_rows(run / "metrics.jsonl") for run in runs]
+    assert [row["loss"] for row in metrics[0]] == [row["loss"] for row in metrics[1]]
+    ours, theirs = (load_file(run / "adapter_model.safetensors") for run in runs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not (tmp_path / "without" / "samples.jsonl").exists()
+
+
+def test_answers_keep_those_of_the_other_column(checkpoints, tmp_path):
+    """Also where a prompt has several answers; before is None where it was not generated."""
+    records = [{"prompt": "Say a word.", "completion": word} for word in ("bee", "cat", "dog")]
+    rows = rows_of(tmp_path / "words.jsonl", records)
+    samples = choose_samples("causal-lm", 3, rows, None, 128)
+    model, tokenizer = load_base(str(checkpoints("llama")), FP32), tiny_tokenizer()
+    write_answers(tmp_path, "after", samples, model, tokenizer)
+    first = read_rows(tmp_path / "samples.jsonl")
+    assert [row["wanted"] for row in first] == ["bee", "cat", "dog"]
+    assert all(row["before"] is None and row["after"] is not None for row in first)
+    write_answers(tmp_path, "before", samples, model, tokenizer)
+    second = read_rows(tmp_path / "samples.jsonl")
+    assert second == [row | {"before": row["after"]} for row in first]
+
+
+def test_encoder_decoder_answers_are_those_of_generate(checkpoints, tmp_path):
+    records, tokenizer = ROWS[12:14], tiny_tokenizer()
+    rows = rows_of(tmp_path / "pairs.jsonl", records, task="seq2seq")
+    model = load_base(str(checkpoints("t5")), FP32, task="seq2seq").eval()
+    write_answers(
+        tmp_path, "before", choose_samples("seq2seq", 2, rows, None, 128), model, tokenizer
+    )
+    for row, record in zip(read_rows(tmp_path / "samples.jsonl"), records, strict=True):
+        ids = torch.tensor([tokenizer(record["prompt"])["input_ids"]])
+        count = 2 * len(tokenizer(record["completion"])["input_ids"])
+        answer = model.generate(input_ids=ids, do_sample=False, max_new_tokens=count)
+        assert row["before"] == tokenizer.decode(answer[0], skip_special_tokens=True)
+        assert row["prompt"] == record["prompt"]
+
+
+def test_samples_are_of_the_evaluation_data_and_not_of_a_classifier(tmp_path, capsys):
+    training = rows_of(tmp_path / "training.jsonl", ROWS)
+    evaluation = rows_of(tmp_path / "evaluation.jsonl", ROWS[:2])
+    assert len(choose_samples("causal-lm", 5, training, evaluation, 128)) == 2
+    assert "2 rows of the evaluation data are answered" in capsys.readouterr().out
+    assert len(choose_samples("causal-lm", 5, training, None, 128)) == 5
+    assert choose_samples("seq-cls", 5, training, evaluation, 128) == []
+
+
+def chosen(path: Path, record: dict[str, Any], *, task="causal-lm", length: int = 128) -> Sample:
+    rows = rows_of(path / "one.jsonl", [record], task=task, length=length)
+    (sample,) = choose_samples(task, 1, rows, None, length)
+    return sample
+
+
+def test_prompt_and_answer_of_each_kind_of_row(tmp_path):
+    tokenizer = tiny_tokenizer()
+    turns = [("user", "a"), ("assistant", "bb"), ("user", "ccc"), ("assistant", "dddd")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    last = chosen(tmp_path, chat)
+    prompt = tokenizer.apply_chat_template(
+        chat["messages"][:3], add_generation_prompt=True, return_dict=False
+    )
+    assert last.prompt == prompt and tokenizer.decode(last.answer) == "dddd<|im_end|>"
+    assert last.max_new_tokens == 2 * 5
+    text = chosen(tmp_path, {"text": "0123456789"})
+    assert tokenizer.decode(text.prompt + text.answer) == "0123456789<|im_end|>"
+    assert len(text.prompt) == 6
+    pair = chosen(tmp_path, ROWS[0], task="seq2seq")
+    assert tokenizer.decode(pair.prompt) == "0 times 0" and tokenizer.decode(pair.answer) == "0 "
+
+
+def test_answers_end_where_the_model_does(tmp_path):
+    """At 128 new tokens, and at the positions that the model has."""
+    long = {"prompt": "a", "completion": "b" * 900}
+    assert chosen(tmp_path, long, length=512).max_new_tokens == 128
+    assert len(chosen(tmp_path, {"text": "a" * 900}, length=512).prompt) == 256
+    cut = chosen(tmp_path, long, length=128)
+    assert len(cut.prompt) + cut.max_new_tokens == 128
+
+
+def test_prompt_of_several_turns_is_shown_with_its_template(checkpoints, tmp_path):
+    turns = [("system", "Be kind."), ("user", "a"), ("assistant", "b")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    model = load_base(str(checkpoints("llama")), FP32)
+    write_answers(tmp_path, "after", [chosen(tmp_path, chat)], model, tiny_tokenizer())
+    assert [row["prompt"] for row in read_rows(tmp_path / "samples.jsonl")] == [
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ]
+
+
+# ---- at the end ----
+
+SETTINGS: dict[str, Any] = {
+    "task": "causal-lm", "data": "mine.jsonl", "learning_rate": 1.32e-3, "r": 16,
+    "lora_alpha": 32, "target_modules": "all-linear",
+}  # fmt: skip
+BASE = {"resolved": "owner/name", "quant_type": "nf4", "blocksize": 64, "double_quant": True}
+
+
+def card(folder: Path, base: dict[str, Any], **measured: float) -> str:
+    write_adapter_card(folder, SETTINGS, base, rows=400, steps=100, measured=measured)
+    return (folder / "README.md").read_text()
+
+
+def test_adapter_card(tmp_path):
+    text = card(tmp_path, BASE, loss=0.1234)
+    for said in ("base_model: owner/name", "NF4", "rank 16", "mine.jsonl (400 rows)", "0.1234"):
+        assert said in text
+    text = card(tmp_path, BASE | {"resolved": "/home/me/model"})
+    assert "base_model:" not in text  # a folder is no name on the hub
+    assert "# LoRA adapter for model" in text and "not logged" in text
+
+
+def test_results_name_the_last_losses_and_commands_to_copy(tmp_path, capsys):
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    rows = [{"step": i, "loss": 3 / i} for i in (1, 2)]
+    write_rows(folder / "metrics.jsonl", [*rows, {"step": 2, "eval_loss": 0.25}])
+    write_results(folder, SETTINGS, BASE, rows=400, steps=2)
+    assert "training loss 1.5000, evaluation loss 0.2500" in (folder / "README.md").read_text()
+    said = [shlex.split(line.partition(":")[2]) for line in capsys.readouterr().out.splitlines()]
+    assert ["python", "-m", "qlora.report", str(folder)] in said
+    assert ["python", "-m", "qlora.chat", "--adapter", str(folder), "--compare"] in said
+    merge = ["--adapter", str(folder), "--output-dir", f"{folder}-merged"]
+    assert ["python", "merge_dequant.py", *merge] in said

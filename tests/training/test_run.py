@@ -1,0 +1,418 @@
+"""`train(config)`: what a run writes, resuming, and settings that are refused."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from chunks import chunks_of
+from conftest import (
+    FP32,
+    VOCAB,
+    axis,
+    quick_config,
+    read_rows,
+    tiny_model,
+    tiny_tokenizer,
+    token_ids,
+    write_rows,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora.adapters.files import load_adapter
+from qlora.adapters.format import read_adapter
+from qlora.base.checkpoint import Checkpoint
+from qlora.base.load import load_base
+from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig
+from qlora.data.rows import prepare_data
+from qlora.errors import UserError
+from qlora.merge import merge
+from qlora.training.run import (
+    check_settings,
+    default_learning_rate,
+    load_model,
+    prepare_rows,
+    train,
+)
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def files_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def copied(quick_run, tmp_path):
+    """A copy of the quick run, and its config with another folder: to change or to resume."""
+    folder = tmp_path / "copy"
+    shutil.copytree(quick_run.folder, folder)
+    return replace(quick_run.config, output_dir=str(folder), report_to=())
+
+
+# ---- what a run writes ----
+
+
+def test_files_of_a_run(quick_run, data):
+    folder = quick_run.folder
+    names = """adapter_config.json adapter_model.safetensors tokenizer.json run.yaml metrics.jsonl
+    samples.jsonl loss.png README.md checkpoint-2 checkpoint-4"""
+    assert {path.name for path in folder.iterdir()} >= set(names.split())
+    assert not list(folder.rglob("training_args.bin"))  # a pickle
+    assert read_adapter(folder).config.lora_alpha == 8
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
+    for key in ("loss", "learning_rate", "tokens_per_second", "peak_bytes"):
+        assert all(row[key] > 0 for row in rows if "eval_loss" not in row), key
+    seconds = [row["seconds"] for row in rows]
+    assert seconds[0] > 0 and seconds == sorted(seconds)
+
+
+def test_run_file(quick_run, data):
+    recorded = yaml.safe_load((quick_run.folder / "run.yaml").read_text())
+    assert recorded["config"]["learning_rate"] == 1e-2 and recorded["config"]["r"] == 4
+    _, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
+    counts = {k: n for k, n in asdict(stats).items() if k not in ("labels", "chats")}
+    counts = {"source": str(data), **counts}
+    assert recorded["data"] == {"training": counts, "evaluation": counts}
+    assert recorded["device"]["memory_bytes"] > 2**28
+    assert recorded["base"]["fingerprint"]
+    assert recorded["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_what_a_run_prints(quick_run):
+    loss = quick_run.folder / "loss.png"
+    for said in (f"loss curve is {loss}", "40 rows", "step 4/4  loss", "trainable", "⟦"):
+        assert said in quick_run.said
+    unpaged = quick_run.said.count("paged_adamw_8bit runs unpaged")
+    assert unpaged == (not torch.cuda.is_available())
+
+
+def test_eval_loss_is_the_mean_over_tokens(quick_run, checkpoints, data):
+    model = load_adapter(load_base(str(checkpoints("llama")), FP32), quick_run.folder).eval()
+    rows, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
+    total = 0.0
+    for row in rows:  # one row at a time: no padding, no batches
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            log_p = model(ids).logits[0, :-1].log_softmax(-1)  # (T - 1, vocab)
+        keep = labels[1:] != -100
+        total -= float(log_p[keep].gather(1, labels[1:][keep][:, None]).sum())
+    reported = read_rows(quick_run.folder / "metrics.jsonl")[-1]["eval_loss"]
+    assert reported == pytest.approx(total / stats.supervised_tokens, abs=1e-4)
+
+
+def test_defaults_that_follow_from_the_model(checkpoints, tmp_path, data, capsys):
+    """A chat template where it has none, and a learning rate by its size."""
+    shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    settings = quick_config(tmp_path / "base", data, tmp_path / "run", max_steps=1)
+    folder = train(replace(settings, learning_rate=None))
+    said = capsys.readouterr().out
+    assert "has no chat template" in said
+    assert "### Assistant:" in AutoTokenizer.from_pretrained(folder).chat_template
+    assert "LoRA Without Regret" in said and "hidden size 64" in said
+    recorded = yaml.safe_load((folder / "run.yaml").read_text())["config"]
+    assert recorded["learning_rate"] == pytest.approx(5e-4 * (2000 / 64) ** 0.781)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "hidden_size", "rate"),
+    # figures.md, section 2: values computed there from the published formula
+    [("llama", 576, 1.32e-3), ("qwen2", 1536, 5.1e-4), ("llama", 4096, 2.86e-4)],
+)
+def test_learning_rate_rule(model_type, hidden_size, rate):
+    assert default_learning_rate(model_type, hidden_size) == pytest.approx(rate, rel=0.01)
+
+
+def test_rows_are_cut_at_what_the_model_takes(checkpoints, tmp_path, capsys):
+    """GPT-2 has positions for 512 tokens here; a longer row would be an index error."""
+    long = write_rows(tmp_path / "long.jsonl", [{"text": "a" * 900}])
+    config = quick_config(checkpoints("gpt2"), long, tmp_path / "run")
+    config = replace(config, data=DataConfig(str(long), max_length=1024))
+    prepared = prepare_rows(config, Checkpoint.open(config.model), tiny_tokenizer())
+    assert prepared.max_length == 512 and list(prepared.rows["length"]) == [512]
+    said = capsys.readouterr().out
+    assert "rows are cut at 512 tokens" in said and "1 rows cut" in said
+
+
+def test_what_is_trained_in_full_starts_from_the_original_weights(checkpoints, tmp_path, data):
+    lora = replace(LORA, modules_to_save=("layers.1.mlp.up_proj",))
+    config = quick_config(checkpoints("llama"), data, tmp_path / "out", lora=lora)
+    checkpoint, tokenizer = Checkpoint.open(config.model), tiny_tokenizer()
+    prepared = prepare_rows(config, checkpoint, tokenizer)
+    model = load_model(config, checkpoint, tokenizer, prepared, None)
+    (trained,) = [p for n, p in model.named_parameters() if p.requires_grad and "lora" not in n]
+    original = load_file(checkpoints("llama") / "model.safetensors")
+    assert torch.equal(trained, original["model.layers.1.mlp.up_proj.weight"])
+
+
+# ---- the same numbers another way ----
+
+
+@pytest.mark.parametrize(("steps", "packing"), [(4, False), (4, True), (50, False)])
+@pytest.mark.parametrize("family", axis("gemma", "llama", "qwen2", "qwen3", "mistral", "phi"))
+def test_fast_and_plain_runs_have_one_curve(family, steps, packing, checkpoints, tmp_path, data):
+    """4 rows (or packs) at once on the fast path; 2 and 2, padded or masked, without it."""
+    runs = []
+    for fast, size in ((True, 4), (False, 2)):
+        config = quick_config(
+            checkpoints(family),
+            data,
+            tmp_path / str(fast),
+            data=DataConfig(str(data), str(data), max_length=128, packing=packing),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            fast_path=fast,
+            gradient_checkpointing=fast,
+            optim="adamw_torch",
+            learning_rate=1e-2 if steps == 4 else 1e-3,
+            max_steps=steps,
+            eval_steps=steps // 2,
+            save_steps=steps,
+            # grouping by length orders rows by the size of a batch
+            trainer={} if packing else {"train_sampling_strategy": "sequential"},
+        )
+        with chunks_of(8 * VOCAB):
+            runs.append(read_rows(train(config) / "metrics.jsonl"))
+    for key, count in (("loss", steps), ("eval_loss", 2), ("grad_norm", steps)):
+        fast, plain = ([row[key] for row in run if key in row] for run in runs)
+        assert len(fast) == len(plain) == count
+        if steps == 4:  # fp32 in another order, 1e-6, and what four steps of Adam make of it
+            assert fast == pytest.approx(plain, rel=1e-5), key
+        elif key != "grad_norm":
+            assert fast[-1] == pytest.approx(plain[-1], abs=1e-3) and fast[-1] < fast[0]
+
+
+def test_packed_run_counts_tokens(checkpoints, tmp_path, data, capsys):
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", max_steps=-1)
+    folder = train(replace(config, data=replace(config.data, packing=True)))
+    packs = int(re.search(r"packing: 40 rows in (\d+) of up to 128", capsys.readouterr().out)[1])
+    states = [json.loads(p.read_text()) for p in folder.glob("checkpoint-*/trainer_state.json")]
+    last = max(states, key=lambda state: state["global_step"])
+    _, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
+    assert stats.tokens / 128 <= packs <= 20
+    assert last["global_step"] == -(-packs // 4)
+    assert last["num_input_tokens_seen"] == stats.tokens
+
+
+# ---- resuming ----
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "many at once": {
+        "init_lora_weights": "eva", "modules_to_save": ("norm", "layers.1.mlp.up_proj"),
+        "adapter_dtype": "bf16", "packing": True, "loraplus_lr_ratio": 4, "optim": "adamw_torch",
+    },
+    "pissa": {"init_lora_weights": "pissa"},
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+    "loftq, one round": {"init_lora_weights": "loftq"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "tokens": {"trainable_token_indices": (5, 6, 7)},
+    "embedding": {"target_modules": ("embed_tokens", "q_proj")},
+    "bias": {"bias": "all"},
+    "dora": {"use_dora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 2}},
+    "dropout": {"lora_dropout": 0.1},
+    "fp32 optimizer": {"optim": "paged_adamw_32bit"},
+    "bf16, 8-bit optimizer": {"adapter_dtype": "bf16"},
+    "bf16, adafactor": {"adapter_dtype": "bf16", "optim": "adafactor"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", axis(*RESUMED))
+def test_resumed_run_is_the_whole_run_and_merges(name, checkpoints, tmp_path, data):
+    settings, base = dict(RESUMED[name]), checkpoints("qwen2")
+    packing = settings.pop("packing", False)
+    ours = {k: settings.pop(k) for k in ("loraplus_lr_ratio", "optim") if k in settings}
+    ours["data"] = DataConfig(str(data), max_length=128, packing=packing)
+    config = quick_config(base, data, tmp_path / "whole", lora=replace(LORA, **settings), **ours)
+    whole = train(config)
+    assert losses(whole)[-1] < losses(whole)[0]
+    parts = train(replace(config, output_dir=str(tmp_path / "parts"), max_steps=2))
+    train(replace(config, output_dir=str(parts), resume=True))
+    require_equal(adapter_of(whole), adapter_of(parts))
+    texts = [(folder / "adapter_config.json").read_text() for folder in (whole, parts)]
+    assert texts[0] == texts[1]
+    if "adapter_dtype" in settings:
+        assert {t.dtype for t in adapter_of(whole).values()} == {torch.bfloat16}
+        states = [torch.load(run / "checkpoint-4" / "optimizer.pt") for run in (whole, parts)]
+        halves = [state["lower_halves"] for state in states]
+        assert len(halves[0]) == len(adapter_of(whole)) and all(half.any() for half in halves[0])
+        assert all(map(torch.equal, *halves))
+
+    live = load_adapter(load_base(str(base), read_adapter(parts).quantization), parts)
+    merged = merge(MergeConfig(str(parts), str(tmp_path / "merged"), format="fp32"))
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    with torch.no_grad():
+        expected, logits = live.eval()(token_ids()).logits, plain.eval()(token_ids()).logits
+    # fp32: the same sums in another order
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_resuming_from_half_way_repeats_the_rest(copied, quick_run, capsys):
+    """The last checkpoint was cut short while it was written: without trainer_state.json."""
+    folder = Path(copied.output_dir)
+    (folder / "checkpoint-4" / "trainer_state.json").unlink()
+    answers = read_rows(folder / "samples.jsonl")
+    train(replace(copied, resume=True))
+    require_equal(adapter_of(folder), adapter_of(quick_run.folder))
+    assert losses(folder) == losses(quick_run.folder)
+    assert read_rows(folder / "samples.jsonl") == answers
+    assert yaml.safe_load((folder / "run.yaml").read_text())["config"]["resume"] is False
+
+
+def test_resuming_a_complete_run_does_no_step_more(copied, quick_run, capsys):
+    folder = Path(copied.output_dir)
+    (folder / "adapter_model.safetensors").unlink()  # stopped between the last step and this file
+    train(replace(copied, resume=True, samples=0))
+    require_equal(adapter_of(folder), adapter_of(quick_run.folder))
+    assert "All 4 steps were done" in capsys.readouterr().out
+    train(replace(copied, resume=True, samples=0, max_steps=6))
+    assert (folder / "checkpoint-6").is_dir()
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")][-1] == 6
+
+
+def test_resuming_with_another_rank_changes_nothing(copied):
+    before = files_in(Path(copied.output_dir))
+    with pytest.raises(UserError, match="is no checkpoint of this run: r=4"):
+        train(replace(copied, resume=True, lora=LoraConfig(r=8, lora_alpha=16)))
+    assert files_in(Path(copied.output_dir)) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "words"),
+    [
+        ("samples.jsonl", '{"prompt": "a", "wan', ["JSON object"]),
+        ("samples.jsonl", '{"question": "a"}', ["prompt", "wanted", "before", "after"]),
+        ("metrics.jsonl", '{"loss": 1.0}', ["no step"]),
+    ],
+)
+def test_damaged_rows_are_refused_before_a_run_goes_on(name, line, words, copied):
+    folder = Path(copied.output_dir)
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    before = files_in(folder)
+    with pytest.raises(UserError, match=rf"{name}, line \d.*remove that line") as error:
+        train(replace(copied, resume=True))
+    assert all(word in str(error.value) for word in words)
+    assert files_in(folder) == before
+
+
+# ---- settings and folders that are refused ----
+
+
+def require_words(error: Any, words: list[str], output: Path) -> None:
+    assert all(word in str(error.value) for word in words), error.value
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"trainer": {"adam_betta2": 0.9}}, ["adam_betta2", "Did you mean adam_beta2"]),
+        ({"trainer": {"learning_rate": 1}}, ["--learning_rate", "flag of its own"]),
+        ({"trainer": {"bf16": True}}, ["bf16", "follows from the other settings"]),
+        ({"trainer": {"label_smoothing_factor": 0.1}}, ["label_smoothing_factor", "follows"]),
+        ({"resume": True}, ["no checkpoint-N to resume from"]),
+        ({"offload_activations": True}, ["--offload-activations", "a CUDA GPU", "leave it out"]),
+        ({"offload_embedding": True}, ["--offload-embedding", "a CUDA GPU", "leave it out"]),
+        ({"report_to": ("trackio",)}, ["--report-to trackio", "pip install trackio"]),
+        ({"report_to": ("tensorboard", "wandb", "comet_ml")}, ["pip install wandb comet-ml"]),
+        ({"report_to": ("wandbb",)}, ["azure_ml", "got wandbb", "Did you mean wandb?"]),
+        ({"model": "/nowhere/at/all"}, ["/nowhere/at/all does not exist"]),
+    ],
+    ids=str,
+)
+def test_refused_before_anything_is_loaded(settings, words, tmp_path, monkeypatch):
+    """There is neither model nor data here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loggers = "qlora.training.trainer.get_available_reporting_integrations"
+    monkeypatch.setattr(loggers, lambda: ["tensorboard"])
+    nowhere, output = tmp_path / "nowhere", tmp_path / "run"
+    with pytest.raises(UserError) as error:
+        train(quick_config(nowhere, nowhere, output, **settings))
+    require_words(error, words, output)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lora": LoraConfig(target_modules=("query",))}, ["'query' matches no layer", "q_proj"]),
+        ({"optim": "adamw_turbo"}, ["adamw_turbo"]),
+        ({"optim": "galore_adamw"}, ["Trainer refuses these settings", "galore"]),
+        ({"lr_scheduler_type": "zigzag"}, ["zigzag"]),
+    ],
+    ids=str,
+)
+def test_refused_before_anything_is_written(settings, words, checkpoints, tmp_path, data):
+    with pytest.raises(UserError) as error:
+        train(quick_config(checkpoints("llama"), data, tmp_path / "run", **settings))
+    require_words(error, words, tmp_path / "run")
+
+
+def test_folder_that_holds_a_run_is_refused(quick_run, tmp_path):
+    before = files_in(quick_run.folder)
+    with pytest.raises(UserError, match=r"already holds a run.*--resume to go on"):
+        train(quick_run.config)
+    assert files_in(quick_run.folder) == before
+    (tmp_path / "run.yaml").write_text("config: {}\n")
+    with pytest.raises(UserError, match="or remove it: it has no checkpoint"):
+        check_settings(quick_run.config, tmp_path)
+
+
+def test_several_processes_are_refused(quick_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="several GPUs is not there yet"):
+        check_settings(quick_run.config, tmp_path / "run")
+
+
+def test_model_without_a_tokenizer_is_refused(tmp_path, data):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        train(quick_config(tmp_path / "base", data, tmp_path / "run"))
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_offloaded_run_on_a_gpu(base_of, tmp_path, data):
+    settings: Any = {"offload_activations": True, "offload_embedding": True}
+    base = base_of("llama", False)
+    folder = train(quick_config(base, data, tmp_path / "run", quant=QuantConfig(), **settings))
+    assert losses(folder)[-1] < losses(folder)[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
+def test_bf16_run_on_a_gpu(optim, checkpoints, tmp_path, data):
+    """Paged optimizers, checkpointing and bf16 adapters, as on a real card; it resumes."""
+    settings: Any = {"quant": QuantConfig(), "optim": optim, "max_steps": 20, "save_steps": 10}
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", **settings)
+    folder = train(config)
+    halves = torch.load(folder / "checkpoint-20" / "optimizer.pt")["lower_halves"]
+    assert all(half.any() for half in halves)
+    train(replace(config, max_steps=22, resume=True))
+    assert losses(folder)[-1] < losses(folder)[0] - 0.1
+    A, *_ = next(iter(read_adapter(folder).pairs.values()))
+    assert A.dtype == torch.bfloat16

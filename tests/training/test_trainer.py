@@ -1,0 +1,235 @@
+"""AdapterTrainer against PEFT with plain Trainer; its optimizers, loggers and memory."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from chunks import chunks_of
+from conftest import (
+    FAMILIES,
+    FP32,
+    VOCAB,
+    axis,
+    quick_config,
+    randomize_adapter,
+    read_rows,
+    tiny_tokenizer,
+    token_ids,
+)
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
+from simulated_device import LateCopies
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.files import save_adapter
+from qlora.adapters.lora import lora_layers
+from qlora.base.load import load_base
+from qlora.config import LoraConfig
+from qlora.data.rows import collator, prepare_data
+from qlora.errors import UserError
+from qlora.fast.head import LazyLogits
+from qlora.fast.offload import offload_activations
+from qlora.training.optimizers import MasterWeights
+from qlora.training.run import prepare_for_training, train
+from qlora.training.trainer import AdapterTrainer, make_trainer
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+
+
+@pytest.fixture(scope="module")
+def rows(data):
+    return prepare_data(str(data), tiny_tokenizer(), max_length=128)[0]
+
+
+def with_adapter(base: Path, **settings: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return apply_lora(load_base(str(base), FP32), replace(LORA, **settings), generator=generator)
+
+
+def peft_twin(model: torch.nn.Module, folder: Path, base: Path) -> Any:
+    """PEFT's model with the same base and the same adapter weights."""
+    save_adapter(model, folder)
+    return peft.PeftModel.from_pretrained(load_base(str(base), FP32), folder, is_trainable=True)
+
+
+@pytest.mark.parametrize("use_dora", axis(False, True))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_pefts(family, use_dora, checkpoints, tmp_path):
+    base = checkpoints(family)
+    model = with_adapter(base, use_dora=use_dora)
+    randomize_adapter(model)
+    twin = peft_twin(model, tmp_path / "adapter", base)
+    ids = token_ids()
+    ours, theirs = model(ids, labels=ids), twin(input_ids=ids, labels=ids)
+    assert (ours.logits - theirs.logits).abs().max() <= 1e-5
+    ours.loss.backward()
+    theirs.loss.backward()
+    compared = 0
+    for name, layer in lora_layers(model).items():
+        peer = twin.base_model.model.get_submodule(name)
+        for side, parameter in layer.parameters_of("default").items():
+            gradient = getattr(peer, side.removesuffix(".weight"))["default"].weight.grad
+            assert gradient.abs().max() > 0
+            assert (parameter.grad - gradient).abs().max() <= 1e-5, (name, side)
+            compared += 1
+    assert compared == (2 + use_dora) * len(lora_layers(model)) > 0
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n] == []
+
+
+def test_20_steps_are_pefts(checkpoints, tmp_path, rows):
+    """PEFT + plain Trainer, same seed, data and optimizer: the same losses, to 1e-3."""
+    base = checkpoints("llama")
+    model = with_adapter(base)
+    twin = peft_twin(model, tmp_path / "adapter", base)
+    tokenizer = tiny_tokenizer()
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 20,
+        "learning_rate": 5e-3, "optim": "adamw_torch", "logging_steps": 1, "seed": 7,
+        "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        "dataloader_pin_memory": False, "label_names": ["labels"],
+    }  # fmt: skip
+    curves = []
+    for trainer_class, trained, extra in (
+        (AdapterTrainer, model, {"processing_class": tokenizer}),
+        (Trainer, twin, {}),
+    ):
+        set_seed(7)
+        trainer = trainer_class(
+            model=trained,
+            args=TrainingArguments(output_dir=str(tmp_path / "out"), **arguments),
+            train_dataset=rows,
+            data_collator=collator(tokenizer),
+            **extra,
+        )
+        trainer.train()
+        curves.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    ours, theirs = curves
+    assert len(ours) == len(theirs) == 20
+    assert ours[-1] < ours[0] - 0.1  # it learns; two idle curves would agree too
+    assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_model_without_adapters_is_refused(checkpoints):
+    with pytest.raises(UserError, match="no adapter to train"):
+        AdapterTrainer(model=load_base(str(checkpoints("llama")), FP32))
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("fast", axis(True, False))
+def test_neither_training_nor_evaluation_asks_for_logits(fast, checkpoints, tmp_path, data, rows):
+    model = prepare_for_training(with_adapter(checkpoints("gemma")), fast_path=fast)
+    config = quick_config(checkpoints("gemma"), data, tmp_path / "run")
+    trainer = make_trainer(config, model, tiny_tokenizer(), rows, rows)
+    logits, own_loss = [], trainer.compute_loss_func
+
+    def loss(outputs, *args, **kwargs):
+        logits.append(outputs["logits"])
+        return own_loss(outputs, *args, **kwargs)
+
+    trainer.compute_loss_func = loss
+    with chunks_of(8 * VOCAB):
+        trainer.train()
+        trainer.evaluate()
+    assert len(logits) == 4 + 10
+    assert all((isinstance(x, LazyLogits) and x.value is None) is fast for x in logits)
+
+
+def test_checkpointing_saves_memory_and_changes_nothing(checkpoints):
+    runs = []
+    for checkpointing in (True, False):
+        model = with_adapter(checkpoints("llama"))
+        randomize_adapter(model)
+        prepare_for_training(model, gradient_checkpointing=checkpointing)
+        sizes: list[int] = []
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(token_ids(), labels=token_ids()).loss
+        loss.backward()
+        gradient = model.model.layers[0].mlp.up_proj.lora_A["default"].grad
+        runs.append((loss.item(), gradient, sum(sizes)))
+    (loss_on, gradient_on, saved_on), (loss_off, gradient_off, saved_off) = runs
+    assert loss_on == loss_off
+    assert torch.equal(gradient_on, gradient_off)
+    assert saved_on < saved_off / 2
+
+
+def test_offloaded_layer_inputs_train_the_same_adapter(quick_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora.training.run.require_gpu", lambda what: None)
+    copies = LateCopies()
+    offload = offload_activations(copies=copies, min_bytes=1, keep=1)
+    monkeypatch.setattr("qlora.training.trainer.offload_activations", lambda: offload)
+    settings: Any = {"offload_activations": True, "output_dir": str(tmp_path / "run")}
+    folder = train(replace(quick_run.config, **settings, samples=0, report_to=()))
+    assert copies.log and not copies.waiting
+    plain, offloaded = (
+        load_file(run / "adapter_model.safetensors") for run in (quick_run.folder, folder)
+    )
+    assert plain.keys() == offloaded.keys()
+    assert all(torch.equal(offloaded[name], tensor) for name, tensor in plain.items())
+
+
+# ---- optimizers ----
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "auto"])
+def test_bf16_adapters_keep_updates(dtype, checkpoints, tmp_path, data, rows, capsys, monkeypatch):
+    """In fp32 master weights; a line says so where an optimizer cannot."""
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run")
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr("qlora.training.optimizers.BY_PARAMETER", ())
+        model = with_adapter(checkpoints("llama"), adapter_dtype=dtype)
+        trainer = make_trainer(config, model, tiny_tokenizer(), rows, None)
+        halves = next(iter(lora_layers(model).values())).lora_A["default"].dtype == torch.bfloat16
+        assert halves == (dtype == "bf16")
+        assert isinstance(trainer.create_optimizer(), MasterWeights) == (known and halves)
+        said = "paged_adamw_8bit loses small updates of bf16 adapters" in capsys.readouterr().out
+        assert said == (halves and not known)
+
+
+def test_loraplus_rates_are_pefts(checkpoints, tmp_path, data, rows):
+    model = with_adapter(checkpoints("llama"))
+    config = quick_config(checkpoints("llama"), data, tmp_path / "out", loraplus_lr_ratio=16)
+    trainer = make_trainer(config, model, tiny_tokenizer(), rows, None)
+    groups = trainer.create_optimizer().param_groups
+    ours = {id(p): group["lr"] for group in groups for p in group["params"]}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(ours[id(p)] == (0.16 if "lora_B" in n else 0.01) for n, p in trained.items())
+    theirs = create_loraplus_optimizer(
+        model=peft_twin(model, tmp_path, checkpoints("llama")),
+        optimizer_cls=torch.optim.AdamW,
+        lr=1e-2,
+        loraplus_lr_ratio=16,
+    )
+    rates = Counter(g["lr"] for g in theirs.param_groups for _ in g["params"])
+    assert Counter(ours.values()) == rates
+
+
+# ---- loggers ----
+
+
+def test_tensorboard_gets_every_row(quick_run):
+    (folder,) = (quick_run.folder / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    rows = read_rows(quick_run.folder / "metrics.jsonl")
+    names = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_bytes")
+    tags = {f"train/{name}": name for name in names} | {"eval/loss": "eval_loss"}
+    assert len(rows) == 6
+    for tag, name in tags.items():
+        logged = [(row["step"], row[name]) for row in rows if name in row]
+        scalars = [(event.step, event.value) for event in events.Scalars(tag)]
+        # TensorBoard keeps fp32
+        assert scalars == [(step, pytest.approx(x, rel=1e-6)) for step, x in logged], name
