@@ -5,14 +5,14 @@
 Weights have the shapes of a block's linear layers, and double quantization. Implementations are
 timed in turn in one run, with CUDA events, with the caches overwritten before each, as in a
 training step; seconds are medians of the rounds. A decode is also given as a share of the bandwidth
-that the card copies a large tensor with. A way that gives another weight than
-qlora.ops.nf4.dequantize_to is an error.
+that the card copies a large tensor with. A decoder whose weight differs from
+qlora.ops.nf4.dequantize's is an error.
 
-Products are of 1 to 256 tokens: with a weight decoded before, decoded on the way by our kernel, and
-by bitsandbytes' own layer, which decides between the two by itself.
+Products are of 1 to 256 tokens: with a weight decoded before, and by bitsandbytes' own layer, which
+for few tokens multiplies without storing the weight.
 
-The last line says what qlora.ops.nf4.GPU_WAY should be on this card: the way that decodes all
-layers of all models in the least time, if it takes 3 % less than bitsandbytes' kernel.
+The last line says what qlora.ops.nf4.GPU_DECODER should be on this card: the decoder that takes the
+least time for all layers of all models, if it takes 3 % less than bitsandbytes' kernel.
 """
 
 import argparse
@@ -28,8 +28,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlora.config import QuantConfig
-from qlora.ops.gated import usable
-from qlora.ops.nf4 import DTYPES, Quantized, dequantize_to, into_scratch, quantize
+from qlora.ops.nf4 import (
+    DECODERS,
+    DTYPES,
+    Quantized,
+    dequantize,
+    into_scratch,
+    quantize,
+    triton_decodes,
+)
 
 Shape = tuple[int, int]
 Run = Callable[[], Any]
@@ -86,18 +93,19 @@ def traffic(weight: Quantized, dtype: torch.dtype) -> int:
 
 
 def ways(dtype: torch.dtype) -> dict[str, Callable[[Quantized], Tensor]]:
-    """Those of qlora.ops.nf4 that run here; "plain" makes a tensor each time."""
-    found = {
-        name: partial(into_scratch, dtype=dtype, slot=0, way=name)
-        for name in ("bitsandbytes", "triton")
-        if name != "triton" or usable(torch.device("cuda", torch.cuda.current_device()), dtype)
+    """The decoders that run here; "plain" allocates a tensor each time."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    into_buffers = {
+        name: partial(into_scratch, dtype=dtype, slot=0, decode=decode)
+        for name, decode in DECODERS.items()
+        if name != "triton" or triton_decodes(device, dtype)
     }
-    return {"plain": partial(dequantize_to, dtype=dtype), **found}
+    return {"plain": partial(dequantize, dtype=dtype), **into_buffers}
 
 
 def decodes(weight: Quantized, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     """Seconds of each way."""
-    wanted = dequantize_to(weight, dtype)
+    wanted = dequantize(weight, dtype)
     runs = {}
     for name, way in ways(dtype).items():
         if not torch.equal(way(weight), wanted):
@@ -109,21 +117,12 @@ def decodes(weight: Quantized, dtype: torch.dtype, rounds: int) -> dict[str, flo
 def products(weight: Quantized, dtype: torch.dtype, tokens: int, rounds: int) -> dict[str, float]:
     """Seconds of each way to multiply with a weight."""
     x = torch.randn(tokens, weight.state.shape[1], device="cuda", dtype=dtype)
-    known = ways(dtype)
     runs: dict[str, Run] = {
         f"{name}, then product": lambda way=way: F.linear(x, way(weight))
-        for name, way in known.items()
+        for name, way in ways(dtype).items()
     }
     packed, state = weight
     runs["bitsandbytes' layer"] = lambda: bitsandbytes.matmul_4bit(x, packed.t(), state)
-    if "triton" in known:
-        from qlora.ops.kernels import product
-
-        wanted = F.linear(x, dequantize_to(weight, dtype)).float()
-        apart = (product(x, *weight).float() - wanted).norm() / wanted.norm()
-        if apart > 0.01:  # more than two roundings to bf16
-            raise SystemExit(f"error: the fused product of {tokens} tokens is {apart:.2g} off")
-        runs["fused"] = partial(product, x, *weight)
     return timed(runs, rounds)
 
 
@@ -169,7 +168,7 @@ def main() -> None:
     if totals[best] > GAIN * totals["bitsandbytes"]:
         best = "bitsandbytes"
     shown = ", ".join(f"{name} {took * 1e3:.2f} ms" for name, took in totals.items())
-    print(f'qlora.ops.nf4.GPU_WAY = "{best}": a block of each model takes {shown}')
+    print(f'qlora.ops.nf4.GPU_DECODER = "{best}": a block of each model takes {shown}')
     record("decode", {"what": "verdict", "way": best, "seconds": totals, **facts})
 
 

@@ -214,8 +214,7 @@ def stand_ins() -> None:
         return scratch[slot][:wanted].view(dtype).view(size)
 
     decode.scratch = buffer  # type: ignore[assignment]
-    decode.way_for = lambda *_: "written"
-    decode.WAYS["written"] = lambda *_: None
+    decode.decoder = lambda *_: lambda *_: None
     gated.plain_forward = gated.plain_backward = lambda *_: None  # a kernel writes in place
     norms.HAS_KERNEL = ("meta",)  # type: ignore[assignment]
     F.rms_norm = lambda x, _, weight, eps: Norm.apply(x, weight)

@@ -1,13 +1,14 @@
-"""What Triton's compiler makes of the kernels for GPUs that are not here; run by test_kernels.py.
+"""Compiles the Triton kernels for GPUs that are not here; run by test_kernels.py.
 
-    python tests/lowering.py
+    python tests/lowering.py "one card" | "all cards"
 
-In a process of its own, as the tests' own runs the kernels through Triton's interpreter. Prints
+In a process of its own, as the tests' process runs the kernels through Triton's interpreter. Prints
 {kernel: {"ptx": assembly, "registers": a thread's, "spills": bytes}} as JSON.
 """
 
 import json
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlora.ops import kernels as gated
-from qlora.ops import kernels as nf4
+from qlora.ops import kernels
 from qlora.ops.gated import ACTS
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CARDS = {"T4": 75, "A100": 80, "H200": 90, "RTX 5090": 120}
 FLOATS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 WEIGHT = ["*u8", "*u8", "*fp32", "*fp32", "*fp32", "*fp32"]
-BLOCKS = {"BLOCKSIZE": 64, "DOUBLE": True}
 
 
 def lowered(kernel: Any, types: list[str], constants: dict[str, Any], card: str) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def lowered(kernel: Any, types: list[str], constants: dict[str, Any], card: str)
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(types))},
     )
-    options = {"enable_fp_fusion": kernel is not nf4._decode}
+    options = {"enable_fp_fusion": kernel is not kernels._decode}
     made = triton.compile(source, target=GPUTarget("cuda", CARDS[card], 32), options=options)
     return {"ptx": made.asm["ptx"], **resources(made.asm["cubin"])}
 
@@ -55,25 +54,26 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(words["REG"]), "spills": int(words["LOCAL"])}
 
 
-def main() -> None:
-    """All kernels, decode for every card, the others with all dtypes between them."""
-    made = {}
-    decoded = [(card, name) for card in ("A100", "H200") for name in FLOATS]
-    for card, name in [*decoded, ("T4", "fp16"), ("RTX 5090", "bf16")]:
+def main(which: str) -> None:
+    """A decoding and a gated kernel, or all of them: every card, and all dtypes."""
+    compiled = {}
+    decoded = [("H200", "bf16")]
+    gated = [("silu", "bf16")]
+    if which == "all cards":
+        decoded = [(card, name) for card in ("A100", "H200") for name in FLOATS]
+        decoded += [("T4", "fp16"), ("RTX 5090", "bf16")]
+        gated = list(zip(ACTS, FLOATS, strict=True))
+    for card, name in decoded:
         types = [*WEIGHT, FLOATS[name], "i32", "i32"]
-        constants = BLOCKS | {"GROUPS": nf4.GROUPS}
-        made[f"decode {name} {card}"] = lowered(nf4._decode, types, constants, card)
-    for name in ("bf16", "fp16"):
-        types = [FLOATS[name], *WEIGHT, FLOATS[name], *["i32"] * 5]
-        for kernel, tokens, rows, groups in ((nf4._few, 1, 4, 128), (nf4._some, 16, 32, 16)):
-            constants = {"TOKENS": tokens, "ROWS": rows, "GROUPS": groups, "STEPS": 4} | BLOCKS
-            made[f"{kernel.__name__} {name}"] = lowered(kernel, types, constants, "H200")
-    for act, name in zip(ACTS, FLOATS, strict=True):
-        constants = {"ACT": act, "BLOCK": gated.BLOCK}
+        constants = {"BLOCKSIZE": 64, "DOUBLE": True, "GROUPS": kernels.GROUPS}
+        compiled[f"decode {name} {card}"] = lowered(kernels._decode, types, constants, card)
+    for act, name in gated:
+        constants = {"ACT": act, "BLOCK": kernels.BLOCK}
         types = [FLOATS[name]] * 6 + ["i32"]
-        made[f"gated {act} {name}"] = lowered(gated._backward, types, constants, "H200")
-    print(json.dumps(made))
+        kernel = kernels._gated_backward
+        compiled[f"gated {act} {name}"] = lowered(kernel, types, constants, "H200")
+    print(json.dumps(compiled))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

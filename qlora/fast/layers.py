@@ -48,7 +48,7 @@ from qlora.base.modules import (
 )
 from qlora.ops.agree import agrees
 from qlora.ops.gated import ACTS, gated_forward
-from qlora.ops.lora import Frozen, lora_linear, lora_mlp
+from qlora.ops.lora import LayerSpec, lora_linear, lora_mlp
 
 FEW_TOKENS = 8
 # Gate, up and down: Llama's names, which all gated MLPs of transformers have, and InternLM2's.
@@ -157,12 +157,12 @@ class MLPBlock(Wrapper):
         return f"activation={self.activation}, recompute={self.recompute}"
 
 
-def _arguments(layers: Sequence[LoRALayer]) -> tuple[list[Frozen], list[tuple[Tensor, Tensor]]]:
+def _arguments(layers: Sequence[LoRALayer]) -> tuple[list[LayerSpec], list[tuple[Tensor, Tensor]]]:
     """The arguments of lora_linear and lora_mlp, for layers that are fast."""
     names = [layer.active_adapters[0] for layer in layers]
     pairs = list(zip(layers, names, strict=True))
     frozen = [
-        Frozen(layer.base_layer, layer.scaling[name], layer.drawn_dropout(name))
+        LayerSpec(layer.base_layer, layer.scaling[name], layer.drawn_dropout(name))
         for layer, name in pairs
     ]
     return frozen, [(layer.lora_A[name], layer.lora_B[name]) for layer, name in pairs]

@@ -1,17 +1,16 @@
 """Whether a fast version of a function computes what the plain one does: the one check.
 
-Every fast version of this package has a plain equivalent. Before a fast version is used, it runs
-once on a few values, next to the plain one. Callers cache the answer, by device and dtype for
-instance; where it is no, they fall back to the plain version, and the numbers are the same.
+Every fast version has a plain equivalent. Before it is used it runs once on a few values, beside
+the plain one. Callers cache the answer, by device and dtype for instance, and fall back to the
+plain version if it is no, so that the numbers are the same either way.
 
     |fast(x) - plain(x)| / |plain(x)|  <=  tolerance          2-norms over all values, in fp64
-
-A relative norm, since roundings of single values that are near zero say nothing.
 """
 
 import logging
 import math
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -64,3 +63,13 @@ def relative_error(values: Tensors, expected: Tensors) -> float:
         error = 0.0 if distance == 0 else distance / size if size else math.inf
         errors.append(math.inf if math.isnan(error) else error)
     return max(errors, default=0.0)
+
+
+def may_use_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether it is worth trying one of qlora.ops.kernels over such tensors.
+
+    Triton may be missing (Windows, macOS); where it is installed, it may have no C compiler to
+    build its launchers with, or not know the card: `agrees` finds that out.
+    """
+    known = dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return device.type == "cuda" and known and find_spec("triton") is not None

@@ -1,39 +1,28 @@
 """The 4-bit codec of the frozen base, as pure tensor functions over bitsandbytes.
 
 A weight is flattened row by row and cut into blocks of `blocksize` values. Each block is divided
-by its absmax and every value becomes the index of the nearest of 16 levels: NF4, the quantiles of
-a normal distribution, or FP4. Two indices share a byte, the first in the high nibble. 4 + 32/64 =
-4.5 bits a weight. Double quantization stores the absmax themselves as 8-bit codes in blocks of
-256 after taking their mean off: 4 + 8/64 + 32/(64*256) = 4.127 bits a weight
-(arXiv:2305.14314, sections 2 and 3).
+by its absmax, and each value becomes the index of the nearest of 16 levels: NF4, quantiles of a
+normal distribution, or FP4. Two indices share a byte, the first in the high nibble: 4 + 32/64 = 4.5
+bits a weight. Double quantization takes the absmax values' mean off and stores them as 8-bit codes
+in blocks of 256: 4 + 8/64 + 32/(64*256) = 4.127 bits (arXiv:2305.14314, sections 2 and 3).
 
-On disk a weight `w` is the record that bitsandbytes writes and everybody reads: `w` (packed bytes),
-`w.absmax`, `w.quant_map`, with double quantization `w.nested_absmax` and `w.nested_quant_map`, and
+On disk a weight `w` is bitsandbytes' record: `w` (packed bytes), `w.absmax`, `w.quant_map`, with
+double quantization `w.nested_absmax` and `w.nested_quant_map`, and
 `w.quant_state.bitsandbytes__nf4` (shape, dtype, blocksize, offset as JSON bytes).
 
-Codes and absmax do not depend on whether the same values came as bf16, fp16 or fp32; dequantizing
-is always to fp32 here, code times absmax, so that whoever rounds to 16 bits does it once.
+Codes and absmax are the same for the same values in bf16, fp16 and fp32. The merge dequantizes to
+fp32, code times absmax, so that only the result is rounded to 16 bits.
 
-The dense weight of a frozen layer, for the length of one matrix product.
-
-A product of thousands of tokens takes ten times as long as decoding its 4-bit weight, so the weight
-is decoded whole, in the dtype of the product.
-
-On a GPU it is decoded into scratch memory that the next weight uses again: one buffer for each
-thread, device, stream and slot, as large as the largest weight it ever held (117 MB for the MLP of
-Llama-3.1-8B in bf16). Were each weight a tensor of its own, the allocator would give its block to
-smaller ones in between, and ask the card for another.
-
-What makes that safe: kernels of one stream run in order, so a weight is decoded only after the
-product before has read the buffer; another stream has buffers of its own. So has another thread, of
-which the backward pass is one, as two threads may use one stream by turns. Who reads the weight on
-another stream than the one that was current must wait for it, as with any tensor. A graph that is
-being captured gets memory of its own, as it may outlive the buffer.
+Inside a forward pass a weight is decoded whole, in the dtype of the product, which takes ten times
+as long for thousands of tokens (`decoded`). On a GPU it is decoded into a buffer that the next
+weight reuses (`scratch`): one for each thread, device, stream and slot, as large as the largest
+weight so far, 117 MB for the MLP of Llama-3.1-8B in bf16. With a tensor for each weight, the
+allocator would give its block to smaller tensors in between, and request another from the card.
 """
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -42,7 +31,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from qlora.config import QuantConfig
-from qlora.ops.gated import usable, written
+from qlora.ops.agree import agrees, may_use_triton
 
 RECORD_MARK = ".quant_state.bitsandbytes__"
 STATE_BYTES = 256
@@ -61,11 +50,9 @@ class Quantized(NamedTuple):
 def quantize(weight: Tensor, quant: QuantConfig) -> Quantized:
     """4-bit codes of `weight` (out, in), any float dtype, on its own device."""
     if weight.device.type == "cpu" and quant.quant_type == "nf4":
-        return _quantize_on_cpu(weight, quant) or _by_bitsandbytes(weight, quant)
-    return _by_bitsandbytes(weight, quant)
-
-
-def _by_bitsandbytes(weight: Tensor, quant: QuantConfig) -> Quantized:
+        quantized = _quantize_on_cpu(weight, quant)
+        if quantized is not None:
+            return quantized
     packed, state = bnb.quantize_4bit(
         weight.contiguous(),
         blocksize=quant.blocksize,
@@ -76,11 +63,11 @@ def _by_bitsandbytes(weight: Tensor, quant: QuantConfig) -> Quantized:
 
 
 def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
-    """What bitsandbytes gives, bit for bit, in a third of the time and a tenth of the memory.
+    """bitsandbytes' result, bit for bit, in a third of the time and a tenth of the memory.
 
-    Instead of a search among the 15 bounds between levels, [-1, 1] is cut into CELLS equal cells,
-    each with at most one bound in it: a code is that of the cell's lower end, or the next. None
-    where a block is cut short, or its absmax is not finite.
+    Instead of searching the 15 bounds between levels, [-1, 1] is cut into CELLS equal cells, each
+    with at most one bound in it: a code is that of the cell's lower end, or the next. None where
+    the last block is not full, or an absmax is not finite.
     """
     flat, blocksize = weight.contiguous().view(-1), quant.blocksize
     if len(flat) % blocksize:
@@ -89,7 +76,7 @@ def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
     packed = torch.empty((len(flat) // 2, 1), dtype=torch.uint8)
     absmax = torch.empty(len(flat) // blocksize)
     for start in range(0, len(flat), CHUNK):
-        x = flat[start : start + CHUNK].float().view(-1, blocksize)
+        x = flat[start : start + CHUNK].float().view(-1, blocksize)  # (blocks, blocksize)
         low, high = torch.aminmax(x, dim=1)
         scale = torch.maximum(high, -low)
         if not torch.isfinite(scale).all():
@@ -97,7 +84,7 @@ def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
         absmax[start // blocksize :][: len(scale)] = scale
         x = (x * (1 / scale.clamp_min(1e-38))[:, None]).clamp_(-1, 1).view(-1)
         cell = _cell_of(x)
-        code = first[cell].add_((x > bound[cell]).view(torch.uint8))
+        code = first[cell].add_((x > bound[cell]).view(torch.uint8))  # two of them -> a byte
         packed[start // 2 :, 0][: len(code) // 2] = (code[::2] << 4) | code[1::2]
     settings = {"shape": weight.shape, "dtype": weight.dtype, "blocksize": blocksize}
     settings |= {"quant_type": "nf4", "code": codebook("nf4")}
@@ -124,36 +111,24 @@ def _cells() -> tuple[Tensor, Tensor]:
     return torch.bucketize(torch.arange(CELLS + 1), cell).to(torch.uint8), bound
 
 
-def dequantize(quantized: Quantized) -> Tensor:
-    """The weight (out, in) that the codes stand for, fp32."""
-    return dequantize_to(quantized, torch.float32)
-
-
-def dequantize_to(quantized: Quantized, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) that the codes stand for, rounded once to `dtype`."""
+def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight (out, in) of the codes, rounded once to `dtype`."""
     packed, state = quantized
-    return _decode(packed, absmax(quantized), state, state.shape.numel(), dtype).view(state.shape)
+    return _dequantize(packed, absmax(quantized), state, state.shape, dtype)
 
 
-def _decode(
-    packed: Tensor,
-    scales: Tensor,
-    state: bnb.QuantState,
-    values: int,
-    dtype: torch.dtype = torch.float32,
+def _dequantize(
+    packed: Tensor, scales: Tensor, state: bnb.QuantState, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """So many values as one long row.
-
-    bitsandbytes' AVX-512 kernel takes a wrong absmax where a block crosses rows.
-    """
-    out = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed, scales, state.blocksize, state.quant_type, (1, values), dtype
+    """As one row: bitsandbytes' AVX-512 kernel reads a wrong absmax where a block crosses rows."""
+    row = torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed, scales, state.blocksize, state.quant_type, (1, math.prod(shape)), dtype
     )
-    return torch.as_tensor(out)
+    return torch.as_tensor(row).view(shape)
 
 
 def absmax(quantized: Quantized) -> Tensor:
-    """What the levels of each block are multiplied with, fp32 (blocks,)."""
+    """The factor of each block's levels, fp32 (blocks,)."""
     state = quantized.state
     if not state.nested:
         return torch.as_tensor(state.absmax)
@@ -165,15 +140,21 @@ def in_rows(quantized: Quantized, values: int) -> Iterator[tuple[slice, Tensor]]
     """`dequantize`, at least one row and about `values` values at a time: (rows, in) each."""
     packed, state = quantized
     out_features, in_features = state.shape
-    whole = state.blocksize // math.gcd(in_features, state.blocksize)  # rows that blocks fill
-    step = max(1, values // (in_features * whole)) * whole
+    aligned = _aligned_rows(in_features, state.blocksize)
+    step = max(1, values // (in_features * aligned)) * aligned
     scales = absmax(quantized)
     for first in range(0, out_features, step):
         rows = slice(first, min(first + step, out_features))
         start, stop = rows.start * in_features, rows.stop * in_features
         codes = packed[start // 2 : -(-stop // 2)]
         blocks = scales[start // state.blocksize : -(-stop // state.blocksize)]
-        yield rows, _decode(codes, blocks, state, stop - start).view(-1, in_features)
+        shape = rows.stop - rows.start, in_features
+        yield rows, _dequantize(codes, blocks, state, shape, torch.float32)
+
+
+def _aligned_rows(in_features: int, blocksize: int) -> int:
+    """The least number of rows that whole blocks fill."""
+    return blocksize // math.gcd(in_features, blocksize)
 
 
 @cache
@@ -182,30 +163,27 @@ def kernel_is_right(in_features: int, blocksize: int) -> bool:
 
     False where a block crosses rows of `in_features` and its AVX-512 kernel is in use (0.50).
     """
-    rows = blocksize // math.gcd(in_features, blocksize)  # until blocks and rows are aligned again
+    rows = _aligned_rows(in_features, blocksize)
     weight = torch.linspace(-1, 1, rows * in_features).view(rows, in_features)
-    quant = QuantConfig(blocksize=blocksize, double_quant=False)
-    packed, state = quantized = quantize(weight, quant)
-    return torch.equal(bnb.dequantize_4bit(packed, state), dequantize(quantized))
+    quantized = quantize(weight, QuantConfig(blocksize=blocksize, double_quant=False))
+    return agrees(bnb.dequantize_4bit, lambda *_: dequantize(quantized), *quantized, tolerance=0)
 
 
 def round_trip(weight: Tensor, quant: QuantConfig) -> Tensor:
-    """What a model that was loaded in 4 bits computes with instead of `weight`, in fp32."""
+    """The fp32 weight that a model loaded in 4 bits computes with in place of `weight`."""
     return dequantize(quantize(weight, quant))
 
 
 def to_record(quantized: Quantized) -> dict[str, Tensor]:
     """The tensors of the on-disk record; the packed bytes under the empty suffix.
 
-    The settings in JSON are padded with blanks to STATE_BYTES, so that a record's size is known
-    before its values are.
+    The JSON bytes are padded with blanks to STATE_BYTES, so that a record's size is known before
+    its values are.
     """
     record = {"": quantized.packed, **quantized.state.as_dict(packed=True)}
-    for suffix, tensor in record.items():
-        if RECORD_MARK.lstrip(".") in suffix:
-            blanks = torch.full((STATE_BYTES - len(tensor),), ord(" "), dtype=torch.uint8)
-            record[suffix] = torch.cat([tensor.cpu(), blanks])
-    return record
+    suffix = next(suffix for suffix in record if RECORD_MARK.lstrip(".") in suffix)
+    blanks = torch.full((STATE_BYTES - len(record[suffix]),), ord(" "), dtype=torch.uint8)
+    return record | {suffix: torch.cat([record[suffix].cpu(), blanks])}
 
 
 def record_layout(
@@ -238,113 +216,124 @@ def codebook(quant_type: str) -> Tensor:
     return torch.as_tensor(bnb.get_4bit_type(quant_type, device="cpu"))
 
 
-def storage_bytes(quantized: Quantized) -> int:
-    """Bytes the weight takes in memory: codes, absmax and their statistics.
-
-    Left out are the two code tables (16 and 256 fp32 levels), which are the same for every weight.
-    """
-    state = quantized.state
-    tensors = [quantized.packed, state.absmax]
-    if state.nested:
-        tensors += [state.state2.absmax, state.offset]
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def is_on_grid(quantized: Quantized, quant: QuantConfig) -> bool:
     """Whether the codes are of the kind that `quant` asks for."""
     state = quantized.state
-    own = (state.quant_type, state.blocksize, bool(state.nested))
-    return own == (quant.quant_type, quant.blocksize, quant.double_quant)
+    kind = (state.quant_type, state.blocksize, bool(state.nested))
+    return kind == (quant.quant_type, quant.blocksize, quant.double_quant)
 
 
 def codes_changed(before: Quantized, after: Quantized) -> float:
     """The share of 4-bit codes that differ."""
-    odd = before.packed ^ after.packed
-    return float(((odd >> 4 > 0).sum() + (odd & 15 > 0).sum()) / (2 * odd.numel()))
+    bits = before.packed ^ after.packed
+    return float(((bits >> 4 > 0).sum() + (bits & 15 > 0).sum()) / (2 * bits.numel()))
 
 
-# One of WAYS, or "plain", which makes a tensor each time. benchmarks/decode.py says which one is
-# fastest; until it has run on a card, this is the one that is used the most elsewhere.
-GPU_WAY = "bitsandbytes"
+# ---- the weight of a frozen layer, for one matrix product
+
+Decoder = Callable[[Quantized, Tensor], None]  # writes the weight into the tensor
 
 
-def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:
-    """The weight (out, in) of a Linear4bit or an nn.Linear in `dtype`, not to be written to.
-
-    It may lie in memory that the next call with the same slot, on the same thread, uses again;
-    autograd tells whoever saved it for the backward pass.
-    """
-    weight: Tensor = layer.weight
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight.detach().to(dtype)
-    quantized = Quantized(weight.detach(), state)
-    way = way_for(weight.device, dtype)
-    if way == "plain":
-        return dequantize_to(quantized, dtype)
-    return into_scratch(quantized, dtype, slot, way)
-
-
-def way_for(device: torch.device, dtype: torch.dtype) -> str:
-    """How 4-bit weights are decoded there."""
-    if device.type != "cuda":
-        return "plain"
-    if GPU_WAY == "triton" and not usable(device, dtype):
-        return "bitsandbytes"
-    return GPU_WAY
-
-
-def into_scratch(quantized: Quantized, dtype: torch.dtype, slot: int, way: str) -> Tensor:
-    """The weight in this thread's memory of that slot, decoded in one of WAYS."""
-    out = scratch(quantized.state.shape, dtype, quantized.packed.device, slot)
-    WAYS[way](quantized, out)
-    return out
-
-
-def _by_triton(quantized: Quantized, out: Tensor) -> None:
-    from qlora.ops import kernels as nf4
-
-    nf4.decode(*quantized, out)
-    written(out)
-
-
-def _decode_by_bitsandbytes(quantized: Quantized, out: Tensor) -> None:
+def _by_bitsandbytes(quantized: Quantized, out: Tensor) -> None:
     packed, state = quantized
     torch.ops.bitsandbytes.dequantize_4bit.out(
         packed, absmax(quantized), state.blocksize, state.quant_type, out.shape, out.dtype, out=out
     )
 
 
-WAYS: dict[str, Callable[[Quantized, Tensor], None]] = {
-    "triton": _by_triton,
-    "bitsandbytes": _decode_by_bitsandbytes,
-}
+def _by_triton(quantized: Quantized, out: Tensor) -> None:
+    from qlora.ops import kernels
+
+    kernels.decode(*quantized, out)
 
 
-class _Held(threading.local):
+DECODERS: dict[str, Decoder] = {"bitsandbytes": _by_bitsandbytes, "triton": _by_triton}
+# The one that is used on a GPU. benchmarks/decode.py measures which is the fastest; until it has
+# run on a card, it is the one that is used the most elsewhere.
+GPU_DECODER = "bitsandbytes"
+
+
+def decoder(device: torch.device, dtype: torch.dtype) -> Decoder | None:
+    """How weights are decoded into given memory there; None where each is a new tensor."""
+    if device.type != "cuda":
+        return None
+    if GPU_DECODER == "triton" and not triton_decodes(device, dtype):
+        return DECODERS["bitsandbytes"]
+    return DECODERS[GPU_DECODER]
+
+
+@cache
+def triton_decodes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernel runs there and gives bitsandbytes' values, checked once."""
+    if not may_use_triton(device, dtype):
+        return False
+    weight = torch.linspace(-1, 1, 90 * 200, device=device).view(90, 200)
+    quantized = quantize(weight, QuantConfig())  # more than 256 blocks, the last is not full
+
+    def by_triton() -> Tensor:
+        out = torch.empty_like(weight, dtype=dtype)
+        _by_triton(quantized, out)
+        return out
+
+    what = f"Triton's decoding to {dtype} on {device}"
+    return agrees(by_triton, lambda: dequantize(quantized, dtype), tolerance=0, what=what)
+
+
+def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:
+    """The weight (out, in) of a Linear4bit or an nn.Linear in `dtype`, not to be written to.
+
+    The next call with this slot on this thread may overwrite it; autograd then raises if it was
+    saved for the backward pass.
+    """
+    weight: Tensor = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.detach().to(dtype)
+    quantized = Quantized(weight.detach(), state)
+    decode = decoder(weight.device, dtype)
+    if decode is None:
+        return dequantize(quantized, dtype)
+    return into_scratch(quantized, dtype, slot, decode)
+
+
+def into_scratch(quantized: Quantized, dtype: torch.dtype, slot: int, decode: Decoder) -> Tensor:
+    """The weight (out, in), decoded into this thread's buffer of that slot."""
+    out = scratch(quantized.state.shape, dtype, quantized.packed.device, slot)
+    decode(quantized, out)
+    return out
+
+
+class _Buffers(threading.local):
     """A thread's buffers, by device, stream and slot."""
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.device, int, int], Tensor] = {}
+        self.of: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
-_held = _Held()
+_buffers = _Buffers()
 
 
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: int) -> Tensor:
-    """Memory of that shape, with anything in it, that the next call of its kind gives again."""
-    wanted = shape.numel() * dtype.itemsize
+    """Uninitialized memory of that shape, which the next call with this slot returns again.
+
+    Kernels of one stream run in order: a weight is decoded after the product before has read the
+    buffer. Other streams have other buffers, and so have other threads, of which the backward pass
+    is one, as two threads may use a stream in turns. A product on another stream must wait for the
+    weight, as for any tensor. A CUDA graph that is captured has memory of its own, as it may
+    outlive the buffer.
+    """
+    size = shape.numel() * dtype.itemsize
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.empty(shape, dtype=dtype, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
     key = device, stream, slot
-    with torch.inference_mode(False):  # where memory has no version, and writing is not noticed
-        buffer = _held.buffers.get(key)
-        if buffer is None or len(buffer) < wanted:
-            _held.buffers.pop(key, None)  # never the old beside the new
-            del buffer
-            buffer = torch.empty(wanted, dtype=torch.uint8, device=device)
-            _held.buffers[key] = buffer
-        return buffer[:wanted].view(dtype).view(shape)
+    with torch.inference_mode(False):  # else it has no version that tells autograd of a change
+        buffer = _buffers.of.get(key)
+        if buffer is None or len(buffer) < size:
+            _buffers.of.pop(key, None)
+            del buffer  # the old one is freed before the new one is allocated
+            buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            _buffers.of[key] = buffer
+        return buffer[:size].view(dtype).view(shape)

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 
 from qlora import QuantConfig, apply_lora, load_base
 from qlora.adapters.apply import trainable_parameters
-from qlora.ops import nf4
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +31,9 @@ def test_counts_and_bytes(model):
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     assert len(layers) == 210
     assert sum(m.in_features * m.out_features for m in layers) == 106_168_320
-    packed = sum(
-        nf4.storage_bytes(nf4.Quantized(m.weight.data, m.weight.quant_state)) for m in layers
+    states = [m.weight.quant_state for m in layers]
+    packed = sum(m.weight.data.nbytes for m in layers) + sum(
+        t.nbytes for s in states for t in (s.absmax, s.state2.absmax, s.offset)
     )
     rest = {p for p in model.parameters() if not hasattr(p, "quant_state")}
     assert all(p.dtype == torch.bfloat16 for p in rest)

@@ -1,21 +1,20 @@
-"""Where a frozen layer's dense weight lies, and that it is the weight."""
+"""The dense weight of a frozen layer: its values, its decoder, and the memory it lies in."""
 
 import threading
+from functools import partial
 
 import bitsandbytes
 import pytest
 import torch
-from conftest import DEVICES, NEEDS_GPU
+from conftest import DEVICES, NEEDS_GPU, axis
 from torch import nn
 from torch.nn import functional as F
 
 from qlora.config import QuantConfig
 from qlora.ops import nf4
-from qlora.ops import nf4 as decode
-from qlora.ops.nf4 import Quantized, decoded, into_scratch, scratch
+from qlora.ops.nf4 import DECODERS, Quantized, decoded, into_scratch, scratch
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 def linear4bit(shape: tuple[int, int], device: str, quant_type: str = "nf4") -> nn.Module:
@@ -29,52 +28,46 @@ def linear4bit(shape: tuple[int, int], device: str, quant_type: str = "nf4") -> 
     return layer.to(device)
 
 
+def dense(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    return nf4.dequantize(Quantized(layer.weight.detach(), layer.weight.quant_state), dtype)
+
+
 def quantized(shape: tuple[int, int], device: torch.device, seed: int = 0) -> Quantized:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     return nf4.quantize(weight, QuantConfig())
 
 
+into_triton_scratch = partial(into_scratch, dtype=torch.float32, slot=0, decode=DECODERS["triton"])
+
+
 @pytest.fixture(autouse=True)
-def forget():
-    """Buffers are a thread's own, and the tests share one."""
+def fresh_buffers():
+    """Buffers belong to a thread, and all tests run in one."""
     yield
-    decode._held.buffers.clear()
+    nf4._buffers.of.clear()
 
 
 # ---- the weight ----
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", axis(torch.bfloat16, torch.float32, torch.float16))
+@pytest.mark.parametrize("quant_type", axis("nf4", "fp4"))
 def test_a_4_bit_layer(quant_type, dtype, device):
     layer = linear4bit((96, 128), device, quant_type)
-    want = nf4.dequantize_to(Quantized(layer.weight.detach(), layer.weight.quant_state), dtype)
-    for _ in range(2):  # a second time into the same memory
-        got = decoded(layer, dtype)
-        assert torch.equal(got, want)
-        assert type(got) is torch.Tensor
-        assert not got.requires_grad
+    for _ in range(2):  # on a GPU, a second time into the same memory
+        weight = decoded(layer, dtype)
+        assert torch.equal(weight, dense(layer, dtype))
+        assert type(weight) is torch.Tensor
+        assert not weight.requires_grad
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["triton", "bitsandbytes", "plain"])
-def test_every_way_gives_the_same(way, dtype, monkeypatch):
-    monkeypatch.setattr(decode, "GPU_WAY", way)
-    for quant_type in ("nf4", "fp4"):
-        layer = linear4bit((300, 200), "cuda", quant_type)
-        want = nf4.dequantize_to(Quantized(layer.weight.detach(), layer.weight.quant_state), dtype)
-        assert torch.equal(decoded(layer, dtype), want)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_layer_that_is_not_quantized(dtype):
     layer = nn.Linear(5, 3)
-    got = decoded(layer, dtype)
-    assert torch.equal(got, layer.weight.detach().to(dtype))
-    assert not got.requires_grad
+    weight = decoded(layer, dtype)
+    assert torch.equal(weight, layer.weight.detach().to(dtype))
+    assert not weight.requires_grad
     assert decoded(layer, torch.float32).data_ptr() == layer.weight.data_ptr()
 
 
@@ -84,31 +77,51 @@ def test_on_a_cpu_each_weight_is_a_tensor_of_its_own():
     assert first.data_ptr() != second.data_ptr()
 
 
-# ---- the way ----
+# ---- the decoder ----
 
 
-def test_until_it_is_measured_the_way_is_bitsandbytes():
-    assert decode.GPU_WAY == "bitsandbytes"
-    assert decode.way_for(torch.device("cuda:0"), torch.bfloat16) == "bitsandbytes"
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder_gives_the_same(name, dtype, monkeypatch):
+    monkeypatch.setattr(nf4, "GPU_DECODER", name)
+    for quant_type in ("nf4", "fp4"):
+        layer = linear4bit((300, 200), "cuda", quant_type)
+        assert torch.equal(decoded(layer, dtype), dense(layer, dtype))
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_triton_is_taken_where_it_works(works, monkeypatch):
-    monkeypatch.setattr(decode, "GPU_WAY", "triton")
-    monkeypatch.setattr(decode, "usable", lambda device, dtype: works)
-    wanted = "triton" if works else "bitsandbytes"
-    assert decode.way_for(torch.device("cuda:0"), torch.bfloat16) == wanted
+def test_triton_decodes_if_it_agrees_with_bitsandbytes(kernel_device, monkeypatch, caplog):
+    nf4.triton_decodes.cache_clear()
+    monkeypatch.setattr(nf4, "may_use_triton", lambda *_: True)
+    assert nf4.triton_decodes(kernel_device, torch.float32)
+    monkeypatch.setattr(nf4, "_by_triton", lambda quantized, out: out.zero_())
+    nf4.triton_decodes.cache_clear()
+    assert not nf4.triton_decodes(kernel_device, torch.float32)
+    assert "Triton's decoding to torch.float32" in caplog.text
+    nf4.triton_decodes.cache_clear()
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
-def test_other_devices_go_the_plain_way(device):
-    assert decode.way_for(torch.device(device), torch.bfloat16) == "plain"
+@pytest.mark.parametrize(
+    "name, agrees, device, used",
+    [
+        ("bitsandbytes", True, CUDA, DECODERS["bitsandbytes"]),
+        ("triton", True, CUDA, DECODERS["triton"]),
+        ("triton", False, CUDA, DECODERS["bitsandbytes"]),
+        ("triton", True, CPU, None),
+        ("bitsandbytes", True, torch.device("xpu"), None),
+    ],
+)
+def test_which_decoder_is_used(name, agrees, device, used, monkeypatch):
+    monkeypatch.setattr(nf4, "GPU_DECODER", name)
+    monkeypatch.setattr(nf4, "triton_decodes", lambda *_: agrees)
+    assert nf4.decoder(device, torch.bfloat16) is used
 
 
 # ---- the memory ----
 
 
-def test_a_slot_is_used_again_and_grows():
+def test_a_slot_reuses_its_buffer_and_grows_it():
     small, large = torch.Size((3, 5)), torch.Size((30, 50))
     first = scratch(small, torch.float32, CPU, 0)
     assert scratch(small, torch.bfloat16, CPU, 0).data_ptr() == first.data_ptr()
@@ -116,28 +129,28 @@ def test_a_slot_is_used_again_and_grows():
     grown = scratch(large, torch.float32, CPU, 0)
     assert (grown.shape, grown.dtype) == (large, torch.float32)
     assert scratch(small, torch.float16, CPU, 0).data_ptr() == grown.data_ptr()
-    held = decode._held.buffers.values()
+    held = nf4._buffers.of.values()
     assert sum(len(buffer) for buffer in held) == 30 * 50 * 4 + 3 * 5 * 4
 
 
-def test_threads_have_memory_of_their_own():
+def test_threads_have_separate_buffers():
     shape = torch.Size((4, 4))
-    mine, others = scratch(shape, torch.float32, CPU, 0), []
+    first, others = scratch(shape, torch.float32, CPU, 0), []
     run = threading.Thread(target=lambda: others.append(scratch(shape, torch.float32, CPU, 0)))
     run.start()
     run.join()
-    assert others[0].data_ptr() != mine.data_ptr()
+    assert others[0].data_ptr() != first.data_ptr()
 
 
-def test_memory_that_inference_made_is_watched_in_training():
+def test_a_buffer_made_in_inference_mode_is_watched_by_autograd():
     shape = torch.Size((4, 4))
     with torch.inference_mode():
-        made = scratch(shape, torch.float32, CPU, 0)
+        first = scratch(shape, torch.float32, CPU, 0)
     x = torch.ones(1, 4, requires_grad=True)
     y = F.linear(x, scratch(shape, torch.float32, CPU, 0).fill_(2))
     y.sum().backward(retain_graph=True)
     assert x.grad.tolist() == [[8.0] * 4]
-    assert scratch(shape, torch.float32, CPU, 0).fill_(3).data_ptr() == made.data_ptr()
+    assert scratch(shape, torch.float32, CPU, 0).fill_(3).data_ptr() == first.data_ptr()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -145,51 +158,48 @@ def test_memory_that_inference_made_is_watched_in_training():
 @pytest.mark.parametrize("inference", [False, True])
 def test_decoding_into_scratch(kernel_device, inference):
     weights = [quantized((48, 64), kernel_device, seed) for seed in (0, 1)]
-    wanted = [nf4.dequantize(weight) for weight in weights]
+    dense_weights = [nf4.dequantize(weight) for weight in weights]
     with torch.inference_mode(inference):
-        for weight, want in zip(weights, wanted, strict=True):
-            got = into_scratch(weight, torch.float32, 0, "triton")
-            assert torch.equal(got, want)
+        for weight, exact in zip(weights, dense_weights, strict=True):
+            assert torch.equal(into_triton_scratch(weight), exact)
 
 
-def test_a_weight_that_was_saved_and_then_overwritten_is_reported(kernel_device):
+def test_autograd_reports_a_saved_weight_that_was_overwritten(kernel_device):
     x = torch.randn(2, 64, device=kernel_device, requires_grad=True)
     first, second = (quantized((48, 64), kernel_device, seed) for seed in (0, 1))
-    y = F.linear(x, into_scratch(first, torch.float32, 0, "triton"))
-    into_scratch(second, torch.float32, 0, "triton")
+    y = F.linear(x, into_triton_scratch(first))
+    into_triton_scratch(second)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
 @pytest.mark.gpu
 @NEEDS_GPU
-def test_streams_have_memory_of_their_own():
+def test_streams_have_separate_buffers():
     shape, device = torch.Size((4, 4)), torch.device("cuda", torch.cuda.current_device())
-    mine = scratch(shape, torch.float32, device, 0)
+    first = scratch(shape, torch.float32, device, 0)
     with torch.cuda.stream(torch.cuda.Stream()):
         other = scratch(shape, torch.float32, device, 0)
-    assert mine.data_ptr() != other.data_ptr()
-    assert scratch(shape, torch.float32, device, 0).data_ptr() == mine.data_ptr()
+    assert first.data_ptr() != other.data_ptr()
+    assert scratch(shape, torch.float32, device, 0).data_ptr() == first.data_ptr()
 
 
 @pytest.mark.gpu
 @NEEDS_GPU
-@pytest.mark.parametrize("way", ["triton", "bitsandbytes"])
-def test_products_in_a_row_see_their_own_weights(way, monkeypatch):
-    monkeypatch.setattr(decode, "GPU_WAY", way)
+@pytest.mark.parametrize("name", DECODERS)
+def test_products_in_a_row_see_their_own_weights(name, monkeypatch):
+    monkeypatch.setattr(nf4, "GPU_DECODER", name)
     layers = [linear4bit((256, 256 + 64 * i), "cuda") for i in range(6)]
     x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
-    got = [F.linear(x[:, : len(d.T)], d) for d in (decoded(n, x.dtype) for n in layers)]
-    for layer, y in zip(layers, got, strict=True):
-        weight = nf4.dequantize_to(
-            Quantized(layer.weight.detach(), layer.weight.quant_state), x.dtype
-        )
+    ys = [F.linear(x[:, : len(d.T)], d) for d in (decoded(n, x.dtype) for n in layers)]
+    for layer, y in zip(layers, ys, strict=True):
+        weight = dense(layer, x.dtype)
         assert torch.equal(y, F.linear(x[:, : len(weight.T)], weight))
 
 
 @pytest.mark.gpu
 @NEEDS_GPU
-def test_a_captured_graph_has_memory_of_its_own():
+def test_a_captured_graph_has_its_own_memory():
     layer = linear4bit((64, 64), "cuda")
     before = decoded(layer, torch.bfloat16)
     graph = torch.cuda.CUDAGraph()

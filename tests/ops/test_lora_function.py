@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora.config import QuantConfig
 from qlora.ops import lora as lora_function
-from qlora.ops.lora import Dropout, Frozen, lora_linear, lora_mlp
+from qlora.ops.lora import Dropout, LayerSpec, lora_linear, lora_mlp
 from qlora.ops.nf4 import dequantize, quantize
 
 MLP_SHAPES = [(64, 128), (64, 128), (128, 64)]
@@ -24,18 +24,18 @@ ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approxi
 
 
 class Layer(NamedTuple):
-    frozen: Frozen
+    spec: LayerSpec
     weight: Tensor
     """what the codes stand for, fp32"""
     A: nn.Parameter
     B: nn.Parameter
 
     def twin(self, x: Tensor) -> Tensor:
-        layer: Any = self.frozen.layer
+        layer: Any = self.spec.layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        read = x if self.frozen.dropout is None else self.frozen.dropout(x)
+        read = x if self.spec.dropout is None else self.spec.dropout(x)
         low = F.linear(F.linear(read, self.A.to(x.dtype)), self.B.to(x.dtype))
-        return F.linear(x, self.weight.to(x.dtype), bias) + self.frozen.scaling * low
+        return F.linear(x, self.weight.to(x.dtype), bias) + self.spec.scaling * low
 
 
 def layer(
@@ -67,16 +67,16 @@ def layer(
         made.weight = nn.Parameter(weight.to(device, dtype))
     A = nn.Parameter(torch.randn(r, inputs, device=device) / inputs**0.5)
     B = nn.Parameter(torch.randn(outputs, r, device=device) / r**0.5)
-    frozen = Frozen(made.requires_grad_(False), 0.7, Dropout.drawn(p) if p else None)
-    return Layer(frozen, weight.to(device), A, B)
+    spec = LayerSpec(made.requires_grad_(False), 0.7, Dropout.drawn(p) if p else None)
+    return Layer(spec, weight.to(device), A, B)
 
 
 def parameters(layers: Sequence[Layer]) -> list[nn.Parameter]:
     return [matrix for one in layers for matrix in (one.A, one.B)]
 
 
-def arguments(layers: Sequence[Layer]) -> tuple[list[Frozen], list[tuple[Tensor, Tensor]]]:
-    return [one.frozen for one in layers], [(one.A, one.B) for one in layers]
+def arguments(layers: Sequence[Layer]) -> tuple[list[LayerSpec], list[tuple[Tensor, Tensor]]]:
+    return [one.spec for one in layers], [(one.A, one.B) for one in layers]
 
 
 def twin_mlp(x: Tensor, layers: Sequence[Layer], activation: str) -> Tensor:
@@ -178,7 +178,7 @@ def test_no_tokens_at_all(recompute):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_an_input_without_gradient(recompute):
-    """As that of the first layers, which see a frozen embedding."""
+    """As that of the first layers, which see a spec embedding."""
     layers = [layer(64, 128, 4), layer(64, 128, 4), layer(128, 64, 4)]
     x = torch.randn(5, 64)
     wanted = torch.autograd.grad(twin_mlp(x, layers, "silu").sum(), parameters(layers))
