@@ -24,6 +24,7 @@ from qlora.config.lora import LoraConfig as LoraConfig
 POSITIONAL = {"positional": True}
 """for what may be given without the name of its flag"""
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+MAX_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class DataConfig:
     """training data: .jsonl .json .csv .parquet .txt, a folder of them, or a dataset hub name"""
     eval_data: str | None = None
     """the same for evaluation"""
-    max_length: int = 2048
+    max_length: int = MAX_LENGTH
     """rows longer than this many tokens are cut, and counted"""
     packing: bool = False
     """put rows together into packs of up to max_length tokens"""

@@ -1,12 +1,12 @@
 """Files and hub data sets -> records -> chat messages.
 
-A record is told apart by its columns, in this order: `messages` (roles system, user, assistant,
-tool), ShareGPT `conversations`, `prompt` + `completion` (strings or lists of messages), Alpaca
-`instruction` + `input` + `output`, and `text`. `datasets` reads them; whatever is wrong with a file
-is said with its name and line.
+The columns of a record tell its kind; the first that matches of `messages` (roles system, user,
+assistant, tool), ShareGPT `conversations`, `prompt` + `completion` (strings or lists of messages),
+Alpaca `instruction` + `input` + `output`, and `text`. `datasets` reads the files; errors name the
+file and the line.
 
-Left out: images and sound in messages (text only), weights per message; tool_calls with arguments
-as JSON strings are passed to the template as they come.
+Left out: images and sound in messages, weights per message. Arguments of tool_calls that are JSON
+strings reach the template as they are.
 Sources: Alpaca (tatsu-lab/stanford_alpaca), ShareGPT as LLaMA-Factory and axolotl read it.
 """
 
@@ -24,6 +24,7 @@ from datasets.utils import logging as datasets_logging
 from qlora.errors import UserError, did_you_mean, first_line
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+ENDINGS = " ".join(LOADERS)
 KINDS = (  # columns that make a kind of record, first match wins
     ("messages",),
     ("conversations",),
@@ -39,20 +40,21 @@ ROLES = dict.fromkeys(("system",), "system")
 ROLES |= dict.fromkeys(("user", "human"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "observation", "function_response"), "tool")
+OBJECTS_WANTED = "one JSON object a line is wanted (or, in .json, a list of them)"
 NO_ROWS = "{} has no rows: at least one record is needed, fill it or give another"
 
 
-# ---- records
+# ---- files -> records
 
 
 def load_records(source: str, kinds: Sequence[tuple[str, ...]] = KINDS) -> Dataset:
-    """Rows of a local file, of a folder of files of one kind, or of a hub dataset's train split.
+    """Records of a local file, of a folder of files of one kind, or of a hub dataset's train split.
 
-    A local file is read afresh at each call, past datasets' cache, and leaves nothing on disk.
+    A local file is read again at each call, past datasets' cache, and leaves nothing on disk.
     Blank rows of `text` are skipped.
 
     Args:
-        kinds: the columns that make a kind of record, of those that will do.
+        kinds: the columns of each kind of record that is allowed.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -60,8 +62,8 @@ def load_records(source: str, kinds: Sequence[tuple[str, ...]] = KINDS) -> Datas
     elif _names_a_path(source):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
-            f"{source} does not exist: give a {' '.join(LOADERS)} file, a folder of them, or a "
-            f"dataset's hub name.{did_you_mean(path.name, siblings)}"
+            f"{source} does not exist: give a {ENDINGS} file, a folder of them, or a dataset's hub "
+            f"name.{did_you_mean(path.name, siblings)}"
         )
     else:
         records = _load_hub(source)
@@ -74,7 +76,7 @@ def load_records(source: str, kinds: Sequence[tuple[str, ...]] = KINDS) -> Datas
 
 
 def _names_a_path(source: str) -> bool:
-    """Whether a `source` that does not exist was meant as a path; a hub name is `owner/name`."""
+    """Whether a `source` that does not exist is meant as a path; a hub name is `owner/name`."""
     folder, slash, _ = source.partition("/")
     return (
         source.startswith((".", "/", "~"))
@@ -86,7 +88,7 @@ def _names_a_path(source: str) -> bool:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or those of a folder, all of one supported kind."""
+    """The file, or those of the folder, all of one supported kind."""
     if path.is_dir():
         files = sorted(
             p for p in path.iterdir() if p.suffix.lower() in LOADERS and not p.name.startswith(".")
@@ -94,13 +96,13 @@ def _files(path: Path) -> list[Path]:
         kinds = sorted({p.suffix.lower() for p in files})
         if len({LOADERS[kind] for kind in kinds}) != 1:
             raise UserError(
-                f"{path} must hold data files of one kind ({' '.join(LOADERS)}), it has "
+                f"{path} must hold data files of one kind ({ENDINGS}), it has "
                 f"{' and '.join(kinds) or 'none'}: name one of its files, or move the others out"
             )
         return files
     if path.suffix.lower() not in LOADERS:
         raise UserError(
-            f"{path} is no {' '.join(LOADERS)} file: convert it, to .jsonl for example."
+            f"{path} is no {ENDINGS} file: convert it, to .jsonl for example."
             f"{did_you_mean(path.suffix, LOADERS)}"
         )
     return [path]
@@ -115,9 +117,9 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
         # pandas would read the answers "None" and "N/A" as missing, and "007" and "1.50" as numbers
         options = {"keep_default_na": False, "converters": dict.fromkeys(TEXTS, str)}
     verbosity = datasets_logging.get_verbosity()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # we explain the failure ourselves
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # _why_unreadable explains it
     try:
-        # datasets knows a file by name and mtime, and would serve an edited one from its cache
+        # datasets identifies a file by name and mtime: its cache would serve an edited one
         with tempfile.TemporaryDirectory() as cache:
             records = load_dataset(
                 kind,
@@ -128,6 +130,8 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
                 **options,
             )
         return _with_dates_as_written(records, files) if kind == "json" else records
+    except UserError:
+        raise
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
         raise UserError(_why_unreadable(source, files, kind, error)) from error
     finally:
@@ -135,8 +139,8 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
 
 
 def _with_dates_as_written(records: Dataset, files: Sequence[Path]) -> Dataset:
-    """`records` with the text of columns that hold nothing but dates: "2024-05-01" comes out of
-    datasets as a timestamp, and would be trained on as "2024-05-01 00:00:00"."""
+    """`records` with the text of columns that hold only dates: datasets reads "2024-05-01" as a
+    timestamp, which would be trained on as "2024-05-01 00:00:00"."""
     types = {name: getattr(value, "dtype", "") for name, value in records.features.items()}
     dates = [name for name, dtype in types.items() if dtype.startswith("timestamp")]
     rows = [row for file in files for row in _json_rows(file)] if dates else []
@@ -147,16 +151,26 @@ def _with_dates_as_written(records: Dataset, files: Sequence[Path]) -> Dataset:
 
 
 def _json_rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON: one a line, or a list of them."""
+    """The objects of a JSON file, one a line or in a list; raises for the first that is none."""
     text = file.read_text("utf-8-sig")
-    if text.lstrip().startswith("["):
-        whole: list[dict[str, Any]] = json.loads(text)
-        return whole
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    is_list = text.lstrip().startswith("[")
+    rows: list[Any] = []
+    for number, part in enumerate([text] if is_list else text.split("\n"), start=1):
+        if part.strip():
+            try:
+                values = json.loads(part) if is_list else [json.loads(part)]
+            except json.JSONDecodeError as error:
+                problem = f"line {number + error.lineno - 1}: {error.msg}"
+                raise UserError(f"{file}, {problem}: {OBJECTS_WANTED}") from error
+            if odd := [type(row).__name__ for row in values if not isinstance(row, dict)]:
+                problem = f"line {number}: got a {odd[0]}, not an object"
+                raise UserError(f"{file}, {problem}: {OBJECTS_WANTED}")
+            rows += values
+    return rows
 
 
 def _check_text(source: str, files: Sequence[Path]) -> None:
-    """Refuse what datasets would let through (other encodings) or stumble over (blank files)."""
+    """Refuse other encodings, which datasets would let through, and blank files."""
     filled = False
     for file in files:
         with file.open("rb") as lines:
@@ -173,40 +187,13 @@ def _check_text(source: str, files: Sequence[Path]) -> None:
 
 
 def _why_unreadable(source: str, files: Sequence[Path], kind: str, error: BaseException) -> str:
-    """Name the file and the line; datasets' own message names neither."""
+    """The error with the file and the line, which datasets' own message lacks."""
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return NO_ROWS.format(source)
     for file in files if kind == "json" else ():
-        if where := _broken_json(file):
-            return (
-                f"{file}, {where}: one JSON object a line is wanted (or, in .json, a list of them)"
-            )
+        _json_rows(file)
     reason = first_line(error.__cause__ or error)
     return f"{source} cannot be read as {kind}: {reason} Mend the file, or save it as .jsonl"
-
-
-def _broken_json(file: Path) -> str | None:
-    """`'line 3: reason'` for the first place that is no JSON record, None when there is none."""
-    lines = file.read_text("utf-8-sig").split("\n")
-    first = next((line for line in lines if line.strip()), "")
-    if file.suffix.lower() == ".json" and _json_problem(first):  # not one object a line
-        try:
-            json.loads("\n".join(lines))
-        except json.JSONDecodeError as error:
-            return f"line {error.lineno}: {error.msg}"
-        return None
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and (problem := _json_problem(line)):
-            return f"line {number}: {problem}"
-    return None
-
-
-def _json_problem(line: str) -> str | None:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        return error.msg
-    return None if isinstance(value, dict) else f"got a {type(value).__name__}, not an object"
 
 
 def _load_hub(name: str) -> Dataset:
@@ -215,8 +202,8 @@ def _load_hub(name: str) -> Dataset:
     except (DatasetsError, ValueError, OSError) as error:  # the hub's and httpx's are OSErrors
         raise UserError(
             f"{name!r} is neither a file or folder here nor a dataset the hub gave: "
-            f"{first_line(error)} Give a {' '.join(LOADERS)} file, a folder of them, or the hub "
-            "name of a dataset with a train split"
+            f"{first_line(error)} Give a {ENDINGS} file, a folder of them, or the hub name of a "
+            "dataset with a train split"
         ) from error
 
 
@@ -229,25 +216,24 @@ class Chat:
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
-    first: int  # earlier messages are context: those of a `prompt` get no loss
+    first: int
+    """messages before this one are context without loss: those of a `prompt`"""
 
 
 def kind_of(
-    columns: Iterable[str],
-    source: str = "the record",
-    kinds: Sequence[tuple[str, ...]] = KINDS,
+    columns: Iterable[str], source: str = "the record", kinds: Sequence[tuple[str, ...]] = KINDS
 ) -> tuple[str, ...]:
-    """The columns that tell what kind of record it is."""
-    found = list(columns)
+    """The first of `kinds` whose columns are all there."""
+    columns = list(columns)
     for kind in kinds:
-        if all(column in found for column in kind):
+        if all(column in columns for column in kind):
             return kind
     wanted = "; ".join(" + ".join(kind) for kind in kinds)
-    every = {column for kind in kinds for column in kind}
-    known = [column for kind in kinds for column in kind if column not in found]
-    hints = (did_you_mean(column, known) for column in found if column not in every)
+    every = [column for kind in kinds for column in kind]
+    missing = [column for column in every if column not in columns]
+    hints = (did_you_mean(column, missing) for column in columns if column not in every)
     raise UserError(
-        f"{source} has the columns {', '.join(found)}: wanted are {wanted}. Rename them."
+        f"{source} has the columns {', '.join(columns)}: wanted are {wanted}. Rename them."
         f"{next(filter(None, hints), '')}"
     )
 
@@ -273,21 +259,16 @@ def chat_of(record: Mapping[str, Any]) -> Chat | None:
     return Chat(messages, _without_none(_parsed(record.get("tools"), "tools")) or None, first)
 
 
-def chat_messages(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The record as messages for a chat template; None for a `text` record, which has none."""
-    chat = chat_of(record)
-    return None if chat is None else chat.messages
-
-
 def prompt_messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages before the last assistant turn, to generate from; none of a `text` record."""
-    messages = chat_messages(record) or []
+    chat = chat_of(record)
+    messages = chat.messages if chat else []
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return messages[: turns[-1]] if turns else messages
 
 
 def _messages(value: Any, role: str | None, column: str) -> list[dict[str, Any]]:
-    """A list of messages, or a lone string as one message of `role`."""
+    """A list of messages, or a string as one message of `role`."""
     if isinstance(value, (list, tuple)):
         return [_message(turn) for turn in value]
     if role is None or isinstance(value, Mapping):
@@ -296,7 +277,7 @@ def _messages(value: Any, role: str | None, column: str) -> list[dict[str, Any]]
 
 
 def _message(turn: Any) -> dict[str, Any]:
-    """role/content from role/content or ShareGPT's from/value; other keys stay for the template."""
+    """`role` and `content`, also from ShareGPT's from/value; other keys stay for the template."""
     if not isinstance(turn, Mapping):
         raise UserError(f'a message must be {{"role": …, "content": …}}, got {str(turn)[:60]!r}')
     rest: dict[str, Any] = _without_none(turn)
@@ -310,9 +291,7 @@ def _message(turn: Any) -> dict[str, Any]:
         )
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         if any("text" not in part for part in content):
-            raise UserError(
-                "a message holds something other than text: only text can be trained on"
-            )
+            raise UserError("a message holds more than text: only text can be trained on")
         content = "".join(part["text"] for part in content)
     if not all(isinstance(call, Mapping) for call in rest.get("tool_calls", ())):
         raise UserError(f"tool_calls must be a list of calls, got {str(rest['tool_calls'])[:60]!r}")
@@ -321,14 +300,14 @@ def _message(turn: Any) -> dict[str, Any]:
 
 
 def _without_none(value: Any) -> Any:
-    """Drop keys whose value is None, at any depth: datasets fills in what only other rows have."""
+    """Drop keys whose value is None, at any depth: datasets fills in keys of other rows."""
     if isinstance(value, Mapping):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _parsed(value: Any, column: str) -> Any:
-    """The value, or what it says as JSON: in a .csv, lists can only be written as strings."""
+    """The value, parsed as JSON if it is a string: a .csv has lists as strings only."""
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
@@ -338,5 +317,5 @@ def _parsed(value: Any, column: str) -> Any:
 
 
 def string_of(value: Any) -> str:
-    """A cell as text; a missing one is empty."""
+    """A cell as text, empty if it is missing."""
     return "" if value is None else str(value)

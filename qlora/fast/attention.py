@@ -208,9 +208,8 @@ def _try(model: Any, collate: Collator, attention: str) -> str | None:
         model.set_attn_implementation(attention)
         if model.config._attn_implementation != attention:
             return "its attention cannot be set"
-        pack = {"input_ids": ids, "labels": ids, "position_ids": ids % FEW_TOKENS}
-        batch = collate([{name: values.tolist() for name, values in pack.items()}])
-        fault = _fault(*_run(model, batch), alone)
+        pack = [{"input_ids": row, "labels": row} for row in ids.view(2, -1).tolist()]
+        fault = _fault(*_run(model, collate([pack])), alone)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         fault = first_line(error)
     finally:

@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -38,8 +38,15 @@ from transformers import (
 )
 
 from qlora import __version__
-from qlora.data.chat_template import NO_LOSS, PROBE
-from qlora.data.generation import decode, generate, generation_settings, prompt_ids
+from qlora.data.chat_template import PROBE
+from qlora.data.generation import (
+    Question,
+    decode,
+    generate,
+    generation_settings,
+    prompt_ids,
+    question_of,
+)
 from qlora.data.objectives import OBJECTIVES
 from qlora.errors import UserError
 from qlora.files import (
@@ -220,18 +227,11 @@ def show_bytes(count: int) -> str:
 # ---- before and after training: samples.jsonl ----
 
 
-class Sample(NamedTuple):
-    """A row of the data, split before its last answer: token ids."""
-
-    prompt: list[int]
-    answer: list[int]
-    max_new_tokens: int
-
-
 def choose_samples(
     task: str, count: int, rows: Any, eval_rows: Any | None, max_length: int
-) -> list[Sample]:
-    """Up to `count` evenly spaced rows; none of a classifier. Prints which data they are from.
+) -> list[tuple[Question, int]]:
+    """Up to `count` evenly spaced rows and the longest answer to each, in tokens; none of a
+    classifier. Prints which data they are from.
 
     Args:
         rows: prepared rows (qlora.data.rows); `eval_rows`, where given, are used instead.
@@ -244,25 +244,19 @@ def choose_samples(
     print(f"before and after training, {count} rows of the {kind} data are answered: {SAMPLES}")
     samples = []
     for row in (rows[i * len(rows) // count] for i in range(count)):
-        prompt, answer, longest = row["input_ids"], row["labels"], max_length
-        if task != "seq2seq":  # there the labels are the answer alone
-            begin, end = _last_answer(answer)
-            prompt, answer, longest = prompt[:begin], prompt[begin:end], max_length - begin
-        samples.append(Sample(prompt, answer, min(MAX_NEW_TOKENS, 2 * len(answer), longest)))
+        question = question_of(row, task)
+        if not question.prompt:  # plain text
+            half = (len(question.answer) + 1) // 2
+            question = Question(question.answer[:half], question.answer[half:])
+        longest = max_length if task == "seq2seq" else max_length - len(question.prompt)
+        samples.append((question, min(MAX_NEW_TOKENS, 2 * len(question.answer), longest)))
     return samples
-
-
-def _last_answer(labels: list[int]) -> tuple[int, int]:
-    """Begin and end of the last run of tokens with loss; its half where nothing is before it."""
-    end = max(i for i, label in enumerate(labels) if label != NO_LOSS) + 1
-    begin = max((i + 1 for i in range(end) if labels[i] == NO_LOSS), default=0)
-    return begin or (end + 1) // 2, end
 
 
 def write_answers(
     folder: Path,
     when: str,
-    samples: list[Sample],
+    samples: list[tuple[Question, int]],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
@@ -273,11 +267,11 @@ def write_answers(
     """
     known = {(row["prompt"], row["wanted"]): row for row in read_samples(folder)}
     rows = []
-    for prompt, answer, max_new_tokens in samples:
-        key = _without_template(tokenizer, prompt), decode(tokenizer, answer)
+    for question, max_new_tokens in samples:
+        key = _without_template(tokenizer, question.prompt), decode(tokenizer, question.answer)
         row = {"prompt": key[0], "wanted": key[1], "before": None, "after": None}
         settings = generation_settings(model, tokenizer, max_new_tokens)
-        (generated,) = generate(model, tokenizer, [prompt], settings)
+        (generated,) = generate(model, tokenizer, [question.prompt], settings)
         rows.append(row | known.get(key, {}) | {when: generated})
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_text(folder / SAMPLES, "".join(lines))

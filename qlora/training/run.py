@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> Path:
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
     colour, task = sys.stdout.isatty(), config.task
-    print(show_example(data.rows, tokenizer, colour=colour, task=task, labels=data.labels))
+    print(show_example(data.rows, tokenizer, colour=colour, task=task, classes=data.labels))
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
     rate = config.learning_rate or rate_from_rule(model)
     config = replace(config, learning_rate=rate, resume=False)
@@ -179,15 +179,15 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
             tokenizer,
             max_length=max_length,
             task=config.task,
-            labels=labels,
-            new_labels=not prepared,  # evaluation data has the labels of the training data
+            classes=labels,
+            new_classes=not prepared,  # evaluation data has the labels of the training data
         )
         print(describe(stats, name=source))
         chats |= stats.chats
-        numbers = {k: n for k, n in asdict(stats).items() if k not in ("labels", "chats")}
+        numbers = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
         counts["evaluation" if prepared else "training"] = {"source": source, **numbers}
         prepared.append(rows)
-        labels = stats.labels
+        labels = stats.classes
     rows, eval_rows = (*prepared, None)[:2]
     return PreparedData(rows, eval_rows, labels, chats, max_length, counts)
 

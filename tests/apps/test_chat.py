@@ -85,13 +85,13 @@ def test_on_a_wide_terminal_they_stand_side_by_side(talk, adapters, checkpoints,
     both = [oracle(adapters("llama"), checkpoints("llama"), tuned=t) for t in (False, True)]
     rows = []
 
-    class Seen(chat.Columns):
+    class Seen(chat.SideBySide):
         def show(self, texts, ended):
             super().show(texts, ended)
             if all(ended):
                 rows.append([text.rstrip() for text in texts])
 
-    monkeypatch.setattr(chat, "Columns", Seen)
+    monkeypatch.setattr(chat, "SideBySide", Seen)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     said = talk(QUESTIONS, compare=True)
@@ -124,7 +124,7 @@ def test_a_person_may_err(talk, monkeypatch):
 
     monkeypatch.setattr("builtins.input", typed)
     said = talk([], terminal=True)
-    assert "an adapter on" in said.err and "/help says what there is to type." in said.err
+    assert "an adapter on" in said.err and "/help lists the commands." in said.err
     assert "error: unknown command /rest: wanted /reset, /system, /exit or /help" in said.err
     assert chat.HELP in said.err
     assert "error: this message has 6" in said.err
@@ -143,9 +143,7 @@ def test_a_terminal_is_given_no_orders_and_a_pipe_the_text_as_it_is(monkeypatch,
 
 def test_old_turns_are_forgotten_aloud(talk):
     said = talk(["x" * 300, "y" * 300])
-    assert said.err == (
-        "The oldest turn no longer fits into what the model reads, and so is forgotten.\n"
-    )
+    assert said.err == ("The oldest turn no longer fits into the model's context: forgotten.\n")
 
 
 def test_ctrl_c_ends_a_script_and_not_a_chat(talk, monkeypatch):
@@ -172,7 +170,7 @@ def test_ctrl_c_ends_a_script_and_not_a_chat(talk, monkeypatch):
     [
         (
             {"max_new_tokens": 512},
-            r"--max-new-tokens 512 leaves no room for a question: the model takes 512 tokens",
+            r"--max-new-tokens 512 leaves no space for a question: the model takes 512 tokens",
         ),
         ({"adapter": "nowhere"}, "adapter nowhere does not exist: give the folder"),
         ({"model": "nowhere/to/be"}, "model nowhere/to/be does not exist"),

@@ -4,8 +4,9 @@ import re
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wcwidth import wcswidth
 
-from qlora.apps.terminal import Columns, cells, printable, wrap
+from qlora.apps.terminal import SideBySide, printable, wrap
 
 texts = st.text(st.sampled_from("ab cd\n\t 我é👍-"), max_size=60)
 
@@ -22,16 +23,16 @@ def screen(written):
 
 
 def test_cells_are_those_of_a_terminal():
-    assert cells("abc") == 3
-    assert cells("我们") == 4  # wide
-    assert cells("👍") == 2
-    assert cells("e\u0301") == 1  # a combining accent
+    assert wcswidth("abc") == 3
+    assert wcswidth("我们") == 4  # wide
+    assert wcswidth("👍") == 2
+    assert wcswidth("e\u0301") == 1  # a combining accent
 
 
 def test_a_model_gives_a_terminal_no_orders():
     assert printable("a\x1b[2J\tb\r\n\x07👍") == "a[2J\tb\n👍"
     written = []
-    Columns(1, 20, written.append).show(["\x1b[2Jhi"], [True])
+    SideBySide(1, 20, written.append).show(["\x1b[2Jhi"], [True])
     assert screen("".join(written)) == ["[2Jhi", ""]
 
 
@@ -47,7 +48,7 @@ def test_lines_break_at_spaces_and_within_long_words():
 @given(texts, st.integers(2, 9))
 def test_nothing_is_lost_nor_too_wide_and_full_lines_stay(text, width):
     lines = wrap(text, width)
-    assert all(cells(line) <= width for line in lines)
+    assert all(wcswidth(line) <= width for line in lines)
     assert re.sub(r"\s", "", "".join(lines)) == re.sub(r"\s", "", text)
     for end in range(len(text)):
         shorter = wrap(text[:end], width)
@@ -56,7 +57,7 @@ def test_nothing_is_lost_nor_too_wide_and_full_lines_stay(text, width):
 
 def test_two_texts_that_grow():
     written = []
-    columns = Columns(2, 24, written.append)  # 10 cells each
+    columns = SideBySide(2, 24, written.append)  # 10 cells each
     columns.heading(["base", "tuned"])
     left, right = "one two three four", "5\n\n6"
     for end in range(1, 19):
@@ -77,9 +78,9 @@ def test_two_texts_that_grow():
 @given(texts, texts)
 def test_however_they_grow_the_screen_is_the_same(left, right):
     written = []
-    columns = Columns(2, 24, written.append)
+    columns = SideBySide(2, 24, written.append)
     for end in range(max(len(left), len(right)) + 1):
         columns.show([left[:end], right[:end]], [end >= len(left), end >= len(right)])
     at_once = []
-    Columns(2, 24, at_once.append).show([left, right], [True, True])
+    SideBySide(2, 24, at_once.append).show([left, right], [True, True])
     assert screen("".join(written)) == screen("".join(at_once))

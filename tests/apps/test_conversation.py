@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
-from qlora.apps.chat import AnswerStreamer, Conversation, write
+from qlora.apps.chat import AnswerStreamer, Conversation, stream
 from qlora.data.generation import answers, generation_settings, prompt_ids
 from qlora.errors import UserError
 
@@ -38,7 +38,7 @@ def test_the_oldest_turns_go_where_they_do_not_fit():
     assert chat.prompt(tokenizer, "four", room)[1] == 0
     question = "x" * room
     tokens = len(prompt_ids(tokenizer, Conversation("be brief").messages(question)))
-    with pytest.raises(UserError, match=f"has {tokens} tokens, and the model reads {room} beside"):
+    with pytest.raises(UserError, match=f"has {tokens} tokens, and the model takes {room} with"):
         chat.prompt(tokenizer, question, room)
     assert chat.turns == TURNS[2:]  # a question that cannot be asked costs no turn
 
@@ -53,7 +53,7 @@ def test_what_is_shown_grows_to_the_answers():
     def show(texts, ended):
         seen.append((list(texts), list(ended)))
 
-    texts, interrupted = write(model, tokenizer, prompts, settings, show)
+    texts, interrupted = stream(model, tokenizer, prompts, settings, show)
     assert texts == answers(model, tokenizer, chats, max_new_tokens=10)
     assert not interrupted
     assert len(seen) == 11  # each token, and the end
@@ -87,7 +87,7 @@ def test_ctrl_c_keeps_what_was_said():
             raise KeyboardInterrupt
 
     prompts = [prompt_ids(tokenizer, chat)]
-    texts, interrupted = write(
+    texts, interrupted = stream(
         model, tokenizer, prompts, generation_settings(model, tokenizer, 10), show
     )
     assert interrupted
@@ -102,4 +102,4 @@ def test_a_full_gpu_is_said_in_one_line(monkeypatch):
 
     monkeypatch.setattr(model, "generate", full)
     with pytest.raises(UserError, match="GPU's memory ran out: /reset forgets the turns"):
-        write(model, tokenizer, [[5]], generation_settings(model, tokenizer, 3), print)
+        stream(model, tokenizer, [[5]], generation_settings(model, tokenizer, 3), print)

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora.data.records import chat_messages, load_records, prompt_messages
+from qlora.data.records import chat_of, load_records, prompt_messages
 from qlora.data.rows import (
     DataStats,
     collator,
@@ -94,6 +94,11 @@ TALK = [
 ]
 CHAT = {"messages": TALK}
 SHORT = {"prompt": "a", "completion": "b"}
+
+
+def chat_messages(record: dict):
+    chat = chat_of(record)
+    return chat and chat.messages
 
 
 def byte_level(template: str | None = CHATML, *, eos: str = "</s>", trim: bool = True):
@@ -525,7 +530,7 @@ def test_a_hub_name_that_cannot_be_reached(monkeypatch):
         ({"messages": {"role": "user"}}, r"row 1: messages must be a list of messages, got a dict"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "row 1: a message holds something other than text",
+            "row 1: a message holds more than text",
         ),
     ],
 )

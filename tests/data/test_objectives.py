@@ -134,9 +134,9 @@ def test_a_text_and_its_label(write):
     rows, stats = prepare(write(*records), tokenizer, "seq-cls")
     assert rows[0]["input_ids"] == tokenizer("good films")["input_ids"] == [2, 4, 6, 7, 3]
     assert list(rows["labels"]) == [1, 0]
-    assert stats.labels == ("neg", "pos")
+    assert stats.classes == ("neg", "pos")
     assert describe(stats, name="x") == "x: 2 rows, 8 tokens, 2 labels of 2 kinds: neg, pos"
-    shown = show_example(rows, tokenizer, colour=False, task="seq-cls", labels=stats.labels)
+    shown = show_example(rows, tokenizer, colour=False, task="seq-cls", classes=stats.classes)
     assert shown.endswith("[CLS] bad [SEP] ⟦neg⟧")
 
 
@@ -167,7 +167,7 @@ def test_a_long_text_keeps_its_last_token(write):
 def test_evaluation_has_the_labels_of_training(write):
     source = write({"text": "good", "label": "pos"}, {"text": "bad", "label": "odd"})
     with pytest.raises(UserError, match="row 2: label 'odd' is none of neg, pos"):
-        prepare(source, bert_tokenizer(), "seq-cls", labels=("neg", "pos"), new_labels=False)
+        prepare(source, bert_tokenizer(), "seq-cls", classes=("neg", "pos"), new_classes=False)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_the_first_token_of_a_word_has_its_label(column, write):
     assert rows[0]["input_ids"] == encoded["input_ids"] == [2, 8, 12, 9, 8, 3]
     assert encoded.word_ids() == [None, 0, 0, 1, 2, None]
     assert rows[0]["labels"] == [-100, 0, -100, 1, 0, -100]
-    assert (stats.labels, stats.supervised_tokens) == (("B-PER", "O"), 3)
-    shown = show_example(rows, tokenizer, colour=False, task="token-cls", labels=stats.labels)
+    assert (stats.classes, stats.supervised_tokens) == (("B-PER", "O"), 3)
+    shown = show_example(rows, tokenizer, colour=False, task="token-cls", classes=stats.classes)
     assert shown.endswith("[CLS] ann⟦B-PER⟧ ##lie met⟦O⟧ ann⟦B-PER⟧ [SEP] ")
 
 
@@ -230,7 +230,7 @@ def test_bad_records_of_words(record, message, write):
     good["tokens"] = ["a", "b"] if isinstance(record["tokens"], list) else "a"
     source = write(record, good)
     with pytest.raises(UserError, match=message):
-        prepare(source, bert_tokenizer(), "token-cls", labels=("B", "O"))
+        prepare(source, bert_tokenizer(), "token-cls", classes=("B", "O"))
 
 
 # ---- loss ----
