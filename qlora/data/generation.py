@@ -39,6 +39,8 @@ class Question(NamedTuple):
     answer: list[int]
     request: str = ""
     """the user's last words"""
+    max_new_tokens: int = 0
+    """longest answer, where it differs from row to row"""
 
 
 def question_of(row: Mapping[str, Any], task: str) -> Question:

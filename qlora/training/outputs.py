@@ -229,9 +229,8 @@ def show_bytes(count: int) -> str:
 
 def choose_samples(
     task: str, count: int, rows: Any, eval_rows: Any | None, max_length: int
-) -> list[tuple[Question, int]]:
-    """Up to `count` evenly spaced rows and the longest answer to each, in tokens; none of a
-    classifier. Prints which data they are from.
+) -> list[Question]:
+    """Up to `count` evenly spaced rows; none of a classifier. Prints which data they are from.
 
     Args:
         rows: prepared rows (qlora.data.rows); `eval_rows`, where given, are used instead.
@@ -249,14 +248,15 @@ def choose_samples(
             half = (len(question.answer) + 1) // 2
             question = Question(question.answer[:half], question.answer[half:])
         longest = max_length if task == "seq2seq" else max_length - len(question.prompt)
-        samples.append((question, min(MAX_NEW_TOKENS, 2 * len(question.answer), longest)))
+        longest = min(MAX_NEW_TOKENS, 2 * len(question.answer), longest)
+        samples.append(question._replace(max_new_tokens=longest))
     return samples
 
 
 def write_answers(
     folder: Path,
     when: str,
-    samples: list[tuple[Question, int]],
+    samples: list[Question],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
@@ -267,10 +267,10 @@ def write_answers(
     """
     known = {(row["prompt"], row["wanted"]): row for row in read_samples(folder)}
     rows = []
-    for question, max_new_tokens in samples:
+    for question in samples:
         key = _without_template(tokenizer, question.prompt), decode(tokenizer, question.answer)
         row = {"prompt": key[0], "wanted": key[1], "before": None, "after": None}
-        settings = generation_settings(model, tokenizer, max_new_tokens)
+        settings = generation_settings(model, tokenizer, question.max_new_tokens)
         (generated,) = generate(model, tokenizer, [question.prompt], settings)
         rows.append(row | known.get(key, {}) | {when: generated})
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from qlora.adapters.files import load_adapter
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
+from qlora.data.generation import Question
 from qlora.data.rows import prepare_data
 from qlora.training import train
 from qlora.training.outputs import (
     MetricsWriter,
     PlainProgress,
-    Sample,
     choose_samples,
     describe_log,
     device,
@@ -254,7 +254,7 @@ def test_samples_are_of_the_evaluation_data_and_not_of_a_classifier(tmp_path, ca
     assert choose_samples("seq-cls", 5, training, evaluation, 128) == []
 
 
-def chosen(path: Path, record: dict[str, Any], *, task="causal-lm", length: int = 128) -> Sample:
+def chosen(path: Path, record: dict[str, Any], *, task="causal-lm", length: int = 128) -> Question:
     rows = rows_of(path / "one.jsonl", [record], task=task, length=length)
     (sample,) = choose_samples(task, 1, rows, None, length)
     return sample

@@ -91,7 +91,7 @@ def test_run_file(quick_run, data):
     recorded = yaml.safe_load((quick_run.folder / "run.yaml").read_text())
     assert recorded["config"]["learning_rate"] == 1e-2 and recorded["config"]["r"] == 4
     _, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
-    counts = {k: n for k, n in asdict(stats).items() if k not in ("labels", "chats")}
+    counts = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
     counts = {"source": str(data), **counts}
     assert recorded["data"] == {"training": counts, "evaluation": counts}
     assert recorded["device"]["memory_bytes"] > 2**28
