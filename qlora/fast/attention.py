@@ -39,12 +39,10 @@ from qlora.errors import UserError, first_line
 from qlora.ops.agree import relative_error
 
 VARLEN, ROWS = "qlora_varlen", "qlora_rows"
-FEW_TOKENS = 8
+FEW_TOKENS = 8  # of each of the two rows that are tried
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments that change the scores
-# Fewer heads of keys and values than of queries: torch releases after 2.11 must be told.
-GROUPED: Any = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
+# releases of torch after 2.11 want to know of fewer heads of keys and values than of queries
+GROUPED = [name for name in inspect.signature(varlen_attn).parameters if name == "enable_gqa"]
 
 Collator = Callable[[Any], dict[str, Any]]
 
@@ -59,6 +57,9 @@ def rows_collator(
     Raises:
         UserError: packing is asked for, and the model does not keep rows apart.
     """
+    for name, function in ((VARLEN, varlen_attention), (ROWS, rows_attention)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, _no_mask)
     own, faults = model.config._attn_implementation, []
     for name in _candidates(model) if fast_path else ():
         fault = _try(model, FlatCollator(), name)
@@ -100,7 +101,7 @@ def varlen_attention(
     _refuse_unsupported(options)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, head_dim)
     longest, window = options["max_length_q"], options.get("sliding_window")
-    settings: Any = {"scale": options.get("scaling"), **GROUPED}
+    settings: Any = {"scale": options.get("scaling"), **dict.fromkeys(GROUPED, True)}
     settings["window_size"] = (window - 1 if window else -1, 0)
     out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **settings)
     return out[None], None
@@ -197,9 +198,6 @@ def _candidates(model: Any) -> Iterator[str]:
 
 def _try(model: Any, collate: Collator, attention: str) -> str | None:
     """Set `attention` and return None, if `model` keeps rows apart with it; else the reason."""
-    for name, function in ((VARLEN, varlen_attention), (ROWS, rows_attention)):
-        AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, _no_mask)
     own, was_training = model.config._attn_implementation, model.training
     model.eval()
     try:
@@ -219,7 +217,7 @@ def _try(model: Any, collate: Collator, attention: str) -> str | None:
     return fault
 
 
-def _run(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _run(model: Any, batch: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
     """The embeddings of a batch and its logits, which have gradients in them. Of the whole model:
     some heads do not pass a batch's arguments on."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "attention_mask")}
@@ -231,13 +229,12 @@ def _run(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
     hook = model.get_input_embeddings().register_forward_hook(keep)
     try:
-        logits = model(**moved).logits
-        return embedded[0], logits
+        return embedded, model(**moved).logits
     finally:
         hook.remove()
 
 
-def _fault(embedded: Tensor, together: Tensor, alone: list[Tensor]) -> str | None:
+def _fault(embedded: list[Tensor], together: Tensor, alone: list[Tensor]) -> str | None:
     """How the logits of two rows together, (1, 2 * FEW_TOKENS, vocab), differ from each alone."""
     first, second = together[:, : 2 * FEW_TOKENS].split(FEW_TOKENS, 1)
     # a norm may make a constant of a plain sum: cosines are as good as random factors

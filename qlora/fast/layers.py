@@ -5,17 +5,15 @@
     MLPBlock      a gated MLP, down(act(gate(x)) * up(x)): one qlora.ops.lora.lora_mlp
     RMSNorm       y = xhat * w, xhat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps) (arXiv:1910.07467)
 
-Which layers share their input is seen in one run of a few tokens. A gated MLP is found by the names
-of its children, a norm by its parameters; both must then agree numerically with the function that
-replaces them. Every forward pass checks whether the function supports the layer's current state,
-its adapter and dtype; otherwise the layer, or the model's own MLP or norm, computes as without this
-module.
+Layers that share an input are found by one run of a few tokens, a gated MLP by the names of its
+children, a norm by its parameters; the latter two must agree numerically with their function. Every
+forward pass checks whether the function supports the layer's current state, its adapter and dtype;
+otherwise the layer, or the model's own MLP or norm, computes as without this module.
 
 Models write RMSNorm out in fp32: six kernels, of which autograd keeps x in fp32, twice the bytes of
 a 16-bit x. On a GPU torch.nn.functional.rms_norm is one kernel, keeps x in its own dtype and one
-number per row, and rounds once where models round twice. On a CPU it is as slow as the models' and
-keeps as much; there `_FromOutput` computes fp32 norms and keeps y instead of x, as apex does with
-`memory_efficient`:
+number per row, and rounds once where models round twice. On a CPU it saves nothing; there
+`_FromOutput` computes fp32 norms and keeps y instead of x, as apex does with `memory_efficient`:
 
     dx = rstd * (dy * w - xhat * mean(dy * y)),    xhat = y / w
 
@@ -27,7 +25,8 @@ norms that are trained; 16-bit norms on a CPU, where xhat from a rounded y loses
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -137,9 +136,7 @@ class MLPBlock(Wrapper):
 
     def __init__(self, base_layer: nn.Module, layers: Sequence[LoRALayer], activation: str) -> None:
         super().__init__(base_layer)
-        self.layers = tuple(
-            layers
-        )  # gate, up and down: children of base_layer, not registered here
+        self.layers = tuple(layers)  # gate, up and down, which are base_layer's children
         self.activation = activation
         self.recompute = False
         """keep x alone for the backward pass, as under gradient checkpointing"""
@@ -159,13 +156,12 @@ class MLPBlock(Wrapper):
 
 def _arguments(layers: Sequence[LoRALayer]) -> tuple[list[LayerSpec], list[tuple[Tensor, Tensor]]]:
     """The arguments of lora_linear and lora_mlp, for layers that are fast."""
-    names = [layer.active_adapters[0] for layer in layers]
-    pairs = list(zip(layers, names, strict=True))
-    frozen = [
-        LayerSpec(layer.base_layer, layer.scaling[name], layer.drawn_dropout(name))
-        for layer, name in pairs
-    ]
-    return frozen, [(layer.lora_A[name], layer.lora_B[name]) for layer, name in pairs]
+    specs, factors = [], []
+    for layer in layers:
+        name = layer.active_adapters[0]
+        specs.append(LayerSpec(layer.base_layer, layer.scaling[name], layer.drawn_dropout(name)))
+        factors.append((layer.lora_A[name], layer.lora_B[name]))
+    return specs, factors
 
 
 def is_fast(layer: LoRALayer, x: Tensor) -> bool:
@@ -202,8 +198,6 @@ def why_plain(layer: LoRALayer) -> str | None:
 
 
 class _Call(NamedTuple):
-    """The only call of a module."""
-
     x: Tensor
     y: Tensor
 
@@ -237,51 +231,42 @@ def _record_calls(model: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, _C
     return {module: own[0] for module, own in calls.items() if len(own) == 1}
 
 
-def _groups(
-    layers: dict[str, LoRALayer], calls: dict[nn.Module, _Call]
-) -> Iterator[list[LoRALinear]]:
+def _groups(layers: dict[str, LoRALayer], calls: dict[nn.Module, _Call]) -> list[list[LoRALinear]]:
     """Layers of one parent that were called one after another with one tensor; the others alone."""
     names = {layer: name for name, layer in layers.items() if isinstance(layer, LoRALinear)}
     called = [layer for layer in calls if layer in names]
-    for _, group in groupby(
-        called, lambda layer: (names[layer].rpartition(".")[0], id(calls[layer].x))
-    ):
-        yield list(group)
-    yield from ([layer] for layer in names if layer not in calls)
+    keys = {layer: (names[layer].rpartition(".")[0], id(calls[layer].x)) for layer in called}
+    groups = [list(group) for _, group in groupby(called, keys.__getitem__)]
+    return groups + [[layer] for layer in names if layer not in calls]
 
 
 def _gated_mlp(module: nn.Module) -> MLPBlock | None:
     """`module` as one function, if it is a gated MLP whose three projections have adapters."""
-    children = plain(module)._modules
+    mlp = plain(module)
     for names in PROJECTIONS:
-        projections = [children.get(name) for name in names]
-        others = [child for name, child in children.items() if name not in names]
-        # nothing but an activation beside them: T5Gemma's have dropout
-        if len(others) == 1 and all(isinstance(layer, LoRALinear) for layer in projections):
-            activation = next((act for act in ACTS if _computes(plain(module), names, act)), None)
-            if activation is not None:
-                return MLPBlock(module, projections, activation)
+        layers = [
+            child for name in names if isinstance(child := mlp._modules.get(name), LoRALinear)
+        ]
+        if len(layers) == 3 and len(mlp._modules) == 4:  # with the activation; T5Gemma's drops out
+            activation = next((act for act in ACTS if _computes(mlp, names, act)), None)
+            return None if activation is None else MLPBlock(module, layers, activation)
     return None
 
 
 def _computes(mlp: Any, names: tuple[str, str, str], activation: str) -> bool:
     """Whether the forward pass of `mlp` is down(activation(gate(x)) * up(x)), also in training and
     where gate and up give large values: some clamp them, or drop out."""
-    n = 1024
-    twin = shallow_copy(mlp)  # whose gate and up give one half of the features each
+    n, twin = 1024, shallow_copy(mlp)  # whose gate and up give one half of the features each
     halves = lambda x: x[..., :n], lambda x: x[..., n:], lambda h: h
     twin._modules.update(zip(names, halves, strict=True))  # type: ignore[arg-type]
     twin.training = True  # not train(), which is for the children too
     gate = torch.linspace(-1, 1, n, device=next(mlp.parameters()).device)
     x = torch.cat([gate, gate.roll(300)])[None, None]  # (1, 1, 2 n)
 
-    def forward(x: Tensor) -> Tensor:
-        y: Tensor = type(mlp).forward(twin, x)
-        return y
-
     def function(x: Tensor) -> Tensor:
         return gated_forward(x[..., :n], x[..., n:], activation)
 
+    forward = partial(type(mlp).forward, twin)
     close = 8 * torch.finfo(torch.float32).eps  # some write their activation out
     try:
         return all(agrees(forward, function, size * x, tolerance=close) for size in GATE_RANGES)
@@ -348,14 +333,10 @@ class RMSNorm(Wrapper):
 
 
 def divides(weight: Tensor) -> bool:
-    """Whether y / w recovers xhat.
-
-    A small w costs no digits, roundings being relative, until y is below the normal numbers: it may
-    then be off by the least of them, `tiny`, and y / w by tiny / |w|. That must be at most the
-    rounding of an xhat of 1, which is a row's mean: |w| >= 1e-31 in fp32.
-    """
+    """Whether y / w recovers xhat: a y below the normal numbers may be off by the least of them,
+    `tiny`, and y / w by tiny / |w|, which must be at most the rounding of an xhat of 1."""
     limits = torch.finfo(weight.dtype)
-    return bool(weight.abs().min() >= limits.tiny / limits.eps)
+    return bool(weight.abs().min() >= limits.tiny / limits.eps)  # 1e-31 in fp32
 
 
 class _FromOutput(torch.autograd.Function):

@@ -8,16 +8,14 @@ the GPU computes the next layers, and back while it computes the layer above:
     backward   x_i is used, and the copy of x_(i-1) starts
 
 Saved-tensor hooks (torch.autograd.graph) are enough: a non-re-entrant checkpoint saves its inputs
-under the hooks around it and what is inside under its own, so that the hooks here get layer inputs,
-and after the last layer a few tensors that are the newest and stay. Left on the GPU: leaves and
-views of them, which the graph holds anyway (a frozen embedding's output is one), and tensors that
-are small, not contiguous, or without gradient.
+under the hooks around it and what is inside under its own. Left on the GPU: leaves and views of
+them, which the graph holds anyway (a frozen embedding's output is one), and tensors that are small,
+not contiguous, or without gradient.
 
-All copies run in order on one stream. It waits for the computing stream before each copy, as memory
-there may be in use; the computing stream waits for a copy before its tensor is used or released. So
-memory is released in the order of the computation and buffers are reused at once, without
-record_stream, which would let memory grow while Python is ahead of the GPU. All state belongs to
-the graph and is freed with it.
+All copies run in order on one stream. It waits for the computing stream before each copy, and that
+stream waits for a copy before its tensor is used or released. So memory is released in the order of
+the computation and buffers are reused at once; with record_stream memory would grow while Python is
+ahead of the GPU. All state belongs to the graph and is freed with it.
 
 Cost: as much host memory, which cannot be swapped out. No time, by arithmetic: a layer of P
 parameters computes 2 P FLOP per token and moves 2 dim bytes, so a copy is hidden if P / dim is at
@@ -28,10 +26,9 @@ it. Left out: several GPUs, and tensors inside checkpoints that keep more than t
 `offload_embedding`: a step reads a few rows of the embedding, which is 0.98 GiB for Llama-3.1-8B.
 Pinned memory has an address on the GPU (CUDA's unified addressing), so the weight becomes a CUDA
 tensor over it, by __cuda_array_interface__, and the lookup's kernel reads its rows over PCIe: 64
-MiB for 8,192 tokens, 3 ms at 25 GB/s. The module, its name, device, dtype, state dict and
-generate() stay as they are; resize_token_embeddings makes a weight on the GPU again. torch rounds
-pinned memory up to a power of two. Left out: the output head, of which every chunk of tokens reads
-all rows, 1 GB over PCIe; and an embedding that is trained, adapted or tied to the head.
+MiB for 8,192 tokens, 3 ms at 25 GB/s. Nothing else changes; resize_token_embeddings makes a weight
+on the GPU again. Left out: the output head, of which every chunk of tokens reads all rows, 1 GB
+over PCIe; and an embedding that is trained, adapted or tied to the head.
 """
 
 import weakref
@@ -208,14 +205,13 @@ class Saved:
 
     def release(self) -> None:
         """Free the memory on the GPU, after the copy to host memory."""
-        if self.tensor is not None and self.host is not None:
+        if self.host is not None:
             self._finish()
             self.tensor = None
 
     def fetch(self) -> None:
         """Start the copy back to the GPU, if it is not there."""
-        if self.tensor is None:
-            assert self.host is not None
+        if self.tensor is None and self.host is not None:
             self.tensor = torch.empty_like(self.host, device=self.copies.device)
             self.started = self.copies.start(self.tensor, self.host)
             self._version = self.tensor._version
@@ -224,11 +220,10 @@ class Saved:
         """The tensor, also several times: what was moved stays in host memory."""
         self.fetch()
         self._finish()
-        tensor = self.tensor
-        assert tensor is not None
+        tensor: Any = self.tensor
         if self.host is not None:
             self.tensor = None
-        return tensor
+        return tensor  # type: ignore[no-any-return]
 
     def _finish(self) -> None:
         if self.started is not None:
@@ -274,7 +269,7 @@ class Buffers:
         return self.allocate(1 << (size - 1).bit_length())  # as torch rounds up what it pins
 
     def give(self, buffer: Tensor) -> None:
-        """Take it back."""
+        """Back, for another `take`."""
         insort(self.free, buffer, key=len)
 
 
