@@ -9,15 +9,14 @@ shape, dtype and device that records what the model and transformers' losses do 
     cross_entropy(logits, labels)             sum or mean, with label_smoothing and ignore_index
 
 The cross-entropy is that of qlora.ops.loss. Every other operation materializes the logits, once, by
-the recorded operations: generation, accuracy, distillation and other losses get the same values,
-bit for bit. No class or config of a model is read, and what it adds to the loss (the router loss of
+the recorded operations: generation, accuracy, distillation and other losses get equal values, bit
+for bit. No class or config of a model is read, and what it adds to the loss (the router loss of
 experts) is added. Only the gradient *in* logits whose loss was computed without them does not
 exist: autograd raises that they were not used.
 
-The head computes logits at once where it is trained, adapted, quantized or has hooks; under
-torch.compile and inference_mode; and of few tokens, up to a chunk of qlora.ops.loss, where lazy
-logits would save nothing. Left out: a loss per token, class weights, logits times a tensor. They
-materialize the logits.
+Logits are computed at once by a head that is trained, adapted, quantized or has hooks; under
+torch.compile and inference_mode; and of few tokens, up to a chunk of qlora.ops.loss. Left out: a
+loss per token, class weights, logits times a tensor. They materialize the logits.
 """
 
 import math
@@ -86,7 +85,8 @@ def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> "
     dtype = product_dtype(hidden)
     like = torch.empty((*hidden.shape[:-1], len(weight)), dtype=dtype, device="meta")
     bias = None if bias is None else bias.detach().to(dtype)
-    return _lazy(like, _Recipe(weight.detach(), bias, dtype, hidden, rows=hidden))
+    recipe = _Recipe(weight.detach(), bias, dtype, hidden, rows=hidden)
+    return _Lazy.apply(hidden, like, recipe, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Recipe(NamedTuple):
@@ -106,7 +106,7 @@ class _Recipe(NamedTuple):
     c: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """By the operations that were recorded."""
+        """By the recorded operations."""
         with torch.autocast(hidden.device.type, enabled=False):
             logits = F.linear(hidden.to(self.dtype), self.weight.to(self.dtype), self.bias)
         for step in self.steps:
@@ -179,12 +179,6 @@ class LazyLogits(Tensor):
         )
 
 
-def _lazy(like: Tensor, recipe: _Recipe, source: LazyLogits | None = None) -> LazyLogits:
-    lazy: LazyLogits = _Lazy.apply(recipe.hidden, like, recipe)  # type: ignore[no-untyped-call]
-    lazy._recipe, lazy._like, lazy._source, lazy.value = recipe, like, source, None
-    return lazy
-
-
 def _detached_value(logits: LazyLogits) -> Tensor:
     if logits.value is not None:
         return logits.value.detach()
@@ -195,11 +189,13 @@ class _Lazy(torch.autograd.Function):
     """Hidden states to lazy logits; the gradient is that of the logits they will be."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, like: Tensor, recipe: _Recipe) -> LazyLogits:
+    def forward(
+        ctx: Any, hidden: Tensor, like: Tensor, recipe: _Recipe, source: LazyLogits | None
+    ) -> LazyLogits:
+        how: Any = {"dtype": like.dtype, "device": hidden.device}
+        lazy: LazyLogits = Tensor._make_wrapper_subclass(LazyLogits, like.shape, **how)
+        lazy._recipe, lazy._like, lazy._source, lazy.value = recipe, like, source, None
         ctx.recipe = recipe
-        lazy: LazyLogits = Tensor._make_wrapper_subclass(
-            LazyLogits, like.shape, dtype=like.dtype, device=hidden.device
-        )
         return lazy
 
     @staticmethod
@@ -208,7 +204,7 @@ class _Lazy(torch.autograd.Function):
         with torch.enable_grad():
             hidden = ctx.recipe.hidden.detach().requires_grad_()
             logits = ctx.recipe.logits(hidden)
-        return torch.autograd.grad(logits, hidden, gradient)[0], None, None
+        return torch.autograd.grad(logits, hidden, gradient)[0], None, None, None
 
 
 class _Materialize(torch.autograd.Function):
@@ -231,10 +227,7 @@ METADATA = {
     *(Tensor.dim, Tensor.is_floating_point, Tensor.numel, Tensor.size),
 }
 SCALES = {Tensor.mul: 1, torch.mul: 1, Tensor.div: -1, torch.div: -1}  # the number's exponent
-SHAPES = {
-    *(Tensor.contiguous, Tensor.flatten, Tensor.float),
-    *(Tensor.reshape, Tensor.to, Tensor.view),
-}
+SHAPES = {Tensor.contiguous, Tensor.flatten, Tensor.float, Tensor.reshape, Tensor.to, Tensor.view}
 
 
 def _cross_entropy(
@@ -291,7 +284,8 @@ def _answer(logits: LazyLogits, func: Any, *args: Any, **kwargs: Any) -> Tensor 
         return None
     rows = recipe.rows.reshape(*after.shape[:-1], -1)  # (..., dim)
     recipe = recipe._replace(rows=rows, steps=(*recipe.steps, lambda x: func(x, *args)))
-    return _lazy(after, recipe, logits if after._is_view() else None)
+    source = logits if after._is_view() else None
+    return _Lazy.apply(recipe.hidden, after, recipe, source)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _selects_rows(key: Any, ndim: int) -> bool:

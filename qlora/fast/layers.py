@@ -318,25 +318,21 @@ class RMSNorm(Wrapper):
         # a wrapper below is an adapter's, with a weight of its own
         is_frozen = not isinstance(norm, Wrapper) and not norm.weight.requires_grad
         if is_frozen and norm.weight.dtype == x.dtype:
-            is_wide = torch.finfo(x.dtype).bits >= 32
+            limits = torch.finfo(x.dtype)
+            is_wide = limits.bits >= 32
             weight: Tensor = norm.weight + offset if offset else norm.weight
             if x.device.type in HAS_KERNEL and (is_wide or not offset):
                 with torch.autocast(x.device.type, enabled=False):
                     return F.rms_norm(x, weight.shape, weight, eps)
-            if is_wide and divides(weight):
+            # xhat = y / w: a y below the normal numbers is off by up to `tiny`, which may be no
+            # more than the rounding of an xhat of 1 (|w| >= 1e-31 in fp32)
+            if is_wide and bool(weight.abs().min() >= limits.tiny / limits.eps):
                 return _FromOutput.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
         y: Tensor = norm(x)
         return y
 
     def extra_repr(self) -> str:
         return f"eps={self.form.eps}, offset={self.form.offset}"
-
-
-def divides(weight: Tensor) -> bool:
-    """Whether y / w recovers xhat: a y below the normal numbers may be off by the least of them,
-    `tiny`, and y / w by tiny / |w|, which must be at most the rounding of an xhat of 1."""
-    limits = torch.finfo(weight.dtype)
-    return bool(weight.abs().min() >= limits.tiny / limits.eps)  # 1e-31 in fp32
 
 
 class _FromOutput(torch.autograd.Function):

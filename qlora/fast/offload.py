@@ -197,7 +197,7 @@ class Saved:
     def move(self) -> None:
         """Start the copy to host memory, unless it was started."""
         if self.tensor is not None and self.host is None:
-            self._require_unchanged()
+            self._finish()
             self._buffer = self.buffers.take(self.tensor.nbytes)
             flat = self._buffer[: self.tensor.nbytes].view(self.tensor.dtype)
             self.host = flat.view(self.tensor.shape)
@@ -226,13 +226,10 @@ class Saved:
         return tensor  # type: ignore[no-any-return]
 
     def _finish(self) -> None:
+        """Wait for the copy under way. Versions are checked as torch does where no hooks are."""
         if self.started is not None:
             self.copies.finish(self.started)
             self.started = None
-        self._require_unchanged()
-
-    def _require_unchanged(self) -> None:
-        """torch's own check, which it leaves out where there are hooks."""
         if self.tensor is not None and self.tensor._version != self._version:
             raise RuntimeError(
                 f"a tensor {tuple(self.tensor.shape)} that the backward pass needs was changed in "
