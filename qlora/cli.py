@@ -1,518 +1,362 @@
-"""Flags and YAML -> one of the dataclasses of qlora.config, and what a script does with an error.
+"""The commands: flags and a YAML recipe become a config, which one function of the package takes.
 
-The dataclasses are the only list of settings: tyro makes the flags, the help and the config from
-them. A recipe (`--config FILE.yaml`) becomes flags put before the user's own, so a value is read by
-the same code wherever it is written, and the last word, the user's, wins. Scalars of a recipe are
-taken as they are written, not as YAML guesses: `revision: 1.10` stays 1.10.
-
-Left out on purpose: abbreviated flags, which would make each new setting a breaking change. Nothing
-heavy is imported here, so that a mistake is answered at once.
-
-One setting's value: from the words after its flag to its type, and back to one word.
-
-A value is read by the same code wherever it was written, on a command line or in a recipe.
-
-A YAML recipe -> the settings it makes, checked against the known names, with the file's name.
-
-Scalars are taken as they are written, not as YAML guesses: `revision: 1.10` stays 1.10. They become
-flags (qlora.cli), so that a value is read by the same code wherever it stands.
+The dataclasses of qlora.config are the only list of settings: their names, types, defaults and
+docstrings make the flags, the keys of a recipe and the help. A value is read by the same code
+wherever it is written; flags win. A recipe's scalars are taken as they are written: `revision:
+1.10` stays 1.10. Abbreviated flags are left out, because each new setting could make one ambiguous.
+argparse is not used: it knows no recipe, and takes the -1e-4 of `--weights 1 -1e-4` for a flag.
+Nothing heavy is imported before the config is complete, so that a mistake is answered at once.
 """
 
-import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stderr, suppress
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
-from io import StringIO
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from importlib import import_module
+from inspect import getsource
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from shutil import get_terminal_size
+from textwrap import fill
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-import tyro
 import yaml
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from qlora import __version__, config
 from qlora.config.lora import ALL_LINEAR
 from qlora.errors import UserError, did_you_mean
 
 Config = TypeVar("Config")
+SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # take a GPU's memory
+Fields = Mapping[str, tuple[Any, Field[Any]]]  # by name: the dataclass and its field
+
+COMMANDS: dict[str, tuple[Any, str, str]] = {  # settings; module:function; what Ctrl-C leaves
+    "train": (
+        config.TrainConfig, "qlora.training:train",
+        "--resume goes on from the last checkpoint, if there is one yet",
+    ),
+    "merge": (
+        config.MergeConfig, "qlora.merge:merge",
+        "there is no merged checkpoint yet, the adapter is untouched; run again",
+    ),
+    "chat": (config.ChatConfig, "qlora.apps.chat:chat", "nothing is kept of a chat"),
+    "evaluate": (
+        config.EvaluateConfig, "qlora.apps.evaluation:evaluate",
+        "nothing was written; run again, with --limit N for fewer rows",
+    ),
+    "report": (config.ReportConfig, "qlora.apps.report:report", "nothing was written"),
+    "portable": (
+        config.PortableConfig, "qlora.adapters.portable:make_portable",
+        "nothing was written, the adapter is untouched",
+    ),
+}  # fmt: skip
 
 
-# --------------------------------------------------------------------------- what the scripts call
+def main() -> None:
+    """`qlora COMMAND ...`, the console command."""
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        run(name, prog=f"qlora {name}", words=words)
+    elif name in ("-h", "--help"):
+        about = [f"  {name:<10} {_title(command[0])}" for name, command in COMMANDS.items()]
+        print("usage: qlora COMMAND [FLAGS]\n       qlora COMMAND --help\n", *about, sep="\n")
+    elif name == "--version":
+        print(f"qlora {__version__}")
+    else:
+        hint = did_you_mean(name, COMMANDS) or f" There are {', '.join(COMMANDS)}."
+        _stop(2, f"error: unknown command {name}.{hint}")
 
 
-def run(
-    main: Callable[[Config], int | None], config_class: type[Config], *, prog: str, interrupted: str
-) -> NoReturn:
-    """Parse the command line, call `main` with the config, and exit.
+def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
+    """Parse the command line and call the command's function with the config.
 
-    With what `main` returns (None is 0); with 2 and one line `error: …` after a UserError; with 130
-    and one line after Ctrl-C, where `interrupted` says what was kept. A bug keeps its traceback.
+    Exits with 2 and one line `error: …` after a UserError or when the GPU's memory ran out, and
+    with 130 and one line after Ctrl-C. Any other exception is a bug and keeps its traceback.
     """
+    config_class, function, interrupted = COMMANDS[name]
     try:
-        sys.exit(main(parse(config_class, prog=prog)))
+        settings = parse(config_class, words, prog=prog)
+        module, _, function = function.partition(":")
+        getattr(import_module(module), function)(settings)
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # somebody read enough, as `| head` does
+        _stop(2, f"error: {error}")
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
-        sys.exit(130)
-
-
-def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, prog: str) -> Config:
-    """The config that the flags, and the recipe they may name, ask for.
-
-    `argv` is `sys.argv[1:]` unless given. Raises UserError for whatever is wrong with either, and
-    SystemExit(0) after `--help`.
-    """
-    words = _name_positional(config_class, sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help", "--help-all"}.intersection(words):
-        # whoever asks for help gets it, whatever else was written
-        return _call_tyro(config_class, ["--help"], prog=prog, short="--help-all" not in words)
-    settings = _settings(config_class)
-    recipe, words = _take_recipe(words)
-    values = read_recipe(recipe, settings) if recipe else {}
-    if "trainer" in settings:
-        flags, words = _take_trainer(words)
-        values["trainer"] = {**values.get("trainer", {}), **flags}
-    _refuse_unknown_flags(words, settings)
-    given = {_name(word) for word in words if _is_flag(word)}
-    _refuse_gaps(config_class, given | values.keys())
-    tokens = [as_flag(name, value) for name, value in values.items()]
-    try:
-        return _call_tyro(config_class, tokens + words, prog=prog)
-    except _BadValue as error:
-        if recipe is None or error.name in given:
+        _stop(130, f"interrupted: {interrupted}")
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
             raise
-        raise UserError(f"{recipe}: {error.name}: {error.reason}") from None
+        peak = sys.modules["torch"].cuda.max_memory_allocated() / 2**30
+        lower = [_flag(name) for name in SIZES if name in dict(_settings(config_class))]
+        mend = " or ".join([f"lower {', '.join(lower)}"] * bool(lower) + ["take a smaller model"])
+        _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {mend}")
 
 
-# -------------------------------------------------------------- the settings, from the dataclasses
+def _stop(code: int, line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(code)
 
 
-def _settings(config_class: Any) -> dict[str, Any]:
-    """Name -> type of every setting; those of a dataclass inside it stand beside its own."""
-    settings: dict[str, Any] = {}
-    hints = get_type_hints(config_class)
-    for member in fields(config_class):
-        hint = hints[member.name]
-        if "no_flag" not in member.metadata:
-            settings |= _settings(hint) if is_dataclass(hint) else {member.name: hint}
-    return settings
+def parse(config_class: type[Config], words: Sequence[str] | None = None, *, prog: str) -> Config:
+    """The config that `words` (by default sys.argv[1:]) and the recipe among them ask for.
 
-
-def _required(config_class: Any) -> list[str]:
-    """Names of the settings that have no default."""
-    hints = get_type_hints(config_class)
-    names: list[str] = []
-    for member in fields(config_class):
-        if member.default is MISSING and member.default_factory is MISSING:
-            hint = hints[member.name]
-            names += _required(hint) if is_dataclass(hint) else [member.name]
-    return names
-
-
-# ------------------------------------------------------------------------------ the words, checked
-
-
-def _is_flag(word: str) -> bool:
-    return re.match(r"--?[A-Za-z]", word) is not None  # -1e-4 is a value
-
-
-def _name(word: str) -> str:
-    """`--lora-alpha=32` -> `lora_alpha`"""
-    return word.partition("=")[0].lstrip("-").replace("-", "_")
-
-
-def _name_positional(config_class: Any, words: Sequence[str]) -> list[str]:
-    """The words, with the flag put before the first if that stands without it and may."""
-    names = [member.name for member in fields(config_class) if "positional" in member.metadata]
-    bare = bool(names and words) and not words[0].startswith("-")
-    return [flag_of(names[0]), *words] if bare else [*words]
-
-
-def _take(words: Sequence[str], pattern: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """The flags of that pattern, each with its value, and the other words.
-
-    For the flags that tyro does not see; it reads the others by the same two spellings,
-    `--flag VALUE` and `--flag=VALUE`.
+    Raises UserError for whatever is wrong with either, and SystemExit(0) after `--help`.
     """
-    taken, rest = [], []
-    queue = iter(words)
-    for word in queue:
-        flag, equals, value = word.partition("=")
-        if not re.fullmatch(pattern, flag):
-            rest.append(word)
-            continue
-        value = value if equals else next(queue, "--help")
-        if not equals and _is_flag(value):
-            raise UserError(f"{flag} needs a value")
-        taken.append((flag, value))
-    return taken, rest
-
-
-def _take_recipe(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The file that `--config` names, and the other words."""
-    taken, rest = _take(words, "--config")
-    if len(taken) > 1:
-        raise UserError(f"--config takes one recipe, got {len(taken)}: put them into one file")
-    return (Path(taken[0][1]) if taken else None), rest
-
-
-def _take_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What `--trainer.NAME VALUE` (or `--trainer '{NAME: VALUE}'`) sets, and the other words."""
-    taken, rest = _take(words, r"--trainer(\..+)?")
-    values: dict[str, Any] = {}
-    for flag, text in taken:
-        name = _name(flag).removeprefix("trainer").removeprefix(".")
-        try:
-            value = yaml.load(text, Loader=Loader)
-        except yaml.YAMLError:
-            raise UserError(f"{flag}: wanted a YAML value, got {text!r}") from None
-        if not name and not isinstance(value, dict):
-            raise UserError(f"{flag}: wanted {{NAME: VALUE}}, got {text!r}")
-        values |= {name: value} if name else value
-    return values, rest
-
-
-def _refuse_unknown_flags(words: Iterable[str], settings: Mapping[str, Any]) -> None:
-    """Nothing is swallowed: a run with a typo would train with a default."""
-    known = {flag_of(name) for name in ("config", "help", *settings)}
-    known |= {flag_of(f"no-{name}") for name, hint in settings.items() if hint is bool}
-    hints = {
-        word.partition("=")[0]: did_you_mean(flag_of(_name(word)), known)
-        for word in words
-        if _is_flag(word) and (flag_of(_name(word)) not in known or word[1] != "-")
-    }
-    if hints:
-        lines = [f"unknown flag {flag}.{hint}" for flag, hint in hints.items()]
-        if "trainer" in settings and not all(hints.values()):
-            lines.append("Any other of transformers.TrainingArguments: --trainer.NAME VALUE.")
-        raise UserError(" ".join(lines))
-
-
-def _refuse_gaps(config_class: type, given: Iterable[str]) -> None:
-    missing = [flag_of(name) for name in _required(config_class) if name not in set(given)]
-    if missing:
+    words = sys.argv[1:] if words is None else words
+    settings = dict(_settings(config_class))
+    if not {"-h", "--help", "--help-all"}.isdisjoint(words):
+        print(_help(settings, prog, every="--help-all" in words), flush=True)
+        sys.exit(0)
+    flags = _split(words, settings)
+    recipes = [texts[0] for flag, name, texts in flags if name == "config"]
+    if len(recipes) > 1:
+        raise UserError(f"--config takes one recipe, got {len(recipes)}: put them into one file")
+    recipe = _read_recipe(recipes[0], settings) if recipes else {}
+    given = {name for _, name, _ in flags}
+    required = [n for n, (_, member) in settings.items() if _default(member) is MISSING]
+    if missing := [_flag(name) for name in required if name not in given | recipe.keys()]:
         raise UserError(f"missing {', '.join(missing)}: write a value here or in a --config file")
-
-
-# -------------------------------------------------------------------------------------------- tyro
-
-
-class _BadValue(UserError):
-    """A value that its setting cannot take; knows which, so that the recipe can be named."""
-
-    def __init__(self, flag: str, reason: str) -> None:
-        super().__init__(f"{flag}: {reason}")
-        self.name, self.reason = _name(flag), reason
-
-
-def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """`read_value` reads them, for one kind of message and for what tyro has no type for."""
-    hint: Any = info.type
-    metavar = None if is_dataclass(hint) else metavar_of(hint)
-    if metavar is None:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs="*" if is_list(hint) else 1,
-        metavar=metavar,
-        instance_from_str=lambda words: read_value(hint, words),
-        is_instance=lambda value: True,
-        str_from_instance=show_default,
-    )
-
-
-def _as_tyro_wants_it(config_class: Any, *, short: bool) -> Any:
-    """The class without flags for what has none, and in `short` without the rare ones."""
-    hints = get_type_hints(config_class)
-    members: list[Any] = []
-    for member in fields(config_class):
-        hint = hints[member.name]
-        if is_dataclass(hint):
-            inner = _as_tyro_wants_it(hint, short=short)
-            given: Any = {} if _required(hint) else {"default": inner()}
-            members.append((member.name, inner, field(**given, kw_only=True)))
-        elif "no_flag" in member.metadata or (short and "rare" in member.metadata):
-            hidden = Annotated[hint, tyro.conf.Suppress]  # type: ignore[valid-type]
-            default: Any = {"default": member.default}
-            if member.default is MISSING:
-                default = {"default_factory": member.default_factory}
-            members.append((member.name, hidden, field(**default, kw_only=True)))
-    made: Any = make_dataclass(config_class.__name__, members, bases=(config_class,), frozen=True)
-    made.__doc__ = config_class.__doc__
-    return made
-
-
-def _with_config_flag(config_class: Any) -> Any:
-    """The class with --config among its flags, for the help: `parse` has taken it by then."""
-    about = "settings from a YAML file; flags win over it"
-    recipe = Annotated[str | None, tyro.conf.arg(metavar="FILE.yaml", help=about)]
-    member = ("config", recipe, field(default=None, kw_only=True))
-    return make_dataclass(config_class.__name__, [member], bases=(config_class,), frozen=True)
-
-
-def _as_asked(config: Any, config_class: type[Config]) -> Config:
-    """tyro's object as one of the class that was asked for."""
-    hints = get_type_hints(config_class)
-    values = {name: getattr(config, name) for name in hints}
-    for name, hint in hints.items():
-        if is_dataclass(hint):
-            values[name] = _as_asked(values[name], hint)  # type: ignore[arg-type]
-    return config_class(**values)
-
-
-def _call_tyro(
-    config_class: type[Config], words: Sequence[str], *, prog: str, short: bool = False
-) -> Config:
-    """tyro's parse, with its boxed messages turned into a UserError."""
-    registry = ConstructorRegistry()
-    registry.primitive_rule(_rule)
-    box = StringIO()
-    about = (config_class.__doc__ or "").partition("\n")[0]
-    if short:
-        about += " (--help-all lists the flags that are rarely needed, too.)"
+    above = given - {"trainer"}  # what a flag replaces
+    texts = [(f"{recipes[0]}: {n}", n, [text]) for n, text in recipe.items() if n not in above]
+    values: dict[str, Any] = {}
+    for where, name, words in [*texts, *(flag for flag in flags if flag[1] != "config")]:
+        key = where.partition("--trainer.")[2].replace("-", "_")
+        new = {key: _load(where, words[0])} if key else _value(where, settings[name][1].type, words)
+        values[name] = {**values.get(name, {}), **new} if name == "trainer" else new
     try:
-        with redirect_stderr(box):
-            config, strays = tyro.cli(
-                _with_config_flag(_as_tyro_wants_it(config_class, short=short)),
-                prog=prog,
-                description=about,
-                args=words,
-                config=(tyro.conf.OmitArgPrefixes,),
-                registry=registry,
-                return_unknown_args=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise _unboxed(box.getvalue(), stop) from None
-    if strays:
-        raise UserError(
-            f"no flag takes {' '.join(strays)}: a value follows its flag, "
-            "and a switch takes none but is turned off with --no-NAME"
-        )
-    return _as_asked(config, config_class)
+        return _build(config_class, values)  # type: ignore[no-any-return]
+    except UserError as error:
+        is_recipes = str(error).partition(" ")[0] in recipe.keys() - given
+        raise UserError(f"{recipes[0]}: {error}" if is_recipes else str(error)) from None
 
 
-def _unboxed(box: str, stop: BaseException) -> UserError:
-    """What tyro refused: our own UserError where one is at the bottom of it, else the box's text.
-
-    tyro draws a UserError from `read_value` or a `__post_init__` into its box, wrapped at 80
-    columns; the exception still hangs on the SystemExit, unharmed.
-    """
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    text = " ".join(lines[:rule])
-    cause: BaseException | None = stop
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__context__
-    if value := re.match(r"Error parsing (--[\w-]+):", text):
-        return _BadValue(value[1], str(cause or text))
-    if gap := re.match(r"Missing value for argument '(--[\w-]+)'", text):
-        return UserError(f"{gap[1]} needs a value (one that starts with - is written {gap[1]}=-…)")
-    return UserError(str(cause or text))
+def _settings(config_class: Any) -> Iterator[tuple[str, tuple[Any, Field[Any]]]]:
+    """The settings that have a flag; those of a dataclass inside follow the others."""
+    for member in fields(config_class):
+        if not is_dataclass(member.type) and "no_flag" not in member.metadata:
+            yield member.name, (config_class, member)
+    for member in fields(config_class):
+        if is_dataclass(member.type):
+            yield from _settings(member.type)
 
 
-def flag_of(name: str) -> str:
-    """`lora_alpha` -> `--lora-alpha`"""
+def _build(config_class: Any, values: Mapping[str, Any]) -> Any:
+    own = {name for name, (owner, _) in _settings(config_class) if owner is config_class}
+    inner = {m.name: _build(m.type, values) for m in fields(config_class) if is_dataclass(m.type)}
+    return config_class(**{name: values[name] for name in own & values.keys()}, **inner)
+
+
+def _default(member: Field[Any]) -> Any:
+    made = member.default_factory
+    return member.default if made is MISSING else made()
+
+
+def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def as_flag(name: str, value: Any) -> str:
-    """One word, whatever it holds: a list or mapping travels as JSON, which `read_value` takes."""
-    if isinstance(value, bool):
-        return flag_of(name if value else f"no-{name}")
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return f"{flag_of(name)}={text}"
+def _split(words: Sequence[str], settings: Fields) -> list[tuple[str, str, list[str]]]:
+    """`--flag VALUE ...` and `--flag=VALUE` -> (flag, name of its setting, values).
+
+    A word that begins like a flag is one, and -1e-4 is a value. A switch gets `true` or `false`.
+    """
+    first = next((_flag(n) for n, (_, m) in settings.items() if "positional" in m.metadata), "")
+    split: list[tuple[str, list[str]]] = [(first, [])]
+    for word in words:
+        if re.match(r"--?[A-Za-z]", word):
+            flag, equals, text = word.partition("=")
+            split.append((flag, [text] if equals else []))
+        else:
+            split[-1][1].append(word)
+    types = {"": bool, "config": str} | {
+        name: member.type for name, (_, member) in settings.items()
+    }
+    known = {_flag(name): name for name in types} | {"": ""}
+    known |= {_flag(f"no_{name}"): name for name, hint in types.items() if hint is bool}
+    flags, unknown = [], {}
+    for raw, texts in split if split[0][1] else split[1:]:
+        flag = raw.replace("_", "-")
+        is_key = flag.startswith("--trainer.") and "trainer" in settings
+        name = "trainer" if is_key else known.get(flag)
+        hint = types.get(name or "")
+        is_list, is_switch = _item(hint) is not None, hint is bool
+        strays = texts if is_switch else [] if is_list else texts[1:]
+        if name is None:
+            unknown[raw] = f"unknown flag {raw}.{did_you_mean(flag, known)}"
+        elif strays:
+            raise UserError(
+                f"no flag takes {' '.join(strays)}: a value follows its flag, and a switch takes "
+                "none but is turned off with --no-NAME"
+            )
+        elif not texts and not is_list and not is_switch:
+            raise UserError(f"{flag} needs a value (one that starts with - is written {flag}=-…)")
+        else:
+            flags.append((flag, name, [str(flag == _flag(name))] if is_switch else texts))
+    if unknown:  # nothing is swallowed: a run with a typo would train with a default
+        if "trainer" in settings and not all("?" in line for line in unknown.values()):
+            unknown[""] = "Any other of transformers.TrainingArguments: --trainer.NAME VALUE."
+        raise UserError(" ".join(unknown.values()))
+    return flags
 
 
-def read_value(hint: Any, words: list[str]) -> Any:
-    """The words after a flag -> the value of its type, or a UserError with what was wanted."""
-    if not is_list(hint):
-        return _read_one(hint, words[0])
-    if kind := next((k for k in (int, float) if k in _items(hint)), None):
-        numbers = re.findall(r"[^\s,\[\]]+", " ".join(words))
-        return tuple(_read_number(kind, number) for number in numbers)
-    if len(words) == 1 and re.fullmatch(r"\[.*\]", words[0], re.DOTALL):
-        return _read_bracketed(words[0])
-    # One plain word is a list of one: taken as a regular expression over the full name, as PEFT
-    # takes a string, q_proj would match no layer.
-    if len(words) == 1 and str in get_args(hint) and _is_pattern(words[0]):
-        return words[0]
-    return tuple(words)
-
-
-def _items(hint: Any) -> tuple[Any, ...]:
-    """What a list setting holds: the arguments of its tuple."""
-    options = (hint, *get_args(hint))
-    return next((get_args(option) for option in options if get_origin(option) is tuple), ())
-
-
-def _read_bracketed(text: str) -> tuple[str, ...]:
-    """`["q_proj"]`, as `as_flag` writes it, or `[q_proj]`, as one does by hand."""
-    try:
-        items = json.loads(text)
-    except ValueError:
-        try:
-            items = yaml.load(text, Loader=yaml.BaseLoader)
-        except yaml.YAMLError:
-            items = [None]
-    if not all(isinstance(item, str) for item in items):
-        raise UserError(f"wanted a list of names, got {text!r}")
-    return tuple(items)
-
-
-def _is_pattern(word: str) -> bool:
-    return word == ALL_LINEAR or not set(word).isdisjoint("\\*+?()[]{}|^$")
-
-
-def _read_one(hint: Any, text: str) -> Any:
-    options = get_args(hint)
+def _value(where: str, hint: Any, words: Sequence[str]) -> Any:
+    """The words after a flag, or a recipe's text -> the value of the setting's type."""
+    text, item, parts = " ".join(words), _item(hint), _parts(hint)
     if get_origin(hint) is Mapping:
-        return _read_mapping(text)
-    if get_origin(hint) is Literal:
-        if text in options:
+        value = _load(where, text)
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: wanted {{NAME: VALUE}}, got {text!r}")
+        return {str(name): number for name, number in value.items()}
+    if item:
+        # One plain word is a list of one: taken as a regular expression over the full name, as PEFT
+        # takes a string, q_proj would match no layer.
+        if is_list := re.fullmatch(r"\[.*\]", text, re.DOTALL):
+            words = _load(where, text, AsWritten)
+        elif str in parts and (text == ALL_LINEAR or re.search(r"[\\*+?()\[\]{}|^$]", text)):
             return text
-        raise UserError(f"wanted {' or '.join(options)}, got {text!r}")
-    if NoneType in options:
-        is_none = text.lower() in ("none", "null")
-        return None if is_none else _read_one(options[options.index(NoneType) - 1], text)
-    if bool in options and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    return _read_number(hint, text) if hint in (int, float) else text
+        if not all(isinstance(word, str) for word in words):
+            raise UserError(f"{where}: wanted a list of plain values, got {text!r}")
+        if not is_list:  # a,b too
+            split = (re.split(",", w) if re.fullmatch(r"[\w.,+-]+", w) else [w] for w in words)
+            words = [word for part in split for word in part if word]
+        return tuple(word if item is str else _number(where, item, word) for word in words)
+    if bool in parts and text.lower() in yaml.SafeLoader.bool_values:
+        return yaml.SafeLoader.bool_values[text.lower()]
+    if hint is bool:
+        raise UserError(f"{where}: wanted true or false, got {text!r}")
+    if NoneType in parts and text.lower() in ("none", "null"):
+        return None
+    number = next((kind for kind in (int, float) if kind in parts), None)
+    return _number(where, number, text) if number else text
 
 
-def _read_mapping(text: str) -> dict[str, Any]:
-    """`{"q_proj": 8}`, as `as_flag` writes it, or `{q_proj: 8}`, as one does by hand."""
-    value: Any = None
-    with suppress(ValueError):
-        value = json.loads(text)
-    if value is None:
-        with suppress(yaml.YAMLError):
-            value = yaml.load(text, Loader=Loader)
-    if not isinstance(value, dict):
-        raise UserError(f"wanted {{NAME: VALUE}}, got {text!r}")
-    return {str(key): item for key, item in value.items()}
-
-
-def _read_number(kind: type[int] | type[float], text: str) -> int | float:
+def _number(where: str, kind: type[int] | type[float], text: str) -> int | float:
     try:
         number = kind(text)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"wanted {'a whole' if kind is int else 'a'} number, got {text!r}")
+        raise UserError(f"{where}: wanted {'a whole' if kind is int else 'a'} number, got {text!r}")
     return number
 
 
-def show_default(value: Any) -> list[str]:
-    """A default as the help prints it."""
-    return list(value) if isinstance(value, tuple) else [str(value)]
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
 
 
-def metavar_of(hint: Any) -> str | None:
-    """What the help shows for a value of that type; None for a type that tyro reads itself."""
-    options = [part for part in get_args(hint) if part is not NoneType]
-    if get_origin(hint) is Mapping:
-        return "{NAME: VALUE}"
-    if get_origin(hint) is Literal:
-        return "{" + ",".join(options) + "}"
-    if is_list(hint):
-        numbers = not {int, float}.isdisjoint(_items(hint))
-        return "NUMBER [NUMBER ...]" if numbers else "NAME [NAME ...]"
-    if bool in options:
-        return "{true,NAME}" if str in options else "{true,false}"
-    return {int: "INT", float: "NUMBER", str: "STR"}.get(options[0] if options else hint)
+def _item(hint: Any) -> Any:
+    """The type of a list's items; None for a setting that is no list."""
+    return next((get_args(part)[0] for part in _parts(hint) if get_origin(part) is tuple), None)
+
+
+class AsWritten(yaml.BaseLoader):
+    """PyYAML's that leaves scalars as text; a key may be set once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(problem=f"{twice[0]} is set twice")
+        return super().construct_mapping(node, deep)
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's, but 1e-4 is a number, as everyone who writes it means."""
+    """PyYAML's, but 1e-4 is a number."""
 
 
 Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
-def read_recipe(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> value of what the file sets, read no further than `as_flag` needs.
+def _load(where: str, text: str, loader: Any = Loader) -> Any:
+    try:
+        return yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line} is not YAML: {getattr(error, 'problem', error)}") from None
 
-    An empty value, as after `revision:`, leaves the default. A run's own run.yaml is a recipe too:
-    its settings are below `config:`.
+
+def _read_recipe(path: str, settings: Fields) -> dict[str, str]:
+    """Name -> text of what the file sets; an empty value, as after `revision:`, leaves the default.
+
+    A run's own run.yaml is a recipe too: its settings are below `config:`.
     """
-    root = _compose(path)
-    nested = [node for key, node in root.value if key.value == "config"]
-    if nested and isinstance(nested[0], yaml.MappingNode):
-        root = nested[0]
-    values: dict[str, Any] = {}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: {getattr(error, 'strerror', error)}") from None
+    written, typed = _load(path, text, AsWritten), _load(path, text)
+    if isinstance(typed, dict) and isinstance(typed.get("config"), dict):
+        written, typed = written["config"], typed["config"]
+    if not isinstance(typed, dict):
+        raise UserError(f"{path}: wanted lines of `name: value`, got {text[:40]!r}")
+    texts: dict[str, str] = {}
     unknown = []
-    for key, node in root.value:
-        name = key.value.replace("-", "_") if isinstance(key, yaml.ScalarNode) else _written(key)
+    for key, value in written.items():
+        name = config.OLD_NAMES.get(key.replace("-", "_"), key.replace("-", "_"))
         if name not in settings:
             unknown.append(f"unknown key {name}.{did_you_mean(name, settings)}")
-        elif name in values:
+        elif name in texts:
             raise UserError(f"{path}: {name} is set twice: keep one of the two")
-        else:
-            values[name] = _recipe_value(f"{path}: {name}", node, settings[name])
+        elif typed[key] is not None:
+            value = typed[key] if isinstance(value, dict) else value
+            text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+            texts[name] = value if isinstance(value, str) else text.strip()
     if unknown:
         raise UserError(f"{path}: {' '.join(unknown)}")
-    return {name: value for name, value in values.items() if value is not None}
+    return texts
 
 
-def _compose(path: Path) -> yaml.MappingNode:
-    """The file's mapping as YAML nodes, which still know how each value was written."""
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=Loader)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line} is not YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path} must have lines of `name: value`, got {_written(root)}")
-    return root
+def _help(settings: Fields, prog: str, *, every: bool) -> str:
+    """The flags by dataclass, the rare ones only if `every` is asked for."""
+    owner, width = next(iter(settings.values()))[0], get_terminal_size().columns
+    needed = [f"{_flag(n)} …" for n, (_, member) in settings.items() if _default(member) is MISSING]
+    about = f"{_title(owner)} Flags win over the recipe; --no-NAME turns a switch off"
+    about += "." if every else "; --help-all lists the rare flags too."
+    usage = f"usage: {prog} {' '.join(needed)} [--config RECIPE.yaml] [FLAGS]"
+    lines, docs = [fill(usage, width), fill(about, width), ""], _docs(owner)
+    lines.append(f"  {'--config RECIPE.yaml':<32}settings by name, in a YAML file")
+    for name, (group, member) in settings.items():
+        if "rare" in member.metadata and not every:
+            continue
+        if group is not owner:
+            lines += ["", fill(_title(group), width)]
+            owner, docs = group, _docs(group)
+        flag, default = f"  {_flag(name)} {_metavar(member)}", _default(member)
+        shown = f" (default {default})" if default not in (None, False, (), {}) else ""
+        shown = " (required)" if default is MISSING else shown
+        shown = (
+            f" (off: {_flag('no_' + name)})" if default is True and not _metavar(member) else shown
+        )
+        lines.append(fill(f"{flag:<32}  {docs[name]}{shown}", width, subsequent_indent=" " * 34))
+    return "\n".join(lines)
 
 
-def _recipe_value(where: str, node: yaml.Node, hint: Any) -> Any:
-    """One value: text as it is written, or a list, switch or mapping where the setting is one."""
-    kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    if kind == "null":
-        return None
-    if hint is bool:
-        if kind != "bool":
-            raise UserError(f"{where} must be true or false, got {_written(node)}")
-        return yaml.SafeLoader.bool_values[node.value.lower()]
-    if get_origin(hint) is Mapping:
-        if kind != "map":
-            raise UserError(f"{where} must be a mapping of NAME: VALUE, got {_written(node)}")
-        return Loader("").construct_document(node)
-    if isinstance(node, yaml.ScalarNode):
-        return node.value
-    items = node.value if is_list(hint) and kind == "seq" else [node]
-    if not all(isinstance(item, yaml.ScalarNode) for item in items):
-        wanted = "a value or a list of them" if is_list(hint) else "one value"
-        raise UserError(f"{where} must be {wanted}, got {_written(node)}")
-    return [item.value for item in items]
+def _metavar(member: Field[Any]) -> str:
+    """How the help shows a value; nothing for a switch."""
+    (part, *_), item = _parts(member.type), _item(member.type)
+    choices = member.metadata.get(
+        "choices", get_args(part) if get_origin(part) is Literal else (0,)
+    )
+    if isinstance(choices[0], str):
+        return f"{{{','.join(choices)}}}"
+    names = {int: "INT", float: "NUMBER", str: "NAME", bool: "", Mapping: "{NAME: VALUE}"}
+    return f"{names[item]} ..." if item else names[get_origin(part) or part]
 
 
-def _written(node: yaml.Node | None) -> str:
-    """What came, for a message."""
-    if isinstance(node, yaml.ScalarNode):
-        return repr(node.value)
-    return "a mapping" if isinstance(node, yaml.MappingNode) else "a list" if node else "nothing"
+def _title(config_class: Any) -> str:
+    return str(config_class.__doc__).partition("\n")[0]
 
 
-def is_list(hint: Any) -> bool:
-    """Whether a setting of that type takes several words."""
-    return any(get_origin(part) in (tuple, Sequence) for part in (hint, *get_args(hint)))
+def _docs(config_class: Any) -> dict[str, str]:
+    """The docstring below each field, from the source: Python keeps none."""
+    classes = (base for base in reversed(config_class.__mro__) if is_dataclass(base))
+    source = "\n".join(getsource(base) for base in classes)  # type: ignore[arg-type]
+    docs = re.findall(r'^    (\w+): .*?"""(.*?)"""', source, re.DOTALL | re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in docs}

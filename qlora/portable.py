@@ -1,25 +1,9 @@
-"""An adapter written so that every program takes it.
+"""Print which programs load an adapter, and write it so that all of them do.
 
-    python -m qlora.portable --adapter out [--output-dir out-portable]
-
-prints what each consumer makes of the adapter, and writes the portable one.
+python -m qlora.portable --adapter out [--output-dir out-portable]
 """
 
 from qlora.cli import run
-from qlora.config import PortableConfig
-
-
-def main(config: PortableConfig) -> None:
-    """Check and write, with torch imported only now: flags are answered at once."""
-    from qlora.adapters.portable import make_portable
-
-    make_portable(config)
-
 
 if __name__ == "__main__":
-    run(
-        main,
-        PortableConfig,
-        prog="python -m qlora.portable",
-        interrupted="nothing was written, the adapter is untouched",
-    )
+    run("portable", prog="python -m qlora.portable")

@@ -1,9 +1,9 @@
 """Every setting of a run, as frozen dataclasses: inert data, no torch, no file access.
 
-The field names are the flags of `train.py` and `merge_dequant.py` and the keys of a YAML recipe
-(qlora.cli makes both from here), so there is one place to add a setting. They are the names of
-transformers' TrainingArguments and PEFT's LoraConfig wherever those have one. `__post_init__`
-validates and does nothing else.
+The field names are the flags of the commands and the keys of a YAML recipe, which qlora.cli reads
+from here: a setting is added in one place. They are the names of transformers' TrainingArguments
+and PEFT's LoraConfig wherever those have one. Annotation and metadata of a field say what it takes
+(`Settings`); `__post_init__` checks that, then the rules across fields, and does nothing else.
 
 Where the defaults come from:
   NF4, double quantization, blocksize 64, all linear layers, Adam beta2 0.999, no weight decay,
@@ -14,26 +14,29 @@ Where the defaults come from:
   ends at a held-out loss of 1.334 in place of 1.474 (benchmarks/results/nf4_against_16bit.jsonl).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from qlora.config.lora import RARE, require, require_at_least, require_number
+from qlora.config.lora import POSITIONAL, RARE, SHARE, Settings, above, at_least, one_of, rule
 from qlora.config.lora import LoraConfig as LoraConfig
+from qlora.config.tasks import CAUSAL_LM, TASKS
 
-POSITIONAL = {"positional": True}
-"""for what may be given without the name of its flag"""
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-MAX_LENGTH = 2048
+MAX_LENGTH = 2048  # tokens of a row
+STEPS = rule("above 0, or -1 for num_train_epochs", lambda steps: steps == -1 or steps > 0)
+KEPT = rule("above 0 and at most 1", lambda share: 0 < share <= 1)
+BLOCKSIZE = one_of(32, 64, 128, 256, 512, 1024, 2048, 4096)
+OLD_NAMES = {"loss_without_logits": "fast_path"}
+"""former keys of recipes and run.yaml, which still open"""
 
 
 @dataclass(frozen=True)
-class QuantConfig:
+class QuantConfig(Settings):
     """How the frozen base is quantized."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit code of the base weights"""
-    blocksize: int = 64
+    blocksize: int = field(default=64, metadata=BLOCKSIZE)
     """weights that share one absmax, 32 to 4096"""
     double_quant: bool = True
     """quantize the absmax too: 4.127 bits, not 4.5"""
@@ -44,40 +47,23 @@ class QuantConfig:
     allow_unquantized: bool = False
     """leave weights as they are that cannot be quantized"""
 
-    def __post_init__(self) -> None:
-        require(
-            self.quant_type in ("nf4", "fp4"),
-            f"quant_type must be nf4 or fp4, got {self.quant_type!r}",
-        )
-        require(
-            self.blocksize in BLOCKSIZES,
-            f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize}",
-        )
-        require(
-            self.compute_dtype in ("auto", "bf16", "fp16", "fp32"),
-            f"compute_dtype must be auto, bf16, fp16 or fp32, got {self.compute_dtype!r}",
-        )
-
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """What is trained on, and how a record becomes tokens."""
 
     data: str
     """training data: .jsonl .json .csv .parquet .txt, a folder of them, or a dataset hub name"""
     eval_data: str | None = None
     """the same for evaluation"""
-    max_length: int = MAX_LENGTH
+    max_length: int = field(default=MAX_LENGTH, metadata=at_least(8))
     """rows longer than this many tokens are cut, and counted"""
     packing: bool = False
     """put rows together into packs of up to max_length tokens"""
 
-    def __post_init__(self) -> None:
-        require(self.max_length >= 8, f"max_length must be at least 8, got {self.max_length}")
-
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Fine-tune a language model with QLoRA: 4-bit base, bf16 adapter."""
 
     model: str
@@ -85,33 +71,36 @@ class TrainConfig:
     output_dir: str
     """where the adapter, metrics and checkpoints go"""
     data: DataConfig
-    task: Literal["causal-lm", "seq2seq", "seq-cls", "token-cls"] = "causal-lm"
-    """what the model is to do: write on, answer, or classify texts or tokens"""
+    """what is trained on"""
+    task: str = field(default=CAUSAL_LM.name, metadata=one_of(*TASKS))
+    """causal or encoder-decoder language model, or classifier of texts or of tokens"""
     revision: str | None = None
     """branch, tag or commit of a hub model"""
     trust_remote_code: bool = False
     """run code that comes with the model"""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """the adapter"""
     quant: QuantConfig = QuantConfig()
-    per_device_train_batch_size: int = 2
+    """the base"""
+    per_device_train_batch_size: int = field(default=2, metadata=at_least(1))
     """rows, or packs of them, a forward pass"""
-    gradient_accumulation_steps: int = 8
+    gradient_accumulation_steps: int = field(default=8, metadata=at_least(1))
     """forward passes an optimizer step"""
-    learning_rate: float | None = None
+    learning_rate: float | None = field(default=None, metadata=above(0))
     """by default from a rule, printed with its reason"""
     num_train_epochs: float = 1.0
     """passes over the data"""
-    max_steps: int = -1
+    max_steps: int = field(default=-1, metadata=STEPS)
     """optimizer steps; overrides num_train_epochs when above 0"""
-    loraplus_lr_ratio: float = field(default=1.0, metadata=RARE)
+    loraplus_lr_ratio: float = field(default=1.0, metadata=RARE | above(0))
     """learning rate of B over that of A and all else: LoRA+ (arXiv:2402.12354), which takes 16"""
     lr_scheduler_type: str = "linear"
     """any of transformers': linear, cosine, constant, …"""
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = field(default=0.0, metadata=SHARE)
     """share of the steps in which the learning rate rises"""
-    weight_decay: float = 0.0
+    weight_decay: float = field(default=0.0, metadata=at_least(0))
     """AdamW weight decay"""
-    max_grad_norm: float = 0.3
+    max_grad_norm: float = field(default=0.3, metadata=at_least(0))
     """gradient clipping"""
     optim: str = "paged_adamw_8bit"
     """any of transformers': paged_adamw_32bit, adamw_torch, …"""
@@ -125,87 +114,45 @@ class TrainConfig:
     """compute layers and loss by functions that keep less for the backward pass: the same numbers,
     faster and in less memory"""
     seed: int = 42
-    """of the adapter's start, the order of rows and dropout"""
-    logging_steps: int = 10
-    """steps between rows of metrics.jsonl"""
-    eval_steps: int | None = None
+    """of initialisation, row order and dropout"""
+    logging_steps: int = field(default=10, metadata=at_least(1))
+    """steps between metrics.jsonl rows"""
+    eval_steps: int | None = field(default=None, metadata=at_least(1))
     """steps between evaluations; by default an epoch"""
-    save_steps: int = 100
+    save_steps: int = field(default=100, metadata=at_least(1))
     """steps between checkpoints; the last two are kept"""
     resume: bool = False
     """go on from the last checkpoint in output_dir"""
-    samples: int = 3
+    samples: int = field(default=3, metadata=at_least(0))
     """rows whose answers before and after go to samples.jsonl; 0 for none"""
     report_to: tuple[str, ...] = ()
-    """loggers: tensorboard, wandb, trackio, mlflow, …"""
+    """loggers: tensorboard, wandb, trackio, mlflow"""
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    """anything else of transformers.TrainingArguments, as --trainer.NAME VALUE"""
+    """other transformers.TrainingArguments, as --trainer.NAME VALUE"""
     plan: bool = False
     """print what the run will need (not there yet)"""
     gpu_memory: str | None = None
     """budget to plan for, like 8GB (not there yet)"""
 
-    def __post_init__(self) -> None:
-        require(
-            self.task in ("causal-lm", "seq2seq", "seq-cls", "token-cls"),
-            f"task must be causal-lm, seq2seq, seq-cls or token-cls, got {self.task!r}",
-        )
-        require(
-            not self.data.packing or self.task == "causal-lm",
-            f"packing is for task causal-lm, and task is {self.task}: leave it out",
-        )
-        for name in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "save_steps",
-        ):
-            require(
-                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+    def faults(self) -> Iterator[str]:
+        """Rules across fields."""
+        if self.data.packing and self.task != CAUSAL_LM.name:
+            yield f"packing is for task {CAUSAL_LM.name}, and task is {self.task}: leave it out"
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            yield f"num_train_epochs must be above 0, got {self.num_train_epochs}"
+        if self.offload_activations and not self.gradient_checkpointing:
+            yield (
+                "offload_activations moves what gradient_checkpointing keeps, and that is off: "
+                "turn it on, or leave offload_activations out"
             )
-        require(
-            self.eval_steps is None or self.eval_steps >= 1,
-            f"eval_steps must be at least 1, got {self.eval_steps}",
-        )
-        require(
-            self.learning_rate is None or self.learning_rate > 0,
-            f"learning_rate must be above 0, got {self.learning_rate}",
-        )
-        require_number("loraplus_lr_ratio", self.loraplus_lr_ratio)
-        require(
-            0 <= self.warmup_ratio < 1,
-            f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}",
-        )
-        require(
-            self.max_steps == -1 or self.max_steps > 0,
-            f"max_steps must be above 0, or -1 for num_train_epochs, got {self.max_steps}",
-        )
-        for name in ("max_grad_norm", "weight_decay"):
-            require(
-                getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}"
-            )
-        require(
-            self.gradient_checkpointing or not self.offload_activations,
-            "offload_activations moves what gradient_checkpointing keeps, and that is off: turn it "
-            "on, or leave offload_activations out",
-        )
-        require(
-            self.eval_steps is None or self.data.eval_data is not None,
-            "eval_steps is given but eval_data is not: give both",
-        )
-        require(self.samples >= 0, f"samples must be at least 0, got {self.samples}")
-        require(
-            self.max_steps > 0 or self.num_train_epochs > 0,
-            f"num_train_epochs must be above 0, got {self.num_train_epochs}",
-        )
-        require(
-            not self.plan and self.gpu_memory is None,
-            "--plan and --gpu-memory are not there yet: leave them out",
-        )
+        if self.eval_steps is not None and self.data.eval_data is None:
+            yield "eval_steps is given but eval_data is not: give both"
+        if self.plan or self.gpu_memory is not None:
+            yield "--plan and --gpu-memory are not there yet: leave them out"
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(Settings):
     """Fold a trained adapter into its base and write a checkpoint, in 16 bits or in 4."""
 
     adapter: str | tuple[str, ...]
@@ -223,7 +170,7 @@ class MergeConfig:
     calibration: str | None = None
     """data for nf4, by default what the adapter was trained on, or else 'self': text that the model
     writes itself; 'none' does without"""
-    blocksize: int | None = None
+    blocksize: int | None = field(default=None, metadata=BLOCKSIZE)
     """weights that share a scale in nf4; by default as in training"""
     double_quant: bool = True
     """quantize the scales too in nf4, where training did"""
@@ -231,61 +178,45 @@ class MergeConfig:
     """data on which the merged model is measured against base + live adapter"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the arithmetic is done"""
-    min_kept: float | None = None
+    min_kept: float | None = field(default=None, metadata=KEPT)
     """with verify: publish nothing if less of the gain is kept, like 0.95"""
     max_shard_size: str = "5GB"
     """largest file of the output"""
     trust_remote_code: bool = False
     """run code that comes with the model"""
 
-    def __post_init__(self) -> None:
-        folders = (self.adapter,) if isinstance(self.adapter, str) else self.adapter
-        require(bool(folders), "adapter names no folder")
-        require(len(set(folders)) == len(folders), "adapter names a folder twice")
-        require(
-            len(self.weights) in (0, len(folders)),
-            f"weights must be one for each adapter: {len(folders)} adapters, "
-            f"{len(self.weights)} weights",
-        )
-        require(
-            self.onto in ("nf4", "original", "auto"),
-            f"onto must be nf4, original or auto, got {self.onto!r}",
-        )
-        require(
-            self.onto != "auto" or self.verify is not None,
-            "onto auto measures both on the data of verify: give it too",
-        )
-        require(
-            self.format in ("bf16", "fp16", "fp32", "nf4"),
-            f"format must be bf16, fp16, fp32 or nf4, got {self.format!r}",
-        )
-        require(
-            self.format == "nf4" or (not self.calibration and not self.blocksize),
-            f"calibration and blocksize are for format nf4, and format is {self.format}: "
-            "drop them, or choose nf4",
-        )
-        require(
-            self.blocksize is None or self.blocksize in BLOCKSIZES,
-            f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize}",
-        )
-        require(
-            self.min_kept is None or self.verify is not None,
-            "min_kept is measured on the data of verify: give both",
-        )
-        require(
-            self.min_kept is None or 0 < self.min_kept <= 1,
-            f"min_kept must be above 0 and at most 1, got {self.min_kept}",
-        )
+    def faults(self) -> Iterator[str]:
+        """Rules across fields."""
+        count, weights = len(self._folders), len(self.weights)
+        if not count:
+            yield "adapter names no folder"
+        if len(set(self._folders)) < count:
+            yield "adapter names a folder twice"
+        if weights not in (0, count):
+            yield f"weights must be one for each adapter: {count} adapters, {weights} weights"
+        if self.onto == "auto" and self.verify is None:
+            yield "onto auto measures both on the data of verify: give it too"
+        if self.format != "nf4" and (self.calibration or self.blocksize):
+            yield (
+                f"calibration and blocksize are for format nf4, and format is {self.format}: "
+                "drop them, or choose nf4"
+            )
+        if self.min_kept is not None and self.verify is None:
+            yield "min_kept is measured on the data of verify: give both"
+
+    @property
+    def _folders(self) -> tuple[str, ...]:
+        return (self.adapter,) if isinstance(self.adapter, str) else self.adapter
 
     @property
     def adapters(self) -> dict[str, float]:
         """Each adapter's folder and its weight."""
-        folders = (self.adapter,) if isinstance(self.adapter, str) else self.adapter
-        return dict(zip(folders, self.weights or (1.0,) * len(folders), strict=True))
+        weights = self.weights or (1.0,) * len(self._folders)
+        return dict(zip(self._folders, weights, strict=True))
 
 
 @dataclass(frozen=True)
-class PortableConfig:
+class PortableConfig(Settings):
     """Say which programs take an adapter, and write it so that all of them do."""
 
     adapter: str
@@ -295,7 +226,7 @@ class PortableConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """One page about a run, as HTML that needs no network: python -m qlora.report OUT"""
 
     adapter: str = field(metadata=POSITIONAL)
@@ -305,7 +236,7 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class ModelChoice:
+class ModelChoice(Settings):
     """Which model is tried: a base with an adapter on it, or a whole model."""
 
     adapter: str | None = None
@@ -321,17 +252,16 @@ class ModelChoice:
     trust_remote_code: bool = False
     """run code that comes with the model"""
 
-    def __post_init__(self) -> None:
-        require(
-            (self.adapter is None) != (self.model is None),
-            "give either --adapter, a folder that train.py wrote, or --model, a whole model; got "
-            + ("neither" if self.adapter is None else "both"),
-        )
-        for name, whole in (("base_model", False), ("load_in_4bit", True)):
-            require(
-                not getattr(self, name) or whole == (self.model is not None),
-                f"{name} goes with --{'model' if whole else 'adapter'} alone: leave it out",
-            )
+    def faults(self) -> Iterator[str]:
+        """Rules across fields."""
+        if (self.adapter is None) == (self.model is None):
+            got = "neither" if self.adapter is None else "both"
+            wanted = "--adapter, a folder that train.py wrote, or --model, a whole model"
+            yield f"give either {wanted}; got {got}"
+        if self.base_model and self.adapter is None:
+            yield "base_model goes with --adapter alone: leave it out"
+        if self.load_in_4bit and self.model is None:
+            yield "load_in_4bit goes with --model alone: leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,21 +274,18 @@ class ChatConfig(ModelChoice):
     """answers of the base beside those of the adapter, each with its own history"""
     system: str | None = None
     """system message"""
-    max_new_tokens: int = 512
+    max_new_tokens: int = field(default=512, metadata=at_least(1))
     """longest answer, in tokens"""
-    temperature: float = 0.0
+    temperature: float = field(default=0.0, metadata=at_least(0))
     """0: always the most likely token; about 0.7: livelier, each time another"""
     seed: int | None = None
     """of what is drawn with a temperature, by default a new one each time"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            not self.compare or self.adapter is not None,
-            "compare shows the base beside its adapter: give --adapter, not --model",
-        )
-        require_at_least("max_new_tokens", self.max_new_tokens, 1)
-        require_at_least("temperature", self.temperature, 0)
+    def faults(self) -> Iterator[str]:
+        """Rules across fields."""
+        yield from super().faults()
+        if self.compare and self.adapter is None:
+            yield "compare shows the base beside its adapter: give --adapter, not --model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,22 +294,16 @@ class EvaluateConfig(ModelChoice):
 
     data: str
     """rows like those of training: .jsonl .json .csv .parquet .txt, a folder, or a hub name"""
-    limit: int | None = None
+    limit: int | None = field(default=None, metadata=at_least(1))
     """only the first so many rows"""
-    max_length: int | None = None
+    max_length: int | None = field(default=None, metadata=at_least(8))
     """rows longer than this many tokens are cut; by default as in training, or else 2048"""
     generate: bool = True
     """let it answer, and compare the answers with those wanted"""
-    max_new_tokens: int = 256
+    max_new_tokens: int = field(default=256, metadata=at_least(1))
     """longest answer, in tokens"""
     output: str | None = None
     """all of it as JSON, by default evaluation.json in the adapter's folder"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least("limit", self.limit, 1)
-        require_at_least("max_length", self.max_length, 8)
-        require_at_least("max_new_tokens", self.max_new_tokens, 1)
 
 
 def flat(config: TrainConfig | MergeConfig) -> dict[str, Any]:

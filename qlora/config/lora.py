@@ -1,17 +1,87 @@
-"""The settings of an adapter, with PEFT's names and meaning: a frozen dataclass, inert as all of
-qlora.config. What would contradict itself, or mean nothing, is refused.
+"""The settings of an adapter, with PEFT's names and meaning, and the base of all settings.
+
+A field's annotation and metadata say what it takes: `r: int = field(default=16, metadata=above(0))`
+is a whole number above 0. `Settings` checks that; rules across fields are written out in `faults`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from qlora.config.tasks import TASKS
-from qlora.errors import UserError
+from qlora.errors import UserError, require
 
 ALL_LINEAR = "all-linear"
 TASK_TYPES = (*(task.task_type for task in TASKS.values()), "QUESTION_ANS", "FEATURE_EXTRACTION")
+NUMBERS = {int: ("a whole number", (int,)), float: ("a number", (int, float))}
+
+# ---- metadata of a field ----
+
+RARE: dict[str, Any] = {"rare": True}  # only --help-all shows its flag
+NO_FLAG: dict[str, Any] = {"no_flag": True}
+POSITIONAL: dict[str, Any] = {"positional": True}  # the name of its flag may be left out
+
+
+def rule(wanted: str, holds: Callable[[Any], bool]) -> dict[str, Any]:
+    """A value, unless None, must satisfy `holds`; a mapping's values must."""
+    return {"rule": (wanted, holds)}
+
+
+def at_least(least: float) -> dict[str, Any]:
+    """A number that may not be smaller."""
+    return rule(f"of at least {least}", lambda value: value >= least)
+
+
+def above(bound: float) -> dict[str, Any]:
+    """A number that must be larger."""
+    return rule(f"above {bound}", lambda value: value > bound)
+
+
+def one_of(*choices: Any) -> dict[str, Any]:
+    """A value from a list that the code computes; write any other list as a Literal."""
+    text = f"one of {', '.join(map(str, choices))}"
+    return {"choices": choices} | rule(text, lambda value: value in choices)
+
+
+SHARE = rule("of at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+class Settings:
+    """Base of the dataclasses. Raises UserError for the first value or combination refused."""
+
+    def __post_init__(self) -> None:
+        for member in fields(self):  # type: ignore[arg-type]
+            name, hint = member.name, member.type
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            if get_origin(hint) is Literal:
+                wanted = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+                require(value in kinds, f"{name} must be {wanted}, got {value!r}")
+            elif get_origin(hint) is Mapping and kinds[1] in NUMBERS:
+                is_mapping = isinstance(value, Mapping)
+                require(is_mapping, f"{name} must be NAME: NUMBER pairs, got {value!r}")
+                for key, number in value.items():
+                    _check(f"{key} in {name}", number, kinds, member.metadata)
+            elif value is not None and get_origin(hint) is not tuple:
+                _check(name, value, kinds, member.metadata)
+        for fault in self.faults():
+            raise UserError(fault)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with values that are each allowed."""
+        yield from ()
+
+
+def _check(name: str, value: Any, kinds: Iterable[Any], metadata: Mapping[str, Any]) -> None:
+    """Check a value against the type of number among `kinds`, and its field's rule."""
+    number, types = next((NUMBERS[kind] for kind in kinds if kind in NUMBERS), ("", (type(value),)))
+    wanted, holds = metadata.get("rule", ("", lambda value: True))
+    if type(value) not in types or not holds(value):
+        wanted = wanted if "choices" in metadata else f"{number} {wanted}".strip()
+        raise UserError(f"{name} must be {wanted}, got {value!r}")
+
+
+# ---- how an adapter starts ----
 
 
 class Init(NamedTuple):
@@ -20,11 +90,11 @@ class Init(NamedTuple):
     reads_weights: bool = False
     """from the base's weights before quantization"""
     changes_base: bool = False
-    """the base then has to lose scaling B A, so that the sum starts unchanged"""
+    """the base then loses scaling B A, so that the sum starts unchanged"""
     reads_data: bool = False
     """from activations on the training data"""
     implemented: bool = True
-    """here; the others are PEFT's and only met in adapters that it saved"""
+    """here; the others are PEFT's, met in adapters that it saved"""
 
 
 INITS = {
@@ -40,64 +110,15 @@ INITS = {
 }
 
 
-# Of a field: its flag is shown by --help-all only; or it has none.
-RARE: Mapping[str, Any] = {"rare": True}
-NO_FLAG: Mapping[str, Any] = {"no_flag": True}
-
-
-def require(ok: bool, message: str) -> None:
-    """A UserError with that message, unless it is so."""
-    if not ok:
-        raise UserError(message)
-
-
-def require_number(name: str, value: Any, *, whole: bool = False) -> None:
-    """Refuse what is no number above 0."""
-    kinds, wanted = ((int,), "a whole number") if whole else ((int, float), "a number")
-    ok = type(value) in kinds and value > 0
-    require(ok, f"{name} must be {wanted} above 0, got {value!r}")
-
-
-def require_at_least(name: str, value: float | None, least: float) -> None:
-    """Refuse a number below `least`; none at all is none to refuse."""
-    require(value is None or value >= least, f"{name} must be at least {least}, got {value}")
-
-
-def _require_pattern(name: str, pattern: Any, *, whole: bool = False) -> None:
-    require(isinstance(pattern, Mapping), f"{name} must be NAME: NUMBER pairs, got {pattern!r}")
-    for key, value in pattern.items():
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise UserError(f"{key!r} in {name} is no regular expression ({error})") from error
-        require_number(f"{key} in {name}", value, whole=whole)
-
-
-def _require_token_ids(given: Any) -> None:
-    ids = [*given.values()] if isinstance(given, Mapping) else [given]
-    for some in ids:
-        ok = all(type(i) is int and i >= 0 for i in some) and len(set(some)) == len(some)
-        require(
-            ok and (some or given == ()),
-            f"trainable_token_indices must be different whole numbers from 0, got {some!r}",
-        )
-
-
-def pattern_key(pattern: Iterable[str], module: str) -> str | None:
-    """The entry of rank_pattern or alpha_pattern that is for `module`, by PEFT's rule: the first
-    that matches an ending of its name, after a dot."""
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
-
-
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """The adapter: W x + scaling * B A x, with A (r, in), B (out, r), scaling lora_alpha / r."""
 
-    r: int = 16
+    r: int = field(default=16, metadata=above(0))
     """rank of the adapter"""
-    lora_alpha: float = 32
+    lora_alpha: float = field(default=32, metadata=above(0))
     """scaling is lora_alpha / r"""
-    lora_dropout: float = 0.0
+    lora_dropout: float = field(default=0.0, metadata=SHARE)
     """dropout on the adapter's input, in training"""
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     """all-linear, a list of name endings, or one regular expression over the full name"""
@@ -106,107 +127,109 @@ class LoraConfig:
     layers_to_transform: tuple[int, ...] = field(default=(), metadata=RARE)
     """only the layers with these numbers"""
     layers_pattern: tuple[str, ...] = field(default=(), metadata=RARE)
-    """what the number stands after, if not the first in a name"""
+    """what the number follows, if not the first in a name"""
     target_parameters: tuple[str, ...] = field(default=(), metadata=RARE)
-    """endings of names of parameters that are no layer's, such as fused experts'"""
-    rank_pattern: Mapping[str, int] = field(default_factory=dict, metadata=RARE)
+    """name endings of parameters that belong to no linear layer, such as fused experts"""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, metadata=RARE | above(0))
     """other ranks, by an ending of the layer's name"""
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict, metadata=RARE)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, metadata=RARE | above(0))
     """other values of lora_alpha, likewise"""
     modules_to_save: tuple[str, ...] = ()
     """modules trained in full beside the adapter"""
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = field(
         default=(), metadata=RARE
     )
-    """ids of tokens whose rows of the embedding are trained; or by an embedding's name"""
+    """ids of tokens whose embedding rows are trained; in Python also by an embedding's name"""
     bias: Literal["none", "all", "lora_only"] = field(default="none", metadata=RARE)
     """biases to train: none, all of the model's, or those of the adapted layers"""
     lora_bias: bool = field(default=False, metadata=RARE)
-    """a bias for B, too"""
+    """give B a bias"""
     use_rslora: bool = False
     """scaling lora_alpha / sqrt(r), arXiv:2312.03732"""
     use_dora: bool = False
-    """a trained length of each output, arXiv:2402.09353"""
+    """train the norm of each output's weights, arXiv:2402.09353"""
     init_lora_weights: str | bool = True
     """true: A Kaiming-uniform, B zero; gaussian, pissa, pissa_niter_N, olora, loftq or eva"""
     loftq_config: Mapping[str, int] = field(default_factory=dict, metadata=RARE)
     """loftq_iter: 1 to 5 rounds of loftq, by default 1"""
-    eva_config: Mapping[str, float] = field(default_factory=dict, metadata=RARE)
+    eva_config: Mapping[str, float] = field(default_factory=dict, metadata=RARE | at_least(1))
     """rho: of eva, the largest rank of a layer over r, by default 2"""
     adapter_dtype: Literal["auto", "bf16", "fp32"] = field(default="auto", metadata=RARE)
-    """dtype of A and B, bf16 on a GPU that has it, else fp32; and of what is trained in full, where
-    auto is always fp32"""
-    task_type: str | None = field(default=None, metadata=NO_FLAG)
-    """what PEFT calls the task; by default that of the model's class"""
+    """dtype of A and B, auto: bf16 on a GPU that has it, else fp32; and of what is trained in full,
+    where auto is always fp32"""
+    task_type: str | None = field(default=None, metadata=NO_FLAG | one_of(*TASK_TYPES))
+    """PEFT's name of the task; by default that of the model's class"""
     revision: str | None = field(default=None, metadata=NO_FLAG)
-    """that of the base; another than the one it was loaded with is an error"""
+    """that of the base; any other than the one it was loaded with is an error"""
     fan_in_fan_out: bool | None = field(default=None, metadata=NO_FLAG)
-    """whether weights are stored as (in, out), as GPT-2's; seen from the layers, or checked"""
+    """whether weights are stored as (in, out), as in GPT-2; detected, and checked if given"""
 
-    def __post_init__(self) -> None:
-        require_number("r", self.r, whole=True)
-        require_number("lora_alpha", self.lora_alpha)
-        _require_pattern("rank_pattern", self.rank_pattern, whole=True)
-        _require_pattern("alpha_pattern", self.alpha_pattern)
-        require(
-            not self.layers_pattern or bool(self.layers_to_transform),
-            "layers_pattern says where the numbers of layers_to_transform stand: give both",
-        )
-        require(
-            not self.layers_to_transform
-            or self.targets_all_linear
-            or not isinstance(self.target_modules, str),
-            "layers_to_transform chooses among what a list of target_modules matches; in a regular "
-            "expression write the numbers themselves",
-        )
-        require(
-            0 <= self.lora_dropout < 1,
-            f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}",
-        )
-        require(
-            bool(self.target_modules or self.target_parameters),
-            "target_modules is empty: name at least one module",
-        )
-        require(
-            self.adapter_dtype in ("auto", "bf16", "fp32"),
-            f"adapter_dtype must be auto, bf16 or fp32, got {self.adapter_dtype!r}",
-        )
-        require(
-            self.bias in ("none", "all", "lora_only"),
-            f"bias must be none, all or lora_only, got {self.bias!r}",
-        )
-        require(
-            self.task_type in (None, *TASK_TYPES),
-            f"task_type must be one of {', '.join(TASK_TYPES)}, got {self.task_type!r}",
-        )
-        _require_token_ids(self.trainable_token_indices)
-        require(
-            not (self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout)),
-            "target_parameters cannot be adapted with use_dora, lora_bias or lora_dropout: their "
-            "module multiplies with them as it likes. Leave these out",
-        )
-        require(
-            not (self.lora_bias and self.use_dora),
-            "lora_bias is not there with use_dora, in PEFT neither: take one of them",
-        )
-        _require_init(self)
+    def faults(self) -> Iterator[str]:
+        """Rules across fields, and what an annotation cannot say."""
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                try:
+                    re.compile(key)
+                except re.error as error:
+                    yield f"{key!r} in {name} is no regular expression ({error})"
+        if not (self.target_modules or self.target_parameters):
+            yield "target_modules is empty: name at least one module"
+        if self.layers_pattern and not self.layers_to_transform:
+            yield "layers_pattern says where the numbers of layers_to_transform stand: give both"
+        is_regex = isinstance(self.target_modules, str) and not self.targets_all_linear
+        if self.layers_to_transform and is_regex:
+            yield (
+                "layers_to_transform chooses among what a list of target_modules matches; in a "
+                "regular expression write the numbers themselves"
+            )
+        indices = self.trainable_token_indices
+        for ids in indices.values() if isinstance(indices, Mapping) else [indices]:
+            are_ids = all(type(i) is int and i >= 0 for i in ids) and len(set(ids)) == len(ids)
+            if not are_ids or not (ids or indices == ()):
+                yield f"trainable_token_indices must be different whole numbers from 0, got {ids!r}"
+        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
+            yield (
+                "target_parameters cannot be adapted with use_dora, lora_bias or lora_dropout, "
+                "because their module multiplies with them in its own code: leave these out"
+            )
+        if self.lora_bias and self.use_dora:
+            yield "lora_bias cannot be combined with use_dora, nor can it in PEFT: choose one"
+        yield from self._init_faults()
+
+    def _init_faults(self) -> Iterator[str]:
+        init = f"init_lora_weights={self.init_lora_weights!r}"
+        if self.init_lora_weights is not True and not self._init.implemented:
+            wanted = "true, gaussian, pissa, pissa_niter_N, olora, loftq or eva"
+            yield f"init_lora_weights must be {wanted}, got {self.init_lora_weights!r}"
+        if self.use_dora and self.starts_from_weights:
+            yield f"use_dora cannot be combined with {init}: choose one"
+        if self.target_parameters and self.init_lora_weights is not True:
+            yield f"target_parameters need init_lora_weights=true, got {init}: leave one out"
+        for of, known in (("loftq", ("loftq_bits", "loftq_iter")), ("eva", ("rho",))):
+            given = getattr(self, f"{of}_config").keys()
+            if more := ", ".join(sorted(given - set(known))):
+                yield f"{of}_config takes {' and '.join(known)}, not {more}"
+            if given and self.init_lora_weights != of:
+                yield f"{of}_config is for init_lora_weights={of}: give both"
+        if self.loftq_config.get("loftq_bits", 4) != 4:
+            yield f"loftq_bits must be 4, as in the base, got {self.loftq_config['loftq_bits']}"
+        if not 1 <= self.loftq_iter <= 5:
+            yield f"loftq_iter must be a whole number from 1 to 5, got {self.loftq_iter}"
 
     @property
     def targets_all_linear(self) -> bool:
-        """Whether every linear layer but the output head is meant."""
+        """Whether every linear layer but the output head is adapted."""
         return self.target_modules in (ALL_LINEAR, (ALL_LINEAR,))
 
     def of(self, module: str) -> "LoraConfig":
-        """The same with the rank and alpha that the patterns give `module`."""
-        found: dict[str, Any] = {}
-        for name, pattern in (("r", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
-            key = pattern_key(pattern, module)
-            if key is not None:
-                found[name] = pattern[key]
-        return replace(self, **found) if found else self
+        """This config with the rank and alpha that the patterns give `module`."""
+        patterns = {"r": self.rank_pattern, "lora_alpha": self.alpha_pattern}
+        keys = {name: pattern_key(pattern, module) for name, pattern in patterns.items()}
+        own: Any = {name: patterns[name][key] for name, key in keys.items() if key is not None}
+        return replace(self, **own) if own else self
 
     def with_ranks(self, times: float) -> "LoraConfig":
-        """The same scaling with so many times the ranks."""
+        """This config with every rank multiplied by `times`, at the same scaling."""
         alphas = times**0.5 if self.use_rslora else times
         return replace(
             self,
@@ -217,37 +240,36 @@ class LoraConfig:
         )
 
     def with_ranks_of(self, ranks: Mapping[str, int]) -> "LoraConfig":
-        """The same scaling in each of these layers, which are all there are, with other ranks."""
-        own = {name: self.of(name) for name in ranks}
-        own = {name: config.with_ranks(ranks[name] / config.r) for name, config in own.items()}
-        alphas = {name: config.lora_alpha for name, config in own.items()}
+        """This config with these ranks, by the names of all its layers, at the same scaling."""
+        layers = {name: self.of(name) for name in ranks}
+        layers = {name: own.with_ranks(ranks[name] / own.r) for name, own in layers.items()}
+        alphas = {name: own.lora_alpha for name, own in layers.items()}
         return replace(
             self,
-            rank_pattern={name: config.r for name, config in own.items() if config.r != self.r},
+            rank_pattern={name: own.r for name, own in layers.items() if own.r != self.r},
             alpha_pattern={n: alpha for n, alpha in alphas.items() if alpha != self.lora_alpha},
         )
 
     @property
-    def init(self) -> Init:
-        """What init_lora_weights does."""
+    def _init(self) -> Init:
         name = re.sub(r"^pissa_niter_\d+$", "pissa", str(self.init_lora_weights))
-        return INITS.get(name, Init())
+        return INITS.get(name, Init(implemented=False))
 
     @property
     def starts_from_weights(self) -> bool:
-        """Whether A and B are made of the base's weights from before quantization."""
-        return self.init.reads_weights
+        """Whether A and B are computed from the base's weights before quantization."""
+        return self._init.reads_weights
 
     @property
     def rebases(self) -> bool:
-        """Whether the base is quantized again, without what A and B start with."""
-        is_loftq = self.init_lora_weights == "loftq"
-        return self.init.changes_base and (not is_loftq or self.loftq_iter > 1)
+        """Whether the base is quantized again, without the initial scaling B A."""
+        is_one_round = self.init_lora_weights == "loftq" and self.loftq_iter == 1
+        return self._init.changes_base and not is_one_round
 
     @property
     def loftq_iter(self) -> int:
         """How often LoftQ quantizes and decomposes."""
-        return int(self.loftq_config.get("loftq_iter", 1))
+        return self.loftq_config.get("loftq_iter", 1)
 
     @property
     def pissa_niter(self) -> int | None:
@@ -258,47 +280,15 @@ class LoraConfig:
     @property
     def rho(self) -> float:
         """The largest rank that EVA gives a layer, over r."""
-        return float(self.eva_config.get("rho", 2.0))
+        return self.eva_config.get("rho", 2.0)
 
     @property
     def scaling(self) -> float:
-        """What B A x is multiplied with: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+        """The factor of B A x: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
         return float(self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r))
 
 
-def _require_init(config: LoraConfig) -> None:
-    init, implemented = config.init_lora_weights, [n for n, of in INITS.items() if of.implemented]
-    require(
-        init is True or re.sub(r"^pissa_niter_\d+$", "pissa", str(init)) in implemented,
-        "init_lora_weights must be true, gaussian, pissa, pissa_niter_N, olora, loftq or eva, got "
-        f"{init!r}",
-    )
-    require(
-        not (config.use_dora and config.starts_from_weights),
-        f"use_dora is not there with init_lora_weights={init!r}: take one of them",
-    )
-    require(
-        not config.target_parameters or init is True,
-        f"target_parameters have no other start than true, and init_lora_weights is {init!r}: "
-        "leave one of them out",
-    )
-    for name, of, known in (
-        ("loftq_config", "loftq", {"loftq_iter", "loftq_bits"}),
-        ("eva_config", "eva", {"rho"}),
-    ):
-        given = getattr(config, name)
-        require(isinstance(given, Mapping), f"{name} must be NAME: NUMBER pairs, got {given!r}")
-        more = sorted(given.keys() - known)
-        require(not more, f"{name} takes {' and '.join(sorted(known))}, not {', '.join(more)}")
-        require(not given or init == of, f"{name} is for init_lora_weights={of}: give both")
-    bits, rounds = (
-        config.loftq_config.get("loftq_bits", 4),
-        config.loftq_config.get("loftq_iter", 1),
-    )
-    require(bits == 4, f"loftq_bits must be 4, as the base is, got {bits!r}")
-    require(
-        type(rounds) is int and 1 <= rounds <= 5,
-        f"loftq_iter must be a whole number from 1 to 5, got {rounds!r}",
-    )
-    rho = config.eva_config.get("rho", 2.0)
-    require(type(rho) in (int, float) and rho >= 1, f"rho must be a number from 1 on, got {rho!r}")
+def pattern_key(pattern: Iterable[str], module: str) -> str | None:
+    """The entry of rank_pattern or alpha_pattern for `module`, by PEFT's rule: the first that
+    matches an ending of its name, after a dot."""
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
