@@ -15,10 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qlora.ops.agree import agrees, may_use_triton
 
-ACTS = ("silu", "gelu", "gelu_tanh")
+_ATEN: Any = torch.ops.aten
+# x -> act(x), in memory of its own; (dy, x) -> dy * act'(x)
+ACTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "silu": (F.silu, _ATEN.silu_backward),
+    "gelu": (F.gelu, _ATEN.gelu_backward),
+    "gelu_tanh": (
+        partial(F.gelu, approximate="tanh"),
+        partial(_ATEN.gelu_backward, approximate="tanh"),
+    ),
+}
 
 # Values at a time without the kernel. On a CPU a few fp32 chunks share a core's cache, which halves
 # the time. On a GPU a chunk bounds the memory, and fills the card.
@@ -113,16 +123,18 @@ def _check(act: str, *tensors: Tensor) -> None:
 def plain_forward(gate: Tensor, up: Tensor, h: Tensor, act: str) -> None:
     """act(gate) * up into h, all contiguous. fp64 in fp64."""
     for g, u, h_out in _chunks(gate, up, h):
-        h_out.copy_(_activation(_wide(g), act).mul_(u))
+        h_out.copy_(ACTS[act][0](_wide(g)).mul_(u))
 
 
 def plain_backward(
     gate: Tensor, up: Tensor, dh: Tensor, h: Tensor, dgate: Tensor, dup: Tensor, act: str
 ) -> None:
     """h, dgate and dup into the last three tensors, which may be the first three's memory."""
+    activation, times_slope = ACTS[act]
     for g, u, d, h_out, dgate_out, dup_out in _chunks(gate, up, dh, h, dgate, dup):
-        wide, activated = _wide(g), _activation(_wide(g), act)
-        g_gradient = _times_slope(_wide(d) * u, wide, act)
+        wide = _wide(g)
+        activated = activation(wide)
+        g_gradient = times_slope(_wide(d) * u, wide)
         h_values = activated * u
         dup_out.copy_(activated.mul_(d))
         dgate_out.copy_(g_gradient)
@@ -136,19 +148,3 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _activation(x: Tensor, act: str) -> Tensor:
-    """act(x), in memory of its own."""
-    if act == "silu":
-        return torch.nn.functional.silu(x)
-    return torch.nn.functional.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
-
-
-def _times_slope(gradient: Tensor, x: Tensor, act: str) -> Tensor:
-    """gradient * act'(x)"""
-    aten: Any = torch.ops.aten
-    if act == "silu":
-        return aten.silu_backward(gradient, x)  # type: ignore[no-any-return]
-    kind = "tanh" if act == "gelu_tanh" else "none"
-    return aten.gelu_backward(gradient, x, approximate=kind)  # type: ignore[no-any-return]

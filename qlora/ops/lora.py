@@ -63,9 +63,9 @@ class Dropout(NamedTuple):
         """The factor of the numbers that are not dropped."""
         return 1 / (1 - self.p)
 
-    def mask(self, x: Tensor, tile: int = 0) -> Tensor:
-        """Bool in x's shape, False where x is dropped; each tile of the tokens has its own draw."""
-        generator = torch.Generator(x.device).manual_seed(self.seed + tile)
+    def mask(self, x: Tensor) -> Tensor:
+        """Bool in x's shape, False where x is dropped."""
+        generator = torch.Generator(x.device).manual_seed(self.seed)
         mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         return mask.bernoulli_(1 - self.p, generator=generator)
 
@@ -124,24 +124,20 @@ def lora_mlp(
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, specs: Any, *matrices: Tensor) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (n, in)
-        layers = _layers(specs, matrices, x.dtype)
-        low = _project(rows, layers)
-        pairs = zip(layers, _split(low, layers), strict=True)
-        ys = tuple(layer.forward(x, own_low) for layer, own_low in pairs)
+        low, *ys = _outputs(x, _layers(specs, matrices, x.dtype))
         ctx.save_for_backward(x, low, *matrices)
         ctx.specs = specs
         ctx.set_materialize_grads(False)  # None for an output that the loss does not use
-        return ys
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         x, low, *matrices = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (n, in)
         layers = _layers(ctx.specs, matrices, x.dtype)
         flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        dx, gradients = _gradients(rows, low, layers, flat_dys, needs_dx=ctx.needs_input_grad[0])
+        dx, gradients = _gradients(rows, low, layers, flat_dys, ctx.needs_input_grad[0])
         return None if dx is None else dx.view(x.shape), None, *gradients
 
 
@@ -174,15 +170,15 @@ class _LoRAMLP(torch.autograd.Function):
         tiles = _tiles(rows, layers) if ctx.recompute else [slice(None)]
         if len(tiles) > 1:
             layers = _with_dense_weights(layers)
-        down = layers[2]
-        y = x.new_empty(*x.shape[:-1], len(down.B))
+        y = x.new_empty(*x.shape[:-1], len(layers[2].B))
         out = y.view(len(rows), y.shape[-1])
         saved: tuple[Tensor, ...] = ()
         for i, tile in enumerate(tiles):
-            saved = low, gate, up = _gate_and_up(rows[tile], layers, i)
-            h = gated_forward(gate, up, ctx.activation)
-            down.forward(h, down.project(h, down.mask(h, i)), out[tile])
-            del low, gate, up, h
+            of_tile = _of_tile(layers, i)
+            saved = _outputs(rows[tile], of_tile[:2])  # x A', gate(x) and up(x)
+            h, down = gated_forward(saved[1], saved[2], ctx.activation), of_tile[2]
+            down.forward(h, down.project(h, down.mask(h)), out[tile])
+            del h
             if ctx.recompute:
                 saved = ()  # this tile's memory is free before the next one is computed
         if ctx.input_node is None:
@@ -205,9 +201,9 @@ class _LoRAMLP(torch.autograd.Function):
             dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
             gradients = []
             for i, tile in enumerate(tiles):
-                out = None if dx is None else dx[tile]
-                _, of_tile = _mlp_gradients(ctx, rows[tile], dy_rows[tile], (), layers, i, out)
-                wide = [g.float() for g in of_tile]  # their sums are rounded once
+                of_tile, out = _of_tile(layers, i), None if dx is None else dx[tile]
+                _, own = _mlp_gradients(ctx, rows[tile], dy_rows[tile], (), of_tile, out)
+                wide = [g.float() for g in own]  # their sums are rounded once
                 pairs = zip(gradients, wide, strict=True)
                 gradients = [total.add_(g) for total, g in pairs] if gradients else wide
         return None if dx is None else dx.view(x.shape), None, *gradients
@@ -217,9 +213,11 @@ class _LoRAMLP(torch.autograd.Function):
 
 
 class _Layer(NamedTuple):
-    """A layer with its adapter, in the dtype of x. Its inputs are flat: x (n, in), dy (n, out)."""
+    """A LayerSpec and its factors in the dtype of x. Inputs are flat: x (n, in), dy (n, out)."""
 
-    spec: LayerSpec
+    layer: Any
+    scaling: float
+    dropout: Dropout | None
     A: Tensor
     """(r, in)"""
     B: Tensor
@@ -229,33 +227,31 @@ class _Layer(NamedTuple):
 
     def weight(self, slot: int = 0) -> Tensor:
         """W (out, in), to be used before the next weight is decoded into that slot."""
-        return decoded(self.spec.layer, self.A.dtype, slot) if self.dense is None else self.dense
+        return decoded(self.layer, self.A.dtype, slot) if self.dense is None else self.dense
 
     @property
     def gain(self) -> float:
-        return 1.0 if self.spec.dropout is None else self.spec.dropout.gain
+        return 1.0 if self.dropout is None else self.dropout.gain
 
-    def mask(self, x: Tensor, tile: int) -> Tensor | None:
+    def mask(self, x: Tensor) -> Tensor | None:
         """Dropout's mask of x (n, in), drawn again; None without dropout."""
-        return None if self.spec.dropout is None else self.spec.dropout.mask(x, tile)
+        return None if self.dropout is None else self.dropout.mask(x)
 
     def project(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x A', with dropout: (n, in) @ (in, r) -> (n, r)."""
-        if mask is None:
-            return linear(x, self.A)
-        return linear(x * mask, self.A).mul_(self.gain)
+        return linear(x, self.A) if mask is None else linear(x * mask, self.A).mul_(self.gain)
 
     def forward(self, x: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
         """y (..., out), of x (..., in) and low = x A' (n, r), in `out` if it is given."""
-        bias: Tensor | None = self.spec.layer.bias  # type: ignore[assignment]
-        y = linear(x, self.weight(), None if bias is None else bias.to(x.dtype), out)
+        bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
+        y = linear(x, self.weight(), bias, out)
         # (n, r) @ (r, out) -> (n, out)
-        y.view(-1, y.shape[-1]).addmm_(low, self.B.T, alpha=self.spec.scaling)
+        y.view(-1, y.shape[-1]).addmm_(low, self.B.T, alpha=self.scaling)
         return y
 
     def low_gradient(self, dy: Tensor) -> Tensor:
         """s dy B, the gradient of x A': (n, out) @ (out, r) -> (n, r)."""
-        return linear(dy, self.B.T).mul_(self.spec.scaling * self.gain)
+        return linear(dy, self.B.T).mul_(self.scaling * self.gain)
 
     def add_input_gradient(self, dx: Tensor, dlow: Tensor, mask: Tensor | None) -> Tensor:
         """dx += dlow A, what reaches x by way of A: (n, r) @ (r, in) -> (n, in)."""
@@ -268,15 +264,18 @@ class _Layer(NamedTuple):
     ) -> list[Tensor]:
         """dA = dlow' x (r, in) and dB = s dy' (x A') (out, r)."""
         x = x if mask is None else x * mask
-        return [inner(dlow, x), inner(dy, low).mul_(self.spec.scaling)]
+        return [inner(dlow, x), inner(dy, low).mul_(self.scaling)]
 
 
 # ---- the arithmetic of several layers
 
 
-def _layers(specs: Sequence[LayerSpec], matrices: Sequence[Tensor], dtype: Any) -> list[_Layer]:
+def _layers(specs: Any, matrices: Sequence[Tensor], dtype: torch.dtype) -> list[_Layer]:
     triples = zip(specs, matrices[::2], matrices[1::2], strict=True)
-    return [_Layer(spec, A.to(dtype), B.to(dtype)) for spec, A, B in triples]
+    return [
+        _Layer(spec.layer, spec.scaling, spec.dropout, A.to(dtype), B.to(dtype))
+        for spec, A, B in triples
+    ]
 
 
 def _with_dense_weights(layers: Sequence[_Layer]) -> list[_Layer]:
@@ -291,13 +290,13 @@ def _stacked(layers: Sequence[_Layer]) -> Tensor:
 
 def _drop_out(layers: Sequence[_Layer]) -> bool:
     """Whether some A reads other values than x, so that they cannot be stacked."""
-    return any(layer.spec.dropout is not None for layer in layers)
+    return any(layer.dropout is not None for layer in layers)
 
 
-def _project(x: Tensor, layers: Sequence[_Layer], tile: int = 0) -> Tensor:
+def _project(x: Tensor, layers: Sequence[_Layer]) -> Tensor:
     """x A' of all layers: (n, in) @ (in, sum of r) -> (n, sum of r)."""
     if _drop_out(layers):
-        return torch.cat([layer.project(x, layer.mask(x, tile)) for layer in layers], dim=1)
+        return torch.cat([layer.project(x, layer.mask(x)) for layer in layers], dim=1)
     return linear(x, _stacked(layers))
 
 
@@ -306,20 +305,17 @@ def _split(low: Tensor, layers: Sequence[_Layer]) -> tuple[Tensor, ...]:
     return torch.split(low, [len(layer.A) for layer in layers], dim=1)
 
 
-def _gradients(
-    x: Tensor,
-    low: Tensor,
-    layers: Sequence[_Layer],
-    dys: Sequence[Tensor | None],
-    tile: int = 0,
-    *,
-    needs_dx: bool,
-    out: Tensor | None = None,
-) -> tuple[Tensor | None, list[Any]]:
-    """dx (n, in), in `out` if it is given, and dA and dB of each layer, one after another.
+def _outputs(x: Tensor, layers: Sequence[_Layer]) -> tuple[Tensor, ...]:
+    """x A' (n, sum of r), and y (..., out) of each layer."""
+    low = _project(x.reshape(-1, x.shape[-1]), layers)
+    pairs = zip(layers, _split(low, layers), strict=True)
+    return low, *(layer.forward(x, own_low) for layer, own_low in pairs)
 
-    A layer whose dy is None has None for both.
-    """
+
+def _gradients(
+    x: Tensor, low: Tensor, layers: Sequence[_Layer], dys: Any, needs_dx: bool, out: Any = None
+) -> tuple[Tensor | None, list[Any]]:
+    """dx (n, in), in `out` if it is given, and dA, dB of each layer, None where its dy is None."""
     dx: Tensor | None = None
     gradients: list[Any] = []
     is_stacked = not _drop_out(layers)
@@ -330,7 +326,7 @@ def _gradients(
             gradients += [None, None]
             continue
         own_dlow.copy_(layer.low_gradient(dy))
-        mask = layer.mask(x, tile)
+        mask = layer.mask(x)
         gradients += layer.factor_gradients(x, dy, own_low, own_dlow, mask)
         if needs_dx:
             weight = layer.weight().T  # (n, out) @ (out, in) -> (n, in)
@@ -348,45 +344,37 @@ def _gradients(
 
 
 def _mlp_gradients(
-    ctx: Any,
-    x: Tensor,
-    dy: Tensor,
-    saved: Sequence[Tensor],
-    layers: Sequence[_Layer],
-    tile: int = 0,
-    out: Tensor | None = None,
+    ctx: Any, x: Tensor, dy: Tensor, saved: Any, layers: Sequence[_Layer], out: Any = None
 ) -> tuple[Tensor | None, list[Any]]:
     """dx (n, in), in `out` if it is given, and the gradients of the six factors, of dy (n, out)."""
     *gate_up, down = layers
     down_dlow = down.low_gradient(dy)
     dh = linear(dy, down.weight().T)  # (n, out) @ (out, intermediate) -> (n, intermediate)
-    mask = down.mask(dh, tile)
+    mask = down.mask(dh)
     dh = down.add_input_gradient(dh, down_dlow, mask)
-    if ctx.recompute and gate_up[0].dense is None:  # used twice: in _gate_and_up, and for dx
+    if ctx.recompute and gate_up[0].dense is None:  # used twice: in _outputs, and for dx
         gate_up = _with_dense_weights(gate_up)
-    low, gate, up = saved or _gate_and_up(x, gate_up, tile)
+    low, gate, up = saved or _outputs(x, gate_up)
     h, dgate, dup = gated_backward(gate, up, dh, ctx.activation, in_place=ctx.recompute)
-    needs_dx = ctx.needs_input_grad[0]
-    dx, gradients = _gradients(x, low, gate_up, [dgate, dup], tile, needs_dx=needs_dx, out=out)
+    dx, gradients = _gradients(x, low, gate_up, [dgate, dup], ctx.needs_input_grad[0], out)
     gradients += down.factor_gradients(h, dy, down.project(h, mask), down_dlow, mask)
     return dx, gradients
 
 
-def _gate_and_up(x: Tensor, layers: Sequence[_Layer], tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x A' (n, 2 r) of gate and up, gate(x) and up(x) (n, intermediate)."""
-    gate_up = layers[:2]
-    low = _project(x, gate_up, tile)
-    pairs = zip(gate_up, _split(low, gate_up), strict=True)
-    gate, up = (layer.forward(x, own_low) for layer, own_low in pairs)
-    return low, gate, up
-
-
 def _tiles(x: Tensor, layers: Sequence[_Layer]) -> list[slice]:
     """Slices of the tokens of x (n, in), of equal lengths to within one token."""
-    intermediate = layers[-1].A.shape[1]
+    intermediate = layers[2].A.shape[1]
     count = max(1, math.ceil(len(x) * intermediate * x.element_size() / TILE_BYTES))
     bounds = [len(x) * i // count for i in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def _of_tile(layers: Sequence[_Layer], i: int) -> list[_Layer]:
+    """The layers with dropout masks of that tile's own."""
+    return [
+        layer._replace(dropout=layer.dropout and Dropout(layer.dropout.p, layer.dropout.seed + i))
+        for layer in layers
+    ]
 
 
 # ---- matrix products
@@ -395,15 +383,10 @@ def _tiles(x: Tensor, layers: Sequence[_Layer]) -> list[slice]:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """x W' + bias (..., out); not a view, so that it may be changed in place.
+    """x W' + bias, (..., in) @ (in, out) -> (..., out), all in x's dtype, into `out` (contiguous).
 
-    It has no gradient: it is for autograd functions, which compute their own.
-
-    Args:
-        x: (..., in).
-        weight: (out, in), in x's dtype.
-        bias: (out,), in x's dtype.
-        out: (..., out), contiguous, to hold the result.
+    The result is not a view, so that it may be changed in place. It has no gradient: this is for
+    autograd functions, which compute their own.
     """
     rows, shape = x.reshape(-1, x.shape[-1]), [*x.shape[:-1], len(weight)]
     if by_onednn(x):

@@ -23,7 +23,7 @@ allocator would give its block to smaller tensors in between, and request anothe
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -269,14 +269,10 @@ def triton_decodes(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     weight = torch.linspace(-1, 1, 90 * 200, device=device).view(90, 200)
     quantized = quantize(weight, QuantConfig())  # more than 256 blocks, the last is not full
-
-    def by_triton() -> Tensor:
-        out = torch.empty_like(weight, dtype=dtype)
-        _by_triton(quantized, out)
-        return out
-
+    fast = partial(into_scratch, dtype=dtype, slot=-1, decode=_by_triton)  # in no other's memory
+    plain = partial(dequantize, dtype=dtype)
     what = f"Triton's decoding to {dtype} on {device}"
-    return agrees(by_triton, lambda: dequantize(quantized, dtype), tolerance=0, what=what)
+    return agrees(fast, plain, quantized, tolerance=0, what=what)
 
 
 def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:

@@ -254,7 +254,7 @@ def test_of_a_tile_nothing_is_left_when_the_next_begins(monkeypatch):
     layers = [layer(*shape, 2) for shape in MLP_SHAPES]
     monkeypatch.setattr(lora_function, "TILE_BYTES", 10 * 128 * 4)
     alive: list[weakref.ref[Tensor]] = []
-    begin = lora_function._gate_and_up
+    begin = lora_function._outputs
 
     def gate_and_up(*given: Any) -> tuple[Tensor, ...]:
         assert not [one for one in alive if one() is not None]
@@ -262,7 +262,7 @@ def test_of_a_tile_nothing_is_left_when_the_next_begins(monkeypatch):
         alive.extend(weakref.ref(tensor) for tensor in made)
         return made
 
-    monkeypatch.setattr(lora_function, "_gate_and_up", gate_and_up)
+    monkeypatch.setattr(lora_function, "_outputs", gate_and_up)
     x = torch.randn(30, 64, requires_grad=True)
     y = lora_mlp(x, *arguments(layers), activation="silu", recompute=True)
     y.square().sum().backward()
