@@ -1,12 +1,11 @@
-"""A checkpoint on disk: find it, know it from its headers, read its tensors one at a time.
+"""A checkpoint on disk: resolve it, read its headers, read its tensors one at a time.
 
-`resolve` turns what a user types (folder, hub name, .gguf file) into a folder with config.json and
-safetensors. `Checkpoint` knows every tensor's name, dtype and shape from the headers alone and
-reads one tensor when asked. `skeleton` is the model made of it, without its weights: it tells which
-tensors are linear layers.
+- `resolve`: a folder, hub name or .gguf file -> a folder with config.json and safetensors.
+- `Checkpoint`: every tensor's name, dtype and shape from the headers; `read` reads one tensor.
+- `skeleton`: its model without weights, which says which tensors are linear layers.
 
 A .gguf file is converted once to a bf16 safetensors folder in the cache ($QLORA_CACHE, by default
-~/.cache/qlora): training quantizes it from there and the merge reads the same weights again.
+~/.cache/qlora): training quantizes those weights and the merge reads the same ones.
 
 Pickled checkpoints (.bin, .pt) are never opened.
 """
@@ -25,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qlora.base.modules import auto_class, heads, is_in
+from qlora.base.modules import auto_class, heads, is_in, is_linear, was_conv1d
 from qlora.base.shards import DTYPE_CODES, INDEX, SINGLE
 from qlora.config import QuantConfig
 from qlora.config.tasks import task_named
@@ -34,15 +33,16 @@ from qlora.files import publishing, read_json
 from qlora.ops.nf4 import RECORD_MARK
 
 HUB_FILES = "safetensors json jinja model tiktoken txt py"
-# RoBERTa and its kin number positions from the pad's id + 1 on.
+# RoBERTa and related models number positions from the pad token's id + 1.
 POSITIONS_AFTER_PAD = (
     "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta",
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+AGAIN = "download or copy it again"
 
 
-# ---- finding it ----
+# ---- resolve ----
 
 
 def resolve(model: str, *, revision: str | None = None) -> Path:
@@ -95,7 +95,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
             name,
             revision=revision,
             allow_patterns=[f"*.{kind}" for kind in HUB_FILES.split()],
-            ignore_patterns=["*/*", "consolidated*"],  # the same weights once more
+            ignore_patterns=["*/*", "consolidated*"],  # copies of the same weights
         )
     except Exception as error:  # offline, gated, misspelt: the hub has an error for each
         raise UserError(
@@ -106,12 +106,12 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where converted checkpoints live: $QLORA_CACHE, by default ~/.cache/qlora."""
+    """The folder of converted checkpoints: $QLORA_CACHE, by default ~/.cache/qlora."""
     return Path(os.environ.get("QLORA_CACHE", "~/.cache/qlora")).expanduser()
 
 
 def _convert_gguf(path: Path) -> Path:
-    """The bf16 safetensors folder of a .gguf file; made once, recognised by samples of it."""
+    """The bf16 safetensors folder of a .gguf file, converted once; recognised by samples of it."""
     folder = cache_folder() / f"{path.stem}-{_sampled_digest(path)[:12]}"
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         return folder
@@ -126,7 +126,7 @@ def _convert_gguf(path: Path) -> Path:
                 dtype=torch.bfloat16,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except Exception as error:  # transformers raises what its parser meets: show it in one line
+        except Exception as error:  # transformers passes on whatever its parser raises
             raise UserError(
                 f"{path} cannot be read as a GGUF model ({type(error).__name__}: {error}). "
                 "Download it again, or give the safetensors checkpoint it was made from"
@@ -137,7 +137,7 @@ def _convert_gguf(path: Path) -> Path:
 
 
 def _sampled_digest(path: Path) -> str:
-    """sha256 over the size and 64 pieces spread over the file: another model has other pieces."""
+    """sha256 of the size and of 64 pieces spread over the file, which differ between models."""
     size, piece = path.stat().st_size, 1 << 16
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -147,7 +147,7 @@ def _sampled_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ---- reading it ----
+# ---- read ----
 
 
 class Header(NamedTuple):
@@ -160,17 +160,17 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors, known from its headers; `read` fetches one tensor."""
+    """A folder of safetensors, known from its headers; `read` reads one tensor."""
 
     folder: Path
     name: str = ""
-    """the path or hub name that it was opened by, if that is not the folder"""
+    """the path or hub name it was opened by, if that is not the folder"""
     revision: str | None = None
-    """of the hub's repository"""
+    """of the hub repository"""
 
     @classmethod
     def open(cls, model: str, *, revision: str | None = None) -> "Checkpoint":
-        """The checkpoint that the user calls `model`: see `resolve`."""
+        """The checkpoint that `resolve` finds for `model`."""
         return cls(resolve(model, revision=revision), model, revision)
 
     @cached_property
@@ -180,50 +180,44 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, Header]:
-        """Every tensor's header by name, in the files' order."""
-        found: dict[str, Header] = {}
+        """Every tensor's header by name, in the order of the files."""
+        headers: dict[str, Header] = {}
         for file in self._files():
             try:
                 with safe_open(file, framework="pt") as shard:
                     for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
                         entry = shard.get_slice(name)
-                        found[name] = Header(
-                            file, DTYPES[entry.get_dtype()], tuple(entry.get_shape())
-                        )
+                        dtype, shape = DTYPES[entry.get_dtype()], tuple(entry.get_shape())
+                        headers[name] = Header(file, dtype, shape)
             except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{file} is damaged or cut short ({error}): download or copy it again"
-                ) from error
+                raise UserError(f"{file} is damaged or cut short ({error}): {AGAIN}") from error
             except KeyError as error:
                 raise UserError(
                     f"{file} holds a tensor of unknown dtype {error}: give a 16-bit checkpoint"
                 ) from error
-        return found
+        return headers
 
     def _files(self) -> list[Path]:
-        index = self.folder / INDEX
-        if (self.folder / SINGLE).is_file():  # first, as transformers does
+        if (self.folder / SINGLE).is_file():  # first, as in transformers
             return [self.folder / SINGLE]
+        index = self.folder / INDEX
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise UserError(f"{index} holds no weight_map: download or copy it again")
+            raise UserError(f"{index} holds no weight_map: {AGAIN}")
         names = sorted(set(map(str, weight_map.values())))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
+        if outside := [name for name in names if Path(name).name != name]:
             raise UserError(
                 f"{index} names files outside its folder: {', '.join(outside)}. "
                 "Do not use a checkpoint that does"
             )
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
+        if missing := [name for name in names if not (self.folder / name).is_file()]:
             raise UserError(
-                f"{self.folder} lacks {', '.join(missing)}, which its index names: "
-                "download or copy it again"
+                f"{self.folder} lacks {', '.join(missing)}, which its index names: {AGAIN}"
             )
         return [self.folder / name for name in names]
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU. The file is closed again, so that its pages can go."""
+        """One tensor on the CPU. The file is closed again, which lets its pages go."""
         file = self.tensors[name].file
         try:
             with safe_open(file, framework="pt") as shard:
@@ -248,7 +242,7 @@ class Checkpoint:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest row its model takes, where config.json says and it is a limit."""
+        """The longest row that the model takes, if config.json limits it."""
         text = self.config.get("text_config") or self.config
         if "relative_attention_num_buckets" in text:  # T5's n_positions limits nothing
             return None
@@ -268,56 +262,63 @@ class Checkpoint:
         """sha256 over name, shape and bf16 value of every vector that is not quantized.
 
         Norms and biases are small, differ between trained models, and are the same in a model and
-        its 4-bit copies (but for an fp32 model's copies in fp16, which rounds twice). Two bases
-        that differ in their matrices alone are not told apart.
+        its 4-bit copies (except an fp32 model's copies in fp16, which round twice). Bases that
+        differ in matrices alone have the same fingerprint.
         """
         digest = hashlib.sha256()
         for name, header in sorted(self.tensors.items()):
             if len(header.shape) == 1 and not re.search(r"\.(nested_)?(absmax|quant_)", name):
+                value = self.read(name).to(torch.bfloat16)
                 digest.update(f"{name}{header.shape}".encode())
-                digest.update(
-                    self.read(name).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
-                )
+                digest.update(value.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class OriginalWeights:
-    """The weights of a 4-bit model's linear layers from before quantization, by the names of the
-    model's layers; read from the checkpoint on demand."""
+    """The weights of a 4-bit model's linear layers from before quantization, by layer name; read
+    from the checkpoint on demand."""
 
     checkpoint: Checkpoint
     names: Mapping[str, str]
-    """layer -> its weight's name in the checkpoint"""
+    """layer -> the checkpoint's name of its weight"""
     transposed: frozenset[str]
     """layers whose weight the checkpoint stores as (in, out)"""
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> "OriginalWeights":
+        """Those of all linear layers of `model`, which is made of `checkpoint`."""
+        layers = linear_layers(model)
+        names = {name: disk_name(checkpoint, model, f"{name}.weight") for name in layers}
+        transposed = frozenset(name for name, layer in layers.items() if was_conv1d(layer))
+        return cls(checkpoint, {k: v for k, v in names.items() if v}, transposed, dtype)
+
     def shape(self, name: str) -> tuple[int, int] | None:
-        """(out, in), or None where the checkpoint has no such weight."""
+        """(out, in), or None if the checkpoint has no such weight."""
         if name not in self.names:
             return None
         shape = self.checkpoint.tensors[self.names[name]].shape
         return (shape[1], shape[0]) if name in self.transposed else (shape[0], shape[1])
 
     def read(self, name: str) -> Tensor:
-        """The weight (out, in) as loading casts it before it quantizes, on the CPU."""
+        """The weight (out, in) as loading casts it before quantization, on the CPU."""
         weight = self.checkpoint.read(self.names[name]).to(self.dtype)
         return weight.T if name in self.transposed else weight
 
 
-# ---- what the model made of it will look like ----
+# ---- the model without weights ----
 
 
 @contextmanager
 def _naming_the_model(folder: Path, task: str) -> Iterator[None]:
-    """transformers' errors about an unknown model, as one of the user's."""
+    """Turns transformers' errors about an unknown model into a UserError."""
     try:
         yield
     except (ValueError, KeyError, OSError) as error:
+        kind = task_named(task).kind
         raise UserError(
-            f"{folder} is no {task_named(task).kind} that this transformers knows: "
-            f"{first_line(error)}"
+            f"{folder} is no {kind} that this transformers knows: {first_line(error)}"
         ) from error
 
 
@@ -328,7 +329,7 @@ def model_config(
     labels: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> Any:
-    """config.json of `folder` as transformers reads it, with these labels if there are any."""
+    """config.json of `folder` as transformers reads it, with these class names if any are given."""
     from transformers import AutoConfig
 
     with _naming_the_model(folder, task):
@@ -350,7 +351,7 @@ def skeleton(
     """The model of `folder` for a task on the meta device: names and shapes, no memory.
 
     Args:
-        config: what `model_config` read, if it was; transformers writes into it.
+        config: what `model_config` returned, if it was called; transformers modifies it.
     """
     trusted: Any = {"trust_remote_code": trust_remote_code}
     config = config or model_config(folder, task=task, labels=labels, **trusted)
@@ -362,7 +363,8 @@ def skeleton(
 def disk_name(checkpoint: Checkpoint, model: nn.Module, name: str) -> str | None:
     """The checkpoint's name of the parameter `name` of `model`, or None.
 
-    The two differ where the checkpoint was saved from the headless model (the first GPT-2 files).
+    The two differ where the checkpoint was saved from the model without its head (as the first
+    GPT-2 files).
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     candidates = (name, name.removeprefix(prefix), prefix + name)
@@ -372,18 +374,15 @@ def disk_name(checkpoint: Checkpoint, model: nn.Module, name: str) -> str | None
 def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:
     """Layers of the skeleton `model` to be quantized; True where the weight is (in, out) on disk.
 
-    These are every nn.Linear and every Conv1D (GPT-2's transposed linear layer) but the output
-    head or a classifier's, what `quant` skips, and what transformers never quantizes.
+    Every nn.Linear and GPT-2's Conv1D, except output heads, `quant.skip_modules`, and layers that
+    transformers never quantizes.
     """
-    from transformers.pytorch_utils import Conv1D
-
-    left_out = heads(model)
-    kept = kept_dense(model)
+    left_out, dense = heads(model), kept_dense(model)
     return {
-        name: isinstance(module, Conv1D)
+        name: was_conv1d(module)
         for name, module in linear_layers(model).items()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D))
-        and name not in kept
+        if (type(module) is nn.Linear or was_conv1d(module))
+        and name not in dense
         and not is_in(name, left_out)
         and not is_skipped(name, quant.skip_modules)
     }
@@ -391,18 +390,16 @@ def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every nn.Linear and Conv1D of `model`, by name."""
-    from transformers.pytorch_utils import Conv1D
-
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
 def kept_dense(model: nn.Module) -> list[str]:
-    """Linear layers that transformers keeps out of 4 bits, as the models look at their dtype: T5's
+    """Linear layers that transformers never quantizes because model code reads their dtype: T5's
     `wo`, which overflows in fp16."""
-    endings = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return [name for name in linear_layers(model) if endings and name.endswith(endings)]
+    suffixes = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return [name for name in linear_layers(model) if suffixes and name.endswith(suffixes)]
 
 
 def is_skipped(name: str, skip_modules: Iterable[str]) -> bool:
-    """Whether `name` is, ends in, or lies below one of the names."""
+    """Whether one of the names is `name`, a suffix of it, or a module that contains it."""
     return any(f".{skip}." in f".{name}." for skip in skip_modules)

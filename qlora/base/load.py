@@ -1,19 +1,16 @@
-"""A checkpoint becomes a model whose linear layers are frozen 4-bit Linear4bit.
+"""Load a checkpoint as a model whose linear layers are frozen 4-bit Linear4bit.
 
-transformers does the loading, shard by shard, and bitsandbytes the quantizing; this room decides
-which layers, in which dtype and blocksize, and refuses what would silently stay in 16 bits.
+transformers loads, shard by shard, and bitsandbytes quantizes. This module decides which layers,
+in which dtype and blocksize:
 
-Every nn.Linear (and GPT-2's Conv1D) is quantized but the output head or a classifier's, what the
-config skips, and T5's `wo`, which transformers quantizes for nobody. Embeddings, norms and the head
-take the compute dtype and are not cast up; nothing has `requires_grad`. Weights that are linear but
-no Linear module, such as fused mixture-of-experts parameters, cannot be quantized: they are named
-with their size and are an error unless allowed.
+- 4 bits: every nn.Linear and GPT-2's Conv1D, except output heads, `skip_modules`, and layers that
+  transformers never quantizes (T5's `wo`).
+- compute dtype: embeddings, norms and heads. Nothing is cast up, nothing has `requires_grad`.
+- refused unless allowed: linear weights that are no Linear module, such as fused experts, which
+  would silently stay in 16 bits.
 
-A classifier's head where the checkpoint has none, or one of other labels: made with a seed.
-
-A pretrained checkpoint ends in another task's head, or in none. transformers fills the gap with
-random values and goes on; here that is allowed for the head alone (and a pooler that the
-checkpoint lacks), the values come from a seed, and whatever else is missing is an error.
+A classifier's head that the checkpoint lacks, or has for other labels, is initialised from a seed,
+as is a pooler that it lacks. Any other missing tensor raises; transformers would initialise it.
 """
 
 import re
@@ -44,8 +41,7 @@ from qlora.base.checkpoint import (
     quantized_layers,
     skeleton,
 )
-from qlora.base.modules import ModelState, auto_class, is_in, state_of, task_of
-from qlora.base.modules import heads as heads_of
+from qlora.base.modules import ModelState, auto_class, heads, is_in, state_of, task_of
 from qlora.config import QuantConfig
 from qlora.config.tasks import task_named
 from qlora.errors import UserError, first_line
@@ -79,29 +75,20 @@ def load_base(
     Raises:
         UserError: there is nothing to load, or linear weights would stay unquantized.
     """
-    quant = quant or QuantConfig()
     device = torch.device(device or default_device())
+    quant = quant or QuantConfig()
     dtype = compute_dtype(quant, device)
     trusted: Any = {"trust_remote_code": trust_remote_code}
-    checkpoint = (
-        model if isinstance(model, Checkpoint) else Checkpoint.open(model, revision=revision)
-    )
+    if not isinstance(model, Checkpoint):
+        model = Checkpoint.open(model, revision=revision)
+    checkpoint = model
     config = model_config(checkpoint.folder, task=task, labels=labels, **trusted)
     empty = skeleton(checkpoint.folder, task=task, config=deepcopy(config), **trusted)
-    heads = heads_to_train(checkpoint, empty, task)
-    if checkpoint.is_quantized:
-        quant = own_quantization(checkpoint, quant)
-        if heads:  # otherwise transformers skips the language head by itself
-            _keep_dense(config, heads)
-    quant = replace(quant, skip_modules=(*quant.skip_modules, *heads))
-    settings = None
-    if not checkpoint.is_quantized:
-        _require_in_16_bits(checkpoint)
-        _require_all_quantized(empty, quant)
-        settings = _Bnb4BitConfig(quant, dtype, _skipped(empty, quant))
+    in_full = modules_to_train(checkpoint, empty, task)
+    quant, settings = _quantization(checkpoint, empty, config, quant, dtype, in_full)
     loading = {"dtype": dtype, "device_map": {"": device}, **trusted}
     loading |= {"quantization_config": settings} if settings else {}
-    with quiet() if heads else nullcontext():  # `complete` reports a missing head
+    with _errors_only() if in_full else nullcontext():  # `complete` reports a missing head
         loaded, info = auto_class(task_named(task)).from_pretrained(
             checkpoint.folder,
             config=config,
@@ -109,23 +96,21 @@ def load_base(
             ignore_mismatched_sizes=True,  # `complete` refuses them, except in a head
             **loading,
         )
-    complete(loaded, empty, checkpoint, info, heads, seed)
-    if settings is not None:
+    complete(loaded, empty, checkpoint, info, in_full, seed)
+    if settings:
         settings.as_bitsandbytes(loaded)
     _freeze(loaded, dtype)
     _require_right_kernel(loaded)
-    if not checkpoint.name.endswith(".gguf"):  # there the folder of the conversion
+    if not checkpoint.name.endswith(".gguf"):  # those keep the folder of the converted weights
         loaded.config._name_or_path = checkpoint.name or str(checkpoint.folder)
     loaded.qlora_state = ModelState(
         fingerprint=checkpoint.fingerprint,
         quant=replace(quant, compute_dtype=DTYPE_NAMES[dtype]),
         revision=checkpoint.revision,
         task=task,
-        heads=tuple(heads),
-        labels=tuple(config.id2label[i] for i in range(config.num_labels)) if heads else (),
-        original_weights=None
-        if checkpoint.is_quantized
-        else _original_weights(checkpoint, empty, dtype),
+        heads=tuple(in_full),
+        labels=tuple(config.id2label[i] for i in range(config.num_labels)) if in_full else (),
+        original_weights=OriginalWeights.of(checkpoint, empty, dtype) if settings else None,
     )
     return loaded  # type: ignore[no-any-return]
 
@@ -158,16 +143,6 @@ def share_pad(model: PreTrainedModel, pad_token_id: int | None) -> None:
         text.pad_token_id = state_of(model).pad_token_id = pad_token_id
 
 
-def _original_weights(
-    checkpoint: Checkpoint, plan: nn.Module, dtype: torch.dtype
-) -> OriginalWeights:
-    layers = linear_layers(plan)
-    names = {name: disk_name(checkpoint, plan, f"{name}.weight") for name in layers}
-    transposed = {name for name, layer in layers.items() if not isinstance(layer, nn.Linear)}
-    known = {name: found for name, found in names.items() if found}
-    return OriginalWeights(checkpoint, known, frozenset(transposed), dtype)
-
-
 def default_device() -> torch.device:
     """The current GPU where there is one, else the CPU."""
     if torch.cuda.is_available():
@@ -175,23 +150,8 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _require_in_16_bits(checkpoint: Checkpoint) -> None:
-    if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
-        raise UserError(
-            f"{checkpoint.name or checkpoint.folder} is already quantized, with {method}: give the "
-            "16-bit model it was made from, or a bitsandbytes 4-bit one"
-        )
-
-
-def _keep_dense(config: Any, modules: Iterable[str]) -> None:
-    """Tell transformers that a 4-bit checkpoint has no codes of `modules`."""
-    settings = config.quantization_config
-    skipped = [*(settings.get("llm_int8_skip_modules") or []), *modules]
-    config.quantization_config = {**settings, "llm_int8_skip_modules": skipped}
-
-
 def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
-    """The dtype everything but the codes is held and computed in; `auto` asks the hardware."""
+    """The dtype of everything but the codes, in storage and compute; `auto` asks the hardware."""
     if quant.compute_dtype != "auto":
         return nf4.DTYPES[quant.compute_dtype]
     if device.type == "cuda":
@@ -202,51 +162,39 @@ def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def _skipped(model: nn.Module, quant: QuantConfig) -> list[str]:
-    """The layers transformers must leave alone, as the anchored patterns it matches with."""
-    chosen = quantized_layers(model, quant)
-    return [f"{re.escape(name)}$" for name in linear_layers(model) if name not in chosen]
+# ---- what is quantized ----
 
 
-def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:
-    """Matrices that are neither quantized, nor skipped on purpose, nor an embedding; their values.
+def _quantization(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    config: Any,
+    quant: QuantConfig,
+    dtype: torch.dtype,
+    in_full: Sequence[str],
+) -> tuple[QuantConfig, "_Bnb4BitConfig | None"]:
+    """How `model` is quantized, and transformers' settings; None for a checkpoint in 4 bits.
 
-    Plain matrices that make up less than 1 % of the model together are left out: routers, which
-    nobody quantizes.
+    Args:
+        config: transformers', where a 4-bit checkpoint is told that it has no codes of `in_full`.
     """
-    left_out, kept = heads_of(model), kept_dense(model)
-    total = sum(p.numel() for p in model.parameters())
-    chosen = quantized_layers(model, quant)
-    found: dict[str, int] = {}
-    matrices: dict[str, int] = {}
-    for name, module in model.named_modules():
-        known = isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
-        known = known or name in kept or is_in(name, left_out)
-        if known or name in chosen or is_skipped(name, quant.skip_modules):
-            continue
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2:
-                kind = found if parameter.ndim >= 3 else matrices
-                kind[f"{name}.{leaf}".lstrip(".")] = parameter.numel()
-    return found | (matrices if sum(matrices.values()) > total / 100 else {})
-
-
-def _require_all_quantized(model: nn.Module, quant: QuantConfig) -> None:
-    if kept := kept_dense(model):
-        size = sum(model.get_parameter(f"{name}.weight").numel() for name in kept)
-        print(
-            f"{', '.join(sorted({name.rpartition('.')[2] for name in kept}))} of this family is "
-            f"never quantized: {len(kept)} layers, {size * 2 / 2**30:.2f} GiB, stay in 16 bits"
+    if checkpoint.is_quantized:
+        own = own_quantization(checkpoint, quant)
+        if in_full:  # an entry of ours replaces transformers' default, to skip the language head
+            entries = config.quantization_config
+            skipped = [*(entries.get("llm_int8_skip_modules") or []), *in_full]
+            config.quantization_config = {**entries, "llm_int8_skip_modules": skipped}
+        return replace(own, skip_modules=(*own.skip_modules, *in_full)), None
+    if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
+        raise UserError(
+            f"{checkpoint.name or checkpoint.folder} is already quantized, with {method}: give the "
+            "16-bit model it was made from, or a bitsandbytes 4-bit one"
         )
-    left = unquantized_linear(model, quant)
-    if not left or quant.allow_unquantized:
-        return
-    shown = ", ".join(f"{name} ({size:,} values)" for name, size in list(left.items())[:4])
-    raise UserError(
-        f"{len(left)} linear weights cannot be quantized to 4 bits and would stay in 16: {shown}"
-        f"{', …' if len(left) > 4 else ''}; {sum(left.values()) * 2 / 2**30:.2f} GiB in all. "
-        "Take another model, or go on as it is with --allow-unquantized"
-    )
+    quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
+    _require_all_quantized(model, quant)
+    layers = quantized_layers(model, quant)
+    skip = [f"{re.escape(name)}$" for name in linear_layers(model) if name not in layers]
+    return quant, _Bnb4BitConfig(quant, dtype, skip)
 
 
 def own_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:
@@ -255,14 +203,11 @@ def own_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:
     record = checkpoint.record(name)
     assert record is not None
     state = nf4.from_record(record).state
-    own = QuantConfig(
-        quant_type=state.quant_type,
-        blocksize=state.blocksize,
-        double_quant=state.nested,
-        compute_dtype=quant.compute_dtype,
+    plain = QuantConfig(compute_dtype=quant.compute_dtype)
+    own = replace(
+        plain, quant_type=state.quant_type, blocksize=state.blocksize, double_quant=state.nested
     )
-    asked = replace(quant, allow_unquantized=False)
-    if asked not in (own, QuantConfig(compute_dtype=quant.compute_dtype)):
+    if replace(quant, allow_unquantized=False) not in (own, plain):
         print(
             f"{checkpoint.folder} is 4-bit already: {own.quant_type}, blocksize {own.blocksize}, "
             f"double quantization {'on' if own.double_quant else 'off'}; the settings given for "
@@ -271,13 +216,49 @@ def own_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:
     return own
 
 
+def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:
+    """Number of values of each matrix that would stay in 16 bits though nothing says so.
+
+    Ignored are plain matrices that make up less than 1 % of the model together: routers.
+    """
+    known = {*quantized_layers(model, quant), *kept_dense(model)}
+    left_out = heads(model)
+    matrices = {
+        f"{name}.{leaf}".lstrip("."): parameter
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
+        and not (name in known or is_in(name, left_out) or is_skipped(name, quant.skip_modules))
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2
+    }
+    plain = sum(p.numel() for p in matrices.values() if p.ndim == 2)
+    few = plain <= sum(p.numel() for p in model.parameters()) / 100
+    return {name: p.numel() for name, p in matrices.items() if p.ndim > 2 or not few}
+
+
+def _require_all_quantized(model: nn.Module, quant: QuantConfig) -> None:
+    if dense := kept_dense(model):
+        size = sum(model.get_parameter(f"{name}.weight").numel() for name in dense)
+        leaves = ", ".join(sorted({name.rpartition(".")[2] for name in dense}))
+        print(
+            f"{leaves} of this family is never quantized: {len(dense)} layers, "
+            f"{size * 2 / 2**30:.2f} GiB, stay in 16 bits"
+        )
+    left = unquantized_linear(model, quant)
+    if left and not quant.allow_unquantized:
+        shown = ", ".join(f"{name} ({size:,} values)" for name, size in list(left.items())[:4])
+        raise UserError(
+            f"{len(left)} linear weights cannot be quantized to 4 bits and would stay in 16: "
+            f"{shown}{', …' * (len(left) > 4)}; {sum(left.values()) * 2 / 2**30:.2f} GiB in all. "
+            "Take another model, or go on as it is with --allow-unquantized"
+        )
+
+
 def _require_right_kernel(model: PreTrainedModel) -> None:
-    """Refuse widths for which bitsandbytes would compute with wrong weights, silently, on a CPU."""
-    if model.device.type != "cpu":
-        return
+    """Raise for widths at which bitsandbytes' CPU kernel silently uses wrong weights."""
     wrong = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, Linear4bit) and model.device.type == "cpu":
             weight: Any = module.weight
             if not nf4.kernel_is_right(module.in_features, weight.quant_state.blocksize):
                 wrong[module.in_features] = (name, weight.quant_state.blocksize)
@@ -292,12 +273,12 @@ def _require_right_kernel(model: PreTrainedModel) -> None:
 
 def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
-    # Of a checkpoint that is 4-bit already transformers leaves norm weights in the dtype they have.
+    # transformers leaves the norms of a 4-bit checkpoint in the dtype they are stored in
     overflows = kept_dense(model) if dtype == torch.float16 else []
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            own = torch.float32 if name.rpartition(".")[0] in overflows else dtype
-            parameter.data = parameter.data.to(own)
+            needs_fp32 = name.rpartition(".")[0] in overflows
+            parameter.data = parameter.data.to(torch.float32 if needs_fp32 else dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
@@ -308,9 +289,9 @@ def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 # ---- bitsandbytes through transformers, with a blocksize ----
-# BitsAndBytesConfig cannot say the blocksize. A registered quantizer of our own, the public way to
-# extend transformers, sets it on the still empty parameters; after loading, the model is
-# indistinguishable from one that BitsAndBytesConfig loaded.
+# BitsAndBytesConfig has no blocksize. Our registered quantizer, transformers' public extension
+# point, sets it on the still empty parameters. The loaded model is the same as if
+# BitsAndBytesConfig had loaded it.
 
 _METHOD = "qlora_bnb_4bit"
 
@@ -318,6 +299,7 @@ _METHOD = "qlora_bnb_4bit"
 @register_quantization_config(_METHOD)
 class _Bnb4BitConfig(BitsAndBytesConfig):
     def __init__(self, quant: QuantConfig, dtype: torch.dtype, skip: list[str]) -> None:
+        """`skip`: layers to leave alone, as the anchored patterns that transformers matches."""
         super().__init__(  # type: ignore[no-untyped-call]  # transformers does not type it
             load_in_4bit=True,
             bnb_4bit_quant_type=quant.quant_type,
@@ -328,21 +310,21 @@ class _Bnb4BitConfig(BitsAndBytesConfig):
         self.quant_method: Any = _METHOD
         self.blocksize = quant.blocksize
 
-    def as_bitsandbytes(self, model: PreTrainedModel) -> None:
-        """Let `model` say of itself what it now is: a plain bitsandbytes 4-bit model."""
-        skip = [s.removesuffix("$").replace("\\", "") for s in self.llm_int8_skip_modules]
+    def as_bitsandbytes(self, model: Any) -> None:
+        """Make `model` describe itself as a plain bitsandbytes 4-bit model, which it now is."""
         plain = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype,
-            llm_int8_skip_modules=skip,
+            llm_int8_skip_modules=[
+                s.removesuffix("$").replace("\\", "") for s in self.llm_int8_skip_modules
+            ],
         )
-        loaded: Any = model
-        loaded.config.quantization_config = plain
-        loaded.hf_quantizer.quantization_config = plain
-        loaded.quantization_method = QuantizationMethod.BITS_AND_BYTES
-        loaded.is_loaded_in_4bit = True
+        model.config.quantization_config = plain
+        model.hf_quantizer.quantization_config = plain
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+        model.is_loaded_in_4bit = True
 
 
 @register_quantizer(_METHOD)
@@ -359,59 +341,65 @@ class _Bnb4BitQuantizer(Bnb4BitHfQuantizer):
                 weight.blocksize = self.quantization_config.blocksize
 
 
-def heads_to_train(checkpoint: Checkpoint, model: nn.Module, task: str) -> list[str]:
-    """The modules that a classifier trains in full: its head, and a pooler that was never trained,
-    as the checkpoint lacks it."""
+# ---- a classifier's head ----
+
+
+def modules_to_train(checkpoint: Checkpoint, model: nn.Module, task: str) -> list[str]:
+    """The modules that a classifier trains in full: its head, and a pooler that the checkpoint
+    lacks because it was never trained."""
     if not task_named(task).trains_head:
         return []
     pooler = f"{getattr(model, 'base_model_prefix', '')}.pooler"
-    below = [name for name in linear_layers(model) if is_in(name, [pooler])]
-    lacks = any(disk_name(checkpoint, model, f"{name}.weight") is None for name in below)
-    return [*heads_of(model), *([pooler] if lacks else [])]
+    layers = [name for name in linear_layers(model) if is_in(name, [pooler])]
+    lacks = any(disk_name(checkpoint, model, f"{name}.weight") is None for name in layers)
+    return [*heads(model), *([pooler] if lacks else [])]
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Inside the block transformers logs errors alone."""
-    before = transformers_logging.get_verbosity()
+def _errors_only() -> Iterator[None]:
+    """Inside the block transformers logs nothing below errors."""
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(before)
+        transformers_logging.set_verbosity(verbosity)
 
 
 def complete(
     model: nn.Module,
-    plan: nn.Module,
+    empty: nn.Module,
     checkpoint: Checkpoint,
     info: Mapping[str, Any],
-    new: Iterable[str],
+    modules: Iterable[str],
     seed: int,
 ) -> None:
-    """Make what the checkpoint lacks of the modules `new`; refuse it where it lacks more, as
-    transformers would make up random tensors."""
-    misshapen = {name for name, *_ in info["mismatched_keys"]}
-    # transformers 5.17 takes any shape where something is quantized
-    shapes = {n: p.shape for n, p in plan.named_parameters() if is_in(n, new)}
-    misshapen |= {n for n, shape in shapes.items() if model.get_parameter(n).shape != shape}
-    missing = sorted({*info["missing_keys"], *misshapen})
-    lacks = [name for name in missing if not is_in(name, new)]
+    """Initialise what the checkpoint lacks of `modules`; raise if it lacks anything else.
+
+    Args:
+        empty: the skeleton of `model`, with the right shapes.
+        info: transformers' loading info.
+    """
+    shapes = {n: p.shape for n, p in empty.named_parameters() if is_in(n, modules)}
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    # transformers 5.17 reports no mismatch in a model of which something is quantized
+    missing |= {n for n, shape in shapes.items() if model.get_parameter(n).shape != shape}
+    lacks = sorted(name for name in missing if not is_in(name, modules))
     if lacks:
         raise UserError(
             f"{checkpoint.folder} lacks {len(lacks)} tensors of its model, or has them in "
-            f"another shape: {', '.join(lacks[:4])}{', …' if len(lacks) > 4 else ''}. "
+            f"another shape: {', '.join(lacks[:4])}{', …' * (len(lacks) > 4)}. "
             "Download or copy it again"
         )
     if missing:
-        made = sorted({head for head in new for name in missing if is_in(name, [head])})
-        print(f"The checkpoint has no {', '.join(made)} of this shape: made anew, seed {seed}")
-        _initialise(model, {name: shapes[name] for name in missing}, seed)
+        new = sorted({module for module in modules for name in missing if is_in(name, [module])})
+        print(f"The checkpoint has no {', '.join(new)} of this shape: made anew, seed {seed}")
+        _initialise(model, {name: shapes[name] for name in sorted(missing)}, seed)
 
 
 def _initialise(model: nn.Module, shapes: Mapping[str, torch.Size], seed: int) -> None:
     """New values for parameters: matrices normal with the model's initializer_range, the rest as in
-    a new model. Drawn on the CPU, so a seed means the same everywhere."""
+    a new model. Drawn on the CPU, the same for a seed on every device."""
     generator = torch.Generator().manual_seed(seed)
     config: Any = getattr(model, "config", None)
     std = getattr(config, "initializer_range", None) or 0.02

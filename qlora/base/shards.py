@@ -1,9 +1,9 @@
-"""Write a checkpoint as a stream: safetensors files of bounded size, whole or not at all.
+"""Write a checkpoint as a stream: safetensors files of bounded size, checked by reading them back.
 
 A safetensors file is 8 bytes of length, a JSON table of names, dtypes, shapes and offsets, then the
-tensors' bytes. The table needs no data, so it is written first and then one tensor after the
-other: no more than one is ever in memory. safetensors' own `save_file` wants all of a file's
-tensors at once, which is why this is not left to it.
+bytes of the tensors. The table needs no data, so it is written first and then one tensor after the
+other: never more than one is in memory. safetensors' `save_file` needs all tensors of a file at
+once, and huggingface_hub's shard planning moves large tensors out of their order.
 """
 
 import json
@@ -13,7 +13,6 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Entry(NamedTuple):
-    """A tensor to be written."""
+    """A tensor to write."""
 
     name: str
     dtype: torch.dtype
@@ -61,15 +60,15 @@ def parse_size(text: str) -> int:
 
 
 def plan_shards(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
-    """Entries in their order, in files of at most `max_bytes`, or of a single larger tensor."""
+    """Entries in their order, in files of at most `max_bytes` or of one larger tensor."""
     shards: list[list[Entry]] = []
-    room = 0
+    left = 0
     for entry in entries:
-        if not shards or entry.nbytes > room:
+        if not shards or entry.nbytes > left:
             shards.append([])
-            room = max_bytes
+            left = max_bytes
         shards[-1].append(entry)
-        room -= entry.nbytes
+        left -= entry.nbytes
     return shards
 
 
@@ -78,65 +77,63 @@ def write_shards(
 ) -> list[Path]:
     """Stream `tensors`, one for each of `entries` in order, into safetensors files in `folder`.
 
-    Then they are read again, by safetensors' own reader, and every tensor is compared by checksum.
+    The files are then read by safetensors, and every tensor is compared by checksum.
 
     Raises:
-        UserError: the disk is full, or gives back something else.
+        UserError: the disk is full, or returns other data.
         ValueError: a tensor is not what its entry says.
     """
     shards = plan_shards(entries, max_bytes)
-    names = [
-        SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        for i in range(1, len(shards) + 1)
-    ]
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    files = [folder / name for name in (names if count > 1 else [SINGLE])]
     total = sum(entry.nbytes for entry in entries)
     sums: dict[str, int] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", leave=False) as bar:
-        for name, shard in zip(names, shards, strict=True):
-            with _disk_errors(folder / name), (folder / name).open("wb") as file:
-                file.write(_header(shard))
-                for entry in shard:
-                    data = _bytes(next(tensors), entry)
-                    sums[entry.name] = zlib.crc32(data)
-                    file.write(data)
-                    bar.update(entry.nbytes)
-                file.flush()
-                os.fsync(file.fileno())
-    if len(shards) > 1:
-        weight_map = {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard}
+        for path, shard in zip(files, shards, strict=True):
+            try:
+                _write_file(path, shard, tensors, sums, bar)
+            except OSError as error:
+                raise UserError(
+                    f"{folder} cannot be written to ({error.strerror or error}): make room, or "
+                    "give another --output-dir. What was written is removed"
+                ) from error
+    if count > 1:
+        weight_map = {
+            e.name: name for name, shard in zip(names, shards, strict=True) for e in shard
+        }
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    files = [folder / name for name in names]
-    _read_back(dict(zip(files, shards, strict=True)), sums)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Checking", leave=False) as bar:
+        for path, shard in zip(files, shards, strict=True):
+            _check_file(path, shard, sums, bar)
     return files
 
 
-def _read_back(files: Mapping[Path, Sequence[Entry]], sums: Mapping[str, int]) -> None:
-    """Compare what is on the disk with what was meant to be."""
-    total = sum(entry.nbytes for shard in files.values() for entry in shard)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Checking", leave=False) as bar:
-        for file, shard in files.items():
-            for entry in shard:
-                with safe_open(file, framework="pt") as reader:  # closed, so that its pages can go
-                    data = _bytes(reader.get_tensor(entry.name), entry)
-                if zlib.crc32(data) != sums[entry.name]:
-                    raise UserError(
-                        f"{file} was written but does not read back the same ({entry.name}): the "
-                        "disk is at fault. Write to another one"
-                    )
-                bar.update(entry.nbytes)
+def _write_file(
+    path: Path, shard: Sequence[Entry], tensors: Iterator[Tensor], sums: dict[str, int], bar: Any
+) -> None:
+    with path.open("wb") as file:
+        file.write(_header(shard))
+        for entry in shard:
+            data = _bytes(next(tensors), entry)
+            sums[entry.name] = zlib.crc32(data)
+            file.write(data)
+            bar.update(entry.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Inside the block, an error of the disk is one that the user can mend."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path.parent} cannot be written to ({error.strerror or error}): make room, or give "
-            "another --output-dir. What was written is removed"
-        ) from error
+def _check_file(path: Path, shard: Sequence[Entry], sums: Mapping[str, int], bar: Any) -> None:
+    for entry in shard:
+        with safe_open(path, framework="pt") as reader:  # closed again, which lets its pages go
+            data = _bytes(reader.get_tensor(entry.name), entry)
+        if zlib.crc32(data) != sums[entry.name]:
+            raise UserError(
+                f"{path} was written but does not read back the same ({entry.name}): the disk is "
+                "at fault. Write to another one"
+            )
+        bar.update(entry.nbytes)
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

@@ -1,0 +1,410 @@
+"""load_base: what is 4-bit, what is not, what the settings do, and what is refused."""
+
+import json
+import shutil
+from functools import cache
+
+import pytest
+import reference
+import torch
+from bitsandbytes.functional import dequantize_blockwise
+from bitsandbytes.nn import Linear4bit
+from conftest import FP32, axis, tiny_model, token_ids
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig
+
+from qlora.adapters.apply import apply_lora
+from qlora.base.checkpoint import Checkpoint
+from qlora.base.load import compute_dtype, load_base, unquantized_linear
+from qlora.base.modules import output_head, state_of
+from qlora.config import LoraConfig, QuantConfig
+from qlora.errors import UserError
+from qlora.ops import nf4
+
+CPU = torch.device("cpu")
+EACH_FAMILY = ["llama", *axis("gpt2", "qwen2", "qwen3", "mistral", "gemma", "phi")]
+LAYERS = {"gpt2": 8, "phi": 12}  # others: 14
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def four_bit_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=token_ids()).logits
+
+
+def load(folder, **settings):
+    quant = QuantConfig(**{"compute_dtype": "fp32", **settings})
+    return load_base(str(folder), quant, device="cpu")
+
+
+def disk_weights(folder, layers):
+    """The weights (out, in) of `layers` as the checkpoint has them."""
+    disk = load_file(folder / "model.safetensors")
+    gpt2 = Checkpoint(folder).config["model_type"] == "gpt2"
+    return {name: disk[f"{name}.weight"].T if gpt2 else disk[f"{name}.weight"] for name in layers}
+
+
+@pytest.fixture(scope="module")
+def bases(checkpoints):
+    """`bases("llama")`: that tiny model in 4 bits, loaded once; tests leave it as they found it."""
+    return cache(lambda family: load(checkpoints(family)))
+
+
+# ---- what is quantized ----
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_every_linear_layer_but_the_head_is_4_bit_and_frozen(bases, family):
+    model = bases(family)
+    linear = {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    }
+    layers = four_bit_layers(model)
+    assert linear - set(layers) == {"lm_head"}
+    assert len(layers) == LAYERS.get(family, 14)
+    assert {m.weight.dtype for m in layers.values()} == {torch.uint8}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert unquantized_linear(tiny_model(family), QuantConfig()) == {}
+
+
+@pytest.mark.parametrize("family", axis("llama", "gpt2", "phi"))
+@pytest.mark.parametrize("name", axis("bf16", "fp16", "fp32"))
+def test_everything_else_has_the_compute_dtype(checkpoints, family, name):
+    dtype = DTYPES[name]
+    model = load(checkpoints(family), compute_dtype=name)
+    codes = {f"{layer}.weight" for layer in four_bit_layers(model)}
+    assert {p.dtype for n, p in model.named_parameters() if n not in codes} == {dtype}
+    assert {layer.compute_dtype for layer in four_bit_layers(model).values()} == {dtype}
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_codes_and_other_parameters_are_those_of_the_weights_on_disk(checkpoints, bases, family):
+    model = bases(family)
+    layers, disk = four_bit_layers(model), load_file(checkpoints(family) / "model.safetensors")
+    for name, weight in disk_weights(checkpoints(family), layers).items():
+        codes = reference.quantize(weight, reference.NF4, 64)
+        differ = reference.unpack(layers[name].weight) != codes.indices
+        assert not (differ & ~reference.near_ties(weight, reference.NF4, 64)).any(), name
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") not in layers:
+            assert torch.equal(parameter, disk[name]), name
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_logits_are_those_of_the_model_with_rounded_weights(bases, family):
+    """The same architecture in fp32, each weight rounded by the reference."""
+    model = tiny_model(family)
+    for name in four_bit_layers(bases(family)):
+        weight = model.get_parameter(f"{name}.weight").data
+        matrix = weight.T if family == "gpt2" else weight
+        rounded = reference.round_trip(matrix, double_quant=True)
+        weight.copy_(rounded.T if family == "gpt2" else rounded)
+    # 1e-3: bitsandbytes sometimes takes the neighbouring level for an absmax (see test_nf4)
+    assert reference.relative_rms(logits(bases(family)), logits(model)) < 1e-3
+    assert reference.relative_rms(logits(bases(family)), logits(tiny_model(family))) > 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_codes_on_a_gpu_are_those_of_the_cpu(checkpoints, bases):
+    on_gpu = load_base(str(checkpoints("llama")), FP32, device="cuda")
+    for name, layer in four_bit_layers(bases("llama")).items():
+        assert torch.equal(on_gpu.get_submodule(name).weight.cpu(), layer.weight)
+
+
+# ---- the settings ----
+
+
+def decode(layer):
+    """The weight (out, in) that a layer's codes and absmax give."""
+    state = layer.weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    values = state.code[torch.from_numpy(reference.unpack(layer.weight)).int()]
+    return (values * absmax.repeat_interleave(state.blocksize)[: values.numel()]).view(state.shape)
+
+
+@pytest.mark.parametrize("family", axis("llama", "gpt2"))
+@pytest.mark.parametrize(
+    ("settings", "grid", "levels"),
+    [
+        ({}, ("nf4", 64, True), reference.NF4),
+        ({"blocksize": 32}, ("nf4", 32, True), reference.NF4),
+        ({"blocksize": 4096, "double_quant": False}, ("nf4", 4096, False), reference.NF4),
+        ({"quant_type": "fp4", "double_quant": False}, ("fp4", 64, False), reference.FP4),
+    ],
+)
+def test_quantization_settings_take_effect(checkpoints, family, settings, grid, levels):
+    layers = four_bit_layers(load(checkpoints(family), **settings))
+    for name, weight in disk_weights(checkpoints(family), layers).items():
+        state = layers[name].weight.quant_state
+        assert (state.quant_type, state.blocksize, state.nested) == grid
+        exact = reference.round_trip(weight, levels, blocksize=grid[1], double_quant=grid[2])
+        # 0.4 %: one of 2,048 values half-way between two levels, or a neighbouring absmax level
+        # (test_nf4); another blocksize or code is off by 5 % and more
+        assert reference.relative_rms(decode(layers[name]), exact) < 0.004
+
+
+@pytest.mark.parametrize(
+    ("skip", "dense"),
+    [
+        (("q_proj",), {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}),
+        (("layers.1.mlp",), {f"model.layers.1.mlp.{p}_proj" for p in ("gate", "up", "down")}),
+        (("layers.0.mlp.up_proj", "absent"), {"model.layers.0.mlp.up_proj"}),
+    ],
+)
+def test_skipped_modules_stay_unquantized(checkpoints, skip, dense):
+    model = load(checkpoints("llama"), skip_modules=skip)
+    linear = {name for name, m in model.named_modules() if type(m) is nn.Linear}
+    assert linear == dense | {"lm_head"}
+    assert len(four_bit_layers(model)) == 14 - len(dense)
+
+
+def test_the_compute_dtype_is_the_named_one_or_bf16_where_the_hardware_has_it(monkeypatch):
+    for name, dtype in DTYPES.items():
+        assert compute_dtype(QuantConfig(compute_dtype=name), CPU) == dtype
+    for avx512, amx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda has=avx512: has)
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda has=amx: has)
+        wanted = torch.bfloat16 if avx512 or amx else torch.float32
+        assert compute_dtype(QuantConfig(), CPU) == wanted
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(
+            "torch.cuda.is_bf16_supported", lambda including_emulation, has=has_bf16: has
+        )
+        assert compute_dtype(QuantConfig(), torch.device("cuda")) == dtype
+
+
+# ---- what the model says of itself ----
+
+
+def test_the_state_says_how_it_was_quantized(checkpoints):
+    base = checkpoints("llama")
+    model = load(base, blocksize=32, skip_modules=("q_proj",))
+    assert state_of(model).record() == {
+        "fingerprint": Checkpoint(base).fingerprint,
+        "quant_type": "nf4",
+        "blocksize": 32,
+        "double_quant": True,
+        "compute_dtype": "fp32",
+        "skip_modules": ["q_proj"],
+        "revision": None,
+        "task": "causal-lm",
+    }
+    assert model.config._name_or_path == str(base)
+    assert state_of(tiny_model("llama")).record() == {}
+
+
+def test_an_opened_checkpoint_loads_as_its_name_does(checkpoints, bases):
+    checkpoint = Checkpoint.open(str(checkpoints("llama")))
+    model = load_base(checkpoint, FP32, device="cpu")
+    assert model.config._name_or_path == str(checkpoints("llama"))
+    assert state_of(model).record() == state_of(bases("llama")).record()
+    assert torch.equal(logits(model), logits(bases("llama")))
+
+
+def test_to_transformers_it_is_a_bitsandbytes_model(bases):
+    """Trainer asks these before it trains an adapter."""
+    model = bases("llama")
+    settings = model.config.quantization_config
+    assert model.is_loaded_in_4bit
+    assert (settings.quant_method, settings.bnb_4bit_quant_type) == ("bitsandbytes", "nf4")
+    assert settings.bnb_4bit_use_double_quant
+    assert settings.llm_int8_skip_modules == ["lm_head"]
+    assert not settings.to_diff_dict().get("blocksize")
+
+
+def test_the_head_is_the_models_own(bases):
+    model = bases("llama")
+    assert output_head(model) is model.lm_head
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+# ---- a checkpoint that is already 4-bit ----
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_a_saved_4_bit_model_loads_with_the_same_logits(bases, tmp_path, family):
+    bases(family).save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert four_bit_layers(again).keys() == four_bit_layers(bases(family)).keys()
+    assert torch.equal(logits(again), logits(bases(family)))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    # in train mode bitsandbytes does not repack; 1e-5: fp32 rounding, another compute path
+    assert torch.allclose(logits(theirs), logits(bases(family)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_4_bit_model_that_transformers_saved_loads_with_the_same_logits(base_of, tmp_path, tied):
+    """Its config.json has no list of skipped layers; the head is skipped all the same."""
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        base_of("llama", tied), dtype=torch.float32, quantization_config=settings
+    )
+    theirs.save_pretrained(tmp_path)
+    assert Checkpoint(tmp_path).config["quantization_config"]["llm_int8_skip_modules"] is None
+    ours = load(tmp_path)
+    assert four_bit_layers(ours).keys() == four_bit_layers(theirs).keys()
+    # in train mode bitsandbytes does not repack; 1e-5: fp32 rounding, another compute path
+    assert torch.allclose(logits(ours), logits(theirs.train()), rtol=0, atol=1e-5)
+
+
+def test_a_4_bit_checkpoint_keeps_its_quantization_and_takes_the_compute_dtype(
+    checkpoints, tmp_path, capsys
+):
+    settings = {"quant_type": "fp4", "blocksize": 32, "double_quant": False}
+    first = load(checkpoints("llama"), **settings, skip_modules=("q_proj",))
+    first.save_pretrained(tmp_path)
+    again = load(tmp_path, quant_type="nf4", blocksize=128)
+    assert "is 4-bit already: fp4, blocksize 32, double quantization off" in capsys.readouterr().out
+    assert torch.equal(logits(again), logits(first))
+    assert settings.items() <= state_of(again).record().items()
+    assert state_of(again).fingerprint == state_of(first).fingerprint
+    assert state_of(again).original_weights is None
+    layers = four_bit_layers(load(tmp_path, compute_dtype="bf16")).values()
+    assert {layer.compute_dtype for layer in layers} == {torch.bfloat16}
+
+
+def test_all_of_a_4_bit_checkpoint_computes_in_the_dtype_asked_for(checkpoints, tmp_path):
+    """transformers leaves its norm weights in bf16, and LayerNorm refuses the mixture."""
+    load(checkpoints("gpt2"), compute_dtype="bf16").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+    assert torch.isfinite(logits(model)).all()
+
+
+# ---- fused experts ----
+
+
+def test_fused_experts_are_refused_unless_allowed_or_skipped(checkpoints):
+    base = checkpoints("mixtral")
+    with pytest.raises(UserError) as error:
+        load(base)
+    for words in (
+        "4 linear weights cannot be quantized", "--allow-unquantized",
+        "model.layers.0.mlp.experts.gate_up_proj (65,536 values)",
+        "model.layers.0.mlp.experts.down_proj (32,768 values)",
+    ):  # fmt: skip
+        assert words in str(error.value)
+    load(base, skip_modules=("experts",))
+    model = load(base, allow_unquantized=True)
+    assert set(four_bit_layers(model)) == {
+        f"model.layers.{i}.self_attn.{leaf}_proj" for i in (0, 1) for leaf in "qkvo"
+    }
+    experts, exact = (m.model.layers[0].mlp.experts for m in (model, tiny_model("mixtral")))
+    assert torch.equal(experts.down_proj, exact.down_proj)
+    assert logits(model).isfinite().all()
+
+
+# ---- in use ----
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_a_forward_pass_in_eval_mode_does_not_repack_the_weights(checkpoints, name):
+    model = load(checkpoints("llama"), compute_dtype=name)
+    before = {n: layer.weight.data.clone() for n, layer in four_bit_layers(model).items()}
+    in_training = logits(model.train())
+    assert torch.equal(logits(model.eval()), in_training)
+    for n, layer in four_bit_layers(model).items():
+        assert torch.equal(layer.weight.data, before[n])
+        assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    inputs = model.get_input_embeddings()(token_ids()).detach().requires_grad_()
+    with_grad = model.train()(inputs_embeds=inputs).logits
+    with_grad.sum().backward()
+    assert torch.equal(with_grad, in_training)
+
+
+@pytest.mark.parametrize("family", axis("llama", "gpt2", "qwen2", "qwen3", "gemma", "phi"))
+def test_it_generates_and_adapters_get_gradients(checkpoints, family):
+    """Greedy tokens are the argmax of the logits over the sequence so far."""
+    model, ids = load(checkpoints(family)), token_ids(rows=1)
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert tokens.shape == (1, ids.shape[1] + 3)
+    with torch.no_grad():
+        predicted = model(tokens).logits[:, ids.shape[1] - 1 : -1].argmax(-1)
+    assert torch.equal(predicted, tokens[:, ids.shape[1] :])
+    apply_lora(model, LoraConfig(r=2)).train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(g.any() for name, g in gradients.items() if "lora_B" in name)
+    assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
+
+
+def test_loading_does_not_change_the_checkpoint(checkpoints):
+    def files():
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in checkpoints("llama").iterdir()}
+
+    before = files()
+    load(checkpoints("llama"))
+    assert files() == before
+
+
+# ---- refused ----
+
+
+def cut_file(folder):
+    (folder / "model.safetensors").write_bytes(b"1234")
+
+
+def without(name):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def quantized_by(method):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": method}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def falcon(folder):
+    """transformers quantizes nn.Linear alone; Falcon's subclass would silently stay in 16 bits."""
+    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(FalconConfig(**sizes)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (cut_file, "is damaged or cut short"),
+        (without("model.layers.1.input_layernorm.weight"), "lacks 1 tensors.*input_layernorm"),
+        (without("model.layers.1.mlp.up_proj.weight"), "lacks 1 tensors.*up_proj"),
+        (quantized_by("gptq"), "already quantized, with gptq: give the 16-bit"),
+        (quantized_by("awq"), "already quantized, with awq: give the 16-bit"),
+        (falcon, "linear weights cannot be quantized.*query_key_value"),
+    ],
+)
+def test_checkpoints_that_are_refused(checkpoints, tmp_path, change, match):
+    shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    change(tmp_path / "base")
+    with pytest.raises(UserError, match=match):
+        load(tmp_path / "base")
+
+
+def test_a_cpu_kernel_that_computes_wrongly_is_refused(checkpoints, monkeypatch):
+    """bitsandbytes 0.50 with AVX-512, where a block crosses rows: silent errors of 5 to 35 %."""
+    assert nf4.kernel_is_right(576, 64)
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert not nf4.kernel_is_right(576, 128)  # when this fails, bitsandbytes has mended it
+    monkeypatch.setattr("qlora.ops.nf4.kernel_is_right", lambda *_: True)
+    assert load(checkpoints("llama"), blocksize=128) is not None
+    monkeypatch.setattr("qlora.ops.nf4.kernel_is_right", lambda *_: False)
+    with pytest.raises(UserError, match=r"blocksize 128 does not divide the 64 inputs.*GPU"):
+        load(checkpoints("llama"), blocksize=128)
