@@ -1,0 +1,337 @@
+"""First values of A and B, and moments of layers' inputs, against the papers' formulas with a full
+SVD in float64, plain sums over tokens, and PEFT."""
+
+from contextlib import redirect_stderr
+from io import StringIO
+
+import peft
+import pytest
+import reference
+import torch
+from conftest import FP32, tiny_tokenizer, token_ids
+from torch import nn
+
+from qlora.adapters.apply import adapter_configs, apply_lora
+from qlora.adapters.files import save_adapter
+from qlora.adapters.format import read_adapter
+from qlora.adapters.lora import lora_layers
+from qlora.adapters.starts import (
+    MAX_BYTES,
+    SecondMoments,
+    best_rank,
+    loftq,
+    main_directions,
+    moments_budget,
+    olora,
+    pissa,
+    share_out,
+)
+from qlora.base.load import load_base
+from qlora.config import LoraConfig
+from qlora.data.rows import length_batches
+from qlora.errors import UserError
+
+R, SCALING = 4, 3.0
+SHAPES = [(48, 64), (64, 48), (64, 64)]
+# 64 roundings of 6e-8 in a product of values around 1; a direction is off by that times its
+# singular value over the gap to the next one, 10 to 30 here
+FP32_TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+EVA = {"r": R, "init_lora_weights": "eva"}
+
+
+def random_weight(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def truncated(weight, r):
+    """The best rank r (Eckart and Young), float64."""
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return left[:, :r] * values[:r] @ right[:r]
+
+
+def round_trip(weight):
+    return reference.round_trip(weight, double_quant=True).float()
+
+
+def batches():
+    """Two of different lengths, with padding."""
+    found = []
+    for rows, length in ((4, 24), (6, 9)):
+        ids = token_ids(rows=rows, length=length)
+        mask = torch.ones_like(ids)
+        mask[0, length // 2 :] = 0
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+def inputs(model, name):
+    """What a layer reads of the real tokens of `batches`, float64 (tokens, in)."""
+    seen = []
+    layer = model.get_submodule(name)
+    hook = layer.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    tokens = []
+    with torch.no_grad():
+        for batch in batches():
+            model(**batch)
+            tokens.append(seen.pop()[batch["attention_mask"].bool()])
+    hook.remove()
+    return torch.cat(tokens).double()
+
+
+@pytest.fixture(scope="module")
+def base(checkpoints):
+    """A 4-bit llama, not to be changed."""
+    return load_base(str(checkpoints("llama")), FP32)
+
+
+@pytest.fixture
+def fresh(checkpoints):
+    return load_base(str(checkpoints("llama")), FP32)
+
+
+# ---- from the weight ----
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_pissa_and_olora_are_pefts(init, shape):
+    """PiSSA's directions may have either sign; B A is the best rank r."""
+    weight = random_weight(*shape)
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    layer.load_state_dict({"weight": weight})
+    config = peft.LoraConfig(
+        r=R, lora_alpha=R * SCALING, target_modules=["0"], init_lora_weights=init
+    )
+    theirs = peft.get_peft_model(nn.Sequential(layer), config).base_model.model[0]
+    wanted_A, wanted_B = (getattr(theirs, f"lora_{s}")["default"].weight.detach() for s in "AB")
+    lora_A, lora_B = pissa(weight, R, SCALING) if init == "pissa" else olora(weight, R)
+    delta = reference.delta(lora_A, lora_B, SCALING)
+    if init == "pissa":
+        torch.testing.assert_close(delta, truncated(weight, R), **FP32_TOLERANCE)
+        signs = (lora_A * wanted_A).sum(1).sign()
+        lora_A, lora_B = lora_A * signs[:, None], lora_B * signs
+    torch.testing.assert_close(lora_A, wanted_A, **FP32_TOLERANCE)
+    torch.testing.assert_close(lora_B, wanted_B, **FP32_TOLERANCE)
+    rest = theirs.base_layer.weight.detach()
+    torch.testing.assert_close(weight - delta.float(), rest, **FP32_TOLERANCE)
+
+
+def test_pissa_from_a_random_subspace_nears_the_exact_one_and_is_drawn_with_the_generator():
+    weight = random_weight(96, 64)
+
+    def error(niter, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        pair = pissa(weight, R, SCALING, niter=niter, generator=generator)
+        return float((weight.double() - reference.delta(*pair, SCALING)).norm())
+
+    best = float((weight.double() - truncated(weight, R)).norm())
+    assert best < error(16) < best * (1 + 1e-4)
+    assert error(16) < error(2) < error(0)
+    assert error(0, seed=1) != error(0) == error(0)
+
+
+def loftq_of_the_paper(weight, r, iterations):
+    """Algorithm 1 of arXiv:2310.08659, in float64; the product of the factors, and Q."""
+    product = torch.zeros_like(weight, dtype=torch.float64)
+    for _ in range(iterations):
+        codes = round_trip((weight.double() - product).float()).double()
+        product = truncated(weight.double() - codes, r)
+    return product, codes
+
+
+@pytest.mark.parametrize("scaling", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_loftq_is_the_papers_whatever_the_scaling(iterations, scaling):
+    weight = random_weight(48, 64)
+    pair, subtracted = loftq(weight, R, scaling, round_trip, iterations=iterations)
+    product, codes = loftq_of_the_paper(weight, R, iterations)
+    # a value that lies between two codes to fp32 may take either: allowed are the steps of a few
+    error = float((reference.delta(*pair, scaling) - product).norm() / product.norm())
+    assert error < 0.02
+    assert (subtracted is None) == (iterations == 1)
+    if subtracted is not None:
+        rest = weight.double() - reference.delta(*subtracted, scaling)
+        own = round_trip(rest.float()).double()
+        assert float((own - codes).norm() / codes.norm()) < 0.02
+        error = float((weight - own - reference.delta(*pair, scaling)).norm())
+        assert error < 1.01 * float((weight - codes - product).norm())
+
+
+def test_loftqs_error_falls_with_every_iteration_and_pissas_is_below_plain_nf4s():
+    weight = random_weight(96, 64) @ torch.diag(torch.linspace(0.2, 3, 64))
+    errors = [float((weight - round_trip(weight)).norm())]
+    for iterations in range(1, 6):
+        pair, taken = loftq(weight, R, SCALING, round_trip, iterations=iterations)
+        rest = weight if taken is None else weight - reference.delta(*taken, SCALING).float()
+        error = weight - round_trip(rest) - reference.delta(*pair, SCALING)
+        errors.append(float(error.norm()))
+    assert errors == sorted(errors, reverse=True)
+    rest = weight - reference.delta(*pissa(weight, R, SCALING), SCALING).float()
+    assert float((rest - round_trip(rest)).norm()) < errors[0]
+
+
+@pytest.mark.parametrize("r", [1, 48])
+def test_the_best_rank_of_a_matrix_that_has_less_is_exact(r):
+    weight = random_weight(48, 1) @ random_weight(1, 64, seed=1)
+    for matrix in (weight, weight.T, torch.zeros(48, 64)):
+        left, right = best_rank(matrix, r)
+        assert left.isfinite().all() and right.isfinite().all()
+        torch.testing.assert_close(left @ right, matrix, **FP32_TOLERANCE)
+
+
+# ---- moments ----
+
+
+def linears(model):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return {n: m for n, m in model.named_modules() if n.endswith(names)}
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 30, 4 * (128**2 + 64**2), 1])
+def test_moments_are_sums_over_real_tokens(base, max_bytes):
+    layers = linears(base)
+    moments = SecondMoments(base, batches(), layers, max_bytes=max_bytes)
+    for name in layers:
+        x = inputs(base, name)
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(moments.of(name), (x.T @ x).float(), **close)
+        covariance = ((len(x) - 1) * torch.cov(x.T)).float()
+        torch.testing.assert_close(moments.all_of(name).covariance(), covariance, **close)
+        assert moments.all_of(name).tokens == len(x)
+    assert [n for group in moments.groups for n in group] == list(layers)
+    sizes = [  # down_proj reads 128 values, all others 64
+        sum(4 * (128 if "down" in name else 64) ** 2 for name in set(group.values()))
+        for group in moments.groups
+    ]
+    assert all(size <= max_bytes for size in sizes) or len(sizes) == len(layers)
+    assert len(sizes) == 1 or max_bytes < 1 << 30
+    assert not any(layer._forward_pre_hooks for layer in layers.values())
+
+
+def test_layers_that_read_one_input_share_its_moments(base):
+    moments = SecondMoments(base, batches(), linears(base))
+    layer = "model.layers.1"
+    q, k, v = (moments.of(f"{layer}.self_attn.{name}_proj") for name in "qkv")
+    assert q is k is v
+    assert moments.of(f"{layer}.mlp.gate_proj") is moments.of(f"{layer}.mlp.up_proj")
+    assert q is not moments.of(f"{layer}.self_attn.o_proj")
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(3 << 30, 3 << 29), (100 << 30, MAX_BYTES)])
+def test_a_small_gpu_gives_half_of_what_is_free(monkeypatch, free, wanted):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 8 << 30))
+    assert moments_budget(torch.device("cuda")) == wanted
+    assert moments_budget(torch.device("cpu")) == MAX_BYTES
+
+
+# ---- EVA ----
+
+
+def test_each_layer_gets_the_main_directions_of_its_inputs(base, fresh):
+    """Also of a second adapter, which looks at the base."""
+    apply_lora(fresh, LoraConfig(r=2), adapter_name="first")
+    with torch.no_grad():
+        for layer in lora_layers(fresh).values():
+            layer.lora_B["first"].normal_()
+    apply_lora(fresh, LoraConfig(**EVA, eva_config={"rho": 1}), data=batches())
+    assert len(lora_layers(fresh)) == 14
+    for name, layer in lora_layers(fresh).items():
+        x = inputs(base, name)
+        x -= x.mean(0)
+        lora_A = layer.lora_A["default"].detach().double()
+        torch.testing.assert_close(lora_A @ lora_A.T, torch.eye(R).double(), rtol=0, atol=1e-5)
+        best = torch.linalg.svdvals(x)[:R].square().sum()
+        # fp32 moments, and directions that are off by e lose e^2
+        torch.testing.assert_close((x @ lora_A.T).square().sum(), best, rtol=1e-4, atol=0)
+
+
+def test_the_model_starts_as_its_base_and_stays_in_training(fresh):
+    fresh.train()
+    with torch.no_grad():
+        before = fresh(token_ids()).logits
+        model = apply_lora(fresh, LoraConfig(**EVA), data=batches())
+        assert model.training
+        assert torch.equal(model(token_ids()).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_directions_and_ranks_are_pefts(fresh):
+    """Of one batch that it reads again and again, PEFT's incremental PCA is the whole one."""
+    from peft.tuners.lora.eva import get_eva_state_dict
+
+    batch, targets = batches()[:1], ("q_proj", "o_proj", "down_proj")
+    theirs_config = peft.LoraConfig(
+        **EVA,
+        target_modules=list(targets),
+        eva_config=peft.EvaConfig(rho=2.0, use_label_mask=False, tau=0.999),
+    )
+    with redirect_stderr(StringIO()):
+        theirs = get_eva_state_dict(fresh, batch, theirs_config, show_progress_bar=False)
+    layers = lora_layers(apply_lora(fresh, LoraConfig(**EVA, target_modules=targets), data=batch))
+    ranks = {name: len(layer.lora_A["default"]) for name, layer in layers.items()}
+    assert len(set(ranks.values())) > 1
+    assert sum(ranks.values()) == 6 * R
+    for name, lora_A in theirs.items():
+        # theirs comes from a truncated SVD: shares that are nearly equal may change places
+        assert abs(ranks.get(name, 0) - len(lora_A)) <= 1
+        shared = min(ranks.get(name, 0), len(lora_A), 3)
+        own = layers[name].lora_A["default"].detach()[:shared]
+        assert torch.linalg.svdvals(own @ lora_A.float().T).min() > 0.99, name
+
+
+def test_layers_get_ranks_of_their_own_and_keep_their_scaling(fresh, tmp_path):
+    config = LoraConfig(**EVA, lora_alpha=6, eva_config={"rho": 3.0}, rank_pattern={"down_proj": 6})
+    apply_lora(fresh, config, data=length_batches(ROWS, tiny_tokenizer()))  # with labels beside
+    config, layers = adapter_configs(fresh)["default"], lora_layers(fresh)
+    ranks = {name: len(layer.lora_A["default"]) for name, layer in layers.items()}
+    assert sum(ranks.values()) == 12 * R + 2 * 6
+    assert max(ranks.values()) <= 18
+    for name, layer in layers.items():
+        wanted = pytest.approx(6 / 6 if "down" in name else 6 / R)
+        assert layer.scaling["default"] == wanted
+        assert (config.of(name).r, config.of(name).scaling) == (ranks[name], wanted)
+    save_adapter(fresh, tmp_path)
+    assert {n: len(pair.lora_A) for n, pair in read_adapter(tmp_path).pairs.items()} == ranks
+
+
+ROWS = [{"input_ids": [5, 6, 7, 8, 9, i], "labels": [-100] * 6} for i in range(40, 80)]
+
+
+def test_main_directions_and_their_shares_of_variance():
+    x = random_weight(500, 64) * torch.logspace(-2, 1, 64)
+    x -= x.mean(0)
+    _, values, right = torch.linalg.svd(x.double(), full_matrices=False)
+    directions, shares = main_directions(x.T @ x, R)
+    cosines = (directions.double() * right[:R]).sum(1).abs()
+    torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=1e-4, atol=0)
+    wanted = (values**2 / (values**2).sum())[:R].float()
+    torch.testing.assert_close(shares, wanted, rtol=1e-4, atol=0)
+
+
+def test_ranks_go_to_the_directions_with_the_largest_shares():
+    shares = {
+        "a": torch.tensor([0.5, 0.3, 0.1, 0.05]),
+        "b": torch.tensor([0.2, 0.1, 0.05, 0.01]),
+        "c": torch.tensor([0.04, 0.03, 0.02, 0.01]),
+    }
+    assert share_out(shares, 4) == {"a": 3, "b": 1, "c": 0}
+    assert sum(share_out(shares, 7).values()) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "message"),
+    [
+        ({}, None, "'eva' looks at what the layers read: give apply_lora `data`"),
+        ({"r": 65}, batches(), r"at most as many directions .*0.self_attn.q_proj has r=65"),
+        (
+            {"target_modules": ("q_proj", "lm_head")},
+            batches(),
+            "^lm_head read too little of EVA's data, no more than r tokens",
+        ),
+    ],
+    ids=["no data", "rank", "idle"],
+)
+def test_what_eva_cannot_do_is_refused(settings, data, message, base):
+    with pytest.raises(UserError, match=message):
+        apply_lora(base, LoraConfig(**{**EVA, **settings}), data=data)
+    assert not lora_layers(base)
