@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FP32, randomize_adapter, tiny_model, token_ids
+from conftest import DEVICES, FP32, NEEDS_GPU, axis, randomize_adapter, tiny_model, token_ids
 from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -15,20 +15,21 @@ from qlora.adapters.apply import apply_lora
 from qlora.adapters.fuse import unload
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
-from qlora.fast import layers as norms
+from qlora.fast import layers
 from qlora.fast.layers import Form, RMSNorm, put_norms, rms_norm_form
 from qlora.training import prepare_for_training
 from qlora.training import run as training
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 IDS = token_ids(rows=2, length=16)
-NORMS = {"llama": 5, "qwen2": 5, "qwen3": 9, "mistral": 5, "gemma": 9, "phi": 0, "gpt2": 0}
+DTYPES = axis(torch.float32, torch.bfloat16, torch.float16)
+KERNEL = [True, False]
 
 
 @pytest.fixture
-def on_cpus(monkeypatch):
-    """There the same function is to be had, if no kernel."""
-    monkeypatch.setattr(norms, "HAS_KERNEL", ("cpu", "cuda"))
+def has_kernel(request, monkeypatch):
+    """F.rms_norm computes the same on a CPU, if not by one kernel."""
+    if getattr(request, "param", True):
+        monkeypatch.setattr(layers, "HAS_KERNEL", ("cpu", "cuda"))
 
 
 def case(
@@ -53,33 +54,33 @@ def upstream(x: Tensor) -> Tensor:
 
 
 def errors(norm: nn.Module, x: Tensor, wanted: tuple[Tensor, Tensor]) -> list[float]:
+    """Of y and its gradient."""
     x = x.detach().requires_grad_()
     y = norm(x)
     assert y.dtype == x.dtype
-    found = y.detach(), torch.autograd.grad(y, x, upstream(x))[0]
-    pairs = zip(found, wanted, strict=True)
-    return [float((got.double() - w).norm() / w.norm()) for got, w in pairs]
+    values = y.detach(), torch.autograd.grad(y, x, upstream(x))[0]
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(values, wanted, strict=True)]
 
 
-def kept(call: Callable[[], Any]) -> dict[int, int]:
-    """Bytes of every storage that is kept for the backward pass of `call`, by its address."""
-    found: dict[int, int] = {}
+def kept(call: Callable[[], Any]) -> int:
+    """Bytes of all storages that are kept for the backward pass of `call`."""
+    sizes: dict[int, int] = {}
     alive = []  # so that no address is used again
 
     def keep(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
+        sizes[storage.data_ptr()] = storage.nbytes()
         alive.append(t)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         alive.append(call())
-    return found
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_torchs_is_no_further_off_than_the_models_own(dtype, device, on_cpus):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torchs_kernel_is_as_exact_as_the_models(dtype, device, has_kernel):
     norm, x = case(dtype, device)
     wanted = exact(norm, x)
     ours, plain = (errors(n, x, wanted) for n in (RMSNorm(norm, Form(1e-5)), norm))
@@ -89,83 +90,76 @@ def test_torchs_is_no_further_off_than_the_models_own(dtype, device, on_cpus):
     assert max(ours) <= torch.finfo(dtype).eps
 
 
-# ---- in fp32 on a CPU, from what it gives
+# ---- in fp32 on a CPU, from the output
 
 
-@pytest.mark.parametrize("size", [1.0, 1e3, 1e-3])  # that of sqrt(eps), last
-@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
-def test_from_what_it_gives_it_is_no_further_off_than_the_models_own(kind, size):
+@pytest.mark.parametrize(
+    ("kind", "size", "small_weights"),
+    [
+        (LlamaRMSNorm, 1.0, False),
+        (LlamaRMSNorm, 1e-3, False),  # that of sqrt(eps)
+        (Gemma2RMSNorm, 1e3, False),
+        (LlamaRMSNorm, 1.0, True),  # which cost no digits
+    ],
+)
+def test_from_its_output_a_norm_is_as_exact_as_the_models(kind, size, small_weights):
     norm, x = case(torch.float32, dim=576, kind=kind)
     x *= size
-    wanted = exact(norm, x)
-    wrapper = RMSNorm(norm, rms_norm_form(norm))
+    if small_weights:
+        norm.weight.mul_(torch.logspace(-25, 0, 576))
+    wanted, wrapper = exact(norm, x), RMSNorm(norm, rms_norm_form(norm))
     ours, plain = errors(wrapper, x, wanted), errors(norm, x, wanted)
     assert "_FromOutput" in type(wrapper(x.requires_grad_()).grad_fn).__name__
-    # y by the same operations; dx by fewer, whose roundings fall otherwise
-    assert ours[0] == plain[0] and ours[1] <= 1.05 * plain[1]
-
-
-def test_small_weights_cost_no_digits():
-    norm, x = case(torch.float32, dim=576)
-    norm.weight.mul_(torch.logspace(-25, 0, 576))
-    wanted = exact(norm, x)
-    wrapper = RMSNorm(norm, Form(1e-5))
-    ours, plain = errors(wrapper, x, wanted), errors(norm, x, wanted)
-    assert "_FromOutput" in type(wrapper(x.requires_grad_()).grad_fn).__name__
+    # y by the same operations; dx by fewer, which round otherwise
     assert ours[0] == plain[0] and ours[1] <= 1.05 * plain[1]
 
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-33, -1e-42])
-def test_with_a_weight_too_small_to_divide_by_it_is_the_models_own(tiny):
+def test_a_weight_too_small_to_divide_by(tiny):
     norm, x = case(torch.float32)
     norm.weight[5] = tiny
-    wrapper = RMSNorm(norm, Form(1e-5))
     gradients = []
-    for module in (wrapper, norm):
+    for module in (RMSNorm(norm, Form(1e-5)), norm):
         leaf = x.detach().requires_grad_()
-        assert sum(kept(lambda m=module, leaf=leaf: m(leaf)).values()) >= 4 * x.numel()
+        assert kept(lambda m=module, leaf=leaf: m(leaf)) >= 4 * x.numel()
         gradients += torch.autograd.grad(module(leaf).sum(), leaf)
     assert torch.equal(*gradients)
 
 
-def test_its_gradient_is_the_right_one_by_differences():
+def test_gradcheck():
     norm, x = case(torch.float64, dim=8)
     x = x[:6].view(3, 2, 8).transpose(0, 1).requires_grad_()  # as a head's norm may get it
     assert torch.autograd.gradcheck(RMSNorm(norm, Form(1e-5)), x)
 
 
-def test_it_keeps_nothing_but_what_the_next_layer_keeps():
+def test_a_norm_keeps_only_what_the_next_layer_keeps():
     norm, x = case(torch.float32)
+    wrapper = RMSNorm(norm, Form(1e-5))
     x.requires_grad_()
-    after = nn.Linear(64, 8, bias=False)  # its weight is wanted a gradient, so that it keeps y
-    weights = 4 * (64 + 8 * 64)
-    size, a_row = 4 * x.numel(), 4 * len(x)
-    assert sum(kept(lambda: after(norm(x))).values()) == 2 * size + a_row + weights
-    assert sum(kept(lambda: after(RMSNorm(norm, Form(1e-5))(x))).values()) == size + a_row + weights
-
-
-def test_who_changes_y_in_place_is_told():
-    norm, x = case(torch.float32)
-    y = RMSNorm(norm, Form(1e-5))(x.requires_grad_())
+    after = nn.Linear(64, 8, bias=False)  # keeps y, for its weight's gradient
+    weights, size, per_row = 4 * (64 + 8 * 64), 4 * x.numel(), 4 * len(x)
+    assert kept(lambda: after(norm(x))) == 2 * size + per_row + weights
+    assert kept(lambda: after(wrapper(x))) == size + per_row + weights
+    y = wrapper(x)
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
-def test_a_model_keeps_less_by_the_input_of_norms_before_adapters(family, checkpoints, monkeypatch):
+@pytest.mark.parametrize("family", axis("gemma", "llama", "qwen3"))
+def test_a_model_keeps_less_by_the_inputs_of_norms(family, checkpoints, monkeypatch):
     totals, gradients = [], []
     for _ in ("with norms", "without"):
         model: Any = load_base(str(checkpoints(family)), FP32)
         apply_lora(model, LoraConfig(r=4), generator=torch.Generator().manual_seed(0))
         randomize_adapter(model)
         prepare_for_training(model, gradient_checkpointing=False)
-        totals.append(sum(kept(lambda m=model: m(input_ids=IDS, labels=IDS).loss).values()))
+        totals.append(kept(lambda m=model: m(input_ids=IDS, labels=IDS).loss))
         model(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         monkeypatch.setattr(training, "put_norms", lambda _: None)
-    # two a layer, of two; but the first one's x is the embedding's and has no gradient. What is
-    # behind q_norm and k_norm, and Gemma's norms after a block, keeps no y: there x and y are even.
+    # Two of each of two layers; but the first one's x is the embedding's and has no gradient. What
+    # is behind q_norm and k_norm, and Gemma's norms after a block, keeps no y: x and y are even.
     assert totals[1] - totals[0] == 3 * 4 * IDS.numel() * model.config.hidden_size
     for got, wanted in zip(*gradients, strict=True):
         # fp32 in another order, through two layers
@@ -175,19 +169,28 @@ def test_a_model_keeps_less_by_the_input_of_norms_before_adapters(family, checkp
 # ---- which norms
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("family", NORMS)
-def test_norms_of_models_are_known(family, kernel, monkeypatch):
-    if kernel:
-        monkeypatch.setattr(norms, "HAS_KERNEL", ("cpu", "cuda"))
+@pytest.mark.parametrize("has_kernel", KERNEL, indirect=True)
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [
+        ("llama", 5),
+        ("qwen2", 5),
+        ("qwen3", 9),
+        ("mistral", 5),
+        ("gemma", 9),
+        ("phi", 0),
+        ("gpt2", 0),
+    ],
+)
+def test_norms_of_models_are_wrapped(family, count, has_kernel):
     model: Any = tiny_model(family).requires_grad_(False)
-    wanted = model(token_ids()).logits
+    wanted = model(IDS).logits
     put_norms(model)
     put_norms(model)  # once is enough
-    found = [module for module in model.modules() if isinstance(module, RMSNorm)]
-    assert len(found) == NORMS[family] and not any(isinstance(n.base_layer, RMSNorm) for n in found)
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    assert len(norms) == count and not any(isinstance(n.base_layer, RMSNorm) for n in norms)
     # fp32 in another order, through two layers
-    torch.testing.assert_close(model(token_ids()).logits, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(IDS).logits, wanted, rtol=0, atol=1e-5)
 
 
 class Centred(LlamaRMSNorm):
@@ -207,8 +210,8 @@ class EpsOutside(LlamaRMSNorm):
         return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_no_rms_norm_is_not_taken_for_one(dtype):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_norms_are_not_wrapped(dtype):
     others = [Centred(64), EpsOutside(64, 1e-5), nn.LayerNorm(64, bias=False),
               Gated(64), nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 64)]  # fmt: skip
     for module in others:
@@ -221,7 +224,16 @@ def test_what_is_no_rms_norm_is_not_taken_for_one(dtype):
         assert rms_norm_form(module) is None
 
 
-def test_a_norm_that_comes_to_be_trained_is_the_models_own(on_cpus):
+@pytest.mark.parametrize("has_kernel", KERNEL, indirect=True)
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
+def test_16_bit_norms_without_a_kernel_are_the_models(kind, has_kernel, request):
+    norm, x = case(torch.bfloat16, kind=kind)
+    is_own = torch.equal(RMSNorm(norm, rms_norm_form(norm))(x), norm(x))
+    # torch's rounds less often; for 1 + w it would need a weight that is rounded once more
+    assert is_own == (kind is Gemma2RMSNorm or layers.HAS_KERNEL == ("cuda",))
+
+
+def test_a_norm_of_another_dtype_or_trained_later_is_the_models(has_kernel):
     norm, x = case(torch.bfloat16)
     wrapper = RMSNorm(norm, Form(1e-5))
     assert not torch.equal(wrapper(x), norm(x))  # one rounding less
@@ -233,45 +245,33 @@ def test_a_norm_that_comes_to_be_trained_is_the_models_own(on_cpus):
 
 
 @pytest.mark.parametrize("adapter_first", [True, False])
-def test_adapters_that_train_norms(adapter_first, checkpoints, on_cpus):
-    settings = LoraConfig(r=4, modules_to_save=("model.norm",))
+def test_adapters_that_train_norms(adapter_first, checkpoints, has_kernel):
     gradients = []
     for with_norms in (True, False):
         model = load_base(str(checkpoints("llama")), FP32)
         if with_norms and not adapter_first:
             put_norms(model.requires_grad_(False))
+        settings = LoraConfig(r=4, modules_to_save=("model.norm",))
         apply_lora(model, settings, generator=torch.Generator().manual_seed(0))
         prepare_for_training(model, fast_path=with_norms)
-        assert sum(isinstance(m, RMSNorm) for m in model.modules()) == (
-            (4 if adapter_first else 5) if with_norms else 0
-        )
-        model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+        count = sum(isinstance(module, RMSNorm) for module in model.modules())
+        assert count == with_norms * (4 if adapter_first else 5)
+        model(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for got, wanted in zip(*gradients, strict=True):
         # fp32 in another order, through two layers; A's is 0, as B is
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
     unload(model)
-    assert not any(isinstance(m, RMSNorm) for m in model.modules())
-
-
-@pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
-def test_16_bit_norms_without_a_kernel_are_the_models_own(kind, kernel, monkeypatch):
-    if kernel:
-        monkeypatch.setattr(norms, "HAS_KERNEL", ("cpu", "cuda"))
-    norm, x = case(torch.bfloat16, kind=kind)
-    is_own = torch.equal(RMSNorm(norm, rms_norm_form(norm))(x), norm(x))
-    # torch's rounds less often; for 1 + w it would want a weight that is rounded once more
-    assert is_own == (kind is Gemma2RMSNorm or not kernel)
+    assert not any(isinstance(module, RMSNorm) for module in model.modules())
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@NEEDS_GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_16_bit_x_is_kept_as_it_is(dtype):
+def test_a_16_bit_input_is_kept_in_16_bits_on_a_gpu(dtype):
     norm, x = case(dtype, "cuda", 4096)
     x.requires_grad_()
-    ours, plain = (sum(kept(lambda m=m: m(x)).values()) for m in (RMSNorm(norm, Form(1e-5)), norm))
+    ours, plain = (kept(lambda m=m: m(x)) for m in (RMSNorm(norm, Form(1e-5)), norm))
     few = 2 * norm.weight.numel() * x.element_size() + 8 * len(x)  # w, and a number a row
     assert ours <= x.numel() * x.element_size() + few
     assert plain >= 2 * x.numel() * x.element_size()
