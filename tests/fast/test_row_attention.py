@@ -1,4 +1,4 @@
-"""Rows together against each alone, in the model's own attention; and who is refused."""
+"""Rows in one batch against each alone, by each attention; models that do not keep them apart."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, FAMILIES, FP32, SIZES, VOCAB, randomize_adapter, tiny_tokenizer
+from conftest import CONFIGS, FP32, SIZES, VOCAB, axis, randomize_adapter, tiny_tokenizer
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -32,12 +32,15 @@ from qlora.fast.attention import ROWS, VARLEN, rows_attention, rows_collator, va
 from qlora.training import prepare_for_training
 from qlora.training.trainer import make_trainer
 
-WINDOWS: dict[str, Any] = {  # shorter than rows and much shorter than packs
+SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2}
+MAKE: dict[str, Any] = {  # windows are shorter than rows, and much shorter than packs
+    **CONFIGS,
     "mistral, window": lambda: MistralConfig(**SIZES, sliding_window=5),
     "phi3, window": lambda: Phi3Config(**SIZES, sliding_window=6),
     "gemma3, window": lambda: Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=7),
 }
-SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2}
+# a softcap, learned positions, windows in some layers
+DISTINCT = ("gemma", "gpt2", "gemma3, window")
 LEAKING: dict[str, Any] = {
     "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
     "falcon, alibi": lambda: FalconConfig(**SMALL, num_attention_heads=4, alibi=True),
@@ -46,22 +49,23 @@ LEAKING: dict[str, Any] = {
     "gpt-oss": lambda: GptOssConfig(**SIZES, head_dim=16, num_local_experts=4),
 }
 LENGTHS = (9, 17, 1, 12, 30, 5, 8)
+BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
 
 
 def rows() -> Dataset:
-    """Rows of LENGTHS, half of each with labels, and its first token too, which nobody predicts."""
+    """Of LENGTHS, with labels on the second half and on the first token, which has no loss."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    records = []
     for length in LENGTHS:
         ids = torch.randint(4, VOCAB, (length,), generator=generator)
         labels = ids.where(torch.arange(length) >= length // 2, -100)
         labels[0] = ids[0]
-        found.append({"input_ids": ids.tolist(), "labels": labels.tolist(), "length": length})
-    return Dataset.from_list(found)
+        records.append({"input_ids": ids.tolist(), "labels": labels.tolist(), "length": length})
+    return Dataset.from_list(records)
 
 
-def model_of(make: Any, folder: Path) -> nn.Module:
-    """A 4-bit model with an adapter that is not idle."""
+def model_of(make: Any, folder: Path) -> Any:
+    """A 4-bit model with a random adapter."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(make()).save_pretrained(folder)
     quant = replace(FP32, allow_unquantized=True)  # Mixtral's experts
@@ -70,14 +74,21 @@ def model_of(make: Any, folder: Path) -> nn.Module:
     return prepare_for_training(model, gradient_checkpointing=False)
 
 
-def run_config(folder: Path, *, packing: bool, fast_path: bool = True) -> TrainConfig:
-    return TrainConfig(
+def trainer_of(
+    model: Any, folder: Path, data: Any, *, packing: bool, fast_path: bool = True
+) -> Any:
+    config = TrainConfig(
         model="model",
         output_dir=str(folder / "run"),
         data=DataConfig("data", packing=packing),
         fast_path=fast_path,
         learning_rate=1e-3,
     )
+    return make_trainer(config, model, tiny_tokenizer(), data, None)
+
+
+def collator_of(model: Any, *, packing: bool = True, fast_path: bool = True) -> Any:
+    return rows_collator(model, packing=packing, fast_path=fast_path, pad_token_id=0)
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -87,7 +98,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def alone(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients over all labels of rows(), a row at a time, as transformers has them."""
+    """Loss and gradients over all labels of rows(), a row at a time, by transformers' logits."""
     total, count = 0.0, 0
     for row in rows():
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
@@ -108,14 +119,13 @@ def assert_same(got: Any, wanted: Any) -> None:
 
 
 @pytest.mark.parametrize("fast_path", [True, False], ids=["flat", "own mask"])
-@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", *WINDOWS])
-def test_packed_rows_give_what_they_give_alone(family, fast_path, tmp_path):
-    """Loss and gradients, however a step's packs are put into batches."""
-    model = model_of((CONFIGS | WINDOWS)[family], tmp_path / "base")
+@pytest.mark.parametrize("family", [*axis(*sorted(MAKE.keys() - {*DISTINCT})), *DISTINCT])
+def test_packed_rows_give_the_same_as_alone(family, fast_path, tmp_path):
+    """Loss and gradients, for any division of the packs of a step into batches."""
+    model = model_of(MAKE[family], tmp_path / "base")
     wanted, own = alone(model), model.config._attn_implementation
     packed = PackedRows(rows(), 31)
-    settings = run_config(tmp_path, packing=True, fast_path=fast_path)
-    trainer = make_trainer(settings, model, tiny_tokenizer(), packed, None)
+    trainer = trainer_of(model, tmp_path, packed, packing=True, fast_path=fast_path)
     flat = fast_path and family != "gemma"  # Gemma 2 has a softcap
     assert isinstance(trainer.data_collator, FlatCollator if flat else PackCollator)
     assert model.config._attn_implementation == (ROWS if flat else own)
@@ -134,12 +144,11 @@ def test_packed_rows_give_what_they_give_alone(family, fast_path, tmp_path):
         assert_same((total, gradients(model)), wanted)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral, window"])
-def test_rows_that_are_not_packed_need_no_padding(family, tmp_path):
-    model = model_of((CONFIGS | WINDOWS)[family], tmp_path / "base")
+@pytest.mark.parametrize("family", axis("mistral, window", "llama"))
+def test_rows_without_packing_or_padding(family, tmp_path):
+    model = model_of(MAKE[family], tmp_path / "base")
     wanted = alone(model)
-    settings = run_config(tmp_path, packing=False)
-    trainer = make_trainer(settings, model, tiny_tokenizer(), rows(), None)
+    trainer = trainer_of(model, tmp_path, rows(), packing=False)
     batch = trainer.data_collator([{k: r[k] for k in ("input_ids", "labels")} for r in rows()])
     assert batch["input_ids"].shape == (1, sum(LENGTHS))
     loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
@@ -147,31 +156,28 @@ def test_rows_that_are_not_packed_need_no_padding(family, tmp_path):
     assert_same((loss.item(), gradients(model)), wanted)
 
 
-# ---- who cannot
+# ---- models that do not keep rows apart
 
 
 @pytest.mark.parametrize("family", LEAKING)
-def test_a_model_that_mixes_rows_is_refused(family, tmp_path, capsys):
+def test_a_model_that_mixes_rows_is_refused(family, capsys):
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(LEAKING[family]()).train()
     model.config.use_cache = False
     before = model.config._attn_implementation
     with pytest.raises(UserError) as error:
-        rows_collator(model, packing=True, fast_path=True, pad_token_id=0)
-    assert str(error.value) == (
-        "--packing wants a model that keeps the rows of a pack apart, by their position_ids; "
-        f"{type(model).__name__} does not (a row reads the one before it): leave --packing out, "
-        "rows are padded"
-    )
+        collator_of(model)
+    for words in ("--packing", type(model).__name__, "(a row reads the one before it)", "leave"):
+        assert words in str(error.value)
     assert capsys.readouterr().out == ""
-    assert rows_collator(model, packing=False, fast_path=True, pad_token_id=0) is None
-    assert rows_collator(model, packing=False, fast_path=False, pad_token_id=0) is None
+    assert collator_of(model, packing=False) is None
+    assert collator_of(model, packing=False, fast_path=False) is None
     assert capsys.readouterr().out.count("rows are padded to the longest of their batch") == 1
     assert model.config._attn_implementation == before and model.training
 
 
 class Absolute(nn.Module):
-    """A model's inside that reads where a token stands from the start of the batch."""
+    """Adds to each token its position in the whole batch."""
 
     def __init__(self, inside: Any) -> None:
         super().__init__()
@@ -184,45 +190,42 @@ class Absolute(nn.Module):
         return outputs
 
 
+class Swallowing(LlamaForCausalLM):
+    """Passes none of its other arguments on, as some remote code does."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **_: Any) -> Any:
+        return super().forward(input_ids=input_ids, labels=labels)
+
+
 def test_a_model_that_does_not_read_position_ids_is_refused():
     model: Any = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
     model.config.use_cache = False
     model.model = Absolute(model.model)
     model.get_input_embeddings = lambda: model.model.inside.embed_tokens
     with pytest.raises(UserError, match=r"logits are \d+\.\d% off those of a row alone"):
-        rows_collator(model, packing=True, fast_path=True, pad_token_id=0)
-
-
-class Swallowing(LlamaForCausalLM):
-    """A head that hands nothing on to the model under it, as some remote code does."""
-
-    def forward(self, input_ids: Any = None, labels: Any = None, **_: Any) -> Any:
-        return super().forward(input_ids=input_ids, labels=labels)
-
-
-def test_a_model_whose_head_swallows_position_ids_is_refused():
-    model: Any = Swallowing(CONFIGS["llama"]()).eval()
+        collator_of(model)
+    model = Swallowing(CONFIGS["llama"]()).eval()
     with pytest.raises(UserError, match="a row reads the one before it"):
-        rows_collator(model, packing=True, fast_path=True, pad_token_id=0)
-    assert rows_collator(model, packing=False, fast_path=True, pad_token_id=0) is None
+        collator_of(model)
+    assert collator_of(model, packing=False) is None
 
 
-def test_an_attention_that_does_it_right_is_found_where_the_models_own_mask_does_not(tmp_path):
-    """OPT makes its mask without position_ids, and reads its positions from them."""
+def test_opt_keeps_rows_apart_by_another_attention_than_its_own():
+    """It makes its mask without position_ids, and reads its positions from them."""
     small = {**SMALL, "num_attention_heads": 4, "ffn_dim": 128, "word_embed_proj_dim": 64}
     model: Any = AutoModelForCausalLM.from_config(OPTConfig(**small)).eval()
-    found = rows_collator(model, packing=True, fast_path=True, pad_token_id=0)
-    assert isinstance(found, FlatCollator) and model.config._attn_implementation == ROWS
+    assert isinstance(collator_of(model), FlatCollator)
+    assert model.config._attn_implementation == ROWS
     model.set_attn_implementation("sdpa")
     with pytest.raises(UserError, match="a row reads the one before it"):
-        rows_collator(model, packing=True, fast_path=False, pad_token_id=0)
+        collator_of(model, fast_path=False)
 
 
-def test_looking_leaves_nothing_behind(tmp_path):
+def test_the_trial_leaves_nothing_behind(tmp_path):
     model = model_of(CONFIGS["llama"], tmp_path / "base").train()
     hooks = len(model.get_input_embeddings()._forward_hooks)
     random = torch.get_rng_state()
-    rows_collator(model, packing=True, fast_path=True, pad_token_id=0)
+    collator_of(model)
     assert model.training and gradients(model) == {}
     assert len(model.get_input_embeddings()._forward_hooks) == hooks
     assert torch.equal(torch.get_rng_state(), random)
@@ -231,21 +234,18 @@ def test_looking_leaves_nothing_behind(tmp_path):
 # ---- the attentions
 
 
-def heads(
-    dtype: torch.dtype, device: str, *, total: int = sum(LENGTHS), dim: int = 64
-) -> list[torch.Tensor]:
+def heads(dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
     """Queries of 4 heads, keys and values of 2: (1, heads, total, dim), as a model has them."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(1, total, n, dim, generator=generator).transpose(1, 2) for n in (4, 2, 2)]
+    shapes = [(1, sum(LENGTHS), n, 64) for n in (4, 2, 2)]
+    made = [torch.randn(shape, generator=generator).transpose(1, 2) for shape in shapes]
     return [x.to(device, dtype).requires_grad_() for x in made]
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_rows_against_a_mask_of_all(window):
-    """In fp64, against one softmax over the whole, with a mask written out."""
-    q, k, v = heads(torch.float64, "cpu")
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    given = {"scaling": 0.2, "sliding_window": window, "cu_seq_lens_q": bounds}
+def test_rows_against_one_softmax_with_a_mask(window):
+    q, k, v = heads(torch.float64)
+    given = {"scaling": 0.2, "sliding_window": window, "cu_seq_lens_q": BOUNDS}
     out, _ = rows_attention(None, q, k, v, None, **given)
     row = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
     i = torch.arange(sum(LENGTHS))
@@ -257,19 +257,18 @@ def test_rows_against_a_mask_of_all(window):
 
 @pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias"])
 @pytest.mark.parametrize("attention", [rows_attention, varlen_attention])
-def test_what_would_be_left_out_is_refused(attention, argument):
-    bounds = torch.tensor([0, sum(LENGTHS)]).int()
+def test_unsupported_arguments_are_refused(attention, argument):
     with pytest.raises(ValueError, match=f"no attention within rows has {argument}"):
-        attention(None, *heads(torch.float32, "cpu"), None, cu_seq_lens_q=bounds, **{argument: 1.0})
+        attention(None, *heads(torch.float32), None, cu_seq_lens_q=BOUNDS, **{argument: 1.0})
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral, window"])
-def test_other_batches_are_computed_as_before(family, tmp_path):
-    """Whole, and a token at a time with a cache, as generate() does; padding is refused."""
-    model: Any = model_of((CONFIGS | WINDOWS)[family], tmp_path / "base").eval()
+@pytest.mark.parametrize("family", axis("mistral, window", "llama"))
+def test_usual_batches_are_computed_as_before_and_padding_is_refused(family, tmp_path):
+    """Also a token at a time with a cache, as generate() does."""
+    model = model_of(MAKE[family], tmp_path / "base").eval()
     ids = torch.arange(4, 28).view(2, 12)
     wanted = model(input_ids=ids).logits
-    rows_collator(model, packing=False, fast_path=True, pad_token_id=0)
+    collator_of(model, packing=False)
     assert model.config._attn_implementation == ROWS
     mask = torch.ones_like(ids)
     got = model(input_ids=ids, attention_mask=mask).logits
@@ -298,16 +297,15 @@ has_flash = pytest.mark.skipif(not AMPERE, reason="needs a GPU of compute capabi
 @has_flash
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_of_rows_is_that_of_each_row(dtype, window):
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
-    given = {"sliding_window": window, "cu_seq_lens_q": bounds}
-    found = []
-    for attention, extra in ((varlen_attention, {"max_length_q": 30}), (rows_attention, {})):
+def test_flash_attention_of_rows_on_a_gpu(dtype, window):
+    given = {"sliding_window": window, "cu_seq_lens_q": BOUNDS.cuda(), "max_length_q": 30}
+    results = []
+    for attention in (varlen_attention, rows_attention):
         inputs = heads(dtype, "cuda")
-        out, _ = attention(None, *inputs, None, **given, **extra)
+        out, _ = attention(None, *inputs, None, **given)
         weights = torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out)
-        found.append([out, *torch.autograd.grad((out.float() * weights).sum(), inputs)])
-    for got, wanted in zip(*found, strict=True):
+        results.append([out, *torch.autograd.grad((out.float() * weights).sum(), inputs)])
+    for got, wanted in zip(*results, strict=True):
         assert got.shape == wanted.shape
         # both round probabilities and outputs to 16 bits, in blocks of their own
         assert (got - wanted).float().norm() <= 4 * torch.finfo(dtype).eps * wanted.float().norm()
@@ -315,10 +313,10 @@ def test_flash_attention_of_rows_is_that_of_each_row(dtype, window):
 
 @pytest.mark.gpu
 @has_flash
-def test_a_gpu_takes_flash_attention(tmp_path):
+def test_flash_attention_is_chosen_on_a_gpu(tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIGS["qwen3"]()).save_pretrained(tmp_path / "base")
-    model = load_base(str(tmp_path / "base"), replace(FP32, compute_dtype="bf16"))
+    model: Any = load_base(str(tmp_path / "base"), replace(FP32, compute_dtype="bf16"))
     apply_lora(model, LoraConfig(r=4, lora_alpha=8))
-    found = rows_collator(model, packing=True, fast_path=True, pad_token_id=0)
-    assert isinstance(found, FlatCollator) and model.config._attn_implementation == VARLEN
+    assert isinstance(collator_of(model), FlatCollator)
+    assert model.config._attn_implementation == VARLEN
