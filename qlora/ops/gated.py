@@ -21,7 +21,7 @@ from qlora.ops.agree import agrees, may_use_triton
 
 _ATEN: Any = torch.ops.aten
 # x -> act(x), in memory of its own; (dy, x) -> dy * act'(x)
-ACTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+_FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (F.silu, _ATEN.silu_backward),
     "gelu": (F.gelu, _ATEN.gelu_backward),
     "gelu_tanh": (
@@ -29,6 +29,7 @@ ACTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         partial(_ATEN.gelu_backward, approximate="tanh"),
     ),
 }
+ACTS = tuple(_FUNCTIONS)
 
 # Values at a time without the kernel. On a CPU a few fp32 chunks share a core's cache, which halves
 # the time. On a GPU a chunk bounds the memory, and fills the card.
@@ -123,14 +124,14 @@ def _check(act: str, *tensors: Tensor) -> None:
 def plain_forward(gate: Tensor, up: Tensor, h: Tensor, act: str) -> None:
     """act(gate) * up into h, all contiguous. fp64 in fp64."""
     for g, u, h_out in _chunks(gate, up, h):
-        h_out.copy_(ACTS[act][0](_wide(g)).mul_(u))
+        h_out.copy_(_FUNCTIONS[act][0](_wide(g)).mul_(u))
 
 
 def plain_backward(
     gate: Tensor, up: Tensor, dh: Tensor, h: Tensor, dgate: Tensor, dup: Tensor, act: str
 ) -> None:
     """h, dgate and dup into the last three tensors, which may be the first three's memory."""
-    activation, times_slope = ACTS[act]
+    activation, times_slope = _FUNCTIONS[act]
     for g, u, d, h_out, dgate_out, dup_out in _chunks(gate, up, dh, h, dgate, dup):
         wide = _wide(g)
         activated = activation(wide)

@@ -1,26 +1,26 @@
 """Linear + cross-entropy in chunks of tokens: the loss of a language model without its logits.
 
-    z_i  = softcap * tanh(scale * (W x_i + b) / softcap)           without a softcap, scale * (…)
+    z_i  = softcap * tanh(scale * (W x_i + b) / softcap)      without a softcap: scale * (W x_i + b)
     loss = sum_i [logsumexp(z_i) - (1 - e) z_i[y_i] - e mean(z_i)]           e: label_smoothing
 
-of all tokens i with a label. Logits (tokens, vocab) are the largest tensor of a training step: 4096
-tokens over 128k take 2.1 GB in fp32, and the plain path holds them several times over. Here a chunk
-of them exists at a time, and the gradient of x is computed while it does:
+over all tokens i with a label. Logits (tokens, vocab) are the largest tensor of a training step:
+4096 tokens over 128k take 2.1 GB in fp32, and the plain path holds them several times over. Here
+one chunk exists at a time, and the gradient of x is computed from it at once:
 
-    dz_i = softmax(z_i) - (1 - e) onehot(y_i) - e / vocab          times the slope of the softcap
+    dz_i = softmax(z_i) - (1 - e) onehot(y_i) - e / vocab         times the slope of the softcap
     dx_i = scale * W' dz_i
 
-so that the backward pass has nothing left to do but to multiply dx with a number, and no chunk is
-computed twice. It costs the plain path's two products, only over tokens with a label, and a chunk's
-logits, in fp32 and once more in the dtype of x.
+The backward pass multiplies dx with a number, and no chunk is computed twice. The cost is the plain
+path's two products, only over tokens with a label, and a chunk's logits, in fp32 and once more in
+the dtype of x.
 
-In 16 bits, that number (one over the tokens of a step, say) must not cost a second rounding. On a
-GPU dx is a product in fp32, waits so, and is rounded once: it is nearer to the exact one than the
-plain path's. A CPU has no such product. There the mantissa of the number of tokens is in dz, which
-leaves a power of two to multiply with, unless a step has other tokens too.
+In 16 bits that number (one over the tokens of a step, say) must not cost a second rounding. On a
+GPU dx is a product in fp32 and is rounded once, after it: nearer to the exact gradient than the
+plain path's. A CPU has no such product. There dz contains the mantissa of the number of tokens,
+which leaves a power of two to multiply with, unless a step has other tokens in addition.
 
-The idea is that of Liger's fused linear cross-entropy (arXiv:2410.10989). Left out: the gradient of
-W, as the head of a 4-bit base is frozen (who trains it takes the plain path), and skipping small
+The idea is Liger's fused linear cross-entropy (arXiv:2410.10989). Left out: the gradient of W, as
+the head of a 4-bit base is frozen (a trained head takes the plain path), and skipping small
 probabilities (cut cross-entropy, arXiv:2411.09009), which changes the result. torch's own
 (torch.nn.functional.linear_cross_entropy, since 2.13) has no softcap.
 """
@@ -35,21 +35,19 @@ from torch.autograd.function import once_differentiable
 from qlora.errors import UserError
 from qlora.ops.lora import linear
 
-NO_LABEL = -100
-
-# fp32 logits of a chunk. Each reads all of W, a FLOP a byte for each token in 16 bits: fewer tokens
-# than the card does FLOP while it reads a byte wait for memory, and more are no faster. That is 165
-# on a 4090 and 206 on an H200, by data sheet. Over 128k a chunk has 262, and on a CPU 131.
+# fp32 logits of a chunk. Each chunk reads all of W, a FLOP a byte for each token in 16 bits: with
+# fewer tokens than the card does FLOP while it reads a byte (165 on a 4090, 206 on an H200, by data
+# sheet) it waits for memory, more are no faster. Over 128k a chunk has 262, on a CPU 131.
 CHUNK_BYTES = {"cpu": 64 << 20}
 GPU_CHUNK_BYTES = 128 << 20
 
-# Probabilities of one token in 100,000 are near the end of what fp16 can hold. A power of two
-# changes nothing else, and is taken back at the end.
+# A probability of 1e-5 is near the smallest number of fp16. A power of two changes nothing else; it
+# is divided out at the end.
 GRADIENT_SCALE = 256.0
 
 
 class _Head(NamedTuple):
-    """What makes logits of hidden states, and a loss of logits."""
+    """The output head, and the loss's settings."""
 
     weight: Tensor
     bias: Tensor | None
@@ -59,7 +57,7 @@ class _Head(NamedTuple):
 
 
 def chunk_rows(weight: Tensor) -> int:
-    """How many tokens' logits over this head (vocab, dim) are a chunk."""
+    """The number of tokens in a chunk, for this head (vocab, dim)."""
     chunk_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
     return max(1, chunk_bytes // (len(weight) * _computed_in(weight).itemsize))
 
@@ -73,22 +71,20 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
-    ignore_index: int = NO_LABEL,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """The sum over tokens of the cross-entropy of the logits that `weight` makes of `hidden`.
-
-    In fp32, of fp64 in fp64. Differentiable in `hidden` alone.
+    """The sum of the tokens' cross-entropy, fp32 (fp64 for fp64), differentiable in `hidden`.
 
     Args:
         hidden: (tokens, dim).
-        weight: (vocab, dim), frozen; its dtype is the one that products are computed in.
-        labels: (tokens,), `ignore_index` where there is none.
+        weight: (vocab, dim), frozen; products are computed in its dtype.
+        labels: (tokens,), `ignore_index` for tokens without one.
         bias: (vocab,), frozen.
-        scale: what logits are multiplied with.
-        softcap: what they are then bounded by.
+        scale: factor of the logits.
+        softcap: bound of the scaled logits.
 
     Raises:
-        UserError: `weight` or `bias` is to get a gradient.
+        UserError: `weight` or `bias` requires a gradient.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise UserError(
@@ -105,12 +101,12 @@ def linear_cross_entropy(
 
 
 def _computed_in(weight: Tensor) -> torch.dtype:
-    """The dtype of losses, and of logits while they become losses."""
+    """The dtype of losses, and of the logits that they are computed from."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss of tokens that all have a label; the gradient is ready when it is."""
+    """The loss of tokens that all have a label; forward computes the gradient along with it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: _Head) -> Tensor:
@@ -125,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             if gradient is not None:
                 gradient[chunk] = _product(logits_gradient.to(hidden.dtype), head.weight)
-            del logits_gradient  # else the next chunk's would stand beside it
+            del logits_gradient  # before the next chunk's is allocated
         if gradient is not None:
             ctx.save_for_backward(gradient)
             ctx.factor, ctx.dtype = head.scale / factor, hidden.dtype
@@ -139,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _product(p: Tensor, weight: Tensor) -> Tensor:
-    """p (rows, vocab) times weight (vocab, dim), in fp32 where a product of 16 bits can be."""
+    """(rows, vocab) @ (vocab, dim) -> (rows, dim), in fp32 if the device can, of 16-bit factors."""
     if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(p, weight, out_dtype=torch.float32)
     return linear(p, weight.T)
@@ -148,8 +144,8 @@ def _product(p: Tensor, weight: Tensor) -> Tensor:
 def _of_chunk(
     hidden: Tensor, labels: Tensor, head: _Head, factor: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses (rows,), and `factor` times the gradients of them in scale * (W x + b), (rows, vocab),
-    which are not computed for None."""
+    """Losses (rows,), and `factor` times their gradients in scale * (W x + b), (rows, vocab), which
+    are not computed if it is None."""
     z = linear(hidden, head.weight, head.bias).to(_computed_in(head.weight))
     slope = None
     if head.scale != 1:
