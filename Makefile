@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-full check check-pages notebooks docs install clean help
+.PHONY: demo test test-full check check-pages notebooks docs dist install clean help
 
 demo: $(VENV)/.installed $(VENV)/.small-model  ## train, compare and merge a small model, on any PC
 	$(BIN)/python -m demo
@@ -36,6 +36,9 @@ notebooks: $(VENV)/.installed $(VENV)/.small-model  ## run notebooks/*.py and wr
 
 docs: $(VENV)/.installed  ## the API documentation, from the docstrings, into build/docs
 	$(BIN)/python docs/api.py
+
+dist: $(VENV)/.installed  ## sdist and wheel in dist/, tried in a clean environment
+	.ci/dist dist
 
 install: $(VENV)/.installed  ## only the set-up: .venv with qlora in it
 	@echo "qlora is in $(VENV): . $(BIN)/activate"
