@@ -29,20 +29,14 @@ from qlora.errors import UserError
 from qlora.files import publishing, require_new
 
 
-def entries_of(tensors):
-    return [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
-
-
 def write(folder, tensors, *, max_bytes=10**9):
-    return write_shards(folder, entries_of(tensors), iter(tensors.values()), max_bytes=max_bytes)
-
-
-def as_bytes(tensor):
-    return tensor.contiguous().view(-1).view(torch.uint8).tolist()
+    entries = [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    return write_shards(folder, entries, iter(tensors.values()), max_bytes=max_bytes)
 
 
 def bitwise_equal(a, b):
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and as_bytes(a) == as_bytes(b)
+    bits = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*bits)
 
 
 # ---- the files ----
@@ -51,6 +45,7 @@ def bitwise_equal(a, b):
 @pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
 def test_every_dtype_and_shape_is_read_back(tmp_path, dtype):
     values = torch.arange(-6, 6).to(dtype)
+    special = torch.tensor([0x7FC1, 0x7F80, 0xFF80, 0x0001, 0x8000], dtype=torch.int32)
     tensors = {
         "matrix": values.view(3, 4),
         "transposed": values.view(3, 4).T,
@@ -59,47 +54,32 @@ def test_every_dtype_and_shape_is_read_back(tmp_path, dtype):
         "scalar": values[3],
         "empty": values[:0].view(0, 4),
         'ünïcode/ " name': values,
+        "nan and infinity": special.to(torch.int16).view(torch.bfloat16),
     }
     (path,) = write(tmp_path, tensors)
     assert path == tmp_path / SINGLE
+    assert [p.name for p in tmp_path.iterdir()] == [SINGLE]  # one file has no index
     read = load_file(path)
     assert set(read) == set(tensors)
     assert all(bitwise_equal(read[name], tensor) for name, tensor in tensors.items())
 
 
-def test_nan_and_infinity_keep_their_bits(tmp_path):
-    special = torch.tensor([0x7FC1, 0x7F80, 0xFF80, 0x0001, 0x8000], dtype=torch.int32)
-    weird = special.to(torch.int16).view(torch.bfloat16)
-    (path,) = write(tmp_path, {"weird": weird})
-    assert bitwise_equal(load_file(path)["weird"], weird)
-
-
-def test_the_metadata_says_pt(tmp_path):
-    """transformers refuses a file without it."""
-    (path,) = write(tmp_path, {"a": torch.ones(3, dtype=torch.uint8)})
-    with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
-def test_data_start_at_a_multiple_of_8(tmp_path):
+def test_a_header_has_transformers_metadata_and_a_length_that_8_divides(tmp_path):
     for i in range(8):
         folder = tmp_path / str(i)
         folder.mkdir()
         (path,) = write(folder, {"a" * (i + 1): torch.ones(3)})
         assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
         assert load_file(path)["a" * (i + 1)].tolist() == [1, 1, 1]
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}  # transformers refuses a file without
 
 
-@pytest.mark.parametrize(
-    ("tensor", "message"),
-    [
-        (torch.ones(2, 3).bfloat16(), r"a: planned \(torch.float32, \(2, 3\)\), got"),
-        (torch.ones(3, 2), r"a: planned .* got"),
-    ],
-)
-def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path, tensor, message):
-    with pytest.raises(ValueError, match=message):
-        write_shards(tmp_path, [Entry("a", torch.float32, (2, 3))], iter([tensor]), max_bytes=10**9)
+def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path):
+    for tensor in (torch.ones(2, 3).bfloat16(), torch.ones(3, 2)):
+        with pytest.raises(ValueError, match=r"a: planned \(torch.float32, \(2, 3\)\), got"):
+            entries = [Entry("a", torch.float32, (2, 3))]
+            write_shards(tmp_path, entries, iter([tensor]), max_bytes=10**9)
 
 
 # ---- several files ----
@@ -117,11 +97,6 @@ def test_shards_and_their_index(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, INDEX])
 
 
-def test_one_file_has_no_index(tmp_path):
-    write(tmp_path, {"a": torch.ones(3)})
-    assert [p.name for p in tmp_path.iterdir()] == [SINGLE]
-
-
 @pytest.mark.parametrize("max_bytes", [10**9, 100_000])
 def test_transformers_reads_a_sharded_model(tmp_path, max_bytes):
     model = tiny_model("llama")
@@ -136,40 +111,18 @@ def test_transformers_reads_a_sharded_model(tmp_path, max_bytes):
 # ---- the plan ----
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("5GB", 5 * 1000**3),
-        ("500MB", 500 * 1000**2),
-        ("5GiB", 5 * 1024**3),
-        ("1.5KiB", 1536),
-        ("2TB", 2 * 1000**4),
-        ("7kb", 7000),
-        (" 3 G ", 3 * 1000**3),
-        ("100B", 100),
-        ("42", 42),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
+def test_sizes():
+    sizes = {
+        "5GB": 5 * 1000**3, "500MB": 500 * 1000**2, "5GiB": 5 * 1024**3, "1.5KiB": 1536,
+        "2TB": 2 * 1000**4, "7kb": 7000, " 3 G ": 3 * 1000**3, "100B": 100, "42": 42,
+    }  # fmt: skip
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for text in ("", "GB", "5XB", "-5GB", "1e3", "5 GB extra", "five", "1.2.3GB", ".", "..5MB"):
+        with pytest.raises(UserError, match=f"size must look like 5GB or 500MB, got {text!r}"):
+            parse_size(text)
 
 
-@pytest.mark.parametrize("text", ["", "GB", "5XB", "-5GB", "1e3", "5 GB extra", "five"])
-def test_bad_sizes_are_refused(text):
-    with pytest.raises(UserError, match=f"size must look like 5GB or 500MB, got {text!r}"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize("text", ["1.2.3GB", ".", "..5MB"])
-def test_numbers_with_several_points_are_refused(text):
-    with pytest.raises(UserError, match="size must look like 5GB or 500MB"):
-        parse_size(text)
-
-
-@given(
-    sizes=st.lists(st.integers(0, 50), max_size=30),
-    max_bytes=st.integers(1, 60),
-)
+@given(sizes=st.lists(st.integers(0, 50), max_size=30), max_bytes=st.integers(1, 60))
 def test_a_plan_keeps_order_and_bound_and_wastes_nothing(sizes, max_bytes):
     entries = [Entry(f"t{i}", torch.uint8, (size,)) for i, size in enumerate(sizes)]
     shards = plan_shards(entries, max_bytes)
@@ -207,45 +160,44 @@ def test_an_error_leaves_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_leftover_of_a_killed_run_is_no_obstacle(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.getpid", lambda: 123)
-    leftover = tmp_path / ".out.partial-123"
-    leftover.mkdir()
-    (leftover / "half").write_text("1")
+def test_what_killed_runs_left_is_removed(tmp_path):
+    """Of this process id too, which the operating system uses again."""
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    pids = (gone.pid, os.getpid(), os.getppid())
+    folders = [tmp_path / f".out.partial-{pid}" for pid in pids]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
     with publishing(tmp_path / "out") as partial:
-        (partial / "a").write_text("1")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        (partial / "file").touch()
+    assert [folder.exists() for folder in folders] == [False, False, True]  # the last run goes on
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_an_output_that_holds_something_is_refused(tmp_path, kind):
+@pytest.mark.parametrize("file", ["out/mine", "out"])
+def test_an_output_that_holds_something_is_refused(tmp_path, file):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("keep")
     out = tmp_path / "out"
-    if kind == "folder":
-        out.mkdir()
-        (out / "mine").write_text("keep")
-    else:
-        out.write_text("keep")
     for attempt in (lambda: require_new(out), lambda: publishing(out).__enter__()):
         with pytest.raises(UserError, match=r"out already holds something: give a new folder"):
             attempt()
-    assert (out / "mine" if kind == "folder" else out).read_text() == "keep"
+    assert (tmp_path / file).read_text() == "keep"
     assert list(tmp_path.iterdir()) == [out]
 
 
-# ---- disks that fail, runs that were killed ----
+# ---- disks that fail ----
 
 
 def test_what_does_not_read_back_is_an_error(tmp_path, monkeypatch):
-    entries, tensors = [Entry("a", torch.float32, (4,))], iter([torch.arange(4.0)])
-
     def spoil(fd: int) -> None:
         os.ftruncate(fd, os.fstat(fd).st_size - 1)
         os.ftruncate(fd, os.fstat(fd).st_size + 1)  # the last byte is 0 now
 
     monkeypatch.setattr(shards.os, "fsync", spoil)
     with pytest.raises(UserError, match=r"does not read back the same \(a\): the disk is at fault"):
-        write_shards(tmp_path, entries, tensors, max_bytes=100)
+        write(tmp_path, {"a": torch.arange(4.0)})
 
 
 def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
@@ -253,22 +205,7 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shards.os, "fsync", full)
-    entries, tensors = [Entry("a", torch.float32, (4,))], iter([torch.arange(4.0)])
     match = r"cannot be written to \(No space left on device\): make room"
     with pytest.raises(UserError, match=match), publishing(tmp_path / "out") as partial:
-        write_shards(partial, entries, tensors, max_bytes=100)
+        write(partial, {"a": torch.arange(4.0)})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_run_left_is_removed(tmp_path):
-    with subprocess.Popen(["true"]) as gone:
-        gone.wait()
-    left, busy = (tmp_path / f".out.partial-{pid}" for pid in (gone.pid, os.getppid()))
-    for folder in (left, busy):
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"half")
-    with publishing(tmp_path / "out") as partial:
-        (partial / "file").touch()
-    assert not left.exists()
-    assert busy.exists()  # its run is still going on
-    assert (tmp_path / "out" / "file").exists()
