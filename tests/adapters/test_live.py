@@ -1,0 +1,107 @@
+"""Models for inference: checked before they are loaded, and loaded as they were trained."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from adapter_kinds import logits
+from bitsandbytes.nn import Linear4bit
+from conftest import FP32, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from qlora import load_adapter, load_base
+from qlora.adapters import live
+from qlora.adapters.live import resolve_model
+from qlora.config import MergeConfig, ModelChoice
+from qlora.errors import UserError
+from qlora.merge import merge
+
+
+def test_an_adapter_is_live_on_its_base_in_the_dtype_of_training(adapters, checkpoints):
+    model = resolve_model(ModelChoice(adapter=str(adapters("llama")))).load()
+    assert not model.training
+    assert model.dtype == torch.float32  # the adapter was trained on such a base
+    twin = load_base(str(checkpoints("llama")), FP32)
+    load_adapter(twin, adapters("llama"))
+    assert torch.equal(logits(model), logits(twin.eval()))
+
+
+def test_a_model_without_an_adapter_stays_as_it_is(adapters, checkpoints, tmp_path):
+    choice = {"model": str(checkpoints("llama")), "compute_dtype": "fp32"}
+    model = resolve_model(ModelChoice(**choice)).load()
+    plain = AutoModelForCausalLM.from_pretrained(checkpoints("llama"), dtype=torch.float32)
+    assert torch.equal(logits(model), logits(plain))
+    quantized = resolve_model(ModelChoice(**choice, load_in_4bit=True)).load()
+    assert torch.equal(logits(quantized), logits(load_base(choice["model"], FP32).eval()))
+    merged = str(tmp_path / "merged")
+    config = MergeConfig(
+        adapter=str(adapters("llama")), output_dir=merged, format="nf4", calibration="none"
+    )
+    merge(config)
+    resolved = resolve_model(ModelChoice(model=merged))
+    assert any(isinstance(module, Linear4bit) for module in resolved.load().modules())
+    assert resolved.describe().startswith(f"{merged} (4-bit NF4, computed in ")
+
+
+def test_a_dtype_without_units_is_not_taken_from_training(adapters, monkeypatch):
+    resolved = resolve_model(ModelChoice(adapter=str(adapters("llama"))))
+    monkeypatch.setitem(resolved.adapter.base, "compute_dtype", "bf16")
+    for own, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        monkeypatch.setattr(live, "compute_dtype", lambda quant, device, own=own: own)
+        assert resolved.quantization.compute_dtype == name
+
+
+@pytest.fixture
+def broken(adapters, tmp_path):
+    """Folders that are not what they are given as."""
+    (tmp_path / "empty").mkdir()
+    for step in (9, 10):
+        shutil.copytree(adapters("llama"), tmp_path / "cut" / f"checkpoint-{step}")
+    moved = shutil.copytree(adapters("llama"), tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"adapter": "empty"}, "holds no adapter_config.json: give the folder with"),
+        ({"adapter": "gone"}, "gone does not exist: give the folder with adapter_config.json"),
+        ({"adapter": "other"}, "not an adapter: give it as --model"),
+        ({"adapter": "cut"}, r"holds no adapter: give its last checkpoint, .*checkpoint-10$"),
+        ({"adapter": "moved"}, r"trained on .*gone, which could not be found: .* --base-model$"),
+        ({"adapter": "moved", "base_model": "other"}, "belongs to another base: it was trained on"),
+        ({"adapter": "moved", "base_model": "gone"}, r"^model .*gone does not exist: give a"),
+        ({"model": "cut/checkpoint-9"}, "is an adapter, .*: give it as --adapter"),
+        ({"model": "empty"}, "is no model: it holds no config.json"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(broken, choice, message):
+    with pytest.raises(UserError, match=message):
+        resolve_model(ModelChoice(**{key: str(broken / value) for key, value in choice.items()}))
+
+
+def test_shapes_are_compared_where_no_fingerprint_is_known(broken, checkpoints, monkeypatch):
+    adapter, read = str(broken / "cut" / "checkpoint-9"), live.read_adapter
+
+    def as_peft_writes(folder):
+        found = read(folder)
+        found.base.clear()
+        return found
+
+    monkeypatch.setattr(live, "read_adapter", as_peft_writes)
+    with pytest.raises(UserError, match=r"does not fit this model: .*q_proj is no layer of this"):
+        resolve_model(ModelChoice(adapter=adapter, base_model=str(checkpoints("gpt2"))))
+    assert resolve_model(ModelChoice(adapter=adapter, base_model=str(broken / "other")))
+
+
+def test_a_model_without_a_tokenizer(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match=r"bare .*tokenizer"):
+        resolve_model(ModelChoice(model=str(tmp_path / "bare"))).load_tokenizer()
