@@ -54,37 +54,26 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _always(value: Any) -> Callable[[Any], Any]:
-    return lambda _: value
-
-
-def _mapping(value: Any) -> Any:
+def _pattern(value: Any) -> Any:
     return value or {}
 
 
-def _names(value: Any) -> Any:
-    """A list of names as a tuple; a regular expression stays a string."""
+def _tuple(value: Any) -> Any:
+    """Of a list, or of each list in a mapping; a regular expression stays a string."""
+    if isinstance(value, dict):
+        return {name: tuple(ids) for name, ids in value.items()}
     return value if isinstance(value, str) else tuple(value or ())
 
 
-def _list(names: Any) -> Any:
-    return list(names) or None
-
-
-def _token_ids(value: Any) -> Any:
-    """Ids, or ids by embedding."""
-    if isinstance(value, dict):
-        return {name: tuple(ids) for name, ids in value.items()}
-    return tuple(value or ())
-
-
-def _token_lists(ids: Any) -> Any:
-    lists = list(ids) if isinstance(ids, tuple) else {name: list(i) for name, i in ids.items()}
-    return lists or None
+def _list(value: Any) -> Any:
+    """The reverse; None where there is nothing."""
+    if isinstance(value, Mapping):
+        return {name: list(ids) for name, ids in value.items()} or None
+    return list(value) or None
 
 
 KEYS: dict[str, Key] = {
-    "alpha_pattern": Key({}, _mapping, dict, portable=True),
+    "alpha_pattern": Key({}, _pattern, dict, portable=True),
     "auto_mapping": Key(),
     "base_model_name_or_path": Key(),
     "bias": Key("none", _same, _same, portable=True),
@@ -92,25 +81,25 @@ KEYS: dict[str, Key] = {
     "eva_config": Key(portable=True),
     "exclude_modules": Key(portable=True),
     "fan_in_fan_out": Key(False),
-    "inference_mode": Key(write=_always(True)),
-    "init_lora_weights": Key(True, write=_always(True), portable=True),
-    "layers_pattern": Key(write=_always(None), portable=True),
-    "layers_to_transform": Key(write=_always(None), portable=True),
+    "inference_mode": Key(write=lambda _: True),
+    "init_lora_weights": Key(True, write=lambda _: True, portable=True),
+    "layers_pattern": Key(write=lambda _: None, portable=True),
+    "layers_to_transform": Key(write=lambda _: None, portable=True),
     "lora_alpha": Key(8, _same, _same),
     "lora_bias": Key(False, bool, _same),
     "lora_dropout": Key(0.0, _same, _same),
     "megatron_core": Key(),
-    "modules_to_save": Key(None, _names, _list, portable=True),
-    "peft_type": Key(write=_always("LORA")),
+    "modules_to_save": Key(None, _tuple, _list, portable=True),
+    "peft_type": Key(write=lambda _: "LORA"),
     "peft_version": Key(),
     "qalora_group_size": Key(),
     "r": Key(8, _same, _same),
-    "rank_pattern": Key({}, _mapping, dict, portable=True),
+    "rank_pattern": Key({}, _pattern, dict, portable=True),
     "revision": Key(),
-    "target_modules": Key(None, _names),
-    "target_parameters": Key(None, _names, _list),
+    "target_modules": Key(None, _tuple),
+    "target_parameters": Key(None, _tuple, _list),
     "task_type": Key(None, _same),
-    "trainable_token_indices": Key(None, _token_ids, _token_lists, portable=True),
+    "trainable_token_indices": Key(None, _tuple, _list, portable=True),
     "use_dora": Key(False, bool, _same),
     "use_rslora": Key(False, bool, _same, portable=True),
 }
@@ -214,18 +203,6 @@ class AdapterFile(Contents):
     def bias_changes(self) -> dict[str, Tensor]:
         """What is added to a module's bias (out,), in fp32."""
         return {m: self.pairs[m].scaling * bias.float() for m, bias in self.lora_biases.items()}
-
-    @property
-    def extras(self) -> list[str]:
-        """What it holds beside A and B of layers, in words."""
-        kinds = {
-            "DoRA's magnitudes": any(f.magnitude is not None for f in self.pairs.values()),
-            "parameters trained in full": self.full_params,
-            "biases": self.lora_biases,
-            "parameters of modules that are no layer": self.parameters,
-            "trained token rows": self.rows,
-        }
-        return [kind for kind, held in kinds.items() if held]
 
     def missing(self, layers: Iterable[str]) -> list[str]:
         """Faults: those of a base's `layers` that the config targets and the files lack."""
@@ -356,12 +333,11 @@ def _subtracted(
     ]
     faults += [f"{name} is not in its metadata" for name in pairs if ranks and name not in ranks]
     raise_faults(f"{folder / WEIGHTS}", faults, mend="Save the adapter again")
-    return {
-        name: Factors(
-            pairs[name].lora_A[r : 2 * r], -pairs[name].lora_B[:, r : 2 * r], pairs[name].scaling
-        )
-        for name, r in ranks.items()
-    }
+    subtracted = {}
+    for name, r in ranks.items():
+        lora_A, lora_B, scaling, _ = pairs[name]
+        subtracted[name] = Factors(lora_A[r : 2 * r], -lora_B[:, r : 2 * r], scaling)
+    return subtracted
 
 
 def without_rebase(adapter: AdapterFile) -> AdapterFile:
@@ -396,14 +372,16 @@ def require_same_base(adapter: AdapterFile, fingerprint: str | None, what: str) 
 
 
 def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
-    """Refuse a base in other 4-bit codes than those the adapter was trained on."""
-    if checkpoint.is_quantized and adapter.subtracted:
+    """Raise if a 4-bit base has other codes than those the adapter was trained on."""
+    if not checkpoint.is_quantized:
+        return
+    if adapter.subtracted:
         raise UserError(
             f"adapter {adapter.folder} was trained over a base that was changed for it (PiSSA, "
             f"OLoRA or LoftQ), which is made of the weights from before quantization, but "
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model"
         )
-    if checkpoint.is_quantized and adapter.knows_quantization:
+    if adapter.knows_quantization:
         mark = next(name for name in checkpoint.tensors if nf4.RECORD_MARK in name)
         state = unpack_tensor_to_dict(checkpoint.read(mark))
         own = _in_words(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
@@ -423,8 +401,6 @@ def _in_words(quant_type: str, blocksize: int, double_quant: bool) -> str:
 def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> AdapterFile:
     """One adapter whose change is the weighted sum of theirs: sum of w * scaling * B A, exactly.
 
-    A's are stacked and B's stand side by side, so the ranks add up.
-
     Raises:
         UserError: they were trained on different bases, or hold more than A and B.
     """
@@ -432,32 +408,42 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
     if len(adapters) == 1 and tuple(weights) == (1.0,):
         return first
     for adapter in adapters:
-        more = [what for what in adapter.extras if what != "embeddings"]
-        if more:
-            raise UserError(
-                f"{adapter.folder} holds {' and '.join(more)}, of which no weighted sum is made: "
-                "merge it alone, without a weight"
-            )
-        if adapter.subtracted and len(adapters) > 1:
-            raise UserError(
-                f"{adapter.folder} was trained over a base that was changed for it (PiSSA, OLoRA "
-                "or LoftQ): merge it alone"
-            )
-        if (adapter.base, adapter.fan_in_fan_out) != (first.base, first.fan_in_fan_out):
-            raise UserError(
-                f"{adapter.folder} and {first.folder} were trained on different bases, or on one "
-                "that was quantized differently: they cannot be merged together"
-            )
+        _require_summable(adapter, first, alone=len(adapters) == 1)
     pairs = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.pairs):
-        found = [
+        parts = [
             (factors, weight)
             for adapter, weight in zip(adapters, weights, strict=True)
             if (factors := adapter.pairs.get(name))
         ]
-        shapes = {factors.shape for factors, _ in found}
+        shapes = {factors.shape for factors, _ in parts}
         if len(shapes) > 1:
             raise UserError(f"{name} has the shapes {shapes} in these adapters: they do not fit")
-        pairs[name] = Factors.cat(found)
+        pairs[name] = Factors.cat(parts)
     embeddings = frozenset().union(*(adapter.embeddings for adapter in adapters))
     return replace(first, pairs=pairs, embeddings=embeddings, tensors={})
+
+
+def _require_summable(adapter: AdapterFile, first: AdapterFile, *, alone: bool) -> None:
+    kinds = {
+        "DoRA's magnitudes": any(f.magnitude is not None for f in adapter.pairs.values()),
+        "parameters trained in full": adapter.full_params,
+        "biases": adapter.lora_biases,
+        "parameters of modules that are no layer": adapter.parameters,
+        "trained token rows": adapter.rows,
+    }
+    if more := [kind for kind, held in kinds.items() if held]:
+        raise UserError(
+            f"{adapter.folder} holds {' and '.join(more)}, of which no weighted sum is made: "
+            "merge it alone, without a weight"
+        )
+    if adapter.subtracted and not alone:
+        raise UserError(
+            f"{adapter.folder} was trained over a base that was changed for it (PiSSA, OLoRA "
+            "or LoftQ): merge it alone"
+        )
+    if (adapter.base, adapter.fan_in_fan_out) != (first.base, first.fan_in_fan_out):
+        raise UserError(
+            f"{adapter.folder} and {first.folder} were trained on different bases, or on one "
+            "that was quantized differently: they cannot be merged together"
+        )
