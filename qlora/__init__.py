@@ -24,8 +24,8 @@ A package imports only from the packages to its left:
 
     ops -> base -> adapters -> fast -> training | merge | apps
 
-`data` stands beside them and knows no model; `errors`, `config`, `files`, `pictures` and `cli` are
-below them all. What is named below is loaded when first used, so that `import qlora.config` does
+`data` is beside them and imports none of them; `errors`, `config`, `files`, `pictures` and `cli`
+are below them all. The names below are loaded when first used, so that `import qlora.config` does
 not import torch.
 """
 
@@ -56,47 +56,29 @@ if TYPE_CHECKING:
     from qlora.config import TrainConfig as TrainConfig
     from qlora.errors import UserError as UserError
 
-_PACKAGES = {
-    "qlora.adapters": (
-        "add_weighted_adapter",
-        "apply_lora",
-        "delete_adapter",
-        "disable_adapter",
-        "load_adapter",
-        "merge_adapter",
-        "merge_and_unload",
-        "mixed_batch",
-        "print_trainable_parameters",
-        "save_adapter",
-        "set_adapter",
-        "swap_adapter",
-        "unload",
-        "unmerge_adapter",
-    ),
-    "qlora.base": ("load_base",),
-    "qlora.config": (
-        "DataConfig",
-        "LoraConfig",
-        "MergeConfig",
-        "QuantConfig",
-        "TrainConfig",
-    ),
-    "qlora.errors": ("UserError",),
+# A type checker reads the imports above; Python finds a name's package here when it is first used.
+_NAMES = {
+    "qlora.adapters": "add_weighted_adapter apply_lora delete_adapter disable_adapter load_adapter "
+    "merge_adapter merge_and_unload mixed_batch print_trainable_parameters save_adapter "
+    "set_adapter swap_adapter unload unmerge_adapter",
+    "qlora.base": "load_base",
+    "qlora.config": "DataConfig LoraConfig MergeConfig QuantConfig TrainConfig",
+    "qlora.errors": "UserError",
 }
-_HOME = {name: package for package, names in _PACKAGES.items() for name in names}
-__all__ = sorted(_HOME)
+_PACKAGE_OF = {name: package for package, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_PACKAGE_OF)
 __version__ = "0.1.0"
 
 
-# On a CPU with bf16 units bitsandbytes warns at import that an inference kernel is not there. It is
-# never called here, and an error message should stand alone on standard error.
+# On a CPU with bf16 units bitsandbytes warns at import that an inference kernel is missing. It is
+# never called here, and an error message has to be alone on standard error.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _PACKAGE_OF:
         raise AttributeError(f"module 'qlora' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_PACKAGE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

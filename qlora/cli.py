@@ -1,11 +1,11 @@
 """The commands: flags and a YAML recipe become a config, which one function of the package takes.
 
 The dataclasses of qlora.config are the only list of settings: their names, types, defaults and
-docstrings make the flags, the keys of a recipe and the help. A value is read by the same code
-wherever it is written; flags win. A recipe's scalars are taken as they are written: `revision:
-1.10` stays 1.10. Abbreviated flags are left out, because each new setting could make one ambiguous.
-argparse is not used: it knows no recipe, and takes the -1e-4 of `--weights 1 -1e-4` for a flag.
-Nothing heavy is imported before the config is complete, so that a mistake is answered at once.
+docstrings make the flags, the keys of a recipe and the help. Flags win over the recipe, whose
+scalars are taken as they are written: `revision: 1.10` stays 1.10. Abbreviated flags are left out,
+because each new setting could make one ambiguous. argparse is not used: it knows no recipe, and
+takes the -1e-4 of `--weights 1 -1e-4` for a flag. Nothing heavy is imported until the config is
+complete, so that a mistake is answered at once.
 """
 
 import math
@@ -29,8 +29,8 @@ from qlora.config.lora import ALL_LINEAR
 from qlora.errors import UserError, did_you_mean
 
 Config = TypeVar("Config")
-SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # take a GPU's memory
 Fields = Mapping[str, tuple[Any, Field[Any]]]  # by name: the dataclass and its field
+Texts = list[tuple[str, str, list[str]]]  # where it is written, the name of the setting, its words
 
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # settings; module:function; what Ctrl-C leaves
     "train": (
@@ -92,8 +92,9 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
             raise
         peak = sys.modules["torch"].cuda.max_memory_allocated() / 2**30
-        lower = [_flag(name) for name in SIZES if name in dict(_settings(config_class))]
-        mend = " or ".join([f"lower {', '.join(lower)}"] * bool(lower) + ["take a smaller model"])
+        sizes = ("max_length", "per_device_train_batch_size", "max_new_tokens")
+        lower = [_flag(name) for name in sizes if name in dict(_settings(config_class))]
+        mend = f"lower {' or '.join(lower)}, or take a smaller model" if lower else "use a CPU"
         _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {mend}")
 
 
@@ -107,32 +108,32 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
 
     Raises UserError for whatever is wrong with either, and SystemExit(0) after `--help`.
     """
-    words = sys.argv[1:] if words is None else words
     settings = dict(_settings(config_class))
+    words = sys.argv[1:] if words is None else words
     if not {"-h", "--help", "--help-all"}.isdisjoint(words):
         print(_help(settings, prog, every="--help-all" in words), flush=True)
         sys.exit(0)
     flags = _split(words, settings)
-    recipes = [texts[0] for flag, name, texts in flags if name == "config"]
-    if len(recipes) > 1:
-        raise UserError(f"--config takes one recipe, got {len(recipes)}: put them into one file")
-    recipe = _read_recipe(recipes[0], settings) if recipes else {}
-    given = {name for _, name, _ in flags}
+    path, *more = [texts[0] for _, name, texts in flags if name == "config"] or [""]
+    if more:
+        raise UserError(f"--config takes one recipe, got {1 + len(more)}: put them into one file")
+    given = {name for _, name, _ in flags} - {"trainer"}
+    recipe = _read_recipe(path, settings) if path else []
+    recipe = [text for text in recipe if text[1] not in given]
+    names = given | {name for _, name, _ in recipe}
     required = [n for n, (_, member) in settings.items() if _default(member) is MISSING]
-    if missing := [_flag(name) for name in required if name not in given | recipe.keys()]:
+    if missing := [_flag(name) for name in required if name not in names]:
         raise UserError(f"missing {', '.join(missing)}: write a value here or in a --config file")
-    above = given - {"trainer"}  # what a flag replaces
-    texts = [(f"{recipes[0]}: {n}", n, [text]) for n, text in recipe.items() if n not in above]
     values: dict[str, Any] = {}
-    for where, name, words in [*texts, *(flag for flag in flags if flag[1] != "config")]:
+    for where, name, texts in [*recipe, *(flag for flag in flags if flag[1] != "config")]:
         key = where.partition("--trainer.")[2].replace("-", "_")
-        new = {key: _load(where, words[0])} if key else _value(where, settings[name][1].type, words)
+        new = {key: _load(where, texts[0])} if key else _value(where, settings[name][1].type, texts)
         values[name] = {**values.get(name, {}), **new} if name == "trainer" else new
     try:
         return _build(config_class, values)  # type: ignore[no-any-return]
     except UserError as error:
-        is_recipes = str(error).partition(" ")[0] in recipe.keys() - given
-        raise UserError(f"{recipes[0]}: {error}" if is_recipes else str(error)) from None
+        is_recipes = str(error).partition(" ")[0] in names - given
+        raise UserError(f"{path}: {error}" if is_recipes else str(error)) from None
 
 
 def _settings(config_class: Any) -> Iterator[tuple[str, tuple[Any, Field[Any]]]]:
@@ -160,48 +161,43 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _split(words: Sequence[str], settings: Fields) -> list[tuple[str, str, list[str]]]:
-    """`--flag VALUE ...` and `--flag=VALUE` -> (flag, name of its setting, values).
-
-    A word that begins like a flag is one, and -1e-4 is a value. A switch gets `true` or `false`.
-    """
-    first = next((_flag(n) for n, (_, m) in settings.items() if "positional" in m.metadata), "")
-    split: list[tuple[str, list[str]]] = [(first, [])]
+def _split(words: Sequence[str], settings: Fields) -> Texts:
+    """`--flag VALUE ...` and `--flag=VALUE`. A word that begins like a flag is one; -1e-4 is not."""
+    first = [_flag(n) for n, (_, member) in settings.items() if "positional" in member.metadata]
+    split: list[tuple[str, list[str]]] = [(first[0] if first else "", [])]
     for word in words:
         if re.match(r"--?[A-Za-z]", word):
             flag, equals, text = word.partition("=")
             split.append((flag, [text] if equals else []))
         else:
             split[-1][1].append(word)
-    types = {"": bool, "config": str} | {
-        name: member.type for name, (_, member) in settings.items()
-    }
-    known = {_flag(name): name for name in types} | {"": ""}
-    known |= {_flag(f"no_{name}"): name for name, hint in types.items() if hint is bool}
-    flags, unknown = [], {}
-    for raw, texts in split if split[0][1] else split[1:]:
+    hints = {"config": str} | {name: member.type for name, (_, member) in settings.items()}
+    known = {_flag(name): name for name in hints}
+    known |= {_flag(f"no_{name}"): name for name, hint in hints.items() if hint is bool}
+    texts, unknown = [], {}
+    for raw, values in split if split[0][1] else split[1:]:
         flag = raw.replace("_", "-")
         is_key = flag.startswith("--trainer.") and "trainer" in settings
-        name = "trainer" if is_key else known.get(flag)
-        hint = types.get(name or "")
-        is_list, is_switch = _item(hint) is not None, hint is bool
-        strays = texts if is_switch else [] if is_list else texts[1:]
-        if name is None:
+        name = "trainer" if is_key else known.get(flag, "")
+        hint = hints.get(name)
+        strays = values if hint is bool or not name else [] if _item(hint) else values[1:]
+        if raw and not name:
             unknown[raw] = f"unknown flag {raw}.{did_you_mean(flag, known)}"
         elif strays:
             raise UserError(
                 f"no flag takes {' '.join(strays)}: a value follows its flag, and a switch takes "
                 "none but is turned off with --no-NAME"
             )
-        elif not texts and not is_list and not is_switch:
+        elif hint is bool:
+            values = ["true" if flag == _flag(name) else "false"]
+        elif not values and not _item(hint):
             raise UserError(f"{flag} needs a value (one that starts with - is written {flag}=-…)")
-        else:
-            flags.append((flag, name, [str(flag == _flag(name))] if is_switch else texts))
+        texts.append((flag, name, values))
     if unknown:  # nothing is swallowed: a run with a typo would train with a default
         if "trainer" in settings and not all("?" in line for line in unknown.values()):
             unknown[""] = "Any other of transformers.TrainingArguments: --trainer.NAME VALUE."
         raise UserError(" ".join(unknown.values()))
-    return flags
+    return texts
 
 
 def _value(where: str, hint: Any, words: Sequence[str]) -> Any:
@@ -212,18 +208,16 @@ def _value(where: str, hint: Any, words: Sequence[str]) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"{where}: wanted {{NAME: VALUE}}, got {text!r}")
         return {str(name): number for name, number in value.items()}
-    if item:
-        # One plain word is a list of one: taken as a regular expression over the full name, as PEFT
-        # takes a string, q_proj would match no layer.
-        if is_list := re.fullmatch(r"\[.*\]", text, re.DOTALL):
-            words = _load(where, text, AsWritten)
-        elif str in parts and (text == ALL_LINEAR or re.search(r"[\\*+?()\[\]{}|^$]", text)):
-            return text
+    if item and re.fullmatch(r"\[.*\]", text, re.DOTALL):
+        words = _load(where, text, AsWritten)
         if not all(isinstance(word, str) for word in words):
             raise UserError(f"{where}: wanted a list of plain values, got {text!r}")
-        if not is_list:  # a,b too
-            split = (re.split(",", w) if re.fullmatch(r"[\w.,+-]+", w) else [w] for w in words)
-            words = [word for part in split for word in part if word]
+    elif item and str in parts and (text == ALL_LINEAR or re.search(r"[\\*+?()\[\]{}|^$]", text)):
+        return text  # a regular expression; one plain word is a list of one, unlike in PEFT
+    elif item:
+        lists = [word.split(",") if re.fullmatch(r"[\w.,+-]+", word) else [word] for word in words]
+        words = [word for some in lists for word in some if word]
+    if item:
         return tuple(word if item is str else _number(where, item, word) for word in words)
     if bool in parts and text.lower() in yaml.SafeLoader.bool_values:
         return yaml.SafeLoader.bool_values[text.lower()]
@@ -282,8 +276,8 @@ def _load(where: str, text: str, loader: Any = Loader) -> Any:
         raise UserError(f"{where}{line} is not YAML: {getattr(error, 'problem', error)}") from None
 
 
-def _read_recipe(path: str, settings: Fields) -> dict[str, str]:
-    """Name -> text of what the file sets; an empty value, as after `revision:`, leaves the default.
+def _read_recipe(path: str, settings: Fields) -> Texts:
+    """What the file sets, each value as one text; an empty one, as after `revision:`, sets nothing.
 
     A run's own run.yaml is a recipe too: its settings are below `config:`.
     """
@@ -296,20 +290,20 @@ def _read_recipe(path: str, settings: Fields) -> dict[str, str]:
         written, typed = written["config"], typed["config"]
     if not isinstance(typed, dict):
         raise UserError(f"{path}: wanted lines of `name: value`, got {text[:40]!r}")
-    texts: dict[str, str] = {}
-    unknown = []
+    names = {key: key.replace("-", "_") for key in written}
+    names = {key: config.OLD_NAMES.get(name, name) for key, name in names.items()}
+    if unknown := [name for name in names.values() if name not in settings]:
+        lines = (f"unknown key {name}.{did_you_mean(name, settings)}" for name in unknown)
+        raise UserError(f"{path}: {' '.join(lines)}")
+    if twice := [name for name in names.values() if [*names.values()].count(name) > 1]:
+        raise UserError(f"{path}: {twice[0]} is set twice: keep one of the two")
+    texts = []
     for key, value in written.items():
-        name = config.OLD_NAMES.get(key.replace("-", "_"), key.replace("-", "_"))
-        if name not in settings:
-            unknown.append(f"unknown key {name}.{did_you_mean(name, settings)}")
-        elif name in texts:
-            raise UserError(f"{path}: {name} is set twice: keep one of the two")
-        elif typed[key] is not None:
-            value = typed[key] if isinstance(value, dict) else value
-            text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
-            texts[name] = value if isinstance(value, str) else text.strip()
-    if unknown:
-        raise UserError(f"{path}: {' '.join(unknown)}")
+        value = typed[key] if isinstance(value, dict) else value
+        if not isinstance(value, str):
+            value = yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()
+        if typed[key] is not None:
+            texts.append((f"{path}: {names[key]}", names[key], [value]))
     return texts
 
 

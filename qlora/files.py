@@ -1,7 +1,7 @@
-"""The small files that a run and a merge leave for people, and how they are written and read.
+"""The small files that a run and a merge leave, and how files appear whole or not at all.
 
-Rows, of metrics.jsonl and samples.jsonl, are lines of JSON. Nothing heavy is imported here, so that
-a report is there at once.
+metrics.jsonl and samples.jsonl hold a JSON object per line. Nothing heavy is imported here, so that
+the report starts at once.
 """
 
 import glob
@@ -21,48 +21,7 @@ SAMPLES = "samples.jsonl"
 MERGE_REPORT = "merge_report.json"
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """What a run has logged; nothing where it has not."""
-    return read_rows(folder / METRICS, ("step",))
-
-
-def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """What a run's model answered; nothing where it was not asked."""
-    return read_rows(folder / SAMPLES, ("prompt", "wanted", "before", "after"))
-
-
-def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The rows of a file; none where there is no file.
-
-    Raises:
-        UserError: a line is no JSON object, as the last of a run that was killed while it wrote, or
-            one without one of `keys`.
-    """
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    rows = []
-    # not splitlines: a text may hold other line ends, which JSON leaves as they are
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            row = _object(line)
-            if row is None:
-                raise UserError(
-                    f"{path}, line {number}: a JSON object is wanted, got {line[:40]!r}, which is "
-                    "cut short or damaged: remove that line"
-                )
-            if lacking := [key for key in keys if key not in row]:
-                raise UserError(
-                    f"{path}, line {number}: it has no {', '.join(lacking)}: remove that line"
-                )
-            rows.append(row)
-    return rows
-
-
-def _object(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) else None
+# ---- read ----
 
 
 def read_json(path: Path, *, mend: str = "") -> dict[str, Any]:
@@ -81,6 +40,47 @@ def read_json(path: Path, *, mend: str = "") -> dict[str, Any]:
         kind = type(values).__name__
         raise UserError(f"{path} is no JSON object: it holds a {kind}. {mend}")
     return values
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a run has logged; none before the first."""
+    return read_rows(folder / METRICS, ("step",))
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The answers of a run's model before and after training; none where none were asked."""
+    return read_rows(folder / SAMPLES, ("prompt", "wanted", "before", "after"))
+
+
+def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a file; none where there is no file.
+
+    Raises:
+        UserError: a line is no JSON object, as the last one of a run that was killed while it
+            wrote, or lacks one of `keys`.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    rows = []
+    # not splitlines: JSON leaves other line ends inside a text as they are
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            fault = f"a JSON object is wanted, got {line[:40]!r}, which is cut short or damaged"
+        else:
+            fault = ", ".join(key for key in keys if key not in row)
+            fault = f"it has no {fault}" if fault else ""
+        if fault:
+            raise UserError(f"{path}, line {number}: {fault}: remove that line")
+        rows.append(row)
+    return rows
+
+
+# ---- write ----
 
 
 @contextmanager
@@ -106,15 +106,6 @@ def replace_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def front_matter(base_model: str, *lines: str) -> str:
-    """What the hub reads; a base that is a local folder has no name there and is left out."""
-    *settings, first, second = lines
-    path = Path(base_model).expanduser()
-    if not path.is_absolute() and not path.exists():
-        settings.insert(0, f"base_model: {base_model}")
-    return "\n".join(["---", *settings, "tags:", f"- {first}", f"- {second}", "---", ""])
-
-
 @contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
     """`with publishing(folder) as partial`: a folder that appears whole or not at all.
@@ -124,7 +115,7 @@ def publishing(folder: Path) -> Iterator[Path]:
     """
     require_new(folder)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        if not _is_running(left.name.rpartition("-")[2]):
+        if not _is_another_process(left.name.rpartition("-")[2]):
             shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -137,23 +128,32 @@ def publishing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_running(pid: str) -> bool:
-    """Whether a process of that number is there, and is not this one."""
+def _is_another_process(pid: str) -> bool:
     if not pid.isdecimal() or int(pid) == os.getpid():
         return False
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's
     return True
 
 
 def require_new(folder: Path) -> None:
-    """Refuse a folder that already holds something, or that cannot be made."""
+    """Refuse a folder that holds something, or that cannot be created."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already holds something: give a new folder, or remove it")
     parent = next(p for p in folder.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"{folder} cannot be made: {parent} is no folder that can be written to")
+
+
+def front_matter(base_model: str, *lines: str) -> str:
+    """The head of a model card, which the hub reads; of the last two `lines` it makes tags.
+
+    A base that is a local folder has no name on the hub and is left out.
+    """
+    *settings, first, second = lines
+    path = Path(base_model).expanduser()
+    if not path.is_absolute() and not path.exists():
+        settings.insert(0, f"base_model: {base_model}")
+    return "\n".join(["---", *settings, "tags:", f"- {first}", f"- {second}", "---", ""])

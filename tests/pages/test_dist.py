@@ -17,4 +17,5 @@ def test_the_wheel_trains_and_merges(tmp_path):
     assert "qlora/apps/report.html" in names and "qlora/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qlora"}
-    assert any(name.endswith("/LICENSE") for name in tarfile.open(sdist).getnames())
+    with tarfile.open(sdist) as archive:
+        assert any(name.endswith("/LICENSE") for name in archive.getnames())
