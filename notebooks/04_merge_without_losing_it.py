@@ -201,7 +201,7 @@ layer = model.get_submodule(name)
 original = state_of(model).original_weights.read(name).float()
 codes = nf4.quantize(original, adapter.quantization)
 base = nf4.dequantize(codes)
-delta = layer.delta_weight("default").detach()
+delta = layer.get_delta_weight("default").detach()
 print(f"the change is {delta.norm() / base.norm():.1%} of the weights")
 
 # %% [markdown]

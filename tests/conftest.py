@@ -332,7 +332,7 @@ def base_of(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def adapter_build(base_of, tmp_path_factory):
-    """`adapter_build(kind, base)`: the `adapter_kinds.Build` of a kind over that base, made once."""
+    """`adapter_build(kind, base)`: its `adapter_kinds.Build` over that base, made once."""
     from adapter_kinds import ADAPTER_KINDS, build
 
     @cache

@@ -53,8 +53,8 @@ from qlora.adapters.format import (
     require_same_base,
     without_rebase,
 )
-from qlora.adapters.fuse import require_unmerged
-from qlora.adapters.layers import LoRAExperts, expert_sizes
+from qlora.adapters.fuse import require_unfused
+from qlora.adapters.layers import LoRAExperts, expert_sizes, lora_class
 from qlora.adapters.lora import lora_layers
 from qlora.adapters.portable import portable_subset
 from qlora.adapters.rebase import (
@@ -64,10 +64,10 @@ from qlora.adapters.rebase import (
     set_bases,
     subtracted_parts,
 )
-from qlora.adapters.targets import has_rows, matches, takes_adapter
+from qlora.adapters.targets import has_rows, matches
 from qlora.adapters.tensors import PREFIX
 from qlora.adapters.trained import TrainedModule
-from qlora.adapters.wrappers import adapted, base_modules, plain, take_off
+from qlora.adapters.wrappers import adapted, base_modules, plain, remove_adapter
 from qlora.base.modules import is_quantized, matrix_shape, state_of, task_of, was_conv1d
 from qlora.config import LoraConfig
 from qlora.errors import UserError
@@ -144,7 +144,7 @@ def target_suffixes(model: nn.Module, layers: list[str]) -> list[str]:
     matched = {
         name
         for name, module in base_modules(model).items()
-        if takes_adapter(plain(module)) and _matches_any(name, leaves)
+        if lora_class(plain(module)) and _matches_any(name, leaves)
     }
     return leaves if matched == set(layers) else sorted(layers)
 
@@ -194,11 +194,11 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
     require_own_base(model, "swap_adapter")
     if adapter.subtracted:
         require_alone(model, f"adapter {adapter.folder}")
-    require_unmerged(model, adapter_name)
+    require_unfused(model, adapter_name)
     if adapter_configs(model)[adapter_name].bias == "none":
         require_only_biases(model, adapter.config.bias)
     active = active_adapters(model)
-    take_off(model, adapter_name)
+    remove_adapter(model, adapter_name)
     _place(model, adapter, adapter_name)
     activate(model, active)
     return model
@@ -257,7 +257,7 @@ def load_adapter_weights(
     config = adapter_configs(model).get(adapter_name)
     if config is None:
         raise UserError(f"the model has no adapter {adapter_name!r} to load weights into")
-    require_unmerged(model, adapter_name)
+    require_unfused(model, adapter_name)
     check_fits(model, adapter)
     parameters, tensors = parameters_by_file_name(model, adapter_name), adapter.tensors
     unused, unset = tensors.keys() - parameters.keys(), parameters.keys() - tensors.keys()
@@ -316,7 +316,7 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
             f"{', '.join(state.labels)}"
         )
     faults += _misfits_of_layers(modules, adapter)
-    faults += adapter.missing(name for name, layer in modules.items() if takes_adapter(layer))
+    faults += adapter.missing(name for name, layer in modules.items() if lora_class(layer))
     faults += _misfits_of_full_params(modules, adapter)
     faults += _misfits_of_parameters(modules, adapter)
     faults += _misfits_of_rows(modules, adapter)
@@ -331,7 +331,7 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
 def _misfits_of_layers(modules: dict[str, Any], adapter: AdapterFile) -> Iterator[str]:
     for name, factors in adapter.pairs.items():
         layer = modules.get(name)
-        if layer is None or not takes_adapter(layer):
+        if layer is None or lora_class(layer) is None:
             yield f"{name} is no layer of this model that takes A and B"
         elif (name in adapter.embeddings) != isinstance(layer, nn.Embedding):
             yield f"{name} is a {type(layer).__name__}, which the adapter's tensors do not fit"

@@ -1,21 +1,21 @@
-"""Adapters folded into the base, and taken off it: in memory, and always exact.
+"""Fuse adapters into the base in memory, remove them, and combine several into a new one.
 
-`merge_adapter` puts a dense 16-bit weight beside the codes: the 4-bit base is never quantized
-again, so unmerging restores it bit for bit. (`qlora.merge.run` writes merged checkpoints, a tensor
-at a time.)
+`merge_adapter` (PEFT's name) computes a dense 16-bit weight beside the 4-bit codes: the base is
+never quantized again, so `unmerge_adapter` restores it bit for bit. (qlora.merge writes merged
+checkpoints, a tensor at a time.)
 
-A new adapter out of several: weighted sums of them, by PEFT's ways and under its names.
+`add_weighted_adapter` combines adapters in PEFT's ways, under its names:
 
-    cat              A's stacked, B's side by side: the weighted sum of the changes, exactly
+    cat              A stacked, B side by side: the weighted sum of the changes, exactly
     svd              the same sum in a rank of choice: its best approximation
     linear           sum of sqrt(weight) A times sum of sqrt(weight) B: cheap, with cross terms
     ties             linear, of the largest values only, where their signs agree (arXiv:2306.01708)
-    dare_linear      linear, of random values, the others' size made up for (arXiv:2311.03099)
+    dare_linear      linear, of random values, rescaled (arXiv:2311.03099)
     dare_ties        both
     magnitude_prune  linear, of the largest values only
 
-and the last four with _svd: the same done to the changes themselves, scaling * B A, and brought to
-a rank of choice.
+and the last four with _svd: the same on the changes themselves, scaling * B A, brought to a rank of
+choice.
 """
 
 import math
@@ -42,40 +42,45 @@ from qlora.adapters.wrappers import (
     base_modules,
     plain,
     put_module,
-    take_all_off,
-    take_off,
+    remove_adapter,
+    remove_wrappers,
 )
-from qlora.base.modules import (
-    as_dense,
-    computes_in,
-    dense_weight,
-    is_tied,
-    output_head,
-    state_of,
-)
+from qlora.base.modules import as_dense, computes_in, dense_weight, is_tied, output_head, state_of
 from qlora.config import LoraConfig
 from qlora.errors import UserError, did_you_mean
 
+Combination = Literal[
+    "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd",
+    "dare_linear_svd", "magnitude_prune", "magnitude_prune_svd",
+]  # fmt: skip
+Signs = Literal["total", "frequency"]
+Mix = Callable[[list[Tensor], list[float]], Tensor]
+
+
+# ---- fuse and remove ----
+
 
 def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
-    """Fold adapters, by default the active ones, into dense 16-bit weights, for speed.
+    """Fuse adapters, by default the active ones, into dense 16-bit weights, for speed.
 
-    The 4-bit base stays as it is beside them, which costs memory: nothing is quantized again, and
-    `unmerge_adapter` is exact. `set_adapter` and `disable_adapter` go on meaning what they mean,
-    as merged weights are used while all that is in them is active. `model.train()` unmerges.
+    The 4-bit base stays beside them, which costs memory: nothing is quantized again, and
+    `unmerge_adapter` is exact. `set_adapter` and `disable_adapter` keep their meaning: fused
+    weights are used while all that is in them is active. `model.train()` unfuses.
 
     Raises:
-        UserError: there is no such adapter, some are merged already, two of them cannot be active
+        UserError: there is no such adapter, some are fused already, two of them cannot be active
             together, or the model is in training.
     """
-    names = _to_merge(model, adapter_names)
+    names = _to_fuse(model, adapter_names)
+    if fused := fused_adapters(model):
+        raise UserError(f"{', '.join(fused)} is merged already: unmerge_adapter first")
     if model.training:
         raise UserError(
             "the model is in training mode, in which adapters are kept apart from the base: call "
             "model.eval() before merge_adapter"
         )
     for _, wrapper in adapted(model):
-        wrapper.merge(names)
+        wrapper.fuse(names)
     return model
 
 
@@ -83,49 +88,49 @@ def unmerge_adapter(model: Model) -> Model:
     """Undo `merge_adapter`, exactly.
 
     Raises:
-        UserError: nothing is merged.
+        UserError: nothing is fused.
     """
-    if not merged_adapters(model):
+    if not fused_adapters(model):
         raise UserError("no adapter is merged: there is nothing to unmerge")
     for _, wrapper in adapted(model):
-        wrapper.unmerge()
+        wrapper.unfuse()
     return model
 
 
-def merged_adapters(model: nn.Module) -> tuple[str, ...]:
-    """The names of the adapters that are merged, each once."""
-    names = (name for _, wrapper in adapted(model) for name in wrapper.merged_adapters)
+def fused_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that are fused, each once."""
+    names = (name for _, wrapper in adapted(model) for name in wrapper.fused_adapters)
     return tuple(dict.fromkeys(names))
 
 
-def require_unmerged(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to change an adapter whose merged weight would then be another's."""
-    if adapter_name in merged_adapters(model):
+def require_unfused(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to change an adapter that is part of fused weights."""
+    if adapter_name in fused_adapters(model):
         raise UserError(f"adapter {adapter_name!r} is merged: unmerge_adapter first")
 
 
 def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
-    """Make `model` a plain 16-bit one with these adapters, by default the active ones, folded in.
+    """Make `model` a plain 16-bit one that includes these adapters, by default the active ones.
 
-    Every 4-bit layer becomes a dense one, adapted or not, so that the model is one thing, and what
-    `save_pretrained` writes is what merge_dequant.py does (which needs less memory, one tensor at a
+    Every 4-bit layer becomes a dense one, adapted or not, so that all of the model is dense, and
+    `save_pretrained` writes what merge_dequant.py does (which needs less memory, one tensor at a
     time). Other adapters are dropped.
 
     Raises:
         UserError: there is no such adapter, two of them cannot be active together, or one has a
             lora_bias where the layer has none to add it to.
     """
-    names = _to_merge(model, adapter_names, again=True)
+    names = _to_fuse(model, adapter_names)
     _require_biases(model, names)
     for name, module in base_modules(model).items():
-        made = plain(module)
+        fused = plain(module)
         for wrapper in reversed(list(adapter_modules(module))):
-            made = wrapper.fold(made, names)
-        if isinstance(made, Linear4bit):
-            made = as_dense(made, dense_weight(made).to(computes_in(made)))
-        if made is not module:
-            put_module(model, name, made)
-    _part(model)
+            fused = wrapper.fused(fused, names)
+        if isinstance(fused, Linear4bit):
+            fused = as_dense(fused, dense_weight(fused).to(computes_in(fused)))
+        if fused is not module:
+            put_module(model, name, fused)
+    _untie(model)
     state_of(model).forget_base()
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -136,70 +141,63 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
 
 
 def unload(model: Model) -> Model:
-    """Take every adapter off: `model` is its frozen base again.
+    """Remove every adapter: `model` is its frozen base again.
 
     Raises:
-        UserError: the base was changed for its adapter, and the checkpoint to make it anew from is
-            gone.
+        UserError: the base was changed for its adapter, and the checkpoint to read it from again
+            is gone.
     """
     restore(model)
-    take_all_off(model)
+    remove_wrappers(model, lambda _: True)
     adapter_configs(model).clear()
     return model
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take one adapter off, and free its memory.
+    """Remove one adapter, and free its memory.
 
     Raises:
-        UserError: there is no such adapter, or it is active or merged; or `unload` would raise.
+        UserError: there is no such adapter, or it is active or fused; or `unload` would raise.
     """
     known_adapters(model, adapter_name)
-    require_unmerged(model, adapter_name)
+    require_unfused(model, adapter_name)
     if adapter_name in active_adapters(model):
         raise UserError(
-            f"adapter {adapter_name!r} is active: set_adapter another first, or unload to take all "
-            "off"
+            f"adapter {adapter_name!r} is active: set_adapter another first, or unload to remove "
+            "all of them"
         )
     restore(model)
-    take_off(model, adapter_name)
+    remove_adapter(model, adapter_name)
     del adapter_configs(model)[adapter_name]
 
 
-def _to_merge(
-    model: nn.Module, adapter_names: str | Iterable[str] | None, *, again: bool = False
-) -> tuple[str, ...]:
-    names = (
-        active_adapters(model) if adapter_names is None else known_adapters(model, adapter_names)
-    )
+def _to_fuse(model: nn.Module, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The adapters asked for, by default the active ones; at least one."""
+    if adapter_names is None:
+        names = active_adapters(model)
+    else:
+        names = known_adapters(model, adapter_names)
     if not names:
         raise UserError("no adapter is active: there is nothing to merge")
     require_one_owner(model, names)
-    merged = merged_adapters(model)
-    if merged and not again:
-        raise UserError(f"{', '.join(merged)} is merged already: unmerge_adapter first")
     return names
 
 
 def _require_biases(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse a lora_bias on layers without one: their class has none to save."""
-    without = {
-        n: layer
-        for n, layer in lora_layers(model).items()
-        if getattr(layer.plain, "bias", None) is None
-    }
+    """Refuse a lora_bias on layers without a bias: their class has none to save."""
+    layers = lora_layers(model).items()
     for name in names:
-        found = [n for n, layer in without.items() if name in layer.lora_bias]
-        if found:
+        biased = {n: layer.plain for n, layer in layers if name in layer.lora_bias}
+        without = [n for n, base in biased.items() if getattr(base, "bias", None) is None]
+        if without:
             raise UserError(
-                f"adapter {name!r} has lora_bias, and {', '.join(found[:4])}"
-                f"{', …' if len(found) > 4 else ''} have no bias to fold it into: use "
-                "merge_adapter, which keeps it beside the layer"
+                f"adapter {name!r} has lora_bias, and {_some(without)} have no bias to fold it "
+                "into: use merge_adapter, which keeps it beside the layer"
             )
 
 
-def _part(model: nn.Module) -> None:
-    """Where a head and its embedding were one tensor and are two now, say so; or tie them again."""
+def _untie(model: nn.Module) -> None:
+    """Set the config to untied where a head and its embedding differ now; else tie them again."""
     if not is_tied(model):
         return
     head, embedding = output_head(model), model.get_input_embeddings()  # type: ignore[operator]
@@ -213,12 +211,7 @@ def _part(model: nn.Module) -> None:
     config.get_text_config(decoder=True).tie_word_embeddings = False
 
 
-Combination = Literal[
-    "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd",
-    "dare_linear_svd", "magnitude_prune", "magnitude_prune_svd",
-]  # fmt: skip
-Signs = Literal["total", "frequency"]
-Mix = Callable[[list[Tensor], list[float]], Tensor]
+# ---- combine ----
 
 
 @torch.no_grad()
@@ -237,124 +230,96 @@ def add_weighted_adapter(
     """A new adapter beside the others, frozen and not yet active.
 
     Args:
-        svd_rank: rank of the new adapter, for svd and what ends in _svd; by default the largest.
+        svd_rank: rank of the new adapter, for svd and the types that end in _svd; by default the
+            largest.
         density: share of the values that are kept, above 0 and at most 1, for ties, dare and
             magnitude_prune.
-        majority_sign_method: of ties: a sign weighs as much as its values, or each value alike.
+        majority_sign_method: of ties: signs are weighted by their values, or each counts as one.
         generator: of dare's choice; by default torch's global one.
 
     Raises:
-        UserError: the name is taken, an adapter is not there, or the settings do not fit.
+        UserError: the name is taken, an adapter is missing, or the settings do not fit.
     """
     require_new_name(model, adapter_name)
     names = known_adapters(model, adapters)
     _check(names, weights, combination_type, svd_rank, density, majority_sign_method)
-    configs = adapter_configs(model)
     for name in names:
-        if configs[name].use_dora:
-            raise UserError(f"adapter {name!r} is DoRA's, of which no weighted sum is made")
-        if configs[name].lora_bias:
-            raise UserError(f"adapter {name!r} has lora_bias, of which no weighted sum is made")
-        other = [
-            n for n, w in adapted(model) if name in w.adapters and not isinstance(w, LoRALayer)
-        ]
-        if other:
-            raise UserError(
-                f"adapter {name!r} trains {', '.join(other[:4])}{', …' if len(other) > 4 else ''} "
-                "beside its A and B, of which no weighted sum is made"
-            )
-    layers = {
-        name: {n: w for n, w in zip(names, weights, strict=True) if n in layer.lora_A}
-        for name, layer in lora_layers(model).items()
-    }
-    layers = {name: parts for name, parts in layers.items() if parts}
+        _require_only_matrices(model, name)
+    layers = lora_layers(model)
+    weight_of = dict(zip(names, weights, strict=True))
+    parts = {n: [a for a in names if a in layer.lora_A] for n, layer in layers.items()}
+    parts = {name: some for name, some in parts.items() if some}
     if combination_type != "cat" and not combination_type.endswith("svd"):
-        _require_one_rank(model, layers, combination_type)
+        _require_one_rank(layers, parts, combination_type)
+    largest = max(len(layers[name].lora_A[a]) for name, some in parts.items() for a in some)
     mix = _mix(combination_type.removesuffix("_svd"), density, majority_sign_method, generator)
-    r = svd_rank or _largest(model, names)
-    made = {
-        name: _combined(lora_layers(model)[name], parts, combination_type, mix, r)
-        for name, parts in layers.items()
+    combined = {
+        name: _combined(
+            layers[name],
+            {a: weight_of[a] for a in some},
+            combination_type,
+            mix,
+            svd_rank or largest,
+        )
+        for name, some in parts.items()
     }
-    _put(model, made, configs[names[0]], adapter_name)
+    r = max(len(factors.lora_A) for factors in combined.values())
+    for name, factors in combined.items():
+        dtype = next(iter(layers[name].lora_A.values())).dtype
+        lora_A, lora_B = (t.to(dtype) for t in factors.padded(r)[:2])  # readers expect one rank
+        layers[name].put_adapter(adapter_name, Factors(lora_A, lora_B, 1.0))
+    dropout = adapter_configs(model)[names[0]].lora_dropout
+    adapter_configs(model)[adapter_name] = LoraConfig(
+        r=r, lora_alpha=r, lora_dropout=dropout, target_modules=tuple(combined)
+    )
     return model
 
 
-def _put(model: nn.Module, made: dict[str, Factors], like: LoraConfig, adapter_name: str) -> None:
-    """The factors of each layer as an adapter on the model, of one rank: all readers of adapter
-    files understand that."""
-    r = max(len(factors.lora_A) for factors in made.values())
-    layers = lora_layers(model)
-    for name, factors in made.items():
-        dtype = next(iter(layers[name].lora_A.values())).dtype
-        lora_A, lora_B = (t.to(dtype) for t in factors.padded(r)[:2])
-        layers[name].put_adapter(adapter_name, Factors(lora_A, lora_B, 1.0))
-    adapter_configs(model)[adapter_name] = LoraConfig(
-        r=r, lora_alpha=r, lora_dropout=like.lora_dropout, target_modules=tuple(made)
-    )
-
-
-def _combined(layer: LoRALayer, parts: dict[str, float], way: str, mix: Mix, r: int) -> Factors:
-    """One layer's weighted adapters as one, in fp32 and of scaling 1."""
-    found = [layer.factors(name) for name in parts]
+def _combined(layer: LoRALayer, weights: dict[str, float], way: str, mix: Mix, r: int) -> Factors:
+    """The adapters of one layer, by their weights, as one in fp32 and of scaling 1."""
+    parts = [layer.factors(name) for name in weights]
     if way in ("cat", "svd"):
-        stacked = Factors.cat([*zip(found, parts.values(), strict=True)])
+        stacked = Factors.cat([*zip(parts, weights.values(), strict=True)])
         return stacked if way == "cat" else _low_rank_svd(stacked, r)
     if way.endswith("_svd"):
-        return _svd(mix([layer.delta_weight(name) for name in parts], [*parts.values()]), r)
-    each = [w * factors.scaling for w, factors in zip(parts.values(), found, strict=True)]
-    roots = [math.sqrt(abs(w)) for w in each]
-    signed = [math.copysign(root, w) for root, w in zip(roots, each, strict=True)]
-    lora_A = mix([factors.lora_A.float() for factors in found], signed)
-    lora_B = mix([factors.lora_B.float() for factors in found], roots)
+        return _svd(mix([layer.get_delta_weight(name) for name in weights], [*weights.values()]), r)
+    scales = [w * part.scaling for w, part in zip(weights.values(), parts, strict=True)]
+    roots = [math.sqrt(abs(scale)) for scale in scales]
+    signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
+    lora_A = mix([part.lora_A.float() for part in parts], signed)
+    lora_B = mix([part.lora_B.float() for part in parts], roots)
     return Factors(lora_A, lora_B, 1.0)
 
 
-# ---- ways to mix some tensors of one shape into one ----
-
-
 def _mix(way: str, density: float | None, signs: Signs, generator: torch.Generator | None) -> Mix:
+    """A function of tensors of one shape, and their weights, to one such tensor."""
+
     def prune(tensor: Tensor) -> Tensor:
         if density is None or density == 1:
             return tensor
-        if not way.startswith("dare"):
-            return keep_largest(tensor, density)
-        return keep_some(tensor, density, generator)
+        if way.startswith("dare"):  # random values, divided by their share
+            drawn = torch.bernoulli(torch.full_like(tensor, density), generator=generator)
+            return tensor * drawn / density
+        flat = tensor.flatten()  # the largest values
+        kept = flat.abs().topk(int(density * flat.numel())).indices
+        return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(tensor)
 
     def mix(tensors: list[Tensor], weights: list[float]) -> Tensor:
-        stacked = torch.stack([prune(tensor) for tensor in tensors])
+        stacked = torch.stack([prune(tensor) for tensor in tensors])  # (n, *shape)
         scale = torch.tensor(weights, device=stacked.device).view(-1, *[1] * tensors[0].ndim)
         if not way.endswith("ties"):
             return (stacked * scale).sum(0)
-        agree = agreeing(stacked, signs)
+        votes = stacked.sum(0) if signs == "total" else stacked.sign().sum(0)
+        agree = stacked.sign() == torch.where(votes >= 0, 1, -1)
         return (stacked * scale * agree).sum(0) / agree.sum(0).clamp_min(1)
 
     return mix
 
 
-def keep_largest(tensor: Tensor, density: float) -> Tensor:
-    """The largest of its values, that share of them; zeros for the rest."""
-    flat = tensor.flatten()
-    kept = flat.abs().topk(int(density * flat.numel())).indices
-    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(tensor)
-
-
-def keep_some(tensor: Tensor, density: float, generator: torch.Generator | None = None) -> Tensor:
-    """About that share of its values at random, divided by it; zeros for the rest."""
-    drawn = torch.bernoulli(torch.full_like(tensor, density), generator=generator)
-    return tensor * drawn / density
-
-
-def agreeing(stacked: Tensor, signs: Signs) -> Tensor:
-    """Where each of some tensors (n, …) has the sign that most have: by size, or by count."""
-    votes = stacked.sum(0) if signs == "total" else stacked.sign().sum(0)
-    return stacked.sign() == torch.where(votes >= 0, 1, -1)
-
-
-def _low_rank_svd(sum_: Factors, r: int) -> Factors:
+def _low_rank_svd(stacked: Factors, r: int) -> Factors:
     """The best approximation of rank r of B A, which is never formed."""
-    left, up = torch.linalg.qr(sum_.lora_B)  # (out, R) = (out, R) @ (R, R)
-    right, down = torch.linalg.qr(sum_.lora_A.T)  # (in, R) = (in, R) @ (R, R)
+    left, up = torch.linalg.qr(stacked.lora_B)  # (out, R) = (out, R) @ (R, R)
+    right, down = torch.linalg.qr(stacked.lora_A.T)  # (in, R) = (in, R) @ (R, R)
     core = _svd(up @ down.T, r)
     return Factors(core.lora_A @ right.T, left @ core.lora_B, 1.0)
 
@@ -376,22 +341,22 @@ def _check(
     density: float | None,
     signs: str,
 ) -> None:
+    ways, prunes = get_args(Combination), way.startswith(("ties", "dare", "magnitude"))
     if not names or len(names) != len(weights):
         raise UserError(f"wanted a weight for each adapter, got {len(names)} and {len(weights)}")
     if len(set(names)) < len(names):
         raise UserError("an adapter is named twice: add up its weights")
     if not all(map(math.isfinite, weights)):
         raise UserError(f"weights must be finite numbers, got {list(weights)}")
-    if way not in get_args(Combination):
+    if way not in ways:
         raise UserError(
-            f"combination_type must be one of {', '.join(get_args(Combination))}, got {way!r}."
-            f"{did_you_mean(way, get_args(Combination))}"
+            f"combination_type must be one of {', '.join(ways)}, got {way!r}."
+            f"{did_you_mean(way, ways)}"
         )
     if svd_rank is not None and (not way.endswith("svd") or svd_rank < 1):
         raise UserError(
-            f"svd_rank is the rank, above 0, of what ends in svd; got {svd_rank} for {way}"
+            f"svd_rank is the rank, above 0, for types that end in svd; got {svd_rank} for {way}"
         )
-    prunes = way.startswith(("ties", "dare", "magnitude"))
     if prunes != (density is not None):
         raise UserError(
             f"density is the share of values that ties, dare and magnitude_prune keep: {way} "
@@ -403,10 +368,22 @@ def _check(
         raise UserError(f"majority_sign_method must be total or frequency, got {signs!r}")
 
 
-def _require_one_rank(model: nn.Module, layers: dict[str, dict[str, float]], way: str) -> None:
-    for name, parts in layers.items():
-        layer = lora_layers(model)[name]
-        ranks = {adapter: len(layer.lora_A[adapter]) for adapter in parts}
+def _require_only_matrices(model: nn.Module, name: str) -> None:
+    """Refuse an adapter that is more than A and B of layers."""
+    config = adapter_configs(model)[name]
+    others = [n for n, w in adapted(model) if name in w.adapters and not isinstance(w, LoRALayer)]
+    for is_more, what in (
+        (config.use_dora, "is DoRA's"),
+        (config.lora_bias, "has lora_bias"),
+        (others, f"trains {_some(others)} beside its A and B"),
+    ):
+        if is_more:
+            raise UserError(f"adapter {name!r} {what}, of which no weighted sum can be computed")
+
+
+def _require_one_rank(layers: dict[str, LoRALayer], parts: dict[str, list[str]], way: str) -> None:
+    for name, adapters in parts.items():
+        ranks = {adapter: len(layers[name].lora_A[adapter]) for adapter in adapters}
         if len(set(ranks.values())) > 1:
             raise UserError(
                 f"{way} wants adapters of one rank, at {name} they have "
@@ -414,9 +391,5 @@ def _require_one_rank(model: nn.Module, layers: dict[str, dict[str, float]], way
             )
 
 
-def _largest(model: nn.Module, names: Sequence[str]) -> int:
-    """The largest rank that one of these adapters has."""
-    layers = lora_layers(model).values()
-    return max(
-        len(layer.lora_A[name]) for layer in layers for name in names if name in layer.lora_A
-    )
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

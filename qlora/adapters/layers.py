@@ -1,13 +1,25 @@
-"""LoRA over what is no linear layer: embeddings, convolutions, and the 3-D weights of experts.
+"""LoRA over embeddings, convolutions, and the 3-D weights of experts.
 
     embedding    y = W[ids] + scaling * B A[:, ids]           A (r, vocab), B (dim, r)
     convolution  A is one with r channels out, B one of kernel size 1 from there:
                  A (r, in, *kernel), B (out, r, 1, …)
     experts      of each expert e, W_e + scaling * B_e A_e    A (E * r, in), B (out, r * E)
 
-As PEFT has them. Experts are one parameter (E, out, in), which their module multiplies with as it
-likes; so their sum with B A is formed in every forward pass, which costs its memory. Grouped
-convolutions are left out: their change cannot be folded into the grouped weight.
+As in PEFT. Experts are one parameter (E, out, in), and their module multiplies with it in its own
+way; so the sum with B A is formed in every forward pass, which costs its memory. Grouped
+convolutions are left out: their change cannot be fused into the grouped weight.
+
+To add a type of layer:
+
+1. qlora/base/modules.py: `matrix_shape`, `dense_weight` and `as_dense` say how its weight is a
+   matrix (out, in), and back.
+2. Here: a subclass of LoRALayer with `_change`, B A x, and `_with_weight`, the output with another
+   weight; a line in `lora_class`, which is what makes it a target. By need: `_set_matrices` where A
+   and B have another shape in files, `_first_values` for another start, `_as_output` and
+   `_magnitude_shape` for DoRA.
+3. Only where files give its A and B other names: `ENDINGS` here, `PARTS` in tensors.py.
+4. merge/ adds a change to a matrix; where the checkpoint stores the weight otherwise, see how it
+   treats convolutions.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,43 +32,45 @@ from torch.nn import functional as F
 
 from qlora.adapters.lora import LoRALayer, LoRALinear, adapter_dtype
 from qlora.adapters.wrappers import AdapterModule, plain
-from qlora.base.modules import is_conv, shallow_copy
+from qlora.base.modules import is_conv, is_linear, shallow_copy
 from qlora.config import LoraConfig
 
 
+def lora_class(layer: nn.Module) -> type[LoRALayer] | None:
+    """The low-rank wrapper for a layer of the base; None where A and B do not fit."""
+    if isinstance(layer, nn.Embedding):
+        return LoRAEmbedding
+    if is_conv(layer):
+        return LoRAConv if layer.groups == 1 else None
+    return LoRALinear if is_linear(layer) else None
+
+
 class LoRAEmbedding(LoRALayer):
-    """LoRA over an nn.Embedding: A is zero at first and B normal, as in PEFT. No dropout: on ids
-    there is none."""
+    """LoRA over an nn.Embedding: A starts as zero and B normal, as in PEFT; ids have no dropout."""
 
     ENDINGS = ("lora_embedding_A", "lora_embedding_B")
 
-    def _initialise(
-        self,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        config: LoraConfig,
-        generator: torch.Generator | None,
-    ) -> None:
-        lora_A.zero_()
-        lora_B.normal_(generator=generator)
+    def _first_values(
+        self, config: LoraConfig, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        dim, vocab = self.shape
+        lora_B = torch.empty(dim, config.r).normal_(generator=generator)
+        return torch.zeros(config.r, vocab), lora_B
 
     def _change(self, x: Tensor, name: str) -> Tensor:
-        low = F.embedding(x, self.lora_A[name].T, padding_idx=self.plain.padding_idx)
-        return self._scaled(F.linear(low, self.lora_B[name]).to(self.plain.weight.dtype))
+        low = F.embedding(x, self.lora_A[name].T, padding_idx=self.plain.padding_idx)  # (..., r)
+        change = F.linear(low, self.lora_B[name])  # (..., r) @ (r, dim) -> (..., dim)
+        return scaled_as(self.plain, change.to(self.plain.weight.dtype))
 
     def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._scaled(F.embedding(x, weight.T))
-
-    def _scaled(self, y: Tensor) -> Tensor:
-        """As Gemma's embedding does with its rows."""
-        return scaled_as(self.plain, y)
+        return scaled_as(self.plain, F.embedding(x, weight.T))
 
     def _drop(self, x: Tensor, name: str) -> Tensor:
         return x
 
 
 def scaled_as(embedding: nn.Module, rows: Tensor) -> Tensor:
-    """Rows of an embedding as it would give them: some multiply them with a constant."""
+    """Rows of an embedding times the constant that some (Gemma's) multiply theirs with."""
     scale: Any = getattr(embedding, "embed_scale", None)
     return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows)
 
@@ -64,29 +78,35 @@ def scaled_as(embedding: nn.Module, rows: Tensor) -> Tensor:
 class LoRAConv(LoRALayer):
     """LoRA over an nn.Conv1d, nn.Conv2d or nn.Conv3d that is not grouped."""
 
-    def _put(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-        kernel = self.plain.weight.shape[1:]
-        ones = [1] * len(self.plain.kernel_size)
-        super()._put(name, lora_A.view(-1, *kernel), lora_B.view(*lora_B.shape[:2], *ones))
+    @property
+    def _ones(self) -> tuple[int, ...]:
+        """A kernel of size 1."""
+        return (1,) * len(self.plain.kernel_size)
+
+    def _set_matrices(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
+        kernel = self.plain.weight.shape[1:]  # (in, *kernel)
+        lora_B = lora_B.view(*lora_B.shape[:2], *self._ones)
+        super()._set_matrices(name, lora_A.view(-1, *kernel), lora_B)
 
     def _change(self, x: Tensor, name: str) -> Tensor:
         conv = self.plain
-        low = conv._conv_forward(x, self.lora_A[name].to(x.dtype), None)  # stride, padding and all
+        # (N, in, *size) -> (N, r, *size') with the layer's own stride and padding
+        low = conv._conv_forward(x, self.lora_A[name].to(x.dtype), None)
         up = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
-        changed: Tensor = up(low, self.lora_B[name].to(x.dtype))
-        return changed
+        change: Tensor = up(low, self.lora_B[name].to(x.dtype))  # -> (N, out, *size')
+        return change
 
     def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         conv = self.plain
-        made: Tensor = conv._conv_forward(x, weight.view_as(conv.weight), self._bias)
-        return made
+        y: Tensor = conv._conv_forward(x, weight.view_as(conv.weight), self._bias)
+        return y
 
-    def _spread(self, features: Tensor) -> Tensor:
-        return features.view(-1, *[1] * len(self.plain.kernel_size))
+    def _as_output(self, features: Tensor) -> Tensor:
+        return features.view(-1, *self._ones)
 
     @property
     def _magnitude_shape(self) -> tuple[int, ...]:
-        return (1, self.shape[0], *[1] * len(self.plain.kernel_size))
+        return (1, self.shape[0], *self._ones)
 
 
 class LoRAExperts(AdapterModule):
@@ -96,9 +116,8 @@ class LoRAExperts(AdapterModule):
         super().__init__(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.scaling: dict[str, dict[str, float]] = {}  # of an adapter's change of a parameter
-        self.merged_adapters = ()
-        self._merged: dict[str, Tensor] = {}
+        self.scaling: dict[str, dict[str, float]] = {}  # by adapter, then by parameter
+        self._fused: dict[str, Tensor] = {}
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -111,16 +130,12 @@ class LoRAExperts(AdapterModule):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """A new adapter of some of the module's parameters, not yet active.
-
-        Args:
-            configs: what each of these parameters gets.
-        """
+        """A new adapter of some of the module's parameters, by name; not yet active."""
         lora_A, lora_B = {}, {}
         for leaf, config in configs.items():
             weight = getattr(self.plain, leaf)
-            (experts, out_features, in_features) = expert_sizes(self.plain, leaf)
-            dtype = adapter_dtype(config, _Weight(weight))
+            experts, out_features, in_features = expert_sizes(self.plain, leaf)
+            dtype = adapter_dtype(config, weight.device, weight.dtype)
             drawn = torch.empty(config.r * experts, in_features)
             bound = in_features**-0.5
             lora_A[leaf] = drawn.uniform_(-bound, bound, generator=generator).to(dtype)
@@ -134,8 +149,7 @@ class LoRAExperts(AdapterModule):
         lora_B: Mapping[str, Tensor],
         scaling: Mapping[str, float],
     ) -> None:
-        """An adapter with these values, frozen and not yet active, by the names of the module's
-        parameters."""
+        """An adapter with these values of some parameters, frozen and not yet active."""
         for held, values in ((self.lora_A, lora_A), (self.lora_B, lora_B)):
             moved = {n: t.to(getattr(self.plain, n).device, copy=True) for n, t in values.items()}
             parameters = {n: nn.Parameter(t, requires_grad=False) for n, t in moved.items()}
@@ -143,27 +157,30 @@ class LoRAExperts(AdapterModule):
         self.scaling[name] = dict(scaling)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """As PEFT, which wraps a module once for each parameter, names them: the first stands
-        innermost."""
+        """Under PEFT's names: it wraps a module once for each parameter, the first innermost."""
         if name not in self.lora_A:
             return {}
-        found, leaves = {}, self.leaves_of(name)
-        for depth, leaf in enumerate(reversed(leaves)):
+        lora_A, lora_B = self._matrices(name)
+        found = {}
+        for depth, leaf in enumerate(reversed(self.leaves_of(name))):
             prefix = "base_layer." * depth
-            found[f"{prefix}lora_A.weight"] = self.lora_A[name][leaf]  # type: ignore[index]
-            found[f"{prefix}lora_B.weight"] = self.lora_B[name][leaf]  # type: ignore[index]
+            found[f"{prefix}lora_A.weight"] = lora_A[leaf]
+            found[f"{prefix}lora_B.weight"] = lora_B[leaf]
         return found
+
+    def _matrices(self, name: str) -> tuple[Any, Any]:
+        """A and B of adapter `name`, each by the names of parameters."""
+        return self.lora_A[name], self.lora_B[name]
 
     def rank(self, name: str) -> int:
         """The rank of each expert's change."""
         leaf = self.leaves_of(name)[0]
-        held: Any = self.lora_A[name]
-        return len(held[leaf]) // expert_sizes(self.plain, leaf)[0]
+        return len(self._matrices(name)[0][leaf]) // expert_sizes(self.plain, leaf)[0]
 
     def leaves_of(self, name: str) -> list[str]:
-        """Which of the module's parameters adapter `name` changes, in the module's order."""
-        held: Any = self.lora_A[name]
-        return [leaf for leaf, _ in self.plain.named_parameters(recurse=False) if leaf in held]
+        """The module's parameters that adapter `name` changes, in the module's order."""
+        lora_A, _ = self._matrices(name)
+        return [leaf for leaf, _ in self.plain.named_parameters(recurse=False) if leaf in lora_A]
 
     def remove_adapter(self, name: str) -> None:
         if name in self.lora_A:
@@ -171,78 +188,65 @@ class LoRAExperts(AdapterModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base module, with its changed parameters."""
-        if self._merged and set(self.merged_adapters) <= set(self.active_adapters):
-            rest = [n for n in self.active_adapters if n not in self.merged_adapters]
-            changed = self._summed(rest, self._merged)
-        else:
-            changed = self._summed(self.active_adapters, {})
-        return functional_call(self.plain, changed, args, kwargs)
+        names, fused = self.active_adapters, {}
+        if self._fused and set(self.fused_adapters) <= set(names):
+            names = tuple(name for name in names if name not in self.fused_adapters)
+            fused = self._fused
+        return functional_call(self.plain, self._changed(names, fused), args, kwargs)
 
-    def _summed(self, names: Iterable[str], found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters that these adapters change, changed."""
-        found = dict(found)
+    def _changed(self, names: Iterable[str], start: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters that these adapters change, changed; from `start`, or the base's own."""
+        changed = dict(start)
         for name in names:
             for leaf in self.leaves_of(name):
-                weight = found.get(leaf, getattr(self.plain, leaf))
-                found[leaf] = weight + self.delta_weight(name, leaf).to(weight.dtype)
-        return found
+                weight = changed.get(leaf, getattr(self.plain, leaf))
+                changed[leaf] = weight + self.get_delta_weight(name, leaf).to(weight.dtype)
+        return changed
 
-    def delta_weight(self, name: str, leaf: str) -> Tensor:
+    def get_delta_weight(self, name: str, leaf: str) -> Tensor:
         """What adapter `name` adds to a parameter, in its shape."""
-        (experts, out_features, in_features) = expert_sizes(self.plain, leaf)
-        held_A: Any = self.lora_A[name]
-        held_B: Any = self.lora_B[name]
-        lora_A = held_A[leaf].view(experts, -1, in_features)
-        lora_B = held_B[leaf].view(out_features, -1, experts).permute(2, 0, 1)
+        experts, out_features, in_features = expert_sizes(self.plain, leaf)
+        held_A, held_B = self._matrices(name)
+        lora_A = held_A[leaf].view(experts, -1, in_features)  # (E, r, in)
+        lora_B = held_B[leaf].view(out_features, -1, experts).permute(2, 0, 1)  # (E, out, r)
         delta = self.scaling[name][leaf] * torch.bmm(lora_B, lora_A)  # (E, out, in)
         weight = getattr(self.plain, leaf)
         if weight.ndim == 3 and _is_transposed(self.plain):
             delta = delta.transpose(1, 2)
         return delta.reshape(weight.shape)
 
-    def merge(self, names: Iterable[str]) -> None:
-        self.merged_adapters = tuple(name for name in names if name in self.lora_A)
+    def fuse(self, names: Iterable[str]) -> None:
+        self.fused_adapters = tuple(name for name in names if name in self.lora_A)
         with torch.no_grad():
-            self._merged = self._summed(self.merged_adapters, {})
+            self._fused = self._changed(self.fused_adapters, {})
 
-    def unmerge(self) -> None:
-        self.merged_adapters, self._merged = (), {}
+    def unfuse(self) -> None:
+        self.fused_adapters, self._fused = (), {}
 
-    def fold(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
-        made = shallow_copy(below)
+    def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
+        module = shallow_copy(below)
         with torch.no_grad():
-            changed = self._summed([name for name in names if name in self.lora_A], {})
+            changed = self._changed([name for name in names if name in self.lora_A], {})
         for leaf, weight in changed.items():
-            setattr(made, leaf, nn.Parameter(weight, requires_grad=False))
-        return made
+            setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+        return module
 
 
 def expert_sizes(module: nn.Module, leaf: str) -> tuple[int, int, int]:
     """(experts, out, in) of one of a module's parameters."""
-    shape = getattr(module, leaf).shape
-    if len(shape) == 2:
-        return 1, shape[0], shape[1]
-    experts, out_features, in_features = shape
-    if _is_transposed(module):
-        return experts, in_features, out_features
-    return experts, out_features, in_features
+    *experts, out_features, in_features = getattr(module, leaf).shape
+    if experts and _is_transposed(module):
+        out_features, in_features = in_features, out_features
+    return experts[0] if experts else 1, out_features, in_features
 
 
 def _is_transposed(module: nn.Module) -> bool:
+    """Whether experts store their weights as (E, in, out), as gpt-oss does."""
     return bool(getattr(module, "is_transposed", False))
 
 
-class _Weight(nn.Module):
-    """A parameter as the weight of a layer, whose dtype it tells."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-
 def lora_layer(layer: nn.Module) -> LoRALayer:
-    """The low-rank wrapper for a layer of the base, or what stands in front of it."""
-    below = plain(layer)
-    if isinstance(below, nn.Embedding):
-        return LoRAEmbedding(layer)
-    return LoRAConv(layer) if is_conv(below) else LoRALinear(layer)
+    """The low-rank wrapper around a layer of the base, or around its wrappers."""
+    kind = lora_class(plain(layer))
+    assert kind is not None  # targets are layers that have one
+    return kind(layer)

@@ -1,26 +1,27 @@
 """LoRA over a frozen layer: y = W x + scaling * B A x (arXiv:2106.09685).
 
-A is (r, in), Kaiming-uniform with a = sqrt(5), that is uniform in ±1/sqrt(in); B is (out, r) and
-zero, so that a new adapter changes nothing; scaling is lora_alpha / r. The base layer W, for a
-linear layer a bitsandbytes Linear4bit, an nn.Linear or a Conv1D, stays frozen.
-(qlora.adapters.layers has the same over embeddings, convolutions and experts.)
+    lora_A (r, in)   Kaiming-uniform with a = sqrt(5), that is uniform in ±1/sqrt(in)
+    lora_B (out, r)  zero, so that a new adapter changes nothing
+    scaling          lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+    W (out, in)      frozen: of a bitsandbytes Linear4bit, an nn.Linear or GPT-2's Conv1D
+                     (qlora.adapters.layers: of embeddings, convolutions and experts)
 
-A layer holds any number of adapters by name and adds up the active ones. A and B are kept in the
-adapter's dtype and cast to the input's for the products, which are small: x is never cast up.
+`LoRALayer.forward` is the plain implementation. qlora.fast.layers may replace it in training
+(`LoRALinear.fast`) with functions that compute the same and keep less for the backward pass.
 
-DoRA (arXiv:2402.09353) multiplies each output with magnitude / |row of W + scaling * B A|, where
-the row's length is a constant of the backward pass. Its square is, row by row,
+A layer holds any number of adapters by name and adds up the active ones. A and B keep the adapter's
+dtype and are cast to the input's for the products, which are small: x is never cast up.
+
+DoRA (arXiv:2402.09353) multiplies each output with magnitude / |row of W + scaling * B A|; the norm
+of the row is a constant of the backward pass. Its square is, row by row,
 |W|^2 + 2 scaling (W A') B + scaling^2 B A A' B', and W A' is the base layer's output for the r rows
 of A: neither B A nor a dequantized W is formed.
 
-An adapter that starts from the weights (qlora.adapters.rebase) takes a part of them out of the
-base. That part, scaling * B' A', stands in for the adapter where it is not active.
+Fusing computes a second, dense weight, W + scaling * B A in 16 bits, beside W and its codes:
+nothing is quantized again, and unfusing is exact.
 
-Merging makes a second, dense weight, W + scaling * B A in 16 bits, and leaves W and its codes
-alone: nothing is quantized again, and unmerging is exact.
-
-`delta_weight` is the only place that computes scaling * B A as a matrix; the merge and every
-function that folds an adapter into a weight call it.
+`delta_weight` is the only place that computes scaling * B A as a matrix; the merge and everything
+else that adds an adapter to a weight call it.
 """
 
 import math
@@ -39,6 +40,307 @@ from qlora.ops.lora import Dropout
 from qlora.ops.nf4 import DTYPES
 
 
+class LoRALayer(AdapterModule):
+    """A frozen layer with named low-rank adapters; a subclass for each type of layer."""
+
+    ENDINGS = ("lora_A.weight", "lora_B.weight")
+    """of the names of A and B in adapter files"""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.lora_bias = nn.ParameterDict()
+        """B's own bias (out,), of adapters with lora_bias"""
+        self.lora_magnitude_vector = nn.ParameterDict()
+        """(out,), of adapters with use_dora"""
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.row_norm: Tensor | None
+        self.register_buffer("row_norm", None, persistent=False)  # of W, (out,), fp32
+        self.fused_weight: Tensor | None
+        self.register_buffer("fused_weight", None, persistent=False)  # (out, in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype."""
+        if self.adapter_of_row is not None:
+            return self._forward_rows(x, self.adapter_of_row)
+        names = self.active_adapters
+        base: Tensor | None = None
+        if self.fused_weight is not None and set(self.fused_adapters) <= set(names):
+            y = self._with_weight(x, self.fused_weight)
+            names = tuple(name for name in names if name not in self.fused_adapters)
+        else:
+            y = base = self._base(x)  # W x
+        for name in names:
+            dropped = self._drop(x, name)
+            change = self._change(dropped, name)  # B A x
+            if name in self.lora_magnitude_vector:
+                own = base if base is not None and dropped is x else self.base_layer(dropped)
+                y = self._add_dora(y, own, change, name)
+            else:
+                y = torch.add(y, change, alpha=self.scaling[name])
+        for name in self.active_adapters:
+            if name in self.lora_bias:
+                y = y + self._as_output(self.scaling[name] * self.lora_bias[name]).to(y.dtype)
+        return y
+
+    def _forward_rows(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        """Each row of x (rows, ...) through its own adapter; the base computes them together."""
+        y: Tensor = self.base_layer(x)
+        for name, rows in self._rows_of(x, names).items():
+            change = self.scaling[name] * self._change(self._drop(x[rows], name), name)
+            if name in self.lora_bias:
+                change = change + self._as_output(self.scaling[name] * self.lora_bias[name])
+            y = y.index_add(0, rows, change.to(y.dtype))
+        return y
+
+    # ---- what each type of layer defines ----
+
+    def _change(self, x: Tensor, name: str) -> Tensor:
+        """B A x (..., out), in the dtype of the layer's output."""
+        raise NotImplementedError
+
+    def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The base layer's output with another weight (out, in)."""
+        raise NotImplementedError
+
+    def _first_values(
+        self, config: LoraConfig, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of a new adapter. On the CPU: a seed means the same anywhere."""
+        out_features, in_features = self.shape
+        lora_A = torch.empty(config.r, in_features)
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(lora_A, std=1 / config.r, generator=generator)  # as PEFT
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
+        return lora_A, torch.zeros(out_features, config.r)
+
+    def _set_matrices(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
+        """A (r, in) and B (out, r) as parameters, in the shapes that files have."""
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_A), nn.Parameter(lora_B)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """The output without an adapter, to which the active ones are added."""
+        y: Tensor = self.base_layer(x)
+        return y
+
+    def _drop(self, x: Tensor, name: str) -> Tensor:
+        dropout = self.drawn_dropout(name)
+        return x if dropout is None else dropout(x)
+
+    def _as_output(self, features: Tensor) -> Tensor:
+        """Values (out,) in a shape that broadcasts over an output."""
+        return features
+
+    def _project_A(self, lora_A: Tensor) -> Tensor:
+        """A W' (r, out) in fp32, of A (r, in)."""
+        return lora_A.float() @ dense_weight(self.plain).T
+
+    @property
+    def _magnitude_shape(self) -> tuple[int, ...]:
+        return (self.shape[0],)
+
+    # ---- adapters by name ----
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self.lora_A)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight as a matrix."""
+        return matrix_shape(self.plain)
+
+    def add_adapter(
+        self, name: str, config: LoraConfig, *, generator: torch.Generator | None = None
+    ) -> None:
+        """A new adapter, not yet active."""
+        device = self.plain.weight.device
+        dtype = adapter_dtype(config, device, computes_in(self.plain))
+        lora_A, lora_B = self._first_values(config, generator)
+        self._set_matrices(name, lora_A.to(device, dtype), lora_B.to(device, dtype))
+        if config.use_dora:
+            # in fp32: steps of bf16 are 0.4 % of a norm, more than one update
+            magnitude = self._row_norm().clone().view(self._magnitude_shape)
+            self.lora_magnitude_vector[name] = nn.Parameter(magnitude)
+        if config.lora_bias:
+            self.lora_bias[name] = nn.Parameter(torch.zeros(self.shape[0], device=device))
+        self.scaling[name], self.dropout[name] = config.scaling, config.lora_dropout
+
+    def put_adapter(
+        self, name: str, factors: "Factors", dropout: float = 0.0, bias: Tensor | None = None
+    ) -> None:
+        """An adapter with these values, frozen and not yet active."""
+        device = self.plain.weight.device
+        # copies: tensors of a file may be aligned so that kernels round otherwise
+        lora_A, lora_B = (t.to(device, copy=True) for t in factors[:2])
+        self._set_matrices(name, lora_A, lora_B)
+        if factors.magnitude is not None:
+            magnitude = factors.magnitude.to(device, copy=True).view(self._magnitude_shape)
+            self.lora_magnitude_vector[name] = nn.Parameter(magnitude)
+        if bias is not None:
+            self.lora_bias[name] = nn.Parameter(bias.to(device, copy=True))
+        for parameter in self.parameters_of(name).values():
+            parameter.requires_grad_(False)
+        self.scaling[name], self.dropout[name] = factors.scaling, dropout
+
+    def factors(self, name: str) -> "Factors":
+        """Adapter `name` of this layer, as matrices."""
+        magnitude = None
+        if name in self.lora_magnitude_vector:
+            magnitude = self.lora_magnitude_vector[name].flatten()
+        lora_A, lora_B = self.lora_A[name].flatten(1), self.lora_B[name].flatten(1)
+        return Factors(lora_A, lora_B, self.scaling[name], magnitude)
+
+    @property
+    def _parameters_by_ending(self) -> dict[str, nn.ParameterDict]:
+        return {
+            self.ENDINGS[0]: self.lora_A,
+            self.ENDINGS[1]: self.lora_B,
+            "lora_magnitude_vector": self.lora_magnitude_vector,
+            "lora_B.bias": self.lora_bias,
+        }
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        held = self._parameters_by_ending.items()
+        return {ending: parts[name] for ending, parts in held if name in parts}
+
+    def remove_adapter(self, name: str) -> None:
+        for parts in self._parameters_by_ending.values():
+            if name in parts:
+                del parts[name]
+        self.scaling.pop(name, None)
+        self.dropout.pop(name, None)
+
+    def drawn_dropout(self, name: str) -> Dropout | None:
+        """The dropout of A's input in one call of the layer; None where nothing is dropped."""
+        is_on = self.training and self.dropout[name] > 0
+        return Dropout.drawn(self.dropout[name]) if is_on else None
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        """What adapter `name` adds to the base weight, fp32 (out, in)."""
+        factors = self.factors(name)
+        if factors.magnitude is None:
+            return delta_weight(*factors[:3])
+        return factors.change(dense_weight(self.plain))
+
+    def extra_repr(self) -> str:
+        ranks = {name: matrix.shape[0] for name, matrix in self.lora_A.items()}
+        return f"r={ranks}, active={self.active_adapters}"
+
+    # ---- DoRA ----
+
+    def _add_dora(self, y: Tensor, own: Tensor, change: Tensor, name: str) -> Tensor:
+        """y + gain * (W x + scaling * B A x) - W x, of own = W x + bias and change = B A x."""
+        own = own if self._bias is None else own - self._as_output(self._bias)
+        gain = self._as_output(self._gain(name))
+        return y + (gain - 1).to(y.dtype) * own + (gain * self.scaling[name]).to(y.dtype) * change
+
+    @property
+    def _bias(self) -> Tensor | None:
+        bias: Tensor | None = getattr(self.base_layer, "bias", None)
+        return bias
+
+    def _gain(self, name: str) -> Tensor:
+        """DoRA's factor for each output, fp32 (out,)."""
+        with torch.no_grad():
+            factors, scaling = self.factors(name), self.scaling[name]
+            lora_A, lora_B = factors.lora_A.float(), factors.lora_B.float()
+            gram = lora_A @ lora_A.T  # (r, r)
+            # (out, r) + (out, r) @ (r, r) -> (out, r)
+            cross = 2 * scaling * self._project_A(lora_A).T + scaling**2 * lora_B @ gram
+            norm = self._row_norm().square().add_(cross.mul_(lora_B).sum(1))
+            norm = norm.clamp_min_(0).sqrt_()
+        magnitude: Tensor = self.lora_magnitude_vector[name]
+        gain: Tensor = magnitude.float().flatten() / norm
+        return gain
+
+    def _row_norm(self) -> Tensor:
+        """|row of W|, fp32 (out,), computed once."""
+        if self.row_norm is None:
+            self.row_norm = dense_weight(self.plain).norm(dim=1)
+        return self.row_norm.float()
+
+    # ---- fused ----
+
+    def fuse(self, names: Iterable[str]) -> None:
+        """Compute with the weight that includes these adapters while all of them are active."""
+        self.fused_adapters = tuple(name for name in names if name in self.lora_A)
+        if self.fused_adapters:
+            self.fused_weight = self._weight_with(self.plain, self.fused_adapters)
+
+    def unfuse(self) -> None:
+        self.fused_adapters, self.fused_weight = (), None
+
+    def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
+        names = [name for name in names if name in self.lora_A]
+        if not names:
+            return below
+        layer: Any = as_dense(below, self._weight_with(below, names))
+        for name in names:
+            if name in self.lora_bias:
+                bias = layer.bias.float() + self.scaling[name] * self.lora_bias[name].detach()
+                layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
+        return layer  # type: ignore[no-any-return]
+
+    def _weight_with(self, below: nn.Module, names: Iterable[str]) -> Tensor:
+        """The weight of `below` with these adapters added in fp32, (out, in), in the dtype that it
+        computes in."""
+        weight = dense_weight(below)
+        for change in [self.factors(name).change(weight) for name in names]:
+            weight = weight.add_(change)
+        return weight.to(computes_in(below))
+
+
+class LoRALinear(LoRALayer):
+    """LoRA over a Linear4bit, an nn.Linear or GPT-2's Conv1D."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.rebased: Rebased | None = None  # None: the base is as it was loaded
+        # The fused forward, set by qlora.fast.layers.use_fast_path: the same output from fused
+        # functions, or None where they do not support this call, which then is computed here.
+        self.fast: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype."""
+        y = self.fast(self, x) if self.fast is not None else None
+        return super().forward(x) if y is None else y
+
+    def _base(self, x: Tensor) -> Tensor:
+        y = super()._base(x)
+        if self.active_adapters or self.rebased is None:
+            return y
+        lora_A, lora_B, scaling, _ = self.rebased.subtracted.to(x.device)
+        return torch.add(y, _low_rank(x, lora_A, lora_B), alpha=scaling)
+
+    def _change(self, x: Tensor, name: str) -> Tensor:
+        return _low_rank(x, self.lora_A[name], self.lora_B[name])
+
+    def _project_A(self, lora_A: Tensor) -> Tensor:
+        plain, rows = self.plain, lora_A.to(computes_in(self.plain))
+        if plain.bias is None:
+            return plain(rows).float()  # type: ignore[no-any-return]
+        # without the bias, which cannot be subtracted afterwards: of 16 bits it would leave few
+        return functional_call(plain, {"bias": torch.zeros_like(plain.bias)}, (rows,)).float()  # type: ignore[no-any-return]
+
+    def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        # as a Linear4bit does: in the weight's dtype, and back to x's
+        bias = None if self._bias is None else self._bias.to(weight.dtype)
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """B A x, in x's dtype."""
+    low = F.linear(x, lora_A.to(x.dtype))  # (..., in) @ (in, r) -> (..., r)
+    return F.linear(low, lora_B.to(x.dtype))  # (..., r) @ (r, out) -> (..., out)
+
+
+# ---- an adapter of one layer as matrices ----
+
+
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """scaling * B A in fp32, (out, in), from A (r, in) and B (out, r) of any float dtype."""
     return torch.mm(lora_B.float(), lora_A.float()).mul_(scaling)
@@ -53,7 +355,7 @@ class Factors(NamedTuple):
     """(out, r)"""
     scaling: float
     magnitude: Tensor | None = None
-    """DoRA's length of each row (out,), arXiv:2402.09353"""
+    """DoRA's norm of each row (out,), arXiv:2402.09353"""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,6 +363,7 @@ class Factors(NamedTuple):
         return self.lora_B.shape[0], self.lora_A.shape[1]
 
     def to(self, device: torch.device | str) -> "Factors":
+        """The same on another device."""
         moved = (t if t is None or isinstance(t, float) else t.to(device) for t in self)
         return Factors(*moved)  # type: ignore[arg-type]
 
@@ -90,334 +393,28 @@ class Factors(NamedTuple):
         delta = delta_weight(self.lora_A, self.lora_B, self.scaling)
         if self.magnitude is None:
             return delta
-        summed = delta.add_(weight)
-        gain = self.magnitude.float() / summed.norm(dim=1)
-        return summed.mul_(gain[:, None]).sub_(weight)
+        total = delta.add_(weight)
+        gain = self.magnitude.float() / total.norm(dim=1)
+        return total.mul_(gain[:, None]).sub_(weight)
 
 
-class LoRALayer(AdapterModule):
-    """A frozen layer with named low-rank adapters beside it.
+class Rebased(NamedTuple):
+    """How an adapter that starts from the weights changed its base (qlora.adapters.rebase)."""
 
-    What the kinds of layers have in common; a kind says how `_down` and `_up` work, and how the
-    layer computes with another weight.
-    """
-
-    ENDINGS = ("lora_A.weight", "lora_B.weight")  # of A and B in adapter files
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
-        self.lora_bias = nn.ParameterDict()
-        """B's own bias, of adapters that have one, (out,)"""
-        self.lora_magnitude_vector = nn.ParameterDict()
-        """of DoRA's adapters, (out,)"""
-        self.row_norm: Tensor | None
-        self.register_buffer("row_norm", None, persistent=False)  # of W, (out,), fp32
-        self.scaling: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
-        self.merged_adapters = ()
-        self.merged_weight: Tensor | None
-        self.register_buffer("merged_weight", None, persistent=False)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return tuple(self.lora_A)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight as a matrix."""
-        return matrix_shape(self.plain)
-
-    def add_adapter(
-        self, name: str, config: LoraConfig, *, generator: torch.Generator | None = None
-    ) -> None:
-        """A new adapter, not yet active. Drawn on the CPU, so a seed means the same everywhere."""
-        device = self.plain.weight.device
-        dtype = adapter_dtype(config, self.plain)
-        out_features, in_features = self.shape
-        lora_A, lora_B = torch.empty(config.r, in_features), torch.zeros(out_features, config.r)
-        self._initialise(lora_A, lora_B, config, generator)
-        self._put(name, lora_A.to(device, dtype), lora_B.to(device, dtype))
-        if config.use_dora:
-            # in fp32: steps of bf16 are 0.4 % of a length, more than one update
-            magnitude = self._row_norm().clone().view(self._magnitude_shape)
-            self.lora_magnitude_vector[name] = nn.Parameter(magnitude)
-        if config.lora_bias:
-            self.lora_bias[name] = nn.Parameter(torch.zeros(out_features, device=device))
-        self.scaling[name] = config.scaling
-        self.dropout[name] = config.lora_dropout
-
-    def put_adapter(
-        self, name: str, factors: Factors, dropout: float = 0.0, bias: Tensor | None = None
-    ) -> None:
-        """An adapter with these values, frozen and not yet active."""
-        device = self.plain.weight.device
-        # copies: what a file gives may lie where kernels round otherwise
-        self._put(name, factors.lora_A.to(device, copy=True), factors.lora_B.to(device, copy=True))
-        if factors.magnitude is not None:
-            magnitude = factors.magnitude.to(device, copy=True).view(self._magnitude_shape)
-            self.lora_magnitude_vector[name] = nn.Parameter(magnitude)
-        if bias is not None:
-            self.lora_bias[name] = nn.Parameter(bias.to(device, copy=True))
-        for parameter in self.parameters_of(name).values():
-            parameter.requires_grad_(False)
-        self.scaling[name] = factors.scaling
-        self.dropout[name] = dropout
-
-    def _initialise(
-        self,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        config: LoraConfig,
-        generator: torch.Generator | None,
-    ) -> None:
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(lora_A, std=1 / config.r, generator=generator)  # as PEFT
-        else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
-
-    def _put(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-        """A (r, in) and B (out, r) as parameters, in the shapes that files have."""
-        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_A), nn.Parameter(lora_B)
-
-    def factors(self, name: str) -> Factors:
-        """What adapter `name` is here, as matrices."""
-        magnitude = None
-        if name in self.lora_magnitude_vector:
-            magnitude = self.lora_magnitude_vector[name].flatten()
-        lora_A, lora_B = self.lora_A[name].flatten(1), self.lora_B[name].flatten(1)
-        return Factors(lora_A, lora_B, self.scaling[name], magnitude)
-
-    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        held = {
-            self.ENDINGS[0]: self.lora_A,
-            self.ENDINGS[1]: self.lora_B,
-            "lora_magnitude_vector": self.lora_magnitude_vector,
-            "lora_B.bias": self.lora_bias,
-        }
-        return {ending: parts[name] for ending, parts in held.items() if name in parts}
-
-    def remove_adapter(self, name: str) -> None:
-        for parts in (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_bias):
-            if name in parts:
-                del parts[name]
-        self.scaling.pop(name, None)
-        self.dropout.pop(name, None)
-
-    def _base(self, x: Tensor) -> Tensor:
-        """What the layer gives without an adapter, or below those that are active."""
-        y: Tensor = self.base_layer(x)
-        return y
-
-    # ---- what a kind of layer says ----
-
-    def _change(self, x: Tensor, name: str) -> Tensor:
-        """B A x (..., out), in the dtype of the layer's output."""
-        raise NotImplementedError
-
-    def _seen(self, lora_A: Tensor) -> Tensor:
-        """A W' (r, out) in fp32, of A (r, in)."""
-        return lora_A.float() @ dense_weight(self.plain).T
-
-    def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The base layer's output with another weight (out, in)."""
-        raise NotImplementedError
-
-    def _drop(self, x: Tensor, name: str) -> Tensor:
-        dropout = self.drawn_dropout(name)
-        return x if dropout is None else dropout(x)
-
-    def drawn_dropout(self, name: str) -> Dropout | None:
-        """What one call of the layer is to drop of A's input; None where it drops nothing."""
-        is_on = self.training and self.dropout[name] > 0
-        return Dropout.drawn(self.dropout[name]) if is_on else None
-
-    def _spread(self, features: Tensor) -> Tensor:
-        """Numbers (out,) in the shape that multiplies an output."""
-        return features
-
-    @property
-    def _magnitude_shape(self) -> tuple[int, ...]:
-        return (self.shape[0],)
-
-    # ---- forward ----
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in x's dtype."""
-        if self.adapter_of_row is not None:
-            return self._by_rows(x, self.adapter_of_row)
-        names = self.active_adapters
-        base: Tensor | None = None
-        if self.merged_weight is not None and set(self.merged_adapters) <= set(names):
-            y = self._with_weight(x, self.merged_weight)
-            names = tuple(name for name in names if name not in self.merged_adapters)
-        else:
-            y = base = self._base(x)
-        for name in names:
-            dropped = self._drop(x, name)
-            change = self._change(dropped, name)
-            if name not in self.lora_magnitude_vector:
-                y = torch.add(y, change, alpha=self.scaling[name])
-                continue
-            # gain * (W x + scaling * B A x), of which W x is in y already
-            own = base if base is not None and dropped is x else self.base_layer(dropped)
-            own = own if self._bias is None else own - self._spread(self._bias)
-            gain = self._spread(self._gain(name))
-            y = y + (gain - 1).to(y.dtype) * own + (gain * self.scaling[name]).to(y.dtype) * change
-        for name in self.active_adapters:
-            if name in self.lora_bias:
-                y = y + self._spread(self.scaling[name] * self.lora_bias[name]).to(y.dtype)
-        return y
-
-    @property
-    def _bias(self) -> Tensor | None:
-        bias: Tensor | None = getattr(self.base_layer, "bias", None)
-        return bias
-
-    def _gain(self, name: str) -> Tensor:
-        """What DoRA multiplies each output with, fp32 (out,)."""
-        with torch.no_grad():
-            factors, scaling = self.factors(name), self.scaling[name]
-            lora_A, lora_B = factors.lora_A.float(), factors.lora_B.float()
-            gram = lora_A @ lora_A.T
-            cross = 2 * scaling * self._seen(lora_A).T + scaling**2 * lora_B @ gram
-            norm = self._row_norm().square().add_(cross.mul_(lora_B).sum(1))
-            norm = norm.clamp_min_(0).sqrt_()
-        magnitude: Tensor = self.lora_magnitude_vector[name]
-        gain: Tensor = magnitude.float().flatten() / norm
-        return gain
-
-    def _row_norm(self) -> Tensor:
-        """|row of W|, fp32 (out,), made once."""
-        if self.row_norm is None:
-            self.row_norm = dense_weight(self.plain).norm(dim=1)
-        return self.row_norm.float()
-
-    def _by_rows(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
-        """Each row of x (rows, ...) through its own adapter; the base sees them together."""
-        y: Tensor = self.base_layer(x)
-        for name, rows in self._rows_of(x, names).items():
-            change = self.scaling[name] * self._change(self._drop(x[rows], name), name)
-            if name in self.lora_bias:
-                change = change + self._spread(self.scaling[name] * self.lora_bias[name])
-            y = y.index_add(0, rows, change.to(y.dtype))
-        return y
-
-    # ---- merged ----
-
-    def merged(self, below: nn.Module, names: Iterable[str]) -> Tensor:
-        """The weight of `below` with these adapters in it, (out, in), in the layer's dtype."""
-        weight = dense_weight(below)
-        for change in [self.factors(name).change(weight) for name in names]:
-            weight = weight.add_(change)
-        return weight.to(computes_in(below))
-
-    def merge(self, names: Iterable[str]) -> None:
-        """Compute with these adapters' `merged` weight from now on, as long as all are active."""
-        self.merged_adapters = tuple(name for name in names if name in self.lora_A)
-        if self.merged_adapters:
-            self.merged_weight = self.merged(self.plain, self.merged_adapters)
-
-    def unmerge(self) -> None:
-        """Forget the merged weight."""
-        self.merged_adapters, self.merged_weight = (), None
-
-    def fold(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
-        names = [name for name in names if name in self.lora_A]
-        if not names:
-            return below
-        made: Any = as_dense(below, self.merged(below, names))
-        for name in names:
-            if name in self.lora_bias:
-                bias = made.bias.float() + self.scaling[name] * self.lora_bias[name].detach()
-                made.bias = nn.Parameter(bias.to(made.weight.dtype), requires_grad=False)
-        return made  # type: ignore[no-any-return]
-
-    def delta_weight(self, name: str) -> Tensor:
-        """What adapter `name` adds to the base weight, fp32 (out, in)."""
-        factors = self.factors(name)
-        if factors.magnitude is None:
-            return delta_weight(*factors[:3])
-        return factors.change(dense_weight(self.plain))
-
-    def extra_repr(self) -> str:
-        ranks = {name: matrix.shape[0] for name, matrix in self.lora_A.items()}
-        return f"r={ranks}, active={self.active_adapters}"
+    subtracted: Factors
+    """taken out of the base weight; the layer adds it back while no adapter is active"""
+    original: Tensor | None
+    """the weight from before; None for a 4-bit layer, whose checkpoint is read again"""
 
 
-class LoRALinear(LoRALayer):
-    """LoRA over a Linear4bit, an nn.Linear or GPT-2's Conv1D."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.taken_A: Tensor | None
-        self.register_buffer("taken_A", None, persistent=False)
-        self.taken_B: Tensor | None
-        self.register_buffer("taken_B", None, persistent=False)
-        self.taken_scaling = 1.0
-        self.whole: Tensor | None
-        """the weight as it was, of a layer that is not quantized and of which some is taken"""
-        self.register_buffer("whole", None, persistent=False)
-        # The fused forward, set by qlora.fast.layers.use_fast_path: the same output from fused
-        # functions, or None where they do not support this call, which then is computed here.
-        self.fast: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in x's dtype."""
-        y = self.fast(self, x) if self.fast is not None else None
-        return super().forward(x) if y is None else y
-
-    @property
-    def taken(self) -> Factors | None:
-        """What was taken out of the base weight for the adapter; None for a base as it was."""
-        if self.taken_A is None or self.taken_B is None:
-            return None
-        return Factors(self.taken_A, self.taken_B, self.taken_scaling)
-
-    @taken.setter
-    def taken(self, taken: Factors | None) -> None:
-        own = (None, None) if taken is None else (t.detach().clone() for t in taken[:2])
-        self.taken_A, self.taken_B = own
-        self.taken_scaling = 1.0 if taken is None else taken.scaling
-
-    def _base(self, x: Tensor) -> Tensor:
-        y = super()._base(x)
-        if self.active_adapters or (taken := self.taken) is None:
-            return y
-        return torch.add(y, _low_rank(x, *taken[:2]), alpha=taken.scaling)
-
-    def _change(self, x: Tensor, name: str) -> Tensor:
-        return _low_rank(x, self.lora_A[name], self.lora_B[name])
-
-    def _seen(self, lora_A: Tensor) -> Tensor:
-        plain, rows = self.plain, lora_A.to(computes_in(self.plain))
-        if plain.bias is None:
-            return plain(rows).float()  # type: ignore[no-any-return]
-        # not subtracted afterwards: of 16 bits a large bias would leave few
-        return functional_call(plain, {"bias": torch.zeros_like(plain.bias)}, (rows,)).float()  # type: ignore[no-any-return]
-
-    def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        # as a Linear4bit does: in the weight's dtype, and back to x's
-        bias = None if self._bias is None else self._bias.to(weight.dtype)
-        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
-
-
-def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """B A x (..., out), in x's dtype."""
-    low = F.linear(x, lora_A.to(x.dtype))  # (..., r)
-    return F.linear(low, lora_B.to(x.dtype))
-
-
-def adapter_dtype(config: LoraConfig, base_layer: nn.Module) -> torch.dtype:
-    """bf16 on a GPU that computes in it, else fp32, unless the config says which.
-
-    Under fp16 compute it must be fp32: loss scaling has no kernel for bf16 gradients.
-    """
+def adapter_dtype(
+    config: LoraConfig, device: torch.device, compute_dtype: torch.dtype
+) -> torch.dtype:
+    """The dtype of A and B: bf16 on a GPU for a layer that computes in bf16, else fp32, unless the
+    config gives one. Under fp16 compute it must be fp32: loss scaling has no kernel for bf16."""
     if config.adapter_dtype != "auto":
         return DTYPES[config.adapter_dtype]
-    weight: Any = base_layer.weight
-    in_bf16 = weight.is_cuda and computes_in(base_layer) == torch.bfloat16
+    in_bf16 = device.type == "cuda" and compute_dtype == torch.bfloat16
     return torch.bfloat16 if in_bf16 else torch.float32
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters.lora import Factors, LoRALinear
+from qlora.adapters.lora import Factors, LoRALinear, Rebased
 from qlora.adapters.starts import Pair, loftq, olora, pissa
 from qlora.adapters.wrappers import adapted, plain, wrappers
 from qlora.base.modules import (
@@ -176,13 +176,14 @@ def rebase(layer: LoRALinear, weight: Tensor, subtracted: Factors | None) -> Non
         state.dtype = base.weight.quant_state.dtype  # that of dequantized weights
         base.weight.data = packed
         base.weight.quant_state = base.quant_state = state
-    elif subtracted is None:
-        base.weight.copy_(layer.whole)
-        layer.whole = None
+        original = None
     else:
-        layer.whole = base.weight.detach().clone() if layer.whole is None else layer.whole
+        original = layer.rebased.original if layer.rebased else base.weight.detach().clone()
         base.weight.copy_(rest.T if was_conv1d(base) else rest)
-    layer.taken = subtracted
+    layer.rebased = None
+    if subtracted is not None:
+        lora_A, lora_B = (t.detach().clone() for t in subtracted[:2])
+        layer.rebased = Rebased(Factors(lora_A, lora_B, subtracted.scaling), original)
 
 
 def original_weight(model: nn.Module, name: str) -> Tensor:
@@ -192,16 +193,16 @@ def original_weight(model: nn.Module, name: str) -> Tensor:
     if originals is not None and is_quantized(base):
         return originals.read(name).to(base.weight.device)
     layers = (wrapper for wrapper in wrappers(module) if isinstance(wrapper, LoRALinear))
-    kept = next((layer.whole for layer in layers), None)
-    if kept is None:
+    original = next((layer.rebased.original for layer in layers if layer.rebased), None)
+    if original is None:
         return dense_weight(base)
-    return (kept.T if was_conv1d(base) else kept).float()
+    return (original.T if was_conv1d(base) else original).float()
 
 
 def subtracted_parts(model: nn.Module) -> dict[str, Factors]:
     """What the bases of layers were changed by, for an adapter; empty for a base as loaded."""
-    parts = {name: layer.taken for name, layer in _linear_layers(model).items()}
-    return {name: part for name, part in parts.items() if part is not None}
+    layers = _linear_layers(model).items()
+    return {name: layer.rebased.subtracted for name, layer in layers if layer.rebased}
 
 
 def set_bases(model: nn.Module, subtracted: Mapping[str, Factors]) -> None:

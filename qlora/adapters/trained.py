@@ -1,9 +1,11 @@
-"""Parts of the base that an adapter trains themselves: whole modules, biases, rows of embeddings.
+"""Parameters of the base that an adapter trains themselves, not through A and B.
 
-Each adapter has its own copy of what it trains, so that the base stays what it is, for the other
-adapters and when they are disabled. (PEFT trains biases in place: with them the base is gone.)
-Copies are kept in fp32 and cast for use: one step of bf16 is 0.4 % of a value, more than most
-updates, which would be lost.
+    TrainedModule   modules_to_save and biases: some parameters of a module, or all
+    TokenRows       trainable_token_indices: rows of an embedding, and of a head that is tied to it
+
+Each adapter has its own copy of what it trains, so that the base stays as it is for the other
+adapters and while they are disabled. (PEFT trains biases in place, which changes the base.) Copies
+are in fp32 and cast for use: one step of bf16 is 0.4 % of a value, so most updates would be lost.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,65 +29,62 @@ from qlora.base.modules import (
 
 
 class TrainedModule(AdapterModule):
-    """A module of which each adapter has some parameters, or all, as its own: what PEFT calls
-    modules_to_save, and biases. It stands innermost."""
+    """A module of which each adapter has a copy of some parameters, or of all: PEFT's
+    modules_to_save, and biases. It is the innermost wrapper."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.own = nn.ModuleDict()
+        self.copies = nn.ModuleDict()
         self._dense: nn.Module | None = None
-        self._merged: dict[str, dict[str, Tensor]] = {}
+        self._fused: dict[str, dict[str, Tensor]] = {}
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        return tuple(self.own)
+        return tuple(self.copies)
 
     def add_adapter(
         self, name: str, parameters: Iterable[str], *, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Its own of these parameters, with the base's values, not yet active."""
+        """Copies of these parameters, with the base's values; not yet active."""
         values = {leaf: self._base_value(leaf).to(dtype) for leaf in parameters}
-        self.own[name] = nn.ParameterDict({n: nn.Parameter(t) for n, t in values.items()})
+        self.copies[name] = nn.ParameterDict({n: nn.Parameter(t) for n, t in values.items()})
 
     def put_adapter(self, name: str, values: dict[str, Tensor]) -> None:
         """These values, frozen and not yet active; a vocabulary may have more rows."""
-        moved = {
-            leaf: value.to(getattr(self.plain, leaf).device, copy=True)
-            for leaf, value in values.items()
-        }
-        parameters = {leaf: nn.Parameter(t, requires_grad=False) for leaf, t in moved.items()}
-        self.own[name] = nn.ParameterDict(parameters)
+        devices = {leaf: getattr(self.plain, leaf).device for leaf in values}
+        copies = {leaf: value.to(devices[leaf], copy=True) for leaf, value in values.items()}
+        frozen = {leaf: nn.Parameter(t, requires_grad=False) for leaf, t in copies.items()}
+        self.copies[name] = nn.ParameterDict(frozen)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        if name not in self.own:
+        if name not in self.copies:
             return {}
-        held: Any = self.own[name]
+        held: Any = self.copies[name]
         return dict(held.items())
 
     def remove_adapter(self, name: str) -> None:
-        if name in self.own:
-            del self.own[name]
+        if name in self.copies:
+            del self.copies[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base module, with the active adapter's own parameters."""
+        """As the base module, with the active adapter's copies."""
         if self.adapter_of_row is not None:
-            return self._by_rows(*args)
-        for name in self.active_adapters:
-            return self._through(name, *args, **kwargs)
+            return self._forward_rows(*args)
+        for name in self.active_adapters:  # at most one has copies
+            return self._forward_with(name, *args, **kwargs)
         return self.base_layer(*args, **kwargs)
 
-    def _through(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _forward_with(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self._module(name), self._cast(name), args, kwargs)
 
-    def _by_rows(self, x: Tensor, *args: Any) -> Tensor:
+    def _forward_rows(self, x: Tensor, *args: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args)
         for name, rows in self._rows_of(x, self.adapter_of_row or ()).items():
-            y = y.index_copy(0, rows, self._through(name, x[rows], *args))
+            y = y.index_copy(0, rows, self._forward_with(name, x[rows], *args))
         return y
 
     def _module(self, name: str) -> nn.Module:
-        """Whose parameters are replaced: the base module's, or in a 4-bit layer's place a dense
-        one's."""
+        """The module to call with the copies: the base's own, or a dense one for a 4-bit layer."""
         if not (is_quantized(self.plain) and "weight" in self.parameters_of(name)):
             return self.plain  # type: ignore[no-any-return]
         if self._dense is None:
@@ -100,52 +99,59 @@ class TrainedModule(AdapterModule):
         return value.clone()
 
     def _cast(self, name: str) -> dict[str, Tensor]:
-        """The adapter's own parameters in the dtype that the base has."""
-        if name in self._merged:
-            return self._merged[name]
-        own = self.parameters_of(name).items()
-        return {leaf: value.to(self._dtype_of(leaf)) for leaf, value in own}
+        """The adapter's copies, in the dtype that the base computes in."""
+        if name in self._fused:
+            return self._fused[name]
+        is_4_bit = is_quantized(self.plain)
+        return {
+            leaf: value.to(computes_in(self.plain) if is_4_bit else getattr(self.plain, leaf).dtype)
+            for leaf, value in self.parameters_of(name).items()
+        }
 
-    def _dtype_of(self, leaf: str) -> torch.dtype:
-        if is_quantized(self.plain):
-            return computes_in(self.plain)
-        dtype: torch.dtype = getattr(self.plain, leaf).dtype
-        return dtype
+    def fuse(self, names: Iterable[str]) -> None:
+        """Keep these adapters' copies cast."""
+        self.fused_adapters = tuple(name for name in names if name in self.copies)
+        self._fused = {name: self._cast(name) for name in self.fused_adapters}
 
-    def merge(self, names: Iterable[str]) -> None:
-        """Keep them cast."""
-        self.merged_adapters = tuple(name for name in names if name in self.own)
-        self._merged = {name: self._cast(name) for name in self.merged_adapters}
-
-    def unmerge(self) -> None:
-        self.merged_adapters, self._merged = (), {}
+    def unfuse(self) -> None:
+        self.fused_adapters, self._fused = (), {}
 
     @property
     def bias(self) -> Tensor | None:
-        """The one in use."""
+        """The active adapter's, or the base's."""
         for name in self.active_adapters:
             if "bias" in self.parameters_of(name):
                 return self._cast(name)["bias"]
         bias: Tensor | None = self.base_layer.bias
         return bias
 
-    def fold(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
+    def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
         for name in names:
-            if name in self.own:
-                module = self._module(name)
-                made = shallow_copy(below if module is self.plain else module)
+            if name in self.copies:
+                own = self._module(name)
+                module: Any = shallow_copy(below if own is self.plain else own)
                 for leaf, value in self._cast(name).items():
-                    _set(made, leaf, value.detach())
-                return made.train(below.training)
+                    setattr(module, leaf, nn.Parameter(value.detach(), requires_grad=False))
+                    if leaf == "weight":
+                        _set_rows(module, len(value))
+                return module.train(below.training)  # type: ignore[no-any-return]
         return below
 
 
+def _set_rows(module: Any, rows: int) -> None:
+    """The size of an embedding or head whose weight may have more rows now."""
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings = rows
+    elif isinstance(module, nn.Linear):
+        module.out_features = rows
+
+
 class TokenRows(AdapterModule):
-    """An embedding of which each adapter has some rows of its own; or an output head, maybe tied,
-    whose logits of these tokens they make.
+    """An embedding of which each adapter has a copy of some rows; or an output head, whose logits
+    of these tokens they give.
 
     Args:
-        tied_to: the embedding's wrapper, if this is the head's.
+        tied_to: the embedding's wrapper, if this is around the head that is tied to it.
     """
 
     def __init__(self, base_layer: nn.Module, tied_to: "TokenRows | None" = None) -> None:
@@ -162,15 +168,15 @@ class TokenRows(AdapterModule):
     def add_adapter(
         self, name: str, ids: Sequence[int], dtype: torch.dtype = torch.float32
     ) -> None:
-        """Its own rows (n, dim) with these ids, not yet active."""
+        """Copies (n, dim) of the rows with these ids; not yet active."""
         rows = self.plain.weight.detach()[list(ids)].to(dtype, copy=True)
         self.ids[name], self.rows[name] = list(ids), nn.Parameter(rows)
 
     def put_adapter(self, name: str, ids: Sequence[int], rows: Tensor) -> None:
         """These rows, frozen and not yet active."""
-        device = self.plain.weight.device
+        copied = rows.to(self.plain.weight.device, copy=True)
         self.ids[name] = list(ids)
-        self.rows[name] = nn.Parameter(rows.to(device, copy=True), requires_grad=False)
+        self.rows[name] = nn.Parameter(copied, requires_grad=False)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         if self.is_tied or name not in self.rows:  # those of a tied head are the embedding's
@@ -197,30 +203,21 @@ class TokenRows(AdapterModule):
         ids = torch.tensor(self.ids[name], device=x.device)
         if self.is_head:
             bias = getattr(self.plain, "bias", None)
-            logits = F.linear(x, own, bias if bias is None else bias[ids])
+            logits = F.linear(x, own, bias if bias is None else bias[ids])  # (..., n)
             return y.index_copy(-1, ids, logits.to(y.dtype))
-        place = x.new_full((len(self.plain.weight),), -1)  # of a token among the rows
-        place = place.index_copy(0, ids, torch.arange(len(ids), device=x.device).to(place.dtype))
-        found = place[x]
-        rows = scaled_as(self.plain, F.embedding(found.clamp_min(0), own))
-        return torch.where((found >= 0)[..., None], rows.to(y.dtype), y)
+        index = x.new_full((len(self.plain.weight),), -1)  # (vocab,): of a token's row in `own`
+        index = index.index_copy(0, ids, torch.arange(len(ids), device=x.device).to(index.dtype))
+        row = index[x]
+        values = scaled_as(self.plain, F.embedding(row.clamp_min(0), own))  # (..., dim)
+        return torch.where((row >= 0)[..., None], values.to(y.dtype), y)
 
-    def fold(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
-        made: Any = below
+    def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
+        module: Any = below
         for name in names:
             if name in self.rows:
-                made = shallow_copy(made)
-                ids = torch.tensor(self.ids[name], device=made.weight.device)
-                rows = self.rows[name].detach().to(made.weight)
-                weight = made.weight.detach().index_copy(0, ids, rows)
-                made.weight = nn.Parameter(weight, requires_grad=False)
-        return made  # type: ignore[no-any-return]
-
-
-def _set(module: Any, leaf: str, value: Tensor) -> None:
-    """Another value for a parameter; an embedding or head may have more rows with it."""
-    setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-    if leaf == "weight" and isinstance(module, nn.Embedding):
-        module.num_embeddings = len(value)
-    if leaf == "weight" and isinstance(module, nn.Linear):
-        module.out_features = len(value)
+                module = shallow_copy(module)
+                ids = torch.tensor(self.ids[name], device=module.weight.device)
+                rows = self.rows[name].detach().to(module.weight)
+                weight = module.weight.detach().index_copy(0, ids, rows)
+                module.weight = nn.Parameter(weight, requires_grad=False)
+        return module  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
-"""What stands in front of a module of the base: adapters by name, or a faster way to do the same.
+"""Wrappers around base-model modules: named adapters, or a faster equivalent implementation.
 
-The model keeps its class, and its other modules do not notice: a wrapper answers for the module
-that it stands in front of. Wrappers stand on each other where a module is adapted in several ways.
+The model keeps its class, and its other modules see no difference: a wrapper answers for the
+module behind it. A module that is adapted in several ways has wrappers around wrappers; the base's
+own module is then the innermost `base_layer`, `plain`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,10 +15,10 @@ from qlora.errors import UserError
 
 
 class Wrapper(nn.Module):
-    """A module that stands in front of one of the base, or of another wrapper.
+    """A module in front of one of the base, or in front of another wrapper.
 
-    What it does not have itself, like `weight` or `embedding_dim`, is the base layer's: some models
-    look.
+    Attributes that it lacks, such as `weight` or `embedding_dim`, are the base layer's: some models
+    read them.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -39,51 +40,51 @@ class Wrapper(nn.Module):
 
 
 class AdapterModule(Wrapper):
-    """A frozen module and, beside it, what named adapters change about it."""
-
-    merged_adapters: tuple[str, ...] = ()
+    """A frozen module with named adapters, of which the active ones change its output."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.active_adapters: tuple[str, ...] = ()
+        self.fused_adapters: tuple[str, ...] = ()
         self.adapter_of_row: tuple[str, ...] | None = None
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of those that change this module."""
+        """The names of the adapters that change this module."""
         raise NotImplementedError
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of adapter `name`, by the ending of their names in adapter files."""
+        """The parameters of adapter `name`, by the endings of their names in adapter files."""
         raise NotImplementedError
 
     def remove_adapter(self, name: str) -> None:
-        """Forget adapter `name`, if the module has it."""
+        """Delete adapter `name`, if the module has it."""
         raise NotImplementedError
 
-    def merge(self, names: Iterable[str]) -> None:
-        """Be as fast as without these adapters, if that is to be had."""
+    def fuse(self, names: Iterable[str]) -> None:
+        """Compute as fast as without these adapters while all of them are active, if possible."""
 
-    def unmerge(self) -> None:
-        """Undo `merge`."""
+    def unfuse(self) -> None:
+        """Undo `fuse`."""
 
-    def fold(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
-        """`below`, a plain module that stands for the base layer, with these adapters in it."""
+    def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
+        """A plain module that computes what `below` does with these adapters; `below` is the base
+        layer, or what the wrappers behind this one were fused into."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "AdapterModule":
-        """In training nothing is merged, as parameters are about to change."""
+        """Training unfuses, as parameters are about to change."""
         if mode:
-            self.unmerge()
+            self.unfuse()
         super().train(mode)
         return self
 
     def _rows_of(self, x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Which rows of a batch x (rows, ...) go through which of its adapters."""
+        """The indices of the rows of a batch x (rows, ...) for each of this module's adapters."""
         if len(x) != len(names):
             raise UserError(
                 f"{len(names)} adapter names for a batch whose layers see {len(x)} rows: give one "
-                "name a row (a layer that sees tokens in another order, as experts do, cannot tell)"
+                "name a row (layers that reorder tokens, such as experts, cannot tell rows apart)"
             )
         return {
             name: torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
@@ -92,8 +93,30 @@ class AdapterModule(Wrapper):
         }
 
 
+# ---- find ----
+
+
+def plain(module: nn.Module) -> Any:
+    """The base's own module behind any wrappers."""
+    while isinstance(module, Wrapper):
+        module = module.base_layer
+    return module
+
+
+def wrappers(module: nn.Module) -> Iterator[Wrapper]:
+    """The wrappers around a module of the base, the outermost first."""
+    while isinstance(module, Wrapper):
+        yield module
+        module = module.base_layer
+
+
+def adapter_modules(module: nn.Module) -> Iterator[AdapterModule]:
+    """Those of `wrappers` that hold adapters."""
+    return (wrapper for wrapper in wrappers(module) if isinstance(wrapper, AdapterModule))
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of the base, by the name it has there: itself, or the wrapper in front of it."""
+    """Every module of the base, by its name there: itself, or its outermost wrapper."""
     found: dict[str, nn.Module] = {}
     seen = set()
 
@@ -109,59 +132,36 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def plain(module: nn.Module) -> Any:
-    """The base's own module behind any wrappers."""
-    while isinstance(module, Wrapper):
-        module = module.base_layer
-    return module
-
-
-def wrappers(module: nn.Module) -> Iterator[Wrapper]:
-    """Those that stand in front of a module of the base, the outermost first."""
-    while isinstance(module, Wrapper):
-        yield module
-        module = module.base_layer
-
-
-def adapter_modules(module: nn.Module) -> Iterator[AdapterModule]:
-    """Those of `wrappers` that hold adapters."""
-    return (wrapper for wrapper in wrappers(module) if isinstance(wrapper, AdapterModule))
-
-
 def adapted(model: nn.Module) -> list[tuple[str, AdapterModule]]:
-    """Every module on `model` that holds adapters, by the name of the one behind it."""
+    """Every module of adapters on `model`, with the name of the base module behind it."""
     modules = base_modules(model).items()
-    return [(name, found) for name, module in modules for found in adapter_modules(module)]
+    return [(name, wrapper) for name, module in modules for wrapper in adapter_modules(module)]
+
+
+# ---- replace ----
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """`module` in the place of the base's one of that name and whatever stands in front of it."""
+    """Replace the base module of that name, and its wrappers, by `module`."""
     parent, _, leaf = name.rpartition(".")
     setattr(plain(model.get_submodule(parent)), leaf, module)
 
 
-def take_off(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter everywhere, and the modules of adapters that have none left."""
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Delete an adapter everywhere, and the wrappers that have no other."""
     for _, wrapper in adapted(model):
         wrapper.remove_adapter(adapter_name)
-    take_wrappers_off(model, lambda w: isinstance(w, AdapterModule) and not w.adapters)
+    remove_wrappers(model, lambda w: isinstance(w, AdapterModule) and not w.adapters)
 
 
-def take_wrappers_off(model: nn.Module, is_unwanted: Callable[[Wrapper], bool]) -> None:
-    """Leave the other wrappers, in their order."""
+def remove_wrappers(model: nn.Module, is_unwanted: Callable[[Wrapper], bool]) -> None:
+    """Remove some wrappers; the others keep their order."""
     for name, module in base_modules(model).items():
-        there = list(wrappers(module))
-        left = [w for w in there if not is_unwanted(w)]
-        if len(left) < len(there):
+        present = list(wrappers(module))
+        kept = [wrapper for wrapper in present if not is_unwanted(wrapper)]
+        if len(kept) < len(present):
             outermost = plain(module)
-            for stays in reversed(left):
-                stays.base_layer = outermost
-                outermost = stays
+            for wrapper in reversed(kept):
+                wrapper.base_layer = outermost
+                outermost = wrapper
             put_module(model, name, outermost)
-
-
-def take_all_off(model: nn.Module) -> None:
-    """Leave the base's own modules and nothing in front of them."""
-    for name, module in base_modules(model).items():
-        if isinstance(module, Wrapper):
-            put_module(model, name, plain(module))

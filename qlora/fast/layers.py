@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qlora.adapters.lora import LoRALayer, LoRALinear, lora_layers
-from qlora.adapters.wrappers import Wrapper, base_modules, plain, put_module, take_wrappers_off
+from qlora.adapters.wrappers import Wrapper, base_modules, plain, put_module, remove_wrappers
 from qlora.base.modules import (
     computes_in,
     is_quantized,
@@ -90,7 +90,7 @@ def take_fast_path_off(model: nn.Module) -> None:
     for layer in lora_layers(model).values():
         if isinstance(layer, LoRALinear):
             layer.fast = None
-    take_wrappers_off(model, lambda wrapper: isinstance(wrapper, MLPBlock))
+    remove_wrappers(model, lambda wrapper: isinstance(wrapper, MLPBlock))
 
 
 # ---- layers and blocks
@@ -178,7 +178,7 @@ def why_plain(layer: LoRALayer) -> str | None:
         return "no plain linear layer of its own"
     if was_conv1d(base) and not is_quantized(base):
         return "a Conv1D"
-    if layer.merged_adapters or layer.adapter_of_row is not None:
+    if layer.fused_adapters or layer.adapter_of_row is not None:
         return "merged, or a batch of several adapters"
     if len(layer.active_adapters) != 1:
         return "not one adapter"

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from qlora.adapters.apply import apply_lora, print_trainable_parameters
 from qlora.adapters.files import load_adapter_weights
 from qlora.adapters.format import read_adapter
-from qlora.adapters.wrappers import take_wrappers_off
+from qlora.adapters.wrappers import remove_wrappers
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
@@ -286,7 +286,7 @@ def prepare_for_training(
         put_norms(model)
     else:
         take_fast_path_off(model)
-        take_wrappers_off(model, lambda wrapper: isinstance(wrapper, LanguageHead | RMSNorm))
+        remove_wrappers(model, lambda wrapper: isinstance(wrapper, LanguageHead | RMSNorm))
     _set_checkpointing(model, gradient_checkpointing)
     model.train()
     if fast_path:

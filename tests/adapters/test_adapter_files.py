@@ -144,7 +144,7 @@ def test_peft_loads_ours_over_another_family(checkpoints, tmp_path, family):
     for name, layer in lora_layers(model).items():
         exact = loaded[name].get_delta_weight("default")
         exact = exact.T if is_transposed else exact
-        assert torch.allclose(layer.delta_weight("default"), exact, rtol=1e-5, atol=1e-7)
+        assert torch.allclose(layer.get_delta_weight("default"), exact, rtol=1e-5, atol=1e-7)
 
 
 @from_peft

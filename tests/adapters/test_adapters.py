@@ -238,7 +238,7 @@ def test_a_generator_decides_the_first_values():
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (("query",), rf"target_modules 'query' matches no layer\..*has: {LLAMA_LEAVES}\."),
+        (("query",), rf"target_modules 'query' matches no layer\..*from: {LLAMA_LEAVES}\."),
         (("q_prj",), r"'q_prj' matches no layer\. Did you mean q_proj\?"),
         (("q_proj", "x", "y"), r"target_modules 'x', 'y' matches no layer"),
         (".*query", r"'\.\*query' matches no layer"),
@@ -517,7 +517,7 @@ def codes(model):
     """Every tensor of the frozen base, the 4-bit ones as their bytes."""
     found = {}
     for name, tensor in model.state_dict().items():
-        if "lora_" not in name and "merged_weight" not in name:
+        if "lora_" not in name and "fused_weight" not in name:
             found[name.replace(".base_layer", "")] = tensor.clone()
     return found
 
@@ -556,7 +556,7 @@ def test_merged_it_computes_what_it_computed_live(adapted):
     unmerge_adapter(adapted)
     assert torch.equal(logits(adapted), live)
     assert same(codes(adapted), base)
-    assert not any("merged" in name for name in adapted.state_dict())
+    assert not any("fused" in name for name in adapted.state_dict())
 
 
 def test_other_adapters_go_on_meaning_what_they_mean(adapted):
@@ -577,7 +577,7 @@ def test_training_unmerges(adapted):
     adapted.train()
     adapted(input_ids=token_ids()).logits.sum().backward()
     for layer in lora_layers(adapted).values():
-        assert layer.merged_weight is None
+        assert layer.fused_weight is None
         assert layer.lora_A["default"].grad is not None
 
 
@@ -587,9 +587,9 @@ def test_a_merge_in_bf16_is_one_rounding(checkpoints):
     randomize_adapter(model, std=0.1)
     merge_adapter(model.eval())
     for layer in lora_layers(model).values():
-        exact = dense_weight(layer.base_layer) + layer.delta_weight("default")
-        assert layer.merged_weight.dtype == torch.bfloat16
-        assert torch.equal(layer.merged_weight, exact.bfloat16())
+        exact = dense_weight(layer.base_layer) + layer.get_delta_weight("default")
+        assert layer.fused_weight.dtype == torch.bfloat16
+        assert torch.equal(layer.fused_weight, exact.bfloat16())
     assert logits(model).dtype == torch.bfloat16
 
 

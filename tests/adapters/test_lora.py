@@ -227,8 +227,8 @@ def test_delta_weight_is_what_the_forward_pass_adds(base):
     layer.active_adapters = ("second",)
     added = layer(x) - layer.base_layer(x)
     # 1e-4: the difference of two outputs around 30
-    assert torch.allclose(added, x @ layer.delta_weight("second").T, rtol=1e-5, atol=1e-4)
-    assert not torch.equal(layer.delta_weight("first"), layer.delta_weight("second"))
+    assert torch.allclose(added, x @ layer.get_delta_weight("second").T, rtol=1e-5, atol=1e-4)
+    assert not torch.equal(layer.get_delta_weight("first"), layer.get_delta_weight("second"))
 
 
 # ---- how it looks to others ----
@@ -247,7 +247,10 @@ def test_it_shows_its_base(base):
     [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)],
 )
 def test_adapter_dtype_on_a_cpu(wanted, dtype):
-    assert adapter_dtype(LoraConfig(adapter_dtype=wanted), nn.Linear(2, 2)) == dtype
+    assert (
+        adapter_dtype(LoraConfig(adapter_dtype=wanted), torch.device("cpu"), torch.bfloat16)
+        == dtype
+    )
 
 
 def test_lora_layers_are_found_by_name():

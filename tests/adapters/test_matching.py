@@ -163,8 +163,8 @@ LEAVES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
             {"layers_to_transform": (0,), "layers_pattern": ("blocks",)},
             "this model has no numbered layer after blocks",
         ),
-        ({"rank_pattern": {"qproj": 2}}, r"rank_pattern 'qproj' is that of no .*mean q_proj\?"),
-        ({"alpha_pattern": {"lm_head": 2}}, f"of no adapted layer.*Adapted are: {LEAVES}"),
+        ({"rank_pattern": {"qproj": 2}}, r"rank_pattern 'qproj' matches no .*mean q_proj\?"),
+        ({"alpha_pattern": {"lm_head": 2}}, f"no adapted layer. Choose from: {LEAVES}"),
     ],
     ids=str,
 )

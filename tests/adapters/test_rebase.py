@@ -151,8 +151,8 @@ def test_the_start_is_nearer_to_the_16_bit_model_than_plain_nf4(base, settings):
         error = float((live_weight(layer) - wanted).norm())
         assert error < float((dense_weight(plain.get_submodule(name)) - wanted).norm()), name
         if settings["init_lora_weights"] != "loftq":
-            assert torch.equal(layer.taken.lora_A, layer.lora_A["default"])
-            assert torch.equal(layer.taken.lora_B, layer.lora_B["default"])
+            assert torch.equal(layer.rebased.subtracted.lora_A, layer.lora_A["default"])
+            assert torch.equal(layer.rebased.subtracted.lora_B, layer.lora_B["default"])
     full = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     assert (logits(model) - full).norm() < (logits(plain) - full).norm()
 
@@ -162,7 +162,7 @@ def test_one_round_of_loftq_and_gaussian_leave_the_base_unchanged(base):
     for init in ("loftq", "gaussian"):
         model = started(base, init_lora_weights=init)
         assert_same_codes(model, plain)
-        assert not any(layer.taken for layer in lora_layers(model).values())
+        assert not any(layer.rebased.subtracted for layer in lora_layers(model).values())
     assert torch.equal(logits(model), logits(plain))
     drawn = torch.cat([layer.lora_A["default"].flatten() for layer in lora_layers(model).values()])
     # of some thousand draws the standard deviation, 1 / r as PEFT's, is known to 2 %
@@ -194,7 +194,7 @@ def test_layers_that_are_not_quantized_keep_the_rest_of_their_weight(base):
     quant = QuantConfig(compute_dtype="fp32", skip_modules=("q_proj",))
     model = started(base, quant=quant, **PISSA)
     layer, weight = lora_layers(model)[Q], originals(base)[f"{Q}.weight"]
-    rest = weight - reference.delta(*layer.taken[:3]).float()
+    rest = weight - reference.delta(*layer.rebased.subtracted[:3]).float()
     torch.testing.assert_close(layer.base_layer.weight.data, rest, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(live_weight(layer), weight, rtol=1e-4, atol=1e-6)
     unload(model)
@@ -241,8 +241,8 @@ def test_bf16_adapters_and_codes(base):
     quant = QuantConfig(compute_dtype="bf16", blocksize=32, double_quant=False)
     model = started(base, quant=quant, adapter_dtype="bf16", **PISSA)
     layer = lora_layers(model)[Q]
-    assert layer.taken.lora_A.dtype == torch.bfloat16
-    assert torch.equal(layer.taken.lora_B, layer.lora_B["default"])
+    assert layer.rebased.subtracted.lora_A.dtype == torch.bfloat16
+    assert torch.equal(layer.rebased.subtracted.lora_B, layer.lora_B["default"])
     state = layer.base_layer.weight.quant_state
     assert (state.dtype, state.blocksize, bool(state.nested)) == (torch.bfloat16, 32, False)
     assert state is layer.base_layer.quant_state
@@ -268,7 +268,7 @@ def test_biases_and_a_head_trained_in_full_beside_it(tmp_path):
     tiny_model("phi").save_pretrained(tmp_path / "base")
     model = trained(tmp_path / "base", **settings, target_modules=("q_proj", "fc1"))
     for name, parameter in model.named_parameters():
-        if ".own." in name:
+        if ".copies." in name:
             parameter.data.add_(0.01)
     save_adapter(model, tmp_path / "adapter")
     again = reloaded(tmp_path / "base", tmp_path / "adapter")
@@ -285,7 +285,7 @@ def test_disabled_the_base_has_the_subtracted_part_beside_it(base, kind, rebased
     model, weights = rebased(kind)[0], originals(base)
     with disable_adapter(model):
         for name, layer in lora_layers(model).items():
-            wanted = dense_weight(layer.base_layer) + reference.delta(*layer.taken[:3])
+            wanted = dense_weight(layer.base_layer) + reference.delta(*layer.rebased.subtracted[:3])
             torch.testing.assert_close(live_weight(layer).double(), wanted, rtol=1e-4, atol=1e-6)
             assert reference.relative_rms(live_weight(layer), weights[f"{name}.weight"]) < 0.095
         if kind == "pissa":
@@ -328,7 +328,7 @@ def test_saved_files_are_plain_for_peft_and_the_trained_function_for_us(
     full = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(full, folder).base_model.model
     for name, layer in lora_layers(model).items():
-        scaling, taken = config.of(name).scaling, layer.taken
+        scaling, taken = config.of(name).scaling, layer.rebased.subtracted
         assert taken.scaling == scaling
         # the base is quantized without it; a value half-way between two codes may take either
         rest = weights[f"{name}.weight"] - reference.delta(*taken[:3])

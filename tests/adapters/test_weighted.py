@@ -82,7 +82,7 @@ def test_the_change_is_that_of_pefts(way, weights, draws):
     assert {n.rpartition(".")[2] for n in layers} == {"q_proj", "down_proj", "up_proj"}
     for name, layer in layers.items():
         wanted = other.get_submodule(f"base_model.model.{name}").get_delta_weight("new")
-        torch.testing.assert_close(layer.delta_weight("new"), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, rtol=0, atol=1e-5)
         assert wanted.abs().max() > 1e-3
 
 
@@ -101,7 +101,7 @@ def test_signs_by_count_are_those_of_pefts(way, draws):
         who(*(args if who is not add_weighted_adapter else (model, *args)), **settings)
     for name, layer in lora_layers(model).items():
         wanted = other.get_submodule(f"base_model.model.{name}").get_delta_weight("new")
-        torch.testing.assert_close(layer.delta_weight("new"), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, rtol=0, atol=1e-5)
 
 
 def test_dare_draws_from_the_generator():
@@ -122,8 +122,8 @@ def test_ranks_and_scalings_of_any_kind_add_up_exactly(way):
         model, [*weights], [*weights.values()], "new", way, 14 if way == "svd" else None
     )
     for layer in lora_layers(model).values():
-        wanted = sum(w * layer.delta_weight(n) for n, w in weights.items() if n in layer.lora_A)
-        torch.testing.assert_close(layer.delta_weight("new"), wanted, rtol=0, atol=1e-5)
+        wanted = sum(w * layer.get_delta_weight(n) for n, w in weights.items() if n in layer.lora_A)
+        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, rtol=0, atol=1e-5)
         assert len(layer.lora_A["new"]) == 14  # one rank for all, as the files want it
 
 

@@ -230,7 +230,7 @@ def rows_file(folder: Path, rows: int = 12) -> str:
 
 def live_deltas(model: torch.nn.Module) -> dict[str, Tensor]:
     layers = lora_layers(model)
-    return {name: layer.delta_weight("default").detach() for name, layer in layers.items()}
+    return {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
