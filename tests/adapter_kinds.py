@@ -30,7 +30,8 @@ class AdapterKind(NamedTuple):
     tied: bool = False
     """whether the base's head is its embedding"""
     base: str = "any"
-    """"plain": PEFT would copy 4-bit codes, which nothing trains (ours become dense)"""
+    """"plain": PEFT would copy 4-bit codes, which nothing trains (ours become dense), so that over
+    a 4-bit base there is no model of PEFT's: the build has our logits and no gradients"""
     by_peft: bool = False
     """only PEFT can make it, over a plain base"""
     vocab: int = VOCAB
@@ -174,6 +175,10 @@ def build(kind: str, base: str, checkpoint: Path, root: Path) -> Build:
     folder = peft_folder = root / "peft"
     plain = new_base(kind, base, checkpoint)
     base_logits = logits(plain)
+    if (base, asked.base) == ("4-bit", "plain"):
+        model = trained(plain, kind)
+        save_adapter(model, folder)
+        return Build(model, folder, folder, base_logits, logits(model), {})
     model, gradients = None, {}
     with warnings.catch_warnings():  # PEFT's, of tied weights and of patterns that it looks for
         warnings.simplefilter("ignore")

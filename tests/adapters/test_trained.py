@@ -1,13 +1,23 @@
 """Every kind of adapter, trained and live: PEFT's own model is the oracle, on every base."""
 
+import copy
 from typing import Any
 
 import peft
 import pytest
 import torch
-from conftest import pefts_parameters, token_ids
+from adapter_kinds import (
+    ADAPTER_KINDS,
+    FP32_OR_16_BITS,
+    OUR_KINDS,
+    QV,
+    gradients_of,
+    logits,
+    new_base,
+    trained,
+)
+from conftest import token_ids
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora.adapters.apply import apply_lora, disable_adapter, mixed_batch, set_adapter
@@ -25,237 +35,144 @@ from qlora.base.load import load_base
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 
-# transformers 5.23 deprecates a property that PEFT 0.21 asks for; PEFT warns of tied weights.
+# PEFT warns of tied weights, and of patterns that it looks for among layers.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
-    # it means parameters by these patterns, and looks for them among layers when it warns
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
 ]
-QV = ("q_proj", "v_proj")
-KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
-    "all biases": ("qwen2", False, {"bias": "all"}),
-    "lora's biases": ("phi", False, {"bias": "lora_only", "target_modules": ("q_proj", "fc1")}),
-    "all biases of gpt2": ("gpt2", True, {"bias": "all", "target_modules": ("c_attn",)}),
-    "biases and dora": ("qwen2", False, {"bias": "lora_only", "use_dora": True}),
-    "lora_bias": ("qwen2", False, {"lora_bias": True}),
-    "norms": ("llama", False, {"modules_to_save": ("input_layernorm", "norm")}),
-    "a block": ("llama", False, {"modules_to_save": ("layers.1.mlp",)}),
-    "a conv1d": (
-        "gpt2", True, {"target_modules": ("c_attn",), "modules_to_save": ("h.1.mlp.c_fc",)}
-    ),
-    "the head": ("llama", False, {"modules_to_save": ("lm_head",)}),
-    "the tied head": ("llama", True, {"modules_to_save": ("lm_head",)}),
-    "the tied embedding": ("llama", True, {"modules_to_save": ("embed_tokens",)}),
-    "embedding and head": ("gemma", True, {"modules_to_save": ("embed_tokens", "lm_head")}),
-    "lora on the embedding": ("llama", False, {"target_modules": ("embed_tokens", "q_proj")}),
-    "lora on a scaled one": ("gemma", True, {"target_modules": ("embed_tokens", "q_proj")}),
-    "dora on the embedding": (
-        "llama", False, {"target_modules": ("embed_tokens", "q_proj"), "use_dora": True}
-    ),
-    "lora on gpt2's embedding": ("gpt2", True, {"target_modules": ("wte", "c_attn")}),
-    "lora on the head": ("llama", False, {"target_modules": ("lm_head", "q_proj")}),
-    "token rows": ("llama", False, {"trainable_token_indices": (92, 7, 191)}),
-    "token rows, tied": ("llama", True, {"trainable_token_indices": (92, 7, 191)}),
-    "token rows, scaled": ("gemma", True, {"trainable_token_indices": (92, 200)}),
-    "rows by name": (
-        "gpt2", True, {"target_modules": ("c_attn",), "trainable_token_indices": {"wte": (92, 7)}}
-    ),
-    "rows of the head": ("llama", False, {"trainable_token_indices": {"lm_head": (5, 9)}}),
-    "experts": ("mixtral", False, {
-        "target_modules": ("q_proj",),
-        "target_parameters": ("experts.down_proj", "experts.gate_up_proj"),
-    }),
-    "one of experts": ("mixtral", False, {
-        "target_modules": ("q_proj",), "target_parameters": ("experts.down_proj", "gate.weight"),
-    }),
-    "experts alone": (
-        "mixtral", False, {"target_modules": (), "target_parameters": ("experts.down_proj",)}
-    ),
-    "experts of two ranks": ("mixtral", False, {
-        "target_modules": ("q_proj",), "target_parameters": ("down_proj", "experts.gate_up_proj"),
-        "rank_pattern": {"experts.down_proj": 2, "q_proj": 3}, "use_rslora": True,
-        "alpha_pattern": {"gate_up_proj": 3},
-    }),
-}  # fmt: skip
-# The weights of experts are no linear layers': a 4-bit base has them in 16 bits.
-FP32_OR_16_BITS = QuantConfig(compute_dtype="fp32", allow_unquantized=True)
+WEIGHTS = "adapter_model.safetensors"
+SUMS = {"rtol": 1e-5, "atol": 1e-5}  # fp32: the same sums in another order
 
 
-@pytest.fixture(params=["4-bit", "plain"])
-def new_base(request, base_of):
-    """`new_base(kind)`: the kind's model, loaded in NF4 or as it is, each time the same."""
-
-    def make(kind: str) -> Any:
-        family, tied, _ = KINDS[kind]
-        folder = base_of(family, tied)
-        if request.param == "plain":
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        else:
-            model = load_base(str(folder), FP32_OR_16_BITS)
-        return model.eval()
-
-    return make
+# ---- every kind ----
 
 
-def trained(
-    model: Any, kind: str, *, name: str = "default", seed: int = 3, std: float = 0.02
-) -> Any:
-    """`model` with an adapter of that kind, every trainable value moved."""
-    settings = {"target_modules": QV} | KINDS[kind][2]
-    apply_lora(model, LoraConfig(r=4, lora_alpha=6, **settings), adapter_name=name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters_by_file_name(model, name).values():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise, alpha=std * float(parameter.abs().mean() + 0.5))
-    return model
+def on_base(kind: str, base: str) -> Any:
+    """In `make test` each kind over the 4-bit base, and over the plain one where only that has
+    PEFT's numbers."""
+    in_make_test = base == "4-bit" or ADAPTER_KINDS[kind].base == "plain"
+    marks = [] if in_make_test else [pytest.mark.full]
+    return pytest.param((kind, base), marks=marks, id=f"{kind}, {base}")
 
 
-def peft_config(kind: str) -> peft.LoraConfig:
-    settings = {"target_modules": QV} | KINDS[kind][2]
-    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-    if isinstance(ids := lists.get("trainable_token_indices"), dict):
-        lists["trainable_token_indices"] = {name: list(some) for name, some in ids.items()}
-    return peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **lists)
+@pytest.fixture(
+    scope="module", params=[on_base(kind, b) for kind in OUR_KINDS for b in ("4-bit", "plain")]
+)
+def kind(request):
+    """(kind, base); all tests of one run after another, over one build."""
+    return request.param
 
 
-def skip_what_peft_cannot(kind: str, new_base: Any) -> None:
-    if kind in ("a block", "a conv1d") and getattr(new_base(kind), "is_loaded_in_4bit", False):
+@pytest.fixture
+def build(kind, adapter_build):
+    return adapter_build(*kind)
+
+
+@pytest.fixture
+def pefts(build):
+    """The build, where PEFT has one."""
+    if not build.gradients:
         pytest.skip("PEFT would copy the 4-bit codes, which nothing trains; ours become dense")
+    return build
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.as_tensor(model(token_ids()).logits)
+@pytest.fixture
+def fresh(kind, base_of):
+    """The base of a kind, anew at each call."""
+    name, base = kind
+    return lambda: new_base(
+        name, base, base_of(ADAPTER_KINDS[name].family, ADAPTER_KINDS[name].tied)
+    )
 
 
-def gradients(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    ids = token_ids()
-    for parameter in parameters.values():
-        parameter.grad = None
-    model(input_ids=ids, labels=ids).loss.backward()
-    return {name: torch.as_tensor(parameter.grad) for name, parameter in parameters.items()}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_are_pefts(kind, new_base, tmp_path):
-    skip_what_peft_cannot(kind, new_base)
-    model = trained(new_base(kind), kind)
-    before = logits(new_base(kind))
-    save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(new_base(kind), tmp_path, is_trainable=True).eval()
-    # fp32: the same sums in another order
-    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
-    assert (logits(model) - before).abs().max() > 1e-3  # the adapter is not idle
-    ours = gradients(model, parameters_by_file_name(model, "default"))
-    wanted = gradients(theirs, pefts_parameters(theirs))
-    assert ours.keys() == wanted.keys()
+def test_logits_and_gradients_are_pefts(pefts):
+    build = pefts
+    torch.testing.assert_close(logits(build.model), build.logits, **SUMS)
+    assert (build.logits - build.base_logits).abs().max() > 1e-3  # the adapter is not idle
+    parameters = parameters_by_file_name(build.model, "default")
+    ours = gradients_of(build.model, parameters)
+    assert ours.keys() == build.gradients.keys()
     for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    assert trainable == {id(p) for p in parameters_by_file_name(model, "default").values()}
+        torch.testing.assert_close(gradient, build.gradients[name], **SUMS, msg=name)
+    trainable = {id(p) for p in build.model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in parameters.values()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_files_have_pefts_names_and_shapes(kind, new_base, tmp_path):
-    skip_what_peft_cannot(kind, new_base)
-    save_adapter(trained(new_base(kind), kind), tmp_path / "ours")
-    theirs = peft.get_peft_model(new_base(kind), peft_config(kind))
-    # PEFT would save an embedding whole beside its A and B, untrained as it is
-    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    shapes = [
-        {name: tensor.shape for name, tensor in load_file(file).items()}
-        for file in sorted(tmp_path.glob("*/adapter_model.safetensors"))
-    ]
-    assert shapes[0] == shapes[1]
+def test_files_are_pefts_and_peft_opens_ours(pefts, fresh):
+    ours, theirs = (load_file(f / WEIGHTS) for f in (pefts.folder, pefts.peft_folder))
+    # PEFT saves an embedding whole beside its A and B, untrained as it is
+    copies = {name for name in theirs if name.endswith((".base_layer.weight", "lm_head.weight"))}
+    assert theirs.keys() - copies <= ours.keys() <= theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    opened = peft.PeftModel.from_pretrained(fresh(), pefts.folder).eval()
+    torch.testing.assert_close(logits(opened), pefts.logits, **SUMS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded_it_is_the_same_to_the_bit(kind, new_base, tmp_path):
-    model = trained(new_base(kind), kind)
-    save_adapter(model, tmp_path / "first")
-    again = load_adapter(new_base(kind), tmp_path / "first")
-    assert torch.equal(logits(again), logits(model))
-    save_adapter(again, tmp_path / "second")
-    saved = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("first", "second")]
+def test_saved_and_loaded_it_is_the_same_to_the_bit(kind, fresh, build, tmp_path):
+    loaded = load_adapter(fresh(), build.folder)
+    assert torch.equal(logits(loaded), logits(build.model))
+    save_adapter(loaded, tmp_path)
+    saved = [load_file(folder / WEIGHTS) for folder in (build.folder, tmp_path)]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
-    resumed = trained(new_base(kind), kind, seed=8)
-    load_adapter_weights(resumed, tmp_path / "first")
-    assert torch.equal(logits(resumed), logits(model))
+    resumed = trained(unload(loaded), kind[0], seed=8)
+    load_adapter_weights(resumed, build.folder)
+    assert torch.equal(logits(resumed), logits(build.model))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_base_is_below_it_untouched(kind, new_base):
-    wanted = logits(new_base(kind))
-    model = trained(new_base(kind), kind)
-    live = logits(model)
+def test_the_base_is_untouched_and_unmerging_is_exact(build):
+    model, live = build.model, logits(build.model)
     with disable_adapter(model):
-        assert torch.equal(logits(model), wanted)
+        assert torch.equal(logits(model), build.base_logits)
     assert torch.equal(logits(model), live)
-    unload(model)
-    assert torch.equal(logits(model), wanted)
-    assert not adapted(model)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_merged_it_is_what_it_was_live_and_unmerged_to_the_bit(kind, new_base):
-    model = trained(new_base(kind), kind)
-    live = logits(model)
     merge_adapter(model)
-    torch.testing.assert_close(logits(model), live, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model), live, **SUMS)
     unmerge_adapter(model)
     assert torch.equal(logits(model), live)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_merged_and_unloaded_it_is_a_plain_model_that_transformers_saves(kind, new_base, tmp_path):
-    model = trained(new_base(kind), kind)
-    live = logits(model)
-    merge_and_unload(model)
-    assert not adapted(model)
-    torch.testing.assert_close(logits(model), live, rtol=1e-5, atol=1e-5)
-    model.save_pretrained(tmp_path)
+def test_unloaded_it_is_the_base_and_merged_a_plain_model(build, tmp_path):
+    unloaded, merged = copy.deepcopy(build.model), copy.deepcopy(build.model)
+    unload(unloaded)
+    assert torch.equal(logits(unloaded), build.base_logits) and not adapted(unloaded)
+    merge_and_unload(merged)
+    assert not adapted(merged)
+    torch.testing.assert_close(logits(merged), build.logits, **SUMS)
+    merged.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again), logits(merged))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_of_a_kind_live_side_by_side(kind, new_base, tmp_path):
-    if KINDS[kind][2].get("bias", "none") != "none":
+def test_two_of_a_kind_live_side_by_side(kind, build, tmp_path):
+    if ADAPTER_KINDS[kind[0]].settings.get("bias", "none") != "none":
         pytest.skip("one adapter with biases is enough for a model: another is refused")
-    model = trained(new_base(kind), kind, name="one")
+    model = copy.deepcopy(build.model)
     first = logits(model)
-    trained(model, kind, name="two", seed=4)
+    trained(model, kind[0], name="two", seed=4)
     second = logits(model)
     assert (first - second).abs().max() > 1e-3
-    set_adapter(model, "one")
+    set_adapter(model, "default")
     assert torch.equal(logits(model), first)
     save_adapter(model, tmp_path, adapter_name="two")
-    swap_adapter(model, tmp_path / "two", adapter_name="one")
+    swap_adapter(model, tmp_path / "two")
     assert torch.equal(logits(model), second)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if not {"dora", "experts"} & set(k.split())])
-def test_rows_of_a_batch_go_their_own_ways(kind, new_base):
-    model = trained(new_base(kind), kind, name="one")
-    wanted = logits(model)
-    with disable_adapter(model):
-        base = logits(model)
-    with mixed_batch(model, [None, "one"]):
-        mixed = logits(model)
-    # fp32: products over another number of rows
-    torch.testing.assert_close(mixed[0], base[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mixed[1], wanted[1], rtol=1e-5, atol=1e-5)
+def test_rows_of_a_batch_have_their_own_adapters(kind, build):
+    if {"dora", "experts"} & set(kind[0].split()):
+        pytest.skip("refused: see test_apply")
+    with mixed_batch(build.model, [None, "default"]):
+        mixed = logits(build.model)
+    torch.testing.assert_close(mixed[0], build.base_logits[0], **SUMS)
+    torch.testing.assert_close(mixed[1], build.logits[1], **SUMS)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OUR_KINDS)
 def test_every_kind_on_a_gpu(kind, base_of, tmp_path):
-    """In bf16: trained a step, saved, loaded, merged, unmerged and taken off again."""
-    family, tied, _ = KINDS[kind]
+    """In bf16: trained a step, saved, loaded, merged, unmerged and unloaded again."""
+    _, family, tied, *_ = ADAPTER_KINDS[kind]
 
     def new() -> Any:
         quant = QuantConfig(compute_dtype="bf16", allow_unquantized=True)
@@ -286,7 +203,7 @@ def test_every_kind_on_a_gpu(kind, base_of, tmp_path):
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "no such module": ("llama", {"modules_to_save": ("lm_hed",)}, "no module. Did you mean"),
+    "no such module": ("llama", {"modules_to_save": ("lm_hed",)}, r"no module\. Did you mean"),
     "adapted and saved": (
         "llama", {"modules_to_save": ("q_proj",)}, "q_proj is in target_modules and in modules"
     ),
