@@ -45,13 +45,18 @@ class Layers(nn.Module):
         torch.manual_seed(0)
         self.matrices = nn.ParameterList(torch.randn(DIM, DIM) * 0.3 for _ in range(LAYERS))
         self.storages: list[Any] = []
+        self.on_call: Callable[[], Any] = lambda: None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone().requires_grad_() * 1
         for matrix in self.matrices:
             self.storages.append(weakref.ref(x.untyped_storage()))
-            x = checkpoint(lambda x, w: x + torch.tanh(x @ w), x, matrix, use_reentrant=False)
+            x = checkpoint(self.layer, x, matrix, use_reentrant=False)
         return x
+
+    def layer(self, x: Tensor, matrix: Tensor) -> Tensor:
+        self.on_call()
+        return x + torch.tanh(x @ matrix)
 
     def gradients(self, context: Any, x: Tensor) -> list[Tensor]:
         self.zero_grad()
@@ -120,7 +125,7 @@ def test_of_a_frozen_model_only_layer_inputs_are_moved(copies, monkeypatch):
     assert equal(copies.sources, [state.detach() for state in outputs.hidden_states[1:4]])
 
 
-def test_gradients_accumulate_and_graphs_interleave(copies):
+def test_several_batches_graphs_and_backward_passes(copies):
     context, batches = offloading(copies), [batch(i) for i in range(3)]
     model = Layers()
     for x in batches:
@@ -135,27 +140,16 @@ def test_gradients_accumulate_and_graphs_interleave(copies):
         for i in order:
             losses[i].backward()
         assert equal(gradients(model), plain_gradients(*(batches[i] for i in order)))
-
-
-def test_backward_twice_and_of_some_parameters(copies):
     model = Layers()
-    with offloading(copies):
-        loss = model(batch()).sum()
-    some = torch.autograd.grad(loss, list(model.matrices)[-2:], retain_graph=True)
-    assert equal(list(some), plain_gradients(batch())[-2:])
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert equal(gradients(model), plain_gradients(batch(), batch()))
-
-
-def test_nested_contexts_and_backward_inside(copies):
-    context, model = offloading(copies), Layers()
     with context:
         with context:
             loss = model(batch()).sum()
-        loss = loss + model(batch(1)).sum()
-        loss.backward()
-    assert equal(gradients(model), plain_gradients(batch(1), batch()))
+        some = torch.autograd.grad(loss, list(model.matrices)[-2:], retain_graph=True)
+        assert equal(list(some), plain_gradients(batch())[-2:])
+        loss.backward(retain_graph=True)
+        (loss + model(batch(1)).sum()).backward()
+    expected = zip(plain_gradients(batch()), plain_gradients(batch(1), batch()), strict=True)
+    assert equal(gradients(model), [a + b for a, b in expected])
 
 
 def test_without_gradients_nothing_is_moved(copies):
@@ -183,34 +177,20 @@ def test_order_of_copies(copies):
     assert copies.log == out + back
 
 
-def test_memory_is_released_in_order(copies):
-    model = Layers()
-    with offloading(copies):
+def test_memory_is_released_in_order_and_one_tensor_fetched_ahead(copies):
+    context, model, counts = offloading(copies), Layers(), []
+    held = context._known.values
+    model.on_call = lambda: counts.append(sum(saved.tensor is not None for saved in held()))
+    with context:
         loss = model(batch()).sum()
     assert [storage() is not None for storage in model.storages] == [False] * 3 + [True] * 3
-    loss.backward()
-    del loss
-    assert not any(storage() for storage in model.storages)
-
-
-def test_backward_fetches_one_ahead_and_keeps_none(copies):
-    context = offloading(copies)
-    alive: list[int] = []
-
-    def counted(x: Tensor, w: Tensor) -> Tensor:
-        alive.append(sum(saved.tensor is not None for saved in context._known.values()))
-        return x + torch.tanh(x @ w)
-
-    x = batch().requires_grad_() * 1
-    with context:
-        for matrix in Layers().matrices:
-            x = checkpoint(counted, x, matrix, use_reentrant=False)
-        loss = x.sum()
-    assert max(alive) == 3
-    alive.clear()
+    assert max(counts) == 3
+    counts.clear()
     loss.backward()
     # the two that stayed and one ahead; then the one ahead
-    assert alive == [3, 2, 1, 1, 1, 0]
+    assert counts == [3, 2, 1, 1, 1, 0]
+    del loss
+    assert not any(storage() for storage in model.storages)
 
 
 def test_buffers_are_reused_for_any_length(copies):
@@ -222,10 +202,7 @@ def test_buffers_are_reused_for_any_length(copies):
     model.gradients(context, batch(0, 2 * TOKENS))
     assert copies.allocated == [SIZE] * 4 + [4 * SIZE] * 4
     assert [len(buffer) for buffer in context.buffers.free] == [4 * SIZE] * 4
-
-
-def test_the_smallest_buffer_that_fits_is_taken():
-    buffers = Buffers(lambda size: torch.empty(size, dtype=torch.uint8))
+    buffers = Buffers(copies.allocate)  # the smallest that fits
     for buffer in [buffers.take(size) for size in (1024, 4096, 2048)]:
         buffers.give(buffer)
     assert [len(buffers.take(size)) for size in (1500, 10, 4096, 5000)] == [2048, 1024, 4096, 8192]
@@ -257,43 +234,25 @@ def test_a_tensor_is_known_by_storage_view_and_version(copies):
 # ---- what stays on the device
 
 
-def packed(
-    copies: LateCopies, compute: Callable[[], Any], **settings: Any
-) -> list[tuple[int, ...]]:
-    """Shapes of what the graph holds in place of tensors while the results are alive."""
-    context = offloading(copies, **settings)
+LEAF = torch.ones(TOKENS, DIM, requires_grad=True)
+STAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a leaf": lambda x: LEAF,
+    "a view of a leaf": lambda x: LEAF.view(-1),
+    "small": lambda x: x[:-1].contiguous(),
+    "not contiguous": lambda x: x.T,
+    "no gradient": lambda x: x.detach(),
+    "integers": lambda x: x.argsort(),
+}
+
+
+@pytest.mark.parametrize("other", STAYS.values(), ids=STAYS)
+def test_tensors_that_stay(copies, other):
+    context, x = offloading(copies), batch().requires_grad_() * 1
     with context:
-        results = compute()
-    shapes = [tuple(saved.tensor.shape) for saved in context._known.values()]
-    del results
-    assert len(context._known) == 0
-    return shapes
-
-
-def test_leaves_and_views_of_them_stay(copies):
-    weight, frozen = nn.Parameter(torch.randn(DIM, DIM)), torch.randn(DIM, DIM)
-    leaf = batch().requires_grad_()
-    assert packed(copies, lambda: leaf @ weight, min_bytes=1) == []
-    assert packed(copies, lambda: leaf.view(-1, DIM) @ weight.t(), min_bytes=1) == []
-    assert packed(copies, lambda: leaf @ frozen.t(), min_bytes=1) == []
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        pytest.param(lambda x: x[:-1].contiguous(), id="small"),
-        pytest.param(lambda x: x.T, id="not contiguous"),
-        pytest.param(lambda x: x.detach(), id="no gradient"),
-        pytest.param(lambda x: x.argsort(), id="integers"),
-    ],
-)
-def test_other_tensors_that_stay(copies, other):
-    x = batch().requires_grad_() * 1
-
-    def compute() -> Tensor:
-        return checkpoint(lambda x, other: x * other.sum(), x, other(x), use_reentrant=False)
-
-    assert packed(copies, compute) == [(TOKENS, DIM)]  # x itself
+        y = checkpoint(lambda x, other: x * other.sum(), x, other(x), use_reentrant=False)
+    assert [tuple(saved.tensor.shape) for saved in context._known.values()] == [(TOKENS, DIM)]  # x
+    del y
+    assert not context._known
 
 
 def test_a_result_that_its_function_saves_is_freed(copies):
