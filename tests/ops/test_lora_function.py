@@ -1,4 +1,4 @@
-"""The autograd functions against the same arithmetic in plain torch, on dense weights."""
+"""LoRA's autograd functions against plain torch on dense weights, and dropout."""
 
 import weakref
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, axis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,33 +15,32 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qlora.config import QuantConfig
-from qlora.ops import lora as lora_function
+from qlora.ops import lora
 from qlora.ops.lora import Dropout, LayerSpec, lora_linear, lora_mlp
 from qlora.ops.nf4 import dequantize, quantize
 
-MLP_SHAPES = [(64, 128), (64, 128), (128, 64)]
 ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 class Layer(NamedTuple):
     spec: LayerSpec
     weight: Tensor
-    """what the codes stand for, fp32"""
+    """dense, fp32"""
     A: nn.Parameter
     B: nn.Parameter
 
-    def twin(self, x: Tensor) -> Tensor:
-        layer: Any = self.spec.layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        read = x if self.spec.dropout is None else self.spec.dropout(x)
-        low = F.linear(F.linear(read, self.A.to(x.dtype)), self.B.to(x.dtype))
+    def plain(self, x: Tensor) -> Tensor:
+        module: Any = self.spec.layer
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        dropped = x if self.spec.dropout is None else self.spec.dropout(x)
+        low = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype))
         return F.linear(x, self.weight.to(x.dtype), bias) + self.spec.scaling * low
 
 
 def layer(
     inputs: int,
     outputs: int,
-    r: int,
+    r: int = 4,
     *,
     bias: bool = False,
     four_bit: bool = True,
@@ -50,42 +49,49 @@ def layer(
     device: str = "cpu",
 ) -> Layer:
     weight = torch.randn(outputs, inputs) / inputs**0.5
-    made: Any = nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+    module: Any = nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
     if four_bit:
         quantized = quantize(weight, QuantConfig())
         weight = dequantize(quantized)
-        made = bnb.nn.Linear4bit(inputs, outputs, bias=bias, compute_dtype=dtype)
-        made.weight = bnb.nn.Params4bit(
-            quantized.packed,
-            quant_state=quantized.state,
-            requires_grad=False,
-            quant_type="nf4",
+        module = bnb.nn.Linear4bit(inputs, outputs, bias=bias, compute_dtype=dtype)
+        module.weight = bnb.nn.Params4bit(
+            quantized.packed, quant_state=quantized.state, requires_grad=False, quant_type="nf4",
             bnb_quantized=True,
-        )
-        made = made.to(device)
+        )  # fmt: skip
+        module = module.to(device)
     else:
-        made.weight = nn.Parameter(weight.to(device, dtype))
+        module.weight = nn.Parameter(weight.to(device, dtype))
     A = nn.Parameter(torch.randn(r, inputs, device=device) / inputs**0.5)
     B = nn.Parameter(torch.randn(outputs, r, device=device) / r**0.5)
-    spec = LayerSpec(made.requires_grad_(False), 0.7, Dropout.drawn(p) if p else None)
+    spec = LayerSpec(module.requires_grad_(False), 0.7, Dropout.drawn(p) if p else None)
     return Layer(spec, weight.to(device), A, B)
+
+
+def mlp_layers(inputs: int = 64, intermediate: int = 128, **settings: Any) -> list[Layer]:
+    shapes = [(inputs, intermediate), (inputs, intermediate), (intermediate, inputs)]
+    return [layer(*shape, **settings) for shape in shapes]
 
 
 def parameters(layers: Sequence[Layer]) -> list[nn.Parameter]:
     return [matrix for one in layers for matrix in (one.A, one.B)]
 
 
-def arguments(layers: Sequence[Layer]) -> tuple[list[LayerSpec], list[tuple[Tensor, Tensor]]]:
-    return [one.spec for one in layers], [(one.A, one.B) for one in layers]
+def linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    return lora_linear(x, [one.spec for one in layers], [(one.A, one.B) for one in layers])
 
 
-def twin_mlp(x: Tensor, layers: Sequence[Layer], activation: str) -> Tensor:
+def mlp(x: Tensor, layers: Sequence[Layer], activation: str = "silu", **settings: Any) -> Tensor:
+    specs, factors = [one.spec for one in layers], [(one.A, one.B) for one in layers]
+    return lora_mlp(x, specs, factors, activation=activation, **settings)
+
+
+def plain_mlp(x: Tensor, layers: Sequence[Layer], activation: str = "silu") -> Tensor:
     gate, up, down = layers
-    return down.twin(ACTS[activation](gate.twin(x)) * up.twin(x))
+    return down.plain(ACTS[activation](gate.plain(x)) * up.plain(x))
 
 
-def close(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    for one, other in zip(got, wanted, strict=True):
+def close(values: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for one, other in zip(values, expected, strict=True):
         # fp32 sums in another order
         assert (one - other).norm() <= 1e-5 * other.norm() and other.norm() > 0
 
@@ -107,129 +113,109 @@ def test_layers_that_share_an_input(shape, outputs, r, bias, four_bit, unused, d
         for i, (size, p) in enumerate(zip(outputs, dropped, strict=False))
     ]
     x = torch.randn(*shape, 64, requires_grad=True)
-    ys = lora_linear(x, *arguments(layers))
-    twins = [one.twin(x) for one in layers]
-    assert [y.shape for y in ys] == [y.shape for y in twins]
-    close(ys, twins)
-    used = slice(None, -1 if unused and len(layers) > 1 else None)  # an output that nobody asks for
-    wanted = torch.autograd.grad(
-        sum((y**2).sum() for y in twins[used]), [x, *parameters(layers[used])]
-    )
-    got = torch.autograd.grad(sum((y**2).sum() for y in ys[used]), [x, *parameters(layers[used])])
-    close(got, wanted)
+    ys, expected = linears(x, layers), [one.plain(x) for one in layers]
+    assert [y.shape for y in ys] == [y.shape for y in expected]
+    close(ys, expected)
+    used = slice(None, -1 if unused and len(layers) > 1 else None)  # the loss ignores an output
+    inputs = [x, *parameters(layers[used])]
+    exact = torch.autograd.grad(sum((y**2).sum() for y in expected[used]), inputs)
+    close(torch.autograd.grad(sum((y**2).sum() for y in ys[used]), inputs), exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tiles, p", [(1, 0.0), (3, 0.0), (1, 0.3)])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("activation", ACTS)
+@pytest.mark.parametrize("activation", axis(*ACTS))
 def test_a_gated_mlp(activation, recompute, tiles, p, device, monkeypatch):
     torch.manual_seed(0)
     layers = [
-        layer(64, 128, 4, bias=True, device=device, p=p),
-        layer(64, 128, 4, four_bit=False, device=device, p=p / 2),
-        layer(128, 64, 4, bias=True, device=device, p=p),
+        layer(64, 128, bias=True, device=device, p=p),
+        layer(64, 128, four_bit=False, device=device, p=p / 2),
+        layer(128, 64, bias=True, device=device, p=p),
     ]
-    monkeypatch.setattr(lora_function, "TILE_BYTES", 21 * 128 * 4 // tiles)
+    monkeypatch.setattr(lora, "TILE_BYTES", 21 * 128 * 4 // tiles)
     x = torch.randn(3, 7, 64, device=device).transpose(0, 1).requires_grad_()  # not contiguous
     weights = torch.randn(7, 3, 64, device=device)
-    y = lora_mlp(x, *arguments(layers), activation=activation, recompute=recompute)
-    twin = twin_mlp(x, layers, activation)
-    close([y], [twin])
-    wanted = torch.autograd.grad((twin * weights).sum(), [x, *parameters(layers)])
-    once = torch.autograd.grad((y * weights).sum(), [x, *parameters(layers)], retain_graph=True)
-    again = torch.autograd.grad((y * weights).sum(), [x, *parameters(layers)])
-    close(once, wanted)
-    close(again, wanted)
+    y = mlp(x, layers, activation, recompute=recompute)
+    expected = plain_mlp(x, layers, activation)
+    close([y], [expected])
+    inputs = [x, *parameters(layers)]
+    exact = torch.autograd.grad((expected * weights).sum(), inputs)
+    for retain_graph in (True, False):  # the backward pass can run twice
+        close(torch.autograd.grad((y * weights).sum(), inputs, retain_graph=retain_graph), exact)
 
 
-@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64)])
+@pytest.mark.parametrize("shape", axis((2, 3, 64), (64,), (5, 64)))
 @pytest.mark.parametrize("recompute", [False, True])
-def test_what_it_gives_can_be_changed_in_place(recompute, shape):
-    """As Falcon's decoder layer does, which adds its attention to what its MLP gives."""
-    layers = [layer(64, 128, 4), layer(64, 128, 4), layer(128, 64, 4)]
+def test_outputs_can_be_changed_in_place(recompute, shape):
+    """Falcon's decoder layer adds its attention to the MLP's output."""
+    layers = mlp_layers()
     x = torch.randn(*shape, requires_grad=True)
 
-    def changed(both: Sequence[Tensor], y: Tensor) -> Tensor:
-        made = both[0].add_(1).square().sum() + both[1].mul_(2).square().sum()
-        return made + y.add_(1).square().sum()
+    def changed(ys: Sequence[Tensor], y: Tensor) -> Tensor:
+        total = ys[0].add_(1).square().sum() + ys[1].mul_(2).square().sum()
+        return total + y.add_(1).square().sum()
 
-    mlp = lora_mlp(x, *arguments(layers), activation="silu", recompute=recompute)
-    got = changed(lora_linear(x, *arguments(layers[:2])), mlp)
-    wanted = changed([one.twin(x) for one in layers[:2]], twin_mlp(x, layers, "silu"))
+    loss = changed(linears(x, layers[:2]), mlp(x, layers, recompute=recompute))
+    exact = changed([one.plain(x) for one in layers[:2]], plain_mlp(x, layers))
     inputs = [x, *parameters(layers)]
-    close(torch.autograd.grad(got, inputs), torch.autograd.grad(wanted, inputs))
+    close(torch.autograd.grad(loss, inputs), torch.autograd.grad(exact, inputs))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_no_tokens_at_all(recompute):
-    """As an expert gets them that no token is sent to."""
-    layers = [layer(64, 128, 4), layer(64, 128, 4), layer(128, 64, 4)]
+def test_no_tokens(recompute):
+    """As for an expert that no token is routed to."""
+    layers = mlp_layers()
     x = torch.randn(2, 0, 64, requires_grad=True)
-    made = [
-        *lora_linear(x, *arguments(layers[:2])),
-        lora_mlp(x, *arguments(layers), activation="silu", recompute=recompute),
-    ]
-    assert [tuple(y.shape) for y in made] == [(2, 0, 128), (2, 0, 128), (2, 0, 64)]
-    sum(y.sum() for y in made).backward()
+    ys = [*linears(x, layers[:2]), mlp(x, layers, recompute=recompute)]
+    assert [tuple(y.shape) for y in ys] == [(2, 0, 128), (2, 0, 128), (2, 0, 64)]
+    sum(y.sum() for y in ys).backward()
     assert x.grad.shape == x.shape
     assert not any(parameter.grad.any() for parameter in parameters(layers))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_an_input_without_gradient(recompute):
-    """As that of the first layers, which see a spec embedding."""
-    layers = [layer(64, 128, 4), layer(64, 128, 4), layer(128, 64, 4)]
-    x = torch.randn(5, 64)
-    wanted = torch.autograd.grad(twin_mlp(x, layers, "silu").sum(), parameters(layers))
-    y = lora_mlp(x, *arguments(layers), activation="silu", recompute=recompute)
-    close(torch.autograd.grad(y.sum(), parameters(layers)), wanted)
-    (y,) = lora_linear(x, *arguments(layers[:1]))
-    wanted = torch.autograd.grad(layers[0].twin(x).sum(), parameters(layers[:1]))
-    close(torch.autograd.grad(y.sum(), parameters(layers[:1])), wanted)
-
-
-def saved_by(make: Any) -> list[Tensor]:
-    """What is kept for the backward pass, each memory once, parameters left out."""
-    found: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        make()
-    return list(found.values())
+    """As in the first decoder layer, after a frozen embedding."""
+    layers, x = mlp_layers(), torch.randn(5, 64)
+    exact = torch.autograd.grad(plain_mlp(x, layers).sum(), parameters(layers))
+    y = mlp(x, layers, recompute=recompute)
+    close(torch.autograd.grad(y.sum(), parameters(layers)), exact)
+    exact = torch.autograd.grad(layers[0].plain(x).sum(), parameters(layers[:1]))
+    close(torch.autograd.grad(linears(x, layers[:1])[0].sum(), parameters(layers[:1])), exact)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_a_layer_keeps_its_input_and_nothing_else_of_its_size(p):
-    layers = [layer(*shape, 2, p=p) for shape in MLP_SHAPES]
+def test_a_layer_saves_its_input_and_nothing_else_of_that_size(p):
+    layers = mlp_layers(r=2, p=p)
     x = torch.randn(50, 64, requires_grad=True)
-    made = [
-        (lambda: lora_linear(x, *arguments(layers[:1])), [x.numel(), 50 * 2]),
-        (lambda: lora_linear(x, *arguments(layers[:2])), [x.numel(), 50 * 4]),
-        (lambda: lora_mlp(x, *arguments(layers), activation="silu", recompute=True), [x.numel()]),
-        (
-            lambda: lora_mlp(x, *arguments(layers), activation="silu"),
-            [x.numel(), 50 * 4, 50 * 128, 50 * 128],
-        ),
-    ]
-    for make, sizes in made:
-        saved = saved_by(make)
-        assert [tensor.numel() for tensor in saved] == sizes
-        assert saved[0].data_ptr() == x.data_ptr()
+    for run, sizes in (
+        (lambda: linears(x, layers[:1]), [x.numel(), 50 * 2]),
+        (lambda: linears(x, layers[:2]), [x.numel(), 50 * 4]),
+        (lambda: mlp(x, layers, recompute=True), [x.numel()]),
+        (lambda: mlp(x, layers), [x.numel(), 50 * 4, 50 * 128, 50 * 128]),
+    ):
+        saved: dict[int, Tensor] = {}  # each memory once, without parameters
+
+        def pack(tensor: Tensor, saved: Any = saved) -> Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run()
+        assert [tensor.numel() for tensor in saved.values()] == sizes
+        assert next(iter(saved)) == x.untyped_storage().data_ptr()
 
 
-def test_tiles_drop_each_for_itself_and_the_same_in_both_passes(monkeypatch):
-    """The derivative along some direction, of what the function gives in fp64."""
+def test_tiles_have_their_own_dropout_the_same_in_both_passes(monkeypatch):
+    """The gradients are the derivative along some direction, in fp64."""
     torch.manual_seed(0)
     double = torch.float64
-    layers = [layer(*shape, 2, four_bit=False, p=0.3, dtype=double) for shape in MLP_SHAPES]
+    layers = mlp_layers(r=2, four_bit=False, p=0.3, dtype=double)
     layers = [one._replace(A=nn.Parameter(one.A.double()), B=nn.Parameter(one.B.double()))
               for one in layers]  # fmt: skip
-    monkeypatch.setattr(lora_function, "TILE_BYTES", 10 * 128 * 8)
+    monkeypatch.setattr(lora, "TILE_BYTES", 10 * 128 * 8)
     x = torch.randn(30, 64, dtype=double, requires_grad=True)
     leaves = [x, *parameters(layers)]
     directions = [torch.randn_like(leaf) for leaf in leaves]
@@ -238,95 +224,117 @@ def test_tiles_drop_each_for_itself_and_the_same_in_both_passes(monkeypatch):
         with torch.no_grad():
             for leaf, direction in zip(leaves, directions, strict=True):
                 leaf += step * direction
-        return lora_mlp(x, *arguments(layers), activation="silu", recompute=True).square().sum()
+        return mlp(x, layers, recompute=True).square().sum()
 
     gradients = torch.autograd.grad(loss(0), leaves)
     along = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
     difference = (loss(1e-6) - loss(-2e-6)) / 2e-6
     # the function adds up its tiles' gradients of A and B in fp32
     assert abs(along - difference) <= 1e-5 * abs(difference)
-    alike = torch.ones(30, 64, dtype=double)
-    first, second, _ = lora_mlp(alike, *arguments(layers), activation="silu", recompute=True)[::10]
+    equal_rows = torch.ones(30, 64, dtype=double)
+    first, second, _ = mlp(equal_rows, layers, recompute=True)[::10]
     assert not torch.allclose(first, second)
 
 
-def test_of_a_tile_nothing_is_left_when_the_next_begins(monkeypatch):
-    layers = [layer(*shape, 2) for shape in MLP_SHAPES]
-    monkeypatch.setattr(lora_function, "TILE_BYTES", 10 * 128 * 4)
-    alive: list[weakref.ref[Tensor]] = []
-    begin = lora_function._outputs
+def test_a_tile_is_freed_before_the_next_is_computed(monkeypatch):
+    layers = mlp_layers(r=2)
+    monkeypatch.setattr(lora, "TILE_BYTES", 10 * 128 * 4)
+    tensors: list[weakref.ref[Tensor]] = []
+    outputs = lora._outputs
 
-    def gate_and_up(*given: Any) -> tuple[Tensor, ...]:
-        assert not [one for one in alive if one() is not None]
-        made = begin(*given)
-        alive.extend(weakref.ref(tensor) for tensor in made)
-        return made
+    def recorded(*inputs: Any) -> tuple[Tensor, ...]:
+        assert not [ref for ref in tensors if ref() is not None]
+        of_tile = outputs(*inputs)
+        tensors.extend(weakref.ref(tensor) for tensor in of_tile)
+        return of_tile
 
-    monkeypatch.setattr(lora_function, "_outputs", gate_and_up)
+    monkeypatch.setattr(lora, "_outputs", recorded)
     x = torch.randn(30, 64, requires_grad=True)
-    y = lora_mlp(x, *arguments(layers), activation="silu", recompute=True)
-    y.square().sum().backward()
-    assert len(alive) == 2 * 3 * 3  # in both passes, of three tiles
+    mlp(x, layers, recompute=True).square().sum().backward()
+    assert len(tensors) == 2 * 3 * 3  # x A', gate and up, in both passes, of three tiles
 
 
 def test_the_second_forward_pass_of_checkpointing_ends_before_the_block(monkeypatch):
-    layers = [layer(64, 128, 2), layer(64, 128, 2), layer(128, 64, 2)]
+    layers = mlp_layers(r=2)
     x = torch.randn(50, 64, requires_grad=True)
-    made: list[Tensor] = []
-    forward = lora_function.gated_forward
+    forwards: list[Tensor] = []
+    gated_forward = lora.gated_forward
     monkeypatch.setattr(
-        lora_function, "gated_forward", lambda *given: made.append(forward(*given)) or made[-1]
+        lora, "gated_forward", lambda *args: forwards.append(args[0]) or gated_forward(*args)
     )
 
     def block(x: Tensor) -> Tensor:
-        return x + lora_mlp(x.sin(), *arguments(layers), activation="silu", recompute=True)
+        return x + mlp(x.sin(), layers, recompute=True)
 
-    wanted = torch.autograd.grad(block(x).square().sum(), [x, *parameters(layers)])
-    made.clear()
+    inputs = [x, *parameters(layers)]
+    expected = torch.autograd.grad(block(x).square().sum(), inputs)
+    forwards.clear()
     y = checkpoint(block, x, use_reentrant=False)
-    got = torch.autograd.grad(y.square().sum(), [x, *parameters(layers)])
-    assert len(made) == 1
-    for one, other in zip(got, wanted, strict=True):
-        assert torch.equal(one, other)
+    gradients = torch.autograd.grad(y.square().sum(), inputs)
+    assert len(forwards) == 1
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
-def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error():
-    layers = [layer(64, 128, 2), layer(64, 128, 2), layer(128, 64, 2)]
-    for recompute in (True, False):
-        x = torch.randn(5, 64, requires_grad=True)
-        y = lora_mlp(x, *arguments(layers), activation="silu", recompute=recompute)
-        with torch.no_grad():
-            layers[0].A.add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error(recompute):
+    layers = mlp_layers(r=2)
+    y = mlp(torch.randn(5, 64, requires_grad=True), layers, recompute=recompute)
+    with torch.no_grad():
+        layers[0].A.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_in_16_bits_the_error_is_no_larger_than_the_twins(dtype, recompute, device, monkeypatch):
+@pytest.mark.parametrize("dtype", axis(torch.bfloat16, torch.float16), ids=str)
+def test_in_16_bits_the_error_is_no_larger_than_the_plain_path_s(
+    dtype, recompute, device, monkeypatch
+):
     torch.manual_seed(0)
-    layers = [
-        layer(256, 512, 8, dtype=dtype, device=device),
-        layer(256, 512, 8, dtype=dtype, device=device),
-        layer(512, 256, 8, dtype=dtype, device=device),
-    ]
-    monkeypatch.setattr(lora_function, "TILE_BYTES", 100 * 512 * 2)
-    x = torch.randn(300, 256, device=device)
-    weights = torch.randn(300, 256, device=device)
+    layers = mlp_layers(256, 512, r=8, dtype=dtype, device=device)
+    monkeypatch.setattr(lora, "TILE_BYTES", 100 * 512 * 2)
+    x, weights = torch.randn(2, 300, 256, device=device)
 
     def gradients(run: Any, dtype: torch.dtype) -> list[Tensor]:
-        inputs = x.to(dtype).requires_grad_()
-        y = run(inputs)
-        return [y.detach(), *torch.autograd.grad((y * weights.to(dtype)).sum(), [inputs, *all_of])]
+        inputs = [x.to(dtype).requires_grad_(), *parameters(layers)]
+        y = run(inputs[0], layers)
+        return [y.detach(), *torch.autograd.grad((y * weights.to(dtype)).sum(), inputs)]
 
-    all_of = parameters(layers)
-    exact = gradients(lambda x: twin_mlp(x, layers, "silu"), torch.float64)
-    plain = gradients(lambda x: twin_mlp(x, layers, "silu"), dtype)
-    ours = gradients(
-        lambda x: lora_mlp(x, *arguments(layers), activation="silu", recompute=recompute), dtype
-    )
+    exact = gradients(plain_mlp, torch.float64)
+    plain = gradients(plain_mlp, dtype)
+    ours = gradients(lambda *args: mlp(*args, recompute=recompute), dtype)
+    assert [t.dtype for t in ours] == [t.dtype for t in plain]
     for one, other, truth in zip(ours, plain, exact, strict=True):
-        errors = [float((found - truth).double().norm()) for found in (one, other)]
+        errors = [float((value - truth).double().norm()) for value in (one, other)]
         # two draws of the same rounding noise differ by a few per cent
         assert errors[0] <= 1.05 * errors[1]
+
+
+# ---- dropout ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("p", [0.1, 0.75])
+def test_dropout_zeroes_its_share_and_scales_the_rest(p, device):
+    torch.manual_seed(0)
+    y = Dropout.drawn(p)(torch.full((400, 500), 3.0, device=device))
+    dropped = y == 0
+    # 200,000 draws: a standard deviation of 0.001
+    assert abs(dropped.float().mean() - p) < 0.005
+    assert torch.allclose(y[~dropped], torch.tensor(3 / (1 - p)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_dropout_seed_gives_the_same_mask_again(device):
+    torch.manual_seed(1)
+    dropout, other = Dropout.drawn(0.5), Dropout.drawn(0.5)
+    x = torch.randn(6, 5, 4, device=device)
+    state = torch.get_rng_state()
+    mask = dropout.mask(x)
+    assert torch.equal(mask, dropout.mask(x))
+    assert torch.equal(mask.view(30, 4), dropout.mask(x.view(30, 4).half()))
+    assert not torch.equal(mask, other.mask(x))
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(1)
+    assert Dropout.drawn(0.5) == dropout  # seeds come from torch's generator
