@@ -1,9 +1,8 @@
-"""One page about a run: `python -m qlora.report OUT` writes OUT/report.html.
+"""The page of a run: `python -m qlora.report OUT` writes OUT/report.html.
 
-The page is a single file that needs no network and no scripts: how training went, the model's
-answers before and after, data, memory, settings, and what a merge kept. All that comes from files
-is escaped (jinja2's autoescape), since samples are anybody's text. Neither torch nor transformers
-is imported.
+A single file without scripts that needs no network: how training went, the model's answers before
+and after, data, memory, settings, and what a merge kept. All that comes from files is escaped
+(jinja2's autoescape). Neither torch nor transformers is imported.
 """
 
 import os
@@ -45,32 +44,46 @@ MAIN_SETTINGS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left so far."""
+    """The files of a run."""
 
     folder: Path
     facts: Mapping[str, Any]
     """run.yaml"""
     rows: list[dict[str, Any]]
+    """metrics.jsonl"""
     samples: list[dict[str, Any]]
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Every setting, as it was given or filled in."""
-        return dict(self.facts["config"])
-
     def values(self, key: str) -> list[tuple[int, float]]:
-        """Step and value of each row that has one."""
+        """Step and value of each logged row that has one."""
         return [(row["step"], row[key]) for row in self.rows if row.get(key) is not None]
 
+    def memory(self) -> tuple[float, int | None]:
+        """Bytes in use at most, and those of the device, if known."""
+        device = self.facts.get("device") or {}
+        peaks = [peak for _, peak in self.values("peak_bytes")]
+        return max(peaks, default=0), device.get("memory_bytes")
 
-# ---- what is read
+
+def report(config: ReportConfig) -> None:
+    """Write the page, and print where it is."""
+    folder = Path(config.adapter).expanduser()
+    run = read_run(folder)
+    merge = read_merge(folder, config.merged)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"no write permission for {folder}: copy it, and report on the copy")
+    replace_text(folder / REPORT, page(run, merge))
+    print(f"The report is {folder / REPORT}: open it in a browser; it needs no network.")
+    print(f"Next:  {next_commands(folder, merged=merge is not None)[-1]}")
+
+
+# ---- reading files
 
 
 def read_run(folder: Path) -> Run:
     """The files of a run.
 
     Raises:
-        UserError: the folder is that of no run, nothing was logged yet, or a file is damaged.
+        UserError: the folder has no run, nothing was logged yet, or a file is damaged.
     """
     if not (folder / RUN).is_file():
         raise UserError(f"{folder} holds no run: give an --output-dir of train.py ({RUN} is in it)")
@@ -80,13 +93,13 @@ def read_run(folder: Path) -> Run:
         facts = None
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         raise UserError(f"{folder / RUN} is not what train.py writes: start the run again")
-    rows, samples = read_metrics(folder), read_samples(folder)
-    if not any(row.get("loss") is not None for row in rows):
+    run = Run(folder, facts, read_metrics(folder), read_samples(folder))
+    if not run.values("loss"):
         raise UserError(
             f"{folder} has logged nothing yet: {METRICS} gets a first row after the first step. "
             "Wait for it, or start the run again"
         )
-    return Run(folder, facts, rows, samples)
+    return run
 
 
 def read_merge(folder: Path, merged: str | None) -> dict[str, Any] | None:
@@ -95,23 +108,20 @@ def read_merge(folder: Path, merged: str | None) -> dict[str, Any] | None:
         report = _merge_report(Path(merged).expanduser() / MERGE_REPORT)
         if report is None:
             raise UserError(
-                f"--merged {merged} holds no whole {MERGE_REPORT}: give an --output-dir of "
+                f"--merged {merged} holds no complete {MERGE_REPORT}: give an --output-dir of "
                 "merge_dequant.py"
             )
         return report
-    found = sorted(folder.absolute().parent.glob(f"*/{MERGE_REPORT}"), key=_age)
-    reports = filter(None, map(_merge_report, found))
+    paths = folder.absolute().parent.glob(f"*/{MERGE_REPORT}")
+    newest = sorted(paths, key=lambda path: -path.stat().st_mtime)
+    reports = filter(None, map(_merge_report, newest))
     return next((r for r in reports if any(_is(a, folder) for a in r["adapters"])), None)
 
 
 def _is(adapter: str, folder: Path) -> bool:
-    """Whether a merge means that folder; it may have been started elsewhere, with a short name."""
-    path, whole = Path(adapter).expanduser(), folder.resolve()
-    return path.resolve() == whole or whole.parts[-len(path.parts) :] == path.parts
-
-
-def _age(path: Path) -> float:
-    return -path.stat().st_mtime
+    """Whether a merge's adapter is that folder; its path may be relative to another one."""
+    path, full = Path(adapter).expanduser(), folder.resolve()
+    return path.resolve() == full or full.parts[-len(path.parts) :] == path.parts
 
 
 def _merge_report(path: Path) -> dict[str, Any] | None:
@@ -123,64 +133,81 @@ def _merge_report(path: Path) -> dict[str, Any] | None:
     return report if all(key in report for key in keys) else None
 
 
-# ---- what is told
+# ---- the page
 
 
-def tiles(run: Run) -> list[dict[str, str]]:
-    """The few figures at the top."""
-    losses, evals = run.values("loss"), run.values("eval_loss")
-    found = [_tile("training loss", f"{losses[-1][1]:.4f}", f"{losses[0][1]:.4f} at the start")]
+def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
+    """The page as HTML."""
+    settings, device = dict(run.facts["config"]), run.facts.get("device") or {}
+    peak, total = run.memory()
+    per = "label" if "labels" in (run.facts.get("base") or {}) else "supervised token"
+    versions = {f"version of {k}": v for k, v in (run.facts.get("versions") or {}).items()}
+    memory = {"device": device.get("name"), "in use at most": f"{peak / GIB:.2f} GiB"}
+    memory["available"] = f"{total / GIB:.1f} GiB" if total else "not known"
+    samples = [
+        {**row, "right": row["after"] is not None and row["after"].strip() == row["wanted"].strip()}
+        for row in run.samples
+    ]
+    curves = as_svg(draw_run(run.rows, per=per, total_bytes=total), "Curves of the run")
+    template = files("qlora.apps").joinpath(REPORT).read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    return environment.from_string(template).render(
+        name=run.folder.resolve().name,
+        folder=run.folder,
+        base=Path(str(settings.get("model"))).name,
+        data_name=Path(str(settings.get("data"))).name,
+        date=date.fromtimestamp((run.folder / METRICS).stat().st_mtime),
+        tiles=tiles(run),
+        remarks=remarks(run),
+        curves=Markup(curves),
+        samples=samples,
+        data=run.facts.get("data"),
+        memory={key: value for key, value in memory.items() if value is not None},
+        merge=merge and _merge_facts(merge),
+        settings={key: _plain(settings[key]) for key in MAIN_SETTINGS if key in settings},
+        others={key: _plain(value) for key, value in (settings | versions).items()},
+        commands=next_commands(run.folder, merged=merge is not None),
+    )
+
+
+def tiles(run: Run) -> list[tuple[str, str, str]]:
+    """Label, value and note of each of the figures at the top."""
+    losses, evals, epochs = run.values("loss"), run.values("eval_loss"), run.values("epoch")
+    figures = [("training loss", f"{losses[-1][1]:.4f}", f"{losses[0][1]:.4f} at the start")]
     if evals:
         step, best = min(evals, key=lambda pair: pair[1])
         note = f"lowest {best:.4f}, at step {step:,}"
-        found.append(_tile("evaluation loss", f"{evals[-1][1]:.4f}", note))
-    found.append(_tile("optimizer steps", f"{run.rows[-1]['step']:,}", _epochs(run)))
+        figures.append(("evaluation loss", f"{evals[-1][1]:.4f}", note))
+    note = f"{epochs[-1][1]:.3g} × the data" if epochs else ""
+    figures.append(("optimizer steps", f"{run.rows[-1]['step']:,}", note))
     seconds, speeds = run.values("seconds"), run.values("tokens_per_second")
     if seconds:
         speed = f"{median(s for _, s in speeds):,.0f} tokens a second" if speeds else ""
-        found.append(_tile("time", show_seconds(seconds[-1][1]), speed))
-    peak, total = _memory(run)
+        figures.append(("time", show_seconds(seconds[-1][1]), speed))
+    peak, total = run.memory()
     if peak:
         note = f"of {total / GIB:.1f} GiB, {peak / total:.0%}" if total else ""
-        found.append(_tile("memory at most", f"{peak / GIB:.2f} GiB", note))
-    return found
-
-
-def _tile(label: str, value: str, note: str) -> dict[str, str]:
-    return {"label": label, "value": value, "note": note}
-
-
-def _epochs(run: Run) -> str:
-    epochs = run.values("epoch")
-    return f"{epochs[-1][1]:.3g} × the data" if epochs else ""
-
-
-def _memory(run: Run) -> tuple[float, int | None]:
-    device = run.facts.get("device") or {}
-    return max((peak for _, peak in run.values("peak_bytes")), default=0), device.get(
-        "memory_bytes"
-    )
+        figures.append(("memory at most", f"{peak / GIB:.2f} GiB", note))
+    return figures
 
 
 def show_seconds(seconds: float) -> str:
     """`45 s`, `12 min 5 s` or `3 h 20 min`"""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def remarks(run: Run) -> list[str]:
-    """What a reader should not miss."""
+    """Warnings about a run that is not complete, diverged or overfitted, or whose rows were cut."""
     found = []
     if not (run.folder / "adapter_model.safetensors").is_file():
-        found.append("This run has not ended, or was stopped: --resume goes on with it.")
-    lost = [step for step, loss in run.values("loss") if not isfinite(loss)]
-    if lost:
+        found.append("This run has not ended, or was stopped: --resume continues it.")
+    diverged = [step for step, loss in run.values("loss") if not isfinite(loss)]
+    if diverged:
         found.append(
-            f"From step {lost[0]:,} on the loss is not a number: take a lower --learning-rate."
+            f"From step {diverged[0]:,} on the loss is not a number: take a lower --learning-rate."
         )
     evals = run.values("eval_loss")
     step, best = min(evals, key=lambda pair: pair[1], default=(0, 0.0))
@@ -191,7 +218,7 @@ def remarks(run: Run) -> list[str]:
         )
     cut = (run.facts.get("data") or {}).get("training", {}).get("cut_rows", 0)
     if cut:
-        length = run.settings.get("max_length")
+        length = run.facts["config"].get("max_length")
         found.append(f"{cut:,} training rows were longer than {length} tokens and lost their end.")
     return found
 
@@ -201,66 +228,25 @@ def _merge_facts(report: Mapping[str, Any]) -> dict[str, Any]:
         "nf4": "onto the dequantized 4-bit base, as in training",
         "original": "onto the original weights, which training did not see",
     }
-    verify, layers = report["verify"], report["layers"]
     kinds = [
         {
             "name": name,
-            "layers": len(found),
-            "change": median(facts["delta_over_weight"] for _, facts in found),
-            "kept": median(facts["kept"] for _, facts in found),
-            "least": min(facts["kept"] for _, facts in found),
+            "layers": len(layers),
+            "change": median(facts["delta_over_weight"] for _, facts in layers),
+            "kept": median(facts["kept"] for _, facts in layers),
+            "least": min(facts["kept"] for _, facts in layers),
         }
-        for name, found in by_kind(layers).items()
+        for name, layers in by_kind(report["layers"]).items()
     ]
-    kept = verify and verify["kept"]
+    kept = report["verify"] and report["verify"]["kept"]
+    picture = Markup(as_svg(draw_merge(report), "What each layer kept")) if kinds else None
     return {
         "about": f"{onto.get(report['onto'], report['onto'])}; {report['format']}",
-        "verify": verify,
+        "verify": report["verify"],
         "kept": "no gain" if kept is None else f"{kept:.2%}",
         "kinds": kinds,
-        "picture": Markup(as_svg(draw_merge(report), "What each layer kept")) if layers else None,
+        "picture": picture,
     }
-
-
-# ---- the page
-
-
-def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
-    """The whole page, as text."""
-    settings, device = run.settings, run.facts.get("device") or {}
-    peak, total = _memory(run)
-    per = "label" if "labels" in (run.facts.get("base") or {}) else "supervised token"
-    versions = {f"version of {k}": v for k, v in (run.facts.get("versions") or {}).items()}
-    memory = {"device": device.get("name"), "in use at most": f"{peak / GIB:.2f} GiB"}
-    memory["there is"] = f"{total / GIB:.1f} GiB" if total else "not known"
-    samples = [
-        {**row, "right": row["after"] is not None and row["after"].strip() == row["wanted"].strip()}
-        for row in run.samples
-    ]
-    template = files("qlora.apps").joinpath(REPORT).read_text(encoding="utf-8")
-    return (
-        Environment(autoescape=True, undefined=StrictUndefined)
-        .from_string(template)
-        .render(
-            name=run.folder.resolve().name,
-            folder=run.folder,
-            base=Path(str(settings.get("model"))).name,
-            data_name=Path(str(settings.get("data"))).name,
-            date=date.fromtimestamp((run.folder / METRICS).stat().st_mtime),
-            tiles=tiles(run),
-            remarks=remarks(run),
-            curves=Markup(
-                as_svg(draw_run(run.rows, per=per, total_bytes=total), "Curves of the run")
-            ),
-            samples=samples,
-            data=run.facts.get("data"),
-            memory={key: value for key, value in memory.items() if value is not None},
-            merge=merge and _merge_facts(merge),
-            settings={key: _plain(settings[key]) for key in MAIN_SETTINGS if key in settings},
-            others={key: _plain(value) for key, value in (settings | versions).items()},
-            commands=next_commands(run.folder, merged=merge is not None),
-        )
-    )
 
 
 def _plain(value: Any) -> str:
@@ -273,20 +259,8 @@ def _plain(value: Any) -> str:
 
 
 def next_commands(folder: Path, *, merged: bool) -> list[str]:
-    """What to type next."""
+    """The commands to type next: chat, and merge where that was not done."""
     name, out = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
     chat = f"python -m qlora.chat --adapter {name}"
     merge = f"python merge_dequant.py --adapter {name} --output-dir {out}"
     return [chat] if merged else [chat, merge]
-
-
-def report(config: ReportConfig) -> None:
-    """Write the page, and say where it is."""
-    folder = Path(config.adapter).expanduser()
-    run = read_run(folder)
-    merge = read_merge(folder, config.merged)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} is not yours to write to: copy it, and report on the copy")
-    replace_text(folder / REPORT, page(run, merge))
-    print(f"The report is {folder / REPORT}: open it in a browser; it needs no network.")
-    print(f"Next:  {next_commands(folder, merged=merge is not None)[-1]}")

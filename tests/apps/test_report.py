@@ -317,7 +317,7 @@ def test_bad_input_is_one_clear_line(damage, said, folder):
 
 def test_a_folder_that_cannot_be_written_to(folder, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(UserError, match=r"is not yours to write to: copy it, and report on the"):
+    with pytest.raises(UserError, match=r"no write permission for .*: copy it, and report on the"):
         write_report(ReportConfig(str(folder)))
     assert not (folder / "report.html").exists()
 
@@ -330,5 +330,5 @@ def test_bad_input_exits_with_2(folder):
 
 
 def test_merged_has_to_be_a_merge(folder):
-    with pytest.raises(UserError, match=r"holds no whole merge_report.json: give an --output-dir"):
+    with pytest.raises(UserError, match=r"holds no complete merge_report.json: give an --output-dir"):
         write_report(ReportConfig(str(folder), merged=str(folder)))
