@@ -213,11 +213,10 @@ class Chat:
         Raises:
             UserError: the question is too long, or the chat template refuses it.
         """
-        prompts = [self.prompt_of(conversation, question) for conversation in self.conversations]
+        prompts = [self._prompt(conversation, question) for conversation in self.conversations]
         width = shutil.get_terminal_size().columns
         if self.mixed and width >= NARROW and sys.stdout.isatty():
-            columns = SideBySide(len(self.conversations), width, write_out)
-            columns.heading([conversation.name for conversation in self.conversations])
+            columns = SideBySide([c.name for c in self.conversations], width, write_out)
             with self.mixed():
                 texts, interrupted = self.generate(prompts, columns.show)
         else:
@@ -235,8 +234,8 @@ class Chat:
                 conversation.turns.append((question, answer))
         return interrupted
 
-    def prompt_of(self, conversation: Conversation, question: str) -> list[int]:
-        """Ids of the conversation and the question; prints how many turns were dropped."""
+    def _prompt(self, conversation: Conversation, question: str) -> list[int]:
+        """Ids of the conversation and the question; notes how many turns were dropped."""
         ids, dropped = conversation.prompt(self.tokenizer, question, self.longest)
         if dropped:
             turns = "turn no longer fits" if dropped == 1 else f"{dropped} turns no longer fit"

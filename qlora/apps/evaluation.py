@@ -1,8 +1,8 @@
 """`evaluate(config)`: measure a model, or a base with and without its adapter, on rows.
 
 Rows are prepared as in training (qlora.data.rows), so the loss is what train.py logs as eval_loss.
-To generate an answer the model reads each row up to its last part with loss: of a chat, up to the
-assistant's last turn. Rows of `text` have no such part and are not asked.
+To generate an answer the model reads each row up to its last part with loss, the assistant's last
+turn of a chat. Rows of `text` have no such part and are not asked.
 
     loss          mean of -log p over supervised tokens, in nats
     perplexity    exp(loss): the number of equally likely tokens with the same loss
@@ -36,7 +36,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _output(config: EvaluateConfig, resolved: ResolvedModel) -> Path | None:
     """Where to write: --output, or the adapter's folder; nowhere for a model without an adapter."""
-    if config.output is None and resolved.adapter is None:
+    if config.output is not None:
+        path = Path(config.output).expanduser()
+    elif resolved.adapter:
+        path = resolved.adapter.folder / RESULTS
+    else:
         return None
-    folder = resolved.adapter.folder if resolved.adapter else Path()
-    path = folder / RESULTS if config.output is None else Path(config.output).expanduser()
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir():
         raise UserError(f"--output {path} must be a file in a folder that exists")
@@ -141,21 +143,15 @@ def _output(config: EvaluateConfig, resolved: ResolvedModel) -> Path | None:
 
 
 def _max_length(config: EvaluateConfig, resolved: ResolvedModel) -> int:
-    """--max-length, or that of the run that left the adapter, at most what the model takes."""
-    trained = _trained_length(resolved.adapter.folder) if resolved.adapter else None
-    length = config.max_length or trained or MAX_LENGTH
-    return min(length, resolved.checkpoint.max_positions or length)
-
-
-def _trained_length(folder: Path) -> int | None:
-    """The max_length in the adapter's run.yaml, if there is a valid one."""
-    is_checkpoint = folder.name.startswith("checkpoint-")
-    path = (folder.parent if is_checkpoint else folder) / RUN
-    try:
-        length = yaml.safe_load(path.read_text(encoding="utf-8"))["config"]["max_length"]
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
-        return None
-    return length if isinstance(length, int) else None
+    """--max-length, or that in the adapter's run.yaml, at most what the model takes."""
+    length: Any = config.max_length
+    if length is None and resolved.adapter:
+        folder = resolved.adapter.folder
+        folder = folder.parent if folder.name.startswith("checkpoint-") else folder
+        with suppress(OSError, ValueError, yaml.YAMLError, TypeError, KeyError):  # not train.py's
+            length = yaml.safe_load((folder / RUN).read_text("utf-8"))["config"]["max_length"]
+    length = length if isinstance(length, int) else MAX_LENGTH
+    return int(min(length, resolved.checkpoint.max_positions or length))
 
 
 def _ask(config: EvaluateConfig, resolved: ResolvedModel, tokenizer: Any) -> list[Question]:
@@ -308,10 +304,8 @@ def table(results: dict[str, Any]) -> str:
     heads = ["with adapter" if name == "adapter" else name for name in scores]
     kind = "labels" if OBJECTIVES[results["task"]].classifies else "supervised tokens"
     about = f"Measured on {results['rows']:,} rows, {results['supervised_tokens']:,} {kind}"
-    if results["answers"]:
-        about += (
-            f", and {len(results['answers']):,} answers of up to {results['max_new_tokens']} tokens"
-        )
+    if count := len(results["answers"]):
+        about += f", and {count:,} answers of up to {results['max_new_tokens']} tokens"
     lines = [f"{about}:", "", f"  {'':15}" + "".join(f"{head:>14}" for head in heads)]
     for key, (title, show) in TABLE.items():
         if any(key in column for column in scores.values()):

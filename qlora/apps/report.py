@@ -142,12 +142,9 @@ def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
     peak, total = run.memory()
     per = "label" if "labels" in (run.facts.get("base") or {}) else "supervised token"
     versions = {f"version of {k}": v for k, v in (run.facts.get("versions") or {}).items()}
-    memory = {"device": device.get("name"), "in use at most": f"{peak / GIB:.2f} GiB"}
+    memory = {"device": device["name"]} if device.get("name") else {}
+    memory["in use at most"] = f"{peak / GIB:.2f} GiB"
     memory["available"] = f"{total / GIB:.1f} GiB" if total else "not known"
-    samples = [
-        {**row, "right": row["after"] is not None and row["after"].strip() == row["wanted"].strip()}
-        for row in run.samples
-    ]
     curves = as_svg(draw_run(run.rows, per=per, total_bytes=total), "Curves of the run")
     template = files("qlora.apps").joinpath(REPORT).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
@@ -160,9 +157,9 @@ def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
         tiles=tiles(run),
         remarks=remarks(run),
         curves=Markup(curves),
-        samples=samples,
+        samples=run.samples,
         data=run.facts.get("data"),
-        memory={key: value for key, value in memory.items() if value is not None},
+        memory=memory,
         merge=merge and _merge_facts(merge),
         settings={key: _plain(settings[key]) for key in MAIN_SETTINGS if key in settings},
         others={key: _plain(value) for key, value in (settings | versions).items()},

@@ -47,21 +47,17 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 class SideBySide:
-    """Columns of equal width, filled from the top down.
+    """Columns of equal width below their names, filled from the top down.
 
     Args:
-        count: of columns.
         width: of the terminal, in cells. One stays free: the last would wrap the line.
         write: to the terminal.
     """
 
-    def __init__(self, count: int, width: int, write: Callable[[str], object]) -> None:
-        self.width = (width - 1 - len(GAP) * (count - 1)) // count
+    def __init__(self, names: Sequence[str], width: int, write: Callable[[str], object]) -> None:
+        self.width = (width - 1 - len(GAP) * (len(names) - 1)) // len(names)
         self.write = write
         self.rows = 0  # complete ones
-
-    def heading(self, names: Sequence[str]) -> None:
-        """A row of names, underlined."""
         self.write(self._row(names) + "\n")
         self.write("─┼─".join("─" * self.width for _ in names) + "\n")
 
