@@ -1,98 +1,87 @@
-"""Evaluation end to end: its loss is training's, its answers are transformers'."""
+"""Evaluation: its loss is training's, its answers are transformers', its scores the packages'."""
 
+import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sacrebleu
-from conftest import FP32
+import torch
+from conftest import FP32, ROWS, quick_config, read_rows, tiny_model, tiny_tokenizer, write_rows
+from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from qlora import disable_adapter, load_adapter, load_base
-from qlora.apps.evaluation import evaluate, questions_in, samples
-from qlora.config import DataConfig, EvaluateConfig, LoraConfig, MergeConfig, TrainConfig
+from qlora.apps.evaluation import (
+    compare_answers,
+    evaluate,
+    measure_rows,
+    questions_in,
+    require_scorers,
+    samples,
+)
+from qlora.config import DataConfig, EvaluateConfig, MergeConfig
+from qlora.data.rows import prepare_data
 from qlora.errors import UserError
 from qlora.merge import merge
 from qlora.training import train
 
 WORDS, TAGS = ["I", "met", "Ann", "Lee", "in", "Rome"], ["O", "O", "B-P", "I-P", "O", "B-L"]
 RECORDS = {
-    "causal-lm": lambda i: {"prompt": f"{i} times {i}", "completion": f"{i * i} " * (1 + i % 3)},
     "seq2seq": lambda i: {"prompt": f"say {i % 3}", "completion": "one two three"[: 3 + i % 9]},
     "seq-cls": lambda i: {"text": "good " * (i % 2) + "bad " * (1 + i % 4), "label": "ab"[i % 2]},
     "token-cls": lambda i: {"tokens": WORDS[: 3 + i % 4], "tags": TAGS[: 3 + i % 4]},
 }
 
 
-def write_rows(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def evaluation(adapter: Path, data: Path, output: Path, **settings) -> dict:
+    flags = {"adapter": str(adapter), "data": str(data), "output": str(output), **settings}
+    return evaluate(EvaluateConfig(**flags))
 
 
-@pytest.fixture(scope="module")
-def run_of(checkpoints, tmp_path_factory):
-    """`run_of(family, task)`: (folder, data) of a short run that was evaluated, made once."""
-    root = tmp_path_factory.mktemp("runs")
-
-    def made(family: str, task: str = "causal-lm"):
-        folder, data = root / f"{family}-{task}", root / f"{family}-{task}.jsonl"
-        if not folder.exists():
-            write_rows(data, map(RECORDS[task], range(12)))
-            config = TrainConfig(
-                model=str(checkpoints(family)),
-                output_dir=str(folder),
-                data=DataConfig(str(data), eval_data=str(data), max_length=48),
-                task=task,
-                lora=LoraConfig(r=4, lora_alpha=8),
-                quant=FP32,
-                per_device_train_batch_size=4,
-                gradient_accumulation_steps=1,
-                learning_rate=1e-2,
-                max_steps=4,
-                eval_steps=4,
-            )
-            train(config)
-        return folder, data
-
-    return made
+def logged(folder: Path) -> dict:
+    """The last evaluation that training logged."""
+    return [row for row in read_rows(folder / "metrics.jsonl") if "eval_loss" in row][-1]
 
 
-def trained(folder: Path) -> dict:
-    """What evaluation found at the end of training."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return next(row for row in reversed(rows) if "eval_loss" in row)
+# ---- scores of the model
 
 
-@pytest.mark.parametrize(
-    ("family", "task"),
-    [
-        ("llama", "causal-lm"),
-        ("t5", "seq2seq"),
-        ("llama without pad", "seq-cls"),
-        ("bert", "token-cls"),
-    ],
-)
-def test_the_loss_is_that_of_training(family, task, run_of, capsys):
-    folder, data = run_of(family, task)
-    config = EvaluateConfig(adapter=str(folder), data=str(data), max_new_tokens=4)
-    found = evaluate(config)["scores"]
-    wanted = trained(folder)
-    # fp32, batches of other shapes
-    assert found["adapter"]["loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
-    for name in ("accuracy", "f1"):
-        assert found["adapter"].get(name) == wanted.get(f"eval_{name}")
-    assert ("base" in found) == ("bleu" in found["adapter"]) == (task in ("causal-lm", "seq2seq"))
+def test_loss_and_answers_of_base_and_adapter(quick_run, checkpoints, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    data = write_rows(tmp_path / "rows.jsonl", ROWS[:5])
+    results = evaluation(quick_run.folder, data, output, max_new_tokens=6)
+    assert json.loads(output.read_text()) == results
+    assert results["max_length"] == 128  # as in training
+
+    model = load_base(str(checkpoints("llama")), FP32)
+    load_adapter(model, quick_run.folder)
+    tokenizer = AutoTokenizer.from_pretrained(quick_run.folder)
+    wanted = [row["completion"] for row in ROWS[:5]]
+    with disable_adapter(model):
+        expected = {"base": plain_answers(model, tokenizer, ROWS[:5])}
+    expected["adapter"] = plain_answers(model, tokenizer, ROWS[:5])
+    for name, given in expected.items():
+        assert [answer[name] for answer in results["answers"]] == given
+        bleu = sacrebleu.corpus_bleu(given, [wanted], force=True).score
+        assert results["scores"][name]["bleu"] == pytest.approx(bleu)
+    assert [answer["wanted"] for answer in results["answers"]] == wanted
+    assert [answer["request"] for answer in results["answers"]] == [r["prompt"] for r in ROWS[:5]]
     said = capsys.readouterr().out
-    assert f"{wanted['eval_loss']:.4f}" in said
-    assert ("qlora.chat" in said) == ("base" in found)
+    assert "Measured on 5 rows," in said and "5 answers of up to 6 tokens" in said
+    assert said.count("    wanted ") == 3
+    assert f"python -m qlora.chat --adapter {quick_run.folder} --compare" in said
 
 
-def plain_answers(model, tokenizer, rows, **settings):
+def plain_answers(model, tokenizer, rows):
     """transformers' generate, a row at a time."""
     found = []
     for row in rows:
@@ -100,99 +89,145 @@ def plain_answers(model, tokenizer, rows, **settings):
             [{"role": "user", "content": row["prompt"]}],
             add_generation_prompt=True, return_tensors="pt", return_dict=True,
         )  # fmt: skip
-        ids = model.generate(**inputs, do_sample=False, **settings)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)
         new = ids[0, inputs["input_ids"].shape[1] :]
         found.append(tokenizer.decode(new, skip_special_tokens=True))
     return found
 
 
-def test_answers_of_base_and_adapter(run_of, checkpoints, tmp_path, capsys):
-    folder, data = run_of("llama")
-    output = tmp_path / "found.json"
-    flags = {"data": str(data), "limit": 5, "max_new_tokens": 6, "output": str(output)}
-    results = evaluate(EvaluateConfig(adapter=str(folder), **flags))
-    assert json.loads(output.read_text()) == results
-
-    model = load_base(str(checkpoints("llama")), FP32)
-    load_adapter(model, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [RECORDS["causal-lm"](i) for i in range(5)]
-    wanted = [row["completion"] for row in rows]
-    with disable_adapter(model):
-        expected = {"base": plain_answers(model, tokenizer, rows, max_new_tokens=6)}
-    expected["adapter"] = plain_answers(model, tokenizer, rows, max_new_tokens=6)
-    for name, given in expected.items():
-        assert [answer[name] for answer in results["answers"]] == given
-        bleu = sacrebleu.corpus_bleu(given, [wanted], force=True).score
-        assert results["scores"][name]["bleu"] == pytest.approx(bleu)
-    assert [answer["wanted"] for answer in results["answers"]] == wanted
-    assert [answer["request"] for answer in results["answers"]] == [row["prompt"] for row in rows]
-    said = capsys.readouterr().out
-    assert "Measured on 5 rows," in said and "5 answers of up to 6 tokens" in said
-    assert said.count("    wanted ") == 3
-    assert f"python -m qlora.chat --adapter {folder} --compare" in said
-
-
-def test_a_merged_model_stands_alone(run_of, tmp_path, capsys):
-    folder, data = run_of("llama")
+def test_loss_is_that_of_training_and_of_the_merged_model(quick_run, data, tmp_path, capsys):
+    loss = logged(quick_run.folder)["eval_loss"]
+    found = evaluation(quick_run.folder, data, tmp_path / "a.json", generate=False)
+    assert found["scores"]["adapter"]["loss"] == pytest.approx(
+        loss, rel=1e-5
+    )  # fp32, other batches
+    assert found["answers"] == [] and f"{loss:.4f}" in capsys.readouterr().out
     merged = str(tmp_path / "merged")
-    merge(MergeConfig(adapter=str(folder), output_dir=merged, format="fp32"))
-    results = evaluate(
-        EvaluateConfig(
-            model=merged, data=str(data), max_length=48, generate=False, compute_dtype="fp32"
-        )
-    )
-    # merged in fp32 it is the function that was trained, to rounding: rows of 48, two layers
-    assert results["scores"]["model"]["loss"] == pytest.approx(
-        trained(folder)["eval_loss"], rel=1e-4
-    )
-    assert results["answers"] == []
+    merge(MergeConfig(adapter=str(quick_run.folder), output_dir=merged, format="fp32"))
+    config = {"data": str(data), "max_length": 128, "generate": False, "compute_dtype": "fp32"}
+    results = evaluate(EvaluateConfig(model=merged, **config))
+    # merged in fp32 it is the function that was trained, to rounding
+    assert results["scores"]["model"]["loss"] == pytest.approx(loss, rel=1e-4)
     assert not (Path(merged) / "evaluation.json").exists()
     assert f"python -m qlora.chat --model {merged}" in capsys.readouterr().out
 
 
-def test_rows_of_text_have_a_loss_alone(adapters, tmp_path, capsys):
-    data = write_rows(tmp_path / "text.jsonl", [{"text": "some words"}, {"text": "and more"}])
-    config = EvaluateConfig(adapter=str(adapters("llama")), data=str(data))
-    results = evaluate(config)
-    assert results["scores"]["base"].keys() == {"loss", "perplexity"}
-    said = capsys.readouterr().out
-    assert "text without questions" in said
-    assert "All results are in" in said
-    assert json.loads((adapters("llama") / "evaluation.json").read_text()) == results
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("bert", "token-cls"),
+        pytest.param("t5", "seq2seq", marks=pytest.mark.full),
+        pytest.param("llama without pad", "seq-cls", marks=pytest.mark.full),
+    ],
+)
+def test_other_tasks_have_the_scores_of_training(family, task, checkpoints, tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl", map(RECORDS[task], range(12)))
+    both = DataConfig(str(data), eval_data=str(data), max_length=48)
+    config = quick_config(checkpoints(family), data, tmp_path / "run", data=both, eval_steps=4)
+    folder = train(replace(config, task=task))
+    found = evaluation(folder, data, tmp_path / "a.json", max_new_tokens=4)["scores"]
+    wanted = logged(folder)
+    assert found["adapter"]["loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
+    for name in ("accuracy", "f1"):
+        assert found["adapter"].get(name) == wanted.get(f"eval_{name}")
+    assert ("base" in found) == ("bleu" in found["adapter"]) == (task == "seq2seq")
+    assert ("qlora.chat" in capsys.readouterr().out) == ("base" in found)
 
 
-def test_the_last_turn_of_a_chat_is_asked(adapters):
-    tokenizer = AutoTokenizer.from_pretrained(adapters("llama"))
-    messages = [
-        {"role": role, "content": text}
-        for role, text in zip(["user", "assistant"] * 2, ["a", "b", "c", " d\n"], strict=True)
-    ]
-    (question,) = questions_in([{"messages": messages}], tokenizer, "causal-lm")
-    expected = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)
-    assert question.prompt == expected["input_ids"] and question.request == "c"
-    assert tokenizer.decode(question.answer, skip_special_tokens=True) == " d\n"
+def test_loss_is_the_mean_over_supervised_tokens(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS[:8])
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    rows, stats = prepare_data(str(path), tokenizer, max_length=64)
+    total = 0.0
+    for row in rows:  # one at a time: no padding
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        total += float(F.cross_entropy(logits, labels[1:], reduction="sum"))
+    found = measure_rows(model, tokenizer, rows)
+    loss = total / stats.supervised_tokens
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)  # fp32, added up in another order
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
-def test_an_adapter_that_is_no_gain_is_said(adapters, tmp_path, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", map(RECORDS["causal-lm"], range(3)))
+def test_compute_dtype_is_the_one_asked_for(checkpoints, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", ROWS[:3])
+    model = {"model": str(checkpoints("llama")), "data": str(data), "generate": False}
+    fp32, bf16 = (
+        evaluate(EvaluateConfig(**model, compute_dtype=dtype))["scores"]["model"]["loss"]
+        for dtype in ("fp32", "bf16")
+    )
+    # bf16 has 8 bits: the loss of a random model moves, and not far
+    assert fp32 == pytest.approx(bf16, rel=0.05) and fp32 != bf16
+
+
+def test_adapter_without_effect_is_no_better_than_its_base(adapters, tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl", ROWS[:3])
     folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: 0 * t for name, t in tensors.items()}, folder / "adapter_model.safetensors")
-    config = EvaluateConfig(adapter=str(folder), data=str(data), generate=False)
-    scores = evaluate(config)["scores"]
+    scores = evaluation(folder, data, tmp_path / "a.json", generate=False)["scores"]
     assert scores["adapter"]["loss"] == scores["base"]["loss"]
     assert "no better than its base" in capsys.readouterr().out
 
 
+# ---- questions
+
+
+def test_last_turn_of_a_chat_is_the_question(adapters):
+    tokenizer = AutoTokenizer.from_pretrained(adapters("llama"))
+    turns = zip(["user", "assistant"] * 2, ["a", "b", "c", " d\n"], strict=True)
+    messages = [{"role": role, "content": text} for role, text in turns]
+    (question,) = questions_in([{"messages": messages}], tokenizer, "causal-lm")
+    prompt = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)
+    assert question.prompt == prompt["input_ids"] and question.request == "c"
+    assert tokenizer.decode(question.answer) == " d\n<|im_end|>"
+
+
+def test_rows_of_text_are_not_asked(adapters, tmp_path, capsys):
+    data = write_rows(tmp_path / "text.jsonl", [{"text": "some words"}, {"text": "and more"}])
+    folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
+    results = evaluate(EvaluateConfig(adapter=str(folder), data=str(data)))
+    assert results["scores"]["base"].keys() == {"loss", "perplexity"}
+    assert "text without questions" in capsys.readouterr().out
+    assert json.loads((folder / "evaluation.json").read_text()) == results
+
+
 def test_questions_that_do_not_fit_are_left_out(adapters, tmp_path, capsys):
     rows = [{"prompt": "x" * n, "completion": "y"} for n in (10, 500)]
-    data = str(write_rows(tmp_path / "rows.jsonl", rows))
-    results = evaluate(EvaluateConfig(adapter=str(adapters("llama")), data=data, max_new_tokens=8))
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    results = evaluation(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=8)
     assert len(results["answers"]) == 1
     assert "1 of 2 questions do not fit" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no question of .* fits into the 512 tokens"):
-        evaluate(EvaluateConfig(adapter=str(adapters("llama")), data=data, max_new_tokens=500))
+        evaluation(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=500)
+
+
+# ---- scores of answers
+
+GIVEN = ["the cat sat on the mat today", " Paris\n", "", "seven and eight are numbers ."]
+WANTED = ["the cat sat on the mat", "Paris", "a word", "seven or eight are numbers ."]
+
+
+def test_answers_are_scored_as_the_packages_score_them():
+    found = compare_answers(GIVEN, WANTED)
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    assert list(found) == ["exact_match", *kinds, "bleu"]
+    assert found["exact_match"] == 0.25  # Paris, whatever white space is around it
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(GIVEN, [WANTED]).score)
+    scorer = rouge_scorer.RougeScorer(kinds)
+    for kind in kinds:
+        each = [scorer.score(w, g)[kind].fmeasure for g, w in zip(GIVEN, WANTED, strict=True)]
+        assert found[kind] == pytest.approx(math.fsum(each) / 4)
+    # by hand: the first answer has all 6 wanted words among its 7, twice 12 / 13 words of two texts
+    assert compare_answers(GIVEN[:1], WANTED[:1])["rouge1"] == pytest.approx(12 / 13)
+    assert compare_answers(WANTED, WANTED) == pytest.approx(
+        {"exact_match": 1, "rouge1": 1, "rouge2": 0.75, "rougeL": 1, "bleu": 100}
+    )  # one word has no pairs
+    assert compare_answers(["我们"], ["我们"]).keys() == {
+        "exact_match",
+        "bleu",
+    }  # no word for ROUGE
 
 
 def test_samples_do_nothing_to_a_terminal():
@@ -202,79 +237,68 @@ def test_samples_do_nothing_to_a_terminal():
     ]
 
 
-@pytest.fixture
-def nothing_loads(monkeypatch):
-    monkeypatch.setattr(
-        "qlora.adapters.live.ResolvedModel.load", lambda self: pytest.fail("it was loaded")
-    )
+# ---- bad input
 
 
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([{"question": "a", "answer": "b"}], {}, "has the columns question, answer: wanted are"),
+        ([{"question": "a", "answer": "b"}], {}, "question, answer: wanted are"),
         ([{"prompt": "a", "completion": ""}], {}, "1 of 1 rows have no answer"),
         ([], {}, "has no rows"),
-        (None, {"data": "gone.jsonl"}, "gone.jsonl does not exist"),
-        (None, {"adapter": "nowhere"}, "adapter nowhere does not exist"),
-        (None, {"output": "no/such/folder.json"}, "--output .* must be a file in a folder that"),
+        (ROWS, {"data": "gone.jsonl"}, r"gone\.jsonl does not exist"),
+        (ROWS, {"adapter": "nowhere"}, "adapter nowhere does not exist"),
+        (ROWS, {"output": "no/such/folder.json"}, "--output no/such/folder.json must be"),
     ],
 )
-@pytest.mark.usefixtures("nothing_loads")
-def test_mistakes_are_found_before_the_model_is_loaded(adapters, tmp_path, rows, settings, message):
-    rows = [{"prompt": "a", "completion": "b"}] if rows is None else rows
+def test_mistakes_are_found_before_the_model_is_loaded(
+    adapters, tmp_path, rows, settings, message, monkeypatch
+):
+    never_load(monkeypatch)
     data = write_rows(tmp_path / "rows.jsonl", rows)
     config = {"adapter": str(adapters("llama")), "data": str(data), **settings}
     with pytest.raises(UserError, match=message):
         evaluate(EvaluateConfig(**config))
 
 
+def never_load(monkeypatch):
+    def load(self):
+        pytest.fail("it was loaded")
+
+    monkeypatch.setattr("qlora.adapters.live.ResolvedModel.load", load)
+
+
 @pytest.mark.parametrize("output", [None, "results.json"])
-@pytest.mark.usefixtures("nothing_loads")
-def test_a_folder_that_cannot_be_written_to(output, adapters, tmp_path, monkeypatch):
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-    place = output and str(tmp_path / output)
+def test_folder_without_write_permission(output, adapters, tmp_path, monkeypatch, data):
+    never_load(monkeypatch)
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(
-        UserError, match=r"no write permission for .*: give a file elsewhere as --ou"
-    ):
-        evaluate(EvaluateConfig(adapter=str(adapters("llama")), data=str(data), output=place))
+    place = output and str(tmp_path / output)
+    config = EvaluateConfig(adapter=str(adapters("llama")), data=str(data), output=place)
+    with pytest.raises(UserError, match=r"no write permission for .*--output"):
+        evaluate(config)
+
+
+def test_missing_packages_are_named_before_the_model_is_loaded(
+    adapters, data, tmp_path, monkeypatch
+):
+    require_scorers()
+    never_load(monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install rouge-score sacrebleu, or measure the loss"):
+        evaluation(adapters("llama"), data, tmp_path / "a.json", limit=1)
 
 
 @pytest.mark.parametrize("text", ["config: [", "config:", "- a", "\xff"])
-def test_a_damaged_run_file_is_as_good_as_none(text, adapters, tmp_path):
-    folder = tmp_path / "adapter"
-    shutil.copytree(adapters("llama"), folder)
+def test_damaged_run_file_is_ignored(text, adapters, tmp_path):
+    folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
     (folder / "run.yaml").write_text(text, encoding="latin-1")
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-    config = EvaluateConfig(adapter=str(folder), data=str(data), generate=False)
-    assert evaluate(config)["max_length"] == 512  # all that the model takes
+    data = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
+    results = evaluation(folder, data, tmp_path / "a.json", generate=False)
+    assert results["max_length"] == 512  # all that the model takes
 
 
-@pytest.mark.usefixtures("nothing_loads")
-def test_missing_packages_are_said_before_the_model_is_loaded(adapters, tmp_path, monkeypatch):
-    data = write_rows(tmp_path / "rows.jsonl", [RECORDS["causal-lm"](2)])
-    monkeypatch.setattr("qlora.apps.evaluation.PACKAGES", {"no_such_package": "no-such-package"})
-    with pytest.raises(UserError, match="pip install no-such-package"):
-        evaluate(EvaluateConfig(adapter=str(adapters("llama")), data=str(data)))
-
-
-def test_as_a_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora.evaluate", "--adapter", "a"], capture_output=True, text=True
-    )
-    line = "error: missing --data: write a value here or in a --config file\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
-
-
-def test_a_model_of_any_dtype_is_measured_in_the_one_that_is_asked_for(checkpoints, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", map(RECORDS["causal-lm"], range(3)))
-    found = {}
-    for dtype in ("fp32", "bf16"):
-        config = EvaluateConfig(
-            model=str(checkpoints("llama")), data=str(data), generate=False, compute_dtype=dtype
-        )
-        found[dtype] = evaluate(config)["scores"]["model"]["loss"]
-    # bf16 has 8 bits: the loss of a random model moves, and not far
-    assert found["fp32"] == pytest.approx(found["bf16"], rel=0.05)
-    assert found["fp32"] != found["bf16"]
+def test_command_refuses_missing_flags():
+    words = [sys.executable, "-m", "qlora.evaluate", "--adapter", "a"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: missing --data") and done.stderr.count("\n") == 1

@@ -330,5 +330,7 @@ def test_bad_input_exits_with_2(folder):
 
 
 def test_merged_has_to_be_a_merge(folder):
-    with pytest.raises(UserError, match=r"holds no complete merge_report.json: give an --output-dir"):
+    with pytest.raises(
+        UserError, match=r"holds no complete merge_report.json: give an --output-dir"
+    ):
         write_report(ReportConfig(str(folder), merged=str(folder)))
