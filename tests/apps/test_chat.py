@@ -1,42 +1,52 @@
 """The chat as people and scripts use it: expected answers are transformers' own."""
 
 import io
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
-from conftest import FP32
+import torch
+from conftest import FP32, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from qlora import disable_adapter, load_adapter, load_base
 from qlora.apps import chat
+from qlora.apps.chat import AnswerStreamer, Conversation, stream
 from qlora.apps.terminal import printable
 from qlora.config import ChatConfig
+from qlora.data.generation import answers, generation_settings, prompt_ids
 from qlora.errors import UserError
 
 QUESTIONS = ["hi", "what is it?"]
+TURNS = [("one", "1"), ("two", "2"), ("three", "3")]
 
 
-def oracle(adapter, base, *, tuned, system=None):
-    """What transformers' generate answers to the questions in turn, with the history."""
-    model = load_base(str(base), FP32)
-    load_adapter(model, adapter)
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    messages = [{"role": "system", "content": system}] if system else []
-    found = []
-    for question in QUESTIONS:
-        messages.append({"role": "user", "content": question})
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        with nullcontext() if tuned else disable_adapter(model):
-            ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        found.append(
-            tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        )
-        messages.append({"role": "assistant", "content": found[-1]})
-    return [text.rstrip() for text in found]
+@pytest.fixture(scope="module")
+def expected(adapters, checkpoints):
+    """`expected(tuned, system)`: what transformers' generate answers to QUESTIONS in turn."""
+    model = load_base(str(checkpoints("llama")), FP32)
+    load_adapter(model, adapters("llama"))
+    tokenizer = AutoTokenizer.from_pretrained(adapters("llama"))
+
+    def ask(tuned, system=None):
+        messages = [{"role": "system", "content": system}] if system else []
+        found = []
+        for question in QUESTIONS:
+            messages.append({"role": "user", "content": question})
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            with nullcontext() if tuned else disable_adapter(model):
+                ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            new = ids[0, inputs["input_ids"].shape[1] :]
+            found.append(tokenizer.decode(new, skip_special_tokens=True))
+            messages.append({"role": "assistant", "content": found[-1]})
+        return [text.rstrip() for text in found]
+
+    return ask
 
 
 @pytest.fixture
@@ -57,63 +67,58 @@ def talk(adapters, monkeypatch, capsys):
     return run
 
 
-def test_a_pipe_gets_the_answers_alone(talk, adapters, checkpoints):
-    expected = oracle(adapters("llama"), checkpoints("llama"), tuned=True)
-    assert len(set(expected)) == 2
+def widen_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+
+
+def test_pipe_gets_the_answers_alone(talk, expected):
+    both = expected(tuned=True)
+    assert len(set(both)) == 2
     said = talk([QUESTIONS[0], "", QUESTIONS[1]])
-    assert (said.out, said.err) == ("".join(f"{text}\n" for text in expected), "")
-    alone = talk([], prompt=QUESTIONS[0])
-    assert alone.out == f"{expected[0]}\n"
+    assert (said.out, said.err) == ("".join(f"{text}\n" for text in both), "")
+    assert talk([], prompt=QUESTIONS[0]).out == f"{both[0]}\n"
     again = talk(["what is it?", "/reset", *QUESTIONS, "/exit", "hi"])
     assert again.out.endswith(said.out)
     assert again.err == "The turns so far are forgotten.\n"
 
 
-def test_base_and_adapter_have_a_history_each(talk, adapters, checkpoints):
-    both = [
-        oracle(adapters("llama"), checkpoints("llama"), tuned=tuned, system="be brief")
-        for tuned in (False, True)
-    ]
+def test_base_and_adapter_have_a_history_each(talk, expected):
+    both = zip(expected(False, "be brief"), expected(True, "be brief"), strict=True)
     said = talk(["/system be brief", *QUESTIONS], compare=True)
     assert said.out == "".join(
-        f"── base ──\n{base}\n── with adapter ──\n{tuned}\n"
-        for base, tuned in zip(*both, strict=True)
+        f"── base ──\n{base}\n── with adapter ──\n{tuned}\n" for base, tuned in both
     )
 
 
-def test_on_a_wide_terminal_they_stand_side_by_side(talk, adapters, checkpoints, monkeypatch):
-    both = [oracle(adapters("llama"), checkpoints("llama"), tuned=t) for t in (False, True)]
+def test_wide_terminal_shows_them_side_by_side(talk, expected, monkeypatch):
     rows = []
 
-    class Seen(chat.SideBySide):
+    class Recorded(chat.SideBySide):
         def show(self, texts, ended):
             super().show(texts, ended)
             if all(ended):
                 rows.append([text.rstrip() for text in texts])
 
-    monkeypatch.setattr(chat, "SideBySide", Seen)
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    said = talk(QUESTIONS, compare=True)
-    assert rows[-1] == [both[0][1], both[1][1]]
-    assert [both[0][0], both[1][0]] in rows
-    lines = said.out.splitlines()
-    assert lines[0].split() == ["base", "│", "with", "adapter"]
-    assert "│" in lines[-1]
+    monkeypatch.setattr(chat, "SideBySide", Recorded)
+    widen_terminal(monkeypatch)
+    lines = talk(QUESTIONS, compare=True).out.splitlines()
+    base, tuned = expected(tuned=False), expected(tuned=True)
+    assert rows[-1] == [base[1], tuned[1]] and [base[0], tuned[0]] in rows
+    assert lines[0].split() == ["base", "│", "with", "adapter"] and "│" in lines[-1]
 
 
-def test_rows_that_cannot_be_mixed_are_answered_in_turn(talk, monkeypatch, capsys):
+def test_adapter_that_cannot_be_mixed_is_shown_below(talk, monkeypatch):
     def refuse(model, names):
         raise UserError("DoRA's, which cannot be mixed by rows")
 
-    expected = talk(QUESTIONS, compare=True).out
+    below = talk(QUESTIONS, compare=True).out
     monkeypatch.setattr(chat, "mixed_batch", refuse)
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert talk(QUESTIONS, compare=True).out == printable(expected)
+    widen_terminal(monkeypatch)
+    assert talk(QUESTIONS, compare=True).out == printable(below)
 
 
-def test_a_person_may_err(talk, monkeypatch):
+def test_interactive_chat_continues_after_mistakes(talk, monkeypatch):
     lines = iter(["/rest", "/help", "x" * 600, KeyboardInterrupt(), "hi", EOFError()])
 
     def typed(prompt):
@@ -124,29 +129,22 @@ def test_a_person_may_err(talk, monkeypatch):
 
     monkeypatch.setattr("builtins.input", typed)
     said = talk([], terminal=True)
-    assert "an adapter on" in said.err and "/help lists the commands." in said.err
-    assert "error: unknown command /rest: wanted /reset, /system, /exit or /help" in said.err
-    assert chat.HELP in said.err
-    assert "error: this message has 6" in said.err
-    assert "/exit or Ctrl-D leaves" in said.err
+    for words in ("an adapter on", "/help lists", "error: unknown command /rest", chat.HELP,
+                  "error: this message has 6", "/exit or Ctrl-D leaves"):  # fmt: skip
+        assert words in said.err
     assert len(said.out.strip()) > 1  # the answer to hi
 
 
-def test_a_terminal_is_given_no_orders_and_a_pipe_the_text_as_it_is(monkeypatch, capsys):
-    for is_terminal, expected in ((False, "a\x1b[2J b"), (True, "a[2J b")):
+def test_control_characters_reach_a_pipe_only(monkeypatch, capsys):
+    for is_terminal, shown in ((False, "a\x1b[2J b"), (True, "a[2J b")):
         monkeypatch.setattr(sys.stdout, "isatty", lambda on=is_terminal: on, raising=False)
         running = chat.Running()
         for text in ("a\x1b[2J", "a\x1b[2J ", "a\x1b[2J b\n"):
             running([text], [False])
-        assert capsys.readouterr().out == expected
+        assert capsys.readouterr().out == shown
 
 
-def test_old_turns_are_forgotten_aloud(talk):
-    said = talk(["x" * 300, "y" * 300])
-    assert said.err == ("The oldest turn no longer fits into the model's context: forgotten.\n")
-
-
-def test_ctrl_c_ends_a_script_and_not_a_chat(talk, monkeypatch):
+def test_ctrl_c_ends_a_script_and_not_an_interactive_chat(talk, monkeypatch):
     calls = []
 
     def interrupt(text):
@@ -165,13 +163,93 @@ def test_ctrl_c_ends_a_script_and_not_a_chat(talk, monkeypatch):
     assert len(calls) > 8
 
 
+# ---- conversations and streaming
+
+
+def test_history_comes_before_the_question():
+    tokenizer, conversation = tiny_tokenizer(), Conversation("be brief", TURNS[:1])
+    turns = [("system", "be brief"), ("user", "one"), ("assistant", "1"), ("user", "two")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert conversation.prompt(tokenizer, "two", None) == (expected, 0)
+
+
+def test_oldest_turns_are_dropped_where_they_do_not_fit(talk):
+    tokenizer = tiny_tokenizer()
+    longest = len(prompt_ids(tokenizer, Conversation("be brief", TURNS[2:]).messages("four")))
+    conversation = Conversation("be brief", list(TURNS))
+    ids, dropped = conversation.prompt(tokenizer, "four", longest)
+    assert (len(ids), dropped, conversation.turns) == (longest, 2, TURNS[2:])
+    assert conversation.prompt(tokenizer, "four", longest)[1] == 0
+    question = "x" * longest
+    tokens = len(prompt_ids(tokenizer, Conversation("be brief").messages(question)))
+    with pytest.raises(UserError, match=f"has {tokens} tokens, and the model takes {longest} with"):
+        conversation.prompt(tokenizer, question, longest)
+    assert conversation.turns == TURNS[2:]  # a question that does not fit drops no turn
+    assert "The oldest turn no longer fits" in talk(["x" * 300, "y" * 300]).err
+
+
+def streamed(show):
+    """Answers to QUESTIONS, each a chat of its own, and what `answers` gives."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    prompts = [prompt_ids(tokenizer, chat) for chat in chats]
+    settings = generation_settings(model, tokenizer, 10)
+    found = stream(model, tokenizer, prompts, settings, show)
+    return found, lambda count: answers(model, tokenizer, chats, max_new_tokens=count)
+
+
+def test_streamed_texts_grow_to_the_answers():
+    seen = []
+    (texts, interrupted), reference = streamed(lambda *shown: seen.append([*map(list, shown)]))
+    assert texts == reference(10) and not interrupted
+    assert len(seen) == 11 and seen[-1] == [texts, [True, True]]  # each token, and the end
+    for (before, _), (after, _) in pairwise(seen):
+        assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
+
+
+def test_ctrl_c_keeps_what_was_generated():
+    calls = []
+
+    def show(texts, ended):
+        calls.append(list(texts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    (texts, interrupted), reference = streamed(show)
+    assert interrupted and texts == reference(3)
+
+
+def test_row_ends_at_a_stop_token_and_shows_whole_characters():
+    tokenizer, seen = tiny_tokenizer(), []
+    streamer = AnswerStreamer(tokenizer, 2, [2], lambda texts, ended: seen.append([*texts]))
+    streamer.put(torch.zeros(2, 3))
+    right = [*tokenizer("b")["input_ids"], 2, 5, 5]
+    for pair in zip(tokenizer("aé!")["input_ids"], right, strict=True):
+        streamer.put(torch.tensor(pair))
+    assert seen == [["a", "b"], ["a", "b"], ["aé", "b"], ["aé!", "b"]]
+    assert streamer.ended == [False, True]
+    streamer.end()
+    assert streamer.texts == ["aé!", "b"]
+
+
+def test_gpu_out_of_memory_is_an_error_a_chat_survives(talk, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", full)
+    lines = iter(["hi", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert "error: the GPU's memory ran out: /reset forgets" in talk([], terminal=True).err
+
+
+# ---- bad input
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"max_new_tokens": 512},
-            r"--max-new-tokens 512 leaves no space for a question: the model takes 512 tokens",
-        ),
+        ({"max_new_tokens": 512}, "--max-new-tokens 512 leaves no space .* takes 512 tokens"),
         ({"adapter": "nowhere"}, "adapter nowhere does not exist: give the folder"),
         ({"model": "nowhere/to/be"}, "model nowhere/to/be does not exist"),
     ],
@@ -181,38 +259,21 @@ def test_what_cannot_chat(talk, settings, message):
         talk(["hi"], **settings)
 
 
-def test_a_classifier_cannot_chat(talk, adapters, tmp_path, checkpoints):
+def test_classifier_cannot_chat(talk, tmp_path, checkpoints):
     base = load_base(str(checkpoints("llama")), FP32, task="seq-cls", labels=("a", "b"))
     base.save_pretrained(tmp_path / "classifier")
     with pytest.raises(UserError, match="classifier is for seq-cls: only a causal language model"):
         talk(["hi"], model=str(tmp_path / "classifier"))
 
 
-def test_a_base_without_a_template_says_so(talk, checkpoints, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(checkpoints("llama"))
-    tokenizer.chat_template = None
-    folder = tmp_path / "base"
-    folder.mkdir()
-    for file in checkpoints("llama").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    tokenizer.save_pretrained(folder)
-    assert (
-        "no chat template: turns are written as `### User:`" in talk(["hi"], model=str(folder)).err
-    )
+def test_base_without_a_template_is_noted(talk, checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    said = talk(["hi"], model=str(folder)).err
+    assert "no chat template: turns are written as `### User:`" in said
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        ([], "give either --adapter, a folder that train.py wrote, or --model, a whole model; "
-             "got neither"),
-        (["--model", "a", "--compare"],
-         "compare shows the base beside its adapter: give --adapter, not --model"),
-    ],
-)  # fmt: skip
-def test_as_a_command(words, line):
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora.chat", *words], capture_output=True, text=True, input=""
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}\n")
+def test_command_refuses_missing_flags():
+    done = subprocess.run([sys.executable, "-m", "qlora.chat"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: give either --adapter") and done.stderr.count("\n") == 1

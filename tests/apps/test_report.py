@@ -1,4 +1,4 @@
-"""The page about a run: what it says, that it stands alone, and what it refuses."""
+"""The page of a run: what it says, that it stands alone, and what it refuses."""
 
 import json
 import os
@@ -11,22 +11,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import write_rows
 
 from qlora import cli
 from qlora.apps import report
 from qlora.apps.report import next_commands, page, read_merge, read_run, remarks, show_seconds
-from qlora.apps.report import report as write_report
 from qlora.config import ReportConfig
 from qlora.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-COUNTS = {
-    "rows": 400,
-    "tokens": 28008,
-    "supervised_tokens": 10220,
-    "cut_rows": 3,
-    "dropped_rows": 0,
-}
+COUNTS = {"rows": 400, "tokens": 28008, "supervised_tokens": 10220, "cut_rows": 3}
+COUNTS["dropped_rows"] = 0
 FACTS = {
     "config": {"model": "owner/base", "data": "mine.jsonl", "r": 16, "learning_rate": 1.32e-3,
                "target_modules": ["q_proj", "v_proj"], "max_length": 256, "packing": False,
@@ -36,7 +30,7 @@ FACTS = {
     "data": {"training": {"source": "mine.jsonl", **COUNTS}},
     "device": {"name": "NVIDIA T4", "memory_bytes": 16 * 2**30},
 }  # fmt: skip
-ROWS = [
+LOGGED = [
     {"step": i, "epoch": i / 10, "loss": 3 / i, "tokens_per_second": 900.0,
      "peak_bytes": 4 * 2**30, "seconds": 61.0 * i}
     for i in range(1, 11)
@@ -55,32 +49,20 @@ MERGE = {
 }  # fmt: skip
 
 
-def lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run as train.py leaves it, so far as a report reads it."""
+    """A run as train.py leaves it, as far as a report reads it."""
     out = tmp_path / "my run"
     out.mkdir()
     (out / "run.yaml").write_text(yaml.safe_dump(FACTS))
-    (out / "metrics.jsonl").write_text(lines(ROWS))
-    (out / "samples.jsonl").write_text(lines(SAMPLES), encoding="utf-8")
+    write_rows(out / "metrics.jsonl", LOGGED)
+    write_rows(out / "samples.jsonl", SAMPLES)
     (out / "adapter_model.safetensors").touch()
     return out
 
 
-def merged(folder: Path, name: str, **changes) -> Path:
-    out = folder.parent / name
-    out.mkdir()
-    values = {**MERGE, "adapters": {str(folder): 1.0}, **changes}
-    (out / "merge_report.json").write_text(json.dumps(values))
-    return out
-
-
 class Page(HTMLParser):
-    """The words, tags and attributes of a page, and whether its tags are closed in order."""
+    """The words, tags and links of a page; its tags must be closed in order."""
 
     VOID = ("meta", "br", "img", "link", "input")
 
@@ -90,32 +72,28 @@ class Page(HTMLParser):
         self.feed(text)
         self.close()
         self.words = " ".join(self.words.split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
-        if tag not in self.VOID:
-            self.open.append(tag)
+        assert self.open == []
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
         self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
 
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        self.open += [] if tag in self.VOID else [tag]
+
     def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
+        assert tag in self.VOID or self.open.pop() == tag
 
     def handle_data(self, data):
         self.words += data
 
 
-# ---- what it says
+# ---- the page
 
 
-def test_what_a_page_says(folder):
-    text = page(read_run(folder), MERGE)
-    found = Page(text)
-    assert found.open == []
+def test_page_says(folder):
+    found = Page(page(read_run(folder), MERGE))
     for said in (
         "my run", "base, fine-tuned on mine.jsonl", "NVIDIA T4", "of 16.0 GiB, 25%",
         "4.00 GiB", "10 min 10 s", "900 tokens a second", "0.3000", "3.0000 at the start",
@@ -126,13 +104,14 @@ def test_what_a_page_says(folder):
         "python -m qlora.chat --adapter",
     ):  # fmt: skip
         assert said in found.words, said
-    assert found.tags.count("svg") == 2
+    assert found.tags.count("svg") == 2 and found.words.count("✓") == 1
+    found = Page(page(read_run(folder), {**MERGE, "verify": None, "layers": {}}))
+    assert "was not measured" in found.words and found.tags.count("svg") == 1
 
 
-def test_a_page_stands_alone(folder):
+def test_page_stands_alone(folder):
     """No network, no scripts; light and dark."""
-    many = [{**ROWS[0], "step": i} for i in range(1, 700)]
-    (folder / "metrics.jsonl").write_text(lines(many))
+    write_rows(folder / "metrics.jsonl", [{**LOGGED[0], "step": i} for i in range(1, 700)])
     (folder / "samples.jsonl").unlink()
     text = page(read_run(folder), MERGE)
     found = Page(text)
@@ -148,7 +127,7 @@ def test_a_page_stands_alone(folder):
     assert "prefers-color-scheme: dark" in text
 
 
-def test_what_comes_from_files_is_text(folder):
+def test_texts_from_files_are_escaped(folder):
     values = {**FACTS, "config": {**FACTS["config"], "model": EVIL, "data": EVIL}}
     values["data"] = {"training": {"source": EVIL, **COUNTS}}
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
@@ -159,46 +138,47 @@ def test_what_comes_from_files_is_text(folder):
     assert "<b>q" in found.words
 
 
-def test_the_least_that_a_run_has(folder):
-    """As an older one, without the counts of data, a device, times and samples."""
-    for name in ("data", "device", "versions"):
-        values = yaml.safe_load((folder / "run.yaml").read_text())
-        del values[name]
-        (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    (folder / "metrics.jsonl").write_text(lines([{"step": 1, "loss": 2.0}]))
+def test_page_of_an_old_run(folder):
+    """Without the counts of data, a device, times and samples."""
+    facts = {key: FACTS[key] for key in ("config", "base")}
+    (folder / "run.yaml").write_text(yaml.safe_dump(facts))
+    write_rows(folder / "metrics.jsonl", [{"step": 1, "loss": 2.0}])
     (folder / "samples.jsonl").unlink()
     found = Page(page(read_run(folder)))
-    assert "2.0000" in found.words and "Answers before" not in found.words
-    assert "Merge" not in found.words
+    assert "2.0000" in found.words
+    assert "Answers before" not in found.words and "Merge" not in found.words
 
 
 def test_remarks(folder):
-    assert remarks(read_run(folder)) == [
-        "3 training rows were longer than 256 tokens and lost their end."
-    ]
+    assert len(remarks(read_run(folder))) == 1  # of the rows that were cut
     (folder / "adapter_model.safetensors").unlink()
     rows = [
         {"step": 1, "loss": 2.0, "eval_loss": 0.3},
         {"step": 2, "loss": float("nan"), "eval_loss": 0.5},
     ]
-    (folder / "metrics.jsonl").write_text(lines(rows))
+    write_rows(folder / "metrics.jsonl", rows)
     said = " ".join(remarks(read_run(folder)))
     assert "has not ended" in said and "From step 2 on the loss is not a number" in said
     assert "best at step 1 (0.3000) and has become worse" in said
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(4.6, "5 s"), (59.7, "1 min 0 s"), (725, "12 min 5 s"), (12000, "3 h 20 min")],
-)
-def test_times(seconds, said):
-    assert show_seconds(seconds) == said
+def test_show_seconds():
+    shown = [show_seconds(seconds) for seconds in (4.6, 59.7, 725, 12000)]
+    assert shown == ["5 s", "1 min 0 s", "12 min 5 s", "3 h 20 min"]
 
 
-# ---- a merge of it
+# ---- a merge of the run
 
 
-def test_the_newest_merge_beside_it_is_found(folder):
+def merged(folder: Path, name: str, **changes) -> Path:
+    out = folder.parent / name
+    out.mkdir()
+    values = {**MERGE, "adapters": {str(folder): 1.0}, **changes}
+    (out / "merge_report.json").write_text(json.dumps(values))
+    return out
+
+
+def test_newest_merge_beside_the_run_is_found(folder):
     assert read_merge(folder, None) is None
     old, new = merged(folder, "old", format="fp16"), merged(folder, "new")
     merged(folder, "others", adapters={"/elsewhere": 1.0})
@@ -208,33 +188,27 @@ def test_the_newest_merge_beside_it_is_found(folder):
     os.utime(new / "merge_report.json", (0, 0))
     assert read_merge(folder, None)["format"] == "fp16"
     assert read_merge(folder, str(new))["format"] == "bf16"
+    with pytest.raises(UserError, match=r"holds no complete merge_report\.json: give an --output"):
+        read_merge(folder, str(folder))
 
 
-@pytest.mark.parametrize(
-    ("adapter", "found"), [("my run", True), ("elsewhere/my run", False), ("run", False)]
-)
-def test_a_merge_that_was_started_elsewhere(adapter, found, folder):
-    merged(folder, "merged", adapters={adapter: 1.0})
-    assert (read_merge(folder, None) is not None) is found
-
-
-def test_a_merge_that_was_not_measured(folder):
-    found = Page(page(read_run(folder), {**MERGE, "verify": None, "layers": {}}))
-    assert "was not measured" in found.words and found.tags.count("svg") == 1
+def test_merge_is_found_by_a_relative_path(folder):
+    for adapter, found in (("my run", True), ("elsewhere/my run", False), ("run", False)):
+        out = merged(folder, "merged", adapters={adapter: 1.0})
+        assert (read_merge(folder, None) is not None) is found
+        shutil.rmtree(out)
 
 
 # ---- the command
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qlora.report", *map(str, words)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
-def test_the_command(folder):
-    done = command(folder)
+def test_command_writes_the_page_without_torch(folder):
+    code = (
+        "import sys; from qlora.apps.report import *; report(ReportConfig(sys.argv[1]));"
+        "assert not {'torch', 'transformers', 'datasets'} & {*sys.modules}"
+    )
+    words = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert str(folder / "report.html") in done.stdout
     assert next_commands(folder, merged=False)[-1] in done.stdout
@@ -242,16 +216,15 @@ def test_the_command(folder):
     assert [p.name for p in folder.iterdir() if "partial" in p.name] == []
 
 
-def test_it_needs_no_torch(folder):
-    """A report is there at once."""
-    code = (
-        "import sys, qlora.apps.report as r; r.report(r.ReportConfig(sys.argv[1]));"
-        "assert not {'torch', 'transformers', 'datasets'} & {*sys.modules}"
-    )
-    subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, check=True, capture_output=True)
+def test_command_exits_with_2_on_bad_input(folder):
+    (folder / "metrics.jsonl").unlink()
+    words = [sys.executable, "-m", "qlora.report", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_the_flag_may_be_left_out():
+def test_flag_may_be_left_out():
     def parse(*words):
         return cli.parse(ReportConfig, words, prog="python -m qlora.report")
 
@@ -263,74 +236,43 @@ def test_the_flag_may_be_left_out():
         parse()
 
 
-def test_a_page_is_not_half_written(folder, monkeypatch):
+def test_page_is_not_half_written(folder, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report, "page", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_report(ReportConfig(str(folder)))
+        report.report(ReportConfig(str(folder)))
     assert not (folder / "report.html").exists()
 
 
-BAD = {
-    "no folder": (shutil.rmtree, "holds no run: give an --output-dir"),
-    "no run": (lambda f: (f / "run.yaml").unlink(), "holds no run: give an --output-dir"),
-    "not ours": (lambda f: (f / "run.yaml").write_text("a: 1\n"), "is not what train.py writes"),
-    "not yaml": (lambda f: (f / "run.yaml").write_text("a: [\n"), "is not what train.py writes"),
-    "no rows": (lambda f: (f / "metrics.jsonl").unlink(), "has logged nothing yet"),
-    "no loss": (
-        lambda f: (f / "metrics.jsonl").write_text('{"step": 1, "eval_loss": 1.0}\n'),
-        "has logged nothing yet",
-    ),
-    "half a file": (
-        lambda f: (f / "metrics.jsonl").write_text(lines(ROWS)[:-9]),
-        'metrics.jsonl, line 12: a JSON object is wanted, got \'{"step": 10',
-    ),
-    "other rows": (
-        lambda f: (f / "metrics.jsonl").write_text('{"loss": 1.0}\n'),
-        "line 1: it has no step",
-    ),
-    "half the samples": (
-        lambda f: (f / "samples.jsonl").write_text('{"prompt": "a", "wan'),
-        "samples.jsonl, line 1: a JSON object is wanted",
-    ),
-    "no text": (
-        lambda f: (f / "metrics.jsonl").write_bytes(b'{"step\xff'),
-        "metrics.jsonl, line 1: a JSON object is wanted",
-    ),
-    "other samples": (
-        lambda f: (f / "samples.jsonl").write_text('{"question": "a"}\n'),
-        "samples.jsonl, line 1: it has no prompt, wanted, before, after",
-    ),
-}
+BAD = [  # file, its text, words of the message
+    ("run.yaml", None, "holds no run: give an --output-dir"),
+    ("run.yaml", "a: 1\n", "is not what train.py writes"),
+    ("run.yaml", "a: [\n", "is not what train.py writes"),
+    ("metrics.jsonl", None, "has logged nothing yet"),
+    ("metrics.jsonl", '{"step": 1, "eval_loss": 1.0}\n', "has logged nothing yet"),
+    ("metrics.jsonl", '{"step": 1, "loss": 1}\n{"step": 10', "line 2: a JSON object is wanted"),
+    ("metrics.jsonl", '{"step\xff', "line 1: a JSON object is wanted"),
+    ("metrics.jsonl", '{"loss": 1.0}\n', "line 1: it has no step"),
+    ("samples.jsonl", '{"prompt": "a", "wan', "samples.jsonl, line 1: a JSON object is wanted"),
+    ("samples.jsonl", '{"question": "a"}\n', "it has no prompt, wanted, before, after"),
+]
 
 
-@pytest.mark.parametrize(("damage", "said"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_clear_line(damage, said, folder):
-    damage(folder)
+@pytest.mark.parametrize(("name", "text", "said"), BAD)
+def test_damaged_files_are_named(name, text, said, folder):
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=re.escape(said)) as error:
-        write_report(ReportConfig(str(folder)))
+        report.report(ReportConfig(str(folder)))
     assert "\n" not in str(error.value)
     assert not (folder / "report.html").exists()
 
 
-def test_a_folder_that_cannot_be_written_to(folder, monkeypatch):
+def test_folder_without_write_permission(folder, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(UserError, match=r"no write permission for .*: copy it, and report on the"):
-        write_report(ReportConfig(str(folder)))
+    with pytest.raises(UserError, match=r"no write permission for .*: copy it, and report on"):
+        report.report(ReportConfig(str(folder)))
     assert not (folder / "report.html").exists()
-
-
-def test_bad_input_exits_with_2(folder):
-    (folder / "metrics.jsonl").unlink()
-    done = command(folder)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-def test_merged_has_to_be_a_merge(folder):
-    with pytest.raises(
-        UserError, match=r"holds no complete merge_report.json: give an --output-dir"
-    ):
-        write_report(ReportConfig(str(folder), merged=str(folder)))

@@ -1,4 +1,4 @@
-"""Text side by side: what a terminal shows, after all that was written to it."""
+"""Text side by side: what a terminal shows after all that was written to it."""
 
 import re
 
@@ -12,9 +12,9 @@ texts = st.text(st.sampled_from("ab cd\n\t 我é👍-"), max_size=60)
 
 
 def screen(written):
-    """The lines of a terminal wide enough: \\r goes back, and what follows writes over."""
+    """The lines of a terminal wide enough: \\r goes back, and what follows overwrites."""
     lines = []
-    for line in written.split("\n"):
+    for line in "".join(written).split("\n"):
         row = ""
         for part in line.split("\r"):
             row = part if "\x1b[K" in part or not row else part + row[len(part) :]
@@ -22,31 +22,25 @@ def screen(written):
     return lines
 
 
-def test_cells_are_those_of_a_terminal():
-    assert wcswidth("abc") == 3
-    assert wcswidth("我们") == 4  # wide
-    assert wcswidth("👍") == 2
-    assert wcswidth("e\u0301") == 1  # a combining accent
-
-
-def test_a_model_gives_a_terminal_no_orders():
+def test_control_characters_do_not_reach_the_terminal():
     assert printable("a\x1b[2J\tb\r\n\x07👍") == "a[2J\tb\n👍"
     written = []
-    SideBySide(["a"], 20, written.append).show(["\x1b[2Jhi"], [True])
-    assert screen("".join(written))[2:] == ["[2Jhi", ""]
+    SideBySide(["name"], 20, written.append).show(["\x1b[2Jhi"], [True])
+    assert screen(written)[2:] == ["[2Jhi", ""]
 
 
 def test_lines_break_at_spaces_and_within_long_words():
     assert wrap("one two three", 7) == ["one two", "three"]
     assert wrap("  indented code\n\nend", 10) == ["  indented", "code", "", "end"]
     assert wrap("abcdefgh ij", 3) == ["abc", "def", "gh", "ij"]
-    assert wrap("我们我", 4) == ["我们", "我"]
+    assert wrap("我们我", 4) == ["我们", "我"]  # two cells each
+    assert wrap("e\u0301e\u0301e\u0301", 2) == ["e\u0301e\u0301", "e\u0301"]  # one cell each
     assert wrap("", 4) == [""]
 
 
 @settings(deadline=None, database=None)
 @given(texts, st.integers(2, 9))
-def test_nothing_is_lost_nor_too_wide_and_full_lines_stay(text, width):
+def test_wrap_loses_nothing_and_full_lines_stay(text, width):
     lines = wrap(text, width)
     assert all(wcswidth(line) <= width for line in lines)
     assert re.sub(r"\s", "", "".join(lines)) == re.sub(r"\s", "", text)
@@ -55,15 +49,15 @@ def test_nothing_is_lost_nor_too_wide_and_full_lines_stay(text, width):
         assert lines[: len(shorter) - 1] == shorter[:-1]
 
 
-def test_two_texts_that_grow():
+def test_two_growing_texts():
     written = []
     columns = SideBySide(["base", "tuned"], 24, written.append)  # 10 cells each
     left, right = "one two three four", "5\n\n6"
     for end in range(1, 19):
         columns.show([left[:end], right[:end]], [end >= 18, end >= 4])
     columns.show([left, right], [True, True])
-    columns.show([left, right], [True, True])  # all is there already
-    assert screen("".join(written)) == [
+    columns.show([left, right], [True, True])  # nothing is new
+    assert screen(written) == [
         "base       │ tuned",
         "─" * 10 + "─┼─" + "─" * 10,
         "one two    │ 5",
@@ -75,11 +69,10 @@ def test_two_texts_that_grow():
 
 @settings(deadline=None, database=None)
 @given(texts, texts)
-def test_however_they_grow_the_screen_is_the_same(left, right):
-    written = []
+def test_screen_does_not_depend_on_how_texts_grow(left, right):
+    written, at_once = [], []
     columns = SideBySide(["a", "b"], 24, written.append)
     for end in range(max(len(left), len(right)) + 1):
         columns.show([left[:end], right[:end]], [end >= len(left), end >= len(right)])
-    at_once = []
     SideBySide(["a", "b"], 24, at_once.append).show([left, right], [True, True])
-    assert screen("".join(written)) == screen("".join(at_once))
+    assert screen(written) == screen(at_once)
