@@ -62,7 +62,7 @@ class Settings:
                 require(is_mapping, f"{name} must be NAME: NUMBER pairs, got {value!r}")
                 for key, number in value.items():
                     _check(f"{key} in {name}", number, kinds, member.metadata)
-            elif value is not None and get_origin(hint) is not tuple:
+            elif (value is not None or type(None) not in kinds) and get_origin(hint) is not tuple:
                 _check(name, value, kinds, member.metadata)
         for fault in self.faults():
             raise UserError(fault)
