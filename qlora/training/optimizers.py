@@ -1,28 +1,24 @@
-"""Master weights in fp32 for parameters in bf16, for 2 bytes a parameter.
+"""Master weights in fp32 for bf16 parameters, at 2 bytes a parameter.
 
-A bf16 number has 8 bits of mantissa: an update below 2^-9 of it is rounded away. At a rate of 3e-4
-a fifth of the updates of a LoRA's A are, and most as the rate falls (benchmarks/adapter_dtype.py).
-So the sum is kept in fp32, and its bits in two places: the parameter is the fp32 number rounded to
-bf16, and beside it lie the lower 16 bits, an int16
+A bf16 number has 8 bits of mantissa, so an update below 2^-9 of it is rounded away: a fifth of the
+updates of a LoRA's A at a rate of 3e-4, most as the rate falls (benchmarks/adapter_dtype.py). Here
+the fp32 sum is kept in two halves of its bits: the parameter, which is the sum rounded to bf16, and
+an int16 beside it (as Split-SGD does, arXiv:2005.04680)
 
     master = parameter * 2^16 + lower      of their bits, as integers; lower in [-2^15, 2^15)
 
-which is exact both ways: read as a signed number, the lower half is what rounding to the nearest
-left over (of a tie, always away from zero). Split-SGD keeps weights in halves (arXiv:2005.04680).
+which is exact: `lower` is what rounding to nearest (ties away from zero) left over. In a step a few
+million parameters at a time become fp32 numbers, on which any optimizer that goes parameter by
+parameter works in place; its own state is then in fp32 too.
 
-For a step the parameters become fp32 numbers, a few million at a time, with their gradients; the
-optimizer, any that goes parameter by parameter, then works on those in place, unaware. Its own
-state is in fp32 then as well, which torch's would else keep in bf16.
-
-Cost: 2 bytes a parameter beside what the optimizer keeps, about 32 MiB during a step, and a few
-passes over the parameters. Left out: stochastic rounding, which needs no memory but kernels of its
-own, and keeps updates on average only; and fp32 parameters, which with their gradients take 4 bytes
-more and a cast in every forward pass.
+Cost: 2 bytes a parameter beside the optimizer's state, about 32 MiB during a step, a few passes
+over the parameters. Left out: stochastic rounding, which needs its own kernels and keeps updates
+only on average; fp32 parameters, which with their gradients take 4 bytes more and a cast per
+forward pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -31,30 +27,29 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 from transformers.optimization import Adafactor
 
-# Those in which a parameter's update depends on nothing but its own gradient and state, so that
-# some can be updated now and others later.
+# Optimizers whose update of a parameter depends only on its own gradient and state.
 BY_PARAMETER = (Adafactor, Adagrad, Adam, AdamW, Optimizer8bit, RMSprop, SGD)
-BUNDLE = 1 << 21  # parameters that are fp32 at once: about 16 bytes each, with their gradients
+BUNDLE = 1 << 21  # parameters in fp32 at once: about 16 bytes each, with their gradients
 LOWER = "lower_halves"
 
 
 def join(parameter: Tensor, lower: Tensor) -> Tensor:
-    """The fp32 numbers of their halves (...), bf16 and int16."""
-    upper = parameter.view(torch.int16) + (lower >> 15)  # one less where the rest is negative
+    """fp32 numbers (...) of their bf16 and int16 halves (...)."""
+    upper = parameter.view(torch.int16) + (lower >> 15)  # one less where `lower` is negative
     return torch.stack([lower, upper], dim=-1).view(torch.float32)[..., 0]  # little-endian
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 numbers (...) rounded to bf16, and what `join` needs besides, int16."""
+    """fp32 numbers (...) -> rounded to bf16, and the int16 that `join` needs besides."""
     lower, upper = master.view(torch.int16).unflatten(-1, (-1, 2)).unbind(-1)
-    up = (lower >> 15).masked_fill_(master.isnan(), 0)  # past the last NaN comes -0
+    up = (lower >> 15).masked_fill_(master.isnan(), 0)  # the bits after the last NaN are -0's
     return (upper - up).view(torch.bfloat16), lower.contiguous()
 
 
 def keep_updates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """`optimizer` with master weights for its bf16 parameters, or as it is if it has none.
+    """`optimizer` with master weights for its bf16 parameters.
 
-    One that does not go parameter by parameter stays as it is, too: `loses_updates` tells.
+    Returned as it is if it has none, or is not in BY_PARAMETER: then `loses_updates` is true.
     """
     if loses_updates(optimizer) and isinstance(optimizer, BY_PARAMETER):
         return MasterWeights(optimizer)
@@ -68,19 +63,19 @@ def loses_updates(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class MasterWeights(torch.optim.Optimizer):
-    """An optimizer whose bf16 parameters are fp32 numbers, rounded."""
+    """Wraps an optimizer: its bf16 parameters are updated as fp32 numbers."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
-        # The lower halves (numel,) int16, and the version of the parameter that they belong to;
-        # None for one not seen yet. Without lower halves a parameter is what it is.
+        # Lower half (numel,) int16, and the parameter's version it belongs to, None after loading.
+        # A parameter without one is its own master.
         self.lower: dict[Tensor, tuple[Tensor, int | None]] = {}
-        self.load_state_dict(optimizer.state_dict())  # some have one from the start, in bf16
+        self.load_state_dict(optimizer.state_dict())  # Adagrad's starts filled, in bf16
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Update every parameter that has a gradient; gradients stay as they are."""
+        """Update every parameter that has a gradient; gradients stay as they were."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -89,8 +84,7 @@ class MasterWeights(torch.optim.Optimizer):
         halves = [p for p in gradients if p.dtype == torch.bfloat16]
         others = gradients.keys() - set(halves)
         try:
-            # an optimizer passes over a parameter without gradient
-            for p in halves:
+            for p in halves:  # an optimizer skips parameters without gradient
                 p.grad = None
             if others:
                 self.optimizer.step()
@@ -104,11 +98,11 @@ class MasterWeights(torch.optim.Optimizer):
         return loss
 
     def _update(self, gradients: dict[Tensor, Tensor]) -> None:
-        """A step over these bf16 parameters as fp32 numbers."""
+        """A step of the wrapped optimizer over these bf16 parameters as fp32 numbers."""
         sizes = [p.numel() for p in gradients]
         lower = torch.cat([self._lower_of(p) for p in gradients])
         master = join(torch.cat([p.data.reshape(-1) for p in gradients]), lower)
-        with _standing_in(dict(zip(gradients, master.split(sizes), strict=True))):
+        with _with_data(dict(zip(gradients, master.split(sizes), strict=True))):
             for p, gradient in gradients.items():
                 p.grad = gradient.float()
             self.optimizer.step()
@@ -121,35 +115,35 @@ class MasterWeights(torch.optim.Optimizer):
             self.lower[p] = rest, p._version
 
     def _lower_of(self, parameter: Tensor) -> Tensor:
-        """Zeros for a parameter that was overwritten since, by load_adapter_weights say."""
+        """Zeros for a parameter that was overwritten since, as load_adapter_weights does."""
         lower, version = self.lower.get(parameter, (None, None))
         if lower is None or version not in (None, parameter._version):
             return torch.zeros(parameter.numel(), dtype=torch.int16, device=parameter.device)
         return lower
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and the lower halves in the order of the parameters."""
+        """The wrapped optimizer's, and the lower halves in parameter order."""
         lower = [self._lower_of(p) if p in self.lower else None for p in _parameters(self)]
         return {**self.optimizer.state_dict(), LOWER: lower}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also one of an optimizer without master weights."""
+        """A state of this class, or of an optimizer without master weights."""
         own = {key: value for key, value in state_dict.items() if key != LOWER}
         halves = [p for p in _parameters(self) if p.dtype == torch.bfloat16]
         # optimizers cast what they load to the parameter's dtype
         nothing = {p: torch.zeros((), device=p.device).expand(p.shape) for p in halves}
-        with _standing_in(nothing):
+        with _with_data(nothing):
             self.optimizer.load_state_dict(own)
-        # groups and state are the wrapped optimizer's, so that schedulers change those
+        # shared with the wrapped optimizer: schedulers change them here
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         saved = zip(_parameters(self), state_dict.get(LOWER, ()), strict=False)
         self.lower = {p: (low.to(p.device), None) for p, low in saved if low is not None}
 
 
 @contextmanager
-def _standing_in(values: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Parameters with other data, of any dtype, and afterwards with their own."""
+def _with_data(values: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Within the block parameters have these data, of any dtype; afterwards their own."""
     own = {p: p.data for p in values}
     try:
         for p, value in values.items():
@@ -161,17 +155,17 @@ def _standing_in(values: dict[Tensor, Tensor]) -> Iterator[None]:
 
 
 def bundles(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours on one device, of at most BUNDLE numbers together; a larger one is alone."""
-    for _, neighbours in groupby(parameters, key=lambda p: p.device):
-        held: list[Tensor] = []
-        room = BUNDLE
-        for p in neighbours:
-            if held and p.numel() > room:
-                yield held
-                held, room = [], BUNDLE
-            held.append(p)
-            room -= p.numel()
-        yield held
+    """Neighbours on one device with at most BUNDLE numbers together; a larger one is alone."""
+    bundle: list[Tensor] = []
+    size = 0
+    for p in parameters:
+        if bundle and (size + p.numel() > BUNDLE or p.device != bundle[0].device):
+            yield bundle
+            bundle, size = [], 0
+        bundle.append(p)
+        size += p.numel()
+    if bundle:
+        yield bundle
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -6,18 +6,15 @@
     loss.png        the curves of metrics.jsonl
     README.md       the model card
 
-The samples are rows of the evaluation data, or of the training data without it, evenly spaced. The
-model reads each row up to its last answer (a row of plain text: its first half) and generates
-greedily, up to twice the length of the answer in the data and at most MAX_NEW_TOKENS. No random
-number is drawn, so training is bit for bit the same with samples and without. Prompts are generated
-one at a time: the attention that training sets takes no padding (qlora.fast.attention).
-
-Left out: samples of classifiers, whose accuracy evaluation reports.
+Samples are evenly spaced rows of the evaluation data, or of the training data without it. The model
+reads each up to its last answer (of plain text the first half) and generates greedily, up to twice
+the answer's length and at most MAX_NEW_TOKENS. No random number is drawn: training is bit for bit
+the same with and without. Prompts go one at a time, as training's attention takes no padding
+(qlora.fast.attention). Left out: classifiers, whose accuracy evaluation reports.
 """
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shlex
@@ -27,17 +24,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProgressCallback,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from qlora import __version__
+from qlora import __version__, files
 from qlora.data.chat_template import PROBE
 from qlora.data.generation import (
     Question,
@@ -49,38 +43,21 @@ from qlora.data.generation import (
 )
 from qlora.data.objectives import OBJECTIVES
 from qlora.errors import UserError
-from qlora.files import (
-    METRICS,
-    RUN,
-    SAMPLES,
-    front_matter,
-    read_metrics,
-    read_samples,
-    replace_text,
-)
 from qlora.pictures import plot_loss
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 MAX_NEW_TOKENS = 128
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left{postfix}"
-EVALUATED = {
-    "eval_loss": "evaluation loss",
-    "eval_accuracy": "accuracy",
-    "eval_f1": "F1",
-}
+EVALUATED = {"eval_loss": "evaluation loss", "eval_accuracy": "accuracy", "eval_f1": "F1"}
 """What evaluation logs -> its name on the terminal."""
+Values = Mapping[str, Any]
 
 
 # ---- before the first step: run.yaml ----
 
 
-def write_run_file(
-    folder: Path, settings: Mapping[str, Any], base: Mapping[str, Any], data: Mapping[str, Any]
-) -> None:
-    """run.yaml: all settings, versions, the base, counts of the data, and the device.
-
-    `train.py --config run.yaml` repeats the run.
-    """
+def write_run_file(folder: Path, settings: Values, base: Values, data: Values) -> None:
+    """run.yaml, with which `train.py --config run.yaml` repeats the run."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     record = {
         "config": dict(settings),
@@ -89,7 +66,7 @@ def write_run_file(
         "data": data,
         "device": dict(zip(("name", "memory_bytes"), device(), strict=True)),
     }
-    (folder / RUN).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+    (folder / files.RUN).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
 
 
 # ---- at each log: metrics.jsonl and the terminal ----
@@ -102,34 +79,30 @@ class MetricsWriter(TrainerCallback):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / METRICS
+        self.path = folder / files.METRICS
         self.tokens = 0  # seen at the last log
         self.logged_at = self.started_at = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run logs the steps after its checkpoint again: their first rows are dropped.
-        rows = [r for r in read_metrics(self.path.parent) if r["step"] <= state.global_step]
-        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = [r for r in files.read_metrics(self.path.parent) if r["step"] <= state.global_step]
+        files.replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.tokens, self.logged_at = state.num_input_tokens_seen, time.perf_counter()
         self.started_at = self.logged_at - (rows[-1].get("seconds", 0) if rows else 0)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        logs = {} if logs is None else logs
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or ("loss" not in logs and "eval_loss" not in logs):
+            return
         row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
         if "loss" in logs:
             now = time.perf_counter()
             speed = (state.num_input_tokens_seen - self.tokens) / (now - self.logged_at)
             self.tokens, self.logged_at = state.num_input_tokens_seen, now
             row |= {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate")}
-            row |= {"tokens_per_second": speed, "peak_bytes": peak_bytes()}
-        elif "eval_loss" in logs:
-            row |= {name: logs[name] for name in EVALUATED if name in logs}
-            row |= {"peak_bytes": peak_bytes()}
+            row["tokens_per_second"] = speed
         else:
-            return
-        row["seconds"] = time.perf_counter() - self.started_at
+            row |= {name: logs[name] for name in EVALUATED if name in logs}
+        row |= {"peak_bytes": peak_bytes(), "seconds": time.perf_counter() - self.started_at}
         logs.update({k: v for k, v in row.items() if k not in ("step", "epoch")})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -158,21 +131,17 @@ class PlainProgress(ProgressCallback):
             disable=not sys.stderr.isatty(),  # None would show a bar in a notebook
         )
 
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         if sys.stderr.isatty():
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)  # type: ignore[no-untyped-call]
+            super().on_prediction_step(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         line = describe_log(logs or {})
         if line:
             width = len(str(state.max_steps))
             tqdm.write(f"step {state.global_step:>{width}}/{state.max_steps}  {line}")
-        if line and self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix_str(line)
+            if self.training_bar is not None and "loss" in logs:
+                self.training_bar.set_postfix_str(line)
 
 
 def describe_log(logs: dict[str, Any]) -> str | None:
@@ -187,14 +156,12 @@ def describe_log(logs: dict[str, Any]) -> str | None:
     )
 
 
-def device() -> tuple[str, int | None]:
-    """Name and bytes of memory of the GPU, or else of the CPU; None where unknown."""
+def device() -> tuple[str, int]:
+    """Name and bytes of memory of the GPU, or else of the CPU."""
     if torch.cuda.is_available():
         gpu: Any = torch.cuda.get_device_properties()
         return str(gpu.name), int(gpu.total_memory)
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return "CPU", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return "CPU", None
+    return "CPU", int(psutil.virtual_memory().total)
 
 
 def peak_bytes() -> int:
@@ -211,8 +178,6 @@ def peak_resident_bytes() -> int:
         peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         return int(peak[1]) * 1024 if peak else 0
     if sys.platform == "win32":
-        import psutil
-
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
@@ -240,7 +205,9 @@ def choose_samples(
         return []
     rows, kind = (rows, "training") if eval_rows is None else (eval_rows, "evaluation")
     count = min(count, len(rows))
-    print(f"before and after training, {count} rows of the {kind} data are answered: {SAMPLES}")
+    print(
+        f"before and after training, {count} rows of the {kind} data are answered: {files.SAMPLES}"
+    )
     samples = []
     for row in (rows[i * len(rows) // count] for i in range(count)):
         question = question_of(row, task)
@@ -254,18 +221,14 @@ def choose_samples(
 
 
 def write_answers(
-    folder: Path,
-    when: str,
-    samples: list[Question],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    folder: Path, when: str, samples: list[Question], model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
     """Generate answers and write samples.jsonl: prompt, wanted, before, after.
 
     Args:
         when: "before" or "after": the column to fill; what the file has in the other is kept.
     """
-    known = {(row["prompt"], row["wanted"]): row for row in read_samples(folder)}
+    known = {(row["prompt"], row["wanted"]): row for row in files.read_samples(folder)}
     rows = []
     for question in samples:
         key = _without_template(tokenizer, question.prompt), decode(tokenizer, question.answer)
@@ -274,10 +237,10 @@ def write_answers(
         (generated,) = generate(model, tokenizer, [question.prompt], settings)
         rows.append(row | known.get(key, {}) | {when: generated})
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_text(folder / SAMPLES, "".join(lines))
+    files.replace_text(folder / files.SAMPLES, "".join(lines))
 
 
-def _without_template(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+def _without_template(tokenizer: Tokenizer, prompt: list[int]) -> str:
     """The user's words, where the prompt is one turn of the chat template; else all of it."""
     text = str(tokenizer.decode(prompt, skip_special_tokens=False))
     if tokenizer.chat_template:
@@ -295,25 +258,17 @@ def _without_template(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> 
 # ---- at the end: loss.png, README.md, and the commands to type next ----
 
 
-def write_results(
-    folder: Path, settings: Mapping[str, Any], base: Mapping[str, Any], *, rows: int, steps: int
-) -> None:
+def write_results(folder: Path, settings: Values, base: Values, *, rows: int, steps: int) -> None:
     """loss.png and README.md from metrics.jsonl, and on the terminal what to do next.
 
-    Args:
-        settings, base: as in `write_run_file`.
-        rows: of the training data.
-        steps: of the optimizer.
+    `settings` and `base` are those of `write_run_file`, `rows` counts the training data.
     """
-    metrics = read_metrics(folder)
+    metrics = files.read_metrics(folder)
     per = "label" if "labels" in base else "supervised token"
     plot_loss(metrics, folder / "loss.png", per=per, total_bytes=device()[1])
-    losses = [row["loss"] for row in metrics if "loss" in row]
-    evals = [row for row in metrics if "eval_loss" in row]
-    measured = {"training loss": losses[-1]} if losses else {}
-    measured |= (
-        {EVALUATED[k].lower(): v for k, v in evals[-1].items() if k in EVALUATED} if evals else {}
-    )
+    last = {key: value for row in metrics for key, value in row.items()}
+    names = {"loss": "training loss", **EVALUATED}
+    measured = {name.lower(): last[key] for key, name in names.items() if key in last}
     write_adapter_card(folder, settings, base, rows=rows, steps=steps, measured=measured)
     print(f"\nThe adapter is in {folder}; its loss curve is {folder / 'loss.png'}.")
     name, merged = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
@@ -324,13 +279,7 @@ def write_results(
 
 
 def write_adapter_card(
-    folder: Path,
-    settings: Mapping[str, Any],
-    base: Mapping[str, Any],
-    *,
-    rows: int,
-    steps: int,
-    measured: Mapping[str, float],
+    folder: Path, settings: Values, base: Values, *, rows: int, steps: int, measured: Values
 ) -> None:
     """README.md of an adapter: what it is, how it was trained, how to use it.
 
@@ -349,7 +298,7 @@ def write_adapter_card(
     if "labels" in base:
         of_task += f", labels={list(base['labels'])!r}"
         head = f" Trained in full beside it: {', '.join(base['heads'])}."
-    text = f"""{front_matter(name, "library_name: peft", "lora", "qlora")}
+    text = f"""{files.front_matter(name, "library_name: peft", "lora", "qlora")}
 # LoRA adapter for {Path(name).name}
 
 Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()}, blocksize

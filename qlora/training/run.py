@@ -55,25 +55,24 @@ def train(config: TrainConfig) -> Path:
     resume_from = check_settings(config, output)
 
     checkpoint = Checkpoint.open(config.model, revision=config.revision)
-    tokenizer = load_tokenizer(
-        checkpoint, task=config.task, trust_remote_code=config.trust_remote_code
-    )
+    task, trusted = config.task, config.trust_remote_code
+    tokenizer = load_tokenizer(checkpoint, task=task, trust_remote_code=trusted)
     data = prepare_rows(config, checkpoint, tokenizer)
     if "chat_template" in prepare_tokenizer(tokenizer, chats=data.chats):
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
-    colour, task = sys.stdout.isatty(), config.task
-    print(show_example(data.rows, tokenizer, colour=colour, task=task, classes=data.labels))
+    colour = sys.stdout.isatty()
+    print(show_example(data.rows, tokenizer, colour=colour, task=task, classes=data.classes))
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
     rate = config.learning_rate or rate_from_rule(model)
     config = replace(config, learning_rate=rate, resume=False)
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
 
-    rows: Any = data.rows
-    if config.data.packing:
-        rows = PackedRows(data.rows, data.max_length)
-        print(rows.describe())
-    trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows)
+    rows, eval_rows = data.rows, data.eval_rows
+    packed = PackedRows(rows, data.max_length) if config.data.packing else None
+    if packed:
+        print(packed.describe())
+    trainer = make_trainer(config, model, tokenizer, packed or rows, eval_rows)
     if resume_from:  # Trainer loads it again; this raises before anything is written
         load_adapter_weights(model, resume_from)
     output.mkdir(parents=True, exist_ok=True)
@@ -81,17 +80,14 @@ def train(config: TrainConfig) -> Path:
     base = {"resolved": str(model.config._name_or_path), **state_of(model).record()}
     write_run_file(output, settings, base, data.counts)
 
-    samples = choose_samples(
-        config.task, config.samples, data.rows, data.eval_rows, data.max_length
-    )
+    samples = choose_samples(task, config.samples, rows, eval_rows, data.max_length)
     if samples and not resume_from:
         write_answers(output, "before", samples, model, tokenizer)
     trainer.fit(resume_from)
     trainer.save_model(str(output))  # before the answers, which may fail or be interrupted
     if samples:
         write_answers(output, "after", samples, model, tokenizer)
-    steps = trainer.state.global_step
-    write_results(output, settings, base, rows=len(data.rows), steps=steps)
+    write_results(output, settings, base, rows=len(rows), steps=trainer.state.global_step)
     return output
 
 
@@ -106,41 +102,34 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training on several GPUs is not there yet: start one process, on one GPU")
-    checkpoint = _checkpoint_to_resume(output) if config.resume else None
-    if not config.resume:
-        _require_unused(output)
+    checkpoint = _last_checkpoint(output)
+    if config.resume and checkpoint is None:
+        raise UserError(
+            f"{output} holds no checkpoint-N to resume from: start again without --resume"
+        )
+    if config.resume:
+        read_metrics(output)  # the run will append to these two: a damaged file raises now
+        read_samples(output)
+    elif (output / RUN).exists():
+        mend = "--resume to go on with it"
+        if checkpoint is None:
+            mend = "remove it: it has no checkpoint to go on from"
+        raise UserError(f"{output} already holds a run: give a new --output-dir, or {mend}")
+    else:
+        require_new(output)
     check_trainer_arguments(config.trainer)
     check_loggers(config.report_to)
     for name in ("offload_activations", "offload_embedding"):
         if getattr(config, name):
             require_gpu(f"--{name.replace('_', '-')}")
-    return checkpoint
+    return checkpoint if config.resume else None
 
 
-def _complete_checkpoints(output: Path) -> dict[int, str]:
-    """Step -> folder; Trainer writes trainer_state.json last, a partial checkpoint lacks it."""
+def _last_checkpoint(output: Path) -> str | None:
+    """Trainer writes trainer_state.json last: a checkpoint without it is passed over."""
     states = output.glob("checkpoint-*/trainer_state.json")
-    return {int(p.parent.name.removeprefix("checkpoint-")): str(p.parent) for p in states}
-
-
-def _checkpoint_to_resume(output: Path) -> str:
-    checkpoints = _complete_checkpoints(output)
-    if not checkpoints:
-        raise UserError(
-            f"{output} holds no checkpoint-N to resume from: start again without --resume"
-        )
-    read_metrics(output)  # the run will append to these two: a damaged file raises now
-    read_samples(output)
-    return checkpoints[max(checkpoints)]
-
-
-def _require_unused(output: Path) -> None:
-    if (output / RUN).exists():
-        mend = "remove it: it has no checkpoint to go on from"
-        if _complete_checkpoints(output):
-            mend = "--resume to go on with it"
-        raise UserError(f"{output} already holds a run: give a new --output-dir, or {mend}")
-    require_new(output)
+    steps = {int(p.parent.name.removeprefix("checkpoint-")): str(p.parent) for p in states}
+    return steps[max(steps)] if steps else None
 
 
 # ---- tokenizer and rows ----
@@ -150,16 +139,11 @@ class PreparedData(NamedTuple):
     """Tokenized rows to train on and to evaluate."""
 
     rows: Any
-    eval_rows: Any
-    """None without evaluation data"""
-    labels: tuple[str, ...]
-    """of a classifier, by number"""
-    chats: bool
-    """whether records were rendered with a chat template"""
-    max_length: int
-    """tokens at which rows were cut"""
-    counts: dict[str, Any]
-    """for run.yaml: "training" and "evaluation" -> source, rows, tokens, ..."""
+    eval_rows: Any  # None without evaluation data
+    classes: tuple[str, ...]  # names of a classifier's classes, by number
+    chats: bool  # whether records were rendered with a chat template
+    max_length: int  # tokens at which rows were cut
+    counts: dict[str, Any]  # "training" and "evaluation" -> source, rows, tokens, ...
 
 
 def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) -> PreparedData:
@@ -168,9 +152,9 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
     if checkpoint.max_positions and checkpoint.max_positions < max_length:
         asked, max_length = max_length, checkpoint.max_positions
         print(f"rows are cut at {max_length:,} tokens, the longest the model takes, not {asked:,}")
-    task, classes = task_named(config.task), checkpoint.config.get("architectures") or ()
-    is_classifier = task.trains_head and any(c.endswith(task.class_ending) for c in classes)
-    labels = checkpoint.labels if is_classifier else ()  # kept where the data has no others
+    task, models = task_named(config.task), checkpoint.config.get("architectures") or ()
+    is_classifier = task.trains_head and any(name.endswith(task.class_ending) for name in models)
+    classes = checkpoint.labels if is_classifier else ()  # kept where the data has no others
     prepared: list[Any] = []
     chats, counts = False, {}
     for source in filter(None, (config.data.data, config.data.eval_data)):
@@ -179,17 +163,17 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
             tokenizer,
             max_length=max_length,
             task=config.task,
-            classes=labels,
-            new_classes=not prepared,  # evaluation data has the labels of the training data
+            classes=classes,
+            new_classes=not prepared,  # evaluation data has those of the training data
         )
         print(describe(stats, name=source))
         chats |= stats.chats
         numbers = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
         counts["evaluation" if prepared else "training"] = {"source": source, **numbers}
         prepared.append(rows)
-        labels = stats.classes
+        classes = stats.classes
     rows, eval_rows = (*prepared, None)[:2]
-    return PreparedData(rows, eval_rows, labels, chats, max_length, counts)
+    return PreparedData(rows, eval_rows, classes, chats, max_length, counts)
 
 
 # ---- the model ----
@@ -210,7 +194,7 @@ def load_model(
         checkpoint,
         replace(config.quant, skip_modules=skip_modules),
         task=config.task,
-        labels=data.labels,
+        labels=data.classes,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
     )
@@ -218,7 +202,9 @@ def load_model(
     if resume_from:
         lora = _without_start(lora, resume_from)
     elif lora.init_lora_weights == "eva":
-        batches = _eva_batches(data.rows, tokenizer, config.task, model)
+        every = max(1, sum(map(len, data.rows["input_ids"])) // EVA_TOKENS)
+        spaced = (data.rows[i] for i in range(0, len(data.rows), every))
+        batches = length_batches(spaced, tokenizer, task=config.task, model=model)
     apply_lora(model, lora, generator=torch.Generator().manual_seed(config.seed), data=batches)
     if config.offload_embedding:
         offload_embedding(model)
@@ -238,13 +224,6 @@ def _without_start(lora: LoraConfig, checkpoint: str) -> LoraConfig:
         rank_pattern=saved.config.rank_pattern,
         alpha_pattern=saved.config.alpha_pattern,
     )
-
-
-def _eva_batches(rows: Any, tokenizer: Any, task: str, model: PreTrainedModel) -> list[Any]:
-    """About EVA_TOKENS tokens of evenly spaced rows."""
-    every = max(1, sum(map(len, rows["input_ids"])) // EVA_TOKENS)
-    spaced = (rows[i] for i in range(0, len(rows), every))
-    return length_batches(spaced, tokenizer, task=task, model=model)
 
 
 def default_learning_rate(model_type: str, hidden_size: int) -> float:
@@ -287,18 +266,14 @@ def prepare_for_training(
     else:
         take_fast_path_off(model)
         remove_wrappers(model, lambda wrapper: isinstance(wrapper, LanguageHead | RMSNorm))
-    _set_checkpointing(model, gradient_checkpointing)
-    model.train()
-    if fast_path:
-        use_fast_path(model, recompute=gradient_checkpointing)
-    return model
-
-
-def _set_checkpointing(model: PreTrainedModel, on: bool) -> None:
     # "activation" since transformers 5.2x
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
+    if gradient_checkpointing:
         settings = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
         getattr(model, f"{kind}_checkpointing_enable")(**settings)
     elif getattr(model, f"is_{kind}_checkpointing"):
         getattr(model, f"{kind}_checkpointing_disable")()
+    model.train()
+    if fast_path:
+        use_fast_path(model, recompute=gradient_checkpointing)
+    return model

@@ -19,13 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -45,16 +39,17 @@ from qlora.fast.offload import offload_activations
 from qlora.training.optimizers import keep_updates, loses_updates
 from qlora.training.outputs import MetricsWriter, PlainProgress
 
-# Arguments of Trainer that follow from other settings: refused as `--trainer.NAME`.
-OWN_ARGUMENTS = (
-    "bf16",
-    "do_train",
-    "fp16",
-    "gradient_checkpointing_kwargs",
-    "label_smoothing_factor",
-    "remove_unused_columns",
-    "use_cpu",
-)
+# Settings with the same name and meaning in TrainConfig and TrainingArguments.
+SHARED_ARGUMENTS = (
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "num_train_epochs", "max_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
+    "seed", "logging_steps", "eval_steps", "save_steps",
+)  # fmt: skip
+# TrainingArguments that follow from other settings: refused as `--trainer.NAME`.
+DERIVED_ARGUMENTS = (
+    "bf16", "do_train", "fp16", "gradient_checkpointing_kwargs", "label_smoothing_factor",
+    "remove_unused_columns", "use_cpu",
+)  # fmt: skip
 # Logger -> package to install; the others have one name for both.
 LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 
@@ -62,16 +57,16 @@ LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 def check_trainer_arguments(given: Mapping[str, Any]) -> None:
     """Refuse a `--trainer.NAME` that TrainingArguments lacks or that other settings decide."""
     known = {field.name for field in fields(TrainingArguments) if field.init}
-    own = {field.name for field in fields(TrainConfig)}
+    flags = {field.name for field in fields(TrainConfig)}
     for name in given:
         if name not in known:
             raise UserError(
                 f"--trainer.{name} is no argument of transformers.TrainingArguments."
                 f"{did_you_mean(name, known)}"
             )
-        if name in own:
+        if name in flags:
             raise UserError(f"--trainer.{name} has a flag of its own: give --{name}")
-        if name in OWN_ARGUMENTS:
+        if name in DERIVED_ARGUMENTS:
             raise UserError(f"--trainer.{name} follows from the other settings: leave it out")
 
 
@@ -98,26 +93,13 @@ def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingA
     """transformers' arguments for `config`; those of `--trainer.NAME` win."""
     eval_strategy = ("steps" if config.eval_steps else "epoch") if config.data.eval_data else "no"
     on_cpu = model.device.type == "cpu"
-    settings: dict[str, Any] = {
-        "output_dir": config.output_dir,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
+    settings: dict[str, Any] = {name: getattr(config, name) for name in SHARED_ARGUMENTS}
+    settings |= {
         "per_device_eval_batch_size": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "learning_rate": config.learning_rate,
-        "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps,
-        "lr_scheduler_type": config.lr_scheduler_type,
         "warmup_steps": config.warmup_ratio,  # below 1: a fraction of the steps
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "optim": config.optim,
-        "seed": config.seed,
-        "logging_steps": config.logging_steps,
         "logging_first_step": True,
         "eval_strategy": eval_strategy,
-        "eval_steps": config.eval_steps,
         "save_strategy": "steps",
-        "save_steps": config.save_steps,
         "save_total_limit": 2,
         "report_to": list(config.report_to) or "none",
         "fp16": model.dtype == torch.float16,  # T4 and older: loss scaling, fp32 adapters
@@ -151,8 +133,7 @@ def make_trainer(
     arguments = training_arguments(config, model)
     collate = collator(tokenizer, config.task, model)
     if config.task == "causal-lm":
-        packing, fast = config.data.packing, config.fast_path
-        pad = tokenizer.pad_token_id
+        packing, fast, pad = config.data.packing, config.fast_path, tokenizer.pad_token_id
         unpadded = rows_collator(model, packing=packing, fast_path=fast, pad_token_id=pad)
         collate = unpadded or collate
     if arguments.fp16 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
@@ -176,9 +157,8 @@ def make_trainer(
             Path(config.output_dir).rmdir()  # Trainer creates it at once; removed only if empty
         raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
     if loses_updates(trainer.optimizer):
-        print(
-            f"{config.optim} loses small updates of bf16 adapters: --adapter-dtype fp32 keeps them"
-        )
+        optim = config.optim
+        print(f"{optim} loses small updates of bf16 adapters: --adapter-dtype fp32 keeps them")
     trainer.optimizer = trainer.lr_scheduler = None
     for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # a notebook has another default
         trainer.remove_callback(callback)
@@ -283,20 +263,15 @@ class AdapterTrainer(Trainer):
         return optimizer, kwargs
 
     def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any
     ) -> EvalLoopOutput:
-        """Loss over all labels, where Trainer's own averages means of batches; and scores."""
+        """Scores and the loss over all labels; Trainer averages means of batches."""
         self.callback_handler.eval_dataloader = dataloader  # its length, for the progress bar
         names = state_of(self.model).labels if self.objective.classifies else ()
         found = measure(self.objective, self._results(dataloader), names)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        nothing: Any = None
-        return EvalLoopOutput(nothing, nothing, metrics, num_samples=self.num_examples(dataloader))
+        none: Any = None
+        return EvalLoopOutput(none, none, metrics, num_samples=self.num_examples(dataloader))
 
     def _results(self, dataloader: Any) -> Iterator[tuple[Any, Any, Any]]:
         """Summed loss, outputs and labels of each evaluation batch."""
@@ -309,6 +284,5 @@ class AdapterTrainer(Trainer):
                     model, dict(batch), return_outputs=True, num_items_in_batch=one
                 )
             yield loss, outputs, batch["labels"]
-            self.control = self.callback_handler.on_prediction_step(
-                self.args, self.state, self.control
-            )
+            step_done = self.callback_handler.on_prediction_step
+            self.control = step_done(self.args, self.state, self.control)

