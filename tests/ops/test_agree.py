@@ -1,11 +1,15 @@
 """When a fast version counts as equal to the plain one."""
 
 import math
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from qlora.ops.agree import agrees, relative_error
+import qlora
+from qlora.ops.agree import agrees, may_use_triton, relative_error
 
 X = torch.tensor([3.0, 4.0])  # norm 5
 
@@ -53,3 +57,21 @@ def test_an_open_question_is_not_logged_and_raises(caplog):
     assert caplog.records == []
     with pytest.raises(ZeroDivisionError):
         agrees(lambda x: x / (1 // 0), torch.exp, X, tolerance=1e-3)
+
+
+def test_kernels_are_tried_on_gpus_with_triton_only(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert may_use_triton(gpu, torch.bfloat16)
+    assert not may_use_triton(gpu, torch.float64)
+    assert not may_use_triton(cpu, torch.bfloat16)
+    monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
+    assert not may_use_triton(gpu, torch.bfloat16)
+
+
+def test_no_module_imports_triton_before_a_kernel_is_used():
+    package = Path(qlora.__file__).parent
+    for path in set(package.rglob("*.py")) - {package / "ops" / "kernels.py"}:
+        for line in path.read_text().splitlines():  # not indented: when the module is imported
+            assert not re.match(r"(import|from) (triton|qlora\.ops\.kernels)\b", line), path
+            assert not re.match(r"from qlora\.ops import .*\bkernels\b", line), path

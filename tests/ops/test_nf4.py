@@ -104,6 +104,8 @@ def test_dequantized_equals_the_reference(shape, blocksize, quant_type):
     assert (dense.dtype, dense.shape) == (torch.float32, weight.shape)
     # 1.2e-7: one fp32 rounding of level and one of level times absmax, each 6e-8 at most
     assert torch.allclose(dense.double(), expected, rtol=1.2e-7, atol=0)
+    for dtype in torch.bfloat16, torch.float16:
+        assert torch.equal(nf4.dequantize(nf4.quantize(weight, quant), dtype), dense.to(dtype))
 
 
 def test_double_quantized_equals_the_reference(million):
