@@ -15,12 +15,10 @@ The first three compute sum n_i^2 scores and no mask. The last computes T^2 for 
 with a mask of T^2 bytes per step and once more per layer in the dtype of the scores: 3 GiB for
 32,768 tokens in 16 bits. So it is used for packs alone; without packing, rows are padded instead.
 
-No model class is named. Two short rows are run: the gradient of the second's logits in the first's
-embeddings must be exactly zero, and the logits of both those of each row alone, up to rounding. A
-model that does not read position_ids, mixes tokens by a convolution or a recurrent state, or has
-what an attention does not support (softcap, sinks) fails.
-
-Left out: flex_attention, which compiles new kernels for new lengths.
+Two short rows are run: the gradient of the second's logits in the first's embeddings must be exactly
+zero, and the logits of both those of each row alone, up to rounding. A model that does not read
+position_ids, mixes tokens by a convolution or a recurrent state, or has what an attention does not
+support (softcap, sinks) fails. Left out: flex_attention, which compiles kernels for new lengths.
 """
 
 import inspect
@@ -108,56 +106,36 @@ def varlen_attention(
 
 
 def rows_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    **others: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """The same a row at a time, in any dtype; of a usual batch where no rows are given.
 
     Args:
-        sliding_window: tokens that a token attends to, including itself.
-        cu_seq_lens_q: where rows begin, and the end, (rows + 1,) int32.
+        options: dropout; scaling of the scores; sliding_window, the tokens that a token attends to,
+            including itself; cu_seq_lens_q (rows + 1,) int32, where rows begin, and the end.
     """
-    _refuse_unsupported(others)
+    _refuse_unsupported(options)
+    how = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
+    window, bounds = options.get("sliding_window"), options.get("cu_seq_lens_q")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # not enable_gqa: only some of SDPA's kernels have it
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    if cu_seq_lens_q is None:
-        out = _causal(query, key, value, dropout, scaling, sliding_window)
-        return out.transpose(1, 2).contiguous(), None
-    lengths = cu_seq_lens_q.diff().tolist()
+    if bounds is None:
+        return _causal(query, key, value, window, **how).transpose(1, 2).contiguous(), None
+    lengths = bounds.diff().tolist()
     parts = (x.split(lengths, dim=2) for x in (query, key, value))
-    outs = [
-        _causal(q, k, v, dropout, scaling, sliding_window).transpose(1, 2)
-        for q, k, v in zip(*parts, strict=True)
-    ]
-    return torch.cat(outs, dim=1), None  # (1, total, heads, head_dim)
+    outs = [_causal(q, k, v, window, **how) for q, k, v in zip(*parts, strict=True)]
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None  # (1, total, heads, dim)
 
 
-def _causal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout: float,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, **how: Any) -> Tensor:
     """Causal attention, (batch, heads, length, head_dim); with more keys, queries are the last."""
     length, keys, mask = query.shape[2], key.shape[2], None
-    window = min(sliding_window or keys, keys)
+    window = min(window or keys, keys)
     if length != keys or window != keys:
         mask = torch.ones(length, keys, dtype=torch.bool, device=query.device)
         mask = mask.tril(keys - length).triu(keys - length + 1 - window)
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=mask is None, scale=scaling
-    )
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, **how)
 
 
 def _refuse_unsupported(others: dict[str, Any]) -> None:
@@ -239,7 +217,7 @@ def _fault(embedded: list[Tensor], together: Tensor, alone: list[Tensor]) -> str
     first, second = together[:, : 2 * FEW_TOKENS].split(FEW_TOKENS, 1)
     # a norm may make a constant of a plain sum: cosines are as good as random factors
     weighted = second.float() * torch.arange(second.shape[-1], device=second.device).cos()
-    (gradient,) = torch.autograd.grad(weighted.sum(), embedded)
+    (gradient,) = torch.autograd.grad(weighted.sum(), embedded[0])
     if gradient[:, :FEW_TOKENS].any():  # exactly 0 where nothing of it is read
         return "a row reads the one before it"
     error = relative_error([first.detach(), second.detach()], alone)

@@ -5,10 +5,10 @@
     MLPBlock      a gated MLP, down(act(gate(x)) * up(x)): one qlora.ops.lora.lora_mlp
     RMSNorm       y = xhat * w, xhat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps) (arXiv:1910.07467)
 
-Layers that share an input are found by one run of a few tokens, a gated MLP by the names of its
-children, a norm by its parameters; the latter two must agree numerically with their function. Every
-forward pass checks whether the function supports the layer's current state, its adapter and dtype;
-otherwise the layer, or the model's own MLP or norm, computes as without this module.
+Layers that share an input are found by one run of a few tokens; a gated MLP by the names of its
+children, a norm by its parameters, and both must agree numerically with their function. Each forward
+pass checks whether the function supports the layer's state, adapter and dtype; otherwise the layer,
+or the model's own MLP or norm, computes as without this module.
 
 Models write RMSNorm out in fp32: six kernels, of which autograd keeps x in fp32, twice the bytes of
 a 16-bit x. On a GPU torch.nn.functional.rms_norm is one kernel, keeps x in its own dtype and one
@@ -50,7 +50,7 @@ from qlora.ops.gated import ACTS, gated_forward
 from qlora.ops.lora import LayerSpec, lora_linear, lora_mlp
 
 FEW_TOKENS = 8
-# Gate, up and down: Llama's names, which all gated MLPs of transformers have, and InternLM2's.
+# gate, up and down: Llama's names, which all gated MLPs of transformers have, and InternLM2's
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 # gelu and its tanh form differ below 8; DeepSeek-V4 clamps gate and up at 10
 GATE_RANGES = (8.0, 200.0)
@@ -78,8 +78,7 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
     for name, module in base_modules(model).items():
         block = _gated_mlp(module) if module in calls else None
         if block is not None:
-            # Gemma's norm reads the block's output, so that the backward pass computes the block
-            # again in any case: then gate(x) and up(x) are kept
+            # an output that a norm reads, as Gemma's, is recomputed in any case: then keep more
             block.recompute = recompute and all(x is not calls[module].y for x in inputs)
             put_module(model, name, block)
     _report_fallbacks(layers, calls)
@@ -147,8 +146,8 @@ class MLPBlock(Wrapper):
         falls_back = args or kwargs or any(map(is_watched, self.base_layer.modules()))
         if falls_back or not all(is_fast(layer, x) for layer in self.layers):
             return self.base_layer(x, *args, **kwargs)
-        frozen, factors = _arguments(self.layers)
-        return lora_mlp(x, frozen, factors, activation=self.activation, recompute=self.recompute)
+        specs, factors = _arguments(self.layers)
+        return lora_mlp(x, specs, factors, activation=self.activation, recompute=self.recompute)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, recompute={self.recompute}"

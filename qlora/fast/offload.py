@@ -18,17 +18,16 @@ the computation and buffers are reused at once; with record_stream memory would 
 ahead of the GPU. All state belongs to the graph and is freed with it.
 
 Cost: as much host memory, which cannot be swapped out. No time, by arithmetic: a layer of P
-parameters computes 2 P FLOP per token and moves 2 dim bytes, so a copy is hidden if P / dim is at
-least FLOP/s over bytes/s of the card. For Llama-3.1-8B P / dim is 13 dim = 53,000; by data sheet a
-4090 needs 6,600 (165e12 / 25e9), a T4 5,400, an H200 20,000. Off by default until a GPU has shown
-it. Left out: several GPUs, and tensors inside checkpoints that keep more than their inputs.
+parameters computes 2 P FLOP per token and moves 2 dim bytes, so a copy is hidden if P / dim, 53,000
+for Llama-3.1-8B, is at least FLOP/s over bytes/s of the card: by data sheet 6,600 on a 4090 (165e12
+/ 25e9), 5,400 on a T4, 20,000 on an H200. Off by default until a GPU has shown it. Left out:
+several GPUs, and tensors inside checkpoints that keep more than their inputs.
 
 `offload_embedding`: a step reads a few rows of the embedding, which is 0.98 GiB for Llama-3.1-8B.
-Pinned memory has an address on the GPU (CUDA's unified addressing), so the weight becomes a CUDA
-tensor over it, by __cuda_array_interface__, and the lookup's kernel reads its rows over PCIe: 64
-MiB for 8,192 tokens, 3 ms at 25 GB/s. Nothing else changes; resize_token_embeddings makes a weight
-on the GPU again. Left out: the output head, of which every chunk of tokens reads all rows, 1 GB
-over PCIe; and an embedding that is trained, adapted or tied to the head.
+Pinned memory has an address on the GPU, so the weight becomes a CUDA tensor over it, by
+__cuda_array_interface__, and the lookup reads its rows over PCIe: 64 MiB for 8,192 tokens, 3 ms at
+25 GB/s. resize_token_embeddings makes a weight on the GPU again. Left out: the output head, of which
+every chunk of tokens reads all rows; an embedding that is trained, adapted or tied to the head.
 """
 
 import weakref
@@ -266,7 +265,6 @@ class Buffers:
         return self.allocate(1 << (size - 1).bit_length())  # as torch rounds up what it pins
 
     def give(self, buffer: Tensor) -> None:
-        """Back, for another `take`."""
         insort(self.free, buffer, key=len)
 
 

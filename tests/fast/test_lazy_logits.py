@@ -104,7 +104,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "a loss each": lambda z: F.cross_entropy(z.view(-1, VOCAB), flat(z), reduction="none"),
     "class weights": lambda z: F.cross_entropy(z.view(-1, VOCAB), flat(z), z[0, 0].detach().abs()),
     "classes second": lambda z: F.cross_entropy(z.transpose(1, 2), flat(z).view(3, 6)),
-    "probabilities": lambda z: F.cross_entropy(*(x.view(-1, VOCAB) for x in (z, z.data.softmax(-1)))),
+    "probabilities": lambda z: F.cross_entropy(z.flatten(0, 1), z.data.softmax(-1).flatten(0, 1)),
     "one label": lambda z: F.cross_entropy(z[1, 1], flat(z)[7]),
     "log-probabilities": lambda z: F.nll_loss(z.log_softmax(-1).view(-1, VOCAB), flat(z)),
 }  # fmt: skip
