@@ -15,8 +15,8 @@ The first three compute sum n_i^2 scores and no mask. The last computes T^2 for 
 with a mask of T^2 bytes per step and once more per layer in the dtype of the scores: 3 GiB for
 32,768 tokens in 16 bits. So it is used for packs alone; without packing, rows are padded instead.
 
-Two short rows are run: the gradient of the second's logits in the first's embeddings must be exactly
-zero, and the logits of both those of each row alone, up to rounding. A model that does not read
+Two short rows are run: the gradient of the second's logits in the first's embeddings must be zero,
+and the logits of both those of each row alone, up to rounding. A model that does not read
 position_ids, mixes tokens by a convolution or a recurrent state, or has what an attention does not
 support (softcap, sinks) fails. Left out: flex_attention, which compiles kernels for new lengths.
 """

@@ -153,7 +153,9 @@ class LazyLogits(Tensor):
             if func in METADATA:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-            if lazy._may_answer():
+            modes = torch.is_inference_mode_enabled(), torch.compiler.is_compiling()
+            # re-entrant checkpointing gives them another graph than their recipe's
+            if lazy.requires_grad == lazy._recipe.hidden.requires_grad and not any(modes):
                 answer = _answer(lazy, func, *args[1:], **kwargs)
                 if answer is not None:
                     return answer
@@ -169,14 +171,6 @@ class LazyLogits(Tensor):
             raise RuntimeError(f"logits that are not materialized cannot be changed by {func}")
         args, kwargs = tree_map_only(LazyLogits, _detached_value, (args, kwargs or {}))
         return func(*args, **kwargs)
-
-    def _may_answer(self) -> bool:
-        """Whether the recipe has the graph of these logits, and torch's mode allows for it."""
-        return (
-            self.requires_grad == self._recipe.hidden.requires_grad
-            and not torch.is_inference_mode_enabled()
-            and not torch.compiler.is_compiling()
-        )
 
 
 def _detached_value(logits: LazyLogits) -> Tensor:

@@ -6,9 +6,9 @@
     RMSNorm       y = xhat * w, xhat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps) (arXiv:1910.07467)
 
 Layers that share an input are found by one run of a few tokens; a gated MLP by the names of its
-children, a norm by its parameters, and both must agree numerically with their function. Each forward
-pass checks whether the function supports the layer's state, adapter and dtype; otherwise the layer,
-or the model's own MLP or norm, computes as without this module.
+children, a norm by its parameters, and both must agree numerically with their function. Each
+forward pass checks whether the function supports the layer's state, adapter and dtype; otherwise
+the layer, or the model's own MLP or norm, computes as without this module.
 
 Models write RMSNorm out in fp32: six kernels, of which autograd keeps x in fp32, twice the bytes of
 a 16-bit x. On a GPU torch.nn.functional.rms_norm is one kernel, keeps x in its own dtype and one

@@ -26,8 +26,8 @@ several GPUs, and tensors inside checkpoints that keep more than their inputs.
 `offload_embedding`: a step reads a few rows of the embedding, which is 0.98 GiB for Llama-3.1-8B.
 Pinned memory has an address on the GPU, so the weight becomes a CUDA tensor over it, by
 __cuda_array_interface__, and the lookup reads its rows over PCIe: 64 MiB for 8,192 tokens, 3 ms at
-25 GB/s. resize_token_embeddings makes a weight on the GPU again. Left out: the output head, of which
-every chunk of tokens reads all rows; an embedding that is trained, adapted or tied to the head.
+25 GB/s. resize_token_embeddings makes a weight on the GPU again. Left out: the output head, whose
+rows are all read by every chunk of tokens; an embedding that is trained, adapted or tied to it.
 """
 
 import weakref
