@@ -162,7 +162,7 @@ def _flag(name: str) -> str:
 
 
 def _split(words: Sequence[str], settings: Fields) -> Texts:
-    """`--flag VALUE ...` and `--flag=VALUE`. A word that begins like a flag is one; -1e-4 is not."""
+    """`--flag VALUE ...` and `--flag=VALUE`. What begins like a flag is one; -1e-4 is not."""
     first = [_flag(n) for n, (_, member) in settings.items() if "positional" in member.metadata]
     split: list[tuple[str, list[str]]] = [(first[0] if first else "", [])]
     for word in words:

@@ -1,8 +1,8 @@
-"""What people look at after a run: its curves, and how much of each layer a merge kept.
+"""Figures for people: the curves of a run, and how much of each layer a merge kept.
 
-A picture is drawn once and written as a PNG, or as an SVG for a page that may be light or dark.
-The colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; what must be
-told apart differs by line or marker too, for print in grey.
+A figure is drawn once and written as a PNG, or as an SVG for a page that may be light or dark. The
+colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; lines also differ
+by style or marker, for print in grey.
 """
 
 import re
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 INK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
     "#24292f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c959f",
 )  # fmt: skip
-MARKERS = "os^vDPX*"  # one more than there are colours, so that the pairs differ for long
+MARKERS = "os^vDPX*"  # one more than there are colours, so that pairs repeat late
 PANELS = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
@@ -29,31 +29,21 @@ PANELS = {
     "peak_bytes": "peak memory",
 }
 SMOOTHED = 30  # a point of the smooth line is the mean of a 30th of the rows
-FEW = 40  # rows that are drawn with a point each
-MANY = 500  # points of a line; more cannot be told apart, and would weigh a megabyte in an SVG
+FEW = 40  # up to so many rows are drawn with a marker each
+MANY = 500  # points of a line: more look the same, and would make an SVG a megabyte
 GIB = 2**30
 
 Row = Mapping[str, Any]
+Facts = dict[str, float]
 
 
-# ---- a run
-
-
-def plot_loss(
-    rows: Sequence[Row],
-    path: Path,
-    *,
-    per: str = "supervised token",
-    total_bytes: int | None = None,
-) -> None:
-    """The curves of a run over its optimizer steps, as a PNG (`draw_run`)."""
-    draw_run(rows, per=per, total_bytes=total_bytes).savefig(path, dpi=150)
+# ---- a run ----
 
 
 def draw_run(
     rows: Sequence[Row], *, per: str = "supervised token", total_bytes: int | None = None
 ) -> "Figure":
-    """Loss, raw and smoothed, with evaluation as points; below it whatever else the rows have.
+    """Loss over optimizer steps, raw and smoothed, with evaluations; below it the other curves.
 
     Args:
         rows: of metrics.jsonl.
@@ -77,14 +67,14 @@ def draw_run(
         else:
             _draw_curve(axes, steps, values, smooth=key != "learning_rate")
         if key == "learning_rate":
-            axes.yaxis.set_major_formatter(lambda rate, _: _short(rate))
+            axes.yaxis.set_major_formatter(_short)
     for axes in figure.axes:
         axes.set_xlim(0, 1.02 * max((row["step"] for row in rows), default=1))
     return figure
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[Any, Any]:
-    """Steps and values of the rows that have one, each an array."""
+    """Steps and values of the rows that have one, an array each."""
     found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     pairs = np.array(found, dtype=float).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
@@ -92,6 +82,8 @@ def _series(rows: Sequence[Row], key: str) -> tuple[Any, Any]:
 
 def _draw_loss(axes: "Axes", rows: Sequence[Row], per: str) -> None:
     _style(axes)
+    axes.set_xlabel("optimizer step", color=INK)
+    axes.set_ylabel(f"loss (nats per {per})", color=INK)
     steps, values = _series(rows, "loss")
     if len(steps):
         line = _draw_curve(axes, steps, values, smooth=True)
@@ -108,15 +100,10 @@ def _draw_loss(axes: "Axes", rows: Sequence[Row], per: str) -> None:
             markeredgecolor="white", markeredgewidth=0.8, label=label, zorder=4, clip_on=False,
         )  # fmt: skip
         axes.set_ylim(top=max(axes.get_ylim()[1], _top(values)))
-    axes.set_xlabel("optimizer step", color=INK)
-    axes.set_ylabel(f"loss (nats per {per})", color=INK)
-    if axes.lines:
-        _leave_out_emptiness(axes)
-        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-
-
-def _leave_out_emptiness(axes: "Axes") -> None:
-    """Begin the axis below all lines, where from 0 they would be flat at its top."""
+    if not axes.lines:
+        return
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    # An axis from 0 would press lines that all are high against its top.
     drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
     low, top = min(drawn[np.isfinite(drawn)], default=0.0), axes.get_ylim()[1]
     if low > 0.4 * top:
@@ -124,13 +111,13 @@ def _leave_out_emptiness(axes: "Axes") -> None:
 
 
 def _draw_curve(axes: "Axes", steps: Any, values: Any, *, smooth: bool) -> Any:
-    """A line from 0 up, and where it is smoothed, faintly what it was made from; returns it."""
+    """Draw a line on an axis from 0, over the raw values where it is smoothed; returns it."""
     width = len(values) // SMOOTHED if smooth else 0
     points, top = "." if len(values) <= FEW else "", _top(values)
     if width > 1:
         raw, values = values, smoothed(values, width)
         axes.plot(steps, raw, color=BLUE, alpha=0.3, linewidth=0.7, rasterized=len(raw) > MANY)
-        top = min(top, 1.4 * _top(values))  # a few spikes may not make the rest flat
+        top = min(top, 1.4 * _top(values))  # a few spikes may not flatten the rest
     some = _some(len(values))
     look: Any = {"color": BLUE, "linewidth": 1.6, "clip_on": False}
     (line,) = axes.plot(steps[some], values[some], points + "-", **look)
@@ -139,27 +126,25 @@ def _draw_curve(axes: "Axes", steps: Any, values: Any, *, smooth: bool) -> Any:
 
 
 def _some(count: int) -> Any:
-    """Places of at most MANY of them, the first and the last included."""
+    """At most MANY indices below `count`, the first and the last included."""
     return np.linspace(0, count - 1, min(count, MANY)).round().astype(int)
 
 
 def _draw_memory(axes: "Axes", steps: Any, gib: Any, total_bytes: int | None) -> None:
-    """The peak so far as an area, and how much there is as a dashed line."""
+    """The peak so far as an area, and the device's memory as a dashed line."""
     some = _some(len(gib))
     axes.fill_between(steps[some], gib[some], color=BLUE, alpha=0.25, linewidth=0)
     axes.plot(steps[some], gib[some], color=BLUE, linewidth=1.6)
-    said = f"memory: {gib[-1]:.1f}"
-    top = float(gib.max())
-    if total_bytes:
-        top = total_bytes / GIB
-        axes.axhline(top, color=INK, linewidth=1, linestyle="--")
-        said += f" of {top:.0f}"
-    axes.set_title(f"{said} GiB", fontsize=9, loc="left", color=INK)
-    axes.set_ylim(0, 1.12 * top or 1)
+    total = (total_bytes or 0) / GIB
+    if total:
+        axes.axhline(total, color=INK, linewidth=1, linestyle="--")
+    title = f"memory: {gib[-1]:.1f}{f' of {total:.0f}' if total else ''} GiB"
+    axes.set_title(title, fontsize=9, loc="left", color=INK)
+    axes.set_ylim(0, 1.12 * (total or float(gib.max())) or 1)
 
 
 def smoothed(values: Any, width: int) -> Any:
-    """The mean of `width` values around each, fewer at the ends; what is no number is left out."""
+    """The mean of `width` values around each, fewer at the ends, over the finite ones."""
     known = np.isfinite(values)
     sums, counts = (
         np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(known, values, 0.0), known)
@@ -171,7 +156,7 @@ def smoothed(values: Any, width: int) -> Any:
 
 
 def _top(values: Any) -> float:
-    """Where an axis that begins at 0 ends."""
+    """The upper end of an axis that begins at 0."""
     known = values[np.isfinite(values)]
     return 1.05 * float(known.max()) if len(known) and known.max() > 0 else 1.0
 
@@ -180,13 +165,13 @@ def _last(values: Any) -> str:
     return f"{values[-1]:.4f}" if np.isfinite(values[-1]) else "not a number"
 
 
-def _short(rate: float) -> str:
+def _short(rate: float, _: float = 0) -> str:
     """`5e-4`"""
     return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-") if rate else "0"
 
 
 def _style(axes: "Axes", *, size: int = 9, ticks: int = 9) -> None:
-    """Quiet axes, and at most so many ticks for steps or layers."""
+    """Quiet axes, with at most `ticks` ticks for steps or layers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.grid(alpha=0.25, linewidth=0.6)
@@ -198,14 +183,12 @@ def _style(axes: "Axes", *, size: int = 9, ticks: int = 9) -> None:
         axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-# ---- a merge
+# ---- a merge ----
 
 
-def by_kind(
-    layers: Mapping[str, dict[str, float]],
-) -> dict[str, list[tuple[int, dict[str, float]]]]:
-    """What is known of each layer, by the last part of its name; with its number, in that order."""
-    kinds: dict[str, list[tuple[int, dict[str, float]]]] = {}
+def by_kind(layers: Mapping[str, dict[str, float]]) -> dict[str, list[tuple[int, Facts]]]:
+    """Figures of the layers by the last part of their names, each with its number, in order."""
+    kinds: dict[str, list[tuple[int, Facts]]] = {}
     for name, facts in layers.items():
         number = re.search(r"\d+", name)
         point = (int(number[0]) if number else 0, facts)
@@ -213,17 +196,12 @@ def by_kind(
     return {kind: sorted(found, key=lambda point: point[0]) for kind, found in kinds.items()}
 
 
-def plot_merge(report: Mapping[str, Any], path: Path) -> None:
-    """How much each layer changes and how much of that is kept, and the loss, as a PNG.
+def draw_merge(report: Mapping[str, Any]) -> "Figure":
+    """Change and kept share of each kind of layer, and the loss as bars where it was measured.
 
     Args:
         report: what merge_report.json holds.
     """
-    draw_merge(report).savefig(path, dpi=150)
-
-
-def draw_merge(report: Mapping[str, Any]) -> "Figure":
-    """Each kind of layer as a line over the layers, and where it was measured the loss as bars."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -237,17 +215,14 @@ def draw_merge(report: Mapping[str, Any]) -> "Figure":
     colors = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, INK)
     for i, (kind, found) in enumerate(by_kind(report["layers"]).items()):
         places = [place for place, _ in found]
-        look: Any = {
-            "color": colors[i % len(colors)], "marker": MARKERS[i % len(MARKERS)],
-            "markersize": 4, "linewidth": 1,
-        }  # fmt: skip
+        look: Any = {"color": colors[i % len(colors)], "marker": MARKERS[i % len(MARKERS)]}
+        look |= {"markersize": 4, "linewidth": 1}
         changes.plot(places, [facts["delta_over_weight"] for _, facts in found], **look, label=kind)
         kept.plot(places, [facts["kept"] for _, facts in found], **look)
     changes.set_ylabel("|change| / |weight|", color=INK)
     changes.set_ylim(bottom=0)
-    changes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), frameon=False, ncols=4, fontsize=9, labelcolor=INK
-    )
+    legend: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "ncols": 4}
+    changes.legend(**legend, fontsize=9, labelcolor=INK)
     kept.set_ylabel("share of the change kept", color=INK)
     kept.set_ylim(0, max(1.1, *(facts["kept"] + 0.05 for facts in report["layers"].values())))
     kept.axhline(1, color=INK, linewidth=0.6)
@@ -268,12 +243,17 @@ def _draw_verified(axes: "Axes", verify: Mapping[str, Any]) -> None:
     axes.set_title(f"{share}\nKL to live {verify['kl']:.4f}", fontsize=10, color=INK)
 
 
-# ---- for a page
+# ---- files and pages ----
+
+
+def save_png(figure: "Figure", path: Path) -> None:
+    """Write a figure at the resolution of a page."""
+    figure.savefig(path, dpi=150)
 
 
 def as_svg(figure: "Figure", title: str) -> str:
-    """The picture as an element of a page, which gives its colours: `currentColor` for ink, and
-    variables named after the others, like `--blue`."""
+    """The figure as an SVG element that takes its colours from the page: `currentColor` for ink,
+    variables such as `--blue` for the others."""
     from matplotlib import rc_context
 
     text = StringIO()
@@ -281,7 +261,7 @@ def as_svg(figure: "Figure", title: str) -> str:
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue().partition("<svg")[2]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same in every picture of a page
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the ids repeat between the figures of a page
     svg = re.sub(r'^(.*?) (?:width|height)="[^"]*"', r"\1", svg, count=1, flags=re.DOTALL)
     for name, color in (("blue", BLUE), ("grey", GREY), ("page", "#ffffff")):
         svg = svg.replace(color, f"var(--{name}, {color})")

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 
-from qlora.pictures import as_svg, draw_merge, draw_run, plot_loss, plot_merge, smoothed
+from qlora.pictures import as_svg, draw_merge, draw_run, save_png, smoothed
 
 # Okabe and Ito, Color Universal Design (2008)
 OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
@@ -43,7 +43,7 @@ def line_of(axes, label):
 @pytest.mark.parametrize("count", [1, 3, 200, 10_000])
 def test_a_run_of_any_length(count, tmp_path):
     rows = run_of(count)
-    plot_loss(rows, tmp_path / "loss.png", total_bytes=8 * 2**30)
+    save_png(draw_run(rows, total_bytes=8 * 2**30), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     axes = draw_run(rows).axes
     losses = [row["loss"] for row in rows]
@@ -143,7 +143,7 @@ def test_the_picture_of_a_merge(tmp_path):
     bars = draw_merge(report_of()).axes[-1]
     assert [bar.get_height() for bar in bars.patches] == [3.0, 1.0, 1.1]
     assert [t.get_text() for t in bars.get_xticklabels()] == ["4-bit base", "live", "merged"]
-    plot_merge(report_of(), tmp_path / "merge.png")
+    save_png(draw_merge(report_of()), tmp_path / "merge.png")
     assert (tmp_path / "merge.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -12,7 +12,7 @@ from qlora.config.tasks import CAUSAL_LM, task_named
 from qlora.files import MERGE_REPORT, front_matter, replace_text
 from qlora.merge.codes import Facts
 from qlora.merge.plan import Plan
-from qlora.pictures import by_kind, plot_merge
+from qlora.pictures import by_kind, draw_merge, save_png
 
 if TYPE_CHECKING:
     from qlora.merge.measure import Verification
@@ -44,7 +44,7 @@ class MergeReport:
         }
         replace_text(folder / MERGE_REPORT, json.dumps(values, indent=2) + "\n")
         if self.layers:
-            plot_merge(values, folder / "merge.png")
+            save_png(draw_merge(values), folder / "merge.png")
         (folder / "README.md").write_text(_model_card(values), encoding="utf-8")
 
     def print_summary(self, output: Path) -> None:

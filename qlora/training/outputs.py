@@ -43,7 +43,7 @@ from qlora.data.generation import (
 )
 from qlora.data.objectives import OBJECTIVES
 from qlora.errors import UserError
-from qlora.pictures import plot_loss
+from qlora.pictures import draw_run, save_png
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 MAX_NEW_TOKENS = 128
@@ -265,7 +265,7 @@ def write_results(folder: Path, settings: Values, base: Values, *, rows: int, st
     """
     metrics = files.read_metrics(folder)
     per = "label" if "labels" in base else "supervised token"
-    plot_loss(metrics, folder / "loss.png", per=per, total_bytes=device()[1])
+    save_png(draw_run(metrics, per=per, total_bytes=device()[1]), folder / "loss.png")
     last = {key: value for row in metrics for key, value in row.items()}
     names = {"loss": "training loss", **EVALUATED}
     measured = {name.lower(): last[key] for key, name in names.items() if key in last}
