@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,57 +11,61 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FP32, randomize_adapter
+from conftest import FP32, tiny_model, tiny_tokenizer
+from merging import refused, run_merge, trained
+from merging import trained_on as trained_on
 from safetensors.torch import load_file, save_file
 
-from qlora.adapters.apply import apply_lora
-from qlora.adapters.files import save_adapter
 from qlora.base.load import load_base
-from qlora.base.shards import INDEX, SINGLE, Entry, write_shards
-from qlora.config import LoraConfig, MergeConfig, QuantConfig
-from qlora.errors import UserError
-from qlora.merge import merge
+from qlora.base.shards import INDEX, SINGLE
+from qlora.config import QuantConfig
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A base of several shards, and an adapter over it."""
+    root = tmp_path_factory.mktemp("sound")
+    tiny_model("llama").save_pretrained(root / "base", max_shard_size="100KB")
+    tiny_tokenizer().save_pretrained(root / "base")
+    trained(root / "base", root / "adapter")
+    return root
+
+
 @pytest.fixture
-def base(checkpoints, tmp_path):
-    """A base of several shards, to be spoilt."""
-    folder = tmp_path / "base"
-    folder.mkdir()
-    tensors = load_file(checkpoints("llama") / SINGLE)
-    entries = [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
-    write_shards(folder, entries, iter(tensors.values()), max_bytes=100_000)
-    for file in checkpoints("llama").iterdir():
-        if file.name != SINGLE:
-            (folder / file.name).write_bytes(file.read_bytes())
+def base(sound, tmp_path):
+    """A copy of that base, to spoil."""
+    return shutil.copytree(sound / "base", tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(sound, base, tmp_path):
+    """A copy of that adapter, over the copied base."""
+    folder = shutil.copytree(sound / "adapter", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
-@pytest.fixture
-def adapter(base, tmp_path):
-    return an_adapter(base, tmp_path / "adapter")
+# ---- spoilt files ----
 
 
-def an_adapter(base: Path, folder: Path, quant: QuantConfig = FP32) -> Path:
-    model = apply_lora(load_base(str(base), quant), LoraConfig(r=2))
-    randomize_adapter(model)
-    return save_adapter(model, folder)
+def second_shard(base: Path) -> Path:
+    return sorted(base.glob("model-*.safetensors"))[1]
 
 
 def cut_short(base: Path, adapter: Path) -> None:
-    shard = sorted(base.glob("model-*.safetensors"))[1]
-    os.truncate(shard, shard.stat().st_size - 100)
+    os.truncate(second_shard(base), second_shard(base).stat().st_size - 100)
 
 
 def damage_header(base: Path, adapter: Path) -> None:
-    shard = sorted(base.glob("model-*.safetensors"))[1]
-    shard.write_bytes(b"\xff" * 16 + shard.read_bytes()[16:])
+    second_shard(base).write_bytes(b"\xff" * 16 + second_shard(base).read_bytes()[16:])
 
 
 def remove_shard(base: Path, adapter: Path) -> None:
-    sorted(base.glob("model-*.safetensors"))[1].unlink()
+    second_shard(base).unlink()
 
 
 def index_outside(base: Path, adapter: Path) -> None:
@@ -69,13 +74,15 @@ def index_outside(base: Path, adapter: Path) -> None:
     (base / INDEX).write_text(json.dumps(index))
 
 
+def change_base(base: Path, name: str, value: float) -> None:
+    shard = base / json.loads((base / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name][0, 0] = value
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
 def nan_in_base(base: Path, adapter: Path) -> None:
-    for shard in base.glob("model-*.safetensors"):
-        tensors = load_file(shard)
-        if name := next((n for n in tensors if "down_proj" in n), None):
-            tensors[name][0, 0] = torch.nan
-            save_file(tensors, shard)
-            return
+    change_base(base, "model.layers.0.mlp.down_proj.weight", torch.nan)
 
 
 def change_adapter(adapter: Path, change) -> None:
@@ -113,58 +120,73 @@ def cut_adapter(base: Path, adapter: Path) -> None:
         (index_outside, r"names files outside its folder: \.\./elsewhere\.safetensors"),
         (nan_in_base, r"down_proj\.weight .*NaN.*if the base itself holds NaN, download it again"),
         (nan_in_adapter, r"lora_A\.weight holds NaN or infinity"),
-        (other_base, r"belongs to another base"),
+        (other_base, r"belongs to another base.*Give the base it was trained on"),
         (cut_adapter, r"adapter_model\.safetensors is damaged or cut short"),
     ],
 )
-@pytest.mark.parametrize("settings", [{}, {"format": "nf4", "calibration": "none"}], ids=str)
-def test_one_line_and_nothing_is_left(spoil, match, settings, base, adapter, tmp_path):
+def test_one_line_and_nothing_is_left(spoil, match, base, adapter, tmp_path):
     spoil(base, adapter)
-    with pytest.raises(UserError, match=match) as error:
-        merge(MergeConfig(adapter=str(adapter), output_dir=str(tmp_path / "out"), **settings))
-    assert "\n" not in str(error.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+    formats = [{}, {"format": "nf4", "calibration": "none"}]
+    for settings in formats if spoil is nan_in_base else formats[:1]:
+        refused(adapter, tmp_path / "out", match, **settings)
 
 
-def test_a_4_bit_base_of_another_quantization(base, tmp_path):
-    """Its codes are not those that were trained on, and no arithmetic makes them so."""
-    adapter = an_adapter(
-        base, tmp_path / "adapter", QuantConfig(blocksize=32, compute_dtype="fp32")
-    )
-    load_base(str(base), FP32).save_pretrained(tmp_path / "four")
-    with pytest.raises(UserError, match=r"is NF4 of blocksize 64.*trained on NF4 of blocksize 32"):
-        merge(
-            MergeConfig(
-                adapter=str(adapter),
-                base_model=str(tmp_path / "four"),
-                output_dir=str(tmp_path / "out"),
-            )
-        )
-    assert not (tmp_path / "out").exists()
+# ---- inputs that do not belong together, outputs that cannot be written ----
 
 
-def command(adapter: Path, output: Path) -> list[str]:
-    script = [sys.executable, str(ROOT / "merge_dequant.py"), "--adapter", str(adapter)]
-    return [*script, "--output-dir", str(output)]
+def test_a_base_that_is_already_4_bit(trained_on, checkpoints, tmp_path):
+    """Codes of another quantization are not those trained on; --onto original has no original."""
+    load_base(str(checkpoints("llama")), FP32).save_pretrained(tmp_path / "four")
+    quant = QuantConfig(blocksize=32, compute_dtype="fp32")
+    adapter = trained(checkpoints("llama"), tmp_path / "adapter", quant).adapter
+    four, out = str(tmp_path / "four"), tmp_path / "out"
+    match = r"is NF4 of blocksize 64.*trained on NF4 of blocksize 32"
+    refused(adapter, out, match, base_model=four)
+    adapter = trained_on("llama").adapter
+    match = r"--onto original .* is 4-bit.*--base-model"
+    refused(adapter, out, match, base_model=four, onto="original")
 
 
-def test_the_script_says_so_in_one_line_and_exits_2(base, adapter, tmp_path):
-    remove_shard(base, adapter)
-    run = subprocess.run(
-        command(adapter, tmp_path / "out"), capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+def test_values_beyond_fp16(base, adapter, tmp_path):
+    change_base(base, "lm_head.weight", 1e6)
+    refused(adapter, tmp_path / "out", "lm_head.*--format bf16", format="fp16")
 
 
-def test_a_killed_merge_leaves_nothing_that_looks_whole_and_runs_again(adapter, tmp_path):
+def test_settings_and_outputs_that_are_refused(trained_on, tmp_path, monkeypatch):
+    adapter, out = trained_on("llama").adapter, tmp_path / "out"
+    refused(tmp_path / "none", out, "does not exist.*adapter_config.json")
+    refused(adapter, out, "nothing.jsonl", verify="nothing.jsonl")
+    (tmp_path / "file.txt").write_text("precious")
+    refused(adapter, tmp_path / "file.txt" / "out", "no folder that can be written to")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("precious")
+    refused(adapter, tmp_path / "used", "already holds something: give a new folder")
+    assert (tmp_path / "used" / "mine.txt").read_text() == "precious"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(adapter, out, "no GPU: use --device cpu", device="cuda")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    refused(adapter, out, "make room")
+
+
+# ---- as a script ----
+
+
+def test_a_killed_merge_leaves_nothing_that_looks_whole_and_runs_again(base, adapter, tmp_path):
     output = tmp_path / "out"
-    with subprocess.Popen(command(adapter, output), stderr=subprocess.DEVNULL) as run:
+    script = [sys.executable, str(ROOT / "merge_dequant.py"), "--adapter", str(adapter)]
+    command = [*script, "--output-dir", str(output)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as run:
         while run.poll() is None and not list(tmp_path.glob(".out.partial-*")):
             time.sleep(0.001)
         run.send_signal(signal.SIGKILL)
     assert list(tmp_path.glob(".out.partial-*"))
     assert not output.exists()
-    subprocess.run(command(adapter, output), check=True, stdout=subprocess.DEVNULL)
+    run_merge(adapter, output, max_shard_size="1GB")
     assert (output / SINGLE).exists()
     assert not list(tmp_path.glob(".out.partial-*"))
+    shutil.rmtree(output)
+    remove_shard(base, adapter)
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ")
+    assert run.stderr.count("\n") == 1

@@ -1,141 +1,36 @@
-"""Everything PEFT's LoRA can put into an adapter, merged: PEFT's live model is the oracle."""
+"""Every kind of adapter, merged: PEFT's live model is the oracle. Several at once, and misfits."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from conftest import FP32, VOCAB, randomize_adapter, token_ids
+from adapter_kinds import ADAPTER_KINDS, FP32_OR_16_BITS, logits
+from conftest import FP32, VOCAB, axis
+from merging import merged, refused, report_of, run_merge, trained
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters.apply import apply_lora
-from qlora.adapters.files import load_adapter, save_adapter
+from qlora.adapters.files import load_adapter
 from qlora.adapters.format import combine, read_adapter
 from qlora.adapters.lora import lora_layers
 from qlora.base.load import load_base
-from qlora.config import LoraConfig, MergeConfig
 from qlora.errors import UserError
-from qlora.merge import merge
 
-# transformers 5.23 deprecates a property that PEFT 0.21 asks for; PEFT warns of tied weights.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+NOT_MERGED = ("experts", "one of experts", "experts alone", "experts of two ranks")
+KINDS = [
+    kind
+    for kind, asked in ADAPTER_KINDS.items()
+    if asked.base == "any" and not asked.by_peft and kind not in NOT_MERGED
 ]
-MLP = ["gate_proj", "up_proj", "down_proj"]
-KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
-    "rslora": ("llama", False, {"use_rslora": True}),
-    "rank pattern": ("llama", False, {"rank_pattern": {"q_proj": 2, r"layers\.1\..*down_proj": 6}}),
-    "alpha pattern": ("llama", False, {"alpha_pattern": {"v_proj": 3}, "use_rslora": True}),
-    "dora": ("llama", False, {"use_dora": True}),
-    "dora on conv1d": ("gpt2", True, {"use_dora": True, "target_modules": ["c_attn", "c_proj"]}),
-    "dora beside biases": ("qwen2", False, {"use_dora": True}),
-    "all biases": ("qwen2", False, {"bias": "all"}),
-    "lora's biases": ("phi", False, {"bias": "lora_only", "target_modules": ["q_proj", "fc1"]}),
-    "lora_bias": ("qwen2", False, {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}),
-    "norms": ("llama", False, {"modules_to_save": ["input_layernorm", "norm"]}),
-    "head": ("llama", False, {"modules_to_save": ["lm_head"]}),
-    "tied head": ("llama", True, {"modules_to_save": ["lm_head"]}),
-    "tied embedding": ("llama", True, {"modules_to_save": ["embed_tokens"]}),
-    "both, tied": ("llama", True, {"modules_to_save": ["embed_tokens", "lm_head"]}),
-    "lora on the embedding": ("llama", False, {"target_modules": ["embed_tokens", "q_proj"]}),
-    "lora on the tied embedding": ("llama", True, {"target_modules": ["embed_tokens", *MLP]}),
-    "lora on the tied head": ("llama", True, {"target_modules": ["lm_head", "q_proj"]}),
-    "lora on gpt2's tied embedding": ("gpt2", True, {"target_modules": ["wte", "c_attn"]}),
-    "lora on both": ("llama", False, {"target_modules": ["embed_tokens", "lm_head"]}),
-    "dora on the embedding": (
-        "llama", False, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}
-    ),
-    "token rows": ("llama", False, {"trainable_token_indices": [5, 7, 9]}),
-    "token rows, tied": ("llama", True, {"trainable_token_indices": [5, 7, 9]}),
-    "rows of the head": ("llama", False, {"trainable_token_indices": {"lm_head": [5, 7, 9]}}),
-}  # fmt: skip
-
-
-def trained_by_peft(base: Path, folder: Path, **settings: Any) -> torch.nn.Module:
-    """PEFT's live model over our 4-bit base, every trainable value moved, and its files."""
-    settings = {"target_modules": ["q_proj", "v_proj", *MLP]} | settings
-    config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(load_base(str(base), FP32), config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise, alpha=0.02 * float(parameter.abs().mean() + 0.5))
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.as_tensor(model(token_ids()).logits)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_model_is_pefts_live_model(kind, base_of, tmp_path):
-    family, tied, settings = KINDS[kind]
-    base, adapter, output = base_of(family, tied), tmp_path / "adapter", tmp_path / "out"
-    wanted = logits(trained_by_peft(base, adapter, **settings))
-    merge(MergeConfig(adapter=str(adapter), output_dir=str(output), format="fp32"))
-    again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
-    # fp32: the same sums in another order
-    torch.testing.assert_close(logits(again), wanted, rtol=1e-5, atol=1e-5)
-    live = load_base(str(base), FP32)
-    assert (logits(live) - wanted).abs().max() > 1e-3  # the adapter is not idle
-    load_adapter(live, adapter)
-    torch.testing.assert_close(logits(live.eval()), wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_4_bit_merge_is_close_to_it(kind, base_of, tmp_path):
-    family, tied, settings = KINDS[kind]
-    base, adapter, output = base_of(family, tied), tmp_path / "adapter", tmp_path / "out"
-    model = trained_by_peft(base, adapter, **settings)
-    data: Any = {"format": "nf4", "calibration": "none"}
-    merge(MergeConfig(adapter=str(adapter), output_dir=str(output), **data))
-    before = logits(load_base(str(base), FP32))
-    wanted, got = logits(model) - before, logits(load_base(str(output), FP32)) - before
-    # Without data there is noise; of a merge that does nothing, or all of it twice, this is 0 or 2.
-    assert float((got * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.4)
-
-
-def test_a_head_parted_from_its_embedding_is_so_in_the_config(base_of, tmp_path):
-    trained_by_peft(base_of("llama", True), tmp_path / "adapter", target_modules=["lm_head"])
-    output = tmp_path / "out"
-    merge(MergeConfig(adapter=str(tmp_path / "adapter"), output_dir=str(output)))
-    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is False
-    tensors = load_file(output / "model.safetensors")
-    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
-
-
-def test_a_layer_trained_in_full_stays_out_of_4_bits(base_of, tmp_path):
-    """It was trained in 16 bits beside the 4-bit ones, and is written so; the config says it."""
-    base, adapter = base_of("llama", False), tmp_path / "adapter"
-    trained_by_peft(base, adapter, target_modules=["q_proj"])
-    name, weight = "model.layers.1.mlp.up_proj.weight", torch.randn(128, 64) * 0.1
-    with_whole_layer(adapter, name, weight, entry="layers.1.mlp.up_proj")
-    for format_ in ("fp32", "nf4"):
-        output = tmp_path / format_
-        data = {"calibration": "none"} if format_ == "nf4" else {}
-        settings = {"output_dir": str(output), "format": format_, **data}
-        merge(MergeConfig(adapter=str(adapter), **settings))
-        got = load_file(output / "model.safetensors")[name]
-        torch.testing.assert_close(got.float(), weight, rtol=1e-2 * (format_ == "nf4"), atol=0)
-    settings = json.loads((output / "config.json").read_text())["quantization_config"]
-    assert "model.layers.1.mlp.up_proj" in settings["llm_int8_skip_modules"]
-    live = load_base(str(base), FP32)
-    load_adapter(live, adapter)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.float32)
-    torch.testing.assert_close(logits(live.eval()), logits(again), rtol=1e-5, atol=1e-5)
-
-
-def with_whole_layer(adapter: Path, name: str, weight: torch.Tensor, *, entry: str) -> None:
-    path = adapter / "adapter_model.safetensors"
-    save_file({**load_file(path), f"base_model.model.{name}": weight}, path)
-    edit_config(adapter, modules_to_save=[entry])
+OFTEN = [
+    "rslora, alphas and ranks", "dora on conv1d", "dora beside biases", "all biases", "lora_bias",
+    "norms", "embedding and tied head", "lora on the tied embedding", "lora on the tied head",
+    "dora on the embedding", "token rows, tied", "token rows of the head",
+]  # fmt: skip
+EACH_KIND = [*OFTEN, *axis("lora", *(kind for kind in KINDS if kind not in [*OFTEN, "lora"]))]
 
 
 def edit_config(adapter: Path, **values: Any) -> None:
@@ -143,73 +38,116 @@ def edit_config(adapter: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_a_grown_vocabulary(base_of, tmp_path):
-    """PEFT saves embedding and head whole when they were resized."""
-    base, adapter, output = base_of("llama", False), tmp_path / "adapter", tmp_path / "out"
-    model = load_base(str(base), FP32)
-    model.resize_token_embeddings(VOCAB + 16)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
-    wrapped.save_pretrained(adapter, save_embedding_layers=True)
-    merge(MergeConfig(adapter=str(adapter), output_dir=str(output), format="fp32"))
-    assert json.loads((output / "config.json").read_text())["vocab_size"] == VOCAB + 16
-    again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
-    torch.testing.assert_close(logits(again), logits(wrapped.eval()), rtol=1e-5, atol=1e-5)
+def edit_tensors(adapter: Path, change: Any) -> None:
+    """`change` is given the tensors as stored, and returns others."""
+    path = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def plain(adapter_build, tmp_path):
+    """PEFT's files of a plain adapter, to change."""
+    return shutil.copytree(adapter_build("lora").peft_folder, tmp_path / "adapter")
+
+
+# ---- one adapter ----
+
+
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_the_merged_model_is_pefts_live_model(kind, adapter_build, tmp_path):
+    built = adapter_build(kind)
+    run_merge(built.peft_folder, tmp_path / "out", format="fp32")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    # fp32: the same sums in another order
+    torch.testing.assert_close(logits(again), built.logits, rtol=1e-5, atol=1e-5)
+    assert (built.base_logits - built.logits).abs().max() > 1e-3  # the adapter is not idle
+
+
+@pytest.mark.parametrize("kind", [*EACH_KIND[2::5], *axis(EACH_KIND[0], *EACH_KIND[1:12])])
+def test_the_4_bit_merge_is_close_to_it(kind, adapter_build, tmp_path):
+    built = adapter_build(kind)
+    run_merge(built.peft_folder, tmp_path / "out", format="nf4", calibration="none")
+    change = logits(load_base(str(tmp_path / "out"), FP32_OR_16_BITS)) - built.base_logits
+    wanted = built.logits - built.base_logits
+    # Without data there is noise; of a merge that does nothing, or all of it twice, this is 0 or 2.
+    share = float((change * wanted).sum() / wanted.square().sum())
+    assert share == pytest.approx(1, abs=0.4)
+
+
+def test_a_head_untied_from_its_embedding_is_so_in_the_config(adapter_build, tmp_path):
+    tensors = merged(adapter_build("lora on the tied head").peft_folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
+def test_a_layer_trained_in_full_stays_out_of_4_bits(adapter_build, base_of, tmp_path):
+    """It was trained in 16 bits beside the 4-bit ones, and is written so; the config says it."""
+    adapter = shutil.copytree(adapter_build("q_proj alone").peft_folder, tmp_path / "adapter")
+    name, weight = "model.layers.1.mlp.up_proj.weight", torch.randn(128, 64) * 0.1
+    edit_tensors(adapter, lambda tensors: {**tensors, f"base_model.model.{name}": weight})
+    edit_config(adapter, modules_to_save=["layers.1.mlp.up_proj"])
+    for format_ in ("fp32", "nf4"):
+        data = {"calibration": "none"} if format_ == "nf4" else {}
+        tensors = merged(adapter, tmp_path / format_, format=format_, **data)
+        rtol = 1e-2 * (format_ == "nf4")
+        torch.testing.assert_close(tensors[name].float(), weight, rtol=rtol, atol=0)
+    settings = json.loads((tmp_path / "nf4/config.json").read_text())["quantization_config"]
+    assert "model.layers.1.mlp.up_proj" in settings["llm_int8_skip_modules"]
+    live = load_adapter(load_base(str(base_of("llama", False)), FP32), adapter)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.float32)
+    torch.testing.assert_close(logits(live.eval()), logits(again), rtol=1e-5, atol=1e-5)
+
+
+def test_a_grown_vocabulary(adapter_build, tmp_path):
+    """PEFT saves embedding and head in full when they were resized."""
+    built = adapter_build("grown vocabulary", "plain")
+    run_merge(built.peft_folder, tmp_path / "out", format="fp32", onto="original")
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == VOCAB + 16
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(again), built.logits, rtol=1e-5, atol=1e-5)
 
 
 # ---- several at once ----
 
 
-def two_adapters(base: Path, root: Path) -> torch.nn.Module:
-    """Adapters `one` (all linear, r 4) and `two` (q_proj and up_proj, r 2) in `root`; both live."""
-    for seed, (name, targets, r) in enumerate(
-        [("one", "all-linear", 4), ("two", ("q_proj", "up_proj"), 2)]
-    ):
-        model = load_base(str(base), FP32)
-        apply_lora(model, LoraConfig(r=r, lora_alpha=8, target_modules=targets))
-        randomize_adapter(model, seed=seed)
-        save_adapter(model, root / name)
-    model = load_base(str(base), FP32)
-    load_adapter(model, root / "one", adapter_name="one")
-    load_adapter(model, root / "two", adapter_name="two")
-    return model.eval()
+@pytest.fixture(scope="module")
+def one_and_two(base_of, tmp_path_factory):
+    """Adapters `one` (all linear, r 4) and `two` (q_proj and up_proj, r 2) on one base."""
+    root, base = tmp_path_factory.mktemp("two"), base_of("llama", False)
+    one = trained(base, root / "one").adapter
+    return one, trained(base, root / "two", r=2, target_modules=("q_proj", "up_proj")).adapter
 
 
-def test_several_adapters_add_up_with_their_weights(base_of, tmp_path):
-    model = two_adapters(base_of("llama", False), tmp_path)
+def test_several_adapters_add_up_with_their_weights(base_of, one_and_two, tmp_path):
+    model = load_base(str(base_of("llama", False)), FP32).eval()
+    for folder in one_and_two:
+        load_adapter(model, folder, adapter_name=folder.name)
     for layer in lora_layers(model).values():
         layer.active_adapters = tuple(layer.lora_A)
         for name, weight in {"one": 0.5, "two": -2.0}.items():
             if name in layer.scaling:
                 layer.scaling[name] *= weight
-    folders = tuple(str(tmp_path / name) for name in ("one", "two"))
+    folders = tuple(map(str, one_and_two))
     output = tmp_path / "out"
-    merge(MergeConfig(adapter=folders, weights=(0.5, -2), output_dir=str(output), format="fp32"))
+    run_merge(folders, output, weights=(0.5, -2), format="fp32")
     again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
-    report = json.loads((output / "merge_report.json").read_text())
-    assert report["adapters"] == dict(zip(folders, (0.5, -2), strict=True))
+    assert report_of(output)["adapters"] == dict(zip(folders, (0.5, -2), strict=True))
     assert "one` times 0.5" in (output / "README.md").read_text()
 
 
-def test_one_adapter_with_weight_one_is_itself(base_of, tmp_path):
-    two_adapters(base_of("llama", False), tmp_path)
-    adapter = read_adapter(tmp_path / "one")
-    assert combine([adapter], [1.0]) is adapter
-
-
-def test_adapters_that_do_not_add_up(base_of, tmp_path):
-    two_adapters(base_of("llama", False), tmp_path)
-    trained_by_peft(base_of("llama", False), tmp_path / "dora", use_dora=True)
-    one, dora = (read_adapter(tmp_path / name) for name in ("one", "dora"))
+def test_adapters_that_do_not_add_up(adapter_build, one_and_two):
+    one, two = map(read_adapter, one_and_two)
+    assert combine([one], [1.0]) is one
+    dora = read_adapter(adapter_build("dora").peft_folder)
     with pytest.raises(UserError, match="DoRA's magnitudes, of which no weighted sum is made"):
         combine([one, dora], [1, 1])
-    other = read_adapter(tmp_path / "two")
-    other.base["blocksize"] = 128
+    two.base["blocksize"] = 128
     with pytest.raises(UserError, match="different bases"):
-        combine([one, other], [1, 1])
+        combine([one, two], [1, 1])
 
 
-# ---- what is refused, by name ----
+# ---- files that do not fit ----
 
 
 @pytest.mark.parametrize(
@@ -222,44 +160,57 @@ def test_adapters_that_do_not_add_up(base_of, tmp_path):
         ({"rank_pattern": {"q_proj": 8}}, r"q_proj.lora_A.weight has shape \(4, 64\).* r=8"),
     ],
 )
-def test_a_config_that_does_not_fit_its_tensors(values, match, base_of, tmp_path):
-    trained_by_peft(base_of("llama", False), tmp_path / "adapter")
-    edit_config(tmp_path / "adapter", **values)
+def test_a_config_that_does_not_fit_its_tensors(values, match, plain):
+    edit_config(plain, **values)
     with pytest.raises(UserError, match=match):
-        read_adapter(tmp_path / "adapter")
+        read_adapter(plain)
 
 
-def test_a_tensor_nobody_asked_for(base_of, tmp_path):
-    trained_by_peft(base_of("llama", False), tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    name = "base_model.model.model.layers.0.mlp.up_proj.weight"
-    save_file({**load_file(path), name: torch.zeros(128, 64)}, path)
+def test_tensors_that_the_config_does_not_name(plain):
+    name = "base_model.model.model.layers.0.mlp.o_proj.weight"
+    edit_tensors(plain, lambda tensors: {**tensors, name: torch.zeros(128, 64)})
     with pytest.raises(UserError, match=f"unexpected {name}"):
-        read_adapter(tmp_path / "adapter")
+        read_adapter(plain)
 
 
-def test_a_bias_where_the_model_has_none(base_of, tmp_path):
-    base = base_of("llama", False)
-    trained_by_peft(base, tmp_path / "adapter", lora_bias=True)
-    with pytest.raises(UserError, match=r"q_proj\.bias is not in the checkpoint"):
-        merge(MergeConfig(adapter=str(tmp_path / "adapter"), output_dir=str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
+def test_a_bias_where_the_model_has_none(plain, tmp_path):
+    edit_tensors(
+        plain,
+        lambda tensors: (
+            tensors
+            | {
+                name.replace("lora_B.weight", "lora_B.bias"): torch.zeros(len(tensor))
+                for name, tensor in tensors.items()
+                if "lora_B" in name
+            }
+        ),
+    )
+    edit_config(plain, lora_bias=True)
+    refused(plain, tmp_path / "out", r"q_proj\.bias is not in the checkpoint")
 
 
-def test_a_layer_that_the_files_lack_is_named(base_of, tmp_path):
+def test_shapes_of_another_base_are_named_together(plain, tmp_path):
+    """A foreign adapter has no fingerprint: the shapes tell."""
+    up_proj, nowhere = (f"base_model.model.{n}" for n in ("model.layers.0.mlp.up_proj", "nowhere"))
+    other = {
+        f"{up_proj}.lora_B.weight": torch.zeros(99, 4),
+        f"{nowhere}.lora_A.weight": torch.zeros(4, 64),
+        f"{nowhere}.lora_B.weight": torch.zeros(64, 4),
+    }
+    edit_tensors(plain, lambda tensors: {**tensors, **other})
+    edit_config(plain, target_modules="all-linear")
+    refused(plain, tmp_path / "out", r"nowhere.weight is not in.*\(128, 64\).*\(99, 64\)")
+
+
+def test_a_layer_that_the_files_lack_is_named(plain, base_of, tmp_path):
     """PEFT would leave it as it starts, without a word."""
-    base, adapter = base_of("llama", False), tmp_path / "adapter"
-    trained_by_peft(base, adapter, target_modules=["q_proj", "v_proj"])
-    file = adapter / "adapter_model.safetensors"
-    kept = {n: t for n, t in load_file(file).items() if "layers.1.self_attn.v_proj" not in n}
-    save_file(kept, file, metadata={"format": "pt"})
-    message = r"layers\.1\.self_attn\.v_proj is in target_modules, and the files have no A and B"
-    model = load_base(str(base), FP32)
-    with pytest.raises(UserError, match=message):
-        load_adapter(model, adapter)
+    lacks = "layers.1.self_attn.v_proj"
+    edit_tensors(plain, lambda tensors: {n: t for n, t in tensors.items() if lacks not in n})
+    match = rf"{lacks} is in target_modules, and the files have no A and B"
+    model = load_base(str(base_of("llama", False)), FP32)
+    with pytest.raises(UserError, match=match):
+        load_adapter(model, plain)
     assert not lora_layers(model)
-    with pytest.raises(UserError, match=message):
-        merge(MergeConfig(adapter=str(adapter), output_dir=str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
-    edit_config(adapter, exclude_modules=["layers.1.self_attn.v_proj"])  # then it may be
-    load_adapter(model, adapter)
+    refused(plain, tmp_path / "out", match)
+    edit_config(plain, exclude_modules=[lacks])  # then it may be missing
+    load_adapter(model, plain)

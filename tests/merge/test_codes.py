@@ -5,72 +5,64 @@ import itertools
 import pytest
 import reference
 import torch
+from conftest import axis
 from torch import Tensor
 
 from qlora.adapters.lora import delta_weight
 from qlora.config import QuantConfig
-from qlora.merge import codes as rounding
+from qlora.merge import codes
 from qlora.ops import nf4
 
 PLAIN = QuantConfig(double_quant=False, blocksize=64)
 
 
 def layer(
-    out: int = 48,
-    wide: int = 128,
-    rank: int = 4,
-    *,
-    ratio: float = 0.01,
-    quant: QuantConfig = PLAIN,
+    out: int = 48, wide: int = 128, *, ratio: float = 0.01, quant: QuantConfig = PLAIN
 ) -> tuple[nf4.Quantized, Tensor, Tensor, Tensor, Tensor]:
     """A weight's codes, base + delta, A, B, and moments of inputs as uneven as a model's are."""
     draw = torch.Generator().manual_seed(1)
-    codes = nf4.quantize(torch.randn(out, wide, generator=draw), quant)
-    base = nf4.dequantize(codes)
+    start = nf4.quantize(torch.randn(out, wide, generator=draw), quant)
+    base = nf4.dequantize(start)
     lora_A, lora_B = (torch.randn(s, generator=draw) for s in ((4, wide), (out, 4)))
     scaling = ratio * float(base.norm() / (lora_B @ lora_A).norm())
     rotation = torch.linalg.qr(torch.randn(wide, wide, generator=draw)).Q
     x = torch.randn(1000, wide, generator=draw) * torch.logspace(0, -2.5, wide) @ rotation
     target = base + delta_weight(lora_A, lora_B, scaling)
-    return codes, target, lora_A, scaling * lora_B, x.T @ x
+    return start, target, lora_A, scaling * lora_B, x.T @ x
 
 
-def felt(error: Tensor, moments: Tensor) -> float:
-    return float((error @ moments * error).sum())
+def product(a: Tensor, b: Tensor, moments: Tensor) -> float:
+    """tr(A H B'), of the outputs of two weights (out, in)."""
+    return float((a @ moments * b).sum())
 
 
 @pytest.mark.parametrize(
     ("ratio", "least"), [(0.003, 0.4), (0.01, 0.85), (0.03, 0.95), (0.1, 0.99)]
 )
-@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("double_quant", axis(True, False))
 def test_the_adapter_survives_where_rounding_to_nearest_loses_it(ratio, least, double_quant):
     quant = QuantConfig(double_quant=double_quant)
     start, target, lora_A, lora_B, moments = layer(256, 256, ratio=ratio, quant=quant)
     base = nf4.dequantize(start)
     delta = target - base
 
-    def kept(codes: nf4.Quantized) -> float:
-        change = nf4.dequantize(codes) - base
-        return felt_product(change, delta, moments) / felt_product(delta, delta, moments)
+    def kept(quantized: nf4.Quantized) -> float:
+        change = nf4.dequantize(quantized) - base
+        return product(change, delta, moments) / product(delta, delta, moments)
 
-    chosen = rounding.keep_adapter(start, target, lora_A, lora_B, moments)
-    assert least < kept(chosen) < 1.1
+    assert least < kept(codes.keep_adapter(start, target, lora_A, lora_B, moments)) < 1.1
     assert kept(nf4.quantize(target, quant)) < least - 0.1
 
 
-def felt_product(a: Tensor, b: Tensor, moments: Tensor) -> float:
-    return float((a @ moments * b).sum())
-
-
-def test_a_sweep_finds_for_each_code_in_turn_the_best_of_the_sixteen():
+def test_a_sweep_gives_each_code_in_turn_the_best_of_the_sixteen_levels():
     """Against the same descent by brute force: each column in turn, every level tried."""
     start, target, _, _, moments = layer(3, 64)
     moments = moments / moments.diagonal().mean()
-    grid = rounding._Grid(start)
+    grid = codes._Grid(start)
     grid.aligned = False  # codes alone: absmax stays
     grid.chunk = 64
     grid.absmax = grid.absmax.expand(64, 3)
-    rounding._Descent(grid, target, moments).sweep(0.0)
+    codes._Descent(grid, target, moments).sweep(0.0)
     levels, scale = torch.tensor(reference.NF4), nf4.absmax(start)
     for row in range(3):
         weight = nf4.dequantize(start)[row].double()
@@ -86,50 +78,49 @@ def test_a_sweep_finds_for_each_code_in_turn_the_best_of_the_sixteen():
 
 
 def test_absmax_moves_to_the_level_that_costs_least():
-    quant = QuantConfig(double_quant=True)
-    start, target, _, _, moments = layer(8, 64, ratio=0.05, quant=quant)
-    grid = rounding._Grid(start)
+    start, target, _, _, moments = layer(8, 64, ratio=0.05, quant=QuantConfig())
+    grid = codes._Grid(start)
     levels = grid.weight / grid.absmax
-    error = grid.weight - target.T
-    slope = (moments @ error * levels).sum(0)
+    slope = (moments @ (grid.weight - target.T) * levels).sum(0)
     bend = (levels * (moments @ levels)).sum(0)
     before = grid.absmax[0].clone()
     moved = grid.move_absmax(0, slope, bend)
     state = start.state
     choices = state.state2.code.double() * state.state2.absmax.double() + state.offset.double()
+
+    def cost(row: int, absmax: Tensor) -> float:
+        error = (levels[:, row].double() * absmax - target[row].double())[None]
+        return product(error, error, moments.double())
+
     for row in range(8):
-        costs = [
-            felt((levels[:, row].double() * c - target[row].double())[None], moments.double())
-            for c in itertools.chain(choices, [before[row].double()])
-            if c > 0
-        ]
-        got = felt((levels[:, row] * moved[row] - target[row]).double()[None], moments.double())
-        assert got == pytest.approx(min(costs), rel=1e-4)
+        tried = [c for c in itertools.chain(choices, [before[row].double()]) if c > 0]
+        least = min(cost(row, absmax) for absmax in tried)
+        assert cost(row, moved[row].double()) == pytest.approx(least, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "quant",
     [
-        PLAIN,
-        QuantConfig(),
-        QuantConfig(quant_type="fp4"),
-        QuantConfig(blocksize=128),
-        QuantConfig(blocksize=32, double_quant=False),
+        {},
+        {"quant_type": "fp4"},
+        {"blocksize": 128},
+        {"blocksize": 32, "double_quant": False},
     ],
-    ids=["plain", "double", "fp4", "wide", "narrow"],
+    ids=str,
 )
 @pytest.mark.parametrize("wide", [128, 80], ids=["aligned", "blocks across rows"])
 def test_the_codes_are_a_record_like_any_other(quant, wide):
+    quant = QuantConfig(**quant)
     start, target, lora_A, lora_B, moments = layer(16, wide, ratio=0.05, quant=quant)
-    grid = rounding._Grid(start)
+    grid = codes._Grid(start)
     again = grid.quantized(*grid.point())
     assert torch.equal(nf4.dequantize(again), nf4.dequantize(start))
     if quant.quant_type == "nf4":
         assert torch.equal(again.packed, start.packed)  # FP4 has two codes for zero
-    chosen = rounding.keep_adapter(start, target, lora_A, lora_B, moments)
-    assert chosen.packed.shape == start.packed.shape and chosen.packed.dtype == torch.uint8
-    assert chosen.state.absmax.dtype == start.state.absmax.dtype
-    assert chosen.state.absmax.shape == start.state.absmax.shape
+    chosen = codes.keep_adapter(start, target, lora_A, lora_B, moments)
+    assert (chosen.packed.shape, chosen.packed.dtype) == (start.packed.shape, torch.uint8)
+    absmax, before = chosen.state.absmax, start.state.absmax
+    assert (absmax.dtype, absmax.shape) == (before.dtype, before.shape)
     record = nf4.to_record(chosen)
     layout = nf4.record_layout((16, wide), quant)
     assert {k: (v.dtype, tuple(v.shape)) for k, v in record.items()} == layout
@@ -138,42 +129,38 @@ def test_the_codes_are_a_record_like_any_other(quant, wide):
     assert float(lost[1].norm()) < float(lost[0].norm()) / 2  # of what A reads
 
 
-def test_an_adapter_that_does_nothing_changes_nothing():
-    start, _, lora_A, lora_B, moments = layer()
-    chosen = rounding.keep_adapter(
-        start, nf4.dequantize(start), lora_A, torch.zeros_like(lora_B), moments
-    )
-    assert torch.equal(chosen.packed, start.packed)
-
-
-def test_inputs_that_never_were_leave_the_codes_alone():
+def test_idle_adapters_and_unused_inputs_leave_the_codes_alone():
     """An expert that no calibration token reached has moments of zero."""
     start, target, lora_A, lora_B, moments = layer()
-    chosen = rounding.keep_adapter(start, target, lora_A, lora_B, torch.zeros_like(moments))
+    idle = torch.zeros_like(lora_B)
+    chosen = codes.keep_adapter(start, nf4.dequantize(start), lora_A, idle, moments)
+    assert torch.equal(chosen.packed, start.packed)
+    chosen = codes.keep_adapter(start, target, lora_A, lora_B, torch.zeros_like(moments))
     assert torch.equal(chosen.packed, start.packed)
 
 
-def test_what_adds_up_over_the_layers_is_made_up_for():
+def test_the_error_that_adds_up_over_the_layers_is_corrected():
     """Against least squares on inputs with these moments."""
     start, target, lora_A, lora_B, moments = layer(256, 256)
     values, vectors = torch.linalg.eigh(moments.double())
     x = values.clamp_min(0).sqrt()[:, None] * vectors.T  # x' x = moments
-    responses = rounding._Responses(lora_A, lora_B, moments)
+    responses = codes._Responses(lora_A, lora_B, moments)
     seen = x @ responses.reads.double().T
 
-    def adds_up(codes: nf4.Quantized) -> float:
-        y = x @ (nf4.dequantize(codes) - target).double().T @ torch.linalg.qr(lora_B).Q.double()
+    def adds_up(quantized: nf4.Quantized) -> float:
+        error = (nf4.dequantize(quantized) - target).double()
+        y = x @ error.T @ torch.linalg.qr(lora_B).Q.double()  # (in, in) (in, out) (out, r)
         return float((seen @ torch.linalg.lstsq(seen, y).solution).square().sum())
 
-    state = rounding._Descent(rounding._Grid(start), target, moments)
-    assert responses.error(state) == pytest.approx(adds_up(start), rel=1e-3)
-    chosen = rounding.keep_adapter(start, target, lora_A, lora_B, moments)
+    descent = codes._Descent(codes._Grid(start), target, moments)
+    assert responses.error(descent) == pytest.approx(adds_up(start), rel=1e-3)
+    chosen = codes.keep_adapter(start, target, lora_A, lora_B, moments)
     assert adds_up(chosen) < 0.03 * adds_up(start)
 
 
 def test_the_inputs_principal_directions():
     *_, moments = layer(8, 256)
-    found = rounding._principal(moments, 32)
+    found = codes._principal(moments, 32)
     torch.testing.assert_close(found @ found.T, torch.eye(32), rtol=0, atol=1e-5)
-    most = torch.linalg.eigvalsh(moments)[-32:].sum()
-    assert float(torch.trace(found @ moments @ found.T) / most) > 0.99
+    largest = torch.linalg.eigvalsh(moments)[-32:].sum()
+    assert float(torch.trace(found @ moments @ found.T) / largest) > 0.99

@@ -1,0 +1,146 @@
+"""Verification, what depends on it, and calibration."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from merging import merged, refused, report_of, rows_file, run_merge
+from merging import trained_on as trained_on
+from transformers import AutoModelForCausalLM
+
+from qlora.adapters.format import read_adapter
+from qlora.adapters.lora import lora_layers
+from qlora.errors import UserError
+from qlora.merge.measure import (
+    OWN_LENGTH,
+    SecondMoments,
+    Verification,
+    Verifier,
+    calibrate,
+    own_text,
+)
+
+POOR = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 1.9, 0.8)
+WORSE = Verification(12, 100, 1.0, 2.0, 2.0, 0.2, 1.9, 0.8)
+
+
+@pytest.fixture
+def adapter(trained_on):
+    return trained_on("llama").adapter
+
+
+# ---- verification ----
+
+
+def test_verify_measures_a_merge(adapter, tmp_path, capsys):
+    data = rows_file(tmp_path)
+    run_merge(adapter, tmp_path / "fp32", format="fp32", verify=data)
+    assert "base + live adapter" in capsys.readouterr().out
+    verified = report_of(tmp_path / "fp32")["verify"]
+    assert verified["rows"] == 12
+    # "it is 81" in single bytes and <|im_end|>: 7 to 9 + 1 tokens a row
+    assert verified["tokens"] == sum(len(f"it is {i * i}") + 1 for i in range(12))
+    # live and merged compute in the machine's dtype, bf16 or fp32: bf16 rounds at 4e-3
+    assert verified["loss_merged"] == pytest.approx(verified["loss_live"], abs=5e-3)
+    assert 0 <= verified["kl"] < 1e-3
+    assert abs(verified["loss_base"] - verified["loss_live"]) > 5e-3  # the adapter does something
+
+
+def test_verify_measures_a_4_bit_merge(adapter, tmp_path):
+    data = rows_file(tmp_path)
+    run_merge(adapter, tmp_path / "nf4", format="nf4", calibration=data, verify=data)
+    verified = report_of(tmp_path / "nf4")["verify"]
+    assert 0 < verified["kl"] < 0.1
+    assert 0.5 < verified["agreement"] <= 1
+    gain = verified["loss_base"] - verified["loss_live"]  # a random adapter may gain or lose
+    kept = (verified["loss_base"] - verified["loss_merged"]) / gain if gain > 0 else None
+    assert verified["kept"] == (kept and pytest.approx(kept))
+
+
+def test_min_kept_and_the_warning_go_by_the_share_kept(adapter, tmp_path, monkeypatch, capsys):
+    data = rows_file(tmp_path)
+    assert (POOR.kept, WORSE.kept) == (0.75, None)
+    monkeypatch.setattr(Verifier, "measure", lambda *_: POOR)
+    match = r"keeps 75.0%.*--min-kept 0.9.*nothing was written"
+    refused(adapter, tmp_path / "out", match, verify=data, min_kept=0.9)
+    run_merge(adapter, tmp_path / "poor", verify=data, min_kept=0.7)
+    assert report_of(tmp_path / "poor")["verify"]["kept"] == 0.75
+    assert "WARNING: the merged model has lost 25.0%" in capsys.readouterr().out
+    monkeypatch.setattr(Verifier, "measure", lambda *_: WORSE)
+    match = "the adapter gains nothing: loss 1.0000 without"
+    refused(adapter, tmp_path / "out", match, verify=data, min_kept=0.5)
+    run_merge(adapter, tmp_path / "worse", verify=data)
+    assert report_of(tmp_path / "worse")["verify"]["kept"] is None
+    assert "no gain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("better", ["nf4", "original"])
+def test_auto_takes_the_base_with_the_lower_loss(better, adapter, tmp_path, monkeypatch, capsys):
+    losses = {"nf4": 1.5, "original": 1.5, better: 1.2}
+    wanted = merged(adapter, tmp_path / "wanted", onto=better)
+    monkeypatch.setattr(
+        Verifier,
+        "measure",
+        lambda _, folder: Verification(12, 100, 3.0, 1.0, losses[folder.name], 0.2, 1.9, 0.8),
+    )
+    tensors = merged(adapter, tmp_path / "out", onto="auto", verify=rows_file(tmp_path))
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {path.name for path in (tmp_path / "wanted").iterdir()}
+    assert report_of(tmp_path / "out")["onto"] == better
+    assert f"taken is {better}" in capsys.readouterr().out
+
+
+def test_a_failing_verification_keeps_the_merge(adapter, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Verifier, "measure", fail)
+    with pytest.raises(MemoryError):
+        run_merge(adapter, tmp_path / "out", verify=rows_file(tmp_path))
+    assert (tmp_path / "out" / "merge_report.json").is_file()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+# ---- calibration ----
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_are_spread_over_the_data(count, adapter, checkpoints, tmp_path, monkeypatch):
+    files = [tmp_path / f"{verb}.jsonl" for verb in ("say", "ask")][:count]
+    for file in files:
+        rows = [{"prompt": f"{file.stem} {i}", "completion": f"{i}"} for i in range(100, 200)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("qlora.merge.measure.MIN_TOKENS", 500)
+    base = checkpoints("llama")
+    moments = calibrate(read_adapter(adapter), str(base), [*map(str, files)], base, device="cpu")
+    assert 250 < sum(int(batch["attention_mask"].sum()) for batch in moments.batches) < 1000
+    ids = [row for batch in moments.batches for row in batch["input_ids"]]
+    texts = [tiny_tokenizer().decode(row) for row in ids]
+    for file in files:
+        for part in (10, 19):
+            assert any(f"{file.stem} {part}" in text for text in texts)
+
+
+def test_a_base_without_a_tokenizer(adapter, checkpoints, tmp_path):
+    (tmp_path / "empty").mkdir()
+    base, data = str(checkpoints("llama")), [rows_file(tmp_path)]
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        calibrate(read_adapter(adapter), base, data, tmp_path / "empty", device="cpu")
+
+
+def test_the_model_samples_the_text_it_reads(trained_on):
+    """From the first token on, in full length, the same at every call."""
+    model = trained_on("llama").model
+    before = torch.random.get_rng_state()
+    (batch,) = own_text(model, 300)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert batch["input_ids"].shape == (3, OWN_LENGTH)
+    assert (batch["input_ids"][:, 0] == model.generation_config.bos_token_id).all()
+    assert len(batch["input_ids"][:, 1:].unique()) > 50  # nothing greedy
+    assert torch.equal(own_text(model, 300)[0]["input_ids"], batch["input_ids"])
+    moments = SecondMoments(model, [batch], lora_layers(model)).of("model.layers.1.mlp.down_proj")
+    assert torch.isfinite(moments).all()
+    assert moments.diagonal().min() > 0

@@ -1,0 +1,100 @@
+"""What the tests of merges share: adapters to merge, and merges without their picture."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import FP32, randomize_adapter, token_ids
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.files import save_adapter
+from qlora.base.load import load_base
+from qlora.config import LoraConfig, MergeConfig, QuantConfig
+from qlora.errors import UserError
+from qlora.merge import merge
+
+
+class Trained(NamedTuple):
+    """A live model with a random adapter, and its files. Tests leave both as they found them."""
+
+    model: Any
+    adapter: Path
+
+
+def trained(base: Path, folder: Path, quant: QuantConfig = FP32, **lora: Any) -> Trained:
+    """An adapter over `base`, in `folder`."""
+    model = load_base(str(base), quant)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8} | lora)
+    apply_lora(model, config, generator=torch.Generator().manual_seed(0))
+    randomize_adapter(model)
+    save_adapter(model, folder)
+    return Trained(model.eval(), folder)
+
+
+@pytest.fixture(scope="session")
+def trained_on(checkpoints, tmp_path_factory) -> Callable[[str], Trained]:
+    """`trained_on("llama")`: an adapter over that tiny model, made once."""
+
+    @cache
+    def build(family: str) -> Trained:
+        return trained(checkpoints(family), tmp_path_factory.mktemp("trained") / "adapter")
+
+    return build
+
+
+def run_merge(
+    adapter: Path | tuple[str, ...], output: Path, *, picture: bool = False, **settings: Any
+) -> None:
+    """Most of the time of a tiny merge would go into its picture."""
+    names = adapter if isinstance(adapter, tuple) else str(adapter)
+    with nullcontext() if picture else patch("qlora.merge.report.plot_merge"):
+        merge(MergeConfig(adapter=names, output_dir=str(output), **settings))
+
+
+def merged(adapter: Path, output: Path, **settings: Any) -> dict[str, Tensor]:
+    """The merged checkpoint's tensors, as written."""
+    run_merge(adapter, output, **settings)
+    files = sorted(output.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def report_of(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "merge_report.json").read_text()))
+
+
+def refused(adapter: Path, output: Path, match: str, **settings: Any) -> None:
+    """The merge fails with one line that matches, and leaves nothing behind."""
+    before = sorted(output.parent.rglob("*"))
+    with pytest.raises(UserError, match=match) as error:
+        run_merge(adapter, output, **settings)
+    assert "\n" not in str(error.value)
+    assert sorted(output.parent.rglob("*")) == before
+
+
+def rows_file(folder: Path) -> str:
+    """Twelve rows for calibration and verification."""
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(12)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def assert_same_function(output: Path, model: Any) -> None:
+    """The merged checkpoint gives the live model's logits, to fp32 sums in another order."""
+    again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        ids = token_ids()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
