@@ -31,7 +31,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from qlora.adapters.lora import LoRALayer, LoRALinear, adapter_dtype
-from qlora.adapters.wrappers import AdapterModule, plain
+from qlora.adapters.wrappers import AdapterModule, frozen_copy, plain
 from qlora.base.modules import is_conv, is_linear, shallow_copy
 from qlora.config import LoraConfig
 
@@ -112,16 +112,14 @@ class LoRAConv(LoRALayer):
 class LoRAExperts(AdapterModule):
     """LoRA over parameters (E, out, in) of a module; or (out, in), as routers have."""
 
+    BY_ADAPTER = ("lora_A", "lora_B", "scaling")
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.scaling: dict[str, dict[str, float]] = {}  # by adapter, then by parameter
         self._fused: dict[str, Tensor] = {}
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return tuple(self.lora_A)
 
     def add_adapter(
         self,
@@ -151,9 +149,8 @@ class LoRAExperts(AdapterModule):
     ) -> None:
         """An adapter with these values of some parameters, frozen and not yet active."""
         for held, values in ((self.lora_A, lora_A), (self.lora_B, lora_B)):
-            moved = {n: t.to(getattr(self.plain, n).device, copy=True) for n, t in values.items()}
-            parameters = {n: nn.Parameter(t, requires_grad=False) for n, t in moved.items()}
-            held[name] = nn.ParameterDict(parameters)
+            copies = {n: frozen_copy(t, getattr(self.plain, n)) for n, t in values.items()}
+            held[name] = nn.ParameterDict(copies)
         self.scaling[name] = dict(scaling)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
@@ -181,10 +178,6 @@ class LoRAExperts(AdapterModule):
         """The module's parameters that adapter `name` changes, in the module's order."""
         lora_A, _ = self._matrices(name)
         return [leaf for leaf, _ in self.plain.named_parameters(recurse=False) if leaf in lora_A]
-
-    def remove_adapter(self, name: str) -> None:
-        if name in self.lora_A:
-            del self.lora_A[name], self.lora_B[name], self.scaling[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base module, with its changed parameters."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from qlora.adapters.wrappers import AdapterModule, adapted
+from qlora.adapters.wrappers import AdapterModule, adapted, frozen_copy
 from qlora.base.modules import as_dense, computes_in, dense_weight, matrix_shape
 from qlora.config import LoraConfig
 from qlora.ops.lora import Dropout
@@ -43,6 +43,7 @@ from qlora.ops.nf4 import DTYPES
 class LoRALayer(AdapterModule):
     """A frozen layer with named low-rank adapters; a subclass for each type of layer."""
 
+    BY_ADAPTER = ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector", "scaling", "dropout")
     ENDINGS = ("lora_A.weight", "lora_B.weight")
     """of the names of A and B in adapter files"""
 
@@ -145,10 +146,6 @@ class LoRALayer(AdapterModule):
     # ---- adapters by name ----
 
     @property
-    def adapters(self) -> tuple[str, ...]:
-        return tuple(self.lora_A)
-
-    @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight as a matrix."""
         return matrix_shape(self.plain)
@@ -173,46 +170,33 @@ class LoRALayer(AdapterModule):
         self, name: str, factors: "Factors", dropout: float = 0.0, bias: Tensor | None = None
     ) -> None:
         """An adapter with these values, frozen and not yet active."""
-        device = self.plain.weight.device
-        # copies: tensors of a file may be aligned so that kernels round otherwise
-        lora_A, lora_B = (t.to(device, copy=True) for t in factors[:2])
+        weight = self.plain.weight
+        lora_A, lora_B = (frozen_copy(t, weight) for t in factors[:2])
         self._set_matrices(name, lora_A, lora_B)
         if factors.magnitude is not None:
-            magnitude = factors.magnitude.to(device, copy=True).view(self._magnitude_shape)
-            self.lora_magnitude_vector[name] = nn.Parameter(magnitude)
+            magnitude = factors.magnitude.view(self._magnitude_shape)
+            self.lora_magnitude_vector[name] = frozen_copy(magnitude, weight)
         if bias is not None:
-            self.lora_bias[name] = nn.Parameter(bias.to(device, copy=True))
+            self.lora_bias[name] = frozen_copy(bias, weight)
         for parameter in self.parameters_of(name).values():
             parameter.requires_grad_(False)
         self.scaling[name], self.dropout[name] = factors.scaling, dropout
 
     def factors(self, name: str) -> "Factors":
         """Adapter `name` of this layer, as matrices."""
-        magnitude = None
-        if name in self.lora_magnitude_vector:
-            magnitude = self.lora_magnitude_vector[name].flatten()
         lora_A, lora_B = self.lora_A[name].flatten(1), self.lora_B[name].flatten(1)
+        magnitudes = self.lora_magnitude_vector
+        magnitude = magnitudes[name].flatten() if name in magnitudes else None
         return Factors(lora_A, lora_B, self.scaling[name], magnitude)
 
-    @property
-    def _parameters_by_ending(self) -> dict[str, nn.ParameterDict]:
-        return {
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        held = {
             self.ENDINGS[0]: self.lora_A,
             self.ENDINGS[1]: self.lora_B,
             "lora_magnitude_vector": self.lora_magnitude_vector,
             "lora_B.bias": self.lora_bias,
         }
-
-    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        held = self._parameters_by_ending.items()
-        return {ending: parts[name] for ending, parts in held if name in parts}
-
-    def remove_adapter(self, name: str) -> None:
-        for parts in self._parameters_by_ending.values():
-            if name in parts:
-                del parts[name]
-        self.scaling.pop(name, None)
-        self.dropout.pop(name, None)
+        return {ending: parts[name] for ending, parts in held.items() if name in parts}
 
     def drawn_dropout(self, name: str) -> Dropout | None:
         """The dropout of A's input in one call of the layer; None where nothing is dropped."""
@@ -290,7 +274,7 @@ class LoRALayer(AdapterModule):
         computes in."""
         weight = dense_weight(below)
         for change in [self.factors(name).change(weight) for name in names]:
-            weight = weight.add_(change)
+            weight.add_(change)
         return weight.to(computes_in(below))
 
 

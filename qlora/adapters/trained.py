@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from qlora.adapters.layers import scaled_as
-from qlora.adapters.wrappers import AdapterModule
+from qlora.adapters.wrappers import AdapterModule, frozen_copy
 from qlora.base.modules import (
     as_dense,
     computes_in,
@@ -32,15 +32,13 @@ class TrainedModule(AdapterModule):
     """A module of which each adapter has a copy of some parameters, or of all: PEFT's
     modules_to_save, and biases. It is the innermost wrapper."""
 
+    BY_ADAPTER = ("copies",)
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.copies = nn.ModuleDict()
         self._dense: nn.Module | None = None
         self._fused: dict[str, dict[str, Tensor]] = {}
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return tuple(self.copies)
 
     def add_adapter(
         self, name: str, parameters: Iterable[str], *, dtype: torch.dtype = torch.float32
@@ -51,20 +49,14 @@ class TrainedModule(AdapterModule):
 
     def put_adapter(self, name: str, values: dict[str, Tensor]) -> None:
         """These values, frozen and not yet active; a vocabulary may have more rows."""
-        devices = {leaf: getattr(self.plain, leaf).device for leaf in values}
-        copies = {leaf: value.to(devices[leaf], copy=True) for leaf, value in values.items()}
-        frozen = {leaf: nn.Parameter(t, requires_grad=False) for leaf, t in copies.items()}
-        self.copies[name] = nn.ParameterDict(frozen)
+        copies = {leaf: frozen_copy(t, getattr(self.plain, leaf)) for leaf, t in values.items()}
+        self.copies[name] = nn.ParameterDict(copies)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         if name not in self.copies:
             return {}
         held: Any = self.copies[name]
         return dict(held.items())
-
-    def remove_adapter(self, name: str) -> None:
-        if name in self.copies:
-            del self.copies[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base module, with the active adapter's copies."""
@@ -132,18 +124,13 @@ class TrainedModule(AdapterModule):
                 module: Any = shallow_copy(below if own is self.plain else own)
                 for leaf, value in self._cast(name).items():
                     setattr(module, leaf, nn.Parameter(value.detach(), requires_grad=False))
-                    if leaf == "weight":
-                        _set_rows(module, len(value))
+                # a vocabulary may have grown
+                if isinstance(module, nn.Embedding):
+                    module.num_embeddings = len(module.weight)
+                elif isinstance(module, nn.Linear):
+                    module.out_features = len(module.weight)
                 return module.train(below.training)  # type: ignore[no-any-return]
         return below
-
-
-def _set_rows(module: Any, rows: int) -> None:
-    """The size of an embedding or head whose weight may have more rows now."""
-    if isinstance(module, nn.Embedding):
-        module.num_embeddings = rows
-    elif isinstance(module, nn.Linear):
-        module.out_features = rows
 
 
 class TokenRows(AdapterModule):
@@ -154,16 +141,14 @@ class TokenRows(AdapterModule):
         tied_to: the embedding's wrapper, if this is around the head that is tied to it.
     """
 
+    BY_ADAPTER = ("rows", "ids")
+
     def __init__(self, base_layer: nn.Module, tied_to: "TokenRows | None" = None) -> None:
         super().__init__(base_layer)
         self.rows: nn.ParameterDict = nn.ParameterDict() if tied_to is None else tied_to.rows
         self.ids: dict[str, list[int]] = {} if tied_to is None else tied_to.ids
         self.is_tied = tied_to is not None
         self.is_head = not isinstance(self.plain, nn.Embedding)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return tuple(self.rows)
 
     def add_adapter(
         self, name: str, ids: Sequence[int], dtype: torch.dtype = torch.float32
@@ -174,18 +159,12 @@ class TokenRows(AdapterModule):
 
     def put_adapter(self, name: str, ids: Sequence[int], rows: Tensor) -> None:
         """These rows, frozen and not yet active."""
-        copied = rows.to(self.plain.weight.device, copy=True)
-        self.ids[name] = list(ids)
-        self.rows[name] = nn.Parameter(copied, requires_grad=False)
+        self.ids[name], self.rows[name] = list(ids), frozen_copy(rows, self.plain.weight)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         if self.is_tied or name not in self.rows:  # those of a tied head are the embedding's
             return {}
         return {"token_adapter.trainable_tokens_delta": self.rows[name]}
-
-    def remove_adapter(self, name: str) -> None:
-        if name in self.rows:
-            del self.rows[name], self.ids[name]
 
     def forward(self, x: Tensor) -> Tensor:
         """ids (...) -> (..., dim); or of a head x (..., dim) -> logits (..., vocab)."""

@@ -42,6 +42,9 @@ class Wrapper(nn.Module):
 class AdapterModule(Wrapper):
     """A frozen module with named adapters, of which the active ones change its output."""
 
+    BY_ADAPTER: tuple[str, ...] = ()
+    """attributes that are dicts by the names of adapters; the first has all of them"""
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.active_adapters: tuple[str, ...] = ()
@@ -51,7 +54,7 @@ class AdapterModule(Wrapper):
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters that change this module."""
-        raise NotImplementedError
+        return tuple(getattr(self, self.BY_ADAPTER[0]))
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of adapter `name`, by the endings of their names in adapter files."""
@@ -59,7 +62,9 @@ class AdapterModule(Wrapper):
 
     def remove_adapter(self, name: str) -> None:
         """Delete adapter `name`, if the module has it."""
-        raise NotImplementedError
+        for held in (getattr(self, attribute) for attribute in self.BY_ADAPTER):
+            if name in held:
+                del held[name]
 
     def fuse(self, names: Iterable[str]) -> None:
         """Compute as fast as without these adapters while all of them are active, if possible."""
@@ -68,8 +73,8 @@ class AdapterModule(Wrapper):
         """Undo `fuse`."""
 
     def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
-        """A plain module that computes what `below` does with these adapters; `below` is the base
-        layer, or what the wrappers behind this one were fused into."""
+        """A plain module in place of `below`, the base layer or one already fused, and these
+        adapters."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "AdapterModule":
@@ -91,6 +96,14 @@ class AdapterModule(Wrapper):
             for name in dict.fromkeys(names)
             if name in self.adapters
         }
+
+
+def frozen_copy(value: Tensor, like: Tensor) -> nn.Parameter:
+    """`value` as a frozen parameter on the device of `like`.
+
+    A copy: tensors of a file may be aligned so that kernels round otherwise.
+    """
+    return nn.Parameter(value.to(like.device, copy=True), requires_grad=False)
 
 
 # ---- find ----
