@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from qlora.adapters.lora import LoRALinear, adapter_dtype, delta_weight, lora_layers
-from qlora.base.modules import output_head
 from qlora.config import LoraConfig
 
 OUT, IN = 48, 64
@@ -75,19 +74,13 @@ def test_a_new_adapter_changes_nothing(base):
     assert torch.equal(layer(x), before)  # active, and B is zero
 
 
-def test_forward_equals_the_formula(base):
-    layer = make(base, lora_alpha=12)
+@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 3.0), (True, 6.0)])  # 12 / sqrt(4)
+def test_forward_equals_the_formula(base, use_rslora, scaling):
+    layer = make(base, lora_alpha=12, use_rslora=use_rslora)
     x = gaussian(2, 5, IN, seed=4)
     y = layer(x)
     assert (y.dtype, y.shape) == (torch.float32, (2, 5, OUT))
-    assert torch.allclose(y.double(), expected(x, layer, base, scaling=3.0), **FP32_TOLERANCE)
-
-
-def test_scaling_of_rslora(base):
-    layer = make(base, lora_alpha=12, use_rslora=True)
-    x = gaussian(5, IN, seed=4)
-    exact = expected(x, layer, base, scaling=6.0)  # 12 / sqrt(4)
-    assert torch.allclose(layer(x).double(), exact, **FP32_TOLERANCE)
+    assert torch.allclose(y.double(), expected(x, layer, base, scaling=scaling), **FP32_TOLERANCE)
 
 
 def test_two_active_adapters_add_up(base):
@@ -164,17 +157,12 @@ def test_gradients_are_those_of_the_formula(base):
         assert reference.relative_rms(ours.grad, exact.grad) < 1e-6
 
 
-def test_only_a_and_b_get_gradients(base):
-    layer = make(base)
-    layer(gaussian(5, IN, seed=4)).sum().backward()
-    with_gradient = {name for name, p in layer.named_parameters() if p.grad is not None}
-    assert with_gradient == {"lora_A.default", "lora_B.default"}
-
-
 def test_at_step_one_only_b_has_a_gradient_that_is_not_zero(base):
     layer = make(base)
     layer.lora_B["default"].data.zero_()
     layer(gaussian(5, IN, seed=4)).square().sum().backward()
+    with_gradient = {name for name, p in layer.named_parameters() if p.grad is not None}
+    assert with_gradient == {"lora_A.default", "lora_B.default"}
     assert not layer.lora_A["default"].grad.any()
     assert layer.lora_B["default"].grad.any()
 
@@ -195,20 +183,14 @@ def test_a_is_uniform_and_b_zero():
     assert abs(lora_A.mean()) < 0.02 * bound
 
 
-def test_a_seed_means_the_same_in_any_dtype():
+def test_a_seed_means_the_same_in_any_dtype_and_without_a_generator():
     fp32 = make(adapter_dtype="fp32").lora_A["default"]
-    bf16 = make(adapter_dtype="bf16").lora_A["default"]
-    other = make(generator_seed=4).lora_A["default"]
-    assert torch.equal(bf16, fp32.bfloat16())
-    assert not torch.equal(fp32, other)
-
-
-def test_without_a_generator_the_global_seed_counts():
-    first, second = LoRALinear(nn.Linear(IN, OUT)), LoRALinear(nn.Linear(IN, OUT))
-    for layer in (first, second):
-        torch.manual_seed(7)
-        layer.add_adapter("default", LoraConfig(r=4))
-    assert torch.equal(first.lora_A["default"], second.lora_A["default"])
+    assert torch.equal(make(adapter_dtype="bf16").lora_A["default"], fp32.bfloat16())
+    assert not torch.equal(fp32, make(generator_seed=4).lora_A["default"])
+    layer = LoRALinear(nn.Linear(IN, OUT))
+    torch.manual_seed(3)
+    layer.add_adapter("default", LoraConfig(r=4))
+    assert torch.equal(layer.lora_A["default"], fp32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -234,33 +216,26 @@ def test_delta_weight_is_what_the_forward_pass_adds(base):
 # ---- how it looks to others ----
 
 
-def test_it_shows_its_base(base):
+def test_it_shows_its_base_and_is_found_by_name(base):
     layer = make(base)
     assert (layer.in_features, layer.out_features) == (IN, OUT)
     assert layer.weight is layer.base_layer.weight
     assert layer.bias is layer.base_layer.bias
     assert "r={'default': 4}" in repr(layer)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "dtype"),
-    [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)],
-)
-def test_adapter_dtype_on_a_cpu(wanted, dtype):
-    assert (
-        adapter_dtype(LoraConfig(adapter_dtype=wanted), torch.device("cpu"), torch.bfloat16)
-        == dtype
-    )
-
-
-def test_lora_layers_are_found_by_name():
-    layer = make()
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ModuleDict({"c": layer})})
     assert lora_layers(model) == {"b.c": layer}
 
 
-def test_a_model_without_a_head_has_none():
-    assert output_head(nn.Linear(2, 2)) is None
+@pytest.mark.parametrize(("asked", "device", "compute", "dtype"), [
+    ("auto", "cpu", "bfloat16", "float32"),
+    ("auto", "cuda", "bfloat16", "bfloat16"),
+    ("auto", "cuda", "float16", "float32"),  # loss scaling has no kernel for bf16
+    ("bf16", "cpu", "float32", "bfloat16"),
+])  # fmt: skip
+def test_adapter_dtype(asked, device, compute, dtype):
+    config = LoraConfig(adapter_dtype=asked)
+    found = adapter_dtype(config, torch.device(device), getattr(torch, compute))
+    assert found == getattr(torch, dtype)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from conftest import randomize_adapter
+from conftest import axis, randomize_adapter
 from diffusers import UNet2DModel
 from torch import nn
 from torch.nn import functional as F
@@ -120,7 +120,7 @@ def in_4_bits(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("is_4_bit", [False, True], ids=["plain", "4-bit"])
+@pytest.mark.parametrize("is_4_bit", axis(True, False))
 @pytest.mark.parametrize("kind", MODELS)
 def test_train_save_open_merge(kind, is_4_bit, tmp_path):
     torch.manual_seed(0)

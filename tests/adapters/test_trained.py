@@ -202,59 +202,6 @@ def test_every_kind_on_a_gpu(kind, base_of, tmp_path):
 # ---- what is refused, with the model as it was ----
 
 
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "no such module": ("llama", {"modules_to_save": ("lm_hed",)}, r"no module\. Did you mean"),
-    "adapted and saved": (
-        "llama", {"modules_to_save": ("q_proj",)}, "q_proj is in target_modules and in modules"
-    ),
-    "all saved": (
-        "llama", {"target_modules": "all-linear", "modules_to_save": ("model",)}, "leaves none"
-    ),
-    "no bias there": ("llama", {"bias": "all"}, "bias=all has nothing to train: the model has no"),
-    "no bias in layers": (
-        "qwen2", {"bias": "lora_only", "target_modules": ("o_proj",)}, "the layers that target_mod"
-    ),
-    "rows beyond": ("llama", {"trainable_token_indices": (5, 320)}, "has 320, and model.embed_tok"),
-    "rows of no embedding": (
-        "llama", {"trainable_token_indices": {"q_proj": (5,)}}, "matches no embedding"
-    ),
-    "rows and lora": (
-        "llama",
-        {"target_modules": ("embed_tokens",), "trainable_token_indices": (5,)},
-        "embed_tokens is adapted or trained as a whole, and in trainable_token_indices",
-    ),
-    "a bias of an embedding's B": (
-        "llama",
-        {"target_modules": ("embed_tokens", "q_proj"), "lora_bias": True},
-        "model.embed_tokens is an embedding, whose B has none",
-    ),
-    "no such parameter": (
-        "mixtral", {"target_parameters": ("experts.up",)}, "matches no parameter"
-    ),
-    "no matrix": ("mixtral", {"target_parameters": ("norm.weight",)}, "which is no matrix in 16"),
-    "another revision": ("llama", {"revision": "v2"}, "revision='v2', and the base was loaded at"),
-    "stored otherwise": ("llama", {"fan_in_fan_out": True}, r"layers store \(out, in\): leave"),
-    "stored otherwise too": (
-        "gpt2",
-        {"target_modules": ("c_attn",), "fan_in_fan_out": False},
-        r"layers store \(in, out\): leave",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_refused_with_the_model_as_it_was(what, base_of):
-    family, settings, message = REFUSED[what]
-    model = load_base(str(base_of(family, False)), FP32_OR_16_BITS).eval()
-    before = logits(model)
-    model.lm_head.weight.requires_grad_(True)
-    with pytest.raises(UserError, match=message):
-        apply_lora(model, LoraConfig(r=2, **{"target_modules": QV} | settings))
-    assert not adapted(model)
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
-    assert torch.equal(logits(model), before)
-
-
 def test_only_one_adapter_trains_biases(base_of, tmp_path):
     model = load_base(str(base_of("qwen2", False)), FP32_OR_16_BITS).eval()
     save_adapter(trained(model, "all biases"), tmp_path)

@@ -1,0 +1,369 @@
+"""Adapters fused into the base and removed, exactly; and combined, against PEFT's ways."""
+
+from typing import get_args
+
+import peft
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import FP32, axis, randomize_adapter, tiny_model, token_ids
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qlora.adapters.apply import adapter_configs, apply_lora, disable_adapter, set_adapter
+from qlora.adapters.files import load_adapter, save_adapter
+from qlora.adapters.format import read_adapter
+from qlora.adapters.fuse import (
+    Combination,
+    add_weighted_adapter,
+    delete_adapter,
+    merge_adapter,
+    merge_and_unload,
+    unload,
+    unmerge_adapter,
+)
+from qlora.adapters.lora import LoRALinear, lora_layers
+from qlora.base.load import load_base
+from qlora.base.modules import dense_weight
+from qlora.config import LoraConfig, MergeConfig, QuantConfig
+from qlora.errors import UserError
+from qlora.merge import merge
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=token_ids()).logits
+
+
+# ---- fuse, undo, remove ----
+
+
+def codes(model):
+    """Every tensor of the frozen base, the 4-bit ones as their bytes."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if "lora_" not in name and "fused_weight" not in name:
+            found[name.replace(".base_layer", "")] = tensor.clone()
+    return found
+
+
+def same(tensors, others):
+    return tensors.keys() == others.keys() and all(
+        torch.equal(tensor, others[name]) for name, tensor in tensors.items()
+    )
+
+
+@pytest.fixture(params=axis("qwen2 dora", "llama", "gpt2", "qwen2", "plain", "llama dora"))
+def adapted(request, checkpoints):
+    """A base, 4-bit or plain, with two adapters, of which "default" is active; evaluating."""
+    family, _, dora = request.param.partition(" ")
+    model = tiny_model("llama") if family == "plain" else load_base(str(checkpoints(family)), FP32)
+    first = "c_attn" if family == "gpt2" else "q_proj"
+    apply_lora(model, LoraConfig(r=3, target_modules=(first,)), adapter_name="other")
+    apply_lora(model, LoraConfig(r=4, use_dora=bool(dora)))
+    randomize_adapter(model, std=0.1)
+    return model.eval()
+
+
+def test_merged_it_computes_what_it_computed_live(adapted):
+    live, base = logits(adapted), codes(adapted)
+    with disable_adapter(adapted):
+        without = logits(adapted)
+    merge_adapter(adapted)
+    calls = []
+    for layer in lora_layers(adapted).values():
+        layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(logits(adapted), live, rtol=0, atol=1e-5)
+    assert not calls  # one product a layer
+    assert same(codes(adapted), base)
+    with disable_adapter(adapted):
+        assert torch.equal(logits(adapted), without)
+    unmerge_adapter(adapted)
+    assert torch.equal(logits(adapted), live)
+    assert same(codes(adapted), base)
+    assert not any("fused" in name for name in adapted.state_dict())
+
+
+def test_other_adapters_go_on_meaning_what_they_mean(adapted):
+    wanted = {}
+    for names in (["default"], ["other"], ["default", "other"]):
+        set_adapter(adapted, names)
+        wanted[tuple(names)] = logits(adapted)
+    for merged in ("default", "other"):
+        merge_adapter(adapted, merged)
+        for names, values in wanted.items():
+            set_adapter(adapted, list(names))
+            torch.testing.assert_close(logits(adapted), values, rtol=0, atol=1e-5)
+        unmerge_adapter(adapted)
+
+
+def test_training_unmerges(adapted):
+    merge_adapter(adapted)
+    adapted.train()
+    adapted(input_ids=token_ids()).logits.sum().backward()
+    for layer in lora_layers(adapted).values():
+        assert layer.fused_weight is None
+        assert layer.lora_A["default"].grad is not None
+
+
+def test_a_merge_in_bf16_is_one_rounding(checkpoints):
+    model = load_base(str(checkpoints("llama")), QuantConfig(compute_dtype="bf16"))
+    apply_lora(model, LoraConfig(r=4))
+    randomize_adapter(model, std=0.1)
+    merge_adapter(model.eval())
+    for layer in lora_layers(model).values():
+        exact = dense_weight(layer.base_layer) + layer.get_delta_weight("default")
+        assert layer.fused_weight.dtype == torch.bfloat16
+        assert torch.equal(layer.fused_weight, exact.bfloat16())
+    assert logits(model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", axis("gpt2", "llama"))
+def test_merge_and_unload_is_the_merge_of_the_files(family, checkpoints, tmp_path):
+    model = load_base(str(checkpoints(family)), FP32)
+    some = "c_fc" if family == "gpt2" else "up_proj"  # the other layers are 4-bit and not adapted
+    apply_lora(model, LoraConfig(r=4, target_modules=(some,))).eval()
+    randomize_adapter(model, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    live = logits(model)
+    merge_and_unload(model)
+    assert not any(isinstance(m, Linear4bit | LoRALinear) for m in model.modules())
+    torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    out = tmp_path / "merged"
+    merge(MergeConfig(adapter=str(tmp_path / "adapter"), output_dir=str(out), format="fp32"))
+    files = [load_file(tmp_path / who / "model.safetensors") for who in ("saved", "merged")]
+    assert same(*files)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_merged_model_is_no_longer_the_base_it_was(checkpoints, tmp_path):
+    """An adapter trained over it is none of that base, which a merge would look for."""
+    model = load_base(str(checkpoints("llama")), FP32)
+    merge_and_unload(apply_lora(model, LoraConfig(r=4)))
+    save_adapter(apply_lora(model, LoraConfig(r=4)), tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert adapter.base == {"task": "causal-lm"}
+    assert adapter.quantization == QuantConfig()
+
+
+def test_unload_leaves_the_same_modules(checkpoints):
+    model = load_base(str(checkpoints("llama")), FP32)
+    modules = dict(model.named_modules())
+    assert unload(apply_lora(model, LoraConfig(r=4))) is model
+    assert dict(model.named_modules()) == modules
+    apply_lora(model, LoraConfig(r=2))  # and takes new ones
+
+
+def test_delete_adapter_also_removes_wrappers_without_another(adapted):
+    live = logits(adapted)
+    set_adapter(adapted, "other")
+    wanted = logits(adapted)
+    delete_adapter(adapted, "default")
+    assert adapter_configs(adapted).keys() == {"other"}
+    first = "c_attn" if "c_attn" in str(adapted) else "q_proj"
+    assert all(name.endswith(first) for name in lora_layers(adapted))
+    assert not any("default" in name for name, _ in adapted.named_parameters())
+    assert torch.equal(logits(adapted), wanted) and not torch.equal(wanted, live)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda m: merge_adapter(m, "othr"), "no adapter 'othr' .* Did you mean other"),
+        (lambda m: merge_adapter(merge_adapter(m)), "default is merged already: unmerge_adapter"),
+        (lambda m: merge_adapter(m.train()), "training mode.*model.eval"),
+        (unmerge_adapter, "no adapter is merged"),
+        (lambda m: unmerge_adapter(unmerge_adapter(merge_adapter(m))), "no adapter is merged"),
+        (lambda m: delete_adapter(m, "default"), "'default' is active: set_adapter another first"),
+        (lambda m: delete_adapter(merge_adapter(m, "other"), "other"), "'other' is merged"),
+        (lambda m: delete_adapter(m, "none"), "no adapter 'none'"),
+        (lambda m: merge_and_unload(unload(m)), "no adapter is active"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(adapted, wrong, message):
+    live, base = logits(adapted), codes(adapted)
+    with pytest.raises(UserError, match=message):
+        wrong(adapted)
+    assert same(codes(adapted), base)
+    if lora_layers(adapted):
+        torch.testing.assert_close(logits(adapted.eval()), live, rtol=0, atol=1e-5)
+
+
+# ---- combine ----
+
+SETTINGS = {
+    "one": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
+    "two": {"r": 4, "lora_alpha": 2, "target_modules": ["q_proj", "up_proj"]},
+    "six": {"r": 6, "lora_alpha": 6, "target_modules": ["q_proj"], "use_rslora": True},
+}
+
+
+def ours(*names):
+    model = tiny_model("llama")
+    for name in names or ("one", "two"):
+        settings = SETTINGS[name]
+        targets = tuple(settings["target_modules"])
+        apply_lora(model, LoraConfig(**settings | {"target_modules": targets}), adapter_name=name)
+    randomize_adapter(model, std=0.3)
+    return model.eval()
+
+
+def theirs(model):
+    """PEFT's model with the adapters of `model`."""
+    names = [*adapter_configs(model)]
+    adapted = None
+    for name in names:
+        config = peft.LoraConfig(**SETTINGS[name])
+        if adapted is None:
+            adapted = peft.get_peft_model(tiny_model("llama"), config, adapter_name=name)
+        else:
+            adapted.add_adapter(name, config)
+    for name, layer in lora_layers(model).items():
+        other = adapted.get_submodule(f"base_model.model.{name}")
+        for adapter in layer.lora_A:
+            other.lora_A[adapter].weight.data = layer.lora_A[adapter].data.clone()
+            other.lora_B[adapter].weight.data = layer.lora_B[adapter].data.clone()
+    return adapted.eval()
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """The generator that dare draws with; PEFT's would be used for its layers' values as well."""
+    own = torch.Generator()
+
+    def bernoulli(probability, generator=None):
+        return (torch.rand(probability.shape, generator=own) < probability).float()
+
+    monkeypatch.setattr(torch, "bernoulli", bernoulli)
+    return own
+
+
+def density_of(way):
+    return 0.4 if way.startswith(("ties", "dare", "magnitude")) else None
+
+
+@pytest.mark.parametrize("weights", axis((0.7, -0.5), (1.0, 0.4)), ids=str)
+@pytest.mark.parametrize("way", get_args(Combination))
+def test_the_change_is_that_of_pefts(way, weights, draws):
+    model = ours()
+    other = theirs(model)
+    draws.manual_seed(5)
+    add_weighted_adapter(model, ["one", "two"], weights, "new", way, density=density_of(way))
+    draws.manual_seed(5)
+    other.add_weighted_adapter(
+        ["one", "two"], list(weights), "new", combination_type=way, density=density_of(way)
+    )
+    layers = lora_layers(model)
+    assert {n.rpartition(".")[2] for n in layers} == {"q_proj", "down_proj", "up_proj"}
+    for name, layer in layers.items():
+        wanted = other.get_submodule(f"base_model.model.{name}").get_delta_weight("new")
+        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, rtol=0, atol=1e-5)
+        assert wanted.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("way", ["ties", "dare_ties_svd"])
+def test_signs_by_count_are_those_of_pefts(way, draws):
+    model = ours()
+    other = theirs(model)
+    for who in (add_weighted_adapter, other.add_weighted_adapter):
+        draws.manual_seed(5)
+        settings = {
+            "combination_type": way,
+            "density": 0.5,
+            "majority_sign_method": "frequency",
+        }
+        args = (["one", "two"], [0.5, 0.5], "new")
+        who(*(args if who is not add_weighted_adapter else (model, *args)), **settings)
+    for name, layer in lora_layers(model).items():
+        wanted = other.get_submodule(f"base_model.model.{name}").get_delta_weight("new")
+        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, rtol=0, atol=1e-5)
+
+
+def test_dare_draws_from_the_generator():
+    drawn = []
+    for seed in (1, 1, 2):
+        model, generator = ours(), torch.Generator().manual_seed(seed)
+        settings = {"combination_type": "dare_linear", "density": 0.5, "generator": generator}
+        add_weighted_adapter(model, ["one", "two"], [1, 1], "new", **settings)
+        drawn.append(next(iter(lora_layers(model).values())).lora_B["new"])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("way", ["cat", "svd"])
+def test_ranks_and_scalings_of_any_kind_add_up_exactly(way):
+    model = ours("one", "two", "six")
+    weights = {"one": 0.5, "two": -1.0, "six": 2.0}
+    add_weighted_adapter(
+        model, [*weights], [*weights.values()], "new", way, 14 if way == "svd" else None
+    )
+    for layer in lora_layers(model).values():
+        wanted = sum(w * layer.get_delta_weight(n) for n, w in weights.items() if n in layer.lora_A)
+        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, rtol=0, atol=1e-5)
+        assert len(layer.lora_A["new"]) == 14  # one rank for all, as the files want it
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True}, "'more' is DoRA's, of which no weighted sum"),
+        ({"lora_bias": True}, "'more' has lora_bias, of which no weighted sum"),
+        ({"modules_to_save": ("norm",)}, "beside its A and B, of which no weighted sum"),
+    ],
+)
+def test_more_than_a_and_b_has_no_weighted_sum(settings, words):
+    model = apply_lora(ours(), LoraConfig(r=4, **settings), adapter_name="more")
+    with pytest.raises(UserError) as error:
+        add_weighted_adapter(model, ["one", "more"], [1, 1], "new", "cat")
+    assert words in str(error.value)
+
+
+def test_the_new_one_rests_until_it_is_set_and_can_be_saved(tmp_path):
+    model = ours()
+    with torch.no_grad():
+        before = model(input_ids=token_ids()).logits
+        add_weighted_adapter(model, ["one", "two"], [1.0, 1.0], "new", "cat")
+        assert torch.equal(model(input_ids=token_ids()).logits, before)
+        assert not any(layer.lora_A["new"].requires_grad for layer in lora_layers(model).values())
+        set_adapter(model, ["one", "two"])
+        wanted = model(input_ids=token_ids()).logits
+        set_adapter(model, "new")
+        mixed = model(input_ids=token_ids()).logits
+        torch.testing.assert_close(mixed, wanted, rtol=0, atol=1e-5)
+        save_adapter(model, tmp_path, adapter_name="new")
+        again = load_adapter(tiny_model("llama"), tmp_path / "new").eval()
+        assert torch.equal(again(input_ids=token_ids()).logits, mixed)
+        other = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "new").eval()
+        torch.testing.assert_close(other(input_ids=token_ids()).logits, mixed, rtol=0, atol=1e-5)
+
+
+BAD_ARGUMENTS = [
+    ((["one", "x"], [1, 1], "new"), "no adapter 'x'"),
+    ((["one", "two"], [1], "new"), "a weight for each adapter, got 2 and 1"),
+    (([], [], "new"), "a weight for each adapter"),
+    ((["one", "one"], [1, 1], "new"), "named twice"),
+    ((["one", "two"], [1, float("nan")], "new"), "finite"),
+    ((["one", "two"], [1, 1], "one"), "already has an adapter 'one'"),
+    ((["one", "two"], [1, 1], "new", "tie"), r"combination_type must be .*Did you mean ties\?"),
+    ((["one", "two"], [1, 1], "new", "ties"), "ties needs one"),
+    ((["one", "two"], [1, 1], "new", "cat", None, 0.5), "cat takes none"),
+    ((["one", "two"], [1, 1], "new", "ties", None, 1.5), "above 0 and at most 1, got 1.5"),
+    ((["one", "two"], [1, 1], "new", "cat", 3), "svd_rank is the rank"),
+    ((["one", "two"], [1, 1], "new", "svd", 0), "svd_rank is the rank"),
+    ((["one", "two"], [1, 1], "new", "ties", None, 0.5, "mean"), "must be total or frequency"),
+    (
+        (["one", "six"], [1, 1], "new", "linear"),
+        r"linear wants adapters of one rank, at .*q_proj",
+    ),
+]
+
+
+def test_bad_arguments_are_refused():
+    model = ours("one", "two", "six")
+    before = {name: id(p) for name, p in model.named_parameters()}
+    for args, message in BAD_ARGUMENTS:
+        with pytest.raises(UserError, match=message):
+            add_weighted_adapter(model, *args)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert adapter_configs(model).keys() == {"one", "two", "six"}

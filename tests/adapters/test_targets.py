@@ -1,0 +1,290 @@
+"""Which layers a config means: what PEFT chooses, with PEFT's own functions as the oracle."""
+
+import peft
+import pytest
+import torch
+from adapter_kinds import FP32_OR_16_BITS, QV, logits
+from conftest import FP32, axis, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.lora import lora_layers
+from qlora.adapters.targets import layer_number, target_layers
+from qlora.adapters.wrappers import adapted
+from qlora.base.load import load_base
+from qlora.config.lora import LoraConfig, pattern_key
+from qlora.errors import UserError
+
+NAMES = [
+    "fc",
+    "head.fc",
+    "blocks.1.fc",
+    "model.layers.0.q",
+    "model.layers.0.experts.2.up.q",
+    "model.layers.1.attn.q",
+    "model.layers.1.attn.kq",
+    "model.layers.1.experts.0.up.q",
+    "model.layers.10.attn.q",
+    "model.layers.10.mlp.fc",
+    "model.decoder.h.2.layers.1.q",
+    "model.h.01.attn.fc",
+]
+
+
+def tree(names):
+    """A model of linear layers with these names."""
+    root = nn.Module()
+    for name in names:
+        at = root
+        *path, leaf = name.split(".")
+        for part in path:
+            if not hasattr(at, part):
+                at.add_module(part, nn.Module())
+            at = getattr(at, part)
+        at.add_module(leaf, nn.Linear(2, 2, bias=False, device="meta"))
+    return root
+
+
+def by_peft(config, names):
+    values = {
+        "target_modules": config.target_modules,
+        "exclude_modules": config.exclude_modules or None,
+        "layers_to_transform": list(config.layers_to_transform) or None,
+        "layers_pattern": list(config.layers_pattern) or None,
+    }
+    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    peft_config = peft.LoraConfig(**lists)
+    return [name for name in names if check_target_module_exists(peft_config, name)]
+
+
+def endings(names):
+    return sorted({".".join(n.split(".")[i:]) for n in names for i in range(len(n.split(".")))})
+
+
+entries = st.lists(st.sampled_from(endings(NAMES)), min_size=1, max_size=4, unique=True).map(tuple)
+nothing = st.just(())
+
+
+@settings(max_examples=400, deadline=None, database=None)
+@given(
+    targets=entries,
+    exclude=nothing | entries,
+    layers=nothing | st.lists(st.sampled_from([0, 1, 2, 10]), min_size=1, unique=True).map(tuple),
+    pattern=nothing | st.sampled_from([("layers",), ("h",), ("blocks", "h"), ("model.layers",)]),
+)
+def test_lists_mean_what_they_mean_in_peft(targets, exclude, layers, pattern):
+    config = LoraConfig(
+        target_modules=targets,
+        exclude_modules=exclude,
+        layers_to_transform=layers,
+        layers_pattern=pattern if layers else (),
+    )
+    wanted = by_peft(config, NAMES)
+    try:
+        assert target_layers(tree(NAMES), config) == wanted
+    except UserError as error:  # PEFT is silent about layers that are not there
+        told = str(error)
+        assert not wanted or "layers_to_transform" in told
+
+
+@pytest.mark.parametrize(
+    ("target", "exclude"),
+    [
+        (r".*\.q", ()),
+        (r"model\..*(q|fc)", r".*experts.*"),
+        (r".*fc", ("blocks.1.fc", "head.fc")),
+        (r"fc|.*\.kq", ()),
+        (r"model\.layers\.\d\.(.*\.)?k?q", r".*\.0\..*"),
+    ],
+)
+def test_regular_expressions_mean_what_they_mean_in_peft(target, exclude):
+    config = LoraConfig(target_modules=target, exclude_modules=exclude)
+    found = target_layers(tree(NAMES), config)
+    assert found == by_peft(config, NAMES) != []
+
+
+@pytest.mark.parametrize("pattern", [(), ("layers",), ("h",), ("model.layers",), ("blocks", "h")])
+def test_the_number_of_a_layer_is_the_one_that_peft_sees(pattern):
+    for name in (*NAMES[1:], "layers.3.q", "a.0", "a.0.b", "x.y.007.z.1.w"):
+        leaf = name.rpartition(".")[2]
+        values = {"target_modules": [leaf], "layers_pattern": list(pattern) or None}
+        number = layer_number(name, pattern)
+        for tried in {0, 1, 2, 3, 7, 10} | ({number} - {None}):
+            config = peft.LoraConfig(layers_to_transform=[tried], **values)
+            assert bool(check_target_module_exists(config, name)) == (tried == number), name
+
+
+@given(
+    pattern=st.lists(st.sampled_from([*endings(NAMES), r"q|fc", r".*attn.q", r"\d+\.q", "k?q"])),
+    name=st.sampled_from(NAMES),
+)
+@settings(deadline=None, database=None)
+def test_patterns_are_for_the_layers_that_peft_takes_them_for(pattern, name):
+    theirs = get_pattern_key(pattern, name)
+    assert (pattern_key(pattern, name) or name) == theirs
+
+
+@pytest.mark.parametrize("use_rslora", axis(True, False))
+def test_ranks_and_scalings_are_pefts(use_rslora):
+    values = {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": use_rslora,
+        "rank_pattern": {"q_proj": 2, r"layers\.1\..*_proj": 6},
+        "alpha_pattern": {"q_proj": 5, "0.mlp.up_proj": 12.5},
+    }
+    ours = lora_layers(apply_lora(tiny_model("llama"), LoraConfig(**values)))
+    theirs = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(target_modules="all-linear", **values)
+    )
+    for name, layer in ours.items():
+        wanted = theirs.get_submodule(f"base_model.model.{name}")
+        assert len(layer.lora_A["default"]) == wanted.r["default"], name
+        assert layer.scaling["default"] == pytest.approx(wanted.scaling["default"]), name
+    assert len({layer.scaling["default"] for layer in ours.values()}) > 3
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", "all-linear"),
+        ("llama", ("q_proj", "lm_head")),
+        ("phi", "all-linear"),
+        ("mixtral", ("q_proj", "o_proj")),  # by all-linear PEFT means router and experts as well
+        ("gpt2", "all-linear"),
+    ],
+)
+def test_the_layers_of_models_are_those_that_peft_chooses(family, targets, checkpoints):
+    base = tiny_model(family) if family != "gpt2" else load_base(str(checkpoints(family)), FP32)
+    model = apply_lora(base, LoraConfig(r=2, target_modules=targets))
+    lists = targets if isinstance(targets, str) else list(targets)
+    config = peft.LoraConfig(r=2, target_modules=lists, fan_in_fan_out=family == "gpt2")
+    theirs = peft.get_peft_model(tiny_model(family), config)
+    assert set(lora_layers(model)) == {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+def test_targets_come_in_the_models_order_also_of_an_adapted_model():
+    """The matrices of an adapter, and the layer behind it, are no targets."""
+    model, config = tiny_model("llama"), LoraConfig(target_modules=("v_proj", "q_proj"))
+    names = target_layers(model, config)
+    assert [name.split(".", 2)[2] for name in names] == [
+        "0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.q_proj", "1.self_attn.v_proj",
+    ]  # fmt: skip
+    every = target_layers(model, LoraConfig(target_modules=("all-linear",)))
+    assert len(every) == 14 and "lm_head" not in every
+    apply_lora(model, LoraConfig(r=2))
+    assert target_layers(model, config) == names and target_layers(model, LoraConfig()) == every
+
+
+def test_some_layers_of_all_linear():
+    config = LoraConfig(layers_to_transform=(1,), exclude_modules=("mlp.up_proj",))
+    found = target_layers(tiny_model("llama"), config)
+    assert len(found) == 6 and all(".1." in name for name in found)
+
+
+# ---- what is refused, with the model as it was ----
+
+
+LEAVES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+LLAMA_LEAVES = LEAVES.replace("k_proj", "k_proj, lm_head")
+REFUSED: dict[str, list[tuple[dict[str, object], str]]] = {
+    "llama": [
+        ({"target_modules": ("query",)}, rf"'query' matches no layer\..*from: {LLAMA_LEAVES}\."),
+        ({"target_modules": ("q_prj",)}, r"'q_prj' matches no layer\. Did you mean q_proj\?"),
+        ({"target_modules": ("q_proj", "x", "y")}, "target_modules 'x', 'y' matches no layer"),
+        ({"target_modules": ("proj",)}, "'proj' matches no layer"),  # part of a name is no ending
+        ({"target_modules": ".*query"}, r"'\.\*query' matches no layer"),
+        ({"target_modules": r".*mlp\.up"}, "matches no layer"),  # the whole name is matched
+        ({"target_modules": "q_proj"}, "'q_proj' matches no layer"),  # likewise
+        (
+            {"target_modules": "*q_proj"},
+            r"'\*q_proj' is no regular .*; for name endings give a list",
+        ),
+        ({"target_modules": ("norm",)}, r"or embedding: model\.norm\. .* linear layers: down_proj"),
+        ({"target_modules": ".*"}, r"no linear layer, convolution or embedding: .* …\. This"),
+        ({"exclude_modules": ("qproj",)}, r"exclude_modules 'qproj' .*Did you mean q_proj\?"),
+        ({"exclude_modules": ".*"}, "exclude_modules leaves none of the layers"),
+        ({"exclude_modules": "("}, r"exclude_modules '\(' is no regular expression"),
+        ({"layers_to_transform": (7,)}, "7 matches no layer: .*this model has numbers 0 to 1$"),
+        (
+            {"layers_to_transform": (0,), "layers_pattern": ("blocks",)},
+            "this model has no numbered layer after blocks",
+        ),
+        ({"rank_pattern": {"qproj": 2}}, r"rank_pattern 'qproj' matches no .*mean q_proj\?"),
+        ({"alpha_pattern": {"lm_head": 2}}, "no adapted layer. Choose from: q_proj, v_proj"),
+        ({"modules_to_save": ("lm_hed",)}, r"no module\. Did you mean lm_head\?"),
+        ({"modules_to_save": ("q_proj",)}, "q_proj is in target_modules and in modules_to_save"),
+        ({"target_modules": "all-linear", "modules_to_save": ("model",)}, "leaves none"),
+        ({"bias": "all"}, "bias=all has nothing to train: the model has no bias"),
+        ({"trainable_token_indices": (5, 320)}, "has 320, and model.embed_tokens has 320 rows"),
+        ({"trainable_token_indices": {"q_proj": (5,)}}, "'q_proj' matches no embedding"),
+        (
+            {"target_modules": ("embed_tokens",), "trainable_token_indices": (5,)},
+            "embed_tokens is adapted or trained as a whole, and in trainable_token_indices",
+        ),
+        (
+            {"target_modules": ("embed_tokens", "q_proj"), "lora_bias": True},
+            "model.embed_tokens is an embedding, whose B has none",
+        ),
+        ({"revision": "v2"}, "revision='v2', and the base was loaded at its default"),
+        ({"fan_in_fan_out": True}, r"layers store \(out, in\): leave"),
+    ],
+    "gpt2": [
+        (
+            {"target_modules": ("c_attn",), "fan_in_fan_out": False},
+            r"layers store \(in, out\): leave",
+        ),
+    ],
+    "qwen2": [
+        ({"bias": "lora_only", "target_modules": ("o_proj",)}, "the layers that target_modules"),
+    ],
+    "mixtral": [
+        ({"target_parameters": ("experts.up",)}, "'experts.up' matches no parameter"),
+        ({"target_parameters": ("norm.weight",)}, "norm.weight, which is no matrix in 16"),
+    ],
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_with_the_model_as_it_was(family, base_of):
+    model = load_base(str(base_of(family, False)), FP32_OR_16_BITS).eval()
+    before, modules = logits(model), dict(model.named_modules())
+    model.lm_head.weight.requires_grad_(True)
+    for config, message in REFUSED[family]:
+        with pytest.raises(UserError, match=message):
+            apply_lora(model, LoraConfig(r=2, **{"target_modules": QV} | config))
+        assert not adapted(model) and dict(model.named_modules()) == modules
+        trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert trainable == ["lm_head.weight"]
+    assert torch.equal(logits(model), before)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(UserError, match="all-linear found no linear layer in this model"):
+        apply_lora(nn.Sequential(nn.Embedding(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layers_to_transform": (0,), "target_modules": ".*q"}, "write the numbers themselves"),
+        ({"layers_pattern": ("layers",)}, "give both"),
+        ({"rank_pattern": {"q": 0}}, "q in rank_pattern must be a whole number above 0, got 0"),
+        ({"rank_pattern": {"q": True}}, "must be a whole number above 0, got True"),
+        ({"alpha_pattern": {"*": 1}}, r"'\*' in alpha_pattern is no regular expression"),
+        ({"alpha_pattern": {"q": -1.5}}, "q in alpha_pattern must be a number above 0, got -1.5"),
+        ({"rank_pattern": ["q"]}, r"rank_pattern must be NAME: NUMBER pairs, got \['q'\]"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        LoraConfig(**values)
