@@ -91,25 +91,21 @@ def has_kernel(device: torch.device, dtype: torch.dtype, act: str) -> bool:
     from qlora.ops import kernels
 
     gate = torch.linspace(-9, 9, 4099, device=device).to(dtype)  # the last block is not full
+    up, dh = gate.flip(0), gate.roll(7)
+
+    def outputs(forward: Callable[..., None], backward: Callable[..., None]) -> list[Tensor]:
+        tensors = [torch.empty_like(gate) for _ in range(4)]
+        forward(gate, up, tensors[0], act)
+        backward(gate, up, dh, *tensors[1:], act)
+        return tensors
+
     return agrees(
-        partial(_all_outputs, kernels.gated_forward, kernels.gated_backward),
-        partial(_all_outputs, plain_forward, plain_backward),
-        *(gate, gate.flip(0), gate.roll(7), act),
+        lambda: outputs(kernels.gated_forward, kernels.gated_backward),
+        lambda: outputs(plain_forward, plain_backward),
         # one rounding, and exponentials that may differ by several roundings of fp32
         tolerance=torch.finfo(dtype).eps + 1e-5,
         what=f"Triton's kernel of {act} over {dtype} on {device}",
     )
-
-
-def _all_outputs(
-    forward: Callable[..., None], backward: Callable[..., None], *inputs: Any
-) -> list[Tensor]:
-    """h of the forward function; h, dgate and dup of the backward one."""
-    gate, up, dh, act = inputs
-    outputs = [torch.empty_like(gate) for _ in range(4)]
-    forward(gate, up, outputs[0], act)
-    backward(gate, up, dh, *outputs[1:], act)
-    return outputs
 
 
 def _check(act: str, *tensors: Tensor) -> None:

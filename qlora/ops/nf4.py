@@ -174,6 +174,9 @@ def round_trip(weight: Tensor, quant: QuantConfig) -> Tensor:
     return dequantize(quantize(weight, quant))
 
 
+# ---- the record on disk
+
+
 def to_record(quantized: Quantized) -> dict[str, Tensor]:
     """The tensors of the on-disk record; the packed bytes under the empty suffix.
 
