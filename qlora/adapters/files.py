@@ -3,10 +3,10 @@
     adapter_config.json        PEFT's LoraConfig, sorted keys, indent 2
     adapter_model.safetensors  base_model.model.<module>.lora_A.weight (r, in) and lora_B (out, r)
 
-PEFT, transformers, vLLM, SGLang and llama.cpp read them. The adapter "default" is saved in the
-folder itself, any other in a sub-folder of its name. Beside PEFT's `format: pt` the safetensors
-metadata has one entry of ours, `qlora`, that other programs ignore: how the base was quantized and
-its fingerprint. A merge reads there what was trained on, and loading refuses another base.
+The adapter "default" is saved in the folder itself, any other in a sub-folder of its name. Beside
+PEFT's `format: pt` the safetensors metadata has an entry of ours, `qlora`, that other programs
+ignore: the base's fingerprint and how it was quantized, by which a merge knows what was trained on
+and loading refuses another base.
 
 An adapter whose base was changed for it (qlora.adapters.rebase: PiSSA, OLoRA, LoftQ of several
 rounds) is saved with rank 2r over the unchanged base: A over A', B beside -B', the same scaling.
@@ -14,8 +14,6 @@ rounds) is saved with rank 2r over the unchanged base: A over A', B beside -B', 
 which is the function that was trained. Over the plain 4-bit base, as in PEFT and vLLM, it differs
 by the difference between two quantizations of each weight; over the original weights by the error
 of the changed base alone.
-
-`check_fits` names all that is wrong with an adapter on a model before anything is changed.
 """
 
 import json

@@ -132,24 +132,18 @@ class ResolvedModel:
 
     def load(self) -> PreTrainedModel:
         """The model in eval mode, on the GPU where there is one."""
-        with _progress_bars_on_terminals_only():
-            model = self._load()
-        model.eval()
-        return model
-
-    def _load(self) -> PreTrainedModel:
+        checkpoint, quant, device = self.checkpoint, self.quantization, default_device()
         trusted: Any = {"trust_remote_code": self.choice.trust_remote_code}
-        quant, device = self.quantization, default_device()
-        if self.adapter:
-            return load_live(self.checkpoint, self.adapter, quant=quant, **trusted)
-        if self.in_4_bits:
-            return load_base(self.checkpoint, quant, task=self.task, labels=self.labels, **trusted)
-        model: PreTrainedModel = auto_class(task_named(self.task)).from_pretrained(
-            self.checkpoint.folder,
-            dtype=compute_dtype(quant, device),
-            device_map={"": device},
-            **trusted,
-        )
+        with _progress_bars_on_terminals_only():
+            if self.adapter:
+                return load_live(checkpoint, self.adapter, quant=quant, **trusted)
+            if self.in_4_bits:
+                model = load_base(checkpoint, quant, task=self.task, labels=self.labels, **trusted)
+            else:
+                placed = {"dtype": compute_dtype(quant, device), "device_map": {"": device}}
+                kind = auto_class(task_named(self.task))
+                model = kind.from_pretrained(checkpoint.folder, **placed, **trusted)
+        model.eval()
         return model
 
 
@@ -192,9 +186,13 @@ def resolve_model(choice: ModelChoice) -> ResolvedModel:
             f"adapter {adapter.folder} was trained on {name}, which could not be found: {error}. "
             "Give the base's new place as --base-model"
         ) from error
-    model = ResolvedModel(choice, name, checkpoint, adapter)
-    _require_same_base(model, adapter)
-    return model
+    require_same_base(adapter, checkpoint.fingerprint, str(checkpoint.folder))
+    require_same_codes(checkpoint, adapter)
+    if not adapter.subtracted:  # that needs weights, not only shapes: attach checks it
+        trusted = choice.trust_remote_code
+        known: Any = {"task": adapter.task, "labels": adapter.labels, "trust_remote_code": trusted}
+        check_fits(skeleton(checkpoint.folder, **known), adapter)
+    return ResolvedModel(choice, name, checkpoint, adapter)
 
 
 def task_in(config: Mapping[str, Any]) -> str:
@@ -218,18 +216,3 @@ def _require_adapter(folder: Path) -> None:
             f"{folder} is a run that did not finish, so it holds no adapter: give its last "
             f"checkpoint, {folder / f'checkpoint-{max(steps)}'}"
         )
-
-
-def _require_same_base(model: ResolvedModel, adapter: AdapterFile) -> None:
-    """Raise if the adapter was trained on another base, before that is loaded."""
-    checkpoint = model.checkpoint
-    require_same_base(adapter, checkpoint.fingerprint, str(checkpoint.folder))
-    require_same_codes(checkpoint, adapter)
-    if not adapter.subtracted:  # that needs weights, not only shapes: attach checks it
-        empty = skeleton(
-            checkpoint.folder,
-            task=model.task,
-            labels=model.labels,
-            trust_remote_code=model.choice.trust_remote_code,
-        )
-        check_fits(empty, adapter)

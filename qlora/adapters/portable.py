@@ -6,30 +6,27 @@ prints what each program that loads PEFT's files makes of an adapter, and writes
 part of the format that all of them read alike, which is A and B of linear layers, one r, one
 lora_alpha and a list of targets. The function stays the same:
 
-    scaling      lora_alpha = scaling * r, a float; rsLoRA becomes lora_alpha / r, to a rounding of
-                 a double
-    patterns     one scaling for all; B takes the ratio of its layer's scaling to that. A power of
-                 two is exact in any dtype; of another ratio that B becomes fp32
-    ranks        rows of zeros below A and columns of zeros beside B, up to the highest r: a server
-                 reserves that much for each layer anyway
-    targets      a list; full names where it was a regular expression or only some of the layers
+    scaling   lora_alpha = scaling * r, a float; rsLoRA becomes lora_alpha / r, to a double's
+              rounding
+    patterns  one scaling for all; B takes the ratio of its layer's scaling to that. A power of two
+              is exact in any dtype; with another ratio that B becomes fp32
+    ranks     zeros as further rows of A and columns of B, up to the highest r
+    targets   a list; full names where it was a regular expression or only some of the layers
 
-What A and B cannot say is refused by name: DoRA, biases, embeddings, modules and token rows trained
-in full. merge_dequant.py folds all of those in.
+What A and B cannot say (DoRA, biases, embeddings, modules and token rows trained in full) is
+refused by name.
 
 The verdicts are a table of rules, read off the consumers' sources. Ignoring a setting is worse than
 refusing it: the program runs, and another model answers. Left out is what files do not tell: the
-layers that a server supports of each family, its flags (vLLM and SGLang have --max-lora-rank), LoRA
-on an output head that is tied to its embedding (llama.cpp refuses it), an added_tokens.json beside
-the adapter (SGLang refuses new ones); and zeros for layers that an adapter lacks beside others
-(SGLang wants v_proj where q_proj is), as their shapes are the base's.
+layers that a server supports of each family, its flags (--max-lora-rank), LoRA on an output head
+that is tied to its embedding (llama.cpp refuses it), an added_tokens.json beside the adapter
+(SGLang refuses new ones); and zeros for layers that SGLang stacks with adapted ones.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,27 +141,6 @@ def table(verdicts: Mapping[str, list[str]]) -> str:
 
 # ---- what a rule looks at ----
 
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter as its consumers see it."""
-
-    values: Mapping[str, Any]
-    """adapter_config.json"""
-    shapes: Mapping[str, tuple[int, ...]]
-    """of each tensor"""
-
-    def leaves(self, *kinds: str) -> list[str]:
-        """The last parts of the names of modules with tensors of these kinds (see `kind_of`)."""
-        return _leaves(module for module, kind in map(kind_of, self.shapes) if kind in kinds)
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Of each module with an A (r, in)."""
-        kinds = {name: kind_of(name) for name in self.shapes}
-        return {m: self.shapes[name][0] for name, (m, kind) in kinds.items() if kind in ("A", "EA")}
-
-
 KINDS = {**PARTS, "lora_embedding_A": "EA", "lora_embedding_B": "EB", "lora_B.bias": "lora_bias"}
 
 
@@ -191,85 +167,91 @@ def _leaves(modules: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-# Of an adapter, what a rule is about, by name; empty where the rule does not apply.
-Offenders = Callable[[Adapter], Iterable[str]]
+class Adapter:
+    """An adapter as its consumers see it. The methods name what rules are about, if anything.
+
+    Args:
+        values: adapter_config.json.
+        shapes: of each tensor.
+    """
+
+    def __init__(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.values, self.shapes = values, shapes
+        self.modules = {key: kind_of(key) for key in shapes}
+        lora_A = {key: m for key, (m, kind) in self.modules.items() if kind in ("A", "EA")}
+        self.ranks = {module: shapes[key][0] for key, module in lora_A.items()}
+
+    def kinds(self, *kinds: str) -> list[str]:
+        """Modules with tensors of these kinds (see `kind_of`)."""
+        return _leaves(module for module, kind in self.modules.values() if kind in kinds)
+
+    def set_to(self, *names: str) -> list[str]:
+        """Settings that ask for something."""
+        return [f"{name}={self.values[name]!r}" for name in names if self.values.get(name)]
+
+    def dora(self) -> list[str]:
+        return self.kinds("magnitude") or self.set_to("use_dora")
+
+    def alphas(self) -> list[str]:
+        """Entries of alpha_pattern that give a module another alpha."""
+        pattern, alpha = self.values.get("alpha_pattern") or {}, self.values.get("lora_alpha", 8)
+        used = {pattern_key(pattern, module) for module in self.ranks}
+        return [key for key in pattern if key in used and pattern[key] != alpha]
+
+    def other_ranks(self) -> list[str]:
+        return _leaves(module for module, r in self.ranks.items() if r != self.values.get("r", 8))
+
+    def high_rank(self) -> list[str]:
+        highest = max(self.ranks.values(), default=0)
+        return [f"r={highest}, at most {HIGHEST_RANK}"] if highest > HIGHEST_RANK else []
+
+    def regex(self) -> list[str]:
+        targets = self.values.get("target_modules", [])
+        is_list = isinstance(targets, list) or targets in ("all-linear", "all")
+        return [] if is_list else [f"target_modules={targets!r}"]
+
+    def bias(self) -> list[str]:
+        bias = self.values.get("bias", "none")
+        return [] if bias == "none" else [f"{bias=}"]
+
+    def rebasing_init(self) -> list[str]:
+        init = self.values.get("init_lora_weights", True)
+        return [init] if isinstance(init, str) and init.lower() not in PLAIN_INITS else []
+
+    def convolutions(self) -> list[str]:
+        return _leaves(self.modules[key][0] for key, shape in self.shapes.items() if len(shape) > 2)
+
+    def unstacked(self) -> list[str]:
+        """Layers without the one that SGLang stacks them with."""
+        needs = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+        found = set()
+        for module in self.ranks:
+            parent, _, leaf = module.rpartition(".")
+            if leaf in needs and f"{parent}.{needs[leaf]}" not in self.ranks:
+                found.add(f"{leaf} without {needs[leaf]}")
+        return sorted(found)
+
+    def gaps(self) -> list[str]:
+        """Kinds of layers that are adapted in some blocks only."""
+        blocks: dict[str, set[int]] = {}
+        for module in self.ranks:
+            if match := re.match(r".*?\.(\d+)\.(.+)", module):
+                blocks.setdefault(match[2], set()).add(int(match[1]))
+        count = max((max(numbers) for numbers in blocks.values()), default=-1) + 1
+        some = self.values.get("layers_to_transform") is not None
+        return [leaf for leaf, numbers in blocks.items() if some or len(numbers) < count]
 
 
-def _set(*names: str) -> Offenders:
-    """Settings that ask for something."""
-    return lambda a: [f"{name}={a.values[name]!r}" for name in names if a.values.get(name)]
+def _set(name: str) -> Callable[[Adapter], list[str]]:
+    return lambda adapter: adapter.set_to(name)
 
 
-def _missing(*names: str) -> Offenders:
-    return lambda a: [name for name in names if name not in a.values]
+def _kinds(*kinds: str) -> Callable[[Adapter], list[str]]:
+    return lambda adapter: adapter.kinds(*kinds)
 
 
-def _kinds(*kinds: str) -> Offenders:
-    return lambda a: a.leaves(*kinds)
-
-
-def _dora(a: Adapter) -> Iterable[str]:
-    return a.leaves("magnitude") or _set("use_dora")(a)
-
-
-def _alphas(a: Adapter) -> list[str]:
-    """Entries of alpha_pattern that give a module another alpha."""
-    pattern = a.values.get("alpha_pattern") or {}
-    used = {pattern_key(pattern, module) for module in a.ranks}
-    return [key for key in pattern if key in used and pattern[key] != a.values.get("lora_alpha", 8)]
-
-
-def _other_ranks(a: Adapter) -> list[str]:
-    return _leaves(module for module, r in a.ranks.items() if r != a.values.get("r", 8))
-
-
-def _high_rank(a: Adapter) -> list[str]:
-    highest = max(a.ranks.values(), default=0)
-    return [f"r={highest}, at most {HIGHEST_RANK}"] if highest > HIGHEST_RANK else []
-
-
-def _regex(a: Adapter) -> list[str]:
-    targets = a.values.get("target_modules", [])
-    is_list = isinstance(targets, list) or targets in ("all-linear", "all")
-    return [] if is_list else [f"target_modules={targets!r}"]
-
-
-def _bias(a: Adapter) -> list[str]:
-    bias = a.values.get("bias", "none")
-    return [] if bias == "none" else [f"{bias=}"]
-
-
-def _rebasing_init(a: Adapter) -> list[str]:
-    init = a.values.get("init_lora_weights", True)
-    return [init] if isinstance(init, str) and init.lower() not in PLAIN_INITS else []
-
-
-def _convolutions(a: Adapter) -> list[str]:
-    return _leaves(kind_of(name)[0] for name, shape in a.shapes.items() if len(shape) > 2)
-
-
-def _unstacked(a: Adapter) -> list[str]:
-    """Layers without the one that SGLang stacks them with."""
-    needs = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    names = (module.rpartition(".") for module in a.ranks)
-    return sorted(
-        {
-            f"{leaf} without {needs[leaf]}"
-            for parent, _, leaf in names
-            if leaf in needs and f"{parent}.{needs[leaf]}" not in a.ranks
-        }
-    )
-
-
-def _gaps(a: Adapter) -> list[str]:
-    """Kinds of layers that are adapted in some blocks only."""
-    blocks: dict[str, set[int]] = {}
-    for module in a.ranks:
-        if match := re.match(r".*?\.(\d+)\.(.+)", module):
-            blocks.setdefault(match[2], set()).add(int(match[1]))
-    count = max((max(numbers) for numbers in blocks.values()), default=-1) + 1
-    some = a.values.get("layers_to_transform") is not None
-    return [leaf for leaf, numbers in blocks.items() if some or len(numbers) < count]
+def _missing(*names: str) -> Callable[[Adapter], list[str]]:
+    return lambda adapter: [name for name in names if name not in adapter.values]
 
 
 # ---- the rules ----
@@ -298,7 +280,7 @@ class Rule(NamedTuple):
     verdicts: str
     """of each of CONSUMERS: R refuses, I ignores, - takes it; the worst where layers differ"""
     what: str
-    offenders: Offenders
+    offenders: Callable[[Adapter], list[str]]
     mend: str = ""
     """what to do where there is no other way to write it"""
 
@@ -314,15 +296,15 @@ KEEP = "train without it, or serve it with PEFT"
 BAKED = (
     Rule("R R R - - -", "no lora_alpha in the config", _missing("lora_alpha")),
     Rule("R R - - - -", "missing in the config", _missing("r", "target_modules")),
-    Rule("- R - - - -", "targets that are no list", _regex),
+    Rule("- R - - - -", "targets that are no list", Adapter.regex),
     Rule("- I I - - -", "rsLoRA's scaling", _set("use_rslora")),
-    Rule("- I I I - -", "alphas of their own", _alphas),
-    Rule("- R - I - -", "ranks of their own", _other_ranks),
-    Rule("R - - - - -", "a setting for biases", _bias),
+    Rule("- I I I - -", "alphas of their own", Adapter.alphas),
+    Rule("- R - I - -", "ranks of their own", Adapter.other_ranks),
+    Rule("R - - - - -", "a setting for biases", Adapter.bias),
 )
 # What A and B of linear layers cannot say.
 LOST = (
-    Rule("R R R I I -", "DoRA's magnitudes", _dora, MERGE),
+    Rule("R R R I I -", "DoRA's magnitudes", Adapter.dora, MERGE),
     Rule("R I R I - -", "lora_bias", _kinds("lora_bias"), MERGE),
     Rule("R I R I - -", "biases", _kinds("bias"), MERGE),
     Rule("R I R I I -", "modules trained in full", _kinds("full"), MERGE),
@@ -330,8 +312,8 @@ LOST = (
     Rule("- I R I I -", "a classification head", _kinds("head"), MERGE),
     Rule("- - - I - -", "embeddings", _kinds("EA", "EB"), MERGE),
     Rule("R I R I I -", "trained token rows", _kinds("rows"), MERGE),
-    Rule("R R R I - -", "convolutions", _convolutions, MERGE),
-    Rule("R I I I - -", "an init that changes the base", _rebasing_init, CONVERT),
+    Rule("R R R I - -", "convolutions", Adapter.convolutions, MERGE),
+    Rule("R I I I - -", "an init that changes the base", Adapter.rebasing_init, CONVERT),
     Rule("R I I I - -", "repeated layers", _set("layer_replication"), KEEP),
     Rule("R I - I I -", "aLoRA", _set("alora_invocation_tokens"), KEEP),
     Rule("R I I I - -", "QALoRA", _set("use_qalora"), KEEP),
@@ -340,9 +322,9 @@ LOST = (
 )
 # What no file of this adapter changes.
 STAYS = (
-    Rule("R - - - - -", "a high rank", _high_rank),
-    Rule("- R - - - -", "odd ones of stacked layers", _unstacked),
-    Rule("- - - I - -", "layers adapted in some blocks", _gaps),
+    Rule("R - - - - -", "a high rank", Adapter.high_rank),
+    Rule("- R - - - -", "odd ones of stacked layers", Adapter.unstacked),
+    Rule("- - - I - -", "layers adapted in some blocks", Adapter.gaps),
 )
 
 
@@ -356,7 +338,7 @@ def findings(
         tensors: of adapter_model.safetensors, by their names there; only shapes are looked at.
     """
     adapter = Adapter(values, {name: tuple(t.shape) for name, t in tensors.items()})
-    offenders = ((rule, list(rule.offenders(adapter))) for rule in rules)
+    offenders = ((rule, rule.offenders(adapter)) for rule in rules)
     return [(rule, f"{rule.what} ({_few(names)})") for rule, names in offenders if names]
 
 

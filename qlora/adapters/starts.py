@@ -1,36 +1,33 @@
 """First values of A and B from a layer's weight W (out, in), or from its inputs x.
 
-    pissa  scaling B A = the best rank r of W                        arXiv:2404.02948
-    olora  B A = the first r of Q and R, W = Q R                     arXiv:2406.01775
-    loftq  scaling B A = the best rank r of W - Q, Q the 4-bit base  arXiv:2310.08659
+    pissa  scaling B A = the best rank r of W                          arXiv:2404.02948
+    olora  B A = the first r of Q and R, W = Q R                       arXiv:2406.01775
+    loftq  scaling B A = the best rank r of W - Q, Q the 4-bit base    arXiv:2310.08659
     eva    A = the first r eigenvectors of the covariance of x, B = 0  arXiv:2410.07170
 
 PiSSA and OLoRA subtract scaling B A from the weight, and W - scaling B A is quantized. LoftQ
 alternates: Q_t = q(W - scaling B_t-1 A_t-1), then B_t, A_t from W - Q_t. Its first Q is the plain
-one, so one iteration leaves the base unchanged. B A makes up for the error of that base: over the
-16-bit weights it would be one error more.
+one, so one iteration leaves the base unchanged and makes up for its error.
 
-Cost: a matrix of 7B models is 4096 x 11008, and its full SVD takes seconds on a GPU. The
-eigenvectors of the smaller of W W' and W' W, 4096 x 4096, are the singular vectors of one side, and
-the other side is their product with W. Squaring costs digits of the small singular values alone,
-and an error in a direction moves that of the approximation by its square: measured on SmolLM2's
-matrices the approximation is the full SVD's to 1e-12. `niter` iterates from a random subspace
-(arXiv:0909.4061) in a fiftieth of the time: of what the best rank 16 takes off the error, 4
-iterations lose up to 5 %, 8 under 1 % and 16 under 0.1 % there.
+A full SVD of 4096 x 11008 takes seconds on a GPU. The eigenvectors of the smaller of W W' and W' W
+are the singular vectors of one side, and the other side is their product with W. Squaring costs
+digits of the small singular values alone: on SmolLM2's matrices the approximation is the full SVD's
+to 1e-12. `niter` iterates from a random subspace (arXiv:0909.4061) in a fiftieth of the time: of
+what the best rank 16 takes off the error, 4 iterations lose up to 5 %, 8 under 1 % and 16 under
+0.1 % there.
 
-EVA's model starts as its base, and the first steps of B see as much of the inputs as any A of that
-rank lets through. The directions with the largest shares of their layer's variance are chosen for
-all layers together, as many as r gives them in sum. A layer gets up to rho * r of them, or none,
-and then no adapter; its scaling stays. The covariance is gathered whole, where PEFT updates a
-truncated SVD batch by batch: (in, in) a layer in place of (r, in), and exact whatever the order of
-the data. All tokens count, prompt and answer (PEFT's use_label_mask=False).
+EVA chooses the directions with the largest shares of their layer's variance for all layers
+together, as many as r gives them in sum: a layer gets up to rho * r of them, or none, and then no
+adapter; its scaling stays. The covariance is gathered whole, (in, in) a layer, and exact whatever
+the order of the data, where PEFT updates a truncated SVD batch by batch, (r, in). All tokens count,
+prompt and answer (PEFT's use_label_mask=False).
 
-`SecondMoments` gathers sums of x x' (in, in) in runs of the model over data; the merge to 4 bits
-uses them too. All layers of a 7B model together take 22 GB, so groups of them that fit into
-`moments_budget` are gathered in one run each. Layers that read one input share its moments.
+`SecondMoments` sums x x' (in, in) in runs of the model over data, for the merge to 4 bits as well.
+All layers of a 7B model take 22 GB together, so groups of them that fit into `moments_budget` are
+gathered in one run each. Layers that read one input share its moments.
 
-Left out: CorDA and LoRA-GA, which need the weights' gradients or inputs in fp32 before they are
-quantized; PiSSA's own loop over quantizations, which is LoftQ with another start.
+Left out: CorDA and LoRA-GA, which need gradients or inputs of fp32 weights; PiSSA's own loop over
+quantizations, which is LoftQ with another start.
 """
 
 from collections.abc import Callable, Mapping, Sequence

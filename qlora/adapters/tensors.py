@@ -38,7 +38,6 @@ PARTS = {
 }
 PEFT_HEADS = ("classifier", "score")  # PEFT lists both; a classifier has one of them
 VOCABULARY = ("embed_tokens", "lm_head")  # PEFT saves these in full where they were resized
-Parts = dict[str, dict[str, Tensor]]  # of each module, its tensors by their names in PARTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,67 +69,167 @@ def sort_tensors(
         values: adapter_config.json.
         config: what was read from it.
     """
-    faults: list[str] = []
-    parts, others = _split(tensors, faults)
-    full_params = _explained(others, parts, values, faults)
-    parameters = _parameters(parts, config, faults)
-    pairs = _pairs(parts, values, config, faults)
+    sorter = _Sorter(values, config)
+    sorter.split(tensors)
+    full_params, parameters = sorter.full_params(), sorter.parameters()
+    pairs = sorter.pairs()
     contents = Contents(
         pairs=pairs,
-        embeddings=frozenset(name for name in pairs if "lora_embedding_A" in parts[name]),
+        embeddings=frozenset(name for name in pairs if "lora_embedding_A" in sorter.parts[name]),
         full_params=full_params,
-        lora_biases=_lora_biases(parts, pairs, values, faults),
+        lora_biases=sorter.lora_biases(pairs),
         parameters=parameters,
-        rows=_rows(parts, values, faults),
+        rows=sorter.rows(),
     )
-    if not (parts or full_params or parameters):
-        faults.append("no lora_A or lora_B tensor")
-    return contents, faults
+    if not (sorter.parts or full_params or parameters):
+        sorter.faults.append("no lora_A or lora_B tensor")
+    return contents, sorter.faults
 
 
-def _split(tensors: Mapping[str, Tensor], faults: list[str]) -> tuple[Parts, dict[str, Tensor]]:
-    """The parts of each adapted module, and all other tensors by their names in the model."""
-    parts: Parts = {}
-    others: dict[str, Tensor] = {}
-    endings = "|".join(map(re.escape, PARTS))
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            faults.append(f"{key} is {tensor.dtype}, wanted floating point")
-        elif not torch.isfinite(tensor).all():
-            faults.append(f"{key} holds NaN or infinity")
-        name = key.removeprefix(PREFIX)
-        if name == key:
-            faults.append(f"unexpected {key}")
-        elif match := re.fullmatch(rf"(.+)\.({endings})", name):
-            parts.setdefault(match[1], {})[match[2]] = tensor
-        else:
-            others[name] = tensor
-    return parts, others
+class _Sorter:
+    def __init__(self, values: Mapping[str, Any], config: LoraConfig) -> None:
+        self.values, self.config = values, config
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        """of each adapted module, its tensors by their names in PARTS"""
+        self.others: dict[str, Tensor] = {}
+        """all other tensors, by their names in the model"""
+        self.faults: list[str] = []
 
+    def split(self, tensors: Mapping[str, Tensor]) -> None:
+        endings = "|".join(map(re.escape, PARTS))
+        for key, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                self.faults.append(f"{key} is {tensor.dtype}, wanted floating point")
+            elif not torch.isfinite(tensor).all():
+                self.faults.append(f"{key} holds NaN or infinity")
+            name = key.removeprefix(PREFIX)
+            if name == key:
+                self.faults.append(f"unexpected {key}")
+            elif match := re.fullmatch(rf"(.+)\.({endings})", name):
+                self.parts.setdefault(match[1], {})[match[2]] = tensor
+            else:
+                self.others[name] = tensor
 
-def _explained(
-    others: Mapping[str, Tensor], parts: Parts, values: Mapping[str, Any], faults: list[str]
-) -> dict[str, Tensor]:
-    """Parameters trained in full, without PEFT's `.base_layer`; the config must ask for each."""
-    saved = tuple(values.get("modules_to_save") or ())
-    full_params = {}
-    for name, tensor in others.items():
-        module, _, leaf = name.rpartition(".")
-        module = module.removesuffix(".base_layer")
-        explained = (
-            _ends_in(module, (*saved, *VOCABULARY))
-            or (leaf == "bias" and values.get("bias", "none") != "none")
-            or (".base_layer." in name and module in parts)
-        )
-        if not explained:
-            faults.append(f"unexpected {PREFIX}{name}")
-        full_params[f"{module}.{leaf}"] = tensor
-    modules = {name.rpartition(".")[0] for name in full_params}
-    missing = [entry for entry in saved if not any(_ends_in(m, (entry,)) for m in modules)]
-    if modules and TASKS[task_typed(values.get("task_type"))].trains_head:
-        missing = [entry for entry in missing if entry not in PEFT_HEADS]
-    faults += [f"missing {e}, which its config says was trained in full" for e in missing]
-    return full_params
+    def full_params(self) -> dict[str, Tensor]:
+        """The others without PEFT's `.base_layer`; the config must ask for each."""
+        saved = tuple(self.values.get("modules_to_save") or ())
+        full_params = {}
+        for name, tensor in self.others.items():
+            module, _, leaf = name.rpartition(".")
+            module = module.removesuffix(".base_layer")
+            explained = (
+                _ends_in(module, (*saved, *VOCABULARY))
+                or (leaf == "bias" and self.values.get("bias", "none") != "none")
+                or (".base_layer." in name and module in self.parts)
+            )
+            if not explained:
+                self.faults.append(f"unexpected {PREFIX}{name}")
+            full_params[f"{module}.{leaf}"] = tensor
+        modules = {name.rpartition(".")[0] for name in full_params}
+        missing = [entry for entry in saved if not any(_ends_in(m, (entry,)) for m in modules)]
+        if modules and TASKS[task_typed(self.values.get("task_type"))].trains_head:
+            missing = [entry for entry in missing if entry not in PEFT_HEADS]
+        self.faults += [f"missing {e}, which its config says was trained in full" for e in missing]
+        return full_params
+
+    def parameters(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Those of target_parameters, removed from `parts`. PEFT wraps a module once for each."""
+        parameters: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for name in sorted(self.parts, key=lambda name: -name.count(".base_layer")):
+            module = name.replace(".base_layer", "")
+            leaves = _target_parameters(module, self.config)
+            if not leaves:
+                continue
+            tensors = self.parts.pop(name)
+            ranks = sorted({self.config.of(f"{module}.{leaf}").r for leaf in leaves})
+            lora_A, lora_B = (tensors.get(f"lora_{side}.weight") for side in "AB")
+            if lora_A is None or lora_B is None:
+                self.faults.append(f"{PREFIX}{name} lacks lora_A.weight or lora_B.weight")
+            elif len(lora_A) != lora_B.shape[-1] or all(len(lora_A) % r for r in ranks):
+                self.faults.append(
+                    f"{PREFIX}{name}.lora_A.weight has shape {tuple(lora_A.shape)} and "
+                    f"lora_B.weight {tuple(lora_B.shape)}, its config says "
+                    f"r={' or '.join(map(str, ranks))} for each expert"
+                )
+            else:
+                parameters.setdefault(module, []).append((lora_A, lora_B))
+        return parameters
+
+    def pairs(self) -> dict[str, Factors]:
+        """The factors of each layer, as matrices A (r, in) and B (out, r)."""
+        pairs = {}
+        for module, tensors in self.parts.items():
+            if all(PARTS[part] == "rows" for part in tensors):
+                continue
+            kind = "lora_embedding_" if any("embedding" in part for part in tensors) else "lora_"
+            names = [f"{kind}{side}{'.weight' * (kind == 'lora_')}" for side in "AB"]
+            layer = self.config.of(module)
+            wrong = [f"missing {PREFIX}{module}.{name}" for name in names if name not in tensors]
+            wrong = wrong or [
+                f"{PREFIX}{module}.{name} has shape {tuple(tensors[name].shape)}, "
+                f"its config says r={layer.r}"
+                for side, name in zip("AB", names, strict=True)
+                if not _has_rank(side, tensors[name], layer.r)
+            ]
+            self.faults += wrong
+            if not wrong:
+                lora_A, lora_B = (tensors[name].flatten(1) for name in names)
+                magnitude = self._magnitude(module, len(lora_B))
+                pairs[module] = Factors(lora_A, lora_B, layer.scaling, magnitude)
+        return pairs
+
+    def _magnitude(self, module: str, out_features: int) -> Tensor | None:
+        found = [t for part, t in self.parts[module].items() if PARTS[part] == "magnitude"]
+        use_dora = bool(self.values.get("use_dora"))
+        if bool(found) != use_dora:
+            has = "has" if found else "has no"
+            self.faults.append(
+                f"{PREFIX}{module} {has} lora_magnitude_vector, its config says {use_dora=}"
+            )
+        if not found:
+            return None
+        magnitude = found[0].flatten()
+        if magnitude.shape != (out_features,):
+            self.faults.append(
+                f"{PREFIX}{module}.lora_magnitude_vector has shape {tuple(magnitude.shape)}, "
+                f"wanted {(out_features,)}"
+            )
+        return magnitude
+
+    def lora_biases(self, pairs: Mapping[str, Factors]) -> dict[str, Tensor]:
+        lora_biases, asked = {}, self.values.get("lora_bias")
+        for module, tensors in self.parts.items():
+            name, bias = f"{PREFIX}{module}.lora_B.bias", tensors.get("lora_B.bias")
+            if bias is None and asked and "lora_B.weight" in tensors:
+                self.faults.append(f"missing {name}")
+            elif bias is not None and not asked:
+                self.faults.append(f"unexpected {name}")
+            elif bias is not None and module in pairs:
+                wanted = (len(pairs[module].lora_B),)
+                if bias.shape != wanted:
+                    self.faults.append(f"{name} has shape {tuple(bias.shape)}, wanted {wanted}")
+                lora_biases[module] = bias
+        return lora_biases
+
+    def rows(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The token ids and new rows of each embedding."""
+        rows, asked = {}, self.values.get("trainable_token_indices")
+        for module, tensors in self.parts.items():
+            ids = asked
+            if isinstance(asked, dict):
+                ids = next((v for k, v in asked.items() if _ends_in(module, (k,))), None)
+            for tensor in (t for part, t in tensors.items() if PARTS[part] == "rows"):
+                if isinstance(ids, list) and len(ids) == len(tensor):
+                    rows[module] = torch.tensor(ids, dtype=torch.long), tensor
+                else:
+                    named = len(ids) if isinstance(ids, list) else "none"
+                    self.faults.append(
+                        f"{PREFIX}{module} has {len(tensor)} trained token rows, its config names "
+                        f"{named}"
+                    )
+        if asked and not rows:
+            self.faults.append("missing the rows of trainable_token_indices")
+        return rows
 
 
 def _ends_in(module: str, entries: Iterable[str]) -> bool:
@@ -138,30 +237,11 @@ def _ends_in(module: str, entries: Iterable[str]) -> bool:
     return any(module.endswith(entry) or f"{entry}." in module for entry in entries)
 
 
-def _parameters(
-    parts: Parts, config: LoraConfig, faults: list[str]
-) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Those of target_parameters, removed from `parts`. PEFT wraps a module once for each."""
-    parameters: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for name in sorted(parts, key=lambda name: -name.count(".base_layer")):
-        module = name.replace(".base_layer", "")
-        leaves = _target_parameters(module, config)
-        if not leaves:
-            continue
-        tensors = parts.pop(name)
-        ranks = sorted({config.of(f"{module}.{leaf}").r for leaf in leaves})
-        lora_A, lora_B = (tensors.get(f"lora_{side}.weight") for side in "AB")
-        if lora_A is None or lora_B is None:
-            faults.append(f"{PREFIX}{name} lacks lora_A.weight or lora_B.weight")
-        elif len(lora_A) != lora_B.shape[-1] or all(len(lora_A) % r for r in ranks):
-            faults.append(
-                f"{PREFIX}{name}.lora_A.weight has shape {tuple(lora_A.shape)} and lora_B.weight "
-                f"{tuple(lora_B.shape)}, its config says r={' or '.join(map(str, ranks))} for each "
-                "expert"
-            )
-        else:
-            parameters.setdefault(module, []).append((lora_A, lora_B))
-    return parameters
+def _has_rank(side: str, tensor: Tensor, r: int) -> bool:
+    """Whether A is (r, …) or B is (out, r), of a convolution (out, r, 1…)."""
+    if tensor.ndim < 2:
+        return False
+    return len(tensor) == r if side == "A" else tensor.shape[1] == r == tensor.shape[1:].numel()
 
 
 def _target_parameters(module: str, config: LoraConfig) -> list[str]:
@@ -175,90 +255,3 @@ def _target_parameters(module: str, config: LoraConfig) -> list[str]:
     if any(matches(module, pattern, is_regex=is_regex) for pattern in patterns):
         return leaves
     return leaves + [leaf for above, leaf in entries if not above]
-
-
-def _pairs(
-    parts: Parts, values: Mapping[str, Any], config: LoraConfig, faults: list[str]
-) -> dict[str, Factors]:
-    """The factors of each layer, as matrices A (r, in) and B (out, r)."""
-    pairs = {}
-    for module, tensors in parts.items():
-        if all(PARTS[part] == "rows" for part in tensors):
-            continue
-        is_embedding = any("embedding" in part for part in tensors)
-        names = [f"lora_embedding_{s}" if is_embedding else f"lora_{s}.weight" for s in "AB"]
-        layer = config.of(module)
-        wrong = [f"missing {PREFIX}{module}.{name}" for name in names if name not in tensors]
-        wrong = wrong or [
-            f"{PREFIX}{module}.{name} has shape {tuple(tensors[name].shape)}, "
-            f"its config says r={layer.r}"
-            for side, name in zip("AB", names, strict=True)
-            if not _has_rank(side, tensors[name], layer.r)
-        ]
-        faults += wrong
-        if wrong:
-            continue
-        lora_A, lora_B = (tensors[name].flatten(1) for name in names)
-        magnitude = next((t for part, t in tensors.items() if PARTS[part] == "magnitude"), None)
-        magnitude = None if magnitude is None else magnitude.flatten()
-        if magnitude is not None and magnitude.shape != (len(lora_B),):
-            faults.append(
-                f"{PREFIX}{module}.lora_magnitude_vector has shape {tuple(magnitude.shape)}, "
-                f"wanted {(len(lora_B),)}"
-            )
-        use_dora = bool(values.get("use_dora"))
-        if (magnitude is not None) != use_dora:
-            has = "has no" if magnitude is None else "has"
-            faults.append(
-                f"{PREFIX}{module} {has} lora_magnitude_vector, its config says {use_dora=}"
-            )
-        pairs[module] = Factors(lora_A, lora_B, layer.scaling, magnitude)
-    return pairs
-
-
-def _has_rank(side: str, tensor: Tensor, r: int) -> bool:
-    """Whether A is (r, …) or B is (out, r), of a convolution (out, r, 1…)."""
-    if tensor.ndim < 2:
-        return False
-    return len(tensor) == r if side == "A" else tensor.shape[1] == r == tensor.shape[1:].numel()
-
-
-def _lora_biases(
-    parts: Parts, pairs: Mapping[str, Factors], values: Mapping[str, Any], faults: list[str]
-) -> dict[str, Tensor]:
-    lora_biases = {}
-    for module, tensors in parts.items():
-        name, bias = f"{PREFIX}{module}.lora_B.bias", tensors.get("lora_B.bias")
-        if bias is None and values.get("lora_bias") and "lora_B.weight" in tensors:
-            faults.append(f"missing {name}")
-        elif bias is not None and not values.get("lora_bias"):
-            faults.append(f"unexpected {name}")
-        elif bias is not None and module in pairs:
-            wanted = (len(pairs[module].lora_B),)
-            if bias.shape != wanted:
-                faults.append(f"{name} has shape {tuple(bias.shape)}, wanted {wanted}")
-            lora_biases[module] = bias
-    return lora_biases
-
-
-def _rows(
-    parts: Parts, values: Mapping[str, Any], faults: list[str]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The token ids and new rows of each embedding."""
-    rows = {}
-    for module, tensors in parts.items():
-        ids = values.get("trainable_token_indices")
-        if isinstance(ids, dict):
-            ids = next((v for k, v in ids.items() if _ends_in(module, (k,))), None)
-        for tensor in (t for part, t in tensors.items() if PARTS[part] == "rows"):
-            if isinstance(ids, list) and len(ids) == len(tensor):
-                rows[module] = torch.tensor(ids, dtype=torch.long), tensor
-            else:
-                named = len(ids) if isinstance(ids, list) else "none"
-                faults.append(
-                    f"{PREFIX}{module} has {len(tensor)} trained token rows, its config names "
-                    f"{named}"
-                )
-    if values.get("trainable_token_indices") and not rows:
-        faults.append("missing the rows of trainable_token_indices")
-    return rows
