@@ -1,15 +1,24 @@
-"""Records of each task -> rows, batches and loss: expected values are transformers' own."""
+"""Records of each task -> rows, batches, loss and scores: expected values are transformers' own,
+or worked out by hand by conlleval's rules."""
 
-import json
-
+import datasets
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import tiny_model, tiny_tokenizer, write_rows
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from qlora.data.objectives import label_loss
+from qlora.data.objectives import (
+    OBJECTIVES,
+    class_names,
+    class_number,
+    entities,
+    label_loss,
+    measure,
+    text_scores,
+    word_scores,
+)
 from qlora.data.rows import collator, describe, prepare_data, show_example
 from qlora.errors import UserError
 
@@ -37,86 +46,66 @@ def bert_tokenizer():
 
 
 def t5_tokenizer():
-    """Bytes, and </s> at the end of each text, as T5's."""
+    """Bytes, and an eos at the end of each text, as T5's."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    eos = ("<|im_end|>", 2)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <|im_end|>", special_tokens=[eos]
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
     )
     return tokenizer
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(*records):
-        path = tmp_path / "data.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return str(path)
+def prepare(tmp_path):
+    """`prepare(task, records, …)`: tokenizer, rows and counts."""
 
-    return write
+    def run(task, records, max_length=64, **settings):
+        tokenizer = t5_tokenizer() if task == "seq2seq" else bert_tokenizer()
+        source = str(write_rows(tmp_path / "data.jsonl", records))
+        prepared = prepare_data(source, tokenizer, max_length=max_length, task=task, **settings)
+        return tokenizer, *prepared
+
+    return run
 
 
-def prepare(source, tokenizer, task, max_length=64, **settings):
-    return prepare_data(source, tokenizer, max_length=max_length, task=task, **settings)
-
-
-# ---- seq2seq ----
+# ---- seq2seq
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "prompt"),
     [
-        {"prompt": "say one", "completion": "one"},
-        {"input": "say one", "target": "one"},
-        {"instruction": "say one", "output": "one", "input": ""},
+        ({"prompt": "say one", "completion": "one"}, "say one"),
+        ({"input": "say one", "target": "one"}, "say one"),
+        ({"instruction": "say one", "output": "one", "input": ""}, "say one"),
+        ({"instruction": "say", "output": "one", "input": "1 2"}, "say\n\n1 2"),
     ],
 )
-def test_an_answer_is_the_decoders_labels(record, write):
-    tokenizer = t5_tokenizer()
-    rows, stats = prepare(write(record), tokenizer, "seq2seq")
-    wanted = tokenizer("say one", text_target="one")
-    assert rows[0]["input_ids"] == wanted["input_ids"]
-    assert rows[0]["labels"] == wanted["labels"] and rows[0]["labels"][-1] == 2
-    assert (stats.rows, stats.tokens, stats.supervised_tokens) == (1, 8 + 4, 4)
-    assert tokenizer.chat_template is None
+def test_answer_is_the_decoders_labels(record, prompt, prepare):
+    tokenizer, rows, stats = prepare("seq2seq", [record])
+    expected = tokenizer(prompt, text_target="one")
+    assert rows[0]["input_ids"] == expected["input_ids"]
+    assert rows[0]["labels"] == expected["labels"] and rows[0]["labels"][-1] == 2
+    assert (stats.rows, stats.tokens, stats.supervised_tokens) == (1, len(prompt) + 1 + 4, 4)
     shown = show_example(rows, tokenizer, colour=False, task="seq2seq")
-    assert shown.endswith("say one<|im_end|> ⟦one<|im_end|>⟧")
+    assert shown.endswith(f"{prompt}<|im_end|> ⟦one<|im_end|>⟧")
 
 
-def test_both_sides_are_cut_and_keep_their_end(write):
+def test_prompt_and_answer_are_cut_and_keep_their_end(prepare):
     record = {"prompt": "p" * 30, "completion": "c" * 30}
-    rows, stats = prepare(write(record), t5_tokenizer(), "seq2seq", max_length=10)
+    _, rows, stats = prepare("seq2seq", [record], max_length=10)
     assert len(rows[0]["input_ids"]) == len(rows[0]["labels"]) == 10
     assert rows[0]["input_ids"][-1] == rows[0]["labels"][-1] == 2
     assert stats.cut_rows == 1
-
-
-def test_an_instruction_with_input(write):
-    tokenizer = t5_tokenizer()
-    record = {"instruction": "add", "input": "1 2", "output": "3"}
-    rows, _ = prepare(write(record), tokenizer, "seq2seq")
-    assert rows[0]["input_ids"] == tokenizer("add\n\n1 2")["input_ids"]
-
-
-def test_an_answer_that_is_missing(write):
-    records = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}
     with pytest.raises(UserError, match=r"1 of 2 rows have no answer \(row 2\)"):
-        prepare(write(*records), t5_tokenizer(), "seq2seq")
+        prepare("seq2seq", [record, {"prompt": "a", "completion": " "}])
 
 
-def test_batches_for_an_encoder_decoder(write):
+def test_batches_for_an_encoder_decoder(prepare):
     """decoder_input_ids are the labels, one to the right: without labels BART would take the
     encoder's input."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=320, pad_token_id=0, decoder_start_token_id=0, **sizes)
-    )
-    tokenizer = t5_tokenizer()
+    model = tiny_model("t5")
     records = [{"prompt": "p" * i, "completion": "c" * i} for i in (3, 9)]
-    rows, _ = prepare(write(*records), tokenizer, "seq2seq")
+    tokenizer, rows, _ = prepare("seq2seq", records)
     batch = collator(tokenizer, "seq2seq", model)([rows[0], rows[1]])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     assert batch["labels"][0].tolist() == rows[0]["labels"] + [-100] * 12
@@ -125,79 +114,45 @@ def test_batches_for_an_encoder_decoder(write):
     assert set(batch) == {"input_ids", "attention_mask", "labels", "decoder_input_ids"}
 
 
-# ---- texts ----
+# ---- texts
 
 
-def test_a_text_and_its_label(write):
-    tokenizer = bert_tokenizer()
-    records = {"text": "good films", "label": "pos"}, {"text": "bad", "label": "neg"}
-    rows, stats = prepare(write(*records), tokenizer, "seq-cls")
+def test_text_and_its_label(prepare):
+    records = [{"text": "good films", "label": "pos"}, {"text": "bad", "label": "neg"}]
+    tokenizer, rows, stats = prepare("seq-cls", records)
     assert rows[0]["input_ids"] == tokenizer("good films")["input_ids"] == [2, 4, 6, 7, 3]
-    assert list(rows["labels"]) == [1, 0]
-    assert stats.classes == ("neg", "pos")
+    assert list(rows["labels"]) == [1, 0] and stats.classes == ("neg", "pos")
     assert describe(stats, name="x") == "x: 2 rows, 8 tokens, 2 labels of 2 kinds: neg, pos"
     shown = show_example(rows, tokenizer, colour=False, task="seq-cls", classes=stats.classes)
     assert shown.endswith("[CLS] bad [SEP] ⟦neg⟧")
+    records[0]["text"] = "good " * 20
+    _, rows, stats = prepare("seq-cls", records, max_length=8)
+    assert rows[0]["input_ids"] == [2, *[4] * 6, 3]  # cut, with its last token
+    assert stats.cut_rows == 1
 
 
 @pytest.mark.parametrize(
-    "columns", [("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis")]
+    ("one", "two"), [("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis")]
 )
-def test_a_pair_of_texts(columns, write):
-    tokenizer = bert_tokenizer()
-    one, two = columns
+def test_pair_of_texts(one, two, prepare):
     records = [{one: "good film", two: "bad", "label": 1}, {one: "film", two: "film", "label": 0}]
-    rows, _ = prepare(write(*records), tokenizer, "seq-cls")
-    wanted = tokenizer("good film", "bad")
-    assert rows[0]["input_ids"] == wanted["input_ids"]
-    assert rows[0]["token_type_ids"] == wanted["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+    tokenizer, rows, _ = prepare("seq-cls", records)
+    expected = tokenizer("good film", "bad")
+    assert rows[0]["input_ids"] == expected["input_ids"]
+    assert rows[0]["token_type_ids"] == expected["token_type_ids"] == [0, 0, 0, 0, 1, 1]
     batch = collator(tokenizer, "seq-cls")([rows[0], rows[1]])
     assert batch["labels"].tolist() == [1, 0]
     assert batch["input_ids"].shape == batch["token_type_ids"].shape == (2, 8)
     assert batch["attention_mask"].sum(1).tolist() == [6, 5]
 
 
-def test_a_long_text_keeps_its_last_token(write):
-    records = {"text": "good " * 20, "label": 1}, {"text": "bad", "label": 0}
-    rows, stats = prepare(write(*records), bert_tokenizer(), "seq-cls", max_length=8)
-    assert rows[0]["input_ids"] == [2, *[4] * 6, 3]
-    assert stats.cut_rows == 1
-
-
-def test_evaluation_has_the_labels_of_training(write):
-    source = write({"text": "good", "label": "pos"}, {"text": "bad", "label": "odd"})
-    with pytest.raises(UserError, match="row 2: label 'odd' is none of neg, pos"):
-        prepare(source, bert_tokenizer(), "seq-cls", classes=("neg", "pos"), new_classes=False)
-
-
-@pytest.mark.parametrize(
-    ("records", "message"),
-    [
-        ([{"text": "a", "label": "x"}], "data.jsonl: label holds one label alone, x"),
-        (
-            [{"text": "a", "label": "x"}, {"text": "b"}, {"text": "c", "label": "y"}],
-            "data.jsonl, row 2: label is missing: give each row one, or leave the row out",
-        ),
-        (
-            [{"text": "a", "lable": "x"}],
-            r"columns text, lable: wanted are .*text \+ label.*\. Did you mean label\?",
-        ),
-        ([{"text": "a", "label": 0.5}], "data.jsonl: label must be names or whole numbers"),
-    ],
-)
-def test_bad_records_of_texts(records, message, write):
-    with pytest.raises(UserError, match=message):
-        prepare(write(*records), bert_tokenizer(), "seq-cls")
-
-
-# ---- words ----
+# ---- words
 
 
 @pytest.mark.parametrize("column", ["tags", "ner_tags"])
-def test_the_first_token_of_a_word_has_its_label(column, write):
-    tokenizer = bert_tokenizer()
+def test_first_token_of_a_word_has_its_label(column, prepare):
     record = {"tokens": ["Annlie", "met", "Ann"], column: ["B-PER", "O", "B-PER"]}
-    rows, stats = prepare(write(record), tokenizer, "token-cls")
+    tokenizer, rows, stats = prepare("token-cls", [record])
     encoded = tokenizer(record["tokens"], is_split_into_words=True)
     assert rows[0]["input_ids"] == encoded["input_ids"] == [2, 8, 12, 9, 8, 3]
     assert encoded.word_ids() == [None, 0, 0, 1, 2, None]
@@ -207,47 +162,127 @@ def test_the_first_token_of_a_word_has_its_label(column, write):
     assert shown.endswith("[CLS] ann⟦B-PER⟧ ##lie met⟦O⟧ ann⟦B-PER⟧ [SEP] ")
 
 
-def test_words_that_were_cut_off_have_no_label(write):
-    records = {"tokens": ["ann"] * 20, "tags": [0, 1] * 10}, {"tokens": ["in"], "tags": [1]}
-    tokenizer = bert_tokenizer()
-    rows, stats = prepare(write(*records), tokenizer, "token-cls", max_length=8)
+def test_words_that_were_cut_off_have_no_label(prepare):
+    records = [{"tokens": ["ann"] * 20, "tags": [0, 1] * 10}, {"tokens": ["in"], "tags": [1]}]
+    tokenizer, rows, stats = prepare("token-cls", records, max_length=8)
     assert rows[0]["labels"] == [-100, 0, 1, 0, 1, 0, 1, -100]
     assert (stats.cut_rows, stats.supervised_tokens) == (1, 7)
     batch = collator(tokenizer, "token-cls")([rows[0], rows[1]])
     assert batch["labels"][1].tolist() == [-100, 1, *[-100] * 6]
 
 
+# ---- classes
+
+
+def names(values, known=(), feature=None):
+    features = datasets.Features({"label": feature}) if feature else None
+    data = datasets.Dataset.from_dict({"label": values}, features=features)
+    return class_names(data, "label", known)
+
+
+def test_class_names_are_sorted_and_numbers_are_called_as_in_transformers():
+    assert names(["pos", "neg", "pos"]) == ("neg", "pos")
+    assert names([0, 2, 2]) == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert names([True, False]) == ("False", "True")
+    assert names([["O", "B-PER"], ["O"]]) == ("B-PER", "O")
+    assert names([[0, 1], []]) == ("LABEL_0", "LABEL_1")
+    feature = datasets.ClassLabel(names=["world", "sport"])
+    assert names([1, 1], feature=feature) == ("world", "sport")
+    assert names([[1, 0]], feature=datasets.List(feature)) == ("world", "sport")
+
+
+def test_class_names_of_the_model_are_kept():
+    known = ("neutral", "pos", "neg")
+    assert names(["neg", "pos"], known) == names([0, 2], known) == known
+    assert names(["neg", "new"], known) == ("neg", "new")
+    assert names([0, 3], known) == tuple(f"LABEL_{i}" for i in range(4))
+
+
+def test_class_number():
+    known = ("neg", "pos")
+    assert [class_number(label, known) for label in ("pos", "neg", 1, 0)] == [1, 0, 1, 0]
+    assert class_number(True, ("False", "True")) == 1
+    with pytest.raises(UserError, match=r"'post' is none of neg, pos\. Did you mean pos\?"):
+        class_number("post", known)
+    with pytest.raises(UserError, match="label 2 is not one of the training data's 0 to 1"):
+        class_number(2, known)
+
+
+def texts(*labels):
+    return [{"text": "a", "label": label} for label in labels]
+
+
+def words(tokens, tags):
+    good = {"tokens": ["a", "b"] if isinstance(tokens, list) else "a", "tags": ["O", "B"]}
+    return [{"tokens": tokens, "tags": tags}, good]
+
+
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("task", "records", "message"),
     [
-        ({"tokens": ["a", "b"], "tags": ["O"]}, "row 1: tokens and tags must be two lists of one "
-         "length, got 2 and 1"),
-        ({"tokens": "a b", "tags": ["O", "B"]}, "must be two lists of one length, got str and 2"),
+        ("seq-cls", texts("x", "x"), r"data\.jsonl: label holds one label alone, x"),
+        ("seq-cls", texts("x", None, "y"), r"data\.jsonl, row 2: label is missing"),
+        ("seq-cls", [{"text": "a", "lable": "x"}], r"text \+ label.*\. Did you mean label\?"),
+        ("seq-cls", texts(0.5, 1.0), r"label must be names or whole numbers from 0, got (0\.5|1)"),
+        ("seq-cls", texts(-1, 0), "must be names or whole numbers from 0, got -1"),
+        ("seq-cls", texts(None, None), "label is empty in every row"),
+        ("token-cls", words(["a", "b"], ["O"]), "row 1: tokens and tags .*, got 2 and 1"),
+        ("token-cls", words("a b", ["O", "B"]), "two lists of one length, got str and 2"),
     ],
-)  # fmt: skip
-def test_bad_records_of_words(record, message, write):
-    good = {**record, "tags": ["O", "B"]}
-    good["tokens"] = ["a", "b"] if isinstance(record["tokens"], list) else "a"
-    source = write(record, good)
+)
+def test_bad_records(task, records, message, prepare):
     with pytest.raises(UserError, match=message):
-        prepare(source, bert_tokenizer(), "token-cls", classes=("B", "O"))
+        prepare(task, records)
 
 
-# ---- loss ----
+def test_evaluation_has_the_classes_of_training(prepare):
+    with pytest.raises(UserError, match="row 2: label 'odd' is none of neg, pos"):
+        prepare("seq-cls", texts("pos", "odd"), classes=("neg", "pos"), new_classes=False)
 
 
-def test_the_loss_of_labels_is_divided_once():
+# ---- loss and scores
+
+
+def test_loss_of_labels_is_divided_once():
     """Summed over micro-batches it is torch's mean over all labels, however they are split."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5, 3, generator=generator)
     labels = torch.randint(-1, 3, (6, 5), generator=generator)
     labels[labels < 0] = -100
     mean = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    count = (labels != -100).sum()
+    count, one = (labels != -100).sum(), torch.tensor(1)
     for sizes in ([6], [1, 5], [2, 3, 1]):
-        parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
+        parts = list(zip(logits.split(sizes), labels.split(sizes), strict=True))
         total = sum(label_loss({"logits": x}, y, count) for x, y in parts)
         torch.testing.assert_close(total, mean)  # fp32 sums in another order
+        results = ((label_loss({"logits": x}, y, one), {"logits": x}, y) for x, y in parts)
+        found = measure(OBJECTIVES["token-cls"], results, ["a", "b", "c"])
+        assert found["loss"] == pytest.approx(mean.item(), rel=1e-6)
+        right = (logits.argmax(-1) == labels).sum() / count
+        assert found["accuracy"] == pytest.approx(right.item())
     torch.testing.assert_close(label_loss({"logits": logits}, labels, None), mean)
     rows = label_loss({"logits": logits[:, 0]}, labels[:, 0].clamp(min=0), torch.tensor(6))
     torch.testing.assert_close(rows, F.cross_entropy(logits[:, 0], labels[:, 0].clamp(min=0)))
+
+
+def test_accuracy_is_over_all_labels_not_over_rows():
+    assert text_scores([[1, 1, 1, 1], [0]], [[1, 1, 1, 1], [1]], []) == {"accuracy": 4 / 5}
+    assert text_scores([], [], []) == {"accuracy": 0}
+
+
+def test_entities_are_those_of_conlleval():
+    assert entities(["B-PER", "I-PER", "O", "B-LOC"]) == {("PER", 0, 2), ("LOC", 3, 4)}
+    assert entities(["B-PER", "B-PER"]) == {("PER", 0, 1), ("PER", 1, 2)}
+    assert entities(["I-PER", "I-LOC", "I-LOC"]) == {("PER", 0, 1), ("LOC", 1, 3)}
+    assert entities(["O", "I-PER", "O", "I-PER"]) == {("PER", 1, 2), ("PER", 3, 4)}
+    assert entities([]) == set()
+
+
+def test_f1_counts_whole_entities():
+    tags = ["O", "B-PER", "I-PER"]
+    wanted, cut_short = [[1, 2, 0, 1]], [[1, 0, 0, 1]]
+    assert word_scores(wanted, wanted, tags)["f1"] == 1
+    # one of two entities is right: precision and recall are 1/2
+    assert word_scores(cut_short, wanted, tags)["f1"] == 0.5
+    assert word_scores([[0, 0, 0, 0]], wanted, tags)["f1"] == 0
+    assert "f1" not in word_scores(wanted, wanted, ["noun", "verb", "other"])

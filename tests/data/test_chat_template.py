@@ -1,0 +1,307 @@
+"""Which tokens of a chat have loss: texts by hand, ids from transformers' apply_chat_template."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from qlora.data.rows import prepare_data, prepare_tokenizer
+from qlora.errors import UserError
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}{% set text = '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+    "{{ bos_token + text if loop.first else text }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+MISTRAL = (  # as in v3: the tools come before the last user turn, so early turns move
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set last = (messages | selectattr('role', 'equalto', 'user') | list | last) == m %}"
+    "{{ ('[TOOLS]' + (tools | tojson) if tools and last else '') + '[INST] ' + m['content'] }}"
+    "{{ '[/INST]' }}{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+QWEN3 = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{% set text = m['content'].split('</think>')[-1] %}"
+    "{% set think = m['content'].split('</think>')[0].split('<think>')[-1].strip('\n') "
+    "if '</think>' in m['content'] else '' %}{{ '<|im_start|>assistant\n' }}"
+    "{% if loop.index0 > ns.last %}{{ '<think>\n' + think + '\n</think>\n\n' }}{% endif %}"
+    "{{ text.lstrip('\n') + '<|im_end|>\n' }}{% else %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# DeepSeek-R1: the generation prompt opens a thought that the rendered turn does not have
+THINKER = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"
+    "{{ '<|assistant|>' + m['content'].split('</think>')[-1] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+    "{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+)
+MARKED = (  # the whole changes with its length, so only the marks tell where a turn is
+    "{{ messages | length }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] | length }}{{ m['content'] | upper | reverse + eos_token }}"
+    "{% endgeneration %}{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
+)
+BARE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+SPECIAL = [
+    *["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"],
+    *["<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"],
+]
+TALK = [
+    {"role": "user", "content": "one plus one?"},
+    {"role": "assistant", "content": "two 😀"},
+    {"role": "user", "content": "and  one?"},
+    {"role": "assistant", "content": "three, not  two"},
+]
+CHAT = {"messages": TALK}
+
+
+def byte_level(template: str | None = CHATML, *, eos: str = "</s>", trim: bool = True):
+    """A byte-level BPE like Llama-3's: any text goes through it and comes back."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    words = (
+        "assistant user system model one two three plus and [INST] [/INST] \n\n ### Assistant:\n"
+    )
+    tokenizer.train_from_iterator([words] * 5, trainer)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token=eos,
+        extra_special_tokens=SPECIAL[2:],
+        chat_template=template,
+    )
+
+
+def metaspace(template: str):
+    """A BPE like Llama-2's: the space belongs to the token after it, and offsets cover it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace()
+    text = ["[INST] one plus one? [/INST] two and one? three, not two [TOOLS]"] * 5
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=template,
+    )
+
+
+def prepare(path: Path, rows: list[dict], tokenizer):
+    source = str(write_rows(path / "rows.jsonl", rows))
+    return prepare_data(source, tokenizer, max_length=4096)
+
+
+def learned(row: dict, tokenizer) -> list[str]:
+    """The stretches that have loss, decoded."""
+    stretches: list[list[int]] = []
+    inside = False
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        assert label in (-100, token)
+        if label != -100:
+            stretches = stretches if inside else [*stretches, []]
+            stretches[-1].append(token)
+        inside = label != -100
+    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in stretches]
+
+
+# ---- the mask of each template
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, ["two 😀<|im_end|>", "three, not  two<|im_end|>"]),
+        (LLAMA3, ["two 😀<|eot_id|>", "three, not  two<|eot_id|>"]),
+        (LLAMA2, [" two 😀 </s>", " three, not  two </s>"]),
+        (MISTRAL, [" two 😀</s>", " three, not  two</s>"]),
+        (GEMMA, ["two 😀<end_of_turn>", "three, not  two<end_of_turn>"]),
+        (QWEN3, ["two 😀<|im_end|>", "<think>\n\n</think>\n\nthree, not  two<|im_end|>"]),
+        (THINKER, ["two 😀</s>", "three, not  two</s>"]),
+        (PHI3, ["two 😀<|end|>", "three, not  two<|end|>\n</s>"]),
+        (BARE, [" two 😀", " three, not  two</s>"]),
+    ],
+    ids=["chatml", "llama3", "llama2", "mistral", "gemma", "qwen3", "thinker", "phi3", "bare"],
+)
+@pytest.mark.parametrize("trim", [True, False], ids=["trimmed", "untrimmed"])
+def test_only_answers_and_their_end_have_loss(tmp_path, template, expected, trim):
+    tokenizer = byte_level(template, trim=trim)
+    rows, stats = prepare(tmp_path, [CHAT], tokenizer)
+    assert learned(rows[0], tokenizer) == expected
+    if template != BARE:  # there an end token is inserted
+        reference = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)
+        assert rows[0]["input_ids"] == reference["input_ids"]
+    assert stats.tokens == rows[0]["length"] == len(rows[0]["input_ids"])
+    assert stats.supervised_tokens == sum(label != -100 for label in rows[0]["labels"])
+
+
+@pytest.mark.parametrize("template", [LLAMA2, MISTRAL], ids=["llama2", "mistral"])
+def test_token_with_the_space_before_the_answer_has_loss(tmp_path, template):
+    tokenizer = metaspace(template)
+    talk = [{**turn, "content": turn["content"].replace(" 😀", "")} for turn in TALK]
+    tools = [{"type": "function", "function": {"name": "one"}}]
+    rows, _ = prepare(tmp_path, [{"messages": talk, "tools": tools}], tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens([i for i in rows[0]["labels"] if i != -100])
+    space = "▁" if template is LLAMA2 else ""
+    assert "".join(tokens) == f"▁two{space}</s>▁three,▁not▁▁two{space}</s>"
+    reference = tokenizer.apply_chat_template(talk, tools=tools, return_dict=True)
+    assert rows[0]["input_ids"] == reference["input_ids"]
+
+
+THOUGHTS = ("<think>\none and\n</think>\n\ntwo", "<think>\ntwo and\n</think>\n\nthree")
+ROWS = {  # template, record, what is learned
+    "thoughts, where the template shows them": (
+        QWEN3,
+        {"messages": [TALK[0], {**TALK[1], "content": THOUGHTS[0]}, TALK[2],
+                      {**TALK[3], "content": THOUGHTS[1]}]},
+        ["two<|im_end|>", THOUGHTS[1] + "<|im_end|>"],
+    ),
+    "an answer that begins like the generation prompt, <think>": (
+        THINKER, {"prompt": "one?", "completion": "<the answer>"}, ["<the answer></s>"],
+    ),
+    "not the space that ends the prompt": (
+        BARE.replace("'assistant:'", "'assistant: '"),
+        {"prompt": "one?", "completion": "😀"}, ["😀</s>"],
+    ),
+    "an answer first and a question last": (
+        CHATML,
+        {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "bye"}]},
+        ["hi<|im_end|>"],
+    ),
+    "an answer with its own eos": (
+        BARE, {"prompt": "one?", "completion": "two</s>"}, [" two</s>"],
+    ),
+    "an answer with its own eos after a space": (
+        BARE, {"prompt": "one?", "completion": "two </s>"}, [" two </s>"],
+    ),
+    "no answers inside a prompt": (
+        CHATML, {"prompt": TALK[:3], "completion": TALK[3:], "system": "s"},
+        ["three, not  two<|im_end|>"],
+    ),
+    "by generation marks, where nothing else tells": (
+        MARKED, {"prompt": "hm", "completion": "two"}, ["3OWT</s>"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "record", "expected"), ROWS.values(), ids=ROWS)
+def test_learned(tmp_path, template, record, expected):
+    tokenizer = byte_level(template)
+    rows, _ = prepare(tmp_path, [record], tokenizer)
+    assert learned(rows[0], tokenizer) == expected
+
+
+def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = BARE
+    rows, _ = prepare(tmp_path, [CHAT], tokenizer)
+    assert not tokenizer.is_fast
+    assert learned(rows[0], tokenizer) == [" two 😀", " three, not  two</s>"]
+
+
+def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
+    template = CHATML.replace(
+        "message['content'] +", "(message['content'] or (message.get('tool_calls') | tojson)) +"
+    )
+    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    other = [{"type": "function", "function": {"name": "len", "arguments": {"of": "x"}}}]
+    talk = [
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": None, "tool_calls": call},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": ""},
+    ]
+    rows = [{"messages": talk}, {"messages": [talk[0], {**talk[1], "tool_calls": other}]}]
+    tokenizer = byte_level(template)
+    data, _ = prepare(tmp_path, rows, tokenizer)
+    assert learned(data[0], tokenizer) == [json.dumps(call) + "<|im_end|>"]
+    assert learned(data[1], tokenizer) == [json.dumps(other) + "<|im_end|>"]
+    # a template that does not show the calls would teach the model to say nothing
+    tokenizer.chat_template = CHATML.replace("message['content'] +", "(message['content'] or '') +")
+    with pytest.raises(UserError, match=r"row 1: .* template leaves out an answer \('add'\)"):
+        prepare(tmp_path, rows, tokenizer)
+
+
+def test_tools_reach_the_template(tmp_path):
+    tokenizer = byte_level("{{ tools | tojson }}" + CHATML)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows, _ = prepare(tmp_path, [{**CHAT, "tools": tools}], tokenizer)
+    assert tokenizer.decode(rows[0]["input_ids"]).startswith(json.dumps(tools))
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_fallback_template(tmp_path, adds_bos):
+    """Rendered without a change to the tokenizer, which prepare_tokenizer makes and reports."""
+    tokenizer = byte_level(None)
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    record = {"prompt": "one?", "completion": "two"}
+    rows, stats = prepare(tmp_path, [record], tokenizer)
+    text = "<s>" * adds_bos + "### User:\none?\n\n### Assistant:\ntwo</s>\n\n"
+    assert tokenizer.decode(rows[0]["input_ids"]) == text
+    assert learned(rows[0], tokenizer) == ["two</s>"]
+    assert stats.chats and tokenizer.chat_template is None
+    assert prepare_tokenizer(tokenizer, chats=stats.chats) == ("pad_token", "chat_template")
+    assert prepare_tokenizer(tokenizer, chats=True) == ()
+    assert prepare(tmp_path, [record], tokenizer)[0][0] == rows[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages | length }}", r"row 1: the assistant's turns cannot be found .* marks"),
+        # the prompt changes with its answer
+        ("{{ messages[-1]['content'] | length }}" + THINKER, "turns cannot be found"),
+        (GEMMA, r"row 2: the model's chat template refuses it: System role not supported\."),
+        ("{{ raise_exception('a\nb') }}", "template refuses it: a"),
+    ],
+)
+def test_templates_that_cannot_be_trained_with(tmp_path, template, message):
+    rows = [CHAT, {"messages": [{"role": "system", "content": "s"}, *TALK]}]
+    with pytest.raises(UserError, match=message) as error:
+        prepare(tmp_path, rows, byte_level(template))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,249 @@
+"""Rows, cut and counted; packs against brute force; batches against transformers' collators."""
+
+from functools import cache
+from math import ceil
+
+import pytest
+import torch
+from conftest import tiny_tokenizer, write_rows
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast
+
+from qlora.data.rows import (
+    DataStats,
+    FlatCollator,
+    PackCollator,
+    PackedRows,
+    best_fit_decreasing,
+    collator,
+    describe,
+    prepare_data,
+    prepare_tokenizer,
+    show_example,
+)
+from qlora.errors import UserError
+
+TALK = [
+    {"role": role, "content": text}
+    for role, text in [("user", "1+1?"), ("assistant", "two"), ("user", "+1?"), ("assistant", "3")]
+]
+CHAT = {"messages": TALK}
+SHORT = {"prompt": "a", "completion": "b"}
+
+
+def prepare(path, records, tokenizer, max_length=4096):
+    source = str(write_rows(path / "rows.jsonl", records))
+    return prepare_data(source, tokenizer, max_length=max_length)
+
+
+def learned(row, tokenizer):
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def test_rows_are_cut_and_counted(tmp_path):
+    tokenizer = tiny_tokenizer()
+    long = {"prompt": "a", "completion": "b" * 50}
+    hopeless = {"prompt": "a" * 200, "completion": "b"}
+    length = prepare(tmp_path, [SHORT], tokenizer)[0][0]["length"] + 5
+    rows, stats = prepare(tmp_path, [long, hopeless, SHORT], tokenizer, max_length=length)
+    assert [row["length"] for row in rows] == [length, length - 5]
+    assert learned(rows[0], tokenizer) == "b" * 8  # 5 more than b, <|im_end|>, \n
+    assert stats == DataStats(
+        rows=2, tokens=2 * length - 5, supervised_tokens=8 + 2, cut_rows=2, dropped_rows=1,
+        chats=True,
+    )  # fmt: skip
+    first, second = describe(stats, name="train").split("\n")
+    assert first.startswith(f"train: 2 rows, {2 * length - 5} tokens, 10 of them supervised")
+    assert "2 rows cut" in second and "1 rows dropped" in second
+    with pytest.raises(UserError, match=r"cut to 12 tokens, no row .* 2\d\d tokens.*--max-length"):
+        prepare(tmp_path, [hopeless], tokenizer, max_length=12)
+
+
+def test_text_is_learned_whole_and_ended(tmp_path):
+    tokenizer = tiny_tokenizer()
+    (tmp_path / "a.txt").write_text("one two\n\n  \nthree\n", encoding="utf-8")
+    rows, stats = prepare_data(str(tmp_path / "a.txt"), tokenizer, max_length=64)
+    texts = [tokenizer.decode(row["input_ids"]) for row in rows]
+    assert texts == ["one two<|im_end|>", "three<|im_end|>"]
+    assert rows["labels"][:] == rows["input_ids"][:]
+    assert stats.supervised_tokens == stats.tokens and not stats.chats
+
+
+def test_row_of_one_token_has_nothing_to_predict(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    rows, stats = prepare(tmp_path, [{"text": "one two"}, {"text": "a"}], tokenizer)
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["one two"]
+    assert (stats.rows, stats.dropped_rows) == (1, 1)
+
+
+def test_describe_is_one_line_when_nothing_was_lost():
+    stats = DataStats(rows=1200, tokens=4000, supervised_tokens=1000, cut_rows=0, dropped_rows=0)
+    said = "eval: 1,200 rows, 4,000 tokens, 1,000 of them supervised (25%)"
+    assert describe(stats, name="eval") == said
+
+
+def test_show_example_marks_what_is_learned(tmp_path):
+    tokenizer = tiny_tokenizer()
+    rows, _ = prepare(tmp_path, [CHAT], tokenizer)
+    legend, text = show_example(rows, tokenizer, colour=False).split("\n", 1)
+    assert legend == "An example row; the model learns what is between ⟦ and ⟧:"
+    assert text.count("⟦") == 2 and text.endswith("⟦3<|im_end|>⟧\n")
+    assert "\x1b[32m3<|im_end|>\x1b[0m" in show_example(rows, tokenizer, colour=True)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (SHORT, {"prompt": "a", "completion": " "}),
+        (SHORT, {"prompt": "a", "completion": None}),
+        ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}),
+        (CHAT, {"messages": TALK[:1]}),
+        (CHAT, {"messages": None}),
+        (CHAT, {"messages": [TALK[0], {"role": "assistant", "content": None}]}),
+    ],
+)
+def test_rows_without_an_answer_are_named(tmp_path, good, bad):
+    message = r"7 of 9 rows have no answer \(row 2, 3, 4, 5, 6, …\): each needs .* Fill or remove"
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path, [good, *[bad] * 7, good], tiny_tokenizer())
+
+
+def test_errors_name_file_and_row(tmp_path):
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 2: unknown role 'me'"):
+        bad = {"messages": [{"role": "me", "content": "a"}]}
+        prepare(tmp_path, [CHAT, bad], tiny_tokenizer())
+
+
+# ---- padded batches
+
+
+def test_pads_have_no_loss_and_the_answers_eos_has(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token, tokenizer.padding_side = None, "left"
+    rows, _ = prepare(tmp_path, [{"messages": TALK[:2]}, CHAT], tokenizer)
+    with pytest.raises(UserError, match="no pad token: call prepare_tokenizer"):
+        collator(tokenizer)
+    assert prepare_tokenizer(tokenizer) == ("pad_token",)
+    batch = collator(tokenizer)([rows[0], rows[1]])
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.padding_side == "left"  # the tokenizer's own side is left alone
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["input_ids"].shape[1] % 8 == 0
+    length = rows[0]["length"]
+    labels = torch.tensor(rows[0]["labels"])
+    assert length < rows[1]["length"] and torch.equal(batch["labels"][0, :length], labels)
+    assert (labels == tokenizer.eos_token_id).sum() == 1  # the answer's own end
+    assert (batch["labels"][0, length:] == -100).all()
+    assert (batch["input_ids"][0, length:] == tokenizer.pad_token_id).all()
+    assert batch["attention_mask"].sum(dim=1).tolist() == [length, rows[1]["length"]]
+
+
+def test_tokenizer_without_a_token_to_pad_with():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
+    with pytest.raises(UserError, match="no pad, eos or unk token: set one"):
+        prepare_tokenizer(tokenizer)
+    tokenizer.unk_token = "a"
+    assert prepare_tokenizer(tokenizer) == ("pad_token",) and tokenizer.pad_token == "a"
+
+
+# ---- packs
+
+CAPACITY = 24
+some_lengths = st.lists(st.integers(1, CAPACITY), max_size=60)
+
+
+def sums(packs, lengths):
+    return sorted(sum(lengths[i] for i in pack) for pack in packs)
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(some_lengths)
+def test_packing_is_best_fit_decreasing(lengths):
+    """Against a search through all packs. Of two equally full ones either may be taken."""
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, space in enumerate(free) if space >= length]
+        if fitting:
+            free[min(fitting, key=free.__getitem__)] -= length
+        else:
+            free.append(CAPACITY - length)
+    packs = best_fit_decreasing(lengths, CAPACITY)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    assert sums(packs, lengths) == sorted(CAPACITY - space for space in free)
+    assert packs == best_fit_decreasing(lengths, CAPACITY)
+
+
+def fewest(lengths):
+    """The fewest packs possible, by trying everything."""
+
+    @cache
+    def rest(left: tuple[int, ...], free: tuple[int, ...]) -> int:
+        if not left:
+            return len(free)
+        length, left = left[0], left[1:]
+        found = [rest(left, tuple(sorted((*free, CAPACITY - length))))]
+        for i, space in enumerate(free):
+            if space >= length and space not in free[:i]:
+                smaller = (*free[:i], space - length, *free[i + 1 :])
+                found.append(rest(left, tuple(sorted(smaller))))
+        return min(found)
+
+    return rest(tuple(sorted(lengths, reverse=True)), ())
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.lists(st.integers(3, CAPACITY), min_size=1, max_size=8))
+def test_packing_takes_few_packs(lengths):
+    """11/9 of the fewest and 6/9 (Dósa, 2007)."""
+    assert len(best_fit_decreasing(lengths, CAPACITY)) <= (11 * fewest(lengths) + 6) / 9
+
+
+def test_many_rows_are_packed_full():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 500, (20_000,), generator=generator).tolist()
+    packs = best_fit_decreasing(lengths, 2048)
+    assert len(packs) == ceil(sum(lengths) / 2048)  # fewer are not possible
+
+
+ROWS = [
+    {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "length": 5},
+    {"input_ids": [15, 16], "labels": [-100, 16], "length": 2},
+    {"input_ids": [25, 26, 27], "labels": [-100, -100, 27], "length": 3},
+]
+
+
+def test_packs_are_lists_of_rows():
+    packed = PackedRows(Dataset.from_list(ROWS), 8)
+    assert packed.packs == [[0, 2], [1]] and len(packed) == 2
+    assert packed[0] == [ROWS[0], ROWS[2]]
+    assert packed.describe().startswith("packing: 3 rows in 2 of up to 8 tokens, 62.5% full")
+
+
+@pytest.mark.parametrize("as_packs", [True, False], ids=["packs", "rows"])
+def test_flat_batches_are_those_of_transformers(as_packs):
+    flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    expected = flatten([ROWS[i] for i in ([0, 2, 1] if as_packs else [0, 1, 2])])
+    batch = FlatCollator()(list(PackedRows(Dataset.from_list(ROWS), 8)) if as_packs else ROWS)
+    assert batch.pop("attention_mask").tolist() == [[1] * 10]
+    assert batch.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value)), name
+    assert batch["cu_seq_lens_q"].tolist() == ([0, 5, 8, 10] if as_packs else [0, 5, 7, 10])
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+
+
+def test_padded_packs_end_with_a_row_of_pads():
+    packed = PackedRows(Dataset.from_list([*ROWS, ROWS[0]]), 10)
+    assert packed.packs == [[0, 3], [2, 1]]
+    batch = PackCollator(pad_token_id=0)(list(packed))
+    assert batch["input_ids"].tolist()[1] == [25, 26, 27, 15, 16] + [0] * 11
+    assert batch["labels"].tolist()[1] == [-100, -100, 27, -100, 16] + [-100] * 11
+    assert batch["position_ids"].tolist()[1] == [0, 1, 2, 0, 1, *range(11)]
+    assert batch["attention_mask"].sum(1).tolist() == [10, 5]
+    assert batch["labels"][0, 0] == batch["labels"][0, 5] == -100
+    rows = PackCollator(pad_token_id=0)(ROWS)  # evaluation data is not packed
+    assert rows["input_ids"].shape == (3, 8) and rows["attention_mask"].sum(1).tolist() == [5, 2, 3]
