@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
+from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from qlora.base.load import load_base
 from qlora.config import LoraConfig, MergeConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.merge import merge
+
+NO_PICTURE: dict[str, Any] = {"draw_merge": DEFAULT, "save_png": DEFAULT}
 
 
 class Trained(NamedTuple):
@@ -56,7 +58,7 @@ def run_merge(
 ) -> None:
     """Most of the time of a tiny merge would go into its picture."""
     names = adapter if isinstance(adapter, tuple) else str(adapter)
-    with nullcontext() if picture else patch("qlora.merge.report.plot_merge"):
+    with nullcontext() if picture else patch.multiple("qlora.merge.report", **NO_PICTURE):
         merge(MergeConfig(adapter=names, output_dir=str(output), **settings))
 
 
