@@ -123,12 +123,11 @@ def parameters_by_file_name(model: nn.Module, adapter_name: str) -> dict[str, nn
 
 
 def _config_values(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, Any]:
-    task = task_of(model)
+    task, base = task_of(model), getattr(model, "config", None)
     layers = {n: layer for n, layer in lora_layers(model).items() if adapter_name in layer.adapters}
     return peft_values(
         config,
-        base_model_name_or_path=getattr(getattr(model, "config", None), "_name_or_path", "")
-        or None,
+        base_model_name_or_path=getattr(base, "_name_or_path", None) or None,
         fan_in_fan_out=any(was_conv1d(layer.plain) for layer in layers.values()),
         revision=state_of(model).revision,
         target_modules=target_suffixes(model, list(layers)),

@@ -142,7 +142,8 @@ def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
 def _all_targets(values: Mapping[str, Any]) -> tuple[str, ...]:
     """target_modules, if it is a list and no other key narrows it down."""
     targets = values.get("target_modules")
-    if not isinstance(targets, list) or any(values.get(k) for k in (*NARROWING, "eva_config")):
+    narrowing = ("exclude_modules", "layers_to_transform", "eva_config")
+    if not isinstance(targets, list) or any(values.get(key) for key in narrowing):
         return ()
     return tuple(targets)
 
@@ -196,8 +197,8 @@ class AdapterFile(Contents):
         if not self.knows_quantization:
             return QuantConfig()
         names = ("quant_type", "blocksize", "double_quant", "compute_dtype")
-        skip_modules = tuple(self.base["skip_modules"])
-        return QuantConfig(**{name: self.base[name] for name in names}, skip_modules=skip_modules)
+        settings = {name: self.base[name] for name in names}
+        return QuantConfig(**settings, skip_modules=tuple(self.base["skip_modules"]))
 
     @property
     def bias_changes(self) -> dict[str, Tensor]:
@@ -288,10 +289,8 @@ def raise_faults(what: str, faults: Iterable[str], *, mend: str) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         what = "does not exist" if not folder.is_dir() else f"holds no {CONFIG}"
-        raise UserError(
-            f"adapter {folder} {what}: give the folder with {CONFIG} and {WEIGHTS}, "
-            "as train.py wrote it"
-        )
+        files = f"{CONFIG} and {WEIGHTS}"
+        raise UserError(f"adapter {folder} {what}: give the folder with {files} of train.py")
     values = read_json(folder / CONFIG, mend="Save the adapter again")
     if (kind := values.get("peft_type")) != "LORA":
         raise UserError(f"{folder / CONFIG} is no LoRA adapter: peft_type is {kind!r}, wanted LORA")
