@@ -270,29 +270,19 @@ def test_an_image_model_computes_layer_by_layer():
     model = ViTForImageClassification(config).requires_grad_(False)
     apply_lora(model, LoraConfig(r=4))
     randomize_adapter(model)
-    pixels, runs = torch.randn(2, 3, 32, 32), []
-    for fast in (False, True):
-        if fast:
-            use_fast_path(model)
-        model.zero_grad()
-        model(pixel_values=pixels).logits.square().sum().backward()
-        named = model.named_parameters()
-        runs.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-    assert all(len(layer.fast.layers) == 1 for layer in lora_layers(model).values())
-    assert_same(runs[1], runs[0])
+    pixels, parameters = (
+        torch.randn(2, 3, 32, 32),
+        [p for p in model.parameters() if p.requires_grad],
+    )
 
+    def run() -> dict[str, Tensor]:
+        loss = model(pixel_values=pixels).logits.square().sum()
+        return {str(i): g for i, g in enumerate(torch.autograd.grad(loss, parameters))}
 
-@pytest.mark.parametrize(
-    ("lora", "reason"), [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "lora_bias")]
-)
-def test_unsupported_adapters_fall_back_with_one_line(lora, reason, checkpoints, capsys):
-    model = prepared(adapted(checkpoints("qwen2"), replace(LORA, **lora)), fast_path=False)
-    wanted = gradients(model)
-    capsys.readouterr()
+    wanted = run()
     use_fast_path(model)
-    assert capsys.readouterr().out == f"14 of 14 layers compute the plain way: {reason}\n"
-    assert_equal(gradients(model), wanted)
-    assert capsys.readouterr().out == ""
+    assert all(len(layer.fast.layers) == 1 for layer in lora_layers(model).values())
+    assert_same(run(), wanted)
 
 
 class Gained(nn.Linear):
@@ -302,24 +292,38 @@ class Gained(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_unsupported_layers_and_dtypes_fall_back_with_one_line(checkpoints, capsys):
-    model = dense_model()
-    layer = model.model.layers[0]
-    for own in (layer.self_attn.q_proj, layer.mlp.up_proj):
-        own.base_layer.__class__ = Gained
+def unsupported(kind: str, checkpoints: Any) -> Any:
+    if kind == "layers":
+        model = dense_model()
+        for own in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.up_proj):
+            own.base_layer.__class__ = Gained
+        return model
+    if kind == "dtype":
+        model = adapted(checkpoints("llama"), quant=QuantConfig(compute_dtype="bf16"))
+        model.model.embed_tokens.float(), model.lm_head.float()
+    else:
+        model = adapted(checkpoints("qwen2"), replace(LORA, **{kind: True}))
+    return prepared(model, fast_path=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("use_dora", "14 of 14 layers compute the plain way: DoRA"),
+        ("lora_bias", "14 of 14 layers compute the plain way: lora_bias"),
+        ("layers", "2 of 7 layers compute the plain way: no plain linear layer of its own"),
+        ("dtype", "14 of 14 layers compute the plain way: their input is torch.float32, and they "
+                  "compute in torch.bfloat16"),
+    ],
+)  # fmt: skip
+def test_unsupported_layers_fall_back_with_one_line(kind, line, checkpoints, capsys):
+    model = unsupported(kind, checkpoints)
     wanted = gradients(model)
-    use_fast_path(model)
-    line = "2 of 7 layers compute the plain way: no plain linear layer of its own\n"
-    assert capsys.readouterr().out == line
-    assert_same(gradients(model), wanted)
-    model = adapted(checkpoints("llama"), quant=QuantConfig(compute_dtype="bf16"))
-    for module in (model.model.embed_tokens, model.lm_head):
-        module.float()
     capsys.readouterr()
-    prepared(model)
-    line = "14 of 14 layers compute the plain way: their input is torch.float32"
-    assert line in capsys.readouterr().out
-    assert gradients(model)["loss"] > 0
+    use_fast_path(model)
+    assert capsys.readouterr().out == f"{line}\n"
+    assert_same(gradients(model), wanted)
+    assert capsys.readouterr().out == ""
 
 
 def test_adapters_changed_later(checkpoints):
@@ -353,7 +357,7 @@ def test_adapters_changed_later(checkpoints):
     assert not any(isinstance(module, MLPBlock) for module in models[0].modules())
 
 
-def test_hooks_are_called():
+def test_hooks_and_a_replaced_forward_are_called():
     """On LoRA layers, the base's layers, the MLP and its activation, set before or after."""
     model = dense_model()
     layer = model.model.layers[0]
@@ -376,18 +380,13 @@ def test_hooks_are_called():
         for hook in hooks:
             hook.remove()
     assert len(blocks_of(model)) == 1
-
-
-def test_a_replaced_forward_is_called():
-    """As accelerate's, which fetches weights from elsewhere."""
-    model = dense_model()
-    base = model.model.layers[0].self_attn.q_proj.base_layer
-    own, calls = base.forward, []
-    base.forward = lambda x: calls.append(1) or own(x)
-    prepared(model)
-    calls.clear()
-    gradients(model)
-    assert calls == [1]
+    base, replaced = layer.self_attn.q_proj.base_layer, []
+    forward = base.forward
+    base.forward = lambda x: (
+        replaced.append(1) or forward(x)
+    )  # as accelerate's, which moves weights
+    assert_same(gradients(model), wanted)
+    assert replaced == [1]
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
