@@ -18,6 +18,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: it then runs kernels on a CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -246,6 +247,18 @@ def quick_config(base: Path, rows: Path, output: Path, **settings: Any) -> Train
         samples=0,
     )
     return replace(quick, **settings)
+
+
+def losses(folder: Path) -> list[float]:
+    """The training losses of a run."""
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+
+
+def require_same_adapter(one: Path, other: Path) -> None:
+    """Bit for bit, in two folders."""
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 class Run(NamedTuple):

@@ -1,4 +1,4 @@
-"""bf16 parameters trained as fp32 ones are, bit for bit, and the state that goes with it."""
+"""bf16 parameters are trained as fp32 ones, bit for bit, also when a run resumes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +7,11 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from conftest import NEEDS_GPU
 from reference import nearest_bf16
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from transformers.optimization import Adafactor
 
 from qlora.training.optimizers import (
@@ -25,11 +27,11 @@ from qlora.training.optimizers import (
 RATE = 3e-4
 Make = Callable[[list[Any]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
-    "adamw_torch": lambda ps: torch.optim.AdamW(ps, RATE, weight_decay=0.1),
-    "adamw_torch_fused": lambda ps: torch.optim.AdamW(ps, RATE, fused=True),
-    "adagrad": lambda ps: torch.optim.Adagrad(ps, RATE),
-    "sgd": lambda ps: torch.optim.SGD(ps, RATE, momentum=0.9),
-    "rmsprop": lambda ps: torch.optim.RMSprop(ps, RATE),
+    "adamw_torch": lambda ps: AdamW(ps, RATE, weight_decay=0.1),
+    "adamw_torch_fused": lambda ps: AdamW(ps, RATE, fused=True),
+    "adagrad": lambda ps: Adagrad(ps, RATE),
+    "sgd": lambda ps: SGD(ps, RATE, momentum=0.9),
+    "rmsprop": lambda ps: RMSprop(ps, RATE),
     "adafactor": lambda ps: Adafactor(ps, RATE, scale_parameter=False, relative_step=False),
     "adamw_8bit": lambda ps: bnb.optim.AdamW8bit(ps, RATE, weight_decay=0.1),
     "adamw_bnb": lambda ps: bnb.optim.AdamW(ps, RATE),
@@ -55,9 +57,9 @@ def start(device: str = "cpu", scale: int = 1) -> dict[str, nn.Parameter]:
     return {n: nn.Parameter((0.04 * v).to(device, dtypes[n])) for n, v in values.items()}
 
 
-def loss(named: dict[str, Tensor], draw: torch.Generator) -> Tensor:
+def loss(named: dict[str, Tensor], seed: int = 0) -> Tensor:
     """Of one batch; all but "idle" have a part in it."""
-    A, B = named["A"], named["B"]
+    A, B, draw = named["A"], named["B"], torch.Generator().manual_seed(seed)
     x = torch.randn(4, A.shape[1], generator=draw).to(A)
     y = F.linear(F.linear(x, A), B).float() * (1 + named["gain"])
     return F.mse_loss(y, x[:, : y.shape[1]].float()) + named["small"].float().square().sum()
@@ -65,7 +67,7 @@ def loss(named: dict[str, Tensor], draw: torch.Generator) -> Tensor:
 
 def train(named: dict[str, nn.Parameter], optimizer: Any, steps: range) -> None:
     for step in steps:
-        loss(named, torch.Generator().manual_seed(step)).backward()
+        loss(named, step).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -79,7 +81,7 @@ def train_in_fp32(named: dict[str, nn.Parameter], make: Make, steps: int) -> dic
             name: (master.detach() if name == "gain" else nearest_bf16(master)).requires_grad_()
             for name, master in masters.items()
         }
-        loss(rounded, torch.Generator().manual_seed(step)).backward()
+        loss(rounded, step).backward()
         for name, master in masters.items():
             gradient = rounded[name].grad
             master.grad = None if gradient is None else gradient.float()
@@ -87,15 +89,17 @@ def train_in_fp32(named: dict[str, nn.Parameter], make: Make, steps: int) -> dic
     return {name: master.detach() for name, master in masters.items()}
 
 
-def kept(named: dict[str, nn.Parameter], optimizer: Any) -> dict[str, Tensor]:
+def masters_of(named: dict[str, nn.Parameter], optimizer: Any) -> dict[str, Tensor]:
     """The fp32 numbers that an optimizer keeps in halves."""
-    found: dict[str, Tensor] = {}
-    for name, p in named.items():
-        lower = optimizer.lower.get(p)
-        found[name] = (
-            p.detach().float() if lower is None else join(p.detach(), lower[0].view(p.shape))
-        )
-    return found
+    lower = {name: optimizer.lower[p][0] for name, p in named.items() if p in optimizer.lower}
+    return {
+        name: join(p.detach(), lower[name].view(p.shape)) if name in lower else p.detach().float()
+        for name, p in named.items()
+    }
+
+
+def require_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
 # ---- halves ----
@@ -116,51 +120,51 @@ def test_halves_are_exact():
     assert (upper.dtype, lower.dtype) == (torch.bfloat16, torch.int16)
     joined = join(upper, lower)
     assert torch.equal(joined.view(torch.int32)[numbers], master.view(torch.int32)[numbers])
-    assert not upper[~numbers].isfinite().any()  # what diverged is seen
+    assert not upper[~numbers].isfinite().any()  # a run that diverged is seen
+    assert torch.equal(join(upper, torch.zeros_like(lower))[numbers], upper.float()[numbers])
 
 
-def test_the_upper_half_is_the_nearest():
+def test_upper_half_is_the_nearest():
     master = bits()
-    normal = (master.abs() > 2.0**-126) & (master.abs() < 2.0**127)
-    upper, _ = split(master[normal])
-    assert torch.equal(upper, nearest_bf16(master[normal]))
-    torchs = master[normal].bfloat16()  # of ties, it takes the even one
-    tie = master[normal].view(torch.int32) & 0xFFFF == 0x8000
-    assert tie.sum() >= 4 and torch.equal(upper[~tie], torchs[~tie])
-
-
-def test_without_a_lower_half_a_number_is_itself():
-    upper = torch.randn(100).bfloat16()
-    assert torch.equal(join(upper, torch.zeros(100, dtype=torch.int16)), upper.float())
+    master = master[(master.abs() > 2.0**-126) & (master.abs() < 2.0**127)]  # normal
+    upper, _ = split(master)
+    assert torch.equal(upper, nearest_bf16(master))
+    tie = master.view(torch.int32) & 0xFFFF == 0x8000  # of which torch takes the even one
+    assert tie.sum() >= 4 and torch.equal(upper[~tie], master.bfloat16()[~tie])
 
 
 # ---- training ----
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_is_that_of_fp32_weights(name, monkeypatch):
-    """Bit for bit, also in several bundles."""
-    monkeypatch.setattr(
-        "qlora.training.optimizers.BUNDLE", 5500
-    )  # less than A, more than B and "small"
+def test_training_is_that_of_fp32_weights_and_resumes(name, monkeypatch, tmp_path):
+    """Bit for bit, also in several bundles: of less than A, and more than B and "small"."""
+    monkeypatch.setattr("qlora.training.optimizers.BUNDLE", 5500)
     make, named = OPTIMIZERS[name], start()
-    wanted = train_in_fp32(named, make, 25)
+    in_fp32 = train_in_fp32(named, make, 25)
     optimizer = keep_updates(make(list(named.values())))
     before = {n: p.detach().clone() for n, p in named.items()}
     train(named, optimizer, range(25))
-    got = kept(named, optimizer)
-    for n in named:
-        assert torch.equal(got[n], wanted[n]), n
-        assert named[n].dtype == before[n].dtype
-        assert torch.equal(named[n], before[n]) == (n == "idle"), n
-    assert torch.equal(named["A"], nearest_bf16(wanted["A"]))
+    require_equal(masters_of(named, optimizer), in_fp32)
+    assert {n: p.dtype for n, p in named.items()} == {n: p.dtype for n, p in before.items()}
+    assert [n for n in named if torch.equal(named[n], before[n])] == ["idle"]
+    assert torch.equal(named["A"], nearest_bf16(in_fp32["A"]))
+
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    again = {n: nn.Parameter(p.detach().clone()) for n, p in named.items()}
+    resumed = keep_updates(make(list(again.values())))
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert all(p.dtype == named[n].dtype for n, p in again.items())
+    for parameters, one in ((named, optimizer), (again, resumed)):
+        train(parameters, one, range(25, 31))
+    require_equal(masters_of(again, resumed), masters_of(named, optimizer))
 
 
 def test_plain_bf16_loses_what_is_kept():
     """Updates of a thousandth: none arrives in bf16, and here their sum does."""
     for keep in (False, True):
         p = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-        optimizer: Any = torch.optim.SGD([p], 1e-3)
+        optimizer: Any = SGD([p], 1e-3)
         optimizer = keep_updates(optimizer) if keep else optimizer
         for _ in range(100):
             p.grad = torch.ones_like(p)
@@ -169,26 +173,33 @@ def test_plain_bf16_loses_what_is_kept():
         assert p.detach().float().unique().item() == pytest.approx(0.9 if keep else 1, abs=2**-9)
 
 
-def test_gradients_and_storage_stay():
+def test_step_keeps_gradients_and_storage_and_evaluates_a_closure():
     named = start()
-    loss(named, torch.Generator().manual_seed(0)).backward()
+    loss(named).backward()
     before = {n: (p.data_ptr(), p.grad, p._version) for n, p in named.items()}
-    optimizer = keep_updates(torch.optim.AdamW(named.values(), RATE))
-    optimizer.step()
+    optimizer = keep_updates(AdamW(named.values(), RATE))
+
+    def closure() -> float:
+        optimizer.zero_grad(set_to_none=False)
+        total = loss(named)
+        total.backward()
+        return total.item()
+
+    assert optimizer.step(closure) > 0
     for n, p in named.items():
         address, gradient, version = before[n]
         assert p.data_ptr() == address and p.grad is gradient
-        assert (p._version > version) == (n != "idle")  # as autograd is to see
+        assert (p._version > version) == (n != "idle")  # autograd sees the change
 
 
-def test_an_error_within_a_step_leaves_all_as_it_was():
-    class Broken(torch.optim.SGD):
+def test_error_within_a_step_leaves_all_as_it_was():
+    class Broken(SGD):
         def step(self, closure: Any = None) -> Any:
             raise RuntimeError("out of memory")
 
     named = start()
     optimizer = keep_updates(Broken([named["A"], named["B"]], RATE))
-    loss(named, torch.Generator().manual_seed(0)).backward()
+    loss(named).backward()
     before = {n: (p.detach().clone(), p.grad) for n, p in named.items()}
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
@@ -199,7 +210,7 @@ def test_an_error_within_a_step_leaves_all_as_it_was():
 
 def test_schedules_and_new_groups_reach_the_optimizer():
     named = start()
-    inner = torch.optim.AdamW([named["A"]], RATE)
+    inner = AdamW([named["A"]], RATE)
     optimizer = keep_updates(inner)
     optimizer.add_param_group({"params": [named["B"]], "lr": 4 * RATE})
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 1)
@@ -211,74 +222,36 @@ def test_schedules_and_new_groups_reach_the_optimizer():
     assert optimizer.state is inner.state
 
 
-def test_a_closure_is_evaluated():
-    named = start()
-    optimizer = keep_updates(torch.optim.SGD(named.values(), RATE))
-
-    def closure() -> float:
-        found = loss(named, torch.Generator().manual_seed(0))
-        found.backward()
-        return found.item()
-
-    before = named["A"].detach().clone()
-    assert optimizer.step(closure) > 0 and not torch.equal(named["A"], before)
-
-
-# ---- where it is not needed ----
-
-
-def test_fp32_parameters_need_none():
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(3))], RATE)
-    assert keep_updates(optimizer) is optimizer and not loses_updates(optimizer)
-
-
-def test_an_optimizer_that_is_not_known_stays_as_it_is():
-    """LBFGS updates all parameters by what it finds in all of them."""
-    optimizer = torch.optim.LBFGS([nn.Parameter(torch.ones(3).bfloat16())])
-    assert keep_updates(optimizer) is optimizer and loses_updates(optimizer)
-
-
-def test_it_is_put_around_once():
-    optimizer = keep_updates(torch.optim.SGD([nn.Parameter(torch.ones(3).bfloat16())], RATE))
-    assert isinstance(optimizer, MasterWeights)
-    assert keep_updates(optimizer) is optimizer and not loses_updates(optimizer)
+def test_optimizers_that_stay_as_they_are():
+    in_fp32 = AdamW([nn.Parameter(torch.ones(3))], RATE)
+    assert keep_updates(in_fp32) is in_fp32 and not loses_updates(in_fp32)
+    halves = [nn.Parameter(torch.ones(3).bfloat16())]
+    of_all = torch.optim.LBFGS(halves)  # updates all parameters by what it finds in all of them
+    assert keep_updates(of_all) is of_all and loses_updates(of_all)
+    wrapped = keep_updates(SGD(halves))
+    assert isinstance(wrapped, MasterWeights)
+    assert keep_updates(wrapped) is wrapped and not loses_updates(wrapped)
 
 
 # ---- its state ----
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_to_the_bit(name, tmp_path):
-    named = start()
-    optimizer = keep_updates(OPTIMIZERS[name](list(named.values())))
-    train(named, optimizer, range(6))
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    again = {n: nn.Parameter(p.detach().clone()) for n, p in named.items()}
-    resumed = keep_updates(OPTIMIZERS[name](list(again.values())))
-    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
-    assert all(p.dtype == named[n].dtype for n, p in again.items())
-    for parameters, one in ((named, optimizer), (again, resumed)):
-        train(parameters, one, range(6, 12))
-    wanted, got = kept(named, optimizer), kept(again, resumed)
-    assert all(torch.equal(wanted[n], got[n]) for n in wanted)
-
-
 def test_lower_halves_take_two_bytes_a_parameter(tmp_path):
     named = start()
-    optimizer = keep_updates(torch.optim.SGD(named.values(), RATE))
+    optimizer = keep_updates(SGD(named.values(), RATE))
     train(named, optimizer, range(2))
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     halves = sum(named[n].numel() for n in ("A", "B", "small"))
     assert 2 * halves < (tmp_path / "optimizer.pt").stat().st_size < 2 * halves + 4096
 
 
-def test_a_state_without_lower_halves_is_taken():
+def test_state_without_lower_halves_is_loaded():
     """A checkpoint from before, whose moments are bf16: from there on they are fp32."""
     named = start()
-    plain = torch.optim.AdamW(named.values(), RATE)
+    plain = AdamW(named.values(), RATE)
     train(named, plain, range(3))
     state = plain.state_dict()
-    optimizer = keep_updates(torch.optim.AdamW(named.values(), RATE))
+    optimizer = keep_updates(AdamW(named.values(), RATE))
     optimizer.load_state_dict(state)
     moment = optimizer.state[named["A"]]["exp_avg"]
     assert moment.dtype == torch.float32
@@ -288,7 +261,7 @@ def test_a_state_without_lower_halves_is_taken():
 
 def test_what_is_overwritten_has_no_lower_half():
     named = start()
-    optimizer: Any = keep_updates(torch.optim.SGD(named.values(), RATE))
+    optimizer: Any = keep_updates(SGD(named.values(), RATE))
     train(named, optimizer, range(3))
     assert optimizer.lower[named["A"]][0].any()
     with torch.no_grad():
@@ -297,34 +270,27 @@ def test_what_is_overwritten_has_no_lower_half():
     assert not saved[0].any() and saved[1].any()
     named["A"].grad = torch.zeros_like(named["A"])
     optimizer.step()
-    assert torch.equal(kept(named, optimizer)["A"], torch.ones(SHAPES["A"]))
-
-
-# ---- bundles ----
+    assert torch.equal(masters_of(named, optimizer)["A"], torch.ones(SHAPES["A"]))
 
 
 def test_bundles_hold_all_in_order():
     sizes = [BUNDLE - 1, 1, 1, 2 * BUNDLE, 5]
     parameters = [torch.empty(size, dtype=torch.bool, device="meta") for size in sizes]
-    found = [[p.numel() for p in bundle] for bundle in bundles(parameters)]
-    assert found == [[BUNDLE - 1, 1], [1], [2 * BUNDLE], [5]]
+    held = [[p.numel() for p in bundle] for bundle in bundles(parameters)]
+    assert held == [[BUNDLE - 1, 1], [1], [2 * BUNDLE], [5]]
     assert list(bundles([])) == []
 
 
-# ---- on a GPU ----
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_GPU
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *PAGED])
 def test_training_on_a_gpu_is_that_of_fp32_weights(name):
     """With parameters of more than 1e5 numbers, from where bitsandbytes pages."""
     make, named = {**OPTIMIZERS, **PAGED}[name], start("cuda", scale=32)
-    wanted = train_in_fp32(named, make, 10)
+    in_fp32 = train_in_fp32(named, make, 10)
     optimizer = keep_updates(make(list(named.values())))
     train(named, optimizer, range(10))
-    got = kept(named, optimizer)
-    assert all(torch.equal(got[n], wanted[n]) for n in named)
+    require_equal(masters_of(named, optimizer), in_fp32)
     optimizer.load_state_dict(optimizer.state_dict())
     train(named, optimizer, range(10, 12))
     assert all(p.isfinite().all() for p in named.values())

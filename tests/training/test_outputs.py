@@ -13,13 +13,20 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import FP32, ROWS, quick_config, read_rows, tiny_tokenizer, write_rows
-from safetensors.torch import load_file
+from conftest import (
+    FP32,
+    ROWS,
+    losses,
+    quick_config,
+    read_rows,
+    require_same_adapter,
+    tiny_tokenizer,
+    write_rows,
+)
 
 from qlora.adapters.files import load_adapter
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
-from qlora.data.generation import Question
 from qlora.data.rows import prepare_data
 from qlora.training import train
 from qlora.training.outputs import (
@@ -207,11 +214,8 @@ def test_samples_change_no_number_and_the_adapter_is_saved_before_them(
     with pytest.raises(KeyboardInterrupt):
         train(replace(config, output_dir=str(tmp_path / "with"), samples=3))
     assert all(row["before"] for row in read_rows(tmp_path / "with" / "samples.jsonl"))
-    runs = [tmp_path / name for name in ("without", "with")]
-    metrics = [read_rows(run / "metrics.jsonl") for run in runs]
-    assert [row["loss"] for row in metrics[0]] == [row["loss"] for row in metrics[1]]
-    ours, theirs = (load_file(run / "adapter_model.safetensors") for run in runs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    require_same_adapter(tmp_path / "with", tmp_path / "without")
     assert not (tmp_path / "without" / "samples.jsonl").exists()
 
 
@@ -234,9 +238,8 @@ def test_encoder_decoder_answers_are_those_of_generate(checkpoints, tmp_path):
     records, tokenizer = ROWS[12:14], tiny_tokenizer()
     rows = rows_of(tmp_path / "pairs.jsonl", records, task="seq2seq")
     model = load_base(str(checkpoints("t5")), FP32, task="seq2seq").eval()
-    write_answers(
-        tmp_path, "before", choose_samples("seq2seq", 2, rows, None, 128), model, tokenizer
-    )
+    samples = choose_samples("seq2seq", 2, rows, None, 128)
+    write_answers(tmp_path, "before", samples, model, tokenizer)
     for row, record in zip(read_rows(tmp_path / "samples.jsonl"), records, strict=True):
         ids = torch.tensor([tokenizer(record["prompt"])["input_ids"]])
         count = 2 * len(tokenizer(record["completion"])["input_ids"])
@@ -254,47 +257,46 @@ def test_samples_are_of_the_evaluation_data_and_not_of_a_classifier(tmp_path, ca
     assert choose_samples("seq-cls", 5, training, evaluation, 128) == []
 
 
-def chosen(path: Path, record: dict[str, Any], *, task="causal-lm", length: int = 128) -> Question:
-    rows = rows_of(path / "one.jsonl", [record], task=task, length=length)
-    (sample,) = choose_samples(task, 1, rows, None, length)
-    return sample
+def turn(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
-def test_prompt_and_answer_of_each_kind_of_row(tmp_path):
+CHAT = {"messages": [{"role": role, "content": text} for role, text in
+        [("user", "a"), ("assistant", "bb"), ("user", "ccc"), ("assistant", "dddd")]]}  # fmt: skip
+OPEN = "<|im_start|>assistant\n"
+FIRST_TURNS = turn("user", "a") + turn("assistant", "bb") + turn("user", "ccc") + OPEN
+LONG = {"prompt": "a", "completion": "b" * 900}
+
+
+@pytest.mark.parametrize(
+    ("record", "task", "length", "prompt", "answer", "max_new_tokens"),
+    [
+        (CHAT, "causal-lm", 128, FIRST_TURNS, "dddd<|im_end|>", 2 * 5),
+        ({"text": "0123456789"}, "causal-lm", 128, "012345", "6789<|im_end|>", 2 * 5),
+        ({"text": "a" * 900}, "causal-lm", 512, "a" * 256, "a" * 256, 128),
+        (ROWS[0], "seq2seq", 128, "0 times 0", "0 ", 2 * 2),
+        (LONG, "causal-lm", 512, turn("user", "a") + OPEN, None, 128),
+        (LONG, "causal-lm", 64, turn("user", "a") + OPEN, None, "what is left"),
+    ],
+)
+def test_sample_of_each_kind_of_row(record, task, length, prompt, answer, max_new_tokens, tmp_path):
     tokenizer = tiny_tokenizer()
-    turns = [("user", "a"), ("assistant", "bb"), ("user", "ccc"), ("assistant", "dddd")]
-    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    last = chosen(tmp_path, chat)
-    prompt = tokenizer.apply_chat_template(
-        chat["messages"][:3], add_generation_prompt=True, return_dict=False
-    )
-    assert last.prompt == prompt and tokenizer.decode(last.answer) == "dddd<|im_end|>"
-    assert last.max_new_tokens == 2 * 5
-    text = chosen(tmp_path, {"text": "0123456789"})
-    assert tokenizer.decode(text.prompt + text.answer) == "0123456789<|im_end|>"
-    assert len(text.prompt) == 6
-    pair = chosen(tmp_path, ROWS[0], task="seq2seq")
-    assert tokenizer.decode(pair.prompt) == "0 times 0" and tokenizer.decode(pair.answer) == "0 "
-
-
-def test_answers_end_where_the_model_does(tmp_path):
-    """At 128 new tokens, and at the positions that the model has."""
-    long = {"prompt": "a", "completion": "b" * 900}
-    assert chosen(tmp_path, long, length=512).max_new_tokens == 128
-    assert len(chosen(tmp_path, {"text": "a" * 900}, length=512).prompt) == 256
-    cut = chosen(tmp_path, long, length=128)
-    assert len(cut.prompt) + cut.max_new_tokens == 128
+    rows = rows_of(tmp_path / "one.jsonl", [record], task=task, length=length)
+    (sample,) = choose_samples(task, 1, rows, None, length)
+    assert tokenizer.decode(sample.prompt) == prompt
+    assert answer is None or tokenizer.decode(sample.answer) == answer
+    if max_new_tokens == "what is left":  # of the positions that the model has
+        max_new_tokens = length - len(sample.prompt)
+    assert sample.max_new_tokens == max_new_tokens
 
 
 def test_prompt_of_several_turns_is_shown_with_its_template(checkpoints, tmp_path):
-    turns = [("system", "Be kind."), ("user", "a"), ("assistant", "b")]
-    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    chat = {"messages": [{"role": "system", "content": "Be kind."}, *CHAT["messages"][:2]]}
+    samples = choose_samples("causal-lm", 1, rows_of(tmp_path / "chat.jsonl", [chat]), None, 128)
     model = load_base(str(checkpoints("llama")), FP32)
-    write_answers(tmp_path, "after", [chosen(tmp_path, chat)], model, tiny_tokenizer())
-    assert [row["prompt"] for row in read_rows(tmp_path / "samples.jsonl")] == [
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    ]
+    write_answers(tmp_path, "after", samples, model, tiny_tokenizer())
+    (row,) = read_rows(tmp_path / "samples.jsonl")
+    assert row["prompt"] == turn("system", "Be kind.") + turn("user", "a") + OPEN
 
 
 # ---- at the end ----

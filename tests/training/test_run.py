@@ -13,10 +13,13 @@ import yaml
 from chunks import chunks_of
 from conftest import (
     FP32,
+    NEEDS_GPU,
     VOCAB,
     axis,
+    losses,
     quick_config,
     read_rows,
+    require_same_adapter,
     tiny_model,
     tiny_tokenizer,
     token_ids,
@@ -42,19 +45,6 @@ from qlora.training.run import (
 )
 
 LORA = LoraConfig(r=4, lora_alpha=8)
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-
-
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
@@ -248,14 +238,15 @@ def test_resumed_run_is_the_whole_run_and_merges(name, checkpoints, tmp_path, da
     assert losses(whole)[-1] < losses(whole)[0]
     parts = train(replace(config, output_dir=str(tmp_path / "parts"), max_steps=2))
     train(replace(config, output_dir=str(parts), resume=True))
-    require_equal(adapter_of(whole), adapter_of(parts))
+    require_same_adapter(whole, parts)
     texts = [(folder / "adapter_config.json").read_text() for folder in (whole, parts)]
     assert texts[0] == texts[1]
     if "adapter_dtype" in settings:
-        assert {t.dtype for t in adapter_of(whole).values()} == {torch.bfloat16}
+        saved = load_file(whole / "adapter_model.safetensors").values()
+        assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
         states = [torch.load(run / "checkpoint-4" / "optimizer.pt") for run in (whole, parts)]
         halves = [state["lower_halves"] for state in states]
-        assert len(halves[0]) == len(adapter_of(whole)) and all(half.any() for half in halves[0])
+        assert len(halves[0]) == len(saved) and all(half.any() for half in halves[0])
         assert all(map(torch.equal, *halves))
 
     live = load_adapter(load_base(str(base), read_adapter(parts).quantization), parts)
@@ -273,7 +264,7 @@ def test_resuming_from_half_way_repeats_the_rest(copied, quick_run, capsys):
     (folder / "checkpoint-4" / "trainer_state.json").unlink()
     answers = read_rows(folder / "samples.jsonl")
     train(replace(copied, resume=True))
-    require_equal(adapter_of(folder), adapter_of(quick_run.folder))
+    require_same_adapter(folder, quick_run.folder)
     assert losses(folder) == losses(quick_run.folder)
     assert read_rows(folder / "samples.jsonl") == answers
     assert yaml.safe_load((folder / "run.yaml").read_text())["config"]["resume"] is False
@@ -283,7 +274,7 @@ def test_resuming_a_complete_run_does_no_step_more(copied, quick_run, capsys):
     folder = Path(copied.output_dir)
     (folder / "adapter_model.safetensors").unlink()  # stopped between the last step and this file
     train(replace(copied, resume=True, samples=0))
-    require_equal(adapter_of(folder), adapter_of(quick_run.folder))
+    require_same_adapter(folder, quick_run.folder)
     assert "All 4 steps were done" in capsys.readouterr().out
     train(replace(copied, resume=True, samples=0, max_steps=6))
     assert (folder / "checkpoint-6").is_dir()
@@ -394,7 +385,7 @@ def test_model_without_a_tokenizer_is_refused(tmp_path, data):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_GPU
 def test_an_offloaded_run_on_a_gpu(base_of, tmp_path, data):
     settings: Any = {"offload_activations": True, "offload_embedding": True}
     base = base_of("llama", False)
@@ -403,7 +394,7 @@ def test_an_offloaded_run_on_a_gpu(base_of, tmp_path, data):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_GPU
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
 def test_bf16_run_on_a_gpu(optim, checkpoints, tmp_path, data):
     """Paged optimizers, checkpointing and bf16 adapters, as on a real card; it resumes."""

@@ -17,11 +17,11 @@ from conftest import (
     quick_config,
     randomize_adapter,
     read_rows,
+    require_same_adapter,
     tiny_tokenizer,
     token_ids,
 )
 from peft.optimizers import create_loraplus_optimizer
-from safetensors.torch import load_file
 from simulated_device import LateCopies
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
@@ -174,11 +174,7 @@ def test_offloaded_layer_inputs_train_the_same_adapter(quick_run, tmp_path, monk
     settings: Any = {"offload_activations": True, "output_dir": str(tmp_path / "run")}
     folder = train(replace(quick_run.config, **settings, samples=0, report_to=()))
     assert copies.log and not copies.waiting
-    plain, offloaded = (
-        load_file(run / "adapter_model.safetensors") for run in (quick_run.folder, folder)
-    )
-    assert plain.keys() == offloaded.keys()
-    assert all(torch.equal(offloaded[name], tensor) for name, tensor in plain.items())
+    require_same_adapter(folder, quick_run.folder)
 
 
 # ---- optimizers ----
