@@ -4,7 +4,7 @@ The commands print it as a single line `error: …` on standard error and exit w
 any other exception is a bug and keeps its traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -25,6 +25,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`' Did you mean …?'` with the nearest of `known`; empty when none is near."""
     near = get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The first of `names` in a message, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def first_line(error: BaseException) -> str:

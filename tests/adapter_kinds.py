@@ -37,12 +37,18 @@ class AdapterKind(NamedTuple):
     vocab: int = VOCAB
 
 
-TARGETS = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
-QV = ("q_proj", "v_proj")
-Q_AND_EMBEDDING = ("embed_tokens", "q_proj")
+QV, MLP = ("q_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+TARGETS = (*QV, *MLP)
 ID = int(token_ids()[0, 2])  # of the first row
 TOKENS = (ID, 7, 191)
 RANKS = {"q_proj": 2, r"layers\.1\..*down_proj": 6}
+
+SAVED, ROWS, PARAMETERS = "modules_to_save", "trainable_token_indices", "target_parameters"
+
+
+def on(*targets: str, **settings: Any) -> dict[str, Any]:
+    return {"target_modules": targets, **settings}
+
 
 ADAPTER_KINDS: dict[str, AdapterKind] = {
     # A and B of linear layers
@@ -56,75 +62,49 @@ ADAPTER_KINDS: dict[str, AdapterKind] = {
     ),
     "regex": AdapterKind({"target_modules": ".*(q|v)_proj"}),
     "dora": AdapterKind({"use_dora": True}),
-    "dora on conv1d": AdapterKind(
-        {"use_dora": True, "target_modules": ("c_attn", "c_proj")}, "gpt2", True
-    ),
+    "dora on conv1d": AdapterKind(on("c_attn", "c_proj", use_dora=True), "gpt2", True),
     "dora beside biases": AdapterKind({"use_dora": True}, "qwen2"),
     # biases
     "all biases": AdapterKind({"bias": "all"}, "qwen2"),
-    "lora's biases": AdapterKind({"bias": "lora_only", "target_modules": ("q_proj", "fc1")}, "phi"),
-    "all biases of gpt2": AdapterKind({"bias": "all", "target_modules": ("c_attn",)}, "gpt2", True),
+    "lora's biases": AdapterKind(on("q_proj", "fc1", bias="lora_only"), "phi"),
+    "all biases of gpt2": AdapterKind(on("c_attn", bias="all"), "gpt2", True),
     "biases and dora": AdapterKind({"bias": "lora_only", "use_dora": True}, "qwen2"),
-    "lora_bias": AdapterKind({"lora_bias": True, "target_modules": QV}, "qwen2"),
+    "lora_bias": AdapterKind(on(*QV, lora_bias=True), "qwen2"),
     # modules trained in full
-    "norms": AdapterKind({"modules_to_save": ("input_layernorm", "norm")}),
-    "a block": AdapterKind(
-        {"target_modules": QV, "modules_to_save": ("layers.1.mlp",)}, base="plain"
-    ),
-    "a conv1d": AdapterKind(
-        {"target_modules": ("c_attn",), "modules_to_save": ("h.1.mlp.c_fc",)}, "gpt2", True, "plain"
-    ),
-    "the head": AdapterKind({"modules_to_save": ("lm_head",)}),
-    "the tied head": AdapterKind({"modules_to_save": ("lm_head",)}, tied=True),
-    "the tied embedding": AdapterKind({"modules_to_save": ("embed_tokens",)}, tied=True),
-    "embedding and tied head": AdapterKind(
-        {"modules_to_save": ("embed_tokens", "lm_head")}, "gemma", True
-    ),
+    "norms": AdapterKind({SAVED: ("input_layernorm", "norm")}),
+    "a block": AdapterKind(on(*QV) | {SAVED: ("layers.1.mlp",)}, base="plain"),
+    "a conv1d": AdapterKind(on("c_attn") | {SAVED: ("h.1.mlp.c_fc",)}, "gpt2", True, "plain"),
+    "the head": AdapterKind({SAVED: ("lm_head",)}),
+    "the tied head": AdapterKind({SAVED: ("lm_head",)}, tied=True),
+    "the tied embedding": AdapterKind({SAVED: ("embed_tokens",)}, tied=True),
+    "embedding and tied head": AdapterKind({SAVED: ("embed_tokens", "lm_head")}, "gemma", True),
     # A and B of embeddings and heads
-    "lora on the embedding": AdapterKind({"target_modules": Q_AND_EMBEDDING}),
-    "lora on the tied embedding": AdapterKind(
-        {"target_modules": ("embed_tokens", *TARGETS[2:])}, tied=True
-    ),
-    "lora on a scaled embedding": AdapterKind({"target_modules": Q_AND_EMBEDDING}, "gemma", True),
-    "dora on the embedding": AdapterKind({"target_modules": Q_AND_EMBEDDING, "use_dora": True}),
-    "lora on gpt2's embedding": AdapterKind({"target_modules": ("wte", "c_attn")}, "gpt2", True),
-    "lora on the head": AdapterKind({"target_modules": ("lm_head", "q_proj")}),
-    "lora on the tied head": AdapterKind({"target_modules": ("lm_head", "q_proj")}, tied=True),
-    "lora on embedding and head": AdapterKind({"target_modules": ("embed_tokens", "lm_head")}),
+    "lora on the embedding": AdapterKind(on("embed_tokens", "q_proj")),
+    "lora on the tied embedding": AdapterKind(on("embed_tokens", *MLP), tied=True),
+    "lora on a scaled embedding": AdapterKind(on("embed_tokens", "q_proj"), "gemma", True),
+    "dora on the embedding": AdapterKind(on("embed_tokens", "q_proj", use_dora=True)),
+    "lora on gpt2's embedding": AdapterKind(on("wte", "c_attn"), "gpt2", True),
+    "lora on the head": AdapterKind(on("lm_head", "q_proj")),
+    "lora on the tied head": AdapterKind(on("lm_head", "q_proj"), tied=True),
+    "lora on embedding and head": AdapterKind(on("embed_tokens", "lm_head")),
     # token rows
-    "token rows": AdapterKind({"trainable_token_indices": TOKENS}),
-    "token rows, tied": AdapterKind({"trainable_token_indices": TOKENS}, tied=True),
-    "token rows, scaled": AdapterKind({"trainable_token_indices": TOKENS}, "gemma", True),
-    "token rows by name": AdapterKind(
-        {"target_modules": ("c_attn",), "trainable_token_indices": {"wte": TOKENS}}, "gpt2", True
-    ),
-    "token rows of the head": AdapterKind({"trainable_token_indices": {"lm_head": (5, 9)}}),
+    "token rows": AdapterKind({ROWS: TOKENS}),
+    "token rows, tied": AdapterKind({ROWS: TOKENS}, tied=True),
+    "token rows, scaled": AdapterKind({ROWS: TOKENS}, "gemma", True),
+    "token rows by name": AdapterKind(on("c_attn") | {ROWS: {"wte": TOKENS}}, "gpt2", True),
+    "token rows of the head": AdapterKind({ROWS: {"lm_head": (5, 9)}}),
     # experts
     "experts": AdapterKind(
-        {
-            "target_modules": ("q_proj",),
-            "target_parameters": ("experts.down_proj", "experts.gate_up_proj"),
-        },
-        "mixtral",
+        on("q_proj") | {PARAMETERS: ("experts.down_proj", "experts.gate_up_proj")}, "mixtral"
     ),
     "one of experts": AdapterKind(
-        {
-            "target_modules": ("q_proj",),
-            "target_parameters": ("experts.down_proj", "gate.weight"),
-        },
-        "mixtral",
+        on("q_proj") | {PARAMETERS: ("experts.down_proj", "gate.weight")}, "mixtral"
     ),
-    "experts alone": AdapterKind(
-        {"target_modules": (), "target_parameters": ("experts.down_proj",)}, "mixtral"
-    ),
+    "experts alone": AdapterKind(on() | {PARAMETERS: ("experts.down_proj",)}, "mixtral"),
     "experts of two ranks": AdapterKind(
-        {
-            "target_modules": ("q_proj",),
-            "target_parameters": ("down_proj", "experts.gate_up_proj"),
-            "rank_pattern": {"experts.down_proj": 2, "q_proj": 3},
-            "use_rslora": True,
-            "alpha_pattern": {"gate_up_proj": 3},
-        },
+        on("q_proj", use_rslora=True, alpha_pattern={"gate_up_proj": 3})
+        | {PARAMETERS: ("down_proj", "experts.gate_up_proj")}
+        | {"rank_pattern": {"experts.down_proj": 2, "q_proj": 3}},
         "mixtral",
     ),
     # what ours does not write
@@ -137,15 +117,11 @@ ADAPTER_KINDS: dict[str, AdapterKind] = {
     "olora": AdapterKind({"init_lora_weights": "olora"}, by_peft=True),
     "replicated layers": AdapterKind({"layer_replication": [[0, 2], [1, 2]]}, by_peft=True),
     "alora": AdapterKind({"alora_invocation_tokens": [ID]}, by_peft=True),
-    "q_proj alone": AdapterKind({"target_modules": ("q_proj",)}, by_peft=True),
-    "up_proj alone": AdapterKind({"target_modules": ("up_proj",)}, by_peft=True),
-    "without k_proj": AdapterKind(
-        {"target_modules": ("q_proj", "v_proj", "gate_proj")}, by_peft=True
-    ),
-    "first layer": AdapterKind({"target_modules": QV, "layers_to_transform": [0]}, by_peft=True),
-    "down_proj of the last layer": AdapterKind(
-        {"target_modules": ("1.mlp.down_proj",)}, by_peft=True
-    ),
+    "q_proj alone": AdapterKind(on("q_proj"), by_peft=True),
+    "up_proj alone": AdapterKind(on("up_proj"), by_peft=True),
+    "without k_proj": AdapterKind(on("q_proj", "v_proj", "gate_proj"), by_peft=True),
+    "first layer": AdapterKind(on(*QV, layers_to_transform=[0]), by_peft=True),
+    "down_proj of the last layer": AdapterKind(on("1.mlp.down_proj"), by_peft=True),
     "r 1024": AdapterKind({"r": 1024}, by_peft=True),
 }
 OUR_KINDS = [kind for kind, asked in ADAPTER_KINDS.items() if not asked.by_peft]

@@ -70,7 +70,10 @@ def apply_lora(
         UserError: an entry of the config matches nothing or contradicts the model, the name is
             taken, or init_lora_weights needs something that is missing.
     """
-    config = _with_head(model, config or LoraConfig())
+    config, task = config or LoraConfig(), task_of(model)
+    if task is not None and task.trains_head:
+        saved = dict.fromkeys([*config.modules_to_save, *heads(model)])  # as in PEFT
+        config = replace(config, modules_to_save=tuple(saved))
     require_new_name(model, adapter_name)
     found = targets(model, config)
     _require_agreement(model, config, found)
@@ -90,16 +93,6 @@ def apply_lora(
         model.requires_grad_(False)
         set_adapter(model, adapter_name)
     return model
-
-
-def _with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The same with a classifier's head in modules_to_save, as in PEFT."""
-    task = task_of(model)
-    if task is None or not task.trains_head:
-        return config
-    return replace(
-        config, modules_to_save=tuple(dict.fromkeys([*config.modules_to_save, *heads(model)]))
-    )
 
 
 def _require_agreement(model: nn.Module, config: LoraConfig, found: Targets) -> None:

@@ -47,7 +47,7 @@ from qlora.adapters.wrappers import (
 )
 from qlora.base.modules import as_dense, computes_in, dense_weight, is_tied, output_head, state_of
 from qlora.config import LoraConfig
-from qlora.errors import UserError, did_you_mean
+from qlora.errors import UserError, did_you_mean, some
 
 Combination = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd",
@@ -173,9 +173,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def _to_fuse(model: nn.Module, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
     """The adapters asked for, by default the active ones; at least one."""
-    if adapter_names is None:
-        names = active_adapters(model)
-    else:
+    names = active_adapters(model)
+    if adapter_names is not None:
         names = known_adapters(model, adapter_names)
     if not names:
         raise UserError("no adapter is active: there is nothing to merge")
@@ -191,7 +190,7 @@ def _require_biases(model: nn.Module, names: Iterable[str]) -> None:
         without = [n for n, base in biased.items() if getattr(base, "bias", None) is None]
         if without:
             raise UserError(
-                f"adapter {name!r} has lora_bias, and {_some(without)} have no bias to fold it "
+                f"adapter {name!r} has lora_bias, and {some(without)} have no bias to fold it "
                 "into: use merge_adapter, which keeps it beside the layer"
             )
 
@@ -372,13 +371,13 @@ def _require_only_matrices(model: nn.Module, name: str) -> None:
     """Refuse an adapter that is more than A and B of layers."""
     config = adapter_configs(model)[name]
     others = [n for n, w in adapted(model) if name in w.adapters and not isinstance(w, LoRALayer)]
-    for is_more, what in (
-        (config.use_dora, "is DoRA's"),
-        (config.lora_bias, "has lora_bias"),
-        (others, f"trains {_some(others)} beside its A and B"),
-    ):
-        if is_more:
-            raise UserError(f"adapter {name!r} {what}, of which no weighted sum can be computed")
+    more = {
+        "is DoRA's": config.use_dora,
+        "has lora_bias": config.lora_bias,
+        f"trains {some(others)} beside its A and B": others,
+    }
+    for what in (what for what, is_so in more.items() if is_so):
+        raise UserError(f"adapter {name!r} {what}, of which no weighted sum can be computed")
 
 
 def _require_one_rank(layers: dict[str, LoRALayer], parts: dict[str, list[str]], way: str) -> None:
@@ -389,7 +388,3 @@ def _require_one_rank(layers: dict[str, LoRALayer], parts: dict[str, list[str]],
                 f"{way} wants adapters of one rank, at {name} they have "
                 f"{', '.join(f'{r} ({adapter})' for adapter, r in ranks.items())}: take svd or cat"
             )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

@@ -18,7 +18,7 @@ old codes are not kept. A layer that is not quantized keeps W, as no rounded dif
 back. The model holds this one adapter, as others were trained over other codes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from qlora.base.modules import (
     was_conv1d,
 )
 from qlora.config import LoraConfig, QuantConfig
-from qlora.errors import UserError
+from qlora.errors import UserError, some
 from qlora.ops import nf4
 
 # ---- checks ----
@@ -58,7 +58,7 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
         return
     if others := [name for name, module in modules.items() if not is_linear(module)]:
         raise UserError(
-            f"init_lora_weights={init!r} is for linear layers, which {_some(others)} is not: give "
+            f"init_lora_weights={init!r} is for linear layers, which {some(others)} is not: give "
             "it an adapter of its own"
         )
     shapes = {name: matrix_shape(module) for name, module in modules.items()}
@@ -69,12 +69,12 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
     ]:
         raise UserError(
             f"init_lora_weights={init!r} takes at most as many directions as a layer has: "
-            f"{_some(small)}. Give a smaller r, or another to these layers with rank_pattern"
+            f"{some(small)}. Give a smaller r, or another to these layers with rank_pattern"
         )
     dense = [name for name, module in modules.items() if not is_quantized(module)]
     if init == "loftq" and dense:
         raise UserError(
-            f"LoftQ makes up for quantization, and these layers are not quantized: {_some(dense)}. "
+            f"LoftQ makes up for quantization, and these layers are not quantized: {some(dense)}. "
             "Name them in exclude_modules"
         )
     if config.rebases:
@@ -115,7 +115,7 @@ def require_originals(model: nn.Module, names: Iterable[str]) -> None:
     missing = [n for n, shape in shapes.items() if originals and originals.shape(n) != shape]
     if missing:
         raise UserError(
-            f"the checkpoint does not hold the weights of {_some(missing)} as this model has them: "
+            f"the checkpoint does not hold the weights of {some(missing)} as this model has them: "
             "is it the one that the model was loaded from?"
         )
 
@@ -244,8 +244,3 @@ def _quant_of(layer: Any) -> QuantConfig:
         return QuantConfig()
     state = layer.weight.quant_state
     return QuantConfig(state.quant_type, state.blocksize, bool(state.nested))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

@@ -27,7 +27,7 @@ from qlora.adapters.layers import lora_class
 from qlora.adapters.wrappers import base_modules, plain
 from qlora.base.modules import heads, is_conv, is_in, is_linear, is_quantized, vocabulary
 from qlora.config.lora import LoraConfig, pattern_key
-from qlora.errors import UserError, did_you_mean
+from qlora.errors import UserError, did_you_mean, some
 
 
 class Targets(NamedTuple):
@@ -126,7 +126,13 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
         entries = getattr(config, field)
         is_regex = isinstance(entries, str)
         if is_regex:
-            _require_regex(field, entries)
+            try:
+                re.compile(entries)
+            except re.error as error:
+                raise UserError(
+                    f"{field} {entries!r} is no regular expression ({error}); for name endings "
+                    "give a list"
+                ) from error
             entries = (entries,)
         is_hit = partial(matches, is_regex=is_regex)
         return set().union(*_hits(field, entries, modules, is_hit, "layer", linear).values())
@@ -148,15 +154,6 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
             raise UserError("exclude_modules leaves none of the layers that target_modules matches")
     _require_layers({name: plain(modules[name]) for name in modules if name in chosen}, linear)
     return [name for name in modules if name in chosen]
-
-
-def _require_regex(field: str, target: str) -> None:
-    try:
-        re.compile(target)
-    except re.error as error:
-        raise UserError(
-            f"{field} {target!r} is no regular expression ({error}); for name endings give a list"
-        ) from error
 
 
 def _in_layers(names: set[str], config: LoraConfig) -> set[str]:
@@ -189,18 +186,14 @@ def _require_layers(chosen: Mapping[str, nn.Module], linear: Collection[str]) ->
     if grouped := [name for name in unfit if is_conv(chosen[name])]:
         raise UserError(
             f"target_modules matches grouped convolutions, whose change B A cannot be fused into "
-            f"them: {_some(grouped)}. Leave them out with exclude_modules"
+            f"them: {some(grouped)}. Leave them out with exclude_modules"
         )
     if unfit:
         leaves = sorted({name.rpartition(".")[2] for name in linear})
         raise UserError(
             f"target_modules matches modules that are no linear layer, convolution or embedding: "
-            f"{_some(unfit)}. This model's linear layers: {', '.join(leaves)}."
+            f"{some(unfit)}. This model's linear layers: {', '.join(leaves)}."
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
 # ---- parameters trained in full ----

@@ -209,7 +209,10 @@ REFUSED: dict[str, list[tuple[dict[str, object], str]]] = {
             r"'\*q_proj' is no regular .*; for name endings give a list",
         ),
         ({"target_modules": ("norm",)}, r"or embedding: model\.norm\. .* linear layers: down_proj"),
-        ({"target_modules": ".*"}, r"no linear layer, convolution or embedding: .* …\. This"),
+        (
+            {"target_modules": ".*"},
+            r"no linear layer, convolution or embedding: .* and \d+ more\. This",
+        ),
         ({"exclude_modules": ("qproj",)}, r"exclude_modules 'qproj' .*Did you mean q_proj\?"),
         ({"exclude_modules": ".*"}, "exclude_modules leaves none of the layers"),
         ({"exclude_modules": "("}, r"exclude_modules '\(' is no regular expression"),
