@@ -245,22 +245,16 @@ def add_weighted_adapter(
     for name in names:
         _require_only_matrices(model, name)
     layers = lora_layers(model)
-    weight_of = dict(zip(names, weights, strict=True))
-    parts = {n: [a for a in names if a in layer.lora_A] for n, layer in layers.items()}
-    parts = {name: some for name, some in parts.items() if some}
+    parts = {}  # of each layer: the weights of its adapters
+    for name, layer in layers.items():
+        if own := {a: w for a, w in zip(names, weights, strict=True) if a in layer.lora_A}:
+            parts[name] = own
     if combination_type != "cat" and not combination_type.endswith("svd"):
         _require_one_rank(layers, parts, combination_type)
-    largest = max(len(layers[name].lora_A[a]) for name, some in parts.items() for a in some)
+    r = svd_rank or max(len(layers[name].lora_A[a]) for name, own in parts.items() for a in own)
     mix = _mix(combination_type.removesuffix("_svd"), density, majority_sign_method, generator)
     combined = {
-        name: _combined(
-            layers[name],
-            {a: weight_of[a] for a in some},
-            combination_type,
-            mix,
-            svd_rank or largest,
-        )
-        for name, some in parts.items()
+        name: _combined(layers[name], own, combination_type, mix, r) for name, own in parts.items()
     }
     r = max(len(factors.lora_A) for factors in combined.values())
     for name, factors in combined.items():
@@ -380,7 +374,9 @@ def _require_only_matrices(model: nn.Module, name: str) -> None:
         raise UserError(f"adapter {name!r} {what}, of which no weighted sum can be computed")
 
 
-def _require_one_rank(layers: dict[str, LoRALayer], parts: dict[str, list[str]], way: str) -> None:
+def _require_one_rank(
+    layers: dict[str, LoRALayer], parts: dict[str, dict[str, float]], way: str
+) -> None:
     for name, adapters in parts.items():
         ranks = {adapter: len(layers[name].lora_A[adapter]) for adapter in adapters}
         if len(set(ranks.values())) > 1:

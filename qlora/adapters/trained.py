@@ -124,11 +124,10 @@ class TrainedModule(AdapterModule):
                 module: Any = shallow_copy(below if own is self.plain else own)
                 for leaf, value in self._cast(name).items():
                     setattr(module, leaf, nn.Parameter(value.detach(), requires_grad=False))
-                # a vocabulary may have grown
-                if isinstance(module, nn.Embedding):
-                    module.num_embeddings = len(module.weight)
-                elif isinstance(module, nn.Linear):
-                    module.out_features = len(module.weight)
+                    if leaf == "weight" and isinstance(module, nn.Embedding):
+                        module.num_embeddings = len(value)  # a vocabulary may have grown
+                    elif leaf == "weight" and isinstance(module, nn.Linear):
+                        module.out_features = len(value)
                 return module.train(below.training)  # type: ignore[no-any-return]
         return below
 

@@ -39,6 +39,15 @@ def image() -> torch.Tensor:
 
 
 CONVS = ("first", "point", "line", "score")
+SUMS = {"rtol": 1e-5, "atol": 1e-5}  # fp32: the same sums in another order
+
+
+def moved(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in parameters_by_file_name(model, "default").values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -48,44 +57,31 @@ def test_convolutions_are_pefts(use_dora, tmp_path):
     save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(Eyes(), tmp_path, is_trainable=True)
     ours = model(image())
-    # fp32: the same sums in another order
-    torch.testing.assert_close(ours, theirs(image()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, theirs(image()), **SUMS)
     assert (ours - Eyes()(image())).abs().max() > 1e-2
-    ours.square().sum().backward()
-    theirs(image()).square().sum().backward()
-    wanted = {name: p.grad for name, p in pefts_parameters(theirs).items()}
+    for output in (ours, theirs(image())):
+        output.square().sum().backward()
+    wanted = pefts_parameters(theirs)
     for name, parameter in parameters_by_file_name(model, "default").items():
-        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
-    shapes = {n: t.shape for n, t in load_file(tmp_path / "adapter_model.safetensors").items()}
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, **SUMS, msg=name)
     theirs.save_pretrained(tmp_path / "theirs")
-    assert shapes == {
-        n: t.shape for n, t in load_file(tmp_path / "theirs" / "adapter_model.safetensors").items()
-    }
-
-
-def moved(model: nn.Module, std: float = 0.1) -> nn.Module:
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in parameters_by_file_name(model, "default").values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
-    return model
+    files = [load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "theirs")]
+    shapes = [{name: tensor.shape for name, tensor in file.items()} for file in files]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_convolutions_save_merge_and_unmerge(use_dora, tmp_path):
-    """Also one that pads in a circle, which PEFT's adapter does not."""
+    """With one that pads in a circle, which PEFT's adapter does not."""
     targets = (*CONVS, "mirrored")
     config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_dora=use_dora)
     model = moved(apply_lora(Eyes(), config)).eval()
     live = model(image())
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(Eyes().eval(), tmp_path)(image()), live)
-    merge_adapter(model)
-    torch.testing.assert_close(model(image()), live, rtol=1e-5, atol=1e-5)
-    unmerge_adapter(model)
-    assert torch.equal(model(image()), live)
-    merge_and_unload(model)
-    torch.testing.assert_close(model(image()), live, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merge_adapter(model)(image()), live, **SUMS)
+    assert torch.equal(unmerge_adapter(model)(image()), live)
+    torch.testing.assert_close(merge_and_unload(model)(image()), live, **SUMS)
     assert [type(m) for m in model.children()] == [type(m) for m in Eyes().children()]
 
 
@@ -118,6 +114,6 @@ def test_a_module_with_parameters_of_its_own_and_layers_is_trained_in_full(tmp_p
     live = model(x)
     save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(new(), tmp_path)
-    torch.testing.assert_close(theirs(x), live, rtol=1e-5, atol=1e-5)  # fp32: another order
+    torch.testing.assert_close(theirs(x), live, **SUMS)
     assert torch.equal(load_adapter(new(), tmp_path)(x), live)
-    torch.testing.assert_close(merge_and_unload(model)(x), live, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merge_and_unload(model)(x), live, **SUMS)

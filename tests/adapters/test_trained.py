@@ -220,28 +220,25 @@ def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(base_of):
     model = load_base(str(base_of("llama", False)), FP32_OR_16_BITS).eval()
     apply_lora(model, LoraConfig(r=2, target_modules=("v_proj", "k_proj"), lora_bias=True))
     before = logits(model)
-    with pytest.raises(
-        UserError, match=r"'default' has lora_bias, and .*k_proj, .*have no bias to"
-    ):
+    with pytest.raises(UserError, match=r"'default' has lora_bias, and .*k_proj, .*no bias to"):
         merge_and_unload(model)
     assert adapted(model) and torch.equal(logits(model), before)
     merge_adapter(model)
 
 
-@pytest.mark.parametrize(
-    ("one", "two", "tied"),
-    [
-        ("token rows", "lora on the embedding", False),
-        ("lora on the head", "token rows, tied", True),
-    ],
-)
-def test_rows_and_a_change_of_all_rows_are_not_active_together(base_of, one, two, tied):
-    """Which comes first would depend on the order they were put on in."""
+@pytest.mark.parametrize(("one", "two", "tied"), [
+    ("the head", "the head", False),
+    ("token rows", "lora on the embedding", False),  # which comes first?
+    ("lora on the head", "token rows, tied", True),
+])  # fmt: skip
+def test_two_that_own_the_same_part_are_not_active_together(base_of, one, two, tied):
     model = load_base(str(base_of("llama", tied)), FP32_OR_16_BITS).eval()
     trained(trained(model, one, name="one"), two, name="two", seed=4)
+    before = logits(model)
     for call in (set_adapter, merge_adapter, merge_and_unload):
-        with pytest.raises(UserError, match="'one' and 'two' cannot be active together"):
+        with pytest.raises(UserError, match="'one' and 'two' cannot be active together: each has"):
             call(model, ["one", "two"])
+    assert torch.equal(logits(model), before)
 
 
 def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(base_of, tmp_path):
@@ -269,18 +266,6 @@ def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(base_of, tmp_path
         with pytest.raises(UserError, match=message):
             swap_adapter(model, tmp_path)
         assert torch.equal(logits(model), before)
-
-
-def test_two_that_own_the_same_part_are_not_active_together(base_of):
-    model = load_base(str(base_of("llama", False)), FP32_OR_16_BITS).eval()
-    trained(trained(model, "the head", name="one"), "the head", name="two", seed=4)
-    before = logits(model)
-    with pytest.raises(UserError, match="'one' and 'two' cannot be active together: each has a lm"):
-        set_adapter(model, ["one", "two"])
-    for merge in (merge_adapter, merge_and_unload):
-        with pytest.raises(UserError, match="'one' and 'two' cannot be active together"):
-            merge(model, ["one", "two"])
-    assert torch.equal(logits(model), before)
 
 
 def test_an_error_halfway_leaves_no_half_adapter(base_of, monkeypatch):
