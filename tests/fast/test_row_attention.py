@@ -285,7 +285,7 @@ def test_usual_batches_are_computed_as_before_and_padding_is_refused(family, tmp
         model(input_ids=ids, attention_mask=mask)
     # a cache of a fixed size holds keys of tokens to come
     fixed = {"max_new_tokens": 4, "do_sample": False, "disable_compile": True}
-    with pytest.raises(UserError, match=r"room to come.*attn_implementation\('sdpa'\)"):
+    with pytest.raises(UserError, match=r"space for more tokens.*attn_implementation\('sdpa'\)"):
         model.generate(ids[:, :3], cache_implementation="static", **fixed)
     model.set_attn_implementation("sdpa")
     model(input_ids=ids, attention_mask=mask)
