@@ -290,7 +290,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         what = "does not exist" if not folder.is_dir() else f"holds no {CONFIG}"
         files = f"{CONFIG} and {WEIGHTS}"
-        raise UserError(f"adapter {folder} {what}: give the folder with {files} of train.py")
+        raise UserError(
+            f"adapter {folder} {what}: give the folder with {files} that train.py wrote"
+        )
     values = read_json(folder / CONFIG, mend="Save the adapter again")
     if (kind := values.get("peft_type")) != "LORA":
         raise UserError(f"{folder / CONFIG} is no LoRA adapter: peft_type is {kind!r}, wanted LORA")

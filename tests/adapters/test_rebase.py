@@ -201,17 +201,6 @@ def test_layers_that_are_not_quantized_keep_the_rest_of_their_weight(base):
     assert torch.equal(model.get_submodule(Q).weight, weight)
 
 
-def test_a_model_that_was_never_quantized_has_pefts_base():
-    model, plain = tiny_model("llama"), tiny_model("llama")
-    apply_lora(model, LoraConfig(r=4, lora_alpha=12, **PISSA))
-    torch.testing.assert_close(logits(model), logits(plain), **SAME_LOGITS)
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **PISSA)
-    theirs = peft.get_peft_model(tiny_model("llama"), config).base_model.model
-    for name, layer in lora_layers(model).items():
-        wanted = theirs.get_submodule(name).base_layer.weight.data
-        torch.testing.assert_close(layer.base_layer.weight.data, wanted, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("family", axis("llama", "gpt2"))
 def test_a_base_that_is_not_quantized_is_restored_to_the_bit(family, monkeypatch):
     """In bf16 the sum of the rest and of what was subtracted is not the weight."""
