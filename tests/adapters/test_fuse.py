@@ -65,7 +65,7 @@ def adapted(request, checkpoints):
     return model.eval()
 
 
-def test_merged_it_computes_what_it_computed_live(adapted):
+def test_fused_weights_compute_what_the_adapter_does_and_unfuse_exactly(adapted):
     live, base = logits(adapted), codes(adapted)
     with disable_adapter(adapted):
         without = logits(adapted)
@@ -84,7 +84,7 @@ def test_merged_it_computes_what_it_computed_live(adapted):
     assert not any("fused" in name for name in adapted.state_dict())
 
 
-def test_other_adapters_go_on_meaning_what_they_mean(adapted):
+def test_set_adapter_keeps_its_meaning_while_some_are_fused(adapted):
     wanted = {}
     for names in (["default"], ["other"], ["default", "other"]):
         set_adapter(adapted, names)
@@ -97,7 +97,7 @@ def test_other_adapters_go_on_meaning_what_they_mean(adapted):
         unmerge_adapter(adapted)
 
 
-def test_training_unmerges(adapted):
+def test_training_unfuses(adapted):
     merge_adapter(adapted)
     adapted.train()
     adapted(input_ids=token_ids()).logits.sum().backward()
@@ -106,7 +106,7 @@ def test_training_unmerges(adapted):
         assert layer.lora_A["default"].grad is not None
 
 
-def test_a_merge_in_bf16_is_one_rounding(checkpoints):
+def test_fusing_in_bf16_is_one_rounding(checkpoints):
     model = load_base(str(checkpoints("llama")), QuantConfig(compute_dtype="bf16"))
     apply_lora(model, LoraConfig(r=4))
     randomize_adapter(model, std=0.1)
@@ -182,7 +182,7 @@ def test_delete_adapter_also_removes_wrappers_without_another(adapted):
         (lambda m: merge_and_unload(unload(m)), "no adapter is active"),
     ],
 )
-def test_what_makes_no_sense_is_refused(adapted, wrong, message):
+def test_refused_with_the_model_as_it_was(adapted, wrong, message):
     live, base = logits(adapted), codes(adapted)
     with pytest.raises(UserError, match=message):
         wrong(adapted)
@@ -246,7 +246,7 @@ def density_of(way):
 
 @pytest.mark.parametrize("weights", axis((0.7, -0.5), (1.0, 0.4)), ids=str)
 @pytest.mark.parametrize("way", get_args(Combination))
-def test_the_change_is_that_of_pefts(way, weights, draws):
+def test_combined_changes_are_pefts(way, weights, draws):
     model = ours()
     other = theirs(model)
     draws.manual_seed(5)
@@ -264,7 +264,7 @@ def test_the_change_is_that_of_pefts(way, weights, draws):
 
 
 @pytest.mark.parametrize("way", ["ties", "dare_ties_svd"])
-def test_signs_by_count_are_those_of_pefts(way, draws):
+def test_majority_signs_by_frequency_are_pefts(way, draws):
     model = ours()
     other = theirs(model)
     for who in (add_weighted_adapter, other.add_weighted_adapter):
@@ -319,7 +319,7 @@ def test_more_than_a_and_b_has_no_weighted_sum(settings, words):
     assert words in str(error.value)
 
 
-def test_the_new_one_rests_until_it_is_set_and_can_be_saved(tmp_path):
+def test_a_combined_adapter_is_inactive_until_set_and_can_be_saved(tmp_path):
     model = ours()
     with torch.no_grad():
         before = model(input_ids=token_ids()).logits

@@ -1,4 +1,4 @@
-"""Wrappers that hold no adapter, beside those that do: none is noticed, none is left behind."""
+"""Wrappers without adapters beside those with: outputs and files stay as they are."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ NAMES = ("lm_head", "model.layers.0.mlp", "model.layers.1.mlp.up_proj")
 
 
 class Same(Wrapper):
-    """Another way to do what the module behind it does."""
+    """An equivalent of the module behind it."""
 
     def forward(self, x):
         return self.base_layer(x)
@@ -35,7 +35,7 @@ def there(model):
     return [name for name, module in base_modules(model).items() if isinstance(module, Same)]
 
 
-def test_a_wrapper_answers_for_the_module_behind_it(checkpoints):
+def test_a_wrapper_has_the_attributes_of_the_module_behind_it(checkpoints):
     model = wrapped(checkpoints)
     head = model.get_output_embeddings()
     assert isinstance(head, Same) and head.weight is plain(head).weight
@@ -45,7 +45,7 @@ def test_a_wrapper_answers_for_the_module_behind_it(checkpoints):
 
 
 @pytest.mark.parametrize("wrapped_first", [True, False])
-def test_adapters_are_the_same_with_wrappers_about(wrapped_first, checkpoints, tmp_path):
+def test_adapters_are_the_same_with_other_wrappers(wrapped_first, checkpoints, tmp_path):
     """Their files, outputs and gradients; those of a model without wrappers are the expected."""
     settings = LoraConfig(r=4, target_modules=("up_proj", "q_proj"), modules_to_save=("lm_head",))
     found = []
@@ -69,7 +69,7 @@ def test_adapters_are_the_same_with_wrappers_about(wrapped_first, checkpoints, t
         assert torch.equal(got, gradient)
 
 
-def test_an_adapter_goes_and_other_wrappers_stay(checkpoints, tmp_path):
+def test_removing_an_adapter_keeps_other_wrappers(checkpoints, tmp_path):
     model = wrapped(checkpoints)
     logits = model(token_ids()).logits
     apply_lora(model, LoraConfig(r=4, modules_to_save=("lm_head",)))
@@ -89,7 +89,7 @@ def test_an_adapter_goes_and_other_wrappers_stay(checkpoints, tmp_path):
     assert torch.equal(model(token_ids()).logits, logits)
 
 
-def test_nothing_of_a_wrapper_is_left_in_a_merged_model(checkpoints):
+def test_merge_and_unload_removes_all_wrappers(checkpoints):
     model = wrapped(checkpoints)
     apply_lora(model, LoraConfig(r=4))
     randomize_adapter(model)
