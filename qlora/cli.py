@@ -12,21 +12,22 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, Field
 from importlib import import_module
-from inspect import getsource
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 
 from qlora import __version__, config
 from qlora.config.lora import ALL_LINEAR
 from qlora.errors import UserError, did_you_mean
+from qlora.files import AsWritten, read_yaml
 
 Config = TypeVar("Config")
 Fields = Mapping[str, tuple[Any, Field[Any]]]  # by name: the dataclass and its field
@@ -60,7 +61,9 @@ def main() -> None:
     if name in COMMANDS:
         run(name, prog=f"qlora {name}", words=words)
     elif name in ("-h", "--help"):
-        about = [f"  {name:<10} {_title(command[0])}" for name, command in COMMANDS.items()]
+        about = [
+            f"  {name:<10} {config.docs_of(command[0])['']}" for name, command in COMMANDS.items()
+        ]
         print("usage: qlora COMMAND [FLAGS]\n       qlora COMMAND --help\n", *about, sep="\n")
     elif name == "--version":
         print(f"qlora {__version__}")
@@ -92,9 +95,8 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
             raise
         peak = sys.modules["torch"].cuda.max_memory_allocated() / 2**30
-        sizes = ("max_length", "per_device_train_batch_size", "max_new_tokens")
-        lower = [_flag(name) for name in sizes if name in dict(_settings(config_class))]
-        mend = f"lower {' or '.join(lower)}, or take a smaller model" if lower else "use a CPU"
+        sizes = "--max-length, --per-device-train-batch-size or --max-new-tokens"
+        mend = f"lower {sizes}, as far as {prog} has them, or take a smaller model"
         _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {mend}")
 
 
@@ -108,7 +110,7 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
 
     Raises UserError for whatever is wrong with either, and SystemExit(0) after `--help`.
     """
-    settings = dict(_settings(config_class))
+    settings = dict(config.settings_of(config_class))
     words = sys.argv[1:] if words is None else words
     if not {"-h", "--help", "--help-all"}.isdisjoint(words):
         print(_help(settings, prog, every="--help-all" in words), flush=True)
@@ -121,40 +123,24 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
     recipe = _read_recipe(path, settings) if path else []
     recipe = [text for text in recipe if text[1] not in given]
     names = given | {name for _, name, _ in recipe}
-    required = [n for n, (_, member) in settings.items() if _default(member) is MISSING]
-    if missing := [_flag(name) for name in required if name not in names]:
+    if missing := [
+        _flag(n) for n, (_, m) in settings.items() if config.is_required(m) and n not in names
+    ]:
         raise UserError(f"missing {', '.join(missing)}: write a value here or in a --config file")
     values: dict[str, Any] = {}
     for where, name, texts in [*recipe, *(flag for flag in flags if flag[1] != "config")]:
         key = where.partition("--trainer.")[2].replace("-", "_")
-        new = {key: _load(where, texts[0])} if key else _value(where, settings[name][1].type, texts)
+        new = (
+            {key: read_yaml(where, texts[0])}
+            if key
+            else _value(where, settings[name][1].type, texts)
+        )
         values[name] = {**values.get(name, {}), **new} if name == "trainer" else new
     try:
-        return _build(config_class, values)  # type: ignore[no-any-return]
+        return config.build(config_class, values)
     except UserError as error:
         is_recipes = str(error).partition(" ")[0] in names - given
         raise UserError(f"{path}: {error}" if is_recipes else str(error)) from None
-
-
-def _settings(config_class: Any) -> Iterator[tuple[str, tuple[Any, Field[Any]]]]:
-    """The settings that have a flag; those of a dataclass inside follow the others."""
-    for member in fields(config_class):
-        if not is_dataclass(member.type) and "no_flag" not in member.metadata:
-            yield member.name, (config_class, member)
-    for member in fields(config_class):
-        if is_dataclass(member.type):
-            yield from _settings(member.type)
-
-
-def _build(config_class: Any, values: Mapping[str, Any]) -> Any:
-    own = {name for name, (owner, _) in _settings(config_class) if owner is config_class}
-    inner = {m.name: _build(m.type, values) for m in fields(config_class) if is_dataclass(m.type)}
-    return config_class(**{name: values[name] for name in own & values.keys()}, **inner)
-
-
-def _default(member: Field[Any]) -> Any:
-    made = member.default_factory
-    return member.default if made is MISSING else made()
 
 
 def _flag(name: str) -> str:
@@ -174,49 +160,50 @@ def _split(words: Sequence[str], settings: Fields) -> Texts:
     hints = {"config": str} | {name: member.type for name, (_, member) in settings.items()}
     known = {_flag(name): name for name in hints}
     known |= {_flag(f"no_{name}"): name for name, hint in hints.items() if hint is bool}
-    texts, unknown = [], {}
+    more = " Any other of transformers.TrainingArguments: --trainer.NAME VALUE."
+    more = more if "trainer" in settings else ""
+    texts, unknown = [], []
     for raw, values in split if split[0][1] else split[1:]:
         flag = raw.replace("_", "-")
         is_key = flag.startswith("--trainer.") and "trainer" in settings
         name = "trainer" if is_key else known.get(flag, "")
         hint = hints.get(name)
-        strays = values if hint is bool or not name else [] if _item(hint) else values[1:]
+        is_list = _types(hint)[1] is not None
+        strays = values if hint is bool or not name else values[1:] if not is_list else []
         if raw and not name:
-            unknown[raw] = f"unknown flag {raw}.{did_you_mean(flag, known)}"
+            unknown.append(f"unknown flag {raw}.{did_you_mean(flag, known) or more}")
         elif strays:
-            raise UserError(
-                f"no flag takes {' '.join(strays)}: a value follows its flag, and a switch takes "
-                "none but is turned off with --no-NAME"
+            wanted = (
+                "a value follows its flag, a switch takes none and is turned off with --no-NAME"
             )
+            raise UserError(f"no flag takes {' '.join(strays)}: {wanted}")
         elif hint is bool:
             values = ["true" if flag == _flag(name) else "false"]
-        elif not values and not _item(hint):
+        elif not values and not is_list:
             raise UserError(f"{flag} needs a value (one that starts with - is written {flag}=-…)")
         texts.append((flag, name, values))
     if unknown:  # nothing is swallowed: a run with a typo would train with a default
-        if "trainer" in settings and not all("?" in line for line in unknown.values()):
-            unknown[""] = "Any other of transformers.TrainingArguments: --trainer.NAME VALUE."
-        raise UserError(" ".join(unknown.values()))
+        raise UserError(" ".join(unknown))
     return texts
 
 
 def _value(where: str, hint: Any, words: Sequence[str]) -> Any:
     """The words after a flag, or a recipe's text -> the value of the setting's type."""
-    text, item, parts = " ".join(words), _item(hint), _parts(hint)
+    text, (parts, item) = " ".join(words), _types(hint)
     if get_origin(hint) is Mapping:
-        value = _load(where, text)
+        value = read_yaml(where, text)
         if not isinstance(value, dict):
             raise UserError(f"{where}: wanted {{NAME: VALUE}}, got {text!r}")
         return {str(name): number for name, number in value.items()}
     if item and re.fullmatch(r"\[.*\]", text, re.DOTALL):
-        words = _load(where, text, AsWritten)
-        if not all(isinstance(word, str) for word in words):
-            raise UserError(f"{where}: wanted a list of plain values, got {text!r}")
+        words = read_yaml(where, text, AsWritten)
     elif item and str in parts and (text == ALL_LINEAR or re.search(r"[\\*+?()\[\]{}|^$]", text)):
         return text  # a regular expression; one plain word is a list of one, unlike in PEFT
     elif item:
         lists = [word.split(",") if re.fullmatch(r"[\w.,+-]+", word) else [word] for word in words]
         words = [word for some in lists for word in some if word]
+    if not all(isinstance(word, str) for word in words):
+        raise UserError(f"{where}: wanted a list of plain values, got {text!r}")
     if item:
         return tuple(word if item is str else _number(where, item, word) for word in words)
     if bool in parts and text.lower() in yaml.SafeLoader.bool_values:
@@ -230,50 +217,16 @@ def _value(where: str, hint: Any, words: Sequence[str]) -> Any:
 
 
 def _number(where: str, kind: type[int] | type[float], text: str) -> int | float:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{where}: wanted {'a whole' if kind is int else 'a'} number, got {text!r}")
-    return number
+    with suppress(ValueError):
+        if math.isfinite(kind(text)):
+            return kind(text)
+    raise UserError(f"{where}: wanted {'a whole' if kind is int else 'a'} number, got {text!r}")
 
 
-def _parts(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
-
-
-def _item(hint: Any) -> Any:
-    """The type of a list's items; None for a setting that is no list."""
-    return next((get_args(part)[0] for part in _parts(hint) if get_origin(part) is tuple), None)
-
-
-class AsWritten(yaml.BaseLoader):
-    """PyYAML's that leaves scalars as text; a key may be set once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(problem=f"{twice[0]} is set twice")
-        return super().construct_mapping(node, deep)
-
-
-class Loader(yaml.SafeLoader):
-    """PyYAML's, but 1e-4 is a number."""
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _load(where: str, text: str, loader: Any = Loader) -> Any:
-    try:
-        return yaml.load(text, loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line} is not YAML: {getattr(error, 'problem', error)}") from None
+def _types(hint: Any) -> tuple[tuple[Any, ...], Any]:
+    """The alternatives of a type, and what a list among them holds, or None."""
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return parts, next((get_args(part)[0] for part in parts if get_origin(part) is tuple), None)
 
 
 def _read_recipe(path: str, settings: Fields) -> Texts:
@@ -285,7 +238,7 @@ def _read_recipe(path: str, settings: Fields) -> Texts:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: {getattr(error, 'strerror', error)}") from None
-    written, typed = _load(path, text, AsWritten), _load(path, text)
+    written, typed = read_yaml(path, text, AsWritten), read_yaml(path, text)
     if isinstance(typed, dict) and isinstance(typed.get("config"), dict):
         written, typed = written["config"], typed["config"]
     if not isinstance(typed, dict):
@@ -295,8 +248,6 @@ def _read_recipe(path: str, settings: Fields) -> Texts:
     if unknown := [name for name in names.values() if name not in settings]:
         lines = (f"unknown key {name}.{did_you_mean(name, settings)}" for name in unknown)
         raise UserError(f"{path}: {' '.join(lines)}")
-    if twice := [name for name in names.values() if [*names.values()].count(name) > 1]:
-        raise UserError(f"{path}: {twice[0]} is set twice: keep one of the two")
     texts = []
     for key, value in written.items():
         value = typed[key] if isinstance(value, dict) else value
@@ -310,47 +261,36 @@ def _read_recipe(path: str, settings: Fields) -> Texts:
 def _help(settings: Fields, prog: str, *, every: bool) -> str:
     """The flags by dataclass, the rare ones only if `every` is asked for."""
     owner, width = next(iter(settings.values()))[0], get_terminal_size().columns
-    needed = [f"{_flag(n)} …" for n, (_, member) in settings.items() if _default(member) is MISSING]
-    about = f"{_title(owner)} Flags win over the recipe; --no-NAME turns a switch off"
+    docs = config.docs_of(owner)
+    needed = [
+        f"{_flag(name)} …" for name, (_, member) in settings.items() if config.is_required(member)
+    ]
+    about = f"{docs['']} Flags win over the recipe; --no-NAME turns a switch off"
     about += "." if every else "; --help-all lists the rare flags too."
     usage = f"usage: {prog} {' '.join(needed)} [--config RECIPE.yaml] [FLAGS]"
-    lines, docs = [fill(usage, width), fill(about, width), ""], _docs(owner)
+    lines = [fill(usage, width), fill(about, width), ""]
     lines.append(f"  {'--config RECIPE.yaml':<32}settings by name, in a YAML file")
     for name, (group, member) in settings.items():
-        if "rare" in member.metadata and not every:
-            continue
         if group is not owner:
-            lines += ["", fill(_title(group), width)]
-            owner, docs = group, _docs(group)
-        flag, default = f"  {_flag(name)} {_metavar(member)}", _default(member)
-        shown = f" (default {default})" if default not in (None, False, (), {}) else ""
-        shown = " (required)" if default is MISSING else shown
-        shown = (
-            f" (off: {_flag('no_' + name)})" if default is True and not _metavar(member) else shown
-        )
-        lines.append(fill(f"{flag:<32}  {docs[name]}{shown}", width, subsequent_indent=" " * 34))
+            owner, docs = group, config.docs_of(group)
+            lines += ["", fill(docs[""], width)]
+        metavar, shown = _metavar(member), f" (default {member.default})"
+        if member.default is True and not metavar:
+            shown = f" (off: {_flag(f'no_{name}')})"
+        elif member.default in (None, False, (), MISSING):
+            shown = " (required)" * config.is_required(member)
+        flag = f"  {_flag(name)} {metavar}"
+        if every or "rare" not in member.metadata:
+            text = f"{flag:<32}  {docs[name]}{shown}"
+            lines.append(fill(text, width, subsequent_indent=" " * 34, break_on_hyphens=False))
     return "\n".join(lines)
 
 
 def _metavar(member: Field[Any]) -> str:
     """How the help shows a value; nothing for a switch."""
-    (part, *_), item = _parts(member.type), _item(member.type)
-    choices = member.metadata.get(
-        "choices", get_args(part) if get_origin(part) is Literal else (0,)
-    )
-    if isinstance(choices[0], str):
+    (part, *_), item = _types(member.type)
+    choices = member.metadata.get("choices", get_args(part))
+    if choices and isinstance(choices[0], str):
         return f"{{{','.join(choices)}}}"
     names = {int: "INT", float: "NUMBER", str: "NAME", bool: "", Mapping: "{NAME: VALUE}"}
     return f"{names[item]} ..." if item else names[get_origin(part) or part]
-
-
-def _title(config_class: Any) -> str:
-    return str(config_class.__doc__).partition("\n")[0]
-
-
-def _docs(config_class: Any) -> dict[str, str]:
-    """The docstring below each field, from the source: Python keeps none."""
-    classes = (base for base in reversed(config_class.__mro__) if is_dataclass(base))
-    source = "\n".join(getsource(base) for base in classes)  # type: ignore[arg-type]
-    docs = re.findall(r'^    (\w+): .*?"""(.*?)"""', source, re.DOTALL | re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in docs}

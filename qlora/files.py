@@ -7,11 +7,14 @@ the report starts at once.
 import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from qlora.errors import UserError
 
@@ -40,6 +43,35 @@ def read_json(path: Path, *, mend: str = "") -> dict[str, Any]:
         kind = type(values).__name__
         raise UserError(f"{path} is no JSON object: it holds a {kind}. {mend}")
     return values
+
+
+class AsWritten(yaml.BaseLoader):
+    """YAML whose scalars stay text; a key may be set once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value).replace("-", "_") for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(problem=f"{twice[0]} is set twice")
+        return super().construct_mapping(node, deep)
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(where: str, text: str, loader: Any = Loader) -> Any:
+    """The value of a YAML text, or a UserError that says `where` it stands."""
+    try:
+        return yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line} is not YAML: {getattr(error, 'problem', error)}") from None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -14,14 +14,17 @@ Where the defaults come from:
   ends at a held-out loss of 1.334 in place of 1.474 (benchmarks/results/nf4_against_16bit.jsonl).
 """
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from inspect import getsource
+from typing import Any, Literal, TypeVar
 
 from qlora.config.lora import POSITIONAL, RARE, SHARE, Settings, above, at_least, one_of, rule
 from qlora.config.lora import LoraConfig as LoraConfig
 from qlora.config.tasks import CAUSAL_LM, TASKS
 
+Config = TypeVar("Config")
 MAX_LENGTH = 2048  # tokens of a row
 STEPS = rule("above 0, or -1 for num_train_epochs", lambda steps: steps == -1 or steps > 0)
 KEPT = rule("above 0 and at most 1", lambda share: 0 < share <= 1)
@@ -306,14 +309,48 @@ class EvaluateConfig(ModelChoice):
     """all of it as JSON, by default evaluation.json in the adapter's folder"""
 
 
+# ---- settings by name, as flags and recipes have them ----
+
+
+def settings_of(config_class: Any) -> Iterator[tuple[str, tuple[Any, Field[Any]]]]:
+    """Name -> (dataclass, field) of the settings with a flag; those of inner dataclasses last."""
+    for member in sorted(fields(config_class), key=lambda member: is_dataclass(member.type)):
+        if is_dataclass(member.type):
+            yield from settings_of(member.type)
+        elif "no_flag" not in member.metadata:
+            yield member.name, (config_class, member)
+
+
+def is_required(member: Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return member.default is member.default_factory is MISSING
+
+
+def docs_of(config_class: Any) -> dict[str, str]:
+    """The docstring below each field, from the source: Python keeps none; and the class's title."""
+    classes = (base for base in reversed(config_class.__mro__) if is_dataclass(base))
+    source = "\n".join(getsource(base) for base in classes)  # type: ignore[arg-type]
+    docs = re.findall(r'^    (\w+): .*?"""(.*?)"""', source, re.DOTALL | re.MULTILINE)
+    title = str(config_class.__doc__).partition("\n")[0]
+    return {"": title} | {name: " ".join(text.split()) for name, text in docs}
+
+
+def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """The config with these settings, and defaults for the others; the inverse of `flat`."""
+    given: dict[str, Any] = {}
+    for member in fields(config_class):  # type: ignore[arg-type]
+        if is_dataclass(member.type):
+            given[member.name] = build(member.type, values)  # type: ignore[arg-type]
+        elif member.name in values and "no_flag" not in member.metadata:
+            given[member.name] = values[member.name]
+    return config_class(**given)
+
+
 def flat(config: TrainConfig | MergeConfig) -> dict[str, Any]:
     """Every setting under the name of its flag, in plain types that YAML and JSON can hold."""
     settings: dict[str, Any] = {}
     for member in fields(config):
         value = getattr(config, member.name)
-        if is_dataclass(value):
-            own = {m.name for m in fields(value) if "no_flag" not in m.metadata}
-            settings |= {k: v for k, v in asdict(value).items() if k in own}  # type: ignore[arg-type]
-        else:
-            settings[member.name] = value
+        inner = dict(settings_of(type(value))) if is_dataclass(value) else ()
+        settings |= {name: getattr(value, name) for name in inner} or {member.name: value}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
