@@ -1,9 +1,8 @@
 """Prompts -> the model's answers, in batches; and rows as questions with the answer they have.
 
 The prompt is the chat as its template renders it with a generation prompt; the answer is what the
-model generates until it ends its turn. Prompts of different lengths are padded on the left with an
-attention mask, so all answers begin at the same position. Padding is done here on ids, with any
-id at all, so a tokenizer without a pad token serves and stays as it is.
+model generates until it ends its turn. Prompts of a batch are padded on the left with an attention
+mask. Any id can pad: a tokenizer without a pad token, which tokenizer.pad refuses, stays as it is.
 
 A turn ends at the eos tokens of the model's generation_config, at the tokenizer's eos, and at the
 token that the chat template puts after an answer: that one is learned in training, and in many base
@@ -71,7 +70,6 @@ def answers(
 
     Args:
         chats: messages with `role` and `content`, the last of them the user's.
-        max_new_tokens: longest answer.
         temperature: 0 takes the most likely token; above, tokens are drawn from torch's generator.
         progress: title of a progress bar on a terminal; none without.
 

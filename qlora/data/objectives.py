@@ -183,8 +183,9 @@ def _cut(tokenizer: Tokenizer, max_length: int, *texts: Any, **settings: Any) ->
 
 
 def _answer_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
+    answer = row["labels"]
     yield str(tokenizer.decode(row["input_ids"])) + " ", False
-    yield str(tokenizer.decode(row["labels"])), True
+    yield str(tokenizer.decode(answer)) if isinstance(answer, list) else names[answer], True
 
 
 # ---- classifiers
@@ -220,11 +221,6 @@ def encode_words(record: Record, tokenizer: Tokenizer, max_length: int, names: N
         for before, word in zip([None, *positions], positions, strict=False)
     ]
     return _row(encoded["input_ids"], labels, full, sum(label != NO_LOSS for label in labels))
-
-
-def _text_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
-    yield str(tokenizer.decode(row["input_ids"])) + " ", False
-    yield names[row["labels"]], True
 
 
 def _word_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
@@ -361,13 +357,8 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 # ---- the table
 
 SEQ2SEQ_KINDS = (("prompt", "completion"), ("input", "target"), ("instruction", "output"))
-TEXT_KINDS = (
-    ("text", "text_pair", "label"),
-    ("sentence1", "sentence2", "label"),
-    ("premise", "hypothesis", "label"),
-    ("text", "label"),
-    ("sentence", "label"),
-)
+PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
+TEXT_KINDS = tuple((*texts, "label") for texts in (*PAIRS, ("text",), ("sentence",)))
 WORD_KINDS = (("tokens", "tags"), ("tokens", "ner_tags"))
 
 OBJECTIVES = {
@@ -381,7 +372,7 @@ OBJECTIVES = {
             TASKS["seq2seq"], SEQ2SEQ_KINDS, encode_answer, _answer_pieces, DataCollatorForSeq2Seq
         ),
         Objective(
-            TASKS["seq-cls"], TEXT_KINDS, encode_text, _text_pieces, DataCollatorWithPadding,
+            TASKS["seq-cls"], TEXT_KINDS, encode_text, _answer_pieces, DataCollatorWithPadding,
             scores=text_scores, one_label=True,
         ),
         Objective(

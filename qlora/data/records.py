@@ -26,18 +26,14 @@ from qlora.errors import UserError, did_you_mean, first_line
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 ENDINGS = " ".join(LOADERS)
 KINDS = (  # columns that make a kind of record, first match wins
-    ("messages",),
-    ("conversations",),
-    ("prompt", "completion"),
-    ("instruction", "output"),
+    ("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"),
     ("text",),
-)
+)  # fmt: skip
 TEXTS = (
     "prompt", "completion", "instruction", "input", "output", "target", "text", "text_pair",
     "system",
 )  # fmt: skip
-ROLES = dict.fromkeys(("system",), "system")
-ROLES |= dict.fromkeys(("user", "human"), "user")
+ROLES = {"system": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "observation", "function_response"), "tool")
 OBJECTS_WANTED = "one JSON object a line is wanted (or, in .json, a list of them)"
@@ -116,19 +112,13 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
     if kind == "csv":
         # pandas would read the answers "None" and "N/A" as missing, and "007" and "1.50" as numbers
         options = {"keep_default_na": False, "converters": dict.fromkeys(TEXTS, str)}
-    verbosity = datasets_logging.get_verbosity()
+    data_files, verbosity = [str(file) for file in files], datasets_logging.get_verbosity()
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # _why_unreadable explains it
     try:
         # datasets identifies a file by name and mtime: its cache would serve an edited one
         with tempfile.TemporaryDirectory() as cache:
-            records = load_dataset(
-                kind,
-                data_files=[str(file) for file in files],
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                **options,
-            )
+            settings: Any = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
+            records = load_dataset(kind, data_files=data_files, **settings, **options)
         return _with_dates_as_written(records, files) if kind == "json" else records
     except UserError:
         raise
@@ -173,15 +163,14 @@ def _check_text(source: str, files: Sequence[Path]) -> None:
     """Refuse other encodings, which datasets would let through, and blank files."""
     filled = False
     for file in files:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                filled = filled or bool(line.strip())
-                try:
-                    line.decode()
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{file}, line {number}: UTF-8 is wanted, got other bytes: save it as UTF-8"
-                    ) from error
+        data = file.read_bytes()
+        try:
+            filled = filled or bool(data.decode().strip())
+        except UnicodeDecodeError as error:
+            number = data.count(b"\n", 0, error.start) + 1
+            raise UserError(
+                f"{file}, line {number}: UTF-8 is wanted, got other bytes: save it as UTF-8"
+            ) from error
     if not filled:
         raise UserError(NO_ROWS.format(source))
 

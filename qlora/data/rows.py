@@ -1,11 +1,9 @@
 """Records -> rows of token ids with labels -> batches, padded or packed.
 
 A row holds what its task makes of a record (qlora.data.objectives): `input_ids` (T,), `labels` with
--100 where there is no loss, and `length`, T. Of a causal language model `labels` (T,) are the same
-ids where the model has to answer. Tokens are kept in memory, 8 bytes each, and so are the records
-of a local file.
+-100 where there is no loss, and `length`, T. Records and tokens (8 bytes each) stay in memory.
 
-Packing puts several rows into one, up to max_length tokens, without padding:
+A pack is several rows, of up to max_length tokens together, in a batch without padding:
 
     input_ids       a a a a a b b b c c c c       rows a, b, c
     position_ids    0 1 2 3 4 0 1 2 0 1 2 3       begin again with each
@@ -15,11 +13,11 @@ Packing puts several rows into one, up to max_length tokens, without padding:
 Each row gives what it gives alone: the loss is summed over the same labels, and attention stays
 within each row (qlora.fast.attention).
 
-Packs are found by best-fit decreasing: the longest row first, each into the pack that it leaves the
+Best-fit decreasing finds the packs: the longest row first, each into the pack that it leaves the
 least space in. It takes at most 11/9 of the fewest packs possible, and 6/9 of one (Johnson et al.,
-SIAM J. Comput. 3, 1974; Dósa, 2007). Packs are indexed by their free space, and the spaces that
-occur are the bits of one number: n rows cost a sort and n shifts of max_length bits, 0.4 s for
-100,000 rows of up to 2048 tokens. It runs once; an epoch shuffles packs, not what is in them.
+SIAM J. Comput. 3, 1974; Dósa, 2007). The free spaces that occur are the bits of one number: n rows
+cost a sort and n shifts of max_length bits, 0.4 s for 100,000 rows of up to 2048 tokens. It runs
+once; an epoch shuffles packs, not what is in them.
 
 Left out: streaming; cutting rows to fill packs completely, which separates text from its context.
 """
@@ -29,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,8 +135,7 @@ def _errors_in(place: str) -> Iterator[None]:
 
 
 def _require_answers(source: str, full: list[int], supervised: list[int], max_length: int) -> None:
-    unanswered = [str(row) for row, length in enumerate(full, start=1) if not length]
-    if unanswered:
+    if unanswered := [str(row) for row, length in enumerate(full, start=1) if not length]:
         some = ", ".join(unanswered[:5]) + (", …" if len(unanswered) > 5 else "")
         raise UserError(
             f"{source}: {len(unanswered)} of {len(full)} rows have no answer (row {some}): each "
@@ -176,11 +174,12 @@ def prepare_tokenizer(tokenizer: Tokenizer, *, chats: bool = False) -> tuple[str
 def describe(stats: DataStats, *, name: str) -> str:
     """One line of counts, and a second when rows were cut or dropped."""
     share = stats.supervised_tokens / max(stats.tokens, 1)
-    line = f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {stats.supervised_tokens:,} "
-    line += "labels" if stats.classes else f"of them supervised ({share:.0%})"
+    learned = f"of them supervised ({share:.0%})"
     if stats.classes:
         shown = ", ".join(stats.classes[:8]) + (", …" if len(stats.classes) > 8 else "")
-        line += f" of {len(stats.classes)} kinds: {shown}"
+        learned = f"labels of {len(stats.classes)} kinds: {shown}"
+    count = f"{stats.supervised_tokens:,}"
+    line = f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {count} {learned}"
     if stats.cut_rows or stats.dropped_rows:
         line += (
             f"\n{name}: {stats.cut_rows:,} rows cut at max_length, {stats.dropped_rows:,} rows "
@@ -201,24 +200,19 @@ def show_example(
     some = min(len(dataset), 32)
     row = min((dataset[i] for i in range(some)), key=lambda row: int(row["length"]))
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
-    pieces = []
-    for piece, learned in OBJECTIVES[task].pieces(row, tokenizer, classes):
-        if len(piece) > 800:
-            piece = f"{piece[:400]} … {piece[-400:]}"
-        pieces.append(f"{begin}{piece}{end}" if learned else piece)
     marked = "in green" if colour else "between ⟦ and ⟧"
-    return f"An example row; the model learns what is {marked}:\n{''.join(pieces)}"
+    text = f"An example row; the model learns what is {marked}:\n"
+    for piece, learned in OBJECTIVES[task].pieces(row, tokenizer, classes):
+        piece = piece if len(piece) <= 800 else f"{piece[:400]} … {piece[-400:]}"
+        text += f"{begin}{piece}{end}" if learned else piece
+    return text
 
 
 # ---- padded batches
 
 
-@dataclass
-class _Collator:
-    collate: Collator
-
-    def __call__(self, rows: list[Any]) -> Any:
-        return self.collate([{k: v for k, v in row.items() if k != "length"} for row in rows])
+def _without_length(collate: Collator, rows: list[Any]) -> Any:
+    return collate([{k: v for k, v in row.items() if k != "length"} for row in rows])
 
 
 def collator(tokenizer: Tokenizer, task: str = "causal-lm", model: Any = None) -> Collator:
@@ -236,7 +230,8 @@ def collator(tokenizer: Tokenizer, task: str = "causal-lm", model: Any = None) -
     right = copy.copy(tokenizer)  # the caller may generate with padding on the left
     right.padding_side = "right"
     options = {"model": model} if task == "seq2seq" else {}
-    return _Collator(OBJECTIVES[task].collator(right, pad_to_multiple_of=8, **options))
+    collate = OBJECTIVES[task].collator(right, pad_to_multiple_of=8, **options)
+    return partial(_without_length, collate)
 
 
 def length_batches(
@@ -253,8 +248,7 @@ def length_batches(
         if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > max_tokens:
             groups.append([])
         groups[-1].append(row)
-    collate = collator(tokenizer, task, model)
-    return [collate(group) for group in groups]
+    return list(map(collator(tokenizer, task, model), groups))
 
 
 # ---- packs
@@ -308,10 +302,7 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, list[int]]]]):
         )
 
 
-def _flatten(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    collate: Any = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    batch: dict[str, Any] = collate(rows)
-    return batch
+_flatten: Any = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 
 
 def _as_packs(items: Sequence[Any]) -> list[list[Mapping[str, Any]]]:
@@ -328,7 +319,7 @@ class FlatCollator:
     """
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
-        batch = _flatten([row for pack in _as_packs(items) for row in pack])
+        batch: dict[str, Any] = _flatten([row for pack in _as_packs(items) for row in pack])
         return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}  # to count tokens
 
 
