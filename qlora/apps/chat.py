@@ -51,7 +51,7 @@ def chat(config: ChatConfig) -> None:
     """Load the model, then answer --prompt, the terminal, or the lines of standard input."""
     with redirect_stdout(sys.stderr):  # standard output is for answers
         resolved = resolve_model(config)
-        session = load(config, resolved)
+        session = Chat(config, resolved)
     if config.prompt is not None:
         session.run([f" {config.prompt}"])
     elif sys.stdin.isatty():
@@ -61,44 +61,6 @@ def chat(config: ChatConfig) -> None:
         session.run(typed(), interactive=True)
     else:
         session.run(line.rstrip("\n") for line in sys.stdin)
-
-
-def load(config: ChatConfig, resolved: ResolvedModel) -> "Chat":
-    """The model with its tokenizer, ready to answer.
-
-    Raises:
-        UserError: it is no causal language model, or has no space for a question.
-    """
-    positions = resolved.checkpoint.max_positions
-    if resolved.task != "causal-lm":
-        raise UserError(
-            f"{resolved.what} is for {resolved.task}: only a causal language model can chat"
-        )
-    if positions is not None and config.max_new_tokens >= positions:
-        raise UserError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no space for a question: the model "
-            f"takes {positions:,} tokens, question and answer together"
-        )
-    tokenizer = resolved.load_tokenizer()
-    if not tokenizer.chat_template:
-        note("The model has no chat template: turns are written as `### User:`, `### Assistant:`.")
-    model = resolved.load()
-    if config.seed is None:
-        torch.seed()
-    else:
-        torch.manual_seed(config.seed)
-    conversations = [Conversation(config.system)]
-    mixed: Context | None = None
-    if config.compare:
-        conversations = [
-            Conversation(config.system, name="base", state=partial(disable_adapter, model)),
-            Conversation(config.system, name="with adapter"),
-        ]
-        both = partial(mixed_batch, model, [None, "default"])
-        with suppress(UserError), both():
-            mixed = both
-    longest = None if positions is None else positions - config.max_new_tokens
-    return Chat(config, model, tokenizer, conversations, longest, mixed)
 
 
 def note(text: str) -> None:
@@ -158,18 +120,45 @@ class Conversation:
         )
 
 
-@dataclass
 class Chat:
-    """A model, and a conversation with each of its one or two states."""
+    """A model, and a conversation with each of its one or two states.
 
-    config: ChatConfig
-    model: Any
-    tokenizer: Any
-    conversations: list[Conversation]
-    longest: int | None
-    """tokens of the longest prompt"""
-    mixed: Context | None = None
-    """context in which all conversations share a batch, where the adapter can"""
+    Raises:
+        UserError: it is no causal language model, or has no space for a question.
+    """
+
+    def __init__(self, config: ChatConfig, resolved: ResolvedModel) -> None:
+        positions = resolved.checkpoint.max_positions
+        if resolved.task != "causal-lm":
+            raise UserError(
+                f"{resolved.what} is for {resolved.task}: only a causal language model can chat"
+            )
+        if positions is not None and config.max_new_tokens >= positions:
+            raise UserError(
+                f"--max-new-tokens {config.max_new_tokens} leaves no space for a question: the "
+                f"model takes {positions:,} tokens, question and answer together"
+            )
+        self.config = config
+        self.longest = None if positions is None else positions - config.max_new_tokens  # prompt
+        self.tokenizer = resolved.load_tokenizer()
+        if not self.tokenizer.chat_template:
+            note("The model has no chat template: turns are written as `### User:` and so on.")
+        self.model = resolved.load()
+        if config.seed is None:
+            torch.seed()
+        else:
+            torch.manual_seed(config.seed)
+        self.conversations = [Conversation(config.system)]
+        self.mixed: Context | None = None  # all states in one batch, where the adapter can
+        if config.compare:
+            without = partial(disable_adapter, self.model)
+            self.conversations = [
+                Conversation(config.system, name="base", state=without),
+                Conversation(config.system, name="with adapter"),
+            ]
+            mixed = partial(mixed_batch, self.model, [None, "default"])
+            with suppress(UserError), mixed():
+                self.mixed = mixed
 
     def run(self, lines: Iterable[str], *, interactive: bool = False) -> None:
         """Answer questions and obey commands, up to the last line or /exit.

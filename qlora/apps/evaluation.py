@@ -86,34 +86,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer = resolved.load_tokenizer()
     prepare_tokenizer(tokenizer)
     max_length = _max_length(config, resolved)
-    rows, stats = prepare_data(
-        config.data,
-        tokenizer,
-        max_length=max_length,
-        task=resolved.task,
-        classes=resolved.labels,
-        new_classes=False,
-        limit=config.limit,
-    )
+    task: Any = {"task": resolved.task, "classes": resolved.labels}
+    limits: Any = {"max_length": max_length, "limit": config.limit, "new_classes": False}
+    rows, stats = prepare_data(config.data, tokenizer, **limits, **task)
     print(describe(stats, name=config.data))
     questions = _ask(config, resolved, tokenizer) if config.generate else []
     if questions:
         require_scorers()
-    model = resolved.load()
-    scores, answers = _measure(config, resolved, model, tokenizer, rows, questions)
+    scores, answers = _measure(config, resolved, tokenizer, rows, questions)
     results = {
-        "model": resolved.name,
-        "adapter": config.adapter,
-        "data": config.data,
-        "task": resolved.task,
-        "rows": stats.rows,
-        "supervised_tokens": stats.supervised_tokens,
-        "max_length": max_length,
-        "max_new_tokens": config.max_new_tokens if questions else None,
-        "compute_dtype": resolved.quantization.compute_dtype,
-        "scores": scores,
-        "answers": answers,
-    }
+        "model": resolved.name, "adapter": config.adapter, "data": config.data,
+        "task": resolved.task, "rows": stats.rows, "supervised_tokens": stats.supervised_tokens,
+        "max_length": max_length, "max_new_tokens": config.max_new_tokens if questions else None,
+        "compute_dtype": resolved.quantization.compute_dtype, "scores": scores, "answers": answers,
+    }  # fmt: skip
     print(f"\n{table(results)}")
     print(samples(results))
     if output:
@@ -199,12 +185,12 @@ def questions_in(records: Any, tokenizer: Any, task: str) -> Iterator[Question]:
 def _measure(
     config: EvaluateConfig,
     resolved: ResolvedModel,
-    model: PreTrainedModel,
     tokenizer: Any,
     rows: Any,
     questions: Sequence[Question],
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, str]]]:
     """The scores of each state of the model, and for each question the answers of all."""
+    model = resolved.load()
     states: dict[str, Callable[[], AbstractContextManager[None]]] = {"model": nullcontext}
     if resolved.adapter:
         states = {"base": partial(disable_adapter, model), "adapter": nullcontext}
@@ -213,17 +199,15 @@ def _measure(
     else:
         put_language_head(model)  # loss without logits
     scores: dict[str, dict[str, float]] = {}
-    kind: Any = {"task": resolved.task, "classes": resolved.labels}
+    task: Any = {"task": resolved.task, "classes": resolved.labels}
     settings = generation_settings(model, tokenizer, config.max_new_tokens) if questions else {}
     prompts = [question.prompt for question in questions]
     wanted = [decode(tokenizer, question.answer) for question in questions]
-    answers = [
-        {"request": question.request, "wanted": text}
-        for question, text in zip(questions, wanted, strict=True)
-    ]
+    pairs = zip(questions, wanted, strict=True)
+    answers = [{"request": question.request, "wanted": text} for question, text in pairs]
     for name, state in states.items():
         with state():
-            scores[name] = measure_rows(model, tokenizer, rows, progress=f"{name}, loss", **kind)
+            scores[name] = measure_rows(model, tokenizer, rows, progress=f"{name}, loss", **task)
             if questions:
                 title = f"{name}, answers"
                 given = generate(model, tokenizer, prompts, settings, progress=title)
