@@ -33,11 +33,11 @@ from qlora.adapters.lora import LoRALinear, lora_layers
 from qlora.adapters.starts import SecondMoments
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer
-from qlora.config import QuantConfig
+from qlora.config import MAX_LENGTH, QuantConfig
+from qlora.data.chat_template import NO_LOSS
 from qlora.data.rows import length_batches, prepare_data, prepare_tokenizer
 
 MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
-MAX_LENGTH = 2048
 MIN_TOKENS = 8192  # for calibration: more changed nothing that could be measured
 TOKENS_PER_INPUT = 4  # of the widest layer: with fewer than 1 its moments are singular
 OWN_TEXT = "self"
@@ -91,7 +91,7 @@ def read_examples(data: str, tokenizer_folder: Path, max_tokens: int = MAX_TOKEN
     chosen: list[dict[str, Any]] = []
     tokens = 0
     for row in rows:
-        tokens += sum(label != -100 for label in row["labels"])
+        tokens += sum(label != NO_LOSS for label in row["labels"])
         if chosen and tokens > max_tokens:
             break
         chosen.append(row)
@@ -128,7 +128,7 @@ class Verifier:
         self.compute_dtype = compute_dtype
         self.loading: Any = {"device": device, "trust_remote_code": trust_remote_code}
         self.rows = sum(len(batch["labels"]) for batch in examples)
-        self.tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in examples)
+        self.tokens = sum(int((batch["labels"][:, 1:] != NO_LOSS).sum()) for batch in examples)
 
     def measure(self, merged: Path) -> Verification:
         """Loss, KL and agreement of the checkpoint in the folder `merged`."""
@@ -195,7 +195,7 @@ def _log_probs(
     for batch in tqdm(batches, desc=name, leave=False):
         batch = {key: value.to(model.device) for key, value in batch.items()}
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        mask = batch["labels"][:, 1:] != -100
+        mask = batch["labels"][:, 1:] != NO_LOSS
         log_p = F.log_softmax(
             logits[:, :-1][mask].float(), dim=-1
         )  # (B, T, vocab) -> (tokens, vocab)
