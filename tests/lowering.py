@@ -37,19 +37,19 @@ def lowered(kernel: Any, types: list[str], constants: dict[str, Any], card: str)
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(types))},
     )
     options = {"enable_fp_fusion": kernel is not kernels._decode}
-    made = triton.compile(source, target=GPUTarget("cuda", CARDS[card], 32), options=options)
-    return {"ptx": made.asm["ptx"], **resources(made.asm["cubin"])}
+    code = triton.compile(source, target=GPUTarget("cuda", CARDS[card], 32), options=options).asm
+    return {"ptx": code["ptx"], **resources(code["cubin"])}
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """What the machine code of one kernel takes."""
+    """Registers a thread and spilled bytes of one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [BIN / "cuobjdump", "-res-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     words = dict(
-        word.split(":") for word in said.split() if word.count(":") == 1 and word[-1] != ":"
+        word.split(":") for word in text.split() if word.count(":") == 1 and word[-1] != ":"
     )
     return {"registers": int(words["REG"]), "spills": int(words["LOCAL"])}
 

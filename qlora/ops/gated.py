@@ -85,7 +85,7 @@ def gated_backward(
 
 @cache
 def has_kernel(device: torch.device, dtype: torch.dtype, act: str) -> bool:
-    """Whether Triton's kernels run there and give what torch gives, checked once."""
+    """Whether Triton's kernels run on `device` and agree with torch, checked once."""
     if not may_use_triton(device, dtype):
         return False
     from qlora.ops import kernels

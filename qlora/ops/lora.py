@@ -145,9 +145,9 @@ class _SaveInput(torch.autograd.Function):
     """The identity; it saves the MLP's input and factors on the MLP's behalf.
 
     torch's checkpointing runs a layer's forward again in the backward pass, and stops when all that
-    the first run saved is there. A function's own save_for_backward takes effect at its end, so the
-    whole MLP would run for its input alone. Saved by a node of its own, the input is there before
-    the MLP begins: the down projection, a fifth of a layer's products, is not computed twice.
+    the first run saved is there. A function's save_for_backward takes effect at its end, so the
+    whole MLP would run for its input alone. Saved by a separate node, the input is there before the
+    MLP begins: the down projection, a fifth of a layer's products, is not computed twice.
     """
 
     @staticmethod
@@ -202,8 +202,8 @@ class _LoRAMLP(torch.autograd.Function):
             gradients = []
             for i, tile in enumerate(tiles):
                 of_tile, out = _of_tile(layers, i), None if dx is None else dx[tile]
-                _, own = _mlp_gradients(ctx, rows[tile], dy_rows[tile], (), of_tile, out)
-                wide = [g.float() for g in own]  # their sums are rounded once
+                _, of_factors = _mlp_gradients(ctx, rows[tile], dy_rows[tile], (), of_tile, out)
+                wide = [g.float() for g in of_factors]  # their sums are rounded once
                 pairs = zip(gradients, wide, strict=True)
                 gradients = [total.add_(g) for total, g in pairs] if gradients else wide
         return None if dx is None else dx.view(x.shape), None, *gradients
@@ -370,7 +370,7 @@ def _tiles(x: Tensor, layers: Sequence[_Layer]) -> list[slice]:
 
 
 def _of_tile(layers: Sequence[_Layer], i: int) -> list[_Layer]:
-    """The layers with dropout masks of that tile's own."""
+    """The layers with dropout masks for that tile."""
     return [
         layer._replace(dropout=layer.dropout and Dropout(layer.dropout.p, layer.dropout.seed + i))
         for layer in layers

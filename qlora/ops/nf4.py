@@ -257,7 +257,7 @@ GPU_DECODER = "bitsandbytes"
 
 
 def decoder(device: torch.device, dtype: torch.dtype) -> Decoder | None:
-    """How weights are decoded into given memory there; None where each is a new tensor."""
+    """The function that decodes into memory of `device`; None: each weight is a new tensor."""
     if device.type != "cuda":
         return None
     if GPU_DECODER == "triton" and not triton_decodes(device, dtype):
@@ -267,7 +267,7 @@ def decoder(device: torch.device, dtype: torch.dtype) -> Decoder | None:
 
 @cache
 def triton_decodes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernel runs there and gives bitsandbytes' values, checked once."""
+    """Whether Triton's kernel runs on `device` and equals bitsandbytes', checked once."""
     if not may_use_triton(device, dtype):
         return False
     weight = torch.linspace(-1, 1, 90 * 200, device=device).view(90, 200)
@@ -318,8 +318,8 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: i
     Kernels of one stream run in order: a weight is decoded after the product before has read the
     buffer. Other streams have other buffers, and so have other threads, of which the backward pass
     is one, as two threads may use a stream in turns. A product on another stream must wait for the
-    weight, as for any tensor. A CUDA graph that is captured has memory of its own, as it may
-    outlive the buffer.
+    weight, as for any tensor. A CUDA graph that is captured gets new memory, as it may outlive
+    the buffer.
     """
     size = shape.numel() * dtype.itemsize
     stream = 0

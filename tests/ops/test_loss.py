@@ -41,9 +41,9 @@ def with_gradient(loss: Tensor, hidden: Tensor, by: float = 1.0) -> tuple[Tensor
     return loss.detach(), gradient / by
 
 
-def off(got: Tensor, wanted: Tensor) -> float:
-    """The norm of the error over that of what was wanted."""
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
+def off(value: Tensor, exact: Tensor) -> float:
+    """The error's norm over that of the exact value."""
+    return float((value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
 
 
 # ---- in fp32 and fp64 ----
@@ -76,15 +76,15 @@ def test_loss_and_gradient_equal_the_reference(
     }  # fmt: skip
     with chunks_of(vocab * chunk_rows):
         loss = linear_cross_entropy(hidden, weight, labels, **how)
-    wanted = reference.linear_cross_entropy(hidden, weight, labels, **how)
-    got, exact = with_gradient(loss, hidden, by=3.0), with_gradient(wanted, hidden)
-    assert loss.dtype == torch.float32 and got[1].shape == hidden.shape
+    expected = reference.linear_cross_entropy(hidden, weight, labels, **how)
+    values, exact = with_gradient(loss, hidden, by=3.0), with_gradient(expected, hidden)
+    assert loss.dtype == torch.float32 and values[1].shape == hidden.shape
     # a loss near 0 is the difference of logits, which fp32 knows to 6e-8 of the largest
-    torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-5, atol=1e-5 * tokens)
+    torch.testing.assert_close(values[0].double(), exact[0], rtol=1e-5, atol=1e-5 * tokens)
     # likewise a gradient near 0; where a softcap is all but reached its slope is such a difference
     atol = 1e-5 * float(weight.abs().max()) * scale
-    torch.testing.assert_close(got[1].double(), exact[1].double(), rtol=1e-5, atol=atol)
-    assert not got[1][labels == ignore_index].any()
+    torch.testing.assert_close(values[1].double(), exact[1].double(), rtol=1e-5, atol=atol)
+    assert not values[1][labels == ignore_index].any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -98,12 +98,12 @@ def test_loss_and_gradient_equal_torch_s(softcap, label_smoothing, device):
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     how: dict[str, Any] = {"label_smoothing": label_smoothing}
-    wanted = with_gradient(F.cross_entropy(logits, labels, reduction="sum", **how), hidden)
+    expected = with_gradient(F.cross_entropy(logits, labels, reduction="sum", **how), hidden)
     with chunks_of(64 * 1000):
         loss = linear_cross_entropy(hidden, weight, labels, softcap=softcap, **how)
-    got = with_gradient(loss, hidden)
+    values = with_gradient(loss, hidden)
     # sums of 64 products and of 1000 exponentials in another order
-    assert off(got[0], wanted[0]) <= 1e-6 and off(got[1], wanted[1]) <= 1e-5
+    assert off(values[0], expected[0]) <= 1e-6 and off(values[1], expected[1]) <= 1e-5
 
 
 @pytest.mark.parametrize("softcap, label_smoothing", [(None, 0.1), (5.0, 0.0)])
@@ -126,13 +126,13 @@ def test_losses_of_micro_batches_add_up():
     for sizes in ([1, 23], [10, 3, 11]):
         parts = zip(hidden.split(sizes), labels.split(sizes), strict=True)
         total = sum(linear_cross_entropy(x, weight, y) for x, y in parts)
-        got = with_gradient(total, hidden)
+        values = with_gradient(total, hidden)
         # fp32 sums in another order
-        assert off(got[0], whole[0]) <= 1e-6 and off(got[1], whole[1]) <= 1e-6
+        assert off(values[0], whole[0]) <= 1e-6 and off(values[1], whole[1]) <= 1e-6
 
 
 @pytest.mark.parametrize("tokens", [0, 6])
-def test_where_nothing_has_a_label_loss_and_gradient_are_0(tokens):
+def test_loss_and_gradient_are_0_without_labels(tokens):
     hidden, weight, _, labels = case(tokens, 4, 9, masked=1.0)
     loss, gradient = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
     assert loss == 0 and torch.equal(gradient, torch.zeros(tokens, 4))
@@ -156,21 +156,21 @@ def plain_path(
 @pytest.mark.parametrize("size", axis(3.0, 0.5))
 @pytest.mark.parametrize("dtype", axis(torch.bfloat16, torch.float16), ids=str)
 def test_16_bits_are_no_further_off_than_the_plain_path(dtype, size, softcap, device):
-    """Half of the tokens are what the model predicts: there dz is no round number. The plain path
-    rounds it with the number of tokens in it, so that takes several."""
+    """For half of the tokens the model predicts the label: dz is no round number there. The plain
+    path rounds it after division by the number of tokens, so several numbers are tried."""
     scaling = 2.0**16 if dtype == torch.float16 else 1.0  # as a GradScaler's
     ours, plain = [], []
     for seed, count in enumerate((18, 21, 25, 29, 37, 1237, 1500, 4097)):
         hidden, weight, _, labels = case(37, 64, 3000, dtype=dtype, size=size, seed=seed)
         best = F.linear(hidden, weight).argmax(1)
         labels[::2] = torch.where(labels == -100, -100, best)[::2]
-        if device == "cpu":  # where more than one rounding of others would show
+        if device == "cpu":  # where a second rounding would show
             labels[(labels != -100).cumsum(0) > count] = -100
             count = int((labels != -100).sum())
         # in float64, as autograd rounds the gradient of hidden to its dtype
-        twin = hidden.detach().double().requires_grad_()
-        loss = reference.linear_cross_entropy(twin, weight, labels, softcap=softcap) / count
-        exact = with_gradient(loss, twin)
+        wide = hidden.detach().double().requires_grad_()
+        loss = reference.linear_cross_entropy(wide, weight, labels, softcap=softcap) / count
+        exact = with_gradient(loss, wide)
         hidden, weight, labels = (t.detach().to(device) for t in (hidden, weight, labels))
         hidden.requires_grad_()
         with chunks_of(3000 * 16):
@@ -188,28 +188,28 @@ def test_16_bits_are_no_further_off_than_the_plain_path(dtype, size, softcap, de
 
 
 def test_small_probabilities_keep_their_digits_in_fp16():
-    """1e-5 is 167.8 of the smallest steps of fp16, so 0.14 % is lost of it as it is. Where the rows
-    of the head have much in common, that is not made up for by the label's."""
+    """1e-5 is 167.8 of the smallest steps of fp16, so rounding loses 0.14 %. With rows of the head
+    that have much in common, the label's probability does not make up for that."""
     hidden, weight, _, labels = case(3, 4, 100_000, masked=0.0, dtype=torch.float16, size=0.2)
     hidden = torch.zeros_like(hidden).requires_grad_()  # all words are equally likely
     weight = weight + 1
-    twin = hidden.detach().double().requires_grad_()
-    wanted = with_gradient(reference.linear_cross_entropy(twin, weight, labels) / 4096, twin)
+    wide = hidden.detach().double().requires_grad_()
+    expected = with_gradient(reference.linear_cross_entropy(wide, weight, labels) / 4096, wide)
     loss = linear_cross_entropy(hidden, weight, labels) / 4096
     (gradient,) = torch.autograd.grad(loss * 2.0**16, hidden)
-    assert off(gradient.double() / 2**16, wanted[1]) <= 5e-3  # without care it is 1e-2
+    assert off(gradient.double() / 2**16, expected[1]) <= 5e-3  # without care it is 1e-2
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", axis(torch.float32, torch.bfloat16), ids=str)
 def test_autocast_changes_nothing(dtype, device):
-    """The products are computed in the dtype of the head, as is said."""
+    """Products are computed in the dtype of the head."""
     hidden, weight, _, labels = (t.detach().to(device) for t in case(20, 8, 50, dtype=dtype))
     hidden.requires_grad_()
-    wanted = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
+    expected = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
     with torch.autocast(device, torch.bfloat16):
-        got = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
-    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+        values = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
+    assert torch.equal(values[0], expected[0]) and torch.equal(values[1], expected[1])
 
 
 # ---- memory ----
@@ -230,7 +230,7 @@ def test_no_more_than_a_chunk_of_logits_is_allocated(dtype, softcap, device):
     assert max(sizes.seen) == 8 * 1000
     with Sizes() as sizes:
         plain_path(hidden, weight, labels, softcap)
-    assert max(sizes.seen) == 64 * 1000  # what is counted here can be seen
+    assert max(sizes.seen) == 64 * 1000  # Sizes counts the plain path's logits
 
 
 @pytest.mark.parametrize("trained", ["weight", "bias"])
