@@ -150,11 +150,7 @@ def _no_mask(*args: Any, attention_mask: Tensor | None = None, **sizes: Any) -> 
     queries, keys = (int(sizes.get(f"{x}_offset", 0)) + sizes[f"{x}_length"] for x in ("q", "kv"))
     is_padded = attention_mask is not None and not bool(attention_mask.all())
     if is_padded or keys != queries:
-        what = (
-            "these have some"
-            if is_padded
-            else "the cache of this generation has space for more tokens"
-        )
+        what = "these have some" if is_padded else "this cache has space for more tokens"
         raise UserError(
             f"the model's attention is set for rows without padding, and {what}: "
             "model.set_attn_implementation('sdpa') sets it back"
