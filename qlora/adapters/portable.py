@@ -46,7 +46,7 @@ from qlora.adapters.format import (
 from qlora.adapters.tensors import PARTS, PREFIX
 from qlora.config import PortableConfig
 from qlora.config.lora import INITS, pattern_key
-from qlora.errors import UserError
+from qlora.errors import UserError, some
 from qlora.files import publishing, require_new
 
 # ---- the portable adapter ----
@@ -185,9 +185,9 @@ class Adapter:
         """Modules with tensors of these kinds (see `kind_of`)."""
         return _leaves(module for module, kind in self.modules.values() if kind in kinds)
 
-    def set_to(self, *names: str) -> list[str]:
-        """Settings that ask for something."""
-        return [f"{name}={self.values[name]!r}" for name in names if self.values.get(name)]
+    def set_to(self, name: str) -> list[str]:
+        """A setting that asks for something."""
+        return [f"{name}={self.values[name]!r}"] if self.values.get(name) else []
 
     def dora(self) -> list[str]:
         return self.kinds("magnitude") or self.set_to("use_dora")
@@ -339,7 +339,7 @@ def findings(
     """
     adapter = Adapter(values, {name: tuple(t.shape) for name, t in tensors.items()})
     offenders = ((rule, rule.offenders(adapter)) for rule in rules)
-    return [(rule, f"{rule.what} ({_few(names)})") for rule, names in offenders if names]
+    return [(rule, f"{rule.what} ({some(names, 5)})") for rule, names in offenders if names]
 
 
 def problems(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -351,7 +351,3 @@ def problems(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
             if verdict in words:
                 verdicts[consumer].append(f"{words[verdict]} {what}")
     return verdicts
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

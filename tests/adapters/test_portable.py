@@ -212,7 +212,7 @@ def test_missing_settings_are_refused_by_consumers_that_need_them():
 def test_five_offenders_are_named_at_most():
     tensors = {f"base_model.model.{name}.weight": torch.ones(1) for name in "abcdefg"}
     found = problems({"r": 4, "lora_alpha": 8, "target_modules": []}, tensors)
-    assert found["TGI"] == ["ignores modules trained in full (a, b, c, d, e, …)"]
+    assert found["TGI"] == ["ignores modules trained in full (a, b, c, d, e and 2 more)"]
     for name in ("q_proj.lora_A.weight", "a.b.lora_B.bias", "x.lora_embedding_B"):
         assert kind_of(f"base_model.model.{name}")[0] == name.partition(".lora")[0]
 
