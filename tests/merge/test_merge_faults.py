@@ -171,7 +171,7 @@ def test_settings_and_outputs_that_are_refused(trained_on, tmp_path, monkeypatch
 # ---- as a script ----
 
 
-def test_a_killed_merge_leaves_nothing_that_looks_whole_and_runs_again(base, adapter, tmp_path):
+def test_a_killed_merge_leaves_nothing_that_looks_whole_and_runs_again(adapter, tmp_path):
     output = tmp_path / "out"
     script = [sys.executable, str(ROOT / "merge_dequant.py"), "--adapter", str(adapter)]
     command = [*script, "--output-dir", str(output)]
@@ -184,9 +184,3 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole_and_runs_again(base, ada
     run_merge(adapter, output, max_shard_size="1GB")
     assert (output / SINGLE).exists()
     assert not list(tmp_path.glob(".out.partial-*"))
-    shutil.rmtree(output)
-    remove_shard(base, adapter)
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: ")
-    assert run.stderr.count("\n") == 1
