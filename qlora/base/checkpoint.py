@@ -169,9 +169,16 @@ class Checkpoint:
     """of the hub repository"""
 
     @classmethod
-    def open(cls, model: str, *, revision: str | None = None) -> "Checkpoint":
-        """The checkpoint that `resolve` finds for `model`."""
+    def open(cls, model: "str | Checkpoint", *, revision: str | None = None) -> "Checkpoint":
+        """The checkpoint that `resolve` finds for `model`; an opened one is returned as it is."""
+        if isinstance(model, Checkpoint):
+            return model
         return cls(resolve(model, revision=revision), model, revision)
+
+    @property
+    def origin(self) -> str:
+        """The name to load it by again; for a .gguf file the folder of its converted weights."""
+        return self.name if self.name and not self.name.endswith(".gguf") else str(self.folder)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -79,9 +79,7 @@ def load_base(
     quant = quant or QuantConfig()
     dtype = compute_dtype(quant, device)
     trusted: Any = {"trust_remote_code": trust_remote_code}
-    if not isinstance(model, Checkpoint):
-        model = Checkpoint.open(model, revision=revision)
-    checkpoint = model
+    checkpoint = Checkpoint.open(model, revision=revision)
     config = model_config(checkpoint.folder, task=task, labels=labels, **trusted)
     empty = skeleton(checkpoint.folder, task=task, config=deepcopy(config), **trusted)
     in_full = modules_to_train(checkpoint, empty, task)
@@ -101,8 +99,7 @@ def load_base(
         settings.as_bitsandbytes(loaded)
     _freeze(loaded, dtype)
     _require_right_kernel(loaded)
-    if not checkpoint.name.endswith(".gguf"):  # those keep the folder of the converted weights
-        loaded.config._name_or_path = checkpoint.name or str(checkpoint.folder)
+    loaded.config._name_or_path = checkpoint.origin
     loaded.qlora_state = ModelState(
         fingerprint=checkpoint.fingerprint,
         quant=replace(quant, compute_dtype=DTYPE_NAMES[dtype]),
@@ -187,8 +184,8 @@ def _quantization(
         return replace(own, skip_modules=(*own.skip_modules, *in_full)), None
     if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
         raise UserError(
-            f"{checkpoint.name or checkpoint.folder} is already quantized, with {method}: give the "
-            "16-bit model it was made from, or a bitsandbytes 4-bit one"
+            f"{checkpoint.origin} is already quantized, with {method}: give the 16-bit model it "
+            "was made from, or a bitsandbytes 4-bit one"
         )
     quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
     _require_all_quantized(model, quant)

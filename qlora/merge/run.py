@@ -31,6 +31,7 @@ import yaml
 from torch import Tensor
 
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
+from qlora.adapters.lora import Factors
 from qlora.base.checkpoint import Checkpoint, disk_name, skeleton
 from qlora.base.shards import Entry, parse_size, write_shards
 from qlora.config import MergeConfig
@@ -46,15 +47,9 @@ if TYPE_CHECKING:
     from qlora.merge.measure import Verification, Verifier
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 MAX_WORKERS = 8
 Result = TypeVar("Result")
 
@@ -368,8 +363,7 @@ def _adapted_weight(job: _Job, op: MergeOp) -> AdaptedWeight:
         record = job.checkpoint.record(op.source)
         assert record is not None
         return _with_codes(op, nf4.from_record(record, device), factors)
-    weight = _read(job, op).to(device)
-    _require_finite(weight, op.name)
+    weight = _finite(_read(job, op).to(device), op.name)
     weight = weight.T if op.transposed else weight.flatten(1)  # (out, in), (out, in * kernel)
     if op.kind is Kind.WEIGHT:
         return AdaptedWeight(weight, factors, original=weight)
@@ -383,9 +377,9 @@ def _adapted_weight(job: _Job, op: MergeOp) -> AdaptedWeight:
 
 
 def _with_codes(
-    op: MergeOp, codes: nf4.Quantized, factors: Any, original: Tensor | None = None
+    op: MergeOp, codes: nf4.Quantized, factors: Factors | None, original: Tensor | None = None
 ) -> AdaptedWeight:
-    """Codes on another grid than the output's are only worth their values."""
+    """The base from 4-bit codes; the codes themselves are kept unless the output has other ones."""
     if op.in_4_bits and not op.same_grid:
         return AdaptedWeight(nf4.dequantize(codes), factors, original=original)
     return AdaptedWeight(None, factors, codes, original)
@@ -407,14 +401,14 @@ def _read(job: _Job, op: MergeOp) -> Tensor:
 
 
 def _cast(tensor: Tensor, entry: Entry) -> Tensor:
-    out = tensor.to("cpu", entry.dtype)
-    _require_finite(out, entry.name)
-    return out
+    return _finite(tensor.to("cpu", entry.dtype), entry.name)
 
 
-def _require_finite(tensor: Tensor, name: str) -> None:
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    """`tensor`; raises if it holds NaN or infinity."""
     if tensor.is_floating_point() and not all(map(torch.isfinite, torch.aminmax(tensor))):
         raise UserError(
             f"{name} does not fit {tensor.dtype}: it holds NaN, or values beyond its range. "
             "Use --format bf16 or fp32; if the base itself holds NaN, download it again"
         )
+    return tensor
