@@ -75,18 +75,18 @@ def apply_lora(
         saved = dict.fromkeys([*config.modules_to_save, *heads(model)])  # as in PEFT
         config = replace(config, modules_to_save=tuple(saved))
     require_new_name(model, adapter_name)
-    found = targets(model, config)
-    _require_agreement(model, config, found)
+    chosen = targets(model, config)
+    _require_agreement(model, config, chosen)
     require_only_biases(model, config.bias)
-    layers = {name: config.of(name) for name in found.layers}
+    layers = {name: config.of(name) for name in chosen.layers}
     check_start(model, layers)
     directions: dict[str, Tensor] = {}
     if config.init_lora_weights == "eva":
         with disable_adapter(model):
             config, directions = eva_start(model, config, layers, data)
-        found = found._replace(layers=list(directions))
+        chosen = chosen._replace(layers=list(directions))
     with all_or_nothing(model, adapter_name):
-        _add(model, config, found, adapter_name, generator)
+        _add(model, config, chosen, adapter_name, generator)
         for name, lora_A in directions.items():
             wrap_layer(model, name).lora_A[adapter_name].data.copy_(lora_A)
         adapter_configs(model)[adapter_name] = config
@@ -95,7 +95,7 @@ def apply_lora(
     return model
 
 
-def _require_agreement(model: nn.Module, config: LoraConfig, found: Targets) -> None:
+def _require_agreement(model: nn.Module, config: LoraConfig, chosen: Targets) -> None:
     """Refuse a revision and a fan_in_fan_out that are not the base's."""
     state = state_of(model)
     if config.revision is not None and state.quant and config.revision != state.revision:
@@ -103,7 +103,7 @@ def _require_agreement(model: nn.Module, config: LoraConfig, found: Targets) -> 
             f"revision={config.revision!r}, and the base was loaded at "
             f"{state.revision or 'its default'}: leave it out, or load that one"
         )
-    is_transposed = any(was_conv1d(plain(model.get_submodule(name))) for name in found.layers)
+    is_transposed = any(was_conv1d(plain(model.get_submodule(name))) for name in chosen.layers)
     if config.fan_in_fan_out not in (None, is_transposed):
         raise UserError(
             f"fan_in_fan_out={config.fan_in_fan_out}, and the targeted layers store "
@@ -114,25 +114,25 @@ def _require_agreement(model: nn.Module, config: LoraConfig, found: Targets) -> 
 def _add(
     model: nn.Module,
     config: LoraConfig,
-    found: Targets,
+    chosen: Targets,
     adapter_name: str,
     generator: torch.Generator | None,
 ) -> None:
     dtype = torch.float32 if config.adapter_dtype == "auto" else DTYPES[config.adapter_dtype]
-    for name, leaves in found.own.items():
+    for name, leaves in chosen.full_params.items():
         wrap(model, name, TrainedModule).add_adapter(adapter_name, leaves, dtype=dtype)
     slow = config.starts_from_weights  # a decomposition for each layer
-    for name in tqdm(found.layers, desc="Starting", leave=False, disable=not slow):
+    for name in tqdm(chosen.layers, desc="Starting", leave=False, disable=not slow):
         layer, own = wrap_layer(model, name), config.of(name)
         layer.add_adapter(adapter_name, own, generator=generator)
         if own.starts_from_weights:
             assert isinstance(layer, LoRALinear)  # check_start refuses others
             weight = original_weight(model, name)
             start_from_weights(layer, weight, adapter_name, own, generator)
-    for name, leaves in found.parameters.items():
+    for name, leaves in chosen.parameters.items():
         configs = {leaf: config.of(f"{name}.{leaf}") for leaf in leaves}
         wrap(model, name, LoRAExperts).add_adapter(adapter_name, configs, generator=generator)
-    for name, ids in found.rows.items():
+    for name, ids in chosen.rows.items():
         wrap_rows(model, name).add_adapter(adapter_name, ids, dtype)
 
 

@@ -158,12 +158,12 @@ class LoRAExperts(AdapterModule):
         if name not in self.lora_A:
             return {}
         lora_A, lora_B = self._matrices(name)
-        found = {}
+        parameters = {}
         for depth, leaf in enumerate(reversed(self.leaves_of(name))):
             prefix = "base_layer." * depth
-            found[f"{prefix}lora_A.weight"] = lora_A[leaf]
-            found[f"{prefix}lora_B.weight"] = lora_B[leaf]
-        return found
+            parameters[f"{prefix}lora_A.weight"] = lora_A[leaf]
+            parameters[f"{prefix}lora_B.weight"] = lora_B[leaf]
+        return parameters
 
     def _matrices(self, name: str) -> tuple[Any, Any]:
         """A and B of adapter `name`, each by the names of parameters."""

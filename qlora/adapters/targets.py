@@ -37,7 +37,7 @@ class Targets(NamedTuple):
     """that get A and B"""
     parameters: dict[str, list[str]]
     """of modules that are no layers: those that get A and B"""
-    own: dict[str, list[str]]
+    full_params: dict[str, list[str]]
     """parameters trained in full: all of a module's, or its bias"""
     rows: dict[str, tuple[int, ...]]
     """of embeddings: the ids whose rows are trained"""
@@ -60,12 +60,12 @@ def targets(model: nn.Module, config: LoraConfig) -> Targets:
             f"lora_bias is a bias of B, and {', '.join(embeddings)} is an embedding, whose B has "
             "none: leave one of them out"
         )
-    own = {n: _leaves(modules[n]) for n in modules if is_in(n, saved) and _leaves(modules[n])}
+    full = {n: _leaves(modules[n]) for n in modules if is_in(n, saved) and _leaves(modules[n])}
     for name in _with_bias(modules, layers, config):
-        own.setdefault(name, ["bias"])
-    own = {name: own[name] for name in modules if name in own}
+        full.setdefault(name, ["bias"])
+    full = {name: full[name] for name in modules if name in full}
     rows = _token_rows(model, modules, config)
-    if twice := [name for name in rows if name in layers or name in own]:
+    if twice := [name for name in rows if name in layers or name in full]:
         raise UserError(
             f"{', '.join(twice)} is adapted or trained as a whole, and in trainable_token_indices: "
             "choose one"
@@ -77,7 +77,7 @@ def targets(model: nn.Module, config: LoraConfig) -> Targets:
         pattern = getattr(config, field)
         used = [key for name in adapted if (key := pattern_key(pattern, name))]
         _hits(field, pattern, used, operator.eq, "adapted layer", adapted)
-    return Targets(layers, parameters, own, rows)
+    return Targets(layers, parameters, full, rows)
 
 
 def matches(name: str, target: str, *, is_regex: bool = False) -> bool:
@@ -175,8 +175,8 @@ def _in_layers(names: set[str], config: LoraConfig) -> set[str]:
 def layer_number(name: str, patterns: Iterable[str]) -> int | None:
     """The number of the layer that `name` is in: the first, or the first after a pattern."""
     places = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
-    found = (re.match(rf"{place}\.(?P<number>\d+)\.", name) for place in places)
-    first = next(filter(None, found), None)
+    numbers = (re.match(rf"{place}\.(?P<number>\d+)\.", name) for place in places)
+    first = next(filter(None, numbers), None)
     return int(first["number"]) if first else None
 
 
@@ -204,21 +204,17 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     modules = base_modules(model)
     entries = config.modules_to_save
     hits = _hits("modules_to_save", entries, modules, str.endswith, "module", modules)
-    meant = set().union(*hits.values())
-    found: list[str] = []
-    for name, module in modules.items():
-        if (
-            name in meant
-            and not is_in(name, found)
-            and any(True for _ in plain(module).parameters())
-        ):
-            found.append(name)
+    matching = set().union(*hits.values())
+    saved: list[str] = []
+    for name in (name for name in modules if name in matching):
+        if not is_in(name, saved) and list(plain(modules[name]).parameters()):
+            saved.append(name)
     asked = config.target_modules if isinstance(config.target_modules, tuple) else ()
-    if twice := [target for target in asked if any(matches(name, target) for name in found)]:
+    if twice := [target for target in asked if any(matches(name, target) for name in saved)]:
         raise UserError(
             f"{', '.join(twice)} is in target_modules and in modules_to_save: choose one of the two"
         )
-    return found
+    return saved
 
 
 def _leaves(module: nn.Module) -> list[str]:
@@ -233,11 +229,11 @@ def _with_bias(
     if config.bias == "none":
         return []
     candidates = layers if config.bias == "lora_only" else modules
-    found = [name for name in candidates if "bias" in _leaves(modules[name])]
-    if not found:
+    biased = [name for name in candidates if "bias" in _leaves(modules[name])]
+    if not biased:
         of = "layers that target_modules matches" if config.bias == "lora_only" else "model"
         raise UserError(f"bias={config.bias} has nothing to train: the {of} has no bias")
-    return found
+    return biased
 
 
 def _token_rows(
@@ -256,14 +252,14 @@ def _token_rows(
     embeddings = [name for name, module in modules.items() if has_rows(plain(module))]
     kind = "embedding and no head in 16 or 32 bits"
     hits = _hits("trainable_token_indices", asked, embeddings, matches, kind, embeddings)
-    found = {name: tuple(asked[entry]) for entry, names in hits.items() for name in names}
-    for name, ids in found.items():
+    rows = {name: tuple(asked[entry]) for entry, names in hits.items() for name in names}
+    for name, ids in rows.items():
         if max(ids) >= (size := len(plain(modules[name]).weight)):
             raise UserError(
                 f"trainable_token_indices has {max(ids)}, and {name} has {size} rows: resize "
                 "the model's embedding first, or drop it"
             )
-    return found
+    return rows
 
 
 def has_rows(module: nn.Module) -> bool:
@@ -282,7 +278,7 @@ def _target_parameters(
         for leaf in _leaves(module)
     }
     hits = _hits("target_parameters", config.target_parameters, every, matches, "parameter", every)
-    found: dict[str, list[str]] = {}
+    parameters: dict[str, list[str]] = {}
     for full in (full for names in hits.values() for full in names):
         name, leaf = every[full]
         module = plain(modules[name])
@@ -291,5 +287,5 @@ def _target_parameters(
                 f"target_parameters matches {full}, which is no matrix in 16 or 32 bits: adapt its "
                 "layer with target_modules"
             )
-        found.setdefault(name, []).append(leaf)
-    return found
+        parameters.setdefault(name, []).append(leaf)
+    return parameters

@@ -130,19 +130,19 @@ def adapter_modules(module: nn.Module) -> Iterator[AdapterModule]:
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base, by its name there: itself, or its outermost wrapper."""
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     seen = set()
 
     def walk(name: str, module: nn.Module) -> None:
         if module in seen:
             return
         seen.add(module)
-        found[name] = module
+        modules[name] = module
         for leaf, child in plain(module).named_children():
             walk(f"{name}.{leaf}".lstrip("."), child)
 
     walk("", model)
-    return found
+    return modules
 
 
 def adapted(model: nn.Module) -> list[tuple[str, AdapterModule]]:
