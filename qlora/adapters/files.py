@@ -95,10 +95,10 @@ def save_adapter(
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
     config, base = configs[adapter_name], state_of(model).record()
     if subtracted := subtracted_parts(model):
-        for name, (taken_A, taken_B, *_) in subtracted.items():
-            side_A, side_B = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
-            tensors[side_A] = torch.cat([tensors[side_A], taken_A.cpu()])  # (2r, in)
-            tensors[side_B] = torch.cat([tensors[side_B], -taken_B.cpu()], dim=1)  # (out, 2r)
+        for name, part in subtracted.items():
+            key_A, key_B = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
+            tensors[key_A] = torch.cat([tensors[key_A], part.lora_A.cpu()])  # (2r, in)
+            tensors[key_B] = torch.cat([tensors[key_B], -part.lora_B.cpu()], dim=1)  # (out, 2r)
         config = config.with_ranks(2)
         base = {**base, "rebased": {name: len(part.lora_A) for name, part in subtracted.items()}}
     values = _config_values(model, config, adapter_name)

@@ -289,9 +289,9 @@ def raise_faults(what: str, faults: Iterable[str], *, mend: str) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         what = "does not exist" if not folder.is_dir() else f"holds no {CONFIG}"
-        files = f"{CONFIG} and {WEIGHTS}"
         raise UserError(
-            f"adapter {folder} {what}: give the folder with {files} that train.py wrote"
+            f"adapter {folder} {what}: give the folder with {CONFIG} and {WEIGHTS}, "
+            "as train.py wrote it"
         )
     values = read_json(folder / CONFIG, mend="Save the adapter again")
     if (kind := values.get("peft_type")) != "LORA":

@@ -99,7 +99,7 @@ def reloaded(base, folder):
 
 
 def merged(adapter, output, **settings):
-    """The folder of the merged checkpoint, and the model in it."""
+    """The model in the merged checkpoint `output`."""
     merge(MergeConfig(adapter=str(adapter), output_dir=str(output), **settings))
     return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
 
