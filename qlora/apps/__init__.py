@@ -1,4 +1,2 @@
-"""What a person looks at: chat, evaluation, and the report of a run.
-
-Nothing is imported here: the report needs no torch.
-"""
+"""The applications: chat, evaluation, and the report of a run. Imports nothing, as the report needs
+no torch."""

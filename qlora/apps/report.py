@@ -198,26 +198,26 @@ def show_seconds(seconds: float) -> str:
 
 def remarks(run: Run) -> list[str]:
     """Warnings about a run that is not complete, diverged or overfitted, or whose rows were cut."""
-    found = []
+    lines = []
     if not (run.folder / "adapter_model.safetensors").is_file():
-        found.append("This run has not ended, or was stopped: --resume continues it.")
+        lines.append("This run has not ended, or was stopped: --resume continues it.")
     diverged = [step for step, loss in run.values("loss") if not isfinite(loss)]
     if diverged:
-        found.append(
+        lines.append(
             f"From step {diverged[0]:,} on the loss is not a number: take a lower --learning-rate."
         )
     evals = run.values("eval_loss")
     step, best = min(evals, key=lambda pair: pair[1], default=(0, 0.0))
     if evals and evals[-1][1] > 1.02 * best + 0.01:
-        found.append(
+        lines.append(
             f"Evaluation was best at step {step:,} ({best:.4f}) and has become worse since: "
             "fewer steps may do."
         )
     cut = (run.facts.get("data") or {}).get("training", {}).get("cut_rows", 0)
     if cut:
         length = run.facts["config"].get("max_length")
-        found.append(f"{cut:,} training rows were longer than {length} tokens and lost their end.")
-    return found
+        lines.append(f"{cut:,} training rows were longer than {length} tokens and lost their end.")
+    return lines
 
 
 def _merge_facts(report: Mapping[str, Any]) -> dict[str, Any]:

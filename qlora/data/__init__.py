@@ -1,4 +1,4 @@
-"""Records become token ids with a loss mask, and batches. Knows no model.
+"""Records -> token ids with a loss mask -> batches; prompts -> answers. Independent of the model.
 
 - `prepare_data`: a file, folder or hub name becomes rows of ids and labels
 - `prepare_tokenizer`: sets a missing pad token and chat template

@@ -133,7 +133,7 @@ def _chat_ids(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int
         ids, mask = marked["input_ids"], marked["assistant_masks"]
         return ids, [i if on else NO_LOSS for i, on in zip(ids, mask, strict=True)]
     raise UserError(
-        "the assistant's turns cannot be found in what the model's chat template makes of it: put "
+        "the assistant's turns cannot be found in the chat as the model's template renders it: put "
         "{% generation %} marks around them in the template, or render the rows to a text column"
     )
 

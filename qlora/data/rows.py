@@ -47,10 +47,9 @@ BATCH_TOKENS = 2048  # to read, not to train: logits of so many over 128k take 0
 
 @dataclass(frozen=True)
 class DataStats:
-    """Counts of a prepared data set; tokens are those of the rows kept, after the cut."""
+    """Counts of a prepared data set: of the rows kept, and their tokens after the cut."""
 
     rows: int
-    """rows kept"""
     tokens: int
     supervised_tokens: int
     """tokens with loss"""
