@@ -154,11 +154,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def tiny_model(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool | None = None
+) -> nn.Module:
     """A random model of `family`; norms and biases are random too, so that no term is idle."""
     torch.manual_seed(seed)
-    make = OTHERS.get(family) or (lambda: AutoModelForCausalLM.from_config(CONFIGS[family]()))
-    model = make().to(dtype)
+    if family in OTHERS:
+        model = OTHERS[family]().to(dtype)
+    else:
+        config = CONFIGS[family]()
+        if tied is not None:
+            config.tie_word_embeddings = tied
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -328,15 +335,7 @@ def base_of(tmp_path_factory):
     def folder(family: str, tied: bool) -> Path:
         path = root / f"{family}-{tied}"
         if not path.exists():
-            torch.manual_seed(0)
-            config = CONFIGS[family]()
-            config.tie_word_embeddings = tied
-            model = AutoModelForCausalLM.from_config(config)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim == 1:  # norms and biases, so that no term is idle
-                        parameter.add_(torch.randn_like(parameter) * 0.1)
-            model.save_pretrained(path)
+            tiny_model(family, tied=tied).save_pretrained(path)
             tiny_tokenizer().save_pretrained(path)
         return path
 
