@@ -7,7 +7,7 @@ into: dequantize(quantize(W)) + scaling * B A, in fp32, rounded once. `--help` l
 is `qlora merge`: qlora.merge.merge(config) does it from Python.
 """
 
-from qlora.cli import run
+from qlora.__main__ import run
 
 if __name__ == "__main__":
     run("merge", prog="merge_dequant.py")

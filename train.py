@@ -8,7 +8,7 @@ output folder. `--help` lists the flags. This is `qlora train`: qlora.training.t
 from Python.
 """
 
-from qlora.cli import run
+from qlora.__main__ import run
 
 if __name__ == "__main__":
     run("train", prog="train.py")

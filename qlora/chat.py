@@ -5,7 +5,7 @@ python -m qlora.chat --adapter out --compare        beside the answers of its ba
 python -m qlora.chat --model out-merged
 """
 
-from qlora.cli import run
+from qlora.__main__ import run
 
 if __name__ == "__main__":
     run("chat", prog="python -m qlora.chat")

@@ -7,7 +7,7 @@
 An adapter is measured beside its base. `--help` lists every flag.
 """
 
-from qlora.cli import run
+from qlora.__main__ import run
 
 if __name__ == "__main__":
     run("evaluate", prog="python -m qlora.evaluate")

@@ -3,7 +3,7 @@
 python -m qlora.portable --adapter out [--output-dir out-portable]
 """
 
-from qlora.cli import run
+from qlora.__main__ import run
 
 if __name__ == "__main__":
     run("portable", prog="python -m qlora.portable")

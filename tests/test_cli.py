@@ -9,7 +9,7 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from qlora import __version__, cli
+from qlora import __main__, __version__, cli
 from qlora.config import (
     ChatConfig,
     DataConfig,
@@ -20,7 +20,6 @@ from qlora.config import (
     ReportConfig,
     TrainConfig,
     flat,
-    settings_of,
 )
 from qlora.errors import UserError
 
@@ -132,7 +131,7 @@ def test_the_flag_of_the_adapter_may_be_left_out():
     ("words", "parts"),
     [
         (["--learnin-rate", "1"], ["--learnin-rate.", "Did you mean --learning-rate?"]),
-        (["--learnin_rate=1"], ["--learnin_rate.", "Did you mean --learning-rate?"]),
+        (["--learnin_rate=1"], ["--learnin-rate.", "Did you mean --learning-rate?"]),
         (["--lora-alph", "8"], ["--lora-alph.", "Did you mean --lora-alpha?"]),
         (["-r", "8"], ["unknown flag -r. Did you mean --r?"]),
         (["--doubl-quant", "--zzz", "1"], ["--double-quant?", "--zzz.", "--trainer.NAME VALUE"]),
@@ -144,7 +143,7 @@ def test_the_flag_of_the_adapter_may_be_left_out():
         (["--lora-alpha", "inf"], ["--lora-alpha:", "a number", "'inf'"]),
         (["--layers-to-transform", "1", "x"], ["--layers-to-transform:", "'x'"]),
         (["--report-to", "[a: }]"], ["--report-to", "is not YAML"]),
-        (["--report-to", "[[a]]"], ["--report-to:", "'[[a]]'"]),
+        (["--report-to", "[[a]]"], ["--report-to:", "[['a']]"]),
         (["--quant-type", "nf5"], ["quant_type", "nf4 or fp4", "'nf5'"]),
         (["--r"], ["--r needs a value", "--r=-"]),
         (["--r", "--resume"], ["--r needs a value"]),
@@ -227,7 +226,7 @@ def test_a_former_key_sets_its_new_name(recipe):
         ("r: 8\nr: 16", ["r is set twice"]),
         ("lora_alpha: 8\nlora-alpha: 16", ["lora_alpha is set twice"]),
         ("resume: maybe", ["resume: wanted true or false, got 'maybe'"]),
-        ("report_to: [[a]]", ["report_to: wanted a list", "[[a]]"]),
+        ("report_to: [[a]]", ["report_to: wanted a list", "[['a']]"]),
         ("trainer: bf16", ["trainer: wanted {NAME: VALUE}, got 'bf16'"]),
         ("[a]: 1", ["is not YAML"]),
         ("- r", ["name: value", "- r"]),
@@ -307,7 +306,7 @@ def test_help_fits_two_screens(config_class, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.parse(config_class, ["--help-all"], prog="train.py")
     every = capsys.readouterr().out
-    for name in ("config", *dict(settings_of(config_class))):
+    for name in ("config", *dict(cli.settings_of(config_class))):
         assert f"  --{name.replace('_', '-')} " in every.replace("\n", " \n"), name
     assert ("--rank-pattern {NAME: VALUE}" in every) == (config_class is TrainConfig)
     assert "--rank-pattern" not in text
@@ -321,7 +320,7 @@ class OutOfMemoryError(RuntimeError):
     ("raised", "code", "line"),
     [
         (UserError("wanted this,\ngot that"), 2, "error: wanted this, got that\n"),
-        (KeyboardInterrupt(), 130, "interrupted: --resume goes on from the last checkpoint"),
+        (KeyboardInterrupt(), 130, "interrupted: --resume continues from the last checkpoint"),
         (OutOfMemoryError(), 2, "error: the GPU's memory ran out after 0.00 GiB: lower --max-len"),
         (BrokenPipeError(), 1, ""),
         (ZeroDivisionError(), None, ""),
@@ -335,10 +334,10 @@ def test_a_command_stops_with_one_line(raised, code, line, capfd, monkeypatch):
         raise raised
 
     monkeypatch.setattr(qlora.training, "train", train)
-    monkeypatch.setattr(cli.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(__main__.os, "dup2", lambda *_: None)
     stops = pytest.raises(SystemExit if code else ZeroDivisionError)
     with stops as stop:
-        cli.run("train", prog="train.py", words=REQUIRED)
+        __main__.run("train", prog="train.py", words=REQUIRED)
     assert getattr(stop.value, "code", None) == code
     said = capfd.readouterr().err
     assert said.startswith(line) and said.count("\n") == bool(line)
@@ -348,13 +347,15 @@ def test_the_console_command(capsys, monkeypatch):
     def qlora(*words):
         monkeypatch.setattr(sys, "argv", ["qlora", *words])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            __main__.main()
             sys.exit(0)
         said = capsys.readouterr()
         return stop.value.code, said.out + said.err
 
     code, help_text = qlora("--help")
-    assert code == 0 and [line.split()[0] for line in help_text.splitlines()[3:]] == [*cli.COMMANDS]
+    assert code == 0 and [line.split()[0] for line in help_text.splitlines()[3:]] == [
+        *__main__.COMMANDS
+    ]
     assert qlora() == (code, help_text)
     assert qlora("--version") == (0, f"qlora {__version__}\n")
     assert qlora("trian") == (2, "error: unknown command trian. Did you mean train?\n")
@@ -365,9 +366,9 @@ def test_the_console_command(capsys, monkeypatch):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", __main__.COMMANDS)
 def test_the_function_of_each_command_is_there(name):
-    _, path, _ = cli.COMMANDS[name]
+    _, path, _ = __main__.COMMANDS[name]
     module, _, function = path.partition(":")
     assert callable(getattr(__import__(module, fromlist=[function]), function))
 

@@ -45,9 +45,9 @@ class QuantConfig(Settings):
     """quantize the absmax too: 4.127 bits, not 4.5"""
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """bf16; fp16 on a GPU without bf16, fp32 on a CPU without it"""
-    skip_modules: tuple[str, ...] = ()
+    skip_modules: tuple[str, ...] = field(default=(), metadata=RARE)
     """module names, or their last part, to leave unquantized (the output head always is)"""
-    allow_unquantized: bool = False
+    allow_unquantized: bool = field(default=False, metadata=RARE)
     """leave weights as they are that cannot be quantized"""
 
 
@@ -156,7 +156,7 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True)
 class MergeConfig(Settings):
-    """Fold a trained adapter into its base and write a checkpoint, in 16 bits or in 4."""
+    """Merge a trained adapter into its base and write a checkpoint, 16-bit or 4-bit."""
 
     adapter: str | tuple[str, ...]
     """folder with adapter_config.json and adapter_model.safetensors, or several whose sum it is"""
