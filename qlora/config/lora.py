@@ -112,7 +112,7 @@ INITS = {
 
 @dataclass(frozen=True)
 class LoraConfig(Settings):
-    """The adapter: W x + scaling * B A x, with A (r, in), B (out, r), scaling lora_alpha / r."""
+    """The adapter: W x + scaling * B A x, with A (r, in) and B (out, r)."""
 
     r: int = field(default=16, metadata=above(0))
     """rank of the adapter"""
