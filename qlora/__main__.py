@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from qlora import __version__, config
-from qlora.cli import flag_of, parse, settings_of
+from qlora.cli import flag_of, parse
 from qlora.errors import UserError, did_you_mean
 
 SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # they take GPU memory
@@ -77,7 +77,7 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
             raise
         peak = sys.modules["torch"].cuda.max_memory_allocated() / 2**30
-        lower = [flag_of(name) for name in SIZES if name in settings_of(config_class)]
+        lower = [flag_of(name) for name in SIZES if name in config.settings_of(config_class)]
         mend = " or ".join([f"lower {', '.join(lower)}"] * bool(lower) + ["take a smaller model"])
         _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {mend}")
 

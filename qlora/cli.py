@@ -15,15 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 
-from qlora.config import OLD_NAMES
+from qlora.config import OLD_NAMES, Config, build, docs_of, is_required, settings_of
 from qlora.config.lora import ALL_LINEAR
 from qlora.errors import UserError, did_you_mean
-
-Config = TypeVar("Config")
+from qlora.files import AsWritten, read_yaml
 
 
 def parse(config_class: type[Config], words: Sequence[str] | None = None, *, prog: str) -> Config:
@@ -31,7 +30,7 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
 
     Raises UserError for any error in either, and SystemExit(0) after `--help`.
     """
-    settings = fields_of(config_class)
+    settings = settings_of(config_class)
     words = sys.argv[1:] if words is None else words
     flags = _read_flags(words, settings, _parser(config_class, words, prog))
     recipes = flags.pop("config", [])
@@ -39,11 +38,11 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
         raise UserError(f"--config takes one recipe, got {len(recipes)}: put them into one file")
     where = f"{recipes[0]}: " if recipes else ""
     recipe = _read_recipe(recipes[0], settings) if recipes else {}
-    required = [name for name, member in settings.items() if _default(member) is MISSING]
+    required = [name for name, member in settings.items() if is_required(member)]
     if missing := [flag_of(name) for name in required if name not in flags | recipe]:
         raise UserError(f"missing {', '.join(missing)}: write a value here or in a --config file")
-    given = [(where + n, n, value) for n, value in recipe.items() if n not in flags]
-    given += [(flag_of(n), n, value) for n, value in flags.items()]
+    given = [(where + n, n, v) for n, v in recipe.items() if n == "trainer" or n not in flags]
+    given += [(flag_of(n), n, v) for n, v in flags.items()]
     values: dict[str, Any] = {}
     for source, name, value in given:
         name, _, key = name.partition(".")
@@ -73,10 +72,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(config_class: Any, words: Sequence[str], prog: str) -> _Parser:
     """Flags in groups, one per dataclass; the help has the rare ones after --help-all only."""
-    every, settings = "--help-all" in words, fields_of(config_class)
+    every, settings = "--help-all" in words, settings_of(config_class)
     needed = [f"{flag_of(n)} … " for n, m in settings.items() if is_required(m)]
     parser = _Parser(
-        usage=f"{prog} {''.join(needed)}[--config RECIPE.yaml] [FLAGS]",
+        usage=f"{prog} {''.join(needed)}[--config FILE] [FLAGS]",
         description="Flags override the recipe; --no-NAME turns off; --help-all shows all flags.",
         argument_default=argparse.SUPPRESS,
         add_help=False,
@@ -86,13 +85,18 @@ def _parser(config_class: Any, words: Sequence[str], prog: str) -> _Parser:
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own lacks -1e-4
     nested = [member.type for member in fields(config_class) if is_dataclass(member.type)]
     for owner in (config_class, *nested):
-        group, docs = parser.add_argument_group(owner.__doc__.partition("\n")[0]), docs_of(owner)
+        docs = docs_of(owner)
+        group = parser.add_argument_group(docs[""].rstrip("."))
         if owner is config_class:
             group.add_argument("--help", "--help-all", action="help", help=argparse.SUPPRESS)
             group.add_argument("--config", action="append", metavar="RECIPE.yaml", help="YAML file")
         for member in (m for m in fields(owner) if settings.get(m.name) is m):
             is_shown = every or "rare" not in member.metadata
-            _add(group, member, docs[member.name] if is_shown else argparse.SUPPRESS)
+            _add(
+                group,
+                member,
+                docs[member.name].replace("%", "%%") if is_shown else argparse.SUPPRESS,
+            )
     if "trainer" in settings:
         for flag in {w.partition("=")[0] for w in words if w.startswith("--trainer.")}:
             parser.add_argument(flag, dest=flag[2:].replace("-", "_"), help=argparse.SUPPRESS)
@@ -101,9 +105,11 @@ def _parser(config_class: Any, words: Sequence[str], prog: str) -> _Parser:
 
 def _add(group: Any, member: Field[Any], text: str) -> None:
     """Add the flag of a setting; a switch has a second one that turns it off."""
-    add, default, flag = group.add_argument, _default(member), flag_of(member.name)
-    if default not in (None, False, (), {}) and text != argparse.SUPPRESS:
-        text += " (required)" if default is MISSING else f" (default {default})"
+    add, flag, default = group.add_argument, flag_of(member.name), member.default
+    if text != argparse.SUPPRESS and is_required(member):
+        text += " (required)"
+    elif text != argparse.SUPPRESS and default not in (None, False, (), MISSING):
+        text += f" (default {default})"
     if member.type is bool:
         add(flag, dest=member.name, action="store_const", const="true", help=text)
         off = flag_of(f"no_{member.name}")

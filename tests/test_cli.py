@@ -20,6 +20,7 @@ from qlora.config import (
     ReportConfig,
     TrainConfig,
     flat,
+    settings_of,
 )
 from qlora.errors import UserError
 
@@ -306,7 +307,7 @@ def test_help_fits_two_screens(config_class, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.parse(config_class, ["--help-all"], prog="train.py")
     every = capsys.readouterr().out
-    for name in ("config", *dict(cli.settings_of(config_class))):
+    for name in ("config", *dict(settings_of(config_class))):
         assert f"  --{name.replace('_', '-')} " in every.replace("\n", " \n"), name
     assert ("--rank-pattern {NAME: VALUE}" in every) == (config_class is TrainConfig)
     assert "--rank-pattern" not in text

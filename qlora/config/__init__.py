@@ -312,13 +312,13 @@ class EvaluateConfig(ModelChoice):
 # ---- settings by name, as flags and recipes have them ----
 
 
-def settings_of(config_class: Any) -> Iterator[tuple[str, tuple[Any, Field[Any]]]]:
-    """Name -> (dataclass, field) of the settings with a flag; those of inner dataclasses last."""
-    for member in sorted(fields(config_class), key=lambda member: is_dataclass(member.type)):
-        if is_dataclass(member.type):
-            yield from settings_of(member.type)
-        elif "no_flag" not in member.metadata:
-            yield member.name, (config_class, member)
+def settings_of(config_class: Any) -> dict[str, Field[Any]]:
+    """Name -> field of the settings with a flag; those of nested dataclasses last."""
+    members = [member for member in fields(config_class) if "no_flag" not in member.metadata]
+    settings = {member.name: member for member in members if not is_dataclass(member.type)}
+    for nested in (member.type for member in members if is_dataclass(member.type)):
+        settings |= settings_of(nested)
+    return settings
 
 
 def is_required(member: Field[Any]) -> bool:
@@ -351,6 +351,6 @@ def flat(config: TrainConfig | MergeConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for member in fields(config):
         value = getattr(config, member.name)
-        inner = dict(settings_of(type(value))) if is_dataclass(value) else ()
+        inner = settings_of(type(value)) if is_dataclass(value) else ()
         settings |= {name: getattr(value, name) for name in inner} or {member.name: value}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
