@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CHATML, tiny_model, tiny_tokenizer
+from conftest import CHATML, axis, tiny_model, tiny_tokenizer
 
 from qlora.data import generation
 from qlora.data.generation import answers, generate, generation_settings, prompt_ids, stop_ids
@@ -31,7 +31,7 @@ def one_by_one(model, tokenizer, chats, **settings):
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("family", axis("llama", "gpt2", "gemma"))
 def test_batches_answer_as_one_by_one(family, monkeypatch):
     model, tokenizer = tiny_model(family), tiny_tokenizer()
     expected = one_by_one(model, tokenizer, CHATS, max_new_tokens=12)
