@@ -69,7 +69,7 @@ entries = st.lists(st.sampled_from(endings(NAMES)), min_size=1, max_size=4, uniq
 nothing = st.just(())
 
 
-@settings(max_examples=400, deadline=None, database=None)
+@settings(max_examples=150, deadline=None, database=None)
 @given(
     targets=entries,
     exclude=nothing | entries,
