@@ -221,8 +221,7 @@ def _fault(embedded: list[Tensor], together: Tensor, alone: list[Tensor]) -> str
     if gradient[:, :FEW_TOKENS].any():  # exactly 0 where nothing of it is read
         return "a row reads the one before it"
     error = relative_error([first.detach(), second.detach()], alone)
-    # Rounding differs by a few eps, as a GPU has other kernels for other shapes, and grows from
-    # layer to layer; a row at another position differs by far more.
+    # rounding differs by a few eps per layer; a row at another position by far more
     if error > torch.finfo(together.dtype).eps ** 0.5:
         return f"its logits are {error:.1%} off those of a row alone"
     return None

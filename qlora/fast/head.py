@@ -36,10 +36,7 @@ from qlora.ops.loss import chunk_rows, linear_cross_entropy
 
 
 def put_language_head(model: nn.Module) -> None:
-    """Wrap the output head of `model` in a LanguageHead, in place.
-
-    Prints one line where there is a head that cannot be wrapped.
-    """
+    """Wrap the output head of `model` in a LanguageHead, in place; print a line if it cannot be."""
     name, head = vocabulary(model)[1], output_head(model)
     if name is None or isinstance(head, LanguageHead):
         return
@@ -94,14 +91,10 @@ class _Recipe(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    dtype: torch.dtype
-    """of the product"""
-    hidden: Tensor
-    """the head's input"""
-    rows: Tensor
-    """x, (..., dim), of the logits that are left: a view of `hidden`"""
-    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
-    """after the product"""
+    dtype: torch.dtype  # of the product
+    hidden: Tensor  # the head's input
+    rows: Tensor  # x (..., dim) of the logits that are left: a view of `hidden`
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()  # after the product
     a: float = 1.0
     c: float | None = None
 
@@ -125,12 +118,9 @@ class LazyLogits(Tensor):
     """Logits (..., vocab) without memory, until an operation materializes them."""
 
     _recipe: _Recipe
-    _like: Tensor
-    """a tensor of the same shape, dtype and strides on the meta device"""
-    _source: "LazyLogits | None"
-    """the logits that they are a view of, by the last step"""
-    value: Tensor | None
-    """the logits, once materialized"""
+    _like: Tensor  # of the same shape, dtype and strides on the meta device
+    _source: "LazyLogits | None"  # the logits that they are a view of, by the last step
+    value: Tensor | None  # the logits, once materialized
 
     def materialize(self) -> Tensor:
         """The logits as a plain tensor with the graph of `hidden`, computed in the first call."""

@@ -49,7 +49,6 @@ from qlora.ops.agree import agrees
 from qlora.ops.gated import ACTS, gated_forward
 from qlora.ops.lora import LayerSpec, lora_linear, lora_mlp
 
-FEW_TOKENS = 8
 # gate, up and down: Llama's names, which all gated MLPs of transformers have, and InternLM2's
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 # gelu and its tanh form differ below 8; DeepSeek-V4 clamps gate and up at 10
@@ -61,11 +60,8 @@ EPS = ("variance_epsilon", "eps", "epsilon")  # names in transformers' norms
 def use_fast_path(model: Any, *, recompute: bool = False) -> None:
     """Compute `model`'s LoRA layers and gated MLPs by the functions of qlora.ops.lora, in place.
 
-    The numbers are the same. Prints one line for each reason why layers fall back.
-
-    Args:
-        recompute: the model recomputes activations in the backward pass (gradient checkpointing),
-            so that an MLP keeps its input alone.
+    Prints one line for each reason why layers fall back. With `recompute`, for gradient
+    checkpointing, an MLP keeps its input alone.
     """
     take_fast_path_off(model)
     layers = lora_layers(model)
@@ -137,8 +133,7 @@ class MLPBlock(Wrapper):
         super().__init__(base_layer)
         self.layers = tuple(layers)  # gate, up and down, which are base_layer's children
         self.activation = activation
-        self.recompute = False
-        """keep x alone for the backward pass, as under gradient checkpointing"""
+        self.recompute = False  # keep x alone for the backward pass
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(..., in) -> (..., in)."""
@@ -213,12 +208,11 @@ def _record_calls(model: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, _C
         if len(args) == 1 and isinstance(y, Tensor):
             calls.setdefault(module, []).append(_Call(args[0], y))
 
-    ids = torch.arange(FEW_TOKENS, device=model.device)[None]
+    ids = torch.arange(8, device=model.device)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    modules = {*layers, *base_modules(model).values()}
-    hooks = [module.register_forward_hook(record) for module in modules]
+    hooks = [m.register_forward_hook(record) for m in {*layers, *base_modules(model).values()}]
     was_training = model.training
     try:
         model.eval()
@@ -291,8 +285,7 @@ def _report_fallbacks(layers: dict[str, LoRALayer], calls: dict[nn.Module, _Call
 def put_norms(model: nn.Module) -> None:
     """Wrap each frozen RMSNorm of `model` in an RMSNorm of ours, in place."""
     for name, module in base_modules(model).items():
-        form = rms_norm_form(module)
-        if form is not None:
+        if form := rms_norm_form(module):
             put_module(model, name, RMSNorm(module, form).train(module.training))
 
 
@@ -300,8 +293,7 @@ class Form(NamedTuple):
     """What an RMSNorm computes, beside its weight."""
 
     eps: float
-    offset: float = 0.0
-    """added to the weight: Gemma's is 1"""
+    offset: float = 0.0  # added to the weight: Gemma's is 1
 
 
 class RMSNorm(Wrapper):

@@ -89,8 +89,8 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
                 loss = model(**batch).loss
             loss.backward()
 
-    Values and gradients are equal to the bit. Without gradients it does nothing; it may be nested.
-    Without gradient checkpointing, all that the layers save is moved.
+    Values and gradients are equal to the bit. It may be nested. Without gradients it does nothing;
+    without gradient checkpointing it moves all that the layers save.
 
     Args:
         min_bytes: smaller tensors stay.
@@ -171,11 +171,8 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
 
 
 class Saved:
-    """What the graph holds instead of a tensor: on the GPU, in host memory, or in both.
-
-    Args:
-        before: a weak reference to what was saved before it.
-    """
+    """What the graph holds instead of a tensor: on the GPU, in host memory, or in both. `before`
+    is a weak reference to what was saved before it."""
 
     def __init__(
         self, tensor: Tensor, owner: offload_activations, before: "Callable[[], Saved | None]"
