@@ -32,15 +32,9 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora import __version__, files
+from qlora.data import generation
 from qlora.data.chat_template import PROBE
-from qlora.data.generation import (
-    Question,
-    decode,
-    generate,
-    generation_settings,
-    prompt_ids,
-    question_of,
-)
+from qlora.data.generation import Question, decode
 from qlora.data.objectives import OBJECTIVES
 from qlora.errors import UserError
 from qlora.pictures import draw_run, save_png
@@ -205,12 +199,11 @@ def choose_samples(
         return []
     rows, kind = (rows, "training") if eval_rows is None else (eval_rows, "evaluation")
     count = min(count, len(rows))
-    print(
-        f"before and after training, {count} rows of the {kind} data are answered: {files.SAMPLES}"
-    )
+    which = f"{count} rows of the {kind} data"
+    print(f"before and after training, {which} are answered: {files.SAMPLES}")
     samples = []
     for row in (rows[i * len(rows) // count] for i in range(count)):
-        question = question_of(row, task)
+        question = generation.question_of(row, task)
         if not question.prompt:  # plain text
             half = (len(question.answer) + 1) // 2
             question = Question(question.answer[:half], question.answer[half:])
@@ -233,8 +226,8 @@ def write_answers(
     for question in samples:
         key = _without_template(tokenizer, question.prompt), decode(tokenizer, question.answer)
         row = {"prompt": key[0], "wanted": key[1], "before": None, "after": None}
-        settings = generation_settings(model, tokenizer, question.max_new_tokens)
-        (generated,) = generate(model, tokenizer, [question.prompt], settings)
+        settings = generation.generation_settings(model, tokenizer, question.max_new_tokens)
+        (generated,) = generation.generate(model, tokenizer, [question.prompt], settings)
         rows.append(row | known.get(key, {}) | {when: generated})
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     files.replace_text(folder / files.SAMPLES, "".join(lines))
@@ -245,7 +238,7 @@ def _without_template(tokenizer: Tokenizer, prompt: list[int]) -> str:
     text = str(tokenizer.decode(prompt, skip_special_tokens=False))
     if tokenizer.chat_template:
         try:
-            probe = prompt_ids(tokenizer, [{"role": "user", "content": PROBE}])
+            probe = generation.prompt_ids(tokenizer, [{"role": "user", "content": PROBE}])
         except UserError:  # the template needs more than a user's turn
             return text
         begin, _, end = str(tokenizer.decode(probe, skip_special_tokens=False)).partition(PROBE)
@@ -283,10 +276,7 @@ def write_adapter_card(
 ) -> None:
     """README.md of an adapter: what it is, how it was trained, how to use it.
 
-    Args:
-        settings: task, data, learning_rate, r, lora_alpha, target_modules.
-        base: resolved, quant_type, blocksize, double_quant; a classifier's labels and heads.
-        measured: name -> last value.
+    `settings` and `base` are those of `write_run_file`, `measured` has last values by name.
     """
     name, task = str(base["resolved"]), settings["task"]
     targets = settings["target_modules"]

@@ -2,9 +2,9 @@
 
     checks -> checkpoint -> tokenizer -> rows -> 4-bit base -> adapter -> fast path -> Trainer
 
-Each step is done before the next begins, and takes plain values rather than the config. Nothing is
-written until all of them have succeeded. Trainer has the loop, optimizers, schedules, checkpoints
-and loggers (qlora.training.trainer); qlora.training.outputs writes what a run leaves behind.
+Each step is done before the next begins, and nothing is written until all have succeeded. Other
+packages are given plain values, not the config. Trainer has the loop, optimizers, schedules,
+checkpoints and loggers (qlora.training.trainer); qlora.training.outputs writes the other files.
 """
 
 import os

@@ -3,13 +3,12 @@
 `make_trainer` turns a config into Trainer's arguments, batches and callbacks. AdapterTrainer
 differs from Trainer in this alone:
 
-    loss            summed over supervised tokens or labels and divided once per optimizer step, in
-                    training and in evaluation (qlora.data.objectives)
-    checkpoints     hold the adapter, not the model
-    optimizer       LoRA+ learning rates; small updates of bf16 adapters are kept
-                    (qlora.training.optimizers); paged optimizers run unpaged on a CPU
-    activations     optionally moved to host memory between forward and backward pass
-                    (qlora.fast.offload)
+    loss          summed over supervised tokens or labels and divided once per optimizer step, in
+                  training and in evaluation (qlora.data.objectives)
+    checkpoints   hold the adapter, not the model
+    optimizer     LoRA+ learning rates; small updates of bf16 adapters are kept
+                  (qlora.training.optimizers); paged optimizers run unpaged on a CPU
+    activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,8 +74,7 @@ def check_loggers(names: Sequence[str]) -> None:
     named = [name for name in names if name not in ("all", "none")]
     if not named:
         return
-    unknown = [name for name in named if name not in INTEGRATION_TO_CALLBACK]
-    if unknown:
+    if unknown := [name for name in named if name not in INTEGRATION_TO_CALLBACK]:
         known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
         hint = did_you_mean(unknown[0], INTEGRATION_TO_CALLBACK)
         raise UserError(f"--report-to must be among {known}; got {', '.join(unknown)}.{hint}")
@@ -171,10 +169,8 @@ def make_trainer(
 class AdapterTrainer(Trainer):
     """Trainer for a frozen quantized model with LoRA adapters; saves and resumes the adapter.
 
-    Args:
-        objective: loss and metrics, by default those of a causal language model.
-        loraplus_lr_ratio: learning rate of B over that of all else (LoRA+).
-        offload: entered around every forward pass.
+    `objective` has the loss and metrics, by default of a causal language model;
+    `loraplus_lr_ratio` is B's learning rate over all others; each forward pass enters `offload`.
     """
 
     model: Any
@@ -221,7 +217,7 @@ class AdapterTrainer(Trainer):
         return stack
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Trainer's, without the mask where position_ids mark the rows: it would override them."""
+        """Trainer's, without the mask where position_ids mark the rows: it would hide them."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         if "position_ids" in prepared:
             prepared.pop("attention_mask", None)  # used only for Trainer's count of tokens
