@@ -68,6 +68,7 @@ def test_every_linear_layer_but_the_head_is_4_bit_and_frozen(bases, family):
     }
     layers = four_bit_layers(model)
     assert linear - set(layers) == {"lm_head"}
+    assert output_head(model) is model.lm_head
     assert len(layers) == LAYERS.get(family, 14)
     assert {m.weight.dtype for m in layers.values()} == {torch.uint8}
     assert not any(p.requires_grad for p in model.parameters())
@@ -220,13 +221,6 @@ def test_to_transformers_it_is_a_bitsandbytes_model(bases):
     assert settings.bnb_4bit_use_double_quant
     assert settings.llm_int8_skip_modules == ["lm_head"]
     assert not settings.to_diff_dict().get("blocksize")
-
-
-def test_the_head_is_the_models_own(bases):
-    model = bases("llama")
-    assert output_head(model) is model.lm_head
-    assert type(model.lm_head) is nn.Linear
-    assert model.lm_head.weight.dtype == torch.float32
 
 
 # ---- a checkpoint that is already 4-bit ----

@@ -107,6 +107,11 @@ def test_a_grown_vocabulary(adapter_build, tmp_path):
     torch.testing.assert_close(logits(again), built.logits, rtol=1e-5, atol=1e-5)
 
 
+def test_parameters_of_experts_are_refused(adapter_build, tmp_path):
+    match = r"changes model\.layers\.0\.mlp\.experts.*merge_and_unload"
+    refused(adapter_build("experts").folder, tmp_path / "out", match)
+
+
 # ---- several at once ----
 
 
