@@ -50,6 +50,7 @@ from qlora.adapters.apply import disable_adapter
 from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import printable
 from qlora.config import MAX_LENGTH, EvaluateConfig
+from qlora.config.tasks import CAUSAL_LM
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
 from qlora.data.records import load_records, prompt_messages
@@ -105,7 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if output:
         replace_text(output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         print(f"\nAll results are in {output}.")
-    print(_next_commands(config, scores))
+    print(_next_commands(config, resolved.task, scores))
     return results
 
 
@@ -316,13 +317,13 @@ def _short(text: str) -> str:
     return words if len(words) <= longest else f"{words[: longest - 1]}…"
 
 
-def _next_commands(config: EvaluateConfig, scores: dict[str, dict[str, float]]) -> str:
-    """The commands to type next, and a remark where the adapter is no better than its base."""
+def _next_commands(config: EvaluateConfig, task: str, scores: dict[str, dict[str, float]]) -> str:
+    """The next commands, and a remark where the adapter is no better than its base."""
     place = shlex.quote(str(config.adapter or config.model))
     lines = [""]
     if "base" in scores and scores["adapter"]["loss"] >= scores["base"]["loss"]:
         lines += ["On this data the adapter is no better than its base: is it what it learned?", ""]
-    if "accuracy" not in next(iter(scores.values())):
+    if task == CAUSAL_LM.name:
         flags = f"--adapter {place} --compare" if config.adapter else f"--model {place}"
         lines.append(f"Talk to it:  python -m qlora.chat {flags}")
     if config.adapter:

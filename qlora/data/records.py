@@ -163,14 +163,14 @@ def _check_text(source: str, files: Sequence[Path]) -> None:
     """Refuse other encodings, which datasets would let through, and blank files."""
     filled = False
     for file in files:
-        data = file.read_bytes()
-        try:
-            filled = filled or bool(data.decode().strip())
-        except UnicodeDecodeError as error:
-            number = data.count(b"\n", 0, error.start) + 1
-            raise UserError(
-                f"{file}, line {number}: UTF-8 is wanted, got other bytes: save it as UTF-8"
-            ) from error
+        with file.open("rb") as lines:  # line by line: a file may be larger than the memory
+            for number, line in enumerate(lines, start=1):
+                try:
+                    filled |= bool(line.decode().strip())
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{file}, line {number}: UTF-8 is wanted, got other bytes: save it as UTF-8"
+                    ) from error
     if not filled:
         raise UserError(NO_ROWS.format(source))
 
