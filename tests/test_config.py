@@ -1,11 +1,14 @@
 """The dataclasses: inert, frozen, and a wrong value is refused with what was wanted and came."""
 
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 
+import qlora
 from qlora.config import (
     ChatConfig,
     DataConfig,
@@ -181,6 +184,12 @@ def test_a_wrong_value_is_refused(make, settings, parts):
 
 def test_max_steps_may_replace_epochs():
     assert train_config(max_steps=5, num_train_epochs=0).max_steps == 5
+
+
+def test_type_checkers_and_python_find_the_same_names():
+    checked = re.findall(r"from (\S+) import (\w+) as \2\n", Path(qlora.__file__).read_text())
+    assert {name: package for package, name in checked} == qlora._PACKAGE_OF
+    assert qlora.__all__ == sorted(qlora._PACKAGE_OF)
 
 
 def test_a_user_error_is_one_line():

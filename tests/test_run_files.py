@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora.errors import UserError
-from qlora.files import read_rows, replace_text
+from qlora.files import read_json, read_rows, replace_text, replacing
 
 
 def test_rows_are_read_back(tmp_path):
@@ -30,6 +30,33 @@ def test_a_row_without_what_is_wanted_of_it_is_named(tmp_path):
     path.write_text('{"a": 1, "b": 2, "c": null}\n\n{"a": 1}\n')
     with pytest.raises(UserError, match=r"rows.jsonl, line 3: it has no b, c: remove that line"):
         read_rows(path, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [("{", "Expecting"), ("[1]", "a list"), ("\x00", "Expecting"), (None, "No such")],
+)
+def test_a_file_without_a_json_object_is_named(text, got, tmp_path):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=rf"config\.json .*{got}.* Save it again$"):
+        read_json(path, mend="Save it again")
+    path.write_text('{"r": 8}')
+    assert read_json(path) == {"r": 8}
+
+
+def test_files_are_replaced_together(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(one, two) as partials:
+        partials[0].write_text("new")
+        raise ZeroDivisionError
+    assert one.read_text() == "old" and [*tmp_path.iterdir()] == [one]
+    with replacing(one, two) as partials:
+        for partial in partials:
+            partial.write_text("new")
+    assert one.read_text() == two.read_text() == "new" and len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
