@@ -9,14 +9,14 @@ shape, dtype and device that records what the model and transformers' losses do 
     cross_entropy(logits, labels)             sum or mean, with label_smoothing and ignore_index
 
 The cross-entropy is that of qlora.ops.loss. Every other operation materializes the logits, once, by
-the recorded operations: generation, accuracy, distillation and other losses get equal values, bit
-for bit. No class or config of a model is read, and what it adds to the loss (the router loss of
-experts) is added. Only the gradient *in* logits whose loss was computed without them does not
-exist: autograd raises that they were not used.
+the recorded operations: generation, accuracy, distillation and other losses read equal values, bit
+for bit. No class or config of a model is read, and a model's other losses (the router loss of
+experts) are added as before. Only the gradient *in* logits whose loss was computed without them
+does not exist: autograd raises that they were not used.
 
 Logits are computed at once by a head that is trained, adapted, quantized or has hooks; under
-torch.compile and inference_mode; and of few tokens, up to a chunk of qlora.ops.loss. Left out: a
-loss per token, class weights, logits times a tensor. They materialize the logits.
+torch.compile and inference_mode; and for few tokens, up to a chunk of qlora.ops.loss. Left out,
+so that they materialize the logits: a loss per token, class weights, logits times a tensor.
 """
 
 import math
@@ -43,8 +43,8 @@ def put_language_head(model: nn.Module) -> None:
     if is_untouched(head):
         put_module(model, name, LanguageHead(head).train(head.training))
         return
-    what = "quantized" if is_quantized(head) else "trained, adapted or no plain linear layer"
-    print(f"the loss is computed from all logits: the output head, {name}, is {what}")
+    kind = "quantized" if is_quantized(head) else "trained, adapted or no plain linear layer"
+    print(f"the loss is computed from all logits: the output head, {name}, is {kind}")
 
 
 class LanguageHead(Wrapper):
@@ -65,12 +65,12 @@ class LanguageHead(Wrapper):
         return logits
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Of the wrapped head: transformers registers a weight that is tied to the embedding's."""
+        """On the wrapped head: transformers registers a weight tied to the embedding's this way."""
         self.base_layer.register_parameter(name, param)
 
 
 def is_untouched(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is a plain, frozen linear layer without hooks."""
+    """Whether `layer` is a plain, frozen linear layer without hooks."""
     is_trained = any(parameter.requires_grad for parameter in layer.parameters())
     return type(layer) is nn.Linear and not is_watched(layer) and not is_trained
 
@@ -87,19 +87,19 @@ def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> "
 
 
 class _Recipe(NamedTuple):
-    """How logits are computed: c tanh(a (W x + b)), without a softcap a (W x + b), of each x."""
+    """How to compute logits: c tanh(a (W x + b)) for each x, without a softcap a (W x + b)."""
 
     weight: Tensor
     bias: Tensor | None
     dtype: torch.dtype  # of the product
     hidden: Tensor  # the head's input
-    rows: Tensor  # x (..., dim) of the logits that are left: a view of `hidden`
+    rows: Tensor  # x (..., dim) of the logits that slices have left: a view of `hidden`
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()  # after the product
     a: float = 1.0
     c: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """By the recorded operations."""
+        """The logits of `hidden`, by the recorded operations."""
         with torch.autocast(hidden.device.type, enabled=False):
             logits = F.linear(hidden.to(self.dtype), self.weight.to(self.dtype), self.bias)
         for step in self.steps:
@@ -108,22 +108,21 @@ class _Recipe(NamedTuple):
 
     def loss(self, target: Tensor, **settings: Any) -> Tensor:
         """The sum over tokens, from the hidden states."""
-        weight, softcap = self.weight.to(self.dtype), self.c
-        settings |= {"bias": self.bias, "softcap": softcap}
-        settings["scale"] = self.a if softcap is None else self.a * softcap
-        return linear_cross_entropy(self.rows, weight, target, **settings)
+        scale = self.a if self.c is None else self.a * self.c
+        settings |= {"bias": self.bias, "softcap": self.c, "scale": scale}
+        return linear_cross_entropy(self.rows, self.weight.to(self.dtype), target, **settings)
 
 
 class LazyLogits(Tensor):
     """Logits (..., vocab) without memory, until an operation materializes them."""
 
     _recipe: _Recipe
-    _like: Tensor  # of the same shape, dtype and strides on the meta device
-    _source: "LazyLogits | None"  # the logits that they are a view of, by the last step
+    _like: Tensor  # on the meta device, with the logits' shape, dtype and strides
+    _source: "LazyLogits | None"  # of which the last step is a view
     value: Tensor | None  # the logits, once materialized
 
     def materialize(self) -> Tensor:
-        """The logits as a plain tensor with the graph of `hidden`, computed in the first call."""
+        """The logits as a plain tensor with a graph to `hidden`; only the first call computes."""
         if self.value is None:
             with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
                 if self._source is None:
@@ -131,7 +130,7 @@ class LazyLogits(Tensor):
                 else:
                     value = self._recipe.steps[-1](self._source.materialize())
                 if self.requires_grad and not value.requires_grad:
-                    # re-entrant checkpointing: no graph where they were recorded, one around it
+                    # re-entrant checkpointing: recorded without a graph, used with one
                     value = _Materialize.apply(self)  # type: ignore[no-untyped-call]
             self.value = value
         return self.value
@@ -144,11 +143,11 @@ class LazyLogits(Tensor):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             modes = torch.is_inference_mode_enabled(), torch.compiler.is_compiling()
-            # re-entrant checkpointing gives them another graph than their recipe's
+            # they differ after re-entrant checkpointing, whose graph is not the recipe's
             if lazy.requires_grad == lazy._recipe.hidden.requires_grad and not any(modes):
-                answer = _answer(lazy, func, *args[1:], **kwargs)
-                if answer is not None:
-                    return answer
+                result = _without_logits(lazy, func, *args[1:], **kwargs)
+                if result is not None:
+                    return result
         args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -156,7 +155,7 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch calls it so
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Operations from C++, below autograd: _Lazy has the gradient."""
+        """For operations called from C++, below autograd; _Lazy computes the gradient."""
         if func._schema.is_mutable:
             raise RuntimeError(f"logits that are not materialized cannot be changed by {func}")
         args, kwargs = tree_map_only(LazyLogits, _detached_value, (args, kwargs or {}))
@@ -170,17 +169,18 @@ def _detached_value(logits: LazyLogits) -> Tensor:
 
 
 class _Lazy(torch.autograd.Function):
-    """Hidden states to lazy logits; the gradient is that of the logits they will be."""
+    """Hidden states to lazy logits; the backward pass is that of the logits themselves."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, like: Tensor, recipe: _Recipe, source: LazyLogits | None
     ) -> LazyLogits:
-        how: Any = {"dtype": like.dtype, "device": hidden.device}
-        lazy: LazyLogits = Tensor._make_wrapper_subclass(LazyLogits, like.shape, **how)
+        lazy: Any = Tensor._make_wrapper_subclass(
+            LazyLogits, like.shape, dtype=like.dtype, device=hidden.device
+        )
         lazy._recipe, lazy._like, lazy._source, lazy.value = recipe, like, source, None
         ctx.recipe = recipe
-        return lazy
+        return lazy  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -192,7 +192,7 @@ class _Lazy(torch.autograd.Function):
 
 
 class _Materialize(torch.autograd.Function):
-    """Lazy logits to their values, by the graph that the former have."""
+    """Lazy logits to their values; the backward pass goes through the lazy logits' graph."""
 
     @staticmethod
     def forward(ctx: Any, logits: LazyLogits) -> Tensor:
@@ -203,7 +203,7 @@ class _Materialize(torch.autograd.Function):
         return gradient
 
 
-# ---- what lazy logits do without being materialized
+# ---- operations that do not materialize the logits
 
 METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "layout", "ndim", "shape")),
@@ -224,7 +224,7 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """torch's, with its arguments, of logits (tokens, vocab) and labels (tokens,), or None."""
+    """F.cross_entropy of logits (tokens, vocab), labels (tokens,); None for other arguments."""
     is_plain = (weight, size_average, reduce) == (None, None, None) and reduction in ("mean", "sum")
     if not (is_plain and isinstance(target, Tensor) and target.dtype == torch.int64):
         return None
@@ -234,12 +234,12 @@ def _cross_entropy(
     if reduction == "mean":
         loss = loss / (target != ignore_index).sum()
     dtype = logits.dtype
-    if torch.is_autocast_enabled(target.device.type):  # which computes losses in fp32
+    if torch.is_autocast_enabled(target.device.type):  # autocast computes losses in fp32
         dtype = torch.promote_types(dtype, torch.float32)
     return loss.to(dtype)
 
 
-def _answer(logits: LazyLogits, func: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+def _without_logits(logits: LazyLogits, func: Any, *args: Any, **kwargs: Any) -> Tensor | None:
     """func(logits, ...) without materializing them; None where the loss supports no such step."""
     if func is F.cross_entropy:
         return _cross_entropy(logits, *args, **kwargs)
@@ -273,7 +273,7 @@ def _answer(logits: LazyLogits, func: Any, *args: Any, **kwargs: Any) -> Tensor 
 
 
 def _selects_rows(key: Any, ndim: int) -> bool:
-    """Whether indexing with `key` gives some of the rows, each with all of its logits."""
+    """Whether indexing with `key` selects rows, each with all of its logits."""
     keys = key if isinstance(key, tuple) else (key,)
     if any(isinstance(k, bool) or not isinstance(k, int | slice | EllipsisType) for k in keys):
         return False

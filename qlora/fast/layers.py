@@ -8,19 +8,19 @@
 Layers that share an input are found by one run of a few tokens; a gated MLP by the names of its
 children, a norm by its parameters, and both must agree numerically with their function. Each
 forward pass checks whether the function supports the layer's state, adapter and dtype; otherwise
-the layer, or the model's own MLP or norm, computes as without this module.
+it falls back to the layer's, or the model's own, forward.
 
-Models write RMSNorm out in fp32: six kernels, of which autograd keeps x in fp32, twice the bytes of
-a 16-bit x. On a GPU torch.nn.functional.rms_norm is one kernel, keeps x in its own dtype and one
+Models write RMSNorm out in fp32: six kernels, and autograd keeps x in fp32, twice the bytes of a
+16-bit x. On a GPU torch.nn.functional.rms_norm is one kernel, keeps x in its own dtype and one
 number per row, and rounds once where models round twice. On a CPU it saves nothing; there
 `_FromOutput` computes fp32 norms and keeps y instead of x, as apex does with `memory_efficient`:
 
     dx = rstd * (dy * w - xhat * mean(dy * y)),    xhat = y / w
 
-The LoRA layers behind it keep y in any case, so that it adds one number per row. It takes 0.6 of
+The LoRA layers after the norm keep y in any case, so this adds one number per row. It takes 0.6 of
 the models' time (1024 x 576, one thread); y is equal to the bit, dx is no less exact. Left out:
 norms that are trained; 16-bit norms on a CPU, where xhat from a rounded y loses digits; Gemma's
-(1 + w) in 16 bits on a GPU, whose kernel would round 1 + w.
+(1 + w) in 16 bits on a GPU, where F.rms_norm would need a rounded 1 + w.
 """
 
 import inspect
@@ -49,21 +49,21 @@ from qlora.ops.agree import agrees
 from qlora.ops.gated import ACTS, gated_forward
 from qlora.ops.lora import LayerSpec, lora_linear, lora_mlp
 
-# gate, up and down: Llama's names, which all gated MLPs of transformers have, and InternLM2's
+# gate, up and down: the names in transformers, and InternLM2's
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-# gelu and its tanh form differ below 8; DeepSeek-V4 clamps gate and up at 10
+# of the check: gelu and its tanh form differ below 8; DeepSeek-V4 clamps gate and up at 10
 GATE_RANGES = (8.0, 200.0)
 HAS_KERNEL = ("cuda",)  # devices on which F.rms_norm is one kernel
-EPS = ("variance_epsilon", "eps", "epsilon")  # names in transformers' norms
+EPS_NAMES = ("variance_epsilon", "eps", "epsilon")  # in transformers' norms
 
 
 def use_fast_path(model: Any, *, recompute: bool = False) -> None:
     """Compute `model`'s LoRA layers and gated MLPs by the functions of qlora.ops.lora, in place.
 
     Prints one line for each reason why layers fall back. With `recompute`, for gradient
-    checkpointing, an MLP keeps its input alone.
+    checkpointing, an MLP keeps only its input.
     """
-    take_fast_path_off(model)
+    remove_fast_path(model)
     layers = lora_layers(model)
     calls = _record_calls(model, layers.values())
     for group in _groups(layers, calls):
@@ -72,16 +72,16 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
             layer.fast = shared
     inputs = [call.x for call in calls.values()]
     for name, module in base_modules(model).items():
-        block = _gated_mlp(module) if module in calls else None
+        block = _mlp_block(module) if module in calls else None
         if block is not None:
-            # an output that a norm reads, as Gemma's, is recomputed in any case: then keep more
+            # an output that a norm reads, as Gemma's, is recomputed anyway: then keep gate and up
             block.recompute = recompute and all(x is not calls[module].y for x in inputs)
             put_module(model, name, block)
     _report_fallbacks(layers, calls)
 
 
-def take_fast_path_off(model: nn.Module) -> None:
-    """Compute every LoRA layer, and the model's own MLPs, without the functions."""
+def remove_fast_path(model: nn.Module) -> None:
+    """Undo use_fast_path: every LoRA layer and MLP computes by its own forward."""
     for layer in lora_layers(model).values():
         if isinstance(layer, LoRALinear):
             layer.fast = None
@@ -94,8 +94,8 @@ def take_fast_path_off(model: nn.Module) -> None:
 class SharedInput:
     """LoRA layers that are called one after another with one tensor, as q, k and v; or one alone.
 
-    `LoRALinear.fast` of each. The first call computes the outputs of all; the others wait for their
-    layers' calls with the same unchanged tensor. A call with another tensor drops them.
+    It is the `LoRALinear.fast` of each. The first call computes the outputs of all; the other
+    outputs wait for the layers' calls with the same unchanged tensor; another tensor drops them.
     """
 
     def __init__(self, layers: Sequence[LoRALayer]) -> None:
@@ -104,7 +104,7 @@ class SharedInput:
         self._waiting: dict[LoRALayer, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without outputs that wait, if the model is copied after an interrupted forward pass."""
+        """Without waiting outputs, for copies of a model after an interrupted forward pass."""
         return {"layers": self.layers, "_input": None, "_waiting": {}}
 
     def __call__(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
@@ -137,7 +137,7 @@ class MLPBlock(Wrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(..., in) -> (..., in)."""
-        # the function calls none of the modules inside, so that their hooks would not run
+        # the function does not call the modules inside, so their hooks would not run
         falls_back = args or kwargs or any(map(is_watched, self.base_layer.modules()))
         if falls_back or not all(is_fast(layer, x) for layer in self.layers):
             return self.base_layer(x, *args, **kwargs)
@@ -165,7 +165,7 @@ def is_fast(layer: LoRALayer, x: Tensor) -> bool:
 
 
 def why_plain(layer: LoRALayer) -> str | None:
-    """What the functions do not support in a layer and its active adapter, or None."""
+    """The feature of a layer or its active adapter that the functions do not support, or None."""
     base: Any = layer.base_layer
     # a subclass of nn.Linear may compute something else
     if not isinstance(layer, LoRALinear) or not (type(base) is nn.Linear or is_quantized(base)):
@@ -188,7 +188,7 @@ def why_plain(layer: LoRALayer) -> str | None:
     return None
 
 
-# ---- how they are found
+# ---- finding layers that share an input, and gated MLPs
 
 
 class _Call(NamedTuple):
@@ -198,8 +198,10 @@ class _Call(NamedTuple):
 
 @torch.no_grad()
 def _record_calls(model: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, _Call]:
-    """Run a few tokens through `model`: the calls of `layers` and of the base's modules, in order,
-    of those that were called once, with one tensor. None of a model that reads no token ids."""
+    """Calls of `layers` and the base's modules, in order, in one run of a few tokens.
+
+    Only of modules called once, with one tensor. Empty for a model that does not read token ids.
+    """
     if getattr(model, "main_input_name", None) != "input_ids":
         return {}
     calls: dict[nn.Module, list[_Call]] = {}
@@ -221,7 +223,7 @@ def _record_calls(model: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, _C
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return {module: own[0] for module, own in calls.items() if len(own) == 1}
+    return {module: records[0] for module, records in calls.items() if len(records) == 1}
 
 
 def _groups(layers: dict[str, LoRALayer], calls: dict[nn.Module, _Call]) -> list[list[LoRALinear]]:
@@ -233,36 +235,39 @@ def _groups(layers: dict[str, LoRALayer], calls: dict[nn.Module, _Call]) -> list
     return groups + [[layer] for layer in names if layer not in calls]
 
 
-def _gated_mlp(module: nn.Module) -> MLPBlock | None:
-    """`module` as one function, if it is a gated MLP whose three projections have adapters."""
+def _mlp_block(module: nn.Module) -> MLPBlock | None:
+    """A block for `module`, if it is a gated MLP whose three projections have adapters."""
     mlp = plain(module)
     for names in PROJECTIONS:
         layers = [
             child for name in names if isinstance(child := mlp._modules.get(name), LoRALinear)
         ]
-        if len(layers) == 3 and len(mlp._modules) == 4:  # with the activation; T5Gemma's drops out
-            activation = next((act for act in ACTS if _computes(mlp, names, act)), None)
+        if len(layers) == 3 and len(mlp._modules) == 4:  # and an activation; T5Gemma adds a dropout
+            activation = next((act for act in ACTS if _agrees_with_gated(mlp, names, act)), None)
             return None if activation is None else MLPBlock(module, layers, activation)
     return None
 
 
-def _computes(mlp: Any, names: tuple[str, str, str], activation: str) -> bool:
-    """Whether the forward pass of `mlp` is down(activation(gate(x)) * up(x)), also in training and
-    where gate and up give large values: some clamp them, or drop out."""
-    n, twin = 1024, shallow_copy(mlp)  # whose gate and up give one half of the features each
-    halves = lambda x: x[..., :n], lambda x: x[..., n:], lambda h: h
-    twin._modules.update(zip(names, halves, strict=True))  # type: ignore[arg-type]
-    twin.training = True  # not train(), which is for the children too
+def _agrees_with_gated(mlp: Any, names: tuple[str, str, str], activation: str) -> bool:
+    """Whether the forward of `mlp` is down(activation(gate(x)) * up(x)).
+
+    It is run in training mode (some have dropout) and with large values (some clamp), on a copy
+    whose gate and up return the halves of their input, and down its input.
+    """
+    n, copied = 1024, shallow_copy(mlp)
+    gate_up_down = lambda x: x[..., :n], lambda x: x[..., n:], lambda h: h
+    copied._modules.update(zip(names, gate_up_down, strict=True))  # type: ignore[arg-type]
+    copied.training = True  # not train(), which changes the activation that the copy shares
     gate = torch.linspace(-1, 1, n, device=next(mlp.parameters()).device)
     x = torch.cat([gate, gate.roll(300)])[None, None]  # (1, 1, 2 n)
+    forward = partial(type(mlp).forward, copied)
 
-    def function(x: Tensor) -> Tensor:
+    def gated(x: Tensor) -> Tensor:
         return gated_forward(x[..., :n], x[..., n:], activation)
 
-    forward = partial(type(mlp).forward, twin)
-    close = 8 * torch.finfo(torch.float32).eps  # some write their activation out
+    tolerance = 8 * torch.finfo(torch.float32).eps  # some compute the activation step by step
     try:
-        return all(agrees(forward, function, size * x, tolerance=close) for size in GATE_RANGES)
+        return all(agrees(forward, gated, size * x, tolerance=tolerance) for size in GATE_RANGES)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # it needs more than features
         return False
 
@@ -283,21 +288,21 @@ def _report_fallbacks(layers: dict[str, LoRALayer], calls: dict[nn.Module, _Call
 
 
 def put_norms(model: nn.Module) -> None:
-    """Wrap each frozen RMSNorm of `model` in an RMSNorm of ours, in place."""
+    """Wrap each frozen RMSNorm of `model` in an RMSNorm of this module, in place."""
     for name, module in base_modules(model).items():
         if form := rms_norm_form(module):
             put_module(model, name, RMSNorm(module, form).train(module.training))
 
 
 class Form(NamedTuple):
-    """What an RMSNorm computes, beside its weight."""
+    """The constants of an RMSNorm."""
 
     eps: float
     offset: float = 0.0  # added to the weight: Gemma's is 1
 
 
 class RMSNorm(Wrapper):
-    """A model's frozen RMSNorm, computed in the way that keeps the least."""
+    """A model's frozen RMSNorm, computed so that the backward pass keeps little."""
 
     def __init__(self, base_layer: nn.Module, form: Form) -> None:
         super().__init__(base_layer)
@@ -306,7 +311,7 @@ class RMSNorm(Wrapper):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
         norm, (eps, offset) = self.base_layer, self.form
-        # a wrapper below is an adapter's, with a weight of its own
+        # a wrapper inside is an adapter's, which trains a weight of its own
         is_frozen = not isinstance(norm, Wrapper) and not norm.weight.requires_grad
         if is_frozen and norm.weight.dtype == x.dtype:
             limits = torch.finfo(x.dtype)
@@ -315,8 +320,8 @@ class RMSNorm(Wrapper):
             if x.device.type in HAS_KERNEL and (is_wide or not offset):
                 with torch.autocast(x.device.type, enabled=False):
                     return F.rms_norm(x, weight.shape, weight, eps)
-            # xhat = y / w: a y below the normal numbers is off by up to `tiny`, which may be no
-            # more than the rounding of an xhat of 1 (|w| >= 1e-31 in fp32)
+            # xhat = y / w: a y below the normal numbers is off by up to `tiny`, which must stay
+            # within the rounding of an xhat of 1: |w| >= tiny / eps, 1e-31 in fp32
             if is_wide and bool(weight.abs().min() >= limits.tiny / limits.eps):
                 return _FromOutput.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
         y: Tensor = norm(x)
@@ -348,8 +353,8 @@ class _FromOutput(torch.autograd.Function):
 
 
 def rms_norm_form(module: nn.Module) -> Form | None:
-    """The form of a frozen, unhooked, unwrapped RMSNorm; None for any other module."""
-    eps = next((getattr(module, name) for name in EPS if hasattr(module, name)), None)
+    """The form of a frozen, unwrapped RMSNorm without hooks; None for any other module."""
+    eps = next((getattr(module, name) for name in EPS_NAMES if hasattr(module, name)), None)
     state = {**module._parameters, **module._buffers, **module._modules}
     weight = state.pop("weight", None)
     if state or not isinstance(weight, nn.Parameter) or weight.ndim != 1 or weight.requires_grad:
@@ -358,15 +363,15 @@ def rms_norm_form(module: nn.Module) -> Form | None:
         return None
     if len(inspect.signature(module.forward).parameters) != 1:  # Mamba's have a gate
         return None
-    # rows of the size of sqrt(eps) show where eps is added
+    # values of about sqrt(eps) show where eps is added
     sizes = torch.tensor([1.0, 100.0, eps**0.5])[:, None]
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(3, len(weight), generator=generator) * sizes).to(weight)
     # two roundings, and those of some operations in fp32
-    close = 2 * max(torch.finfo(weight.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    tolerance = 2 * max(torch.finfo(weight.dtype).eps, 4 * torch.finfo(torch.float32).eps)
     for form in (Form(eps), Form(eps, offset=1.0)):
         exact_weight = weight.double() + form.offset
         exact = F.rms_norm(x.double(), weight.shape, exact_weight, eps)
-        if agrees(module, lambda _, exact=exact: exact, x, tolerance=close):
+        if agrees(module, lambda _, exact=exact: exact, x, tolerance=tolerance):
             return form
     return None

@@ -1,16 +1,16 @@
 """Layer inputs that gradient checkpointing keeps, and the frozen embedding, in pinned host memory.
 
 `offload_activations`: checkpointing keeps one tensor (tokens, dim) per layer, 2 GiB in bf16 for
-8,192 tokens of Llama-3.1-8B, which is what grows with the length of rows. Each is copied out while
-the GPU computes the next layers, and back while it computes the layer above:
+8,192 tokens of Llama-3.1-8B, and grows with the length of rows. Each is copied out while the GPU
+computes the next layers, and back while it computes the layer above:
 
-    forward    x_i is saved; once `keep` newer ones are, its copy starts; one later x_i is released
+    forward    x_i is saved; after `keep` more, its copy starts; after one more, x_i is released
     backward   x_i is used, and the copy of x_(i-1) starts
 
-Saved-tensor hooks (torch.autograd.graph) are enough: a non-re-entrant checkpoint saves its inputs
-under the hooks around it and what is inside under its own. Left on the GPU: leaves and views of
-them, which the graph holds anyway (a frozen embedding's output is one), and tensors that are small,
-not contiguous, or without gradient.
+This needs only saved-tensor hooks (torch.autograd.graph): a non-re-entrant checkpoint saves its
+inputs under the hooks around it, and everything inside under its own. Left on the GPU: leaves and
+views of them, which the graph holds anyway (a frozen embedding's output is one), and tensors that
+are small, not contiguous, or without gradient.
 
 All copies run in order on one stream. It waits for the computing stream before each copy, and that
 stream waits for a copy before its tensor is used or released. So memory is released in the order of
@@ -20,14 +20,14 @@ ahead of the GPU. All state belongs to the graph and is freed with it.
 Cost: as much host memory, which cannot be swapped out. No time, by arithmetic: a layer of P
 parameters computes 2 P FLOP per token and moves 2 dim bytes, so a copy is hidden if P / dim, 53,000
 for Llama-3.1-8B, is at least FLOP/s over bytes/s of the card: by data sheet 6,600 on a 4090 (165e12
-/ 25e9), 5,400 on a T4, 20,000 on an H200. Off by default until a GPU has shown it. Left out:
+/ 25e9), 5,400 on a T4, 20,000 on an H200. Off by default until measured on a GPU. Left out:
 several GPUs, and tensors inside checkpoints that keep more than their inputs.
 
 `offload_embedding`: a step reads a few rows of the embedding, which is 0.98 GiB for Llama-3.1-8B.
 Pinned memory has an address on the GPU, so the weight becomes a CUDA tensor over it, by
 __cuda_array_interface__, and the lookup reads its rows over PCIe: 64 MiB for 8,192 tokens, 3 ms at
-25 GB/s. resize_token_embeddings makes a weight on the GPU again. Left out: the output head, whose
-rows are all read by every chunk of tokens; an embedding that is trained, adapted or tied to it.
+25 GB/s. resize_token_embeddings creates a weight on the GPU again. Left out: the output head, as
+each chunk of tokens reads all its rows; an embedding that is trained, adapted or tied to it.
 """
 
 import weakref
@@ -47,10 +47,10 @@ MIN_BYTES = 1 << 20  # below, starting a copy costs more than the memory is wort
 KEEP = 2  # the last layer's input is needed first, and the final norm saves one more
 
 
-def require_gpu(what: str) -> None:
-    """Refuse a setting that has no meaning on a machine without a GPU."""
+def require_gpu(setting: str) -> None:
+    """Raise a UserError on a machine without a GPU, naming the setting that needs one."""
     if not torch.cuda.is_available():
-        raise UserError(f"{what} wants a CUDA GPU, and torch finds none here: leave it out")
+        raise UserError(f"{setting} wants a CUDA GPU, and torch finds none here: leave it out")
 
 
 class CudaCopies:
@@ -61,11 +61,11 @@ class CudaCopies:
         self.stream = torch.cuda.Stream(self.device)
 
     def allocate(self, size: int) -> Tensor:
-        """Host memory, `size` bytes, uint8; pinned, without which copies would wait for the GPU."""
+        """Host memory (size,), uint8; pinned, as copies of other memory wait for the GPU."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def start(self, target: Tensor, source: Tensor) -> Any:
-        """Start a copy after all that was computed so far; returns what `finish` takes."""
+        """Start a copy after all computation so far; the result is for `finish`."""
         computing = torch.cuda.current_stream(self.device)  # which owns the memory
         self.stream.wait_stream(computing)
         with torch.cuda.stream(self.stream):
@@ -73,7 +73,7 @@ class CudaCopies:
         return computing, self.stream.record_event()
 
     def finish(self, started: Any) -> None:
-        """Let all that is computed from now on wait for that copy; Python does not wait."""
+        """Let the GPU's later computation wait for that copy; Python does not wait."""
         computing, end = started
         computing.wait_event(end)
 
@@ -90,12 +90,12 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
             loss.backward()
 
     Values and gradients are equal to the bit. It may be nested. Without gradients it does nothing;
-    without gradient checkpointing it moves all that the layers save.
+    without gradient checkpointing it moves every tensor that the layers save.
 
     Args:
         min_bytes: smaller tensors stay.
         keep: the number of newest tensors that stay, at least 1; one more is being copied.
-        copies: of the current GPU by default; tests and benchmarks simulate a device.
+        copies: by default of the current GPU; tests and benchmarks simulate a device.
 
     Raises:
         UserError: there is no GPU.
@@ -111,7 +111,7 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
         self.min_bytes, self.keep, self.copies = min_bytes, keep, copies
         self.buffers = Buffers(copies.allocate)
         self._entered: list[saved_tensors_hooks] = []
-        # all weak: the graph alone keeps what is saved
+        # weak references, as only the graph keeps saved tensors alive; _known is by memory address
         self._known: weakref.WeakValueDictionary[int, Saved] = weakref.WeakValueDictionary()
         self._last: Callable[[], Saved | None] = lambda: None
         self._newest: list[Callable[[], Saved | None]] = []
@@ -125,8 +125,8 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
         self._entered.pop().__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> "Tensor | Saved":
-        if not self._is_moved(tensor):
-            return tensor.detach()  # with its history, the graph would hold itself
+        if not self._may_move(tensor):
+            return tensor.detach()  # with its history, the graph would be a reference cycle
         address = tensor.untyped_storage().data_ptr()
         saved = self._known.get(address)
         if saved is None or not saved.is_of(tensor):
@@ -139,15 +139,15 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
     def _unpack(self, saved: "Tensor | Saved") -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        tensor = saved.take()
-        ahead = saved.before()
-        while ahead is not None and ahead.host is None:  # never moved
-            ahead = ahead.before()
-        if ahead is not None:
-            ahead.fetch()
+        tensor = saved.restore()
+        previous = saved.before()  # which the backward pass uses next
+        while previous is not None and previous.host is None:  # never moved
+            previous = previous.before()
+        if previous is not None:
+            previous.fetch()
         return tensor
 
-    def _is_moved(self, tensor: Tensor) -> bool:
+    def _may_move(self, tensor: Tensor) -> bool:
         viewed = tensor._base
         return (
             tensor.device == self.copies.device
@@ -171,8 +171,10 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
 
 
 class Saved:
-    """What the graph holds instead of a tensor: on the GPU, in host memory, or in both. `before`
-    is a weak reference to what was saved before it."""
+    """Held by the graph instead of a tensor, whose values are on the GPU, in host memory, or both.
+
+    `before` is a weak reference to the one saved before it.
+    """
 
     def __init__(
         self, tensor: Tensor, owner: offload_activations, before: "Callable[[], Saved | None]"
@@ -186,15 +188,15 @@ class Saved:
         self._view = _view_of(tensor)
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Whether `tensor` was saved here. Its storage is compared, as released memory may hold
-        another one at the same address."""
+        """Whether `tensor` is the one saved here. The storage is compared, as another tensor may
+        have the address of one that was released."""
         return self._storage() is tensor.untyped_storage() and self._view == _view_of(tensor)
 
     def move(self) -> None:
         """Start the copy to host memory, unless it was started."""
         if self.tensor is not None and self.host is None:
             self._finish()
-            self._buffer = self.buffers.take(self.tensor.nbytes)
+            self._buffer = self.buffers.acquire(self.tensor.nbytes)
             flat = self._buffer[: self.tensor.nbytes].view(self.tensor.dtype)
             self.host = flat.view(self.tensor.shape)
             self.started = self.copies.start(self.host, self.tensor)
@@ -212,8 +214,8 @@ class Saved:
             self.started = self.copies.start(self.tensor, self.host)
             self._version = self.tensor._version
 
-    def take(self) -> Tensor:
-        """The tensor, also several times: what was moved stays in host memory."""
+    def restore(self) -> Tensor:
+        """The tensor, also for several backward passes: moved values stay in host memory."""
         self.fetch()
         self._finish()
         tensor: Any = self.tensor
@@ -222,7 +224,7 @@ class Saved:
         return tensor  # type: ignore[no-any-return]
 
     def _finish(self) -> None:
-        """Wait for the copy under way. Versions are checked as torch does where no hooks are."""
+        """Wait for the copy under way, and check the version, as torch does without hooks."""
         if self.started is not None:
             self.copies.finish(self.started)
             self.started = None
@@ -233,11 +235,11 @@ class Saved:
             )
 
     def __del__(self) -> None:
-        """With the graph: no copy may still write to memory that is used again."""
+        """Freed with the graph: no copy may still write to memory that is used again."""
         if self.started is not None:
             self.copies.finish(self.started)
         if self.host is not None:
-            self.buffers.give(self._buffer)
+            self.buffers.release(self._buffer)
 
 
 def _view_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -252,7 +254,7 @@ class Buffers:
         self.allocate = allocate
         self.free: list[Tensor] = []  # the smallest first
 
-    def take(self, size: int) -> Tensor:
+    def acquire(self, size: int) -> Tensor:
         """At least `size` bytes. For each new buffer one that is too small is freed, so that there
         are never more than were in use at once."""
         index = bisect_left(self.free, size, key=len)
@@ -261,7 +263,8 @@ class Buffers:
         del self.free[:1]
         return self.allocate(1 << (size - 1).bit_length())  # as torch rounds up what it pins
 
-    def give(self, buffer: Tensor) -> None:
+    def release(self, buffer: Tensor) -> None:
+        """Keep `buffer` for the next acquire."""
         insort(self.free, buffer, key=len)
 
 
@@ -269,16 +272,16 @@ def offload_embedding(model: nn.Module) -> None:
     """Move the weight of `model`'s embedding to pinned host memory, in place, after apply_lora.
 
     Raises:
-        UserError: there is no GPU, or a step needs more than rows of the embedding.
+        UserError: there is no GPU, or a step needs more than some rows of the embedding.
     """
     require_gpu("offload_embedding")
-    if reason := _needed_on_gpu(model):
+    if reason := _why_not_in_host_memory(model):
         raise UserError(f"offload_embedding: {reason}: leave it out")
     embedding: Any = model.get_submodule(str(vocabulary(model)[0]))
     embedding.weight.data = in_host_memory(embedding.weight.data)
 
 
-def _needed_on_gpu(model: nn.Module) -> str | None:
+def _why_not_in_host_memory(model: nn.Module) -> str | None:
     name, _ = vocabulary(model)
     embedding = None if name is None else model.get_submodule(name)
     if isinstance(embedding, AdapterModule):
@@ -289,7 +292,7 @@ def _needed_on_gpu(model: nn.Module) -> str | None:
     if weight.requires_grad:
         return f"{name} is trained, and then needed on the GPU"
     named = model.named_parameters(remove_duplicate=False)
-    users = [own.rpartition(".")[0] for own, p in named if p is weight]
+    users = [path.rpartition(".")[0] for path, p in named if p is weight]
     others = [user for user in users if not isinstance(model.get_submodule(user), nn.Embedding)]
     if others:
         return f"{name} is tied to {', '.join(others)}, and then needed on the GPU"
@@ -303,7 +306,7 @@ def in_host_memory(weight: Tensor) -> Tensor:
 
 
 class _Pinned:
-    """Pinned memory by its address, which is the same on the GPU; kept alive by the CUDA tensor."""
+    """Pinned memory by its address, which is valid on the GPU; the CUDA tensor keeps it alive."""
 
     def __init__(self, host: Tensor) -> None:
         self.host = host

@@ -4,9 +4,8 @@
 
 act is SiLU (SwiGLU) or GELU (GeGLU, arXiv:2002.05202). The backward pass recomputes h, so that it
 need not be saved for W_down's adapter. All is computed in fp32 and each result is rounded once;
-models round act(gate) to 16 bits before they multiply.
-
-In one pass: by Triton's kernel on a GPU, elsewhere by torch over chunks that stay in the cache.
+models round act(gate) to 16 bits before they multiply. Triton's kernels read each value once; the
+plain version, in torch, works in chunks that stay in a CPU's cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from qlora.ops.agree import agrees, may_use_triton
 
 _ATEN: Any = torch.ops.aten
-# x -> act(x), in memory of its own; (dy, x) -> dy * act'(x)
+# x -> act(x), a new tensor; (dy, x) -> dy * act'(x)
 _FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (F.silu, _ATEN.silu_backward),
     "gelu": (F.gelu, _ATEN.gelu_backward),
@@ -31,18 +30,15 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 ACTS = tuple(_FUNCTIONS)
 
-# Values at a time without the kernel. On a CPU a few fp32 chunks share a core's cache, which halves
-# the time. On a GPU a chunk bounds the memory, and fills the card.
+# Values per chunk of the plain version. A few fp32 chunks fit a CPU core's cache, which halves the
+# time; on a GPU a chunk is large enough to use the whole card, and bounds the memory.
 CHUNK = {"cpu": 1 << 17}
 GPU_CHUNK = 1 << 24
 
 
 @torch.no_grad()
 def gated_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """act(gate) * up, contiguous, in the dtype of both; no gradient flows through it.
-
-    Args:
-        act: one of ACTS; "gelu_tanh" is GELU's approximation.
+    """act(gate) * up, contiguous, in the dtype of both, without a graph; `act` is one of ACTS.
 
     Raises:
         ValueError: `act` is unknown, or the tensors differ in shape, dtype or device.
@@ -63,13 +59,10 @@ def gated_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
 def gated_backward(
     gate: Tensor, up: Tensor, dh: Tensor, act: str, *, in_place: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, dgate, dup), contiguous, of `dh`, the gradient of h = act(gate) * up.
+    """(h, dgate, dup), contiguous, for `dh`, the gradient in h = act(gate) * up.
 
-    With `in_place` they overwrite dh, gate and up, where those are contiguous; autograd then
-    refuses another backward pass that has saved them.
-
-    Raises:
-        ValueError: as gated_forward does.
+    With `in_place` they overwrite dh, gate and up, where those are contiguous; a later backward
+    pass over a graph that saved these raises. Bad arguments raise as in gated_forward.
     """
     _check(act, gate, up, dh)
     gate, up, dh = gate.contiguous(), up.contiguous(), dh.contiguous()
@@ -97,7 +90,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype, act: str) -> bool:
         tensors = [torch.empty_like(gate) for _ in range(4)]
         forward(gate, up, tensors[0], act)
         backward(gate, up, dh, *tensors[1:], act)
-        # the few values of the last block on their own, else they would hardly count
+        # the few values of the last block are compared on their own, else they would hardly count
         return [part for tensor in tensors for part in tensor.split(4096)]
 
     return agrees(
@@ -105,7 +98,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype, act: str) -> bool:
         lambda: outputs(plain_forward, plain_backward),
         # one rounding, and exponentials that may differ by several roundings of fp32
         tolerance=torch.finfo(dtype).eps + 1e-5,
-        what=f"Triton's kernel of {act} over {dtype} on {device}",
+        log_as=f"Triton's kernel of {act} over {dtype} on {device}",
     )
 
 
@@ -119,7 +112,7 @@ def _check(act: str, *tensors: Tensor) -> None:
 
 
 def plain_forward(gate: Tensor, up: Tensor, h: Tensor, act: str) -> None:
-    """act(gate) * up into h, all contiguous. fp64 in fp64."""
+    """h = act(gate) * up, all contiguous, computed in fp32, or fp64 for fp64."""
     for g, u, h_out in _chunks(gate, up, h):
         h_out.copy_(_FUNCTIONS[act][0](_wide(g)).mul_(u))
 
@@ -127,7 +120,7 @@ def plain_forward(gate: Tensor, up: Tensor, h: Tensor, act: str) -> None:
 def plain_backward(
     gate: Tensor, up: Tensor, dh: Tensor, h: Tensor, dgate: Tensor, dup: Tensor, act: str
 ) -> None:
-    """h, dgate and dup into the last three tensors, which may be the first three's memory."""
+    """Writes h, dgate and dup, which may share memory with gate, up and dh."""
     activation, times_slope = _FUNCTIONS[act]
     for g, u, d, h_out, dgate_out, dup_out in _chunks(gate, up, dh, h, dgate, dup):
         wide = _wide(g)

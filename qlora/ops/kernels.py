@@ -1,32 +1,29 @@
 """Triton kernels: decoding 4-bit weights, and the elementwise part of a gated MLP.
 
-Importing this module imports Triton; qlora.ops.nf4 and qlora.ops.gated do so where they use a
-kernel. Their plain-torch functions are the oracles.
-
-Decoding, of bitsandbytes' layout (see qlora.ops.nf4):
+Importing this module imports Triton: qlora.ops.nf4 and qlora.ops.gated, whose plain-torch functions
+are the oracles, do so where they use a kernel. Decoding (layout: see qlora.ops.nf4):
 
     value = level[code] * absmax          absmax = map[absmax code] * second absmax + offset
 
 Both levels of double quantization are undone in one kernel. Each step is rounded as bitsandbytes
 rounds it (hence no fused multiply-add), and the value once, to the output's dtype. A byte of codes
-becomes four bytes of bf16, and memory must not wait for arithmetic, as it would from 18
-instructions a value on for an H200, and from 24 on for an A100. So
+becomes four bytes of bf16. Arithmetic would bound the speed from 18 instructions per value on an
+H200, and from 24 on an A100. So
 
 - a thread takes groups of 8 values: it loads 4 bytes and stores 16, both next to its neighbours',
   and as each block is a multiple of 8, a group has one absmax;
 - it has 4 such groups, whose loads are in flight together;
 - the 16 levels lie in shared memory, one per bank, so that a warp looks up any 32 values at once.
 
-Compiled for sm_80 and sm_90 that is 10 instructions a value and 32 registers, which lets all
-threads of a multiprocessor run: it should come near the card's copy bandwidth, at 2.52 bytes a
-value in bf16. A tree of selections in place of the table takes 20 instructions, a table read
-through the first-level cache 12. bitsandbytes has three launches, and writes the decoded absmax,
-4 bytes a block, in between.
+Compiled for sm_80 and sm_90 that is 10 instructions per value and 32 registers, which lets all
+threads of a multiprocessor run: it should come near the card's copy bandwidth, at 2.52 bytes per
+value in bf16. A tree of selections instead of the table takes 20 instructions, a table in the
+first-level cache 12. bitsandbytes has three launches, with decoded absmax in between.
 
 Gated MLP (see qlora.ops.gated): both kinds of sigmoid gates are g * sigmoid(v), with v = g for SiLU
 and, since (1 + tanh u) / 2 = sigmoid(2 u), v = 2 sqrt(2/pi) (g + 0.044715 g^3) for tanh's GELU.
-Each value is read once and each result written once, 6 bytes a value in bf16 forward and 12
-backward, in accesses of 16 bytes if their number is a multiple of 16; the arithmetic hides behind.
+Each value is read once and each result written once, 6 bytes per value in bf16 forward and 12
+backward, in accesses of 16 bytes if their number is a multiple of 16; memory bounds the speed.
 """
 
 from typing import Any
@@ -42,7 +39,7 @@ BLOCK = 1024  # values of a gated program: 4 warps, 16 bytes a thread in 16 bits
 
 
 def decode(packed: Tensor, state: Any, out: Tensor) -> None:
-    """The values of `packed` into `out`, contiguous, bf16, fp16 or fp32, of any shape.
+    """Write the values of `packed` into `out`, contiguous, bf16, fp16 or fp32, of any shape.
 
     Args:
         packed: bytes with two indices each, the first in the high nibble.
@@ -72,7 +69,7 @@ def gated_forward(gate: Tensor, up: Tensor, h: Tensor, act: str) -> None:
 def gated_backward(
     gate: Tensor, up: Tensor, dh: Tensor, h: Tensor, dgate: Tensor, dup: Tensor, act: str
 ) -> None:
-    """h, dgate and dup from dh; the last three tensors may be the first three's memory."""
+    """Writes h, dgate and dup, which may share memory with gate, up and dh."""
     values, grid = gate.numel(), (triton.cdiv(gate.numel(), BLOCK),)
     with torch.cuda.device_of(gate):
         _gated_backward[grid](gate, up, dh, h, dgate, dup, values, act, BLOCK)
@@ -80,7 +77,7 @@ def gated_backward(
 
 
 def _mark_written(*tensors: Tensor) -> None:
-    """Lets autograd report a backward pass that had saved their earlier values."""
+    """Count a change in place, as torch's own operations do: autograd raises on stale values."""
     increment_version([t for t in tensors if not t.is_inference()])
 
 

@@ -8,17 +8,17 @@ B_i (out_i, r), and scaling s_i:
     dA_i = s_i (dy_i B_i)' x        dB_i = s_i dy_i' (x A_i')
 
 B A is never formed: each product with A or B has rank r. The A of all layers are stacked, so that
-x is read once for them, and dx is accumulated in one buffer. Saved are x, which its producer holds
-anyway, x A' (n, r), and the packed weight by reference. Plain autograd saves the same x, but
-allocates a tensor of dx's size for each term and one of y's size for each sum.
+x is read once for them, and dx is accumulated in one buffer. The backward pass needs x, which its
+producer holds anyway, x A' (n, r), and the packed weight by reference. Plain autograd saves the
+same x, but allocates a tensor of dx's size for each term and one of y's size for each sum.
 
 A gated MLP, y = down(act(gate(x)) * up(x)), is one function. It saves x, gate(x) and up(x) and
-recomputes the rest, or with `recompute` it saves x alone, for models with gradient checkpointing
-(see _SaveInput). Its tokens then go through in tiles, as only sums over tokens leave the function:
-however long a row is, a few tensors (tile, intermediate) exist at a time.
+recomputes the rest. With `recompute`, for models with gradient checkpointing, it saves x alone (see
+_SaveInput) and computes a tile of tokens at a time, since the factors' gradients are sums over
+tokens: for rows of any length, a few tensors (tile, intermediate) exist at a time.
 
-Plain equivalents: LoRALinear's own forward, and the model's own MLP; DoRA, a bias of B and several
-adapters at once are left to them.
+Plain equivalents: LoRALinear's own forward, and the model's own MLP. Left to them: DoRA, a bias of
+B, several adapters at once.
 """
 
 import itertools
@@ -42,16 +42,15 @@ TILE_BYTES = 128 << 20
 
 
 class Dropout(NamedTuple):
-    """One draw of dropout (arXiv:1207.0580): a number is zero with probability p, else x / (1 - p).
+    """One draw of dropout (arXiv:1207.0580): a value is 0 with probability p, else x / (1 - p).
 
-    LoRA drops what A reads, in each layer separately. The mask is not saved but drawn again from
-    its seed: a layer's seven masks, a byte a number, would take 3.5 inputs' memory in 16 bits.
-    Seeds come from torch's CPU generator, whose state gradient checkpointing restores, so that a
-    recomputed layer drops the same numbers; and drawing one does not wait for the GPU.
+    LoRA drops values of A's input, in each layer separately. The mask is not saved but drawn again
+    from its seed: the seven masks of a decoder layer, a byte per value, would take as much memory
+    as 3.5 of its inputs in 16 bits. Seeds come from torch's CPU generator, whose state gradient
+    checkpointing restores, so that a recomputed layer has the same mask; no draw waits for the GPU.
     """
 
-    p: float
-    """at least 0 and below 1"""
+    p: float  # 0 <= p < 1
     seed: int
 
     @classmethod
@@ -60,7 +59,7 @@ class Dropout(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """The factor of the numbers that are not dropped."""
+        """The factor of the values that are not dropped."""
         return 1 / (1 - self.p)
 
     def mask(self, x: Tensor) -> Tensor:
@@ -76,8 +75,7 @@ class Dropout(NamedTuple):
 class LayerSpec(NamedTuple):
     """A linear layer with an adapter, except A and B."""
 
-    layer: nn.Module
-    """a frozen Linear4bit or nn.Linear"""
+    layer: nn.Module  # a frozen Linear4bit or nn.Linear
     scaling: float
     dropout: Dropout | None = None
 
@@ -88,7 +86,7 @@ def lora_linear(
     """The outputs (..., out) of layers with adapters that share the input x (..., in).
 
     Args:
-        x: in the dtype that the layers compute in, and the outputs have.
+        x: in the dtype that the layers compute in, which is that of the outputs.
         factors: A (r, in) and B (out, r) of each layer, in any float dtype.
     """
     matrices = [matrix for pair in factors for matrix in pair]
@@ -103,7 +101,7 @@ def lora_mlp(
     activation: str,
     recompute: bool = False,
 ) -> Tensor:
-    """The output (..., in) of a gated MLP of gate, up and down, whose arguments are lora_linear's.
+    """The output (..., in) of a gated MLP; x, and gate, up and down as in lora_linear.
 
     Args:
         activation: one of qlora.ops.gated.ACTS.
@@ -167,20 +165,20 @@ class _LoRAMLP(torch.autograd.Function):
         ctx.specs, ctx.activation, ctx.recompute, ctx.input_node = settings
         rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (n, in)
         layers = _layers(ctx.specs, matrices, x.dtype)
-        tiles = _tiles(rows, layers) if ctx.recompute else [slice(None)]
+        tiles = _tiles(rows, layers, ctx.recompute)
         if len(tiles) > 1:
             layers = _with_dense_weights(layers)
         y = x.new_empty(*x.shape[:-1], len(layers[2].B))
         out = y.view(len(rows), y.shape[-1])
         saved: tuple[Tensor, ...] = ()
         for i, tile in enumerate(tiles):
-            of_tile = _of_tile(layers, i)
-            saved = _outputs(rows[tile], of_tile[:2])  # x A', gate(x) and up(x)
-            h, down = gated_forward(saved[1], saved[2], ctx.activation), of_tile[2]
+            *gate_up, down = _with_tile_masks(layers, i)
+            saved = _outputs(rows[tile], gate_up)  # x A', gate(x) and up(x)
+            h = gated_forward(saved[1], saved[2], ctx.activation)
             down.forward(h, down.project(h, down.mask(h)), out[tile])
             del h
             if ctx.recompute:
-                saved = ()  # this tile's memory is free before the next one is computed
+                saved = ()  # freed before the next tile is computed
         if ctx.input_node is None:
             ctx.save_for_backward(x, *matrices, *saved)
         return y
@@ -188,12 +186,12 @@ class _LoRAMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        # first of all: under checkpointing, this runs the forward pass up to _SaveInput again
+        # first, because under checkpointing this runs the forward pass up to _SaveInput again
         x, *others = (ctx.input_node or ctx).saved_tensors
         matrices, saved = others[:6], others[6:]
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         layers = _layers(ctx.specs, matrices, x.dtype)
-        tiles = _tiles(rows, layers) if ctx.recompute else [slice(None)]
+        tiles = _tiles(rows, layers, ctx.recompute)
         if len(tiles) == 1:
             dx, gradients = _mlp_gradients(ctx, rows, dy_rows, saved, layers)
         else:
@@ -201,11 +199,11 @@ class _LoRAMLP(torch.autograd.Function):
             dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
             gradients = []
             for i, tile in enumerate(tiles):
-                of_tile, out = _of_tile(layers, i), None if dx is None else dx[tile]
-                _, of_factors = _mlp_gradients(ctx, rows[tile], dy_rows[tile], (), of_tile, out)
-                wide = [g.float() for g in of_factors]  # their sums are rounded once
-                pairs = zip(gradients, wide, strict=True)
-                gradients = [total.add_(g) for total, g in pairs] if gradients else wide
+                masked, out = _with_tile_masks(layers, i), None if dx is None else dx[tile]
+                _, of_tile = _mlp_gradients(ctx, rows[tile], dy_rows[tile], (), masked, out)
+                of_tile = [g.float() for g in of_tile]  # their sums are rounded once
+                pairs = zip(gradients, of_tile, strict=True)
+                gradients = [total.add_(g) for total, g in pairs] if gradients else of_tile
         return None if dx is None else dx.view(x.shape), None, *gradients
 
 
@@ -218,15 +216,12 @@ class _Layer(NamedTuple):
     layer: Any
     scaling: float
     dropout: Dropout | None
-    A: Tensor
-    """(r, in)"""
-    B: Tensor
-    """(out, r)"""
-    dense: Tensor | None = None
-    """W (out, in), if it was decoded for more than one product"""
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+    dense: Tensor | None = None  # W (out, in), if it was decoded for more than one product
 
     def weight(self, slot: int = 0) -> Tensor:
-        """W (out, in), to be used before the next weight is decoded into that slot."""
+        """W (out, in), valid until the next weight is decoded into that slot."""
         return decoded(self.layer, self.A.dtype, slot) if self.dense is None else self.dense
 
     @property
@@ -254,7 +249,7 @@ class _Layer(NamedTuple):
         return linear(dy, self.B.T).mul_(self.scaling * self.gain)
 
     def add_input_gradient(self, dx: Tensor, dlow: Tensor, mask: Tensor | None) -> Tensor:
-        """dx += dlow A, what reaches x by way of A: (n, r) @ (r, in) -> (n, in)."""
+        """dx += dlow A, the gradient through A: (n, r) @ (r, in) -> (n, in)."""
         if mask is None:
             return dx.addmm_(dlow, self.A)
         return dx.add_((dlow @ self.A).mul_(mask))
@@ -283,21 +278,14 @@ def _with_dense_weights(layers: Sequence[_Layer]) -> list[_Layer]:
     return [layer._replace(dense=layer.weight(slot)) for slot, layer in enumerate(layers)]
 
 
-def _stacked(layers: Sequence[_Layer]) -> Tensor:
+def _can_stack(layers: Sequence[_Layer]) -> bool:
+    """Whether every A multiplies x itself, and not an x with dropout of the layer's own."""
+    return all(layer.dropout is None for layer in layers)
+
+
+def _stacked_A(layers: Sequence[_Layer]) -> Tensor:
     """All A, (sum of r, in)."""
     return torch.cat([layer.A for layer in layers]) if len(layers) > 1 else layers[0].A
-
-
-def _drop_out(layers: Sequence[_Layer]) -> bool:
-    """Whether some A reads other values than x, so that they cannot be stacked."""
-    return any(layer.dropout is not None for layer in layers)
-
-
-def _project(x: Tensor, layers: Sequence[_Layer]) -> Tensor:
-    """x A' of all layers: (n, in) @ (in, sum of r) -> (n, sum of r)."""
-    if _drop_out(layers):
-        return torch.cat([layer.project(x, layer.mask(x)) for layer in layers], dim=1)
-    return linear(x, _stacked(layers))
 
 
 def _split(low: Tensor, layers: Sequence[_Layer]) -> tuple[Tensor, ...]:
@@ -307,7 +295,11 @@ def _split(low: Tensor, layers: Sequence[_Layer]) -> tuple[Tensor, ...]:
 
 def _outputs(x: Tensor, layers: Sequence[_Layer]) -> tuple[Tensor, ...]:
     """x A' (n, sum of r), and y (..., out) of each layer."""
-    low = _project(x.reshape(-1, x.shape[-1]), layers)
+    rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (n, in)
+    if _can_stack(layers):
+        low = linear(rows, _stacked_A(layers))  # (n, in) @ (in, sum of r) -> (n, sum of r)
+    else:
+        low = torch.cat([layer.project(rows, layer.mask(rows)) for layer in layers], dim=1)
     pairs = zip(layers, _split(low, layers), strict=True)
     return low, *(layer.forward(x, own_low) for layer, own_low in pairs)
 
@@ -318,7 +310,7 @@ def _gradients(
     """dx (n, in), in `out` if it is given, and dA, dB of each layer, None where its dy is None."""
     dx: Tensor | None = None
     gradients: list[Any] = []
-    is_stacked = not _drop_out(layers)
+    is_stacked = _can_stack(layers)
     dlow = torch.zeros_like(low)  # (n, sum of r)
     parts = zip(layers, dys, _split(low, layers), _split(dlow, layers), strict=True)
     for layer, dy, own_low, own_dlow in parts:
@@ -336,7 +328,7 @@ def _gradients(
     if needs_dx and dx is None:
         dx = torch.zeros_like(x) if out is None else out.zero_()
     if dx is not None and is_stacked:
-        dx.addmm_(dlow, _stacked(layers))  # (n, sum of r) @ (sum of r, in) -> (n, in)
+        dx.addmm_(dlow, _stacked_A(layers))  # (n, sum of r) @ (sum of r, in) -> (n, in)
     return dx, gradients
 
 
@@ -361,16 +353,18 @@ def _mlp_gradients(
     return dx, gradients
 
 
-def _tiles(x: Tensor, layers: Sequence[_Layer]) -> list[slice]:
+def _tiles(x: Tensor, layers: Sequence[_Layer], recompute: bool) -> list[slice]:
     """Slices of the tokens of x (n, in), of equal lengths to within one token."""
+    if not recompute:
+        return [slice(None)]
     intermediate = layers[2].A.shape[1]
     count = max(1, math.ceil(len(x) * intermediate * x.element_size() / TILE_BYTES))
     bounds = [len(x) * i // count for i in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
-def _of_tile(layers: Sequence[_Layer], i: int) -> list[_Layer]:
-    """The layers with dropout masks for that tile."""
+def _with_tile_masks(layers: Sequence[_Layer], i: int) -> list[_Layer]:
+    """The layers with the seeds of that tile's dropout masks."""
     return [
         layer._replace(dropout=layer.dropout and Dropout(layer.dropout.p, layer.dropout.seed + i))
         for layer in layers
@@ -393,7 +387,7 @@ def linear(
         y = _onednn_linear(rows, weight, bias)
         if out is not None:
             return out.copy_(y.view(shape))
-        # private, like `view`, but autograd does not count the result as a view
+        # private; `view`, except that autograd does not treat the result as a view
         return torch.ops.aten._unsafe_view(y, shape)  # type: ignore[no-any-return]
     if out is None:
         out = x.new_empty(shape)
@@ -422,11 +416,11 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
 
 
 def by_onednn(x: Tensor) -> bool:
-    """Whether `linear` gives products of this tensor to oneDNN.
+    """Whether `linear` computes products of this tensor by oneDNN.
 
-    On a CPU torch gives fp32 products to MKL, which uses AVX-512 on Intel's chips only: 186 GFLOP/s
-    on two cores of an AMD EPYC, where oneDNN, which torch ships and uses for bf16, does 400 in the
-    same precision (benchmarks/products.py). torch.backends.mkldnn.enabled = False turns it off.
+    On a CPU torch computes fp32 products by MKL, which uses AVX-512 on Intel's chips only: 186
+    GFLOP/s on two cores of an AMD EPYC, where oneDNN, which torch ships and uses for bf16, reaches
+    400 (benchmarks/products.py). torch.backends.mkldnn.enabled = False turns it off.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
         return False
@@ -439,10 +433,10 @@ def _has_onednn() -> bool:
     if not torch.backends.mkldnn.is_available() or capability != "AVX512":
         return False
     x, weight = torch.linspace(-1, 1, 64).view(4, 16), torch.linspace(-1, 2, 128).view(8, 16)
-    what = "oneDNN's fp32 product"
-    return agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, what=what)
+    name = "oneDNN's fp32 product"
+    return agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, log_as=name)
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + bias by a private operator, the one that torch.compile replaces linear layers with."""
+    """x W' + bias by a private operator of torch, which torch.compile uses for linear layers."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]

@@ -4,20 +4,20 @@
     loss = sum_i [logsumexp(z_i) - (1 - e) z_i[y_i] - e mean(z_i)]           e: label_smoothing
 
 over all tokens i with a label. Logits (tokens, vocab) are the largest tensor of a training step:
-4096 tokens over 128k take 2.1 GB in fp32, and the plain path holds them several times over. Here
-one chunk exists at a time, and the gradient of x is computed from it at once:
+4096 tokens over 128k take 2.1 GB in fp32, and the plain path holds several copies. Here one chunk
+exists at a time, and the gradient of x is computed from it at once:
 
     dz_i = softmax(z_i) - (1 - e) onehot(y_i) - e / vocab         times the slope of the softcap
     dx_i = scale * W' dz_i
 
-The backward pass multiplies dx with a number, and no chunk is computed twice. The cost is the plain
-path's two products, only over tokens with a label, and a chunk's logits, in fp32 and once more in
-the dtype of x.
+The backward pass multiplies dx by the loss's gradient, a number, and no chunk is computed twice.
+The cost is the plain path's two products, only over tokens with a label, and a chunk's logits, in
+fp32 and once more in the dtype of x.
 
 In 16 bits that number (one over the tokens of a step, say) must not cost a second rounding. On a
-GPU dx is a product in fp32 and is rounded once, after it: nearer to the exact gradient than the
-plain path's. A CPU has no such product. There dz contains the mantissa of the number of tokens,
-which leaves a power of two to multiply with, unless a step has other tokens in addition.
+GPU dx is a product in fp32 and is rounded once, after the multiplication. A CPU has no such
+product: there dz contains the mantissa of the number of tokens, which leaves a power of two to
+multiply by, unless a step has tokens of other micro-batches.
 
 The idea is Liger's fused linear cross-entropy (arXiv:2410.10989). Left out: the gradient of W, as
 the head of a 4-bit base is frozen (a trained head takes the plain path), and skipping small
@@ -35,14 +35,14 @@ from torch.autograd.function import once_differentiable
 from qlora.errors import UserError
 from qlora.ops.lora import linear
 
-# fp32 logits of a chunk. Each chunk reads all of W, a FLOP a byte for each token in 16 bits: with
-# fewer tokens than the card does FLOP while it reads a byte (165 on a 4090, 206 on an H200, by data
-# sheet) it waits for memory, more are no faster. Over 128k a chunk has 262, on a CPU 131.
+# fp32 logits of a chunk. Each chunk reads all of W: 1 FLOP per byte and token in 16 bits. Below the
+# card's FLOP per byte of bandwidth (165 on a 4090, 206 on an H200, by data sheet) memory bounds the
+# speed; more tokens are no faster. For a vocabulary of 128k a chunk has 262 tokens, on a CPU 131.
 CHUNK_BYTES = {"cpu": 64 << 20}
 GPU_CHUNK_BYTES = 128 << 20
 
-# A probability of 1e-5 is near the smallest number of fp16. A power of two changes nothing else; it
-# is divided out at the end.
+# Keeps probabilities of 1e-5 away from the smallest numbers of fp16; a power of two, so that it
+# changes no digits. Divided out at the end.
 GRADIENT_SCALE = 256.0
 
 
@@ -116,12 +116,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor = GRADIENT_SCALE / math.frexp(max(1, len(labels)))[0]
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            losses[chunk], logits_gradient = _of_chunk(
+            losses[chunk], dz = _chunk_loss(
                 hidden[chunk], labels[chunk], head, factor if gradient is not None else None
             )
             if gradient is not None:
-                gradient[chunk] = _product(logits_gradient.to(hidden.dtype), head.weight)
-            del logits_gradient  # before the next chunk's is allocated
+                gradient[chunk] = _input_gradient(dz.to(hidden.dtype), head.weight)
+            del dz  # before the next chunk's is allocated
         if gradient is not None:
             ctx.save_for_backward(gradient)
             ctx.factor, ctx.dtype = head.scale / factor, hidden.dtype
@@ -134,20 +134,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (gradient * (loss_gradient * ctx.factor)).to(ctx.dtype), None, None
 
 
-def _product(p: Tensor, weight: Tensor) -> Tensor:
-    """(rows, vocab) @ (vocab, dim) -> (rows, dim), in fp32 if the device can, of 16-bit factors."""
+def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
+    """(rows, vocab) @ (vocab, dim) -> (rows, dim), of 16-bit factors in fp32 on a GPU."""
     if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(p, weight, out_dtype=torch.float32)
-    return linear(p, weight.T)
+        return torch.mm(dz, weight, out_dtype=torch.float32)
+    return linear(dz, weight.T)
 
 
-def _of_chunk(
+def _chunk_loss(
     hidden: Tensor, labels: Tensor, head: _Head, factor: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses (rows,), and `factor` times their gradients in scale * (W x + b), (rows, vocab), which
-    are not computed if it is None."""
+    """Losses (rows,), and dz (rows, vocab): their gradients in scale * (W x + b) times `factor`.
+
+    Without a factor dz is not computed, and the second tensor has no meaning.
+    """
     z = linear(hidden, head.weight, head.bias).to(_computed_in(head.weight))
-    slope = None
+    slope = None  # of the softcap
     if head.scale != 1:
         z *= head.scale
     if head.softcap is not None:
@@ -164,8 +166,7 @@ def _of_chunk(
         p *= factor / total
         if smoothing:
             p -= factor * smoothing / p.shape[1]
-        labelled = torch.full_like(picked, (smoothing - 1) * factor)
-        p.scatter_add_(1, labels[:, None], labelled)
+        p.scatter_add_(1, labels[:, None], torch.full_like(picked, (smoothing - 1) * factor))
         if slope is not None:
             p *= slope
     return losses[:, 0], p

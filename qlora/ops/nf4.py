@@ -3,21 +3,21 @@
 A weight is flattened row by row and cut into blocks of `blocksize` values. Each block is divided
 by its absmax, and each value becomes the index of the nearest of 16 levels: NF4, quantiles of a
 normal distribution, or FP4. Two indices share a byte, the first in the high nibble: 4 + 32/64 = 4.5
-bits a weight. Double quantization takes the absmax values' mean off and stores them as 8-bit codes
-in blocks of 256: 4 + 8/64 + 32/(64*256) = 4.127 bits (arXiv:2305.14314, sections 2 and 3).
+bits per weight. Double quantization subtracts the mean of the absmax values and stores them as
+8-bit codes in blocks of 256: 4 + 8/64 + 32/(64*256) = 4.127 bits (arXiv:2305.14314, sec. 2 and 3).
 
 On disk a weight `w` is bitsandbytes' record: `w` (packed bytes), `w.absmax`, `w.quant_map`, with
 double quantization `w.nested_absmax` and `w.nested_quant_map`, and
 `w.quant_state.bitsandbytes__nf4` (shape, dtype, blocksize, offset as JSON bytes).
 
 Codes and absmax are the same for the same values in bf16, fp16 and fp32. The merge dequantizes to
-fp32, code times absmax, so that only the result is rounded to 16 bits.
+fp32, level times absmax, so that only the result is rounded to 16 bits.
 
-Inside a forward pass a weight is decoded whole, in the dtype of the product, which takes ten times
-as long for thousands of tokens (`decoded`). On a GPU it is decoded into a buffer that the next
-weight reuses (`scratch`): one for each thread, device, stream and slot, as large as the largest
-weight so far, 117 MB for the MLP of Llama-3.1-8B in bf16. With a tensor for each weight, the
-allocator would give its block to smaller tensors in between, and request another from the card.
+A forward pass decodes a whole weight before each product, in its dtype (`decoded`); for thousands
+of tokens the product takes ten times as long. On a GPU the weight is decoded into a buffer that the
+next weight reuses (`scratch`): one per thread, device, stream and slot, as large as the largest
+weight so far, 117 MB for the MLP of Llama-3.1-8B in bf16. With a new tensor for each weight, the
+allocator would fill freed blocks with smaller tensors, and request more memory from the card.
 """
 
 import math
@@ -34,14 +34,14 @@ from qlora.config import QuantConfig
 from qlora.ops.agree import agrees, may_use_triton
 
 RECORD_MARK = ".quant_state.bitsandbytes__"
-STATE_BYTES = 256
+STATE_BYTES = 256  # of a record's JSON, padded
 CELLS = 32
 CHUNK = 1 << 20  # values at a time, a multiple of every blocksize
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as configs say
 
 
 class Quantized(NamedTuple):
-    """A 4-bit weight: `packed` uint8 (n/2, 1) and the bitsandbytes QuantState that undoes it."""
+    """A 4-bit weight: `packed` uint8 (n/2, 1), and the bitsandbytes QuantState to dequantize it."""
 
     packed: Tensor
     state: bnb.QuantState
@@ -65,9 +65,9 @@ def quantize(weight: Tensor, quant: QuantConfig) -> Quantized:
 def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
     """bitsandbytes' result, bit for bit, in a third of the time and a tenth of the memory.
 
-    Instead of searching the 15 bounds between levels, [-1, 1] is cut into CELLS equal cells, each
-    with at most one bound in it: a code is that of the cell's lower end, or the next. None where
-    the last block is not full, or an absmax is not finite.
+    Instead of a search among the 15 bounds between levels: [-1, 1] is cut into CELLS equal cells,
+    each with at most one bound in it, so a code is that of the cell's lower end, or the next. None
+    where the last block is not full, or an absmax is not finite.
     """
     flat, blocksize = weight.contiguous().view(-1), quant.blocksize
     if len(flat) % blocksize:
@@ -120,7 +120,8 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
 def _dequantize(
     packed: Tensor, scales: Tensor, state: bnb.QuantState, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """As one row: bitsandbytes' AVX-512 kernel reads a wrong absmax where a block crosses rows."""
+    """The weight, decoded as one row: where a block crosses rows, bitsandbytes' AVX-512 kernel
+    reads a wrong absmax."""
     row = torch.ops.bitsandbytes.dequantize_4bit.default(
         packed, scales, state.blocksize, state.quant_type, (1, math.prod(shape)), dtype
     )
@@ -137,7 +138,7 @@ def absmax(quantized: Quantized) -> Tensor:
 
 
 def in_rows(quantized: Quantized, values: int) -> Iterator[tuple[slice, Tensor]]:
-    """`dequantize`, at least one row and about `values` values at a time: (rows, in) each."""
+    """`dequantize` in parts (rows, in) of about `values` values, at least one row."""
     packed, state = quantized
     out_features, in_features = state.shape
     aligned = _aligned_rows(in_features, state.blocksize)
@@ -170,7 +171,7 @@ def kernel_is_right(in_features: int, blocksize: int) -> bool:
 
 
 def round_trip(weight: Tensor, quant: QuantConfig) -> Tensor:
-    """The fp32 weight that a model loaded in 4 bits computes with in place of `weight`."""
+    """The fp32 weight with which a model loaded in 4 bits computes instead of `weight`."""
     return dequantize(quantize(weight, quant))
 
 
@@ -178,10 +179,9 @@ def round_trip(weight: Tensor, quant: QuantConfig) -> Tensor:
 
 
 def to_record(quantized: Quantized) -> dict[str, Tensor]:
-    """The tensors of the on-disk record; the packed bytes under the empty suffix.
+    """The tensors of the on-disk record, by suffix; the packed bytes have the empty suffix.
 
-    The JSON bytes are padded with blanks to STATE_BYTES, so that a record's size is known before
-    its values are.
+    The JSON bytes are padded with blanks to STATE_BYTES, so that record_layout knows their size.
     """
     record = {"": quantized.packed, **quantized.state.as_dict(packed=True)}
     suffix = next(suffix for suffix in record if RECORD_MARK.lstrip(".") in suffix)
@@ -234,7 +234,7 @@ def codes_changed(before: Quantized, after: Quantized) -> float:
 
 # ---- the weight of a frozen layer, for one matrix product
 
-Decoder = Callable[[Quantized, Tensor], None]  # writes the weight into the tensor
+Decoder = Callable[[Quantized, Tensor], None]  # writes the dense weight into the tensor
 
 
 def _by_bitsandbytes(quantized: Quantized, out: Tensor) -> None:
@@ -251,13 +251,12 @@ def _by_triton(quantized: Quantized, out: Tensor) -> None:
 
 
 DECODERS: dict[str, Decoder] = {"bitsandbytes": _by_bitsandbytes, "triton": _by_triton}
-# The one that is used on a GPU. benchmarks/decode.py measures which is the fastest; until it has
-# run on a card, it is the one that is used the most elsewhere.
+# The one used on a GPU: the most widely used, until benchmarks/decode.py has compared both on one.
 GPU_DECODER = "bitsandbytes"
 
 
 def decoder(device: torch.device, dtype: torch.dtype) -> Decoder | None:
-    """The function that decodes into memory of `device`; None: each weight is a new tensor."""
+    """The function that decodes into a buffer on `device`, or None: each weight is a new tensor."""
     if device.type != "cuda":
         return None
     if GPU_DECODER == "triton" and not triton_decodes(device, dtype):
@@ -267,29 +266,27 @@ def decoder(device: torch.device, dtype: torch.dtype) -> Decoder | None:
 
 @cache
 def triton_decodes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernel runs on `device` and equals bitsandbytes', checked once."""
+    """Whether Triton's kernel runs on `device` and its values equal bitsandbytes', checked once."""
     if not may_use_triton(device, dtype):
         return False
     weight = torch.linspace(-1, 1, 90 * 200, device=device).view(90, 200)
     quantized = quantize(weight, QuantConfig())  # more than 256 blocks, the last is not full
-    fast = partial(into_scratch, dtype=dtype, slot=-1, decode=_by_triton)  # in no other's memory
+    fast = partial(into_scratch, dtype=dtype, slot=-1, decode=_by_triton)  # a slot of its own
     plain = partial(dequantize, dtype=dtype)
-    what = f"Triton's decoding to {dtype} on {device}"
-    return agrees(fast, plain, quantized, tolerance=0, what=what)
+    name = f"Triton's decoding to {dtype} on {device}"
+    return agrees(fast, plain, quantized, tolerance=0, log_as=name)
 
 
 def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:
-    """The weight (out, in) of a Linear4bit or an nn.Linear in `dtype`, not to be written to.
+    """The weight (out, in) of a Linear4bit or an nn.Linear in `dtype`; callers must not change it.
 
     The next call with this slot on this thread may overwrite it; autograd then raises if it was
     saved for the backward pass.
     """
-    weight: Tensor = layer.weight
-    state = getattr(weight, "quant_state", None)
+    weight, state = layer.weight.detach(), getattr(layer.weight, "quant_state", None)
     if state is None:
-        return weight.detach().to(dtype)
-    quantized = Quantized(weight.detach(), state)
-    decode = decoder(weight.device, dtype)
+        return torch.as_tensor(weight.to(dtype))
+    quantized, decode = Quantized(weight, state), decoder(weight.device, dtype)
     if decode is None:
         return dequantize(quantized, dtype)
     return into_scratch(quantized, dtype, slot, decode)
@@ -315,11 +312,10 @@ _buffers = _Buffers()
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: int) -> Tensor:
     """Uninitialized memory of that shape, which the next call with this slot returns again.
 
-    Kernels of one stream run in order: a weight is decoded after the product before has read the
-    buffer. Other streams have other buffers, and so have other threads, of which the backward pass
-    is one, as two threads may use a stream in turns. A product on another stream must wait for the
-    weight, as for any tensor. A CUDA graph that is captured gets new memory, as it may outlive
-    the buffer.
+    Kernels of one stream run in order: the buffer is overwritten after the previous product has
+    read it. Each stream has its own buffers, and each thread (autograd's backward thread is one),
+    because two threads may take turns on one stream. A product on another stream must wait for the
+    weight, as for any tensor. A captured CUDA graph gets new memory, as it may outlive the buffer.
     """
     size = shape.numel() * dtype.itemsize
     stream = 0
@@ -328,7 +324,7 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: i
             return torch.empty(shape, dtype=dtype, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
     key = device, stream, slot
-    with torch.inference_mode(False):  # else it has no version that tells autograd of a change
+    with torch.inference_mode(False):  # else autograd could not see that it was changed
         buffer = _buffers.of.get(key)
         if buffer is None or len(buffer) < size:
             _buffers.of.pop(key, None)

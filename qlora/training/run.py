@@ -35,7 +35,7 @@ from qlora.data.rows import (
 )
 from qlora.errors import UserError
 from qlora.fast.head import LanguageHead, put_language_head
-from qlora.fast.layers import RMSNorm, put_norms, take_fast_path_off, use_fast_path
+from qlora.fast.layers import RMSNorm, put_norms, remove_fast_path, use_fast_path
 from qlora.fast.offload import offload_embedding, require_gpu
 from qlora.files import RUN, read_metrics, read_samples, require_new
 from qlora.training.outputs import choose_samples, write_answers, write_results, write_run_file
@@ -264,7 +264,7 @@ def prepare_for_training(
         put_language_head(model)
         put_norms(model)
     else:
-        take_fast_path_off(model)
+        remove_fast_path(model)
         remove_wrappers(model, lambda wrapper: isinstance(wrapper, LanguageHead | RMSNorm))
     # "activation" since transformers 5.2x
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"

@@ -26,7 +26,7 @@ from qlora.adapters.wrappers import base_modules
 from qlora.base.load import load_base
 from qlora.config import LoraConfig, QuantConfig
 from qlora.fast import layers as fast_layers
-from qlora.fast.layers import MLPBlock, SharedInput, take_fast_path_off, use_fast_path
+from qlora.fast.layers import MLPBlock, SharedInput, remove_fast_path, use_fast_path
 from qlora.ops import lora as lora_function
 from qlora.training import prepare_for_training
 
@@ -112,7 +112,7 @@ def test_loss_and_gradients_are_the_same(family, checkpointing, checkpoints):
     use_fast_path(model, recompute=checkpointing)
     assert fast_parts(model) == EXPECTED[family]
     assert_same(gradients(model), wanted)
-    take_fast_path_off(model)
+    remove_fast_path(model)
     assert_equal(gradients(model), wanted)
 
 

@@ -203,9 +203,14 @@ def test_buffers_are_reused_for_any_length(copies):
     assert copies.allocated == [SIZE] * 4 + [4 * SIZE] * 4
     assert [len(buffer) for buffer in context.buffers.free] == [4 * SIZE] * 4
     buffers = Buffers(copies.allocate)  # the smallest that fits
-    for buffer in [buffers.take(size) for size in (1024, 4096, 2048)]:
-        buffers.give(buffer)
-    assert [len(buffers.take(size)) for size in (1500, 10, 4096, 5000)] == [2048, 1024, 4096, 8192]
+    for buffer in [buffers.acquire(size) for size in (1024, 4096, 2048)]:
+        buffers.release(buffer)
+    assert [len(buffers.acquire(size)) for size in (1500, 10, 4096, 5000)] == [
+        2048,
+        1024,
+        4096,
+        8192,
+    ]
 
 
 @pytest.mark.parametrize(("keep", "times"), [(1, 1), (2, 0)])

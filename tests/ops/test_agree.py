@@ -45,8 +45,8 @@ def test_a_named_version_that_differs_or_raises_is_logged(caplog):
     def broken(x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("Failed to find C compiler")
 
-    assert not agrees(torch.sin, torch.exp, X, tolerance=1e-3, what="the sine")
-    assert not agrees(broken, torch.exp, X, tolerance=1e-3, what="the kernel")
+    assert not agrees(torch.sin, torch.exp, X, tolerance=1e-3, log_as="the sine")
+    assert not agrees(broken, torch.exp, X, tolerance=1e-3, log_as="the kernel")
     first, second = (record.getMessage() for record in caplog.records)
     assert "the sine is not used" in first and "0.001" in first
     assert "the kernel is not used" in second and "Failed to find C compiler" in second
