@@ -21,7 +21,7 @@ from qlora.adapters.lora import LoRALayer, LoRALinear
 from qlora.adapters.rebase import (
     check_start,
     original_weight,
-    require_own_base,
+    require_unchanged_base,
     restore,
     start_from_weights,
 )
@@ -205,7 +205,7 @@ def require_new_name(model: nn.Module, adapter_name: str) -> None:
         )
     if adapter_name in adapter_configs(model):
         raise UserError(f"the model already has an adapter {adapter_name!r}: choose another name")
-    require_own_base(model, f"adapter {adapter_name!r}")
+    require_unchanged_base(model, f"adapter {adapter_name!r}")
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -320,7 +320,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
             has another number of rows.
     """
     names = known_adapters(model, [name for name in adapter_names if name is not None])
-    require_own_base(model, "mixed_batch")
+    require_unchanged_base(model, "mixed_batch")
     present = [wrapper for _, wrapper in adapted(model)]
     for wrapper in present:
         for name in names:

@@ -3,17 +3,17 @@
     adapter_config.json        PEFT's LoraConfig, sorted keys, indent 2
     adapter_model.safetensors  base_model.model.<module>.lora_A.weight (r, in) and lora_B (out, r)
 
-The adapter "default" is saved in the folder itself, any other in a sub-folder of its name. Beside
-PEFT's `format: pt` the safetensors metadata has an entry of ours, `qlora`, that other programs
-ignore: the base's fingerprint and how it was quantized, by which a merge knows what was trained on
-and loading refuses another base.
+The adapter "default" is saved in the folder itself, any other in a sub-folder of its name. The
+safetensors metadata has PEFT's `format: pt` and `qlora`, which other programs ignore: the base's
+fingerprint and quantization, with which a merge rebuilds the trained base and loading refuses
+another one.
 
 An adapter whose base was changed for it (qlora.adapters.rebase: PiSSA, OLoRA, LoftQ of several
-rounds) is saved with rank 2r over the unchanged base: A over A', B beside -B', the same scaling.
-`rebased` in `qlora` is r of each layer: our loaders re-quantize the base and take A and B alone,
-which is the function that was trained. Over the plain 4-bit base, as in PEFT and vLLM, it differs
-by the difference between two quantizations of each weight; over the original weights by the error
-of the changed base alone.
+iterations) is saved with rank 2r over the unchanged base: A stacked on A', B beside -B', the same
+scaling. `rebased` in `qlora` is r of each layer: our loaders re-quantize the base and use A and B
+only, which is the trained function. Over the plain 4-bit base, as in PEFT and vLLM, it differs by
+the difference between two quantizations of each weight; over the original weights by the error of
+the changed base.
 """
 
 import json
@@ -58,7 +58,7 @@ from qlora.adapters.portable import portable_subset
 from qlora.adapters.rebase import (
     require_alone,
     require_originals,
-    require_own_base,
+    require_unchanged_base,
     set_bases,
     subtracted_parts,
 )
@@ -81,11 +81,11 @@ def save_adapter(
     adapter_name: str = "default",
     portable: bool = False,
 ) -> Path:
-    """Write adapter `adapter_name` so that PEFT loads it; returns the folder that holds it.
+    """Write adapter `adapter_name` in PEFT's format; returns its folder.
 
     Args:
-        portable: so that vLLM, SGLang, llama.cpp and TGI compute the same as well
-            (qlora.adapters.portable); raises UserError for what they cannot, such as DoRA.
+        portable: write the form that vLLM, SGLang, llama.cpp and TGI compute correctly as well
+            (qlora.adapters.portable); UserError for what they cannot compute, such as DoRA.
     """
     configs = adapter_configs(model)
     if adapter_name not in configs:
@@ -136,7 +136,7 @@ def _config_values(model: nn.Module, config: LoraConfig, adapter_name: str) -> d
 
 
 def target_suffixes(model: nn.Module, layers: list[str]) -> list[str]:
-    """Last parts of names that match just `layers` where there are such, else the full names."""
+    """Last components of names if they match exactly `layers`, else the full names."""
     leaves = sorted({name.rpartition(".")[2] for name in layers})
     matched = {
         name
@@ -160,10 +160,10 @@ def load_adapter(
     adapter_name: str = "default",
     trainable: bool = False,
 ) -> Model:
-    """Put a saved adapter on `model`, in place, and make it the active one.
+    """Add a saved adapter to `model`, in place, as the active one.
 
     Raises:
-        UserError: the files are at fault, or belong to another base; the model is then untouched.
+        UserError: the files are damaged or of another base; the model is then unchanged.
     """
     adapter = read_adapter(folder)
     require_new_name(model, adapter_name)
@@ -179,16 +179,16 @@ def load_adapter(
 def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "default") -> Model:
     """Replace an adapter on `model` by a saved one, frozen, of any rank and on any layers.
 
-    It is active where the old one was; other adapters stay as they are.
+    It is active if the old one was; other adapters do not change.
 
     Raises:
-        UserError: the files are at fault or of another base, there is no such adapter, or it is
-            merged; the model is then untouched.
+        UserError: the files are damaged or of another base, the model has no such adapter, or it is
+            merged; the model is then unchanged.
     """
     adapter = read_adapter(folder)
     known_adapters(model, adapter_name)
     check_fits(model, adapter)
-    require_own_base(model, "swap_adapter")
+    require_unchanged_base(model, "swap_adapter")
     if adapter.subtracted:
         require_alone(model, f"adapter {adapter.folder}")
     require_unfused(model, adapter_name)
@@ -202,10 +202,10 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
 
 
 def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default") -> None:
-    """`adapter` on `model`, in place, active and frozen.
+    """Add `adapter` to `model`, in place, active and frozen.
 
     Raises:
-        UserError: it does not fit; the model is then untouched.
+        UserError: it does not fit; the model is then unchanged.
     """
     check_fits(model, adapter)
     with all_or_nothing(model, adapter_name):
@@ -215,12 +215,13 @@ def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default"
 
 
 def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
+    """Wrap the modules that `adapter` changes, with its values."""
     adapter = without_rebase(adapter)
     config = adapter.config
     in_full: dict[str, dict[str, Tensor]] = {}
     for name, value in adapter.full_params.items():
         module, _, leaf = name.rpartition(".")
-        # beside A and B of an embedding PEFT saves its weight, unchanged
+        # PEFT saves an embedding's weight beside its A and B, unchanged
         if module in adapter.pairs and torch.equal(value, model.get_parameter(name).to(value)):
             continue
         in_full.setdefault(module, {})[leaf] = value
@@ -249,7 +250,7 @@ def _target_leaves(name: str, module: nn.Module, config: LoraConfig) -> list[str
 def load_adapter_weights(
     model: nn.Module, folder: str | Path, *, adapter_name: str = "default"
 ) -> None:
-    """Overwrite the values of an adapter that the model has, to resume a run."""
+    """Overwrite the values of an adapter on the model, to resume a run."""
     adapter = without_rebase(read_adapter(folder))
     config = adapter_configs(model).get(adapter_name)
     if config is None:
@@ -265,7 +266,7 @@ def load_adapter_weights(
             *(f"{module} has no adapter on the model" for module in _modules_of(unused)),
             *(f"{module} is not in the files" for module in _modules_of(unset)),
         ],
-        mend="Give the settings the run was started with, or a new --output-dir",
+        mend="Give the settings of the run's start, or a new --output-dir",
     )
     set_bases(model, adapter.subtracted)
     with torch.no_grad():
@@ -274,27 +275,26 @@ def load_adapter_weights(
 
 
 def _modules_of(names: Iterable[str]) -> list[str]:
-    """The modules of tensors with these names in a file."""
+    """The modules of tensors, by the tensors' names in a file."""
     ending = r"(\.base_layer)*\.(lora_|token_adapter).*$|(\.base_layer)?\.(weight|bias)$"
     return sorted({re.sub(ending, "", name.removeprefix(PREFIX)) for name in names})
 
 
 def _differences(config: LoraConfig, adapter: AdapterFile) -> list[str]:
-    """How a saved adapter's settings differ from `config` of the one on the model."""
-    faults = []
+    """Settings of a saved adapter that differ from `config`, that of the one on the model."""
+    differ: dict[tuple[str, str], str] = {}  # (in the files, on the model): the first layer
     for field in ("use_dora", "bias"):
-        saved, ours = getattr(adapter.config, field), getattr(config, field)
-        if saved != ours:
-            faults.append(f"{field}={saved} in the files, {ours} on the model")
-    differ: dict[tuple[float, ...], str] = {}
+        saved, present = getattr(adapter.config, field), getattr(config, field)
+        if saved != present:
+            differ[f"{field}={saved}", str(present)] = ""
     for name, factors in adapter.pairs.items():
         r, layer = len(factors.lora_A), config.of(name)
         if r != layer.r or not math.isclose(factors.scaling, layer.scaling):
-            differ.setdefault((r, factors.scaling, layer.r, layer.scaling), name)
-    return faults + [
-        f"r={r} and scaling={scaling:g} in the files, r={own_r} and scaling={own_scaling:g} on the "
-        f"model ({name})"
-        for (r, scaling, own_r, own_scaling), name in differ.items()
+            saved = f"r={r} and scaling={factors.scaling:g}"
+            differ.setdefault((saved, f"r={layer.r} and scaling={layer.scaling:g}"), f" ({name})")
+    return [
+        f"{saved} in the files, {present} on the model{layer}"
+        for (saved, present), layer in differ.items()
     ]
 
 
@@ -302,14 +302,14 @@ def _differences(config: LoraConfig, adapter: AdapterFile) -> list[str]:
 
 
 def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
-    """Raise if an adapter is of another base: by fingerprint where known, and by every shape."""
+    """Raise if the adapter is of another base: by fingerprint where known, and by every shape."""
     state = state_of(model)
     require_same_base(adapter, state.fingerprint, "this model")
     modules: dict[str, Any] = {name: plain(module) for name, module in base_modules(model).items()}
     faults = []
     if state.labels and adapter.labels and state.labels != adapter.labels:
         faults.append(
-            f"its labels are {', '.join(adapter.labels)}, and the model was loaded with "
+            f"its labels are {', '.join(adapter.labels)}, those of the model "
             f"{', '.join(state.labels)}"
         )
     faults += _misfits_of_layers(modules, adapter)
@@ -329,7 +329,7 @@ def _misfits_of_layers(modules: dict[str, Any], adapter: AdapterFile) -> Iterato
     for name, factors in adapter.pairs.items():
         layer = modules.get(name)
         if layer is None or lora_class(layer) is None:
-            yield f"{name} is no layer of this model that takes A and B"
+            yield f"{name} is no layer of this model that supports A and B"
         elif (name in adapter.embeddings) != isinstance(layer, nn.Embedding):
             yield f"{name} is a {type(layer).__name__}, which the adapter's tensors do not fit"
         elif factors.shape != (shape := matrix_shape(layer)):
@@ -366,7 +366,7 @@ def _misfits_of_parameters(modules: dict[str, Any], adapter: AdapterFile) -> Ite
             wanted = (ranks, in_features), (out_features, ranks)
             if (lora_A.shape, lora_B.shape) != wanted:
                 yield (
-                    f"{name}.{leaf} takes A {wanted[0]} and B {wanted[1]}, the adapter has "
+                    f"{name}.{leaf} needs A {wanted[0]} and B {wanted[1]}, the adapter has "
                     f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
                 )
 

@@ -1,11 +1,11 @@
 """PEFT's adapter format: its config keys, and reading the two files strictly.
 
-`KEYS` says of each key of adapter_config.json how it is read and written; a config that sets any
-other key is refused by name. Of the tensors every missing, unexpected, misshapen or non-finite one
-is named, all at once, where PEFT warns or stays silent (qlora.adapters.tensors). Pickled adapters
+`KEYS` has each supported key of adapter_config.json and how it is read and written; a config that
+sets any other key is refused by name. Every missing, unexpected, misshapen or non-finite tensor is
+named in one error, where PEFT warns or ignores it (qlora.adapters.tensors). Pickled adapters
 (adapter_model.bin) are not opened.
 
-`combine` makes one adapter of several, whose change is the weighted sum of theirs.
+`combine` turns several adapters into one whose change is the weighted sum of theirs.
 """
 
 import json
@@ -38,42 +38,42 @@ REBASING_INITS = tuple(name for name, init in INITS.items() if init.changes_base
 
 
 class Key(NamedTuple):
-    """A key that is understood: read, or without effect on what was saved."""
+    """A supported key: read, or without effect on a saved adapter."""
 
     default: Any = None
-    """what PEFT takes where the key is absent"""
+    """PEFT's value where the key is absent"""
     read: Callable[[Any], Any] | None = None
-    """the value in the file -> the field of our LoraConfig that has the key's name"""
+    """the value in the file -> the field of that name in our LoraConfig"""
     write: Callable[[Any], Any] | None = None
-    """that field -> the value in the file; None where the model says it, or it is not written"""
+    """that field -> the value in the file; None where it is not written, or the model has it"""
     portable: bool = False
-    """whether a portable adapter has the default: A, B and target_modules say the same"""
+    """whether a portable adapter has the default: A, B and target_modules express the key"""
 
 
 def _same(value: Any) -> Any:
     return value
 
 
-def _pattern(value: Any) -> Any:
+def _mapping(value: Any) -> Any:
     return value or {}
 
 
 def _tuple(value: Any) -> Any:
-    """Of a list, or of each list in a mapping; a regular expression stays a string."""
+    """A list, or each list in a mapping, as a tuple; a regular expression stays a string."""
     if isinstance(value, dict):
         return {name: tuple(ids) for name, ids in value.items()}
     return value if isinstance(value, str) else tuple(value or ())
 
 
 def _list(value: Any) -> Any:
-    """The reverse; None where there is nothing."""
+    """The reverse of `_tuple`; None for an empty one."""
     if isinstance(value, Mapping):
         return {name: list(ids) for name, ids in value.items()} or None
     return list(value) or None
 
 
 KEYS: dict[str, Key] = {
-    "alpha_pattern": Key({}, _pattern, dict, portable=True),
+    "alpha_pattern": Key({}, _mapping, dict, portable=True),
     "auto_mapping": Key(),
     "base_model_name_or_path": Key(),
     "bias": Key("none", _same, _same, portable=True),
@@ -94,7 +94,7 @@ KEYS: dict[str, Key] = {
     "peft_version": Key(),
     "qalora_group_size": Key(),
     "r": Key(8, _same, _same),
-    "rank_pattern": Key({}, _pattern, dict, portable=True),
+    "rank_pattern": Key({}, _mapping, dict, portable=True),
     "revision": Key(),
     "target_modules": Key(None, _tuple),
     "target_parameters": Key(None, _tuple, _list),
@@ -103,18 +103,18 @@ KEYS: dict[str, Key] = {
     "use_dora": Key(False, bool, _same),
     "use_rslora": Key(False, bool, _same, portable=True),
 }
-# They choose among the layers that target_modules matches.
+# Keys that select among the layers that target_modules matches.
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def peft_values(config: LoraConfig, **of_model: Any) -> dict[str, Any]:
-    """adapter_config.json for `config`; `of_model` are the keys that depend on the model."""
+    """The contents of adapter_config.json; `of_model` are the keys that depend on the model."""
     values = {k: key.write(getattr(config, k, None)) for k, key in KEYS.items() if key.write}
     return dict(sorted((values | of_model).items()))
 
 
 def require_understood(values: Mapping[str, Any], folder: Path) -> None:
-    """Raise if a config asks for what is not supported."""
+    """Raise if a config sets a key or an init that is not supported."""
     init = values.get("init_lora_weights", True)
     unsupported = [f"{k}={value!r}" for k, value in values.items() if value and k not in KEYS]
     if isinstance(init, str) and init.startswith(REBASING_INITS):
@@ -123,20 +123,8 @@ def require_understood(values: Mapping[str, Any], folder: Path) -> None:
             "adapter with path_initial_model_for_weight_conversion)"
         )
     if unsupported:
-        raise UserError(
-            f"{folder / CONFIG} asks for what is not supported: {', '.join(unsupported)}. "
-            "Wanted a LoRA adapter without it"
-        )
-
-
-def _lora_config(values: Mapping[str, Any], folder: Path) -> LoraConfig:
-    fields = {k: key.read(values.get(k, key.default)) for k, key in KEYS.items() if key.read}
-    if not (fields["target_modules"] or fields["target_parameters"]):
-        fields["target_modules"] = "all-linear"
-    try:
-        return LoraConfig(**fields)
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from error
+        listed = ", ".join(unsupported)
+        raise UserError(f"{folder / CONFIG}: not supported: {listed}. Use an adapter without it")
 
 
 def _all_targets(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -153,7 +141,7 @@ def _all_targets(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFile(Contents):
-    """An adapter as read: its contents, with the tensors as stored, and what its base was."""
+    """An adapter as read: its contents, the tensors as stored, and the record of its base."""
 
     folder: Path
     config: LoraConfig
@@ -163,21 +151,21 @@ class AdapterFile(Contents):
     targets: tuple[str, ...] = ()
     """suffixes of the names of all layers with A and B, where the config lists them"""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """the contents by their names in the file"""
+    """by their names in the file"""
     subtracted: dict[str, Factors] = field(default_factory=dict)
-    """what each layer's base was quantized without (qlora.adapters.rebase), which the ranks behind
-    the trained ones of its pair undo; empty for an unchanged base"""
+    """A' and B' that were subtracted from each layer's base (qlora.adapters.rebase); the last ranks
+    of its pair subtract them again. Empty for an unchanged base"""
     base: dict[str, Any] = field(default_factory=dict)
-    """the base's fingerprint and how it was quantized; empty for adapters of other programs"""
+    """the base's fingerprint and quantization; empty for adapters of other programs"""
 
     @property
     def task(self) -> str:
-        """The task its base was loaded for, else that of PEFT's task_type."""
+        """The task that its base was loaded for, else that of PEFT's task_type."""
         return self.base.get("task") or task_typed(self.config.task_type)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of a classifier's labels; empty where the file does not say."""
+        """The names of a classifier's labels; empty where they are not recorded."""
         return tuple(self.base.get("labels") or ())
 
     @property
@@ -187,13 +175,12 @@ class AdapterFile(Contents):
 
     @property
     def knows_quantization(self) -> bool:
-        """Whether the file says how its base was quantized; PEFT's files do not, nor ours over a
-        16-bit model."""
+        """Whether the base's quantization is recorded: not by PEFT, nor for a 16-bit base."""
         return "quant_type" in self.base
 
     @property
     def quantization(self) -> QuantConfig:
-        """How the base was quantized in training; QLoRA's defaults where the file does not say."""
+        """The base's quantization in training; QLoRA's defaults where it is not recorded."""
         if not self.knows_quantization:
             return QuantConfig()
         names = ("quant_type", "blocksize", "double_quant", "compute_dtype")
@@ -202,15 +189,15 @@ class AdapterFile(Contents):
 
     @property
     def bias_changes(self) -> dict[str, Tensor]:
-        """What is added to a module's bias (out,), in fp32."""
+        """Of each module with lora_bias: the change of its bias (out,), in fp32."""
         return {m: self.pairs[m].scaling * bias.float() for m, bias in self.lora_biases.items()}
 
     def missing(self, layers: Iterable[str]) -> list[str]:
-        """Faults: those of a base's `layers` that the config targets and the files lack."""
+        """A fault for each of a base's `layers` that the config targets and the files lack."""
         in_full = {name.rpartition(".")[0] for name in self.full_params}
         known = {*self.pairs, *self.parameters, *in_full}
         return [
-            f"{name} is in target_modules, and the files have no A and B for it"
+            f"{name} is in target_modules, but the files have no A and B for it"
             for name in layers
             if name not in known and any(matches(name, t, is_regex=False) for t in self.targets)
         ]
@@ -219,25 +206,28 @@ class AdapterFile(Contents):
         """Whether it changes a tied embedding and output head differently."""
         if any(module in self.pairs for module in (embedding, head)):
             return True
-        ours, theirs = (self.full_params.get(f"{module}.weight") for module in (embedding, head))
-        if ours is None or theirs is None:
-            return ours is not theirs
-        return not torch.equal(ours, theirs)
+        one, other = (self.full_params.get(f"{module}.weight") for module in (embedding, head))
+        if one is None or other is None:
+            return one is not other
+        return not torch.equal(one, other)
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:
     """Read and check an adapter's two files.
 
     Raises:
-        UserError: a file is missing or damaged, the config asks for what is not supported, or
-            tensors are missing, unexpected, misshapen or not finite; all offenders are named.
+        UserError: a file is missing or damaged, a setting is not supported, or tensors are missing,
+            unexpected, misshapen or not finite; all offenders are named.
     """
     folder = Path(folder).expanduser()
     values = _read_config(folder)
     require_understood(values, folder)
     tensors, metadata = _read_tensors(folder)
     config, contents = contents_of(values, tensors, folder)
-    base = _read_base_record(metadata, folder)
+    try:
+        base = dict(json.loads(metadata.get("qlora", "{}")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / WEIGHTS}: its qlora metadata is no JSON object") from error
     return AdapterFile(
         **vars(contents),
         folder=folder,
@@ -265,15 +255,21 @@ def read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], d
 def contents_of(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[LoraConfig, Contents]:
-    """The config in our form, and what the tensors are.
+    """The config as a LoraConfig, and the tensors as Contents.
 
     Raises:
         UserError: the two contradict each other, or a value is out of range; all are named.
     """
-    config = _lora_config(values, folder)
+    fields = {k: key.read(values.get(k, key.default)) for k, key in KEYS.items() if key.read}
+    if not (fields["target_modules"] or fields["target_parameters"]):
+        fields["target_modules"] = "all-linear"
+    try:
+        config = LoraConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
     contents, faults = sort_tensors(tensors, values, config)
     raise_faults(
-        f"{folder / WEIGHTS}", faults, mend="Save the adapter again, or take an earlier checkpoint"
+        f"{folder / WEIGHTS}", faults, mend="Save the adapter again, or use an earlier checkpoint"
     )
     return config, contents
 
@@ -289,13 +285,12 @@ def raise_faults(what: str, faults: Iterable[str], *, mend: str) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         what = "does not exist" if not folder.is_dir() else f"holds no {CONFIG}"
-        raise UserError(
-            f"adapter {folder} {what}: give the folder with {CONFIG} and {WEIGHTS}, "
-            "as train.py wrote it"
-        )
+        raise UserError(f"adapter {folder} {what}: give the folder with {CONFIG} and {WEIGHTS}")
     values = read_json(folder / CONFIG, mend="Save the adapter again")
     if (kind := values.get("peft_type")) != "LORA":
-        raise UserError(f"{folder / CONFIG} is no LoRA adapter: peft_type is {kind!r}, wanted LORA")
+        raise UserError(
+            f"{folder / CONFIG} is no LoRA adapter: peft_type must be 'LORA', got {kind!r}"
+        )
     return values
 
 
@@ -313,22 +308,15 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
 
-def _read_base_record(metadata: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(metadata.get("qlora", "{}")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / WEIGHTS}: its qlora metadata is no JSON object") from error
-
-
 # ---- an adapter over a base that was changed for it ----
 
 
 def _subtracted(
     ranks: Mapping[str, int], pairs: Mapping[str, Factors], folder: Path
 ) -> dict[str, Factors]:
-    """A' and B' of each layer: of a pair, A over A' and B beside -B', the second r ranks."""
+    """A' and B' of each layer, from its pair: A (r, in) stacked on A', B (out, r) beside -B'."""
     faults = [
-        f"{name} has no {2 * r} ranks, and its metadata says that {r} of them undo {r}"
+        f"{name} must have {2 * r} ranks, of which {r} subtract its A' and B' (metadata)"
         for name, r in ranks.items()
         if name not in pairs or len(pairs[name].lora_A) < 2 * r
     ]
@@ -342,7 +330,7 @@ def _subtracted(
 
 
 def without_rebase(adapter: AdapterFile) -> AdapterFile:
-    """The trained ranks alone, which belong over the changed base; any other adapter unchanged."""
+    """The adapter with its trained ranks only, for the changed base; any other unchanged."""
     if not adapter.subtracted:
         return adapter
     pairs, tensors = dict(adapter.pairs), dict(adapter.tensors)
@@ -358,11 +346,11 @@ def without_rebase(adapter: AdapterFile) -> AdapterFile:
     return replace(adapter, pairs=pairs, tensors=tensors, config=config)
 
 
-# ---- whether it belongs to a base, or to other adapters ----
+# ---- whether an adapter fits a base, or other adapters ----
 
 
 def require_same_base(adapter: AdapterFile, fingerprint: str | None, what: str) -> None:
-    """Raise if a base's fingerprint is not the one the adapter has, where both are known."""
+    """Raise if the fingerprints of a base and of the adapter's own base are known and differ."""
     wanted = adapter.base.get("fingerprint")
     if wanted and fingerprint and wanted != fingerprint:
         raise UserError(
@@ -373,25 +361,25 @@ def require_same_base(adapter: AdapterFile, fingerprint: str | None, what: str) 
 
 
 def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
-    """Raise if a 4-bit base has other codes than those the adapter was trained on."""
+    """Raise if a 4-bit base was quantized differently from the one in training."""
     if not checkpoint.is_quantized:
         return
     if adapter.subtracted:
         raise UserError(
             f"adapter {adapter.folder} was trained over a base that was changed for it (PiSSA, "
-            f"OLoRA or LoftQ), which is made of the weights from before quantization, but "
+            "OLoRA or LoftQ), which needs the weights from before quantization, but "
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model"
         )
     if adapter.knows_quantization:
         mark = next(name for name in checkpoint.tensors if nf4.RECORD_MARK in name)
         state = unpack_tensor_to_dict(checkpoint.read(mark))
-        own = _in_words(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
+        stored = _in_words(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
         quant = adapter.quantization
         trained = _in_words(quant.quant_type, quant.blocksize, quant.double_quant)
-        if own != trained:
+        if stored != trained:
             raise UserError(
-                f"{checkpoint.folder} is {own}; adapter {adapter.folder} was trained on {trained}: "
-                "give the 4-bit base it was trained on, or the 16-bit model as --base-model"
+                f"{checkpoint.folder} is {stored}; adapter {adapter.folder} was trained on "
+                f"{trained}: give that 4-bit base, or the 16-bit model as --base-model"
             )
 
 
@@ -400,7 +388,7 @@ def _in_words(quant_type: str, blocksize: int, double_quant: bool) -> str:
 
 
 def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> AdapterFile:
-    """One adapter whose change is the weighted sum of theirs: sum of w * scaling * B A, exactly.
+    """One adapter whose change is exactly the weighted sum of theirs, of w * scaling * B A.
 
     Raises:
         UserError: they were trained on different bases, or hold more than A and B.
@@ -419,7 +407,7 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
         ]
         shapes = {factors.shape for factors, _ in parts}
         if len(shapes) > 1:
-            raise UserError(f"{name} has the shapes {shapes} in these adapters: they do not fit")
+            raise UserError(f"{name} must have one shape in these adapters, got {shapes}")
         pairs[name] = Factors.cat(parts)
     embeddings = frozenset().union(*(adapter.embeddings for adapter in adapters))
     return replace(first, pairs=pairs, embeddings=embeddings, tensors={})
@@ -430,13 +418,13 @@ def _require_summable(adapter: AdapterFile, first: AdapterFile, *, alone: bool) 
         "DoRA's magnitudes": any(f.magnitude is not None for f in adapter.pairs.values()),
         "parameters trained in full": adapter.full_params,
         "biases": adapter.lora_biases,
-        "parameters of modules that are no layer": adapter.parameters,
+        "target_parameters": adapter.parameters,
         "trained token rows": adapter.rows,
     }
     if more := [kind for kind, held in kinds.items() if held]:
         raise UserError(
-            f"{adapter.folder} holds {' and '.join(more)}, of which no weighted sum is made: "
-            "merge it alone, without a weight"
+            f"{adapter.folder} holds {' and '.join(more)}, which cannot be summed: merge it alone, "
+            "without a weight"
         )
     if adapter.subtracted and not alone:
         raise UserError(
@@ -445,6 +433,6 @@ def _require_summable(adapter: AdapterFile, first: AdapterFile, *, alone: bool) 
         )
     if (adapter.base, adapter.fan_in_fan_out) != (first.base, first.fan_in_fan_out):
         raise UserError(
-            f"{adapter.folder} and {first.folder} were trained on different bases, or on one "
-            "that was quantized differently: they cannot be merged together"
+            f"{adapter.folder} and {first.folder} were trained on different or differently "
+            "quantized bases: they cannot be merged together"
         )

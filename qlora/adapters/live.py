@@ -1,10 +1,10 @@
-"""A model for inference: resolved and checked from headers alone, then loaded.
+"""A model for inference: resolved and checked from headers only, then loaded.
 
-`resolve_model` finds the checkpoint and the adapter that a command names and raises before
-anything large is read. `ResolvedModel.load` then loads a base with its live adapter, or a model
-without one, in 16 or 4 bits. `load_live` is the one way to get a base with its adapter.
+`resolve_model` finds the checkpoint and the adapter that a command names and raises before it reads
+anything large. `ResolvedModel.load` loads a base with its live adapter, or a model without one, in
+16 or 4 bits. Everything else that needs a base with its adapter calls `load_live`.
 
-The base is quantized as in training. The compute dtype is fp32 where training used fp32, else the
+The base is quantized as in training. The compute dtype is fp32 if training used fp32, else the
 best 16-bit dtype that this machine has units for, or fp32: on the same kind of machine as in
 training the losses are the same.
 """
@@ -53,7 +53,7 @@ def load_live(
     """`base` in 4 bits with `adapter` active on it, frozen and in eval mode.
 
     Args:
-        quant: by default that of training; another compute dtype may be asked for.
+        quant: by default that of training; another one may differ in compute dtype.
 
     Raises:
         UserError: the base cannot be loaded, or the adapter does not fit it.
@@ -74,11 +74,11 @@ def load_live(
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model, or a base and its adapter, that exist and belong together; not loaded yet."""
+    """A model, or a base and its adapter, found and checked but not loaded."""
 
     choice: ModelChoice
     name: str
-    """of the base, or of the model without an adapter, as the user gave it"""
+    """of the base or model, as the user gave it"""
     checkpoint: Checkpoint
     adapter: AdapterFile | None
 
@@ -89,7 +89,7 @@ class ResolvedModel:
 
     @property
     def what(self) -> str:
-        """How messages name it."""
+        """Its name in messages."""
         return f"adapter {self.adapter.folder}" if self.adapter else f"model {self.name}"
 
     def describe(self) -> str:
@@ -102,8 +102,8 @@ class ResolvedModel:
     @property
     def in_4_bits(self) -> bool:
         """Whether its linear layers will be 4-bit."""
-        asked = self.adapter is not None or self.choice.load_in_4bit
-        return asked or self.checkpoint.is_quantized
+        is_chosen = self.adapter is not None or self.choice.load_in_4bit
+        return is_chosen or self.checkpoint.is_quantized
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -125,8 +125,9 @@ class ResolvedModel:
 
     def load_tokenizer(self) -> Any:
         """The tokenizer that training saved with the adapter, else the checkpoint's."""
-        saved = self.adapter is not None and self.adapter.has_tokenizer
-        folder = self.adapter.folder if self.adapter and saved else self.checkpoint.folder
+        folder = self.checkpoint.folder
+        if self.adapter and self.adapter.has_tokenizer:
+            folder = self.adapter.folder
         trusted = self.choice.trust_remote_code
         return load_tokenizer(folder, task=self.task, trust_remote_code=trusted)
 
@@ -161,10 +162,10 @@ def _progress_bars_on_terminals_only() -> Iterator[None]:
 
 
 def resolve_model(choice: ModelChoice) -> ResolvedModel:
-    """The model or base and adapter that `choice` names, checked from headers alone.
+    """The model, or base and adapter, that `choice` names, checked from headers only.
 
     Raises:
-        UserError: there is no such adapter or model, or the two do not belong together.
+        UserError: there is no such adapter or model, or the adapter is of another base.
     """
     if choice.adapter is None:
         name = str(choice.model)
@@ -184,11 +185,11 @@ def resolve_model(choice: ModelChoice) -> ResolvedModel:
             raise
         raise UserError(
             f"adapter {adapter.folder} was trained on {name}, which could not be found: {error}. "
-            "Give the base's new place as --base-model"
+            "Give the base as --base-model"
         ) from error
     require_same_base(adapter, checkpoint.fingerprint, str(checkpoint.folder))
     require_same_codes(checkpoint, adapter)
-    if not adapter.subtracted:  # that needs weights, not only shapes: attach checks it
+    if not adapter.subtracted:  # otherwise attach checks it, which needs weights, not only shapes
         trusted = choice.trust_remote_code
         known: Any = {"task": adapter.task, "labels": adapter.labels, "trust_remote_code": trusted}
         check_fits(skeleton(checkpoint.folder, **known), adapter)
@@ -196,7 +197,7 @@ def resolve_model(choice: ModelChoice) -> ResolvedModel:
 
 
 def task_in(config: Mapping[str, Any]) -> str:
-    """The name of the task that a checkpoint's config.json is for."""
+    """The name of a checkpoint's task, from its config.json."""
     classes = config.get("architectures") or ()
     for name, task in TASKS.items():
         if task.trains_head and any(found.endswith(task.class_ending) for found in classes):
@@ -205,7 +206,7 @@ def task_in(config: Mapping[str, Any]) -> str:
 
 
 def _require_adapter(folder: Path) -> None:
-    """Raise if `folder` is a model, or a run without a final adapter."""
+    """Raise if `folder` is a model, or an interrupted run without a final adapter."""
     if (folder / CONFIG).is_file():
         return
     if (folder / "config.json").is_file():
@@ -213,6 +214,6 @@ def _require_adapter(folder: Path) -> None:
     steps = [int(p.parent.name[11:]) for p in folder.glob(f"checkpoint-*/{CONFIG}")]
     if steps:
         raise UserError(
-            f"{folder} is a run that did not finish, so it holds no adapter: give its last "
-            f"checkpoint, {folder / f'checkpoint-{max(steps)}'}"
+            f"{folder} is an unfinished run, so it holds no adapter: give its last checkpoint, "
+            f"{folder / f'checkpoint-{max(steps)}'}"
         )

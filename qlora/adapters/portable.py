@@ -1,26 +1,26 @@
-"""An adapter written so that every consumer reads it and computes what was trained.
+"""An adapter in the form that every consumer of PEFT's files computes as it was trained.
 
     python -m qlora.portable --adapter out [--output-dir out-portable]
 
-prints what each program that loads PEFT's files makes of an adapter, and writes a portable one: the
-part of the format that all of them read alike, which is A and B of linear layers, one r, one
+prints which parts of an adapter each program refuses or ignores, and writes a portable one: the
+subset of the format that all of them read alike, which is A and B of linear layers, one r, one
 lora_alpha and a list of targets. The function stays the same:
 
     scaling   lora_alpha = scaling * r, a float; rsLoRA becomes lora_alpha / r, to a double's
               rounding
-    patterns  one scaling for all; B takes the ratio of its layer's scaling to that. A power of two
-              is exact in any dtype; with another ratio that B becomes fp32
+    patterns  one scaling for all layers; B is multiplied by its own layer's scaling over that one.
+              A power of two is exact in any dtype; with another ratio that B becomes fp32
     ranks     zeros as further rows of A and columns of B, up to the highest r
-    targets   a list; full names where it was a regular expression or only some of the layers
+    targets   a list; full names for a regular expression or a narrowed list
 
-What A and B cannot say (DoRA, biases, embeddings, modules and token rows trained in full) is
-refused by name.
+Whatever A and B cannot express (DoRA, biases, embeddings, modules and token rows trained in full)
+is refused by name.
 
-The verdicts are a table of rules, read off the consumers' sources. Ignoring a setting is worse than
-refusing it: the program runs, and another model answers. Left out is what files do not tell: the
-layers that a server supports of each family, its flags (--max-lora-rank), LoRA on an output head
-that is tied to its embedding (llama.cpp refuses it), an added_tokens.json beside the adapter
-(SGLang refuses new ones); and zeros for layers that SGLang stacks with adapted ones.
+The verdicts are a table of rules, taken from the consumers' sources. Ignoring a setting is worse
+than refusing it: the program runs another model than the trained one. Left out, as the files do not
+say it: the layers of each family that a server supports, its flags (--max-lora-rank), LoRA on an
+output head tied to its embedding (llama.cpp refuses it), an added_tokens.json beside the adapter
+(SGLang refuses new ones); and zeros for the layers that SGLang stacks with adapted ones.
 """
 
 import json
@@ -55,15 +55,15 @@ from qlora.files import publishing, require_new
 def portable_subset(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same adapter in the form that every consumer reads; unchanged tensors are not copied.
+    """Its config and tensors in portable form; unchanged tensors are not copied.
 
     Args:
         values: adapter_config.json.
         tensors: of adapter_model.safetensors, by their names there.
-        folder: what an error calls the adapter.
+        folder: the adapter's name in errors.
 
     Raises:
-        UserError: it holds what A and B of linear layers cannot say, or its tensors and its config
+        UserError: A and B of linear layers cannot express it, or its tensors and its config
             contradict each other.
     """
     if lost := findings(values, tensors, LOST):
@@ -76,12 +76,12 @@ def portable_subset(
         raise UserError(f"adapter {folder} holds no lora_A and lora_B: there is nothing to write")
     r = max(len(factors.lora_A) for factors in pairs.values())
     scaling = _common_scaling([factors.scaling for factors in pairs.values()])
-    baked = dict(tensors)
+    portable = dict(tensors)
     for module, factors in pairs.items():
         lora_B = _times(factors.lora_B, factors.scaling / scaling)
         padded = factors._replace(lora_B=lora_B).padded(r)
-        baked[f"{PREFIX}{module}.lora_A.weight"] = padded.lora_A
-        baked[f"{PREFIX}{module}.lora_B.weight"] = padded.lora_B
+        portable[f"{PREFIX}{module}.lora_A.weight"] = padded.lora_A
+        portable[f"{PREFIX}{module}.lora_B.weight"] = padded.lora_B
     targets = values.get("target_modules")
     if not isinstance(targets, list) or any(values.get(key) for key in NARROWING):
         targets = sorted(pairs)
@@ -89,21 +89,21 @@ def portable_subset(
     alpha = int(alpha) if alpha == int(alpha) else alpha
     defaults = {name: key.default for name, key in KEYS.items() if key.portable}
     common = {"lora_alpha": alpha, "r": r, "target_modules": targets}
-    return dict(sorted({**values, **defaults, **common}.items())), baked
+    return dict(sorted({**values, **defaults, **common}.items())), portable
 
 
 def _common_scaling(scalings: list[float]) -> float:
-    """The one that most layers have up to a power of two, and of these the most common."""
+    """The scaling that most layers have up to a power of two, and of these the most common."""
 
-    def count(scaling: float) -> tuple[int, int]:
+    def agreement(scaling: float) -> tuple[int, int]:
         exact = sum(math.frexp(other / scaling)[0] == 0.5 for other in scalings)
         return exact, scalings.count(scaling)
 
-    return max(dict.fromkeys(scalings), key=count)
+    return max(dict.fromkeys(scalings), key=agreement)
 
 
 def _times(lora_B: Tensor, ratio: float) -> Tensor:
-    """B times `ratio`: in its dtype where that is exact, else in fp32."""
+    """B times `ratio`, in its dtype if that is exact, else in fp32."""
     if ratio == 1:
         return lora_B
     exact = lora_B.double() * ratio
@@ -115,7 +115,7 @@ def _times(lora_B: Tensor, ratio: float) -> Tensor:
 
 
 def make_portable(config: PortableConfig) -> None:
-    """Print what each consumer makes of the adapter; write the portable one where asked to."""
+    """Print each consumer's verdict on the adapter; write the portable one to `output_dir`."""
     folder = Path(config.adapter).expanduser()
     output = Path(config.output_dir).expanduser() if config.output_dir else None
     if output:
@@ -136,17 +136,17 @@ def make_portable(config: PortableConfig) -> None:
 
 def table(verdicts: Mapping[str, list[str]]) -> str:
     """A line for each consumer."""
-    return "\n".join(f"{name:<14}{'; '.join(w) or 'takes it'}" for name, w in verdicts.items())
+    return "\n".join(f"{name:<14}{'; '.join(w) or 'accepts it'}" for name, w in verdicts.items())
 
 
-# ---- what a rule looks at ----
+# ---- the adapter that the rules examine ----
 
 KINDS = {**PARTS, "lora_embedding_A": "EA", "lora_embedding_B": "EB", "lora_B.bias": "lora_bias"}
 
 
 def kind_of(key: str) -> tuple[str, str]:
-    """A tensor's module, and what it is: A, B, EA, EB (an embedding's), magnitude, lora_bias, rows,
-    copy (of a base weight), bias, head (a classifier's), norm or full."""
+    """A tensor's module and kind: A, B, EA, EB (an embedding's), magnitude, lora_bias, rows, copy
+    (of a base weight), bias, head (a classifier's), norm or full."""
     name = key.removeprefix(PREFIX)
     for part, kind in KINDS.items():
         if name.endswith(f".{part}"):
@@ -168,12 +168,7 @@ def _leaves(modules: Iterable[str]) -> list[str]:
 
 
 class Adapter:
-    """An adapter as its consumers see it. The methods name what rules are about, if anything.
-
-    Args:
-        values: adapter_config.json.
-        shapes: of each tensor.
-    """
+    """adapter_config.json and the tensors' shapes. Each method lists the offenders of a rule."""
 
     def __init__(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.values, self.shapes = values, shapes
@@ -185,12 +180,15 @@ class Adapter:
         """Modules with tensors of these kinds (see `kind_of`)."""
         return _leaves(module for module, kind in self.modules.values() if kind in kinds)
 
-    def set_to(self, name: str) -> list[str]:
-        """A setting that asks for something."""
+    def setting(self, name: str) -> list[str]:
+        """A setting with another value than None, False or empty."""
         return [f"{name}={self.values[name]!r}"] if self.values.get(name) else []
 
+    def absent(self, *names: str) -> list[str]:
+        return [name for name in names if name not in self.values]
+
     def dora(self) -> list[str]:
-        return self.kinds("magnitude") or self.set_to("use_dora")
+        return self.kinds("magnitude") or self.setting("use_dora")
 
     def alphas(self) -> list[str]:
         """Entries of alpha_pattern that give a module another alpha."""
@@ -205,7 +203,7 @@ class Adapter:
         highest = max(self.ranks.values(), default=0)
         return [f"r={highest}, at most {HIGHEST_RANK}"] if highest > HIGHEST_RANK else []
 
-    def regex(self) -> list[str]:
+    def unlisted_targets(self) -> list[str]:
         targets = self.values.get("target_modules", [])
         is_list = isinstance(targets, list) or targets in ("all-linear", "all")
         return [] if is_list else [f"target_modules={targets!r}"]
@@ -224,34 +222,22 @@ class Adapter:
     def unstacked(self) -> list[str]:
         """Layers without the one that SGLang stacks them with."""
         needs = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-        found = set()
+        alone = set()
         for module in self.ranks:
             parent, _, leaf = module.rpartition(".")
             if leaf in needs and f"{parent}.{needs[leaf]}" not in self.ranks:
-                found.add(f"{leaf} without {needs[leaf]}")
-        return sorted(found)
+                alone.add(f"{leaf} without {needs[leaf]}")
+        return sorted(alone)
 
     def gaps(self) -> list[str]:
-        """Kinds of layers that are adapted in some blocks only."""
+        """Layers that are adapted in some blocks only."""
         blocks: dict[str, set[int]] = {}
         for module in self.ranks:
             if match := re.match(r".*?\.(\d+)\.(.+)", module):
                 blocks.setdefault(match[2], set()).add(int(match[1]))
         count = max((max(numbers) for numbers in blocks.values()), default=-1) + 1
-        some = self.values.get("layers_to_transform") is not None
-        return [leaf for leaf, numbers in blocks.items() if some or len(numbers) < count]
-
-
-def _set(name: str) -> Callable[[Adapter], list[str]]:
-    return lambda adapter: adapter.set_to(name)
-
-
-def _kinds(*kinds: str) -> Callable[[Adapter], list[str]]:
-    return lambda adapter: adapter.kinds(*kinds)
-
-
-def _missing(*names: str) -> Callable[[Adapter], list[str]]:
-    return lambda adapter: [name for name in names if name not in adapter.values]
+        is_narrowed = self.values.get("layers_to_transform") is not None
+        return [leaf for leaf, numbers in blocks.items() if is_narrowed or len(numbers) < count]
 
 
 # ---- the rules ----
@@ -269,61 +255,61 @@ CONSUMERS = {
     "PEFT": "0.21, which reads what it wrote",
 }
 # Inits that leave the base unchanged: vLLM's _init_is_supported, which counts lora_ga among them.
-# After the others A and B are right over a changed base only; PEFT makes that base anew.
+# With any other A and B need the changed base, which PEFT computes again from the weights.
 PLAIN_INITS = ("lora_ga", *(name for name, init in INITS.items() if not init.changes_base))
 HIGHEST_RANK = 512  # vllm/config/lora.py, MaxLoRARanks
 
 
 class Rule(NamedTuple):
-    """Something an adapter may hold, and what each consumer makes of it."""
+    """Something an adapter may hold, and each consumer's verdict on it."""
 
     verdicts: str
-    """of each of CONSUMERS: R refuses, I ignores, - takes it; the worst where layers differ"""
+    """of each of CONSUMERS: R refuses, I ignores, - accepts; the worst where layers differ"""
     what: str
     offenders: Callable[[Adapter], list[str]]
     mend: str = ""
-    """what to do where there is no other way to write it"""
+    """the remedy if no portable form exists"""
 
 
 MERGE = "merge_dequant.py folds that in"
 CONVERT = (
-    "save it with PEFT's path_initial_model_for_weight_conversion, which makes A and B for the "
-    "base as it was"
+    "save it with PEFT's path_initial_model_for_weight_conversion, which converts A and B to the "
+    "unchanged base"
 )
 KEEP = "train without it, or serve it with PEFT"
 
-# What `portable_subset` writes another way, without changing what is computed.
+# What `portable_subset` expresses differently, without changing the function.
 BAKED = (
-    Rule("R R R - - -", "no lora_alpha in the config", _missing("lora_alpha")),
-    Rule("R R - - - -", "missing in the config", _missing("r", "target_modules")),
-    Rule("- R - - - -", "targets that are no list", Adapter.regex),
-    Rule("- I I - - -", "rsLoRA's scaling", _set("use_rslora")),
-    Rule("- I I I - -", "alphas of their own", Adapter.alphas),
-    Rule("- R - I - -", "ranks of their own", Adapter.other_ranks),
+    Rule("R R R - - -", "no lora_alpha in the config", lambda a: a.absent("lora_alpha")),
+    Rule("R R - - - -", "missing in the config", lambda a: a.absent("r", "target_modules")),
+    Rule("- R - - - -", "targets that are no list", Adapter.unlisted_targets),
+    Rule("- I I - - -", "rsLoRA's scaling", lambda a: a.setting("use_rslora")),
+    Rule("- I I I - -", "separate alphas", Adapter.alphas),
+    Rule("- R - I - -", "separate ranks", Adapter.other_ranks),
     Rule("R - - - - -", "a setting for biases", Adapter.bias),
 )
-# What A and B of linear layers cannot say.
+# What A and B of linear layers cannot express.
 LOST = (
     Rule("R R R I I -", "DoRA's magnitudes", Adapter.dora, MERGE),
-    Rule("R I R I - -", "lora_bias", _kinds("lora_bias"), MERGE),
-    Rule("R I R I - -", "biases", _kinds("bias"), MERGE),
-    Rule("R I R I I -", "modules trained in full", _kinds("full"), MERGE),
-    Rule("R I I I I -", "norms trained in full", _kinds("norm"), MERGE),
-    Rule("- I R I I -", "a classification head", _kinds("head"), MERGE),
-    Rule("- - - I - -", "embeddings", _kinds("EA", "EB"), MERGE),
-    Rule("R I R I I -", "trained token rows", _kinds("rows"), MERGE),
+    Rule("R I R I - -", "lora_bias", lambda a: a.kinds("lora_bias"), MERGE),
+    Rule("R I R I - -", "biases", lambda a: a.kinds("bias"), MERGE),
+    Rule("R I R I I -", "modules trained in full", lambda a: a.kinds("full"), MERGE),
+    Rule("R I I I I -", "norms trained in full", lambda a: a.kinds("norm"), MERGE),
+    Rule("- I R I I -", "a classification head", lambda a: a.kinds("head"), MERGE),
+    Rule("- - - I - -", "embeddings", lambda a: a.kinds("EA", "EB"), MERGE),
+    Rule("R I R I I -", "trained token rows", lambda a: a.kinds("rows"), MERGE),
     Rule("R R R I - -", "convolutions", Adapter.convolutions, MERGE),
     Rule("R I I I - -", "an init that changes the base", Adapter.rebasing_init, CONVERT),
-    Rule("R I I I - -", "repeated layers", _set("layer_replication"), KEEP),
-    Rule("R I - I I -", "aLoRA", _set("alora_invocation_tokens"), KEEP),
-    Rule("R I I I - -", "QALoRA", _set("use_qalora"), KEEP),
-    Rule("R I I I - -", "BD-LoRA", _set("use_bdlora"), KEEP),
-    Rule("- R R I - -", "parameters as targets", _set("target_parameters"), KEEP),
+    Rule("R I I I - -", "repeated layers", lambda a: a.setting("layer_replication"), KEEP),
+    Rule("R I - I I -", "aLoRA", lambda a: a.setting("alora_invocation_tokens"), KEEP),
+    Rule("R I I I - -", "QALoRA", lambda a: a.setting("use_qalora"), KEEP),
+    Rule("R I I I - -", "BD-LoRA", lambda a: a.setting("use_bdlora"), KEEP),
+    Rule("- R R I - -", "target_parameters", lambda a: a.setting("target_parameters"), KEEP),
 )
-# What no file of this adapter changes.
+# What a portable adapter cannot change.
 STAYS = (
     Rule("R - - - - -", "a high rank", Adapter.high_rank),
-    Rule("- R - - - -", "odd ones of stacked layers", Adapter.unstacked),
+    Rule("- R - - - -", "incomplete stacked layers", Adapter.unstacked),
     Rule("- - - I - -", "layers adapted in some blocks", Adapter.gaps),
 )
 
@@ -331,11 +317,9 @@ STAYS = (
 def findings(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], rules: Iterable[Rule]
 ) -> list[tuple[Rule, str]]:
-    """The `rules` that apply to an adapter, each with its offenders in words.
+    """The `rules` that apply to an adapter, each with a text that names its offenders.
 
-    Args:
-        values: adapter_config.json.
-        tensors: of adapter_model.safetensors, by their names there; only shapes are looked at.
+    Only the shapes of `tensors` are read.
     """
     adapter = Adapter(values, {name: tuple(t.shape) for name, t in tensors.items()})
     offenders = ((rule, rule.offenders(adapter)) for rule in rules)
@@ -343,7 +327,7 @@ def findings(
 
 
 def problems(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What each consumer refuses of an adapter, and what it ignores, in words; see `findings`."""
+    """Of each consumer a text for everything that it refuses or ignores; see `findings`."""
     words = {"R": "refuses", "I": "ignores"}
     verdicts: dict[str, list[str]] = {consumer: [] for consumer in CONSUMERS}
     for rule, what in findings(values, tensors, (*BAKED, *LOST, *STAYS)):

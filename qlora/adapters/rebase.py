@@ -1,21 +1,21 @@
-"""Adapters that start from the base's weights, and the base they are trained over.
+"""Adapters that start from the base's weights, and the changed base that they are trained over.
 
-PiSSA, OLoRA, and LoftQ of several rounds subtract scaling * B' A' from the weight, and the 4-bit
-base is quantized from the rest:
+PiSSA, OLoRA, and LoftQ of several iterations subtract scaling * B' A' from the weight W (out, in),
+and the 4-bit base is quantized from the rest:
 
     codes = quantize(W - scaling * B' A')      A' (r, in) and B' (out, r) are `subtracted`
 
-so that codes + scaling * B' A' is nearer to W than quantize(W). That sum is the model without its
-adapter, and training learns the change scaling * (B A - B' A'). It is saved as a plain adapter of
-rank 2r over the unchanged base and works everywhere as one, but for the difference between two
-quantizations of a weight. Our loaders quantize W - scaling * B' A' again and recover the trained
-function exactly (to the bit on one kind of device; another sums B' A' in another order, and a value
-half-way between two codes may take the other).
+codes + scaling * B' A' is nearer to W than quantize(W). That sum is the model with its adapter
+disabled, and training learns the change scaling * (B A - B' A'). It is saved as a plain adapter of
+rank 2r over the unchanged base, where other programs differ from the trained function only by the
+difference between two quantizations of W. Our loaders quantize W - scaling * B' A' again and
+recover the trained function to the bit on the same kind of device; another device sums B' A' in
+another order, so a value half-way between two codes may take the other.
 
-W comes from the checkpoint, tensor by tensor, cast as loading casts it (`original_weights` of
-`state_of(model)`, which load_base fills in). It is read again when the adapter is taken off, so the
-old codes are not kept. A layer that is not quantized keeps W, as no rounded difference gives it
-back. The model holds this one adapter, as others were trained over other codes.
+W is read from the checkpoint, tensor by tensor, cast as loading casts it (`original_weights` of
+`state_of(model)`, set by load_base), and read again when the adapter is removed: the old codes are
+not kept. A layer that is not quantized keeps W, which no rounded difference restores. The model
+then holds this one adapter: others were trained over other codes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapters.lora import Factors, LoRALinear, Rebased
-from qlora.adapters.starts import Pair, loftq, olora, pissa
+from qlora.adapters.starts import loftq, olora, pissa
 from qlora.adapters.wrappers import adapted, plain, wrappers
 from qlora.base.modules import (
     dense_weight,
@@ -43,13 +43,10 @@ from qlora.ops import nf4
 
 
 def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
-    """Raise if these layers cannot have the first values that the config asks for.
-
-    Args:
-        layers: those to be adapted, and what each is to get.
+    """Raise if `layers`, with the config of each, do not support its init_lora_weights.
 
     Raises:
-        UserError: it names every layer at fault.
+        UserError: naming every such layer.
     """
     modules = {name: plain(model.get_submodule(name)) for name in layers}
     config = next(iter(layers.values()), LoraConfig())
@@ -58,8 +55,8 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
         return
     if others := [name for name, module in modules.items() if not is_linear(module)]:
         raise UserError(
-            f"init_lora_weights={init!r} is for linear layers, which {some(others)} is not: give "
-            "it an adapter of its own"
+            f"init_lora_weights={init!r} supports linear layers only, not {some(others)}: adapt "
+            "these in another adapter"
         )
     shapes = {name: matrix_shape(module) for name, module in modules.items()}
     if small := [
@@ -68,13 +65,13 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
         if layers[name].r > min(shape)
     ]:
         raise UserError(
-            f"init_lora_weights={init!r} takes at most as many directions as a layer has: "
-            f"{some(small)}. Give a smaller r, or another to these layers with rank_pattern"
+            f"init_lora_weights={init!r} needs r of at most the smaller side of a layer: "
+            f"{some(small)}. Give a smaller r, or one for these layers in rank_pattern"
         )
     dense = [name for name, module in modules.items() if not is_quantized(module)]
     if init == "loftq" and dense:
         raise UserError(
-            f"LoftQ makes up for quantization, and these layers are not quantized: {some(dense)}. "
+            f"LoftQ compensates quantization, and these layers are not quantized: {some(dense)}. "
             "Name them in exclude_modules"
         )
     if config.rebases:
@@ -84,39 +81,38 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
 
 
 def require_alone(model: nn.Module, what: str) -> None:
-    """Raise if there are adapters on a model whose base `what` is to change."""
+    """Raise if the model has adapters: `what` changes the base that they were trained over."""
     if names := _adapter_names(model):
         raise UserError(
-            f"{what} changes the base, and {names} was made for it as it is: unload first, or load "
-            "the base again"
+            f"{what} changes the base, and adapter {names} needs it unchanged: unload first, or "
+            "load the base again"
         )
 
 
-def require_own_base(model: nn.Module, what: str) -> None:
-    """Raise if a model's base was changed for its adapter, which `what` does not allow."""
+def require_unchanged_base(model: nn.Module, what: str) -> None:
+    """Raise if the base was changed for the model's adapter: `what` needs it unchanged."""
     if subtracted_parts(model):
         raise UserError(
-            f"{what} wants the base as it was, and it was changed for adapter "
+            f"{what} needs the unchanged base, and it was changed for adapter "
             f"{_adapter_names(model)} (PiSSA, OLoRA or LoftQ): unload that first"
         )
 
 
 def require_originals(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise if a 4-bit layer's weight from before quantization is not available."""
+    """Raise if the weight from before quantization of a 4-bit layer is not available."""
     modules = {name: plain(model.get_submodule(name)) for name in names}
     shapes = {name: matrix_shape(m) for name, m in modules.items() if is_quantized(m)}
     originals = state_of(model).original_weights
     if shapes and originals is None:
         raise UserError(
-            "the weights from before quantization are needed and not available: load the 16-bit "
-            "model with load_base, which remembers where they are (a checkpoint that is 4-bit "
-            "already has none)"
+            "the weights from before quantization are needed and not available: load a 16-bit "
+            "checkpoint with load_base (a 4-bit one does not hold them)"
         )
     missing = [n for n, shape in shapes.items() if originals and originals.shape(n) != shape]
     if missing:
         raise UserError(
-            f"the checkpoint does not hold the weights of {some(missing)} as this model has them: "
-            "is it the one that the model was loaded from?"
+            f"the checkpoint does not hold the weights of {some(missing)} in this model's shapes: "
+            "load the model and its weights from the same checkpoint"
         )
 
 
@@ -131,35 +127,29 @@ def start_from_weights(
     config: LoraConfig,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Give the new adapter of a layer its first values, and the layer the base that they need.
+    """Set the first A and B of a layer's new adapter, and rebase the layer where they need it.
 
     Args:
         weight: the layer's `original_weight` (out, in).
     """
-    pair, subtracted = _first_values(weight, config, _quant_of(layer.plain), generator)
+    r, scaling, quant = config.r, config.scaling, _quant_of(layer.plain)
+    if config.init_lora_weights == "loftq":
+        pair, subtracted = loftq(
+            weight, r, scaling, lambda w: nf4.round_trip(w, quant), iterations=config.loftq_iter
+        )
+    elif config.init_lora_weights == "olora":
+        pair = subtracted = olora(weight, r)
+    else:
+        niter = config.pissa_niter
+        pair = subtracted = pissa(weight, r, scaling, niter=niter, generator=generator)
     lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     if pair[0].any():  # A = 0 and B = 0, of a weight of zeros, would not learn
         lora_A.copy_(pair[0])
         lora_B.copy_(pair[1])
     if subtracted is not None:
-        # in the adapter's dtype, so that what is saved is what was subtracted
+        # in the adapter's dtype, so that the saved A' and B' are those that were subtracted
         base_A, base_B = (t.to(lora_A.dtype) for t in subtracted)
-        rebase(layer, weight, Factors(base_A, base_B, config.scaling))
-
-
-def _first_values(
-    weight: Tensor, config: LoraConfig, quant: QuantConfig, generator: torch.Generator | None
-) -> tuple[Pair, Pair | None]:
-    """A and B to start with, and A' and B' that the base is quantized without."""
-    r, scaling = config.r, config.scaling
-    if config.init_lora_weights == "loftq":
-        rounds = config.loftq_iter
-        return loftq(weight, r, scaling, lambda w: nf4.round_trip(w, quant), iterations=rounds)
-    if config.init_lora_weights == "olora":
-        pair = olora(weight, r)
-    else:
-        pair = pissa(weight, r, scaling, niter=config.pissa_niter, generator=generator)
-    return pair, pair
+        rebase(layer, weight, Factors(base_A, base_B, scaling))
 
 
 # ---- the base ----
@@ -167,13 +157,13 @@ def _first_values(
 
 @torch.no_grad()
 def rebase(layer: LoRALinear, weight: Tensor, subtracted: Factors | None) -> None:
-    """Give `layer` the base of its original `weight` (out, in) without what is `subtracted`."""
+    """Set the base of `layer` to its original `weight` (out, in) minus the `subtracted` change."""
     base = layer.plain
     subtracted = subtracted and subtracted.to(weight.device)
     rest = weight if subtracted is None else weight.float() - subtracted.change(weight)
     if is_quantized(base):
         packed, state = nf4.quantize(rest, _quant_of(base))
-        state.dtype = base.weight.quant_state.dtype  # that of dequantized weights
+        state.dtype = base.weight.quant_state.dtype  # of dequantized weights
         base.weight.data = packed
         base.weight.quant_state = base.quant_state = state
         original = None
@@ -200,13 +190,13 @@ def original_weight(model: nn.Module, name: str) -> Tensor:
 
 
 def subtracted_parts(model: nn.Module) -> dict[str, Factors]:
-    """What the bases of layers were changed by, for an adapter; empty for a base as loaded."""
+    """The change subtracted from each layer's base; empty for an unchanged base."""
     layers = _linear_layers(model).items()
     return {name: layer.rebased.subtracted for name, layer in layers if layer.rebased}
 
 
 def set_bases(model: nn.Module, subtracted: Mapping[str, Factors]) -> None:
-    """Quantize every adapted layer without its `subtracted` part, or as loaded if it has none."""
+    """Rebase every adapted layer to its `subtracted` part, or to the weight as loaded."""
     current = subtracted_parts(model)
     for name, layer in _linear_layers(model).items():
         if not _same(current.get(name), subtracted.get(name)):
@@ -214,11 +204,7 @@ def set_bases(model: nn.Module, subtracted: Mapping[str, Factors]) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Give every layer the base it was loaded with.
-
-    Raises:
-        UserError: the weights from before quantization are no longer available.
-    """
+    """Restore every layer's base as loaded; UserError if its weights are no longer available."""
     require_originals(model, subtracted_parts(model))
     set_bases(model, {})
 
@@ -239,7 +225,7 @@ def _adapter_names(model: nn.Module) -> str:
 
 
 def _quant_of(layer: Any) -> QuantConfig:
-    """The settings of a 4-bit layer; the defaults for another, which has none."""
+    """The settings of a 4-bit layer, the defaults for any other."""
     if not is_quantized(layer):
         return QuantConfig()
     state = layer.weight.quant_state

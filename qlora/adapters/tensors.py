@@ -1,15 +1,15 @@
-"""The tensors of an adapter file: sorted by name into Contents, and checked against its config.
+"""The tensors of adapter_model.safetensors, sorted into Contents and checked against the config.
+
+Their names are PEFT's, each after the prefix `base_model.model.`:
 
     <module>.lora_A.weight (r, in), lora_B.weight (out, r)        a linear layer
     <module>.lora_A.weight (r, in, *kernel), lora_B (out, r, 1…)  a convolution, read as matrices
-    <module>[.base_layer…].lora_A.weight (E * r, in), …           parameters, as of fused experts
+    <module>[.base_layer…].lora_A.weight (E * r, in), …           target_parameters, as E experts
     <module>.lora_magnitude_vector (out,)                         DoRA's magnitudes
     <module>.lora_B.bias (out,)                                   lora_bias, added to the bias
     <module>.lora_embedding_A (r, vocab), lora_embedding_B (dim, r)      an embedding
     <module>.token_adapter.trainable_tokens_delta (n, dim)        new rows of an embedding
     <module>.weight, .bias                                        trained in full
-
-each after the prefix `base_model.model.`: PEFT's format.
 """
 
 import re
@@ -42,35 +42,35 @@ VOCABULARY = ("embed_tokens", "lm_head")  # PEFT saves these in full where they 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What an adapter holds, under the model's own names."""
+    """The parameters of an adapter, by the names of the model's modules."""
 
     pairs: dict[str, Factors]
-    """of each adapted layer; an embedding counts as one from vocab to dim"""
+    """of each adapted layer; an embedding is a layer from vocab to dim"""
     embeddings: frozenset[str] = frozenset()
     """the embeddings among `pairs`"""
     full_params: dict[str, Tensor] = field(default_factory=dict)
-    """parameters trained in full"""
+    """by parameter name: values trained in full"""
     lora_biases: dict[str, Tensor] = field(default_factory=dict)
     """biases of B (out,), not yet multiplied by their module's scaling"""
     parameters: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """of a module that is no layer: A (E * r, in) and B (out, r * E) of each adapted parameter, in
-    the module's order"""
+    """of target_parameters: A (E * r, in) and B (out, r * E) of each adapted parameter of a module,
+    in the module's order"""
     rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """of an embedding: token ids (n,) and the rows (n, dim) that replace theirs"""
+    """of an embedding: token ids (n,) and their new rows (n, dim)"""
 
 
 def sort_tensors(
     tensors: Mapping[str, Tensor], values: Mapping[str, Any], config: LoraConfig
 ) -> tuple[Contents, list[str]]:
-    """What `tensors` are, and everything that is wrong with them.
+    """The tensors of adapter_model.safetensors as Contents, and every fault in them.
 
     Args:
-        tensors: of adapter_model.safetensors, by their names there.
         values: adapter_config.json.
-        config: what was read from it.
+        config: the same, as read.
     """
     sorter = _Sorter(values, config)
     sorter.split(tensors)
+    # in this order: full_params looks at all parts, parameters() takes its own out of them
     full_params, parameters = sorter.full_params(), sorter.parameters()
     pairs = sorter.pairs()
     contents = Contents(
@@ -90,12 +90,13 @@ class _Sorter:
     def __init__(self, values: Mapping[str, Any], config: LoraConfig) -> None:
         self.values, self.config = values, config
         self.parts: dict[str, dict[str, Tensor]] = {}
-        """of each adapted module, its tensors by their names in PARTS"""
+        """{module: {name in PARTS: tensor}}"""
         self.others: dict[str, Tensor] = {}
-        """all other tensors, by their names in the model"""
+        """all other tensors, by their names without PREFIX"""
         self.faults: list[str] = []
 
     def split(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill `parts` and `others`."""
         endings = "|".join(map(re.escape, PARTS))
         for key, tensor in tensors.items():
             if not tensor.is_floating_point():
@@ -111,18 +112,18 @@ class _Sorter:
                 self.others[name] = tensor
 
     def full_params(self) -> dict[str, Tensor]:
-        """The others without PEFT's `.base_layer`; the config must ask for each."""
+        """The others by parameter name, without PEFT's `.base_layer`; the config must name each."""
         saved = tuple(self.values.get("modules_to_save") or ())
         full_params = {}
         for name, tensor in self.others.items():
             module, _, leaf = name.rpartition(".")
             module = module.removesuffix(".base_layer")
-            explained = (
+            is_expected = (
                 _ends_in(module, (*saved, *VOCABULARY))
                 or (leaf == "bias" and self.values.get("bias", "none") != "none")
                 or (".base_layer." in name and module in self.parts)
             )
-            if not explained:
+            if not is_expected:
                 self.faults.append(f"unexpected {PREFIX}{name}")
             full_params[f"{module}.{leaf}"] = tensor
         modules = {name.rpartition(".")[0] for name in full_params}
@@ -133,7 +134,8 @@ class _Sorter:
         return full_params
 
     def parameters(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """Those of target_parameters, removed from `parts`. PEFT wraps a module once for each."""
+        """Pairs of target_parameters, taken out of `parts`. PEFT wraps the module once for each,
+        so the one with most `.base_layer` comes first."""
         parameters: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name in sorted(self.parts, key=lambda name: -name.count(".base_layer")):
             module = name.replace(".base_layer", "")
@@ -179,16 +181,17 @@ class _Sorter:
         return pairs
 
     def _magnitude(self, module: str, out_features: int) -> Tensor | None:
-        found = [t for part, t in self.parts[module].items() if PARTS[part] == "magnitude"]
+        """DoRA's (out,), if the module has it."""
+        vectors = [t for part, t in self.parts[module].items() if PARTS[part] == "magnitude"]
         use_dora = bool(self.values.get("use_dora"))
-        if bool(found) != use_dora:
-            has = "has" if found else "has no"
+        if bool(vectors) != use_dora:
+            has = "has" if vectors else "has no"
             self.faults.append(
                 f"{PREFIX}{module} {has} lora_magnitude_vector, its config says {use_dora=}"
             )
-        if not found:
+        if not vectors:
             return None
-        magnitude = found[0].flatten()
+        magnitude = vectors[0].flatten()
         if magnitude.shape != (out_features,):
             self.faults.append(
                 f"{PREFIX}{module}.lora_magnitude_vector has shape {tuple(magnitude.shape)}, "
@@ -197,12 +200,12 @@ class _Sorter:
         return magnitude
 
     def lora_biases(self, pairs: Mapping[str, Factors]) -> dict[str, Tensor]:
-        lora_biases, asked = {}, self.values.get("lora_bias")
+        lora_biases, is_set = {}, self.values.get("lora_bias")
         for module, tensors in self.parts.items():
             name, bias = f"{PREFIX}{module}.lora_B.bias", tensors.get("lora_B.bias")
-            if bias is None and asked and "lora_B.weight" in tensors:
+            if bias is None and is_set and "lora_B.weight" in tensors:
                 self.faults.append(f"missing {name}")
-            elif bias is not None and not asked:
+            elif bias is not None and not is_set:
                 self.faults.append(f"unexpected {name}")
             elif bias is not None and module in pairs:
                 wanted = (len(pairs[module].lora_B),)
@@ -213,11 +216,11 @@ class _Sorter:
 
     def rows(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The token ids and new rows of each embedding."""
-        rows, asked = {}, self.values.get("trainable_token_indices")
+        rows, indices = {}, self.values.get("trainable_token_indices")
         for module, tensors in self.parts.items():
-            ids = asked
-            if isinstance(asked, dict):
-                ids = next((v for k, v in asked.items() if _ends_in(module, (k,))), None)
+            ids = indices
+            if isinstance(indices, dict):
+                ids = next((v for k, v in indices.items() if _ends_in(module, (k,))), None)
             for tensor in (t for part, t in tensors.items() if PARTS[part] == "rows"):
                 if isinstance(ids, list) and len(ids) == len(tensor):
                     rows[module] = torch.tensor(ids, dtype=torch.long), tensor
@@ -227,7 +230,7 @@ class _Sorter:
                         f"{PREFIX}{module} has {len(tensor)} trained token rows, its config names "
                         f"{named}"
                     )
-        if asked and not rows:
+        if indices and not rows:
             self.faults.append("missing the rows of trainable_token_indices")
         return rows
 
@@ -245,8 +248,8 @@ def _has_rank(side: str, tensor: Tensor, r: int) -> bool:
 
 
 def _target_parameters(module: str, config: LoraConfig) -> list[str]:
-    """The parameters of `module` that target_parameters may mean: those named with their module,
-    and bare names where target_modules does not match the module."""
+    """The parameters of `module` that target_parameters names: `module.leaf` entries, and bare
+    `leaf` entries unless target_modules matches the module."""
     entries = [entry.rpartition(".")[::2] for entry in config.target_parameters]
     leaves = [leaf for above, leaf in entries if above and matches(module, above, is_regex=False)]
     targets = config.target_modules

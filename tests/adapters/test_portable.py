@@ -49,7 +49,7 @@ WORDS = {"R": "refuses", "I": "ignores"}
 NONE = "- - - - - -"
 SETTING = "a setting for biases"
 FULL, INIT = "modules trained in full", "an init that changes the base"
-GAPS, ODD = "layers adapted in some blocks", "odd ones of stacked layers"
+GAPS, ODD = "layers adapted in some blocks", "incomplete stacked layers"
 # Of each kind the rules that its file falls under, and what each consumer does about it: vLLM,
 # SGLang, llama.cpp, TGI, transformers, PEFT.
 VERDICTS: dict[str, tuple[list[str], str]] = {
@@ -58,8 +58,8 @@ VERDICTS: dict[str, tuple[list[str], str]] = {
     "an idle pattern": ([], NONE),
     "without k_proj": ([], NONE),
     "rslora": (["rsLoRA's scaling"], "- I I - - -"),
-    "alphas": (["alphas of their own"], "- I I I - -"),
-    "ranks": (["ranks of their own"], "- R - I - -"),
+    "alphas": (["separate alphas"], "- I I I - -"),
+    "ranks": (["separate ranks"], "- R - I - -"),
     "regex": (["targets that are no list"], "- R - - - -"),
     "dora": (["DoRA's magnitudes"], "R R R I I -"),
     "lora_bias": (["lora_bias"], "R I R I - -"),
@@ -432,20 +432,20 @@ def test_the_command_prints_a_line_for_each_consumer_and_writes_the_files(
     adapter, tmp_path, capsys
 ):
     make_portable(PortableConfig(adapter=str(adapter)))
-    rs, alphas = "rsLoRA's scaling (use_rslora=True)", "alphas of their own (v_proj)"
+    rs, alphas = "rsLoRA's scaling (use_rslora=True)", "separate alphas (v_proj)"
     assert capsys.readouterr().out.splitlines() == [
-        "vLLM          takes it",
+        "vLLM          accepts it",
         f"SGLang        ignores {rs}; ignores {alphas}",
         f"llama.cpp     ignores {rs}; ignores {alphas}",
         f"TGI           ignores {alphas}",
-        "transformers  takes it",
-        "PEFT          takes it",
+        "transformers  accepts it",
+        "PEFT          accepts it",
         "",
         f"--output-dir DIR writes it without {rs}, {alphas}.",
     ]
     folder = tmp_path / "new" / "out"
     make_portable(PortableConfig(adapter=str(adapter), output_dir=str(folder)))
-    assert capsys.readouterr().out.count("takes it") == 3 + len(CONSUMERS)
+    assert capsys.readouterr().out.count("accepts it") == 3 + len(CONSUMERS)
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
     assert [p.name for p in folder.parent.iterdir()] == ["out"]
     assert read_files(folder)[2] == read_files(adapter)[2]  # the metadata

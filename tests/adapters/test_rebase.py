@@ -375,7 +375,7 @@ def test_metadata_that_contradicts_the_tensors_is_refused(rebased, tmp_path):
     shutil.copytree(rebased("pissa")[1], tmp_path, dirs_exist_ok=True)
     record = {"format": "pt", "qlora": json.dumps({"rebased": {Q: 5}})}
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata=record)
-    message = f"{Q} has no 10 ranks, .* 5 of them undo 5; .* is not in its metadata"
+    message = f"{Q} must have 10 ranks, of which 5 .*; .* is not in its metadata"
     with pytest.raises(UserError, match=message):
         read_adapter(tmp_path)
 
@@ -458,7 +458,7 @@ SKIPPED = {"skip_modules": ("q_proj",)}
             (
                 {"init_lora_weights": init, "target_modules": ("q_proj", "embed_tokens")},
                 {},
-                f"'{init}' is for linear layers, which model.embed_tokens is not",
+                f"'{init}' supports linear layers only, not model.embed_tokens",
             )
             for init in ("pissa", "olora", "loftq", "eva")
         ),
@@ -475,13 +475,13 @@ def test_a_model_without_its_original_weights_is_refused(base, checkpoints, tmp_
     config = LoraConfig(**PISSA, target_modules=("q_proj",))
     load_base(str(base), FP32).save_pretrained(tmp_path)
     quantized, model = load_base(str(tmp_path), FP32), load_base(str(base), FP32)
-    message = "weights from before quantization are needed .*: load the 16-bit model"
+    message = "weights from before quantization are needed .*: load a 16-bit checkpoint"
     refused(quantized, message, lambda: apply_lora(quantized, config))
     state_of(model).original_weights = None
     refused(model, message, lambda: apply_lora(model, config))
     other = load_base(str(checkpoints("gpt2")), FP32)
     state_of(model).original_weights = state_of(other).original_weights
-    message = f"does not hold the weights of {Q}, {Q_1} as"
+    message = f"does not hold the weights of {Q}, {Q_1} in"
     refused(model, message, lambda: apply_lora(model, config))
 
 
@@ -521,7 +521,7 @@ def test_a_changed_base_holds_one_adapter(base, rebased, tmp_path):
         refused(model, message, act)
     with pytest.raises(UserError, match=message), mixed_batch(model, ["default", None]):
         pass
-    message = "changes the base, and default was made for it as it is: unload first"
+    message = "changes the base, and adapter default needs it unchanged: unload first"
     for act in (
         lambda: apply_lora(plain, LoraConfig(**OLORA), adapter_name="other"),
         lambda: load_adapter(plain, folder, adapter_name="other"),

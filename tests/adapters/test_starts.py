@@ -24,7 +24,7 @@ from qlora.adapters.starts import (
     moments_budget,
     olora,
     pissa,
-    share_out,
+    redistribute,
 )
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
@@ -196,8 +196,8 @@ def test_moments_are_sums_over_real_tokens(base, max_bytes):
         close = {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(moments.of(name), (x.T @ x).float(), **close)
         covariance = ((len(x) - 1) * torch.cov(x.T)).float()
-        torch.testing.assert_close(moments.all_of(name).covariance(), covariance, **close)
-        assert moments.all_of(name).tokens == len(x)
+        torch.testing.assert_close(moments.moments_of(name).covariance(), covariance, **close)
+        assert moments.moments_of(name).tokens == len(x)
     assert [n for group in moments.groups for n in group] == list(layers)
     sizes = [  # down_proj reads 128 values, all others 64
         sum(4 * (128 if "down" in name else 64) ** 2 for name in set(group.values()))
@@ -314,19 +314,19 @@ def test_ranks_go_to_the_directions_with_the_largest_shares():
         "b": torch.tensor([0.2, 0.1, 0.05, 0.01]),
         "c": torch.tensor([0.04, 0.03, 0.02, 0.01]),
     }
-    assert share_out(shares, 4) == {"a": 3, "b": 1, "c": 0}
-    assert sum(share_out(shares, 7).values()) == 7
+    assert redistribute(shares, 4) == {"a": 3, "b": 1, "c": 0}
+    assert sum(redistribute(shares, 7).values()) == 7
 
 
 @pytest.mark.parametrize(
     ("settings", "data", "message"),
     [
-        ({}, None, "'eva' looks at what the layers read: give apply_lora `data`"),
-        ({"r": 65}, batches(), r"at most as many directions .*0.self_attn.q_proj has r=65"),
+        ({}, None, "'eva' needs inputs of the layers: give apply_lora `data`"),
+        ({"r": 65}, batches(), r"r of at most the smaller side .*0.self_attn.q_proj has r=65"),
         (
             {"target_modules": ("q_proj", "lm_head")},
             batches(),
-            "^lm_head read too little of EVA's data, no more than r tokens",
+            "^lm_head read too few tokens of EVA's data, no more than r:",
         ),
     ],
     ids=["no data", "rank", "idle"],

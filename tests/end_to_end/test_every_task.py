@@ -230,7 +230,7 @@ def test_run_is_resumed_with_its_head(checkpoints, tmp_path):
 def test_adapter_of_other_labels_is_refused(trained, checkpoints):
     folder, _ = trained("llama without pad", "seq-cls")
     base = str(checkpoints("llama without pad"))
-    message = "its labels are neg, pos, and the model was loaded with x, y, z"
+    message = "its labels are neg, pos, those of the model x, y, z"
     with pytest.raises(UserError, match=message):
         load_adapter(load_base(base, FP32, task="seq-cls", labels=("x", "y", "z")), folder)
     with pytest.raises(UserError, match=r"score\.weight is no parameter of this model"):

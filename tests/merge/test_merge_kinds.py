@@ -145,7 +145,7 @@ def test_adapters_that_do_not_add_up(adapter_build, one_and_two):
     one, two = map(read_adapter, one_and_two)
     assert combine([one], [1.0]) is one
     dora = read_adapter(adapter_build("dora").peft_folder)
-    with pytest.raises(UserError, match="DoRA's magnitudes, of which no weighted sum is made"):
+    with pytest.raises(UserError, match="DoRA's magnitudes, which cannot be summed"):
         combine([one, dora], [1, 1])
     two.base["blocksize"] = 128
     with pytest.raises(UserError, match="different bases"):
