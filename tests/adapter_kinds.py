@@ -1,9 +1,8 @@
 """Every kind of adapter that the tests use, and one build of each that they share.
 
-ADAPTER_KINDS has what each kind asks for, in the words of PEFT's LoraConfig. The session fixture
-`adapter_build(kind, base)` gives its `Build`, made once a process: our model with an adapter whose
-every trainable value was moved, its files, and the files, logits and gradients of PEFT's own model
-with the same values.
+ADAPTER_KINDS has the settings of each kind, as PEFT's LoraConfig takes them. The session fixture
+`adapter_build(kind, base)` gives its `Build`, made once: our model with an adapter whose every
+trainable value was moved, its files, and PEFT's own model with the same values.
 """
 
 import warnings
@@ -27,13 +26,11 @@ class AdapterKind(NamedTuple):
 
     settings: dict[str, Any]
     family: str = "llama"
-    tied: bool = False
-    """whether the base's head is its embedding"""
+    tied: bool = False  # whether the base's head is its embedding
+    # "plain": PEFT would copy 4-bit codes, which nothing trains (ours become dense), so over a
+    # 4-bit base PEFT has no model: the build has our logits and no gradients
     base: str = "any"
-    """"plain": PEFT would copy 4-bit codes, which nothing trains (ours become dense), so that over
-    a 4-bit base there is no model of PEFT's: the build has our logits and no gradients"""
-    by_peft: bool = False
-    """only PEFT can make it, over a plain base"""
+    by_peft: bool = False  # only PEFT can make it, over a plain base
     vocab: int = VOCAB
 
 
@@ -132,30 +129,24 @@ FP32_OR_16_BITS = QuantConfig(compute_dtype="fp32", allow_unquantized=True)
 class Build(NamedTuple):
     """A kind's adapter, ours and PEFT's with the same values. Tests leave it as they found it."""
 
-    model: Any
-    """ours, evaluating; None where only PEFT can make it"""
-    folder: Path
-    """its files (of PEFT, where only PEFT can make it)"""
+    model: Any  # ours, evaluating; None where only PEFT can make it
+    folder: Path  # its files; PEFT's, where only PEFT can make it
     peft_folder: Path
-    """PEFT's files"""
     base_logits: Tensor
-    logits: Tensor
-    """of PEFT's model"""
-    gradients: dict[str, Tensor]
-    """of PEFT's model, under the names that files have; empty where only PEFT can make it"""
+    logits: Tensor  # of PEFT's model
+    gradients: dict[str, Tensor]  # of PEFT's model, by the names of files; empty without ours
 
 
 def build(kind: str, base: str, checkpoint: Path, root: Path) -> Build:
     """The adapter of that kind over a "4-bit" or "plain" base of `checkpoint`."""
     asked = ADAPTER_KINDS[kind]
-    folder = peft_folder = root / "peft"
+    model, gradients, folder, peft_folder = None, {}, root / "peft", root / "peft"
     plain = new_base(kind, base, checkpoint)
     base_logits = logits(plain)
     if (base, asked.base) == ("4-bit", "plain"):
         model = trained(plain, kind)
         save_adapter(model, folder)
         return Build(model, folder, folder, base_logits, logits(model), {})
-    model, gradients = None, {}
     with warnings.catch_warnings():  # PEFT's, of tied weights and of patterns that it looks for
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(plain, peft_config(kind)).eval()
@@ -166,12 +157,10 @@ def build(kind: str, base: str, checkpoint: Path, root: Path) -> Build:
             folder = root / "ours"
             model = trained(new_base(kind, base, checkpoint), kind)
             ours = parameters_by_file_name(model, "default")
-            assert {n: p.shape for n, p in ours.items()} == {
-                n: p.shape for n, p in parameters.items()
-            }
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(ours[name])
+            assert ours.keys() == parameters.keys()
+            for name, parameter in parameters.items():
+                assert parameter.shape == ours[name].shape
+                parameter.data.copy_(ours[name])
             save_adapter(model, folder)
             gradients = gradients_of(theirs, parameters)
         grown = asked.vocab != VOCAB
@@ -226,12 +215,12 @@ def move(parameters: dict[str, nn.Parameter], seed: int = 3, std: float = 0.02) 
 def logits(model: Any) -> Tensor:
     """Of `token_ids`."""
     with torch.no_grad():
-        return torch.as_tensor(model(input_ids=token_ids()).logits)
+        return torch.as_tensor(model(input_ids=token_ids().to(model.device)).logits)
 
 
 def gradients_of(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Of the language modeling loss of `token_ids`, by the parameters' names."""
-    ids = token_ids()
+    ids = token_ids().to(model.device)
     loss = model(input_ids=ids, labels=ids).loss
     found = torch.autograd.grad(loss, list(parameters.values()))
     return dict(zip(parameters, found, strict=True))

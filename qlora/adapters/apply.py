@@ -1,8 +1,7 @@
 """Add adapters to a model in place, choose the active ones, disable them, mix them in one batch.
 
-The model keeps its class: `apply_lora` puts a wrapper around each targeted layer, so Trainer,
-generate() and everything else go on working. An error leaves the model as it was. The parts that a
-config names are found by qlora.adapters.targets.
+The model keeps its class: `apply_lora` wraps each targeted layer, so Trainer, generate() and
+everything else go on working. An error leaves the model as it was.
 """
 
 import re
@@ -40,7 +39,7 @@ from qlora.adapters.wrappers import (
 )
 from qlora.base.modules import heads, is_tied, state_of, task_of, vocabulary, was_conv1d
 from qlora.config import LoraConfig
-from qlora.errors import UserError, did_you_mean
+from qlora.errors import UserError, did_you_mean, require
 from qlora.ops.nf4 import DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -98,17 +97,17 @@ def apply_lora(
 def _require_agreement(model: nn.Module, config: LoraConfig, chosen: Targets) -> None:
     """Refuse a revision and a fan_in_fan_out that are not the base's."""
     state = state_of(model)
-    if config.revision is not None and state.quant and config.revision != state.revision:
-        raise UserError(
-            f"revision={config.revision!r}, and the base was loaded at "
-            f"{state.revision or 'its default'}: leave it out, or load that one"
-        )
+    require(
+        not state.quant or config.revision in (None, state.revision),
+        f"revision={config.revision!r}, and the base was loaded at "
+        f"{state.revision or 'its default'}: leave it out, or load that one",
+    )
     is_transposed = any(was_conv1d(plain(model.get_submodule(name))) for name in chosen.layers)
-    if config.fan_in_fan_out not in (None, is_transposed):
-        raise UserError(
-            f"fan_in_fan_out={config.fan_in_fan_out}, and the targeted layers store "
-            f"{'(in, out)' if is_transposed else '(out, in)'}: leave it out, the layers tell"
-        )
+    require(
+        config.fan_in_fan_out in (None, is_transposed),
+        f"fan_in_fan_out={config.fan_in_fan_out}, and the targeted layers store "
+        f"{'(in, out)' if is_transposed else '(out, in)'}: leave it out, the layers tell",
+    )
 
 
 def _add(
@@ -133,7 +132,7 @@ def _add(
         configs = {leaf: config.of(f"{name}.{leaf}") for leaf in leaves}
         wrap(model, name, LoRAExperts).add_adapter(adapter_name, configs, generator=generator)
     for name, ids in chosen.rows.items():
-        wrap_rows(model, name).add_adapter(adapter_name, ids, dtype)
+        wrap_rows(model, name).add_adapter(adapter_name, ids, dtype=dtype)
 
 
 @contextmanager
@@ -199,10 +198,8 @@ def wrap(
 def require_new_name(model: nn.Module, adapter_name: str) -> None:
     """Refuse a name that is taken, or that cannot be a key of a ParameterDict and a folder."""
     if not re.fullmatch(r"[\w-]+", adapter_name) or hasattr(nn.ParameterDict(), adapter_name):
-        raise UserError(
-            f"adapter_name must be letters, digits, - and _, and no attribute of torch's "
-            f"ParameterDict, got {adapter_name!r}"
-        )
+        rule = "letters, digits, - and _, and no attribute of torch's ParameterDict"
+        raise UserError(f"adapter_name must be {rule}, got {adapter_name!r}")
     if adapter_name in adapter_configs(model):
         raise UserError(f"the model already has an adapter {adapter_name!r}: choose another name")
     require_unchanged_base(model, f"adapter {adapter_name!r}")
@@ -218,11 +215,8 @@ def known_adapters(model: nn.Module, adapter_name: str | Iterable[str]) -> tuple
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     known = adapter_configs(model)
     for name in names:
-        if name not in known:
-            raise UserError(
-                f"no adapter {name!r} on the model, which has: {', '.join(known) or 'none'}."
-                f"{did_you_mean(name, known)}"
-            )
+        present = f"{', '.join(known) or 'none'}.{did_you_mean(name, known)}"
+        require(name in known, f"no adapter {name!r} on the model, which has: {present}")
     return names
 
 
@@ -230,10 +224,8 @@ def require_only_biases(model: nn.Module, bias: str) -> None:
     """Refuse a second adapter that trains biases."""
     others = [name for name, config in adapter_configs(model).items() if config.bias != "none"]
     if bias != "none" and others:
-        raise UserError(
-            f"adapter {others[0]!r} trains biases already, and only one on a model can: give "
-            "bias='none', or delete that one"
-        )
+        mend = "give bias='none', or delete that one"
+        raise UserError(f"adapter {others[0]!r} trains biases already, and only one can: {mend}")
 
 
 # ---- which are active ----
@@ -258,8 +250,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
 def activate(model: nn.Module, names: Sequence[str]) -> None:
     """Make these adapters active wherever they are, and no others.
 
-    They add up in the order in which they were added to the model: the last bits of a sum depend
-    on it.
+    They add up in the order in which they were added: the last bits of a sum depend on it.
     """
     names = [name for name in adapter_configs(model) if name in names]
     for _, wrapper in adapted(model):
@@ -273,25 +264,18 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def require_one_owner(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse an adapter that is named twice, and two that train one part in full: it has one
-    value."""
+    """Refuse an adapter that is named twice, and two that change a part that one trains in full."""
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{', '.join(map(repr, twice))} is named twice: name each adapter once")
     for name, module in base_modules(model).items():
-        owners, in_full = set(), False
-        for wrapper in wrappers(module):
-            if isinstance(wrapper, TrainedModule | TokenRows):
-                own = {a for a in names if a in wrapper.adapters}
-                owners |= own
-                in_full |= any(
-                    isinstance(wrapper, TokenRows) or "weight" in wrapper.parameters_of(a)
-                    for a in own
-                )
-        users = [a for a in names if any(a in w.adapters for w in adapter_modules(module))]
+        present = [(a, w) for a in names for w in adapter_modules(module) if a in w.adapters]
+        owned = [(a, w) for a, w in present if isinstance(w, TrainedModule | TokenRows)]
+        in_full = any(isinstance(w, TokenRows) or "weight" in w.parameters_of(a) for a, w in owned)
+        owners, users = {a for a, _ in owned}, dict.fromkeys(a for a, _ in present)
         if len(owners) > 1 or (in_full and len(users) > 1):
+            together = " and ".join(map(repr, users))
             raise UserError(
-                f"adapters {' and '.join(map(repr, users))} cannot be active "
-                f"together: each has a {name} of its own"
+                f"adapters {together} cannot be active together: each has its own {name}"
             )
 
 
@@ -322,14 +306,11 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     names = known_adapters(model, [name for name in adapter_names if name is not None])
     require_unchanged_base(model, "mixed_batch")
     present = [wrapper for _, wrapper in adapted(model)]
-    for wrapper in present:
-        for name in names:
-            if isinstance(wrapper, LoRALayer) and name in wrapper.lora_magnitude_vector:
-                raise UserError(f"adapter {name!r} is DoRA's, which cannot be mixed by rows")
-            if isinstance(wrapper, LoRAExperts) and name in wrapper.adapters:
-                raise UserError(
-                    f"adapter {name!r} changes experts, which do not see a batch row by row"
-                )
+    for name in names:
+        is_dora = adapter_configs(model)[name].use_dora
+        require(not is_dora, f"adapter {name!r} is DoRA's, which cannot be mixed by rows")
+        has_experts = any(isinstance(w, LoRAExperts) and name in w.adapters for w in present)
+        require(not has_experts, f"adapter {name!r} changes experts, which cannot be mixed by rows")
     before = [wrapper.adapter_of_row for wrapper in present]
     try:
         for wrapper in present:
@@ -355,34 +336,24 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
         layer        layers       out x in  rank    trainable
         q_proj           30      576 x 576    16      552,960
+        norm              1             64     -           64
 
-    and `trainable 4,884,480 of 139,399,488 parameters (3.50%)`.
+    and `trainable 4,884,480 of 139,399,488 parameters (3.50%)`. Without a rank: the shape of the
+    first parameter.
     """
     rows: Counter[tuple[str, str, str, int]] = Counter()
     for name, wrapper in adapted(model):
         for adapter in wrapper.active_adapters:
-            size = sum(
-                p.numel() for p in wrapper.parameters_of(adapter).values() if p.requires_grad
-            )
-            if size:
-                rows[name.rpartition(".")[2], *_shape_and_rank(wrapper, adapter), size] += 1
+            parameters = [p for p in wrapper.parameters_of(adapter).values() if p.requires_grad]
+            if parameters:
+                is_lora = isinstance(wrapper, LoRALayer)
+                rank = str(len(wrapper.lora_A[adapter])) if is_lora else "-"
+                shape = wrapper.shape if is_lora else parameters[0].shape
+                size, leaf = sum(p.numel() for p in parameters), name.rpartition(".")[2]
+                rows[leaf, " x ".join(map(str, shape)), rank, size] += 1
     if rows:
         print(f"{'layer':24}{'layers':>7}{'out x in':>15}{'rank':>10}{'trainable':>14}")
     for (leaf, shape, rank, size), count in rows.items():
         print(f"{leaf:24}{count:7}{shape:>15}{rank:>10}{count * size:14,}")
     trainable, total = trainable_parameters(model)
     print(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-
-
-def _shape_and_rank(wrapper: AdapterModule, adapter: str) -> tuple[str, str]:
-    """The shape of the weight that an adapter changes, and the rank of the change, in words."""
-    parameters = wrapper.parameters_of(adapter)
-    if isinstance(wrapper, LoRALayer):
-        return " x ".join(map(str, wrapper.shape)), str(len(wrapper.lora_A[adapter]))
-    if isinstance(wrapper, LoRAExperts):
-        return f"{len(parameters) // 2} stacked", str(wrapper.rank(adapter))
-    if isinstance(wrapper, TokenRows):
-        return " x ".join(map(str, wrapper.plain.weight.shape)), f"{len(wrapper.ids[adapter])} rows"
-    if "weight" in parameters:
-        return " x ".join(map(str, parameters["weight"].shape)), "in full"
-    return "", "bias"

@@ -4,18 +4,16 @@
 never quantized again, so `unmerge_adapter` restores it bit for bit. (qlora.merge writes merged
 checkpoints, a tensor at a time.)
 
-`add_weighted_adapter` combines adapters in PEFT's ways, under its names:
+`add_weighted_adapter` combines adapters in PEFT's ways:
 
     cat              A stacked, B side by side: the weighted sum of the changes, exactly
-    svd              the same sum in a rank of choice: its best approximation
+    svd              the best approximation of that sum in a rank of choice
     linear           sum of sqrt(weight) A times sum of sqrt(weight) B: cheap, with cross terms
     ties             linear, of the largest values only, where their signs agree (arXiv:2306.01708)
-    dare_linear      linear, of random values, rescaled (arXiv:2311.03099)
-    dare_ties        both
+    dare_linear      linear, of random values, rescaled (arXiv:2311.03099); dare_ties: both
     magnitude_prune  linear, of the largest values only
 
-and the last four with _svd: the same on the changes themselves, scaling * B A, brought to a rank of
-choice.
+and the last four with _svd: of the changes themselves, scaling * B A, then their svd.
 """
 
 import math
@@ -47,7 +45,7 @@ from qlora.adapters.wrappers import (
 )
 from qlora.base.modules import as_dense, computes_in, dense_weight, is_tied, output_head, state_of
 from qlora.config import LoraConfig
-from qlora.errors import UserError, did_you_mean, some
+from qlora.errors import UserError, did_you_mean, require, some
 
 Combination = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd",
@@ -63,22 +61,22 @@ Mix = Callable[[list[Tensor], list[float]], Tensor]
 def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
     """Fuse adapters, by default the active ones, into dense 16-bit weights, for speed.
 
-    The 4-bit base stays beside them, which costs memory: nothing is quantized again, and
-    `unmerge_adapter` is exact. `set_adapter` and `disable_adapter` keep their meaning: fused
-    weights are used while all that is in them is active. `model.train()` unfuses.
+    The 4-bit base stays beside them, which costs memory. `set_adapter` and `disable_adapter` keep
+    their meaning: fused weights are used while all that is in them is active. `model.train()`
+    unfuses.
 
     Raises:
         UserError: there is no such adapter, some are fused already, two of them cannot be active
             together, or the model is in training.
     """
     names = _to_fuse(model, adapter_names)
-    if fused := fused_adapters(model):
-        raise UserError(f"{', '.join(fused)} is merged already: unmerge_adapter first")
-    if model.training:
-        raise UserError(
-            "the model is in training mode, in which adapters are kept apart from the base: call "
-            "model.eval() before merge_adapter"
-        )
+    fused = fused_adapters(model)
+    require(not fused, f"{', '.join(fused)} is merged already: unmerge_adapter first")
+    require(
+        not model.training,
+        "in training mode adapters are kept apart from the base: call model.eval() before "
+        "merge_adapter",
+    )
     for _, wrapper in adapted(model):
         wrapper.fuse(names)
     return model
@@ -90,8 +88,7 @@ def unmerge_adapter(model: Model) -> Model:
     Raises:
         UserError: nothing is fused.
     """
-    if not fused_adapters(model):
-        raise UserError("no adapter is merged: there is nothing to unmerge")
+    require(fused_adapters(model) != (), "no adapter is merged: there is nothing to unmerge")
     for _, wrapper in adapted(model):
         wrapper.unfuse()
     return model
@@ -105,16 +102,15 @@ def fused_adapters(model: nn.Module) -> tuple[str, ...]:
 
 def require_unfused(model: nn.Module, adapter_name: str) -> None:
     """Refuse to change an adapter that is part of fused weights."""
-    if adapter_name in fused_adapters(model):
-        raise UserError(f"adapter {adapter_name!r} is merged: unmerge_adapter first")
+    is_fused = adapter_name in fused_adapters(model)
+    require(not is_fused, f"adapter {adapter_name!r} is merged: unmerge_adapter first")
 
 
 def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = None) -> Model:
     """Make `model` a plain 16-bit one that includes these adapters, by default the active ones.
 
-    Every 4-bit layer becomes a dense one, adapted or not, so that all of the model is dense, and
-    `save_pretrained` writes what merge_dequant.py does (which needs less memory, one tensor at a
-    time). Other adapters are dropped.
+    Every 4-bit layer becomes a dense one, adapted or not: `save_pretrained` writes what
+    merge_dequant.py does, a tensor at a time in less memory. Other adapters are dropped.
 
     Raises:
         UserError: there is no such adapter, two of them cannot be active together, or one has a
@@ -161,11 +157,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """
     known_adapters(model, adapter_name)
     require_unfused(model, adapter_name)
-    if adapter_name in active_adapters(model):
-        raise UserError(
-            f"adapter {adapter_name!r} is active: set_adapter another first, or unload to remove "
-            "all of them"
-        )
+    require(
+        adapter_name not in active_adapters(model),
+        f"adapter {adapter_name!r} is active: set_adapter another first, or unload to remove all",
+    )
     restore(model)
     remove_adapter(model, adapter_name)
     del adapter_configs(model)[adapter_name]
@@ -173,11 +168,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def _to_fuse(model: nn.Module, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
     """The adapters asked for, by default the active ones; at least one."""
-    names = active_adapters(model)
-    if adapter_names is not None:
-        names = known_adapters(model, adapter_names)
-    if not names:
-        raise UserError("no adapter is active: there is nothing to merge")
+    asked = active_adapters(model) if adapter_names is None else adapter_names
+    names = known_adapters(model, asked)
+    require(names != (), "no adapter is active: there is nothing to merge")
     require_one_owner(model, names)
     return names
 
@@ -185,14 +178,14 @@ def _to_fuse(model: nn.Module, adapter_names: str | Iterable[str] | None) -> tup
 def _require_biases(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse a lora_bias on layers without a bias: their class has none to save."""
     layers = lora_layers(model).items()
+    without = {n: layer for n, layer in layers if getattr(layer.plain, "bias", None) is None}
     for name in names:
-        biased = {n: layer.plain for n, layer in layers if name in layer.lora_bias}
-        without = [n for n, base in biased.items() if getattr(base, "bias", None) is None]
-        if without:
-            raise UserError(
-                f"adapter {name!r} has lora_bias, and {some(without)} have no bias to fold it "
-                "into: use merge_adapter, which keeps it beside the layer"
-            )
+        unfit = [n for n, layer in without.items() if name in layer.lora_bias]
+        require(
+            not unfit,
+            f"adapter {name!r} has lora_bias, and {some(unfit)} have no bias to fold it into: use "
+            "merge_adapter, which keeps it beside the layer",
+        )
 
 
 def _untie(model: nn.Module) -> None:
@@ -200,14 +193,12 @@ def _untie(model: nn.Module) -> None:
     if not is_tied(model):
         return
     head, embedding = output_head(model), model.get_input_embeddings()  # type: ignore[operator]
-    if head.weight is embedding.weight:
-        return
-    if head.weight.shape == embedding.weight.shape and torch.equal(head.weight, embedding.weight):
+    if torch.equal(head.weight, embedding.weight):  # False where the shapes differ
         head.weight = embedding.weight
-        return
-    config: Any = model.config
-    config.tie_word_embeddings = False
-    config.get_text_config(decoder=True).tie_word_embeddings = False
+    else:
+        config: Any = model.config
+        config.tie_word_embeddings = False
+        config.get_text_config(decoder=True).tie_word_embeddings = False
 
 
 # ---- combine ----
@@ -244,17 +235,27 @@ def add_weighted_adapter(
     _check(names, weights, combination_type, svd_rank, density, majority_sign_method)
     for name in names:
         _require_only_matrices(model, name)
+    way, weight_of = combination_type, dict(zip(names, weights, strict=True))
+
+    def mix(tensors: list[Tensor], scales: list[float]) -> Tensor:
+        pruned = [_pruned(tensor, way, density or 1.0, generator) for tensor in tensors]
+        return _weighted_sum(pruned, scales, way, majority_sign_method)
+
     layers = lora_layers(model)
-    parts = {}  # of each layer: the weights of its adapters
-    for name, layer in layers.items():
-        if own := {a: w for a, w in zip(names, weights, strict=True) if a in layer.lora_A}:
-            parts[name] = own
-    if combination_type != "cat" and not combination_type.endswith("svd"):
-        _require_one_rank(layers, parts, combination_type)
-    r = svd_rank or max(len(layers[name].lora_A[a]) for name, own in parts.items() for a in own)
-    mix = _mix(combination_type.removesuffix("_svd"), density, majority_sign_method, generator)
+    ranks = {  # of each layer: the ranks of its adapters
+        name: own
+        for name, layer in layers.items()
+        if (own := {a: len(layer.lora_A[a]) for a in names if a in layer.lora_A})
+    }
+    for name, own in ranks.items():
+        require(
+            way.endswith(("cat", "svd")) or len(set(own.values())) == 1,
+            f"{way} wants adapters of one rank, at {name} they have {own}: take svd or cat",
+        )
+    r = svd_rank or max(rank for own in ranks.values() for rank in own.values())
     combined = {
-        name: _combined(layers[name], own, combination_type, mix, r) for name, own in parts.items()
+        name: _combined(layers[name], {a: weight_of[a] for a in own}, way, mix, r)
+        for name, own in ranks.items()
     }
     r = max(len(factors.lora_A) for factors in combined.values())
     for name, factors in combined.items():
@@ -284,29 +285,27 @@ def _combined(layer: LoRALayer, weights: dict[str, float], way: str, mix: Mix, r
     return Factors(lora_A, lora_B, 1.0)
 
 
-def _mix(way: str, density: float | None, signs: Signs, generator: torch.Generator | None) -> Mix:
-    """A function of tensors of one shape, and their weights, to one such tensor."""
+def _pruned(tensor: Tensor, way: str, density: float, generator: torch.Generator | None) -> Tensor:
+    """A share of the values: of dare random ones, scaled up, of other ways the largest."""
+    if density == 1:
+        return tensor
+    if way.startswith("dare"):
+        drawn = torch.bernoulli(torch.full_like(tensor, density), generator=generator)
+        return tensor * drawn / density
+    flat = tensor.flatten()
+    kept = flat.abs().topk(int(density * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(tensor)
 
-    def prune(tensor: Tensor) -> Tensor:
-        if density is None or density == 1:
-            return tensor
-        if way.startswith("dare"):  # random values, divided by their share
-            drawn = torch.bernoulli(torch.full_like(tensor, density), generator=generator)
-            return tensor * drawn / density
-        flat = tensor.flatten()  # the largest values
-        kept = flat.abs().topk(int(density * flat.numel())).indices
-        return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(tensor)
 
-    def mix(tensors: list[Tensor], weights: list[float]) -> Tensor:
-        stacked = torch.stack([prune(tensor) for tensor in tensors])  # (n, *shape)
-        scale = torch.tensor(weights, device=stacked.device).view(-1, *[1] * tensors[0].ndim)
-        if not way.endswith("ties"):
-            return (stacked * scale).sum(0)
-        votes = stacked.sum(0) if signs == "total" else stacked.sign().sum(0)
-        agree = stacked.sign() == torch.where(votes >= 0, 1, -1)
-        return (stacked * scale * agree).sum(0) / agree.sum(0).clamp_min(1)
-
-    return mix
+def _weighted_sum(tensors: list[Tensor], weights: list[float], way: str, signs: Signs) -> Tensor:
+    """The sum of tensors of one shape; of ties, the mean of those that have the majority's sign."""
+    stacked = torch.stack(tensors)  # (n, *shape)
+    scaled = stacked * stacked.new_tensor(weights).view(-1, *[1] * tensors[0].ndim)
+    if "ties" not in way:
+        return scaled.sum(0)
+    votes = stacked.sum(0) if signs == "total" else stacked.sign().sum(0)
+    agree = stacked.sign() == torch.where(votes >= 0, 1, -1)
+    return (scaled * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
 def _low_rank_svd(stacked: Factors, r: int) -> Factors:
@@ -335,28 +334,24 @@ def _check(
     signs: str,
 ) -> None:
     ways, prunes = get_args(Combination), way.startswith(("ties", "dare", "magnitude"))
-    if not names or len(names) != len(weights):
+    if not 0 < len(names) == len(weights):
         raise UserError(f"wanted a weight for each adapter, got {len(names)} and {len(weights)}")
     if len(set(names)) < len(names):
         raise UserError("an adapter is named twice: add up its weights")
     if not all(map(math.isfinite, weights)):
         raise UserError(f"weights must be finite numbers, got {list(weights)}")
     if way not in ways:
-        raise UserError(
-            f"combination_type must be one of {', '.join(ways)}, got {way!r}."
-            f"{did_you_mean(way, ways)}"
-        )
+        one_of = f"{', '.join(ways)}, got {way!r}.{did_you_mean(way, ways)}"
+        raise UserError(f"combination_type must be one of {one_of}")
     if svd_rank is not None and (not way.endswith("svd") or svd_rank < 1):
-        raise UserError(
-            f"svd_rank is the rank, above 0, for types that end in svd; got {svd_rank} for {way}"
-        )
+        raise UserError(f"svd_rank is for the svd types, and above 0: got {svd_rank} for {way}")
     if prunes != (density is not None):
-        raise UserError(
-            f"density is the share of values that ties, dare and magnitude_prune keep: {way} "
-            f"{'needs one' if prunes else 'takes none'}"
-        )
+        needs = "needs one" if prunes else "takes none"
+        raise UserError(f"density is for ties, dare and magnitude_prune: {way} {needs}")
     if density is not None and not 0 < density <= 1:
-        raise UserError(f"density must be above 0 and at most 1, got {density}")
+        raise UserError(
+            f"density is the share of values kept, above 0 and at most 1: got {density}"
+        )
     if signs not in get_args(Signs):
         raise UserError(f"majority_sign_method must be total or frequency, got {signs!r}")
 
@@ -370,17 +365,5 @@ def _require_only_matrices(model: nn.Module, name: str) -> None:
         "has lora_bias": config.lora_bias,
         f"trains {some(others)} beside its A and B": others,
     }
-    for what in (what for what, is_so in more.items() if is_so):
-        raise UserError(f"adapter {name!r} {what}, of which no weighted sum can be computed")
-
-
-def _require_one_rank(
-    layers: dict[str, LoRALayer], parts: dict[str, dict[str, float]], way: str
-) -> None:
-    for name, adapters in parts.items():
-        ranks = {adapter: len(layers[name].lora_A[adapter]) for adapter in adapters}
-        if len(set(ranks.values())) > 1:
-            raise UserError(
-                f"{way} wants adapters of one rank, at {name} they have "
-                f"{', '.join(f'{r} ({adapter})' for adapter, r in ranks.items())}: take svd or cat"
-            )
+    for part, is_so in more.items():
+        require(not is_so, f"adapter {name!r} {part}, of which no weighted sum can be computed")

@@ -9,17 +9,10 @@ As in PEFT. Experts are one parameter (E, out, in), and their module multiplies 
 way; so the sum with B A is formed in every forward pass, which costs its memory. Grouped
 convolutions are left out: their change cannot be fused into the grouped weight.
 
-To add a type of layer:
-
-1. qlora/base/modules.py: `matrix_shape`, `dense_weight` and `as_dense` say how its weight is a
-   matrix (out, in), and back.
-2. Here: a subclass of LoRALayer with `_change`, B A x, and `_with_weight`, the output with another
-   weight; a line in `lora_class`, which is what makes it a target. By need: `_set_matrices` where A
-   and B have another shape in files, `_first_values` for another start, `_as_output` and
-   `_magnitude_shape` for DoRA.
-3. Only where files give its A and B other names: `ENDINGS` here, `PARTS` in tensors.py.
-4. merge/ adds a change to a matrix; where the checkpoint stores the weight otherwise, see how it
-   treats convolutions.
+A new type of layer is a subclass of LoRALayer with `_change` and `_with_weight`, and a line in
+`lora_class` (CONTRIBUTING.md has the rest). By need: `_set_matrices` where A and B have another
+shape in files, `ENDINGS` (and `PARTS` in tensors.py) for other names there, `_first_values` for
+another start, `_as_output` and `_magnitude_shape` for DoRA.
 """
 
 from collections.abc import Iterable, Mapping
@@ -93,13 +86,11 @@ class LoRAConv(LoRALayer):
         # (N, in, *size) -> (N, r, *size') with the layer's own stride and padding
         low = conv._conv_forward(x, self.lora_A[name].to(x.dtype), None)
         up = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
-        change: Tensor = up(low, self.lora_B[name].to(x.dtype))  # -> (N, out, *size')
-        return change
+        return up(low, self.lora_B[name].to(x.dtype))  # -> (N, out, *size')
 
     def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        conv = self.plain
-        y: Tensor = conv._conv_forward(x, weight.view_as(conv.weight), self._bias)
-        return y
+        weight = weight.view_as(self.plain.weight)
+        return self.plain._conv_forward(x, weight, self._bias)  # type: ignore[no-any-return]
 
     def _as_output(self, features: Tensor) -> Tensor:
         return features.view(-1, *self._ones)
@@ -116,9 +107,10 @@ class LoRAExperts(AdapterModule):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.scaling: dict[str, dict[str, float]] = {}  # by adapter, then by parameter
+        # by adapter, then by parameter
+        self.lora_A: Any = nn.ModuleDict()
+        self.lora_B: Any = nn.ModuleDict()
+        self.scaling: dict[str, dict[str, float]] = {}
         self._fused: dict[str, Tensor] = {}
 
     def add_adapter(
@@ -134,8 +126,7 @@ class LoRAExperts(AdapterModule):
             weight = getattr(self.plain, leaf)
             experts, out_features, in_features = expert_sizes(self.plain, leaf)
             dtype = adapter_dtype(config, weight.device, weight.dtype)
-            drawn = torch.empty(config.r * experts, in_features)
-            bound = in_features**-0.5
+            drawn, bound = torch.empty(config.r * experts, in_features), in_features**-0.5
             lora_A[leaf] = drawn.uniform_(-bound, bound, generator=generator).to(dtype)
             lora_B[leaf] = torch.zeros(out_features, config.r * experts, dtype=dtype)
         self.put_adapter(name, lora_A, lora_B, {n: own.scaling for n, own in configs.items()})
@@ -157,27 +148,17 @@ class LoRAExperts(AdapterModule):
         """Under PEFT's names: it wraps a module once for each parameter, the first innermost."""
         if name not in self.lora_A:
             return {}
-        lora_A, lora_B = self._matrices(name)
         parameters = {}
         for depth, leaf in enumerate(reversed(self.leaves_of(name))):
             prefix = "base_layer." * depth
-            parameters[f"{prefix}lora_A.weight"] = lora_A[leaf]
-            parameters[f"{prefix}lora_B.weight"] = lora_B[leaf]
+            parameters[f"{prefix}lora_A.weight"] = self.lora_A[name][leaf]
+            parameters[f"{prefix}lora_B.weight"] = self.lora_B[name][leaf]
         return parameters
-
-    def _matrices(self, name: str) -> tuple[Any, Any]:
-        """A and B of adapter `name`, each by the names of parameters."""
-        return self.lora_A[name], self.lora_B[name]
-
-    def rank(self, name: str) -> int:
-        """The rank of each expert's change."""
-        leaf = self.leaves_of(name)[0]
-        return len(self._matrices(name)[0][leaf]) // expert_sizes(self.plain, leaf)[0]
 
     def leaves_of(self, name: str) -> list[str]:
         """The module's parameters that adapter `name` changes, in the module's order."""
-        lora_A, _ = self._matrices(name)
-        return [leaf for leaf, _ in self.plain.named_parameters(recurse=False) if leaf in lora_A]
+        leaves = (leaf for leaf, _ in self.plain.named_parameters(recurse=False))
+        return [leaf for leaf in leaves if leaf in self.lora_A[name]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base module, with its changed parameters."""
@@ -199,22 +180,23 @@ class LoRAExperts(AdapterModule):
     def get_delta_weight(self, name: str, leaf: str) -> Tensor:
         """What adapter `name` adds to a parameter, in its shape."""
         experts, out_features, in_features = expert_sizes(self.plain, leaf)
-        held_A, held_B = self._matrices(name)
-        lora_A = held_A[leaf].view(experts, -1, in_features)  # (E, r, in)
-        lora_B = held_B[leaf].view(out_features, -1, experts).permute(2, 0, 1)  # (E, out, r)
-        delta = self.scaling[name][leaf] * torch.bmm(lora_B, lora_A)  # (E, out, in)
+        lora_A = self.lora_A[name][leaf].view(experts, -1, in_features)  # (E, r, in)
+        lora_B = self.lora_B[name][leaf].view(out_features, -1, experts)  # (out, r, E)
+        # (E, out, r) @ (E, r, in) -> (E, out, in)
+        delta = self.scaling[name][leaf] * torch.bmm(lora_B.permute(2, 0, 1), lora_A)
         weight = getattr(self.plain, leaf)
         if weight.ndim == 3 and _is_transposed(self.plain):
             delta = delta.transpose(1, 2)
         return delta.reshape(weight.shape)
 
     def fuse(self, names: Iterable[str]) -> None:
-        self.fused_adapters = tuple(name for name in names if name in self.lora_A)
+        super().fuse(names)
         with torch.no_grad():
             self._fused = self._changed(self.fused_adapters, {})
 
     def unfuse(self) -> None:
-        self.fused_adapters, self._fused = (), {}
+        super().unfuse()
+        self._fused = {}
 
     def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
         module = shallow_copy(below)

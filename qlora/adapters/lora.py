@@ -6,22 +6,16 @@
     W (out, in)      frozen: of a bitsandbytes Linear4bit, an nn.Linear or GPT-2's Conv1D
                      (qlora.adapters.layers: of embeddings, convolutions and experts)
 
-`LoRALayer.forward` is the plain implementation. qlora.fast.layers may replace it in training
-(`LoRALinear.fast`) with functions that compute the same and keep less for the backward pass.
-
-A layer holds any number of adapters by name and adds up the active ones. A and B keep the adapter's
-dtype and are cast to the input's for the products, which are small: x is never cast up.
+A layer holds any number of adapters by name and adds up the active ones. A and B are cast to the
+dtype of x for the products, which are small: x is never cast up.
 
 DoRA (arXiv:2402.09353) multiplies each output with magnitude / |row of W + scaling * B A|; the norm
-of the row is a constant of the backward pass. Its square is, row by row,
+is a constant of the backward pass. Its square is, row by row,
 |W|^2 + 2 scaling (W A') B + scaling^2 B A A' B', and W A' is the base layer's output for the r rows
 of A: neither B A nor a dequantized W is formed.
 
 Fusing computes a second, dense weight, W + scaling * B A in 16 bits, beside W and its codes:
 nothing is quantized again, and unfusing is exact.
-
-`delta_weight` is the only place that computes scaling * B A as a matrix; the merge and everything
-else that adds an adapter to a weight call it.
 """
 
 import math
@@ -153,18 +147,16 @@ class LoRALayer(AdapterModule):
     def add_adapter(
         self, name: str, config: LoraConfig, *, generator: torch.Generator | None = None
     ) -> None:
-        """A new adapter, not yet active."""
-        device = self.plain.weight.device
-        dtype = adapter_dtype(config, device, computes_in(self.plain))
-        lora_A, lora_B = self._first_values(config, generator)
-        self._set_matrices(name, lora_A.to(device, dtype), lora_B.to(device, dtype))
-        if config.use_dora:
-            # in fp32: steps of bf16 are 0.4 % of a norm, more than one update
-            magnitude = self._row_norm().clone().view(self._magnitude_shape)
-            self.lora_magnitude_vector[name] = nn.Parameter(magnitude)
-        if config.lora_bias:
-            self.lora_bias[name] = nn.Parameter(torch.zeros(self.shape[0], device=device))
-        self.scaling[name], self.dropout[name] = config.scaling, config.lora_dropout
+        """A new adapter, trainable and not yet active."""
+        dtype = adapter_dtype(config, self.plain.weight.device, computes_in(self.plain))
+        lora_A, lora_B = (matrix.to(dtype) for matrix in self._first_values(config, generator))
+        # in fp32: steps of bf16 are 0.4 % of a norm, more than one update
+        magnitude = self._row_norm() if config.use_dora else None
+        bias = torch.zeros(self.shape[0]) if config.lora_bias else None
+        factors = Factors(lora_A, lora_B, config.scaling, magnitude)
+        self.put_adapter(name, factors, config.lora_dropout, bias)
+        for parameter in self.parameters_of(name).values():
+            parameter.requires_grad_(True)
 
     def put_adapter(
         self, name: str, factors: "Factors", dropout: float = 0.0, bias: Tensor | None = None
@@ -190,13 +182,9 @@ class LoRALayer(AdapterModule):
         return Factors(lora_A, lora_B, self.scaling[name], magnitude)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        held = {
-            self.ENDINGS[0]: self.lora_A,
-            self.ENDINGS[1]: self.lora_B,
-            "lora_magnitude_vector": self.lora_magnitude_vector,
-            "lora_B.bias": self.lora_bias,
-        }
-        return {ending: parts[name] for ending, parts in held.items() if name in parts}
+        endings = (*self.ENDINGS, "lora_magnitude_vector", "lora_B.bias")
+        parts = (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_bias)
+        return {end: part[name] for end, part in zip(endings, parts, strict=True) if name in part}
 
     def drawn_dropout(self, name: str) -> Dropout | None:
         """The dropout of A's input in one call of the layer; None where nothing is dropped."""
@@ -218,14 +206,13 @@ class LoRALayer(AdapterModule):
 
     def _add_dora(self, y: Tensor, own: Tensor, change: Tensor, name: str) -> Tensor:
         """y + gain * (W x + scaling * B A x) - W x, of own = W x + bias and change = B A x."""
-        own = own if self._bias is None else own - self._as_output(self._bias)
+        own = own if (bias := self._bias) is None else own - self._as_output(bias)
         gain = self._as_output(self._gain(name))
         return y + (gain - 1).to(y.dtype) * own + (gain * self.scaling[name]).to(y.dtype) * change
 
     @property
     def _bias(self) -> Tensor | None:
-        bias: Tensor | None = getattr(self.base_layer, "bias", None)
-        return bias
+        return getattr(self.base_layer, "bias", None)
 
     def _gain(self, name: str) -> Tensor:
         """DoRA's factor for each output, fp32 (out,)."""
@@ -235,11 +222,10 @@ class LoRALayer(AdapterModule):
             gram = lora_A @ lora_A.T  # (r, r)
             # (out, r) + (out, r) @ (r, r) -> (out, r)
             cross = 2 * scaling * self._project_A(lora_A).T + scaling**2 * lora_B @ gram
-            norm = self._row_norm().square().add_(cross.mul_(lora_B).sum(1))
-            norm = norm.clamp_min_(0).sqrt_()
+            square = self._row_norm().square().add_(cross.mul_(lora_B).sum(1))
+            norm = square.clamp_min_(0).sqrt_()
         magnitude: Tensor = self.lora_magnitude_vector[name]
-        gain: Tensor = magnitude.float().flatten() / norm
-        return gain
+        return magnitude.float().flatten() / norm
 
     def _row_norm(self) -> Tensor:
         """|row of W|, fp32 (out,), computed once."""
@@ -251,12 +237,13 @@ class LoRALayer(AdapterModule):
 
     def fuse(self, names: Iterable[str]) -> None:
         """Compute with the weight that includes these adapters while all of them are active."""
-        self.fused_adapters = tuple(name for name in names if name in self.lora_A)
+        super().fuse(names)
         if self.fused_adapters:
             self.fused_weight = self._weight_with(self.plain, self.fused_adapters)
 
     def unfuse(self) -> None:
-        self.fused_adapters, self.fused_weight = (), None
+        super().unfuse()
+        self.fused_weight = None
 
     def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
         names = [name for name in names if name in self.lora_A]
@@ -270,8 +257,7 @@ class LoRALayer(AdapterModule):
         return layer  # type: ignore[no-any-return]
 
     def _weight_with(self, below: nn.Module, names: Iterable[str]) -> Tensor:
-        """The weight of `below` with these adapters added in fp32, (out, in), in the dtype that it
-        computes in."""
+        """W of `below` (out, in) with these adapters added in fp32, in its compute dtype."""
         weight = dense_weight(below)
         for change in [self.factors(name).change(weight) for name in names]:
             weight.add_(change)
@@ -284,8 +270,8 @@ class LoRALinear(LoRALayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.rebased: Rebased | None = None  # None: the base is as it was loaded
-        # The fused forward, set by qlora.fast.layers.use_fast_path: the same output from fused
-        # functions, or None where they do not support this call, which then is computed here.
+        # Set by qlora.fast.layers.use_fast_path: the same output from functions that keep less for
+        # the backward pass, or None where they do not support this call.
         self.fast: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -326,7 +312,10 @@ def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """scaling * B A in fp32, (out, in), from A (r, in) and B (out, r) of any float dtype."""
+    """scaling * B A in fp32, (out, in), from A (r, in) and B (out, r) of any float dtype.
+
+    The only place that forms this matrix.
+    """
     return torch.mm(lora_B.float(), lora_A.float()).mul_(scaling)
 
 

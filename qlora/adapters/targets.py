@@ -4,10 +4,9 @@
                              regular expression over the full name; "all-linear" is every linear
                              layer but the output head, or a classifier's
     exclude_modules          the same, for those to leave out
-    layers_to_transform      of what a list matches, only the layers with these numbers, the first
-                             in the name (after one of layers_pattern, where that is given)
-    modules_to_save          a name suffix, not only whole components: norm also means
-                             input_layernorm
+    layers_to_transform      of what a list matches, the layers with these numbers: the first in the
+                             name, or the first after one of layers_pattern
+    modules_to_save          any ending: norm also means input_layernorm
     bias                     the biases of all modules, or of the adapted layers
     trainable_token_indices  rows of the vocabulary, or of embeddings by an ending of their name
     target_parameters        an ending of a parameter's full name
@@ -27,7 +26,7 @@ from qlora.adapters.layers import lora_class
 from qlora.adapters.wrappers import base_modules, plain
 from qlora.base.modules import heads, is_conv, is_in, is_linear, is_quantized, vocabulary
 from qlora.config.lora import LoraConfig, pattern_key
-from qlora.errors import UserError, did_you_mean, some
+from qlora.errors import UserError, did_you_mean, require, some
 
 
 class Targets(NamedTuple):
@@ -56,20 +55,15 @@ def targets(model: nn.Module, config: LoraConfig) -> Targets:
         raise UserError("modules_to_save leaves none of the layers that target_modules matches")
     embeddings = [name for name in layers if isinstance(plain(modules[name]), nn.Embedding)]
     if config.lora_bias and embeddings:
-        raise UserError(
-            f"lora_bias is a bias of B, and {', '.join(embeddings)} is an embedding, whose B has "
-            "none: leave one of them out"
-        )
+        names = ", ".join(embeddings)
+        raise UserError(f"{names} is an embedding, which has no lora_bias: leave one of them out")
     full = {n: _leaves(modules[n]) for n in modules if is_in(n, saved) and _leaves(modules[n])}
     for name in _with_bias(modules, layers, config):
         full.setdefault(name, ["bias"])
     full = {name: full[name] for name in modules if name in full}
     rows = _token_rows(model, modules, config)
-    if twice := [name for name in rows if name in layers or name in full]:
-        raise UserError(
-            f"{', '.join(twice)} is adapted or trained as a whole, and in trainable_token_indices: "
-            "choose one"
-        )
+    twice = ", ".join(name for name in rows if name in layers or name in full)
+    require(not twice, f"{twice} is adapted or trained in full, and in trainable_token_indices")
     parameters = _target_parameters(modules, config)
     full_names = [f"{name}.{leaf}" for name, leaves in parameters.items() for leaf in leaves]
     adapted = [*layers, *full_names]
@@ -129,10 +123,8 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
             try:
                 re.compile(entries)
             except re.error as error:
-                raise UserError(
-                    f"{field} {entries!r} is no regular expression ({error}); for name endings "
-                    "give a list"
-                ) from error
+                why = f"no regular expression ({error}); for name endings give a list"
+                raise UserError(f"{field} {entries!r} is {why}") from error
             entries = (entries,)
         is_hit = partial(matches, is_regex=is_regex)
         return set().union(*_hits(field, entries, modules, is_hit, "layer", linear).values())
@@ -140,18 +132,14 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
     if config.targets_all_linear:
         excluded = heads(model)
         chosen = {name for name in linear if not is_in(name, excluded)}
-        if not chosen:
-            raise UserError(
-                "all-linear found no linear layer in this model: name its layers as target_modules"
-            )
+        require(chosen != set(), "all-linear found no linear layer: name layers as target_modules")
     else:
         chosen = named("target_modules")
     if config.layers_to_transform:
         chosen = _in_layers(chosen, config)
     if config.exclude_modules:
         chosen -= named("exclude_modules")
-        if not chosen:
-            raise UserError("exclude_modules leaves none of the layers that target_modules matches")
+        require(chosen != set(), "exclude_modules leaves none of the layers of target_modules")
     _require_layers({name: plain(modules[name]) for name in modules if name in chosen}, linear)
     return [name for name in modules if name in chosen]
 
@@ -160,13 +148,12 @@ def _in_layers(names: set[str], config: LoraConfig) -> set[str]:
     """Those of `names` in the layers of layers_to_transform, and those that are given in full."""
     numbers = {name: layer_number(name, config.layers_pattern) for name in names}
     present = sorted({number for number in numbers.values() if number is not None})
-    missing = [str(n) for n in config.layers_to_transform if n not in present]
-    if missing:
+    if missing := [str(n) for n in config.layers_to_transform if n not in present]:
         after = f" after {' or '.join(config.layers_pattern)}" if config.layers_pattern else ""
-        known = f"numbers {present[0]} to {present[-1]}" if present else "no numbered layer"
+        known = f"{present[0]} to {present[-1]}" if present else "no numbers"
         raise UserError(
-            f"layers_to_transform {', '.join(missing)} matches no layer: among its targets this "
-            f"model has {known}{after}"
+            f"layers_to_transform {', '.join(missing)} matches no layer: the targets have {known}"
+            f"{after}"
         )
     chosen = {name for name, number in numbers.items() if number in config.layers_to_transform}
     return chosen | names.intersection(config.target_modules)
@@ -183,17 +170,18 @@ def layer_number(name: str, patterns: Iterable[str]) -> int | None:
 def _require_layers(chosen: Mapping[str, nn.Module], linear: Collection[str]) -> None:
     """Refuse targets without a low-rank wrapper: grouped convolutions, or no layers at all."""
     unfit = sorted(name for name, layer in chosen.items() if lora_class(layer) is None)
-    if grouped := [name for name in unfit if is_conv(chosen[name])]:
-        raise UserError(
-            f"target_modules matches grouped convolutions, whose change B A cannot be fused into "
-            f"them: {some(grouped)}. Leave them out with exclude_modules"
-        )
-    if unfit:
-        leaves = sorted({name.rpartition(".")[2] for name in linear})
-        raise UserError(
-            f"target_modules matches modules that are no linear layer, convolution or embedding: "
-            f"{some(unfit)}. This model's linear layers: {', '.join(leaves)}."
-        )
+    grouped = [name for name in unfit if is_conv(chosen[name])]
+    require(
+        not grouped,
+        f"target_modules matches grouped convolutions, into which B A cannot be fused: "
+        f"{some(grouped)}. Leave them out with exclude_modules",
+    )
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    require(
+        not unfit,
+        f"target_modules matches modules that are no linear layer, convolution or embedding: "
+        f"{some(unfit)}. This model's linear layers: {', '.join(leaves)}.",
+    )
 
 
 # ---- parameters trained in full ----
@@ -210,10 +198,8 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
         if not is_in(name, saved) and list(plain(modules[name]).parameters()):
             saved.append(name)
     asked = config.target_modules if isinstance(config.target_modules, tuple) else ()
-    if twice := [target for target in asked if any(matches(name, target) for name in saved)]:
-        raise UserError(
-            f"{', '.join(twice)} is in target_modules and in modules_to_save: choose one of the two"
-        )
+    twice = ", ".join(t for t in asked if any(matches(name, t) for name in saved))
+    require(not twice, f"{twice} is in target_modules and in modules_to_save: choose one")
     return saved
 
 
@@ -230,9 +216,8 @@ def _with_bias(
         return []
     candidates = layers if config.bias == "lora_only" else modules
     biased = [name for name in candidates if "bias" in _leaves(modules[name])]
-    if not biased:
-        of = "layers that target_modules matches" if config.bias == "lora_only" else "model"
-        raise UserError(f"bias={config.bias} has nothing to train: the {of} has no bias")
+    none = "no layer of target_modules" if config.bias == "lora_only" else "no module"
+    require(biased != [], f"bias={config.bias} has nothing to train: {none} has a bias")
     return biased
 
 
@@ -243,22 +228,17 @@ def _token_rows(
     asked = config.trainable_token_indices
     if not isinstance(asked, Mapping):
         name = vocabulary(model)[0]
-        if asked and name is None:
-            raise UserError(
-                "trainable_token_indices is a list, and this model does not say which embedding is "
-                "its vocabulary: give {NAME: ids}"
-            )
+        is_known = not asked or name is not None
+        require(is_known, "trainable_token_indices: which embedding is meant? Give {NAME: ids}")
         asked = {str(name): asked} if asked else {}
     embeddings = [name for name, module in modules.items() if has_rows(plain(module))]
     kind = "embedding and no head in 16 or 32 bits"
     hits = _hits("trainable_token_indices", asked, embeddings, matches, kind, embeddings)
     rows = {name: tuple(asked[entry]) for entry, names in hits.items() for name in names}
     for name, ids in rows.items():
-        if max(ids) >= (size := len(plain(modules[name]).weight)):
-            raise UserError(
-                f"trainable_token_indices has {max(ids)}, and {name} has {size} rows: resize "
-                "the model's embedding first, or drop it"
-            )
+        size, most = len(plain(modules[name]).weight), max(ids)
+        mend = "resize the embedding first, or drop it"
+        require(most < size, f"trainable_token_indices {most}: {name} has {size} rows; {mend}")
     return rows
 
 
@@ -282,10 +262,8 @@ def _target_parameters(
     for full in (full for names in hits.values() for full in names):
         name, leaf = every[full]
         module = plain(modules[name])
-        if is_quantized(module) or getattr(module, leaf).ndim not in (2, 3):
-            raise UserError(
-                f"target_parameters matches {full}, which is no matrix in 16 or 32 bits: adapt its "
-                "layer with target_modules"
-            )
+        is_matrix = not is_quantized(module) and getattr(module, leaf).ndim in (2, 3)
+        why = "which is no matrix in 16 or 32 bits: adapt its layer with target_modules"
+        require(is_matrix, f"target_parameters matches {full}, {why}")
         parameters.setdefault(name, []).append(leaf)
     return parameters

@@ -3,9 +3,9 @@
     TrainedModule   modules_to_save and biases: some parameters of a module, or all
     TokenRows       trainable_token_indices: rows of an embedding, and of a head that is tied to it
 
-Each adapter has its own copy of what it trains, so that the base stays as it is for the other
-adapters and while they are disabled. (PEFT trains biases in place, which changes the base.) Copies
-are in fp32 and cast for use: one step of bf16 is 0.4 % of a value, so most updates would be lost.
+Each adapter has its own copy of what it trains, so the base stays as it is. (PEFT trains biases in
+place.) Copies are in fp32 and cast for use: one step of bf16 is 0.4 % of a value, so most updates
+would be lost.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,23 +29,23 @@ from qlora.base.modules import (
 
 
 class TrainedModule(AdapterModule):
-    """A module of which each adapter has a copy of some parameters, or of all: PEFT's
-    modules_to_save, and biases. It is the innermost wrapper."""
+    """A module of which each adapter has a copy of some parameters, or all; innermost."""
 
     BY_ADAPTER = ("copies",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.copies = nn.ModuleDict()
+        self.copies: Any = nn.ModuleDict()
         self._dense: nn.Module | None = None
         self._fused: dict[str, dict[str, Tensor]] = {}
 
-    def add_adapter(
-        self, name: str, parameters: Iterable[str], *, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def add_adapter(self, name: str, parameters: Iterable[str], *, dtype: torch.dtype) -> None:
         """Copies of these parameters, with the base's values; not yet active."""
-        values = {leaf: self._base_value(leaf).to(dtype) for leaf in parameters}
-        self.copies[name] = nn.ParameterDict({n: nn.Parameter(t) for n, t in values.items()})
+        values = {leaf: getattr(self.plain, leaf).detach() for leaf in parameters}
+        if "weight" in values and is_quantized(self.plain):
+            weight = dense_weight(self.plain)
+            values["weight"] = weight.T.contiguous() if was_conv1d(self.plain) else weight
+        self.put_adapter(name, {leaf: value.to(dtype) for leaf, value in values.items()})
 
     def put_adapter(self, name: str, values: dict[str, Tensor]) -> None:
         """These values, frozen and not yet active; a vocabulary may have more rows."""
@@ -53,10 +53,7 @@ class TrainedModule(AdapterModule):
         self.copies[name] = nn.ParameterDict(copies)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        if name not in self.copies:
-            return {}
-        held: Any = self.copies[name]
-        return dict(held.items())
+        return dict(self.copies[name].items()) if name in self.copies else {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base module, with the active adapter's copies."""
@@ -83,13 +80,6 @@ class TrainedModule(AdapterModule):
             self._dense = as_dense(self.plain, torch.empty(self.plain.weight.quant_state.shape))
         return self._dense
 
-    def _base_value(self, leaf: str) -> Tensor:
-        if leaf == "weight" and is_quantized(self.plain):
-            weight = dense_weight(self.plain)
-            return weight.T.contiguous() if was_conv1d(self.plain) else weight
-        value: Tensor = getattr(self.plain, leaf).detach()
-        return value.clone()
-
     def _cast(self, name: str) -> dict[str, Tensor]:
         """The adapter's copies, in the dtype that the base computes in."""
         if name in self._fused:
@@ -102,11 +92,12 @@ class TrainedModule(AdapterModule):
 
     def fuse(self, names: Iterable[str]) -> None:
         """Keep these adapters' copies cast."""
-        self.fused_adapters = tuple(name for name in names if name in self.copies)
+        super().fuse(names)
         self._fused = {name: self._cast(name) for name in self.fused_adapters}
 
     def unfuse(self) -> None:
-        self.fused_adapters, self._fused = (), {}
+        super().unfuse()
+        self._fused = {}
 
     @property
     def bias(self) -> Tensor | None:
@@ -114,8 +105,7 @@ class TrainedModule(AdapterModule):
         for name in self.active_adapters:
             if "bias" in self.parameters_of(name):
                 return self._cast(name)["bias"]
-        bias: Tensor | None = self.base_layer.bias
-        return bias
+        return self.base_layer.bias  # type: ignore[no-any-return]
 
     def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
         for name in names:
@@ -149,12 +139,9 @@ class TokenRows(AdapterModule):
         self.is_tied = tied_to is not None
         self.is_head = not isinstance(self.plain, nn.Embedding)
 
-    def add_adapter(
-        self, name: str, ids: Sequence[int], dtype: torch.dtype = torch.float32
-    ) -> None:
+    def add_adapter(self, name: str, ids: Sequence[int], *, dtype: torch.dtype) -> None:
         """Copies (n, dim) of the rows with these ids; not yet active."""
-        rows = self.plain.weight.detach()[list(ids)].to(dtype, copy=True)
-        self.ids[name], self.rows[name] = list(ids), nn.Parameter(rows)
+        self.put_adapter(name, ids, self.plain.weight.detach()[list(ids)].to(dtype))
 
     def put_adapter(self, name: str, ids: Sequence[int], rows: Tensor) -> None:
         """These rows, frozen and not yet active."""

@@ -1,8 +1,7 @@
 """Wrappers around base-model modules: named adapters, or a faster equivalent implementation.
 
-The model keeps its class, and its other modules see no difference: a wrapper answers for the
-module behind it. A module that is adapted in several ways has wrappers around wrappers; the base's
-own module is then the innermost `base_layer`, `plain`.
+A wrapper has the attributes of the module behind it, so other modules see no difference. Wrappers
+can be nested; the base's own module is the innermost `base_layer`, `plain`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +14,9 @@ from qlora.errors import UserError
 
 
 class Wrapper(nn.Module):
-    """A module in front of one of the base, or in front of another wrapper.
+    """A module around one of the base, or around another wrapper.
 
-    Attributes that it lacks, such as `weight` or `embedding_dim`, are the base layer's: some models
-    read them.
+    Attributes that it lacks, such as `weight`, are the base layer's: some models read them.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -68,13 +66,14 @@ class AdapterModule(Wrapper):
 
     def fuse(self, names: Iterable[str]) -> None:
         """Compute as fast as without these adapters while all of them are active, if possible."""
+        self.fused_adapters = tuple(name for name in names if name in self.adapters)
 
     def unfuse(self) -> None:
         """Undo `fuse`."""
+        self.fused_adapters = ()
 
     def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
-        """A plain module in place of `below`, the base layer or one already fused, and these
-        adapters."""
+        """`below`, the base layer or one already fused, with these adapters in its weights."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "AdapterModule":
@@ -99,10 +98,8 @@ class AdapterModule(Wrapper):
 
 
 def frozen_copy(value: Tensor, like: Tensor) -> nn.Parameter:
-    """`value` as a frozen parameter on the device of `like`.
-
-    A copy: tensors of a file may be aligned so that kernels round otherwise.
-    """
+    """`value` as a frozen parameter on the device of `like`; a copy, as tensors of a file may be
+    aligned so that kernels round otherwise."""
     return nn.Parameter(value.to(like.device, copy=True), requires_grad=False)
 
 

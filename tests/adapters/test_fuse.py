@@ -1,10 +1,12 @@
 """Adapters fused into the base and removed, exactly; and combined, against PEFT's ways."""
 
+from functools import partial
 from typing import get_args
 
 import peft
 import pytest
 import torch
+from adapter_kinds import logits
 from bitsandbytes.nn import Linear4bit
 from conftest import FP32, axis, randomize_adapter, tiny_model, token_ids
 from safetensors.torch import load_file
@@ -29,28 +31,20 @@ from qlora.config import LoraConfig, MergeConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.merge import merge
 
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=token_ids()).logits
-
-
-# ---- fuse, undo, remove ----
+CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 def codes(model):
     """Every tensor of the frozen base, the 4-bit ones as their bytes."""
-    found = {}
-    for name, tensor in model.state_dict().items():
-        if "lora_" not in name and "fused_weight" not in name:
-            found[name.replace(".base_layer", "")] = tensor.clone()
-    return found
+    tensors = {n.replace(".base_layer", ""): t.clone() for n, t in model.state_dict().items()}
+    return {n: t for n, t in tensors.items() if "lora_" not in n and "fused_weight" not in n}
 
 
-def same(tensors, others):
-    return tensors.keys() == others.keys() and all(
-        torch.equal(tensor, others[name]) for name, tensor in tensors.items()
-    )
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- fuse, undo, remove ----
 
 
 @pytest.fixture(params=axis("qwen2 dora", "llama", "gpt2", "qwen2", "plain", "llama dora"))
@@ -73,7 +67,7 @@ def test_fused_weights_compute_what_the_adapter_does_and_unfuse_exactly(adapted)
     calls = []
     for layer in lora_layers(adapted).values():
         layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(logits(adapted), live, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(adapted), live, **CLOSE)
     assert not calls  # one product a layer
     assert same(codes(adapted), base)
     with disable_adapter(adapted):
@@ -82,6 +76,10 @@ def test_fused_weights_compute_what_the_adapter_does_and_unfuse_exactly(adapted)
     assert torch.equal(logits(adapted), live)
     assert same(codes(adapted), base)
     assert not any("fused" in name for name in adapted.state_dict())
+    merge_adapter(adapted).train()  # training unfuses
+    adapted(input_ids=token_ids()).logits.sum().backward()
+    for layer in lora_layers(adapted).values():
+        assert layer.fused_weight is None and layer.lora_A["default"].grad is not None
 
 
 def test_set_adapter_keeps_its_meaning_while_some_are_fused(adapted):
@@ -93,17 +91,8 @@ def test_set_adapter_keeps_its_meaning_while_some_are_fused(adapted):
         merge_adapter(adapted, merged)
         for names, values in wanted.items():
             set_adapter(adapted, list(names))
-            torch.testing.assert_close(logits(adapted), values, rtol=0, atol=1e-5)
+            torch.testing.assert_close(logits(adapted), values, **CLOSE)
         unmerge_adapter(adapted)
-
-
-def test_training_unfuses(adapted):
-    merge_adapter(adapted)
-    adapted.train()
-    adapted(input_ids=token_ids()).logits.sum().backward()
-    for layer in lora_layers(adapted).values():
-        assert layer.fused_weight is None
-        assert layer.lora_A["default"].grad is not None
 
 
 def test_fusing_in_bf16_is_one_rounding(checkpoints):
@@ -128,24 +117,16 @@ def test_merge_and_unload_is_the_merge_of_the_files(family, checkpoints, tmp_pat
     live = logits(model)
     merge_and_unload(model)
     assert not any(isinstance(m, Linear4bit | LoRALinear) for m in model.modules())
-    torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(model), live, **CLOSE)
     model.save_pretrained(tmp_path / "saved")
-    out = tmp_path / "merged"
-    merge(MergeConfig(adapter=str(tmp_path / "adapter"), output_dir=str(out), format="fp32"))
-    files = [load_file(tmp_path / who / "model.safetensors") for who in ("saved", "merged")]
-    assert same(*files)
+    out = str(tmp_path / "merged")
+    merge(MergeConfig(adapter=str(tmp_path / "adapter"), output_dir=out, format="fp32"))
+    assert same(*(load_file(tmp_path / f / "model.safetensors") for f in ("saved", "merged")))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     assert torch.equal(logits(again), logits(model))
-
-
-def test_a_merged_model_is_no_longer_the_base_it_was(checkpoints, tmp_path):
-    """An adapter trained over it is none of that base, which a merge would look for."""
-    model = load_base(str(checkpoints("llama")), FP32)
-    merge_and_unload(apply_lora(model, LoraConfig(r=4)))
-    save_adapter(apply_lora(model, LoraConfig(r=4)), tmp_path)
-    adapter = read_adapter(tmp_path)
-    assert adapter.base == {"task": "causal-lm"}
-    assert adapter.quantization == QuantConfig()
+    # an adapter trained over it is none of that base, which a merge would look for
+    adapter = read_adapter(save_adapter(apply_lora(model, LoraConfig(r=4)), tmp_path / "second"))
+    assert (adapter.base, adapter.quantization) == ({"task": "causal-lm"}, QuantConfig())
 
 
 def test_unload_leaves_the_same_modules(checkpoints):
@@ -174,7 +155,6 @@ def test_delete_adapter_also_removes_wrappers_without_another(adapted):
         (lambda m: merge_adapter(m, "othr"), "no adapter 'othr' .* Did you mean other"),
         (lambda m: merge_adapter(merge_adapter(m)), "default is merged already: unmerge_adapter"),
         (lambda m: merge_adapter(m.train()), "training mode.*model.eval"),
-        (unmerge_adapter, "no adapter is merged"),
         (lambda m: unmerge_adapter(unmerge_adapter(merge_adapter(m))), "no adapter is merged"),
         (lambda m: delete_adapter(m, "default"), "'default' is active: set_adapter another first"),
         (lambda m: delete_adapter(merge_adapter(m, "other"), "other"), "'other' is merged"),
@@ -188,43 +168,32 @@ def test_refused_with_the_model_as_it_was(adapted, wrong, message):
         wrong(adapted)
     assert same(codes(adapted), base)
     if lora_layers(adapted):
-        torch.testing.assert_close(logits(adapted.eval()), live, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(adapted.eval()), live, **CLOSE)
 
 
 # ---- combine ----
 
 SETTINGS = {
-    "one": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
-    "two": {"r": 4, "lora_alpha": 2, "target_modules": ["q_proj", "up_proj"]},
-    "six": {"r": 6, "lora_alpha": 6, "target_modules": ["q_proj"], "use_rslora": True},
+    "one": {"r": 4, "lora_alpha": 8, "target_modules": ("q_proj", "down_proj")},
+    "two": {"r": 4, "lora_alpha": 2, "target_modules": ("q_proj", "up_proj")},
+    "six": {"r": 6, "lora_alpha": 6, "target_modules": ("q_proj",), "use_rslora": True},
 }
 
 
 def ours(*names):
     model = tiny_model("llama")
     for name in names or ("one", "two"):
-        settings = SETTINGS[name]
-        targets = tuple(settings["target_modules"])
-        apply_lora(model, LoraConfig(**settings | {"target_modules": targets}), adapter_name=name)
+        apply_lora(model, LoraConfig(**SETTINGS[name]), adapter_name=name)
     randomize_adapter(model, std=0.3)
     return model.eval()
 
 
-def theirs(model):
-    """PEFT's model with the adapters of `model`."""
-    names = [*adapter_configs(model)]
-    adapted = None
-    for name in names:
-        config = peft.LoraConfig(**SETTINGS[name])
-        if adapted is None:
-            adapted = peft.get_peft_model(tiny_model("llama"), config, adapter_name=name)
-        else:
-            adapted.add_adapter(name, config)
-    for name, layer in lora_layers(model).items():
-        other = adapted.get_submodule(f"base_model.model.{name}")
-        for adapter in layer.lora_A:
-            other.lora_A[adapter].weight.data = layer.lora_A[adapter].data.clone()
-            other.lora_B[adapter].weight.data = layer.lora_B[adapter].data.clone()
+def theirs(folder):
+    """PEFT's model with the adapters `one` and `two` of `ours`."""
+    for name in ("one", "two"):
+        save_adapter(ours(), folder, adapter_name=name)
+    adapted = peft.PeftModel.from_pretrained(tiny_model("llama"), folder / "one", "one")
+    adapted.load_adapter(folder / "two", "two")
     return adapted.eval()
 
 
@@ -240,45 +209,26 @@ def draws(monkeypatch):
     return own
 
 
-def density_of(way):
-    return 0.4 if way.startswith(("ties", "dare", "magnitude")) else None
-
-
-@pytest.mark.parametrize("weights", axis((0.7, -0.5), (1.0, 0.4)), ids=str)
-@pytest.mark.parametrize("way", get_args(Combination))
-def test_combined_changes_are_pefts(way, weights, draws):
-    model = ours()
-    other = theirs(model)
-    draws.manual_seed(5)
-    add_weighted_adapter(model, ["one", "two"], weights, "new", way, density=density_of(way))
-    draws.manual_seed(5)
-    other.add_weighted_adapter(
-        ["one", "two"], list(weights), "new", combination_type=way, density=density_of(way)
-    )
+@pytest.mark.parametrize("weights", axis([0.7, -0.5], [1.0, 0.4]), ids=str)
+@pytest.mark.parametrize(
+    ("way", "signs"),
+    [(way, "total") for way in get_args(Combination)]
+    + [(way, "frequency") for way in ("ties", "dare_ties_svd")],
+)
+def test_combined_changes_are_pefts(way, signs, weights, draws, tmp_path):
+    model, other = ours(), theirs(tmp_path)
+    settings = {"combination_type": way, "majority_sign_method": signs}
+    if way.startswith(("ties", "dare", "magnitude")):
+        settings["density"] = 0.4
+    for combine in (partial(add_weighted_adapter, model), other.add_weighted_adapter):
+        draws.manual_seed(5)
+        combine(["one", "two"], weights, "new", **settings)
     layers = lora_layers(model)
     assert {n.rpartition(".")[2] for n in layers} == {"q_proj", "down_proj", "up_proj"}
     for name, layer in layers.items():
         wanted = other.get_submodule(f"base_model.model.{name}").get_delta_weight("new")
-        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, **CLOSE)
         assert wanted.abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("way", ["ties", "dare_ties_svd"])
-def test_majority_signs_by_frequency_are_pefts(way, draws):
-    model = ours()
-    other = theirs(model)
-    for who in (add_weighted_adapter, other.add_weighted_adapter):
-        draws.manual_seed(5)
-        settings = {
-            "combination_type": way,
-            "density": 0.5,
-            "majority_sign_method": "frequency",
-        }
-        args = (["one", "two"], [0.5, 0.5], "new")
-        who(*(args if who is not add_weighted_adapter else (model, *args)), **settings)
-    for name, layer in lora_layers(model).items():
-        wanted = other.get_submodule(f"base_model.model.{name}").get_delta_weight("new")
-        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, rtol=0, atol=1e-5)
 
 
 def test_dare_draws_from_the_generator():
@@ -300,7 +250,7 @@ def test_ranks_and_scalings_of_any_kind_add_up_exactly(way):
     )
     for layer in lora_layers(model).values():
         wanted = sum(w * layer.get_delta_weight(n) for n, w in weights.items() if n in layer.lora_A)
-        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.get_delta_weight("new"), wanted, **CLOSE)
         assert len(layer.lora_A["new"]) == 14  # one rank for all, as the files want it
 
 
@@ -321,41 +271,38 @@ def test_more_than_a_and_b_has_no_weighted_sum(settings, words):
 
 def test_a_combined_adapter_is_inactive_until_set_and_can_be_saved(tmp_path):
     model = ours()
-    with torch.no_grad():
-        before = model(input_ids=token_ids()).logits
-        add_weighted_adapter(model, ["one", "two"], [1.0, 1.0], "new", "cat")
-        assert torch.equal(model(input_ids=token_ids()).logits, before)
-        assert not any(layer.lora_A["new"].requires_grad for layer in lora_layers(model).values())
-        set_adapter(model, ["one", "two"])
-        wanted = model(input_ids=token_ids()).logits
-        set_adapter(model, "new")
-        mixed = model(input_ids=token_ids()).logits
-        torch.testing.assert_close(mixed, wanted, rtol=0, atol=1e-5)
-        save_adapter(model, tmp_path, adapter_name="new")
-        again = load_adapter(tiny_model("llama"), tmp_path / "new").eval()
-        assert torch.equal(again(input_ids=token_ids()).logits, mixed)
-        other = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "new").eval()
-        torch.testing.assert_close(other(input_ids=token_ids()).logits, mixed, rtol=0, atol=1e-5)
+    before = logits(model)
+    add_weighted_adapter(model, ["one", "two"], [1.0, 1.0], "new", "cat")
+    assert torch.equal(logits(model), before)
+    assert not any(layer.lora_A["new"].requires_grad for layer in lora_layers(model).values())
+    set_adapter(model, ["one", "two"])
+    wanted = logits(model)
+    set_adapter(model, "new")
+    mixed = logits(model)
+    torch.testing.assert_close(mixed, wanted, **CLOSE)
+    save_adapter(model, tmp_path, adapter_name="new")
+    assert torch.equal(logits(load_adapter(tiny_model("llama"), tmp_path / "new").eval()), mixed)
+    other = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "new").eval()
+    torch.testing.assert_close(logits(other), mixed, **CLOSE)
 
 
+TWO = (["one", "two"], [1, 1])
 BAD_ARGUMENTS = [
     ((["one", "x"], [1, 1], "new"), "no adapter 'x'"),
     ((["one", "two"], [1], "new"), "a weight for each adapter, got 2 and 1"),
     (([], [], "new"), "a weight for each adapter"),
     ((["one", "one"], [1, 1], "new"), "named twice"),
     ((["one", "two"], [1, float("nan")], "new"), "finite"),
-    ((["one", "two"], [1, 1], "one"), "already has an adapter 'one'"),
-    ((["one", "two"], [1, 1], "new", "tie"), r"combination_type must be .*Did you mean ties\?"),
-    ((["one", "two"], [1, 1], "new", "ties"), "ties needs one"),
-    ((["one", "two"], [1, 1], "new", "cat", None, 0.5), "cat takes none"),
-    ((["one", "two"], [1, 1], "new", "ties", None, 1.5), "above 0 and at most 1, got 1.5"),
-    ((["one", "two"], [1, 1], "new", "cat", 3), "svd_rank is the rank"),
-    ((["one", "two"], [1, 1], "new", "svd", 0), "svd_rank is the rank"),
-    ((["one", "two"], [1, 1], "new", "ties", None, 0.5, "mean"), "must be total or frequency"),
-    (
-        (["one", "six"], [1, 1], "new", "linear"),
-        r"linear wants adapters of one rank, at .*q_proj",
-    ),
+    ((*TWO, "one"), "already has an adapter 'one'"),
+    ((*TWO, "new", "tie"), r"combination_type must be .*Did you mean ties\?"),
+    ((*TWO, "new", "ties"), "ties needs one"),
+    ((*TWO, "new", "cat", None, 0.5), "cat takes none"),
+    ((*TWO, "new", "ties", None, 1.5), "above 0 and at most 1: got 1.5"),
+    ((*TWO, "new", "ties", None, 0.0), "above 0 and at most 1: got 0.0"),
+    ((*TWO, "new", "cat", 3), "svd_rank .* got 3 for cat"),
+    ((*TWO, "new", "svd", 0), "svd_rank .* above 0: got 0 for svd"),
+    ((*TWO, "new", "ties", None, 0.5, "mean"), "must be total or frequency"),
+    ((["one", "six"], [1, 1], "new", "linear"), "linear wants adapters of one rank, at .*q_proj"),
 ]
 
 

@@ -16,7 +16,7 @@ from adapter_kinds import (
     new_base,
     trained,
 )
-from conftest import token_ids
+from conftest import NEEDS_GPU, require_same_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -59,7 +59,7 @@ def on_base(kind: str, base: str) -> Any:
     scope="module", params=[on_base(kind, b) for kind in OUR_KINDS for b in ("4-bit", "plain")]
 )
 def kind(request):
-    """(kind, base); all tests of one run after another, over one build."""
+    """(kind, base): all tests of one run after another, over one build."""
     return request.param
 
 
@@ -69,24 +69,19 @@ def build(kind, adapter_build):
 
 
 @pytest.fixture
-def pefts(build):
-    """The build, where PEFT has one."""
-    if not build.gradients:
-        pytest.skip("PEFT would copy the 4-bit codes, which nothing trains; ours become dense")
-    return build
-
-
-@pytest.fixture
 def fresh(kind, base_of):
     """The base of a kind, anew at each call."""
-    name, base = kind
-    return lambda: new_base(
-        name, base, base_of(ADAPTER_KINDS[name].family, ADAPTER_KINDS[name].tied)
-    )
+    family, tied = ADAPTER_KINDS[kind[0]][1:3]
+    return lambda: new_base(*kind, base_of(family, tied))
 
 
-def test_logits_and_gradients_are_pefts(pefts):
-    build = pefts
+def needs_peft(build):
+    if not build.gradients:
+        pytest.skip("PEFT would copy the 4-bit codes, which nothing trains; ours become dense")
+
+
+def test_logits_and_gradients_are_pefts(build):
+    needs_peft(build)
     torch.testing.assert_close(logits(build.model), build.logits, **SUMS)
     assert (build.logits - build.base_logits).abs().max() > 1e-3  # the adapter is not idle
     parameters = parameters_by_file_name(build.model, "default")
@@ -98,23 +93,22 @@ def test_logits_and_gradients_are_pefts(pefts):
     assert trainable == {id(p) for p in parameters.values()}
 
 
-def test_files_are_pefts_and_peft_opens_ours(pefts, fresh):
-    ours, theirs = (load_file(f / WEIGHTS) for f in (pefts.folder, pefts.peft_folder))
+def test_files_are_pefts_and_peft_opens_ours(build, fresh):
+    needs_peft(build)
+    ours, theirs = (load_file(f / WEIGHTS) for f in (build.folder, build.peft_folder))
     # PEFT saves an embedding whole beside its A and B, untrained as it is
     copies = {name for name in theirs if name.endswith((".base_layer.weight", "lm_head.weight"))}
     assert theirs.keys() - copies <= ours.keys() <= theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    opened = peft.PeftModel.from_pretrained(fresh(), pefts.folder).eval()
-    torch.testing.assert_close(logits(opened), pefts.logits, **SUMS)
+    opened = peft.PeftModel.from_pretrained(fresh(), build.folder).eval()
+    torch.testing.assert_close(logits(opened), build.logits, **SUMS)
 
 
 def test_saved_and_loaded_it_is_the_same_to_the_bit(kind, fresh, build, tmp_path):
     loaded = load_adapter(fresh(), build.folder)
     assert torch.equal(logits(loaded), logits(build.model))
     save_adapter(loaded, tmp_path)
-    saved = [load_file(folder / WEIGHTS) for folder in (build.folder, tmp_path)]
-    assert saved[0].keys() == saved[1].keys()
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    require_same_adapter(build.folder, tmp_path)
     resumed = trained(unload(loaded), kind[0], seed=8)
     load_adapter_weights(resumed, build.folder)
     assert torch.equal(logits(resumed), logits(build.model))
@@ -125,10 +119,8 @@ def test_the_base_is_untouched_and_unmerging_is_exact(build):
     with disable_adapter(model):
         assert torch.equal(logits(model), build.base_logits)
     assert torch.equal(logits(model), live)
-    merge_adapter(model)
-    torch.testing.assert_close(logits(model), live, **SUMS)
-    unmerge_adapter(model)
-    assert torch.equal(logits(model), live)
+    torch.testing.assert_close(logits(merge_adapter(model)), live, **SUMS)
+    assert torch.equal(logits(unmerge_adapter(model)), live)
 
 
 def test_unloaded_it_is_the_base_and_merged_a_plain_model(build, tmp_path):
@@ -168,35 +160,25 @@ def test_rows_of_a_batch_have_their_own_adapters(kind, build):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_GPU
 @pytest.mark.parametrize("kind", OUR_KINDS)
-def test_every_kind_on_a_gpu(kind, base_of, tmp_path):
-    """In bf16: trained a step, saved, loaded, merged, unmerged and unloaded again."""
+def test_every_kind_in_bf16_on_a_gpu(kind, base_of, tmp_path):
     _, family, tied, *_ = ADAPTER_KINDS[kind]
 
-    def new() -> Any:
+    def new():
         quant = QuantConfig(compute_dtype="bf16", allow_unquantized=True)
         return load_base(str(base_of(family, tied)), quant, device="cuda").eval()
 
-    ids = token_ids().cuda()
-
-    def answers(model: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return torch.as_tensor(model(ids).logits)
-
-    model, before = trained(new(), kind), answers(new())
-    model(input_ids=ids, labels=ids).loss.backward()
-    for name, parameter in parameters_by_file_name(model, "default").items():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-    live = answers(model)
+    model, before = trained(new(), kind), logits(new())
+    for gradient in gradients_of(model, parameters_by_file_name(model, "default")).values():
+        assert torch.isfinite(gradient).all()
+    live = logits(model)
     save_adapter(model, tmp_path)
-    assert torch.equal(answers(load_adapter(new(), tmp_path)), live)
-    merge_adapter(model)
+    assert torch.equal(logits(load_adapter(new(), tmp_path)), live)
     # one more rounding of the weights to bf16, 0.4 %, in every layer
-    torch.testing.assert_close(answers(model), live, rtol=0.05, atol=0.05)
-    unmerge_adapter(model)
-    assert torch.equal(answers(model), live)
-    assert torch.equal(answers(unload(model)), before)
+    torch.testing.assert_close(logits(merge_adapter(model)), live, rtol=0.05, atol=0.05)
+    assert torch.equal(logits(unmerge_adapter(model)), live)
+    assert torch.equal(logits(unload(model)), before)
 
 
 # ---- what is refused, with the model as it was ----
@@ -207,12 +189,9 @@ def test_only_one_adapter_trains_biases(base_of, tmp_path):
     save_adapter(trained(model, "all biases"), tmp_path)
     before = logits(model)
     again = LoraConfig(target_modules=QV, bias="lora_only")
-    for put_on in (
-        lambda: apply_lora(model, again, adapter_name="other"),
-        lambda: load_adapter(model, tmp_path, adapter_name="other"),
-    ):
+    for put, asked in ((apply_lora, again), (load_adapter, tmp_path)):
         with pytest.raises(UserError, match="'default' trains biases already, and only one"):
-            put_on()
+            put(model, asked, adapter_name="other")
     assert torch.equal(logits(model), before)
 
 
@@ -274,11 +253,10 @@ def test_an_error_halfway_leaves_no_half_adapter(base_of, monkeypatch):
     trained(model, "norms", name="one")
     before = logits(model)
     put_on = LoRALayer.add_adapter
-    calls = []
+    calls = iter(range(3))
 
     def third_fails(self: Any, *args: Any, **settings: Any) -> None:
-        calls.append(1)
-        if len(calls) == 3:
+        if next(calls) == 2:
             raise torch.OutOfMemoryError("no more")
         put_on(self, *args, **settings)
 
