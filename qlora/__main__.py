@@ -13,20 +13,20 @@ from qlora import __version__, config
 from qlora.cli import flag_of, parse
 from qlora.errors import UserError, did_you_mean
 
-SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # they take GPU memory
+SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # settings of GPU memory
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, message after Ctrl-C
     "train": (
         config.TrainConfig, "qlora.training:train",
-        "--resume continues from the last checkpoint, if there is one yet",
+        "--resume continues from the last checkpoint, if there is one",
     ),
     "merge": (
         config.MergeConfig, "qlora.merge:merge",
-        "there is no merged checkpoint yet, the adapter is unchanged; run again",
+        "no merged checkpoint was written, the adapter is unchanged",
     ),
     "chat": (config.ChatConfig, "qlora.apps.chat:chat", "the chat is not saved"),
     "evaluate": (
         config.EvaluateConfig, "qlora.apps.evaluation:evaluate",
-        "nothing was written; run again, with --limit N for fewer rows",
+        "nothing was written; --limit N evaluates fewer rows",
     ),
     "report": (config.ReportConfig, "qlora.apps.report:report", "nothing was written"),
     "portable": (
@@ -42,23 +42,21 @@ def main() -> None:
     if name in COMMANDS:
         run(name, prog=f"qlora {name}", words=words)
     elif name in ("-h", "--help"):
-        titles = {
-            name: str(command[0].__doc__).splitlines()[0] for name, command in COMMANDS.items()
-        }
-        about = [f"  {name:<10} {title}" for name, title in titles.items()]
-        print("usage: qlora COMMAND [FLAGS]\n       qlora COMMAND --help\n", *about, sep="\n")
+        print("usage: qlora COMMAND [FLAGS]\n       qlora COMMAND --help\n")
+        for name, (config_class, _, _) in COMMANDS.items():
+            print(f"  {name:<10} {config.docs_of(config_class)['']}")
     elif name == "--version":
         print(f"qlora {__version__}")
     else:
-        hint = did_you_mean(name, COMMANDS) or f" There are {', '.join(COMMANDS)}."
+        hint = did_you_mean(name, COMMANDS) or f" The commands: {', '.join(COMMANDS)}."
         _stop(2, f"error: unknown command {name}.{hint}")
 
 
 def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
     """Parse the command line and call the command's function with the config.
 
-    Exits with 2 and one line `error: …` after a UserError or when the GPU's memory ran out, and
-    with 130 and one line after Ctrl-C. Any other exception is a bug and keeps its traceback.
+    A UserError or an out-of-memory error exits with 2 and one line `error: …`, Ctrl-C exits with
+    130 and one line. Any other exception is a bug and keeps its traceback.
     """
     config_class, function, interrupted = COMMANDS[name]
     try:
@@ -68,17 +66,17 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except UserError as error:
         _stop(2, f"error: {error}")
-    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         _stop(130, f"interrupted: {interrupted}")
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
         peak = sys.modules["torch"].cuda.max_memory_allocated() / 2**30
         lower = [flag_of(name) for name in SIZES if name in config.settings_of(config_class)]
-        mend = " or ".join([f"lower {', '.join(lower)}"] * bool(lower) + ["take a smaller model"])
+        mend = " or ".join([f"lower {', '.join(lower)}"] * bool(lower) + ["use a smaller model"])
         _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {mend}")
 
 

@@ -1,7 +1,7 @@
-"""Talk to a tuned model.
+"""Chat with a fine-tuned model.
 
 python -m qlora.chat --adapter out
-python -m qlora.chat --adapter out --compare        beside the answers of its base
+python -m qlora.chat --adapter out --compare        also show the base's answers
 python -m qlora.chat --model out-merged
 """
 

@@ -1,10 +1,10 @@
-"""Flags and a YAML recipe become one of the dataclasses of qlora.config.
+"""Parse flags and a YAML recipe into one of the dataclasses of qlora.config.
 
-The dataclasses are the only list of settings: their names, types, defaults and docstrings make the
-flags, the keys of a recipe and the help. argparse splits the command line; `_value` reads a value,
-wherever it is written; flags override the recipe. Scalars of a recipe are taken as written:
-`revision: 1.10` stays 1.10. Abbreviated flags are refused, since a new setting could make one
-ambiguous. Nothing heavy is imported here, so that errors are reported at once.
+Flags, recipe keys and help are derived from the dataclasses: names, types, defaults, docstrings.
+argparse splits the command line, `_value` converts a value from either source, and flags override
+the recipe. Scalars of a recipe are read as text: `revision: 1.10` stays 1.10. Abbreviated flags are
+refused, since a new setting could make one ambiguous. Heavy packages are not imported here, so that
+errors appear at once.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from qlora.files import AsWritten, read_yaml
 
 
 def parse(config_class: type[Config], words: Sequence[str] | None = None, *, prog: str) -> Config:
-    """The config that `words` (by default sys.argv[1:]) and the recipe in them ask for.
+    """The config given by `words` (default: sys.argv[1:]) and the recipe that they name.
 
     Raises UserError for any error in either, and SystemExit(0) after `--help`.
     """
@@ -35,18 +35,20 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
     flags = _read_flags(words, settings, _parser(config_class, words, prog))
     recipes = flags.pop("config", [])
     if len(recipes) > 1:
-        raise UserError(f"--config takes one recipe, got {len(recipes)}: put them into one file")
+        raise UserError(f"--config takes one recipe, got {len(recipes)}: merge them into one")
     where = f"{recipes[0]}: " if recipes else ""
     recipe = _read_recipe(recipes[0], settings) if recipes else {}
     required = [name for name, member in settings.items() if is_required(member)]
     if missing := [flag_of(name) for name in required if name not in flags | recipe]:
-        raise UserError(f"missing {', '.join(missing)}: write a value here or in a --config file")
+        raise UserError(
+            f"missing {', '.join(missing)}: pass them, or put them into a --config file"
+        )
     given = [(where + n, n, v) for n, v in recipe.items() if n == "trainer" or n not in flags]
     given += [(flag_of(n), n, v) for n, v in flags.items()]
     values: dict[str, Any] = {}
     for source, name, value in given:
         name, _, key = name.partition(".")
-        if name == "trainer":  # the recipe's, --trainer and each --trainer.NAME add up
+        if name == "trainer":  # merges the recipe's, --trainer's and each --trainer.NAME
             new = {key: read_yaml(source, value)} if key else _value(source, Mapping, value)
             values[name] = values.get(name, {}) | new
         else:
@@ -54,8 +56,8 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
     try:
         return build(config_class, values)
     except UserError as error:
-        is_recipes = str(error).partition(" ")[0] in recipe.keys() - flags.keys()
-        raise UserError(f"{where * is_recipes}{error}") from None
+        is_from_recipe = str(error).partition(" ")[0] in recipe.keys() - flags.keys()
+        raise UserError(f"{where * is_from_recipe}{error}") from None
 
 
 def flag_of(name: str) -> str:
@@ -71,8 +73,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(config_class: Any, words: Sequence[str], prog: str) -> _Parser:
-    """Flags in groups, one per dataclass; the help has the rare ones after --help-all only."""
-    every, settings = "--help-all" in words, settings_of(config_class)
+    """A parser with a group of flags per dataclass; rare flags are in the help of --help-all."""
+    all_flags, settings = "--help-all" in words, settings_of(config_class)
     needed = [f"{flag_of(n)} … " for n, m in settings.items() if is_required(m)]
     parser = _Parser(
         usage=f"{prog} {''.join(needed)}[--config FILE] [FLAGS]",
@@ -91,25 +93,20 @@ def _parser(config_class: Any, words: Sequence[str], prog: str) -> _Parser:
             group.add_argument("--help", "--help-all", action="help", help=argparse.SUPPRESS)
             group.add_argument("--config", action="append", metavar="RECIPE.yaml", help="YAML file")
         for member in (m for m in fields(owner) if settings.get(m.name) is m):
-            is_shown = every or "rare" not in member.metadata
-            _add(
-                group,
-                member,
-                docs[member.name].replace("%", "%%") if is_shown else argparse.SUPPRESS,
-            )
+            is_hidden = "rare" in member.metadata and not all_flags
+            _add_flag(group, member, "" if is_hidden else docs[member.name])
     if "trainer" in settings:
         for flag in {w.partition("=")[0] for w in words if w.startswith("--trainer.")}:
             parser.add_argument(flag, dest=flag[2:].replace("-", "_"), help=argparse.SUPPRESS)
     return parser
 
 
-def _add(group: Any, member: Field[Any], text: str) -> None:
-    """Add the flag of a setting; a switch has a second one that turns it off."""
+def _add_flag(group: Any, member: Field[Any], doc: str) -> None:
+    """Add a setting's flag, and --no-NAME for a switch; an empty `doc` hides it in the help."""
     add, flag, default = group.add_argument, flag_of(member.name), member.default
-    if text != argparse.SUPPRESS and is_required(member):
-        text += " (required)"
-    elif text != argparse.SUPPRESS and default not in (None, False, (), MISSING):
-        text += f" (default {default})"
+    note = "" if default in (None, False, (), MISSING) else f" (default {default})"
+    note = " (required)" if is_required(member) else note
+    text = doc.replace("%", "%%") + note if doc else argparse.SUPPRESS
     if member.type is bool:
         add(flag, dest=member.name, action="store_const", const="true", help=text)
         off = flag_of(f"no_{member.name}")
@@ -119,13 +116,13 @@ def _add(group: Any, member: Field[Any], text: str) -> None:
     choices = get_args(kind) if get_origin(kind) is Literal else member.metadata.get("choices", ())
     choices = [choice for choice in choices if isinstance(choice, str)]
     names = {int: "INT", float: "NUMBER", Mapping: "{NAME: VALUE}"}
-    name = names.get(item or get_origin(kind) or kind, "NAME")
-    shown = f"{{{','.join(choices)}}}" if choices else name
-    add(flag, dest=member.name, metavar=shown, nargs="*" if item else None, help=text)
+    metavar = names.get(item or get_origin(kind) or kind, "NAME")
+    metavar = f"{{{','.join(choices)}}}" if choices else metavar
+    add(flag, dest=member.name, metavar=metavar, nargs="*" if item else None, help=text)
 
 
 def _read_flags(words: Sequence[str], settings: Any, parser: _Parser) -> dict[str, Any]:
-    """Name -> text, or list of texts, of each flag."""
+    """The flags in `words`: name -> text or list of texts."""
     words = [re.sub(r"^--(?!trainer\.)[^=]+", lambda m: m[0].replace("_", "-"), w) for w in words]
     positional = [flag_of(name) for name, m in settings.items() if "positional" in m.metadata]
     if positional and words and not words[0].startswith("-"):
@@ -135,17 +132,17 @@ def _read_flags(words: Sequence[str], settings: Any, parser: _Parser) -> dict[st
     known = parser._option_string_actions
     lines = [f"unknown flag {flag}.{did_you_mean(flag, known)}" for flag in unknown]
     if "trainer" in settings and not all("?" in line for line in lines):
-        lines.append("Any other of transformers.TrainingArguments: --trainer.NAME VALUE.")
-    if lines:  # none is ignored: a run with a typo would train with a default
+        lines.append("Other transformers.TrainingArguments: --trainer.NAME VALUE.")
+    if lines:  # an ignored typo would train with a default
         raise UserError(" ".join(lines))
     if rest:
-        more = "a value follows its flag, and a switch takes none but is turned off with --no-NAME"
-        raise UserError(f"no flag takes {' '.join(rest)}: {more}")
+        more = "a value follows its flag; a switch takes none, and --no-NAME turns it off"
+        raise UserError(f"unexpected {' '.join(rest)}: {more}")
     return vars(flags)
 
 
 def _value(source: str, hint: Any, given: Any) -> Any:
-    """A flag's text or list of texts, or a recipe's text, tuple or dict -> the setting's value."""
+    """Convert a flag's text or list of texts, or a recipe's text, tuple or dict, to type `hint`."""
     item, parts = _item(hint), _parts(hint)
     text = given if isinstance(given, str) else " ".join(map(str, given))
     if Mapping in (hint, get_origin(hint)):
@@ -154,8 +151,8 @@ def _value(source: str, hint: Any, given: Any) -> Any:
             raise UserError(f"{source}: wanted {{NAME: VALUE}}, got {text!r}")
         return {str(name): number for name, number in value.items()}
     if item:
-        # One plain word is a list of one: read as a regular expression over the full name, as PEFT
-        # reads a string, q_proj would match no layer.
+        # One plain word is a list of one: as a regular expression for the full name, as PEFT reads
+        # a string, q_proj would match no layer.
         if re.fullmatch(r"\[.*\]", text, re.DOTALL) and not isinstance(given, tuple):
             given = tuple(read_yaml(source, text, AsWritten))
         elif not isinstance(given, tuple):
@@ -195,14 +192,14 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 def _item(hint: Any) -> Any:
-    """The type of a list's items; None for a setting that is no list."""
+    """The item type of a list; None for any other setting."""
     return next((get_args(part)[0] for part in _parts(hint) if get_origin(part) is tuple), None)
 
 
 def _read_recipe(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> text, tuple or dict; an empty value, as after `revision:`, leaves the default.
+    """The recipe's settings: name -> text, tuple or dict. An empty value leaves the default.
 
-    A run's own run.yaml is a recipe as well: its settings are below `config:`.
+    A run.yaml is a recipe too: its settings are under `config:`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -220,7 +217,7 @@ def _read_recipe(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         if name not in settings:
             unknown.append(f"unknown key {name}.{did_you_mean(name, settings)}")
         elif name in values:
-            raise UserError(f"{path}: {name} is set twice: keep one of the two")
+            raise UserError(f"{path}: {name} is set twice: remove one")
         elif typed[key] is not None:
             value = typed[key] if isinstance(value, dict) else value
             values[name] = tuple(value) if isinstance(value, list) else value

@@ -1,10 +1,10 @@
-"""Measure a tuned model on data: the loss, and its answers against those wanted.
+"""Evaluate a fine-tuned model on data: loss, and answers compared with the expected ones.
 
     python -m qlora.evaluate --adapter out --data rows.jsonl
     python -m qlora.evaluate --adapter out --data rows.jsonl --limit 100 --no-generate
     python -m qlora.evaluate --model out-merged --data rows.jsonl
 
-An adapter is measured beside its base. `--help` lists every flag.
+An adapter is compared with its base. `--help` lists the flags.
 """
 
 from qlora.__main__ import run

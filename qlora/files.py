@@ -1,7 +1,6 @@
-"""The small files that a run and a merge leave, and how files appear whole or not at all.
+"""Read JSON, JSON lines and YAML files; write files and folders atomically.
 
-metrics.jsonl and samples.jsonl hold a JSON object per line. Nothing heavy is imported here, so that
-the report starts at once.
+metrics.jsonl and samples.jsonl hold a JSON object per line. Heavy packages are not imported here.
 """
 
 import glob
@@ -31,22 +30,21 @@ def read_json(path: Path, *, mend: str = "") -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: the file cannot be read or holds anything else; `mend` says how to mend it.
+        UserError: the file cannot be read or holds anything else; `mend` says how to fix it.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. {mend}") from error
     except ValueError as error:
-        raise UserError(f"{path} is no JSON object: {error}. {mend}") from error
+        raise UserError(f"{path} is not a JSON object: {error}. {mend}") from error
     if not isinstance(values, dict):
-        kind = type(values).__name__
-        raise UserError(f"{path} is no JSON object: it holds a {kind}. {mend}")
+        raise UserError(f"{path} is not a JSON object: got a {type(values).__name__}. {mend}")
     return values
 
 
 class AsWritten(yaml.BaseLoader):
-    """YAML whose scalars stay text; a key may be set once."""
+    """Loads YAML with all scalars as text; refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [str(key.value).replace("-", "_") for key, _ in node.value]
@@ -56,7 +54,7 @@ class AsWritten(yaml.BaseLoader):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number."""
+    """Loads YAML, with 1e-4 as a number."""
 
 
 Loader.add_implicit_resolver(
@@ -65,7 +63,7 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(where: str, text: str, loader: Any = Loader) -> Any:
-    """The value of a YAML text, or a UserError that says `where` it stands."""
+    """The value of a YAML text; a UserError names `where` it is from."""
     try:
         return yaml.load(text, loader)
     except yaml.YAMLError as error:
@@ -75,25 +73,24 @@ def read_yaml(where: str, text: str, loader: Any = Loader) -> Any:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows that a run has logged; none before the first."""
+    """The logged rows of a run; empty if there are none yet."""
     return read_rows(folder / METRICS, ("step",))
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The answers of a run's model before and after training; none where none were asked."""
+    """Sample answers of a run, before and after training; empty if there are none."""
     return read_rows(folder / SAMPLES, ("prompt", "wanted", "before", "after"))
 
 
 def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The rows of a file; none where there is no file.
+    """The rows of a JSON-lines file; empty if there is no file.
 
     Raises:
-        UserError: a line is no JSON object, as the last one of a run that was killed while it
-            wrote, or lacks one of `keys`.
+        UserError: a line is not a JSON object (a killed run leaves one cut short) or lacks a key.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     rows = []
-    # not splitlines: JSON leaves other line ends inside a text as they are
+    # not splitlines: a JSON text may contain other line separators, such as U+2028
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -102,12 +99,12 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             row = None
         if not isinstance(row, dict):
-            fault = f"a JSON object is wanted, got {line[:40]!r}, which is cut short or damaged"
-        else:
-            fault = ", ".join(key for key in keys if key not in row)
-            fault = f"it has no {fault}" if fault else ""
-        if fault:
+            fault = f"wanted a JSON object, got {line[:40]!r}, which is cut short or damaged"
             raise UserError(f"{path}, line {number}: {fault}: remove that line")
+        if missing := [key for key in keys if key not in row]:
+            raise UserError(
+                f"{path}, line {number}: it has no {', '.join(missing)}: remove that line"
+            )
         rows.append(row)
     return rows
 
@@ -117,10 +114,10 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 @contextmanager
 def replacing(*paths: Path) -> Iterator[list[Path]]:
-    """`with replacing(path) as [partial]`: files that appear whole or not at all.
+    """`with replacing(path) as [partial]`: write files atomically.
 
-    Each partial file lies beside its `path` and is renamed to it when the block ends, all of them
-    after the last was written. They are removed when the block fails.
+    Each partial file is written beside its `path` and renamed to it when the block ends; if the
+    block raises, all of them are removed.
     """
     partials = [path.with_name(f".{path.name}.partial") for path in paths]
     try:
@@ -133,22 +130,22 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
+    """Write a text file atomically."""
     with replacing(path) as [partial]:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
-    """`with publishing(folder) as partial`: a folder that appears whole or not at all.
+    """`with publishing(folder) as partial`: write a folder atomically.
 
-    Files are written into a neighbour of `folder`, which takes its name when the block ends and is
-    removed when it fails. `folder` must not exist, or be empty. What a killed run left is removed.
+    The partial folder is beside `folder`. It is renamed when the block ends, and removed if the
+    block raises. `folder` must not exist, or be empty. Partial folders of killed runs are removed.
     """
     require_new(folder)
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        if not _is_another_process(left.name.rpartition("-")[2]):
-            shutil.rmtree(left, ignore_errors=True)
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        if not _is_another_process(leftover.name.rpartition("-")[2]):
+            shutil.rmtree(leftover, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -161,31 +158,29 @@ def publishing(folder: Path) -> Iterator[Path]:
 
 
 def _is_another_process(pid: str) -> bool:
+    """Whether a process other than this one has that id."""
     if not pid.isdecimal() or int(pid) == os.getpid():
         return False
     try:
         os.kill(int(pid), 0)
     except OSError as error:
-        return isinstance(error, PermissionError)  # another user's
+        return isinstance(error, PermissionError)  # it belongs to another user
     return True
 
 
 def require_new(folder: Path) -> None:
-    """Refuse a folder that holds something, or that cannot be created."""
+    """Refuse a folder that is not empty, or that cannot be created."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already holds something: give a new folder, or remove it")
     parent = next(p for p in folder.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{folder} cannot be made: {parent} is no folder that can be written to")
+        raise UserError(f"{folder} cannot be created: {parent} is not a writable folder")
 
 
-def front_matter(base_model: str, *lines: str) -> str:
-    """The head of a model card, which the hub reads; of the last two `lines` it makes tags.
-
-    A base that is a local folder has no name on the hub and is left out.
-    """
-    *settings, first, second = lines
+def front_matter(base_model: str, library: str, *tags: str) -> str:
+    """The YAML head of a model card, for the hub. A base in a local folder is left out."""
     path = Path(base_model).expanduser()
-    if not path.is_absolute() and not path.exists():
-        settings.insert(0, f"base_model: {base_model}")
-    return "\n".join(["---", *settings, "tags:", f"- {first}", f"- {second}", "---", ""])
+    is_local = path.is_absolute() or path.exists()
+    lines = [] if is_local else [f"base_model: {base_model}"]
+    lines += [f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags)]
+    return "\n".join(["---", *lines, "---", ""])

@@ -1,4 +1,4 @@
-"""Print which programs load an adapter, and write it so that all of them do.
+"""List the programs that load an adapter, and convert it so that all of them do.
 
 python -m qlora.portable --adapter out [--output-dir out-portable]
 """

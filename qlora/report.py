@@ -1,4 +1,4 @@
-"""One page about a run: `python -m qlora.report OUT` writes OUT/report.html."""
+"""Write an HTML report of a run: `python -m qlora.report OUT` writes OUT/report.html."""
 
 from qlora.__main__ import run
 

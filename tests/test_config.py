@@ -95,7 +95,7 @@ def merge_config(**settings):
         (
             LoraConfig,
             {"trainable_token_indices": (1, 1)},
-            "trainable_token_indices different (1, 1)",
+            "trainable_token_indices distinct (1, 1)",
         ),
         (LoraConfig, {"trainable_token_indices": {"e": ()}}, "trainable_token_indices ()"),
         (
@@ -162,8 +162,8 @@ def merge_config(**settings):
             {"offload_activations": True, "gradient_checkpointing": False},
             "offload_activations gradient_checkpointing",
         ),
-        (train_config, {"plan": True}, "--plan not there yet"),
-        (train_config, {"gpu_memory": "8GB"}, "--gpu-memory not there yet"),
+        (train_config, {"plan": True}, "--plan not supported yet"),
+        (train_config, {"gpu_memory": "8GB"}, "--gpu-memory not supported yet"),
         (merge_config, {"onto": "gguf"}, "onto nf4 original auto 'gguf'"),
         (merge_config, {"onto": "auto"}, "onto auto verify"),
         (merge_config, {"calibration": "rows.jsonl"}, "calibration nf4 bf16"),

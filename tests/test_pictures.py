@@ -88,7 +88,7 @@ def test_below_the_loss_is_what_the_rows_have():
     assert titles(run_of(4), total_bytes=16 * 2**30) == [
         "learning rate",
         "gradient norm",
-        "tokens a second",
+        "tokens per second",
         "memory: 1.8 of 16 GiB",
     ]
     assert titles(run_of(4))[-1] == "memory: 1.8 GiB"

@@ -21,7 +21,9 @@ def test_rows_are_read_back(tmp_path):
 def test_a_damaged_line_is_named(line, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n\n' + line)
-    with pytest.raises(UserError, match=r"rows.jsonl, line 3: a JSON object .* remove that line"):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl, line 3: wanted a JSON object.* remove that line"
+    ):
         read_rows(path)
 
 

@@ -25,7 +25,7 @@ from qlora.config.lora import LoraConfig as LoraConfig
 from qlora.config.tasks import CAUSAL_LM, TASKS
 
 Config = TypeVar("Config")
-MAX_LENGTH = 2048  # tokens of a row
+MAX_LENGTH = 2048  # tokens per row
 STEPS = rule("above 0, or -1 for num_train_epochs", lambda steps: steps == -1 or steps > 0)
 KEPT = rule("above 0 and at most 1", lambda share: 0 < share <= 1)
 BLOCKSIZE = one_of(32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -38,31 +38,31 @@ class QuantConfig(Settings):
     """How the frozen base is quantized."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit code of the base weights"""
+    """4-bit data type"""
     blocksize: int = field(default=64, metadata=BLOCKSIZE)
-    """weights that share one absmax, 32 to 4096"""
+    """weights per absmax value, 32 to 4096"""
     double_quant: bool = True
-    """quantize the absmax too: 4.127 bits, not 4.5"""
+    """quantize the absmax values too: 4.127 bits per weight, not 4.5"""
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """bf16; fp16 on a GPU without bf16, fp32 on a CPU without it"""
+    """auto: bf16 if supported, otherwise fp16 on a GPU, fp32 on a CPU"""
     skip_modules: tuple[str, ...] = field(default=(), metadata=RARE)
-    """module names, or their last part, to leave unquantized (the output head always is)"""
+    """modules to leave unquantized besides the output head, by full name or last part of it"""
     allow_unquantized: bool = field(default=False, metadata=RARE)
-    """leave weights as they are that cannot be quantized"""
+    """accept weights that cannot be quantized, and leave them unquantized"""
 
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """What is trained on, and how a record becomes tokens."""
+    """Training data, and how a record becomes tokens."""
 
     data: str
-    """training data: .jsonl .json .csv .parquet .txt, a folder of them, or a dataset hub name"""
+    """training data: .jsonl .json .csv .parquet .txt, a folder of them, or a hub dataset"""
     eval_data: str | None = None
-    """the same for evaluation"""
+    """evaluation data, in the same formats"""
     max_length: int = field(default=MAX_LENGTH, metadata=at_least(8))
-    """rows longer than this many tokens are cut, and counted"""
+    """maximum tokens per row; longer rows are truncated and counted"""
     packing: bool = False
-    """put rows together into packs of up to max_length tokens"""
+    """pack several rows into one, up to max_length"""
 
 
 @dataclass(frozen=True)
@@ -70,88 +70,83 @@ class TrainConfig(Settings):
     """Fine-tune a language model with QLoRA: 4-bit base, bf16 adapter."""
 
     model: str
-    """local folder, hub name, bitsandbytes-4-bit checkpoint, or .gguf file"""
+    """local folder, hub name or .gguf file; may be in bitsandbytes 4-bit"""
     output_dir: str
-    """where the adapter, metrics and checkpoints go"""
+    """folder for the adapter, metrics and checkpoints"""
     data: DataConfig
-    """what is trained on"""
+    """training and evaluation data"""
     task: str = field(default=CAUSAL_LM.name, metadata=one_of(*TASKS))
-    """causal or encoder-decoder language model, or classifier of texts or of tokens"""
+    """causal or encoder-decoder language model, text or token classifier"""
     revision: str | None = None
     """branch, tag or commit of a hub model"""
     trust_remote_code: bool = False
-    """run code that comes with the model"""
+    """run the code in the model's repository"""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """the adapter"""
     quant: QuantConfig = QuantConfig()
-    """the base"""
+    """quantization of the base"""
     per_device_train_batch_size: int = field(default=2, metadata=at_least(1))
-    """rows, or packs of them, a forward pass"""
+    """rows (or packs) per forward pass"""
     gradient_accumulation_steps: int = field(default=8, metadata=at_least(1))
-    """forward passes an optimizer step"""
+    """forward passes per optimizer step"""
     learning_rate: float | None = field(default=None, metadata=above(0))
-    """by default from a rule, printed with its reason"""
+    """by default from a rule, which is printed"""
     num_train_epochs: float = 1.0
-    """passes over the data"""
+    """passes over the training data"""
     max_steps: int = field(default=-1, metadata=STEPS)
     """optimizer steps; overrides num_train_epochs when above 0"""
     loraplus_lr_ratio: float = field(default=1.0, metadata=RARE | above(0))
-    """learning rate of B over that of A and all else: LoRA+ (arXiv:2402.12354), which takes 16"""
+    """LoRA+ (arXiv:2402.12354): learning rate of B relative to all others; the paper uses 16"""
     lr_scheduler_type: str = "linear"
-    """any of transformers': linear, cosine, constant, …"""
+    """linear, cosine, constant or any other of transformers"""
     warmup_ratio: float = field(default=0.0, metadata=SHARE)
-    """share of the steps in which the learning rate rises"""
+    """share of steps with learning-rate warm-up"""
     weight_decay: float = field(default=0.0, metadata=at_least(0))
     """AdamW weight decay"""
     max_grad_norm: float = field(default=0.3, metadata=at_least(0))
-    """gradient clipping"""
+    """gradient clipping norm"""
     optim: str = "paged_adamw_8bit"
-    """any of transformers': paged_adamw_32bit, adamw_torch, …"""
+    """paged_adamw_32bit, adamw_torch or any other of transformers"""
     gradient_checkpointing: bool = True
     """recompute activations: slower, far less memory"""
     offload_activations: bool = field(default=False, metadata=RARE)
-    """what gradient checkpointing keeps waits in host memory: longer rows on a GPU"""
+    """keep the activations of gradient checkpointing in host memory, so that longer rows fit"""
     offload_embedding: bool = field(default=False, metadata=RARE)
-    """the embedding is read from host memory, if the output head is not tied to it"""
+    """keep the embedding in host memory, unless it is tied to the output head"""
     fast_path: bool = field(default=True, metadata=RARE)
-    """compute layers and loss by functions that keep less for the backward pass: the same numbers,
-    faster and in less memory"""
+    """use faster, equivalent layers and loss that save less memory for the backward pass"""
     seed: int = 42
-    """of initialisation, row order and dropout"""
+    """seed of initialisation, row order and dropout"""
     logging_steps: int = field(default=10, metadata=at_least(1))
-    """steps between metrics.jsonl rows"""
+    """steps between logged metrics"""
     eval_steps: int | None = field(default=None, metadata=at_least(1))
-    """steps between evaluations; by default an epoch"""
+    """steps between evaluations; by default one epoch"""
     save_steps: int = field(default=100, metadata=at_least(1))
     """steps between checkpoints; the last two are kept"""
     resume: bool = False
-    """go on from the last checkpoint in output_dir"""
+    """continue from the last checkpoint in output_dir"""
     samples: int = field(default=3, metadata=at_least(0))
-    """rows whose answers before and after go to samples.jsonl; 0 for none"""
+    """rows in samples.jsonl, answered before and after training; 0 for none"""
     report_to: tuple[str, ...] = ()
     """loggers: tensorboard, wandb, trackio, mlflow"""
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """other transformers.TrainingArguments, as --trainer.NAME VALUE"""
     plan: bool = False
-    """print what the run will need (not there yet)"""
+    """print the memory needed (not supported yet)"""
     gpu_memory: str | None = None
-    """budget to plan for, like 8GB (not there yet)"""
+    """budget, like 8GB (not supported yet)"""
 
     def faults(self) -> Iterator[str]:
-        """Rules across fields."""
         if self.data.packing and self.task != CAUSAL_LM.name:
-            yield f"packing is for task {CAUSAL_LM.name}, and task is {self.task}: leave it out"
+            yield f"packing needs task {CAUSAL_LM.name}, got {self.task}: turn it off"
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield f"num_train_epochs must be above 0, got {self.num_train_epochs}"
         if self.offload_activations and not self.gradient_checkpointing:
-            yield (
-                "offload_activations moves what gradient_checkpointing keeps, and that is off: "
-                "turn it on, or leave offload_activations out"
-            )
+            yield "offload_activations needs gradient_checkpointing: turn both on, or both off"
         if self.eval_steps is not None and self.data.eval_data is None:
-            yield "eval_steps is given but eval_data is not: give both"
+            yield "eval_steps needs eval_data: give both"
         if self.plan or self.gpu_memory is not None:
-            yield "--plan and --gpu-memory are not there yet: leave them out"
+            yield "--plan and --gpu-memory are not supported yet: leave them out"
 
 
 @dataclass(frozen=True)
@@ -159,53 +154,49 @@ class MergeConfig(Settings):
     """Merge a trained adapter into its base and write a checkpoint, 16-bit or 4-bit."""
 
     adapter: str | tuple[str, ...]
-    """folder with adapter_config.json and adapter_model.safetensors, or several whose sum it is"""
+    """folder with adapter_config.json and adapter_model.safetensors, or several folders to sum"""
     output_dir: str
     """new folder for the merged checkpoint"""
     weights: tuple[float, ...] = ()
-    """what each adapter is multiplied with, by default 1"""
+    """factor of each adapter, by default 1"""
     base_model: str | None = None
-    """by default the base that the adapter's config names"""
+    """base model; by default the one that adapter_config.json names"""
     onto: Literal["nf4", "original", "auto"] = "nf4"
-    """the dequantized 4-bit base, as trained; the original weights; or what verify finds better"""
+    """base weights: dequantized 4-bit, as trained; original; or the better of both on verify"""
     format: Literal["bf16", "fp16", "fp32", "nf4"] = "bf16"
-    """dtype of the merged weights; nf4 is a bitsandbytes 4-bit checkpoint"""
+    """dtype of the merged weights; nf4 writes a bitsandbytes 4-bit checkpoint"""
     calibration: str | None = None
-    """data for nf4, by default what the adapter was trained on, or else 'self': text that the model
-    writes itself; 'none' does without"""
+    """data to choose nf4 codes on, 'self' (text that the model generates) or 'none'; by default the
+    training data, or 'self' if it could not be found"""
     blocksize: int | None = field(default=None, metadata=BLOCKSIZE)
-    """weights that share a scale in nf4; by default as in training"""
+    """weights per absmax value in nf4; by default as in training"""
     double_quant: bool = True
-    """quantize the scales too in nf4, where training did"""
+    """quantize the absmax values too in nf4, if training did"""
     verify: str | None = None
-    """data on which the merged model is measured against base + live adapter"""
+    """data to compare the merged model with base + adapter on"""
     device: Literal["cpu", "cuda"] = "cpu"
-    """where the arithmetic is done"""
+    """device that computes the merge"""
     min_kept: float | None = field(default=None, metadata=KEPT)
-    """with verify: publish nothing if less of the gain is kept, like 0.95"""
+    """with verify: write nothing if less than this share of the gain is kept, like 0.95"""
     max_shard_size: str = "5GB"
-    """largest file of the output"""
+    """maximum size of an output file"""
     trust_remote_code: bool = False
-    """run code that comes with the model"""
+    """run the code in the model's repository"""
 
     def faults(self) -> Iterator[str]:
-        """Rules across fields."""
         count, weights = len(self._folders), len(self.weights)
         if not count:
             yield "adapter names no folder"
         if len(set(self._folders)) < count:
             yield "adapter names a folder twice"
         if weights not in (0, count):
-            yield f"weights must be one for each adapter: {count} adapters, {weights} weights"
+            yield f"weights must have one number per adapter: {count} adapters, {weights} weights"
         if self.onto == "auto" and self.verify is None:
-            yield "onto auto measures both on the data of verify: give it too"
+            yield "onto auto needs verify, data to measure both on: give both"
         if self.format != "nf4" and (self.calibration or self.blocksize):
-            yield (
-                f"calibration and blocksize are for format nf4, and format is {self.format}: "
-                "drop them, or choose nf4"
-            )
+            yield f"calibration and blocksize need format nf4, got {self.format}: leave them out"
         if self.min_kept is not None and self.verify is None:
-            yield "min_kept is measured on the data of verify: give both"
+            yield "min_kept needs verify, data to measure it on: give both"
 
     @property
     def _folders(self) -> tuple[str, ...]:
@@ -220,93 +211,91 @@ class MergeConfig(Settings):
 
 @dataclass(frozen=True)
 class PortableConfig(Settings):
-    """Say which programs take an adapter, and write it so that all of them do."""
+    """List the programs that load an adapter, and convert it so that all of them do."""
 
     adapter: str
     """folder with adapter_config.json and adapter_model.safetensors"""
     output_dir: str | None = None
-    """new folder for the portable adapter; without it nothing is written"""
+    """new folder for the converted adapter; by default nothing is written"""
 
 
 @dataclass(frozen=True)
 class ReportConfig(Settings):
-    """One page about a run, as HTML that needs no network: python -m qlora.report OUT"""
+    """Write a self-contained HTML report of a run: python -m qlora.report OUT"""
 
     adapter: str = field(metadata=POSITIONAL)
-    """output folder of train.py; the name of the flag can be left out"""
+    """output folder of train.py; the flag's name may be omitted"""
     merged: str | None = None
-    """merged checkpoint of it; by default the newest beside it"""
+    """its merged checkpoint; by default the newest beside the adapter"""
 
 
 @dataclass(frozen=True)
 class ModelChoice(Settings):
-    """Which model is tried: a base with an adapter on it, or a whole model."""
+    """The model to run: a base with an adapter, or a complete model."""
 
     adapter: str | None = None
-    """folder of a trained adapter, as train.py wrote it"""
+    """adapter folder, as written by train.py"""
     model: str | None = None
-    """in its place a whole model: a merged folder, a hub name, or a .gguf file"""
+    """instead of an adapter, a complete model: merged folder, hub name or .gguf file"""
     base_model: str | None = None
-    """by default the base that the adapter's config names"""
+    """base model; by default the one that adapter_config.json names"""
     load_in_4bit: bool = False
-    """quantize a whole model that is not, as training would"""
+    """quantize the model of --model as training would"""
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """by default as in training, where this machine computes in it"""
+    """auto: as in training, if this machine supports it"""
     trust_remote_code: bool = False
-    """run code that comes with the model"""
+    """run the code in the model's repository"""
 
     def faults(self) -> Iterator[str]:
-        """Rules across fields."""
         if (self.adapter is None) == (self.model is None):
             got = "neither" if self.adapter is None else "both"
-            wanted = "--adapter, a folder that train.py wrote, or --model, a whole model"
+            wanted = "--adapter, a folder written by train.py, or --model, a complete model"
             yield f"give either {wanted}; got {got}"
         if self.base_model and self.adapter is None:
-            yield "base_model goes with --adapter alone: leave it out"
+            yield "base_model needs --adapter: leave it out"
         if self.load_in_4bit and self.model is None:
-            yield "load_in_4bit goes with --model alone: leave it out"
+            yield "load_in_4bit needs --model: leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(ModelChoice):
-    """Talk to a tuned model, in several turns."""
+    """Chat with a fine-tuned model."""
 
     prompt: str | None = None
-    """one question: its answer is printed, and that is all"""
+    """print the answer to this prompt and exit"""
     compare: bool = False
-    """answers of the base beside those of the adapter, each with its own history"""
+    """also show the base's answers; each model keeps its own history"""
     system: str | None = None
     """system message"""
     max_new_tokens: int = field(default=512, metadata=at_least(1))
-    """longest answer, in tokens"""
+    """maximum tokens per answer"""
     temperature: float = field(default=0.0, metadata=at_least(0))
-    """0: always the most likely token; about 0.7: livelier, each time another"""
+    """sampling temperature; 0 always takes the most likely token"""
     seed: int | None = None
-    """of what is drawn with a temperature, by default a new one each time"""
+    """sampling seed; by default a new one each time"""
 
     def faults(self) -> Iterator[str]:
-        """Rules across fields."""
         yield from super().faults()
         if self.compare and self.adapter is None:
-            yield "compare shows the base beside its adapter: give --adapter, not --model"
+            yield "compare needs a base and its adapter: give --adapter, not --model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ModelChoice):
-    """Measure a tuned model on data: loss and answers, beside those of its base."""
+    """Evaluate a fine-tuned model: loss and answers, compared with its base."""
 
     data: str
-    """rows like those of training: .jsonl .json .csv .parquet .txt, a folder, or a hub name"""
+    """evaluation data: .jsonl .json .csv .parquet .txt, a folder of them, or a hub dataset"""
     limit: int | None = field(default=None, metadata=at_least(1))
-    """only the first so many rows"""
+    """evaluate only the first LIMIT rows"""
     max_length: int | None = field(default=None, metadata=at_least(8))
-    """rows longer than this many tokens are cut; by default as in training, or else 2048"""
+    """maximum tokens per row; by default as in training, otherwise 2048"""
     generate: bool = True
-    """let it answer, and compare the answers with those wanted"""
+    """generate answers and compare them with the expected ones"""
     max_new_tokens: int = field(default=256, metadata=at_least(1))
-    """longest answer, in tokens"""
+    """maximum tokens per answer"""
     output: str | None = None
-    """all of it as JSON, by default evaluation.json in the adapter's folder"""
+    """JSON file for the results; by default evaluation.json in the adapter's folder"""
 
 
 # ---- settings by name, as flags and recipes have them ----

@@ -18,28 +18,28 @@ NUMBERS = {int: ("a whole number", (int,)), float: ("a number", (int, float))}
 
 # ---- metadata of a field ----
 
-RARE: dict[str, Any] = {"rare": True}  # only --help-all shows its flag
+RARE: dict[str, Any] = {"rare": True}  # shown by --help-all only
 NO_FLAG: dict[str, Any] = {"no_flag": True}
-POSITIONAL: dict[str, Any] = {"positional": True}  # the name of its flag may be left out
+POSITIONAL: dict[str, Any] = {"positional": True}  # the flag's name may be omitted
 
 
 def rule(wanted: str, holds: Callable[[Any], bool]) -> dict[str, Any]:
-    """A value, unless None, must satisfy `holds`; a mapping's values must."""
+    """A value other than None, or each value of a mapping, must satisfy `holds`."""
     return {"rule": (wanted, holds)}
 
 
 def at_least(least: float) -> dict[str, Any]:
-    """A number that may not be smaller."""
+    """A number that is not smaller."""
     return rule(f"of at least {least}", lambda value: value >= least)
 
 
 def above(bound: float) -> dict[str, Any]:
-    """A number that must be larger."""
+    """A number that is larger."""
     return rule(f"above {bound}", lambda value: value > bound)
 
 
 def one_of(*choices: Any) -> dict[str, Any]:
-    """A value from a list that the code computes; write any other list as a Literal."""
+    """One of computed choices; constant choices are written as a Literal."""
     text = f"one of {', '.join(map(str, choices))}"
     return {"choices": choices} | rule(text, lambda value: value in choices)
 
@@ -68,7 +68,7 @@ class Settings:
             raise UserError(fault)
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with values that are each allowed."""
+        """A message for each broken rule across fields."""
         yield from ()
 
 
@@ -81,20 +81,20 @@ def _check(name: str, value: Any, kinds: Iterable[Any], metadata: Mapping[str, A
         raise UserError(f"{name} must be {wanted}, got {value!r}")
 
 
-# ---- how an adapter starts ----
+# ---- initialisations ----
 
 
 class Init(NamedTuple):
-    """How a value of init_lora_weights computes A and B."""
+    """What a value of init_lora_weights needs and changes."""
 
     reads_weights: bool = False
-    """from the base's weights before quantization"""
+    """A and B are computed from the base's weights before quantization"""
     changes_base: bool = False
-    """the base then loses scaling B A, so that the sum starts unchanged"""
+    """scaling B A is subtracted from the base, so that the sum starts unchanged"""
     reads_data: bool = False
-    """from activations on the training data"""
+    """A and B are computed from activations on training data"""
     implemented: bool = True
-    """here; the others are PEFT's, met in adapters that it saved"""
+    """False: only known from adapters that PEFT saved"""
 
 
 INITS = {
@@ -119,53 +119,52 @@ class LoraConfig(Settings):
     lora_alpha: float = field(default=32, metadata=above(0))
     """scaling is lora_alpha / r"""
     lora_dropout: float = field(default=0.0, metadata=SHARE)
-    """dropout on the adapter's input, in training"""
+    """dropout on the adapter's input in training"""
     target_modules: str | tuple[str, ...] = ALL_LINEAR
-    """all-linear, a list of name endings, or one regular expression over the full name"""
+    """all-linear, a list of name endings, or a regular expression for the full name"""
     exclude_modules: str | tuple[str, ...] = field(default=(), metadata=RARE)
-    """layers to leave out, named in the same way"""
+    """layers to leave out, in the same form"""
     layers_to_transform: tuple[int, ...] = field(default=(), metadata=RARE)
-    """only the layers with these numbers"""
+    """adapt only the layers with these indices"""
     layers_pattern: tuple[str, ...] = field(default=(), metadata=RARE)
-    """what the number follows, if not the first in a name"""
+    """name part before the layer index; by default the first number in a name is the index"""
     target_parameters: tuple[str, ...] = field(default=(), metadata=RARE)
-    """name endings of parameters that belong to no linear layer, such as fused experts"""
+    """name endings of parameters outside linear layers, such as fused experts"""
     rank_pattern: Mapping[str, int] = field(default_factory=dict, metadata=RARE | above(0))
-    """other ranks, by an ending of the layer's name"""
+    """ranks other than r, by an ending of the layer's name"""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, metadata=RARE | above(0))
-    """other values of lora_alpha, likewise"""
+    """values other than lora_alpha, by an ending of the layer's name"""
     modules_to_save: tuple[str, ...] = ()
-    """modules trained in full beside the adapter"""
+    """other modules to train in full and save"""
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = field(
         default=(), metadata=RARE
     )
-    """ids of tokens whose embedding rows are trained; in Python also by an embedding's name"""
+    """ids of tokens whose embedding rows are trained; in Python also a dict by embedding name"""
     bias: Literal["none", "all", "lora_only"] = field(default="none", metadata=RARE)
-    """biases to train: none, all of the model's, or those of the adapted layers"""
+    """biases to train: none, all in the model, or only those of adapted layers"""
     lora_bias: bool = field(default=False, metadata=RARE)
-    """give B a bias"""
+    """add a bias to B"""
     use_rslora: bool = False
-    """scaling lora_alpha / sqrt(r), arXiv:2312.03732"""
+    """scaling is lora_alpha / sqrt(r), arXiv:2312.03732"""
     use_dora: bool = False
-    """train the norm of each output's weights, arXiv:2402.09353"""
+    """train the norm of each weight row too, arXiv:2402.09353"""
     init_lora_weights: str | bool = True
-    """true: A Kaiming-uniform, B zero; gaussian, pissa, pissa_niter_N, olora, loftq or eva"""
+    """true (A Kaiming-uniform, B zero), gaussian, pissa, pissa_niter_N, olora, loftq or eva"""
     loftq_config: Mapping[str, int] = field(default_factory=dict, metadata=RARE)
-    """loftq_iter: 1 to 5 rounds of loftq, by default 1"""
+    """loftq_iter: rounds of LoftQ, 1 to 5, by default 1"""
     eva_config: Mapping[str, float] = field(default_factory=dict, metadata=RARE | at_least(1))
-    """rho: of eva, the largest rank of a layer over r, by default 2"""
+    """rho: maximum rank of a layer in EVA, as a multiple of r, by default 2"""
     adapter_dtype: Literal["auto", "bf16", "fp32"] = field(default="auto", metadata=RARE)
-    """dtype of A and B, auto: bf16 on a GPU that has it, else fp32; and of what is trained in full,
-    where auto is always fp32"""
+    """dtype of A and B (auto: bf16 on a GPU with bf16, otherwise fp32), and of modules trained in
+    full (auto: fp32)"""
     task_type: str | None = field(default=None, metadata=NO_FLAG | one_of(*TASK_TYPES))
-    """PEFT's name of the task; by default that of the model's class"""
+    """PEFT's task type; by default that of the model's class"""
     revision: str | None = field(default=None, metadata=NO_FLAG)
-    """that of the base; any other than the one it was loaded with is an error"""
+    """revision of the base; must be the one that was loaded"""
     fan_in_fan_out: bool | None = field(default=None, metadata=NO_FLAG)
     """whether weights are stored as (in, out), as in GPT-2; detected, and checked if given"""
 
     def faults(self) -> Iterator[str]:
-        """Rules across fields, and what an annotation cannot say."""
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
                 try:
@@ -175,25 +174,25 @@ class LoraConfig(Settings):
         if not (self.target_modules or self.target_parameters):
             yield "target_modules is empty: name at least one module"
         if self.layers_pattern and not self.layers_to_transform:
-            yield "layers_pattern says where the numbers of layers_to_transform stand: give both"
+            yield "layers_pattern needs layers_to_transform: give both"
         is_regex = isinstance(self.target_modules, str) and not self.targets_all_linear
         if self.layers_to_transform and is_regex:
             yield (
-                "layers_to_transform chooses among what a list of target_modules matches; in a "
-                "regular expression write the numbers themselves"
+                "layers_to_transform needs a list of target_modules: write the layer indices into "
+                "the regular expression instead"
             )
         indices = self.trainable_token_indices
         for ids in indices.values() if isinstance(indices, Mapping) else [indices]:
             are_ids = all(type(i) is int and i >= 0 for i in ids) and len(set(ids)) == len(ids)
             if not are_ids or not (ids or indices == ()):
-                yield f"trainable_token_indices must be different whole numbers from 0, got {ids!r}"
+                yield f"trainable_token_indices must be distinct whole numbers from 0, got {ids!r}"
         if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
             yield (
                 "target_parameters cannot be adapted with use_dora, lora_bias or lora_dropout, "
-                "because their module multiplies with them in its own code: leave these out"
+                "because the module's own code multiplies with them: leave these out"
             )
         if self.lora_bias and self.use_dora:
-            yield "lora_bias cannot be combined with use_dora, nor can it in PEFT: choose one"
+            yield "lora_bias cannot be combined with use_dora: choose one"
         yield from self._init_faults()
 
     def _init_faults(self) -> Iterator[str]:
@@ -262,24 +261,24 @@ class LoraConfig(Settings):
 
     @property
     def rebases(self) -> bool:
-        """Whether the base is quantized again, without the initial scaling B A."""
+        """Whether scaling B A is subtracted from the base, which is then quantized again."""
         is_one_round = self.init_lora_weights == "loftq" and self.loftq_iter == 1
         return self._init.changes_base and not is_one_round
 
     @property
     def loftq_iter(self) -> int:
-        """How often LoftQ quantizes and decomposes."""
+        """LoftQ's rounds of quantization and decomposition."""
         return self.loftq_config.get("loftq_iter", 1)
 
     @property
     def pissa_niter(self) -> int | None:
-        """PiSSA's iterations from a random subspace; None for the exact decomposition."""
+        """Iterations of PiSSA's randomized SVD; None for the exact one."""
         count = re.fullmatch(r"pissa_niter_(\d+)", str(self.init_lora_weights))
         return int(count[1]) if count else None
 
     @property
     def rho(self) -> float:
-        """The largest rank that EVA gives a layer, over r."""
+        """Maximum rank of a layer in EVA, as a multiple of r."""
         return self.eva_config.get("rho", 2.0)
 
     @property
@@ -289,6 +288,6 @@ class LoraConfig(Settings):
 
 
 def pattern_key(pattern: Iterable[str], module: str) -> str | None:
-    """The entry of rank_pattern or alpha_pattern for `module`, by PEFT's rule: the first that
-    matches an ending of its name, after a dot."""
+    """The key of rank_pattern or alpha_pattern for `module`, by PEFT's rule: the first that matches
+    the end of its name, after a dot."""
     return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)

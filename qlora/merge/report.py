@@ -109,7 +109,7 @@ def _model_card(report: Mapping[str, Any]) -> str:
     base, weights = str(report["base_model"]), report["adapters"]
     names = [f"`{name}`" + f" times {w:g}" * (w != 1) for name, w in weights.items()]
     many = len(names) > 1
-    return f"""{front_matter(base, "library_name: transformers", "qlora", "merged")}
+    return f"""{front_matter(base, "transformers", "qlora", "merged")}
 # {Path(base).name} with a LoRA adapter merged in
 
 The adapter{"s" * many} {", ".join(names)} {"were" if many else "was"} folded in fp32 into {onto},

@@ -288,7 +288,7 @@ def write_adapter_card(
     if "labels" in base:
         of_task += f", labels={list(base['labels'])!r}"
         head = f" Trained in full beside it: {', '.join(base['heads'])}."
-    text = f"""{files.front_matter(name, "library_name: peft", "lora", "qlora")}
+    text = f"""{files.front_matter(name, "peft", "lora", "qlora")}
 # LoRA adapter for {Path(name).name}
 
 Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()}, blocksize

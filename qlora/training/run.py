@@ -101,7 +101,9 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
         The checkpoint to resume from; None for a new run in a new folder.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training on several GPUs is not there yet: start one process, on one GPU")
+        raise UserError(
+            "training on several GPUs is not supported yet: start one process, on one GPU"
+        )
     checkpoint = _last_checkpoint(output)
     if config.resume and checkpoint is None:
         raise UserError(

@@ -343,8 +343,8 @@ BAD_CONFIGS = [
     ),
 ]
 BAD_FILES = [
-    (lambda f: (f / CONFIG).write_text("{"), rf"{CONFIG} is no JSON object: "),
-    (lambda f: (f / CONFIG).write_text("[]"), rf"{CONFIG} is no JSON object: .* list"),
+    (lambda f: (f / CONFIG).write_text("{"), rf"{CONFIG} is not a JSON object: "),
+    (lambda f: (f / CONFIG).write_text("[]"), rf"{CONFIG} is not a JSON object: .* list"),
     (lambda f: (f / CONFIG).unlink(), rf"copy holds no {CONFIG}: give the folder"),
     (lambda f: (f / WEIGHTS).unlink(), rf"copy holds no {WEIGHTS}$"),
     (shutil.rmtree, rf"copy does not exist: give the folder with {CONFIG}"),

@@ -230,7 +230,7 @@ def test_flag_may_be_left_out():
 
     assert parse("out") == parse("--adapter", "out") == ReportConfig("out")
     assert parse("out", "--merged", "m") == ReportConfig("out", "m")
-    with pytest.raises(UserError, match="no flag takes more"):
+    with pytest.raises(UserError, match="unexpected more"):
         parse("out", "more")
     with pytest.raises(UserError, match="missing --adapter"):
         parse()
@@ -252,10 +252,10 @@ BAD = [  # file, its text, words of the message
     ("run.yaml", "a: [\n", "is not what train.py writes"),
     ("metrics.jsonl", None, "has logged nothing yet"),
     ("metrics.jsonl", '{"step": 1, "eval_loss": 1.0}\n', "has logged nothing yet"),
-    ("metrics.jsonl", '{"step": 1, "loss": 1}\n{"step": 10', "line 2: a JSON object is wanted"),
-    ("metrics.jsonl", '{"step\xff', "line 1: a JSON object is wanted"),
+    ("metrics.jsonl", '{"step": 1, "loss": 1}\n{"step": 10', "line 2: wanted a JSON object"),
+    ("metrics.jsonl", '{"step\xff', "line 1: wanted a JSON object"),
     ("metrics.jsonl", '{"loss": 1.0}\n', "line 1: it has no step"),
-    ("samples.jsonl", '{"prompt": "a", "wan', "samples.jsonl, line 1: a JSON object is wanted"),
+    ("samples.jsonl", '{"prompt": "a", "wan', "samples.jsonl, line 1: wanted a JSON object"),
     ("samples.jsonl", '{"question": "a"}\n', "it has no prompt, wanted, before, after"),
 ]
 

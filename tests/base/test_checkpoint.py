@@ -154,7 +154,7 @@ def test_a_broken_index_or_config(sharded, text):
         (sharded / file).write_text(text)
     with pytest.raises(UserError, match=INDEX):
         _ = Checkpoint(sharded).tensors
-    with pytest.raises(UserError, match=r"config.json is no JSON object: "):
+    with pytest.raises(UserError, match=r"config.json is not a JSON object: "):
         _ = Checkpoint(sharded).config
     (sharded / INDEX).write_text("{}")
     with pytest.raises(UserError, match="holds no weight_map"):

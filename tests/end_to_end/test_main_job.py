@@ -118,7 +118,7 @@ BAD_FILES = {
         (["--target-modules", "query"], "'query' matches no layer"),
         (["--learning-rte", "1"], "--learning-rate"),
         (["--config", "typo.yaml"], "lora_alpha"),
-        (["--plan"], "not there yet"),
+        (["--plan"], "not supported yet"),
         (["--packing", "--task", "seq-cls"], "packing is for task causal-lm"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -371,7 +371,7 @@ def test_folder_that_holds_a_run_is_refused(quick_run, tmp_path):
 
 def test_several_processes_are_refused(quick_run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="several GPUs is not there yet"):
+    with pytest.raises(UserError, match="several GPUs is not supported yet"):
         check_settings(quick_run.config, tmp_path / "run")
 
 
