@@ -100,12 +100,12 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict):
             fault = f"wanted a JSON object, got {line[:40]!r}, which is cut short or damaged"
-            raise UserError(f"{path}, line {number}: {fault}: remove that line")
-        if missing := [key for key in keys if key not in row]:
-            raise UserError(
-                f"{path}, line {number}: it has no {', '.join(missing)}: remove that line"
-            )
-        rows.append(row)
+        elif missing := ", ".join(key for key in keys if key not in row):
+            fault = f"it has no {missing}"
+        else:
+            rows.append(row)
+            continue
+        raise UserError(f"{path}, line {number}: {fault}: remove that line")
     return rows
 
 

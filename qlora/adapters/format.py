@@ -227,7 +227,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     try:
         base = dict(json.loads(metadata.get("qlora", "{}")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / WEIGHTS}: its qlora metadata is no JSON object") from error
+        raise UserError(f"{folder / WEIGHTS}: its qlora metadata is not a JSON object") from error
     return AdapterFile(
         **vars(contents),
         folder=folder,
