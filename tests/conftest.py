@@ -125,6 +125,11 @@ def axis(*values: Any) -> list[Any]:
     return [values[0], *(pytest.param(value, marks=pytest.mark.full) for value in values[1:])]
 
 
+def on_gpu(test: Any) -> Any:
+    """Decorates a test that needs a GPU."""
+    return pytest.mark.gpu(NEEDS_GPU(test))
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
 FAMILIES = [name for name in CONFIGS if name != "mixtral"]
 FP32 = QuantConfig(compute_dtype="fp32")
@@ -200,6 +205,16 @@ def randomize_adapter(model: nn.Module, *, seed: int = 1, std: float = 0.05) -> 
                     magnitude.mul_(1 + torch.randn(magnitude.shape, generator=generator) * std)
 
 
+def adapted_model(folder: Path, lora: LoraConfig | None = None, quant: QuantConfig = FP32) -> Any:
+    """The checkpoint in 4 bits with a random adapter (by default r=4), the same in each call."""
+    lora = lora or LoraConfig(r=4, lora_alpha=8)
+    quant = replace(quant, allow_unquantized=True)  # Mixtral's experts
+    generator = torch.Generator().manual_seed(0)
+    model = apply_lora(load_base(str(folder), quant), lora, generator=generator)
+    randomize_adapter(model)
+    return model
+
+
 @pytest.fixture(scope="session")
 def adapters(
     checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
@@ -210,9 +225,7 @@ def adapters(
     def folder(family: str) -> Path:
         path = root / family
         if not path.exists():
-            model = load_base(str(checkpoints(family)), FP32)
-            generator = torch.Generator().manual_seed(0)
-            apply_lora(model, LoraConfig(r=4, lora_alpha=8), generator=generator)
+            model = adapted_model(checkpoints(family))
             randomize_adapter(model, std=0.3)
             save_adapter(model, path)
             tiny_tokenizer().save_pretrained(path)

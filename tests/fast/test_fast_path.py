@@ -1,29 +1,23 @@
 """Models on the fast path against the same models without it."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, DEVICES, FP32, SIZES, axis, randomize_adapter, token_ids
+import transformers as hf
+from conftest import CONFIGS, DEVICES, SIZES, adapted_model, axis, randomize_adapter, token_ids
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    Llama4TextConfig,
-    LlamaConfig,
-    Phi3Config,
-    ViTConfig,
-    ViTForImageClassification,
-)
 from transformers.models.llama4.modeling_llama4 import Llama4TextMLP
 
 from qlora.adapters.apply import apply_lora, disable_adapter, mixed_batch, set_adapter
 from qlora.adapters.fuse import delete_adapter, merge_adapter, unload, unmerge_adapter
 from qlora.adapters.lora import lora_layers
 from qlora.adapters.wrappers import base_modules
-from qlora.base.load import load_base
 from qlora.config import LoraConfig, QuantConfig
 from qlora.fast import layers as fast_layers
 from qlora.fast.layers import MLPBlock, SharedInput, remove_fast_path, use_fast_path
@@ -31,7 +25,7 @@ from qlora.ops import lora as lora_function
 from qlora.training import prepare_for_training
 
 LORA = LoraConfig(r=4, lora_alpha=8)
-ONE_LAYER = LlamaConfig(**SIZES | {"num_hidden_layers": 1})
+ONE_LAYER = SIZES | {"num_hidden_layers": 1}
 CHECKPOINTING = axis(True, False)
 
 # MLP blocks of each family's two layers, and sizes of the groups of one of them
@@ -43,22 +37,15 @@ EXPECTED = {
 }
 
 
-def adapted(folder: Any, config: LoraConfig = LORA, quant: QuantConfig = FP32) -> Any:
-    quant = replace(quant, allow_unquantized=True)  # Mixtral's experts
-    generator = torch.Generator().manual_seed(0)
-    model = apply_lora(load_base(str(folder), quant), config, generator=generator)
-    randomize_adapter(model)
-    return model
-
-
 def prepared(model: Any, *, checkpointing: bool = False, fast_path: bool = True) -> Any:
     return prepare_for_training(model, gradient_checkpointing=checkpointing, fast_path=fast_path)
 
 
-def dense_model(config: Any = ONE_LAYER, target: Any = "all-linear") -> Any:
-    """A plain model with adapters, not quantized, without the fast path."""
+def dense_model(config: Any = None, target: Any = "all-linear") -> Any:
+    """A model with adapters, not quantized, without the fast path; by default of one layer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    config = config or hf.LlamaConfig(**ONE_LAYER)
+    model = hf.AutoModelForCausalLM.from_config(config).requires_grad_(False)
     apply_lora(model, LoraConfig(r=4, target_modules=target))
     randomize_adapter(model)
     return prepared(model, fast_path=False)
@@ -71,16 +58,13 @@ def gradients(model: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)  # of the model's own dropout
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    parameters = {
-        f"{name}.{adapter}.{ending}": parameter
-        for name, layer in lora_layers(model).items()
-        for adapter in layer.adapters
-        for ending, parameter in layer.parameters_of(adapter).items()
-    }
-    of_all = {
-        k: p.grad.clone() for k, p in parameters.items() if p.grad is not None and p.grad.any()
-    }
-    return {"loss": loss.detach(), **of_all}
+    found = {"loss": loss.detach()}
+    for name, layer in lora_layers(model).items():
+        for adapter in layer.adapters:
+            for ending, parameter in layer.parameters_of(adapter).items():
+                if parameter.grad is not None and parameter.grad.any():
+                    found[f"{name}.{adapter}.{ending}"] = parameter.grad.clone()
+    return found
 
 
 def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], close: float = 1e-5) -> None:
@@ -107,7 +91,9 @@ def fast_parts(model: nn.Module) -> tuple[int, list[int]]:
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_loss_and_gradients_are_the_same(family, checkpointing, checkpoints):
-    model = prepared(adapted(checkpoints(family)), checkpointing=checkpointing, fast_path=False)
+    model = prepared(
+        adapted_model(checkpoints(family)), checkpointing=checkpointing, fast_path=False
+    )
     wanted = gradients(model)
     use_fast_path(model, recompute=checkpointing)
     assert fast_parts(model) == EXPECTED[family]
@@ -119,7 +105,7 @@ def test_loss_and_gradients_are_the_same(family, checkpointing, checkpoints):
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("device", DEVICES)
 def test_dropout_drops_the_same_numbers(device, checkpointing, checkpoints, capsys):
-    model = adapted(checkpoints("llama"), replace(LORA, lora_dropout=0.3)).to(device)
+    model = adapted_model(checkpoints("llama"), replace(LORA, lora_dropout=0.3)).to(device)
     prepared(model, checkpointing=checkpointing, fast_path=False)
     without, wanted = gradients(model.eval()), gradients(model.train())
     assert abs(wanted["loss"] - without["loss"]) > 1e-3 * without["loss"]
@@ -140,8 +126,7 @@ def test_dropout_drops_the_same_numbers(device, checkpointing, checkpoints, caps
      ("quick_gelu", None), ("tanh", None)],
 )  # fmt: skip
 def test_an_activation_is_known_by_its_values(act, known_as, dtype):
-    config = LlamaConfig(**SIZES | {"num_hidden_layers": 1}, hidden_act=act)
-    model = dense_model(config).to(dtype)
+    model = dense_model(hf.LlamaConfig(**ONE_LAYER, hidden_act=act)).to(dtype)
     wanted = gradients(model) if dtype == torch.float32 else None
     use_fast_path(model)
     assert [block.activation for block in blocks_of(model)] == ([known_as] if known_as else [])
@@ -177,14 +162,16 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_what_has_the_names_of_a_gated_mlp_but_computes_something_else(kind):
+def with_other_mlp(other: Any, names: Any = ()) -> Any:
+    """A model whose MLP is `other` with its children under these names, or an Other of a kind."""
     model = dense_model()
-    model.model.layers[0].mlp = Other(model.model.layers[0].mlp, **OTHERS[kind])
-    wanted = gradients(model)
-    use_fast_path(model)
-    assert not blocks_of(model)
-    assert_same(gradients(model), wanted)
+    own = model.model.layers[0].mlp
+    if isinstance(other, dict):
+        other = Other(own, **other)
+    for name, child in zip(names, own.children() if names else (), strict=True):
+        setattr(other, name, child)
+    model.model.layers[0].mlp = other
+    return model
 
 
 class InternLM2(nn.Module):
@@ -195,25 +182,29 @@ class InternLM2(nn.Module):
         return y
 
 
-@pytest.mark.parametrize(
-    ("make", "names"),
-    [
-        (InternLM2, ("w1", "w3", "w2", "act_fn")),
-        (
-            lambda: Llama4TextMLP(Llama4TextConfig(hidden_size=64), 128),
-            ("gate_proj", "up_proj", "down_proj", "activation_fn"),
-        ),
-    ],
-)
-def test_other_names_of_a_gated_mlp(make, names):
-    model, other = dense_model(), make()
-    own = model.model.layers[0].mlp
-    for name, child in zip(names, own.children(), strict=True):
-        setattr(other, name, child)
-    model.model.layers[0].mlp = other
+def llama_4() -> Any:
+    mlp = Llama4TextMLP(hf.Llama4TextConfig(hidden_size=64), 128)
+    return with_other_mlp(mlp, ("gate_proj", "up_proj", "down_proj", "activation_fn"))
+
+
+NO_UP = ["gate_proj", "down_proj", "q_proj", "v_proj"]
+PARTS: dict[str, tuple[Callable[[], Any], tuple[int, list[int]]]] = {
+    "InternLM2": (lambda: with_other_mlp(InternLM2(), ("w1", "w3", "w2", "act_fn")), (1, [1, 2])),
+    "Llama 4": (llama_4, (1, [1, 2])),
+    # gate and up in one matrix
+    "phi3": (lambda: dense_model(hf.Phi3Config(**SIZES)), (0, [1, 1, 1, 1])),
+    "no up_proj": (lambda: dense_model(hf.LlamaConfig(**SIZES), NO_UP), (0, [1, 1, 2])),
+    **{kind: (partial(with_other_mlp, other), (0, [1, 2])) for kind, other in OTHERS.items()},
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_which_mlps_are_a_block(kind):
+    make, parts = PARTS[kind]
+    model = make()
     wanted = gradients(model)
     use_fast_path(model)
-    assert len(blocks_of(model)) == 1
+    assert fast_parts(model) == parts
     assert_same(gradients(model), wanted)
 
 
@@ -222,7 +213,7 @@ def test_a_block_is_computed_again_only_if_its_output_is_read(
     family, times, checkpoints, monkeypatch
 ):
     """By Gemma's norm after the MLP."""
-    model = prepared(adapted(checkpoints(family)), checkpointing=True)
+    model = prepared(adapted_model(checkpoints(family)), checkpointing=True)
     assert {block.recompute for block in blocks_of(model)} == {family == "llama"}
     made: list[Tensor] = []
     forward = lora_function.gated_forward
@@ -233,37 +224,18 @@ def test_a_block_is_computed_again_only_if_its_output_is_read(
     assert len(made) == times  # of two layers
 
 
-@pytest.mark.parametrize(
-    ("config", "target", "parts"),
-    [
-        (Phi3Config(**SIZES), "all-linear", (0, [1, 1, 1, 1])),  # gate and up in one matrix
-        (LlamaConfig(**SIZES), ["gate_proj", "down_proj", "q_proj", "v_proj"], (0, [1, 1, 2])),
-    ],
-    ids=["phi3", "no adapter on up_proj"],
-)
-def test_layers_without_a_block(config, target, parts):
-    model = dense_model(config, target)
-    wanted = gradients(model)
-    use_fast_path(model)
-    assert fast_parts(model) == parts
-    assert_same(gradients(model), wanted)
-
-
 # ---- falling back
 
 
 def test_an_image_model_computes_layer_by_layer():
     """It reads no token ids, so that it is not run."""
     sizes = {k: SIZES[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    config = ViTConfig(**sizes, num_hidden_layers=1, image_size=32, patch_size=8)
+    config = hf.ViTConfig(**sizes, num_hidden_layers=1, image_size=32, patch_size=8)
     torch.manual_seed(0)
-    model = ViTForImageClassification(config).requires_grad_(False)
-    apply_lora(model, LoraConfig(r=4))
+    model = apply_lora(hf.ViTForImageClassification(config), LoraConfig(r=4))
     randomize_adapter(model)
-    pixels, parameters = (
-        torch.randn(2, 3, 32, 32),
-        [p for p in model.parameters() if p.requires_grad],
-    )
+    pixels = torch.randn(2, 3, 32, 32)
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> dict[str, Tensor]:
         loss = model(pixel_values=pixels).logits.square().sum()
@@ -289,10 +261,10 @@ def unsupported(kind: str, checkpoints: Any) -> Any:
             own.base_layer.__class__ = Gained
         return model
     if kind == "dtype":
-        model = adapted(checkpoints("llama"), quant=QuantConfig(compute_dtype="bf16"))
+        model = adapted_model(checkpoints("llama"), quant=QuantConfig(compute_dtype="bf16"))
         model.model.embed_tokens.float(), model.lm_head.float()
     else:
-        model = adapted(checkpoints("qwen2"), replace(LORA, **{kind: True}))
+        model = adapted_model(checkpoints("qwen2"), replace(LORA, **{kind: True}))
     return prepared(model, fast_path=False)
 
 
@@ -318,7 +290,7 @@ def test_unsupported_layers_fall_back_with_one_line(kind, line, checkpoints, cap
 
 def test_adapters_changed_later(checkpoints):
     """Another one, two, none, rows of their own, merged: as without the fast path."""
-    models = [adapted(checkpoints("llama")) for _ in range(2)]
+    models = [adapted_model(checkpoints("llama")) for _ in range(2)]
     for model, fast in zip(models, (True, False), strict=True):
         generator = torch.Generator().manual_seed(3)
         apply_lora(model, replace(LORA, r=2), adapter_name="other", generator=generator)
@@ -372,9 +344,8 @@ def test_hooks_and_a_replaced_forward_are_called():
     assert len(blocks_of(model)) == 1
     base, replaced = layer.self_attn.q_proj.base_layer, []
     forward = base.forward
-    base.forward = lambda x: (
-        replaced.append(1) or forward(x)
-    )  # as accelerate's, which moves weights
+    # as accelerate does, to move weights
+    base.forward = lambda x: replaced.append(1) or forward(x)
     assert_same(gradients(model), wanted)
     assert replaced == [1]
 
@@ -382,7 +353,7 @@ def test_hooks_and_a_replaced_forward_are_called():
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_under_autocast(compute, checkpointing, checkpoints):
-    models = [adapted(checkpoints("llama"), quant=QuantConfig(compute_dtype=compute))]
+    models = [adapted_model(checkpoints("llama"), quant=QuantConfig(compute_dtype=compute))]
     models.append(copy.deepcopy(models[0]))
     runs = []
     for model, fast in zip(models, (True, False), strict=True):
@@ -394,7 +365,7 @@ def test_under_autocast(compute, checkpointing, checkpoints):
 
 
 def test_copies_and_an_interrupted_forward_pass(checkpoints):
-    model = prepared(adapted(checkpoints("llama")))
+    model = prepared(adapted_model(checkpoints("llama")))
     wanted = gradients(model)
 
     def fail(*_: Any) -> None:
@@ -415,7 +386,7 @@ def test_copies_and_an_interrupted_forward_pass(checkpoints):
 
 
 def test_the_last_call_of_prepare_for_training_counts(checkpoints):
-    model = adapted(checkpoints("llama"))
+    model = adapted_model(checkpoints("llama"))
     modules = [type(module) for module in model.modules()]
     names = [name for name, _ in model.named_parameters()]
     for _ in range(2):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICES, FP32, NEEDS_GPU, axis, randomize_adapter, tiny_model, token_ids
+from conftest import DEVICES, FP32, adapted_model, axis, on_gpu, tiny_model, token_ids
 from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -63,6 +63,11 @@ def errors(norm: nn.Module, x: Tensor, wanted: tuple[Tensor, Tensor]) -> list[fl
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(values, wanted, strict=True)]
 
 
+def gradients_of(model: Any) -> list[Tensor]:
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
+
+
 def kept(call: Callable[[], Any]) -> int:
     """Bytes of all storages that are kept for the backward pass of `call`."""
     sizes: dict[int, int] = {}
@@ -95,14 +100,10 @@ def test_torchs_kernel_is_as_exact_as_the_models(dtype, device, has_kernel):
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "small_weights"),
-    [
-        (LlamaRMSNorm, 1.0, False),
-        (LlamaRMSNorm, 1e-3, False),  # that of sqrt(eps)
-        (Gemma2RMSNorm, 1e3, False),
-        (LlamaRMSNorm, 1.0, True),  # which cost no digits
-    ],
-)
+    "kind, size, small_weights",  # 1e-3: that of sqrt(eps); small weights cost no digits
+    [(LlamaRMSNorm, 1.0, False), (LlamaRMSNorm, 1e-3, False), (Gemma2RMSNorm, 1e3, False),
+     (LlamaRMSNorm, 1.0, True)],
+)  # fmt: skip
 def test_from_its_output_a_norm_is_as_exact_as_the_models(kind, size, small_weights):
     norm, x = case(torch.float32, dim=576, kind=kind)
     x *= size
@@ -151,20 +152,17 @@ def test_a_norm_keeps_only_what_the_next_layer_keeps():
 def test_a_model_keeps_less_by_the_inputs_of_norms(family, checkpoints, monkeypatch):
     totals, gradients = [], []
     for _ in ("with norms", "without"):
-        model: Any = load_base(str(checkpoints(family)), FP32)
-        apply_lora(model, LoraConfig(r=4), generator=torch.Generator().manual_seed(0))
-        randomize_adapter(model)
-        prepare_for_training(model, gradient_checkpointing=False)
+        model = prepare_for_training(
+            adapted_model(checkpoints(family)), gradient_checkpointing=False
+        )
         totals.append(kept(lambda m=model: m(input_ids=IDS, labels=IDS).loss))
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        gradients.append(gradients_of(model))
         monkeypatch.setattr(training, "put_norms", lambda _: None)
     # Two of each of two layers; but the first one's x is the embedding's and has no gradient. What
     # is behind q_norm and k_norm, and Gemma's norms after a block, keeps no y: x and y are even.
     assert totals[1] - totals[0] == 3 * 4 * IDS.numel() * model.config.hidden_size
-    for got, wanted in zip(*gradients, strict=True):
-        # fp32 in another order, through two layers
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    # fp32 in another order, through two layers
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 # ---- which norms
@@ -242,17 +240,14 @@ def test_adapters_that_train_norms(adapter_first, checkpoints, has_kernel):
         prepare_for_training(model, fast_path=with_norms)
         count = sum(isinstance(module, RMSNorm) for module in model.modules())
         assert count == with_norms * (4 if adapter_first else 5)
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for got, wanted in zip(*gradients, strict=True):
-        # fp32 in another order, through two layers; A's is 0, as B is
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+        gradients.append(gradients_of(model))
+    # fp32 in another order, through two layers; A's is 0, as B is
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     unload(model)
     assert not any(isinstance(module, RMSNorm) for module in model.modules())
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_16_bit_input_is_kept_in_16_bits_on_a_gpu(dtype):
     norm, x = case(dtype, "cuda", 4096)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import CONFIGS, FP32, NEEDS_GPU, axis, tiny_model, token_ids
+from conftest import CONFIGS, FP32, axis, on_gpu, tiny_model, token_ids
 from safetensors.torch import load_file
 from simulated_device import LateCopies
 from torch import Tensor, nn
@@ -163,13 +163,22 @@ def test_without_gradients_nothing_is_moved(copies):
 # ---- order and memory
 
 
+ONE = nn.Parameter(torch.ones(()))
+
+
+def plus_one(x: Tensor | None) -> Tensor:
+    """A checkpointed layer, x + 1; without x its first input, 0."""
+    if x is None:
+        return torch.zeros(TOKENS, DIM) * ONE
+    return torch.as_tensor(checkpoint(lambda x: x * ONE + 1, x, use_reentrant=False))
+
+
 def test_order_of_copies(copies):
     """A copy starts when two newer tensors exist, one is under way at a time, one is ahead."""
-    one = nn.Parameter(torch.ones(()))
     with offloading(copies):
-        x = torch.zeros(TOKENS, DIM) * one  # x_i is i
+        x = plus_one(None)  # x_i is i
         for _ in range(LAYERS):
-            x = checkpoint(lambda x: x * one + 1, x, use_reentrant=False)
+            x = plus_one(x)
     out = ["start 0", "end 0", "start 1", "end 1", "start 2", "end 2", "start 3"]
     assert copies.log == out
     x.sum().backward()
@@ -205,15 +214,11 @@ def test_buffers_are_reused_for_any_length(copies):
     buffers = Buffers(copies.allocate)  # the smallest that fits
     for buffer in [buffers.acquire(size) for size in (1024, 4096, 2048)]:
         buffers.release(buffer)
-    assert [len(buffers.acquire(size)) for size in (1500, 10, 4096, 5000)] == [
-        2048,
-        1024,
-        4096,
-        8192,
-    ]
+    sizes = [len(buffers.acquire(size)) for size in (1500, 10, 4096, 5000)]
+    assert sizes == [2048, 1024, 4096, 8192]
 
 
-@pytest.mark.parametrize(("keep", "times"), [(1, 1), (2, 0)])
+@pytest.mark.parametrize("keep, times", [(1, 1), (2, 0)])
 def test_a_tensor_that_many_layers_read_is_copied_once(copies, keep, times):
     """As an encoder's output in each layer of the decoder."""
     shared = (batch().requires_grad_() * 1) + 7
@@ -298,26 +303,20 @@ def test_an_error_leaves_no_hooks_copies_or_buffers(copies, where):
 
 
 @pytest.mark.parametrize("newer", [0, 1, 2], ids=["stays", "stays too", "being copied"])
-def test_a_change_in_place_raises_in_backward(copies, newer):
-    """torch checks it where there are no hooks."""
-    one = nn.Parameter(torch.ones(()))
-    changed = x = torch.zeros(TOKENS, DIM) * one
+def test_a_change_in_place_raises(copies, newer):
+    """As torch does where there are no hooks; in the backward pass, or when the copy starts."""
+    x = changed = plus_one(None)
     with offloading(copies):
         for _ in range(newer + 1):
-            x = checkpoint(lambda x: x * one + 1, x, use_reentrant=False)
+            x = plus_one(x)
     changed.add_(1)
     with pytest.raises(RuntimeError, match=r"\(8, 16\) .* was changed in place after it was saved"):
         x.sum().backward()
-
-
-def test_a_change_in_place_raises_in_forward(copies):
-    one = nn.Parameter(torch.ones(()))
-    x = torch.zeros(TOKENS, DIM) * one
+    x = plus_one(None)
     with pytest.raises(RuntimeError, match="changed in place"), offloading(copies):
         for _ in range(4):
-            y = checkpoint(lambda x: x * one + 1, x, use_reentrant=False)
-            x.add_(1)
-            x = y
+            changed, x = x, plus_one(x)
+            changed.add_(1)
 
 
 def test_offloading_without_a_gpu_is_refused(monkeypatch):
@@ -430,8 +429,7 @@ class Blocks(nn.Module):
         return x
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 def test_memory_and_gradients_on_a_gpu():
     layers, tokens, dim = 16, 8192, 1024
     size = tokens * dim * 2  # 16 MiB
@@ -458,8 +456,7 @@ def test_memory_and_gradients_on_a_gpu():
     assert all(buffer.is_pinned() for buffer in context.buffers.free)
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 def test_many_steps_on_a_gpu_while_python_is_ahead():
     """Small layers, so that only the order on the streams keeps values apart."""
     model = Blocks(24, 256).to("cuda")
@@ -475,8 +472,7 @@ def test_many_steps_on_a_gpu_while_python_is_ahead():
     assert equal(runs[1], runs[0])
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 def test_memory_is_not_reused_while_copies_write_to_it_on_a_gpu():
     model = Blocks(12, 512).to("cuda")
     x = torch.randn(4096, 512, device="cuda").requires_grad_()
@@ -498,8 +494,7 @@ def test_memory_is_not_reused_while_copies_write_to_it_on_a_gpu():
         assert all(bool((other == 7).all()) for other in others)
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 def test_the_embedding_in_host_memory_on_a_gpu(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}

@@ -6,26 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, FP32, SIZES, VOCAB, axis, randomize_adapter, tiny_tokenizer
+import transformers as hf
+from conftest import CONFIGS, FP32, SIZES, VOCAB, adapted_model, axis, tiny_tokenizer
 from datasets import Dataset
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    Gemma3TextConfig,
-    GptOssConfig,
-    Lfm2Config,
-    LlamaForCausalLM,
-    MambaConfig,
-    MistralConfig,
-    OPTConfig,
-    Phi3Config,
-)
+from transformers import AutoModelForCausalLM
 
-from qlora.adapters.apply import apply_lora
-from qlora.base.load import load_base
-from qlora.config import DataConfig, LoraConfig, TrainConfig
+from qlora.config import DataConfig, TrainConfig
 from qlora.data.rows import FlatCollator, PackCollator, PackedRows
 from qlora.errors import UserError
 from qlora.fast.attention import ROWS, VARLEN, rows_attention, rows_collator, varlen_attention
@@ -35,16 +22,16 @@ from qlora.training.trainer import make_trainer
 SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2}
 MAKE: dict[str, Any] = {  # windows are shorter than rows, and much shorter than packs
     **CONFIGS,
-    "mistral, window": lambda: MistralConfig(**SIZES, sliding_window=5),
-    "phi3, window": lambda: Phi3Config(**SIZES, sliding_window=6),
-    "gemma3, window": lambda: Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=7),
+    "mistral, window": lambda: hf.MistralConfig(**SIZES, sliding_window=5),
+    "phi3, window": lambda: hf.Phi3Config(**SIZES, sliding_window=6),
+    "gemma3, window": lambda: hf.Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=7),
 }
 LEAKING: dict[str, Any] = {
-    "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
-    "falcon, alibi": lambda: FalconConfig(**SMALL, num_attention_heads=4, alibi=True),
-    "mamba": lambda: MambaConfig(**SMALL),
-    "lfm2": lambda: Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
-    "gpt-oss": lambda: GptOssConfig(**SIZES, head_dim=16, num_local_experts=4),
+    "bloom": lambda: hf.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
+    "falcon, alibi": lambda: hf.FalconConfig(**SMALL, num_attention_heads=4, alibi=True),
+    "mamba": lambda: hf.MambaConfig(**SMALL),
+    "lfm2": lambda: hf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+    "gpt-oss": lambda: hf.GptOssConfig(**SIZES, head_dim=16, num_local_experts=4),
 }
 LENGTHS = (9, 17, 1, 12, 30, 5, 8)
 BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
@@ -66,22 +53,12 @@ def model_of(make: Any, folder: Path) -> Any:
     """A 4-bit model with a random adapter."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(make()).save_pretrained(folder)
-    quant = replace(FP32, allow_unquantized=True)  # Mixtral's experts
-    model = apply_lora(load_base(str(folder), quant), LoraConfig(r=4, lora_alpha=8))
-    randomize_adapter(model)
-    return prepare_for_training(model, gradient_checkpointing=False)
+    return prepare_for_training(adapted_model(folder), gradient_checkpointing=False)
 
 
-def trainer_of(
-    model: Any, folder: Path, data: Any, *, packing: bool, fast_path: bool = True
-) -> Any:
-    config = TrainConfig(
-        model="model",
-        output_dir=str(folder / "run"),
-        data=DataConfig("data", packing=packing),
-        fast_path=fast_path,
-        learning_rate=1e-3,
-    )
+def trainer_of(model: Any, folder: Path, data: Any, *, packing: bool, **settings: Any) -> Any:
+    settings |= {"data": DataConfig("data", packing=packing), "learning_rate": 1e-3}
+    config = TrainConfig("model", str(folder / "run"), **settings)
     return make_trainer(config, model, tiny_tokenizer(), data, None)
 
 
@@ -192,7 +169,7 @@ class Absolute(nn.Module):
         return outputs
 
 
-class Swallowing(LlamaForCausalLM):
+class Swallowing(hf.LlamaForCausalLM):
     """Passes none of its other arguments on, as some remote code does."""
 
     def forward(self, input_ids: Any = None, labels: Any = None, **_: Any) -> Any:
@@ -215,7 +192,7 @@ def test_a_model_that_does_not_read_position_ids_is_refused():
 def test_opt_keeps_rows_apart_by_another_attention_than_its_own():
     """It makes its mask without position_ids, and reads its positions from them."""
     small = {**SMALL, "num_attention_heads": 4, "ffn_dim": 128, "word_embed_proj_dim": 64}
-    model: Any = AutoModelForCausalLM.from_config(OPTConfig(**small)).eval()
+    model: Any = AutoModelForCausalLM.from_config(hf.OPTConfig(**small)).eval()
     assert isinstance(collator_of(model), FlatCollator)
     assert model.config._attn_implementation == ROWS
     model.set_attn_implementation("sdpa")
@@ -318,7 +295,6 @@ def test_flash_attention_of_rows_on_a_gpu(dtype, window):
 def test_flash_attention_is_chosen_on_a_gpu(tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIGS["qwen3"]()).save_pretrained(tmp_path / "base")
-    model: Any = load_base(str(tmp_path / "base"), replace(FP32, compute_dtype="bf16"))
-    apply_lora(model, LoraConfig(r=4, lora_alpha=8))
+    model = adapted_model(tmp_path / "base", quant=replace(FP32, compute_dtype="bf16"))
     assert isinstance(collator_of(model), FlatCollator)
     assert model.config._attn_implementation == VARLEN

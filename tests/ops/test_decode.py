@@ -6,7 +6,7 @@ from functools import partial
 import bitsandbytes
 import pytest
 import torch
-from conftest import DEVICES, NEEDS_GPU, axis
+from conftest import DEVICES, axis, on_gpu
 from torch import nn
 from torch.nn import functional as F
 
@@ -157,8 +157,7 @@ def test_autograd_reports_a_saved_weight_that_was_overwritten(kernel_device):
         y.sum().backward()
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 def test_streams_have_separate_buffers():
     shape, device = torch.Size((4, 4)), torch.device("cuda", torch.cuda.current_device())
     first = scratch(shape, torch.float32, device, 0)
@@ -168,8 +167,7 @@ def test_streams_have_separate_buffers():
     assert scratch(shape, torch.float32, device, 0).data_ptr() == first.data_ptr()
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("name", DECODERS)
 def test_products_in_a_row_read_their_own_weights(name, dtype, monkeypatch):
@@ -184,8 +182,7 @@ def test_products_in_a_row_read_their_own_weights(name, dtype, monkeypatch):
         assert torch.equal(y, F.linear(x[:, : len(weight.T)], weight))
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 def test_a_captured_graph_has_its_own_memory():
     layer = linear4bit((64, 64), "cuda")
     before = decoded(layer, torch.bfloat16)

@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 from bitsandbytes import functional as bnb
-from conftest import NEEDS_GPU, axis
+from conftest import axis, on_gpu
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -76,8 +76,7 @@ def test_codes_that_are_stored_as_another_dtype(kernel_device, storage):
     assert torch.equal(decode(stored, torch.float32, kernel_device), exact)
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 def test_decode_of_more_values_than_32_bits_count():
     from qlora.ops.kernels import decode
 

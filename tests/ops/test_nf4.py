@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from bitsandbytes import functional as bnb
-from conftest import NEEDS_GPU, axis
+from conftest import axis, on_gpu
 
 from qlora.config import QuantConfig
 from qlora.ops import nf4
@@ -239,8 +239,7 @@ def test_a_record_is_what_bitsandbytes_saves(double_quant):
             assert torch.equal(named[key], saved[key])
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 def test_codes_made_on_a_gpu_equal_those_of_the_cpu():
     weight = gaussian(96, 128)
     here, there = (nf4.quantize(w, PLAIN) for w in (weight, weight.cuda()))
