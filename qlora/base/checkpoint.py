@@ -2,19 +2,17 @@
 
 - `resolve`: a folder, hub name or .gguf file -> a folder with config.json and safetensors.
 - `Checkpoint`: every tensor's name, dtype and shape from the headers; `read` reads one tensor.
-- `skeleton`: its model without weights, which says which tensors are linear layers.
+- `skeleton`: the model on the meta device; `quantized_layers`: which of its layers become 4-bit.
 
 A .gguf file is converted once to a bf16 safetensors folder in the cache ($QLORA_CACHE, by default
-~/.cache/qlora): training quantizes those weights and the merge reads the same ones.
-
-Pickled checkpoints (.bin, .pt) are never opened.
+~/.cache/qlora): training quantizes those weights and the merge reads the same ones. Pickled
+checkpoints (.bin, .pt) are never opened.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +37,7 @@ POSITIONS_AFTER_PAD = (
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
-AGAIN = "download or copy it again"
+COPY_AGAIN = "download or copy it again"
 
 
 # ---- resolve ----
@@ -52,22 +50,17 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
         model: a local folder, a .gguf file, or a hub name such as `owner/name`.
 
     Raises:
-        UserError: nothing is there, it holds no safetensors, or the hub does not answer.
+        UserError: it does not exist, has no safetensors, or cannot be downloaded.
     """
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _convert_gguf(path)
     if revision and path.exists():
-        raise UserError(
-            f"--revision {revision} is for hub models, {model} is a local path: drop it"
-        )
+        raise UserError(f"--revision {revision} is for hub models, not for a local path: {model}")
     if path.is_dir():
         return _model_folder(path)
     if path.exists():
-        raise UserError(
-            f"model {model} is a file: wanted a folder with config.json and *.safetensors, "
-            "a .gguf file, or a hub name"
-        )
+        raise UserError(f"model {model} is a file: give a folder, a .gguf file or a hub name")
     if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise UserError(f"model {model} does not exist: give a folder, a .gguf file or a hub name")
     return _from_hub(model, revision)
@@ -76,13 +69,13 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
 def _model_folder(path: Path) -> Path:
     if not (path / "config.json").is_file():
         raise UserError(
-            f"{path} is no model: it holds no config.json. Wanted a folder with config.json and "
-            "*.safetensors (for an adapter, give its base model)"
+            f"{path} is no model: it holds no config.json. Give a folder with config.json and "
+            "*.safetensors (for an adapter, its base model)"
         )
     if not any((path / name).is_file() for name in (SINGLE, INDEX)):
         raise UserError(
             f"{path} holds no {SINGLE} or {INDEX}. Pickled weights (.bin, .pt) are not opened: "
-            "save the model as safetensors first (save_pretrained does)"
+            "save the model with save_pretrained first"
         )
     return path
 
@@ -99,8 +92,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
         )
     except Exception as error:  # offline, gated, misspelt: the hub has an error for each
         raise UserError(
-            f"model {name} is no local folder, and the hub did not give it: {first_line(error)} "
-            "Check the name, the network, and that you are logged in if it is gated"
+            f"model {name} is no local folder and cannot be downloaded: {first_line(error)} "
+            "Check the name, the network, and that you are logged in if the model is gated"
         ) from error
     return _model_folder(Path(folder))
 
@@ -111,7 +104,7 @@ def cache_folder() -> Path:
 
 
 def _convert_gguf(path: Path) -> Path:
-    """The bf16 safetensors folder of a .gguf file, converted once; recognised by samples of it."""
+    """The bf16 safetensors folder of a .gguf file: converted once, then found by its digest."""
     folder = cache_folder() / f"{path.stem}-{_sampled_digest(path)[:12]}"
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         return folder
@@ -128,8 +121,8 @@ def _convert_gguf(path: Path) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:  # transformers passes on whatever its parser raises
             raise UserError(
-                f"{path} cannot be read as a GGUF model ({type(error).__name__}: {error}). "
-                "Download it again, or give the safetensors checkpoint it was made from"
+                f"{path} cannot be read as a GGUF model ({type(error).__name__}: {error}): "
+                "download it again, or give its safetensors checkpoint"
             ) from error
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -137,7 +130,7 @@ def _convert_gguf(path: Path) -> Path:
 
 
 def _sampled_digest(path: Path) -> str:
-    """sha256 of the size and of 64 pieces spread over the file, which differ between models."""
+    """sha256 of the size and of 64 pieces of 64 KiB spread over the file."""
     size, piece = path.stat().st_size, 1 << 16
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -160,29 +153,28 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors, known from its headers; `read` reads one tensor."""
+    """A folder of safetensors, of which only headers are read; `read` reads one tensor."""
 
     folder: Path
     name: str = ""
-    """the path or hub name it was opened by, if that is not the folder"""
+    """the path or hub name given to `open`"""
     revision: str | None = None
     """of the hub repository"""
 
     @classmethod
     def open(cls, model: "str | Checkpoint", *, revision: str | None = None) -> "Checkpoint":
-        """The checkpoint that `resolve` finds for `model`; an opened one is returned as it is."""
+        """The checkpoint in `resolve(model)`; an opened one is returned unchanged."""
         if isinstance(model, Checkpoint):
             return model
         return cls(resolve(model, revision=revision), model, revision)
 
     @property
     def origin(self) -> str:
-        """The name to load it by again; for a .gguf file the folder of its converted weights."""
+        """The name or path that loads it again; for a .gguf file the converted folder."""
         return self.name if self.name and not self.name.endswith(".gguf") else str(self.folder)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json."""
         return read_json(self.folder / "config.json")
 
     @cached_property
@@ -197,11 +189,11 @@ class Checkpoint:
                         dtype, shape = DTYPES[entry.get_dtype()], tuple(entry.get_shape())
                         headers[name] = Header(file, dtype, shape)
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is damaged or cut short ({error}): {AGAIN}") from error
+                fault = f"{file} is damaged or cut short ({error}): {COPY_AGAIN}"
+                raise UserError(fault) from error
             except KeyError as error:
-                raise UserError(
-                    f"{file} holds a tensor of unknown dtype {error}: give a 16-bit checkpoint"
-                ) from error
+                fault = f"{file} holds a tensor of unknown dtype {error}: use a 16-bit checkpoint"
+                raise UserError(fault) from error
         return headers
 
     def _files(self) -> list[Path]:
@@ -210,29 +202,24 @@ class Checkpoint:
         index = self.folder / INDEX
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise UserError(f"{index} holds no weight_map: {AGAIN}")
+            raise UserError(f"{index} holds no weight_map: {COPY_AGAIN}")
         names = sorted(set(map(str, weight_map.values())))
         if outside := [name for name in names if Path(name).name != name]:
-            raise UserError(
-                f"{index} names files outside its folder: {', '.join(outside)}. "
-                "Do not use a checkpoint that does"
-            )
+            listed = ", ".join(outside)
+            raise UserError(f"{index} lists files outside its folder, do not use it: {listed}")
         if missing := [name for name in names if not (self.folder / name).is_file()]:
-            raise UserError(
-                f"{self.folder} lacks {', '.join(missing)}, which its index names: {AGAIN}"
-            )
+            listed = ", ".join(missing)
+            raise UserError(f"{self.folder} lacks {listed}, listed in its index: {COPY_AGAIN}")
         return [self.folder / name for name in names]
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU. The file is closed again, which lets its pages go."""
+        """One tensor on the CPU. The file is closed again, which releases its memory map."""
         file = self.tensors[name].file
         try:
             with safe_open(file, framework="pt") as shard:
                 return torch.as_tensor(shard.get_tensor(name))
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file} can no longer be read ({error}): is it still there?"
-            ) from error
+            raise UserError(f"{file} can no longer be read: {error}") from error
 
     def record(self, name: str) -> dict[str, Tensor] | None:
         """The bitsandbytes record of the 4-bit weight `name`, or None if it is not quantized."""
@@ -243,13 +230,13 @@ class Checkpoint:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names by id, which every config.json has, also that of a language model."""
+        """Class names by id. transformers writes some for every model, LABEL_0 and LABEL_1."""
         names = self.config.get("id2label") or {}
         return tuple(names[i] for i in sorted(names, key=int))
 
     @property
     def max_positions(self) -> int | None:
-        """The longest row that the model takes, if config.json limits it."""
+        """The longest row that the model accepts, if config.json limits it."""
         text = self.config.get("text_config") or self.config
         if "relative_attention_num_buckets" in text:  # T5's n_positions limits nothing
             return None
@@ -283,64 +270,49 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class OriginalWeights:
-    """The weights of a 4-bit model's linear layers from before quantization, by layer name; read
-    from the checkpoint on demand."""
+    """A 4-bit model's linear weights from before quantization, read from disk on demand."""
 
     checkpoint: Checkpoint
-    names: Mapping[str, str]
-    """layer -> the checkpoint's name of its weight"""
-    transposed: frozenset[str]
-    """layers whose weight the checkpoint stores as (in, out)"""
     dtype: torch.dtype
+    """that loading casts to before it quantizes"""
+    layers: Mapping[str, tuple[str, bool]]
+    """layer -> the checkpoint's name of its weight, and whether that is (in, out)"""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> "OriginalWeights":
-        """Those of all linear layers of `model`, which is made of `checkpoint`."""
-        layers = linear_layers(model)
-        names = {name: disk_name(checkpoint, model, f"{name}.weight") for name in layers}
-        transposed = frozenset(name for name, layer in layers.items() if was_conv1d(layer))
-        return cls(checkpoint, {k: v for k, v in names.items() if v}, transposed, dtype)
+        """Those of all linear layers of `model`, the skeleton of `checkpoint`."""
+        layers = {
+            name: (place, was_conv1d(layer))
+            for name, layer in linear_layers(model).items()
+            if (place := disk_name(checkpoint, model, f"{name}.weight"))
+        }
+        return cls(checkpoint, dtype, layers)
 
     def shape(self, name: str) -> tuple[int, int] | None:
         """(out, in), or None if the checkpoint has no such weight."""
-        if name not in self.names:
+        if name not in self.layers:
             return None
-        shape = self.checkpoint.tensors[self.names[name]].shape
-        return (shape[1], shape[0]) if name in self.transposed else (shape[0], shape[1])
+        place, is_transposed = self.layers[name]
+        rows, columns = self.checkpoint.tensors[place].shape
+        return (columns, rows) if is_transposed else (rows, columns)
 
     def read(self, name: str) -> Tensor:
-        """The weight (out, in) as loading casts it before quantization, on the CPU."""
-        weight = self.checkpoint.read(self.names[name]).to(self.dtype)
-        return weight.T if name in self.transposed else weight
+        """The weight (out, in) as it was quantized, on the CPU."""
+        place, is_transposed = self.layers[name]
+        weight = self.checkpoint.read(place).to(self.dtype)
+        return weight.T if is_transposed else weight
 
 
 # ---- the model without weights ----
 
 
-@contextmanager
-def _naming_the_model(folder: Path, task: str) -> Iterator[None]:
-    """Turns transformers' errors about an unknown model into a UserError."""
-    try:
-        yield
-    except (ValueError, KeyError, OSError) as error:
-        kind = task_named(task).kind
-        raise UserError(
-            f"{folder} is no {kind} that this transformers knows: {first_line(error)}"
-        ) from error
-
-
 def model_config(
-    folder: Path,
-    *,
-    task: str = "causal-lm",
-    labels: Sequence[str] = (),
-    trust_remote_code: bool = False,
+    folder: Path, *, labels: Sequence[str] = (), trust_remote_code: bool = False
 ) -> Any:
-    """config.json of `folder` as transformers reads it, with these class names if any are given."""
+    """transformers' config of `folder`, with the class names `labels` if there are any."""
     from transformers import AutoConfig
 
-    with _naming_the_model(folder, task):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
@@ -353,25 +325,27 @@ def skeleton(
     task: str = "causal-lm",
     labels: Sequence[str] = (),
     trust_remote_code: bool = False,
-    config: Any = None,
 ) -> nn.Module:
     """The model of `folder` for a task on the meta device: names and shapes, no memory.
 
-    Args:
-        config: what `model_config` returned, if it was called; transformers modifies it.
+    Raises:
+        UserError: transformers has no such model.
     """
     trusted: Any = {"trust_remote_code": trust_remote_code}
-    config = config or model_config(folder, task=task, labels=labels, **trusted)
-    with _naming_the_model(folder, task), torch.device("meta"):
-        model: nn.Module = auto_class(task_named(task)).from_config(config, **trusted)
+    try:
+        config = model_config(folder, labels=labels, **trusted)
+        with torch.device("meta"):
+            model: nn.Module = auto_class(task_named(task)).from_config(config, **trusted)
+    except (ValueError, KeyError, OSError) as error:
+        fault = f"is no {task_named(task).kind} that this transformers knows"
+        raise UserError(f"{folder} {fault}: {first_line(error)}") from error
     return model
 
 
 def disk_name(checkpoint: Checkpoint, model: nn.Module, name: str) -> str | None:
     """The checkpoint's name of the parameter `name` of `model`, or None.
 
-    The two differ where the checkpoint was saved from the model without its head (as the first
-    GPT-2 files).
+    They differ by the prefix of the base model where only one of the two has a head (GPT-2 files).
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     candidates = (name, name.removeprefix(prefix), prefix + name)
@@ -379,7 +353,7 @@ def disk_name(checkpoint: Checkpoint, model: nn.Module, name: str) -> str | None
 
 
 def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:
-    """Layers of the skeleton `model` to be quantized; True where the weight is (in, out) on disk.
+    """The layers of `model` to quantize -> whether the weight is (in, out) on disk, a Conv1D's.
 
     Every nn.Linear and GPT-2's Conv1D, except output heads, `quant.skip_modules`, and layers that
     transformers never quantizes.
@@ -401,8 +375,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def kept_dense(model: nn.Module) -> list[str]:
-    """Linear layers that transformers never quantizes because model code reads their dtype: T5's
-    `wo`, which overflows in fp16."""
+    """Linear layers that transformers never quantizes: T5's `wo`, which overflows in fp16."""
     suffixes = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     return [name for name in linear_layers(model) if suffixes and name.endswith(suffixes)]
 

@@ -5,8 +5,8 @@ in which dtype and blocksize:
 
 - 4 bits: every nn.Linear and GPT-2's Conv1D, except output heads, `skip_modules`, and layers that
   transformers never quantizes (T5's `wo`).
-- compute dtype: embeddings, norms and heads. Nothing is cast up, nothing has `requires_grad`.
-- refused unless allowed: linear weights that are no Linear module, such as fused experts, which
+- compute dtype: embeddings, norms and heads. Nothing has `requires_grad`.
+- refused unless allowed: linear weights outside of Linear modules, such as fused experts, which
   would silently stay in 16 bits.
 
 A classifier's head that the checkpoint lacks, or has for other labels, is initialised from a seed,
@@ -16,7 +16,6 @@ as is a pooler that it lacks. Any other missing tensor raises; transformers woul
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from qlora.base.checkpoint import (
 from qlora.base.modules import ModelState, auto_class, heads, is_in, state_of, task_of
 from qlora.config import QuantConfig
 from qlora.config.tasks import task_named
-from qlora.errors import UserError, first_line
+from qlora.errors import UserError, first_line, some
 from qlora.ops import nf4
 
 DTYPE_NAMES: dict[Any, Any] = {dtype: name for name, dtype in nf4.DTYPES.items()}
@@ -64,39 +63,40 @@ def load_base(
     """A frozen model with 4-bit linear layers: a causal language model, or that of another task.
 
     Args:
-        model: local folder, hub name, .gguf file, or an opened `Checkpoint`. One that is already
-            bitsandbytes 4-bit keeps its own quantization; of `quant` only the compute dtype counts.
+        model: local folder, hub name, .gguf file, or an opened `Checkpoint`. A bitsandbytes 4-bit
+            checkpoint keeps its quantization; of `quant` only the compute dtype is used.
         task: causal-lm, seq2seq, seq-cls or token-cls.
         labels: class names of a classifier, by default those of the checkpoint.
-        seed: of a classifier's head, where the checkpoint has none for these labels.
+        seed: for a classifier's head that the checkpoint lacks.
         revision: of a hub name.
         device: by default the GPU where there is one.
 
     Raises:
-        UserError: there is nothing to load, or linear weights would stay unquantized.
+        UserError: the model cannot be loaded, or linear weights would stay unquantized.
     """
     device = torch.device(device or default_device())
     quant = quant or QuantConfig()
     dtype = compute_dtype(quant, device)
     trusted: Any = {"trust_remote_code": trust_remote_code}
     checkpoint = Checkpoint.open(model, revision=revision)
-    config = model_config(checkpoint.folder, task=task, labels=labels, **trusted)
-    empty = skeleton(checkpoint.folder, task=task, config=deepcopy(config), **trusted)
-    in_full = modules_to_train(checkpoint, empty, task)
-    quant, settings = _quantization(checkpoint, empty, config, quant, dtype, in_full)
+    empty = skeleton(checkpoint.folder, task=task, labels=labels, **trusted)
+    config = model_config(checkpoint.folder, labels=labels, **trusted)
+    classifier = classifier_modules(checkpoint, empty, task)
+    quant, bnb_config = _quantization(checkpoint, empty, config, quant, dtype, classifier)
     loading = {"dtype": dtype, "device_map": {"": device}, **trusted}
-    loading |= {"quantization_config": settings} if settings else {}
-    with _errors_only() if in_full else nullcontext():  # `complete` reports a missing head
+    loading |= {"quantization_config": bnb_config} if bnb_config else {}
+    # `initialise_missing` reports a missing head
+    with _errors_only() if classifier else nullcontext():
         loaded, info = auto_class(task_named(task)).from_pretrained(
             checkpoint.folder,
             config=config,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `complete` refuses them, except in a head
+            ignore_mismatched_sizes=True,  # `initialise_missing` refuses them, except in a head
             **loading,
         )
-    complete(loaded, empty, checkpoint, info, in_full, seed)
-    if settings:
-        settings.as_bitsandbytes(loaded)
+    initialise_missing(loaded, empty, checkpoint, info, classifier, seed)
+    if bnb_config:
+        _describe_as_bitsandbytes(loaded, quant, dtype)
     _freeze(loaded, dtype)
     _require_right_kernel(loaded)
     loaded.config._name_or_path = checkpoint.origin
@@ -105,9 +105,9 @@ def load_base(
         quant=replace(quant, compute_dtype=DTYPE_NAMES[dtype]),
         revision=checkpoint.revision,
         task=task,
-        heads=tuple(in_full),
-        labels=tuple(config.id2label[i] for i in range(config.num_labels)) if in_full else (),
-        original_weights=OriginalWeights.of(checkpoint, empty, dtype) if settings else None,
+        heads=tuple(classifier),
+        labels=tuple(config.id2label[i] for i in range(config.num_labels)) if classifier else (),
+        original_weights=OriginalWeights.of(checkpoint, empty, dtype) if bnb_config else None,
     )
     return loaded  # type: ignore[no-any-return]
 
@@ -118,22 +118,20 @@ def load_tokenizer(
     """The tokenizer in the folder of a checkpoint or adapter, with the options of `task`.
 
     Raises:
-        UserError: there is none that transformers can read.
+        UserError: transformers can read none.
     """
     folder = source.folder if isinstance(source, Checkpoint) else source
     options = dict(task_named(task).tokenizer_options)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} holds no tokenizer that can be read: {first_line(error)}"
-        ) from error
+        raise UserError(f"{folder} holds no tokenizer to load: {first_line(error)}") from error
 
 
 def share_pad(model: PreTrainedModel, pad_token_id: int | None) -> None:
-    """Give a classifier without a pad token this one, and record it for its adapter's files.
+    """Set the pad token of a classifier that has none, and record it for its adapter's files.
 
-    A decoder reads the label of a row from its last token that is not padding.
+    A decoder classifies a row at its last token that is not padding.
     """
     text, task = model.config.get_text_config(), task_of(model)
     if task is not None and task.trains_head and text.pad_token_id is None:
@@ -148,7 +146,7 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
-    """The dtype of everything but the codes, in storage and compute; `auto` asks the hardware."""
+    """The dtype of everything but the codes; `auto` is bf16 if the hardware has it."""
     if quant.compute_dtype != "auto":
         return nf4.DTYPES[quant.compute_dtype]
     if device.type == "cuda":
@@ -168,55 +166,56 @@ def _quantization(
     config: Any,
     quant: QuantConfig,
     dtype: torch.dtype,
-    in_full: Sequence[str],
+    classifier: Sequence[str],
 ) -> tuple[QuantConfig, "_Bnb4BitConfig | None"]:
-    """How `model` is quantized, and transformers' settings; None for a checkpoint in 4 bits.
+    """How `model` is quantized, and transformers' settings; None for a 4-bit checkpoint.
 
     Args:
-        config: transformers', where a 4-bit checkpoint is told that it has no codes of `in_full`.
+        config: transformers' config of the checkpoint. If that is 4-bit, the classifier's modules
+            are added to its list of modules without codes.
     """
     if checkpoint.is_quantized:
-        own = own_quantization(checkpoint, quant)
-        if in_full:  # an entry of ours replaces transformers' default, to skip the language head
+        stored = stored_quantization(checkpoint, quant)
+        if classifier:  # a list replaces transformers' default, which is the output head
             entries = config.quantization_config
-            skipped = [*(entries.get("llm_int8_skip_modules") or []), *in_full]
+            skipped = [*(entries.get("llm_int8_skip_modules") or []), *classifier]
             config.quantization_config = {**entries, "llm_int8_skip_modules": skipped}
-        return replace(own, skip_modules=(*own.skip_modules, *in_full)), None
+        return replace(stored, skip_modules=(*stored.skip_modules, *classifier)), None
     if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
         raise UserError(
-            f"{checkpoint.origin} is already quantized, with {method}: give the 16-bit model it "
-            "was made from, or a bitsandbytes 4-bit one"
+            f"{checkpoint.origin} is already quantized, with {method}: give its 16-bit model, or a "
+            "bitsandbytes 4-bit one"
         )
-    quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
+    quant = replace(quant, skip_modules=(*quant.skip_modules, *classifier))
     _require_all_quantized(model, quant)
     layers = quantized_layers(model, quant)
     skip = [f"{re.escape(name)}$" for name in linear_layers(model) if name not in layers]
     return quant, _Bnb4BitConfig(quant, dtype, skip)
 
 
-def own_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:
-    """The settings of a checkpoint that is already 4-bit, with `quant`'s compute dtype."""
+def stored_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:
+    """The settings that a 4-bit checkpoint was quantized with, and `quant`'s compute dtype."""
     name = next(n.partition(".quant_state.")[0] for n in checkpoint.tensors if ".quant_state." in n)
     record = checkpoint.record(name)
     assert record is not None
     state = nf4.from_record(record).state
-    plain = QuantConfig(compute_dtype=quant.compute_dtype)
-    own = replace(
-        plain, quant_type=state.quant_type, blocksize=state.blocksize, double_quant=state.nested
+    default = QuantConfig(compute_dtype=quant.compute_dtype)
+    stored = replace(
+        default, quant_type=state.quant_type, blocksize=state.blocksize, double_quant=state.nested
     )
-    if replace(quant, allow_unquantized=False) not in (own, plain):
+    if replace(quant, allow_unquantized=False) not in (stored, default):
         print(
-            f"{checkpoint.folder} is 4-bit already: {own.quant_type}, blocksize {own.blocksize}, "
-            f"double quantization {'on' if own.double_quant else 'off'}; the settings given for "
-            "quantization do not apply"
+            f"{checkpoint.folder} is 4-bit already: {state.quant_type}, blocksize "
+            f"{state.blocksize}, double quantization {'on' if state.nested else 'off'}; other "
+            "quantization settings are ignored"
         )
-    return own
+    return stored
 
 
 def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:
-    """Number of values of each matrix that would stay in 16 bits though nothing says so.
+    """Matrices that would stay in 16 bits against the settings -> number of values.
 
-    Ignored are plain matrices that make up less than 1 % of the model together: routers.
+    Plain matrices are ignored if they are less than 1 % of the model in all: routers.
     """
     known = {*quantized_layers(model, quant), *kept_dense(model)}
     left_out = heads(model)
@@ -238,22 +237,22 @@ def _require_all_quantized(model: nn.Module, quant: QuantConfig) -> None:
         size = sum(model.get_parameter(f"{name}.weight").numel() for name in dense)
         leaves = ", ".join(sorted({name.rpartition(".")[2] for name in dense}))
         print(
-            f"{leaves} of this family is never quantized: {len(dense)} layers, "
+            f"This family never quantizes {leaves}: {len(dense)} layers, "
             f"{size * 2 / 2**30:.2f} GiB, stay in 16 bits"
         )
     left = unquantized_linear(model, quant)
     if left and not quant.allow_unquantized:
-        shown = ", ".join(f"{name} ({size:,} values)" for name, size in list(left.items())[:4])
+        sizes = some([f"{name} ({size:,} values)" for name, size in left.items()])
         raise UserError(
             f"{len(left)} linear weights cannot be quantized to 4 bits and would stay in 16: "
-            f"{shown}{', …' * (len(left) > 4)}; {sum(left.values()) * 2 / 2**30:.2f} GiB in all. "
-            "Take another model, or go on as it is with --allow-unquantized"
+            f"{sizes}; {sum(left.values()) * 2 / 2**30:.2f} GiB in all. "
+            "Use another model, or accept it with --allow-unquantized"
         )
 
 
 def _require_right_kernel(model: PreTrainedModel) -> None:
     """Raise for widths at which bitsandbytes' CPU kernel silently uses wrong weights."""
-    wrong = {}
+    wrong = {}  # in_features -> name and blocksize of such a layer
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit) and model.device.type == "cpu":
             weight: Any = module.weight
@@ -270,10 +269,11 @@ def _require_right_kernel(model: PreTrainedModel) -> None:
 
 def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
-    # transformers leaves the norms of a 4-bit checkpoint in the dtype they are stored in
     overflows = kept_dense(model) if dtype == torch.float16 else []
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
+        if (
+            parameter.is_floating_point()
+        ):  # transformers leaves a 4-bit checkpoint's norms as stored
             needs_fp32 = name.rpartition(".")[0] in overflows
             parameter.data = parameter.data.to(torch.float32 if needs_fp32 else dtype)
     for module in model.modules():
@@ -286,42 +286,30 @@ def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 # ---- bitsandbytes through transformers, with a blocksize ----
-# BitsAndBytesConfig has no blocksize. Our registered quantizer, transformers' public extension
-# point, sets it on the still empty parameters. The loaded model is the same as if
-# BitsAndBytesConfig had loaded it.
+# BitsAndBytesConfig has no blocksize. A registered quantizer, transformers' public extension
+# point, sets it on the still empty parameters; the model is otherwise the one that
+# BitsAndBytesConfig loads.
 
 _METHOD = "qlora_bnb_4bit"
+
+
+def bnb_settings(quant: QuantConfig, dtype: torch.dtype, skip: Sequence[str]) -> dict[str, Any]:
+    """The arguments of BitsAndBytesConfig; `skip`: names or patterns of layers without codes."""
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": quant.quant_type,
+        "bnb_4bit_use_double_quant": quant.double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "llm_int8_skip_modules": list(skip),
+    }
 
 
 @register_quantization_config(_METHOD)
 class _Bnb4BitConfig(BitsAndBytesConfig):
     def __init__(self, quant: QuantConfig, dtype: torch.dtype, skip: list[str]) -> None:
-        """`skip`: layers to leave alone, as the anchored patterns that transformers matches."""
-        super().__init__(  # type: ignore[no-untyped-call]  # transformers does not type it
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant.quant_type,
-            bnb_4bit_use_double_quant=quant.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=skip,
-        )
+        super().__init__(**bnb_settings(quant, dtype, skip))  # type: ignore[no-untyped-call]
         self.quant_method: Any = _METHOD
         self.blocksize = quant.blocksize
-
-    def as_bitsandbytes(self, model: Any) -> None:
-        """Make `model` describe itself as a plain bitsandbytes 4-bit model, which it now is."""
-        plain = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype,
-            llm_int8_skip_modules=[
-                s.removesuffix("$").replace("\\", "") for s in self.llm_int8_skip_modules
-            ],
-        )
-        model.config.quantization_config = plain
-        model.hf_quantizer.quantization_config = plain
-        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
-        model.is_loaded_in_4bit = True
 
 
 @register_quantizer(_METHOD)
@@ -338,12 +326,21 @@ class _Bnb4BitQuantizer(Bnb4BitHfQuantizer):
                 weight.blocksize = self.quantization_config.blocksize
 
 
+def _describe_as_bitsandbytes(model: Any, quant: QuantConfig, dtype: torch.dtype) -> None:
+    """Turn `model`'s own description into that of a plain bitsandbytes 4-bit model."""
+    patterns = model.config.quantization_config.llm_int8_skip_modules
+    skip = [pattern.removesuffix("$").replace("\\", "") for pattern in patterns]
+    plain = BitsAndBytesConfig(**bnb_settings(quant, dtype, skip))
+    model.config.quantization_config = model.hf_quantizer.quantization_config = plain
+    model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+    model.is_loaded_in_4bit = True
+
+
 # ---- a classifier's head ----
 
 
-def modules_to_train(checkpoint: Checkpoint, model: nn.Module, task: str) -> list[str]:
-    """The modules that a classifier trains in full: its head, and a pooler that the checkpoint
-    lacks because it was never trained."""
+def classifier_modules(checkpoint: Checkpoint, model: nn.Module, task: str) -> list[str]:
+    """A classifier's head, and its pooler if the checkpoint has none; both are trained in full."""
     if not task_named(task).trains_head:
         return []
     pooler = f"{getattr(model, 'base_model_prefix', '')}.pooler"
@@ -363,7 +360,7 @@ def _errors_only() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def complete(
+def initialise_missing(
     model: nn.Module,
     empty: nn.Module,
     checkpoint: Checkpoint,
@@ -371,37 +368,32 @@ def complete(
     modules: Iterable[str],
     seed: int,
 ) -> None:
-    """Initialise what the checkpoint lacks of `modules`; raise if it lacks anything else.
+    """Initialise parameters of `modules` that the checkpoint lacks; raise if it lacks any other.
 
     Args:
-        empty: the skeleton of `model`, with the right shapes.
+        empty: the skeleton of `model`, which has the shapes of a new model.
         info: transformers' loading info.
+
+    Matrices are normal with the model's initializer_range, norm weights 1, biases 0; drawn on the
+    CPU, so that a seed gives the same values on every device.
     """
     shapes = {n: p.shape for n, p in empty.named_parameters() if is_in(n, modules)}
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    # transformers 5.17 reports no mismatch in a model of which something is quantized
+    # transformers 5.17 reports no mismatch if some of the model is quantized
     missing |= {n for n, shape in shapes.items() if model.get_parameter(n).shape != shape}
-    lacks = sorted(name for name in missing if not is_in(name, modules))
-    if lacks:
+    if lacks := sorted(name for name in missing if not is_in(name, modules)):
         raise UserError(
             f"{checkpoint.folder} lacks {len(lacks)} tensors of its model, or has them in "
-            f"another shape: {', '.join(lacks[:4])}{', …' * (len(lacks) > 4)}. "
-            "Download or copy it again"
+            f"another shape: {some(lacks)}. Download or copy it again"
         )
     if missing:
         new = sorted({module for module in modules for name in missing if is_in(name, [module])})
-        print(f"The checkpoint has no {', '.join(new)} of this shape: made anew, seed {seed}")
-        _initialise(model, {name: shapes[name] for name in sorted(missing)}, seed)
-
-
-def _initialise(model: nn.Module, shapes: Mapping[str, torch.Size], seed: int) -> None:
-    """New values for parameters: matrices normal with the model's initializer_range, the rest as in
-    a new model. Drawn on the CPU, the same for a seed on every device."""
+        print(f"The checkpoint has no {', '.join(new)} of this shape: initialised with seed {seed}")
     generator = torch.Generator().manual_seed(seed)
     config: Any = getattr(model, "config", None)
     std = getattr(config, "initializer_range", None) or 0.02
-    for name, shape in shapes.items():
-        values = torch.zeros(shape)
+    for name in sorted(missing):
+        values = torch.zeros(shapes[name])
         if values.ndim > 1:
             values.normal_(std=std, generator=generator)
         elif name.endswith("weight"):  # of a norm

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModelState:
-    """What qlora knows of a model beyond its parameters: `state_of(model)`.
+    """Facts about a model that its parameters do not hold; `state_of(model)` returns it.
 
     `load_base` fills it in; any other model has an empty one.
     """
@@ -52,11 +52,11 @@ class ModelState:
     """of the adapters on the model, by name"""
 
     def forget_base(self) -> None:
-        """For weights that are no longer the checkpoint's."""
+        """To be called when weights are no longer the checkpoint's."""
         self.fingerprint = self.quant = self.revision = self.original_weights = None
 
     def record(self) -> dict[str, Any]:
-        """The entries of adapter files and run.yaml; unknown ones are left out."""
+        """The entries for adapter files and run.yaml; unknown ones are left out."""
         entries: dict[str, Any] = {}
         if self.quant:
             entries = {
@@ -93,7 +93,7 @@ def auto_class(task: Task) -> Any:
 
 
 def task_of(model: nn.Module) -> Task | None:
-    """The task that `model` was loaded for, or that its class is for; None if there is none."""
+    """The task that `model` was loaded for, or else that of its class, if any."""
     if (name := state_of(model).task) is not None:
         return task_named(name)
     for task in TASKS.values():
@@ -106,7 +106,7 @@ def task_of(model: nn.Module) -> Task | None:
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that compute the output of `model`, which are neither quantized nor adapted.
+    """The modules after the last hidden states of `model`: neither quantized nor adapted.
 
     - a language model: its output head
     - another transformers model: all children with parameters but its `base_model`, and a pooler
@@ -125,7 +125,7 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_in(name: str, modules: Any) -> bool:
-    """Whether `name` is one of `modules`, or a module or parameter inside one."""
+    """Whether `name` is one of the names `modules`, or of a module or parameter inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -140,7 +140,7 @@ def vocabulary(model: nn.Module) -> tuple[str | None, str | None]:
     names = {module: name for name, module in model.named_modules()}
     get = getattr(model, "get_input_embeddings", None)
     embedding = None
-    with suppress(NotImplementedError):  # raised by models of images
+    with suppress(NotImplementedError):  # raised by vision models
         embedding = get() if get else None
     return names.get(embedding), names.get(output_head(model))
 
@@ -162,6 +162,11 @@ def was_conv1d(layer: nn.Module) -> bool:
     return getattr(layer, "source_cls", type(layer)).__name__ == "Conv1D"
 
 
+def _stores_transposed(layer: nn.Module) -> bool:
+    """Whether its dense weight is (in, out)."""
+    return isinstance(layer, nn.Embedding) or was_conv1d(layer)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer of any kind."""
     return isinstance(module, nn.Linear) or was_conv1d(module)
@@ -177,11 +182,11 @@ def is_quantized(layer: nn.Module) -> bool:
     return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether it has hooks, or a forward of its own as accelerate's, which moves weights."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
+def has_hooks(module: nn.Module) -> bool:
+    """Whether it has hooks, or a replaced `forward` as accelerate sets to move weights."""
+    forward_hooks = (module._forward_hooks, module._forward_pre_hooks)
     backward_hooks = (module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or any(backward_hooks) or "forward" in vars(module)
+    return any(forward_hooks) or any(backward_hooks) or "forward" in vars(module)
 
 
 def computes_in(layer: nn.Module) -> torch.dtype:
@@ -200,46 +205,45 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def matrix_shape(layer: Any) -> tuple[int, int]:
-    """(out, in) of its weight seen as a matrix."""
+    """(out, in) of its weight as a matrix."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     shape = layer.weight.shape
-    if isinstance(layer, nn.Embedding) or was_conv1d(layer):
+    if _stores_transposed(layer):
         return shape[1], shape[0]
     return shape[0], shape[1:].numel()
 
 
 def dense_weight(layer: Any) -> Tensor:
-    """A new tensor with its weight as an fp32 matrix (out, in)."""
+    """A copy of its weight as an fp32 matrix (out, in)."""
     weight: Tensor = layer.weight.detach()
     if is_quantized(layer):
         return dequantize(Quantized(weight, layer.weight.quant_state))
     dense = weight.to(torch.float32, copy=True)
-    if isinstance(layer, nn.Embedding) or was_conv1d(layer):
+    if _stores_transposed(layer):
         return dense.T.contiguous()
     return dense.flatten(1)  # (out, in / groups, *kernel) -> (out, in / groups * kernel)
 
 
 def as_dense(layer: Any, weight: Tensor) -> nn.Module:
-    """A frozen layer of the class before quantization, with this weight (out, in) and the bias of
-    `layer`."""
-    if isinstance(layer, nn.Linear):
-        if was_conv1d(layer):
-            dense: Any = layer.source_cls(layer.out_features, layer.in_features)  # type: ignore[operator]
-            weight = weight.T.contiguous()
-        else:
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    """A frozen layer of `layer`'s class before quantization, with this weight (out, in)."""
+    if not isinstance(layer, nn.Linear):
+        dense: Any = shallow_copy(layer)
+    elif was_conv1d(layer):
+        dense = layer.source_cls(layer.out_features, layer.in_features)  # type: ignore[operator]
     else:
-        dense = shallow_copy(layer)
-        is_transposed = isinstance(layer, nn.Embedding) or was_conv1d(layer)
-        weight = weight.T.contiguous() if is_transposed else weight.view_as(layer.weight)
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    if _stores_transposed(layer):
+        weight = weight.T.contiguous()
+    elif not isinstance(layer, nn.Linear):
+        weight = weight.view_as(layer.weight)  # (out, in * kernel) -> (out, in, *kernel)
     dense.weight = nn.Parameter(weight, requires_grad=False)
     dense.bias = getattr(layer, "bias", None)
     return dense.train(layer.training)  # type: ignore[no-any-return]
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """A new module with the same parameters, buffers and children, which may be replaced in it."""
+    """A new module with the same parameters, buffers and children, in dicts of its own."""
     copy = module.__new__(type(module))
     copy.__dict__ = {
         name: value.copy() if isinstance(value, dict) else value

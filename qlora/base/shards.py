@@ -2,8 +2,8 @@
 
 A safetensors file is 8 bytes of length, a JSON table of names, dtypes, shapes and offsets, then the
 bytes of the tensors. The table needs no data, so it is written first and then one tensor after the
-other: never more than one is in memory. safetensors' `save_file` needs all tensors of a file at
-once, and huggingface_hub's shard planning moves large tensors out of their order.
+other: only one is in memory. safetensors' `save_file` needs all tensors of a file at once, and
+huggingface_hub's shard planning changes their order.
 """
 
 import json
@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,57 +74,56 @@ def write_shards(
 
     Raises:
         UserError: the disk is full, or returns other data.
-        ValueError: a tensor is not what its entry says.
+        ValueError: a tensor has another dtype or shape than its entry.
     """
     shards = plan_shards(entries, max_bytes)
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     files = [folder / name for name in (names if count > 1 else [SINGLE])]
     total = sum(entry.nbytes for entry in entries)
-    sums: dict[str, int] = {}
+    checksums: dict[str, int] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", leave=False) as bar:
         for path, shard in zip(files, shards, strict=True):
             try:
-                _write_file(path, shard, tensors, sums, bar)
+                _write_file(path, shard, tensors, checksums, bar)
             except OSError as error:
                 raise UserError(
-                    f"{folder} cannot be written to ({error.strerror or error}): make room, or "
-                    "give another --output-dir. What was written is removed"
+                    f"{folder} cannot be written to ({error.strerror or error}): free disk space, "
+                    "or give another --output-dir. The incomplete files are removed"
                 ) from error
     if count > 1:
-        weight_map = {
-            e.name: name for name, shard in zip(names, shards, strict=True) for e in shard
-        }
+        pairs = zip(names, shards, strict=True)
+        weight_map = {entry.name: name for name, shard in pairs for entry in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     with tqdm(total=total, unit="B", unit_scale=True, desc="Checking", leave=False) as bar:
         for path, shard in zip(files, shards, strict=True):
-            _check_file(path, shard, sums, bar)
+            _check_file(path, shard, checksums, bar)
     return files
 
 
 def _write_file(
-    path: Path, shard: Sequence[Entry], tensors: Iterator[Tensor], sums: dict[str, int], bar: Any
+    path: Path, shard: list[Entry], tensors: Iterator[Tensor], checksums: dict[str, int], bar: Any
 ) -> None:
     with path.open("wb") as file:
         file.write(_header(shard))
         for entry in shard:
             data = _bytes(next(tensors), entry)
-            sums[entry.name] = zlib.crc32(data)
+            checksums[entry.name] = zlib.crc32(data)
             file.write(data)
             bar.update(entry.nbytes)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _check_file(path: Path, shard: Sequence[Entry], sums: Mapping[str, int], bar: Any) -> None:
+def _check_file(path: Path, shard: list[Entry], checksums: dict[str, int], bar: Any) -> None:
     for entry in shard:
-        with safe_open(path, framework="pt") as reader:  # closed again, which lets its pages go
+        with safe_open(path, framework="pt") as reader:  # closing it releases its memory map
             data = _bytes(reader.get_tensor(entry.name), entry)
-        if zlib.crc32(data) != sums[entry.name]:
+        if zlib.crc32(data) != checksums[entry.name]:
             raise UserError(
-                f"{path} was written but does not read back the same ({entry.name}): the disk is "
-                "at fault. Write to another one"
+                f"{path} does not read back as it was written ({entry.name}): the disk is faulty, "
+                "use another one"
             )
         bar.update(entry.nbytes)
 
@@ -146,6 +145,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
 
 
 def _bytes(tensor: Tensor, entry: Entry) -> memoryview:
+    """The tensor's bytes on the CPU, without a copy where they are contiguous there."""
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
         raise ValueError(f"{entry.name}: planned {entry[1:]}, got {tensor.dtype, tensor.shape}")
     flat = tensor.cpu().contiguous().view(-1)

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qlora.adapters.wrappers import Wrapper, put_module
-from qlora.base.modules import is_quantized, is_watched, output_head, product_dtype, vocabulary
+from qlora.base.modules import has_hooks, is_quantized, output_head, product_dtype, vocabulary
 from qlora.ops.loss import chunk_rows, linear_cross_entropy
 
 
@@ -72,7 +72,7 @@ class LanguageHead(Wrapper):
 def is_untouched(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `layer` is a plain, frozen linear layer without hooks."""
     is_trained = any(parameter.requires_grad for parameter in layer.parameters())
-    return type(layer) is nn.Linear and not is_watched(layer) and not is_trained
+    return type(layer) is nn.Linear and not has_hooks(layer) and not is_trained
 
 
 def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> "LazyLogits":

@@ -39,8 +39,8 @@ from qlora.adapters.lora import LoRALayer, LoRALinear, lora_layers
 from qlora.adapters.wrappers import Wrapper, base_modules, plain, put_module, remove_wrappers
 from qlora.base.modules import (
     computes_in,
+    has_hooks,
     is_quantized,
-    is_watched,
     product_dtype,
     shallow_copy,
     was_conv1d,
@@ -138,7 +138,7 @@ class MLPBlock(Wrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(..., in) -> (..., in)."""
         # the function does not call the modules inside, so their hooks would not run
-        falls_back = args or kwargs or any(map(is_watched, self.base_layer.modules()))
+        falls_back = args or kwargs or any(map(has_hooks, self.base_layer.modules()))
         if falls_back or not all(is_fast(layer, x) for layer in self.layers):
             return self.base_layer(x, *args, **kwargs)
         specs, factors = _arguments(self.layers)
@@ -183,7 +183,7 @@ def why_plain(layer: LoRALayer) -> str | None:
         return "lora_bias"
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return "a base that is trained"
-    if is_watched(base):
+    if has_hooks(base):
         return "a base with hooks"
     return None
 
@@ -359,7 +359,7 @@ def rms_norm_form(module: nn.Module) -> Form | None:
     weight = state.pop("weight", None)
     if state or not isinstance(weight, nn.Parameter) or weight.ndim != 1 or weight.requires_grad:
         return None
-    if not isinstance(eps, float) or is_watched(module) or isinstance(module, Wrapper | nn.RMSNorm):
+    if not isinstance(eps, float) or has_hooks(module) or isinstance(module, Wrapper | nn.RMSNorm):
         return None
     if len(inspect.signature(module.forward).parameters) != 1:  # Mamba's have a gate
         return None

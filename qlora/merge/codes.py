@@ -1,30 +1,29 @@
 """Add an adapter to a weight, in the format that is written.
 
     16 or 32 bits    W + scaling * B A, in fp32, and one cast
-    4 bits           codes that act like W + scaling * B A
+    4 bits           codes that approximate W + scaling * B A
 
 The base of QLoRA lies exactly on the 4-bit grid and the adapter's change is a small part of a grid
 step, so rounding to the nearest code loses it. `choose_codes` keeps it in one of two ways:
 
-- without moments of the layer's inputs, if the weight from before quantization is known, that plus
-  the change is rounded: the quantization error dithers the small change.
-- with moments, `keep_adapter` chooses all codes together. Let E be the error of the codes against
+- without moments of the layer's inputs, if the weight from before quantization is known: that plus
+  the change is rounded. The quantization error dithers the small change.
+- otherwise `keep_adapter` chooses all codes together. Let E be the error of the codes against
   W + delta, X the layer's inputs and H = X'X. The error in the outputs is ||E X'||^2 = tr(E H E').
   Coordinate descent lowers it: column by column each code takes the level that is best given all
   others, then each block its best absmax (with double quantization, one of 256 levels). Rows of a
   weight are independent, so a column is computed at once.
 
-Two details of `keep_adapter` matter as much as the descent.
+`keep_adapter` adds two steps to the descent, which gain as much as the descent itself.
 
-- The first rounds are damped. A code that moves for a small gain blocks one that would gain more,
-  so these rounds make moves dearer: with damping p they use H_jj (1 + p) for H_jj.
-- Some of the remaining error matters more. Most of it is noise, which averages out over the layers
-  of a model. The error along the columns of B in response to the main inputs (those that the rows
-  of A read, and the principal directions of the inputs) does not: it has the same sign in every
-  layer and adds up; most of the KL divergence was there. These responses are few,
-  r (r + PRINCIPAL) a layer. After the damped rounds their error is subtracted from the target round
-  after round until it vanishes: dual ascent with "no error there" as the constraint. The best round
-  is kept.
+- The first rounds are damped: they use H_jj (1 + p) for H_jj, so that a code that moves for a small
+  gain does not block another one's larger gain.
+- Systematic error weighs more. Most error is noise, which averages out over the layers of a model.
+  The error along the columns of B in response to the main inputs (those that the rows of A read,
+  and the principal directions of the inputs) has the same sign in every layer and adds up; most of
+  the KL divergence was there. These responses are few, r (r + PRINCIPAL) a layer. After the damped
+  rounds their error is subtracted from the target, round after round, until it vanishes: dual
+  ascent with "no systematic error" as the constraint. The best round is kept.
 
 The descent is that of GPTQ's relatives (arXiv:2210.17323, and QuIP's LDLQ, arXiv:2307.13304),
 without their sweep from left to right, which would move every weight off its grid point.
@@ -51,11 +50,11 @@ class AdaptedWeight:
     """A weight (out, in) and its adapter, on one device."""
 
     weight: Tensor | None = None
-    """the base, of any float dtype, unless it is in `codes`"""
+    """the base in a float dtype; None if `codes` holds it"""
     factors: Factors | None = None
     """the adapter, if the layer has one"""
     codes: Quantized | None = None
-    """the base as 4-bit codes, for a 4-bit output on the grid of the output"""
+    """the base as 4-bit codes, which a 4-bit output may keep"""
     original: Tensor | None = None
     """the weight from before quantization, if known"""
 
@@ -69,7 +68,7 @@ class AdaptedWeight:
         return nf4.dequantize(self.codes) if self.codes else self.weight.float()  # type: ignore[union-attr]
 
     def base_in_rows(self) -> Iterator[tuple[slice, Tensor]]:
-        """`base`, some rows at a time, to hold little at once."""
+        """`base`, some rows at a time to save memory."""
         if self.codes:
             yield from nf4.in_rows(self.codes, _values_at_once(self.codes.packed))
             return
@@ -88,7 +87,7 @@ def _values_at_once(tensor: Tensor) -> int:
 
 
 def fold(adapted: AdaptedWeight, dtype: torch.dtype) -> tuple[Tensor, Facts]:
-    """base + delta (out, in), computed in fp32 and cast once; and facts for the report."""
+    """base + delta (out, in), computed in fp32 and cast once, and facts for the report."""
     folded = None
     base_sq = delta_sq = delta_change = 0.0
     for rows, base in adapted.base_in_rows():
@@ -111,7 +110,7 @@ def fold(adapted: AdaptedWeight, dtype: torch.dtype) -> tuple[Tensor, Facts]:
 def fold_to_codes(
     adapted: AdaptedWeight, quant: QuantConfig, moments: Tensor | None
 ) -> tuple[Quantized, Facts]:
-    """4-bit codes for base + delta in the format of `quant`; and facts for the report.
+    """4-bit codes for base + delta in the format of `quant`, and facts for the report.
 
     Args:
         moments: sum of x x' over the layer's inputs, fp32 (in, in), if known.
@@ -133,7 +132,7 @@ def fold_to_codes(
 def choose_codes(
     adapted: AdaptedWeight, base: Tensor, delta: Tensor, quant: QuantConfig, moments: Tensor | None
 ) -> Quantized:
-    """Codes for base + delta (out, in), by what is known of the layer."""
+    """Codes for base + delta (out, in); the module docstring says how."""
     if moments is None and adapted.original is not None:
         return nf4.quantize(adapted.original.float() + delta, quant)
     target = base + delta
@@ -146,7 +145,7 @@ def choose_codes(
 
 
 def _facts(weight_norm: float, delta_norm: float, kept: float, total: float) -> Facts:
-    """Norms, and which share of delta the change has: kept / total, inner products with delta."""
+    """Norms, and the share of delta that was kept; kept and total are inner products with delta."""
     return {
         "weight_norm": weight_norm,
         "delta_norm": delta_norm,
@@ -163,20 +162,20 @@ def _dot(a: Tensor, b: Tensor) -> float:
 # ---- codes that keep the adapter ----
 
 DAMPED = (8.0, 1.0)  # damping of the first rounds, toward the target itself
-DAMPING = 0.25  # of the rounds after, which correct the error that adds up
+DAMPING = 0.25  # of the later rounds, which correct the systematic error
 ROUNDS = 20  # at most
-GAIN = 0.05  # stop when a round corrects less than this share of that error
-BIAS = 100.0  # weight of the error that adds up over the layers, relative to noise
+MIN_GAIN = 0.05  # stop when a round corrects less than this share of the systematic error
+BIAS = 100.0  # weight of the systematic error relative to noise
 PRINCIPAL = 64  # principal directions of the inputs
 PATIENCE, ENOUGH = 4, 0.98  # stop when that many rounds have not lowered the cost to this share
-CHUNK = 64  # columns at a time, where blocks do not lie within rows
+CHUNK = 64  # columns at a time, where blocks cross rows
 TINY = torch.finfo(torch.float32).tiny
 
 
 def keep_adapter(
     start: Quantized, target: Tensor, lora_A: Tensor, lora_B: Tensor, moments: Tensor
 ) -> Quantized:
-    """Codes and absmax near `start` that act like `target` on inputs with these moments.
+    """Codes and absmax near `start` whose outputs are close to `target`'s on the layer's inputs.
 
     Args:
         start: the 4-bit weight (out, in) to begin with; its second-level statistics are kept.
@@ -185,13 +184,13 @@ def keep_adapter(
         lora_B: (out, r).
         moments: sum of x x' over the layer's inputs, fp32 (in, in); its scale does not matter.
 
-    All tensors are on one device. The cost, noise + BIAS * the error that adds up, is never higher
-    than that of `start`.
+    All tensors are on one device. The cost, noise + BIAS * systematic error, is never higher than
+    that of `start`.
     """
     grid = _Grid(start)
     descent = _Descent(grid, target, moments)
     responses = _Responses(lora_A.float(), lora_B.float(), moments)
-    best, best_cost = grid.point(), descent.noise() + BIAS * responses.error(descent)
+    best, best_cost = grid.snapshot(), descent.noise() + BIAS * responses.error(descent)
     gain, costs = 1.0, [best_cost]
     for round_ in range(ROUNDS):
         damped = round_ < len(DAMPED)
@@ -200,29 +199,29 @@ def keep_adapter(
         descent.sweep(DAMPED[round_] if damped else DAMPING)
         cost = descent.noise() + BIAS * responses.error(descent)
         if cost < best_cost:
-            best, best_cost = grid.point(), cost
+            best, best_cost = grid.snapshot(), cost
         elif not damped:  # the correction was too large
             gain /= 2
         costs.append(best_cost)
-        if gain < GAIN or (len(costs) > PATIENCE and best_cost > ENOUGH * costs[-1 - PATIENCE]):
+        if gain < MIN_GAIN or (len(costs) > PATIENCE and best_cost > ENOUGH * costs[-1 - PATIENCE]):
             break
     return grid.quantized(*best)
 
 
 class _Descent:
-    """Coordinate descent of a weight on the grid toward an aim: the target plus a correction.
+    """Coordinate descent of a weight on the grid toward the target plus a correction.
 
-    All tensors are transposed, (in, out). The products of cost in * in * out are done once a sweep:
-    `felt`, moments @ error, is kept up to date.
+    All tensors are transposed, (in, out). `gradient`, moments @ error, is half the gradient of the
+    noise. It is updated with each change, as computing it costs in * in * out.
     """
 
     def __init__(self, grid: "_Grid", target: Tensor, moments: Tensor) -> None:
         self.grid, self.moments = grid, moments
         self.curvature = moments.diagonal()[:, None]  # (in, 1)
         self.target = target.T.contiguous()
-        self.felt = moments @ self.error()  # (in, in) @ (in, out) -> (in, out)
-        self.correction = torch.zeros_like(self.felt)
-        self.correction_felt = torch.zeros_like(self.felt)  # moments @ correction
+        self.gradient = moments @ self.error()  # (in, in) @ (in, out) -> (in, out)
+        self.correction = torch.zeros_like(self.gradient)
+        self.correction_gradient = torch.zeros_like(self.gradient)  # moments @ correction
 
     def error(self) -> Tensor:
         """Weight less target, (in, out)."""
@@ -230,7 +229,7 @@ class _Descent:
 
     def noise(self) -> float:
         """The error in the outputs, tr(E H E')."""
-        return float((self.felt * self.error()).sum())
+        return float((self.gradient * self.error()).sum())
 
     def sweep(self, damping: float) -> None:
         """One pass over all columns, and over the scales of blocks."""
@@ -239,23 +238,24 @@ class _Descent:
         for chunk, first in enumerate(range(0, len(grid.weight), grid.chunk)):
             columns = slice(first, first + grid.chunk)  # c columns of the weight: (c, out) here
             before = grid.weight[columns]
-            off = before - self.target[columns] - self.correction[columns]
-            pull = self.felt[columns] - self.correction_felt[columns]
-            pull.addcmul_(self.curvature[columns], off, value=damping)
-            inner = self.moments[columns, columns].clone()
-            inner.diagonal().mul_(1 + damping)
+            error = before - self.target[columns] - self.correction[columns]
+            gradient = self.gradient[columns] - self.correction_gradient[columns]
+            gradient.addcmul_(self.curvature[columns], error, value=damping)
+            hessian = self.moments[columns, columns].clone()
+            hessian.diagonal().mul_(1 + damping)
             scale = grid.scale(chunk)
-            weight = grid.descend(before, pull, inner, inverse[first:], scale)
+            weight = grid.descend(before, gradient, hessian, inverse[first:], scale)
             if grid.aligned:
                 level = weight / scale.clamp_min(TINY)
-                slope, bend = (pull * level).sum(0), (level * (inner @ level)).sum(0)  # (out,)
-                weight = level * grid.move_absmax(chunk, slope, bend)
-            self.felt.addmm_(self.moments[:, columns], weight - before)  # (in, c) @ (c, out)
+                slope = (gradient * level).sum(0)  # (out,)
+                curvature = (level * (hessian @ level)).sum(0)  # (c, c) @ (c, out) -> (out,)
+                weight = level * grid.move_absmax(chunk, slope, curvature)
+            self.gradient.addmm_(self.moments[:, columns], weight - before)  # (in, c) @ (c, out)
             grid.weight[columns] = weight
 
 
 class _Grid:
-    """The points a 4-bit weight can take, and its current one; transposed, (in, out)."""
+    """The values that a 4-bit weight can have, and its current one; transposed, (in, out)."""
 
     def __init__(self, quantized: Quantized) -> None:
         packed, self.state = quantized
@@ -264,7 +264,7 @@ class _Grid:
         self.levels, self.order = levels, order.to(torch.uint8)  # ascending, and the code of each
         self.bounds = (levels[1:] + levels[:-1]) / 2
         self.weight = nf4.dequantize(quantized).T.contiguous()
-        # Blocks run along rows. Where they do not lie within one, absmax is left alone.
+        # Blocks run along rows. If they cross rows, absmax is left unchanged.
         self.aligned = columns % self.state.blocksize == 0
         self.chunk = self.state.blocksize if self.aligned else CHUNK
         absmax = nf4.absmax(quantized)
@@ -278,33 +278,33 @@ class _Grid:
         return self.absmax[chunk * width : (chunk + 1) * width]
 
     def descend(
-        self, weight: Tensor, pull: Tensor, inner: Tensor, inverse: list[float], scale: Tensor
+        self, weight: Tensor, gradient: Tensor, hessian: Tensor, inverse: list[float], scale: Tensor
     ) -> Tensor:
-        """Set columns to their best level, one after the other; `pull` is kept up to date.
+        """The columns at their best levels, found one after the other; `gradient` is updated.
 
         Args:
-            weight: (columns, out); a new tensor is returned.
-            pull: half the gradient (columns, out).
-            inner: half the second derivative (columns, columns).
+            weight: (columns, out).
+            gradient: half of it (columns, out).
+            hessian: half of it (columns, columns).
             inverse: of its diagonal.
             scale: (1, out) or (columns, out).
         """
         rows = []
-        for j, (current, slope) in enumerate(zip(weight, pull, strict=True)):
+        for j, (current, slope) in enumerate(zip(weight, gradient, strict=True)):
             ideal = torch.sub(current, slope, alpha=inverse[j]).div_(scale[j % len(scale)])
             level = self.levels.index_select(0, torch.bucketize(ideal, self.bounds))
             rows.append(level.mul_(scale[j % len(scale)]))
-            pull.addr_(inner[j], rows[-1] - current)  # outer product (columns,) x (out,)
+            gradient.addr_(hessian[j], rows[-1] - current)  # outer product (columns,) x (out,)
         return torch.stack(rows)
 
-    def move_absmax(self, block: int, slope: Tensor, bend: Tensor) -> Tensor:
-        """Set absmax (out,) of a block where it lowers slope * step + bend / 2 * step^2."""
+    def move_absmax(self, block: int, slope: Tensor, curvature: Tensor) -> Tensor:
+        """Move absmax (out,) of a block where that lowers slope * step + curvature / 2 * step^2."""
         current = self.absmax[block]
-        ideal = current - slope / bend.clamp_min(TINY)
+        ideal = current - slope / curvature.clamp_min(TINY)
         if self.state.nested:
             ideal = self._decode(self._encode(ideal, block), block)
         step = ideal - current
-        better = (slope * step + bend * step * step / 2 < 0) & (ideal > 0)
+        better = (slope * step + curvature * step * step / 2 < 0) & (ideal > 0)
         self.absmax[block] = torch.where(better, ideal, current)
         return torch.as_tensor(self.absmax[block])
 
@@ -325,12 +325,12 @@ class _Grid:
         level = self.state.state2.code[code]
         return torch.as_tensor(level * self._second(block) + self.state.offset)
 
-    def point(self) -> tuple[Tensor, Tensor]:
+    def snapshot(self) -> tuple[Tensor, Tensor]:
         """A copy of the current weight and absmax."""
         return self.weight.clone(), self.absmax.clone()
 
     def quantized(self, weight: Tensor, absmax: Tensor) -> Quantized:
-        """The 4-bit weight of a point."""
+        """The 4-bit weight of a snapshot."""
         width = self.chunk if self.aligned else 1
         scale = absmax.repeat_interleave(width, 0)[: len(weight)]  # (in, out)
         level = torch.bucketize((weight / scale).nan_to_num(), self.bounds)
@@ -346,37 +346,37 @@ class _Grid:
 
 
 class _Responses:
-    """The error that adds up over layers: along B, in response to the inputs that matter."""
+    """The systematic error: outputs along B in response to the main directions of the inputs."""
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, moments: Tensor) -> None:
-        reads = torch.cat([lora_A, _principal(moments, PRINCIPAL)])  # (k, in)
-        energy = ((reads @ moments) * reads).sum(1, keepdim=True)  # (k, 1)
+        directions = torch.cat([lora_A, _principal(moments, PRINCIPAL)])  # (k, in)
+        energy = ((directions @ moments) * directions).sum(1, keepdim=True)  # (k, 1)
         occurs = energy[:, 0] > energy.max() * torch.finfo(torch.float32).eps
-        self.reads = reads[occurs] / energy[occurs].sqrt()
-        self.seen = moments @ self.reads.T  # (in, in) @ (in, k) -> (in, k)
-        self.gram = self.reads @ self.seen  # (k, k)
+        self.directions = directions[occurs] / energy[occurs].sqrt()
+        self.gradients = moments @ self.directions.T  # (in, in) @ (in, k) -> (in, k)
+        self.gram = self.directions @ self.gradients  # (k, k)
         self.gram_inv = torch.linalg.pinv(self.gram, hermitian=True)
-        self.written = torch.linalg.qr(lora_B).Q  # (out, r)
+        self.basis = torch.linalg.qr(lora_B).Q  # (out, r), orthonormal
 
     def _regression(self, descent: _Descent) -> Tensor:
-        """Coefficients (k, r) of the outputs' error along B on the inputs that matter."""
-        along_B = descent.felt @ self.written  # (in, out) @ (out, r) -> (in, r)
-        return torch.mm(self.gram_inv, self.reads @ along_B)  # (k, k) @ (k, r)
+        """Coefficients (k, r) of the outputs' error along B, by least squares."""
+        along_B = descent.gradient @ self.basis  # (in, out) @ (out, r) -> (in, r)
+        return torch.mm(self.gram_inv, self.directions @ along_B)  # (k, k) @ (k, r)
 
     def error(self, descent: _Descent) -> float:
         """The part of tr(E H E') that these coefficients explain."""
-        wrong = self._regression(descent)
-        return float((wrong * (self.gram @ wrong)).sum())
+        coefficients = self._regression(descent)
+        return float((coefficients * (self.gram @ coefficients)).sum())
 
     def correct(self, descent: _Descent, gain: float) -> None:
-        """Move the aim by `gain` times the error, to its other side."""
-        wrong = self._regression(descent)
-        descent.correction.addmm_(self.reads.T @ wrong, self.written.T, alpha=-gain)
-        descent.correction_felt.addmm_(self.seen @ wrong, self.written.T, alpha=-gain)
+        """Subtract `gain` times the error from the target."""
+        coefficients = self._regression(descent)  # (in, k) @ (k, r) @ (r, out) -> (in, out)
+        descent.correction.addmm_(self.directions.T @ coefficients, self.basis.T, alpha=-gain)
+        descent.correction_gradient.addmm_(self.gradients @ coefficients, self.basis.T, alpha=-gain)
 
 
 def _principal(moments: Tensor, count: int) -> Tensor:
-    """About the first eigenvectors of `moments` (in, in), as rows, by subspace iteration."""
+    """The first eigenvectors of `moments` (in, in), as rows, roughly, by subspace iteration."""
     shape = (len(moments), min(count, len(moments)))
     vectors = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(moments)
     for _ in range(4):

@@ -1,14 +1,13 @@
-"""What a merge needs the running model for: verification and calibration.
+"""The parts of a merge that run the model: verification and calibration.
 
-Verification compares the merged checkpoint with base + live adapter on the same rows. At every
-supervised position the live model gives a distribution p over the next token, the merged one q:
-loss is the mean of -log of the true token's probability, KL the mean of sum p log(p / q), in nats.
-One model is in memory at a time; of the live one, log p at up to MAX_TOKENS positions is kept.
+Verification compares the merged checkpoint with base + live adapter on the same rows. With p and q
+their distributions of the next token at a supervised position, loss is the mean of -log of the true
+token's probability, KL the mean of sum p log(p / q), in nats. One model is in memory at a time; of
+the live one, log p at up to MAX_TOKENS positions is kept.
 
 Calibration collects the second moments of the inputs of each adapted linear layer
-(qlora.adapters.starts), in the model as trained, the 4-bit base with its live adapter. Without data
-the model reads text that it samples itself from its first token on, which is close enough to what
-it was trained on (arXiv:2305.17888 quantizes with it).
+(qlora.adapters.starts) in the model as trained, the 4-bit base with its live adapter. Without data
+the model samples its own text, as LLM-QAT does (arXiv:2305.17888).
 """
 
 import gc
@@ -37,8 +36,8 @@ from qlora.config import MAX_LENGTH, QuantConfig
 from qlora.data.chat_template import NO_LOSS
 from qlora.data.rows import length_batches, prepare_data, prepare_tokenizer
 
-MAX_TOKENS = 4096  # log p of so many positions over a vocabulary of 128k takes 2 GB
-MIN_TOKENS = 8192  # for calibration: more changed nothing that could be measured
+MAX_TOKENS = 4096  # log p at that many positions takes 2 GB with a vocabulary of 128k
+MIN_TOKENS = 8192  # for calibration: more made no measurable difference
 TOKENS_PER_INPUT = 4  # of the widest layer: with fewer than 1 its moments are singular
 OWN_TEXT = "self"
 OWN_LENGTH = 128
@@ -62,7 +61,7 @@ class Verification:
     kl_base: float
     """between the live model and the base: how far the adapter moved it"""
     agreement: float
-    """share of positions at which live and merged model find the same token most likely"""
+    """share of positions with the same most likely token in the live and the merged model"""
 
     @property
     def kept(self) -> float | None:
@@ -99,19 +98,19 @@ def read_examples(data: str, tokenizer_folder: Path, max_tokens: int = MAX_TOKEN
 
 
 class _Live(NamedTuple):
-    """The measurements of base and live adapter."""
+    """Measurements of the base and of the live adapter."""
 
-    loss_base: float
-    kl_base: float
-    loss: float
+    means: dict[str, float]
+    """loss_base, loss_live and kl_base"""
     log_p: list[Tensor]
+    """(tokens, vocab) of each batch"""
     dtype: torch.dtype
 
 
 class Verifier:
-    """Measures merged checkpoints against `adapter` live on `base`, which run once.
+    """Measures merged checkpoints against `adapter` live on `base`; the latter run once.
 
-    All compute in one dtype, by default that of `device`, whatever training computed in.
+    All models compute in `compute_dtype`, by default that of `device`, not of training.
     """
 
     def __init__(
@@ -153,9 +152,7 @@ class Verifier:
         return Verification(
             rows=self.rows,
             tokens=self.tokens,
-            loss_base=live.loss_base,
-            kl_base=live.kl_base,
-            loss_live=live.loss,
+            **live.means,
             loss_merged=loss / self.tokens,
             kl=kl / self.tokens,
             agreement=same / self.tokens,
@@ -170,20 +167,21 @@ class Verifier:
         model = load_base(self.base, quant, **self.loading)
         base = deque(_log_probs(model, self.examples, "Base"))
         attach(model, self.adapter)
-        loss_base = loss = kl_base = 0.0
+        sums = dict.fromkeys(("loss_base", "loss_live", "kl_base"), 0.0)
         live = []
         for nll, log_p in _log_probs(model, self.examples, "Live adapter"):
-            nll_base, log_base = base.popleft()  # freed as soon as possible
-            loss_base, loss = loss_base + nll_base, loss + nll
-            kl_base += _kl(log_p, log_base)
+            nll_base, log_base = base.popleft()  # popped to free it early
+            sums["loss_base"] += nll_base
+            sums["loss_live"] += nll
+            sums["kl_base"] += _kl(log_p, log_base)
             live.append(log_p)
         dtype = model.dtype
         del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        n = self.tokens
-        return _Live(loss_base / n, kl_base / n, loss / n, live, dtype)
+        means = {name: total / self.tokens for name, total in sums.items()}
+        return _Live(means, live, dtype)
 
 
 @torch.no_grad()
@@ -196,9 +194,8 @@ def _log_probs(
         batch = {key: value.to(model.device) for key, value in batch.items()}
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         mask = batch["labels"][:, 1:] != NO_LOSS
-        log_p = F.log_softmax(
-            logits[:, :-1][mask].float(), dim=-1
-        )  # (B, T, vocab) -> (tokens, vocab)
+        logits = logits[:, :-1][mask]  # (B, T, vocab) -> (tokens, vocab)
+        log_p = F.log_softmax(logits.float(), dim=-1)
         nll = F.nll_loss(log_p, batch["labels"][:, 1:][mask], reduction="sum")
         yield float(nll), log_p.cpu()
 
@@ -222,13 +219,13 @@ def calibrate(
     """Second moments of `adapter`'s layers, live on `base`, over rows spread over `data`.
 
     Args:
-        data: sources for `prepare_data`, of each an equal share; or OWN_TEXT.
+        data: sources for `prepare_data`, each for an equal share of tokens; or OWN_TEXT.
 
     Raises:
         UserError: the data cannot be read, or the adapter does not fit.
     """
-    from_model = list(data) == [OWN_TEXT]
-    if not from_model:
+    samples_text = list(data) == [OWN_TEXT]
+    if not samples_text:  # read first: loading the model takes longer
         tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
         prepare_tokenizer(tokenizer)
         sources = [prepare_data(source, tokenizer, max_length=MAX_LENGTH) for source in data]
@@ -236,18 +233,18 @@ def calibrate(
     layers = {n: layer for n, layer in lora_layers(model).items() if isinstance(layer, LoRALinear)}
     widest = max(layer.shape[1] for layer in layers.values())
     tokens = max(MIN_TOKENS, TOKENS_PER_INPUT * widest)
-    if from_model:
+    if samples_text:
         return SecondMoments(model, own_text(model, tokens), layers)
     chosen = []
     for rows, stats in sources:
-        every = max(1, stats.tokens * len(sources) // tokens)
-        chosen += [rows[i] for i in range(0, len(rows), every)]
+        step = max(1, stats.tokens * len(sources) // tokens)
+        chosen += [rows[i] for i in range(0, len(rows), step)]
     return SecondMoments(model, length_batches(chosen, tokenizer), layers)
 
 
 @torch.no_grad()
 def own_text(model: PreTrainedModel, tokens: int) -> list[dict[str, Tensor]]:
-    """At least `tokens` tokens that `model` samples from its first token on; always the same."""
+    """At least `tokens` tokens that `model` samples after its bos token, with a fixed seed."""
     config = model.generation_config
     first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     first = first[0] if isinstance(first, list) else first or 0
@@ -257,7 +254,7 @@ def own_text(model: PreTrainedModel, tokens: int) -> list[dict[str, Tensor]]:
         rows = math.ceil(tokens / OWN_LENGTH)
         for done in tqdm(range(0, rows, OWN_BATCH), desc="Sampling calibration text", leave=False):
             start = torch.full((min(OWN_BATCH, rows - done), 1), first, device=model.device)
-            written = model.generate(  # type: ignore[operator]  # of a mixin that is not typed
+            ids = model.generate(  # type: ignore[operator]  # of a mixin that is not typed
                 start,
                 attention_mask=torch.ones_like(start),
                 max_new_tokens=OWN_LENGTH - 1,
@@ -268,5 +265,5 @@ def own_text(model: PreTrainedModel, tokens: int) -> list[dict[str, Tensor]]:
                 top_p=1.0,
                 pad_token_id=first,
             )
-            batches.append({"input_ids": written, "attention_mask": torch.ones_like(written)})
+            batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     return batches

@@ -23,20 +23,18 @@ from qlora.ops import nf4
 
 
 class Kind(Enum):
-    """What an operation adds the adapter's A and B to."""
+    """The base that an operation adds B A to."""
 
-    COPY = "nothing: the tensor is the checkpoint's, or the adapter's own, with one cast"
-    WEIGHT = "the weight as the checkpoint has it"
+    COPY = "none: the checkpoint's tensor, or the adapter's own, with one cast"
+    WEIGHT = "the checkpoint's weight"
     ROUND_TRIP = "the weight after quantization to 4 bits, as in training"
-    REBASED = (
-        "the same, quantized without what qlora.adapters.rebase subtracts, which is added back"
-    )
-    PACKED = "the weight that the checkpoint holds as 4-bit codes"
+    REBASED = "as ROUND_TRIP, but qlora.adapters.rebase's part is not quantized with the rest"
+    PACKED = "the checkpoint's 4-bit codes"
 
 
 @dataclass(frozen=True)
 class MergeOp:
-    """How one weight of the output is made."""
+    """How one weight of the output is computed."""
 
     name: str
     source: str
@@ -53,12 +51,12 @@ class MergeOp:
     in_4_bits: bool = False
     """whether it is written as 4-bit codes"""
     same_grid: bool = False
-    """whether the codes of the base are of the format that is written"""
+    """whether the base's codes have the format that is written"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known before a weight is read."""
+    """The operations of a merge and the output's formats."""
 
     ops: list[MergeOp]
     quant: QuantConfig
@@ -101,17 +99,15 @@ def check_base(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
 
 
 def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig) -> Plan:
-    """What to do with each tensor, from headers alone, in the model's order.
+    """The operation for each tensor, from headers alone, in the model's order.
 
     Raises:
-        UserError: something of the adapter is not in the checkpoint, or has another shape there;
-            all of it is named.
+        UserError: lists all of the adapter that the checkpoint lacks or has in another shape.
     """
     if adapter.parameters:
         raise UserError(
-            f"adapter {adapter.folder} changes {', '.join(adapter.parameters)}, which a checkpoint "
-            "stores in another form than the model: use load_adapter, merge_and_unload and "
-            "save_pretrained instead"
+            f"adapter {adapter.folder} changes {', '.join(adapter.parameters)}, which checkpoints "
+            "store in another form: use load_adapter, merge_and_unload and save_pretrained instead"
         )
     model = skeleton(
         checkpoint.folder,
@@ -123,7 +119,7 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
 
 
 class _Planner:
-    """Checkpoint and adapter matched by name through the model; `faults`: what does not fit."""
+    """Matches checkpoint and adapter by the model's names; collects misfits in `faults`."""
 
     def __init__(
         self, checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig, model: Any
@@ -136,14 +132,16 @@ class _Planner:
             blocksize=config.blocksize or self.quant.blocksize,
             double_quant=self.quant.double_quant and config.double_quant,
         )
-        self.out_dtype = nf4.DTYPES[_out_dtype(config, self.quant)]
+        half = "fp16" if self.quant.compute_dtype == "fp16" else "bf16"  # beside 4-bit codes
+        self.out_dtype = nf4.DTYPES[half if config.format == "nf4" else config.format]
         self.faults: list[str] = []
+        self.records = _records(checkpoint)
 
         is_conv1d = quantized_layers(model, self.quant)
         self.quantized = {m for m in is_conv1d if f"{m}.weight" not in adapter.full_params}
         """layers that training quantized"""
-        self.rounds = config.onto == "nf4" and not checkpoint.is_quantized
-        """whether these go through 4-bit codes; those of a 4-bit base hold them already"""
+        self.round_trips = config.onto == "nf4" and not checkpoint.is_quantized
+        """whether these are quantized and dequantized; a 4-bit base already holds the codes"""
         # (in, out) on disk: weights of Conv1D, and of an embedding as a layer from vocab to dim
         pairs = {m: m in adapter.embeddings or adapter.fan_in_fan_out for m in adapter.pairs}
         self.transposed = pairs | is_conv1d
@@ -155,11 +153,12 @@ class _Planner:
         self.places = self._places()
         """parameter that changes -> the checkpoint's name of it, None where it has none"""
         if self.unties:
+            head_weight = f"{self.head}.weight"
             tied_to = disk_name(checkpoint, model, f"{self.embedding}.weight")
-            self.places[f"{self.head}.weight"] = f"{self.head}.weight"
-            self.sources[f"{self.head}.weight"] = tied_to or f"{self.head}.weight"
-        self.new: set[str] = set()
-        """parameters of a classifier's head that are the adapter's, whatever the checkpoint has"""
+            self.places[head_weight] = head_weight
+            self.sources[head_weight] = tied_to or head_weight
+        self.classifier: set[str] = set()
+        """parameters of a classifier's head, which the adapter brings"""
         if task_named(adapter.task).trains_head:
             self._replace_head()
 
@@ -174,7 +173,7 @@ class _Planner:
         ops = [
             self._op(name, source, params.get(name))
             for name, source in self.sources.items()
-            if not _is_part_of_record(self.checkpoint, name)
+            if not self._is_in_record(name)
         ]
         changes = self._config_changes(ops)
         raise_faults(
@@ -182,8 +181,8 @@ class _Planner:
             self.faults,
             mend="Give the base it was trained on as --base-model",
         )
-        turn = {place: i for i, place in enumerate(self.places.values())}
-        ops.sort(key=lambda op: turn.get(op.name, -1))
+        order = {place: i for i, place in enumerate(self.places.values())}
+        ops.sort(key=lambda op: order.get(op.name, -1))
         return Plan(
             ops, self.quant, self.out_quant, self.out_dtype, linear, changes, self.adapter.task
         )
@@ -196,39 +195,42 @@ class _Planner:
         return {param: disk_name(self.checkpoint, self.model, param) for param in params}
 
     def _replace_head(self) -> None:
-        """Put the adapter's head in place of the checkpoint's, which may be another task's."""
+        """Use the adapter's head in place of the checkpoint's, which may be another task's."""
         params = dict(self.model.named_parameters())
         of_head = {param for param in params if is_in(param, heads(self.model))}
         full = params.keys() & self.adapter.full_params.keys()
-        self.new = {param for param in full if param in of_head or self.places[param] is None}
-        for param in self.new:
+        self.classifier = {p for p in full if p in of_head or self.places[p] is None}
+        for param in self.classifier:
             self.places[param] = place = self.places[param] or param
             self.sources.setdefault(place, place)
-        lacks = {p for p in of_head - self.new if not disk_name(self.checkpoint, self.model, p)}
-        self.faults += [f"{param} is in neither of the two" for param in sorted(lacks)]
+        others = sorted(of_head - self.classifier)
+        lacks = [param for param in others if not disk_name(self.checkpoint, self.model, param)]
+        self.faults += [f"{param} is in neither of the two" for param in lacks]
         for name in _of_other_heads(self.checkpoint, self.model):
             del self.sources[name]
 
     def _find_missing(self) -> None:
         untouched = self.quantized - set(self.adapter.pairs)
         for param, place in self.places.items():
-            if place is None and (self.rounds or param.removesuffix(".weight") not in untouched):
+            if place is None and (
+                self.round_trips or param.removesuffix(".weight") not in untouched
+            ):
                 self.faults.append(f"{param} is not in the checkpoint")
         if self.unties and self.adapter.rows:
-            self.faults.append("it has trained token rows, and unties head and embedding")
+            self.faults.append("it has trained token rows and unties the head from the embedding")
 
     def _op(self, name: str, source: str, param: str | None) -> MergeOp:
-        if param in self.new:
+        if param in self.classifier:
             shape = tuple(self.adapter.full_params[param].shape)
             return MergeOp(name, source, (Entry(name, self.out_dtype, shape),), param=param)
         adapter, header = self.adapter, self.checkpoint.tensors[source]
         module = param.removesuffix(".weight") if param and param.endswith(".weight") else None
-        record = _record_state(self.checkpoint, source)
+        record = self.records.get(source, {})
         shape = tuple(record["shape"]) if record else header.shape
         is_float = bool(record) or header.dtype.is_floating_point
         if param in adapter.full_params:
             full = tuple(adapter.full_params[param].shape)
-            resizable = module in (self.embedding, self.head)
+            resizable = module in (self.embedding, self.head)  # along dimension 0
             if full[resizable:] != shape[resizable:]:
                 self.faults.append(f"{name} is {shape}, the adapter has it as {full}")
             record, shape, is_float = {}, full, True
@@ -260,12 +262,16 @@ class _Planner:
             same_grid=same_grid,
         )
 
+    def _is_in_record(self, name: str) -> bool:
+        """Whether the tensor belongs to the 4-bit record of another one."""
+        return ".weight." in name and name.partition(".weight.")[0] + ".weight" in self.records
+
     def _kind(self, module: str | None, record: dict[str, Any]) -> tuple[Kind, bool]:
         """The kind, and whether the base's codes are of the output's format."""
         if record:
             grid = record["quant_type"], record["blocksize"], "nested_blocksize" in record
             return Kind.PACKED, grid == _grid(self.out_quant)
-        if self.rounds and module in self.quantized:
+        if self.round_trips and module in self.quantized:
             rebased = module in self.adapter.subtracted
             kind = Kind.REBASED if rebased else Kind.ROUND_TRIP
             return kind, _grid(self.quant) == _grid(self.out_quant)
@@ -287,7 +293,7 @@ class _Planner:
         ends = (f"{self.embedding}.weight", f"{self.head}.weight")
         sizes = {op.entries[0].shape[0] for op in ops if op.param in ends}
         if len(sizes) > 1:
-            self.faults.append(f"embedding and output head have {sizes} rows, not one number")
+            self.faults.append(f"embedding and output head have different numbers of rows, {sizes}")
         elif sizes and ends[0] in self.adapter.full_params:
             changes["vocab_size"] = sizes.pop()
         if task_named(self.adapter.task).trains_head:
@@ -301,7 +307,7 @@ class _Planner:
 
 
 def _labels(checkpoint: Checkpoint, adapter: AdapterFile) -> tuple[str, ...]:
-    """The adapter's class names, else one for each row of its head; () for the checkpoint's own."""
+    """The adapter's class names, or one for each row of its head; () for the checkpoint's own."""
     if adapter.labels or not (task_named(adapter.task).trains_head and adapter.full_params):
         return adapter.labels
     count = min(tensor.shape[0] for tensor in adapter.full_params.values())
@@ -311,7 +317,7 @@ def _labels(checkpoint: Checkpoint, adapter: AdapterFile) -> tuple[str, ...]:
 
 
 def _of_other_heads(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
-    """Tensors of the checkpoint outside its base model that `model` does not have."""
+    """Tensors of the checkpoint outside its base model that `model` lacks."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         return []  # saved without a head
@@ -319,30 +325,14 @@ def _of_other_heads(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
     return [n for n in checkpoint.tensors if not n.startswith(prefix) and n not in used]
 
 
-def _out_dtype(config: MergeConfig, quant: QuantConfig) -> str:
-    """The dtype asked for; beside 4-bit codes the 16-bit one of training."""
-    if config.format != "nf4":
-        return config.format
-    return "fp16" if quant.compute_dtype == "fp16" else "bf16"
-
-
 def _grid(quant: QuantConfig) -> tuple[str, int, bool]:
     return quant.quant_type, quant.blocksize, quant.double_quant
 
 
-def _is_part_of_record(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the tensor belongs to the 4-bit record of another one."""
-    weight = name.partition(".weight.")[0] + ".weight"
-    return weight != name and bool(_record_mark(checkpoint, weight))
-
-
-def _record_mark(checkpoint: Checkpoint, name: str) -> str | None:
-    """The tensor that holds the quantization state of the 4-bit weight `name`, if it is one."""
-    marks = (f"{name}{nf4.RECORD_MARK}{quant_type}" for quant_type in ("nf4", "fp4"))
-    return next((mark for mark in marks if mark in checkpoint.tensors), None)
-
-
-def _record_state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """quant_type, blocksize and shape (out, in) of a 4-bit weight; empty for any other tensor."""
-    mark = _record_mark(checkpoint, name)
-    return dict(unpack_tensor_to_dict(checkpoint.read(mark))) if mark else {}
+def _records(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """4-bit weight of the checkpoint -> quant_type, blocksize and shape (out, in), and the rest."""
+    states = [name for name in checkpoint.tensors if nf4.RECORD_MARK in name]
+    return {
+        name.partition(nf4.RECORD_MARK)[0]: dict(unpack_tensor_to_dict(checkpoint.read(name)))
+        for name in states
+    }

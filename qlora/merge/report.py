@@ -1,4 +1,4 @@
-"""What a merge reports: merge_report.json, merge.png, the model card, and the terminal."""
+"""The report of a merge: merge_report.json, merge.png, the model card, and the terminal."""
 
 import json
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ class MergeReport:
         (folder / "README.md").write_text(_model_card(values), encoding="utf-8")
 
     def print_summary(self, output: Path) -> None:
-        """What was done, and a table of it by kind of layer."""
+        """Base, format, size, a table by kind of layer, and how to load the result."""
         base = "the dequantized 4-bit base"
         onto = base if self.config.onto == "nf4" else "the original weights"
         size = sum(entry.nbytes for entry in self.plan.entries)
@@ -82,17 +82,17 @@ class MergeReport:
         kept = self.verified.kept
         if kept is not None and kept < WARN_BELOW:
             print(
-                f"\nWARNING: the merged model has lost {1 - kept:.1%} of what training gained on "
-                "this data. Do not use it in place of the live adapter."
+                f"\nWARNING: on this data the merged model has lost {1 - kept:.1%} of the gain in"
             )
+            print("loss from training. Do not use it in place of the live adapter.")
 
 
 def _model_card(report: Mapping[str, Any]) -> str:
-    """README.md of a merged checkpoint: what was merged onto what, and what was measured."""
+    """README.md of a merged checkpoint: adapter, base, format and measurements."""
     onto = {
         "nf4": f"the base dequantized from 4 bits ({report['quant_type'].upper()}, blocksize "
         f"{report['blocksize']}), as it was in training",
-        "original": "the original weights, which the adapter did not see in training",
+        "original": "the original weights, with which it was not trained",
     }[report["onto"]]
     verify = report["verify"]
     measured = "Not measured: merge with `--verify DATA` to compare it with the live adapter."
@@ -101,11 +101,11 @@ def _model_card(report: Mapping[str, Any]) -> str:
             f"On {verify['rows']} rows: loss {verify['loss_base']:.4f} for the 4-bit base, "
             f"{verify['loss_live']:.4f} with the live adapter, {verify['loss_merged']:.4f} merged; "
             f"KL to the live adapter {verify['kl']:.2g} nats a token, the same most likely token "
-            f"in {verify['agreement']:.1%} of the places."
+            f"at {verify['agreement']:.1%} of the positions."
         )
         if verify["kept"] is not None:
-            measured += f" That keeps {verify['kept']:.2%} of what training gained."
-    picture = "\n![what each layer kept](merge.png)" if report["layers"] else ""
+            measured += f" That keeps {verify['kept']:.2%} of training's gain in loss."
+    picture = "\n![share of its change that each layer kept](merge.png)" if report["layers"] else ""
     base, weights = str(report["base_model"]), report["adapters"]
     names = [f"`{name}`" + f" times {w:g}" * (w != 1) for name, w in weights.items()]
     many = len(names) > 1

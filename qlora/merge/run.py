@@ -2,17 +2,16 @@
 
     W_merged = dequantize(quantize(W)) + scaling * B A      in fp32, then one cast
 
-is, to rounding, the function that was trained: every quantized layer goes through the 4-bit codes
-that it had in training, with or without an adapter. `onto="original"` adds to W itself, which the
-adapter never saw: another function. For `format="nf4"`, qlora.merge.codes chooses 4-bit codes for
-the sum.
+is, to rounding, the function that was trained: every layer that was quantized in training is
+quantized and dequantized here, with or without an adapter. `onto="original"` adds to W itself,
+which is another function. For `format="nf4"`, qlora.merge.codes chooses 4-bit codes for the sum.
 
-1. Plan: `plan_merge` decides from file headers what happens to each tensor (`MergeOp`).
+1. Plan: `plan_merge` decides from file headers how each tensor is computed (`MergeOp`).
 2. Check: adapter, base, shapes, disk space, data and tokenizer, before a byte is written.
-3. Stream: `apply_op` computes one tensor at a time, and write_shards writes it. Memory grows with
-   the largest tensor, not with the model. Calibration and verification do load the model.
+3. Stream: `apply_op` computes one tensor at a time, and `write_shards` writes it. Memory grows with
+   the largest tensor, not with the model. Only calibration and verification load the model.
 
-Choosing codes is many small operations, which a second core hardly speeds up: on a CPU several
+Choosing codes is many small operations, which more threads hardly speed up: on a CPU several
 weights are computed at a time, each by one thread.
 """
 
@@ -59,12 +58,12 @@ def merge(config: MergeConfig) -> Path:
 
     Raises:
         UserError: adapter and base do not belong together, something is missing, the output
-            folder is in use, or less is kept than `min_kept` asks for. Then nothing is written.
+            folder is in use, or the merge keeps less than `min_kept`. Then nothing is written.
     """
     output = Path(config.output_dir).expanduser()
     require_new(output)
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for, but torch sees no GPU: use --device cpu")
+        raise UserError("--device cuda needs a GPU, and torch sees no GPU: use --device cpu")
     job = _prepare(config)
     with publishing(output) as partial_folder:
         write = _write_better if config.onto == "auto" else _write
@@ -83,7 +82,7 @@ def merge(config: MergeConfig) -> Path:
 
 @dataclass(frozen=True)
 class _Job:
-    """A merge whose inputs are checked."""
+    """A merge whose inputs have been checked."""
 
     config: MergeConfig
     adapter: AdapterFile
@@ -104,7 +103,7 @@ class _Job:
 
 
 def _prepare(config: MergeConfig) -> _Job:
-    """Plan, and raise every error that the user can mend before a byte is written."""
+    """Plan, and raise every error that the user can fix before a byte is written."""
     adapter = combine([read_adapter(a) for a in config.adapters], [*config.adapters.values()])
     base_model = config.base_model or adapter.base_model
     if not base_model:
@@ -112,8 +111,10 @@ def _prepare(config: MergeConfig) -> _Job:
     revision = adapter.revision if base_model == adapter.base_model else None
     checkpoint = Checkpoint.open(base_model, revision=revision)
     if not adapter.knows_quantization:
-        print("The adapter does not say how its base was quantized: taken as NF4, blocksize 64, ")
-        print("double quantization, as transformers and PEFT load it for QLoRA.")
+        print(
+            "The adapter does not record how its base was quantized: NF4, blocksize 64 and double "
+        )
+        print("quantization are assumed, transformers' and PEFT's settings for QLoRA.")
     check_base(checkpoint, adapter, config)
     _require_text_model(config, adapter)
     plan = plan_merge(checkpoint, adapter, config)
@@ -134,43 +135,34 @@ def _prepare(config: MergeConfig) -> _Job:
 
 
 def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
-    """Data to choose 4-bit codes with: what is given, or else what the adapters were trained on."""
-    without = config.format != "nf4" or config.calibration == "none"
-    if without or task_named(adapter.task) is not CAUSAL_LM:
+    """Data for 4-bit codes: the given one, or the training data in the adapters' run.yaml."""
+    is_off = config.format != "nf4" or config.calibration == "none"
+    if is_off or task_named(adapter.task) is not CAUSAL_LM:
         return []
     if config.calibration:
         return [config.calibration]
     runs = [Path(adapter).expanduser() / RUN for adapter in config.adapters]
-    data = dict.fromkeys(source for run in runs if (source := _training_data(run)))
+    data: dict[str, None] = {}
+    for run in runs:
+        values = yaml.safe_load(run.read_text(encoding="utf-8")) if run.is_file() else None
+        source = values.get("config", {}).get("data") if isinstance(values, dict) else None
+        if isinstance(source, str) and Path(source).expanduser().exists():  # no hub names
+            data[source] = None
     if not data:
-        print(
-            f"No data to calibrate with: {' and '.join(map(str, runs))} names none that is there. "
-            "The model reads text that it writes itself; --calibration DATA keeps more."
-        )
+        print(f"No calibration data: {' and '.join(map(str, runs))} names no existing file. The ")
+        print("model calibrates on text that it generates; --calibration DATA keeps more.")
     return list(data) or ["self"]
 
 
-def _training_data(path: Path) -> str | None:
-    """The data file or folder that a run.yaml names, if it still exists.
-
-    Names on the hub are ignored: nothing is downloaded unasked.
-    """
-    if not path.is_file():
-        return None
-    run = yaml.safe_load(path.read_text(encoding="utf-8"))
-    data = run.get("config", {}).get("data") if isinstance(run, dict) else None
-    return data if isinstance(data, str) and Path(data).expanduser().exists() else None
-
-
 def _require_text_model(config: MergeConfig, adapter: AdapterFile) -> None:
-    """Raise if verification or calibration is asked for with a model that does not write text."""
+    """Raise if verification or calibration is set for another task than causal-lm."""
     if task_named(adapter.task) is CAUSAL_LM:
         return
     for name in ("verify", "calibration"):
         if getattr(config, name) not in (None, "none"):
             raise UserError(
-                f"--{name} runs a causal language model over text, and adapter {adapter.folder} is "
-                f"for {adapter.task}: leave it out"
+                f"--{name} needs a causal language model, adapter {adapter.folder} is for "
+                f"{adapter.task}: leave it out"
             )
 
 
@@ -182,22 +174,21 @@ def _require_space(config: MergeConfig, entries: list[Entry]) -> None:
     if free < needed:
         raise UserError(
             f"{output} needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: "
-            "make room or give another --output-dir"
+            "free disk space or give another --output-dir"
         )
 
 
 def _require_kept(verified: "Verification", min_kept: float) -> None:
     if verified.kept is None:
         raise UserError(
-            "--min-kept asks how much of the gain is kept, but on this --verify data the adapter "
-            f"gains nothing: loss {verified.loss_base:.4f} without, {verified.loss_live:.4f} with "
-            "it. Give data like the training's"
+            "--min-kept needs --verify data on which the adapter lowers the loss; here it is "
+            f"{verified.loss_base:.4f} without and {verified.loss_live:.4f} with it"
         )
     if verified.kept < min_kept:
         raise UserError(
-            f"the merged model keeps {verified.kept:.1%} of what training gained, --min-kept "
-            f"{min_kept} asks for more: nothing was written. Give --calibration data like the "
-            "training's, or merge to --format bf16 --onto nf4"
+            f"the merged model keeps {verified.kept:.1%} of training's gain in loss, less than "
+            f"--min-kept {min_kept}: nothing was written. Use --calibration data like the "
+            "training's, or --format bf16 --onto nf4"
         )
 
 
@@ -216,7 +207,7 @@ def _write(job: _Job, folder: Path) -> MergeReport:
 
 
 def _write_better(job: _Job, folder: Path) -> MergeReport:
-    """Merge onto both bases, measure both, and leave the one with the lower loss in `folder`."""
+    """Merge onto both bases, measure both, and keep the one with the lower loss in `folder`."""
     reports, losses = {}, {}
     for onto in ("nf4", "original"):
         config = replace(job.config, onto=onto)
@@ -228,7 +219,7 @@ def _write_better(job: _Job, folder: Path) -> MergeReport:
     better = min(losses, key=losses.__getitem__)
     print(
         f"Loss {losses['nf4']:.4f} onto the dequantized 4-bit base, {losses['original']:.4f} onto "
-        f"the original weights: taken is {better}, the lower."
+        f"the original weights: kept --onto {better}."
     )
     for onto in reports:
         for file in (folder / onto).iterdir():
@@ -247,7 +238,13 @@ def _write_other_files(job: _Job, output: Path) -> None:
     for part in (values, values.get("text_config") or {}):
         part.update(plan.config_changes)
     if job.config.format == "nf4":
-        values["quantization_config"] = _quantization_config(plan)
+        from transformers import BitsAndBytesConfig
+
+        from qlora.base.load import bnb_settings
+
+        dense = [module for module, name in plan.linear.items() if name not in plan.in_4_bits]
+        settings = bnb_settings(plan.out_quant, plan.out_dtype, dense)
+        values["quantization_config"] = BitsAndBytesConfig(**settings).to_dict()
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     (output / "config.json").write_text(text, encoding="utf-8")
     files = [job.tokenizer_folder / name for name in TOKENIZER_FILES]
@@ -257,22 +254,8 @@ def _write_other_files(job: _Job, output: Path) -> None:
             shutil.copyfile(file, output / file.name)
 
 
-def _quantization_config(plan: Plan) -> dict[str, Any]:
-    """What transformers writes for a bitsandbytes 4-bit model."""
-    from transformers import BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=plan.out_quant.quant_type,
-        bnb_4bit_use_double_quant=plan.out_quant.double_quant,
-        bnb_4bit_compute_dtype=plan.out_dtype,
-        llm_int8_skip_modules=[m for m, name in plan.linear.items() if name not in plan.in_4_bits],
-    )
-    return dict(settings.to_dict())
-
-
 def _require_loadable(folder: Path, job: _Job) -> None:
-    """Raise unless the model of the new config.json finds its parameters in the new files."""
+    """Raise unless the new files hold the parameters of the new config.json's model."""
     plan, written = job.plan, Checkpoint(folder)
     model = skeleton(folder, task=plan.task, trust_remote_code=job.config.trust_remote_code)
     faults = []
@@ -285,8 +268,8 @@ def _require_loadable(folder: Path, job: _Job) -> None:
             shape = written.tensors[place].shape
             faults.append(f"{param} is {shape}, its config.json says {tuple(expected.shape)}")
     raise_faults(
-        "the merged checkpoint does not make a model", faults,
-        mend="Nothing was written. The base's own files may not fit its config.json",
+        "the merged checkpoint does not fit its config.json", faults,
+        mend="Nothing was written. The base's own files may not fit theirs",
     )  # fmt: skip
 
 
@@ -294,11 +277,11 @@ def _require_loadable(folder: Path, job: _Job) -> None:
 
 
 def stream_tensors(job: _Job, layers: dict[str, Facts]) -> Iterator[Tensor]:
-    """The tensors in the order of `plan.entries`; facts of adapted layers are put into `layers`."""
+    """The tensors in the order of `plan.entries`; facts of adapted layers are added to `layers`."""
 
     def tasks() -> Iterator[Callable[[], tuple[list[Tensor], Facts]]]:
         for op in job.plan.ops:
-            # not inside the task: collecting moments runs the model, on all threads
+            # here, not in a worker: collecting moments runs the model, on all threads
             uses_moments = job.moments and op.module and op.in_4_bits
             moments = job.moments(op.module) if uses_moments else None  # type: ignore[misc, arg-type]
             yield partial(apply_op, job, op, moments)
@@ -356,7 +339,7 @@ def apply_op(job: _Job, op: MergeOp, moments: Tensor | None) -> tuple[list[Tenso
 
 
 def _adapted_weight(job: _Job, op: MergeOp) -> AdaptedWeight:
-    """The base weight of `op` as its kind says, with A and B, on the device."""
+    """The base weight of `op` by its kind, with A and B, on the device."""
     device, quant = job.config.device, job.plan.quant
     factors = job.adapter.pairs[op.module].to(device) if op.module else None
     if op.kind is Kind.PACKED:
@@ -379,7 +362,7 @@ def _adapted_weight(job: _Job, op: MergeOp) -> AdaptedWeight:
 def _with_codes(
     op: MergeOp, codes: nf4.Quantized, factors: Factors | None, original: Tensor | None = None
 ) -> AdaptedWeight:
-    """The base from 4-bit codes; the codes themselves are kept unless the output has other ones."""
+    """The base from 4-bit codes, dequantized if the output has codes of another format."""
     if op.in_4_bits and not op.same_grid:
         return AdaptedWeight(nf4.dequantize(codes), factors, original=original)
     return AdaptedWeight(None, factors, codes, original)
@@ -408,7 +391,7 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
     """`tensor`; raises if it holds NaN or infinity."""
     if tensor.is_floating_point() and not all(map(torch.isfinite, torch.aminmax(tensor))):
         raise UserError(
-            f"{name} does not fit {tensor.dtype}: it holds NaN, or values beyond its range. "
-            "Use --format bf16 or fp32; if the base itself holds NaN, download it again"
+            f"{name} has NaN, or values beyond the range of {tensor.dtype}: use --format bf16 or "
+            "fp32; if the base itself has NaN, download it again"
         )
     return tensor

@@ -219,13 +219,6 @@ def codebook(quant_type: str) -> Tensor:
     return torch.as_tensor(bnb.get_4bit_type(quant_type, device="cpu"))
 
 
-def is_on_grid(quantized: Quantized, quant: QuantConfig) -> bool:
-    """Whether the codes are of the kind that `quant` asks for."""
-    state = quantized.state
-    kind = (state.quant_type, state.blocksize, bool(state.nested))
-    return kind == (quant.quant_type, quant.blocksize, quant.double_quant)
-
-
 def codes_changed(before: Quantized, after: Quantized) -> float:
     """The share of 4-bit codes that differ."""
     bits = before.packed ^ after.packed

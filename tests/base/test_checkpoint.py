@@ -1,4 +1,4 @@
-"""Checkpoints: resolving them, reading headers and tensors, and every way they can be wrong."""
+"""Checkpoints: resolve, headers, tensors, fingerprints, skeletons, and damaged files."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 @pytest.fixture
 def copy(checkpoints, tmp_path):
-    """A copy of a llama checkpoint, to break."""
+    """A copy of a llama checkpoint, to damage."""
     return shutil.copytree(checkpoints("llama"), tmp_path / "copy")
 
 
@@ -38,13 +38,6 @@ def sharded(tmp_path):
     tiny_model("llama").save_pretrained(folder, max_shard_size="150KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
-
-
-@pytest.fixture(scope="module")
-def four_bit(checkpoints, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("four_bit")
-    load_base(str(checkpoints("llama")), FP32, device="cpu").save_pretrained(folder)
-    return Checkpoint(folder)
 
 
 # ---- resolve ----
@@ -59,21 +52,19 @@ def test_folders_resolve_to_themselves_and_paths_may_start_at_home(
     assert resolve("~/llama") == checkpoints("llama")
 
 
-@pytest.mark.parametrize("name", ["./nowhere/at/all", "/nowhere", "nowhere.gguf", "a/b/c", "a b"])
-def test_a_name_that_does_not_exist(name):
-    with pytest.raises(UserError, match=f"model {name} does not exist: give a folder, a .gguf"):
-        resolve(name)
-
-
-@pytest.mark.parametrize("name", ["owner/name", "name-1.5"])
-def test_a_hub_name_without_a_network(name, monkeypatch, tmp_path):
+def test_names_of_nothing(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"model {name} is no local folder, and the hub .*: \w"):
-        resolve(name)
+    for name in ("./nowhere/at/all", "/nowhere", "nowhere.gguf", "a/b/c", "a b"):
+        with pytest.raises(UserError, match=f"model {name} does not exist: give a folder, a .gguf"):
+            resolve(name)
+    for name in ("owner/name", "name-1.5"):  # without a network
+        match = rf"model {name} is no local folder and cannot be downloaded: \w"
+        with pytest.raises(UserError, match=match):
+            resolve(name)
 
 
-def test_what_is_no_checkpoint(copy, tmp_path):
-    with pytest.raises(UserError, match=r"is a file: wanted a folder with config.json"):
+def test_paths_without_a_checkpoint(copy):
+    with pytest.raises(UserError, match=r"is a file: give a folder, a .gguf file or a hub name"):
         resolve(str(copy / SINGLE))
     with pytest.raises(UserError, match=r"--revision main is for hub models"):
         resolve(str(copy), revision="main")
@@ -112,7 +103,7 @@ def test_headers_and_tensors_are_those_of_the_model(kind, request):
         assert torch.equal(checkpoint.read(name), tensor)
 
 
-def test_every_dtype_is_known_or_refused(tmp_path):
+def test_dtypes_are_read_or_refused(tmp_path):
     dtypes = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
     save_file({str(d): torch.ones(2).to(d) for d in dtypes}, tmp_path / SINGLE)
     tensors = Checkpoint(tmp_path).tensors
@@ -122,42 +113,42 @@ def test_every_dtype_is_known_or_refused(tmp_path):
         _ = Checkpoint(tmp_path).tensors
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_a_file_cut_short(copy, keep):
-    (copy / SINGLE).write_bytes((copy / SINGLE).read_bytes()[:keep])
-    with pytest.raises(UserError, match=rf"{SINGLE} is damaged or cut short \(.+\): download or"):
-        _ = Checkpoint(copy).tensors
+CUT_SHORT = r"-00002-.* is damaged or cut short \(.+\): download or copy it again"
 
 
-def test_shards_cut_short_or_missing(sharded):
-    first, second = sorted(sharded.glob("*.safetensors"))[:2]
-    second.write_bytes(second.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"{second.name} is damaged or cut short"):
-        _ = Checkpoint(sharded).tensors
-    first.unlink()
-    with pytest.raises(UserError, match=rf"sharded lacks {first.name}, which its index names"):
-        _ = Checkpoint(sharded).tensors
+def keep_bytes(count):
+    def change(folder):
+        second = sorted(folder.glob("*.safetensors"))[1]
+        second.write_bytes(second.read_bytes()[:count])
+
+    return change
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors"])
-def test_an_index_may_not_name_files_outside(sharded, name):
-    index = json.loads((sharded / INDEX).read_text())
-    index["weight_map"][Q_PROJ] = name
-    (sharded / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match=rf"{INDEX} names files outside its folder: {name}"):
-        _ = Checkpoint(sharded).tensors
+def index_naming(file):
+    def change(folder):
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"][Q_PROJ] = file
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return change
 
 
-@pytest.mark.parametrize("text", ["{", "", "[1, 2]", '"llama"', "null"])
-def test_a_broken_index_or_config(sharded, text):
-    for file in (INDEX, "config.json"):
-        (sharded / file).write_text(text)
-    with pytest.raises(UserError, match=INDEX):
-        _ = Checkpoint(sharded).tensors
-    with pytest.raises(UserError, match=r"config.json is not a JSON object: "):
-        _ = Checkpoint(sharded).config
-    (sharded / INDEX).write_text("{}")
-    with pytest.raises(UserError, match="holds no weight_map"):
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (keep_bytes(0), CUT_SHORT), (keep_bytes(4), CUT_SHORT),
+        (keep_bytes(100), CUT_SHORT), (keep_bytes(-1), CUT_SHORT),
+        (lambda folder: min(folder.glob("*.safetensors")).unlink(), "sharded lacks model-00001-of"),
+        (index_naming("../a"), "outside its folder.*: ../a"),
+        (index_naming("/etc/passwd"), "outside its folder.*: /etc/passwd"),
+        (index_naming("a/b"), "outside its folder.*: a/b"),
+        (lambda folder: (folder / INDEX).write_text("{}"), "holds no weight_map"),
+        (lambda folder: (folder / INDEX).write_text("["), f"{INDEX} is not a JSON object: "),
+    ],
+)  # fmt: skip
+def test_damaged_shards_and_indices(sharded, change, match):
+    change(sharded)
+    with pytest.raises(UserError, match=match):
         _ = Checkpoint(sharded).tensors
 
 
@@ -167,13 +158,23 @@ def test_the_longest_row(family, positions, checkpoints):
     assert Checkpoint(checkpoints(family)).max_positions == positions
 
 
-# ---- 4-bit records ----
+# ---- 4-bit records and fingerprints ----
 
 
-def test_a_record_is_the_weights_entries_on_disk(four_bit, checkpoints):
-    exact = load_file(four_bit.folder / SINGLE)
+@pytest.mark.parametrize("family", axis("llama", "gpt2", "qwen2", "phi"))
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
+def test_a_4_bit_copy_has_the_fingerprint_of_its_base(checkpoints, tmp_path, family, compute_dtype):
+    quant = QuantConfig(compute_dtype=compute_dtype)
+    load_base(str(checkpoints(family)), quant, device="cpu").save_pretrained(tmp_path)
+    base, copy = Checkpoint(checkpoints(family)), Checkpoint(tmp_path)
+    assert (base.is_quantized, copy.is_quantized) == (False, True)
+    assert copy.fingerprint == base.fingerprint
+
+
+def test_a_record_holds_the_weights_entries_on_disk(checkpoints, tmp_path):
+    load_base(str(checkpoints("llama")), FP32, device="cpu").save_pretrained(tmp_path)
+    four_bit, exact = Checkpoint(tmp_path), load_file(tmp_path / SINGLE)
     record = four_bit.record(Q_PROJ)
-    assert four_bit.is_quantized
     assert set(record) == {
         "", "absmax", "quant_map", "nested_absmax", "nested_quant_map",
         "quant_state.bitsandbytes__nf4",
@@ -183,22 +184,7 @@ def test_a_record_is_the_weights_entries_on_disk(four_bit, checkpoints):
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
         assert name in four_bit.tensors
         assert four_bit.record(name) is None
-    plain = Checkpoint(checkpoints("llama"))
-    assert not plain.is_quantized
-    assert plain.record(Q_PROJ) is None
-
-
-# ---- fingerprints ----
-
-
-@pytest.mark.parametrize("family", axis("gpt2", "llama", "qwen2", "phi"))
-@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
-def test_a_4_bit_copy_has_the_fingerprint_of_its_base(checkpoints, tmp_path, family, compute_dtype):
-    quant = QuantConfig(compute_dtype=compute_dtype)
-    load_base(str(checkpoints(family)), quant, device="cpu").save_pretrained(tmp_path)
-    copy = Checkpoint(tmp_path)
-    assert copy.is_quantized
-    assert copy.fingerprint == Checkpoint(checkpoints(family)).fingerprint
+    assert Checkpoint(checkpoints("llama")).record(Q_PROJ) is None
 
 
 def test_fingerprints_tell_models_apart_and_not_their_shards(copy, sharded, tmp_path):
@@ -225,7 +211,7 @@ def test_a_skeleton_has_the_names_and_shapes_and_no_memory(checkpoints, family):
 
 
 @pytest.mark.parametrize("config", [{"model_type": "unheard_of"}, {"model_type": "clip"}, {}])
-def test_what_is_no_language_model(tmp_path, config):
+def test_a_config_of_another_kind_of_model_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="is no causal language model that this transformers knows"):
         skeleton(tmp_path)
@@ -261,17 +247,8 @@ def test_the_layers_to_quantize(checkpoints):
     assert all(name.startswith("model.layers.1.") for name in layers)
 
 
-@pytest.mark.parametrize(
-    ("name", "skip", "skipped"),
-    [
-        ("model.layers.1.mlp.up_proj", "up_proj", True),
-        ("model.layers.1.mlp.up_proj", "mlp", True),
-        ("model.layers.1.mlp.up_proj", "layers.1", True),
-        ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj", True),
-        ("model.layers.1.mlp.up_proj", "proj", False),
-        ("model.layers.11.mlp.up_proj", "layers.1", False),
-        ("model.layers.1.mlp.up_proj", "1.up_proj", False),
-    ],
-)
-def test_skip_means_whole_parts_of_a_name(name, skip, skipped):
-    assert is_skipped(name, [skip]) is skipped
+def test_skip_modules_match_whole_parts_of_a_name():
+    name = "model.layers.1.mlp.up_proj"
+    assert all(is_skipped(name, [skip]) for skip in ("up_proj", "mlp", "layers.1", name))
+    assert not any(is_skipped(name, [skip]) for skip in ("proj", "1.up_proj", "layers.11"))
+    assert not is_skipped(name.replace("1", "11"), ["layers.1"])

@@ -1,4 +1,4 @@
-"""Models of every task: their classes, their heads, and what is quantized of them."""
+"""Models of every task: classes, heads, and the layers that stay unquantized."""
 
 import shutil
 
@@ -20,7 +20,7 @@ from qlora.errors import UserError
 from qlora.ops import nf4
 
 LABELS = ("a", "b", "c")
-# checkpoint, task -> class, modules trained in full, and the other linear layers that stay dense
+# checkpoint, task -> class, modules trained in full, and other linear layers that stay dense
 MODELS = {
     ("bert without pooler", "seq-cls"): (
         "BertForSequenceClassification", "classifier bert.pooler", "",
@@ -43,21 +43,16 @@ REST = [model for model in MODELS if model not in FIRST]
 
 
 @pytest.mark.parametrize("model", [*FIRST, *axis(*REST)], ids=lambda m: "-".join(m))
-def test_all_is_quantized_but_the_head(model, checkpoints):
+def test_every_linear_layer_but_the_head_is_quantized(model, checkpoints):
     family, task = model
     class_name, in_full, dense = MODELS[model]
     model = load_base(str(checkpoints(family)), FP32, task=task, labels=LABELS if in_full else ())
     assert type(model).__name__ == class_name
     assert state_of(model).task == task
     assert task_of(model) is TASKS[task]
-    plain = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
-    }
-    of_head = {
-        name for name in plain if any(f"{name}.".startswith(f"{h}.") for h in in_full.split())
-    }
+    plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    heads_ = tuple(f"{name}." for name in in_full.split())
+    of_head = {name for name in plain if f"{name}.".startswith(heads_)}
     assert {name.rpartition(".")[2] for name in plain - of_head} == set(dense.split())
     assert any(isinstance(module, Linear4bit) for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -92,7 +87,8 @@ def test_a_new_head_is_drawn_with_the_seed(checkpoints, capsys):
         load_base(str(checkpoints("bert")), FP32, task="seq-cls", labels=LABELS, seed=seed)
         for seed in (1, 1, 2)
     )
-    assert "has no classifier of this shape: made anew, seed 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "has no classifier of this shape: initialised with seed 1" in printed
     weight = one.classifier.weight
     assert weight.shape == (3, 64)
     assert torch.equal(weight, same.classifier.weight)
@@ -110,13 +106,13 @@ def test_a_head_of_the_checkpoint_is_kept_if_it_fits(tmp_path, capsys):
     model = load_base(str(tmp_path), FP32, task="seq-cls")
     assert torch.equal(model.classifier.weight, exact.classifier.weight)
     assert state_of(model).labels == ("no", "yes")
-    assert "anew" not in capsys.readouterr().out
+    assert "initialised" not in capsys.readouterr().out
     model = load_base(str(tmp_path), FP32, task="seq-cls", labels=LABELS)
     assert model.classifier.weight.shape == (3, 64)
-    assert "no classifier of this shape: made anew" in capsys.readouterr().out
+    assert "no classifier of this shape: initialised" in capsys.readouterr().out
 
 
-def test_what_is_missing_elsewhere_is_an_error(checkpoints, tmp_path):
+def test_a_tensor_missing_outside_the_head_is_refused(checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints("bert"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     del tensors["bert.encoder.layer.0.output.dense.weight"]
@@ -125,7 +121,7 @@ def test_what_is_missing_elsewhere_is_an_error(checkpoints, tmp_path):
         load_base(str(folder), FP32, task="seq-cls", labels=LABELS)
 
 
-def test_a_4_bit_checkpoint_gets_a_head_that_is_not(checkpoints, tmp_path):
+def test_the_new_head_of_a_4_bit_checkpoint_is_dense(checkpoints, tmp_path):
     load_base(str(checkpoints("llama")), FP32).save_pretrained(tmp_path)
     model = load_base(str(tmp_path), FP32, task="seq-cls", labels=LABELS)
     assert type(model.score) is nn.Linear
@@ -134,13 +130,12 @@ def test_a_4_bit_checkpoint_gets_a_head_that_is_not(checkpoints, tmp_path):
 
 
 def test_heads_of_models_that_load_base_did_not_load():
-    assert list(heads(tiny_model("llama"))) == ["lm_head"]
-    assert list(heads(tiny_model("bart"))) == ["lm_head"]
-    assert list(heads(nn.Sequential(nn.Linear(2, 2)))) == []
-    assert list(heads(tiny_model("bert without prefix"))) == []  # all of it is the base model
+    assert list(heads(tiny_model("llama"))) == list(heads(tiny_model("bart"))) == ["lm_head"]
+    assert heads(nn.Sequential(nn.Linear(2, 2))) == {}
+    assert heads(tiny_model("bert without prefix")) == {}  # all of it is the base model
 
 
-def test_a_classifiers_head_is_trained_in_full_beside_what_is_asked_for(checkpoints):
+def test_a_classifiers_head_is_trained_in_full_beside_modules_to_save(checkpoints):
     model = load_base(str(checkpoints("modernbert")), FP32, task="seq-cls", labels=LABELS)
     apply_lora(model, LoraConfig(r=2, modules_to_save=("final_norm",)))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -158,15 +153,15 @@ def test_a_classifiers_head_is_trained_in_full_beside_what_is_asked_for(checkpoi
 # ---- layers that stay dense ----
 
 
-def test_t5_says_what_stays_in_16_bits_and_keeps_in_fp32_what_overflows(checkpoints, capsys):
-    """As transformers does: T5's wo goes beyond 65,504."""
+def test_t5s_wo_stays_in_16_bits_and_is_fp32_where_fp16_overflows(checkpoints, capsys):
+    """As in transformers: T5's wo goes beyond 65,504."""
     assert {name.rpartition(".")[2] for name in kept_dense(tiny_model("t5"))} == {"wo"}
     assert kept_dense(tiny_model("llama")) == []
     for dtype, wanted in (("fp16", torch.float32), ("bf16", torch.bfloat16)):
         quant = QuantConfig(compute_dtype=dtype)
         model = load_base(str(checkpoints("t5")), quant, task="seq2seq")
         output = capsys.readouterr().out
-        assert "wo of this family is never quantized: 4 layers, 0.00 GiB, stay in 16" in output
+        assert "This family never quantizes wo: 4 layers, 0.00 GiB, stay in 16 bits" in output
         assert {m.weight.dtype for n, m in model.named_modules() if n.endswith(".wo")} == {wanted}
         assert model.encoder.final_layer_norm.weight.dtype == nf4.DTYPES[dtype]
 

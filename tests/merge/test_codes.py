@@ -113,7 +113,7 @@ def test_the_codes_are_a_record_like_any_other(quant, wide):
     quant = QuantConfig(**quant)
     start, target, lora_A, lora_B, moments = layer(16, wide, ratio=0.05, quant=quant)
     grid = codes._Grid(start)
-    again = grid.quantized(*grid.point())
+    again = grid.quantized(*grid.snapshot())
     assert torch.equal(nf4.dequantize(again), nf4.dequantize(start))
     if quant.quant_type == "nf4":
         assert torch.equal(again.packed, start.packed)  # FP4 has two codes for zero
@@ -145,7 +145,7 @@ def test_the_error_that_adds_up_over_the_layers_is_corrected():
     values, vectors = torch.linalg.eigh(moments.double())
     x = values.clamp_min(0).sqrt()[:, None] * vectors.T  # x' x = moments
     responses = codes._Responses(lora_A, lora_B, moments)
-    seen = x @ responses.reads.double().T
+    seen = x @ responses.directions.double().T
 
     def adds_up(quantized: nf4.Quantized) -> float:
         error = (nf4.dequantize(quantized) - target).double()

@@ -62,13 +62,13 @@ def test_min_kept_and_the_warning_go_by_the_share_kept(adapter, tmp_path, monkey
     data = rows_file(tmp_path)
     assert (POOR.kept, WORSE.kept) == (0.75, None)
     monkeypatch.setattr(Verifier, "measure", lambda *_: POOR)
-    match = r"keeps 75.0%.*--min-kept 0.9.*nothing was written"
+    match = r"keeps 75.0%.*less than --min-kept 0.9: nothing was written"
     refused(adapter, tmp_path / "out", match, verify=data, min_kept=0.9)
     run_merge(adapter, tmp_path / "poor", verify=data, min_kept=0.7)
     assert report_of(tmp_path / "poor")["verify"]["kept"] == 0.75
-    assert "WARNING: the merged model has lost 25.0%" in capsys.readouterr().out
+    assert "WARNING: on this data the merged model has lost 25.0%" in capsys.readouterr().out
     monkeypatch.setattr(Verifier, "measure", lambda *_: WORSE)
-    match = "the adapter gains nothing: loss 1.0000 without"
+    match = "here it is 1.0000 without and 2.0000 with it"
     refused(adapter, tmp_path / "out", match, verify=data, min_kept=0.5)
     run_merge(adapter, tmp_path / "worse", verify=data)
     assert report_of(tmp_path / "worse")["verify"]["kept"] is None
@@ -90,7 +90,7 @@ def test_auto_takes_the_base_with_the_lower_loss(better, adapter, tmp_path, monk
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {path.name for path in (tmp_path / "wanted").iterdir()}
     assert report_of(tmp_path / "out")["onto"] == better
-    assert f"taken is {better}" in capsys.readouterr().out
+    assert f"kept --onto {better}." in capsys.readouterr().out
 
 
 def test_a_failing_verification_keeps_the_merge(adapter, tmp_path, monkeypatch):

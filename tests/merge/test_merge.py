@@ -238,7 +238,7 @@ def test_calibration_is_by_default_on_the_training_data(trained_on, tmp_path, ca
     monkeypatch.setattr(measure, "MIN_TOKENS", 256)
     monkeypatch.setattr(measure, "TOKENS_PER_INPUT", 2)
     without = merged(adapter, tmp_path / "without", format="nf4")
-    assert "The model reads text that it writes itself" in capsys.readouterr().out
+    assert "model calibrates on text that it generates" in capsys.readouterr().out
     assert any(not torch.equal(without[name], given[name]) for name in given)
 
 

@@ -116,9 +116,9 @@ def cut_adapter(base: Path, adapter: Path) -> None:
     [
         (cut_short, r"model-00002.* is damaged or cut short .*download or copy it again"),
         (damage_header, r"model-00002.* is damaged or cut short"),
-        (remove_shard, r"lacks model-00002.*, which its index names"),
-        (index_outside, r"names files outside its folder: \.\./elsewhere\.safetensors"),
-        (nan_in_base, r"down_proj\.weight .*NaN.*if the base itself holds NaN, download it again"),
+        (remove_shard, r"lacks model-00002.*, listed in its index"),
+        (index_outside, r"lists files outside its folder.*: \.\./elsewhere\.safetensors"),
+        (nan_in_base, r"down_proj\.weight .*NaN.*if the base itself has NaN, download it again"),
         (nan_in_adapter, r"lora_A\.weight holds NaN or infinity"),
         (other_base, r"belongs to another base.*Give the base it was trained on"),
         (cut_adapter, r"adapter_model\.safetensors is damaged or cut short"),
@@ -165,7 +165,7 @@ def test_settings_and_outputs_that_are_refused(trained_on, tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(adapter, out, "no GPU: use --device cpu", device="cuda")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
-    refused(adapter, out, "make room")
+    refused(adapter, out, "free disk space")
 
 
 # ---- as a script ----
