@@ -6,19 +6,23 @@ trainable value was moved, its files, and PEFT's own model with the same values.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
+import pytest
 import torch
 from conftest import VOCAB, pefts_parameters, token_ids
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from qlora.adapters.apply import apply_lora
+from qlora.adapters.apply import adapter_configs, apply_lora
 from qlora.adapters.files import parameters_by_file_name, save_adapter
 from qlora.base.load import load_base
 from qlora.config import LoraConfig, QuantConfig
+from qlora.errors import UserError
 
 
 class AdapterKind(NamedTuple):
@@ -107,6 +111,7 @@ ADAPTER_KINDS: dict[str, AdapterKind] = {
     # what ours does not write
     "gaussian": AdapterKind({"init_lora_weights": "gaussian"}, by_peft=True),
     "an idle pattern": AdapterKind({"alpha_pattern": {"q_proj": 6, "o_proj": 2}}, by_peft=True),
+    "lora_only biases": AdapterKind({"bias": "lora_only"}, "qwen2", by_peft=True),
     "no bias to train": AdapterKind({"bias": "all"}, by_peft=True),
     "classifier": AdapterKind({"task_type": "SEQ_CLS"}, by_peft=True),
     "grown vocabulary": AdapterKind({}, by_peft=True, vocab=VOCAB + 16),
@@ -224,3 +229,22 @@ def gradients_of(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, T
     loss = model(input_ids=ids, labels=ids).loss
     found = torch.autograd.grad(loss, list(parameters.values()))
     return dict(zip(parameters, found, strict=True))
+
+
+def snapshot(model: Any) -> Any:
+    """Modules, parameters and configs, to compare before and after."""
+    modules = {name: type(module) for name, module in model.named_modules()}
+    parameters = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    return modules, parameters, dict(adapter_configs(model))
+
+
+@contextmanager
+def refused(model: Any, message: str) -> Iterator[None]:
+    """The block raises a UserError that matches `message`, and the model does not change."""
+    before, before_logits = snapshot(model), logits(model)
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match=message):
+        yield
+    assert snapshot(model) == before
+    assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+    assert torch.equal(logits(model), before_logits)

@@ -1,7 +1,8 @@
-"""Models for inference: checked before they are loaded, and loaded as they were trained."""
+"""Models for inference: checked before they are loaded, and loaded as in training."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,8 @@ from transformers import AutoModelForCausalLM
 from qlora import load_adapter, load_base
 from qlora.adapters import live
 from qlora.adapters.live import resolve_model
-from qlora.config import MergeConfig, ModelChoice
+from qlora.config import ModelChoice
 from qlora.errors import UserError
-from qlora.merge import merge
 
 
 def test_an_adapter_is_live_on_its_base_in_the_dtype_of_training(adapters, checkpoints):
@@ -27,34 +27,32 @@ def test_an_adapter_is_live_on_its_base_in_the_dtype_of_training(adapters, check
     assert torch.equal(logits(model), logits(twin.eval()))
 
 
-def test_a_model_without_an_adapter_stays_as_it_is(adapters, checkpoints, tmp_path):
+def test_a_model_without_an_adapter_is_loaded_in_16_or_4_bits(adapters, checkpoints, tmp_path):
     choice = {"model": str(checkpoints("llama")), "compute_dtype": "fp32"}
     model = resolve_model(ModelChoice(**choice)).load()
     plain = AutoModelForCausalLM.from_pretrained(checkpoints("llama"), dtype=torch.float32)
     assert torch.equal(logits(model), logits(plain))
     quantized = resolve_model(ModelChoice(**choice, load_in_4bit=True)).load()
     assert torch.equal(logits(quantized), logits(load_base(choice["model"], FP32).eval()))
-    merged = str(tmp_path / "merged")
-    config = MergeConfig(
-        adapter=str(adapters("llama")), output_dir=merged, format="nf4", calibration="none"
-    )
-    merge(config)
-    resolved = resolve_model(ModelChoice(model=merged))
+    quantized.save_pretrained(tmp_path)
+    resolved = resolve_model(ModelChoice(model=str(tmp_path)))
     assert any(isinstance(module, Linear4bit) for module in resolved.load().modules())
-    assert resolved.describe().startswith(f"{merged} (4-bit NF4, computed in ")
+    assert resolved.describe().startswith(f"{tmp_path} (4-bit NF4, computed in ")
 
 
-def test_a_dtype_without_units_is_not_taken_from_training(adapters, monkeypatch):
+def test_the_compute_dtype_of_training_is_used_if_the_machine_has_units_for_it(
+    adapters, monkeypatch
+):
     resolved = resolve_model(ModelChoice(adapter=str(adapters("llama"))))
     monkeypatch.setitem(resolved.adapter.base, "compute_dtype", "bf16")
-    for own, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        monkeypatch.setattr(live, "compute_dtype", lambda quant, device, own=own: own)
+    for best, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        monkeypatch.setattr(live, "compute_dtype", lambda quant, device, best=best: best)
         assert resolved.quantization.compute_dtype == name
 
 
 @pytest.fixture
 def broken(adapters, tmp_path):
-    """Folders that are not what they are given as."""
+    """Folders that each lack something or are of another type."""
     (tmp_path / "empty").mkdir()
     for step in (9, 10):
         shutil.copytree(adapters("llama"), tmp_path / "cut" / f"checkpoint-{step}")
@@ -82,20 +80,15 @@ def broken(adapters, tmp_path):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused_before_anything_is_loaded(broken, choice, message):
+def test_wrong_folders_are_refused_before_anything_is_loaded(broken, choice, message):
     with pytest.raises(UserError, match=message):
         resolve_model(ModelChoice(**{key: str(broken / value) for key, value in choice.items()}))
 
 
-def test_shapes_are_compared_where_no_fingerprint_is_known(broken, checkpoints, monkeypatch):
-    adapter, read = str(broken / "cut" / "checkpoint-9"), live.read_adapter
-
-    def as_peft_writes(folder):
-        found = read(folder)
-        found.base.clear()
-        return found
-
-    monkeypatch.setattr(live, "read_adapter", as_peft_writes)
+def test_shapes_are_compared_if_no_fingerprint_is_known(broken, checkpoints, monkeypatch):
+    adapter = str(broken / "cut" / "checkpoint-9")
+    from_peft = replace(live.read_adapter(adapter), base={})
+    monkeypatch.setattr(live, "read_adapter", lambda folder: from_peft)
     with pytest.raises(UserError, match=r"does not fit this model: .*q_proj is no layer of this"):
         resolve_model(ModelChoice(adapter=adapter, base_model=str(checkpoints("gpt2"))))
     assert resolve_model(ModelChoice(adapter=adapter, base_model=str(broken / "other")))

@@ -1,19 +1,20 @@
-"""What each consumer makes of PEFT's files is what its source says; a portable adapter computes the
-same in PEFT, in ours and by each consumer's own arithmetic."""
+"""Each consumer's verdict is that of its source; a portable adapter computes the same in PEFT, in
+ours and with each consumer's own arithmetic."""
 
 import math
 import runpy
 from pathlib import Path
+from unittest.mock import Mock
 
 import peft
 import pytest
+import reference
 import torch
 from adapter_kinds import ADAPTER_KINDS, logits, new_base
 from conftest import FAMILIES, FP32, axis, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.files import load_adapter, save_adapter
@@ -31,13 +32,12 @@ from qlora.adapters.portable import (
     problems,
 )
 from qlora.base.load import load_base
-from qlora.config import LoraConfig, MergeConfig, PortableConfig
+from qlora.config import LoraConfig, PortableConfig
 from qlora.config.lora import pattern_key
 from qlora.errors import UserError
-from qlora.merge import merge
 
-# transformers 5.23 deprecates a property that PEFT 0.21 asks for; PEFT warns of what it saves in
-# full and of layers that it did not expect.
+# transformers 5.23 deprecates a property that PEFT 0.21 reads; PEFT warns of modules saved in full
+# and of unexpected layers.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -45,13 +45,13 @@ pytestmark = [
 ]
 
 SAME = {"rtol": 0, "atol": 1e-5}  # fp32: the same sums in another order
-WORDS = {"R": "refuses", "I": "ignores"}
+WORDS = {"R": {"refuses"}, "I": {"ignores"}, "-": set()}
 NONE = "- - - - - -"
 SETTING = "a setting for biases"
 FULL, INIT = "modules trained in full", "an init that changes the base"
 GAPS, ODD = "layers adapted in some blocks", "incomplete stacked layers"
-# Of each kind the rules that its file falls under, and what each consumer does about it: vLLM,
-# SGLang, llama.cpp, TGI, transformers, PEFT.
+# Of each kind the rules that apply to its files, and the verdicts of vLLM, SGLang, llama.cpp, TGI,
+# transformers, PEFT.
 VERDICTS: dict[str, tuple[list[str], str]] = {
     "lora": ([], NONE),
     "gaussian": ([], NONE),
@@ -64,6 +64,7 @@ VERDICTS: dict[str, tuple[list[str], str]] = {
     "dora": (["DoRA's magnitudes"], "R R R I I -"),
     "lora_bias": (["lora_bias"], "R I R I - -"),
     "all biases": ([SETTING, "biases"], "R I R I - -"),
+    "lora_only biases": ([SETTING, "biases"], "R I R I - -"),
     "no bias to train": ([SETTING], "R - - - - -"),
     "the head": ([FULL], "R I R I I -"),
     "grown vocabulary": ([FULL], "R I R I I -"),
@@ -98,19 +99,23 @@ def pair(module):
 # ---- the verdicts ----
 
 
+def verdicts_of(values, tensors):
+    """The first words of `problems`, by consumer."""
+    return {n: {w.split()[0] for w in what} for n, what in problems(values, tensors).items()}
+
+
 @pytest.mark.parametrize("kind", VERDICTS)
 def test_verdicts_are_those_of_the_sources(kind, adapter_build, base_of):
     build = adapter_build(kind, "plain")
     values, tensors = peft_files(build.peft_folder)
     rules, letters = VERDICTS[kind]
     assert [rule.what for rule, _ in findings(values, tensors, (*BAKED, *LOST, *STAYS))] == rules
-    verdicts = {n: {w.split()[0] for w in what} for n, what in problems(values, tensors).items()}
-    words = {"R": {"refuses"}, "I": {"ignores"}, "-": set()}
-    assert list(verdicts.values()) == [words[letter] for letter in letters.split()]
+    verdicts = verdicts_of(values, tensors)
+    assert [*verdicts.values()] == [WORDS[letter] for letter in letters.split()]
     assert vllm_refuses(values, tensors) == ("refuses" in verdicts["vLLM"])
     assert llama_cpp_exits(tensors) == ("refuses" in verdicts["llama.cpp"])
     assert sglang_refuses(values, tensors) == ("refuses" in verdicts["SGLang"])
-    if kind == "grown vocabulary":  # whose files a fresh base would not take
+    if kind == "grown vocabulary":  # a fresh base does not fit its files
         return
     assert (build.logits - build.base_logits).abs().max() > 1e-3  # the adapter is not idle
     base = base_of(ADAPTER_KINDS[kind].family, False)
@@ -149,7 +154,7 @@ def vllm_refuses(values, tensors):
 
 
 def llama_cpp_exits(tensors):
-    """convert_lora_to_gguf.py, get_tensors: what is no A and no B, no copy and no norm ends it."""
+    """convert_lora_to_gguf.py, get_tensors: exits at any tensor but A, B, a copy or a norm."""
     known = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
     passed = (*known, ".base_layer.weight", "_layernorm", ".norm")
     return not all(any(part in name for part in passed) for name in tensors)
@@ -194,22 +199,19 @@ def test_our_files_have_no_problems(family, checkpoints, tmp_path):
 def test_verdicts_of_adapters_over_other_bases(values, tensors, letters):
     """Kinds that need GPTQ, experts or images, by hand."""
     shaped = {f"base_model.model.{name}": torch.empty(shape) for name, shape in tensors.items()}
-    found = problems({**PLAIN, "target_modules": ["q_proj"], **values}, shaped)
-    wanted = zip(CONSUMERS, letters.split(), strict=True)
-    assert {n: what[0].split()[0] for n, what in found.items() if what} == {
-        n: WORDS[letter] for n, letter in wanted if letter in WORDS
-    }
+    verdicts = verdicts_of({**PLAIN, "target_modules": ["q_proj"], **values}, shaped)
+    assert [*verdicts.values()] == [WORDS[letter] for letter in letters.split()]
 
 
-def test_missing_settings_are_refused_by_consumers_that_need_them():
+def test_missing_settings_are_refused_by_consumers_that_read_them():
     """vLLM's PEFTHelper.from_dict, SGLang's LoRAConfig and llama.cpp's lparams["lora_alpha"]."""
-    found = {name: what for name, what in problems({"peft_type": "LORA"}, {}).items() if what}
+    found = {name: texts for name, texts in problems({"peft_type": "LORA"}, {}).items() if texts}
     alpha = "refuses no lora_alpha in the config (lora_alpha)"
     both = [alpha, "refuses missing in the config (r, target_modules)"]
     assert found == {"vLLM": both, "SGLang": both, "llama.cpp": [alpha]}
 
 
-def test_five_offenders_are_named_at_most():
+def test_at_most_five_offenders_are_named():
     tensors = {f"base_model.model.{name}.weight": torch.ones(1) for name in "abcdefg"}
     found = problems({"r": 4, "lora_alpha": 8, "target_modules": []}, tensors)
     assert found["TGI"] == ["ignores modules trained in full (a, b, c, d, e and 2 more)"]
@@ -221,7 +223,7 @@ def test_five_offenders_are_named_at_most():
 
 
 def scaling_of(consumer, values, module, rank):
-    """What a consumer multiplies a module's B A with.
+    """A consumer's scaling of a module's B A.
 
     vllm/lora/peft_helper.py get_rank_and_scaling; python/sglang/srt/lora/lora.py, LoRAAdapter;
     llama.cpp's src/llama-adapter.h get_scale; TGI's adapters/lora.py get_scaling_factor.
@@ -238,15 +240,14 @@ def scaling_of(consumer, values, module, rank):
 
 
 def error(consumer, folder, model):
-    """How far a consumer's B A is from a layer's in `model` at most, relative, in fp64."""
+    """The largest relative error of a consumer's B A over the layers of `model`, in fp64."""
     values, tensors = peft_files(folder)
     errors = []
     for name, layer in lora_layers(model).items():
         prefix = f"base_model.model.{name}.lora_"
         lora_A, lora_B = (tensors[f"{prefix}{side}.weight"].double() for side in "AB")
         got = scaling_of(consumer, values, name, len(lora_A)) * lora_B @ lora_A
-        own_A, own_B, scaling, _ = layer.factors("default")
-        wanted = scaling * own_B.double() @ own_A.double()
+        wanted = reference.delta(*layer.factors("default")[:3])
         errors.append(float(((got - wanted).norm() / wanted.norm()).detach()))
     return max(errors)
 
@@ -265,7 +266,7 @@ def test_every_consumer_computes_the_same_from_the_portable_files(
     plain = problems(*peft_files(build.folder))
     for consumer in ("vLLM", "SGLang", "llama.cpp", "TGI"):
         assert error(consumer, tmp_path, build.model) < 1e-7  # fp32's rounding of B
-        # and from the plain files just where there is no problem with them
+        # and from the plain files if and only if they have no problem
         if not any("refuses" in what for what in plain[consumer]):
             assert (error(consumer, build.folder, build.model) < 1e-7) == (not plain[consumer])
 
@@ -285,7 +286,7 @@ def test_scaling_by_a_power_of_two_keeps_the_dtype(alphas, rounded, tmp_path):
     assert (error("SGLang", tmp_path, model) == 0) == (not rounded)
 
 
-def test_portable_files_stay_as_they_are(adapter_build):
+def test_portable_files_do_not_change(adapter_build):
     values, tensors = peft_files(adapter_build("lora", "plain").folder)
     again, same = portable_subset(values, tensors, Path("x"))
     assert {key: again[key] for key in values} == values
@@ -294,7 +295,7 @@ def test_portable_files_stay_as_they_are(adapter_build):
 
 @st.composite
 def pairs(draw):
-    """An adapter of some layers (3, 5), each with its own r, alpha and dtype."""
+    """An adapter of some layers (3, 5), each with another r, alpha and dtype."""
     values = {**PLAIN, "use_rslora": draw(st.booleans()), "rank_pattern": {}, "alpha_pattern": {}}
     tensors = {}
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -328,14 +329,6 @@ def test_b_times_a_is_the_same_for_any_ranks_and_alphas(adapter):
         torch.testing.assert_close(scaling * new[1] @ new[0], wanted, rtol=0, atol=1e-7 * scale)
 
 
-def test_merging_the_portable_files_gives_the_same(adapter_build, tmp_path):
-    build = adapter_build("rslora, alphas and ranks")
-    save_adapter(build.model, tmp_path / "portable", portable=True)
-    merge(MergeConfig(str(tmp_path / "portable"), str(tmp_path / "merged"), format="fp32"))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    torch.testing.assert_close(logits(merged), build.logits, **SAME)
-
-
 # ---- the config ----
 
 
@@ -364,7 +357,7 @@ def test_a_list_of_targets_and_keys_of_the_base_are_kept():
     assert type(values["lora_alpha"]) is int
 
 
-# ---- what is refused ----
+# ---- refused ----
 
 
 @pytest.mark.parametrize(
@@ -381,16 +374,18 @@ def test_a_list_of_targets_and_keys_of_the_base_are_kept():
         ("pissa", r"changes the base \(pissa\): save it with PEFT's path_"),
     ],
 )
-def test_what_a_and_b_cannot_say_is_refused(kind, message, adapter_build, tmp_path, capsys):
+def test_kinds_that_a_and_b_cannot_express_are_refused(
+    kind, message, adapter_build, tmp_path, capsys
+):
     folder = str(adapter_build(kind, "plain").peft_folder)
     with pytest.raises(UserError, match=rf"adapter {folder} holds what is not .*{message}"):
         make_portable(PortableConfig(adapter=folder, output_dir=str(tmp_path / "out")))
     assert not any(tmp_path.iterdir())
     assert len(capsys.readouterr().out.splitlines()) == len(CONSUMERS)  # the verdicts are printed
-    make_portable(PortableConfig(adapter=folder))  # which is all that was asked for
+    make_portable(PortableConfig(adapter=folder))  # prints them only
 
 
-def test_all_reasons_are_named_by_what_mends_them(adapter_build, tmp_path):
+def test_all_reasons_are_named_by_remedy(adapter_build, tmp_path):
     build = adapter_build("biases and dora", "plain")
     values, tensors = peft_files(build.folder)
     message = r"magnitudes \(.*\), biases \(.*\): merge_dequant.* in; .* the base \(olora\): save"
@@ -413,7 +408,7 @@ def test_all_reasons_are_named_by_what_mends_them(adapter_build, tmp_path):
     ],
     ids=str,
 )
-def test_files_at_fault_are_refused(values, tensors, message):
+def test_contradictory_files_are_refused(values, tensors, message):
     with pytest.raises(UserError, match=message):
         portable_subset({**PLAIN, **values}, tensors, Path("x"))
 
@@ -423,14 +418,12 @@ def test_files_at_fault_are_refused(values, tensors, message):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """rsLoRA with alphas of their own."""
+    """rsLoRA with an alpha_pattern."""
     config = LoraConfig(r=4, use_rslora=True, alpha_pattern={"v_proj": 3})
     return save_adapter(apply_lora(tiny_model("llama"), config), tmp_path / "in")
 
 
-def test_the_command_prints_a_line_for_each_consumer_and_writes_the_files(
-    adapter, tmp_path, capsys
-):
+def test_the_command_prints_each_verdict_and_writes_the_files(adapter, tmp_path, capsys):
     make_portable(PortableConfig(adapter=str(adapter)))
     rs, alphas = "rsLoRA's scaling (use_rslora=True)", "separate alphas (v_proj)"
     assert capsys.readouterr().out.splitlines() == [
@@ -451,17 +444,12 @@ def test_the_command_prints_a_line_for_each_consumer_and_writes_the_files(
     assert read_files(folder)[2] == read_files(adapter)[2]  # the metadata
 
 
-def test_a_folder_in_use_or_a_failed_write_leaves_everything_as_it_was(
-    adapter, tmp_path, monkeypatch, capsys
-):
+def test_a_folder_in_use_or_a_failed_write_changes_no_file(adapter, tmp_path, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in adapter.iterdir()}
     with pytest.raises(UserError, match="already holds something: give a new folder"):
         make_portable(PortableConfig(adapter=str(adapter), output_dir=str(adapter)))
     assert capsys.readouterr().out == ""
-
-    def full(*_, **__):
-        raise OSError("no space left")
-
+    full = Mock(side_effect=OSError("no space left"))
     monkeypatch.setattr("qlora.adapters.portable.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         make_portable(PortableConfig(adapter=str(adapter), output_dir=str(tmp_path / "out")))
@@ -469,21 +457,16 @@ def test_a_folder_in_use_or_a_failed_write_leaves_everything_as_it_was(
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda f: (f / CONFIG).unlink(), f"holds no {CONFIG}"),
-        (lambda f: (f / CONFIG).write_text("{"), "is no JSON"),
-        (lambda f: (f / CONFIG).write_text('{"peft_type": "IA3"}'), "is no LoRA"),
-        (lambda f: (f / WEIGHTS).write_bytes(b"x"), "damaged or cut short"),
-        (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "is a pickle"),
-        (lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS), "unexpected x"),
-    ],
-)
-def test_bad_files_are_refused_before_anything_is_printed(adapter, change, message, capsys):
-    change(adapter)
-    with pytest.raises(UserError, match=message):
-        make_portable(PortableConfig(adapter=str(adapter)))
+def test_bad_files_are_refused_before_anything_is_printed(adapter, capsys):
+    """Read with the functions of read_adapter, see test_adapter_files."""
+    for change, message in [
+        (lambda: save_file({"x": torch.ones(1)}, adapter / WEIGHTS), "unexpected x"),
+        (lambda: (adapter / WEIGHTS).write_bytes(b"x"), "damaged or cut short"),
+        (lambda: (adapter / CONFIG).write_text('{"peft_type": "IA3"}'), "is no LoRA"),
+    ]:
+        change()
+        with pytest.raises(UserError, match=message):
+            make_portable(PortableConfig(adapter=str(adapter)))
     assert capsys.readouterr().out == ""
 
 

@@ -1,7 +1,7 @@
-"""Adapters that start from the weights: what they start as, are saved as, and leave behind.
+"""Adapters that start from the weights, and their changed base: saved, loaded, merged, removed.
 
 Expected values come from the checkpoint's own weights, the quantization of tests/reference.py, and
-PEFT over the model as it was.
+PEFT over the unchanged model.
 """
 
 import json
@@ -12,7 +12,7 @@ import peft
 import pytest
 import reference
 import torch
-from adapter_kinds import logits
+from adapter_kinds import SAVED, logits, move, refused
 from conftest import FP32, axis, randomize_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -30,6 +30,7 @@ from qlora.adapters.files import (
     WEIGHTS,
     load_adapter,
     load_adapter_weights,
+    parameters_by_file_name,
     read_adapter,
     save_adapter,
     swap_adapter,
@@ -67,7 +68,7 @@ def base(checkpoints):
 
 @pytest.fixture(scope="module")
 def rebased(checkpoints, tmp_path_factory):
-    """`rebased(kind)`: a trained model and its files' folder, made once; leave both as they are."""
+    """`rebased(kind)`: a trained model and its files' folder, made once, not to be changed."""
 
     @cache
     def build(kind):
@@ -78,14 +79,14 @@ def rebased(checkpoints, tmp_path_factory):
 
 
 def started(base, *, quant=FP32, **settings):
-    """A model from `base` whose adapter is as it begins."""
+    """A model from `base` with a new adapter."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 12, **settings})
     generator = torch.Generator().manual_seed(0)
     return apply_lora(load_base(str(base), quant), config, generator=generator).eval()
 
 
 def trained(base, **settings):
-    """The same with other values in A and B."""
+    """The same with noise on A and B."""
     model = started(base, **settings)
     start = {name: layer.lora_B["default"].clone() for name, layer in lora_layers(model).items()}
     randomize_adapter(model, std=0.02)
@@ -109,7 +110,7 @@ def originals(base):
 
 
 def live_weight(layer):
-    """By definition: what the layer does to the identity."""
+    """The layer's outputs for the identity, (out, in)."""
     with torch.no_grad():
         out = layer(torch.eye(layer.in_features))
     return (out if layer.bias is None else out - layer.bias).T
@@ -135,12 +136,7 @@ def assert_same_codes(model, other):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        PISSA,
-        {**OLORA, "lora_alpha": 8},
-        LOFTQ,
-        LOFTQ_3,
-    ],  # OLoRA of scaling 1 subtracts a projection
+    [PISSA, {**OLORA, "lora_alpha": 8}, LOFTQ, LOFTQ_3],  # OLoRA of scaling 1 is a projection
     ids=str,
 )
 def test_the_start_is_nearer_to_the_16_bit_model_than_plain_nf4(base, settings):
@@ -174,26 +170,24 @@ TASKS = {"gpt2": "causal-lm", "t5": "seq2seq", "roberta": "seq-cls"}
 
 @pytest.mark.parametrize("family", axis(*TASKS))
 def test_other_models_start_and_are_saved_and_restored(family, checkpoints, tmp_path):
-    def base():
+    def new_base():
         return load_base(str(checkpoints(family)), FP32, task=TASKS[family])
 
-    model, weights = base(), originals(checkpoints(family))
-    apply_lora(
-        model, LoraConfig(r=4, lora_alpha=12, **PISSA), generator=torch.Generator().manual_seed(0)
-    )
-    errors = {}
+    config, generator = LoraConfig(r=4, lora_alpha=12, **PISSA), torch.Generator().manual_seed(0)
+    model = apply_lora(new_base(), config, generator=generator)
+    weights, errors = originals(checkpoints(family)), {}
     for name, layer in lora_layers(model).items():
         weight = weights[f"{name}.weight"]
         weight = weight.T if family == "gpt2" else weight
         errors[name] = reference.relative_rms(live_weight(layer), weight)
-    # what is left of the error of 4 bits, 9 %; T5's wo is not quantized
+    # the rest of the error of 4 bits, 9 %; T5's wo is not quantized
     assert 0.01 < max(errors.values()) < 0.095, errors
     save_adapter(model, tmp_path)
-    assert_same_codes(load_adapter(base(), tmp_path), model)
-    assert_same_codes(unload(model), base())
+    assert_same_codes(load_adapter(new_base(), tmp_path), model)
+    assert_same_codes(unload(model), new_base())
 
 
-def test_layers_that_are_not_quantized_keep_the_rest_of_their_weight(base):
+def test_layers_that_are_not_quantized_are_rebased_in_fp32(base):
     quant = QuantConfig(compute_dtype="fp32", skip_modules=("q_proj",))
     model = started(base, quant=quant, **PISSA)
     layer, weight = lora_layers(model)[Q], originals(base)[f"{Q}.weight"]
@@ -206,7 +200,7 @@ def test_layers_that_are_not_quantized_keep_the_rest_of_their_weight(base):
 
 @pytest.mark.parametrize("family", axis("llama", "gpt2"))
 def test_a_base_that_is_not_quantized_is_restored_to_the_bit(family, monkeypatch):
-    """In bf16 the sum of the rest and of what was subtracted is not the weight."""
+    """In bf16 the rest plus the subtracted part is not the weight. Also after a failed start."""
     leaf = {"llama": "up_proj", "gpt2": "c_fc"}[family]
     config = LoraConfig(r=4, target_modules=(leaf,), **PISSA)
     model = tiny_model(family, dtype=torch.bfloat16)
@@ -228,8 +222,8 @@ def test_a_base_that_is_not_quantized_is_restored_to_the_bit(family, monkeypatch
     assert torch.equal(logits(model), before)
 
 
-def test_bf16_adapters_and_codes(base):
-    """What is subtracted is what the adapter holds; the new codes compute as the old ones did."""
+def test_bf16_adapters_and_other_codes(base):
+    """The subtracted part is the adapter's own; the new codes keep the old ones' settings."""
     quant = QuantConfig(compute_dtype="bf16", blocksize=32, double_quant=False)
     model = started(base, quant=quant, adapter_dtype="bf16", **PISSA)
     layer = lora_layers(model)[Q]
@@ -243,7 +237,7 @@ def test_bf16_adapters_and_codes(base):
 
 @pytest.mark.parametrize("settings", [PISSA, LOFTQ, LOFTQ_3], ids=["pissa", "loftq", "loftq_3"])
 def test_a_weight_of_zeros_gets_an_adapter_that_can_learn(settings, tmp_path):
-    """With nothing to decompose A = 0 and B = 0 would stay so."""
+    """A = 0 and B = 0 would get no gradients."""
     plain = tiny_model("llama")
     plain.get_submodule(Q).weight.data.zero_()
     plain.save_pretrained(tmp_path / "base")
@@ -256,12 +250,10 @@ def test_a_weight_of_zeros_gets_an_adapter_that_can_learn(settings, tmp_path):
 
 
 def test_biases_and_a_head_trained_in_full_beside_it(tmp_path):
-    settings = {**PISSA, "bias": "lora_only", "modules_to_save": ("lm_head",)}
+    settings = {"bias": "lora_only", SAVED: ("lm_head",), "target_modules": ("q_proj", "fc1")}
     tiny_model("phi").save_pretrained(tmp_path / "base")
-    model = trained(tmp_path / "base", **settings, target_modules=("q_proj", "fc1"))
-    for name, parameter in model.named_parameters():
-        if ".copies." in name:
-            parameter.data.add_(0.01)
+    model = trained(tmp_path / "base", **PISSA, **settings)
+    move(parameters_by_file_name(model, "default"))
     save_adapter(model, tmp_path / "adapter")
     again = reloaded(tmp_path / "base", tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
@@ -269,7 +261,7 @@ def test_biases_and_a_head_trained_in_full_beside_it(tmp_path):
     assert torch.equal(logits(unload(again)), logits(plain))
 
 
-# ---- without the adapter ----
+# ---- disabled, removed, fused ----
 
 
 @pytest.mark.parametrize("kind", ["pissa", "loftq"])
@@ -285,24 +277,21 @@ def test_disabled_the_base_has_the_subtracted_part_beside_it(base, kind, rebased
 
 
 def test_unloaded_or_deleted_the_model_is_the_base_that_was_loaded(base):
-    plain = load_base(str(base), FP32)
-    model = trained(base, **PISSA)
-    set_adapter(model, [])
-    delete_adapter(model, "default")
-    assert_same_codes(model, plain)
-    model = unload(trained(base, **LOFTQ_3))
-    assert_same_codes(model, plain)
-    assert torch.equal(logits(model), logits(plain))
-    apply_lora(model, LoraConfig(r=2))  # and takes any adapter again
+    plain, deleted = load_base(str(base), FP32), trained(base, **PISSA)
+    set_adapter(deleted, [])
+    delete_adapter(deleted, "default")
+    for model in (deleted, unload(trained(base, **LOFTQ_3))):
+        assert_same_codes(model, plain)
+        assert torch.equal(logits(model), logits(plain))
+    apply_lora(model, LoraConfig(r=2))  # any adapter can be added again
 
 
-def test_merged_in_memory_the_model_is_what_was_trained(base):
+def test_fused_the_model_is_the_trained_function(base):
     model = trained(base, **PISSA)
     wanted = logits(model)
-    merge_adapter(model)
-    torch.testing.assert_close(logits(model), wanted, **SAME_LOGITS)
-    merge_and_unload(model)
-    torch.testing.assert_close(logits(model), wanted, **SAME_LOGITS)
+    for fuse in (merge_adapter, merge_and_unload):
+        fuse(model)
+        torch.testing.assert_close(logits(model), wanted, **SAME_LOGITS)
     assert state_of(model).original_weights is None  # of another model now
 
 
@@ -310,7 +299,7 @@ def test_merged_in_memory_the_model_is_what_was_trained(base):
 
 
 @pytest.mark.parametrize("kind", REBASING)
-def test_saved_files_are_plain_for_peft_and_the_trained_function_for_us(
+def test_saved_files_are_plain_for_peft_and_load_as_the_trained_function(
     kind, base, rebased, tmp_path
 ):
     model, folder = rebased(kind)
@@ -320,15 +309,15 @@ def test_saved_files_are_plain_for_peft_and_the_trained_function_for_us(
     full = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(full, folder).base_model.model
     for name, layer in lora_layers(model).items():
-        scaling, taken = config.of(name).scaling, layer.rebased.subtracted
-        assert taken.scaling == scaling
-        # the base is quantized without it; a value half-way between two codes may take either
-        rest = weights[f"{name}.weight"] - reference.delta(*taken[:3])
+        scaling, subtracted = config.of(name).scaling, layer.rebased.subtracted
+        assert subtracted.scaling == scaling
+        # codes of the rest; a value half-way between two codes may take either
+        rest = weights[f"{name}.weight"] - reference.delta(*subtracted[:3])
         wanted = reference.round_trip(rest.float(), double_quant=True).float()
         assert reference.relative_rms(dense_weight(layer.base_layer), wanted) < 0.02
-        # PEFT has what was learned
+        # PEFT has the learned change
         learned = reference.delta(*layer.factors("default")[:2], scaling)
-        learned -= reference.delta(*taken[:2], scaling)
+        learned -= reference.delta(*subtracted[:2], scaling)
         delta = theirs.get_submodule(name).get_delta_weight("default").double()
         torch.testing.assert_close(delta, learned, rtol=1e-4, atol=1e-6)
     again = reloaded(base, folder)
@@ -342,7 +331,7 @@ def test_saved_files_are_plain_for_peft_and_the_trained_function_for_us(
 
 @pytest.mark.parametrize("init", ["pissa", True], ids=["same", "plain"])
 def test_a_run_resumes_with_the_base_of_its_checkpoint(base, tmp_path, init):
-    """Also where the new start was another: here the seed of pissa_niter, or none at all."""
+    """Also if the new adapter started differently."""
     model = trained(base, init_lora_weights="pissa_niter_0")
     save_adapter(model, tmp_path)
     again = started(base, init_lora_weights=init)
@@ -358,7 +347,7 @@ def test_a_run_resumes_with_the_base_of_its_checkpoint(base, tmp_path, init):
 
 
 def test_portable_files_are_the_same_over_their_own_base(base, rebased, tmp_path):
-    """Ranks are padded there, and all layers get one scaling."""
+    """Portable ranks are padded, and all layers have one scaling."""
     model, _ = rebased("patterns")
     save_adapter(model, tmp_path, portable=True)
     written = json.loads((tmp_path / CONFIG).read_text())
@@ -384,22 +373,22 @@ def test_metadata_that_contradicts_the_tensors_is_refused(rebased, tmp_path):
 
 
 @pytest.mark.parametrize("kind", axis(*REBASING))
-def test_the_merge_is_what_was_trained(kind, rebased, tmp_path):
+def test_the_merge_is_the_trained_function(kind, rebased, tmp_path):
     model, folder = rebased(kind)
     whole = merged(folder, tmp_path / "out", format="fp32")
     torch.testing.assert_close(logits(whole), logits(model), **SAME_LOGITS)
 
 
-def test_the_merge_onto_the_original_weights_adds_what_was_learned(base, tmp_path):
+def test_the_merge_onto_the_original_weights_adds_the_learned_change(base, tmp_path):
     save_adapter(started(base, **PISSA), tmp_path / "adapter")
     merged(tmp_path / "adapter", tmp_path / "out", format="fp32", onto="original")
     again, full = load_file(tmp_path / "out" / "model.safetensors"), originals(base)
-    for name, weight in again.items():  # nothing was learned
+    for name, weight in again.items():  # of a new adapter: zero
         torch.testing.assert_close(weight, full[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("calibration", axis("none", "self"))
-def test_the_merge_to_4_bits_keeps_what_was_learned(rebased, tmp_path, calibration):
+def test_the_merge_to_4_bits_keeps_the_learned_change(rebased, tmp_path, calibration):
     merged(rebased("pissa")[1], tmp_path / "out", format="nf4", calibration=calibration)
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     kept = [layer["kept"] for layer in report["layers"].values()]
@@ -419,77 +408,55 @@ def test_merges_that_need_the_unchanged_base_are_refused(base, rebased, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-# ---- what is refused, and leaves the model as it was ----
+# ---- refused, with the model unchanged ----
 
 
-def snapshot(model):
-    modules = {name: type(module) for name, module in model.named_modules()}
-    parameters = {n: (id(p), p.requires_grad, p.data.clone()) for n, p in model.named_parameters()}
-    return modules, parameters
-
-
-def refused(model, message, act):
-    modules, parameters = snapshot(model)
-    with pytest.raises(UserError, match=message):
-        act()
-    modules_after, parameters_after = snapshot(model)
-    assert modules_after == modules
-    for name, (identity, requires_grad, value) in parameters_after.items():
-        assert (identity, requires_grad) == parameters[name][:2]
-        assert torch.equal(value, parameters[name][2])
-
-
-SKIPPED = {"skip_modules": ("q_proj",)}
+RANKS = {"rank_pattern": {"k_proj": 33, "v_proj": 99}, "r": 4}
+TOO_HIGH = (
+    r"'{}' .*0.self_attn.k_proj has r=33 and is \(32, 64\), .*0.self_attn.v_proj has r=99 "
+    ".*1.self_attn.v_proj .* Give a smaller r"
+)
+NOT_LINEAR = {"target_modules": ("q_proj", "embed_tokens")}
 
 
 @pytest.mark.parametrize(
-    ("settings", "quant", "message"),
+    ("init", "settings", "message"),
     [
-        *(
-            (
-                {"init_lora_weights": init, "rank_pattern": {"k_proj": 33, "v_proj": 99}, "r": 4},
-                {},
-                rf"'{init}' .*0.self_attn.k_proj has r=33 and is \(32, 64\), "
-                r".*0.self_attn.v_proj has r=99 .*1.self_attn.v_proj .* Give a smaller r",
-            )
-            for init in ("pissa", "olora", "loftq")
-        ),
-        *(
-            (
-                {"init_lora_weights": init, "target_modules": ("q_proj", "embed_tokens")},
-                {},
-                f"'{init}' supports linear layers only, not model.embed_tokens",
-            )
-            for init in ("pissa", "olora", "loftq", "eva")
-        ),
-        (LOFTQ, SKIPPED, rf"not quantized: {Q}, {Q_1}. Name them in exclude_modules"),
+        *((init, RANKS, TOO_HIGH) for init in ("pissa", "olora", "loftq")),
+        *((init, NOT_LINEAR, "'{}' .* only, not model.embed") for init in ("loftq", "eva")),
+        ("loftq", {}, rf"not quantized: {Q}, {Q_1}. Name them in exclude_modules"),
     ],
     ids=str,
 )
-def test_layers_that_cannot_start_so_are_named(base, settings, quant, message):
-    model = load_base(str(base), QuantConfig(compute_dtype="fp32", **quant))
-    refused(model, message, lambda: apply_lora(model, LoraConfig(**settings)))
+def test_layers_that_do_not_support_an_init_are_named(base, init, settings, message):
+    quant = QuantConfig(compute_dtype="fp32", skip_modules=() if settings else ("q_proj",))
+    model = load_base(str(base), quant)
+    with refused(model, message.replace("{}", init)):
+        apply_lora(model, LoraConfig(init_lora_weights=init, **settings))
 
 
 def test_a_model_without_its_original_weights_is_refused(base, checkpoints, tmp_path):
     config = LoraConfig(**PISSA, target_modules=("q_proj",))
     load_base(str(base), FP32).save_pretrained(tmp_path)
     quantized, model = load_base(str(tmp_path), FP32), load_base(str(base), FP32)
-    message = "weights from before quantization are needed .*: load a 16-bit checkpoint"
-    refused(quantized, message, lambda: apply_lora(quantized, config))
-    state_of(model).original_weights = None
-    refused(model, message, lambda: apply_lora(model, config))
     other = load_base(str(checkpoints("gpt2")), FP32)
-    state_of(model).original_weights = state_of(other).original_weights
-    message = f"does not hold the weights of {Q}, {Q_1} in"
-    refused(model, message, lambda: apply_lora(model, config))
+    needed = "weights from before quantization are needed .*: load a 16-bit checkpoint"
+    for target, given, message in [
+        (quantized, state_of(quantized).original_weights, needed),
+        (model, None, needed),
+        (model, state_of(other).original_weights, f"does not hold the weights of {Q}, {Q_1} in"),
+    ]:
+        state_of(target).original_weights = given
+        with refused(target, message):
+            apply_lora(target, config)
 
 
 def test_a_checkpoint_that_is_gone_is_refused(base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     model = trained(tmp_path / "base", **PISSA)
     shutil.rmtree(tmp_path / "base")
-    refused(model, "can no longer be read", lambda: unload(model))
+    with refused(model, "can no longer be read"):
+        unload(model)
 
 
 def test_a_start_that_fails_half_way_restores_the_bases(base, monkeypatch):
@@ -504,7 +471,8 @@ def test_a_start_that_fails_half_way_restores_the_bases(base, monkeypatch):
         return read(originals, name)
 
     monkeypatch.setattr(kind, "read", fails_once)
-    refused(model, "asleep", lambda: apply_lora(model, LoraConfig(r=4, **PISSA)))
+    with refused(model, "asleep"):
+        apply_lora(model, LoraConfig(r=4, **PISSA))
     assert len(reads) == 5 + 4  # the bases of four layers were quantized again
     assert_same_codes(model, plain)
 
@@ -512,19 +480,15 @@ def test_a_start_that_fails_half_way_restores_the_bases(base, monkeypatch):
 def test_a_changed_base_holds_one_adapter(base, rebased, tmp_path):
     plain, (model, folder) = started(base), rebased("pissa")
     save_adapter(plain, tmp_path)
-    message = "it was changed for adapter default .PiSSA, OLoRA or LoftQ.: unload that first"
-    for act in (
-        lambda: apply_lora(model, adapter_name="other"),
-        lambda: load_adapter(model, tmp_path, adapter_name="other"),
-        lambda: swap_adapter(model, tmp_path),
-    ):
-        refused(model, message, act)
-    with pytest.raises(UserError, match=message), mixed_batch(model, ["default", None]):
+    was_changed = "it was changed for adapter default .PiSSA, OLoRA or LoftQ.: unload that first"
+    in_use = "changes the base, and adapter default needs it unchanged: unload first"
+    for target, message, saved in [(model, was_changed, tmp_path), (plain, in_use, folder)]:
+        for add in (
+            lambda target, _: apply_lora(target, LoraConfig(**OLORA), adapter_name="other"),
+            lambda target, saved: load_adapter(target, saved, adapter_name="other"),
+            lambda target, saved: swap_adapter(target, saved),
+        ):
+            with refused(target, message):
+                add(target, saved)
+    with refused(model, was_changed), mixed_batch(model, ["default", None]):
         pass
-    message = "changes the base, and adapter default needs it unchanged: unload first"
-    for act in (
-        lambda: apply_lora(plain, LoraConfig(**OLORA), adapter_name="other"),
-        lambda: load_adapter(plain, folder, adapter_name="other"),
-        lambda: swap_adapter(plain, folder),
-    ):
-        refused(plain, message, act)

@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from conftest import FP32, tiny_tokenizer, token_ids
+from peft.tuners.lora.eva import get_eva_state_dict
 from torch import nn
 
 from qlora.adapters.apply import adapter_configs, apply_lora
@@ -33,7 +34,7 @@ from qlora.errors import UserError
 
 R, SCALING = 4, 3.0
 SHAPES = [(48, 64), (64, 48), (64, 64)]
-# 64 roundings of 6e-8 in a product of values around 1; a direction is off by that times its
+# 64 roundings of 6e-8 in a product of values around 1; a direction's error is that times its
 # singular value over the gap to the next one, 10 to 30 here
 FP32_TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 EVA = {"r": R, "init_lora_weights": "eva"}
@@ -55,21 +56,19 @@ def round_trip(weight):
 
 def batches():
     """Two of different lengths, with padding."""
-    found = []
+    padded = []
     for rows, length in ((4, 24), (6, 9)):
         ids = token_ids(rows=rows, length=length)
         mask = torch.ones_like(ids)
         mask[0, length // 2 :] = 0
-        found.append({"input_ids": ids, "attention_mask": mask})
-    return found
+        padded.append({"input_ids": ids, "attention_mask": mask})
+    return padded
 
 
 def inputs(model, name):
-    """What a layer reads of the real tokens of `batches`, float64 (tokens, in)."""
-    seen = []
-    layer = model.get_submodule(name)
-    hook = layer.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    tokens = []
+    """A layer's inputs at the real tokens of `batches`, float64 (tokens, in)."""
+    seen, tokens = [], []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     with torch.no_grad():
         for batch in batches():
             model(**batch)
@@ -95,13 +94,12 @@ def fresh(checkpoints):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_pissa_and_olora_are_pefts(init, shape):
-    """PiSSA's directions may have either sign; B A is the best rank r."""
+    """PiSSA's directions may have either sign."""
     weight = random_weight(*shape)
     layer = nn.Linear(shape[1], shape[0], bias=False)
     layer.load_state_dict({"weight": weight})
-    config = peft.LoraConfig(
-        r=R, lora_alpha=R * SCALING, target_modules=["0"], init_lora_weights=init
-    )
+    asked = {"target_modules": ["0"], "init_lora_weights": init}
+    config = peft.LoraConfig(r=R, lora_alpha=R * SCALING, **asked)
     theirs = peft.get_peft_model(nn.Sequential(layer), config).base_model.model[0]
     wanted_A, wanted_B = (getattr(theirs, f"lora_{s}")["default"].weight.detach() for s in "AB")
     lora_A, lora_B = pissa(weight, R, SCALING) if init == "pissa" else olora(weight, R)
@@ -116,7 +114,7 @@ def test_pissa_and_olora_are_pefts(init, shape):
     torch.testing.assert_close(weight - delta.float(), rest, **FP32_TOLERANCE)
 
 
-def test_pissa_from_a_random_subspace_nears_the_exact_one_and_is_drawn_with_the_generator():
+def test_pissa_with_niter_converges_to_the_exact_one_and_uses_the_generator():
     weight = random_weight(96, 64)
 
     def error(niter, seed=0):
@@ -145,7 +143,7 @@ def test_loftq_is_the_papers_whatever_the_scaling(iterations, scaling):
     weight = random_weight(48, 64)
     pair, subtracted = loftq(weight, R, scaling, round_trip, iterations=iterations)
     product, codes = loftq_of_the_paper(weight, R, iterations)
-    # a value that lies between two codes to fp32 may take either: allowed are the steps of a few
+    # a value half-way between two codes may take either: the tolerance is a few such steps
     error = float((reference.delta(*pair, scaling) - product).norm() / product.norm())
     assert error < 0.02
     assert (subtracted is None) == (iterations == 1)
@@ -157,12 +155,12 @@ def test_loftq_is_the_papers_whatever_the_scaling(iterations, scaling):
         assert error < 1.01 * float((weight - codes - product).norm())
 
 
-def test_loftqs_error_falls_with_every_iteration_and_pissas_is_below_plain_nf4s():
+def test_loftq_error_falls_with_every_iteration_and_pissa_error_is_below_plain_nf4():
     weight = random_weight(96, 64) @ torch.diag(torch.linspace(0.2, 3, 64))
     errors = [float((weight - round_trip(weight)).norm())]
     for iterations in range(1, 6):
-        pair, taken = loftq(weight, R, SCALING, round_trip, iterations=iterations)
-        rest = weight if taken is None else weight - reference.delta(*taken, SCALING).float()
+        pair, base = loftq(weight, R, SCALING, round_trip, iterations=iterations)
+        rest = weight if base is None else weight - reference.delta(*base, SCALING).float()
         error = weight - round_trip(rest) - reference.delta(*pair, SCALING)
         errors.append(float(error.norm()))
     assert errors == sorted(errors, reverse=True)
@@ -171,7 +169,7 @@ def test_loftqs_error_falls_with_every_iteration_and_pissas_is_below_plain_nf4s(
 
 
 @pytest.mark.parametrize("r", [1, 48])
-def test_the_best_rank_of_a_matrix_that_has_less_is_exact(r):
+def test_best_rank_is_exact_for_a_matrix_of_lower_rank(r):
     weight = random_weight(48, 1) @ random_weight(1, 64, seed=1)
     for matrix in (weight, weight.T, torch.zeros(48, 64)):
         left, right = best_rank(matrix, r)
@@ -199,7 +197,7 @@ def test_moments_are_sums_over_real_tokens(base, max_bytes):
         torch.testing.assert_close(moments.moments_of(name).covariance(), covariance, **close)
         assert moments.moments_of(name).tokens == len(x)
     assert [n for group in moments.groups for n in group] == list(layers)
-    sizes = [  # down_proj reads 128 values, all others 64
+    sizes = [  # down_proj has 128 inputs, all others 64
         sum(4 * (128 if "down" in name else 64) ** 2 for name in set(group.values()))
         for group in moments.groups
     ]
@@ -210,15 +208,14 @@ def test_moments_are_sums_over_real_tokens(base, max_bytes):
 
 def test_layers_that_read_one_input_share_its_moments(base):
     moments = SecondMoments(base, batches(), linears(base))
-    layer = "model.layers.1"
-    q, k, v = (moments.of(f"{layer}.self_attn.{name}_proj") for name in "qkv")
-    assert q is k is v
-    assert moments.of(f"{layer}.mlp.gate_proj") is moments.of(f"{layer}.mlp.up_proj")
-    assert q is not moments.of(f"{layer}.self_attn.o_proj")
+    q, k, v, o = (moments.of(f"model.layers.1.self_attn.{name}_proj") for name in "qkvo")
+    assert q is k is v and q is not o
+    gate, up = (moments.of(f"model.layers.1.mlp.{name}_proj") for name in ("gate", "up"))
+    assert gate is up
 
 
 @pytest.mark.parametrize(("free", "wanted"), [(3 << 30, 3 << 29), (100 << 30, MAX_BYTES)])
-def test_a_small_gpu_gives_half_of_what_is_free(monkeypatch, free, wanted):
+def test_moments_use_at_most_half_of_the_free_gpu_memory(monkeypatch, free, wanted):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 8 << 30))
     assert moments_budget(torch.device("cuda")) == wanted
     assert moments_budget(torch.device("cpu")) == MAX_BYTES
@@ -256,30 +253,25 @@ def test_the_model_starts_as_its_base_and_stays_in_training(fresh):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_directions_and_ranks_are_pefts(fresh):
-    """Of one batch that it reads again and again, PEFT's incremental PCA is the whole one."""
-    from peft.tuners.lora.eva import get_eva_state_dict
-
+    """On one repeated batch PEFT's incremental PCA equals the full one."""
     batch, targets = batches()[:1], ("q_proj", "o_proj", "down_proj")
-    theirs_config = peft.LoraConfig(
-        **EVA,
-        target_modules=list(targets),
-        eva_config=peft.EvaConfig(rho=2.0, use_label_mask=False, tau=0.999),
-    )
+    eva = peft.EvaConfig(rho=2.0, use_label_mask=False, tau=0.999)
+    config = peft.LoraConfig(**EVA, target_modules=list(targets), eva_config=eva)
     with redirect_stderr(StringIO()):
-        theirs = get_eva_state_dict(fresh, batch, theirs_config, show_progress_bar=False)
+        theirs = get_eva_state_dict(fresh, batch, config, show_progress_bar=False)
     layers = lora_layers(apply_lora(fresh, LoraConfig(**EVA, target_modules=targets), data=batch))
     ranks = {name: len(layer.lora_A["default"]) for name, layer in layers.items()}
     assert len(set(ranks.values())) > 1
     assert sum(ranks.values()) == 6 * R
     for name, lora_A in theirs.items():
-        # theirs comes from a truncated SVD: shares that are nearly equal may change places
+        # theirs comes from a truncated SVD: nearly equal shares may swap
         assert abs(ranks.get(name, 0) - len(lora_A)) <= 1
         shared = min(ranks.get(name, 0), len(lora_A), 3)
-        own = layers[name].lora_A["default"].detach()[:shared]
-        assert torch.linalg.svdvals(own @ lora_A.float().T).min() > 0.99, name
+        ours = layers[name].lora_A["default"].detach()[:shared]
+        assert torch.linalg.svdvals(ours @ lora_A.float().T).min() > 0.99, name
 
 
-def test_layers_get_ranks_of_their_own_and_keep_their_scaling(fresh, tmp_path):
+def test_layers_get_separate_ranks_and_keep_their_scaling(fresh, tmp_path):
     config = LoraConfig(**EVA, lora_alpha=6, eva_config={"rho": 3.0}, rank_pattern={"down_proj": 6})
     apply_lora(fresh, config, data=length_batches(ROWS, tiny_tokenizer()))  # with labels beside
     config, layers = adapter_configs(fresh)["default"], lora_layers(fresh)
@@ -323,15 +315,11 @@ def test_ranks_go_to_the_directions_with_the_largest_shares():
     [
         ({}, None, "'eva' needs inputs of the layers: give apply_lora `data`"),
         ({"r": 65}, batches(), r"r of at most the smaller side .*0.self_attn.q_proj has r=65"),
-        (
-            {"target_modules": ("q_proj", "lm_head")},
-            batches(),
-            "^lm_head read too few tokens of EVA's data, no more than r:",
-        ),
+        ({"target_modules": ("q_proj", "lm_head")}, batches(), "^lm_head read too few tokens of"),
     ],
-    ids=["no data", "rank", "idle"],
+    ids=["no data", "rank", "too few tokens"],
 )
-def test_what_eva_cannot_do_is_refused(settings, data, message, base):
+def test_unusable_settings_or_data_for_eva_are_refused(settings, data, message, base):
     with pytest.raises(UserError, match=message):
         apply_lora(base, LoraConfig(**{**EVA, **settings}), data=data)
     assert not lora_layers(base)
