@@ -180,8 +180,9 @@ def new_base(kind: str, base: str, checkpoint: Path) -> Any:
         torch.manual_seed(0)
         return AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
     if base == "4-bit":
-        return load_base(str(checkpoint), FP32_OR_16_BITS).eval()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        model: Any = load_base(str(checkpoint), FP32_OR_16_BITS)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     if (vocab := ADAPTER_KINDS[kind].vocab) != VOCAB:
         torch.manual_seed(0)
         model.resize_token_embeddings(vocab, mean_resizing=False)

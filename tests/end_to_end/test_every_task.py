@@ -191,7 +191,7 @@ def test_merge_of_a_pefts_classifier(checkpoints, tmp_path):
 def test_merge_to_4_bits_and_what_it_cannot_measure(trained, checkpoints, tmp_path):
     family, task, output = "bert without pooler", "seq-cls", str(tmp_path / "merged")
     folder, _ = trained(family, task)
-    with pytest.raises(UserError, match=r"--verify runs a causal language model .* is for seq-cls"):
+    with pytest.raises(UserError, match=r"--verify needs a causal language model.* is for seq-cls"):
         merge(MergeConfig(str(folder), output, verify=str(folder.parent / "data.jsonl")))
     assert not Path(output).exists()
     merge(MergeConfig(str(folder), output, format="nf4"))

@@ -1,4 +1,4 @@
-"""Every kind of adapter, merged: PEFT's live model is the oracle. Several at once, and misfits."""
+"""Every kind of adapter, merged, against PEFT's live model; several at once; files that misfit."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from qlora.adapters.files import load_adapter
 from qlora.adapters.format import combine, read_adapter
 from qlora.adapters.lora import lora_layers
+from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base
 from qlora.errors import UserError
 
@@ -63,25 +64,28 @@ def test_the_merged_model_is_pefts_live_model(kind, adapter_build, tmp_path):
     assert (built.base_logits - built.logits).abs().max() > 1e-3  # the adapter is not idle
 
 
-@pytest.mark.parametrize("kind", [*OFTEN[::4], *axis(*(k for k in KINDS if k not in OFTEN[::4]))])
-def test_the_4_bit_merge_is_close_to_it(kind, adapter_build, tmp_path):
-    built = adapter_build(kind)
-    run_merge(built.peft_folder, tmp_path / "out", format="nf4", calibration="none")
-    change = logits(load_base(str(tmp_path / "out"), FP32_OR_16_BITS)) - built.base_logits
+def require_4_bit_merge_is_close(built, output):
+    run_merge(built.peft_folder, output, format="nf4", calibration="none")
+    change = logits(load_base(str(output), FP32_OR_16_BITS)) - built.base_logits
     wanted = built.logits - built.base_logits
-    # Without data there is noise; of a merge that does nothing, or all of it twice, this is 0 or 2.
     share = float((change * wanted).sum() / wanted.square().sum())
+    # noise, without data; a merge without the adapter, or with it twice, has 0 or 2
     assert share == pytest.approx(1, abs=0.4)
 
 
-def test_a_head_untied_from_its_embedding_is_so_in_the_config(adapter_build, tmp_path):
+@pytest.mark.parametrize("kind", [*OFTEN[::4], *axis(*(k for k in KINDS if k not in OFTEN[::4]))])
+def test_the_4_bit_merge_is_close_to_it(kind, adapter_build, tmp_path):
+    require_4_bit_merge_is_close(adapter_build(kind), tmp_path / "out")
+
+
+def test_an_untied_head_is_untied_in_the_config(adapter_build, tmp_path):
     tensors = merged(adapter_build("lora on the tied head").peft_folder, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
 
 
-def test_a_layer_trained_in_full_stays_out_of_4_bits(adapter_build, base_of, tmp_path):
-    """It was trained in 16 bits beside the 4-bit ones, and is written so; the config says it."""
+def test_a_layer_trained_in_full_is_not_quantized(adapter_build, base_of, tmp_path):
+    """Neither in the merge nor when transformers loads it again."""
     adapter = shutil.copytree(adapter_build("q_proj alone").peft_folder, tmp_path / "adapter")
     name, weight = "model.layers.1.mlp.up_proj.weight", torch.randn(128, 64) * 0.1
     edit_tensors(adapter, lambda tensors: {**tensors, f"base_model.model.{name}": weight})
@@ -98,13 +102,18 @@ def test_a_layer_trained_in_full_stays_out_of_4_bits(adapter_build, base_of, tmp
     torch.testing.assert_close(logits(live.eval()), logits(again), rtol=1e-5, atol=1e-5)
 
 
-def test_a_grown_vocabulary(adapter_build, tmp_path):
+@pytest.mark.parametrize(("base", "onto"), [("plain", "original"), ("4-bit", "nf4")])
+def test_a_grown_vocabulary(base, onto, adapter_build, tmp_path):
     """PEFT saves embedding and head in full when they were resized."""
-    built = adapter_build("grown vocabulary", "plain")
-    run_merge(built.peft_folder, tmp_path / "out", format="fp32", onto="original")
-    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == VOCAB + 16
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    built, output = adapter_build("grown vocabulary", base), tmp_path / "fp32"
+    run_merge(built.peft_folder, output, format="fp32", onto=onto)
+    again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     torch.testing.assert_close(logits(again), built.logits, rtol=1e-5, atol=1e-5)
+    if onto == "nf4":
+        output = tmp_path / "nf4"
+        require_4_bit_merge_is_close(built, output)
+        assert Checkpoint(output).tensors["lm_head.weight"].shape == (VOCAB + 16, 64)
+    assert Checkpoint(output).config["vocab_size"] == VOCAB + 16
 
 
 def test_parameters_of_experts_are_refused(adapter_build, tmp_path):
@@ -179,23 +188,21 @@ def test_tensors_that_the_config_does_not_name(plain):
 
 
 def test_a_bias_where_the_model_has_none(plain, tmp_path):
-    edit_tensors(
-        plain,
-        lambda tensors: (
-            tensors
-            | {
-                name.replace("lora_B.weight", "lora_B.bias"): torch.zeros(len(tensor))
-                for name, tensor in tensors.items()
-                if "lora_B" in name
-            }
-        ),
-    )
+    def with_biases(tensors):
+        biases = {
+            name.replace("lora_B.weight", "lora_B.bias"): torch.zeros(len(tensor))
+            for name, tensor in tensors.items()
+            if "lora_B" in name
+        }
+        return tensors | biases
+
+    edit_tensors(plain, with_biases)
     edit_config(plain, lora_bias=True)
     refused(plain, tmp_path / "out", r"q_proj\.bias is not in the checkpoint")
 
 
-def test_shapes_of_another_base_are_named_together(plain, tmp_path):
-    """A foreign adapter has no fingerprint: the shapes tell."""
+def test_all_misfits_of_another_base_are_listed(plain, tmp_path):
+    """PEFT's files have no fingerprint."""
     up_proj, nowhere = (f"base_model.model.{n}" for n in ("model.layers.0.mlp.up_proj", "nowhere"))
     other = {
         f"{up_proj}.lora_B.weight": torch.zeros(99, 4),
@@ -208,7 +215,7 @@ def test_shapes_of_another_base_are_named_together(plain, tmp_path):
 
 
 def test_a_layer_that_the_files_lack_is_named(plain, base_of, tmp_path):
-    """PEFT would leave it as it starts, without a word."""
+    """PEFT would silently leave it at its initial values."""
     lacks = "layers.1.self_attn.v_proj"
     edit_tensors(plain, lambda tensors: {n: t for n, t in tensors.items() if lacks not in n})
     match = rf"{lacks} is in target_modules, and the files have no A and B"
