@@ -1,2 +1,1 @@
-"""The applications: chat, evaluation, and the report of a run. Imports nothing, as the report needs
-no torch."""
+"""Chat, evaluation, and the report of a run. Imports nothing: the report starts without torch."""

@@ -1,13 +1,13 @@
-"""Talk to a tuned model, in several turns, with answers shown as they are generated.
+"""Chat with a tuned model over several turns; answers are shown as they are generated.
 
-Questions come from the terminal, or one a line from a file or a pipe; only the answers go to
-standard output. The history is kept, and --compare keeps one for each of base and adapter. On a
-wide terminal the two stand side by side, generated in one batch whose rows use the adapter or not
-(qlora.adapters.apply.mixed_batch); on a narrow one, and with an adapter that cannot be mixed by
-rows, one below the other.
+Questions come from the terminal, or one per line from a file or a pipe; only the answers go to
+standard output. --compare keeps two histories, one of the base and one of the adapter. On a wide
+terminal the two answers are shown side by side, generated in one batch whose rows use the adapter
+or not (qlora.adapters.apply.mixed_batch); on a narrow one, or with an adapter that cannot be mixed
+by rows, one below the other.
 
-The whole history is read again for each answer: keys and values are not cached between turns. Where
-it no longer fits into the model's context, the oldest turns are dropped; the system message stays.
+Each answer encodes the whole history again: no keys and values are cached between turns. If the
+history exceeds the model's context, the oldest turns are dropped and the system message is kept.
 """
 
 import shutil
@@ -38,27 +38,27 @@ from qlora.data.generation import (
 from qlora.errors import UserError
 
 Context = Callable[[], AbstractContextManager[None]]
-Show = Callable[[Sequence[str], Sequence[bool]], object]
-NARROW = 96  # cells of a terminal, below which two columns are too narrow to read
+Show = Callable[[Sequence[str], Sequence[bool]], object]  # (text of each row, which have ended)
+WIDE = 96  # cells of a terminal that two columns of readable width need
 HELP = """\
-/reset         forget the turns so far
-/system TEXT   forget them, and use this system message; without TEXT none
+/reset         clear the conversation
+/system TEXT   clear it and set the system message; without TEXT, remove that
 /exit          leave, as Ctrl-D does
-Ctrl-C stops an answer. A line that begins with a space is no command."""
+Ctrl-C stops an answer. A line that begins with a space is not a command."""
 
 
 def chat(config: ChatConfig) -> None:
     """Load the model, then answer --prompt, the terminal, or the lines of standard input."""
-    with redirect_stdout(sys.stderr):  # standard output is for answers
+    with redirect_stdout(sys.stderr):  # standard output is for answers only
         resolved = resolve_model(config)
-        session = Chat(config, resolved)
+        session = ChatSession(config, resolved)
     if config.prompt is not None:
         session.run([f" {config.prompt}"])
     elif sys.stdin.isatty():
         with suppress(ImportError):
-            import readline  # noqa: F401  # gives input() editing and a history
+            import readline  # noqa: F401  # adds editing and a history to input()
         note(f"{resolved.describe()}. /help lists the commands.")
-        session.run(typed(), interactive=True)
+        session.run(terminal_lines(), interactive=True)
     else:
         session.run(line.rstrip("\n") for line in sys.stdin)
 
@@ -68,8 +68,8 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def typed() -> Iterator[str]:
-    """Lines from the terminal, up to Ctrl-D."""
+def terminal_lines() -> Iterator[str]:
+    """Lines typed on the terminal, up to Ctrl-D."""
     while True:
         try:
             print(flush=True)
@@ -83,18 +83,18 @@ def typed() -> Iterator[str]:
 
 @dataclass
 class Conversation:
-    """One state of the model with its own history."""
+    """A history, and the state of the model that generates its answers."""
 
     system: str | None = None
     """system message"""
     turns: list[tuple[str, str]] = field(default_factory=list)
-    """question and answer of each"""
+    """(question, answer)"""
     name: str = "answer"
     state: Context = nullcontext
-    """context in which the model generates"""
+    """context manager that sets the state: with or without the adapter"""
 
     def messages(self, question: str, dropped: int = 0) -> list[dict[str, str]]:
-        """The system message, the turns but the first `dropped`, and the question."""
+        """The system message, the turns without the first `dropped`, and the question."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for asked, answer in self.turns[dropped:]:
             messages.append({"role": "user", "content": asked})
@@ -104,10 +104,10 @@ class Conversation:
     def prompt(
         self, tokenizer: Tokenizer, question: str, longest: int | None
     ) -> tuple[list[int], int]:
-        """Ids of `messages`, at most `longest`, and how many old turns were dropped for that.
+        """Ids of `messages`, at most `longest`, and the number of old turns dropped for that.
 
         Raises:
-            UserError: the question alone does not fit, or the chat template refuses it.
+            UserError: the question alone is too long, or the chat template rejects it.
         """
         for dropped in range(len(self.turns) + 1):
             ids = prompt_ids(tokenizer, self.messages(question, dropped))
@@ -115,41 +115,43 @@ class Conversation:
                 del self.turns[:dropped]
                 return ids, dropped
         raise UserError(
-            f"this message has {len(ids):,} tokens, and the model takes {longest:,} with its "
-            "answer: shorten it, or lower --max-new-tokens"
+            f"this message has {len(ids):,} tokens; the model's context has {longest:,} beside "
+            "the answer: shorten the message, or lower --max-new-tokens"
         )
 
 
-class Chat:
-    """A model, and a conversation with each of its one or two states.
+class ChatSession:
+    """A model, and one conversation, or two with --compare.
 
     Raises:
-        UserError: it is no causal language model, or has no space for a question.
+        UserError: the model is no causal language model, or its context is too short.
     """
 
     def __init__(self, config: ChatConfig, resolved: ResolvedModel) -> None:
         positions = resolved.checkpoint.max_positions
         if resolved.task != "causal-lm":
             raise UserError(
-                f"{resolved.what} is for {resolved.task}: only a causal language model can chat"
+                f"{resolved.what} is for {resolved.task}: chat needs a causal language model"
             )
         if positions is not None and config.max_new_tokens >= positions:
             raise UserError(
-                f"--max-new-tokens {config.max_new_tokens} leaves no space for a question: the "
-                f"model takes {positions:,} tokens, question and answer together"
+                f"--max-new-tokens {config.max_new_tokens} leaves no tokens for a question: lower "
+                f"it, the model's context has {positions:,} for question and answer together"
             )
-        self.config = config
         self.longest = None if positions is None else positions - config.max_new_tokens  # prompt
         self.tokenizer = resolved.load_tokenizer()
         if not self.tokenizer.chat_template:
             note("The model has no chat template: turns are written as `### User:` and so on.")
         self.model = resolved.load()
+        self.settings = generation_settings(
+            self.model, self.tokenizer, config.max_new_tokens, config.temperature
+        )
         if config.seed is None:
             torch.seed()
         else:
             torch.manual_seed(config.seed)
         self.conversations = [Conversation(config.system)]
-        self.mixed: Context | None = None  # all states in one batch, where the adapter can
+        self.mixed: Context | None = None  # both states in one batch, if the adapter supports it
         if config.compare:
             without = partial(disable_adapter, self.model)
             self.conversations = [
@@ -161,7 +163,7 @@ class Chat:
                 self.mixed = mixed
 
     def run(self, lines: Iterable[str], *, interactive: bool = False) -> None:
-        """Answer questions and obey commands, up to the last line or /exit.
+        """Answer questions and execute commands, up to the last line or /exit.
 
         Args:
             interactive: continue after an error or Ctrl-C.
@@ -171,22 +173,24 @@ class Chat:
                 if line.startswith("/"):
                     if line.split()[0] == "/exit":
                         return
-                    self.obey(line)
-                elif line.strip() and self.answer(line.strip()) and not interactive:
-                    raise KeyboardInterrupt
+                    self.execute(line)
+                elif line.strip():
+                    interrupted = self.answer(line.strip())
+                    if interrupted and not interactive:
+                        raise KeyboardInterrupt
             except UserError as error:
                 if not interactive:
                     raise
                 note(f"error: {error}")
-            except KeyboardInterrupt:  # before the answer began
+            except KeyboardInterrupt:  # before the answer began, or raised above
                 if not interactive:
                     raise
 
-    def obey(self, line: str) -> None:
-        """A command but /exit."""
+    def execute(self, line: str) -> None:
+        """Execute /reset, /system or /help."""
         command, _, text = line.partition(" ")
         if command not in ("/reset", "/system", "/help"):
-            raise UserError(f"unknown command {command}: wanted /reset, /system, /exit or /help")
+            raise UserError(f"unknown command {command}: use /reset, /system, /exit or /help")
         if command == "/help":
             note(HELP)
             return
@@ -194,59 +198,53 @@ class Chat:
             conversation.turns.clear()
             if command == "/system":
                 conversation.system = text.strip() or None
-        note("The turns so far are forgotten.")
+        note("The conversation is cleared.")
 
     def answer(self, question: str) -> bool:
-        """Print the answers; True after Ctrl-C, which keeps what was generated by then.
+        """Print and keep the answers; True after Ctrl-C, which ends them early.
 
         Raises:
-            UserError: the question is too long, or the chat template refuses it.
+            UserError: the question is too long, or the chat template rejects it.
         """
-        prompts = [self._prompt(conversation, question) for conversation in self.conversations]
+        prompts, compares = [], len(self.conversations) > 1
+        for conversation in self.conversations:
+            ids, dropped = conversation.prompt(self.tokenizer, question, self.longest)
+            prompts.append(ids)
+            if dropped:
+                name = f" ({conversation.name})" if compares else ""
+                note(f"The model's context is full: dropped the oldest {dropped} turn(s){name}.")
         width = shutil.get_terminal_size().columns
-        if self.mixed and width >= NARROW and sys.stdout.isatty():
+        if self.mixed and width >= WIDE and sys.stdout.isatty():
             columns = SideBySide([c.name for c in self.conversations], width, write_out)
             with self.mixed():
-                texts, interrupted = self.generate(prompts, columns.show)
+                texts, interrupted = self._stream(prompts, columns.show)
         else:
             texts, interrupted = [], False
             for conversation, prompt in zip(self.conversations, prompts, strict=True):
-                if len(self.conversations) > 1:
+                if compares:
                     write_out(f"── {conversation.name} ──\n")
                 with conversation.state():
-                    text, stopped = self.generate([prompt], Running())
+                    text, stopped = self._stream([prompt], GrowingText())
                 write_out("\n")
                 texts += text
                 interrupted |= stopped
         for conversation, answer in zip(self.conversations, texts, strict=True):
-            if answer.strip():  # a template may refuse a turn without text
+            if answer.strip():  # some templates reject a turn without text
                 conversation.turns.append((question, answer))
         return interrupted
 
-    def _prompt(self, conversation: Conversation, question: str) -> list[int]:
-        """Ids of the conversation and the question; notes how many turns were dropped."""
-        ids, dropped = conversation.prompt(self.tokenizer, question, self.longest)
-        if dropped:
-            turns = "turn no longer fits" if dropped == 1 else f"{dropped} turns no longer fit"
-            whose = f" ({conversation.name})" if len(self.conversations) > 1 else ""
-            note(f"The oldest {turns} into the model's context: forgotten{whose}.")
-        return ids
-
-    def generate(self, prompts: Sequence[Sequence[int]], show: Show) -> tuple[list[str], bool]:
-        """The answers to prompts, shown as they grow, and whether Ctrl-C cut them short."""
-        longest, temperature = self.config.max_new_tokens, self.config.temperature
-        settings = generation_settings(self.model, self.tokenizer, longest, temperature)
-        return stream(self.model, self.tokenizer, prompts, settings, show)
+    def _stream(self, prompts: Sequence[Sequence[int]], show: Show) -> tuple[list[str], bool]:
+        return stream(self.model, self.tokenizer, prompts, self.settings, show)
 
 
 @dataclass
-class Running:
-    """Shows one growing text; white space waits for what follows it."""
+class GrowingText:
+    """Shows one text as it grows; trailing white space is held back until more text follows."""
 
     shown: int = 0
 
     def __call__(self, texts: Sequence[str], ended: Sequence[bool]) -> None:
-        """Print what is new of the text."""
+        """Print what was added to the text."""
         text = (printable(texts[0]) if sys.stdout.isatty() else texts[0]).rstrip()
         write_out(text[self.shown :])
         self.shown = max(self.shown, len(text))
@@ -259,7 +257,7 @@ def write_out(text: str) -> None:
 
 
 class AnswerStreamer(BaseStreamer):
-    """Shows the texts of a batch's rows at each token; transformers' TextStreamer takes one row."""
+    """Shows the text of each row of a batch; transformers' TextStreamer is limited to one row."""
 
     def __init__(self, tokenizer: Tokenizer, rows: int, stop: Sequence[int], show: Show) -> None:
         self.tokenizer, self.stop, self._show = tokenizer, set(stop), show
@@ -275,14 +273,14 @@ class AnswerStreamer(BaseStreamer):
             return
         for row, token in enumerate(value.flatten().tolist()):
             self.ended[row] = self.ended[row] or token in self.stop
-            if not self.ended[row]:  # only pads follow
+            if not self.ended[row]:  # after the end only pads follow
                 self.ids[row].append(token)
                 text = decode(self.tokenizer, self.ids[row])
                 self.texts[row] = text.rstrip("\ufffd")  # of an incomplete character
         self._show(self.texts, self.ended)
 
     def end(self) -> None:
-        """All is generated, or generation was interrupted."""
+        """Called after the last token; also after Ctrl-C."""
         self.ended = [True] * len(self.ended)
         self.texts = [decode(self.tokenizer, ids) for ids in self.ids]
         self._show(self.texts, self.ended)
@@ -300,13 +298,12 @@ def stream(
 
     Args:
         settings: `generation_settings`.
-        show: called with the texts so far, and which of them have ended.
+        show: called after each token.
 
     Raises:
         UserError: GPU out of memory; raised here, so that an interactive chat continues.
     """
-    inputs = left_padded(prompts, settings["pad_token_id"])
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs = left_padded(prompts, settings["pad_token_id"], model.device)
     streamer = AnswerStreamer(tokenizer, len(prompts), settings["eos_token_id"] or (), show)
     try:
         with generation_mode(model):
@@ -316,7 +313,7 @@ def stream(
         return streamer.texts, True
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "the GPU's memory ran out: /reset forgets the turns so far, and a lower "
+            "the GPU's memory ran out: /reset clears the conversation, and a lower "
             "--max-new-tokens needs less"
         ) from error
     return streamer.texts, False

@@ -1,21 +1,21 @@
-"""`evaluate(config)`: measure a model, or a base with and without its adapter, on rows.
+"""`evaluate(config)`: the scores of a model, or of a base with and without its adapter, on rows.
 
 Rows are prepared as in training (qlora.data.rows), so the loss is what train.py logs as eval_loss.
-To generate an answer the model reads each row up to its last part with loss, the assistant's last
-turn of a chat. Rows of `text` have no such part and are not asked.
+The prompt of an answer is a row up to its last part with loss, which is the assistant's last turn
+in a chat. Rows of `text` have no prompt: no answers are generated.
 
     loss          mean of -log p over supervised tokens, in nats
     perplexity    exp(loss): the number of equally likely tokens with the same loss
-    exact match   share of answers equal to the wanted one, white space around them aside
+    exact match   share of answers equal to the expected one, ignoring white space around them
     ROUGE-1/2/L   F1 of shared words, pairs of words, and the longest common subsequence: the mean
                   over answers, 0 to 1, as rouge_score computes it without stemming (Lin 2004)
     BLEU          shared runs of 1 to 4 words over all answers, 0 to 100, as sacrebleu computes it
                   by default (Papineni et al. 2002; Post 2018, arXiv:1804.08771)
 
-rouge_score only knows words of a-z and 0-9, so ROUGE is left out where no wanted answer has one. A
-classifier has its labels' loss, accuracy, and F1 of entities (qlora.data.objectives).
+Words in rouge_score are of a-z and 0-9: ROUGE is left out if no expected answer has one. The scores
+of a classifier are loss, accuracy, and F1 of entities (qlora.data.objectives).
 
-The results are printed as a table, and with all answers written to one JSON file:
+The results are printed as a table, and written with all answers to one JSON file:
 
     {"model", "adapter", "data", "task", "rows", "supervised_tokens", "max_length",
      "max_new_tokens", "compute_dtype",
@@ -60,10 +60,10 @@ from qlora.fast.head import put_language_head
 from qlora.files import RUN, replace_text
 
 RESULTS = "evaluation.json"
-NO_LIMIT = 1 << 40  # tokens, or rows
+NO_LIMIT = 1 << 40  # tokens
 SHOWN = 3  # answers on the terminal
 ROUGE = ("rouge1", "rouge2", "rougeL")
-PACKAGES = {"rouge_score": "rouge-score", "sacrebleu": "sacrebleu"}
+PACKAGES = {"rouge_score": "rouge-score", "sacrebleu": "sacrebleu"}  # module -> distribution
 # key of a score -> its title in the table, and its format
 TABLE: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("loss", "{:.4f}".format),
@@ -77,13 +77,13 @@ TABLE: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure as `config` says, print the results and write them; returns what is written.
+    """Measure the model, print the results and write them; returns them as written.
 
     Raises:
-        UserError: anything the user can mend; nothing was written then.
+        UserError: an error that the user can correct; no file is written then.
     """
     resolved = resolve_model(config)
-    output = _output(config, resolved)
+    output = _output_path(config, resolved)
     tokenizer = resolved.load_tokenizer()
     prepare_tokenizer(tokenizer)
     max_length = _max_length(config, resolved)
@@ -91,7 +91,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     limits: Any = {"max_length": max_length, "limit": config.limit, "new_classes": False}
     rows, stats = prepare_data(config.data, tokenizer, **limits, **task)
     print(describe(stats, name=config.data))
-    questions = _ask(config, resolved, tokenizer) if config.generate else []
+    questions = _questions(config, resolved, tokenizer) if config.generate else []
     if questions:
         require_scorers()
     scores, answers = _measure(config, resolved, tokenizer, rows, questions)
@@ -113,8 +113,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 # ---- rows and questions ----
 
 
-def _output(config: EvaluateConfig, resolved: ResolvedModel) -> Path | None:
-    """Where to write: --output, or the adapter's folder; nowhere for a model without an adapter."""
+def _output_path(config: EvaluateConfig, resolved: ResolvedModel) -> Path | None:
+    """--output, else a file in the adapter's folder, else None."""
     if config.output is not None:
         path = Path(config.output).expanduser()
     elif resolved.adapter:
@@ -125,12 +125,12 @@ def _output(config: EvaluateConfig, resolved: ResolvedModel) -> Path | None:
     if path.is_dir() or not folder.is_dir():
         raise UserError(f"--output {path} must be a file in a folder that exists")
     if not os.access(folder, os.W_OK):
-        raise UserError(f"no write permission for {folder}: give a file elsewhere as --output")
+        raise UserError(f"no write permission for {folder}: choose another file with --output")
     return path
 
 
 def _max_length(config: EvaluateConfig, resolved: ResolvedModel) -> int:
-    """--max-length, or that in the adapter's run.yaml, at most what the model takes."""
+    """--max-length, else that of the adapter's run.yaml; at most the model's context."""
     length: Any = config.max_length
     if length is None and resolved.adapter:
         folder = resolved.adapter.folder
@@ -141,34 +141,30 @@ def _max_length(config: EvaluateConfig, resolved: ResolvedModel) -> int:
     return int(min(length, resolved.checkpoint.max_positions or length))
 
 
-def _ask(config: EvaluateConfig, resolved: ResolvedModel, tokenizer: Any) -> list[Question]:
-    """The questions in the data that the model takes together with an answer."""
+def _questions(config: EvaluateConfig, resolved: ResolvedModel, tokenizer: Any) -> list[Question]:
+    """The questions in the data that fit into the model's context together with an answer."""
     objective = OBJECTIVES[resolved.task]
     if objective.classifies:
         return []
-    records = load_records(config.data, objective.kinds)
-    records = records.select(range(min(config.limit or NO_LIMIT, len(records))))
+    records = load_records(config.data, objective.kinds, limit=config.limit)
     questions = list(questions_in(records, tokenizer, resolved.task))
     positions = resolved.checkpoint.max_positions
     longest = NO_LIMIT if positions is None else positions - config.max_new_tokens
     fitting = [question for question in questions if len(question.prompt) <= longest]
     if not questions:
-        print("These rows are text without questions: only the loss is measured.")
+        print("The rows are plain text without prompts: only the loss is measured.")
     elif not fitting:
         raise UserError(
-            f"no question of {config.data} fits into the {positions:,} tokens that the model takes "
-            f"with an answer of {config.max_new_tokens:,}: lower --max-new-tokens"
+            f"each question in {config.data} with an answer of {config.max_new_tokens:,} tokens "
+            f"exceeds the model's context, {positions:,} tokens: lower --max-new-tokens"
         )
-    elif len(fitting) < len(questions):
-        print(
-            f"{len(questions) - len(fitting)} of {len(questions)} questions do not fit into the "
-            "model with an answer and are left out."
-        )
+    elif left_out := len(questions) - len(fitting):
+        print(f"{left_out} of {len(questions)} questions exceed the model's context: left out.")
     return fitting
 
 
 def questions_in(records: Any, tokenizer: Any, task: str) -> Iterator[Question]:
-    """Each record up to its last part with loss, and that part; none of a `text` record."""
+    """Split each record before its last part with loss; `text` records are skipped."""
     for record in records:
         question = question_of(OBJECTIVES[task].encode(record, tokenizer, NO_LIMIT, ()), task)
         if task == "seq2seq":
@@ -190,7 +186,7 @@ def _measure(
     rows: Any,
     questions: Sequence[Question],
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, str]]]:
-    """The scores of each state of the model, and for each question the answers of all."""
+    """The scores of each state of the model, and for each question the answers of all states."""
     model = resolved.load()
     states: dict[str, Callable[[], AbstractContextManager[None]]] = {"model": nullcontext}
     if resolved.adapter:
@@ -211,9 +207,10 @@ def _measure(
             scores[name] = measure_rows(model, tokenizer, rows, progress=f"{name}, loss", **task)
             if questions:
                 title = f"{name}, answers"
-                given = generate(model, tokenizer, prompts, settings, progress=title)
-                scores[name] |= compare_answers(given, wanted)
-                answers = [row | {name: text} for row, text in zip(answers, given, strict=True)]
+                generated = generate(model, tokenizer, prompts, settings, progress=title)
+                scores[name] |= compare_answers(generated, wanted)
+                for answer, text in zip(answers, generated, strict=True):
+                    answer[name] = text
     return scores, answers
 
 
@@ -227,12 +224,11 @@ def measure_rows(
     classes: Sequence[str] = (),
     progress: str = "",
 ) -> dict[str, float]:
-    """`loss` over prepared rows, with `perplexity`, or a classifier's scores.
+    """`loss` over the rows of `prepare_data`, with `perplexity`, or a classifier's scores.
 
     Args:
-        rows: those of `prepare_data`.
         classes: a classifier's class names.
-        progress: title of a progress bar on a terminal; none without.
+        progress: title of a progress bar, shown on a terminal; "" shows none.
     """
     model.eval()
     objective = OBJECTIVES[task]
@@ -254,29 +250,29 @@ def measure_rows(
 
 
 def require_scorers() -> None:
-    """Raise where the packages of ROUGE and BLEU are not installed."""
+    """Raise if a package that computes ROUGE or BLEU is not installed."""
     missing = [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
     if missing:
         raise UserError(
-            f"answers are compared by {' and '.join(missing)}, not installed here: "
-            f"pip install {' '.join(missing)}, or measure the loss alone with --no-generate"
+            f"comparing answers needs {' and '.join(missing)}: pip install {' '.join(missing)}, "
+            "or measure only the loss with --no-generate"
         )
 
 
-def compare_answers(given: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+def compare_answers(generated: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     """exact_match, rouge1, rouge2, rougeL (0 to 1 each) and bleu (0 to 100) of answers."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
 
-    pairs = list(zip(given, wanted, strict=True))
-    right = sum(answer.strip() == reference.strip() for answer, reference in pairs)
-    scores = {"exact_match": right / max(len(pairs), 1)}
+    pairs = list(zip(generated, wanted, strict=True))
+    equal = sum(answer.strip() == reference.strip() for answer, reference in pairs)
+    scores = {"exact_match": equal / max(len(pairs), 1)}
     if any(re.search("[a-z0-9]", reference.lower()) for reference in wanted):
         scorer = RougeScorer(list(ROUGE))
         rouge = [scorer.score(reference, answer) for answer, reference in pairs]
         scores |= {k: sum(score[k].fmeasure for score in rouge) / len(rouge) for k in ROUGE}
-    # force: no warning of answers that end in " ." as tokenized text does
-    scores["bleu"] = BLEU(force=True).corpus_score(list(given), [list(wanted)]).score
+    # force: sacrebleu warns of answers that end in " .", as tokenized text does
+    scores["bleu"] = BLEU(force=True).corpus_score(list(generated), [list(wanted)]).score
     return scores
 
 
@@ -284,7 +280,7 @@ def compare_answers(given: Sequence[str], wanted: Sequence[str]) -> dict[str, fl
 
 
 def table(results: dict[str, Any]) -> str:
-    """The scores, a column for each state of the model."""
+    """The scores, with a column for each state of the model."""
     scores = results["scores"]
     heads = ["with adapter" if name == "adapter" else name for name in scores]
     kind = "labels" if OBJECTIVES[results["task"]].classifies else "supervised tokens"
@@ -300,10 +296,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def samples(results: dict[str, Any]) -> str:
-    """SHOWN answers, evenly spaced from the first row to the last."""
-    answers = results["answers"]
+    """SHOWN answers, evenly spaced from the first to the last."""
+    answers, lines = results["answers"], []
     indices = sorted({round(i * (len(answers) - 1) / (SHOWN - 1)) for i in range(SHOWN)})
-    lines: list[str] = []
     for answer in [answers[i] for i in indices] if answers else ():
         lines += ["", f"  {_short(answer['request'])}"]
         for name in [key for key in answer if key not in ("request", "wanted")] + ["wanted"]:
@@ -318,15 +313,15 @@ def _short(text: str) -> str:
 
 
 def _next_commands(config: EvaluateConfig, task: str, scores: dict[str, dict[str, float]]) -> str:
-    """The next commands, and a remark where the adapter is no better than its base."""
-    place = shlex.quote(str(config.adapter or config.model))
+    """Commands for what comes next, after a warning if the adapter is no better than its base."""
+    folder = shlex.quote(str(config.adapter or config.model))
     lines = [""]
     if "base" in scores and scores["adapter"]["loss"] >= scores["base"]["loss"]:
-        lines += ["On this data the adapter is no better than its base: is it what it learned?", ""]
+        lines += ["The adapter is no better than its base: was it trained on data like this?", ""]
     if task == CAUSAL_LM.name:
-        flags = f"--adapter {place} --compare" if config.adapter else f"--model {place}"
-        lines.append(f"Talk to it:  python -m qlora.chat {flags}")
+        flags = f"--adapter {folder} --compare" if config.adapter else f"--model {folder}"
+        lines.append(f"Chat:   python -m qlora.chat {flags}")
     if config.adapter:
-        merge = f"python merge_dequant.py --adapter {place} --output-dir {place}-merged"
-        lines.append(f"Merge it:    {merge}")
+        merge = f"python merge_dequant.py --adapter {folder} --output-dir {folder}-merged"
+        lines.append(f"Merge:  {merge}")
     return "\n".join(lines)

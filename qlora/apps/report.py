@@ -1,8 +1,8 @@
-"""The page of a run: `python -m qlora.report OUT` writes OUT/report.html.
+"""The report of a run: `python -m qlora.report OUT` writes OUT/report.html.
 
-A single file without scripts that needs no network: how training went, the model's answers before
-and after, data, memory, settings, and what a merge kept. All that comes from files is escaped
-(jinja2's autoescape). Neither torch nor transformers is imported.
+One HTML page without scripts or network access: curves, the model's answers before and after
+training, data, memory, settings, and how much of the adapter a merge kept. All text from files is
+escaped (jinja2's autoescape). Neither torch nor transformers is imported.
 """
 
 import os
@@ -44,7 +44,7 @@ MAIN_SETTINGS = (
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run."""
+    """A run, as its files record it."""
 
     folder: Path
     facts: Mapping[str, Any]
@@ -54,18 +54,18 @@ class Run:
     samples: list[dict[str, Any]]
 
     def values(self, key: str) -> list[tuple[int, float]]:
-        """Step and value of each logged row that has one."""
+        """Step and value of each logged row with `key`."""
         return [(row["step"], row[key]) for row in self.rows if row.get(key) is not None]
 
     def memory(self) -> tuple[float, int | None]:
-        """Bytes in use at most, and those of the device, if known."""
+        """Peak of the bytes in use, and the bytes of the device, if known."""
         device = self.facts.get("device") or {}
         peaks = [peak for _, peak in self.values("peak_bytes")]
         return max(peaks, default=0), device.get("memory_bytes")
 
 
 def report(config: ReportConfig) -> None:
-    """Write the page, and print where it is."""
+    """Write the page, and print its path."""
     folder = Path(config.adapter).expanduser()
     run = read_run(folder)
     merge = read_merge(folder, config.merged)
@@ -80,24 +80,22 @@ def report(config: ReportConfig) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """The files of a run.
-
-    Raises:
-        UserError: the folder has no run, nothing was logged yet, or a file is damaged.
-    """
+    """Raises a UserError if the folder has no run, nothing was logged yet, or a file is damaged."""
     if not (folder / RUN).is_file():
-        raise UserError(f"{folder} holds no run: give an --output-dir of train.py ({RUN} is in it)")
+        raise UserError(f"{folder} has no {RUN}: pass an --output-dir of train.py")
     try:
         facts = yaml.safe_load((folder / RUN).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         facts = None
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
-        raise UserError(f"{folder / RUN} is not what train.py writes: start the run again")
+        raise UserError(
+            f"{folder / RUN} is not a run file of train.py, or damaged: start the run again"
+        )
     run = Run(folder, facts, read_metrics(folder), read_samples(folder))
     if not run.values("loss"):
         raise UserError(
-            f"{folder} has logged nothing yet: {METRICS} gets a first row after the first step. "
-            "Wait for it, or start the run again"
+            f"{folder / METRICS} has no training loss yet: wait for the first step, or start the "
+            "run again"
         )
     return run
 
@@ -108,18 +106,18 @@ def read_merge(folder: Path, merged: str | None) -> dict[str, Any] | None:
         report = _merge_report(Path(merged).expanduser() / MERGE_REPORT)
         if report is None:
             raise UserError(
-                f"--merged {merged} holds no complete {MERGE_REPORT}: give an --output-dir of "
+                f"--merged {merged} has no complete {MERGE_REPORT}: pass an --output-dir of "
                 "merge_dequant.py"
             )
         return report
     paths = folder.absolute().parent.glob(f"*/{MERGE_REPORT}")
     newest = sorted(paths, key=lambda path: -path.stat().st_mtime)
     reports = filter(None, map(_merge_report, newest))
-    return next((r for r in reports if any(_is(a, folder) for a in r["adapters"])), None)
+    return next((r for r in reports if any(_names(a, folder) for a in r["adapters"])), None)
 
 
-def _is(adapter: str, folder: Path) -> bool:
-    """Whether a merge's adapter is that folder; its path may be relative to another one."""
+def _names(adapter: str, folder: Path) -> bool:
+    """Whether a merge's `adapter` is `folder`; relative paths may be from another directory."""
     path, full = Path(adapter).expanduser(), folder.resolve()
     return path.resolve() == full or full.parts[-len(path.parts) :] == path.parts
 
@@ -137,13 +135,13 @@ def _merge_report(path: Path) -> dict[str, Any] | None:
 
 
 def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
-    """The page as HTML."""
+    """The HTML of the page."""
     settings, device = dict(run.facts["config"]), run.facts.get("device") or {}
     peak, total = run.memory()
     per = "label" if "labels" in (run.facts.get("base") or {}) else "supervised token"
     versions = {f"version of {k}": v for k, v in (run.facts.get("versions") or {}).items()}
     memory = {"device": device["name"]} if device.get("name") else {}
-    memory["in use at most"] = f"{peak / GIB:.2f} GiB"
+    memory["peak"] = f"{peak / GIB:.2f} GiB"
     memory["available"] = f"{total / GIB:.1f} GiB" if total else "not known"
     curves = as_svg(draw_run(run.rows, per=per, total_bytes=total), "Curves of the run")
     template = files("qlora.apps").joinpath(REPORT).read_text(encoding="utf-8")
@@ -161,14 +159,14 @@ def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
         data=run.facts.get("data"),
         memory=memory,
         merge=merge and _merge_facts(merge),
-        settings={key: _plain(settings[key]) for key in MAIN_SETTINGS if key in settings},
-        others={key: _plain(value) for key, value in (settings | versions).items()},
+        settings={key: _text_of(settings[key]) for key in MAIN_SETTINGS if key in settings},
+        others={key: _text_of(value) for key, value in (settings | versions).items()},
         commands=next_commands(run.folder, merged=merge is not None),
     )
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
-    """Label, value and note of each of the figures at the top."""
+    """The figures at the top of the page: label, value and note."""
     losses, evals, epochs = run.values("loss"), run.values("eval_loss"), run.values("epoch")
     figures = [("training loss", f"{losses[-1][1]:.4f}", f"{losses[0][1]:.4f} at the start")]
     if evals:
@@ -184,7 +182,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     peak, total = run.memory()
     if peak:
         note = f"of {total / GIB:.1f} GiB, {peak / total:.0%}" if total else ""
-        figures.append(("memory at most", f"{peak / GIB:.2f} GiB", note))
+        figures.append(("peak memory", f"{peak / GIB:.2f} GiB", note))
     return figures
 
 
@@ -197,33 +195,32 @@ def show_seconds(seconds: float) -> str:
 
 
 def remarks(run: Run) -> list[str]:
-    """Warnings about a run that is not complete, diverged or overfitted, or whose rows were cut."""
+    """Warnings: the run is incomplete, has diverged or overfitted, or its rows were cut."""
     lines = []
     if not (run.folder / "adapter_model.safetensors").is_file():
         lines.append("This run has not ended, or was stopped: --resume continues it.")
     diverged = [step for step, loss in run.values("loss") if not isfinite(loss)]
     if diverged:
-        lines.append(
-            f"From step {diverged[0]:,} on the loss is not a number: take a lower --learning-rate."
-        )
+        lines.append(f"The loss is not finite from step {diverged[0]:,}: lower --learning-rate.")
     evals = run.values("eval_loss")
     step, best = min(evals, key=lambda pair: pair[1], default=(0, 0.0))
     if evals and evals[-1][1] > 1.02 * best + 0.01:
         lines.append(
-            f"Evaluation was best at step {step:,} ({best:.4f}) and has become worse since: "
-            "fewer steps may do."
+            f"The evaluation loss was lowest at step {step:,} ({best:.4f}) and has risen since: "
+            "train for fewer steps."
         )
     cut = (run.facts.get("data") or {}).get("training", {}).get("cut_rows", 0)
     if cut:
         length = run.facts["config"].get("max_length")
-        lines.append(f"{cut:,} training rows were longer than {length} tokens and lost their end.")
+        lines.append(f"{cut:,} training rows had more than {length} tokens and were cut.")
     return lines
 
 
 def _merge_facts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the page's merge section."""
     onto = {
         "nf4": "onto the dequantized 4-bit base, as in training",
-        "original": "onto the original weights, which training did not see",
+        "original": "onto the original weights, which were not used in training",
     }
     kinds = [
         {
@@ -236,7 +233,7 @@ def _merge_facts(report: Mapping[str, Any]) -> dict[str, Any]:
         for name, layers in by_kind(report["layers"]).items()
     ]
     kept = report["verify"] and report["verify"]["kept"]
-    picture = Markup(as_svg(draw_merge(report), "What each layer kept")) if kinds else None
+    picture = Markup(as_svg(draw_merge(report), "Share of the change kept")) if kinds else None
     return {
         "about": f"{onto.get(report['onto'], report['onto'])}; {report['format']}",
         "verify": report["verify"],
@@ -246,8 +243,8 @@ def _merge_facts(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> str:
-    """A setting as words."""
+def _text_of(value: Any) -> str:
+    """A setting as shown on the page."""
     if value is None or isinstance(value, bool):
         return {None: "default", True: "yes", False: "no"}[value]
     if isinstance(value, list):
@@ -256,7 +253,7 @@ def _plain(value: Any) -> str:
 
 
 def next_commands(folder: Path, *, merged: bool) -> list[str]:
-    """The commands to type next: chat, and merge where that was not done."""
+    """The commands for what comes next: chat, and merge unless that was done."""
     name, out = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
     chat = f"python -m qlora.chat --adapter {name}"
     merge = f"python merge_dequant.py --adapter {name} --output-dir {out}"

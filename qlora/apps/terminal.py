@@ -1,9 +1,9 @@
 """Texts side by side on a terminal, while they are being generated.
 
-A row of the screen holds the same line of each text. It is rewritten in place (carriage return)
-until that line is complete in every text; then the next row begins. Nothing moves up, so what has
-scrolled away stays valid. Widths are in cells: Chinese and Japanese characters and most emoji take
-two, combining marks none (wcwidth, by Unicode's East Asian Width).
+Row i of the screen shows line i of each text. The last row is rewritten in place (carriage return)
+until line i is complete in every text; then the next row begins. The cursor never moves up, so rows
+that have scrolled away stay valid. Widths are in cells: Chinese and Japanese characters and most
+emoji take two, combining marks none (wcwidth, by Unicode's East Asian Width).
 """
 
 import re
@@ -18,7 +18,7 @@ ERASE = "\x1b[K"  # to the end of the line
 
 
 def printable(text: str) -> str:
-    """Without control characters but line breaks and tabs: a terminal would obey them."""
+    """Remove control characters, which a terminal executes, except line breaks and tabs."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
@@ -33,8 +33,7 @@ def wrap(text: str, width: int) -> list[str]:
         for word in re.findall(r" *[^ ]+", paragraph):
             if line and wcswidth(line + word) > width:
                 lines.append(line)
-                line = ""
-                word = word.lstrip(" ")
+                line, word = "", word.lstrip(" ")
             line += word
             while wcswidth(line) > width:
                 end = 1  # the longest beginning that fits, at least one character
@@ -50,19 +49,19 @@ class SideBySide:
     """Columns of equal width below their names, filled from the top down.
 
     Args:
-        width: of the terminal, in cells. One stays free: the last would wrap the line.
-        write: to the terminal.
+        width: of the terminal, in cells; the last one is not used, as writing there wraps the line.
+        write: writes text to the terminal.
     """
 
     def __init__(self, names: Sequence[str], width: int, write: Callable[[str], object]) -> None:
         self.width = (width - 1 - len(GAP) * (len(names) - 1)) // len(names)
         self.write = write
-        self.rows = 0  # complete ones
+        self.rows = 0  # complete rows
         self.write(self._row(names) + "\n")
         self.write("─┼─".join("─" * self.width for _ in names) + "\n")
 
     def show(self, texts: Sequence[str], ended: Sequence[bool]) -> None:
-        """Write what is new of the texts; `ended` says which of them are complete."""
+        """Write what was added to the texts; `ended` says which of them are complete."""
         wrapped = [wrap(printable(text).rstrip(), self.width) for text in texts]
         last = max(map(len, wrapped))
         complete = min(

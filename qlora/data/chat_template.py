@@ -1,17 +1,16 @@
-"""A chat -> the text its template renders, the spans with loss, and token ids with labels.
+"""A chat -> its text as the template renders it, spans with loss, and token ids with labels.
 
 Loss is on all that the model has to generate for each assistant turn: from the end of the
 generation prompt up to and including the turn's end token, so that it learns to stop; not on the
 line break after that token.
 
-Finding the turns: most templates have no {% generation %} marks, so transformers alone cannot give
-the mask. The whole chat is rendered once, as a string; turn i starts where the rendering of the
-messages before it, with a generation prompt, ends. That fails where a template renders the same
-turn differently depending on what follows (Qwen3 strips the thinking of earlier turns; Mistral
-moves the tools to the last user turn). There the turn's text is replaced by a probe, and the turn
-is what lies between the parts before and after the probe. The string is tokenized once, and spans
-of characters become spans of tokens by their offsets: tokenizing piece by piece would give other
-ids at the seams.
+Most templates have no {% generation %} marks, from which transformers computes a mask. So the whole
+chat is rendered once, as a string; turn i starts where the rendering of the messages before it,
+with a generation prompt, ends. That fails if a template renders a turn differently depending on
+what follows (Qwen3 strips the thinking of earlier turns; Mistral moves the tools to the last user
+turn). Then the turn's text is replaced by a probe, and the turn lies between the parts before and
+after the probe. The string is tokenized once, and spans of characters become spans of tokens by
+their offsets: tokenized piece by piece, the ids at the boundaries would differ.
 
 Source: transformers' apply_chat_template (https://huggingface.co/docs/transformers/chat_templating).
 """
@@ -35,14 +34,13 @@ FALLBACK_CHAT_TEMPLATE = (
 )
 PROBE = "QloraProbe7f3a"  # replaces a turn's text; no white space for templates to trim
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # [start, end)
 
 
 def fallback_template(tokenizer: Tokenizer) -> str | None:
-    """A plain chat template for a tokenizer that has none; None for one that has its own.
+    """A plain chat template for a tokenizer without one; None if it has one.
 
-    It renders `### User:\\n…\\n\\n### Assistant:\\n…<eos>`, after the BOS token where the tokenizer
-    adds one itself.
+    It renders `### User:\\n…\\n\\n### Assistant:\\n…<eos>`, after BOS if the tokenizer adds one.
     """
     if tokenizer.chat_template:
         return None
@@ -56,7 +54,7 @@ class Rendering:
     `full` is the text of all messages; with `prompt` it ends in the generation prompt.
 
     Raises:
-        UserError: the template refuses the chat.
+        UserError: the template rejects the chat.
     """
 
     def __init__(self, tokenizer: Tokenizer, chat: Chat, *, prompt: bool = False) -> None:
@@ -66,46 +64,38 @@ class Rendering:
             self.full = self._render(chat.messages, prompt)
         except (TemplateError, TypeError) as error:
             raise UserError(
-                f"the model's chat template refuses it: {first_line(error)} Change the messages "
-                "to what the template takes"
+                f"the model's chat template rejects the chat: {first_line(error)} Change its "
+                "messages to ones that the template accepts"
             ) from error
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages,
-                tools=self.chat.tools,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
-        )
+        options: Any = {"tokenize": False, "add_generation_prompt": prompt}
+        options |= {"tools": self.chat.tools, "chat_template": self.template}
+        return str(self.tokenizer.apply_chat_template(messages, **options))
 
     def _part(self, messages: list[dict[str, Any]], prompt: bool = False) -> str | None:
-        """Rendering of some messages; None where there are none or the template refuses them."""
+        """Some messages, rendered; None if there are none or the template rejects them."""
         try:
             return self._render(messages, prompt) if messages else None
         except (TemplateError, TypeError):
             return None
 
     def with_spans(self) -> tuple[str, list[Span]] | None:
-        """The text to tokenize and the spans with loss of its characters; None if one is not found.
+        """The text to tokenize and its spans with loss, in characters; None if one is not found.
 
-        Where the last turn has no end token, eos is inserted.
+        If the last turn has no end token, eos is inserted.
         """
-        text, spans = self.full, []
-        messages = self.chat.messages
+        text, messages, spans = self.full, self.chat.messages, []
         turns = [i for i in range(self.chat.first, len(messages)) if is_answer(messages[i])]
         for i in turns:
             span = self._span(i)
             if span is None:
                 return None
             if (word := _last_word(messages[i])) not in text[slice(*span)]:
-                # tool calls, or text that the template wants in another form: training on it
-                # would teach silence
+                # trained on such a turn, for example of tool calls, the model would learn silence
                 raise UserError(
                     f"the model's chat template leaves out an answer ({word[:60]!r}): write it as "
-                    "text that the template shows, or mend the template"
+                    "text that the template renders, or fix the template"
                 )
             spans.append(span)
         (start, end), eos = spans[-1], self.tokenizer.eos_token
@@ -116,47 +106,48 @@ class Rendering:
         return text, spans
 
     def _span(self, i: int) -> Span | None:
-        """Characters [start, end) of `full` that the model has to generate in turn i."""
+        """The characters of `full` that the model has to generate in turn i."""
         messages = self.chat.messages
         prompt = self._part(messages[:i], prompt=True)
+        if prompt is not None and not self.full.startswith(prompt):
+            prompt = None
         turn = self.full if i + 1 == len(messages) else self._part(messages[: i + 1])
-        starts = prompt is not None and self.full.startswith(prompt)
-        ends = turn is not None and self.full.startswith(turn.rstrip())
-        if prompt is None or turn is None or not (starts and ends):
-            return self._probed_span(i, prompt if starts else None)
+        if prompt is None or turn is None or not self.full.startswith(turn.rstrip()):
+            return self._probed_span(i, prompt)
         return len(prompt), len(turn.rstrip())
 
     def _probed_span(self, i: int, prompt: str | None) -> Span | None:
-        """The same, where the turn renders differently inside the chat and at its end."""
+        """The same by a probe, if the turn renders differently inside the chat and at its end."""
         messages, full = self.chat.messages, self.full
         probe = {**messages[i], "content": PROBE}
         probed = self._part([*messages[:i], probe, *messages[i + 1 :]]) or ""
         before, probe_text, after = probed.partition(PROBE)
         if not probe_text or not full.endswith(after):
             return None
-        # `before` may depend on the text (empty think tags): the span starts where it differs
-        start = _shared(before, full) if prompt is None else len(prompt)
-        history = self._part(messages[:i]) or ""
-        if prompt is None and start < len(before) and not full[:start].startswith(history):
-            return None
-        # the end token is what follows the text when nothing follows the turn
+        if prompt is not None:
+            start = len(prompt)
+        else:  # `before` may depend on the text (empty think tags): start where the two differ
+            start, history = _common_length(before, full), self._part(messages[:i]) or ""
+            if start < len(before) and not full[:start].startswith(history):
+                return None
+        # the turn's end token is what follows the text if no message follows the turn
         end = len(full) - len(after)
         tail = (self._part([*messages[:i], probe]) or "").partition(PROBE)[2].rstrip()
         if not after.startswith(tail):  # Phi-3 ends the whole chat with eos: keep the turn's own
-            blank = len(tail) - len(tail.lstrip())
-            vocab = self.tokenizer.get_added_vocab()
-            marks = [mark for mark in vocab if tail.startswith(mark, blank)]
-            tail = tail[:blank] + max(marks, key=len, default="")
+            blanks = len(tail) - len(tail.lstrip())
+            tokens = self.tokenizer.get_added_vocab()
+            ends = [token for token in tokens if tail.startswith(token, blanks)]
+            tail = tail[:blanks] + max(ends, key=len, default="")
         return start, end + (len(tail) if after.startswith(tail) else 0)
 
 
-def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the longest common prefix."""
     return sum(takewhile(bool, (x == y for x, y in zip(a, b, strict=False))))
 
 
 def _last_word(message: Mapping[str, Any]) -> str:
-    """The last word of a turn's text, or else the name of the last tool it calls."""
+    """The last word of a turn's text; without text, the name of the last tool called."""
     if words := str(message.get("content", "")).split():
         return words[-1]
     call = message["tool_calls"][-1]
@@ -164,13 +155,13 @@ def _last_word(message: Mapping[str, Any]) -> str:
 
 
 def is_answer(message: Mapping[str, Any]) -> bool:
-    """Whether it is an assistant's message with text or tool calls."""
+    """Whether a message is the assistant's, with text or tool calls."""
     content = message.get("content", "").strip() or message.get("tool_calls")
     return message["role"] == "assistant" and bool(content)
 
 
 def tokenize(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-    """Ids of a rendered chat (which has its own BOS), and labels with loss on the spans."""
+    """Ids of a rendered chat, whose BOS the template writes, and labels with loss on the spans."""
 
     def ids_of(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -180,21 +171,21 @@ def tokenize(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[li
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        learned = [any(_in_span(text, token, span) for span in spans) for token in offsets]
-    else:  # no offsets: a boundary is as many tokens in as the text up to there has in common
+        has_loss = [any(_in_span(text, token, span) for span in spans) for token in offsets]
+    else:  # no offsets: a boundary is where the ids of the text up to it differ from `ids`
         ids = ids_of(text)
-        learned = [False] * len(ids)
+        has_loss = [False] * len(ids)
         for span in spans:
-            first, last = (_shared(ids, ids_of(text[:end])) for end in span)
-            learned[first:last] = [True] * (last - first)
-    return ids, [i if on else NO_LOSS for i, on in zip(ids, learned, strict=True)]
+            first, last = (_common_length(ids, ids_of(text[:end])) for end in span)
+            has_loss[first:last] = [True] * (last - first)
+    return ids, [i if on else NO_LOSS for i, on in zip(ids, has_loss, strict=True)]
 
 
 def _in_span(text: str, token: Span, span: Span) -> bool:
-    """Whether the token at those characters belongs to the span.
+    """Whether a token, by its offsets, belongs to the span.
 
-    A token may begin just before the span ("[/INST]| yes" with the space in the token). Byte-level
-    tokenizers with trim_offsets give a lone space before the span as (start, start): not in it.
+    A token may begin just before the span ("[/INST]| yes" with the space in the token). Outside is
+    a lone space before it, whose offsets with trim_offsets of byte-level BPE are (start, start).
     """
     (low, high), (start, end) = token, span
     return low < end and high > start and (low >= start or bool(text[start:high].strip()))

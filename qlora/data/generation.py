@@ -1,12 +1,12 @@
-"""Prompts -> the model's answers, in batches; and rows as questions with the answer they have.
+"""Prompts -> generated answers, in batches; and rows -> a prompt and its expected answer.
 
-The prompt is the chat as its template renders it with a generation prompt; the answer is what the
-model generates until it ends its turn. Prompts of a batch are padded on the left with an attention
-mask. Any id can pad: a tokenizer without a pad token, which tokenizer.pad refuses, stays as it is.
+A prompt is a chat as its template renders it with a generation prompt. The prompts of a batch are
+padded on the left with an attention mask, so any id can be the pad: the tokenizer needs no pad
+token, and is not changed.
 
-A turn ends at the eos tokens of the model's generation_config, at the tokenizer's eos, and at the
-token that the chat template puts after an answer: that one is learned in training, and in many base
-models (Qwen2.5's, for one) it is neither of the others.
+An answer ends at the eos tokens of the model's generation_config, at the tokenizer's eos, and at
+the token that the chat template writes after an answer: the model is trained to generate that one,
+and in many base models (for example Qwen2.5) it is neither of the others.
 
 Left out: beam search, and running tools.
 """
@@ -28,7 +28,7 @@ from qlora.errors import UserError
 
 Message = Mapping[str, Any]
 BATCH_ROWS = 32
-BATCH_TOKENS = 8192  # prompt and answer: keys and values of so many take 1 GB in an 8B model
+BATCH_TOKENS = 8192  # of prompts and answers: their keys and values take 1 GB in an 8B model
 
 
 class Question(NamedTuple):
@@ -37,13 +37,13 @@ class Question(NamedTuple):
     prompt: list[int]
     answer: list[int]
     request: str = ""
-    """the user's last words"""
+    """text of the last user message"""
     max_new_tokens: int = 0
-    """longest answer, where it differs from row to row"""
+    """limit of the generated answer, where each row has its own"""
 
 
 def question_of(row: Mapping[str, Any], task: str) -> Question:
-    """A row as `Objective.encode` returns it, split; the prompt of a text row is empty."""
+    """Split a row of `Objective.encode`; the prompt of a `text` row is empty."""
     ids, labels = row["input_ids"], row["labels"]
     if task == "seq2seq":
         return Question(ids, labels)
@@ -69,12 +69,12 @@ def answers(
     """The model's answer to each chat, decoded, without special tokens.
 
     Args:
-        chats: messages with `role` and `content`, the last of them the user's.
-        temperature: 0 takes the most likely token; above, tokens are drawn from torch's generator.
-        progress: title of a progress bar on a terminal; none without.
+        chats: messages with `role` and `content`, ending with the user's.
+        temperature: 0 is greedy decoding; above 0, torch's global generator draws the tokens.
+        progress: title of a progress bar, shown on a terminal; "" shows none.
 
     Raises:
-        UserError: the chat template refuses a chat.
+        UserError: the chat template rejects a chat.
     """
     prompts = [prompt_ids(tokenizer, chat) for chat in chats]
     settings = generation_settings(model, tokenizer, max_new_tokens, temperature)
@@ -91,17 +91,14 @@ def prompt_ids(
 
 
 def generation_settings(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    max_new_tokens: int,
-    temperature: float = 0.0,
+    model: PreTrainedModel, tokenizer: Tokenizer, max_new_tokens: int, temperature: float = 0.0
 ) -> dict[str, Any]:
-    """Arguments of `model.generate`; the model's generation_config gives the others."""
-    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # any will do: pads are masked
+    """Arguments of `model.generate`; the model's generation_config sets the others."""
+    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # pads are masked: any id is fine
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": temperature > 0,
-        "use_cache": True,  # off in a model being trained
+        "use_cache": True,  # training turns it off in the config
         "eos_token_id": stop_ids(model, tokenizer) or None,
         "pad_token_id": next(i for i in pad_ids if i is not None),
     }
@@ -109,12 +106,12 @@ def generation_settings(
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end an answer."""
+    """Ids of the tokens that end an answer."""
     config: Any = getattr(model, "generation_config", None)
     eos = config.eos_token_id if config is not None else None
     ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-    with suppress(UserError):  # a template that refuses this is reported for the real chat
+    with suppress(UserError):  # a template that rejects this chat may accept real ones
         after = Rendering(tokenizer, Chat(turn, None, 0)).full.partition(PROBE)[2].lstrip()
         first = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"][:1]
         ids |= {i for i in first if i in tokenizer.added_tokens_decoder}
@@ -130,17 +127,17 @@ def generate(
     *,
     progress: str = "",
 ) -> list[str]:
-    """The model's answer to each prompt of ids, by these `generation_settings`.
+    """The model's decoded answer to each prompt (token ids), with these `generation_settings`.
 
-    Prompts of similar length share a batch, up to BATCH_ROWS and BATCH_TOKENS.
+    A batch holds prompts of similar length, up to BATCH_ROWS and BATCH_TOKENS.
     """
     texts = [""] * len(prompts)
     hidden = None if progress else True  # None: tqdm hides it where there is no terminal
     bar = tqdm(total=len(prompts), desc=progress, leave=False, disable=hidden)
     with bar, generation_mode(model):
         for batch in _batches(prompts, settings["max_new_tokens"]):
-            inputs = left_padded([prompts[i] for i in batch], settings["pad_token_id"])
-            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            batch_prompts = [prompts[i] for i in batch]
+            inputs = left_padded(batch_prompts, settings["pad_token_id"], model.device)
             ids = model.generate(**inputs, **settings)  # type: ignore[operator]
             if not model.config.is_encoder_decoder:  # (B, T + new) -> (B, new)
                 ids = ids[:, inputs["input_ids"].shape[1] :]
@@ -151,7 +148,7 @@ def generate(
 
 
 def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int]]:
-    """Indices into `prompts`, the longest first: if memory runs out, it does so at once."""
+    """Indices into `prompts`, the longest first, so that a lack of memory shows at once."""
     batch: list[int] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         rows = BATCH_TOKENS // (len(prompts[batch[0] if batch else i]) + max_new_tokens)
@@ -163,18 +160,21 @@ def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[
         yield batch
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """input_ids and attention_mask (B, T), each prompt at the right end."""
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> dict[str, Tensor]:
+    """input_ids and attention_mask (B, T), with pads before each prompt."""
     width = max(map(len, prompts))
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    columns = {"input_ids": ids, "attention_mask": mask}
+    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
 
 
 @contextmanager
 def generation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and without the model's own max_length, of which transformers warns beside
-    max_new_tokens; restored afterwards, so that training can go on."""
+    """Eval mode, and no max_length in the generation_config, which transformers warns of beside
+    max_new_tokens; both are restored afterwards, so that training can continue."""
     was_training, config = model.training, model.generation_config
     model.eval()
     model.generation_config = copy.deepcopy(config)
@@ -187,6 +187,6 @@ def generation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """An answer's ids as text, without special tokens."""
+    """Ids as text, without special tokens."""
     text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)

@@ -1,4 +1,4 @@
-"""What each task does with a record: the row, the batch, the loss and the scores.
+"""For each task: how a record becomes a row and a batch, and the loss and scores of its outputs.
 
     task        input_ids                labels (-100: no loss)                        loss over
     causal-lm   the chat, or the text    the same ids, where the model has to answer   next tokens
@@ -9,15 +9,15 @@
 The loss is a cross-entropy summed over all labels of an optimizer step and divided once by their
 number, so it does not depend on how a step is split into batches.
 
-Of chats, the assistant's turns and their end tokens have loss (qlora.data.chat_template); of `text`
-records, every token. The other tasks follow transformers' examples (run_translation, run_glue,
-run_ner); that only the first token of a word has its label is run_ner's.
+In a chat, the assistant's turns and their end tokens have loss (qlora.data.chat_template); in a
+`text` record, every token. The other tasks follow transformers' examples: run_translation,
+run_glue, and run_ner, where only the first token of a word has its label.
 
 Classes: a record holds a class's name or its number. Names are sorted, and their positions are the
-numbers; numbers without names are called LABEL_0, LABEL_1, … as in transformers. A data set of the
-hub that names its numbers (ClassLabel) has the names.
+numbers; numbers without names are called LABEL_0, LABEL_1, … as in transformers. A hub data set
+with a ClassLabel column has its own names.
 
-Left out: regression, several labels a row, question answering.
+Left out: regression, several labels per row, question answering.
 """
 
 import re
@@ -40,22 +40,27 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from qlora.config.tasks import TASKS, Task
 from qlora.data.chat_template import NO_LOSS, Rendering, is_answer, tokenize
 from qlora.data.records import KINDS, chat_of, kind_of, string_of
-from qlora.errors import UserError, did_you_mean
+from qlora.errors import UserError, did_you_mean, some
 
 Record = Mapping[str, Any]
 Row = dict[str, Any]
-Names = Sequence[str]
-Pieces = Iterable[tuple[str, bool]]
-Numbers = Iterable[Sequence[int]]
+Names = Sequence[str]  # of a classifier's classes, by their number
+Pieces = Iterable[tuple[str, bool]]  # text, and whether it has loss
+ClassRows = Iterable[Sequence[int]]  # of each row, the class numbers of its labels
+
+SEQ2SEQ_KINDS = (("prompt", "completion"), ("input", "target"), ("instruction", "output"))
+PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
+TEXT_KINDS = tuple((*texts, "label") for texts in (*PAIRS, ("text",), ("sentence",)))
+WORD_KINDS = (("tokens", "tags"), ("tokens", "ner_tags"))
 
 
 def count_labels(labels: Tensor) -> int:
-    """How many labels have loss."""
+    """The number of labels with loss."""
     return int((labels != NO_LOSS).sum())
 
 
 def label_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-    """Cross-entropy summed over labels, divided by the number of those of the optimizer step."""
+    """Cross-entropy summed over the batch's labels, divided by the optimizer step's label count."""
     logits = outputs["logits"].float().flatten(0, -2)  # (B, C) stays, (B, T, C) -> (B*T, C)
     total = F.cross_entropy(
         logits, labels.flatten().to(logits.device), ignore_index=NO_LOSS, reduction="sum"
@@ -65,37 +70,37 @@ def label_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a task learns from, and how."""
+    """The data functions of one task."""
 
     task: Task
     kinds: tuple[tuple[str, ...], ...]
-    """columns of each kind of record; a classifier's label is the last of them"""
+    """the columns of each kind of record; the last one holds a classifier's label"""
     encode: Callable[[Record, Tokenizer, int, Names], Row]
-    """(record, tokenizer, max_length, class names) -> what `_row` returns"""
+    """(record, tokenizer, max_length, class names) -> row, as `_row` returns it"""
     pieces: Callable[[Row, Tokenizer, Names], Pieces]
-    """(row, tokenizer, class names) -> its text in pieces, each with whether it has loss"""
+    """(row, tokenizer, class names) -> its decoded text in pieces"""
     collator: Any
-    """transformers' class for it"""
+    """transformers' collator class"""
     loss: Callable[[Any, Tensor, Tensor | None], Tensor] = label_loss
     """(outputs, labels, number of labels in the step) -> loss"""
     supervised: Callable[[Tensor], int] = count_labels
-    """the number of labels with loss in a batch's labels"""
-    scores: Callable[[Numbers, Numbers, Names], dict[str, float]] | None = None
-    """of a classifier: (predicted, wanted, class names) -> scores; rows of class numbers"""
+    """a batch's labels -> the number of those with loss"""
+    scores: Callable[[ClassRows, ClassRows, Names], dict[str, float]] | None = None
+    """of a classifier: (predicted, expected, class names) -> scores"""
     one_label: bool = False
-    """a row has one label, and is a text or two, which some models tell apart by token_type_ids"""
+    """a row has one label; it may be a pair of texts, with token_type_ids"""
 
     @property
     def classifies(self) -> bool:
-        """Whether labels are classes, not tokens."""
+        """Whether labels are class numbers, not token ids."""
         return self.scores is not None
 
 
 def _row(
     ids: list[int], labels: Any, full_length: int, supervised: int, length: int | None = None
 ) -> Row:
-    """`input_ids` and `labels`, cut; `length`, tokens after the cut; `full_length`, tokens before
-    it, 0 where there is no answer; `supervised`, labels with loss."""
+    """Ids and labels, cut; `length` in tokens after the cut; `full_length` before it, 0 without an
+    answer; `supervised`, the number of labels with loss."""
     length = len(ids) if length is None else length
     counts = {"length": length, "full_length": full_length, "supervised": supervised}
     return {"input_ids": ids, "labels": labels, **counts}
@@ -105,7 +110,7 @@ def _row(
 
 
 def encode_chat(record: Record, tokenizer: Tokenizer, max_length: int, names: Names = ()) -> Row:
-    """Ids of a chat or text, and the same as labels where the model has to answer."""
+    """Ids of a chat or text; labels are the same ids in the answers, NO_LOSS elsewhere."""
     ids, labels = _chat_ids(record, tokenizer) or ([], [])
     kept = labels[:max_length]
     # the first token is never predicted, so a label there alone teaches nothing
@@ -114,7 +119,7 @@ def encode_chat(record: Record, tokenizer: Tokenizer, max_length: int, names: Na
 
 
 def _chat_ids(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
-    """Ids and labels of a record before the cut; None when it has no answer."""
+    """Ids and labels of a record before the cut; None if it has no answer."""
     chat = chat_of(record)
     if chat is None:
         ids = list(tokenizer(string_of(record["text"]), verbose=False)["input_ids"])
@@ -145,14 +150,9 @@ def _chat_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
 
 
 def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-    """Cross-entropy summed over supervised next tokens, divided by those of the optimizer step.
-
-    Logits are (B, T, vocab) and labels (B, T).
-    """
-    logits = outputs["logits"]
-    loss: Tensor = ForCausalLMLoss(
-        logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch
-    )
+    """`label_loss` of the next tokens: logits (B, T, vocab) at t are for labels (B, T) at t + 1."""
+    logits, count = outputs["logits"], num_items_in_batch
+    loss: Tensor = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=count)
     return loss
 
 
@@ -160,26 +160,27 @@ def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) 
 
 
 def encode_answer(record: Record, tokenizer: Tokenizer, max_length: int, names: Names = ()) -> Row:
-    """Ids of the prompt, and those of the answer as labels, each as the tokenizer ends it."""
+    """Ids of the prompt, and ids of the answer as labels, both with the tokenizer's end token."""
     kind = kind_of(record, kinds=SEQ2SEQ_KINDS)
     prompt, answer = string_of(record[kind[0]]), string_of(record[kind[-1]])
     if kind[0] == "instruction" and string_of(record.get("input")).strip():
         prompt = f"{prompt}\n\n{string_of(record['input'])}"
     if not answer.strip():
         return _row([], [], 0, 0)
-    ids, full = _cut(tokenizer, max_length, prompt)
-    labels, full_answer = _cut(tokenizer, max_length, None, text_target=answer)
-    ids, labels = ids["input_ids"], labels["input_ids"]
-    return _row(ids, labels, max(full, full_answer), len(labels), len(ids) + len(labels))
+    source, source_length = _encode(tokenizer, max_length, prompt)
+    target, target_length = _encode(tokenizer, max_length, None, text_target=answer)
+    ids, labels = source["input_ids"], target["input_ids"]
+    full_length = max(source_length, target_length)
+    return _row(ids, labels, full_length, len(labels), length=len(ids) + len(labels))
 
 
-def _cut(tokenizer: Tokenizer, max_length: int, *texts: Any, **settings: Any) -> tuple[Any, int]:
-    """The encoding, cut with its special tokens left on, and its length before the cut."""
-    encoded = tokenizer(*texts, verbose=False, **settings)
-    full = len(encoded["input_ids"])
-    if full > max_length:
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length, **settings)
-    return encoded, full
+def _encode(tokenizer: Tokenizer, max_length: int, *texts: Any, **options: Any) -> tuple[Any, int]:
+    """The encoding, truncated with its special tokens kept, and its length before that."""
+    encoded = tokenizer(*texts, verbose=False, **options)
+    full_length = len(encoded["input_ids"])
+    if full_length > max_length:
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length, **options)
+    return encoded, full_length
 
 
 def _answer_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
@@ -192,35 +193,36 @@ def _answer_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
 
 
 def encode_text(record: Record, tokenizer: Tokenizer, max_length: int, names: Names) -> Row:
-    """Ids of a text, or of two, and its class's number."""
+    """Ids of a text or a pair of texts, and the number of its class."""
     *columns, column = kind_of(record, kinds=TEXT_KINDS)
     if record[column] is None:
-        raise UserError(f"{column} is missing: give each row one, or leave the row out")
-    encoded, full = _cut(tokenizer, max_length, *(string_of(record[c]) for c in columns))
-    row = _row(encoded["input_ids"], class_number(record[column], names), full, 1)
+        raise UserError(f"{column} is missing: fill it, or remove the row")
+    texts = [string_of(record[name]) for name in columns]
+    encoded, full_length = _encode(tokenizer, max_length, *texts)
+    row = _row(encoded["input_ids"], class_number(record[column], names), full_length, 1)
     types = encoded.get("token_type_ids")
     return row if types is None else row | {"token_type_ids": types}
 
 
 def encode_words(record: Record, tokenizer: Tokenizer, max_length: int, names: Names) -> Row:
-    """Ids of a list of words, and the number of each word's class at its first token."""
+    """Ids of a list of words; labels are the number of a word's class at its first token."""
     kind = kind_of(record, kinds=WORD_KINDS)
     words, tags = (record[column] for column in kind)
-    if not (isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags)):
-        sizes = [len(x) if isinstance(x, list) else type(x).__name__ for x in (words, tags)]
+    sizes = [len(x) if isinstance(x, list) else type(x).__name__ for x in (words, tags)]
+    if not isinstance(sizes[0], int) or sizes[0] != sizes[1]:
         raise UserError(
-            f"{kind[0]} and {kind[1]} must be two lists of one length, got {sizes[0]} and "
-            f"{sizes[1]}"
+            f"{' and '.join(kind)} must be lists of one length, got {sizes[0]} and {sizes[1]}"
         )
     numbers = [class_number(tag, names) for tag in tags]
     strings = [string_of(word) for word in words]
-    encoded, full = _cut(tokenizer, max_length, strings, is_split_into_words=True)
-    positions = encoded.word_ids()  # of each token: its word, None for special tokens
+    encoded, full_length = _encode(tokenizer, max_length, strings, is_split_into_words=True)
+    positions = encoded.word_ids()  # of each token: the index of its word, or None
     labels = [
         numbers[word] if word is not None and word != before else NO_LOSS
         for before, word in zip([None, *positions], positions, strict=False)
     ]
-    return _row(encoded["input_ids"], labels, full, sum(label != NO_LOSS for label in labels))
+    supervised = sum(label != NO_LOSS for label in labels)
+    return _row(encoded["input_ids"], labels, full_length, supervised)
 
 
 def _word_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
@@ -232,20 +234,20 @@ def _word_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
 
 
 def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names of all classes in a column of labels, or of lists of labels.
+    """The names of the classes in a column of labels, or of lists of labels.
 
     Args:
-        known: the model's class names; kept where they include all that the column has.
+        known: the model's class names, returned if they include all names in the column.
 
     Raises:
-        UserError: labels are neither names nor whole numbers from 0, or all are the same.
+        UserError: a label is neither a name nor a whole number from 0, or all are the same.
     """
     feature = records.features[column]
     given = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel
     items = (item if isinstance(item, list) else [item] for item in records[column])
     values = {label for item in items for label in item if label is not None}
     if not values:
-        raise UserError(f"{column} is empty in every row: a classifier learns from labels")
+        raise UserError(f"{column} is empty in every row: a classifier needs labels")
     if given:
         names = tuple(given)
     elif all(type(value) is int and value >= 0 for value in values):
@@ -254,17 +256,14 @@ def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tup
     elif all(isinstance(value, str | bool) for value in values):
         names = tuple(sorted(map(str, values)))
     else:
-        odd = next(v for v in values if type(v) is not int or v < 0)
+        bad = next(value for value in values if type(value) is not int or value < 0)
         raise UserError(
-            f"{column} must be names or whole numbers from 0, got {odd!r}: change them, or leave "
-            "those rows out"
+            f"{column} must hold names, or whole numbers from 0, got {bad!r}: change or remove it"
         )
     if set(names) <= set(known):
         return tuple(known)
     if len(names) < 2:
-        raise UserError(
-            f"{column} holds one label alone, {''.join(names)}: a classifier needs two or more"
-        )
+        raise UserError(f"{column} is {names[0]} in every row: a classifier needs two labels")
     return names
 
 
@@ -273,12 +272,10 @@ def class_number(label: Any, names: Names) -> int:
     if type(label) is int:
         if 0 <= label < len(names):
             return label
-        raise UserError(f"label {label} is not one of the training data's 0 to {len(names) - 1}")
+        raise UserError(f"label {label} is not one of the training data: 0 to {len(names) - 1}")
     if str(label) not in names:
-        shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-        raise UserError(
-            f"label {str(label)[:60]!r} is none of {shown}.{did_you_mean(str(label), names)}"
-        )
+        hint = did_you_mean(str(label), names)
+        raise UserError(f"label {str(label)[:60]!r} is not one of {some(names, 12)}.{hint}")
     return names.index(str(label))
 
 
@@ -291,75 +288,67 @@ def measure(
     """`loss`, the mean over all labels of all batches, and a classifier's accuracy and F1.
 
     Args:
-        results: for each batch the loss summed over its labels (`objective.loss` divided by 1),
-            the model's outputs, and the labels.
-        names: a classifier's class names.
+        results: of each batch, the loss summed over its labels (`objective.loss` with a count of
+            1), the model's outputs, and the labels.
     """
     total, count = 0.0, 0
     predicted: list[list[int]] = []
-    wanted: list[list[int]] = []
+    expected: list[list[int]] = []
     for loss, outputs, labels in results:
         total += float(loss)
         count += objective.supervised(labels)
         if objective.scores:
-            wanted += _labelled(labels, labels)
-            predicted += _labelled(outputs["logits"].argmax(-1), labels)
+            classes = outputs["logits"].argmax(-1)  # (B, C) -> (B,), or (B, T, C) -> (B, T)
+            for row, row_labels in zip(classes, labels, strict=True):
+                has_label = row_labels != NO_LOSS
+                predicted.append(row[has_label].tolist())
+                expected.append(row_labels[has_label].tolist())
     scores = {"loss": total / max(count, 1)}
-    return scores | objective.scores(predicted, wanted, names) if objective.scores else scores
+    return scores | objective.scores(predicted, expected, names) if objective.scores else scores
 
 
-def _labelled(values: Tensor, labels: Tensor) -> list[list[int]]:
-    """For each row the values where it has a label; both (B,), or (B, T)."""
-    rows = zip(values.view(len(labels), -1), labels.view(len(labels), -1), strict=True)
-    return [row[real != NO_LOSS].tolist() for row, real in rows]
+def text_scores(predicted: ClassRows, expected: ClassRows, names: Names) -> dict[str, float]:
+    """`accuracy`: right labels / labels, over all rows together."""
+    rows = zip(predicted, expected, strict=True)
+    right = [a == b for row in rows for a, b in zip(*row, strict=True)]
+    return {"accuracy": sum(right) / max(len(right), 1)}
 
 
-def text_scores(predicted: Numbers, wanted: Numbers, names: Names) -> dict[str, float]:
-    """`accuracy`, the share of right labels among those of all rows together."""
-    pairs = [pair for row in zip(predicted, wanted, strict=True) for pair in zip(*row, strict=True)]
-    return {"accuracy": sum(a == b for a, b in pairs) / max(len(pairs), 1)}
+def word_scores(predicted: ClassRows, expected: ClassRows, names: Names) -> dict[str, float]:
+    """`accuracy`, and `f1` over whole entities, as in CoNLL, where `names` are B- and I- tags.
 
-
-def word_scores(predicted: Numbers, wanted: Numbers, names: Names) -> dict[str, float]:
-    """`accuracy`; and `f1` over whole entities, as in CoNLL, where `names` are B- and I- tags.
-
-    f1 = 2 * right / (predicted + wanted), where an entity is right if its type, its first and its
-    last word are. Not seqeval's: that brings scikit-learn, and had its last release in 2020.
+    f1 = 2 * right / (predicted + expected); an entity is right if its type and both its ends are.
+    seqeval is not used: it requires scikit-learn, and its last release is from 2020.
     """
-    scores = text_scores(predicted, wanted, names)
+    scores = text_scores(predicted, expected, names)
     if not any(name.startswith(("B-", "I-")) for name in names):
         return scores
     right = total = 0
-    for row in zip(predicted, wanted, strict=True):
-        ours, theirs = (entities([names[i] for i in numbers]) for numbers in row)
-        right += len(ours & theirs)
-        total += len(ours) + len(theirs)
+    for row in zip(predicted, expected, strict=True):
+        found, correct = (entities([names[i] for i in numbers]) for numbers in row)
+        right += len(found & correct)
+        total += len(found) + len(correct)
     return scores | {"f1": 2 * right / max(total, 1)}
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """(type, first word, word after the last) of each entity in a row of B-, I- and other tags.
+    """(type, start, end) of each entity in a row of B-, I- and other tags; end is exclusive.
 
     An I- tag after another type begins an entity, as in conlleval.
     """
     spans = set()
-    start, kind = 0, ""
+    start, current = 0, ""
     for i, tag in enumerate([*tags, "O"]):
-        mark, _, new_kind = tag.partition("-") if tag.startswith(("B-", "I-")) else ("O", "", "")
-        if kind and (mark != "I" or new_kind != kind):
-            spans.add((kind, start, i))
-            kind = ""
-        if new_kind and (mark == "B" or not kind):
-            start, kind = i, new_kind
+        mark, _, kind = tag.partition("-") if tag.startswith(("B-", "I-")) else ("O", "", "")
+        if current and (mark != "I" or kind != current):
+            spans.add((current, start, i))
+            current = ""
+        if kind and not current:
+            start, current = i, kind
     return spans
 
 
 # ---- the table
-
-SEQ2SEQ_KINDS = (("prompt", "completion"), ("input", "target"), ("instruction", "output"))
-PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
-TEXT_KINDS = tuple((*texts, "label") for texts in (*PAIRS, ("text",), ("sentence",)))
-WORD_KINDS = (("tokens", "tags"), ("tokens", "ner_tags"))
 
 OBJECTIVES = {
     objective.task.name: objective

@@ -1,6 +1,6 @@
 """Files and hub data sets -> records -> chat messages.
 
-The columns of a record tell its kind; the first that matches of `messages` (roles system, user,
+The columns of a record determine its kind, the first match of: `messages` (roles system, user,
 assistant, tool), ShareGPT `conversations`, `prompt` + `completion` (strings or lists of messages),
 Alpaca `instruction` + `input` + `output`, and `text`. `datasets` reads the files; errors name the
 file and the line.
@@ -25,32 +25,35 @@ from qlora.errors import UserError, did_you_mean, first_line
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 ENDINGS = " ".join(LOADERS)
-KINDS = (  # columns that make a kind of record, first match wins
+KINDS = (  # the columns of each kind of record; the first match wins
     ("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"),
     ("text",),
 )  # fmt: skip
-TEXTS = (
+TEXTS = (  # columns that a .csv file keeps as they are written
     "prompt", "completion", "instruction", "input", "output", "target", "text", "text_pair",
     "system",
 )  # fmt: skip
 ROLES = {"system": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "observation", "function_response"), "tool")
-OBJECTS_WANTED = "one JSON object a line is wanted (or, in .json, a list of them)"
-NO_ROWS = "{} has no rows: at least one record is needed, fill it or give another"
+EXPECTED_JSON = "expected one JSON object per line (or, in .json, a list of them)"
+NO_ROWS = "{} has no rows: add at least one record, or pass another file"
 
 
 # ---- files -> records
 
 
-def load_records(source: str, kinds: Sequence[tuple[str, ...]] = KINDS) -> Dataset:
+def load_records(
+    source: str, kinds: Sequence[tuple[str, ...]] = KINDS, *, limit: int | None = None
+) -> Dataset:
     """Records of a local file, of a folder of files of one kind, or of a hub dataset's train split.
 
     A local file is read again at each call, past datasets' cache, and leaves nothing on disk.
     Blank rows of `text` are skipped.
 
     Args:
-        kinds: the columns of each kind of record that is allowed.
+        kinds: the columns of each kind of record that the task accepts.
+        limit: return only the first records, at most so many.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -58,21 +61,21 @@ def load_records(source: str, kinds: Sequence[tuple[str, ...]] = KINDS) -> Datas
     elif _names_a_path(source):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
-            f"{source} does not exist: give a {ENDINGS} file, a folder of them, or a dataset's hub "
+            f"{source} does not exist: pass a {ENDINGS} file, a folder of them, or a dataset's hub "
             f"name.{did_you_mean(path.name, siblings)}"
         )
     else:
         records = _load_hub(source)
     if len(records) and kind_of(records.column_names, source, kinds) == ("text",):
         filled = [i for i, text in enumerate(records["text"]) if string_of(text).strip()]
-        records = records if len(filled) == len(records) else records.select(filled)
+        records = records.select(filled)
     if not len(records):
         raise UserError(NO_ROWS.format(source))
-    return records
+    return records if limit is None else records.select(range(min(limit, len(records))))
 
 
 def _names_a_path(source: str) -> bool:
-    """Whether a `source` that does not exist is meant as a path; a hub name is `owner/name`."""
+    """Whether a missing `source` looks like a path; a hub name is `owner/name`."""
     folder, slash, _ = source.partition("/")
     return (
         source.startswith((".", "/", "~"))
@@ -84,7 +87,7 @@ def _names_a_path(source: str) -> bool:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or those of the folder, all of one supported kind."""
+    """The file itself, or the data files of the folder, which must be of one kind."""
     if path.is_dir():
         files = sorted(
             p for p in path.iterdir() if p.suffix.lower() in LOADERS and not p.name.startswith(".")
@@ -92,13 +95,13 @@ def _files(path: Path) -> list[Path]:
         kinds = sorted({p.suffix.lower() for p in files})
         if len({LOADERS[kind] for kind in kinds}) != 1:
             raise UserError(
-                f"{path} must hold data files of one kind ({ENDINGS}), it has "
-                f"{' and '.join(kinds) or 'none'}: name one of its files, or move the others out"
+                f"{path} must contain data files of one kind ({ENDINGS}), got "
+                f"{' and '.join(kinds) or 'none'}: pass one of its files, or move the others out"
             )
         return files
     if path.suffix.lower() not in LOADERS:
         raise UserError(
-            f"{path} is no {ENDINGS} file: convert it, to .jsonl for example."
+            f"{path} is not a {ENDINGS} file: convert it, to .jsonl for example."
             f"{did_you_mean(path.suffix, LOADERS)}"
         )
     return [path]
@@ -108,29 +111,34 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
     kind = LOADERS[files[0].suffix.lower()]
     if kind != "parquet":
         _check_text(source, files)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"split": "train", "keep_in_memory": True}
     if kind == "csv":
         # pandas would read the answers "None" and "N/A" as missing, and "007" and "1.50" as numbers
-        options = {"keep_default_na": False, "converters": dict.fromkeys(TEXTS, str)}
+        options |= {"keep_default_na": False, "converters": dict.fromkeys(TEXTS, str)}
     data_files, verbosity = [str(file) for file in files], datasets_logging.get_verbosity()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # _why_unreadable explains it
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # the error below explains it
     try:
-        # datasets identifies a file by name and mtime: its cache would serve an edited one
+        # datasets identifies a file by name and mtime: its cache would return an edited file's old
+        # content
         with tempfile.TemporaryDirectory() as cache:
-            settings: Any = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
-            records = load_dataset(kind, data_files=data_files, **settings, **options)
-        return _with_dates_as_written(records, files) if kind == "json" else records
-    except UserError:
-        raise
+            records = load_dataset(kind, data_files=data_files, cache_dir=cache, **options)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
-        raise UserError(_why_unreadable(source, files, kind, error)) from error
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            raise UserError(NO_ROWS.format(source)) from error
+        for file in files if kind == "json" else ():
+            _json_rows(file)  # names the file and the line, which datasets' message lacks
+        reason = first_line(error.__cause__ or error)
+        raise UserError(
+            f"{source} cannot be read as {kind}: {reason} Fix the file, or save it as .jsonl"
+        ) from error
     finally:
         datasets_logging.set_verbosity(verbosity)
+    return _restore_dates(records, files) if kind == "json" else records
 
 
-def _with_dates_as_written(records: Dataset, files: Sequence[Path]) -> Dataset:
-    """`records` with the text of columns that hold only dates: datasets reads "2024-05-01" as a
-    timestamp, which would be trained on as "2024-05-01 00:00:00"."""
+def _restore_dates(records: Dataset, files: Sequence[Path]) -> Dataset:
+    """Restore the text of columns of dates: datasets reads "2024-05-01" as a timestamp, and the
+    model would be trained on "2024-05-01 00:00:00"."""
     types = {name: getattr(value, "dtype", "") for name, value in records.features.items()}
     dates = [name for name, dtype in types.items() if dtype.startswith("timestamp")]
     rows = [row for file in files for row in _json_rows(file)] if dates else []
@@ -141,7 +149,7 @@ def _with_dates_as_written(records: Dataset, files: Sequence[Path]) -> Dataset:
 
 
 def _json_rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON file, one a line or in a list; raises for the first that is none."""
+    """The objects of a JSON file, one per line or in a list; raises for any other value."""
     text = file.read_text("utf-8-sig")
     is_list = text.lstrip().startswith("[")
     rows: list[Any] = []
@@ -151,38 +159,28 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
                 values = json.loads(part) if is_list else [json.loads(part)]
             except json.JSONDecodeError as error:
                 problem = f"line {number + error.lineno - 1}: {error.msg}"
-                raise UserError(f"{file}, {problem}: {OBJECTS_WANTED}") from error
+                raise UserError(f"{file}, {problem}: {EXPECTED_JSON}") from error
             if odd := [type(row).__name__ for row in values if not isinstance(row, dict)]:
                 problem = f"line {number}: got a {odd[0]}, not an object"
-                raise UserError(f"{file}, {problem}: {OBJECTS_WANTED}")
+                raise UserError(f"{file}, {problem}: {EXPECTED_JSON}")
             rows += values
     return rows
 
 
 def _check_text(source: str, files: Sequence[Path]) -> None:
-    """Refuse other encodings, which datasets would let through, and blank files."""
+    """Raise for encodings other than UTF-8, which datasets accepts, and for blank files."""
     filled = False
     for file in files:
-        with file.open("rb") as lines:  # line by line: a file may be larger than the memory
+        with file.open("rb") as lines:  # line by line: a file may not fit into memory
             for number, line in enumerate(lines, start=1):
                 try:
                     filled |= bool(line.decode().strip())
                 except UnicodeDecodeError as error:
                     raise UserError(
-                        f"{file}, line {number}: UTF-8 is wanted, got other bytes: save it as UTF-8"
+                        f"{file}, line {number} is not UTF-8: save the file as UTF-8"
                     ) from error
     if not filled:
         raise UserError(NO_ROWS.format(source))
-
-
-def _why_unreadable(source: str, files: Sequence[Path], kind: str, error: BaseException) -> str:
-    """The error with the file and the line, which datasets' own message lacks."""
-    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-        return NO_ROWS.format(source)
-    for file in files if kind == "json" else ():
-        _json_rows(file)
-    reason = first_line(error.__cause__ or error)
-    return f"{source} cannot be read as {kind}: {reason} Mend the file, or save it as .jsonl"
 
 
 def _load_hub(name: str) -> Dataset:
@@ -190,8 +188,8 @@ def _load_hub(name: str) -> Dataset:
         return load_dataset(name, split="train")
     except (DatasetsError, ValueError, OSError) as error:  # the hub's and httpx's are OSErrors
         raise UserError(
-            f"{name!r} is neither a file or folder here nor a dataset the hub gave: "
-            f"{first_line(error)} Give a {ENDINGS} file, a folder of them, or the hub name of a "
+            f"{name!r} is no local file or folder, and cannot be loaded from the hub: "
+            f"{first_line(error)} Pass a {ENDINGS} file, a folder of them, or the hub name of a "
             "dataset with a train split"
         ) from error
 
@@ -206,23 +204,23 @@ class Chat:
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     first: int
-    """messages before this one are context without loss: those of a `prompt`"""
+    """index of the first message that may have loss; those before it are a `prompt`"""
 
 
 def kind_of(
     columns: Iterable[str], source: str = "the record", kinds: Sequence[tuple[str, ...]] = KINDS
 ) -> tuple[str, ...]:
-    """The first of `kinds` whose columns are all there."""
+    """The first of `kinds` whose columns are all in `columns`."""
     columns = list(columns)
     for kind in kinds:
         if all(column in columns for column in kind):
             return kind
-    wanted = "; ".join(" + ".join(kind) for kind in kinds)
-    every = [column for kind in kinds for column in kind]
-    missing = [column for column in every if column not in columns]
-    hints = (did_you_mean(column, missing) for column in columns if column not in every)
+    expected = "; ".join(" + ".join(kind) for kind in kinds)
+    known = [column for kind in kinds for column in kind]
+    missing = [column for column in known if column not in columns]
+    hints = (did_you_mean(column, missing) for column in columns if column not in known)
     raise UserError(
-        f"{source} has the columns {', '.join(columns)}: wanted are {wanted}. Rename them."
+        f"{source} has the columns {', '.join(columns)}; expected one of: {expected}. Rename them."
         f"{next(filter(None, hints), '')}"
     )
 
@@ -249,7 +247,7 @@ def chat_of(record: Mapping[str, Any]) -> Chat | None:
 
 
 def prompt_messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages before the last assistant turn, to generate from; none of a `text` record."""
+    """The messages before the last assistant turn, to generate from; empty for `text` records."""
     chat = chat_of(record)
     messages = chat.messages if chat else []
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -257,7 +255,7 @@ def prompt_messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _messages(value: Any, role: str | None, column: str) -> list[dict[str, Any]]:
-    """A list of messages, or a string as one message of `role`."""
+    """A list of messages as it is, or text as one message of `role`."""
     if isinstance(value, (list, tuple)):
         return [_message(turn) for turn in value]
     if role is None or isinstance(value, Mapping):
@@ -270,39 +268,37 @@ def _message(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise UserError(f'a message must be {{"role": …, "content": …}}, got {str(turn)[:60]!r}')
     rest: dict[str, Any] = _without_none(turn)
-    name, other = rest.pop("role", None), rest.pop("from", None)
-    content, value = rest.pop("content", None), rest.pop("value", None)
-    name, content = name or other, value if content is None else content
-    if name not in ROLES:
+    sender, value = rest.pop("from", None), rest.pop("value", None)
+    role, content = rest.pop("role", None) or sender, rest.pop("content", value)
+    if role not in ROLES:
         raise UserError(
-            f"unknown role {name!r}, wanted one of {', '.join(ROLES)}."
-            f"{did_you_mean(str(name), ROLES)}"
+            f"unknown role {role!r}, expected one of {', '.join(ROLES)}."
+            f"{did_you_mean(str(role), ROLES)}"
         )
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         if any("text" not in part for part in content):
-            raise UserError("a message holds more than text: only text can be trained on")
+            raise UserError("a message has parts that are not text: only text can be trained on")
         content = "".join(part["text"] for part in content)
     if not all(isinstance(call, Mapping) for call in rest.get("tool_calls", ())):
         raise UserError(f"tool_calls must be a list of calls, got {str(rest['tool_calls'])[:60]!r}")
-    message = {"role": ROLES[name]}
-    return message | ({} if content is None else {"content": string_of(content)}) | rest
+    return {"role": ROLES[role]} | ({} if content is None else {"content": str(content)}) | rest
 
 
 def _without_none(value: Any) -> Any:
-    """Drop keys whose value is None, at any depth: datasets fills in keys of other rows."""
+    """Drop keys whose value is None, at any depth: datasets adds the keys of other rows."""
     if isinstance(value, Mapping):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _parsed(value: Any, column: str) -> Any:
-    """The value, parsed as JSON if it is a string: a .csv has lists as strings only."""
+    """The value, parsed as JSON if it is a string, as the lists of a .csv file are."""
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise UserError(f"{column} must be a list, or one as JSON, got {value[:60]!r}") from error
+        raise UserError(f"{column} must be a list, or JSON of one, got {value[:60]!r}") from error
 
 
 def string_of(value: Any) -> str:

@@ -1,23 +1,23 @@
 """Records -> rows of token ids with labels -> batches, padded or packed.
 
-A row holds what its task makes of a record (qlora.data.objectives): `input_ids` (T,), `labels` with
+A row is a record as its task encodes it (qlora.data.objectives): `input_ids` (T,), `labels` with
 -100 where there is no loss, and `length`, T. Records and tokens (8 bytes each) stay in memory.
 
-A pack is several rows, of up to max_length tokens together, in a batch without padding:
+A pack is several rows, of up to max_length tokens together, concatenated without padding:
 
     input_ids       a a a a a b b b c c c c       rows a, b, c
-    position_ids    0 1 2 3 4 0 1 2 0 1 2 3       begin again with each
-    labels          - a a a a - b b - c c c       the first token of a row is no target
+    position_ids    0 1 2 3 4 0 1 2 0 1 2 3       start at 0 in each row
+    labels          - a a a a - b b - c c c       the first token of a row is never predicted
     cu_seq_lens     0         5     8       12    where rows begin, and the end
 
-Each row gives what it gives alone: the loss is summed over the same labels, and attention stays
-within each row (qlora.fast.attention).
+The loss equals that of separate rows: it is summed over the same labels, and attention stays within
+each row (qlora.fast.attention).
 
-Best-fit decreasing finds the packs: the longest row first, each into the pack that it leaves the
-least space in. It takes at most 11/9 of the fewest packs possible, and 6/9 of one (Johnson et al.,
-SIAM J. Comput. 3, 1974; Dósa, 2007). The free spaces that occur are the bits of one number: n rows
-cost a sort and n shifts of max_length bits, 0.4 s for 100,000 rows of up to 2048 tokens. It runs
-once; an epoch shuffles packs, not what is in them.
+Packs are filled by best-fit decreasing: the longest row first, each into the pack that it fills
+best. At most 11/9 of the fewest possible packs, plus 6/9, are used (Johnson et al., SIAM J. Comput.
+3, 1974; Dósa, 2007). The free spaces in use are the bits of one integer: n rows cost a sort and n
+shifts of max_length bits, 0.4 s for 100,000 rows of up to 2048 tokens. Packing runs once; epochs
+shuffle the packs, not the rows within them.
 
 Left out: streaming; cutting rows to fill packs completely, which separates text from its context.
 """
@@ -39,15 +39,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qlora.data.chat_template import NO_LOSS, fallback_template
 from qlora.data.objectives import OBJECTIVES, class_names
 from qlora.data.records import kind_of, load_records
-from qlora.errors import UserError
+from qlora.errors import UserError, some
 
 Collator = Callable[[list[Any]], Any]
-BATCH_TOKENS = 2048  # to read, not to train: logits of so many over 128k take 0.5 GB in bf16
+BATCH_TOKENS = 2048  # without gradients: their logits over a vocabulary of 128k take 0.5 GB in bf16
 
 
 @dataclass(frozen=True)
 class DataStats:
-    """Counts of a prepared data set: of the rows kept, and their tokens after the cut."""
+    """Counts of a prepared data set, of the rows that were kept and their tokens after the cut."""
 
     rows: int
     tokens: int
@@ -56,7 +56,7 @@ class DataStats:
     cut_rows: int
     """rows longer than max_length, kept or not"""
     dropped_rows: int
-    """rows cut so far that no supervised token was left"""
+    """rows without a supervised token after the cut"""
     classes: tuple[str, ...] = ()
     """a classifier's class names, by their number"""
     chats: bool = False
@@ -73,19 +73,18 @@ def prepare_data(
     new_classes: bool = True,
     limit: int | None = None,
 ) -> tuple[Dataset, DataStats]:
-    """Rows of `source` as input_ids, labels and length, cut to max_length tokens.
+    """Rows of `source` as input_ids, labels and length, cut to max_length tokens; and counts.
 
-    The tokenizer is not changed: one without a chat template renders chats with the fallback
-    template, which `prepare_tokenizer` then sets.
+    The tokenizer is not changed: where it has no chat template, chats are rendered with the
+    fallback template, which `prepare_tokenizer` sets.
 
     Args:
         classes: a classifier's class names.
-        new_classes: replace them by those of the data, where it has others.
-        limit: take only the first so many records.
+        new_classes: use the class names of the data where `classes` lacks some of them.
+        limit: read only the first records, at most so many.
     """
     objective = OBJECTIVES[task]
-    records = load_records(source, objective.kinds)
-    records = records if limit is None else records.select(range(min(limit, len(records))))
+    records = load_records(source, objective.kinds, limit=limit)
     kind = kind_of(records.column_names, source, objective.kinds)
     if objective.classifies and new_classes:
         with _errors_in(source):
@@ -106,7 +105,7 @@ def prepare_data(
         features=Features(columns | dict.fromkeys(("length", "full_length", "supervised"), count)),
         keep_in_memory=True,
         load_from_cache_file=False,
-        new_fingerprint="qlora-data",  # spares datasets hashing the tokenizer for its cache
+        new_fingerprint="qlora-data",  # or else datasets hashes the tokenizer for its cache
         desc="tokenizing",
     )
     full, supervised = list(encoded["full_length"]), list(encoded["supervised"])
@@ -135,10 +134,10 @@ def _errors_in(place: str) -> Iterator[None]:
 
 def _require_answers(source: str, full: list[int], supervised: list[int], max_length: int) -> None:
     if unanswered := [str(row) for row, length in enumerate(full, start=1) if not length]:
-        some = ", ".join(unanswered[:5]) + (", …" if len(unanswered) > 5 else "")
         raise UserError(
-            f"{source}: {len(unanswered)} of {len(full)} rows have no answer (row {some}): each "
-            "needs a non-empty assistant turn, completion or output. Fill or remove them"
+            f"{source}: {len(unanswered)} of {len(full)} rows have no answer (row "
+            f"{some(unanswered)}): each needs a non-empty assistant turn, completion or output; "
+            "fill or remove these rows"
         )
     if not any(supervised):
         raise UserError(
@@ -148,13 +147,13 @@ def _require_answers(source: str, full: list[int], supervised: list[int], max_le
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, *, chats: bool = False) -> tuple[str, ...]:
-    """Set what batches need and the tokenizer lacks; returns the attributes that were set.
+    """Set a missing `pad_token` to eos, or else unk; returns the names of the attributes set.
 
-    `pad_token` becomes eos, or else unk. With `chats`, `chat_template` becomes the fallback that
-    `prepare_data` rendered the rows with: saved with the tokenizer, generation uses the same.
+    With `chats`, also set a missing `chat_template` to the fallback template that `prepare_data`
+    uses: saved with the tokenizer, it renders the same prompts in generation.
 
     Raises:
-        UserError: the tokenizer has no token to pad with.
+        UserError: the tokenizer has neither.
     """
     changed = []
     if tokenizer.pad_token is None:
@@ -171,14 +170,13 @@ def prepare_tokenizer(tokenizer: Tokenizer, *, chats: bool = False) -> tuple[str
 
 
 def describe(stats: DataStats, *, name: str) -> str:
-    """One line of counts, and a second when rows were cut or dropped."""
+    """One line of counts, and a second line if rows were cut or dropped."""
     share = stats.supervised_tokens / max(stats.tokens, 1)
-    learned = f"of them supervised ({share:.0%})"
-    if stats.classes:
-        shown = ", ".join(stats.classes[:8]) + (", …" if len(stats.classes) > 8 else "")
-        learned = f"labels of {len(stats.classes)} kinds: {shown}"
-    count = f"{stats.supervised_tokens:,}"
-    line = f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {count} {learned}"
+    supervised = f"{stats.supervised_tokens:,} of them supervised ({share:.0%})"
+    if count := len(stats.classes):
+        shown = some(stats.classes, 8)
+        supervised = f"{stats.supervised_tokens:,} labels of {count} classes: {shown}"
+    line = f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {supervised}"
     if stats.cut_rows or stats.dropped_rows:
         line += (
             f"\n{name}: {stats.cut_rows:,} rows cut at max_length, {stats.dropped_rows:,} rows "
@@ -195,15 +193,14 @@ def show_example(
     task: str = "causal-lm",
     classes: Sequence[str] = (),
 ) -> str:
-    """A short row, decoded, with the part that has loss marked, to check the mask by eye."""
-    some = min(len(dataset), 32)
-    row = min((dataset[i] for i in range(some)), key=lambda row: int(row["length"]))
+    """The shortest of the first 32 rows, decoded, with the parts that have loss marked."""
+    first = [dataset[i] for i in range(min(len(dataset), 32))]
+    row = min(first, key=lambda row: int(row["length"]))
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
-    marked = "in green" if colour else "between ⟦ and ⟧"
-    text = f"An example row; the model learns what is {marked}:\n"
-    for piece, learned in OBJECTIVES[task].pieces(row, tokenizer, classes):
+    text = f"An example row; loss is on the text {'in green' if colour else 'between ⟦ and ⟧'}:\n"
+    for piece, has_loss in OBJECTIVES[task].pieces(row, tokenizer, classes):
         piece = piece if len(piece) <= 800 else f"{piece[:400]} … {piece[-400:]}"
-        text += f"{begin}{piece}{end}" if learned else piece
+        text += f"{begin}{piece}{end}" if has_loss else piece
     return text
 
 
@@ -217,16 +214,17 @@ def _without_length(collate: Collator, rows: list[Any]) -> Any:
 def collator(tokenizer: Tokenizer, task: str = "causal-lm", model: Any = None) -> Collator:
     """Rows -> input_ids, attention_mask (B, T), labels, T a multiple of 8, padded on the right.
 
-    Pads are masked by their position, not by their id: where pad is eos, the answers' own eos keeps
-    its loss.
+    Pads are masked by position, not by id: where pad is eos, the eos of an answer keeps its loss.
 
     Args:
-        tokenizer: with a pad token, as `prepare_tokenizer` leaves it.
-        model: of an encoder-decoder, which computes decoder_input_ids from the labels.
+        model: an encoder-decoder, which computes decoder_input_ids from the labels.
+
+    Raises:
+        UserError: the tokenizer has no pad token.
     """
     if tokenizer.pad_token is None:
         raise UserError("the tokenizer has no pad token: call prepare_tokenizer(tokenizer) first")
-    right = copy.copy(tokenizer)  # the caller may generate with padding on the left
+    right = copy.copy(tokenizer)  # the caller's may pad on the left, for generation
     right.padding_side = "right"
     options = {"model": model} if task == "seq2seq" else {}
     collate = OBJECTIVES[task].collator(right, pad_to_multiple_of=8, **options)
@@ -241,7 +239,7 @@ def length_batches(
     task: str = "causal-lm",
     model: Any = None,
 ) -> list[Any]:
-    """`rows`, shortest first, in batches of at most `max_tokens` (or one row), on the CPU."""
+    """`rows`, shortest first, in batches of at most `max_tokens` (or of one row), on the CPU."""
     groups: list[list[Mapping[str, Any]]] = [[]]
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
         if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > max_tokens:
@@ -254,9 +252,9 @@ def length_batches(
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs of indices into `lengths`, whose sums are at most `capacity`; deterministic.
+    """Packs of indices into `lengths`, with a sum of at most `capacity` each; deterministic.
 
-    Every index is in one pack. Lengths are at least 1 and at most `capacity`.
+    Each index is in one pack. Lengths must be from 1 to `capacity`.
     """
     packs: list[list[int]] = []
     by_space: dict[int, list[int]] = defaultdict(list)  # free space -> packs that have it
@@ -278,11 +276,10 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 class PackedRows(torch.utils.data.Dataset[list[dict[str, list[int]]]]):
-    """Packs of the rows of a data set, each a list of rows; no token is stored twice."""
+    """Packs of the rows of a data set, each a list of rows; tokens are not copied."""
 
     def __init__(self, rows: Dataset, max_length: int) -> None:
-        self.rows = rows
-        self.max_length = max_length
+        self.rows, self.max_length = rows, max_length
         self.packs = best_fit_decreasing(list(rows["length"]), max_length)
 
     def __len__(self) -> int:
@@ -292,12 +289,11 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, list[int]]]]):
         return [self.rows[i] for i in self.packs[index]]
 
     def describe(self) -> str:
-        """One line: how many rows became how many packs, and how full these are."""
-        tokens = sum(self.rows["length"])
-        share = tokens / max(len(self) * self.max_length, 1)
+        """One line: the numbers of rows and packs, and how full the packs are."""
+        share = sum(self.rows["length"]) / max(len(self) * self.max_length, 1)
         return (
-            f"packing: {len(self.rows):,} rows in {len(self):,} of up to {self.max_length:,} "
-            f"tokens, {share:.1%} full; --per-device-train-batch-size counts the packed ones"
+            f"packing: {len(self.rows):,} rows in {len(self):,} packs of up to {self.max_length:,} "
+            f"tokens, {share:.1%} full; --per-device-train-batch-size counts packs"
         )
 
 
@@ -305,7 +301,7 @@ _flatten: Any = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 
 
 def _as_packs(items: Sequence[Any]) -> list[list[Mapping[str, Any]]]:
-    """Packs as they are; a row, of evaluation data, is a pack of one."""
+    """Packs as they are; a row (evaluation data is not packed) as a pack of one."""
     return [item if isinstance(item, list) else [item] for item in items]
 
 
@@ -313,8 +309,8 @@ def _as_packs(items: Sequence[Any]) -> list[list[Mapping[str, Any]]]:
 class FlatCollator:
     """Rows or packs -> one row without pads: input_ids, labels, position_ids (1, total).
 
-    And FlashAttention's arguments under transformers' names: cu_seq_lens_q and _k (rows + 1,)
-    int32, where each row begins and the end; max_length_q and _k, the longest row.
+    The batch also has FlashAttention's arguments under transformers' names: cu_seq_lens_q and _k
+    (rows + 1,) int32, where each row begins and the end; max_length_q and _k, the longest row.
     """
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
@@ -324,11 +320,9 @@ class FlatCollator:
 
 @dataclass(frozen=True)
 class PackCollator:
-    """Rows or packs -> input_ids, labels, position_ids, attention_mask (packs, T), T a multiple
-    of 8.
+    """Rows or packs -> input_ids, labels, position_ids, attention_mask (packs, T); 8 divides T.
 
-    For attention with a mask of each pack, (packs, T, T): it costs T * T for each pack, however
-    many there are in a batch. The pads of a pack are a row of their own.
+    For attention with a mask (packs, T, T). The pads of a pack are a row of their own.
     """
 
     pad_token_id: int

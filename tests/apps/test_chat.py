@@ -80,7 +80,7 @@ def test_pipe_gets_the_answers_alone(talk, expected):
     assert talk([], prompt=QUESTIONS[0]).out == f"{both[0]}\n"
     again = talk(["what is it?", "/reset", *QUESTIONS, "/exit", "hi"])
     assert again.out.endswith(said.out)
-    assert again.err == "The turns so far are forgotten.\n"
+    assert again.err == "The conversation is cleared.\n"
 
 
 def test_base_and_adapter_have_a_history_each(talk, expected):
@@ -138,7 +138,7 @@ def test_interactive_chat_continues_after_mistakes(talk, monkeypatch):
 def test_control_characters_reach_a_pipe_only(monkeypatch, capsys):
     for is_terminal, shown in ((False, "a\x1b[2J b"), (True, "a[2J b")):
         monkeypatch.setattr(sys.stdout, "isatty", lambda on=is_terminal: on, raising=False)
-        running = chat.Running()
+        running = chat.GrowingText()
         for text in ("a\x1b[2J", "a\x1b[2J ", "a\x1b[2J b\n"):
             running([text], [False])
         assert capsys.readouterr().out == shown
@@ -183,10 +183,10 @@ def test_oldest_turns_are_dropped_where_they_do_not_fit(talk):
     assert conversation.prompt(tokenizer, "four", longest)[1] == 0
     question = "x" * longest
     tokens = len(prompt_ids(tokenizer, Conversation("be brief").messages(question)))
-    with pytest.raises(UserError, match=f"has {tokens} tokens, and the model takes {longest} with"):
+    with pytest.raises(UserError, match=f"has {tokens} tokens; .* context has {longest} beside"):
         conversation.prompt(tokenizer, question, longest)
     assert conversation.turns == TURNS[2:]  # a question that does not fit drops no turn
-    assert "The oldest turn no longer fits" in talk(["x" * 300, "y" * 300]).err
+    assert "full: dropped the oldest 1 turn" in talk(["x" * 300, "y" * 300]).err
 
 
 def streamed(show):
@@ -240,7 +240,7 @@ def test_gpu_out_of_memory_is_an_error_a_chat_survives(talk, monkeypatch):
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", full)
     lines = iter(["hi", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    assert "error: the GPU's memory ran out: /reset forgets" in talk([], terminal=True).err
+    assert "error: the GPU's memory ran out: /reset clears" in talk([], terminal=True).err
 
 
 # ---- bad input
@@ -249,7 +249,7 @@ def test_gpu_out_of_memory_is_an_error_a_chat_survives(talk, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 512}, "--max-new-tokens 512 leaves no space .* takes 512 tokens"),
+        ({"max_new_tokens": 512}, "--max-new-tokens 512 leaves no tokens .* context has 512 for"),
         ({"adapter": "nowhere"}, "adapter nowhere does not exist: give the folder"),
         ({"model": "nowhere/to/be"}, "model nowhere/to/be does not exist"),
     ],
@@ -262,7 +262,7 @@ def test_what_cannot_chat(talk, settings, message):
 def test_classifier_cannot_chat(talk, tmp_path, checkpoints):
     base = load_base(str(checkpoints("llama")), FP32, task="seq-cls", labels=("a", "b"))
     base.save_pretrained(tmp_path / "classifier")
-    with pytest.raises(UserError, match="classifier is for seq-cls: only a causal language model"):
+    with pytest.raises(UserError, match="classifier is for seq-cls: chat needs a causal"):
         talk(["hi"], model=str(tmp_path / "classifier"))
 
 

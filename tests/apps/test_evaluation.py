@@ -189,7 +189,7 @@ def test_rows_of_text_are_not_asked(adapters, tmp_path, capsys):
     folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
     results = evaluate(EvaluateConfig(adapter=str(folder), data=str(data)))
     assert results["scores"]["base"].keys() == {"loss", "perplexity"}
-    assert "text without questions" in capsys.readouterr().out
+    assert "plain text without prompts" in capsys.readouterr().out
     assert json.loads((folder / "evaluation.json").read_text()) == results
 
 
@@ -198,8 +198,8 @@ def test_questions_that_do_not_fit_are_left_out(adapters, tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl", rows)
     results = evaluation(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=8)
     assert len(results["answers"]) == 1
-    assert "1 of 2 questions do not fit" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"no question of .* fits into the 512 tokens"):
+    assert "1 of 2 questions exceed" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"exceeds the model.s context, 512 tokens"):
         evaluation(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=500)
 
 
@@ -243,7 +243,7 @@ def test_samples_do_nothing_to_a_terminal():
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([{"question": "a", "answer": "b"}], {}, "question, answer: wanted are"),
+        ([{"question": "a", "answer": "b"}], {}, "question, answer; expected one of"),
         ([{"prompt": "a", "completion": ""}], {}, "1 of 1 rows have no answer"),
         ([], {}, "has no rows"),
         (ROWS, {"data": "gone.jsonl"}, r"gone\.jsonl does not exist"),
@@ -284,7 +284,9 @@ def test_missing_packages_are_named_before_the_model_is_loaded(
     require_scorers()
     never_load(monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install rouge-score sacrebleu, or measure the loss"):
+    with pytest.raises(
+        UserError, match="pip install rouge-score sacrebleu, or measure only the loss"
+    ):
         evaluation(adapters("llama"), data, tmp_path / "a.json", limit=1)
 
 

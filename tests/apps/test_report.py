@@ -99,7 +99,7 @@ def test_page_says(folder):
         "4.00 GiB", "10 min 10 s", "900 tokens a second", "0.3000", "3.0000 at the start",
         "0.4000", "lowest 0.4000, at step 10", "1 × the data", "28,008", "10,220",
         "q_proj, v_proj", "0.00132", "version of torch", "after: ✓ as wanted",
-        "(not asked)", "(not asked yet)", "3 training rows were longer than 256 tokens",
+        "(not asked)", "(not asked yet)", "3 training rows had more than 256 tokens",
         "onto the dequantized 4-bit base", "96.15%", "2.00%", "87.5%", "93.8%",
         "python -m qlora.chat --adapter",
     ):  # fmt: skip
@@ -158,8 +158,8 @@ def test_remarks(folder):
     ]
     write_rows(folder / "metrics.jsonl", rows)
     said = " ".join(remarks(read_run(folder)))
-    assert "has not ended" in said and "From step 2 on the loss is not a number" in said
-    assert "best at step 1 (0.3000) and has become worse" in said
+    assert "has not ended" in said and "The loss is not finite from step 2" in said
+    assert "lowest at step 1 (0.3000) and has risen since" in said
 
 
 def test_show_seconds():
@@ -188,7 +188,7 @@ def test_newest_merge_beside_the_run_is_found(folder):
     os.utime(new / "merge_report.json", (0, 0))
     assert read_merge(folder, None)["format"] == "fp16"
     assert read_merge(folder, str(new))["format"] == "bf16"
-    with pytest.raises(UserError, match=r"holds no complete merge_report\.json: give an --output"):
+    with pytest.raises(UserError, match=r"has no complete merge_report\.json: pass an --output"):
         read_merge(folder, str(folder))
 
 
@@ -247,11 +247,11 @@ def test_page_is_not_half_written(folder, monkeypatch):
 
 
 BAD = [  # file, its text, words of the message
-    ("run.yaml", None, "holds no run: give an --output-dir"),
-    ("run.yaml", "a: 1\n", "is not what train.py writes"),
-    ("run.yaml", "a: [\n", "is not what train.py writes"),
-    ("metrics.jsonl", None, "has logged nothing yet"),
-    ("metrics.jsonl", '{"step": 1, "eval_loss": 1.0}\n', "has logged nothing yet"),
+    ("run.yaml", None, "has no run.yaml: pass an --output-dir"),
+    ("run.yaml", "a: 1\n", "is not a run file of train.py"),
+    ("run.yaml", "a: [\n", "is not a run file of train.py"),
+    ("metrics.jsonl", None, "has no training loss yet"),
+    ("metrics.jsonl", '{"step": 1, "eval_loss": 1.0}\n', "has no training loss yet"),
     ("metrics.jsonl", '{"step": 1, "loss": 1}\n{"step": 10', "line 2: wanted a JSON object"),
     ("metrics.jsonl", '{"step\xff', "line 1: wanted a JSON object"),
     ("metrics.jsonl", '{"loss": 1.0}\n', "line 1: it has no step"),

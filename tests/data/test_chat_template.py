@@ -296,8 +296,8 @@ def test_fallback_template(tmp_path, adds_bos):
         ("{{ messages | length }}", r"row 1: the assistant's turns cannot be found .* marks"),
         # the prompt changes with its answer
         ("{{ messages[-1]['content'] | length }}" + THINKER, "turns cannot be found"),
-        (GEMMA, r"row 2: the model's chat template refuses it: System role not supported\."),
-        ("{{ raise_exception('a\nb') }}", "template refuses it: a"),
+        (GEMMA, r"row 2: the model's chat template rejects the chat: System role not supported\."),
+        ("{{ raise_exception('a\nb') }}", "template rejects the chat: a"),
     ],
 )
 def test_templates_that_cannot_be_trained_with(tmp_path, template, message):

@@ -112,5 +112,7 @@ def test_an_encoder_decoder_writes_nothing_but_the_answer():
 def test_a_chat_that_the_template_refuses():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
-    with pytest.raises(UserError, match=r"chat template refuses it: no system turns\. Change the"):
+    with pytest.raises(
+        UserError, match=r"chat template rejects the chat: no system turns\. Change its"
+    ):
         answers(tiny_model("llama"), tokenizer, CHATS)

@@ -122,7 +122,7 @@ def test_text_and_its_label(prepare):
     tokenizer, rows, stats = prepare("seq-cls", records)
     assert rows[0]["input_ids"] == tokenizer("good films")["input_ids"] == [2, 4, 6, 7, 3]
     assert list(rows["labels"]) == [1, 0] and stats.classes == ("neg", "pos")
-    assert describe(stats, name="x") == "x: 2 rows, 8 tokens, 2 labels of 2 kinds: neg, pos"
+    assert describe(stats, name="x") == "x: 2 rows, 8 tokens, 2 labels of 2 classes: neg, pos"
     shown = show_example(rows, tokenizer, colour=False, task="seq-cls", classes=stats.classes)
     assert shown.endswith("[CLS] bad [SEP] ⟦neg⟧")
     records[0]["text"] = "good " * 20
@@ -202,9 +202,9 @@ def test_class_number():
     known = ("neg", "pos")
     assert [class_number(label, known) for label in ("pos", "neg", 1, 0)] == [1, 0, 1, 0]
     assert class_number(True, ("False", "True")) == 1
-    with pytest.raises(UserError, match=r"'post' is none of neg, pos\. Did you mean pos\?"):
+    with pytest.raises(UserError, match=r"'post' is not one of neg, pos\. Did you mean pos\?"):
         class_number("post", known)
-    with pytest.raises(UserError, match="label 2 is not one of the training data's 0 to 1"):
+    with pytest.raises(UserError, match="label 2 is not one of the training data: 0 to 1"):
         class_number(2, known)
 
 
@@ -220,14 +220,18 @@ def words(tokens, tags):
 @pytest.mark.parametrize(
     ("task", "records", "message"),
     [
-        ("seq-cls", texts("x", "x"), r"data\.jsonl: label holds one label alone, x"),
+        ("seq-cls", texts("x", "x"), r"data\.jsonl: label is x in every row"),
         ("seq-cls", texts("x", None, "y"), r"data\.jsonl, row 2: label is missing"),
         ("seq-cls", [{"text": "a", "lable": "x"}], r"text \+ label.*\. Did you mean label\?"),
-        ("seq-cls", texts(0.5, 1.0), r"label must be names or whole numbers from 0, got (0\.5|1)"),
-        ("seq-cls", texts(-1, 0), "must be names or whole numbers from 0, got -1"),
+        (
+            "seq-cls",
+            texts(0.5, 1.0),
+            r"label must hold names, or whole numbers from 0, got (0\.5|1)",
+        ),
+        ("seq-cls", texts(-1, 0), "must hold names, or whole numbers from 0, got -1"),
         ("seq-cls", texts(None, None), "label is empty in every row"),
         ("token-cls", words(["a", "b"], ["O"]), "row 1: tokens and tags .*, got 2 and 1"),
-        ("token-cls", words("a b", ["O", "B"]), "two lists of one length, got str and 2"),
+        ("token-cls", words("a b", ["O", "B"]), "must be lists of one length, got str and 2"),
     ],
 )
 def test_bad_records(task, records, message, prepare):
@@ -236,7 +240,7 @@ def test_bad_records(task, records, message, prepare):
 
 
 def test_evaluation_has_the_classes_of_training(prepare):
-    with pytest.raises(UserError, match="row 2: label 'odd' is none of neg, pos"):
+    with pytest.raises(UserError, match="row 2: label 'odd' is not one of neg, pos"):
         prepare("seq-cls", texts("pos", "odd"), classes=("neg", "pos"), new_classes=False)
 
 

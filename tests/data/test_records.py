@@ -96,10 +96,10 @@ def test_folder_of_one_kind_is_read_in_order_of_names(tmp_path):
     (tmp_path / "README.md").write_text("no data")
     assert load_records(str(tmp_path))["text"][:] == ["a.jsonl", "b.jsonl"]
     (tmp_path / "c.csv").write_text("text\nx\n")
-    with pytest.raises(UserError, match=r"one kind \(.*\), it has \.csv and \.jsonl: name one"):
+    with pytest.raises(UserError, match=r"one kind \(.*\), got \.csv and \.jsonl: pass one"):
         load_records(str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="it has none"):
+    with pytest.raises(UserError, match="got none"):
         load_records(str(tmp_path / "empty"))
 
 
@@ -119,7 +119,7 @@ def test_edited_file_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.xlsx", "x", r"a\.xlsx is no \.jsonl .* file: convert it"),
+        ("a.xlsx", "x", r"a\.xlsx is not a \.jsonl .* file: convert it"),
         ("a.jsnl", "x", r"Did you mean \.jsonl\?"),
         ("a.jsonl", "", r"a\.jsonl has no rows: at least one record"),
         ("a.jsonl", "\n \n", "has no rows"),
@@ -127,14 +127,18 @@ def test_edited_file_is_read_again(tmp_path):
         ("a.csv", "", "has no rows"),
         ("a.csv", "text\n", "has no rows"),
         ("a.txt", "\n\n", "has no rows"),
-        ("a.jsonl", '{"text": "a"}\n\n{"text" "b"}\n', r"a\.jsonl, line 3: .*: one JSON object a"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n\n{"text" "b"}\n',
+            r"a\.jsonl, line 3: .*: expected one JSON object per",
+        ),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', r"a\.jsonl, line 2: got a list, not an object"),
         ("a.json", '[\n{"text": "a"},\n{"text" "b"}]', r"a\.json, line 3: Expecting ':' delimiter"),
         ("a.json", '{"text": "a"}\n{"text": \n', r"a\.json, line 2"),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", "cannot be read as csv: .*line 3.* Mend the file"),
-        ("a.parquet", "x", "cannot be read as parquet: .* Mend the file"),
-        ("a.csv", b"text\ncaf\xe9\n", r"a\.csv, line 2: UTF-8 is wanted"),
-        ("a.jsonl", b'{"text": "caf\xe9"}\n', r"line 1: UTF-8 is wanted, .* save it as UTF-8"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "cannot be read as csv: .*line 3.* Fix the file"),
+        ("a.parquet", "x", "cannot be read as parquet: .* Fix the file"),
+        ("a.csv", b"text\ncaf\xe9\n", r"a\.csv, line 2 is not UTF-8"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', r"line 1 is not UTF-8: save the file as UTF-8"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -148,7 +152,7 @@ def test_missing_path_is_no_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "train.jsonl", [{"text": "a"}])
     for name in ("no.jsonl", "data/train.csv", "./train", "/no/such", "a/b/c"):
-        with pytest.raises(UserError, match=rf"{name} does not exist: give a \.jsonl .* hub name"):
+        with pytest.raises(UserError, match=rf"{name} does not exist: pass a \.jsonl .* hub name"):
             load_records(name)
     with pytest.raises(UserError, match=r"does not exist: .* Did you mean train\.jsonl\?"):
         load_records("trian.jsonl")
@@ -160,7 +164,7 @@ def test_hub_name_that_cannot_be_reached(monkeypatch):
         raise ConnectionError("Couldn't reach 'someone/something' on the Hub (LocalEntryNotFound)")
 
     monkeypatch.setattr("qlora.data.records.load_dataset", load_dataset)
-    message = "'someone/something' is neither a file or folder here nor .* Couldn't reach .* Give a"
+    message = "'someone/something' is no local file .* Couldn't reach .* Pass a"
     with pytest.raises(UserError, match=message):
         load_records("someone/something")
 
@@ -172,16 +176,16 @@ def messages(*turns):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "a"}, "columns question: wanted are messages; .* text"),
+        ({"question": "a"}, "columns question; expected one of: messages; .* text"),
         ({"conversation": []}, r"Did you mean conversations\?"),
         ({"prompt": "a", "completions": "b"}, r"Did you mean completion\?"),
         (messages({"role": "assistent", "content": "a"}), "'assistent'.* Did you mean assistant"),
         (messages({"content": "a"}), "unknown role None"),
         (messages({"role": "assistant", "tool_calls": "f(1)"}), r"a list of calls, got 'f\(1\)'"),
         (messages("a"), "a message must be .* got 'a'"),
-        ({"messages": "hello"}, "messages must be a list, or one as JSON, got 'hello'"),
+        ({"messages": "hello"}, "messages must be a list, or JSON of one, got 'hello'"),
         ({"messages": {"role": "user"}}, "messages must be a list of messages, got a dict"),
-        (messages({"role": "user", "content": [{"type": "image"}]}), "holds more than text"),
+        (messages({"role": "user", "content": [{"type": "image"}]}), "parts that are not text"),
     ],
 )
 def test_bad_records(record, message):

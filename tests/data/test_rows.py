@@ -90,7 +90,7 @@ def test_show_example_marks_what_is_learned(tmp_path):
     tokenizer = tiny_tokenizer()
     rows, _ = prepare(tmp_path, [CHAT], tokenizer)
     legend, text = show_example(rows, tokenizer, colour=False).split("\n", 1)
-    assert legend == "An example row; the model learns what is between ⟦ and ⟧:"
+    assert legend == "An example row; loss is on the text between ⟦ and ⟧:"
     assert text.count("⟦") == 2 and text.endswith("⟦3<|im_end|>⟧\n")
     assert "\x1b[32m3<|im_end|>\x1b[0m" in show_example(rows, tokenizer, colour=True)
 
@@ -107,7 +107,9 @@ def test_show_example_marks_what_is_learned(tmp_path):
     ],
 )
 def test_rows_without_an_answer_are_named(tmp_path, good, bad):
-    message = r"7 of 9 rows have no answer \(row 2, 3, 4, 5, 6, …\): each needs .* Fill or remove"
+    message = (
+        r"7 of 9 rows have no answer \(row 2, 3, 4, 5 and 3 more\): each needs .* fill or remove"
+    )
     with pytest.raises(UserError, match=message):
         prepare(tmp_path, [good, *[bad] * 7, good], tiny_tokenizer())
 
@@ -220,7 +222,7 @@ def test_packs_are_lists_of_rows():
     packed = PackedRows(Dataset.from_list(ROWS), 8)
     assert packed.packs == [[0, 2], [1]] and len(packed) == 2
     assert packed[0] == [ROWS[0], ROWS[2]]
-    assert packed.describe().startswith("packing: 3 rows in 2 of up to 8 tokens, 62.5% full")
+    assert packed.describe().startswith("packing: 3 rows in 2 packs of up to 8 tokens, 62.5% full")
 
 
 @pytest.mark.parametrize("as_packs", [True, False], ids=["packs", "rows"])
