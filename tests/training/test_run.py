@@ -196,7 +196,7 @@ def test_fast_and_plain_runs_have_one_curve(family, steps, packing, checkpoints,
 def test_packed_run_counts_tokens(checkpoints, tmp_path, data, capsys):
     config = quick_config(checkpoints("llama"), data, tmp_path / "run", max_steps=-1)
     folder = train(replace(config, data=replace(config.data, packing=True)))
-    packs = int(re.search(r"packing: 40 rows in (\d+) packs of up to 128", capsys.readouterr().out)[1])
+    packs = int(re.search(r"40 rows in (\d+) packs of up to 128", capsys.readouterr().out)[1])
     states = [json.loads(p.read_text()) for p in folder.glob("checkpoint-*/trainer_state.json")]
     last = max(states, key=lambda state: state["global_step"])
     _, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
