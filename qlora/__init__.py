@@ -1,4 +1,4 @@
-"""QLoRA: fine-tune large language models on one small GPU, and merge without losing it.
+"""QLoRA: fine-tune large language models on one small GPU, and merge without losing the gain.
 
     from qlora import LoraConfig, MergeConfig, QuantConfig
     from qlora import apply_lora, load_adapter, load_base, save_adapter
@@ -24,30 +24,16 @@ A package imports only from the packages to its left:
 
     ops -> base -> adapters -> fast -> training | merge | apps
 
-`data` is beside them and imports none of them; `errors`, `config`, `files`, `pictures` and `cli`
-are below them all. The names below are loaded when first used, so that `import qlora.config` does
-not import torch.
+`data` imports none of these; all may import `errors`, `config`, `files`, `pictures` and `cli`. The
+names below are imported on first use, so that `import qlora.config` does not import torch.
 """
 
 import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from qlora.adapters import add_weighted_adapter as add_weighted_adapter
-    from qlora.adapters import apply_lora as apply_lora
-    from qlora.adapters import delete_adapter as delete_adapter
-    from qlora.adapters import disable_adapter as disable_adapter
-    from qlora.adapters import load_adapter as load_adapter
-    from qlora.adapters import merge_adapter as merge_adapter
-    from qlora.adapters import merge_and_unload as merge_and_unload
-    from qlora.adapters import mixed_batch as mixed_batch
-    from qlora.adapters import print_trainable_parameters as print_trainable_parameters
-    from qlora.adapters import save_adapter as save_adapter
-    from qlora.adapters import set_adapter as set_adapter
-    from qlora.adapters import swap_adapter as swap_adapter
-    from qlora.adapters import unload as unload
-    from qlora.adapters import unmerge_adapter as unmerge_adapter
+if TYPE_CHECKING:  # for type checkers; Python imports a name from _NAMES on first use
+    from qlora.adapters import *  # noqa: F403
     from qlora.base import load_base as load_base
     from qlora.config import DataConfig as DataConfig
     from qlora.config import LoraConfig as LoraConfig
@@ -56,7 +42,6 @@ if TYPE_CHECKING:
     from qlora.config import TrainConfig as TrainConfig
     from qlora.errors import UserError as UserError
 
-# A type checker reads the imports above; Python finds a name's package here when it is first used.
 _NAMES = {
     "qlora.adapters": "add_weighted_adapter apply_lora delete_adapter disable_adapter load_adapter "
     "merge_adapter merge_and_unload mixed_batch print_trainable_parameters save_adapter "
@@ -69,9 +54,8 @@ _PACKAGE_OF = {name: package for package, names in _NAMES.items() for name in na
 __all__ = sorted(_PACKAGE_OF)
 __version__ = "0.1.0"
 
-
-# On a CPU with bf16 units bitsandbytes warns at import that an inference kernel is missing. It is
-# never called here, and an error message has to be alone on standard error.
+# On a CPU with bf16 units, bitsandbytes warns at import about a missing inference kernel, which is
+# not used here. The warning would precede the one-line errors.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
