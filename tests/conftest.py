@@ -1,11 +1,11 @@
-"""Tiny models, built from a config in this process, for every family the project promises."""
+"""Tiny random models of every supported family, and the fixtures that several tests share."""
 
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,67 +18,17 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: it then runs kernels on a CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BartConfig,
-    BartForConditionalGeneration,
-    BertConfig,
-    BertForMaskedLM,
-    BertForPreTraining,
-    BertModel,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MixtralConfig,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
-    PhiConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qlora import apply_lora, load_base, save_adapter
 from qlora.adapters.lora import LoRALayer
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
 
 VOCAB = 320
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "qwen2": lambda: Qwen2Config(**SIZES),
-    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
-    "mistral": lambda: MistralConfig(**SIZES),
-    "gemma": lambda: Gemma2Config(**SIZES, head_dim=16),
-    "phi": lambda: PhiConfig(**SIZES),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=512,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,  # batches of other shapes draw other numbers
-    ),
-    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
-}  # fmt: skip
 ENCODER: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -88,40 +38,62 @@ ENCODER: dict[str, Any] = {
     "max_position_embeddings": 512,
     "pad_token_id": 0,
 }
-OTHERS: dict[str, Callable[[], PreTrainedModel]] = {  # as they are pretrained, without a classifier
-    "t5": lambda: T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-            pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
-        )
+SIZES = ENCODER | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": partial(transformers.LlamaConfig, **SIZES),
+    "qwen2": partial(transformers.Qwen2Config, **SIZES),
+    "qwen3": partial(transformers.Qwen3Config, **SIZES, head_dim=16),
+    "mistral": partial(transformers.MistralConfig, **SIZES),
+    "gemma": partial(transformers.Gemma2Config, **SIZES, head_dim=16),
+    "phi": partial(transformers.PhiConfig, **SIZES),
+    "gpt2": partial(
+        transformers.GPT2Config, vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,  # random numbers depend on the batch's shape
     ),
-    "bart": lambda: BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=VOCAB, d_model=64, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=128,
-            decoder_ffn_dim=128, encoder_attention_heads=4, decoder_attention_heads=4,
-            max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            decoder_start_token_id=2, forced_eos_token_id=2,
-        )
+    "mixtral": partial(transformers.MixtralConfig, **SIZES, num_local_experts=4),
+}  # fmt: skip
+
+
+def from_sizes(model_class: Any, **sizes: Any) -> Any:
+    """A random model of that class."""
+    return model_class(model_class.config_class(**sizes))
+
+
+OTHERS: dict[str, Callable[[], Any]] = {  # the classes of pretrained checkpoints
+    "t5": partial(
+        from_sizes, transformers.T5ForConditionalGeneration, vocab_size=VOCAB, d_model=64, d_kv=16,
+        d_ff=128, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=2,
+        decoder_start_token_id=0,
     ),
-    "bert": lambda: BertForPreTraining(BertConfig(**ENCODER)),
-    "bert without pooler": lambda: BertForMaskedLM(BertConfig(**ENCODER)),
-    "bert without prefix": lambda: BertModel(BertConfig(**ENCODER)),
-    "roberta": lambda: RobertaForMaskedLM(
-        RobertaConfig(**ENCODER | {"max_position_embeddings": 514, "pad_token_id": 1})
+    "bart": partial(
+        from_sizes, transformers.BartForConditionalGeneration, vocab_size=VOCAB, d_model=64,
+        encoder_layers=2, decoder_layers=2, encoder_ffn_dim=128, decoder_ffn_dim=128,
+        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=512,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+        forced_eos_token_id=2,
     ),
-    "modernbert": lambda: ModernBertForMaskedLM(
-        ModernBertConfig(**ENCODER, global_attn_every_n_layers=2, local_attention=16)
+    "bert": partial(from_sizes, transformers.BertForPreTraining, **ENCODER),
+    "bert without pooler": partial(from_sizes, transformers.BertForMaskedLM, **ENCODER),
+    "bert without prefix": partial(from_sizes, transformers.BertModel, **ENCODER),
+    "roberta": partial(
+        from_sizes, transformers.RobertaForMaskedLM,
+        **ENCODER | {"max_position_embeddings": 514, "pad_token_id": 1},
     ),
-    "llama without pad": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"pad_token_id": None})),
+    "modernbert": partial(
+        from_sizes, transformers.ModernBertForMaskedLM, **ENCODER,
+        global_attn_every_n_layers=2, local_attention=16,
+    ),
+    "llama without pad": partial(
+        from_sizes, transformers.LlamaForCausalLM, **SIZES | {"pad_token_id": None}
+    ),
 }  # fmt: skip
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def axis(*values: Any) -> list[Any]:
-    """Parameters of which `make test` runs the first, and `pytest -m full` (every night) all.
-
-    For axes that are multiplied with others: dtypes, families, checkpointing.
-    """
+    """Parameters of which `make test` runs the first and the nightly run all; for axes that
+    multiply others, such as dtypes and families."""
     return [values[0], *(pytest.param(value, marks=pytest.mark.full) for value in values[1:])]
 
 
@@ -162,7 +134,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool | None = None
 ) -> nn.Module:
-    """A random model of `family`; norms and biases are random too, so that no term is idle."""
+    """A random model of `family`, including norms and biases, so that every term matters."""
     torch.manual_seed(seed)
     if family in OTHERS:
         model = OTHERS[family]().to(dtype)
@@ -179,22 +151,21 @@ def tiny_model(
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`checkpoints("llama")`: the folder of that tiny model with its tokenizer, made once."""
-    root = tmp_path_factory.mktemp("checkpoints")
+def checkpoints(tmp_path_factory):
+    """`checkpoints(family, tied)`: the folder of a tiny model in fp32 and its tokenizer."""
 
-    def folder(family: str) -> Path:
-        path = root / family
-        if not path.exists():
-            tiny_model(family).save_pretrained(path)
-            tiny_tokenizer().save_pretrained(path)
+    @cache
+    def folder(family: str, tied: bool | None = None) -> Path:
+        path = tmp_path_factory.mktemp("checkpoint") / family
+        tiny_model(family, tied=tied).save_pretrained(path)
+        tiny_tokenizer().save_pretrained(path)
         return path
 
     return folder
 
 
 def randomize_adapter(model: nn.Module, *, seed: int = 1, std: float = 0.05) -> None:
-    """Random values for every lora_B, and in DoRA: a merge test with B = 0 tests nothing."""
+    """Random values for every lora_B and DoRA magnitude: with B = 0 a merge changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in model.modules():
@@ -216,26 +187,23 @@ def adapted_model(folder: Path, lora: LoraConfig | None = None, quant: QuantConf
 
 
 @pytest.fixture(scope="session")
-def adapters(
-    checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """`adapters("llama")`: a random adapter on that tiny model, with its tokenizer, made once."""
-    root = tmp_path_factory.mktemp("adapters")
+def adapters(checkpoints, tmp_path_factory):
+    """`adapters(family)`: the folder of a random adapter on that tiny model, and its tokenizer."""
 
+    @cache
     def folder(family: str) -> Path:
-        path = root / family
-        if not path.exists():
-            model = adapted_model(checkpoints(family))
-            randomize_adapter(model, std=0.3)
-            save_adapter(model, path)
-            tiny_tokenizer().save_pretrained(path)
+        path = tmp_path_factory.mktemp("adapter") / family
+        model = adapted_model(checkpoints(family))
+        randomize_adapter(model, std=0.3)
+        save_adapter(model, path)
+        tiny_tokenizer().save_pretrained(path)
         return path
 
     return folder
 
 
 ROWS = [{"prompt": f"{i} times {i}", "completion": f"{i * i} " * (1 + i % 5)} for i in range(40)]
-"""Of different lengths, so that a mean over tokens is not one over rows."""
+"""Of different lengths, so that means over tokens and over rows differ."""
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -250,7 +218,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def quick_config(base: Path, rows: Path, output: Path, **settings: Any) -> TrainConfig:
-    """Four steps of training on the CPU, the same wherever they run."""
+    """Four deterministic steps of training on the CPU."""
     quick = TrainConfig(
         model=str(base),
         output_dir=str(output),
@@ -260,7 +228,7 @@ def quick_config(base: Path, rows: Path, output: Path, **settings: Any) -> Train
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
         learning_rate=1e-2,
-        lr_scheduler_type="constant",  # the same steps, also where a run is to go on longer
+        lr_scheduler_type="constant",  # a resumed, longer run has the same first steps
         max_steps=4,
         logging_steps=1,
         save_steps=2,
@@ -275,44 +243,39 @@ def losses(folder: Path) -> list[float]:
 
 
 def require_same_adapter(one: Path, other: Path) -> None:
-    """Bit for bit, in two folders."""
+    """Two folders hold the same adapter, bit for bit."""
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 class Run(NamedTuple):
-    """A run that has ended."""
+    """A finished run."""
 
     config: TrainConfig
     folder: Path
-    said: str
-    """what it printed"""
+    said: str  # on standard output
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory) -> Path:
     """ROWS in a file."""
     return write_rows(tmp_path_factory.mktemp("data") / "data.jsonl", ROWS)
 
 
 @pytest.fixture(scope="session")
-def quick_run(
-    checkpoints: Callable[[str], Path], data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Run:
-    """A `quick_config` with evaluation, samples and a logger, trained once.
-
-    Tests look at its folder; one that changes something copies it first.
-    """
+def quick_run(checkpoints, data, tmp_path_factory) -> Run:
+    """A finished `quick_config` run with evaluation, samples and a logger; tests must not change
+    its folder."""
     from qlora.training import train
 
     folder = tmp_path_factory.mktemp("quick") / "run"
     both = DataConfig(str(data), str(data), max_length=128)
     settings: Any = {"eval_steps": 2, "samples": 3, "report_to": ("tensorboard",)}
     config = quick_config(checkpoints("llama"), data, folder, data=both, **settings)
-    with redirect_stdout(StringIO()) as said:
+    with redirect_stdout(StringIO()) as stdout:
         train(config)
-    return Run(config, folder, said.getvalue())
+    return Run(config, folder, stdout.getvalue())
 
 
 def token_ids(*, rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
@@ -322,18 +285,19 @@ def token_ids(*, rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor
 
 
 def pefts_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """PEFT's trainable parameters under the names they have in files."""
-    found = {}
+    """The trainable parameters of a PEFT model by their names in its files."""
+    parameters = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             name = name.replace(".modules_to_save.default", "").replace(".default", "")
-            found[name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = parameter
-    return found
+            name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+            parameters[name] = parameter
+    return parameters
 
 
 @pytest.fixture(scope="session", params=DEVICES)
-def kernel_device(request: pytest.FixtureRequest) -> torch.device:
-    """Where Triton's kernels run: on a GPU, or through its interpreter where there is none."""
+def kernel_device(request) -> torch.device:
+    """The device of Triton's kernels: a GPU, or without one the CPU, through its interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("Triton compiles for the GPU of this machine")
@@ -341,29 +305,13 @@ def kernel_device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def base_of(tmp_path_factory):
-    """`base_of(family, tied)`: the folder of that tiny model, in fp32, made once."""
-    root = tmp_path_factory.mktemp("bases")
-
-    def folder(family: str, tied: bool) -> Path:
-        path = root / f"{family}-{tied}"
-        if not path.exists():
-            tiny_model(family, tied=tied).save_pretrained(path)
-            tiny_tokenizer().save_pretrained(path)
-        return path
-
-    return folder
-
-
-@pytest.fixture(scope="session")
-def adapter_build(base_of, tmp_path_factory):
-    """`adapter_build(kind, base)`: its `adapter_kinds.Build` over that base, made once."""
+def adapter_build(checkpoints, tmp_path_factory):
+    """`adapter_build(kind, base)`: the `adapter_kinds.Build` of that adapter."""
     from adapter_kinds import ADAPTER_KINDS, build
 
     @cache
-    def made(kind: str, base: str = "4-bit") -> Any:
-        asked = ADAPTER_KINDS[kind]
-        checkpoint = base_of(asked.family, asked.tied)
-        return build(kind, base, checkpoint, tmp_path_factory.mktemp("adapter"))
+    def cached_build(kind: str, base: str = "4-bit") -> Any:
+        family, tied = ADAPTER_KINDS[kind].family, ADAPTER_KINDS[kind].tied
+        return build(kind, base, checkpoints(family, tied), tmp_path_factory.mktemp("adapter"))
 
-    return made
+    return cached_build

@@ -95,9 +95,11 @@ def tensors(change_tensors):
 
 
 @pytest.mark.parametrize("kind", ["rslora, alphas and ranks", "regex", "dora"])
-def test_files_of_peft_load_and_are_saved_with_its_config(kind, adapter_build, base_of, tmp_path):
+def test_files_of_peft_load_and_are_saved_with_its_config(
+    kind, adapter_build, checkpoints, tmp_path
+):
     build = adapter_build(kind, "plain")
-    loaded = load_adapter(new_base(kind, "plain", base_of("llama", False)), build.peft_folder)
+    loaded = load_adapter(new_base(kind, "plain", checkpoints("llama", False)), build.peft_folder)
     assert torch.allclose(logits(loaded), build.logits, **SAME_LOGITS)
     save_adapter(loaded, tmp_path)
     theirs, *ours = (

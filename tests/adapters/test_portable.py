@@ -105,7 +105,7 @@ def verdicts_of(values, tensors):
 
 
 @pytest.mark.parametrize("kind", VERDICTS)
-def test_verdicts_are_those_of_the_sources(kind, adapter_build, base_of):
+def test_verdicts_are_those_of_the_sources(kind, adapter_build, checkpoints):
     build = adapter_build(kind, "plain")
     values, tensors = peft_files(build.peft_folder)
     rules, letters = VERDICTS[kind]
@@ -118,7 +118,7 @@ def test_verdicts_are_those_of_the_sources(kind, adapter_build, base_of):
     if kind == "grown vocabulary":  # a fresh base does not fit its files
         return
     assert (build.logits - build.base_logits).abs().max() > 1e-3  # the adapter is not idle
-    base = base_of(ADAPTER_KINDS[kind].family, False)
+    base = checkpoints(ADAPTER_KINDS[kind].family, False)
     loaded = peft.PeftModel.from_pretrained(new_base(kind, "plain", base), build.peft_folder)
     torch.testing.assert_close(logits(loaded.eval()), build.logits, **SAME)
     if not verdicts["transformers"]:
@@ -254,9 +254,9 @@ def error(consumer, folder, model):
 
 @pytest.mark.parametrize("kind", SCALED)
 def test_every_consumer_computes_the_same_from_the_portable_files(
-    kind, adapter_build, base_of, tmp_path
+    kind, adapter_build, checkpoints, tmp_path
 ):
-    build, base = adapter_build(kind, "plain"), base_of("llama", False)
+    build, base = adapter_build(kind, "plain"), checkpoints("llama", False)
     assert save_adapter(build.model, tmp_path, portable=True) == tmp_path
     loaded = peft.PeftModel.from_pretrained(new_base(kind, "plain", base), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), build.logits, **SAME)

@@ -216,8 +216,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_refused_with_the_model_as_it_was(family, base_of):
-    model = load_base(str(base_of(family, False)), FP32_OR_16_BITS).eval()
+def test_refused_with_the_model_as_it_was(family, checkpoints):
+    model = load_base(str(checkpoints(family, False)), FP32_OR_16_BITS).eval()
     before, modules = logits(model), dict(model.named_modules())
     model.lm_head.weight.requires_grad_(True)
     for config, message in REFUSED[family]:

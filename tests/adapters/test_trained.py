@@ -69,10 +69,10 @@ def build(kind, adapter_build):
 
 
 @pytest.fixture
-def fresh(kind, base_of):
+def fresh(kind, checkpoints):
     """The base of a kind, anew at each call."""
     family, tied = ADAPTER_KINDS[kind[0]][1:3]
-    return lambda: new_base(*kind, base_of(family, tied))
+    return lambda: new_base(*kind, checkpoints(family, tied))
 
 
 def needs_peft(build):
@@ -162,12 +162,12 @@ def test_rows_of_a_batch_have_their_own_adapters(kind, build):
 @pytest.mark.gpu
 @NEEDS_GPU
 @pytest.mark.parametrize("kind", OUR_KINDS)
-def test_every_kind_in_bf16_on_a_gpu(kind, base_of, tmp_path):
+def test_every_kind_in_bf16_on_a_gpu(kind, checkpoints, tmp_path):
     _, family, tied, *_ = ADAPTER_KINDS[kind]
 
     def new():
         quant = QuantConfig(compute_dtype="bf16", allow_unquantized=True)
-        return load_base(str(base_of(family, tied)), quant, device="cuda").eval()
+        return load_base(str(checkpoints(family, tied)), quant, device="cuda").eval()
 
     model, before = trained(new(), kind), logits(new())
     for gradient in gradients_of(model, parameters_by_file_name(model, "default")).values():
@@ -184,8 +184,8 @@ def test_every_kind_in_bf16_on_a_gpu(kind, base_of, tmp_path):
 # ---- what is refused, with the model as it was ----
 
 
-def test_only_one_adapter_trains_biases(base_of, tmp_path):
-    model = load_base(str(base_of("qwen2", False)), FP32_OR_16_BITS).eval()
+def test_only_one_adapter_trains_biases(checkpoints, tmp_path):
+    model = load_base(str(checkpoints("qwen2", False)), FP32_OR_16_BITS).eval()
     save_adapter(trained(model, "all biases"), tmp_path)
     before = logits(model)
     again = LoraConfig(target_modules=QV, bias="lora_only")
@@ -195,8 +195,8 @@ def test_only_one_adapter_trains_biases(base_of, tmp_path):
     assert torch.equal(logits(model), before)
 
 
-def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(base_of):
-    model = load_base(str(base_of("llama", False)), FP32_OR_16_BITS).eval()
+def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(checkpoints):
+    model = load_base(str(checkpoints("llama", False)), FP32_OR_16_BITS).eval()
     apply_lora(model, LoraConfig(r=2, target_modules=("v_proj", "k_proj"), lora_bias=True))
     before = logits(model)
     with pytest.raises(UserError, match=r"'default' has lora_bias, and .*k_proj, .*no bias to"):
@@ -210,8 +210,8 @@ def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(base_of):
     ("token rows", "lora on the embedding", False),  # which comes first?
     ("lora on the head", "token rows, tied", True),
 ])  # fmt: skip
-def test_two_that_own_the_same_part_are_not_active_together(base_of, one, two, tied):
-    model = load_base(str(base_of("llama", tied)), FP32_OR_16_BITS).eval()
+def test_two_that_own_the_same_part_are_not_active_together(checkpoints, one, two, tied):
+    model = load_base(str(checkpoints("llama", tied)), FP32_OR_16_BITS).eval()
     trained(trained(model, one, name="one"), two, name="two", seed=4)
     before = logits(model)
     for call in (set_adapter, merge_adapter, merge_and_unload):
@@ -220,9 +220,9 @@ def test_two_that_own_the_same_part_are_not_active_together(base_of, one, two, t
     assert torch.equal(logits(model), before)
 
 
-def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(base_of, tmp_path):
+def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(checkpoints, tmp_path):
     def base():
-        return load_base(str(base_of("mixtral", False)), FP32_OR_16_BITS).eval()
+        return load_base(str(checkpoints("mixtral", False)), FP32_OR_16_BITS).eval()
 
     save_adapter(trained(base(), "experts"), tmp_path)
     swapped = swap_adapter(trained(base(), "one of experts"), tmp_path)
@@ -247,9 +247,9 @@ def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(base_of, tmp_path
         assert torch.equal(logits(model), before)
 
 
-def test_an_error_halfway_leaves_no_half_adapter(base_of, monkeypatch):
+def test_an_error_halfway_leaves_no_half_adapter(checkpoints, monkeypatch):
     """As when memory runs out in the middle."""
-    model = load_base(str(base_of("llama", False)), FP32_OR_16_BITS).eval()
+    model = load_base(str(checkpoints("llama", False)), FP32_OR_16_BITS).eval()
     trained(model, "norms", name="one")
     before = logits(model)
     put_on = LoRALayer.add_adapter

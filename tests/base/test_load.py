@@ -231,11 +231,13 @@ def test_a_saved_4_bit_model_loads_with_the_same_logits(bases, tmp_path, family)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_4_bit_model_that_transformers_saved_loads_with_the_same_logits(base_of, tmp_path, tied):
+def test_a_4_bit_model_that_transformers_saved_loads_with_the_same_logits(
+    checkpoints, tmp_path, tied
+):
     """Its config.json has no list of skipped layers; the head is skipped all the same."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     theirs = AutoModelForCausalLM.from_pretrained(
-        base_of("llama", tied), dtype=torch.float32, quantization_config=settings
+        checkpoints("llama", tied), dtype=torch.float32, quantization_config=settings
     )
     theirs.save_pretrained(tmp_path)
     assert Checkpoint(tmp_path).config["quantization_config"]["llm_int8_skip_modules"] is None

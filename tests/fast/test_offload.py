@@ -354,8 +354,8 @@ def test_the_array_interface_describes_pinned_memory(dtype):
 
 
 @pytest.mark.parametrize("family", axis("llama", "qwen3", "phi"))
-def test_a_model_with_a_moved_embedding_is_the_same(family, base_of, tmp_path, moved):
-    model: Any = load_base(str(base_of(family, False)), FP32)
+def test_a_model_with_a_moved_embedding_is_the_same(family, checkpoints, tmp_path, moved):
+    model: Any = load_base(str(checkpoints(family, False)), FP32)
     apply_lora(model, LoraConfig(r=4))
     ids, names = token_ids(), [*model.state_dict()]
     logits, answer = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
@@ -382,8 +382,8 @@ def test_a_model_with_a_moved_embedding_is_the_same(family, base_of, tmp_path, m
     ],
     ids=str,
 )
-def test_an_embedding_needed_on_the_gpu_is_refused(family, settings, why, base_of, moved):
-    model: Any = load_base(str(base_of(family, family == "gemma")), FP32)
+def test_an_embedding_needed_on_the_gpu_is_refused(family, settings, why, checkpoints, moved):
+    model: Any = load_base(str(checkpoints(family, family == "gemma")), FP32)
     if settings is None:
         model.model.embed_tokens.weight.requires_grad_()
     else:

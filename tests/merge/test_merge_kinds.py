@@ -84,7 +84,7 @@ def test_an_untied_head_is_untied_in_the_config(adapter_build, tmp_path):
     assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
 
 
-def test_a_layer_trained_in_full_is_not_quantized(adapter_build, base_of, tmp_path):
+def test_a_layer_trained_in_full_is_not_quantized(adapter_build, checkpoints, tmp_path):
     """Neither in the merge nor when transformers loads it again."""
     adapter = shutil.copytree(adapter_build("q_proj alone").peft_folder, tmp_path / "adapter")
     name, weight = "model.layers.1.mlp.up_proj.weight", torch.randn(128, 64) * 0.1
@@ -97,7 +97,7 @@ def test_a_layer_trained_in_full_is_not_quantized(adapter_build, base_of, tmp_pa
         torch.testing.assert_close(tensors[name].float(), weight, rtol=rtol, atol=0)
     settings = json.loads((tmp_path / "nf4/config.json").read_text())["quantization_config"]
     assert "model.layers.1.mlp.up_proj" in settings["llm_int8_skip_modules"]
-    live = load_adapter(load_base(str(base_of("llama", False)), FP32), adapter)
+    live = load_adapter(load_base(str(checkpoints("llama", False)), FP32), adapter)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.float32)
     torch.testing.assert_close(logits(live.eval()), logits(again), rtol=1e-5, atol=1e-5)
 
@@ -125,15 +125,15 @@ def test_parameters_of_experts_are_refused(adapter_build, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def one_and_two(base_of, tmp_path_factory):
+def one_and_two(checkpoints, tmp_path_factory):
     """Adapters `one` (all linear, r 4) and `two` (q_proj and up_proj, r 2) on one base."""
-    root, base = tmp_path_factory.mktemp("two"), base_of("llama", False)
+    root, base = tmp_path_factory.mktemp("two"), checkpoints("llama", False)
     one = trained(base, root / "one").adapter
     return one, trained(base, root / "two", r=2, target_modules=("q_proj", "up_proj")).adapter
 
 
-def test_several_adapters_add_up_with_their_weights(base_of, one_and_two, tmp_path):
-    model = load_base(str(base_of("llama", False)), FP32).eval()
+def test_several_adapters_add_up_with_their_weights(checkpoints, one_and_two, tmp_path):
+    model = load_base(str(checkpoints("llama", False)), FP32).eval()
     for folder in one_and_two:
         load_adapter(model, folder, adapter_name=folder.name)
     for layer in lora_layers(model).values():
@@ -214,12 +214,12 @@ def test_all_misfits_of_another_base_are_listed(plain, tmp_path):
     refused(plain, tmp_path / "out", r"nowhere.weight is not in.*\(128, 64\).*\(99, 64\)")
 
 
-def test_a_layer_that_the_files_lack_is_named(plain, base_of, tmp_path):
+def test_a_layer_that_the_files_lack_is_named(plain, checkpoints, tmp_path):
     """PEFT would silently leave it at its initial values."""
     lacks = "layers.1.self_attn.v_proj"
     edit_tensors(plain, lambda tensors: {n: t for n, t in tensors.items() if lacks not in n})
     match = rf"{lacks} is in target_modules, and the files have no A and B"
-    model = load_base(str(base_of("llama", False)), FP32)
+    model = load_base(str(checkpoints("llama", False)), FP32)
     with pytest.raises(UserError, match=match):
         load_adapter(model, plain)
     assert not lora_layers(model)

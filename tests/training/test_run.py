@@ -386,9 +386,9 @@ def test_model_without_a_tokenizer_is_refused(tmp_path, data):
 
 @pytest.mark.gpu
 @NEEDS_GPU
-def test_an_offloaded_run_on_a_gpu(base_of, tmp_path, data):
+def test_an_offloaded_run_on_a_gpu(checkpoints, tmp_path, data):
     settings: Any = {"offload_activations": True, "offload_embedding": True}
-    base = base_of("llama", False)
+    base = checkpoints("llama", False)
     folder = train(quick_config(base, data, tmp_path / "run", quant=QuantConfig(), **settings))
     assert losses(folder)[-1] < losses(folder)[0]
 
