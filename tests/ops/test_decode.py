@@ -32,12 +32,7 @@ def dense(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return nf4.dequantize(Quantized(layer.weight.detach(), layer.weight.quant_state), dtype)
 
 
-def quantized(shape: tuple[int, int], device: torch.device, seed: int = 0) -> Quantized:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    return nf4.quantize(weight, QuantConfig())
-
-
-into_triton_scratch = partial(into_scratch, dtype=torch.float32, slot=0, decode=DECODERS["triton"])
+scratch_4x4 = partial(scratch, torch.Size((4, 4)), torch.float32, slot=0)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +42,7 @@ def fresh_buffers():
     nf4._buffers.of.clear()
 
 
-# ---- the weight ----
+# ---- the weight
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -72,7 +67,7 @@ def test_a_layer_that_is_not_quantized(dtype):
     assert decoded(layer, torch.float32).data_ptr() == layer.weight.data_ptr()
 
 
-# ---- the decoder ----
+# ---- the decoder
 
 
 def test_triton_decodes_if_it_agrees_with_bitsandbytes(kernel_device, monkeypatch, caplog):
@@ -102,7 +97,7 @@ def test_which_decoder_is_used(name, agrees, device, used, monkeypatch):
     assert nf4.decoder(device, torch.bfloat16) is used
 
 
-# ---- the memory ----
+# ---- the memory
 
 
 def test_a_slot_reuses_its_buffer_and_grows_it():
@@ -117,54 +112,44 @@ def test_a_slot_reuses_its_buffer_and_grows_it():
     assert sum(len(buffer) for buffer in held) == 30 * 50 * 4 + 3 * 5 * 4
 
 
-def test_threads_have_separate_buffers():
-    shape = torch.Size((4, 4))
-    first, others = scratch(shape, torch.float32, CPU, 0), []
-    run = threading.Thread(target=lambda: others.append(scratch(shape, torch.float32, CPU, 0)))
+@pytest.mark.parametrize("device", DEVICES)
+def test_threads_and_streams_have_separate_buffers(device):
+    device = torch.device(device, 0) if device == "cuda" else CPU
+    first, others = scratch_4x4(device=device), []
+    run = threading.Thread(target=lambda: others.append(scratch_4x4(device=device)))
     run.start()
     run.join()
-    assert others[0].data_ptr() != first.data_ptr()
+    if device.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            others.append(scratch_4x4(device=device))
+    assert all(other.data_ptr() != first.data_ptr() for other in others)
+    assert scratch_4x4(device=device).data_ptr() == first.data_ptr()
 
 
 def test_a_buffer_made_in_inference_mode_is_watched_by_autograd():
-    shape = torch.Size((4, 4))
     with torch.inference_mode():
-        first = scratch(shape, torch.float32, CPU, 0)
+        first = scratch_4x4(device=CPU)
     x = torch.ones(1, 4, requires_grad=True)
-    y = F.linear(x, scratch(shape, torch.float32, CPU, 0).fill_(2))
+    y = F.linear(x, scratch_4x4(device=CPU).fill_(2))
     y.sum().backward(retain_graph=True)
     assert x.grad.tolist() == [[8.0] * 4]
-    assert scratch(shape, torch.float32, CPU, 0).fill_(3).data_ptr() == first.data_ptr()
+    assert scratch_4x4(device=CPU).fill_(3).data_ptr() == first.data_ptr()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_decoding_into_scratch(kernel_device, inference):
-    weights = [quantized((48, 64), kernel_device, seed) for seed in (0, 1)]
-    dense_weights = [nf4.dequantize(weight) for weight in weights]
-    with torch.inference_mode(inference):
-        for weight, exact in zip(weights, dense_weights, strict=True):
-            assert torch.equal(into_triton_scratch(weight), exact)
-
-
-def test_autograd_reports_a_saved_weight_that_was_overwritten(kernel_device):
+def test_decoding_overwrites_scratch_and_autograd_reports_it(kernel_device, inference):
+    weights = torch.randn((2, 48, 64), generator=torch.Generator().manual_seed(0)).to(kernel_device)
     x = torch.randn(2, 64, device=kernel_device, requires_grad=True)
-    first, second = (quantized((48, 64), kernel_device, seed) for seed in (0, 1))
-    y = F.linear(x, into_triton_scratch(first))
-    into_triton_scratch(second)
+    ys = []
+    for quantized in [nf4.quantize(weight, QuantConfig()) for weight in weights]:
+        with torch.inference_mode(inference):
+            weight = into_scratch(quantized, torch.float32, 0, DECODERS["triton"])
+            assert torch.equal(weight, nf4.dequantize(quantized))
+        ys.append(F.linear(x, weight))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-@on_gpu
-def test_streams_have_separate_buffers():
-    shape, device = torch.Size((4, 4)), torch.device("cuda", torch.cuda.current_device())
-    first = scratch(shape, torch.float32, device, 0)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        other = scratch(shape, torch.float32, device, 0)
-    assert first.data_ptr() != other.data_ptr()
-    assert scratch(shape, torch.float32, device, 0).data_ptr() == first.data_ptr()
+        ys[0].sum().backward()
 
 
 @on_gpu

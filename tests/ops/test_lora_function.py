@@ -24,8 +24,7 @@ ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approxi
 
 class Layer(NamedTuple):
     spec: LayerSpec
-    weight: Tensor
-    """dense, fp32"""
+    weight: Tensor  # dense, fp32
     A: nn.Parameter
     B: nn.Parameter
 
@@ -38,16 +37,9 @@ class Layer(NamedTuple):
 
 
 def layer(
-    inputs: int,
-    outputs: int,
-    r: int = 4,
-    *,
-    bias: bool = False,
-    four_bit: bool = True,
-    p: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> Layer:
+    inputs: int, outputs: int, r: int = 4, *, bias: bool = False, four_bit: bool = True,
+    p: float = 0.0, dtype: torch.dtype = torch.float32, device: str = "cpu",
+) -> Layer:  # fmt: skip
     weight = torch.randn(outputs, inputs) / inputs**0.5
     module: Any = nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
     if four_bit:
@@ -105,28 +97,31 @@ def close(values: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     four_bit=st.booleans(),
     unused=st.booleans(),
     dropped=st.lists(st.sampled_from([0.0, 0.3]), min_size=3, max_size=3),
+    needs_dx=st.booleans(),  # not in the first decoder layer, after a frozen embedding
 )
-def test_layers_that_share_an_input(shape, outputs, r, bias, four_bit, unused, dropped):
+def test_layers_that_share_an_input(shape, outputs, r, bias, four_bit, unused, dropped, needs_dx):
     torch.manual_seed(0)
     layers = [
         layer(64, size, r + i, bias=bias, four_bit=four_bit, p=p)
         for i, (size, p) in enumerate(zip(outputs, dropped, strict=False))
     ]
-    x = torch.randn(*shape, 64, requires_grad=True)
+    x = torch.randn(*shape, 64, requires_grad=needs_dx)
     ys, expected = linears(x, layers), [one.plain(x) for one in layers]
     assert [y.shape for y in ys] == [y.shape for y in expected]
     close(ys, expected)
     used = slice(None, -1 if unused and len(layers) > 1 else None)  # the loss ignores an output
-    inputs = [x, *parameters(layers[used])]
+    inputs = [x] * needs_dx + parameters(layers[used])
     exact = torch.autograd.grad(sum((y**2).sum() for y in expected[used]), inputs)
     close(torch.autograd.grad(sum((y**2).sum() for y in ys[used]), inputs), exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("tiles, p", [(1, 0.0), (3, 0.0), (1, 0.3)])
+@pytest.mark.parametrize(
+    "tiles, p, needs_dx", [(1, 0.0, True), (3, 0.0, True), (1, 0.3, True), (3, 0.0, False)]
+)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("activation", axis(*ACTS))
-def test_a_gated_mlp(activation, recompute, tiles, p, device, monkeypatch):
+def test_a_gated_mlp(activation, recompute, tiles, p, needs_dx, device, monkeypatch):
     torch.manual_seed(0)
     layers = [
         layer(64, 128, bias=True, device=device, p=p),
@@ -134,12 +129,13 @@ def test_a_gated_mlp(activation, recompute, tiles, p, device, monkeypatch):
         layer(128, 64, bias=True, device=device, p=p),
     ]
     monkeypatch.setattr(lora, "TILE_BYTES", 21 * 128 * 4 // tiles)
-    x = torch.randn(3, 7, 64, device=device).transpose(0, 1).requires_grad_()  # not contiguous
+    x = torch.randn(3, 7, 64, device=device).transpose(0, 1)  # not contiguous
+    x.requires_grad_(needs_dx)
     weights = torch.randn(7, 3, 64, device=device)
     y = mlp(x, layers, activation, recompute=recompute)
     expected = plain_mlp(x, layers, activation)
     close([y], [expected])
-    inputs = [x, *parameters(layers)]
+    inputs = [x] * needs_dx + parameters(layers)
     exact = torch.autograd.grad((expected * weights).sum(), inputs)
     for retain_graph in (True, False):  # the backward pass can run twice
         close(torch.autograd.grad((y * weights).sum(), inputs, retain_graph=retain_graph), exact)
@@ -172,17 +168,6 @@ def test_no_tokens(recompute):
     sum(y.sum() for y in ys).backward()
     assert x.grad.shape == x.shape
     assert not any(parameter.grad.any() for parameter in parameters(layers))
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_an_input_without_gradient(recompute):
-    """As in the first decoder layer, after a frozen embedding."""
-    layers, x = mlp_layers(), torch.randn(5, 64)
-    exact = torch.autograd.grad(plain_mlp(x, layers).sum(), parameters(layers))
-    y = mlp(x, layers, recompute=recompute)
-    close(torch.autograd.grad(y.sum(), parameters(layers)), exact)
-    exact = torch.autograd.grad(layers[0].plain(x).sum(), parameters(layers[:1]))
-    close(torch.autograd.grad(linears(x, layers[:1])[0].sum(), parameters(layers[:1])), exact)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -288,9 +273,7 @@ def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error(recom
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", axis(torch.bfloat16, torch.float16), ids=str)
-def test_in_16_bits_the_error_is_no_larger_than_the_plain_path_s(
-    dtype, recompute, device, monkeypatch
-):
+def test_16_bits_are_as_exact_as_the_plain_path(dtype, recompute, device, monkeypatch):
     torch.manual_seed(0)
     layers = mlp_layers(256, 512, r=8, dtype=dtype, device=device)
     monkeypatch.setattr(lora, "TILE_BYTES", 100 * 512 * 2)
@@ -311,7 +294,7 @@ def test_in_16_bits_the_error_is_no_larger_than_the_plain_path_s(
         assert errors[0] <= 1.05 * errors[1]
 
 
-# ---- dropout ----
+# ---- dropout
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -17,15 +17,9 @@ from qlora.ops.loss import linear_cross_entropy
 
 
 def case(
-    tokens: int,
-    dim: int,
-    vocab: int,
-    *,
-    masked: float = 0.3,
-    dtype: torch.dtype = torch.float32,
-    size: float = 1.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens: int, dim: int, vocab: int, *, masked: float = 0.3, dtype: torch.dtype = torch.float32,
+    size: float = 1.0, seed: int = 0, device: str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Hidden states, a head whose logits have about that standard deviation, its bias, labels."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, dim, generator=generator).to(dtype)
@@ -33,7 +27,18 @@ def case(
     bias = torch.randn(vocab, generator=generator).to(dtype)
     labels = torch.randint(vocab, (tokens,), generator=generator)
     labels[torch.rand(tokens, generator=generator) < masked] = -100
+    hidden, weight, bias, labels = (t.to(device) for t in (hidden, weight, bias, labels))
     return hidden.requires_grad_(), weight, bias, labels
+
+
+def plain_path(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None = None, **how: Any
+) -> Tensor:
+    """What transformers computes: logits in the dtype of the head, softcapped, the loss in fp32."""
+    logits = F.linear(hidden, weight)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits.float(), labels, reduction="sum", **how)
 
 
 def with_gradient(loss: Tensor, hidden: Tensor, by: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -46,7 +51,7 @@ def off(value: Tensor, exact: Tensor) -> float:
     return float((value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
 
 
-# ---- in fp32 and fp64 ----
+# ---- in fp32 and fp64
 
 
 @settings(deadline=None, max_examples=60)
@@ -91,16 +96,11 @@ def test_loss_and_gradient_equal_the_reference(
 @pytest.mark.parametrize("softcap, label_smoothing", [(None, 0.0), (30.0, 0.1)])
 def test_loss_and_gradient_equal_torch_s(softcap, label_smoothing, device):
     """At a size where one chunk has many tokens and the last is cut."""
-    tensors = (t.detach().to(device) for t in case(301, 64, 1000, size=3.0))
-    hidden, weight, _, labels = tensors
-    hidden.requires_grad_()
-    logits = hidden @ weight.T
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    how: dict[str, Any] = {"label_smoothing": label_smoothing}
-    expected = with_gradient(F.cross_entropy(logits, labels, reduction="sum", **how), hidden)
+    hidden, weight, _, labels = case(301, 64, 1000, size=3.0, device=device)
+    how: dict[str, Any] = {"softcap": softcap, "label_smoothing": label_smoothing}
+    expected = with_gradient(plain_path(hidden, weight, labels, **how), hidden)
     with chunks_of(64 * 1000):
-        loss = linear_cross_entropy(hidden, weight, labels, softcap=softcap, **how)
+        loss = linear_cross_entropy(hidden, weight, labels, **how)
     values = with_gradient(loss, hidden)
     # sums of 64 products and of 1000 exponentials in another order
     assert off(values[0], expected[0]) <= 1e-6 and off(values[1], expected[1]) <= 1e-5
@@ -110,25 +110,11 @@ def test_loss_and_gradient_equal_torch_s(softcap, label_smoothing, device):
 def test_gradcheck(softcap, label_smoothing):
     hidden, weight, bias, labels = case(7, 5, 11, dtype=torch.float64)
 
-    def loss(hidden: Tensor) -> Tensor:
-        return linear_cross_entropy(
-            hidden, weight, labels, bias=bias, scale=0.3, softcap=softcap,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
-
+    how: Any = {"bias": bias, "scale": 0.3, "softcap": softcap, "label_smoothing": label_smoothing}
     with chunks_of(11 * 2, itemsize=8):
-        assert torch.autograd.gradcheck(loss, hidden)
-
-
-def test_losses_of_micro_batches_add_up():
-    hidden, weight, _, labels = case(24, 8, 50)
-    whole = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
-    for sizes in ([1, 23], [10, 3, 11]):
-        parts = zip(hidden.split(sizes), labels.split(sizes), strict=True)
-        total = sum(linear_cross_entropy(x, weight, y) for x, y in parts)
-        values = with_gradient(total, hidden)
-        # fp32 sums in another order
-        assert off(values[0], whole[0]) <= 1e-6 and off(values[1], whole[1]) <= 1e-6
+        assert torch.autograd.gradcheck(
+            lambda x: linear_cross_entropy(x, weight, labels, **how), hidden
+        )
 
 
 @pytest.mark.parametrize("tokens", [0, 6])
@@ -138,17 +124,7 @@ def test_loss_and_gradient_are_0_without_labels(tokens):
     assert loss == 0 and torch.equal(gradient, torch.zeros(tokens, 4))
 
 
-# ---- in 16 bits ----
-
-
-def plain_path(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, count: int = 1
-) -> Tensor:
-    """What transformers computes: logits in 16 bits, softcapped there, and the loss in fp32."""
-    logits = F.linear(hidden, weight)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits.float(), labels, reduction="sum") / count
+# ---- in 16 bits
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -175,7 +151,7 @@ def test_16_bits_are_no_further_off_than_the_plain_path(dtype, size, softcap, de
         hidden.requires_grad_()
         with chunks_of(3000 * 16):
             fast = linear_cross_entropy(hidden, weight, labels, softcap=softcap) / count
-        slow = plain_path(hidden, weight, labels, softcap, count)
+        slow = plain_path(hidden, weight, labels, softcap=softcap) / count
         for errors, loss in ((ours, fast), (plain, slow)):
             gradient = torch.autograd.grad(loss * scaling, hidden)[0].double() / scaling
             errors.append((abs(loss.item() - exact[0].item()), off(gradient.cpu(), exact[1])))
@@ -204,24 +180,21 @@ def test_small_probabilities_keep_their_digits_in_fp16():
 @pytest.mark.parametrize("dtype", axis(torch.float32, torch.bfloat16), ids=str)
 def test_autocast_changes_nothing(dtype, device):
     """Products are computed in the dtype of the head."""
-    hidden, weight, _, labels = (t.detach().to(device) for t in case(20, 8, 50, dtype=dtype))
-    hidden.requires_grad_()
+    hidden, weight, _, labels = case(20, 8, 50, dtype=dtype, device=device)
     expected = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
     with torch.autocast(device, torch.bfloat16):
         values = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
     assert torch.equal(values[0], expected[0]) and torch.equal(values[1], expected[1])
 
 
-# ---- memory ----
+# ---- memory
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", axis(torch.bfloat16, torch.float32), ids=str)
 def test_no_more_than_a_chunk_of_logits_is_allocated(dtype, softcap, device):
-    tensors = (t.detach().to(device) for t in case(64, 4, 1000, masked=0.2, dtype=dtype))
-    hidden, weight, _, labels = tensors
-    hidden.requires_grad_()
+    hidden, weight, _, labels = case(64, 4, 1000, masked=0.2, dtype=dtype, device=device)
     with Sizes() as sizes, chunks_of(8 * 1000):
         linear_cross_entropy(hidden, weight, labels, softcap=softcap).backward()
         loss = linear_cross_entropy(hidden, weight, labels, softcap=softcap)
@@ -229,7 +202,7 @@ def test_no_more_than_a_chunk_of_logits_is_allocated(dtype, softcap, device):
             assert torch.equal(linear_cross_entropy(hidden, weight, labels, softcap=softcap), loss)
     assert max(sizes.seen) == 8 * 1000
     with Sizes() as sizes:
-        plain_path(hidden, weight, labels, softcap)
+        plain_path(hidden, weight, labels, softcap=softcap)
     assert max(sizes.seen) == 64 * 1000  # Sizes counts the plain path's logits
 
 

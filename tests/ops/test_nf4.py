@@ -31,11 +31,6 @@ def million():
     return gaussian(1024, 1024)
 
 
-def relative_rms(million, **quant):
-    quant = QuantConfig(**{"double_quant": False} | quant)
-    return reference.relative_rms(nf4.round_trip(million, quant), million)
-
-
 # ---- the levels ----
 
 
@@ -89,12 +84,9 @@ def test_codes_do_not_depend_on_dtype_or_memory_order():
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(
-    ("shape", "blocksize"),
-    [
-        ((96, 128), 64), ((24, 50), 128), ((7, 9), 64),
-        # blocks that cross rows; 576 and 896 are the widths of SmolLM2-135M and Qwen2-0.5B
-        ((64, 64), 128), ((8, 576), 128), ((8, 896), 256), ((8, 96), 64),
-    ],
+    "shape, blocksize",  # blocks cross rows in the last four; 576 and 896 are widths of real models
+    [((96, 128), 64), ((24, 50), 128), ((7, 9), 64),
+     ((64, 64), 128), ((8, 576), 128), ((8, 896), 256), ((8, 96), 64)],
 )  # fmt: skip
 def test_dequantized_equals_the_reference(shape, blocksize, quant_type):
     weight = gaussian(*shape)
@@ -124,31 +116,26 @@ def test_a_zero_weight_stays_zero():
     assert not nf4.round_trip(torch.zeros(2, 64), PLAIN).any()
 
 
-@pytest.mark.parametrize(
-    ("quant_type", "mean_absolute", "rms"), [("nf4", 0.0728, 0.0920), ("fp4", 0.09654, 0.1219)]
-)
-def test_error_of_a_gaussian(million, quant_type, mean_absolute, rms):
+def test_error_of_a_gaussian(million):
     # The figures are exact integrals; 0.0005 is ten standard errors of a million values.
-    dense = nf4.round_trip(million, QuantConfig(quant_type=quant_type, double_quant=False))
-    assert (dense - million).abs().mean().item() == pytest.approx(mean_absolute, abs=0.0005)
-    assert reference.relative_rms(dense, million) == pytest.approx(rms, abs=0.0005)
-
-
-@pytest.mark.parametrize(
-    ("blocksize", "error"),
-    [(32, 0.08731), (64, 0.09198), (128, 0.09558), (256, 0.09864), (4096, 0.1100)],
-)
-def test_error_grows_with_the_blocksize(million, blocksize, error):
-    # 0.0003: less than a tenth of the distance to the next blocksize, and 4096 has few blocks
-    assert relative_rms(million, blocksize=blocksize) == pytest.approx(error, abs=0.0003)
+    for quant_type, mean_absolute, rms in (("nf4", 0.0728, 0.0920), ("fp4", 0.09654, 0.1219)):
+        dense = nf4.round_trip(million, QuantConfig(quant_type=quant_type, double_quant=False))
+        assert (dense - million).abs().mean().item() == pytest.approx(mean_absolute, abs=0.0005)
+        assert reference.relative_rms(dense, million) == pytest.approx(rms, abs=0.0005)
+    by_blocksize = {32: 0.08731, 64: 0.09198, 128: 0.09558, 256: 0.09864, 4096: 0.1100}
+    for blocksize, error in by_blocksize.items():
+        dense = nf4.round_trip(million, QuantConfig(blocksize=blocksize, double_quant=False))
+        # 0.0003: less than a tenth of the distance to the next blocksize, and 4096 has few blocks
+        assert reference.relative_rms(dense, million) == pytest.approx(error, abs=0.0003), blocksize
 
 
 def test_error_of_double_quantization(million):
     """The largest of each block has level 1 or -1, so that it shows the absmax itself."""
-    double = nf4.round_trip(million, QuantConfig())
+    double, plain = (nf4.round_trip(million, quant) for quant in (QuantConfig(), PLAIN))
     absmax, decoded = (w.view(-1, 64).abs().amax(1) for w in (million, double))
     assert reference.relative_rms(decoded, absmax) == pytest.approx(0.0020, abs=0.0001)
-    cost = reference.relative_rms(double, million) / relative_rms(million) - 1
+    errors = [reference.relative_rms(dense, million) for dense in (double, plain)]
+    cost = errors[0] / errors[1] - 1
     assert 0.0001 < cost < 0.0005  # .09198 -> .09201, both rounded: 0.02 to 0.04 %
 
 
@@ -177,25 +164,19 @@ def storage_bytes(shape: tuple[int, int], quant: QuantConfig) -> int:
     return sum(prod(size) * dtype.itemsize for dtype, size in stored) + 4 * quant.double_quant
 
 
-@pytest.mark.parametrize(
-    ("double_quant", "bits"),
-    [(False, 4 + 32 / 64), (True, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 1024**2)],
-    ids=["4.5", "4.126953 and one fp32 offset"],
-)
-def test_bits_a_weight(double_quant, bits):
-    size = storage_bytes((1024, 1024), QuantConfig(double_quant=double_quant))
-    assert size * 8 / 1024**2 == bits
+def test_bits_per_weight():
+    assert storage_bytes((1024, 1024), PLAIN) * 8 / 1024**2 == 4 + 32 / 64
+    bits = 4 + 8 / 64 + 32 / (64 * 256) + 32 / 1024**2  # 4.126953, and one fp32 offset
+    assert storage_bytes((1024, 1024), QuantConfig()) * 8 / 1024**2 == bits
 
 
 @pytest.mark.parametrize(
-    ("model", "weights", "others", "megabytes"),
-    [
-        (SMOLLM2, 106_168_320, 0, 54.77),
-        # embedding, head and norms in bf16
-        (LLAMA_7B, 6_476_005_376, 2 * (2 * 32000 * 4096 + (2 * 32 + 1) * 4096), 3866),
-    ],
-    ids=["SmolLM2-135M's linear layers", "Llama-7B"],
-)
+    "model, weights, others, megabytes",
+    [(SMOLLM2, 106_168_320, 0, 54.77),  # its linear layers
+     # embedding, head and norms in bf16
+     (LLAMA_7B, 6_476_005_376, 2 * (2 * 32000 * 4096 + (2 * 32 + 1) * 4096), 3866)],
+    ids=["SmolLM2-135M", "Llama-7B"],
+)  # fmt: skip
 def test_bytes_of_a_model(model, weights, others, megabytes):
     shapes, blocks = model
     assert blocks * sum(prod(s) * n for s, n in shapes.items()) == weights
@@ -220,9 +201,8 @@ def test_a_record_reads_back_the_same(double_quant):
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_record_is_what_bitsandbytes_saves(double_quant):
     weight = gaussian(32, 96)
-    layer = bitsandbytes.nn.Linear4bit(
-        96, 32, bias=False, quant_type="nf4", compress_statistics=double_quant
-    )
+    options = {"quant_type": "nf4", "compress_statistics": double_quant}
+    layer = bitsandbytes.nn.Linear4bit(96, 32, bias=False, **options)
     layer.load_state_dict({"weight": weight})
     saved = layer.to("cpu").state_dict()
     quant = QuantConfig(double_quant=double_quant)
@@ -274,12 +254,8 @@ def test_odd_shapes_and_values_are_left_to_bitsandbytes(value):
 
 
 def assert_as_bitsandbytes(weight, quant):
-    codes = bnb.quantize_4bit(
-        weight,
-        blocksize=quant.blocksize,
-        compress_statistics=quant.double_quant,
-        quant_type=quant.quant_type,
-    )
+    options = {"blocksize": quant.blocksize, "compress_statistics": quant.double_quant}
+    codes = bnb.quantize_4bit(weight, quant_type=quant.quant_type, **options)
     ours, theirs = (nf4.to_record(c) for c in (nf4.quantize(weight, quant), nf4.Quantized(*codes)))
     assert ours.keys() == theirs.keys()
     for suffix, tensor in theirs.items():

@@ -55,10 +55,7 @@ def test_linear(first, rows, inputs, outputs, flipped, bias, into):
 @given(rows=SIZES, columns=st.tuples(SIZES, SIZES), flipped=st.tuples(st.booleans(), st.booleans()))
 def test_inner_and_add_linear(rows, columns, flipped):
     torch.manual_seed(0)
-    x, y = (
-        strided(rows, size, transposed=is_flipped)
-        for size, is_flipped in zip(columns, flipped, strict=True)
-    )
+    x, y = (strided(rows, columns[i], transposed=flipped[i]) for i in range(2))
     values = inner(x, y)
     assert values.is_contiguous()
     exact, terms = x.double().T @ y.double(), x.abs().double().T @ y.abs().double()
