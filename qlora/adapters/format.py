@@ -113,7 +113,7 @@ def peft_values(config: LoraConfig, **of_model: Any) -> dict[str, Any]:
     return dict(sorted((values | of_model).items()))
 
 
-def require_understood(values: Mapping[str, Any], folder: Path) -> None:
+def require_supported(values: Mapping[str, Any], folder: Path) -> None:
     """Raise if a config sets a key or an init that is not supported."""
     init = values.get("init_lora_weights", True)
     unsupported = [f"{k}={value!r}" for k, value in values.items() if value and k not in KEYS]
@@ -221,7 +221,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     """
     folder = Path(folder).expanduser()
     values = _read_config(folder)
-    require_understood(values, folder)
+    require_supported(values, folder)
     tensors, metadata = _read_tensors(folder)
     config, contents = contents_of(values, tensors, folder)
     try:
@@ -337,11 +337,11 @@ def without_rebase(adapter: AdapterFile) -> AdapterFile:
     ranks = {name: len(factors.lora_A) for name, factors in adapter.subtracted.items()}
     for name, r in ranks.items():
         lora_A, lora_B, scaling, _ = pairs[name]
-        pairs[name] = Factors(lora_A[:r], lora_B[:, :r], scaling)
+        pairs[name] = Factors(lora_A[:r], lora_B[:, :r], scaling)  # (r, in), (out, r)
         for side, trained in zip("AB", pairs[name][:2], strict=True):
             tensors[f"{PREFIX}{name}.lora_{side}.weight"] = trained
     config = adapter.config.with_ranks(0.5)
-    if any(config.of(name).r != r for name, r in ranks.items()):  # a portable one was padded
+    if any(config.of(name).r != r for name, r in ranks.items()):  # padded, in a portable adapter
         config = config.with_ranks_of(ranks)
     return replace(adapter, pairs=pairs, tensors=tensors, config=config)
 

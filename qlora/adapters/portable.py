@@ -41,7 +41,7 @@ from qlora.adapters.format import (
     WEIGHTS,
     contents_of,
     read_files,
-    require_understood,
+    require_supported,
 )
 from qlora.adapters.tensors import PARTS, PREFIX
 from qlora.config import PortableConfig
@@ -70,7 +70,7 @@ def portable_subset(
         mends = dict.fromkeys(rule.mend for rule, _ in lost)
         parts = [", ".join(w for rule, w in lost if rule.mend == m) + f": {m}" for m in mends]
         raise UserError(f"adapter {folder} holds what is not portable: {'; '.join(parts)}")
-    require_understood(values, folder)
+    require_supported(values, folder)
     pairs = contents_of(values, tensors, folder)[1].pairs
     if not pairs:
         raise UserError(f"adapter {folder} holds no lora_A and lora_B: there is nothing to write")

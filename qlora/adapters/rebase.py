@@ -158,9 +158,10 @@ def start_from_weights(
 @torch.no_grad()
 def rebase(layer: LoRALinear, weight: Tensor, subtracted: Factors | None) -> None:
     """Set the base of `layer` to its original `weight` (out, in) minus the `subtracted` change."""
-    base = layer.plain
-    subtracted = subtracted and subtracted.to(weight.device)
-    rest = weight if subtracted is None else weight.float() - subtracted.change(weight)
+    base, rest = layer.plain, weight
+    if subtracted is not None:
+        subtracted = subtracted.to(weight.device)
+        rest = weight.float() - subtracted.change(weight)  # (out, in)
     if is_quantized(base):
         packed, state = nf4.quantize(rest, _quant_of(base))
         state.dtype = base.weight.quant_state.dtype  # of dequantized weights
@@ -182,11 +183,11 @@ def original_weight(model: nn.Module, name: str) -> Tensor:
     base, originals = plain(module), state_of(model).original_weights
     if originals is not None and is_quantized(base):
         return originals.read(name).to(base.weight.device)
-    layers = (wrapper for wrapper in wrappers(module) if isinstance(wrapper, LoRALinear))
-    original = next((layer.rebased.original for layer in layers if layer.rebased), None)
-    if original is None:
-        return dense_weight(base)
-    return (original.T if was_conv1d(base) else original).float()
+    for layer in wrappers(module):
+        if isinstance(layer, LoRALinear) and layer.rebased and layer.rebased.original is not None:
+            original = layer.rebased.original
+            return (original.T if was_conv1d(base) else original).float()
+    return dense_weight(base)
 
 
 def subtracted_parts(model: nn.Module) -> dict[str, Factors]:

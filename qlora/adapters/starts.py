@@ -50,7 +50,7 @@ from qlora.errors import UserError
 OVERSAMPLING = 16  # iterate r + 16 directions: the first r converge faster
 EVA_NITER = 8
 MAX_BYTES = 4 << 30  # of moments in memory at once
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]  # A (r, in) and B (out, r)
 
 # ---- from the weight ----
 
@@ -110,7 +110,7 @@ def loftq(
 
 def best_rank(
     weight: Tensor, r: int, *, niter: int | None = None, generator: torch.Generator | None = None
-) -> Pair:
+) -> tuple[Tensor, Tensor]:
     """U_r sqrt(S_r) (out, r) and sqrt(S_r) V_r' (r, in) of `weight` = U S V' (out, in), fp32.
 
     Their product is the best approximation of that rank; singular values are largest first.
@@ -298,11 +298,11 @@ def eva_start(
 
 def _directions(
     model: Any, layers: Mapping[str, LoraConfig], data: Sequence[Any]
-) -> dict[str, Pair]:
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Up to rho * r main directions (n, in) of each layer's inputs and their shares of variance
     (n,), on the CPU."""
     moments = SecondMoments(model, data, {name: model.get_submodule(name) for name in layers})
-    directions: dict[str, Pair] = {}
+    directions = {}
     too_few: list[str] = []
     last: Moments | None = None
     rows = shares = torch.empty(0)
@@ -324,7 +324,7 @@ def _directions(
     return directions
 
 
-def main_directions(covariance: Tensor, r: int) -> Pair:
+def main_directions(covariance: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The first r eigenvectors (r, in) of `covariance` (in, in), and their shares of variance (r,).
 
     Orthonormal, fp32. Eigenvalues fall fast, so a few subspace iterations are enough.

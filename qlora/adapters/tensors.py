@@ -26,7 +26,7 @@ from qlora.config import LoraConfig
 from qlora.config.tasks import TASKS, task_typed
 
 PREFIX = "base_model.model."
-PARTS = {
+PARTS = {  # ending of a tensor's name: its kind
     "lora_A.weight": "A",
     "lora_B.weight": "B",
     "lora_embedding_A": "A",
@@ -163,18 +163,19 @@ class _Sorter:
         for module, tensors in self.parts.items():
             if all(PARTS[part] == "rows" for part in tensors):
                 continue
-            kind = "lora_embedding_" if any("embedding" in part for part in tensors) else "lora_"
-            names = [f"{kind}{side}{'.weight' * (kind == 'lora_')}" for side in "AB"]
-            layer = self.config.of(module)
-            wrong = [f"missing {PREFIX}{module}.{name}" for name in names if name not in tensors]
-            wrong = wrong or [
-                f"{PREFIX}{module}.{name} has shape {tuple(tensors[name].shape)}, "
-                f"its config says r={layer.r}"
-                for side, name in zip("AB", names, strict=True)
-                if not _has_rank(side, tensors[name], layer.r)
-            ]
-            self.faults += wrong
-            if not wrong:
+            is_embedding = any("embedding" in part for part in tensors)
+            pattern = "lora_embedding_{}" if is_embedding else "lora_{}.weight"
+            names, layer = [pattern.format(side) for side in "AB"], self.config.of(module)
+            faults = [f"missing {PREFIX}{module}.{name}" for name in names if name not in tensors]
+            if not faults:
+                faults = [
+                    f"{PREFIX}{module}.{name} has shape {tuple(tensors[name].shape)}, "
+                    f"its config says r={layer.r}"
+                    for side, name in zip("AB", names, strict=True)
+                    if not _has_rank(side, tensors[name], layer.r)
+                ]
+            self.faults += faults
+            if not faults:
                 lora_A, lora_B = (tensors[name].flatten(1) for name in names)
                 magnitude = self._magnitude(module, len(lora_B))
                 pairs[module] = Factors(lora_A, lora_B, layer.scaling, magnitude)

@@ -40,7 +40,7 @@ from qlora.adapters.lora import lora_layers
 from qlora.base.load import load_base
 from qlora.base.modules import dense_weight, state_of
 from qlora.config import LoraConfig, MergeConfig, QuantConfig
-from qlora.errors import UserError
+from qlora.errors import UserError, require
 from qlora.merge import merge
 from qlora.ops import nf4
 
@@ -225,14 +225,13 @@ def test_a_base_that_is_not_quantized_is_restored_to_the_bit(family, monkeypatch
 def test_bf16_adapters_and_other_codes(base):
     """The subtracted part is the adapter's own; the new codes keep the old ones' settings."""
     quant = QuantConfig(compute_dtype="bf16", blocksize=32, double_quant=False)
-    model = started(base, quant=quant, adapter_dtype="bf16", **PISSA)
-    layer = lora_layers(model)[Q]
+    layer = lora_layers(started(base, quant=quant, adapter_dtype="bf16", **PISSA))[Q]
     assert layer.rebased.subtracted.lora_A.dtype == torch.bfloat16
     assert torch.equal(layer.rebased.subtracted.lora_B, layer.lora_B["default"])
     state = layer.base_layer.weight.quant_state
     assert (state.dtype, state.blocksize, bool(state.nested)) == (torch.bfloat16, 32, False)
     assert state is layer.base_layer.quant_state
-    assert logits(model).dtype == torch.bfloat16
+    assert layer(torch.ones(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("settings", [PISSA, LOFTQ, LOFTQ_3], ids=["pissa", "loftq", "loftq_3"])
@@ -466,8 +465,7 @@ def test_a_start_that_fails_half_way_restores_the_bases(base, monkeypatch):
 
     def fails_once(originals, name):
         reads.append(name)
-        if len(reads) == 5:
-            raise UserError("the disk is asleep")
+        require(len(reads) != 5, "the disk is asleep")
         return read(originals, name)
 
     monkeypatch.setattr(kind, "read", fails_once)

@@ -8,6 +8,7 @@ import peft
 import pytest
 import reference
 import torch
+from adapter_kinds import logits
 from conftest import FP32, tiny_tokenizer, token_ids
 from peft.tuners.lora.eva import get_eva_state_dict
 from torch import nn
@@ -225,12 +226,14 @@ def test_moments_use_at_most_half_of_the_free_gpu_memory(monkeypatch, free, want
 
 
 def test_each_layer_gets_the_main_directions_of_its_inputs(base, fresh):
-    """Also of a second adapter, which looks at the base."""
-    apply_lora(fresh, LoraConfig(r=2), adapter_name="first")
+    """Also in a second adapter, from the inputs of the base; the model starts as its base."""
+    apply_lora(fresh.train(), LoraConfig(r=2), adapter_name="first")
     with torch.no_grad():
         for layer in lora_layers(fresh).values():
             layer.lora_B["first"].normal_()
     apply_lora(fresh, LoraConfig(**EVA, eva_config={"rho": 1}), data=batches())
+    assert fresh.training
+    assert torch.equal(logits(fresh), logits(base))
     assert len(lora_layers(fresh)) == 14
     for name, layer in lora_layers(fresh).items():
         x = inputs(base, name)
@@ -240,15 +243,6 @@ def test_each_layer_gets_the_main_directions_of_its_inputs(base, fresh):
         best = torch.linalg.svdvals(x)[:R].square().sum()
         # fp32 moments, and directions that are off by e lose e^2
         torch.testing.assert_close((x @ lora_A.T).square().sum(), best, rtol=1e-4, atol=0)
-
-
-def test_the_model_starts_as_its_base_and_stays_in_training(fresh):
-    fresh.train()
-    with torch.no_grad():
-        before = fresh(token_ids()).logits
-        model = apply_lora(fresh, LoraConfig(**EVA), data=batches())
-        assert model.training
-        assert torch.equal(model(token_ids()).logits, before)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -272,8 +266,9 @@ def test_the_directions_and_ranks_are_pefts(fresh):
 
 
 def test_layers_get_separate_ranks_and_keep_their_scaling(fresh, tmp_path):
+    rows = [{"input_ids": [5, 6, 7, 8, 9, i], "labels": [-100] * 6} for i in range(40, 80)]
     config = LoraConfig(**EVA, lora_alpha=6, eva_config={"rho": 3.0}, rank_pattern={"down_proj": 6})
-    apply_lora(fresh, config, data=length_batches(ROWS, tiny_tokenizer()))  # with labels beside
+    apply_lora(fresh, config, data=length_batches(rows, tiny_tokenizer()))
     config, layers = adapter_configs(fresh)["default"], lora_layers(fresh)
     ranks = {name: len(layer.lora_A["default"]) for name, layer in layers.items()}
     assert sum(ranks.values()) == 12 * R + 2 * 6
@@ -284,9 +279,6 @@ def test_layers_get_separate_ranks_and_keep_their_scaling(fresh, tmp_path):
         assert (config.of(name).r, config.of(name).scaling) == (ranks[name], wanted)
     save_adapter(fresh, tmp_path)
     assert {n: len(pair.lora_A) for n, pair in read_adapter(tmp_path).pairs.items()} == ranks
-
-
-ROWS = [{"input_ids": [5, 6, 7, 8, 9, i], "labels": [-100] * 6} for i in range(40, 80)]
 
 
 def test_main_directions_and_their_shares_of_variance():
