@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,12 @@ from qlora.config import (
 )
 from qlora.errors import UserError, did_you_mean
 
-
-def train_config(data=DataConfig("rows.jsonl"), **settings):  # noqa: B008
-    return TrainConfig(model="base", output_dir="out", data=data, **settings)
+train_config = partial(TrainConfig, "base", "out")
+trains = partial(train_config, DataConfig("rows.jsonl"))
 
 
 def test_defaults_are_those_of_the_papers():
-    config = train_config()
+    config = trains()
     assert (config.quant.quant_type, config.quant.blocksize) == ("nf4", 64)
     assert config.quant.double_quant
     assert (config.lora.target_modules, config.lora.lora_alpha) == ("all-linear", 32)
@@ -63,8 +63,12 @@ def test_a_config_cannot_be_changed():
         LoraConfig().r = 8
 
 
-def merge_config(**settings):
-    return MergeConfig("adapter", "out", **settings)
+merge_config = partial(MergeConfig, "adapter", "out")
+loftq = partial(LoraConfig, init_lora_weights="loftq")
+experts = partial(LoraConfig, target_parameters=("experts.down",))
+regex = partial(LoraConfig, target_modules=".*q")
+packed = partial(train_config, DataConfig("x", packing=True))
+offloading = partial(trains, offload_activations=True)
 
 
 @pytest.mark.parametrize(
@@ -87,48 +91,20 @@ def merge_config(**settings):
         (LoraConfig, {"rank_pattern": {"(": 4}}, "'(' rank_pattern regular expression"),
         (LoraConfig, {"alpha_pattern": [2]}, "alpha_pattern NAME: NUMBER [2]"),
         (LoraConfig, {"layers_pattern": ("h",)}, "layers_pattern layers_to_transform give both"),
-        (
-            LoraConfig,
-            {"layers_to_transform": (0,), "target_modules": ".*q"},
-            "layers_to_transform target_modules regular expression",
-        ),
-        (
-            LoraConfig,
-            {"trainable_token_indices": (1, 1)},
-            "trainable_token_indices distinct (1, 1)",
-        ),
+        (regex, {"layers_to_transform": (0,)}, "layers_to_transform target_modules regular"),
+        (LoraConfig, {"trainable_token_indices": (1, 1)}, "token_indices distinct (1, 1)"),
         (LoraConfig, {"trainable_token_indices": {"e": ()}}, "trainable_token_indices ()"),
-        (
-            LoraConfig,
-            {"target_parameters": ("experts.down",), "use_dora": True},
-            "target_parameters use_dora lora_bias lora_dropout",
-        ),
+        (experts, {"use_dora": True}, "target_parameters use_dora lora_bias lora_dropout"),
+        (experts, {"init_lora_weights": "gaussian"}, "target_parameters weights 'gaussian'"),
         (LoraConfig, {"init_lora_weights": "pisa"}, "init_lora_weights pissa_niter_N eva 'pisa'"),
         (LoraConfig, {"init_lora_weights": "corda"}, "init_lora_weights pissa_niter_N eva 'corda'"),
         (LoraConfig, {"init_lora_weights": False}, "init_lora_weights true False"),
         (LoraConfig, {"lora_bias": True, "use_dora": True}, "lora_bias use_dora"),
         (LoraConfig, {"init_lora_weights": "pissa", "use_dora": True}, "use_dora 'pissa'"),
-        (
-            LoraConfig,
-            {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 6}},
-            "loftq_iter from 1 to 5 6",
-        ),
-        (
-            LoraConfig,
-            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}},
-            "loftq_bits 4 8",
-        ),
-        (
-            LoraConfig,
-            {"init_lora_weights": "loftq", "loftq_config": {"iter": 2}},
-            "loftq_config loftq_bits loftq_iter iter",
-        ),
+        (loftq, {"loftq_config": {"loftq_iter": 6}}, "loftq_iter from 1 to 5 6"),
+        (loftq, {"loftq_config": {"loftq_bits": 8}}, "loftq_bits 4 8"),
+        (loftq, {"loftq_config": {"iter": 2}}, "loftq_config loftq_bits loftq_iter iter"),
         (LoraConfig, {"loftq_config": {"loftq_iter": 2}}, "loftq_config init_lora_weights=loftq"),
-        (
-            LoraConfig,
-            {"init_lora_weights": "gaussian", "target_parameters": ("experts.down",)},
-            "target_parameters init_lora_weights 'gaussian'",
-        ),
         (LoraConfig, {"init_lora_weights": "eva", "eva_config": {"rho": 0.5}}, "rho 1 0.5"),
         (LoraConfig, {"init_lora_weights": "eva", "eva_config": 2}, "eva_config NAME: NUMBER 2"),
         (ChatConfig, {}, "either --adapter --model neither"),
@@ -141,29 +117,21 @@ def merge_config(**settings):
         (EvaluateConfig, {"data": "x", "model": "a", "limit": 0}, "limit at least 1 0"),
         (EvaluateConfig, {"data": "x", "model": "a", "max_length": 7}, "max_length at least 8 7"),
         (DataConfig, {"data": "x", "max_length": 7}, "max_length at least 8 7"),
-        (train_config, {"task": "cls"}, "task causal-lm seq2seq seq-cls token-cls 'cls'"),
-        (train_config, {"save_steps": 0}, "save_steps at least 1 0"),
-        (train_config, {"eval_steps": 0}, "eval_steps at least 1 0"),
-        (train_config, {"eval_steps": 5}, "eval_steps eval_data give both"),
-        (train_config, {"learning_rate": 0.0}, "learning_rate above 0 0.0"),
-        (train_config, {"loraplus_lr_ratio": 0}, "loraplus_lr_ratio number above 0"),
-        (train_config, {"warmup_ratio": 1.0}, "warmup_ratio below 1 1.0"),
-        (train_config, {"weight_decay": -1}, "weight_decay at least 0 -1"),
-        (train_config, {"max_steps": 0}, "max_steps above 0 -1 num_train_epochs"),
-        (train_config, {"samples": -1}, "samples at least 0 -1"),
-        (
-            train_config,
-            {"data": DataConfig("x", packing=True), "task": "seq2seq"},
-            "packing seq2seq",
-        ),
-        (train_config, {"num_train_epochs": 0}, "num_train_epochs above 0"),
-        (
-            train_config,
-            {"offload_activations": True, "gradient_checkpointing": False},
-            "offload_activations gradient_checkpointing",
-        ),
-        (train_config, {"plan": True}, "--plan not supported yet"),
-        (train_config, {"gpu_memory": "8GB"}, "--gpu-memory not supported yet"),
+        (trains, {"task": "cls"}, "task causal-lm seq2seq seq-cls token-cls 'cls'"),
+        (trains, {"save_steps": 0}, "save_steps at least 1 0"),
+        (trains, {"eval_steps": 0}, "eval_steps at least 1 0"),
+        (trains, {"eval_steps": 5}, "eval_steps eval_data give both"),
+        (trains, {"learning_rate": 0.0}, "learning_rate above 0 0.0"),
+        (trains, {"loraplus_lr_ratio": 0}, "loraplus_lr_ratio number above 0"),
+        (trains, {"warmup_ratio": 1.0}, "warmup_ratio below 1 1.0"),
+        (trains, {"weight_decay": -1}, "weight_decay at least 0 -1"),
+        (trains, {"max_steps": 0}, "max_steps above 0 -1 num_train_epochs"),
+        (trains, {"samples": -1}, "samples at least 0 -1"),
+        (packed, {"task": "seq2seq"}, "packing seq2seq"),
+        (trains, {"num_train_epochs": 0}, "num_train_epochs above 0"),
+        (offloading, {"gradient_checkpointing": False}, "offload_ gradient_checkpointing"),
+        (trains, {"plan": True}, "--plan not supported yet"),
+        (trains, {"gpu_memory": "8GB"}, "--gpu-memory not supported yet"),
         (merge_config, {"onto": "gguf"}, "onto nf4 original auto 'gguf'"),
         (merge_config, {"onto": "auto"}, "onto auto verify"),
         (merge_config, {"calibration": "rows.jsonl"}, "calibration nf4 bf16"),
@@ -183,7 +151,7 @@ def test_a_wrong_value_is_refused(make, settings, parts):
 
 
 def test_max_steps_may_replace_epochs():
-    assert train_config(max_steps=5, num_train_epochs=0).max_steps == 5
+    assert trains(max_steps=5, num_train_epochs=0).max_steps == 5
 
 
 def test_type_checkers_and_python_find_the_same_names():

@@ -1,4 +1,4 @@
-"""The pictures, read back from what is drawn."""
+"""Figures, checked by the lines and labels that matplotlib draws."""
 
 import math
 import re
@@ -17,19 +17,12 @@ GREYS = {"#24292f", "#8c959f", "#ffffff"}  # ink, quiet lines, the edge of a poi
 
 
 def run_of(count, *, every=0):
-    """Rows of a run of so many logs, 10 steps apart, with an evaluation each `every` logs."""
+    """Rows of a run with `count` logs, 10 steps apart, and an evaluation every `every` logs."""
     rows = []
     for i in range(1, count + 1):
-        rows.append(
-            {
-                "step": 10 * i,
-                "loss": 0.5 + 2 / i + 0.1 * math.sin(7 * i),
-                "grad_norm": 1 / i,
-                "learning_rate": 1e-4,
-                "tokens_per_second": 900.0,
-                "peak_bytes": 2**30 * (2 - 1 / i),
-            }
-        )
+        loss, peak_bytes = 0.5 + 2 / i + 0.1 * math.sin(7 * i), 2**30 * (2 - 1 / i)
+        row = {"step": 10 * i, "loss": loss, "grad_norm": 1 / i, "peak_bytes": peak_bytes}
+        rows.append(row | {"learning_rate": 1e-4, "tokens_per_second": 900.0})
         if every and i % every == 0:
             rows.append({"step": 10 * i, "eval_loss": 0.6 + 2 / i})
     return rows
@@ -70,7 +63,7 @@ def test_smoothing_is_the_mean_around_each_value():
     assert np.isnan(smoothed(np.full(3, np.nan), 2)).all()
 
 
-def test_evaluation_is_points_and_told_apart_in_grey_too():
+def test_evaluation_differs_from_training_in_grey():
     axes = draw_run(run_of(40, every=10)).axes[0]
     evaluation, training = line_of(axes, "evaluation"), line_of(axes, "training")
     assert list(evaluation.get_xdata()) == [100, 200, 300, 400]
@@ -81,26 +74,20 @@ def test_evaluation_is_points_and_told_apart_in_grey_too():
     assert len(draw_run(run_of(40)).axes[0].lines) == 1  # no evaluation, no points
 
 
-def test_below_the_loss_is_what_the_rows_have():
+def test_panels_below_the_loss():
     def titles(rows, **settings):
         return [axes.get_title(loc="left") for axes in draw_run(rows, **settings).axes[1:]]
 
-    assert titles(run_of(4), total_bytes=16 * 2**30) == [
-        "learning rate",
-        "gradient norm",
-        "tokens per second",
-        "memory: 1.8 of 16 GiB",
-    ]
+    below = ["learning rate", "gradient norm", "tokens per second", "memory: 1.8 of 16 GiB"]
+    assert titles(run_of(4), total_bytes=2**34) == below
     assert titles(run_of(4))[-1] == "memory: 1.8 GiB"
     assert titles([{"step": 1, "loss": 2.0, "grad_norm": 1.0}]) == ["gradient norm"]
     assert titles([{"step": 1, "loss": 2.0, "grad_norm": None}]) == []
-    (ceiling,) = (
-        line for line in draw_run(run_of(4), total_bytes=2**34).axes[-1].lines if line.is_dashed()
-    )
-    assert set(ceiling.get_ydata()) == {16}
+    lines = draw_run(run_of(4), total_bytes=2**34).axes[-1].lines
+    assert [set(line.get_ydata()) for line in lines if line.is_dashed()] == [{16}]
 
 
-def test_a_loss_that_is_not_a_number_is_shown():
+def test_a_nan_loss_is_shown():
     rows = run_of(30)
     for row in rows[20:]:
         row["loss"] = math.nan
@@ -111,19 +98,19 @@ def test_a_loss_that_is_not_a_number_is_shown():
     assert draw_run([{"step": 1, "loss": math.nan}]).axes[0].get_ylim()[1] == 1
 
 
-def test_a_few_spikes_do_not_make_the_rest_flat():
+def test_spikes_do_not_flatten_the_loss():
     rows = run_of(300)
     rows[150]["loss"] = 1000.0
     assert 2.5 < draw_run(rows).axes[0].get_ylim()[1] < 1000 / 5
 
 
-def test_the_axis_begins_at_0_or_just_below_what_is_there():
+def test_the_loss_axis_starts_at_0_or_just_below_the_lines():
     assert draw_run(run_of(20)).axes[0].get_ylim()[0] == 0  # from 2.57 to 0.6
     high = [{"step": i, "loss": 1.6 + 0.4 / i} for i in range(1, 9)]
     assert 1.4 < draw_run([*high, {"step": 8, "eval_loss": 1.6}]).axes[0].get_ylim()[0] < 1.6
 
 
-def test_a_picture_of_nothing_is_empty():
+def test_a_figure_without_rows_is_empty():
     assert draw_run([]).axes[0].lines[:] == []
 
 
@@ -134,7 +121,7 @@ def report_of(*, layers=3, kinds=("q_proj", "up_proj"), verified=True):
     return {"layers": dict.fromkeys(names, facts), "verify": verify if verified else None}
 
 
-def test_the_picture_of_a_merge(tmp_path):
+def test_the_figure_of_a_merge(tmp_path):
     kinds = [f"kind{i}" for i in range(14)]
     changes, kept = draw_merge(report_of(kinds=kinds, verified=False)).axes
     looks = {(line.get_color(), line.get_marker()) for line in changes.lines}
@@ -148,7 +135,7 @@ def test_the_picture_of_a_merge(tmp_path):
 
 
 @pytest.mark.parametrize("figure", [draw_run(run_of(90, every=30)), draw_merge(report_of())])
-def test_colours_are_told_apart_by_everyone(figure):
+def test_colours_are_those_for_colour_blind_readers(figure):
     lines = [line for axes in figure.axes for line in axes.findobj(Line2D)]
     bars = [patch.get_facecolor() for axes in figure.axes for patch in axes.patches]
     data = {to_hex(line.get_color()) for axes in figure.axes for line in axes.lines}
@@ -157,11 +144,11 @@ def test_colours_are_told_apart_by_everyone(figure):
 
 
 @pytest.mark.parametrize("count", [3, 10_000])
-def test_a_picture_for_a_page(count):
+def test_svg_for_a_page(count):
     svg = as_svg(draw_run(run_of(count, every=count // 3)), "Curves")
     assert len(svg) < 250_000
     ElementTree.fromstring(svg)
-    assert "#24292f" not in svg and "currentColor" in svg  # the page says what ink is
+    assert "#24292f" not in svg and "currentColor" in svg  # the page sets the colour of text
     assert "#0072b2" not in svg.replace("var(--blue, #0072b2)", "")
     assert "optimizer step</text>" in svg  # text that can be searched and read aloud
     assert not re.search(r'<g id=|\s(?:width|height)="\d+pt"', svg)
