@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -215,13 +216,10 @@ def test_a_block_is_computed_again_only_if_its_output_is_read(
     """By Gemma's norm after the MLP."""
     model = prepared(adapted_model(checkpoints(family)), checkpointing=True)
     assert {block.recompute for block in blocks_of(model)} == {family == "llama"}
-    made: list[Tensor] = []
-    forward = lora_function.gated_forward
-    monkeypatch.setattr(
-        lora_function, "gated_forward", lambda *given: made.append(forward(*given)) or made[-1]
-    )
+    forward = Mock(side_effect=lora_function.gated_forward)
+    monkeypatch.setattr(lora_function, "gated_forward", forward)
     gradients(model)
-    assert len(made) == times  # of two layers
+    assert forward.call_count == times  # of two layers
 
 
 # ---- falling back
@@ -259,8 +257,7 @@ def unsupported(kind: str, checkpoints: Any) -> Any:
         model = dense_model()
         for own in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.up_proj):
             own.base_layer.__class__ = Gained
-        return model
-    if kind == "dtype":
+    elif kind == "dtype":
         model = adapted_model(checkpoints("llama"), quant=QuantConfig(compute_dtype="bf16"))
         model.model.embed_tokens.float(), model.lm_head.float()
     else:
@@ -269,21 +266,17 @@ def unsupported(kind: str, checkpoints: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "line"),
-    [
-        ("use_dora", "14 of 14 layers compute the plain way: DoRA"),
-        ("lora_bias", "14 of 14 layers compute the plain way: lora_bias"),
-        ("layers", "2 of 7 layers compute the plain way: no plain linear layer of its own"),
-        ("dtype", "14 of 14 layers compute the plain way: their input is torch.float32, and they "
-                  "compute in torch.bfloat16"),
-    ],
+    "kind, count, reason",
+    [("use_dora", "14 of 14", "DoRA"), ("lora_bias", "14 of 14", "lora_bias"),
+     ("layers", "2 of 7", "no plain linear layer of its own"),
+     ("dtype", "14 of 14", "their input is torch.float32, and they compute in torch.bfloat16")],
 )  # fmt: skip
-def test_unsupported_layers_fall_back_with_one_line(kind, line, checkpoints, capsys):
+def test_unsupported_layers_fall_back_with_one_line(kind, count, reason, checkpoints, capsys):
     model = unsupported(kind, checkpoints)
     wanted = gradients(model)
     capsys.readouterr()
     use_fast_path(model)
-    assert capsys.readouterr().out == f"{line}\n"
+    assert capsys.readouterr().out == f"{count} layers compute the plain way: {reason}\n"
     assert_same(gradients(model), wanted)
     assert capsys.readouterr().out == ""
 
@@ -442,14 +435,11 @@ def test_calls_in_any_order_and_with_any_input():
 
 def test_a_group_computes_once_and_a_layer_may_never_be_called(monkeypatch):
     (q, k, v), shared = three()
-    calls: list[int] = []
-    function = fast_layers.lora_linear
-    monkeypatch.setattr(
-        fast_layers, "lora_linear", lambda x, *rest: calls.append(1) or function(x, *rest)
-    )
+    function = Mock(side_effect=fast_layers.lora_linear)
+    monkeypatch.setattr(fast_layers, "lora_linear", function)
     for count in (1, 2):
         x = torch.randn(5, 64, requires_grad=True)
         wanted = torch.autograd.grad(plain(q, x).sum() + plain(v, x).sum(), x)[0]
         got = torch.autograd.grad(q(x).sum() + v(x).sum(), x)[0]
         torch.testing.assert_close(got, wanted)
-        assert list(shared._waiting) == [k] and len(calls) == count
+        assert list(shared._waiting) == [k] and function.call_count == count

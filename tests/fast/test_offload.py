@@ -59,15 +59,20 @@ class Layers(nn.Module):
         return x + torch.tanh(x @ matrix)
 
     def gradients(self, context: Any, x: Tensor) -> list[Tensor]:
-        self.zero_grad()
-        with context:
-            loss = self(x).sum()
-        loss.backward()
-        return gradients(self)
+        return run(self, context, lambda: self(x).sum())
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def run(model: nn.Module, context: Any, loss_of: Callable[[], Tensor]) -> list[Tensor]:
+    """The gradients of one step whose forward pass is in `context`."""
+    model.zero_grad()
+    with context:
+        loss = loss_of()
+    loss.backward()
+    return gradients(model)
 
 
 def equal(tensors: list[Tensor], expected: list[Tensor]) -> bool:
@@ -103,11 +108,7 @@ def test_offloaded_gradients_of_a_model_are_equal(copies, family):
     ids, runs = token_ids(length=16), []
     for context in (torch.enable_grad(), offloading(copies, min_bytes=1, keep=1)):
         torch.manual_seed(3)  # of dropout
-        model.zero_grad()
-        with context:
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        runs.append(gradients(model))
+        runs.append(run(model, context, lambda: model(input_ids=ids, labels=ids).loss))
     assert equal(runs[1], runs[0]) and copies.log
 
 
@@ -284,7 +285,7 @@ def test_an_error_leaves_no_hooks_copies_or_buffers(copies, where):
     def broken(_: Tensor) -> Tensor:
         raise ValueError("broken")
 
-    def run() -> None:
+    def two_steps() -> None:
         with context:
             x = model(batch())
             if where == "forward":
@@ -294,7 +295,7 @@ def test_an_error_leaves_no_hooks_copies_or_buffers(copies, where):
         loss.backward()
 
     with pytest.raises(ValueError, match="broken"):
-        run()
+        two_steps()
     x = batch().requires_grad_() * 1
     y = x * x
     assert y is not None and not context._known and not copies.waiting
@@ -372,16 +373,13 @@ def test_a_model_with_a_moved_embedding_is_the_same(family, checkpoints, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "why"),
-    [
-        ("gemma", {}, "is tied to lm_head"),
-        ("llama", {"modules_to_save": ("embed_tokens",)}, "is trained or adapted"),
-        ("llama", {"target_modules": ("embed_tokens", "q_proj")}, "is trained or adapted"),
-        ("llama", {"trainable_token_indices": (5, 6)}, "is trained or adapted"),
-        ("llama", None, "is trained"),
-    ],
+    "family, settings, why",
+    [("gemma", {}, "is tied to lm_head"), ("llama", None, "is trained"),
+     ("llama", {"modules_to_save": ("embed_tokens",)}, "is trained or adapted"),
+     ("llama", {"target_modules": ("embed_tokens", "q_proj")}, "is trained or adapted"),
+     ("llama", {"trainable_token_indices": (5, 6)}, "is trained or adapted")],
     ids=str,
-)
+)  # fmt: skip
 def test_an_embedding_needed_on_the_gpu_is_refused(family, settings, why, checkpoints, moved):
     model: Any = load_base(str(checkpoints(family, family == "gemma")), FP32)
     if settings is None:
