@@ -1,4 +1,4 @@
-"""Verification, what depends on it, and calibration."""
+"""Verification, --min-kept, --onto auto, and calibration."""
 
 import json
 

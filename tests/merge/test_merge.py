@@ -1,4 +1,4 @@
-"""The merge against the function that was trained, for every family and format."""
+"""The merged model against the live one, for every family and format."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def base4(checkpoints, tmp_path_factory):
 
 
 def live_weights(model):
-    """By definition of the trained function: W_live = layer(identity), less the bias."""
+    """W_live = layer(identity) less the bias, the function that was trained."""
     weights = {}
     for name, layer in lora_layers(model).items():
         with torch.no_grad():
@@ -99,42 +99,32 @@ def test_layers_without_an_adapter_go_through_their_codes(target, checkpoints, t
     ],
     ids=str,
 )
-def test_the_adapter_remembers_how_its_base_was_quantized(quant, checkpoints, tmp_path):
+def test_the_adapter_records_how_its_base_was_quantized(quant, checkpoints, tmp_path):
     quant = QuantConfig(compute_dtype="fp32", **quant)
     model, adapter = trained(checkpoints("llama"), tmp_path / "adapter", quant)
     run_merge(adapter, tmp_path / "out", format="fp32")
     assert_same_function(tmp_path / "out", model)
 
 
-def test_an_fp32_checkpoint_trained_in_bf16(checkpoints, tmp_path):
+@pytest.mark.parametrize(
+    ("compute_dtype", "onto"), [("fp32", "nf4"), ("bf16", "nf4"), ("fp32", "original")]
+)
+def test_one_weight_against_the_reference(compute_dtype, onto, checkpoints, tmp_path):
     """Loading casts to bf16 before it quantizes, which moves codes; the merge must do the same."""
     base, name = checkpoints("llama"), "model.layers.1.mlp.down_proj.weight"
-    adapter = trained(base, tmp_path / "adapter", QuantConfig(compute_dtype="bf16")).adapter
-    tensors = merged(adapter, tmp_path / "out", format="fp32")
+    adapter = trained(base, tmp_path / "adapter", QuantConfig(compute_dtype=compute_dtype)).adapter
+    weight = merged(adapter, tmp_path / "out", format="fp32", onto=onto)[name]
     original = load_file(base / "model.safetensors")[name]
     factors = load_file(adapter / "adapter_model.safetensors")
     key = f"base_model.model.{name.removesuffix('.weight')}"
-    delta = 8 / 4 * factors[f"{key}.lora_B.weight"] @ factors[f"{key}.lora_A.weight"]
-    cast, uncast = (
-        round_trip(weight, NF4, double_quant=True) + delta
-        for weight in (original.bfloat16(), original)
-    )
-    assert relative_error(tensors[name], cast) <= 1e-6
-    assert relative_error(tensors[name], uncast) > 1e-4
-
-
-def test_one_weight_against_the_reference(checkpoints, trained_on, tmp_path):
-    """Computed from the disk by the slow twins alone, onto both bases."""
-    name = "model.layers.0.mlp.up_proj.weight"
-    model, adapter = trained_on("llama")
-    layer = model.get_submodule(name.removesuffix(".weight"))
-    A, B = (m["default"].detach().double() for m in (layer.lora_A, layer.lora_B))
+    A, B = (factors[f"{key}.lora_{leaf}.weight"].double() for leaf in "AB")
     delta = 8 / 4 * B @ A  # (out, r) @ (r, in)
-    original = load_file(checkpoints("llama") / "model.safetensors")[name]
-    weights = {"nf4": round_trip(original, NF4, double_quant=True), "original": original}
-    for onto, weight in weights.items():
-        tensors = merged(adapter, tmp_path / onto, format="fp32", onto=onto)
-        assert relative_error(tensors[name], weight.double() + delta) <= 1e-6
+    cast = original.to(nf4.DTYPES[compute_dtype])
+    wanted = original if onto == "original" else round_trip(cast, NF4, double_quant=True)
+    assert relative_error(weight, wanted.double() + delta) <= 1e-6
+    if compute_dtype == "bf16":
+        uncast = round_trip(original, NF4, double_quant=True).double() + delta
+        assert relative_error(weight, uncast) > 1e-4
 
 
 def test_untouched_tensors_are_copied_and_shards_load(checkpoints, trained_on, tmp_path):
@@ -149,7 +139,7 @@ def test_untouched_tensors_are_copied_and_shards_load(checkpoints, trained_on, t
             assert torch.equal(tensors[name], before[name]), name
 
 
-def test_the_output_is_whole(checkpoints, trained_on, tmp_path):
+def test_all_files_of_the_output(checkpoints, trained_on, tmp_path):
     base, out = checkpoints("llama"), tmp_path / "out"
     run_merge(trained_on("llama").adapter, out, picture=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -157,34 +157,11 @@ def test_adapters_that_do_not_add_up(adapter_build, one_and_two):
     with pytest.raises(UserError, match="DoRA's magnitudes, which cannot be summed"):
         combine([one, dora], [1, 1])
     two.base["blocksize"] = 128
-    with pytest.raises(UserError, match="different bases"):
+    with pytest.raises(UserError, match="different or differently quantized bases"):
         combine([one, two], [1, 1])
 
 
 # ---- files that do not fit ----
-
-
-@pytest.mark.parametrize(
-    ("values", "match"),
-    [
-        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"use_dora": True}, "has no lora_magnitude_vector, its config says use_dora=True"),
-        ({"modules_to_save": ["lm_head"]}, "missing lm_head"),
-        ({"rank_pattern": {"q_proj": 8}}, r"q_proj.lora_A.weight has shape \(4, 64\).* r=8"),
-    ],
-)
-def test_a_config_that_does_not_fit_its_tensors(values, match, plain):
-    edit_config(plain, **values)
-    with pytest.raises(UserError, match=match):
-        read_adapter(plain)
-
-
-def test_tensors_that_the_config_does_not_name(plain):
-    name = "base_model.model.model.layers.0.mlp.o_proj.weight"
-    edit_tensors(plain, lambda tensors: {**tensors, name: torch.zeros(128, 64)})
-    with pytest.raises(UserError, match=f"unexpected {name}"):
-        read_adapter(plain)
 
 
 def test_a_bias_where_the_model_has_none(plain, tmp_path):
@@ -218,7 +195,7 @@ def test_a_layer_that_the_files_lack_is_named(plain, checkpoints, tmp_path):
     """PEFT would silently leave it at its initial values."""
     lacks = "layers.1.self_attn.v_proj"
     edit_tensors(plain, lambda tensors: {n: t for n, t in tensors.items() if lacks not in n})
-    match = rf"{lacks} is in target_modules, and the files have no A and B"
+    match = rf"{lacks} is in target_modules, but the files have no A and B"
     model = load_base(str(checkpoints("llama", False)), FP32)
     with pytest.raises(UserError, match=match):
         load_adapter(model, plain)
