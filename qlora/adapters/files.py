@@ -123,6 +123,7 @@ def parameters_by_file_name(model: nn.Module, adapter_name: str) -> dict[str, nn
 
 
 def _config_values(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, Any]:
+    """The contents of adapter_config.json."""
     task, base = task_of(model), getattr(model, "config", None)
     layers = {n: layer for n, layer in lora_layers(model).items() if adapter_name in layer.adapters}
     return peft_values(

@@ -7,6 +7,7 @@ PEFT over the unchanged model.
 import json
 import shutil
 from functools import cache
+from unittest.mock import DEFAULT, Mock
 
 import peft
 import pytest
@@ -40,7 +41,7 @@ from qlora.adapters.lora import lora_layers
 from qlora.base.load import load_base
 from qlora.base.modules import dense_weight, state_of
 from qlora.config import LoraConfig, MergeConfig, QuantConfig
-from qlora.errors import UserError, require
+from qlora.errors import UserError
 from qlora.merge import merge
 from qlora.ops import nf4
 
@@ -209,13 +210,7 @@ def test_a_base_that_is_not_quantized_is_restored_to_the_bit(family, monkeypatch
     randomize_adapter(model)
     assert torch.equal(logits(unload(model)), before)
 
-    start, calls = adapters.start_from_weights, []
-
-    def once(*args):
-        if calls:
-            raise MemoryError
-        calls.append(start(*args))
-
+    once = Mock(wraps=adapters.start_from_weights, side_effect=[DEFAULT, MemoryError])
     monkeypatch.setattr(adapters, "start_from_weights", once)
     with pytest.raises(MemoryError):
         apply_lora(model, config)
@@ -460,18 +455,13 @@ def test_a_checkpoint_that_is_gone_is_refused(base, tmp_path):
 
 def test_a_start_that_fails_half_way_restores_the_bases(base, monkeypatch):
     model, plain = load_base(str(base), FP32), load_base(str(base), FP32)
-    kind, reads = type(state_of(model).original_weights), []
-    read = kind.read
-
-    def fails_once(originals, name):
-        reads.append(name)
-        require(len(reads) != 5, "the disk is asleep")
-        return read(originals, name)
-
-    monkeypatch.setattr(kind, "read", fails_once)
+    originals = state_of(model).original_weights
+    failure = [*[DEFAULT] * 4, UserError("the disk is asleep"), *[DEFAULT] * 4]
+    reads = Mock(wraps=originals.read, side_effect=failure)
+    monkeypatch.setattr(type(originals), "read", reads)
     with refused(model, "asleep"):
         apply_lora(model, LoraConfig(r=4, **PISSA))
-    assert len(reads) == 5 + 4  # the bases of four layers were quantized again
+    assert reads.call_count == 5 + 4  # the bases of four layers were quantized again
     assert_same_codes(model, plain)
 
 
