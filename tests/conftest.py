@@ -278,6 +278,19 @@ def quick_run(checkpoints, data, tmp_path_factory) -> Run:
     return Run(config, folder, stdout.getvalue())
 
 
+def one_by_one(model: Any, tokenizer: Any, chats: Iterable[Any], **settings: Any) -> list[str]:
+    """transformers' greedy answer to each chat, without a batch and so without pads."""
+    answers = []
+    for chat in chats:
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ids = model.generate(**inputs, do_sample=False, pad_token_id=0, **settings)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(new, skip_special_tokens=True))
+    return answers
+
+
 def token_ids(*, rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Random token ids (rows, length)."""
     generator = torch.Generator().manual_seed(seed)

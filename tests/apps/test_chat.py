@@ -2,14 +2,14 @@
 
 import io
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import FP32, tiny_model, tiny_tokenizer
+from conftest import FP32, one_by_one, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from qlora import disable_adapter, load_adapter, load_base
@@ -36,13 +36,8 @@ def expected(adapters, checkpoints):
         found = []
         for question in QUESTIONS:
             messages.append({"role": "user", "content": question})
-            inputs = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
             with nullcontext() if tuned else disable_adapter(model):
-                ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-            new = ids[0, inputs["input_ids"].shape[1] :]
-            found.append(tokenizer.decode(new, skip_special_tokens=True))
+                found += one_by_one(model, tokenizer, [messages], max_new_tokens=8)
             messages.append({"role": "assistant", "content": found[-1]})
         return [text.rstrip() for text in found]
 
@@ -109,25 +104,15 @@ def test_wide_terminal_shows_them_side_by_side(talk, expected, monkeypatch):
 
 
 def test_adapter_that_cannot_be_mixed_is_shown_below(talk, monkeypatch):
-    def refuse(model, names):
-        raise UserError("DoRA's, which cannot be mixed by rows")
-
     below = talk(QUESTIONS, compare=True).out
-    monkeypatch.setattr(chat, "mixed_batch", refuse)
+    monkeypatch.setattr(chat, "mixed_batch", Mock(side_effect=UserError("DoRA cannot be mixed")))
     widen_terminal(monkeypatch)
     assert talk(QUESTIONS, compare=True).out == printable(below)
 
 
 def test_interactive_chat_continues_after_mistakes(talk, monkeypatch):
-    lines = iter(["/rest", "/help", "x" * 600, KeyboardInterrupt(), "hi", EOFError()])
-
-    def typed(prompt):
-        line = next(lines)
-        if isinstance(line, BaseException):
-            raise line
-        return line
-
-    monkeypatch.setattr("builtins.input", typed)
+    lines = ["/rest", "/help", "x" * 600, KeyboardInterrupt, "hi", EOFError]
+    monkeypatch.setattr("builtins.input", Mock(side_effect=lines))
     said = talk([], terminal=True)
     for words in ("an adapter on", "/help lists", "error: unknown command /rest", chat.HELP,
                   "error: this message has 6", "/exit or Ctrl-D leaves"):  # fmt: skip
@@ -156,11 +141,10 @@ def test_ctrl_c_ends_a_script_and_not_an_interactive_chat(talk, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         talk([], prompt="hi")
     calls.clear()
-    lines = iter(["hi", "what is it?", "/exit"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    typed = Mock(side_effect=["hi", "what is it?", "/exit"])
+    monkeypatch.setattr("builtins.input", typed)
     talk([], terminal=True)
-    assert next(lines, None) is None  # it went on to the end
-    assert len(calls) > 8
+    assert typed.call_count == 3 and len(calls) > 8
 
 
 # ---- conversations and streaming
@@ -234,12 +218,9 @@ def test_row_ends_at_a_stop_token_and_shows_whole_characters():
 
 
 def test_gpu_out_of_memory_is_an_error_a_chat_survives(talk, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError
-
+    full = Mock(side_effect=torch.OutOfMemoryError)
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", full)
-    lines = iter(["hi", "/exit"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["hi", "/exit"]))
     assert "error: the GPU's memory ran out: /reset clears" in talk([], terminal=True).err
 
 
@@ -271,9 +252,3 @@ def test_base_without_a_template_is_noted(talk, checkpoints, tmp_path):
     (folder / "chat_template.jinja").unlink()
     said = talk(["hi"], model=str(folder)).err
     assert "no chat template: turns are written as `### User:`" in said
-
-
-def test_command_refuses_missing_flags():
-    done = subprocess.run([sys.executable, "-m", "qlora.chat"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: give either --adapter") and done.stderr.count("\n") == 1

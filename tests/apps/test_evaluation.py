@@ -5,15 +5,23 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import sacrebleu
 import torch
-from conftest import FP32, ROWS, quick_config, read_rows, tiny_model, tiny_tokenizer, write_rows
+from conftest import (
+    FP32,
+    ROWS,
+    one_by_one,
+    quick_config,
+    read_rows,
+    tiny_model,
+    tiny_tokenizer,
+    write_rows,
+)
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -66,9 +74,10 @@ def test_loss_and_answers_of_base_and_adapter(quick_run, checkpoints, tmp_path, 
     load_adapter(model, quick_run.folder)
     tokenizer = AutoTokenizer.from_pretrained(quick_run.folder)
     wanted = [row["completion"] for row in ROWS[:5]]
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in ROWS[:5]]
     with disable_adapter(model):
-        expected = {"base": plain_answers(model, tokenizer, ROWS[:5])}
-    expected["adapter"] = plain_answers(model, tokenizer, ROWS[:5])
+        expected = {"base": one_by_one(model, tokenizer, chats, max_new_tokens=6)}
+    expected["adapter"] = one_by_one(model, tokenizer, chats, max_new_tokens=6)
     for name, given in expected.items():
         assert [answer[name] for answer in results["answers"]] == given
         bleu = sacrebleu.corpus_bleu(given, [wanted], force=True).score
@@ -79,20 +88,6 @@ def test_loss_and_answers_of_base_and_adapter(quick_run, checkpoints, tmp_path, 
     assert "Measured on 5 rows," in said and "5 answers of up to 6 tokens" in said
     assert said.count("    wanted ") == 3
     assert f"python -m qlora.chat --adapter {quick_run.folder} --compare" in said
-
-
-def plain_answers(model, tokenizer, rows):
-    """transformers' generate, a row at a time."""
-    found = []
-    for row in rows:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["prompt"]}],
-            add_generation_prompt=True, return_tensors="pt", return_dict=True,
-        )  # fmt: skip
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)
-        new = ids[0, inputs["input_ids"].shape[1] :]
-        found.append(tokenizer.decode(new, skip_special_tokens=True))
-    return found
 
 
 def test_loss_is_that_of_training_and_of_the_merged_model(quick_run, data, tmp_path, capsys):
@@ -262,9 +257,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(
 
 
 def never_load(monkeypatch):
-    def load(self):
-        pytest.fail("it was loaded")
-
+    load = Mock(side_effect=AssertionError("the model was loaded"))
     monkeypatch.setattr("qlora.adapters.live.ResolvedModel.load", load)
 
 
@@ -297,10 +290,3 @@ def test_damaged_run_file_is_ignored(text, adapters, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
     results = evaluation(folder, data, tmp_path / "a.json", generate=False)
     assert results["max_length"] == 512  # all that the model takes
-
-
-def test_command_refuses_missing_flags():
-    words = [sys.executable, "-m", "qlora.evaluate", "--adapter", "a"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: missing --data") and done.stderr.count("\n") == 1

@@ -1,10 +1,11 @@
 """Which tokens of a chat have loss: texts by hand, ids from transformers' apply_chat_template."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 
 import pytest
-from conftest import write_rows
+from conftest import axis, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -85,29 +86,25 @@ TALK = [
 CHAT = {"messages": TALK}
 
 
-def byte_level(template: str | None = CHATML, *, eos: str = "</s>", trim: bool = True):
-    """A byte-level BPE like Llama-3's: any text goes through it and comes back."""
+def byte_level(template: str | None = CHATML, *, trim: bool = True):
+    """A byte-level BPE like Llama-3's: it encodes any text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = (
         "assistant user system model one two three plus and [INST] [/INST] \n\n ### Assistant:\n"
     )
-    tokenizer.train_from_iterator([words] * 5, trainer)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token=eos,
-        extra_special_tokens=SPECIAL[2:],
-        chat_template=template,
-    )
+    return trained(tokenizer, words, SPECIAL, template, trim=trim, initial_alphabet=alphabet)
+
+
+def trained(tokenizer, words, specials, template, *, trim=None, **options):
+    options |= {"vocab_size": 400, "special_tokens": specials, "show_progress": False}
+    tokenizer.train_from_iterator([words] * 5, trainers.BpeTrainer(**options))
+    if trim is not None:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": specials[2:]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
 
 
 def metaspace(template: str):
@@ -115,18 +112,8 @@ def metaspace(template: str):
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace()
-    text = ["[INST] one plus one? [/INST] two and one? three, not two [TOOLS]"] * 5
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
-    )
-    tokenizer.train_from_iterator(text, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        chat_template=template,
-    )
+    words = "[INST] one plus one? [/INST] two and one? three, not two [TOOLS]"
+    return trained(tokenizer, words, ["<s>", "</s>", "<unk>"], template)
 
 
 def prepare(path: Path, rows: list[dict], tokenizer):
@@ -135,16 +122,12 @@ def prepare(path: Path, rows: list[dict], tokenizer):
 
 
 def learned(row: dict, tokenizer) -> list[str]:
-    """The stretches that have loss, decoded."""
-    stretches: list[list[int]] = []
-    inside = False
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        assert label in (-100, token)
-        if label != -100:
-            stretches = stretches if inside else [*stretches, []]
-            stretches[-1].append(token)
-        inside = label != -100
-    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in stretches]
+    """The spans that have loss, decoded."""
+    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
+    assert all(label in (-100, token) for token, label in pairs)
+    groups = groupby(row["labels"], key=lambda label: label != -100)
+    spans = [list(ids) for has_loss, ids in groups if has_loss]
+    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in spans]
 
 
 # ---- the mask of each template
@@ -165,7 +148,7 @@ def learned(row: dict, tokenizer) -> list[str]:
     ],
     ids=["chatml", "llama3", "llama2", "mistral", "gemma", "qwen3", "thinker", "phi3", "bare"],
 )
-@pytest.mark.parametrize("trim", [True, False], ids=["trimmed", "untrimmed"])
+@pytest.mark.parametrize("trim", axis(True, False))
 def test_only_answers_and_their_end_have_loss(tmp_path, template, expected, trim):
     tokenizer = byte_level(template, trim=trim)
     rows, stats = prepare(tmp_path, [CHAT], tokenizer)
@@ -245,30 +228,21 @@ def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
     template = CHATML.replace(
         "message['content'] +", "(message['content'] or (message.get('tool_calls') | tojson)) +"
     )
-    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
-    other = [{"type": "function", "function": {"name": "len", "arguments": {"of": "x"}}}]
-    talk = [
-        {"role": "user", "content": "1+1"},
-        {"role": "assistant", "content": None, "tool_calls": call},
-        {"role": "tool", "content": "2"},
-        {"role": "assistant", "content": ""},
+    calls = [
+        [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+        for name, arguments in (("add", {"a": 1}), ("len", {"of": "x"}))
     ]
-    rows = [{"messages": talk}, {"messages": [talk[0], {**talk[1], "tool_calls": other}]}]
+    turns = [{"role": "assistant", "content": None, "tool_calls": call} for call in calls]
+    after = [{"role": "tool", "content": "2"}, {"role": "assistant", "content": ""}]
+    rows = [{"messages": [TALK[0], turns[0], *after]}, {"messages": [TALK[0], turns[1]]}]
     tokenizer = byte_level(template)
     data, _ = prepare(tmp_path, rows, tokenizer)
-    assert learned(data[0], tokenizer) == [json.dumps(call) + "<|im_end|>"]
-    assert learned(data[1], tokenizer) == [json.dumps(other) + "<|im_end|>"]
+    for row, call in zip(data, calls, strict=True):
+        assert learned(row, tokenizer) == [json.dumps(call) + "<|im_end|>"]
     # a template that does not show the calls would teach the model to say nothing
     tokenizer.chat_template = CHATML.replace("message['content'] +", "(message['content'] or '') +")
     with pytest.raises(UserError, match=r"row 1: .* template leaves out an answer \('add'\)"):
         prepare(tmp_path, rows, tokenizer)
-
-
-def test_tools_reach_the_template(tmp_path):
-    tokenizer = byte_level("{{ tools | tojson }}" + CHATML)
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    rows, _ = prepare(tmp_path, [{**CHAT, "tools": tools}], tokenizer)
-    assert tokenizer.decode(rows[0]["input_ids"]).startswith(json.dumps(tools))
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])

@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import CHATML, axis, tiny_model, tiny_tokenizer
+from conftest import CHATML, axis, one_by_one, tiny_model, tiny_tokenizer
 
 from qlora.data import generation
 from qlora.data.generation import answers, generate, generation_settings, prompt_ids, stop_ids
 from qlora.data.rows import prepare_tokenizer
-from qlora.errors import UserError
 
 CHATS = [
     [{"role": "user", "content": text}]
@@ -18,29 +17,14 @@ CHATS = [
 CHATS[2] = [{"role": "system", "content": "be kind"}, *CHATS[2]]
 
 
-def one_by_one(model, tokenizer, chats, **settings):
-    """transformers alone: no batch, so no pads."""
-    found = []
-    for chat in chats:
-        inputs = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        ids = model.generate(**inputs, do_sample=False, pad_token_id=0, **settings)
-        new = ids[0, inputs["input_ids"].shape[1] :]
-        found.append(tokenizer.decode(new, skip_special_tokens=True))
-    return found
-
-
 @pytest.mark.parametrize("family", axis("llama", "gpt2", "gemma"))
 def test_batches_answer_as_one_by_one(family, monkeypatch):
     model, tokenizer = tiny_model(family), tiny_tokenizer()
     expected = one_by_one(model, tokenizer, CHATS, max_new_tokens=12)
     assert len(set(expected)) > 2
-    assert answers(model, tokenizer, CHATS, max_new_tokens=12) == expected
-    monkeypatch.setattr(generation, "BATCH_ROWS", 2)
-    assert answers(model, tokenizer, CHATS, max_new_tokens=12) == expected
-    monkeypatch.setattr(generation, "BATCH_TOKENS", 1)
-    assert answers(model, tokenizer, CHATS, max_new_tokens=12) == expected
+    for limit, value in (("BATCH_ROWS", 32), ("BATCH_ROWS", 2), ("BATCH_TOKENS", 1)):
+        monkeypatch.setattr(generation, limit, value)
+        assert answers(model, tokenizer, CHATS, max_new_tokens=12) == expected
     assert answers(model, tokenizer, []) == []
 
 
@@ -50,8 +34,7 @@ def test_model_and_tokenizer_are_left_as_they_were(caplog, capsys):
     model.config.use_cache = False
     before, side = copy.deepcopy(model.generation_config.to_dict()), tokenizer.padding_side
     answers(model.train(), tokenizer, CHATS, max_new_tokens=4)
-    assert model.training
-    assert not model.config.use_cache
+    assert model.training and not model.config.use_cache
     assert model.generation_config.to_dict() == before
     assert tokenizer.padding_side == side
     # transformers has a warning for each of: sampling settings, two lengths, no pad token
@@ -66,8 +49,7 @@ def test_a_base_model_has_neither_template_nor_pad(caplog):
     prepare_tokenizer(written, chats=True)
     expected = one_by_one(model, written, CHATS, max_new_tokens=8)
     assert answers(model, tokenizer, CHATS, max_new_tokens=8) == expected
-    assert tokenizer.chat_template is None
-    assert tokenizer.pad_token is None
+    assert tokenizer.chat_template is tokenizer.pad_token is None
     assert caplog.text == ""
 
 
@@ -99,20 +81,7 @@ def test_an_encoder_decoder_writes_nothing_but_the_answer():
     model, tokenizer = tiny_model("t5"), tiny_tokenizer()
     prompts = [tokenizer("one")["input_ids"], tokenizer("two and three")["input_ids"]]
     settings = generation_settings(model, tokenizer, 6)
-    expected = [
-        tokenizer.decode(
-            model.generate(torch.tensor([p]), max_new_tokens=6, do_sample=False)[0],
-            skip_special_tokens=True,
-        )
-        for p in prompts
-    ]
+    plain = {"max_new_tokens": 6, "do_sample": False}
+    outputs = [model.generate(torch.tensor([prompt]), **plain)[0] for prompt in prompts]
+    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
     assert generate(model, tokenizer, prompts, settings) == expected
-
-
-def test_a_chat_that_the_template_refuses():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
-    with pytest.raises(
-        UserError, match=r"chat template rejects the chat: no system turns\. Change its"
-    ):
-        answers(tiny_model("llama"), tokenizer, CHATS)

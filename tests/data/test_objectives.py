@@ -36,13 +36,9 @@ def bert_tokenizer():
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        unk_token="[UNK]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        unk_token="[UNK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def t5_tokenizer():
@@ -180,22 +176,25 @@ def names(values, known=(), feature=None):
     return class_names(data, "label", known)
 
 
-def test_class_names_are_sorted_and_numbers_are_called_as_in_transformers():
-    assert names(["pos", "neg", "pos"]) == ("neg", "pos")
-    assert names([0, 2, 2]) == ("LABEL_0", "LABEL_1", "LABEL_2")
-    assert names([True, False]) == ("False", "True")
-    assert names([["O", "B-PER"], ["O"]]) == ("B-PER", "O")
-    assert names([[0, 1], []]) == ("LABEL_0", "LABEL_1")
-    feature = datasets.ClassLabel(names=["world", "sport"])
-    assert names([1, 1], feature=feature) == ("world", "sport")
-    assert names([[1, 0]], feature=datasets.List(feature)) == ("world", "sport")
-
-
-def test_class_names_of_the_model_are_kept():
+def test_class_names():
+    """Sorted; numbers are called as in transformers; the model's names are kept where possible."""
+    numbered = tuple(f"LABEL_{i}" for i in range(4))
     known = ("neutral", "pos", "neg")
-    assert names(["neg", "pos"], known) == names([0, 2], known) == known
-    assert names(["neg", "new"], known) == ("neg", "new")
-    assert names([0, 3], known) == tuple(f"LABEL_{i}" for i in range(4))
+    feature = datasets.ClassLabel(names=["world", "sport"])
+    for found, expected in (
+        (names(["pos", "neg", "pos"]), ("neg", "pos")),
+        (names([0, 2, 2]), numbered[:3]),
+        (names([True, False]), ("False", "True")),
+        (names([["O", "B-PER"], ["O"]]), ("B-PER", "O")),
+        (names([[0, 1], []]), numbered[:2]),
+        (names([1, 1], feature=feature), ("world", "sport")),
+        (names([[1, 0]], feature=datasets.List(feature)), ("world", "sport")),
+        (names(["neg", "pos"], known), known),
+        (names([0, 2], known), known),
+        (names(["neg", "new"], known), ("neg", "new")),
+        (names([0, 3], known), numbered),
+    ):
+        assert found == expected
 
 
 def test_class_number():
@@ -269,24 +268,22 @@ def test_loss_of_labels_is_divided_once():
     torch.testing.assert_close(rows, F.cross_entropy(logits[:, 0], labels[:, 0].clamp(min=0)))
 
 
-def test_accuracy_is_over_all_labels_not_over_rows():
+def test_entities_are_those_of_conlleval():
+    for tags, expected in (
+        ("B-PER I-PER O B-LOC", {("PER", 0, 2), ("LOC", 3, 4)}),
+        ("B-PER B-PER", {("PER", 0, 1), ("PER", 1, 2)}),
+        ("I-PER I-LOC I-LOC", {("PER", 0, 1), ("LOC", 1, 3)}),
+        ("O I-PER O I-PER", {("PER", 1, 2), ("PER", 3, 4)}),
+        ("", set()),
+    ):
+        assert entities(tags.split()) == expected
+
+
+def test_scores_are_over_all_labels_and_whole_entities():
     assert text_scores([[1, 1, 1, 1], [0]], [[1, 1, 1, 1], [1]], []) == {"accuracy": 4 / 5}
     assert text_scores([], [], []) == {"accuracy": 0}
-
-
-def test_entities_are_those_of_conlleval():
-    assert entities(["B-PER", "I-PER", "O", "B-LOC"]) == {("PER", 0, 2), ("LOC", 3, 4)}
-    assert entities(["B-PER", "B-PER"]) == {("PER", 0, 1), ("PER", 1, 2)}
-    assert entities(["I-PER", "I-LOC", "I-LOC"]) == {("PER", 0, 1), ("LOC", 1, 3)}
-    assert entities(["O", "I-PER", "O", "I-PER"]) == {("PER", 1, 2), ("PER", 3, 4)}
-    assert entities([]) == set()
-
-
-def test_f1_counts_whole_entities():
-    tags = ["O", "B-PER", "I-PER"]
-    wanted, cut_short = [[1, 2, 0, 1]], [[1, 0, 0, 1]]
-    assert word_scores(wanted, wanted, tags)["f1"] == 1
-    # one of two entities is right: precision and recall are 1/2
-    assert word_scores(cut_short, wanted, tags)["f1"] == 0.5
-    assert word_scores([[0, 0, 0, 0]], wanted, tags)["f1"] == 0
+    tags, wanted = ["O", "B-PER", "I-PER"], [[1, 2, 0, 1]]
+    # [1, 0, 0, 1]: one of two entities is right, so precision and recall are 1/2
+    for predicted, f1 in ((wanted, 1), ([[1, 0, 0, 1]], 0.5), ([[0, 0, 0, 0]], 0)):
+        assert word_scores(predicted, wanted, tags)["f1"] == f1
     assert "f1" not in word_scores(wanted, wanted, ["noun", "verb", "other"])

@@ -59,7 +59,7 @@ def test_prompt_messages_end_before_the_last_answer():
 # ---- files
 
 
-def test_all_file_kinds_give_the_same_rows(tmp_path):
+def test_all_file_kinds_have_the_same_rows(tmp_path):
     rows = [{"prompt": "a", "completion": "None"}, {"prompt": "é, b", "completion": "c\nd"}]
     write_rows(tmp_path / "a.jsonl", rows)
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -84,7 +84,7 @@ def test_dates_are_text_as_they_are_in_the_file(tmp_path, name):
 
 def test_numbers_in_a_csv_are_text_as_they_are_in_the_file(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion,label\n1,007,3\n2,1.50,4\n3,1e5,5\n")
-    records = load_records(str(tmp_path / "a.csv"))
+    records = load_records(str(tmp_path / "a.csv"), limit=9)
     assert records["completion"][:] == ["007", "1.50", "1e5"]
     assert records["prompt"][:] == ["1", "2", "3"]
     assert records["label"][:] == [3, 4, 5]  # of a classifier, a number
@@ -121,17 +121,13 @@ def test_edited_file_is_read_again(tmp_path):
     [
         ("a.xlsx", "x", r"a\.xlsx is not a \.jsonl .* file: convert it"),
         ("a.jsnl", "x", r"Did you mean \.jsonl\?"),
-        ("a.jsonl", "", r"a\.jsonl has no rows: at least one record"),
+        ("a.jsonl", "", r"a\.jsonl has no rows: add at least one"),
         ("a.jsonl", "\n \n", "has no rows"),
         ("a.json", "[]", "has no rows"),
         ("a.csv", "", "has no rows"),
         ("a.csv", "text\n", "has no rows"),
         ("a.txt", "\n\n", "has no rows"),
-        (
-            "a.jsonl",
-            '{"text": "a"}\n\n{"text" "b"}\n',
-            r"a\.jsonl, line 3: .*: expected one JSON object per",
-        ),
+        ("a.jsonl", '{"text": "a"}\n\n{"text" "b"}\n', r"a\.jsonl, line 3: .*: expected one JSON"),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', r"a\.jsonl, line 2: got a list, not an object"),
         ("a.json", '[\n{"text": "a"},\n{"text" "b"}]', r"a\.json, line 3: Expecting ':' delimiter"),
         ("a.json", '{"text": "a"}\n{"text": \n', r"a\.json, line 2"),
