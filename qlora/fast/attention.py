@@ -39,7 +39,7 @@ from qlora.ops.agree import relative_error
 VARLEN, ROWS = "qlora_varlen", "qlora_rows"
 FEW_TOKENS = 8  # per row of the check
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments that change the scores
-# since torch 2.12 grouped-query attention has to be enabled
+# releases of torch after 2.11 need it for grouped-query attention
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 Collator = Callable[[Any], dict[str, Any]]

@@ -101,7 +101,7 @@ def lora_mlp(
     activation: str,
     recompute: bool = False,
 ) -> Tensor:
-    """The output (..., in) of a gated MLP; x, and gate, up and down as in lora_linear.
+    """The output (..., in) of a gated MLP; x, and specs and factors of gate, up and down.
 
     Args:
         activation: one of qlora.ops.gated.ACTS.
@@ -279,7 +279,7 @@ def _with_dense_weights(layers: Sequence[_Layer]) -> list[_Layer]:
 
 
 def _can_stack(layers: Sequence[_Layer]) -> bool:
-    """Whether every A multiplies x itself, and not an x with dropout of the layer's own."""
+    """Whether all A multiply the same x: dropout would differ between layers."""
     return all(layer.dropout is None for layer in layers)
 
 
@@ -300,6 +300,7 @@ def _outputs(x: Tensor, layers: Sequence[_Layer]) -> tuple[Tensor, ...]:
         low = linear(rows, _stacked_A(layers))  # (n, in) @ (in, sum of r) -> (n, sum of r)
     else:
         low = torch.cat([layer.project(rows, layer.mask(rows)) for layer in layers], dim=1)
+    del rows  # a copy, where x is not contiguous
     pairs = zip(layers, _split(low, layers), strict=True)
     return low, *(layer.forward(x, own_low) for layer, own_low in pairs)
 

@@ -79,9 +79,7 @@ def linear_cross_entropy(
         hidden: (tokens, dim).
         weight: (vocab, dim), frozen; products are computed in its dtype.
         labels: (tokens,), `ignore_index` for tokens without one.
-        bias: (vocab,), frozen.
-        scale: factor of the logits.
-        softcap: bound of the scaled logits.
+        bias: (vocab,), frozen; scale and softcap are those of the formula above.
 
     Raises:
         UserError: `weight` or `bias` requires a gradient.
