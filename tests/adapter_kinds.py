@@ -214,7 +214,7 @@ def move(parameters: dict[str, nn.Parameter], seed: int = 3, std: float = 0.02) 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters.values():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             parameter.add_(noise, alpha=std * float(parameter.abs().mean() + 0.5))
 
 

@@ -56,18 +56,16 @@ def apply_lora(
 ) -> Model:
     """Freeze `model` and add a trainable, active adapter to its targeted layers, in place.
 
-    The head of a classifier of texts or tokens is always trained in full as well.
-
-    PiSSA, OLoRA and LoftQ read the weights from before quantization, one at a time, from where
-    load_base found them, and all but LoftQ of one round change the base: see qlora.adapters.rebase.
+    The head of a classifier of texts or tokens is always trained in full as well. PiSSA, OLoRA and
+    LoftQ read the weights from before quantization, and may change the base (adapters.rebase).
 
     Args:
         generator: of A's first values; by default torch's global one.
         data: for EVA, batches of input_ids and attention_mask (rows, length).
 
     Raises:
-        UserError: an entry of the config matches nothing or contradicts the model, the name is
-            taken, or init_lora_weights needs something that is missing.
+        UserError: the config does not fit the model, the name is taken, or init_lora_weights needs
+            something that is missing.
     """
     config, task = config or LoraConfig(), task_of(model)
     if task is not None and task.trains_head:
@@ -96,18 +94,14 @@ def apply_lora(
 
 def _require_agreement(model: nn.Module, config: LoraConfig, chosen: Targets) -> None:
     """Refuse a revision and a fan_in_fan_out that are not the base's."""
-    state = state_of(model)
-    require(
-        not state.quant or config.revision in (None, state.revision),
-        f"revision={config.revision!r}, and the base was loaded at "
-        f"{state.revision or 'its default'}: leave it out, or load that one",
-    )
+    asked, state = config.revision, state_of(model)
+    is_loaded, loaded = asked in (None, state.revision), state.revision or "its default"
+    message = f"revision={asked!r}, and the base was loaded at {loaded}: leave it out"
+    require(not state.quant or is_loaded, message)
     is_transposed = any(was_conv1d(plain(model.get_submodule(name))) for name in chosen.layers)
-    require(
-        config.fan_in_fan_out in (None, is_transposed),
-        f"fan_in_fan_out={config.fan_in_fan_out}, and the targeted layers store "
-        f"{'(in, out)' if is_transposed else '(out, in)'}: leave it out, the layers tell",
-    )
+    order = "(in, out)" if is_transposed else "(out, in)"
+    message = f"fan_in_fan_out={config.fan_in_fan_out}, and the targeted layers store {order}"
+    require(config.fan_in_fan_out in (None, is_transposed), f"{message}: leave it out")
 
 
 def _add(
@@ -234,9 +228,7 @@ def require_only_biases(model: nn.Module, bias: str) -> None:
 def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
     """Make one adapter, or several whose changes add up, active and trainable, and no others.
 
-    Raises:
-        UserError: there is no such adapter, it is named twice, or two of them train the same part
-            in full.
+    Raises UserError if one is unknown or named twice, or two train the same part in full.
     """
     names = known_adapters(model, adapter_name)
     require_one_owner(model, names)
@@ -248,10 +240,8 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    """Make these adapters active wherever they are, and no others.
-
-    They add up in the order in which they were added: the last bits of a sum depend on it.
-    """
+    """Make these adapters active, and no others; they add up in the order in which they were added
+    to the model, as the last bits of a sum depend on it."""
     names = [name for name in adapter_configs(model) if name in names]
     for _, wrapper in adapted(model):
         wrapper.active_adapters = tuple(name for name in names if name in wrapper.adapters)
@@ -281,10 +271,8 @@ def require_one_owner(model: nn.Module, names: Sequence[str]) -> None:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is its frozen base.
-
-    A base that was changed for its adapter has the subtracted part added back, in 16 bits.
-    """
+    """Inside the block the model is its frozen base. One that was changed for its adapter has the
+    subtracted part added back, in 16 bits."""
     active = active_adapters(model)
     try:
         activate(model, ())
@@ -297,11 +285,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
     """Inside the block each row of a batch goes through its own adapter, or the base for None.
 
-    The base computes all rows at once. The active adapters are ignored meanwhile.
-
-    Raises:
-        UserError: there is no such adapter, or it cannot be mixed by rows; in the block: a batch
-            has another number of rows.
+    The base computes all rows at once. The active adapters are ignored meanwhile. Raises UserError
+    if an adapter is unknown or cannot be mixed by rows, or a batch has another number of rows.
     """
     names = known_adapters(model, [name for name in adapter_names if name is not None])
     require_unchanged_base(model, "mixed_batch")
@@ -348,9 +333,9 @@ def print_trainable_parameters(model: nn.Module) -> None:
             if parameters:
                 is_lora = isinstance(wrapper, LoRALayer)
                 rank = str(len(wrapper.lora_A[adapter])) if is_lora else "-"
-                shape = wrapper.shape if is_lora else parameters[0].shape
-                size, leaf = sum(p.numel() for p in parameters), name.rpartition(".")[2]
-                rows[leaf, " x ".join(map(str, shape)), rank, size] += 1
+                shape = " x ".join(map(str, wrapper.shape if is_lora else parameters[0].shape))
+                size = sum(p.numel() for p in parameters)
+                rows[name.rpartition(".")[2], shape, rank, size] += 1
     if rows:
         print(f"{'layer':24}{'layers':>7}{'out x in':>15}{'rank':>10}{'trainable':>14}")
     for (leaf, shape, rank, size), count in rows.items():

@@ -66,28 +66,20 @@ def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None
     unfuses.
 
     Raises:
-        UserError: there is no such adapter, some are fused already, two of them cannot be active
-            together, or the model is in training.
+        UserError: an adapter is unknown, one is fused already, two cannot be active together, or
+            the model is in training.
     """
     names = _to_fuse(model, adapter_names)
     fused = fused_adapters(model)
     require(not fused, f"{', '.join(fused)} is merged already: unmerge_adapter first")
-    require(
-        not model.training,
-        "in training mode adapters are kept apart from the base: call model.eval() before "
-        "merge_adapter",
-    )
+    require(not model.training, "the model is in training mode: call model.eval() first")
     for _, wrapper in adapted(model):
         wrapper.fuse(names)
     return model
 
 
 def unmerge_adapter(model: Model) -> Model:
-    """Undo `merge_adapter`, exactly.
-
-    Raises:
-        UserError: nothing is fused.
-    """
+    """Undo `merge_adapter`, exactly. Raises UserError if nothing is fused."""
     require(fused_adapters(model) != (), "no adapter is merged: there is nothing to unmerge")
     for _, wrapper in adapted(model):
         wrapper.unfuse()
@@ -113,8 +105,8 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
     merge_dequant.py does, a tensor at a time in less memory. Other adapters are dropped.
 
     Raises:
-        UserError: there is no such adapter, two of them cannot be active together, or one has a
-            lora_bias where the layer has none to add it to.
+        UserError: an adapter is unknown, two cannot be active together, or one has a lora_bias
+            where the layer has no bias.
     """
     names = _to_fuse(model, adapter_names)
     _require_biases(model, names)
@@ -128,8 +120,7 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
             put_module(model, name, fused)
     _untie(model)
     state_of(model).forget_base()
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
         model.is_loaded_in_4bit = False  # type: ignore[assignment]
     adapter_configs(model).clear()
@@ -139,9 +130,7 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
 def unload(model: Model) -> Model:
     """Remove every adapter: `model` is its frozen base again.
 
-    Raises:
-        UserError: the base was changed for its adapter, and the checkpoint to read it from again
-            is gone.
+    Raises UserError if the base was changed for its adapter, and its checkpoint is gone.
     """
     restore(model)
     remove_wrappers(model, lambda _: True)
@@ -150,17 +139,11 @@ def unload(model: Model) -> Model:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Remove one adapter, and free its memory.
-
-    Raises:
-        UserError: there is no such adapter, or it is active or fused; or `unload` would raise.
-    """
+    """Remove one adapter. Raises UserError if it is unknown, active or fused, or as `unload`."""
     known_adapters(model, adapter_name)
     require_unfused(model, adapter_name)
-    require(
-        adapter_name not in active_adapters(model),
-        f"adapter {adapter_name!r} is active: set_adapter another first, or unload to remove all",
-    )
+    is_active, mend = adapter_name in active_adapters(model), "set_adapter another first, or unload"
+    require(not is_active, f"adapter {adapter_name!r} is active: {mend}")
     restore(model)
     remove_adapter(model, adapter_name)
     del adapter_configs(model)[adapter_name]
@@ -181,11 +164,8 @@ def _require_biases(model: nn.Module, names: Iterable[str]) -> None:
     without = {n: layer for n, layer in layers if getattr(layer.plain, "bias", None) is None}
     for name in names:
         unfit = [n for n, layer in without.items() if name in layer.lora_bias]
-        require(
-            not unfit,
-            f"adapter {name!r} has lora_bias, and {some(unfit)} have no bias to fold it into: use "
-            "merge_adapter, which keeps it beside the layer",
-        )
+        why = f"adapter {name!r} has lora_bias, and {some(unfit)} have no bias to fold it into"
+        require(not unfit, f"{why}: use merge_adapter, which keeps it beside the layer")
 
 
 def _untie(model: nn.Module) -> None:
@@ -220,10 +200,8 @@ def add_weighted_adapter(
     """A new adapter beside the others, frozen and not yet active.
 
     Args:
-        svd_rank: rank of the new adapter, for svd and the types that end in _svd; by default the
-            largest.
-        density: share of the values that are kept, above 0 and at most 1, for ties, dare and
-            magnitude_prune.
+        svd_rank: of the new adapter, for types that end in svd; by default the largest.
+        density: share of the values that are kept, for ties, dare and magnitude_prune.
         majority_sign_method: of ties: signs are weighted by their values, or each counts as one.
         generator: of dare's choice; by default torch's global one.
 
@@ -241,22 +219,17 @@ def add_weighted_adapter(
         pruned = [_pruned(tensor, way, density or 1.0, generator) for tensor in tensors]
         return _weighted_sum(pruned, scales, way, majority_sign_method)
 
-    layers = lora_layers(model)
-    ranks = {  # of each layer: the ranks of its adapters
-        name: own
-        for name, layer in layers.items()
-        if (own := {a: len(layer.lora_A[a]) for a in names if a in layer.lora_A})
+    layers = {n: layer for n, layer in lora_layers(model).items() if {*names} & {*layer.lora_A}}
+    ranks = {
+        n: {a: len(layers[n].lora_A[a]) for a in names if a in layers[n].lora_A} for n in layers
     }
     for name, own in ranks.items():
-        require(
-            way.endswith(("cat", "svd")) or len(set(own.values())) == 1,
-            f"{way} wants adapters of one rank, at {name} they have {own}: take svd or cat",
-        )
-    r = svd_rank or max(rank for own in ranks.values() for rank in own.values())
-    combined = {
-        name: _combined(layers[name], {a: weight_of[a] for a in own}, way, mix, r)
-        for name, own in ranks.items()
-    }
+        message = f"{way} wants adapters of one rank, at {name} they have {own}: take svd or cat"
+        require(way.endswith(("cat", "svd")) or len({*own.values()}) == 1, message)
+    r = svd_rank or max(max(own.values()) for own in ranks.values())
+    combined = {}
+    for name, own in ranks.items():
+        combined[name] = _combined(layers[name], {a: weight_of[a] for a in own}, way, mix, r)
     r = max(len(factors.lora_A) for factors in combined.values())
     for name, factors in combined.items():
         dtype = next(iter(layers[name].lora_A.values())).dtype

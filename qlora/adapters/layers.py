@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from qlora.adapters.lora import LoRALayer, LoRALinear, adapter_dtype
+from qlora.adapters.lora import LoRALayer, LoRALinear, Matrices, adapter_dtype
 from qlora.adapters.wrappers import AdapterModule, frozen_copy, plain
 from qlora.base.modules import is_conv, is_linear, shallow_copy
 from qlora.config import LoraConfig
@@ -43,9 +43,7 @@ class LoRAEmbedding(LoRALayer):
 
     ENDINGS = ("lora_embedding_A", "lora_embedding_B")
 
-    def _first_values(
-        self, config: LoraConfig, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
+    def _first_values(self, config: LoraConfig, generator: torch.Generator | None) -> Matrices:
         dim, vocab = self.shape
         lora_B = torch.empty(dim, config.r).normal_(generator=generator)
         return torch.zeros(config.r, vocab), lora_B
@@ -100,6 +98,9 @@ class LoRAConv(LoRALayer):
         return (1, self.shape[0], *self._ones)
 
 
+ByLeaf = Mapping[str, Tensor]
+
+
 class LoRAExperts(AdapterModule):
     """LoRA over parameters (E, out, in) of a module; or (out, in), as routers have."""
 
@@ -114,11 +115,7 @@ class LoRAExperts(AdapterModule):
         self._fused: dict[str, Tensor] = {}
 
     def add_adapter(
-        self,
-        name: str,
-        configs: Mapping[str, LoraConfig],
-        *,
-        generator: torch.Generator | None = None,
+        self, name: str, configs: dict[str, LoraConfig], *, generator: torch.Generator | None = None
     ) -> None:
         """A new adapter of some of the module's parameters, by name; not yet active."""
         lora_A, lora_B = {}, {}
@@ -132,11 +129,7 @@ class LoRAExperts(AdapterModule):
         self.put_adapter(name, lora_A, lora_B, {n: own.scaling for n, own in configs.items()})
 
     def put_adapter(
-        self,
-        name: str,
-        lora_A: Mapping[str, Tensor],
-        lora_B: Mapping[str, Tensor],
-        scaling: Mapping[str, float],
+        self, name: str, lora_A: ByLeaf, lora_B: ByLeaf, scaling: Mapping[str, float]
     ) -> None:
         """An adapter with these values of some parameters, frozen and not yet active."""
         for held, values in ((self.lora_A, lora_A), (self.lora_B, lora_B)):

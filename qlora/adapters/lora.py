@@ -33,22 +33,20 @@ from qlora.config import LoraConfig
 from qlora.ops.lora import Dropout
 from qlora.ops.nf4 import DTYPES
 
+Matrices = tuple[Tensor, Tensor]
+
 
 class LoRALayer(AdapterModule):
     """A frozen layer with named low-rank adapters; a subclass for each type of layer."""
 
     BY_ADAPTER = ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector", "scaling", "dropout")
-    ENDINGS = ("lora_A.weight", "lora_B.weight")
-    """of the names of A and B in adapter files"""
+    ENDINGS = ("lora_A.weight", "lora_B.weight")  # of the names of A and B in adapter files
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
-        self.lora_bias = nn.ParameterDict()
-        """B's own bias (out,), of adapters with lora_bias"""
-        self.lora_magnitude_vector = nn.ParameterDict()
-        """(out,), of adapters with use_dora"""
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_bias = nn.ParameterDict()  # B's own (out,), of adapters with lora_bias
+        self.lora_magnitude_vector = nn.ParameterDict()  # (out,), of adapters with use_dora
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.row_norm: Tensor | None
@@ -84,10 +82,10 @@ class LoRALayer(AdapterModule):
         """Each row of x (rows, ...) through its own adapter; the base computes them together."""
         y: Tensor = self.base_layer(x)
         for name, rows in self._rows_of(x, names).items():
-            change = self.scaling[name] * self._change(self._drop(x[rows], name), name)
+            change = self._change(self._drop(x[rows], name), name)
             if name in self.lora_bias:
-                change = change + self._as_output(self.scaling[name] * self.lora_bias[name])
-            y = y.index_add(0, rows, change.to(y.dtype))
+                change = change + self._as_output(self.lora_bias[name])
+            y = y.index_add(0, rows, (self.scaling[name] * change).to(y.dtype))
         return y
 
     # ---- what each type of layer defines ----
@@ -100,9 +98,7 @@ class LoRALayer(AdapterModule):
         """The base layer's output with another weight (out, in)."""
         raise NotImplementedError
 
-    def _first_values(
-        self, config: LoraConfig, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
+    def _first_values(self, config: LoraConfig, generator: torch.Generator | None) -> Matrices:
         """A (r, in) and B (out, r) of a new adapter. On the CPU: a seed means the same anywhere."""
         out_features, in_features = self.shape
         lora_A = torch.empty(config.r, in_features)
@@ -113,17 +109,16 @@ class LoRALayer(AdapterModule):
         return lora_A, torch.zeros(out_features, config.r)
 
     def _set_matrices(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-        """A (r, in) and B (out, r) as parameters, in the shapes that files have."""
-        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        """A (r, in) and B (out, r) as frozen parameters, in the shapes that files have."""
+        like = self.plain.weight
+        self.lora_A[name], self.lora_B[name] = frozen_copy(lora_A, like), frozen_copy(lora_B, like)
 
     def _base(self, x: Tensor) -> Tensor:
         """The output without an adapter, to which the active ones are added."""
-        y: Tensor = self.base_layer(x)
-        return y
+        return self.base_layer(x)  # type: ignore[no-any-return]
 
     def _drop(self, x: Tensor, name: str) -> Tensor:
-        dropout = self.drawn_dropout(name)
-        return x if dropout is None else dropout(x)
+        return x if (dropout := self.drawn_dropout(name)) is None else dropout(x)
 
     def _as_output(self, features: Tensor) -> Tensor:
         """Values (out,) in a shape that broadcasts over an output."""
@@ -162,23 +157,19 @@ class LoRALayer(AdapterModule):
         self, name: str, factors: "Factors", dropout: float = 0.0, bias: Tensor | None = None
     ) -> None:
         """An adapter with these values, frozen and not yet active."""
-        weight = self.plain.weight
-        lora_A, lora_B = (frozen_copy(t, weight) for t in factors[:2])
-        self._set_matrices(name, lora_A, lora_B)
+        self._set_matrices(name, factors.lora_A, factors.lora_B)
         if factors.magnitude is not None:
             magnitude = factors.magnitude.view(self._magnitude_shape)
-            self.lora_magnitude_vector[name] = frozen_copy(magnitude, weight)
+            self.lora_magnitude_vector[name] = frozen_copy(magnitude, self.plain.weight)
         if bias is not None:
-            self.lora_bias[name] = frozen_copy(bias, weight)
-        for parameter in self.parameters_of(name).values():
-            parameter.requires_grad_(False)
+            self.lora_bias[name] = frozen_copy(bias, self.plain.weight)
         self.scaling[name], self.dropout[name] = factors.scaling, dropout
 
     def factors(self, name: str) -> "Factors":
         """Adapter `name` of this layer, as matrices."""
         lora_A, lora_B = self.lora_A[name].flatten(1), self.lora_B[name].flatten(1)
-        magnitudes = self.lora_magnitude_vector
-        magnitude = magnitudes[name].flatten() if name in magnitudes else None
+        magnitude = self.lora_magnitude_vector.get(name)
+        magnitude = magnitude if magnitude is None else magnitude.flatten()
         return Factors(lora_A, lora_B, self.scaling[name], magnitude)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
@@ -188,18 +179,17 @@ class LoRALayer(AdapterModule):
 
     def drawn_dropout(self, name: str) -> Dropout | None:
         """The dropout of A's input in one call of the layer; None where nothing is dropped."""
-        is_on = self.training and self.dropout[name] > 0
-        return Dropout.drawn(self.dropout[name]) if is_on else None
+        p = self.dropout[name]
+        return Dropout.drawn(p) if self.training and p > 0 else None
 
     def get_delta_weight(self, name: str) -> Tensor:
         """What adapter `name` adds to the base weight, fp32 (out, in)."""
         factors = self.factors(name)
-        if factors.magnitude is None:
-            return delta_weight(*factors[:3])
-        return factors.change(dense_weight(self.plain))
+        is_lora = factors.magnitude is None
+        return delta_weight(*factors[:3]) if is_lora else factors.change(dense_weight(self.plain))
 
     def extra_repr(self) -> str:
-        ranks = {name: matrix.shape[0] for name, matrix in self.lora_A.items()}
+        ranks = {name: len(lora_A) for name, lora_A in self.lora_A.items()}
         return f"r={ranks}, active={self.active_adapters}"
 
     # ---- DoRA ----
@@ -322,13 +312,10 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 class Factors(NamedTuple):
     """An adapter's part of one layer (out, in)."""
 
-    lora_A: Tensor
-    """(r, in)"""
-    lora_B: Tensor
-    """(out, r)"""
+    lora_A: Tensor  # (r, in)
+    lora_B: Tensor  # (out, r)
     scaling: float
-    magnitude: Tensor | None = None
-    """DoRA's norm of each row (out,), arXiv:2402.09353"""
+    magnitude: Tensor | None = None  # of DoRA: the norm of each row (out,)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -374,21 +361,17 @@ class Factors(NamedTuple):
 class Rebased(NamedTuple):
     """How an adapter that starts from the weights changed its base (qlora.adapters.rebase)."""
 
-    subtracted: Factors
-    """taken out of the base weight; the layer adds it back while no adapter is active"""
-    original: Tensor | None
-    """the weight from before; None for a 4-bit layer, whose checkpoint is read again"""
+    subtracted: Factors  # from the base weight; added back while no adapter is active
+    original: Tensor | None  # the weight from before; None for a 4-bit layer: it is read again
 
 
-def adapter_dtype(
-    config: LoraConfig, device: torch.device, compute_dtype: torch.dtype
-) -> torch.dtype:
-    """The dtype of A and B: bf16 on a GPU for a layer that computes in bf16, else fp32, unless the
-    config gives one. Under fp16 compute it must be fp32: loss scaling has no kernel for bf16."""
+def adapter_dtype(config: LoraConfig, device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """Of A and B, by default: bf16 on a GPU for a layer that computes in bf16, else fp32. Under
+    fp16 compute it must be fp32: loss scaling has no kernel for bf16."""
     if config.adapter_dtype != "auto":
         return DTYPES[config.adapter_dtype]
-    in_bf16 = device.type == "cuda" and compute_dtype == torch.bfloat16
-    return torch.bfloat16 if in_bf16 else torch.float32
+    in_bf16 = (device.type, compute) == ("cuda", torch.bfloat16)
+    return compute if in_bf16 else torch.float32
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:

@@ -28,26 +28,21 @@ from qlora.base.modules import heads, is_conv, is_in, is_linear, is_quantized, v
 from qlora.config.lora import LoraConfig, pattern_key
 from qlora.errors import UserError, did_you_mean, require, some
 
+Modules = Mapping[str, nn.Module]
+Rows = dict[str, tuple[int, ...]]
+
 
 class Targets(NamedTuple):
     """What an adapter changes, by the names of modules, in the model's order."""
 
-    layers: list[str]
-    """that get A and B"""
-    parameters: dict[str, list[str]]
-    """of modules that are no layers: those that get A and B"""
-    full_params: dict[str, list[str]]
-    """parameters trained in full: all of a module's, or its bias"""
-    rows: dict[str, tuple[int, ...]]
-    """of embeddings: the ids whose rows are trained"""
+    layers: list[str]  # that get A and B
+    parameters: dict[str, list[str]]  # of modules that are no layers: those that get A and B
+    full_params: dict[str, list[str]]  # trained in full: all of a module's, or its bias
+    rows: Rows  # of embeddings: the ids whose rows are trained
 
 
 def targets(model: nn.Module, config: LoraConfig) -> Targets:
-    """All that `config` names.
-
-    Raises:
-        UserError: an entry matches nothing, or nothing that it can be used for.
-    """
+    """All that `config` names; each entry must match something that it can be used for."""
     saved = saved_modules(model, config)
     modules = base_modules(model)
     layers = [name for name in target_layers(model, config) if not is_in(name, saved)]
@@ -63,10 +58,10 @@ def targets(model: nn.Module, config: LoraConfig) -> Targets:
     full = {name: full[name] for name in modules if name in full}
     rows = _token_rows(model, modules, config)
     twice = ", ".join(name for name in rows if name in layers or name in full)
-    require(not twice, f"{twice} is adapted or trained in full, and in trainable_token_indices")
+    where = "adapted or trained in full, and in trainable_token_indices"
+    require(not twice, f"{twice} is {where}: choose one")
     parameters = _target_parameters(modules, config)
-    full_names = [f"{name}.{leaf}" for name, leaves in parameters.items() for leaf in leaves]
-    adapted = [*layers, *full_names]
+    adapted = layers + [f"{name}.{leaf}" for name, own in parameters.items() for leaf in own]
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field)
         used = [key for name in adapted if (key := pattern_key(pattern, name))]
@@ -76,9 +71,7 @@ def targets(model: nn.Module, config: LoraConfig) -> Targets:
 
 def matches(name: str, target: str, *, is_regex: bool = False) -> bool:
     """Whether `target` is a whole ending of a name, or an expression that matches all of it."""
-    if is_regex:
-        return re.fullmatch(target, name) is not None
-    return name == target or name.endswith(f".{target}")
+    return bool(re.fullmatch(target, name)) if is_regex else f".{name}".endswith(f".{target}")
 
 
 def _hits(
@@ -89,11 +82,8 @@ def _hits(
     kind: str,
     known: Iterable[str],
 ) -> dict[str, list[str]]:
-    """Those of `names` that each entry of a field of the config matches: is_hit(name, entry).
-
-    Raises:
-        UserError: some entries match none; it lists the last components of `known`.
-    """
+    """Those of `names` that each entry of a field of the config matches: is_hit(name, entry). An
+    entry that matches none is an error, which lists the last components of `known`."""
     hits = {entry: [name for name in names if is_hit(name, entry)] for entry in entries}
     if idle := [entry for entry, found in hits.items() if not found]:
         leaves = sorted({name.rpartition(".")[2] for name in known} - {""})
@@ -108,11 +98,7 @@ def _hits(
 
 
 def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the layers that get A and B, in the model's order.
-
-    Raises:
-        UserError: an entry matches nothing, or a module that is no layer with A and B.
-    """
+    """Names of the layers that get A and B, in the model's order."""
     modules = base_modules(model)
     linear = [name for name, module in modules.items() if is_linear(plain(module))]
 
@@ -149,12 +135,10 @@ def _in_layers(names: set[str], config: LoraConfig) -> set[str]:
     numbers = {name: layer_number(name, config.layers_pattern) for name in names}
     present = sorted({number for number in numbers.values() if number is not None})
     if missing := [str(n) for n in config.layers_to_transform if n not in present]:
-        after = f" after {' or '.join(config.layers_pattern)}" if config.layers_pattern else ""
         known = f"{present[0]} to {present[-1]}" if present else "no numbers"
-        raise UserError(
-            f"layers_to_transform {', '.join(missing)} matches no layer: the targets have {known}"
-            f"{after}"
-        )
+        known += f" after {' or '.join(config.layers_pattern)}" if config.layers_pattern else ""
+        absent = f"layers_to_transform {', '.join(missing)}"
+        raise UserError(f"{absent} matches no layer: the targets have {known}")
     chosen = {name for name, number in numbers.items() if number in config.layers_to_transform}
     return chosen | names.intersection(config.target_modules)
 
@@ -167,21 +151,15 @@ def layer_number(name: str, patterns: Iterable[str]) -> int | None:
     return int(first["number"]) if first else None
 
 
-def _require_layers(chosen: Mapping[str, nn.Module], linear: Collection[str]) -> None:
+def _require_layers(chosen: Modules, linear: Collection[str]) -> None:
     """Refuse targets without a low-rank wrapper: grouped convolutions, or no layers at all."""
     unfit = sorted(name for name, layer in chosen.items() if lora_class(layer) is None)
     grouped = [name for name in unfit if is_conv(chosen[name])]
-    require(
-        not grouped,
-        f"target_modules matches grouped convolutions, into which B A cannot be fused: "
-        f"{some(grouped)}. Leave them out with exclude_modules",
-    )
-    leaves = sorted({name.rpartition(".")[2] for name in linear})
-    require(
-        not unfit,
-        f"target_modules matches modules that are no linear layer, convolution or embedding: "
-        f"{some(unfit)}. This model's linear layers: {', '.join(leaves)}.",
-    )
+    why = f"grouped convolutions, into which B A cannot be fused: {some(grouped)}"
+    require(not grouped, f"target_modules matches {why}. Leave them out with exclude_modules")
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    why = f"modules that are no linear layer, convolution or embedding: {some(unfit)}"
+    require(not unfit, f"target_modules matches {why}. This model's linear layers: {leaves}.")
 
 
 # ---- parameters trained in full ----
@@ -194,8 +172,8 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     hits = _hits("modules_to_save", entries, modules, str.endswith, "module", modules)
     matching = set().union(*hits.values())
     saved: list[str] = []
-    for name in (name for name in modules if name in matching):
-        if not is_in(name, saved) and list(plain(modules[name]).parameters()):
+    for name, module in modules.items():
+        if name in matching and not is_in(name, saved) and list(plain(module).parameters()):
             saved.append(name)
     asked = config.target_modules if isinstance(config.target_modules, tuple) else ()
     twice = ", ".join(t for t in asked if any(matches(name, t) for name in saved))
@@ -208,9 +186,7 @@ def _leaves(module: nn.Module) -> list[str]:
     return [leaf for leaf, _ in plain(module).named_parameters(recurse=False)]
 
 
-def _with_bias(
-    modules: Mapping[str, nn.Module], layers: Collection[str], config: LoraConfig
-) -> list[str]:
+def _with_bias(modules: Modules, layers: Collection[str], config: LoraConfig) -> list[str]:
     """The modules whose bias is trained."""
     if config.bias == "none":
         return []
@@ -221,9 +197,7 @@ def _with_bias(
     return biased
 
 
-def _token_rows(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig
-) -> dict[str, tuple[int, ...]]:
+def _token_rows(model: nn.Module, modules: Modules, config: LoraConfig) -> Rows:
     """The ids of trainable_token_indices, by the names of embeddings."""
     asked = config.trainable_token_indices
     if not isinstance(asked, Mapping):
@@ -244,19 +218,13 @@ def _token_rows(
 
 def has_rows(module: nn.Module) -> bool:
     """Whether a module's weight has a row for each token: an embedding's, or an output head's."""
-    is_plain = isinstance(module, nn.Linear) and not is_quantized(module)
-    return isinstance(module, nn.Embedding) or is_plain
+    return isinstance(module, nn.Embedding | nn.Linear) and not is_quantized(module)
 
 
-def _target_parameters(
-    modules: Mapping[str, nn.Module], config: LoraConfig
-) -> dict[str, list[str]]:
+def _target_parameters(modules: Modules, config: LoraConfig) -> dict[str, list[str]]:
     """The parameters that target_parameters matches, by the names of their modules."""
-    every = {
-        f"{name}.{leaf}".lstrip("."): (name, leaf)
-        for name, module in modules.items()
-        for leaf in _leaves(module)
-    }
+    owned = [(name, leaf) for name, module in modules.items() for leaf in _leaves(module)]
+    every = {f"{name}.{leaf}".lstrip("."): (name, leaf) for name, leaf in owned}
     hits = _hits("target_parameters", config.target_parameters, every, matches, "parameter", every)
     parameters: dict[str, list[str]] = {}
     for full in (full for names in hits.values() for full in names):

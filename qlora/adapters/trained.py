@@ -84,11 +84,11 @@ class TrainedModule(AdapterModule):
         """The adapter's copies, in the dtype that the base computes in."""
         if name in self._fused:
             return self._fused[name]
-        is_4_bit = is_quantized(self.plain)
-        return {
-            leaf: value.to(computes_in(self.plain) if is_4_bit else getattr(self.plain, leaf).dtype)
-            for leaf, value in self.parameters_of(name).items()
-        }
+        leaves = self.parameters_of(name)
+        dtypes = {leaf: getattr(self.plain, leaf).dtype for leaf in leaves}
+        if is_quantized(self.plain):
+            dtypes = dict.fromkeys(leaves, computes_in(self.plain))
+        return {leaf: value.to(dtypes[leaf]) for leaf, value in leaves.items()}
 
     def fuse(self, names: Iterable[str]) -> None:
         """Keep these adapters' copies cast."""
@@ -124,18 +124,14 @@ class TrainedModule(AdapterModule):
 
 class TokenRows(AdapterModule):
     """An embedding of which each adapter has a copy of some rows; or an output head, whose logits
-    of these tokens they give.
-
-    Args:
-        tied_to: the embedding's wrapper, if this is around the head that is tied to it.
-    """
+    of these tokens they give: `tied_to` is the embedding's wrapper, for a head that is tied."""
 
     BY_ADAPTER = ("rows", "ids")
 
     def __init__(self, base_layer: nn.Module, tied_to: "TokenRows | None" = None) -> None:
         super().__init__(base_layer)
-        self.rows: nn.ParameterDict = nn.ParameterDict() if tied_to is None else tied_to.rows
-        self.ids: dict[str, list[int]] = {} if tied_to is None else tied_to.ids
+        self.rows: nn.ParameterDict = tied_to.rows if tied_to else nn.ParameterDict()
+        self.ids: dict[str, list[int]] = tied_to.ids if tied_to else {}
         self.is_tied = tied_to is not None
         self.is_head = not isinstance(self.plain, nn.Embedding)
 

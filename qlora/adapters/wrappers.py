@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.errors import UserError
+from qlora.errors import require
 
 
 class Wrapper(nn.Module):
@@ -40,8 +40,7 @@ class Wrapper(nn.Module):
 class AdapterModule(Wrapper):
     """A frozen module with named adapters, of which the active ones change its output."""
 
-    BY_ADAPTER: tuple[str, ...] = ()
-    """attributes that are dicts by the names of adapters; the first has all of them"""
+    BY_ADAPTER: tuple[str, ...]  # attributes: dicts by adapter, of which the first has all
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -85,16 +84,11 @@ class AdapterModule(Wrapper):
 
     def _rows_of(self, x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """The indices of the rows of a batch x (rows, ...) for each of this module's adapters."""
-        if len(x) != len(names):
-            raise UserError(
-                f"{len(names)} adapter names for a batch whose layers see {len(x)} rows: give one "
-                "name a row (layers that reorder tokens, such as experts, cannot tell rows apart)"
-            )
-        return {
-            name: torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            for name in dict.fromkeys(names)
-            if name in self.adapters
-        }
+        counts = f"{len(names)} adapter names for a batch whose layers see {len(x)} rows"
+        require(len(x) == len(names), f"{counts}: give one name a row (experts reorder tokens)")
+        present = [name for name in dict.fromkeys(names) if name in self.adapters]
+        rows = {name: [i for i, n in enumerate(names) if n == name] for name in present}
+        return {name: torch.tensor(own, device=x.device) for name, own in rows.items()}
 
 
 def frozen_copy(value: Tensor, like: Tensor) -> nn.Parameter:
@@ -127,19 +121,16 @@ def adapter_modules(module: nn.Module) -> Iterator[AdapterModule]:
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base, by its name there: itself, or its outermost wrapper."""
-    modules: dict[str, nn.Module] = {}
-    seen = set()
+    names: dict[nn.Module, str] = {}
 
     def walk(name: str, module: nn.Module) -> None:
-        if module in seen:
-            return
-        seen.add(module)
-        modules[name] = module
-        for leaf, child in plain(module).named_children():
-            walk(f"{name}.{leaf}".lstrip("."), child)
+        if module not in names:
+            names[module] = name
+            for leaf, child in plain(module).named_children():
+                walk(f"{name}.{leaf}".lstrip("."), child)
 
     walk("", model)
-    return modules
+    return {name: module for module, name in names.items()}
 
 
 def adapted(model: nn.Module) -> list[tuple[str, AdapterModule]]:
@@ -158,7 +149,7 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Delete an adapter everywhere, and the wrappers that have no other."""
+    """Delete an adapter everywhere, and wrappers without another."""
     for _, wrapper in adapted(model):
         wrapper.remove_adapter(adapter_name)
     remove_wrappers(model, lambda w: isinstance(w, AdapterModule) and not w.adapters)

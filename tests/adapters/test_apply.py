@@ -53,15 +53,6 @@ def test_a_new_adapter_is_all_that_trains_and_changes_no_logit(training):
     assert {module.training for module in model.modules()} == {training}
 
 
-def test_a_generator_decides_the_first_values():
-    models = [
-        apply_lora(tiny_model("llama"), generator=torch.Generator().manual_seed(3)) for _ in "ab"
-    ]
-    pairs = zip(*(lora_layers(model).values() for model in models), strict=True)
-    same = [torch.equal(a.lora_A["default"], b.lora_A["default"]) for a, b in pairs]
-    assert same == [True] * 14
-
-
 def test_names_of_adapters():
     """They are names of folders, and keys of a ParameterDict, whose attributes exclude some."""
     for name in ("", "a.b", "a b", "a/b", "../up", "train", "half", "keys", "_keys", "_parameters"):
@@ -117,8 +108,7 @@ def two():
 
 def test_set_adapter_makes_active_and_trainable(two):
     layer = two.get_submodule("model.layers.0.self_attn.q_proj")
-    assert type(layer.base_layer) is nn.Linear  # one wrapper for both
-    assert list(layer.lora_A) == ["first", "second"]
+    assert type(layer.base_layer) is nn.Linear and list(layer.lora_A) == ["first", "second"]
     for names in (["second"], ["first", "second"], ["first"]):
         set_adapter(two, names)
         trainable = {n.rpartition(".")[2] for n, p in two.named_parameters() if p.requires_grad}

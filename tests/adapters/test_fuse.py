@@ -47,14 +47,12 @@ def same(one, other):
 # ---- fuse, undo, remove ----
 
 
-@pytest.fixture(params=axis("qwen2 dora", "llama", "gpt2", "qwen2", "plain", "llama dora"))
-def adapted(request, checkpoints):
-    """A base, 4-bit or plain, with two adapters, of which "default" is active; evaluating."""
-    family, _, dora = request.param.partition(" ")
-    model = tiny_model("llama") if family == "plain" else load_base(str(checkpoints(family)), FP32)
-    first = "c_attn" if family == "gpt2" else "q_proj"
-    apply_lora(model, LoraConfig(r=3, target_modules=(first,)), adapter_name="other")
-    apply_lora(model, LoraConfig(r=4, use_dora=bool(dora)))
+@pytest.fixture
+def adapted(checkpoints):
+    """A 4-bit base with the adapters "other" and "default", the active one."""
+    model = load_base(str(checkpoints("qwen2")), FP32)
+    apply_lora(model, LoraConfig(r=3, target_modules=("q_proj",)), adapter_name="other")
+    apply_lora(model, LoraConfig(r=4, use_dora=True))
     randomize_adapter(model, std=0.1)
     return model.eval()
 
@@ -129,22 +127,13 @@ def test_merge_and_unload_is_the_merge_of_the_files(family, checkpoints, tmp_pat
     assert (adapter.base, adapter.quantization) == ({"task": "causal-lm"}, QuantConfig())
 
 
-def test_unload_leaves_the_same_modules(checkpoints):
-    model = load_base(str(checkpoints("llama")), FP32)
-    modules = dict(model.named_modules())
-    assert unload(apply_lora(model, LoraConfig(r=4))) is model
-    assert dict(model.named_modules()) == modules
-    apply_lora(model, LoraConfig(r=2))  # and takes new ones
-
-
 def test_delete_adapter_also_removes_wrappers_without_another(adapted):
     live = logits(adapted)
     set_adapter(adapted, "other")
     wanted = logits(adapted)
     delete_adapter(adapted, "default")
     assert adapter_configs(adapted).keys() == {"other"}
-    first = "c_attn" if "c_attn" in str(adapted) else "q_proj"
-    assert all(name.endswith(first) for name in lora_layers(adapted))
+    assert all(name.endswith("q_proj") for name in lora_layers(adapted))
     assert not any("default" in name for name, _ in adapted.named_parameters())
     assert torch.equal(logits(adapted), wanted) and not torch.equal(wanted, live)
 
@@ -177,6 +166,9 @@ SETTINGS = {
     "one": {"r": 4, "lora_alpha": 8, "target_modules": ("q_proj", "down_proj")},
     "two": {"r": 4, "lora_alpha": 2, "target_modules": ("q_proj", "up_proj")},
     "six": {"r": 6, "lora_alpha": 6, "target_modules": ("q_proj",), "use_rslora": True},
+    "dora": {"use_dora": True},
+    "biased": {"lora_bias": True},
+    "norm": {"modules_to_save": ("model.norm",)},
 }
 
 
@@ -245,28 +237,12 @@ def test_dare_draws_from_the_generator():
 def test_ranks_and_scalings_of_any_kind_add_up_exactly(way):
     model = ours("one", "two", "six")
     weights = {"one": 0.5, "two": -1.0, "six": 2.0}
-    add_weighted_adapter(
-        model, [*weights], [*weights.values()], "new", way, 14 if way == "svd" else None
-    )
+    rank = 14 if way == "svd" else None
+    add_weighted_adapter(model, [*weights], [*weights.values()], "new", way, rank)
     for layer in lora_layers(model).values():
         wanted = sum(w * layer.get_delta_weight(n) for n, w in weights.items() if n in layer.lora_A)
         torch.testing.assert_close(layer.get_delta_weight("new"), wanted, **CLOSE)
         assert len(layer.lora_A["new"]) == 14  # one rank for all, as the files want it
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"use_dora": True}, "'more' is DoRA's, of which no weighted sum"),
-        ({"lora_bias": True}, "'more' has lora_bias, of which no weighted sum"),
-        ({"modules_to_save": ("norm",)}, "beside its A and B, of which no weighted sum"),
-    ],
-)
-def test_more_than_a_and_b_has_no_weighted_sum(settings, words):
-    model = apply_lora(ours(), LoraConfig(r=4, **settings), adapter_name="more")
-    with pytest.raises(UserError) as error:
-        add_weighted_adapter(model, ["one", "more"], [1, 1], "new", "cat")
-    assert words in str(error.value)
 
 
 def test_a_combined_adapter_is_inactive_until_set_and_can_be_saved(tmp_path):
@@ -303,14 +279,17 @@ BAD_ARGUMENTS = [
     ((*TWO, "new", "svd", 0), "svd_rank .* above 0: got 0 for svd"),
     ((*TWO, "new", "ties", None, 0.5, "mean"), "must be total or frequency"),
     ((["one", "six"], [1, 1], "new", "linear"), "linear wants adapters of one rank, at .*q_proj"),
+    ((["one", "dora"], [1, 1], "new"), "'dora' is DoRA's, of which no weighted sum"),
+    ((["one", "biased"], [1, 1], "new"), "'biased' has lora_bias, of which no weighted sum"),
+    ((["one", "norm"], [1, 1], "new"), "trains model.norm beside its A and B, of which no"),
 ]
 
 
 def test_bad_arguments_are_refused():
-    model = ours("one", "two", "six")
+    model = ours("one", "two", "six", "dora", "biased", "norm")
     before = {name: id(p) for name, p in model.named_parameters()}
     for args, message in BAD_ARGUMENTS:
         with pytest.raises(UserError, match=message):
             add_weighted_adapter(model, *args)
     assert {name: id(p) for name, p in model.named_parameters()} == before
-    assert adapter_configs(model).keys() == {"one", "two", "six"}
+    assert adapter_configs(model).keys() == SETTINGS.keys()

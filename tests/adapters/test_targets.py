@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from adapter_kinds import FP32_OR_16_BITS, QV, logits
-from conftest import FP32, axis, tiny_model
+from conftest import FP32, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -13,7 +13,7 @@ from torch import nn
 
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.lora import lora_layers
-from qlora.adapters.targets import layer_number, target_layers
+from qlora.adapters.targets import target_layers
 from qlora.base.load import load_base
 from qlora.config.lora import LoraConfig, pattern_key
 from qlora.errors import UserError
@@ -22,7 +22,7 @@ NAMES = [
     "fc", "head.fc", "blocks.1.fc", "model.layers.0.q", "model.layers.0.experts.2.up.q",
     "model.layers.1.attn.q", "model.layers.1.attn.kq", "model.layers.1.experts.0.up.q",
     "model.layers.10.attn.q", "model.layers.10.mlp.fc", "model.decoder.h.2.layers.1.q",
-    "model.h.01.attn.fc",
+    "model.h.01.attn.fc", "layers.3.q", "a.0.b", "x.y.007.z.1.q", "h.2.h.1.fc",
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ nothing = st.just(())
 @given(
     targets=entries,
     exclude=nothing | entries,
-    layers=nothing | st.lists(st.sampled_from([0, 1, 2, 10]), min_size=1, unique=True).map(tuple),
+    layers=nothing | st.lists(st.sampled_from([0, 1, 2, 7]), min_size=1, unique=True).map(tuple),
     pattern=nothing | st.sampled_from([("layers",), ("h",), ("blocks", "h"), ("model.layers",)]),
 )
 def test_lists_mean_what_they_mean_in_peft(targets, exclude, layers, pattern):
@@ -88,17 +88,6 @@ def test_regular_expressions_mean_what_they_mean_in_peft(target, exclude):
     assert target_layers(tree(NAMES), config) == by_peft(config, NAMES) != []
 
 
-@pytest.mark.parametrize("pattern", [(), ("layers",), ("h",), ("model.layers",), ("blocks", "h")])
-def test_the_number_of_a_layer_is_the_one_that_peft_sees(pattern):
-    for name in (*NAMES[1:], "layers.3.q", "a.0", "a.0.b", "x.y.007.z.1.w"):
-        leaf = name.rpartition(".")[2]
-        values = {"target_modules": [leaf], "layers_pattern": list(pattern) or None}
-        number = layer_number(name, pattern)
-        for tried in {0, 1, 2, 3, 7, 10} | ({number} - {None}):
-            config = peft.LoraConfig(layers_to_transform=[tried], **values)
-            assert bool(check_target_module_exists(config, name)) == (tried == number), name
-
-
 @given(
     pattern=st.lists(st.sampled_from([*endings(NAMES), r"q|fc", r".*attn.q", r"\d+\.q", "k?q"])),
     name=st.sampled_from(NAMES),
@@ -106,23 +95,6 @@ def test_the_number_of_a_layer_is_the_one_that_peft_sees(pattern):
 @settings(deadline=None, database=None)
 def test_patterns_are_for_the_layers_that_peft_takes_them_for(pattern, name):
     assert (pattern_key(pattern, name) or name) == get_pattern_key(pattern, name)
-
-
-@pytest.mark.parametrize("use_rslora", axis(True, False))
-def test_ranks_and_scalings_are_pefts(use_rslora):
-    patterns = {
-        "rank_pattern": {"q_proj": 2, r"layers\.1\..*_proj": 6},
-        "alpha_pattern": {"q_proj": 5, "0.mlp.up_proj": 12.5},
-    }
-    values = {"r": 4, "lora_alpha": 8, "use_rslora": use_rslora, **patterns}
-    ours = lora_layers(apply_lora(tiny_model("llama"), LoraConfig(**values)))
-    config = peft.LoraConfig(target_modules="all-linear", **values)
-    theirs = peft.get_peft_model(tiny_model("llama"), config)
-    for name, layer in ours.items():
-        wanted = theirs.get_submodule(f"base_model.model.{name}")
-        assert len(layer.lora_A["default"]) == wanted.r["default"], name
-        assert layer.scaling["default"] == pytest.approx(wanted.scaling["default"]), name
-    assert len({layer.scaling["default"] for layer in ours.values()}) > 3
 
 
 @pytest.mark.parametrize(
@@ -180,10 +152,7 @@ REFUSED = {
         ({"target_modules": ("proj",)}, "'proj' matches no layer"),  # part of a name is no ending
         ({"target_modules": r".*mlp\.up"}, "matches no layer"),  # the whole name is matched
         ({"target_modules": "q_proj"}, "'q_proj' matches no layer"),  # likewise
-        (
-            {"target_modules": "*q_proj"},
-            r"'\*q_proj' is no regular .* endings give a list",
-        ),
+        ({"target_modules": "*q_proj"}, r"'\*q_proj' is no regular .* endings give a list"),
         ({"target_modules": ("norm",)}, r"or embedding: model\.norm\. .* linear layers: down_proj"),
         ({"target_modules": ".*"}, r"convolution or embedding: .* and \d+ more\. This"),
         ({"exclude_modules": ("qproj",)}, r"exclude_modules 'qproj' .*Did you mean q_proj\?"),

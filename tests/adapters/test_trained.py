@@ -125,10 +125,8 @@ def test_the_base_is_untouched_and_unmerging_is_exact(build):
 
 def test_unloaded_it_is_the_base_and_merged_a_plain_model(build, tmp_path):
     unloaded, merged = copy.deepcopy(build.model), copy.deepcopy(build.model)
-    unload(unloaded)
-    assert torch.equal(logits(unloaded), build.base_logits) and not adapted(unloaded)
-    merge_and_unload(merged)
-    assert not adapted(merged)
+    assert torch.equal(logits(unload(unloaded)), build.base_logits) and not adapted(unloaded)
+    assert not adapted(merge_and_unload(merged))
     torch.testing.assert_close(logits(merged), build.logits, **SUMS)
     merged.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -140,8 +138,7 @@ def test_two_of_a_kind_live_side_by_side(kind, build, tmp_path):
         pytest.skip("one adapter with biases is enough for a model: another is refused")
     model = copy.deepcopy(build.model)
     first = logits(model)
-    trained(model, kind[0], name="two", seed=4)
-    second = logits(model)
+    second = logits(trained(model, kind[0], name="two", seed=4))
     assert (first - second).abs().max() > 1e-3
     set_adapter(model, "default")
     assert torch.equal(logits(model), first)
@@ -234,7 +231,7 @@ def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(checkpoints, tmp_
     half = {f"{outer}A.weight": torch.ones(8, 128), f"{outer}B.weight": torch.ones(64, 8)}
     whole = {name: t for name, t in tensors.items() if not name.startswith(inner)}
     for changed, message in (
-        (tensors | half, r"experts.down_proj takes A \(16, 128\) and B \(64, 16\), .* \(8, 128\)"),
+        (tensors | half, r"experts.down_proj needs A \(16, 128\) and B \(64, 16\), .* \(8, 128\)"),
         (whole, "layers.0.mlp.experts has 2 of target_parameters, the adapter has 1"),
     ):
         save_file(changed, path)
