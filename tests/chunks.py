@@ -1,4 +1,4 @@
-"""Helpers of tests that the loss makes no more than a chunk of logits."""
+"""Helpers for tests that the loss materializes at most one chunk of logits."""
 
 from typing import Any
 from unittest.mock import patch

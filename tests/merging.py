@@ -1,4 +1,4 @@
-"""What the tests of merges share: adapters to merge, and merges without their picture."""
+"""Shared helpers of the merge tests: adapters to merge, and merges without a figure."""
 
 import json
 from collections.abc import Callable
@@ -10,14 +10,12 @@ from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
-from conftest import FP32, randomize_adapter, token_ids
+from conftest import FP32, adapted_model, token_ids, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters.apply import apply_lora
 from qlora.adapters.files import save_adapter
-from qlora.base.load import load_base
 from qlora.config import LoraConfig, MergeConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.merge import merge
@@ -26,7 +24,7 @@ NO_PICTURE: dict[str, Any] = {"draw_merge": DEFAULT, "save_png": DEFAULT}
 
 
 class Trained(NamedTuple):
-    """A live model with a random adapter, and its files. Tests leave both as they found them."""
+    """A live model with a random adapter, and the adapter's folder. Tests must not change them."""
 
     model: Any
     adapter: Path
@@ -34,17 +32,14 @@ class Trained(NamedTuple):
 
 def trained(base: Path, folder: Path, quant: QuantConfig = FP32, **lora: Any) -> Trained:
     """An adapter over `base`, in `folder`."""
-    model = load_base(str(base), quant)
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8} | lora)
-    apply_lora(model, config, generator=torch.Generator().manual_seed(0))
-    randomize_adapter(model)
+    model = adapted_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8} | lora), quant)
     save_adapter(model, folder)
     return Trained(model.eval(), folder)
 
 
 @pytest.fixture(scope="session")
 def trained_on(checkpoints, tmp_path_factory) -> Callable[[str], Trained]:
-    """`trained_on("llama")`: an adapter over that tiny model, made once."""
+    """`trained_on(family)`: an adapter over that tiny model, cached."""
 
     @cache
     def build(family: str) -> Trained:
@@ -56,14 +51,14 @@ def trained_on(checkpoints, tmp_path_factory) -> Callable[[str], Trained]:
 def run_merge(
     adapter: Path | tuple[str, ...], output: Path, *, picture: bool = False, **settings: Any
 ) -> None:
-    """Most of the time of a tiny merge would go into its picture."""
+    """Merge, by default without the figure, which takes most of the time of a tiny merge."""
     names = adapter if isinstance(adapter, tuple) else str(adapter)
     with nullcontext() if picture else patch.multiple("qlora.merge.report", **NO_PICTURE):
         merge(MergeConfig(adapter=names, output_dir=str(output), **settings))
 
 
 def merged(adapter: Path, output: Path, **settings: Any) -> dict[str, Tensor]:
-    """The merged checkpoint's tensors, as written."""
+    """Merge, and read the tensors of the checkpoint."""
     run_merge(adapter, output, **settings)
     files = sorted(output.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -74,7 +69,7 @@ def report_of(output: Path) -> dict[str, Any]:
 
 
 def refused(adapter: Path, output: Path, match: str, **settings: Any) -> None:
-    """The merge fails with one line that matches, and leaves nothing behind."""
+    """Assert that the merge fails with one matching line and writes nothing."""
     before = sorted(output.parent.rglob("*"))
     with pytest.raises(UserError, match=match) as error:
         run_merge(adapter, output, **settings)
@@ -85,9 +80,7 @@ def refused(adapter: Path, output: Path, match: str, **settings: Any) -> None:
 def rows_file(folder: Path) -> str:
     """Twelve rows for calibration and verification."""
     rows = [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(12)]
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(write_rows(folder / "rows.jsonl", rows))
 
 
 def assert_same_function(output: Path, model: Any) -> None:

@@ -8,10 +8,9 @@ from torch import Tensor
 
 
 class LateCopies:
-    """In place of qlora.fast.offload.CudaCopies: copies are made, in order, when waited for.
+    """A replacement of qlora.fast.offload.CudaCopies that copies in order and only in `finish`.
 
-    What was not waited for holds NaN, as a GPU's memory holds anything. `log` has the first value
-    of each copy at its start and end.
+    Until then the target holds NaN. `log` records the first value of each copy at start and end.
     """
 
     device = torch.device("cpu")
@@ -30,7 +29,7 @@ class LateCopies:
         self.log.append(f"start {float(source.flatten()[0]):g}")
         self.sources.append(source.clone())
         target.fill_(torch.nan)
-        # weak: a tensor that is released while it is copied is a bug
+        # weak: releasing a tensor during its copy is a bug
         self.waiting.append((weakref.ref(target), weakref.ref(source)))
         return self.waiting[-1]
 

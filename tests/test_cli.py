@@ -1,4 +1,4 @@
-"""Flags and recipes: what they set, and the one line that answers a mistake."""
+"""Flags and recipes: the settings they give, and the one-line errors."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def parse(*words, config_class=TrainConfig):
 
 
 def refused(*words, config_class=TrainConfig):
-    """The line that these words are answered with."""
+    """The error message for these words."""
     with pytest.raises(UserError) as error:
         parse(*words, config_class=config_class)
     return str(error.value)
@@ -119,13 +119,13 @@ def test_several_adapters_with_weights():
     assert "2 adapters, 1 weights" in refused(*weights, config_class=MergeConfig)
 
 
-def test_the_flag_of_the_adapter_may_be_left_out():
+def test_a_positional_adapter():
     found = parse("out", "--merged", "m", config_class=ReportConfig)
     assert found == parse("--adapter=out", "--merged=m", config_class=ReportConfig)
     assert "unexpected more" in refused("out", "more", config_class=ReportConfig)
 
 
-# ---- mistakes ----
+# ---- invalid flags ----
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_the_flag_of_the_adapter_may_be_left_out():
         (["--plan"], ["--plan", "not supported yet"]),
     ],
 )
-def test_a_mistake_in_a_flag(words, parts):
+def test_an_invalid_flag_is_refused(words, parts):
     assert [part for part in parts if part not in refused(*words)] == []
 
 
@@ -178,7 +178,7 @@ def test_only_training_takes_trainer_settings():
 # ---- the recipe ----
 
 
-def test_flags_win_over_a_recipe(recipe):
+def test_flags_override_a_recipe(recipe):
     recipe(
         "# 7B on 12 GB\nr: 8\nlora-alpha: 16\nlearning_rate: 1e-4\nrevision: 1.10\n"
         "double_quant: no\nreport_to: [tensorboard]\ntarget_modules: [q_proj]\neval_data:\n"
@@ -198,7 +198,7 @@ def test_flags_win_over_a_recipe(recipe):
     )
 
 
-def test_a_recipe_may_hold_what_is_required(recipe):
+def test_required_settings_from_a_recipe(recipe):
     recipe("model: base\noutput_dir: out\ndata: rows.jsonl\n")
     assert cli.parse(TrainConfig, ["--config", "recipe.yaml"], prog="train.py") == parse()
 
@@ -213,7 +213,7 @@ def test_a_run_yaml_of_an_earlier_version_is_a_recipe():
     assert config.trainer == {"adam_epsilon": 1e-08} and not config.fast_path
 
 
-def test_a_former_key_sets_its_new_name(recipe):
+def test_the_old_name_of_a_setting_still_works(recipe):
     recipe("loss_without_logits: false")
     assert not parse("--config", "recipe.yaml").fast_path
 
@@ -236,22 +236,22 @@ def test_a_former_key_sets_its_new_name(recipe):
         ("model:\nr: 0", ["r must be a whole number above 0, got 0"]),
     ],
 )
-def test_a_mistake_in_a_recipe(recipe, text, parts):
+def test_an_invalid_recipe_is_refused(recipe, text, parts):
     recipe(text)
     line = refused("--config", "recipe.yaml")
     assert line.startswith("recipe.yaml")
     assert [part for part in parts if part not in line] == []
 
 
-def test_a_flag_mends_a_wrong_value_of_the_recipe(recipe):
+def test_a_flag_overrides_an_invalid_value_of_the_recipe(recipe):
     recipe("r: abc")
     assert parse("--config", "recipe.yaml", "--r", "8").lora.r == 8
 
 
-# ---- there and back ----
+# ---- round trip ----
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(
-    lambda text: text.lower() not in ("none", "null")  # which mean no value
+    lambda text: text.lower() not in ("none", "null")  # these mean None
 )
 plain_words = st.from_regex(r"[a-z_]{1,8}(\.[0-9]{1,2})?", fullmatch=True)
 positive = st.floats(min_value=1e-9, max_value=1e3)
@@ -284,10 +284,10 @@ configs = st.builds(
 )
 
 
-# Without shrinking, which takes minutes for a config of this many parts.
+# Without shrinking, which takes minutes for a config of this size.
 @settings(max_examples=50, deadline=None, database=None, phases=[Phase.generate])
 @given(configs)
-def test_a_flat_config_is_read_back_as_the_same(tmp_path_factory, config):
+def test_a_flat_config_is_parsed_back_unchanged(tmp_path_factory, config):
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(yaml.safe_dump(flat(config), sort_keys=False), encoding="utf-8")
     assert cli.parse(TrainConfig, ["--config", str(path)], prog="train.py") == config
@@ -368,26 +368,24 @@ def test_the_console_command(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", __main__.COMMANDS)
-def test_the_function_of_each_command_is_there(name):
+def test_the_function_of_each_command_exists(name):
     _, path, _ = __main__.COMMANDS[name]
     module, _, function = path.partition(":")
     assert callable(getattr(__import__(module, fromlist=[function]), function))
 
 
-SCRIPTS = {"train": ["train.py"], "merge": ["merge_dequant.py"]} | {
-    name: ["-m", f"qlora.{name}"] for name in ("chat", "evaluate", "report", "portable")
-}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_mistake_is_answered_without_torch(name, tmp_path):
-    words = [str(ROOT / word) if word.endswith(".py") else word for word in SCRIPTS[name]]
-    code = "import runpy, sys\ntry:\n    runpy.{}\nfinally:\n    assert 'torch' not in sys.modules"
-    start = f"run_path({words[0]!r}, run_name='__main__')"
-    if words[0] == "-m":
-        start = f"run_module({words[1]!r}, run_name='__main__')"
+@pytest.mark.parametrize(
+    "script",
+    ["train.py", "merge_dequant.py"]
+    + [f"qlora.{name}" for name in ("chat", "evaluate", "report", "portable")],
+)
+def test_errors_do_not_import_torch(script, tmp_path):
+    path = ROOT / script
+    start = f"path({str(path)!r}" if path.is_file() else f"module({script!r}"
+    code = f"import runpy, sys\ntry:\n    runpy.run_{start}, run_name='__main__')\n"
+    code += "finally:\n    assert 'torch' not in sys.modules"
     done = subprocess.run(
-        [sys.executable, "-c", code.format(start), "--zzz"],
+        [sys.executable, "-c", code, "--zzz"],
         cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
