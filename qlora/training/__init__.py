@@ -1,4 +1,4 @@
-"""A training run: `train(config)`; or `prepare_for_training(model)` for a loop of your own."""
+"""`train(config)`: a whole run. `prepare_for_training(model)`: for your own training loop."""
 
 from qlora.training.optimizers import keep_updates
 from qlora.training.run import prepare_for_training, train

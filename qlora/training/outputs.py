@@ -1,15 +1,15 @@
-"""What a run shows while it trains, and what it leaves beside the adapter and its checkpoints.
+"""The lines that a run prints, and the files that it writes beside the adapter and checkpoints.
 
-    run.yaml        the config, versions, base, counts of the data and device, before the first step
+    run.yaml        config, versions, base, counts of the data and device, before the first step
     metrics.jsonl   a row per log: loss, learning rate, tokens/s, peak memory; or evaluation's
     samples.jsonl   answers to a few rows of the data, before and after training
     loss.png        the curves of metrics.jsonl
     README.md       the model card
 
-Samples are evenly spaced rows of the evaluation data, or of the training data without it. The model
-reads each up to its last answer (of plain text the first half) and generates greedily, up to twice
-the answer's length and at most MAX_NEW_TOKENS. No random number is drawn: training is bit for bit
-the same with and without. Prompts go one at a time, as training's attention takes no padding
+Samples are evenly spaced rows of the evaluation data, or else of the training data. The prompt is a
+row up to its last answer (of plain text the first half); the model generates greedily, at most
+twice the answer's length and MAX_NEW_TOKENS. No random number is drawn: training is bit for bit the
+same without samples. Prompts are generated one at a time, as training's attention takes no padding
 (qlora.fast.attention). Left out: classifiers, whose accuracy evaluation reports.
 """
 
@@ -42,8 +42,8 @@ from qlora.pictures import draw_run, save_png
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 MAX_NEW_TOKENS = 128
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left{postfix}"
+# Trainer's key -> name on the terminal
 EVALUATED = {"eval_loss": "evaluation loss", "eval_accuracy": "accuracy", "eval_f1": "F1"}
-"""What evaluation logs -> its name on the terminal."""
 Values = Mapping[str, Any]
 
 
@@ -51,7 +51,7 @@ Values = Mapping[str, Any]
 
 
 def write_run_file(folder: Path, settings: Values, base: Values, data: Values) -> None:
-    """run.yaml, with which `train.py --config run.yaml` repeats the run."""
+    """Write run.yaml: `train.py --config run.yaml` repeats the run."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     record = {
         "config": dict(settings),
@@ -89,11 +89,10 @@ class MetricsWriter(TrainerCallback):
             return
         row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
         if "loss" in logs:
-            now = time.perf_counter()
-            speed = (state.num_input_tokens_seen - self.tokens) / (now - self.logged_at)
-            self.tokens, self.logged_at = state.num_input_tokens_seen, now
             row |= {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate")}
-            row["tokens_per_second"] = speed
+            tokens, now = state.num_input_tokens_seen, time.perf_counter()
+            row["tokens_per_second"] = (tokens - self.tokens) / (now - self.logged_at)
+            self.tokens, self.logged_at = tokens, now
         else:
             row |= {name: logs[name] for name in EVALUATED if name in logs}
         row |= {"peak_bytes": peak_bytes(), "seconds": time.perf_counter() - self.started_at}
@@ -103,7 +102,7 @@ class MetricsWriter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
-            control.should_log = True  # the last step, whatever logging_steps is
+            control.should_log = True  # the last step is always logged
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.logged_at = time.perf_counter()  # evaluation is not training time
@@ -121,7 +120,7 @@ class PlainProgress(ProgressCallback):
             initial=state.global_step,
             bar_format=BAR,
             dynamic_ncols=True,
-            smoothing=0,  # time left by the mean of all steps, as evaluations come in between
+            smoothing=0,  # time left from the mean step, as evaluations are slow steps
             disable=not sys.stderr.isatty(),  # None would show a bar in a notebook
         )
 
@@ -141,7 +140,7 @@ class PlainProgress(ProgressCallback):
 def describe_log(logs: dict[str, Any]) -> str | None:
     """`loss 1.2345  512 tokens/s  peak 1.8 GiB`, or evaluation's values; None for other logs."""
     if "eval_loss" in logs:
-        return "  ".join(f"{said} {logs[k]:.4f}" for k, said in EVALUATED.items() if k in logs)
+        return "  ".join(f"{name} {logs[k]:.4f}" for k, name in EVALUATED.items() if k in logs)
     if "tokens_per_second" not in logs:
         return None
     return (
@@ -151,7 +150,7 @@ def describe_log(logs: dict[str, Any]) -> str | None:
 
 
 def device() -> tuple[str, int]:
-    """Name and bytes of memory of the GPU, or else of the CPU."""
+    """Name and memory in bytes of the GPU, or else of the CPU."""
     if torch.cuda.is_available():
         gpu: Any = torch.cuda.get_device_properties()
         return str(gpu.name), int(gpu.total_memory)
@@ -159,7 +158,7 @@ def device() -> tuple[str, int]:
 
 
 def peak_bytes() -> int:
-    """Peak of the bytes allocated on the GPU; without one, of this process's resident memory."""
+    """Peak of the bytes allocated on the GPU, or else of this process's resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return peak_resident_bytes()
@@ -168,7 +167,7 @@ def peak_bytes() -> int:
 def peak_resident_bytes() -> int:
     """Peak of this process's resident memory, without its children."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage starts at the peak of the parent process
+    if status.exists():  # Linux: getrusage would start from the parent process's peak
         peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         return int(peak[1]) * 1024 if peak else 0
     if sys.platform == "win32":
@@ -189,27 +188,26 @@ def show_bytes(count: int) -> str:
 def choose_samples(
     task: str, count: int, rows: Any, eval_rows: Any | None, max_length: int
 ) -> list[Question]:
-    """Up to `count` evenly spaced rows; none of a classifier. Prints which data they are from.
+    """Up to `count` evenly spaced rows as questions; none for a classifier. Prints their number.
 
     Args:
-        rows: prepared rows (qlora.data.rows); `eval_rows`, where given, are used instead.
-        max_length: tokens that the model takes.
+        rows: prepared rows (qlora.data.rows); `eval_rows` replace them if given.
+        max_length: the longest row of tokens that the model takes.
     """
     if not count or OBJECTIVES[task].classifies:
         return []
     rows, kind = (rows, "training") if eval_rows is None else (eval_rows, "evaluation")
     count = min(count, len(rows))
-    which = f"{count} rows of the {kind} data"
-    print(f"before and after training, {which} are answered: {files.SAMPLES}")
+    print(f"{files.SAMPLES}: answers to {count} rows of the {kind} data, before and after training")
     samples = []
     for row in (rows[i * len(rows) // count] for i in range(count)):
         question = generation.question_of(row, task)
         if not question.prompt:  # plain text
             half = (len(question.answer) + 1) // 2
             question = Question(question.answer[:half], question.answer[half:])
-        longest = max_length if task == "seq2seq" else max_length - len(question.prompt)
-        longest = min(MAX_NEW_TOKENS, 2 * len(question.answer), longest)
-        samples.append(question._replace(max_new_tokens=longest))
+        positions = max_length if task == "seq2seq" else max_length - len(question.prompt)
+        max_new_tokens = min(MAX_NEW_TOKENS, 2 * len(question.answer), positions)
+        samples.append(question._replace(max_new_tokens=max_new_tokens))
     return samples
 
 
@@ -218,43 +216,42 @@ def write_answers(
 ) -> None:
     """Generate answers and write samples.jsonl: prompt, wanted, before, after.
 
-    Args:
-        when: "before" or "after": the column to fill; what the file has in the other is kept.
+    `when` is the column to fill, "before" or "after"; the file's other column is kept.
     """
-    known = {(row["prompt"], row["wanted"]): row for row in files.read_samples(folder)}
+    earlier = {(row["prompt"], row["wanted"]): row for row in files.read_samples(folder)}
     rows = []
     for question in samples:
-        key = _without_template(tokenizer, question.prompt), decode(tokenizer, question.answer)
-        row = {"prompt": key[0], "wanted": key[1], "before": None, "after": None}
+        prompt = _without_template(tokenizer, question.prompt)
+        wanted = decode(tokenizer, question.answer)
+        row = {"prompt": prompt, "wanted": wanted, "before": None, "after": None}
         settings = generation.generation_settings(model, tokenizer, question.max_new_tokens)
         (generated,) = generation.generate(model, tokenizer, [question.prompt], settings)
-        rows.append(row | known.get(key, {}) | {when: generated})
+        rows.append(row | earlier.get((prompt, wanted), {}) | {when: generated})
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     files.replace_text(folder / files.SAMPLES, "".join(lines))
 
 
 def _without_template(tokenizer: Tokenizer, prompt: list[int]) -> str:
-    """The user's words, where the prompt is one turn of the chat template; else all of it."""
+    """The content of a prompt that is a single user turn in the chat template; else its text."""
     text = str(tokenizer.decode(prompt, skip_special_tokens=False))
-    if tokenizer.chat_template:
-        try:
-            probe = generation.prompt_ids(tokenizer, [{"role": "user", "content": PROBE}])
-        except UserError:  # the template needs more than a user's turn
-            return text
-        begin, _, end = str(tokenizer.decode(probe, skip_special_tokens=False)).partition(PROBE)
-        inner = text.removeprefix(begin).removesuffix(end)
-        if begin + inner + end == text:
-            return inner
-    return text
+    if not tokenizer.chat_template:
+        return text
+    try:
+        probe = generation.prompt_ids(tokenizer, [{"role": "user", "content": PROBE}])
+    except UserError:  # the template needs more than a user turn
+        return text
+    begin, _, end = str(tokenizer.decode(probe, skip_special_tokens=False)).partition(PROBE)
+    content = text.removeprefix(begin).removesuffix(end)
+    return content if begin + content + end == text else text
 
 
-# ---- at the end: loss.png, README.md, and the commands to type next ----
+# ---- at the end: loss.png, README.md and the next commands ----
 
 
 def write_results(folder: Path, settings: Values, base: Values, *, rows: int, steps: int) -> None:
-    """loss.png and README.md from metrics.jsonl, and on the terminal what to do next.
+    """Write loss.png and README.md from metrics.jsonl; print the next commands.
 
-    `settings` and `base` are those of `write_run_file`, `rows` counts the training data.
+    `settings` and `base` are those of `write_run_file`, `rows` is the number of training rows.
     """
     metrics = files.read_metrics(folder)
     per = "label" if "labels" in base else "supervised token"
@@ -265,28 +262,28 @@ def write_results(folder: Path, settings: Values, base: Values, *, rows: int, st
     write_adapter_card(folder, settings, base, rows=rows, steps=steps, measured=measured)
     print(f"\nThe adapter is in {folder}; its loss curve is {folder / 'loss.png'}.")
     name, merged = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
-    print(f"See how it went:  python -m qlora.report {name}")
+    print(f"Report:        python -m qlora.report {name}")
     if settings["task"] == "causal-lm":
-        print(f"Talk to it:       python -m qlora.chat --adapter {name} --compare")
-    print(f"Merge it:         python merge_dequant.py --adapter {name} --output-dir {merged}")
+        print(f"Chat with it:  python -m qlora.chat --adapter {name} --compare")
+    print(f"Merge it:      python merge_dequant.py --adapter {name} --output-dir {merged}")
 
 
 def write_adapter_card(
     folder: Path, settings: Values, base: Values, *, rows: int, steps: int, measured: Values
 ) -> None:
-    """README.md of an adapter: what it is, how it was trained, how to use it.
+    """Write README.md of an adapter: what it is, how it was trained, how to use it.
 
-    `settings` and `base` are those of `write_run_file`, `measured` has last values by name.
+    `settings` and `base` are those of `write_run_file`, `measured` is {name: last value}.
     """
     name, task = str(base["resolved"]), settings["task"]
     targets = settings["target_modules"]
     targets = targets if isinstance(targets, str) else ", ".join(targets)
-    at_the_end = ", ".join(f"{key} {value:.4f}" for key, value in measured.items())
+    last_values = ", ".join(f"{key} {value:.4f}" for key, value in measured.items())
     double = " with double quantization" if base["double_quant"] else ""
-    of_task = "" if task == "causal-lm" else f', task="{task}"'
+    arguments = "" if task == "causal-lm" else f', task="{task}"'
     head = ""
     if "labels" in base:
-        of_task += f", labels={list(base['labels'])!r}"
+        arguments += f", labels={list(base['labels'])!r}"
         head = f" Trained in full beside it: {', '.join(base['heads'])}."
     text = f"""{files.front_matter(name, "peft", "lora", "qlora")}
 # LoRA adapter for {Path(name).name}
@@ -300,7 +297,7 @@ Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()},
 | data | {settings["data"]} ({rows} rows) |
 | optimizer steps | {steps} |
 | learning rate | {settings["learning_rate"]:.3g} |
-| at the end | {at_the_end or "not logged"} |
+| at the end | {last_values or "not logged"} |
 
 ![loss](loss.png)
 
@@ -308,7 +305,7 @@ Use it live on the 4-bit base it was trained on:
 
 ```python
 from qlora import load_base, load_adapter
-model = load_adapter(load_base("{name}"{of_task}), "path/to/this/folder")
+model = load_adapter(load_base("{name}"{arguments}), "path/to/this/folder")
 ```
 
 or with PEFT (`PeftModel.from_pretrained`), or merged: `python merge_dequant.py --adapter

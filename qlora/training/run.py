@@ -2,9 +2,8 @@
 
     checks -> checkpoint -> tokenizer -> rows -> 4-bit base -> adapter -> fast path -> Trainer
 
-Each step is done before the next begins, and nothing is written until all have succeeded. Other
-packages are given plain values, not the config. Trainer has the loop, optimizers, schedules,
-checkpoints and loggers (qlora.training.trainer); qlora.training.outputs writes the other files.
+Nothing is written before Trainer is built. Trainer has the loop, optimizers, schedules, checkpoints
+and loggers (qlora.training.trainer); qlora.training.outputs writes the other files.
 """
 
 import os
@@ -41,14 +40,15 @@ from qlora.files import RUN, read_metrics, read_samples, require_new
 from qlora.training.outputs import choose_samples, write_answers, write_results, write_run_file
 from qlora.training.trainer import check_loggers, check_trainer_arguments, make_trainer
 
-EVA_TOKENS = 1 << 13  # that EVA reads: many for each direction that a layer may get
+EVA_TOKENS = 1 << 13  # tokens that EVA reads: many more than the directions of a layer
 
 
 def train(config: TrainConfig) -> Path:
-    """Fine-tune an adapter as `config` says; returns the folder that it was written to.
+    """Train the adapter that `config` describes; returns the folder with its files.
 
     Raises:
-        UserError: what the user can mend; nothing was written then, unless training had begun.
+        UserError: the settings, the data or the machine do not fit. Before training, nothing was
+            written then.
     """
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
@@ -63,31 +63,29 @@ def train(config: TrainConfig) -> Path:
         print("and the tokenizer saved with the adapter has this template.")
     colour = sys.stdout.isatty()
     print(show_example(data.rows, tokenizer, colour=colour, task=task, classes=data.classes))
+    rows: Any = PackedRows(data.rows, data.max_length) if config.data.packing else data.rows
+    if config.data.packing:
+        print(rows.describe())
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
     rate = config.learning_rate or rate_from_rule(model)
     config = replace(config, learning_rate=rate, resume=False)
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
-
-    rows, eval_rows = data.rows, data.eval_rows
-    packed = PackedRows(rows, data.max_length) if config.data.packing else None
-    if packed:
-        print(packed.describe())
-    trainer = make_trainer(config, model, tokenizer, packed or rows, eval_rows)
+    trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows)
     if resume_from:  # Trainer loads it again; this raises before anything is written
         load_adapter_weights(model, resume_from)
+
     output.mkdir(parents=True, exist_ok=True)
     settings = flat(config)
     base = {"resolved": str(model.config._name_or_path), **state_of(model).record()}
     write_run_file(output, settings, base, data.counts)
-
-    samples = choose_samples(task, config.samples, rows, eval_rows, data.max_length)
+    samples = choose_samples(task, config.samples, data.rows, data.eval_rows, data.max_length)
     if samples and not resume_from:
         write_answers(output, "before", samples, model, tokenizer)
     trainer.fit(resume_from)
     trainer.save_model(str(output))  # before the answers, which may fail or be interrupted
     if samples:
         write_answers(output, "after", samples, model, tokenizer)
-    write_results(output, settings, base, rows=len(rows), steps=trainer.state.global_step)
+    write_results(output, settings, base, rows=len(data.rows), steps=trainer.state.global_step)
     return output
 
 
@@ -97,8 +95,7 @@ def train(config: TrainConfig) -> Path:
 def check_settings(config: TrainConfig, output: Path) -> str | None:
     """Refuse settings that cannot be trained with, and an `output` that cannot be written to.
 
-    Returns:
-        The checkpoint to resume from; None for a new run in a new folder.
+    Returns the checkpoint to resume from; None for a new run in a new folder.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
@@ -110,13 +107,13 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
             f"{output} holds no checkpoint-N to resume from: start again without --resume"
         )
     if config.resume:
-        read_metrics(output)  # the run will append to these two: a damaged file raises now
+        read_metrics(output)  # these two are read again in the run: a damaged file raises now
         read_samples(output)
     elif (output / RUN).exists():
-        mend = "--resume to go on with it"
+        instead = "--resume to continue it"
         if checkpoint is None:
-            mend = "remove it: it has no checkpoint to go on from"
-        raise UserError(f"{output} already holds a run: give a new --output-dir, or {mend}")
+            instead = "remove it: it has no checkpoint to resume from"
+        raise UserError(f"{output} already holds a run: give a new --output-dir, or {instead}")
     else:
         require_new(output)
     check_trainer_arguments(config.trainer)
@@ -128,7 +125,7 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
 
 
 def _last_checkpoint(output: Path) -> str | None:
-    """Trainer writes trainer_state.json last: a checkpoint without it is passed over."""
+    """The newest complete checkpoint: Trainer writes trainer_state.json last."""
     states = output.glob("checkpoint-*/trainer_state.json")
     steps = {int(p.parent.name.removeprefix("checkpoint-")): str(p.parent) for p in states}
     return steps[max(steps)] if steps else None
@@ -142,40 +139,39 @@ class PreparedData(NamedTuple):
 
     rows: Any
     eval_rows: Any  # None without evaluation data
-    classes: tuple[str, ...]  # names of a classifier's classes, by number
+    classes: tuple[str, ...]  # a classifier's class names, by number
     chats: bool  # whether records were rendered with a chat template
-    max_length: int  # tokens at which rows were cut
-    counts: dict[str, Any]  # "training" and "evaluation" -> source, rows, tokens, ...
+    max_length: int  # rows were cut at this many tokens
+    counts: dict[str, Any]  # "training", "evaluation" -> source, rows, tokens, ...
 
 
 def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) -> PreparedData:
     """Tokenize training and evaluation data; prints the counts of each."""
-    max_length = config.data.max_length
-    if checkpoint.max_positions and checkpoint.max_positions < max_length:
-        asked, max_length = max_length, checkpoint.max_positions
+    asked, longest = config.data.max_length, checkpoint.max_positions
+    max_length = min(asked, longest or asked)
+    if max_length < asked:
         print(f"rows are cut at {max_length:,} tokens, the longest the model takes, not {asked:,}")
     task, models = task_named(config.task), checkpoint.config.get("architectures") or ()
     is_classifier = task.trains_head and any(name.endswith(task.class_ending) for name in models)
     classes = checkpoint.labels if is_classifier else ()  # kept where the data has no others
-    prepared: list[Any] = []
-    chats, counts = False, {}
-    for source in filter(None, (config.data.data, config.data.eval_data)):
-        rows, stats = prepare_data(
+    rows, counts, chats = {}, {}, False
+    for part, source in (("training", config.data.data), ("evaluation", config.data.eval_data)):
+        if not source:
+            continue
+        rows[part], stats = prepare_data(
             source,
             tokenizer,
             max_length=max_length,
             task=config.task,
             classes=classes,
-            new_classes=not prepared,  # evaluation data has those of the training data
+            new_classes=part == "training",  # evaluation data has the same classes
         )
         print(describe(stats, name=source))
-        chats |= stats.chats
         numbers = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
-        counts["evaluation" if prepared else "training"] = {"source": source, **numbers}
-        prepared.append(rows)
-        classes = stats.classes
-    rows, eval_rows = (*prepared, None)[:2]
-    return PreparedData(rows, eval_rows, classes, chats, max_length, counts)
+        counts[part] = {"source": source, **numbers}
+        classes, chats = stats.classes, chats or stats.chats
+    train_rows, eval_rows = rows["training"], rows.get("evaluation")
+    return PreparedData(train_rows, eval_rows, classes, chats, max_length, counts)
 
 
 # ---- the model ----
@@ -188,8 +184,8 @@ def load_model(
     data: PreparedData,
     resume_from: str | None,
 ) -> PreTrainedModel:
-    """The frozen 4-bit base with the adapter of `config`, untrained."""
-    lora, batches = config.lora, None
+    """The frozen 4-bit base with the untrained adapter of `config`."""
+    lora, eva_batches = config.lora, None
     # Modules that are trained in full are not quantized: they start from the original weights.
     skip_modules = (*config.quant.skip_modules, *lora.modules_to_save)
     model = load_base(
@@ -202,20 +198,21 @@ def load_model(
     )
     share_pad(model, tokenizer.pad_token_id)
     if resume_from:
-        lora = _without_start(lora, resume_from)
+        lora = _for_checkpoint(lora, resume_from)
     elif lora.init_lora_weights == "eva":
         every = max(1, sum(map(len, data.rows["input_ids"])) // EVA_TOKENS)
         spaced = (data.rows[i] for i in range(0, len(data.rows), every))
-        batches = length_batches(spaced, tokenizer, task=config.task, model=model)
-    apply_lora(model, lora, generator=torch.Generator().manual_seed(config.seed), data=batches)
+        eva_batches = length_batches(spaced, tokenizer, task=config.task, model=model)
+    generator = torch.Generator().manual_seed(config.seed)
+    apply_lora(model, lora, generator=generator, data=eva_batches)
     if config.offload_embedding:
         offload_embedding(model)
     print_trainable_parameters(model)
     return model
 
 
-def _without_start(lora: LoraConfig, checkpoint: str) -> LoraConfig:
-    """`lora` with plain initial values, for a checkpoint to fill; with the ranks that EVA chose."""
+def _for_checkpoint(lora: LoraConfig, checkpoint: str) -> LoraConfig:
+    """`lora` without its initialisation, as the checkpoint's values follow; EVA's ranks stay."""
     plain = replace(lora, init_lora_weights=True, loftq_config={}, eva_config={})
     if lora.init_lora_weights != "eva":
         return plain
@@ -232,16 +229,16 @@ def default_learning_rate(model_type: str, hidden_size: int) -> float:
     """5e-5 * 10 * (2000 / hidden_size) ** p, p = 0.0775 for Qwen, 0.781 for Llama and the others.
 
     The rule that tinker-cookbook publishes with "LoRA Without Regret" (Thinking Machines, 2025):
-    LoRA's best rate is 10 times full fine-tuning's and does not depend on the rank, with
-    lora_alpha 32 and a constant schedule. Fitted on Llama and Qwen; for other families Llama's
-    steeper exponent is the careful choice.
+    with lora_alpha 32 and a constant schedule, LoRA's best rate is 10 times that of full
+    fine-tuning at every rank. Fitted on Llama and Qwen; Llama's exponent, the steeper, gives other
+    families the lower rate.
     """
     exponent = 0.0775 if model_type.startswith("qwen") else 0.781
     return float(5e-5 * 10 * (2000 / hidden_size) ** exponent)
 
 
 def rate_from_rule(model: PreTrainedModel) -> float:
-    """`default_learning_rate` of `model`; prints it with its reason."""
+    """`default_learning_rate` of `model`, printed with its reason."""
     text = model.config.get_text_config()
     rate = default_learning_rate(text.model_type, text.hidden_size)
     print(
@@ -254,12 +251,12 @@ def rate_from_rule(model: PreTrainedModel) -> float:
 def prepare_for_training(
     model: PreTrainedModel, gradient_checkpointing: bool = True, *, fast_path: bool = True
 ) -> PreTrainedModel:
-    """Make `model`, with its adapters on, ready for a training loop, in place.
+    """Prepare a model with adapters for a training loop, in place.
 
-    Training mode, no key-value cache, non-reentrant gradient checkpointing if asked; and with
-    `fast_path` layers and norms that keep less for the backward pass (qlora.fast.layers) and a loss
-    without logits (qlora.fast.head), which compute the same numbers. Generation and all else work
-    as before. A later call overrides an earlier one.
+    Sets training mode, no key-value cache and, if asked, non-reentrant gradient checkpointing.
+    `fast_path`: layers and norms that keep less for the backward pass (qlora.fast.layers) and a
+    loss without logits (qlora.fast.head), which compute the same numbers. Generation works as
+    before. A later call overrides an earlier one.
     """
     model.config.use_cache = False
     if fast_path:

@@ -1,12 +1,12 @@
 """transformers' Trainer for a frozen 4-bit model with adapters.
 
 `make_trainer` turns a config into Trainer's arguments, batches and callbacks. AdapterTrainer
-differs from Trainer in this alone:
+differs from Trainer in:
 
-    loss          summed over supervised tokens or labels and divided once per optimizer step, in
-                  training and in evaluation (qlora.data.objectives)
+    loss          summed over supervised tokens or labels and divided once: in training per
+                  optimizer step, in evaluation per data set (qlora.data.objectives)
     checkpoints   hold the adapter, not the model
-    optimizer     LoRA+ learning rates; small updates of bf16 adapters are kept
+    optimizer     LoRA+ learning rates; fp32 master weights of bf16 adapters
                   (qlora.training.optimizers); paged optimizers run unpaged on a CPU
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
@@ -54,7 +54,7 @@ LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 
 
 def check_trainer_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse a `--trainer.NAME` that TrainingArguments lacks or that other settings decide."""
+    """Refuse a `--trainer.NAME` that is unknown, has its own flag, or is derived."""
     known = {field.name for field in fields(TrainingArguments) if field.init}
     flags = {field.name for field in fields(TrainConfig)}
     for name in given:
@@ -72,23 +72,21 @@ def check_trainer_arguments(given: Mapping[str, Any]) -> None:
 def check_loggers(names: Sequence[str]) -> None:
     """Refuse a logger that transformers does not know, or whose package is not installed."""
     named = [name for name in names if name not in ("all", "none")]
-    if not named:
-        return
     if unknown := [name for name in named if name not in INTEGRATION_TO_CALLBACK]:
         known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
         hint = did_you_mean(unknown[0], INTEGRATION_TO_CALLBACK)
         raise UserError(f"--report-to must be among {known}; got {', '.join(unknown)}.{hint}")
-    installed = {*get_available_reporting_integrations(), "flyte"}  # which it never lists
+    installed = {*get_available_reporting_integrations(), "flyte"}  # transformers never lists it
     if missing := [name for name in named if name not in installed]:
         packages = " ".join(LOGGER_PACKAGES.get(name, name) for name in missing)
         raise UserError(
-            f"--report-to {' '.join(missing)} wants a package that is not installed: "
+            f"--report-to {' '.join(missing)} needs a package that is not installed: "
             f"pip install {packages}"
         )
 
 
 def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingArguments:
-    """transformers' arguments for `config`; those of `--trainer.NAME` win."""
+    """transformers' arguments for `config`; `--trainer.NAME` overrides them."""
     eval_strategy = ("steps" if config.eval_steps else "epoch") if config.data.eval_data else "no"
     on_cpu = model.device.type == "cpu"
     settings: dict[str, Any] = {name: getattr(config, name) for name in SHARED_ARGUMENTS}
@@ -111,11 +109,8 @@ def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingA
     }
     if on_cpu and "paged" in config.optim:
         print(f"{config.optim} runs unpaged: this machine has no GPU memory to page from")
-    try:
-        arguments = TrainingArguments(**{**settings, **config.trainer})
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
-    # One GPU even where more are visible: Trainer would use DataParallel, and no setting says so.
+    arguments = TrainingArguments(**{**settings, **config.trainer})
+    # One GPU even where more are visible: no setting turns off Trainer's DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -128,18 +123,17 @@ def make_trainer(
     Raises:
         UserError: Trainer or an optimizer refuses the settings. Nothing was written then.
     """
-    arguments = training_arguments(config, model)
+    if model.dtype == torch.float16 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise UserError("fp16 compute needs fp32 adapters: drop --adapter-dtype, or give fp32")
     collate = collator(tokenizer, config.task, model)
     if config.task == "causal-lm":
         packing, fast, pad = config.data.packing, config.fast_path, tokenizer.pad_token_id
         unpadded = rows_collator(model, packing=packing, fast_path=fast, pad_token_id=pad)
         collate = unpadded or collate
-    if arguments.fp16 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
-        raise UserError("fp16 compute wants fp32 adapters: leave out --adapter-dtype, or give fp32")
     try:
         trainer = AdapterTrainer(
             model=model,
-            args=arguments,
+            args=training_arguments(config, model),
             train_dataset=rows,
             eval_dataset=eval_rows,
             data_collator=collate,
@@ -148,11 +142,11 @@ def make_trainer(
             loraplus_lr_ratio=config.loraplus_lr_ratio,
             offload=offload_activations() if config.offload_activations else None,
         )
-        # Built once as a check, before anything is written; the number of steps is not known yet.
+        # A check before anything is written: 10 for the number of steps, not known yet.
         trainer.create_optimizer_and_scheduler(num_training_steps=10)
     except (ValueError, RuntimeError, ImportError, TypeError) as error:
         with suppress(OSError):
-            Path(config.output_dir).rmdir()  # Trainer creates it at once; removed only if empty
+            Path(config.output_dir).rmdir()  # Trainer has created it; removed only if empty
         raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
     if loses_updates(trainer.optimizer):
         optim = config.optim
@@ -160,17 +154,19 @@ def make_trainer(
     trainer.optimizer = trainer.lr_scheduler = None
     for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # a notebook has another default
         trainer.remove_callback(callback)
-    # MetricsWriter goes first: it adds values that the loggers are to receive.
+    # first, as it adds values to the logs that the loggers receive
     trainer.callback_handler.callbacks.insert(0, MetricsWriter(Path(config.output_dir)))
     trainer.add_callback(PlainProgress())
     return trainer
 
 
 class AdapterTrainer(Trainer):
-    """Trainer for a frozen quantized model with LoRA adapters; saves and resumes the adapter.
+    """Trainer for a frozen quantized model with LoRA adapters.
 
-    `objective` has the loss and metrics, by default of a causal language model;
-    `loraplus_lr_ratio` is B's learning rate over all others; each forward pass enters `offload`.
+    Args:
+        objective: loss and metrics, by default of a causal language model.
+        loraplus_lr_ratio: lora_B's learning rate over that of all other parameters.
+        offload: a context around each forward pass.
     """
 
     model: Any
@@ -192,7 +188,7 @@ class AdapterTrainer(Trainer):
         self.offload = offload
         if not lora_layers(model):
             raise UserError("the model has no adapter to train: call apply_lora first")
-        # Trainer accepts a quantized model only with PEFT's mark, which means more elsewhere.
+        # PEFT's mark, without which Trainer refuses a quantized model; save_pretrained reads it too
         model._hf_peft_config_loaded = True
         try:
             super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
@@ -200,12 +196,12 @@ class AdapterTrainer(Trainer):
             del model._hf_peft_config_loaded
 
     def fit(self, checkpoint: str | None) -> None:
-        """Train, from `checkpoint` on if given; a complete one is not trained one step further."""
+        """Train, from `checkpoint` if given: not at all if it has all steps (Trainer adds one)."""
         if checkpoint:
             state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
                 self.state = state
-                print(f"All {state.global_step} steps were done; --max-steps N goes on from there.")
+                print(f"All {state.global_step} steps are done; a larger --max-steps continues.")
                 return
         self.train(resume_from_checkpoint=checkpoint)
 
@@ -217,10 +213,10 @@ class AdapterTrainer(Trainer):
         return stack
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Trainer's, without the mask where position_ids mark the rows: it would hide them."""
+        """Trainer's, without the mask where position_ids delimit the rows: it would hide them."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         if "position_ids" in prepared:
-            prepared.pop("attention_mask", None)  # used only for Trainer's count of tokens
+            prepared.pop("attention_mask", None)  # Trainer has counted its tokens by now
         return prepared
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -241,13 +237,13 @@ class AdapterTrainer(Trainer):
         optimizer: Any = super().create_optimizer(model)
         if self.loraplus_lr_ratio != 1:
             layers = lora_layers(self.model).values()
-            matrices = {id(lora_B) for layer in layers for lora_B in layer.lora_B.values()}
+            ids_of_B = {id(lora_B) for layer in layers for lora_B in layer.lora_B.values()}
             for group in list(optimizer.param_groups):
-                fast = [p for p in group["params"] if id(p) in matrices]
-                group["params"] = [p for p in group["params"] if id(p) not in matrices]
-                if fast:
+                matrices = [p for p in group["params"] if id(p) in ids_of_B]
+                group["params"] = [p for p in group["params"] if id(p) not in ids_of_B]
+                if matrices:
                     rate = group["lr"] * self.loraplus_lr_ratio
-                    optimizer.add_param_group({**group, "params": fast, "lr": rate})
+                    optimizer.add_param_group({**group, "params": matrices, "lr": rate})
         self.optimizer = keep_updates(optimizer)
         return self.optimizer
 
@@ -261,11 +257,11 @@ class AdapterTrainer(Trainer):
     def evaluation_loop(
         self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any
     ) -> EvalLoopOutput:
-        """Scores and the loss over all labels; Trainer averages means of batches."""
+        """The loss over all labels, where Trainer averages batches; a classifier's scores."""
         self.callback_handler.eval_dataloader = dataloader  # its length, for the progress bar
         names = state_of(self.model).labels if self.objective.classifies else ()
-        found = measure(self.objective, self._results(dataloader), names)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        measured = measure(self.objective, self._results(dataloader), names)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         none: Any = None
         return EvalLoopOutput(none, none, metrics, num_samples=self.num_examples(dataloader))
 

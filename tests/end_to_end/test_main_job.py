@@ -1,4 +1,4 @@
-"""The scripts as a person runs them: train, open elsewhere, merge, use; and mistakes."""
+"""The scripts with their flags: train, open with PEFT, merge, resume; and errors."""
 
 import runpy
 import shutil
@@ -21,15 +21,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def script(name: str, *words: object) -> int:
-    """Run train.py or merge_dequant.py in this process; its exit code."""
-    before = sys.argv
-    sys.argv = [name, *map(str, words)]
-    try:
-        runpy.run_path(str(REPOSITORY / name), run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
+    """Run train.py or merge_dequant.py in this process; returns the exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, words)])
+        try:
+            runpy.run_path(str(REPOSITORY / name), run_name="__main__")
+        except SystemExit as stop:
+            return int(stop.code or 0)
     return 0
 
 
@@ -43,17 +41,17 @@ def train(base: Path, data: Path, output: Path, *more: object) -> int:
 
 @pytest.fixture(scope="module")
 def trained(checkpoints, data, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a run by train.py, and what it printed; tests that change it copy it first."""
+    """Folder and printed lines of a run by train.py; a test that changes files copies it first."""
     folder = tmp_path_factory.mktemp("main job") / "run"
-    with redirect_stdout(StringIO()) as said:
+    with redirect_stdout(StringIO()) as printed:
         assert train(checkpoints("llama"), data, folder, "--eval-data", data) == 0
-    return folder, said.getvalue()
+    return folder, printed.getvalue()
 
 
 def test_train_open_merge_use(trained, checkpoints, data, tmp_path, capsys):
-    base, (run, said), out = checkpoints("llama"), trained, tmp_path / "merged"
+    base, (run, printed), out = checkpoints("llama"), trained, tmp_path / "merged"
     for words in ("40 rows", "supervised", "⟦", "trainable", "merge_dequant.py --adapter"):
-        assert words in said
+        assert words in printed
     assert script("merge_dequant.py", "--adapter", run, "--output-dir", out,
                   "--format", "fp32", "--verify", data) == 0  # fmt: skip
     assert "base + live adapter" in capsys.readouterr().out
@@ -69,7 +67,7 @@ def test_train_open_merge_use(trained, checkpoints, data, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(out).chat_template
 
 
-def test_run_file_is_a_recipe_for_the_same_run(trained, tmp_path):
+def test_run_file_repeats_the_run(trained, tmp_path):
     run, again = trained[0], tmp_path / "again"
     assert script("train.py", "--config", run / "run.yaml", "--output-dir", again) == 0
     require_same_adapter(run, again)
@@ -82,23 +80,17 @@ def test_resume_from_the_command_line(trained, checkpoints, data, tmp_path):
     assert steps == [1, 2, 3, 4, 5]
 
 
-def test_one_line_and_no_traceback_in_a_process_of_its_own(tmp_path):
+@pytest.mark.full
+def test_error_in_a_new_process_is_one_line(tmp_path):
     words = ["--model", "/nowhere/at/all", "--data", "x.jsonl", "--output-dir", "out"]
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "train.py", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
+    command = [sys.executable, REPOSITORY / "train.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: model /nowhere/at/all does not exist")
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- every mistake: one line, exit 2, nothing written or lost ----
+# ---- errors: one line, exit code 2, nothing written or lost ----
 
 BAD_FILES = {
     "broken.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comple\n',
@@ -108,7 +100,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "words"),
     [
         (["--model", "/nowhere/at/all"], "does not exist"),
         (["--model", "."], "is no model: it holds no config.json"),
@@ -123,28 +115,28 @@ BAD_FILES = {
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_in_training(flags, said, checkpoints, data, tmp_path, capsys, monkeypatch):
+def test_errors_of_training(flags, words, checkpoints, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in BAD_FILES.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "typo.yaml").write_text(yaml.safe_dump({"lora_alhpa": 16}))
     before = sorted(p.name for p in tmp_path.iterdir())
     assert train(checkpoints("llama"), data, tmp_path / "out", *flags) == 2
-    one_line(capsys.readouterr().err, said)
+    require_error(capsys.readouterr().err, words)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_adapter_for_another_base(trained, tmp_path, capsys):
+def test_adapter_of_another_base_is_refused(trained, tmp_path, capsys):
     tiny_model("llama", seed=5).save_pretrained(tmp_path / "other")
     code = script("merge_dequant.py", "--adapter", trained[0], "--output-dir",
                   tmp_path / "merged", "--base-model", tmp_path / "other")  # fmt: skip
     assert code == 2
-    one_line(capsys.readouterr().err, "belongs to another base")
+    require_error(capsys.readouterr().err, "belongs to another base")
     assert not (tmp_path / "merged").exists()
 
 
-def one_line(stderr: str, said: str) -> None:
-    """The last line is the error; before it there may be progress bars, never a traceback."""
+def require_error(stderr: str, words: str) -> None:
+    """The last line is the error; before it there may be progress bars, but no traceback."""
     lines = [line for line in stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert "Traceback" not in stderr
-    assert lines[-1].startswith("error: ") and said in lines[-1], lines[-1]
+    assert lines[-1].startswith("error: ") and words in lines[-1], lines[-1]

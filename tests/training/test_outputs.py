@@ -1,4 +1,4 @@
-"""What a run shows and leaves: progress lines, memory, samples, the model card, commands."""
+"""Lines and files of a run: progress, memory, samples, the model card, the next commands."""
 
 import inspect
 import io
@@ -16,6 +16,7 @@ import torch
 from conftest import (
     FP32,
     ROWS,
+    axis,
     losses,
     quick_config,
     read_rows,
@@ -33,7 +34,6 @@ from qlora.training.outputs import (
     MetricsWriter,
     PlainProgress,
     choose_samples,
-    describe_log,
     device,
     peak_resident_bytes,
     show_bytes,
@@ -53,8 +53,11 @@ class Terminal(io.StringIO):
         return True
 
 
+EVALUATION = "evaluation loss 0.2500  accuracy 0.7500"
+
+
 def shown_on(stream: io.StringIO, monkeypatch: Any, *, begin: int = 0) -> str:
-    """What a run of 10 steps, logged at its 6th, writes to standard error."""
+    """The standard error of a run of 10 steps, logged at step 6."""
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", "100")
     progress, state = PlainProgress(), SimpleNamespace(max_steps=10, is_world_process_zero=True)
@@ -66,43 +69,24 @@ def shown_on(stream: io.StringIO, monkeypatch: Any, *, begin: int = 0) -> str:
             progress.on_log(None, state, None, LOGS)
             progress.on_prediction_step(None, state, None, eval_dataloader=[1, 2])
             progress.on_evaluate(None, state, None)
-            progress.on_log(None, state, None, {"eval_loss": 0.25})
+            progress.on_log(None, state, None, {"eval_loss": 0.25, "eval_accuracy": 0.75})
+    progress.on_log(None, state, None, {"train_runtime": 3.0})  # prints nothing
     progress.on_train_end(None, state, None)
     progress.on_log(None, state, None, LOGS)  # after the end there is no bar
     return stream.getvalue()
 
 
-def test_terminal_has_a_bar_with_loss_speed_and_time_left(monkeypatch, capsys):
+def test_progress_on_a_terminal_and_elsewhere(monkeypatch, capsys):
+    lines = f"step  6/10  {LINE}\nstep  6/10  {EVALUATION}\nstep 10/10  {LINE}\n"
     shown = shown_on(Terminal(), monkeypatch)
     assert f"left, {LINE}" in shown and "10/10 steps" in shown and "100%" in shown
     assert "0/2 [" in shown  # the bar of evaluation
-    said = capsys.readouterr().out
-    assert f"step  6/10  {LINE}\n" in said and "step  6/10  evaluation loss 0.2500\n" in said
-
-
-def test_without_a_terminal_there_are_lines_alone(monkeypatch, capsys):
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in lines.splitlines())
     assert shown_on(io.StringIO(), monkeypatch) == ""
-    assert capsys.readouterr().out == (
-        f"step  6/10  {LINE}\nstep  6/10  evaluation loss 0.2500\nstep 10/10  {LINE}\n"
-    )
-
-
-def test_bar_of_a_resumed_run_begins_at_its_step(monkeypatch):
-    """Otherwise the steps of before would count as done in no time."""
-    shown = shown_on(Terminal(), monkeypatch, begin=5)
-    assert "0/10 steps" not in shown.replace("10/10", "") and "5/10 steps" in shown
-
-
-@pytest.mark.parametrize(
-    ("logs", "line"),
-    [
-        (LOGS, LINE),
-        ({"eval_loss": 0.5, "eval_accuracy": 0.75}, "evaluation loss 0.5000  accuracy 0.7500"),
-        ({"train_runtime": 3.0}, None),
-    ],
-)
-def test_line_of_a_log(logs, line):
-    assert describe_log(logs) == line
+    assert capsys.readouterr().out == lines
+    resumed = shown_on(Terminal(), monkeypatch, begin=5)  # else the time left is too short
+    assert "0/10 steps" not in resumed.replace("10/10", "") and "5/10 steps" in resumed
 
 
 def test_resumed_run_drops_rows_after_its_checkpoint(tmp_path):
@@ -128,28 +112,29 @@ print(peak_resident_bytes() - before)
 """
 
 
-def test_peak_counts_what_was_freed_and_not_the_parent():
-    """The child's own code is small: with torch imported, its peak could hide the parent's."""
-    ballast = bytearray(b"x" * 700_000_000)  # the parent's own, touched
+def test_peak_includes_freed_memory_and_excludes_the_parent():
+    """The child imports no torch, whose own peak could hide the parent's."""
+    ballast = bytearray(b"x" * 700_000_000)  # written to: resident in the parent
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, check=True)
     assert 290_000_000 < int(done.stdout) < 400_000_000
     assert len(ballast) == 700_000_000
 
 
-def test_device():
+def test_device_and_its_bytes():
+    wanted = "CPU", psutil.virtual_memory().total
     if torch.cuda.is_available():
-        total = torch.cuda.mem_get_info()[1]
-        assert device() == (torch.cuda.get_device_name(), total)
-    else:
-        assert device() == ("CPU", psutil.virtual_memory().total)
-
-
-def test_bytes_are_shown_in_gib_or_mib():
-    assert show_bytes(5 * 2**29) == "2.50 GiB"
-    assert show_bytes(300 * 2**20) == "300 MiB"
+        wanted = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+    assert device() == wanted
+    assert (show_bytes(5 * 2**29), show_bytes(300 * 2**20)) == ("2.50 GiB", "300 MiB")
 
 
 # ---- samples ----
+
+OPEN = "<|im_start|>assistant\n"
+
+
+def turn(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
 def rows_of(path: Path, records: list[dict[str, Any]], *, task="causal-lm", length=128) -> Any:
@@ -159,21 +144,23 @@ def rows_of(path: Path, records: list[dict[str, Any]], *, task="causal-lm", leng
 
 def generated(model: Any, tokenizer: Any, record: dict[str, Any]) -> str:
     """The answer of transformers alone."""
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": record["prompt"]}],
-        add_generation_prompt=True, return_tensors="pt", return_dict=True,
-    )  # fmt: skip
+    prompt = turn("user", record["prompt"]) + OPEN
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     answer = tokenizer(record["completion"] + "<|im_end|>")["input_ids"]
     model.eval()
     model.generation_config.max_length = None
-    ids = model.generate(
-        **inputs, do_sample=False, use_cache=True, pad_token_id=0, max_new_tokens=2 * len(answer)
-    )
-    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return str(text)
+    settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+    output = model.generate(ids, **settings, max_new_tokens=2 * len(answer))
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def require_answers_of_generate(base: Path, folder: Path) -> None:
+@pytest.mark.parametrize("case", axis(("llama", True), ("gemma", True), ("gemma", False)), ids=str)
+def test_answers_equal_those_of_generate(case, quick_run, checkpoints, tmp_path, data):
+    family, fast_path = case
+    folder, base = quick_run.folder, checkpoints(family)
+    if family != "llama":
+        settings = {"samples": 3, "fast_path": fast_path}
+        folder = train(quick_config(base, data, tmp_path / "run", **settings))
     rows, records = read_rows(folder / "samples.jsonl"), [ROWS[0], ROWS[13], ROWS[26]]
     assert [row["prompt"] for row in rows] == [record["prompt"] for record in records]
     assert [row["wanted"] for row in rows] == [record["completion"] for record in records]
@@ -184,23 +171,8 @@ def require_answers_of_generate(base: Path, folder: Path) -> None:
     assert all(row["before"] != row["after"] for row in rows)
 
 
-def test_answers_are_those_of_generate(quick_run, checkpoints):
-    require_answers_of_generate(checkpoints("llama"), quick_run.folder)
-    assert "3 rows of the evaluation data are answered: samples.jsonl" in quick_run.said
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("fast_path", [True, False])
-def test_answers_of_another_family_are_those_of_generate(fast_path, checkpoints, tmp_path, data):
-    base, settings = checkpoints("gemma"), {"samples": 3, "fast_path": fast_path}
-    folder = train(quick_config(base, data, tmp_path / "run", **settings))
-    require_answers_of_generate(base, folder)
-
-
-def test_samples_change_no_number_and_the_adapter_is_saved_before_them(
-    checkpoints, tmp_path, data, monkeypatch
-):
-    """With dropout and a random order of rows; the last answers are interrupted."""
+def test_samples_leave_training_bit_exact(checkpoints, tmp_path, data, monkeypatch):
+    """With dropout and a random order of rows; the adapter is saved before the last answers."""
     config = quick_config(checkpoints("llama"), data, tmp_path / "without")
     config = replace(config, lora=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1))
     train(config)
@@ -219,8 +191,8 @@ def test_samples_change_no_number_and_the_adapter_is_saved_before_them(
     assert not (tmp_path / "without" / "samples.jsonl").exists()
 
 
-def test_answers_keep_those_of_the_other_column(checkpoints, tmp_path):
-    """Also where a prompt has several answers; before is None where it was not generated."""
+def test_answers_keep_the_other_column(checkpoints, tmp_path):
+    """Also if a prompt has several answers; a column that was not generated is None."""
     records = [{"prompt": "Say a word.", "completion": word} for word in ("bee", "cat", "dog")]
     rows = rows_of(tmp_path / "words.jsonl", records)
     samples = choose_samples("causal-lm", 3, rows, None, 128)
@@ -234,7 +206,7 @@ def test_answers_keep_those_of_the_other_column(checkpoints, tmp_path):
     assert second == [row | {"before": row["after"]} for row in first]
 
 
-def test_encoder_decoder_answers_are_those_of_generate(checkpoints, tmp_path):
+def test_answers_of_an_encoder_decoder_equal_those_of_generate(checkpoints, tmp_path):
     records, tokenizer = ROWS[12:14], tiny_tokenizer()
     rows = rows_of(tmp_path / "pairs.jsonl", records, task="seq2seq")
     model = load_base(str(checkpoints("t5")), FP32, task="seq2seq").eval()
@@ -248,22 +220,17 @@ def test_encoder_decoder_answers_are_those_of_generate(checkpoints, tmp_path):
         assert row["prompt"] == record["prompt"]
 
 
-def test_samples_are_of_the_evaluation_data_and_not_of_a_classifier(tmp_path, capsys):
+def test_samples_come_from_evaluation_data_and_not_for_a_classifier(tmp_path, capsys):
     training = rows_of(tmp_path / "training.jsonl", ROWS)
     evaluation = rows_of(tmp_path / "evaluation.jsonl", ROWS[:2])
     assert len(choose_samples("causal-lm", 5, training, evaluation, 128)) == 2
-    assert "2 rows of the evaluation data are answered" in capsys.readouterr().out
+    assert "samples.jsonl: answers to 2 rows of the evaluation data" in capsys.readouterr().out
     assert len(choose_samples("causal-lm", 5, training, None, 128)) == 5
     assert choose_samples("seq-cls", 5, training, evaluation, 128) == []
 
 
-def turn(role: str, text: str) -> str:
-    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
-
-
 CHAT = {"messages": [{"role": role, "content": text} for role, text in
         [("user", "a"), ("assistant", "bb"), ("user", "ccc"), ("assistant", "dddd")]]}  # fmt: skip
-OPEN = "<|im_start|>assistant\n"
 FIRST_TURNS = turn("user", "a") + turn("assistant", "bb") + turn("user", "ccc") + OPEN
 LONG = {"prompt": "a", "completion": "b" * 900}
 
@@ -276,7 +243,7 @@ LONG = {"prompt": "a", "completion": "b" * 900}
         ({"text": "a" * 900}, "causal-lm", 512, "a" * 256, "a" * 256, 128),
         (ROWS[0], "seq2seq", 128, "0 times 0", "0 ", 2 * 2),
         (LONG, "causal-lm", 512, turn("user", "a") + OPEN, None, 128),
-        (LONG, "causal-lm", 64, turn("user", "a") + OPEN, None, "what is left"),
+        (LONG, "causal-lm", 64, turn("user", "a") + OPEN, None, "the rest"),
     ],
 )
 def test_sample_of_each_kind_of_row(record, task, length, prompt, answer, max_new_tokens, tmp_path):
@@ -285,7 +252,7 @@ def test_sample_of_each_kind_of_row(record, task, length, prompt, answer, max_ne
     (sample,) = choose_samples(task, 1, rows, None, length)
     assert tokenizer.decode(sample.prompt) == prompt
     assert answer is None or tokenizer.decode(sample.answer) == answer
-    if max_new_tokens == "what is left":  # of the positions that the model has
+    if max_new_tokens == "the rest":  # of the positions that the model has
         max_new_tokens = length - len(sample.prompt)
     assert sample.max_new_tokens == max_new_tokens
 
@@ -315,10 +282,10 @@ def card(folder: Path, base: dict[str, Any], **measured: float) -> str:
 
 def test_adapter_card(tmp_path):
     text = card(tmp_path, BASE, loss=0.1234)
-    for said in ("base_model: owner/name", "NF4", "rank 16", "mine.jsonl (400 rows)", "0.1234"):
-        assert said in text
+    for words in ("base_model: owner/name", "NF4", "rank 16", "mine.jsonl (400 rows)", "0.1234"):
+        assert words in text
     text = card(tmp_path, BASE | {"resolved": "/home/me/model"})
-    assert "base_model:" not in text  # a folder is no name on the hub
+    assert "base_model:" not in text  # a local folder has no name on the hub
     assert "# LoRA adapter for model" in text and "not logged" in text
 
 
@@ -329,8 +296,17 @@ def test_results_name_the_last_losses_and_commands_to_copy(tmp_path, capsys):
     write_rows(folder / "metrics.jsonl", [*rows, {"step": 2, "eval_loss": 0.25}])
     write_results(folder, SETTINGS, BASE, rows=400, steps=2)
     assert "training loss 1.5000, evaluation loss 0.2500" in (folder / "README.md").read_text()
-    said = [shlex.split(line.partition(":")[2]) for line in capsys.readouterr().out.splitlines()]
-    assert ["python", "-m", "qlora.report", str(folder)] in said
-    assert ["python", "-m", "qlora.chat", "--adapter", str(folder), "--compare"] in said
-    merge = ["--adapter", str(folder), "--output-dir", f"{folder}-merged"]
-    assert ["python", "merge_dequant.py", *merge] in said
+    lines = capsys.readouterr().out.splitlines()
+    commands = [shlex.split(line.partition(":")[2]) for line in lines[-3:]]
+    assert commands == [
+        ["python", "-m", "qlora.report", str(folder)],
+        ["python", "-m", "qlora.chat", "--adapter", str(folder), "--compare"],
+        [
+            "python",
+            "merge_dequant.py",
+            "--adapter",
+            str(folder),
+            "--output-dir",
+            f"{folder}-merged",
+        ],
+    ]
