@@ -5,7 +5,7 @@ differs from Trainer in:
 
     loss          summed over supervised tokens or labels and divided once: in training per
                   optimizer step, in evaluation per data set (qlora.data.objectives)
-    checkpoints   hold the adapter, not the model
+    checkpoints   hold the adapter, not the model; a resumed epoch keeps its order of rows
     optimizer     LoRA+ learning rates; fp32 master weights of bf16 adapters
                   (qlora.training.optimizers); paged optimizers run unpaged on a CPU
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -49,6 +51,7 @@ DERIVED_ARGUMENTS = (
     "bf16", "do_train", "fp16", "gradient_checkpointing_kwargs", "label_smoothing_factor",
     "remove_unused_columns", "use_cpu",
 )  # fmt: skip
+EPOCH_STATE = "epoch_rng_state.pth"  # file of a checkpoint: torch's generator as the epoch began
 # Logger -> package to install; the others have one name for both.
 LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 
@@ -160,6 +163,30 @@ def make_trainer(
     return trainer
 
 
+class ResumableSampler(Sampler[int]):
+    """A sampler that draws from torch's generator; a resumed epoch repeats its order.
+
+    For group_by_length: Trainer saves the generator's state of the step, not of the epoch's draw.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.drawn_from: Tensor | None = None  # the generator's state at the last draw
+        self.draw_from: Tensor | None = (
+            None  # the state for the next draw; None for the present one
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        if self.draw_from is not None:
+            torch.set_rng_state(self.draw_from)
+            self.draw_from = None
+        self.drawn_from = torch.get_rng_state()
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
 class AdapterTrainer(Trainer):
     """Trainer for a frozen quantized model with LoRA adapters.
 
@@ -186,6 +213,8 @@ class AdapterTrainer(Trainer):
         self.objective: Objective = objective or OBJECTIVES["causal-lm"]
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.offload = offload
+        self.sampler: ResumableSampler | None = None
+        self.epoch_state: Tensor | None = None  # of torch's generator, from a checkpoint
         if not lora_layers(model):
             raise UserError("the model has no adapter to train: call apply_lora first")
         # PEFT's mark, without which Trainer refuses a quantized model; save_pretrained reads it too
@@ -203,6 +232,8 @@ class AdapterTrainer(Trainer):
                 self.state = state
                 print(f"All {state.global_step} steps are done; a larger --max-steps continues.")
                 return
+            if (file := Path(checkpoint) / EPOCH_STATE).exists():
+                self.epoch_state = torch.load(file, weights_only=True)
         self.train(resume_from_checkpoint=checkpoint)
 
     def compute_loss_context_manager(self) -> ExitStack:
@@ -218,6 +249,25 @@ class AdapterTrainer(Trainer):
         if "position_ids" in prepared:
             prepared.pop("attention_mask", None)  # Trainer has counted its tokens by now
         return prepared
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.args.train_sampling_strategy != "group_by_length":
+            return sampler
+        self.sampler = ResumableSampler(sampler)
+        self.sampler.draw_from = self.epoch_state
+        return self.sampler
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.sampler is not None:
+            torch.save(self.sampler.drawn_from, Path(output_dir) / EPOCH_STATE)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer calls it before a new epoch draws its rows, and after a resumed epoch did."""
+        super()._load_rng_state(checkpoint)
+        if self.sampler is not None:
+            self.sampler.draw_from = None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = str(output_dir or self.args.output_dir)

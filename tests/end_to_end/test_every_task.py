@@ -169,7 +169,7 @@ def test_merge_of_pefts_classifier(checkpoints, tmp_path):
     base = checkpoints("bert")
     torch.manual_seed(0)
     model = load_base(str(base), FP32, task="seq-cls", labels=("a", "b", "c"))
-    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules="query", init_lora_weights=False)
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     output = tmp_path / "merged"
     merge(MergeConfig(str(tmp_path / "adapter"), str(output), base_model=str(base), format="fp32"))
@@ -206,7 +206,8 @@ def test_other_initialisations(family, init, checkpoints, tmp_path):
     assert (logits(merged, task) - logits(live, task)).abs().max() <= TOLERANCE
 
 
-def test_resumed_run_restores_its_head(trained, checkpoints, tmp_path):
+def test_run_resumed_in_a_later_epoch_equals_the_whole_run(trained, checkpoints, tmp_path):
+    """Its head and the order of the epoch's rows are restored."""
     whole, _ = trained("llama without pad", "seq-cls")
     parts = shutil.copytree(whole.parent, tmp_path / "parts")
     shutil.rmtree(parts / "run" / "checkpoint-10")  # back to step 8
@@ -219,12 +220,11 @@ def test_resumed_run_restores_its_head(trained, checkpoints, tmp_path):
 def test_adapter_of_other_labels_is_refused(trained, checkpoints):
     folder, _ = trained("llama without pad", "seq-cls")
     base = str(checkpoints("llama without pad"))
-    for settings, message in (
-        ({"task": "seq-cls", "labels": ("x", "y")}, "its labels are neg, pos, those of the model x, y"),
-        ({}, r"score\.weight is no parameter of this model"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_adapter(load_base(base, FP32, **settings), folder)
+    wrong = load_base(base, FP32, task="seq-cls", labels=("x", "y"))
+    with pytest.raises(UserError, match="its labels are neg, pos, those of the model x, y"):
+        load_adapter(wrong, folder)
+    with pytest.raises(UserError, match=r"score\.weight is no parameter of this model"):
+        load_adapter(load_base(base, FP32), folder)
 
 
 def test_labels_of_a_trained_classifier_keep_their_numbers(tmp_path):
