@@ -47,8 +47,8 @@ def train(config: TrainConfig) -> Path:
     """Train the adapter that `config` describes; returns the folder with its files.
 
     Raises:
-        UserError: the settings, the data or the machine do not fit. Before training, nothing was
-            written then.
+        UserError: settings, data, model or machine do not work together. Unless training has
+            begun, nothing was written.
     """
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
@@ -66,6 +66,7 @@ def train(config: TrainConfig) -> Path:
     rows: Any = PackedRows(data.rows, data.max_length) if config.data.packing else data.rows
     if config.data.packing:
         print(rows.describe())
+
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
     rate = config.learning_rate or rate_from_rule(model)
     config = replace(config, learning_rate=rate, resume=False)
@@ -98,15 +99,11 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
     Returns the checkpoint to resume from; None for a new run in a new folder.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "training on several GPUs is not supported yet: start one process, on one GPU"
-        )
+        raise UserError("several GPUs are not supported yet: start one process on one GPU")
     checkpoint = _last_checkpoint(output)
-    if config.resume and checkpoint is None:
-        raise UserError(
-            f"{output} holds no checkpoint-N to resume from: start again without --resume"
-        )
     if config.resume:
+        if checkpoint is None:
+            raise UserError(f"{output} holds no checkpoint-N to resume from: drop --resume")
         read_metrics(output)  # these two are read again in the run: a damaged file raises now
         read_samples(output)
     elif (output / RUN).exists():
@@ -230,8 +227,7 @@ def default_learning_rate(model_type: str, hidden_size: int) -> float:
 
     The rule that tinker-cookbook publishes with "LoRA Without Regret" (Thinking Machines, 2025):
     with lora_alpha 32 and a constant schedule, LoRA's best rate is 10 times that of full
-    fine-tuning at every rank. Fitted on Llama and Qwen; Llama's exponent, the steeper, gives other
-    families the lower rate.
+    fine-tuning at every rank. Fitted on Llama and Qwen; other families get Llama's exponent.
     """
     exponent = 0.0775 if model_type.startswith("qwen") else 0.781
     return float(5e-5 * 10 * (2000 / hidden_size) ** exponent)

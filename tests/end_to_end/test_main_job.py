@@ -111,7 +111,7 @@ BAD_FILES = {
         (["--learning-rte", "1"], "--learning-rate"),
         (["--config", "typo.yaml"], "lora_alpha"),
         (["--plan"], "not supported yet"),
-        (["--packing", "--task", "seq-cls"], "packing is for task causal-lm"),
+        (["--packing", "--task", "seq-cls"], "packing needs task causal-lm"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

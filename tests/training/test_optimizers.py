@@ -7,7 +7,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from conftest import NEEDS_GPU
+from conftest import on_gpu
 from reference import nearest_bf16
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -263,8 +263,7 @@ def test_bundles_hold_all_in_order():
     assert list(bundles([])) == []
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *PAGED])
 def test_training_on_a_gpu_is_that_of_fp32_weights(name):
     """With parameters of more than 1e5 numbers, which bitsandbytes pages."""

@@ -16,10 +16,10 @@ from chunks import chunks_of
 from conftest import (
     FAMILIES,
     FP32,
-    NEEDS_GPU,
     VOCAB,
     axis,
     losses,
+    on_gpu,
     quick_config,
     read_rows,
     require_same_adapter,
@@ -368,15 +368,14 @@ def test_folders_and_environments_that_are_refused(quick_run, tmp_path, data, mo
     with refuses(tmp_path, "or remove it: it has no checkpoint to resume from"):
         check_settings(quick_run.config, tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with refuses(tmp_path, "several GPUs is not supported yet"):
+    with refuses(tmp_path, "several GPUs are not supported yet"):
         check_settings(quick_run.config, tmp_path / "run")
 
 
 # ---- on a GPU ----
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 def test_an_offloaded_run_on_a_gpu(checkpoints, tmp_path, data):
     settings: Any = {"offload_activations": True, "offload_embedding": True}
     base = checkpoints("llama", False)
@@ -384,8 +383,7 @@ def test_an_offloaded_run_on_a_gpu(checkpoints, tmp_path, data):
     assert losses(folder)[-1] < losses(folder)[0]
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
 def test_bf16_run_on_a_gpu(optim, checkpoints, tmp_path, data):
     """Paged optimizers, checkpointing and bf16 adapters; the run resumes."""

@@ -11,10 +11,10 @@ from chunks import chunks_of
 from conftest import (
     FP32,
     VOCAB,
+    adapted_model,
     axis,
     pefts_parameters,
     quick_config,
-    randomize_adapter,
     read_rows,
     require_same_adapter,
     tiny_tokenizer,
@@ -26,7 +26,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from qlora.adapters.apply import apply_lora
 from qlora.adapters.files import parameters_by_file_name, save_adapter
 from qlora.adapters.lora import lora_layers
 from qlora.base.load import load_base
@@ -39,17 +38,10 @@ from qlora.training.optimizers import MasterWeights
 from qlora.training.run import prepare_for_training, train
 from qlora.training.trainer import AdapterTrainer, make_trainer
 
-LORA = LoraConfig(r=4, lora_alpha=8)
-
 
 @pytest.fixture(scope="module")
 def rows(data):
     return prepare_data(str(data), tiny_tokenizer(), max_length=128)[0]
-
-
-def with_adapter(base: Path, **settings: Any) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    return apply_lora(load_base(str(base), FP32), replace(LORA, **settings), generator=generator)
 
 
 def peft_twin(model: torch.nn.Module, folder: Path, base: Path) -> Any:
@@ -62,8 +54,7 @@ def peft_twin(model: torch.nn.Module, folder: Path, base: Path) -> Any:
 def test_logits_and_gradients_are_pefts_in_other_families(family, checkpoints, tmp_path):
     """Families that tests/adapter_kinds.py lacks: tests/adapters/test_trained.py has the others."""
     base = checkpoints(family)
-    model = with_adapter(base)
-    randomize_adapter(model)
+    model = adapted_model(base)
     twin = peft_twin(model, tmp_path / "adapter", base)
     ids = token_ids()
     ours, theirs = model(ids, labels=ids), twin(input_ids=ids, labels=ids)
@@ -82,7 +73,7 @@ def test_logits_and_gradients_are_pefts_in_other_families(family, checkpoints, t
 def test_20_steps_are_pefts(checkpoints, tmp_path, rows):
     """PEFT and plain Trainer with the same seed, data and optimizer: the same losses, to 1e-3."""
     base, tokenizer = checkpoints("llama"), tiny_tokenizer()
-    model = with_adapter(base)
+    model = adapted_model(base)
     twin = peft_twin(model, tmp_path / "adapter", base)
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 20,
@@ -117,7 +108,7 @@ def test_model_without_adapters_is_refused(checkpoints):
 
 @pytest.mark.parametrize("fast", axis(True, False))
 def test_training_and_evaluation_materialize_no_logits(fast, checkpoints, tmp_path, data, rows):
-    model = prepare_for_training(with_adapter(checkpoints("gemma")), fast_path=fast)
+    model = prepare_for_training(adapted_model(checkpoints("gemma")), fast_path=fast)
     config = quick_config(checkpoints("gemma"), data, tmp_path / "run")
     trainer = make_trainer(config, model, tiny_tokenizer(), rows, rows)
     logits, compute_loss = [], trainer.compute_loss_func
@@ -137,8 +128,7 @@ def test_training_and_evaluation_materialize_no_logits(fast, checkpoints, tmp_pa
 def test_checkpointing_saves_memory_and_changes_nothing(checkpoints):
     runs = []
     for checkpointing in (True, False):
-        model = with_adapter(checkpoints("llama"))
-        randomize_adapter(model)
+        model = adapted_model(checkpoints("llama"))
         prepare_for_training(model, gradient_checkpointing=checkpointing)
         sizes: list[int] = []
 
@@ -178,7 +168,7 @@ def test_bf16_adapters_keep_updates(dtype, checkpoints, tmp_path, data, rows, ca
     for known in (True, False):
         if not known:
             monkeypatch.setattr("qlora.training.optimizers.BY_PARAMETER", ())
-        model = with_adapter(checkpoints("llama"), adapter_dtype=dtype)
+        model = adapted_model(checkpoints("llama"), LoraConfig(r=4, adapter_dtype=dtype))
         trainer = make_trainer(config, model, tiny_tokenizer(), rows, None)
         in_bf16 = next(iter(lora_layers(model).values())).lora_A["default"].dtype == torch.bfloat16
         assert in_bf16 == (dtype == "bf16")
@@ -188,7 +178,7 @@ def test_bf16_adapters_keep_updates(dtype, checkpoints, tmp_path, data, rows, ca
 
 
 def test_loraplus_rates_are_pefts(checkpoints, tmp_path, data, rows):
-    model = with_adapter(checkpoints("llama"))
+    model = adapted_model(checkpoints("llama"))
     config = quick_config(checkpoints("llama"), data, tmp_path / "out", loraplus_lr_ratio=16)
     optimizer = make_trainer(config, model, tiny_tokenizer(), rows, None).create_optimizer()
     twin = peft_twin(model, tmp_path, checkpoints("llama"))
