@@ -93,9 +93,8 @@ def test_loss_and_answers_of_base_and_adapter(quick_run, checkpoints, tmp_path, 
 def test_loss_is_that_of_training_and_of_the_merged_model(quick_run, data, tmp_path, capsys):
     loss = logged(quick_run.folder)["eval_loss"]
     found = evaluation(quick_run.folder, data, tmp_path / "a.json", generate=False)
-    assert found["scores"]["adapter"]["loss"] == pytest.approx(
-        loss, rel=1e-5
-    )  # fp32, other batches
+    # fp32, other batches
+    assert found["scores"]["adapter"]["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["answers"] == [] and f"{loss:.4f}" in capsys.readouterr().out
     merged = str(tmp_path / "merged")
     merge(MergeConfig(adapter=str(quick_run.folder), output_dir=merged, format="fp32"))
@@ -126,7 +125,7 @@ def test_other_tasks_have_the_scores_of_training(family, task, checkpoints, tmp_
     for name in ("accuracy", "f1"):
         assert found["adapter"].get(name) == wanted.get(f"eval_{name}")
     assert ("base" in found) == ("bleu" in found["adapter"]) == (task == "seq2seq")
-    assert ("qlora.chat" in capsys.readouterr().out) == ("base" in found)
+    assert "qlora.chat" not in capsys.readouterr().out  # for causal language models only
 
 
 def test_loss_is_the_mean_over_supervised_tokens(tmp_path):
@@ -216,9 +215,8 @@ def test_answers_are_scored_as_the_packages_score_them():
         assert found[kind] == pytest.approx(math.fsum(each) / 4)
     # by hand: the first answer has all 6 wanted words among its 7, twice 12 / 13 words of two texts
     assert compare_answers(GIVEN[:1], WANTED[:1])["rouge1"] == pytest.approx(12 / 13)
-    assert compare_answers(WANTED, WANTED) == pytest.approx(
-        {"exact_match": 1, "rouge1": 1, "rouge2": 0.75, "rougeL": 1, "bleu": 100}
-    )  # one word has no pairs
+    perfect = {"exact_match": 1, "rouge1": 1, "rouge2": 0.75, "rougeL": 1, "bleu": 100}
+    assert compare_answers(WANTED, WANTED) == pytest.approx(perfect)  # "Paris" has no word pairs
     assert compare_answers(["我们"], ["我们"]).keys() == {
         "exact_match",
         "bleu",
@@ -227,9 +225,8 @@ def test_answers_are_scored_as_the_packages_score_them():
 
 def test_samples_do_nothing_to_a_terminal():
     answers = [{"request": "a\x1b[2Jb", "wanted": "c\nd", "model": "\a" * 9}]
-    assert samples({"answers": answers}).split("\n") == [
-        *("", "  a[2Jb", "    model    (nothing)", "    wanted   c d")
-    ]
+    lines = ["", "  a[2Jb", "    model    (nothing)", "    wanted   c d"]
+    assert samples({"answers": answers}).split("\n") == lines
 
 
 # ---- bad input

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -227,13 +226,6 @@ def test_flag_may_be_left_out():
         parse("out", "more")
     with pytest.raises(UserError, match="missing --adapter"):
         parse()
-
-
-def test_page_is_not_half_written(folder, monkeypatch):
-    monkeypatch.setattr(report, "page", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        report.report(ReportConfig(str(folder)))
-    assert not (folder / "report.html").exists()
 
 
 BAD = [  # file, its text, words of the message
