@@ -1,4 +1,4 @@
-"""An adapter in the form that every consumer of PEFT's files computes as it was trained.
+"""An adapter in a form that every program that loads PEFT's files computes correctly.
 
     python -m qlora.portable --adapter out [--output-dir out-portable]
 
@@ -67,9 +67,11 @@ def portable_subset(
             contradict each other.
     """
     if lost := findings(values, tensors, LOST):
-        mends = dict.fromkeys(rule.mend for rule, _ in lost)
-        parts = [", ".join(w for rule, w in lost if rule.mend == m) + f": {m}" for m in mends]
-        raise UserError(f"adapter {folder} holds what is not portable: {'; '.join(parts)}")
+        by_remedy: dict[str, list[str]] = {}
+        for rule, offenders in lost:
+            by_remedy.setdefault(rule.remedy, []).append(offenders)
+        parts = (f"{', '.join(texts)}: {remedy}" for remedy, texts in by_remedy.items())
+        raise UserError(f"adapter {folder} is not portable: it has {'; '.join(parts)}")
     require_supported(values, folder)
     pairs = contents_of(values, tensors, folder)[1].pairs
     if not pairs:
@@ -267,8 +269,8 @@ class Rule(NamedTuple):
     """of each of CONSUMERS: R refuses, I ignores, - accepts; the worst where layers differ"""
     what: str
     offenders: Callable[[Adapter], list[str]]
-    mend: str = ""
-    """the remedy if no portable form exists"""
+    remedy: str = ""
+    """in the error if no portable form exists"""
 
 
 MERGE = "merge_dequant.py folds that in"

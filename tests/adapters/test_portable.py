@@ -378,7 +378,7 @@ def test_kinds_that_a_and_b_cannot_express_are_refused(
     kind, message, adapter_build, tmp_path, capsys
 ):
     folder = str(adapter_build(kind, "plain").peft_folder)
-    with pytest.raises(UserError, match=rf"adapter {folder} holds what is not .*{message}"):
+    with pytest.raises(UserError, match=rf"adapter {folder} is not portable: it has .*{message}"):
         make_portable(PortableConfig(adapter=folder, output_dir=str(tmp_path / "out")))
     assert not any(tmp_path.iterdir())
     assert len(capsys.readouterr().out.splitlines()) == len(CONSUMERS)  # the verdicts are printed
@@ -391,7 +391,7 @@ def test_all_reasons_are_named_by_remedy(adapter_build, tmp_path):
     message = r"magnitudes \(.*\), biases \(.*\): merge_dequant.* in; .* the base \(olora\): save"
     with pytest.raises(UserError, match=message):
         portable_subset({**values, "init_lora_weights": "olora"}, tensors, Path("x"))
-    with pytest.raises(UserError, match="holds what is not portable: DoRA's magnitudes"):
+    with pytest.raises(UserError, match="is not portable: it has DoRA's magnitudes"):
         save_adapter(build.model, tmp_path / "out", portable=True)
     assert not (tmp_path / "out").exists()
 
