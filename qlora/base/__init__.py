@@ -1,8 +1,8 @@
 """Load a checkpoint from disk as a model with frozen `Linear4bit` layers.
 
 - `load_base(name, quant)`: load, quantize, freeze
-- `Checkpoint`, `resolve`: what a folder, hub name or .gguf file holds, read from headers
-- `modules`: what qlora knows of a model and its modules: state, task, heads, dense weights
+- `Checkpoint`, `resolve`: config, headers and tensors of a folder, hub name or .gguf file
+- `modules`: a model's state, task, heads and vocabulary; a layer's kind, shape and dense weight
 - `shards`: write safetensors files as a stream
 """
 

@@ -157,7 +157,7 @@ def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-# ---- what is quantized ----
+# ---- which layers are quantized ----
 
 
 def _quantization(
@@ -240,12 +240,12 @@ def _require_all_quantized(model: nn.Module, quant: QuantConfig) -> None:
             f"This family never quantizes {leaves}: {len(dense)} layers, "
             f"{size * 2 / 2**30:.2f} GiB, stay in 16 bits"
         )
-    left = unquantized_linear(model, quant)
-    if left and not quant.allow_unquantized:
-        sizes = some([f"{name} ({size:,} values)" for name, size in left.items()])
+    dense_weights = unquantized_linear(model, quant)
+    if dense_weights and not quant.allow_unquantized:
+        sizes = some([f"{name} ({size:,} values)" for name, size in dense_weights.items()])
         raise UserError(
-            f"{len(left)} linear weights cannot be quantized to 4 bits and would stay in 16: "
-            f"{sizes}; {sum(left.values()) * 2 / 2**30:.2f} GiB in all. "
+            f"{len(dense_weights)} linear weights cannot be quantized to 4 bits and would stay in "
+            f"16: {sizes}; {sum(dense_weights.values()) * 2 / 2**30:.2f} GiB in all. "
             "Use another model, or accept it with --allow-unquantized"
         )
 

@@ -1,12 +1,12 @@
-"""A model and its modules, frozen and quantized or not, as adapters see them.
+"""Properties of a model and its modules, quantized or not, that adapters depend on.
 
 A linear layer is an nn.Linear, GPT-2's Conv1D (its weight is (in, out)), or a bitsandbytes
 Linear4bit made of either. To an adapter every weight is a matrix (out, in): a convolution's in is
 in_channels * kernel size, and an embedding is a layer from vocab to dim.
 
-A language model ends in its output head, hidden states to logits of the vocabulary, which comes
-with the checkpoint. A classifier ends in a head of its own, which a pretrained checkpoint lacks: it
-is initialised, and always trained in full, as in PEFT. Neither is quantized.
+The head of a language model, hidden states to logits of the vocabulary, comes with the checkpoint.
+A classifier's head, which a pretrained checkpoint lacks, is initialised and always trained in full,
+as in PEFT. Neither is quantized.
 """
 
 from contextlib import suppress
@@ -226,7 +226,7 @@ def dense_weight(layer: Any) -> Tensor:
 
 
 def as_dense(layer: Any, weight: Tensor) -> nn.Module:
-    """A frozen layer of `layer`'s class before quantization, with this weight (out, in)."""
+    """A frozen layer of the class before quantization: this weight (out, in), `layer`'s bias."""
     if not isinstance(layer, nn.Linear):
         dense: Any = shallow_copy(layer)
     elif was_conv1d(layer):

@@ -1,9 +1,9 @@
 """Fold an adapter into a checkpoint on disk: `merge(config)`. Plan, check, stream.
 
-- `plan`: what happens to each tensor, from file headers alone
+- `plan`: how each tensor is computed, from file headers alone
 - `run`: read, fold, write
-- `codes`: 4-bit codes that keep what was trained
-- `measure`: how much of it the merged model kept
+- `codes`: 4-bit codes that keep the adapter's change
+- `measure`: verification against the live adapter, and calibration
 """
 
 from qlora.merge.run import merge

@@ -156,14 +156,14 @@ def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
 
 def _require_text_model(config: MergeConfig, adapter: AdapterFile) -> None:
     """Raise if verification or calibration is set for another task than causal-lm."""
-    if task_named(adapter.task) is CAUSAL_LM:
-        return
-    for name in ("verify", "calibration"):
-        if getattr(config, name) not in (None, "none"):
-            raise UserError(
-                f"--{name} needs a causal language model, adapter {adapter.folder} is for "
-                f"{adapter.task}: leave it out"
-            )
+    flags = [
+        f"--{n}" for n in ("verify", "calibration") if getattr(config, n) not in (None, "none")
+    ]
+    if flags and task_named(adapter.task) is not CAUSAL_LM:
+        raise UserError(
+            f"{' and '.join(flags)} needs a causal language model, adapter {adapter.folder} is for "
+            f"{adapter.task}: leave it out"
+        )
 
 
 def _require_space(config: MergeConfig, entries: list[Entry]) -> None:
@@ -350,7 +350,7 @@ def _adapted_weight(job: _Job, op: MergeOp) -> AdaptedWeight:
     weight = weight.T if op.transposed else weight.flatten(1)  # (out, in), (out, in * kernel)
     if op.kind is Kind.WEIGHT:
         return AdaptedWeight(weight, factors, original=weight)
-    # Loading casts to the compute dtype before it quantizes; for a bf16 checkpoint that is no cast.
+    # Loading casts to the compute dtype before it quantizes, which changes an fp32 base's codes.
     weight = weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype))
     if op.kind is Kind.ROUND_TRIP:
         return _with_codes(op, nf4.quantize(weight, quant), factors, original=weight)

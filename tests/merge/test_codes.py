@@ -1,4 +1,4 @@
-"""Codes that keep an adapter: against brute force, and against rounding to nearest."""
+"""keep_adapter against brute force, least squares, and rounding to nearest."""
 
 import itertools
 
@@ -54,7 +54,7 @@ def test_the_adapter_survives_where_rounding_to_nearest_loses_it(ratio, least, d
     assert kept(nf4.quantize(target, quant)) < least - 0.1
 
 
-def test_a_sweep_gives_each_code_in_turn_the_best_of_the_sixteen_levels():
+def test_a_sweep_moves_each_code_in_turn_to_the_best_of_the_sixteen_levels():
     """Against the same descent by brute force: each column in turn, every level tried."""
     start, target, _, _, moments = layer(3, 64)
     moments = moments / moments.diagonal().mean()
@@ -100,16 +100,11 @@ def test_absmax_moves_to_the_level_that_costs_least():
 
 @pytest.mark.parametrize(
     "quant",
-    [
-        {},
-        {"quant_type": "fp4"},
-        {"blocksize": 128},
-        {"blocksize": 32, "double_quant": False},
-    ],
+    [{}, {"quant_type": "fp4"}, {"blocksize": 128}, {"blocksize": 32, "double_quant": False}],
     ids=str,
 )
 @pytest.mark.parametrize("wide", [128, 80], ids=["aligned", "blocks across rows"])
-def test_the_codes_are_a_record_like_any_other(quant, wide):
+def test_chosen_codes_make_a_valid_record(quant, wide):
     quant = QuantConfig(**quant)
     start, target, lora_A, lora_B, moments = layer(16, wide, ratio=0.05, quant=quant)
     grid = codes._Grid(start)
@@ -139,7 +134,7 @@ def test_idle_adapters_and_unused_inputs_leave_the_codes_alone():
     assert torch.equal(chosen.packed, start.packed)
 
 
-def test_the_error_that_adds_up_over_the_layers_is_corrected():
+def test_the_systematic_error_is_corrected():
     """Against least squares on inputs with these moments."""
     start, target, lora_A, lora_B, moments = layer(256, 256)
     values, vectors = torch.linalg.eigh(moments.double())
@@ -147,18 +142,18 @@ def test_the_error_that_adds_up_over_the_layers_is_corrected():
     responses = codes._Responses(lora_A, lora_B, moments)
     seen = x @ responses.directions.double().T
 
-    def adds_up(quantized: nf4.Quantized) -> float:
+    def systematic(quantized: nf4.Quantized) -> float:
         error = (nf4.dequantize(quantized) - target).double()
         y = x @ error.T @ torch.linalg.qr(lora_B).Q.double()  # (in, in) (in, out) (out, r)
         return float((seen @ torch.linalg.lstsq(seen, y).solution).square().sum())
 
     descent = codes._Descent(codes._Grid(start), target, moments)
-    assert responses.error(descent) == pytest.approx(adds_up(start), rel=1e-3)
+    assert responses.error(descent) == pytest.approx(systematic(start), rel=1e-3)
     chosen = codes.keep_adapter(start, target, lora_A, lora_B, moments)
-    assert adds_up(chosen) < 0.03 * adds_up(start)
+    assert systematic(chosen) < 0.03 * systematic(start)
 
 
-def test_the_inputs_principal_directions():
+def test_principal_directions_of_the_inputs():
     *_, moments = layer(8, 256)
     found = codes._principal(moments, 32)
     torch.testing.assert_close(found @ found.T, torch.eye(32), rtol=0, atol=1e-5)

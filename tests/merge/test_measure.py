@@ -44,7 +44,7 @@ def test_verify_measures_a_merge(adapter, tmp_path, capsys):
     # live and merged compute in the machine's dtype, bf16 or fp32: bf16 rounds at 4e-3
     assert verified["loss_merged"] == pytest.approx(verified["loss_live"], abs=5e-3)
     assert 0 <= verified["kl"] < 1e-3
-    assert abs(verified["loss_base"] - verified["loss_live"]) > 5e-3  # the adapter does something
+    assert abs(verified["loss_base"] - verified["loss_live"]) > 5e-3  # the adapter is not idle
 
 
 def test_verify_measures_a_4_bit_merge(adapter, tmp_path):
@@ -53,9 +53,6 @@ def test_verify_measures_a_4_bit_merge(adapter, tmp_path):
     verified = report_of(tmp_path / "nf4")["verify"]
     assert 0 < verified["kl"] < 0.1
     assert 0.5 < verified["agreement"] <= 1
-    gain = verified["loss_base"] - verified["loss_live"]  # a random adapter may gain or lose
-    kept = (verified["loss_base"] - verified["loss_merged"]) / gain if gain > 0 else None
-    assert verified["kept"] == (kept and pytest.approx(kept))
 
 
 def test_min_kept_and_the_warning_go_by_the_share_kept(adapter, tmp_path, monkeypatch, capsys):
@@ -107,9 +104,8 @@ def test_a_failing_verification_keeps_the_merge(adapter, tmp_path, monkeypatch):
 # ---- calibration ----
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_rows_are_spread_over_the_data(count, adapter, checkpoints, tmp_path, monkeypatch):
-    files = [tmp_path / f"{verb}.jsonl" for verb in ("say", "ask")][:count]
+def test_calibration_spreads_over_all_files(adapter, checkpoints, tmp_path, monkeypatch):
+    files = [tmp_path / f"{verb}.jsonl" for verb in ("say", "ask")]
     for file in files:
         rows = [{"prompt": f"{file.stem} {i}", "completion": f"{i}"} for i in range(100, 200)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -131,15 +127,15 @@ def test_a_base_without_a_tokenizer(adapter, checkpoints, tmp_path):
         calibrate(read_adapter(adapter), base, data, tmp_path / "empty", device="cpu")
 
 
-def test_the_model_samples_the_text_it_reads(trained_on):
-    """From the first token on, in full length, the same at every call."""
+def test_the_model_samples_its_own_text(trained_on):
+    """After the bos token, in full length, the same at every call."""
     model = trained_on("llama").model
     before = torch.random.get_rng_state()
     (batch,) = own_text(model, 300)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert batch["input_ids"].shape == (3, OWN_LENGTH)
     assert (batch["input_ids"][:, 0] == model.generation_config.bos_token_id).all()
-    assert len(batch["input_ids"][:, 1:].unique()) > 50  # nothing greedy
+    assert len(batch["input_ids"][:, 1:].unique()) > 50  # not greedy
     assert torch.equal(own_text(model, 300)[0]["input_ids"], batch["input_ids"])
     moments = SecondMoments(model, [batch], lora_layers(model)).of("model.layers.1.mlp.down_proj")
     assert torch.isfinite(moments).all()

@@ -216,7 +216,7 @@ def test_another_grid_than_in_training(settings, trained_on, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_calibration_is_by_default_on_the_training_data(trained_on, tmp_path, capsys, monkeypatch):
+def test_calibration_uses_the_training_data_by_default(trained_on, tmp_path, capsys, monkeypatch):
     adapter = shutil.copytree(trained_on("llama").adapter, tmp_path / "adapter")
     data = rows_file(tmp_path)
     (adapter / "run.yaml").write_text(f"config:\n  data: {data}\n")
