@@ -1,17 +1,16 @@
-"""Every setting of a run, as frozen dataclasses: inert data, no torch, no file access.
+"""All settings of the commands, as frozen dataclasses: no torch, no file access.
 
-The field names are the flags of the commands and the keys of a YAML recipe, which qlora.cli reads
-from here: a setting is added in one place. They are the names of transformers' TrainingArguments
-and PEFT's LoraConfig wherever those have one. Annotation and metadata of a field say what it takes
-(`Settings`); `__post_init__` checks that, then the rules across fields, and does nothing else.
+Fields are named as in transformers' TrainingArguments and PEFT's LoraConfig where those have them;
+qlora.cli derives flags, recipe keys and help from the fields. Annotation and metadata of a field
+define its valid values; `Settings.__post_init__` checks these, then the rules across fields.
 
-Where the defaults come from:
+Sources of the defaults:
   NF4, double quantization, blocksize 64, all linear layers, Adam beta2 0.999, no weight decay,
-  max_grad_norm 0.3, paged optimizer, 16 rows a step: QLoRA (arXiv:2305.14314), appendix B and its
+  max_grad_norm 0.3, paged optimizer, 16 rows per step: QLoRA (arXiv:2305.14314), appendix B and its
   scripts. lora_alpha 32, no warm-up, no dropout, and the learning-rate rule
   (qlora.training.run.default_learning_rate): LoRA Without Regret (Thinking Machines, 2025). Both
-  keep the rate constant. It falls to zero here: measured on SmolLM2-135M and E2E, 100 steps, that
-  ends at a held-out loss of 1.334 in place of 1.474 (benchmarks/results/nf4_against_16bit.jsonl).
+  keep the rate constant. Here it falls to zero: on SmolLM2-135M and E2E, 100 steps, the held-out
+  loss is 1.334 instead of 1.474 (benchmarks/results/nf4_against_16bit.jsonl).
 """
 
 import re
@@ -30,7 +29,7 @@ STEPS = rule("above 0, or -1 for num_train_epochs", lambda steps: steps == -1 or
 KEPT = rule("above 0 and at most 1", lambda share: 0 < share <= 1)
 BLOCKSIZE = one_of(32, 64, 128, 256, 512, 1024, 2048, 4096)
 OLD_NAMES = {"loss_without_logits": "fast_path"}
-"""former keys of recipes and run.yaml, which still open"""
+"""old names of settings, accepted in recipes and run.yaml"""
 
 
 @dataclass(frozen=True)
@@ -298,7 +297,7 @@ class EvaluateConfig(ModelChoice):
     """JSON file for the results; by default evaluation.json in the adapter's folder"""
 
 
-# ---- settings by name, as flags and recipes have them ----
+# ---- settings by name, for flags and recipes ----
 
 
 def settings_of(config_class: Any) -> dict[str, Field[Any]]:
@@ -316,7 +315,7 @@ def is_required(member: Field[Any]) -> bool:
 
 
 def docs_of(config_class: Any) -> dict[str, str]:
-    """The docstring below each field, from the source: Python keeps none; and the class's title."""
+    """Field -> docstring, read from the source since Python drops it; '' -> the class's title."""
     classes = (base for base in reversed(config_class.__mro__) if is_dataclass(base))
     source = "\n".join(getsource(base) for base in classes)  # type: ignore[arg-type]
     docs = re.findall(r'^    (\w+): .*?"""(.*?)"""', source, re.DOTALL | re.MULTILINE)

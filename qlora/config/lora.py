@@ -1,7 +1,7 @@
-"""The settings of an adapter, with PEFT's names and meaning, and the base of all settings.
+"""LoraConfig, with PEFT's names and meaning, and Settings, the base class of all settings.
 
-A field's annotation and metadata say what it takes: `r: int = field(default=16, metadata=above(0))`
-is a whole number above 0. `Settings` checks that; rules across fields are written out in `faults`.
+A field's annotation and metadata define its valid values: `r: int = field(default=16,
+metadata=above(0))` is a whole number above 0. `faults` yields the broken rules across fields.
 """
 
 import re
