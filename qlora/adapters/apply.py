@@ -15,15 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from qlora.adapters import rebase
 from qlora.adapters.layers import LoRAExperts, lora_layer
 from qlora.adapters.lora import LoRALayer, LoRALinear
-from qlora.adapters.rebase import (
-    check_start,
-    original_weight,
-    require_unchanged_base,
-    restore,
-    start_from_weights,
-)
 from qlora.adapters.starts import eva_start
 from qlora.adapters.targets import Targets, targets
 from qlora.adapters.trained import TokenRows, TrainedModule
@@ -76,7 +70,7 @@ def apply_lora(
     _require_agreement(model, config, chosen)
     require_only_biases(model, config.bias)
     layers = {name: config.of(name) for name in chosen.layers}
-    check_start(model, layers)
+    rebase.check_start(model, layers)
     directions: dict[str, Tensor] = {}
     if config.init_lora_weights == "eva":
         with disable_adapter(model):
@@ -120,8 +114,8 @@ def _add(
         layer.add_adapter(adapter_name, own, generator=generator)
         if own.starts_from_weights:
             assert isinstance(layer, LoRALinear)  # check_start refuses others
-            weight = original_weight(model, name)
-            start_from_weights(layer, weight, adapter_name, own, generator)
+            weight = rebase.original_weight(model, name)
+            rebase.start_from_weights(layer, weight, adapter_name, own, generator)
     for name, leaves in chosen.parameters.items():
         configs = {leaf: config.of(f"{name}.{leaf}") for leaf in leaves}
         wrap(model, name, LoRAExperts).add_adapter(adapter_name, configs, generator=generator)
@@ -137,7 +131,7 @@ def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        restore(model)
+        rebase.restore(model)
         remove_adapter(model, adapter_name)
         adapter_configs(model).pop(adapter_name, None)
         for parameter in model.parameters():
@@ -169,8 +163,7 @@ def wrap(
     kind: type[WrapperKind],
     create: Callable[[nn.Module], WrapperKind] | None = None,
 ) -> WrapperKind:
-    """The wrapper of that kind at `name`; a new one if there is none, outermost but for a
-    TrainedModule, which is innermost."""
+    """The wrapper of that kind at `name`, or a new one: outermost; a TrainedModule innermost."""
     outermost = model.get_submodule(name)
     present = list(wrappers(outermost))
     for wrapper in present:
@@ -196,7 +189,7 @@ def require_new_name(model: nn.Module, adapter_name: str) -> None:
         raise UserError(f"adapter_name must be {rule}, got {adapter_name!r}")
     if adapter_name in adapter_configs(model):
         raise UserError(f"the model already has an adapter {adapter_name!r}: choose another name")
-    require_unchanged_base(model, f"adapter {adapter_name!r}")
+    rebase.require_unchanged_base(model, f"adapter {adapter_name!r}")
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -240,8 +233,8 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    """Make these adapters active, and no others; they add up in the order in which they were added
-    to the model, as the last bits of a sum depend on it."""
+    """Make these adapters active, and no others; in the order in which the model got them, as the
+    last bits of a sum depend on it."""
     names = [name for name in adapter_configs(model) if name in names]
     for _, wrapper in adapted(model):
         wrapper.active_adapters = tuple(name for name in names if name in wrapper.adapters)
@@ -263,10 +256,8 @@ def require_one_owner(model: nn.Module, names: Sequence[str]) -> None:
         in_full = any(isinstance(w, TokenRows) or "weight" in w.parameters_of(a) for a, w in owned)
         owners, users = {a for a, _ in owned}, dict.fromkeys(a for a, _ in present)
         if len(owners) > 1 or (in_full and len(users) > 1):
-            together = " and ".join(map(repr, users))
-            raise UserError(
-                f"adapters {together} cannot be active together: each has its own {name}"
-            )
+            both, why = " and ".join(map(repr, users)), f"each has its own {name}"
+            raise UserError(f"adapters {both} cannot be active together: {why}")
 
 
 @contextmanager
@@ -289,7 +280,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     if an adapter is unknown or cannot be mixed by rows, or a batch has another number of rows.
     """
     names = known_adapters(model, [name for name in adapter_names if name is not None])
-    require_unchanged_base(model, "mixed_batch")
+    rebase.require_unchanged_base(model, "mixed_batch")
     present = [wrapper for _, wrapper in adapted(model)]
     for name in names:
         is_dora = adapter_configs(model)[name].use_dora

@@ -177,10 +177,8 @@ class LoRAExperts(AdapterModule):
         lora_B = self.lora_B[name][leaf].view(out_features, -1, experts)  # (out, r, E)
         # (E, out, r) @ (E, r, in) -> (E, out, in)
         delta = self.scaling[name][leaf] * torch.bmm(lora_B.permute(2, 0, 1), lora_A)
-        weight = getattr(self.plain, leaf)
-        if weight.ndim == 3 and _is_transposed(self.plain):
-            delta = delta.transpose(1, 2)
-        return delta.reshape(weight.shape)
+        delta = delta.transpose(1, 2) if _is_transposed(self.plain, leaf) else delta
+        return delta.reshape(getattr(self.plain, leaf).shape)
 
     def fuse(self, names: Iterable[str]) -> None:
         super().fuse(names)
@@ -203,14 +201,14 @@ class LoRAExperts(AdapterModule):
 def expert_sizes(module: nn.Module, leaf: str) -> tuple[int, int, int]:
     """(experts, out, in) of one of a module's parameters."""
     *experts, out_features, in_features = getattr(module, leaf).shape
-    if experts and _is_transposed(module):
+    if _is_transposed(module, leaf):
         out_features, in_features = in_features, out_features
     return experts[0] if experts else 1, out_features, in_features
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether experts store their weights as (E, in, out), as gpt-oss does."""
-    return bool(getattr(module, "is_transposed", False))
+def _is_transposed(module: nn.Module, leaf: str) -> bool:
+    """Whether a weight of experts is stored as (E, in, out), as gpt-oss does."""
+    return getattr(module, leaf).ndim == 3 and bool(getattr(module, "is_transposed", False))
 
 
 def lora_layer(layer: nn.Module) -> LoRALayer:

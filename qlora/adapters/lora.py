@@ -266,7 +266,7 @@ class LoRALinear(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
-        y = self.fast(self, x) if self.fast is not None else None
+        y = self.fast(self, x) if self.fast else None
         return super().forward(x) if y is None else y
 
     def _base(self, x: Tensor) -> Tensor:
@@ -281,10 +281,9 @@ class LoRALinear(LoRALayer):
 
     def _project_A(self, lora_A: Tensor) -> Tensor:
         plain, rows = self.plain, lora_A.to(computes_in(self.plain))
-        if plain.bias is None:
-            return plain(rows).float()  # type: ignore[no-any-return]
         # without the bias, which cannot be subtracted afterwards: of 16 bits it would leave few
-        return functional_call(plain, {"bias": torch.zeros_like(plain.bias)}, (rows,)).float()  # type: ignore[no-any-return]
+        zero = {} if plain.bias is None else {"bias": torch.zeros_like(plain.bias)}
+        return functional_call(plain, zero, (rows,)).float()  # type: ignore[no-any-return]
 
     def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         # as a Linear4bit does: in the weight's dtype, and back to x's

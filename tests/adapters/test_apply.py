@@ -123,8 +123,7 @@ def test_set_adapter_makes_active_and_trainable(two):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda m: set_adapter(m, "secnd"), "'secnd' on the model, which has: first, second"),
-        (lambda m: set_adapter(m, ["first", "secnd"]), "Did you mean second?"),
+        (lambda m: set_adapter(m, ["first", "secnd"]), "first, second. Did you mean second?"),
         (lambda m: set_adapter(m, ["first", "second", "first"]), "'first' is named twice"),
         (lambda m: merge_adapter(m.eval(), ["first", "first"]), "'first' is named twice"),
         (lambda m: merge_and_unload(m, ["first", "first"]), "'first' is named twice"),
@@ -167,9 +166,9 @@ def test_adapters_may_be_added_and_deleted_while_disabled(two):
 
 def test_the_last_bits_are_the_same_after_the_block():
     """They depend on the order in which adapters add up."""
-    model = tiny_model("llama")
-    for name, leaves in (("a", ("q_proj", "v_proj")), ("b", ("v_proj",)), ("c", ("v_proj",))):
-        add(model, name, *leaves)
+    model = add(
+        add(add(tiny_model("llama"), "a", "q_proj", "v_proj"), "b", "v_proj"), "c", "v_proj"
+    )
     randomize_adapter(model)
     set_adapter(model, ["c", "b", "a"])
     before = logits(model)
@@ -227,9 +226,8 @@ def test_each_row_trains_its_own_adapter(four):
         layer.lora_B.requires_grad_(True)
     with mixed_batch(four, ["r1", "r4"]):
         four(input_ids=token_ids()).logits[0].sum().backward()  # the first row alone
-    layer = lora_layers(four)["model.layers.0.self_attn.q_proj"]
-    assert layer.lora_B["r1"].grad.abs().max() > 0
-    assert layer.lora_B["r4"].grad.abs().max() == 0 and layer.lora_B["r2"].grad is None
+    lora_B = lora_layers(four)["model.layers.0.self_attn.q_proj"].lora_B
+    assert lora_B["r1"].grad.any() and not lora_B["r4"].grad.any() and lora_B["r2"].grad is None
 
 
 def test_a_mixed_batch_generates(four):

@@ -81,14 +81,12 @@ def test_fused_weights_compute_what_the_adapter_does_and_unfuse_exactly(adapted)
 
 
 def test_set_adapter_keeps_its_meaning_while_some_are_fused(adapted):
-    wanted = {}
-    for names in (["default"], ["other"], ["default", "other"]):
-        set_adapter(adapted, names)
-        wanted[tuple(names)] = logits(adapted)
+    choices = (["default"], ["other"], ["default", "other"])
+    wanted = [set_adapter(adapted, names) or logits(adapted) for names in choices]
     for merged in ("default", "other"):
         merge_adapter(adapted, merged)
-        for names, values in wanted.items():
-            set_adapter(adapted, list(names))
+        for names, values in zip(choices, wanted, strict=True):
+            set_adapter(adapted, names)
             torch.testing.assert_close(logits(adapted), values, **CLOSE)
         unmerge_adapter(adapted)
 

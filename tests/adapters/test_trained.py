@@ -48,16 +48,16 @@ SUMS = {"rtol": 1e-5, "atol": 1e-5}  # fp32: the same sums in another order
 
 
 def on_base(kind: str, base: str) -> Any:
-    """In `make test` each kind over the 4-bit base, and over the plain one where only that has
-    PEFT's numbers."""
+    """In `make test`: the 4-bit base, and the plain one where only that has PEFT's numbers."""
     in_make_test = base == "4-bit" or ADAPTER_KINDS[kind].base == "plain"
     marks = [] if in_make_test else [pytest.mark.full]
     return pytest.param((kind, base), marks=marks, id=f"{kind}, {base}")
 
 
-@pytest.fixture(
-    scope="module", params=[on_base(kind, b) for kind in OUR_KINDS for b in ("4-bit", "plain")]
-)
+ON_BASES = [on_base(kind, base) for kind in OUR_KINDS for base in ("4-bit", "plain")]
+
+
+@pytest.fixture(scope="module", params=ON_BASES)
 def kind(request):
     """(kind, base): all tests of one run after another, over one build."""
     return request.param
