@@ -164,17 +164,15 @@ def make_trainer(
 
 
 class ResumableSampler(Sampler[int]):
-    """A sampler that draws from torch's generator; a resumed epoch repeats its order.
+    """Trainer's group_by_length, whose order of a resumed epoch is that of the interrupted one.
 
-    For group_by_length: Trainer saves the generator's state of the step, not of the epoch's draw.
+    The order is drawn from torch's generator as an epoch begins, and Trainer's checkpoints have
+    only the generator's later state. `draw_from`: the state for the next draw, None for the current
+    one; `drawn_from`: that of the last draw.
     """
 
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
-        self.drawn_from: Tensor | None = None  # the generator's state at the last draw
-        self.draw_from: Tensor | None = (
-            None  # the state for the next draw; None for the present one
-        )
+    def __init__(self, sampler: Any, draw_from: Tensor | None) -> None:
+        self.sampler, self.draw_from, self.drawn_from = sampler, draw_from, draw_from
 
     def __iter__(self) -> Iterator[int]:
         if self.draw_from is not None:
@@ -252,11 +250,9 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
-        if self.args.train_sampling_strategy != "group_by_length":
-            return sampler
-        self.sampler = ResumableSampler(sampler)
-        self.sampler.draw_from = self.epoch_state
-        return self.sampler
+        if self.args.train_sampling_strategy == "group_by_length":
+            sampler = self.sampler = ResumableSampler(sampler, self.epoch_state)
+        return sampler
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -264,7 +260,7 @@ class AdapterTrainer(Trainer):
             torch.save(self.sampler.drawn_from, Path(output_dir) / EPOCH_STATE)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Trainer calls it before a new epoch draws its rows, and after a resumed epoch did."""
+        """Trainer's, called before the draw of a new epoch but after that of a resumed one."""
         super()._load_rng_state(checkpoint)
         if self.sampler is not None:
             self.sampler.draw_from = None

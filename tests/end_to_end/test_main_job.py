@@ -73,6 +73,7 @@ def test_run_file_repeats_the_run(trained, tmp_path):
     require_same_adapter(run, again)
 
 
+@pytest.mark.full
 def test_resume_from_the_command_line(trained, checkpoints, data, tmp_path):
     run = shutil.copytree(trained[0], tmp_path / "run")
     assert train(checkpoints("llama"), data, run, "--resume", "--max-steps", 5) == 0
