@@ -34,7 +34,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qlora.data.rows import FlatCollator, PackCollator
 from qlora.errors import UserError, first_line
-from qlora.ops.agree import relative_error
+from qlora.ops import relative_error
 
 VARLEN, ROWS = "qlora_varlen", "qlora_rows"
 FEW_TOKENS = 8  # per row of the check

@@ -45,7 +45,7 @@ from qlora.base.modules import (
     shallow_copy,
     was_conv1d,
 )
-from qlora.ops.agree import agrees
+from qlora.ops import agrees
 from qlora.ops.gated import ACTS, gated_forward
 from qlora.ops.lora import LayerSpec, lora_linear, lora_mlp
 

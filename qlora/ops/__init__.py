@@ -5,5 +5,78 @@
 - `gated`: the elementwise part of a gated MLP, act(gate) * up
 - `loss`: cross-entropy from hidden states, without logits
 - `kernels`: the Triton kernels; imported only where one is used
-- `agree`: the check that a fast version computes what the plain one does
+
+Every fast version of a function has a plain equivalent. `agrees` is the one check of the two:
+
+    |fast(x) - plain(x)| / |plain(x)|  <=  tolerance          2-norms over all values, in fp64
+
+A fast version is checked once, on a few values, before it is used. Callers cache the result (by
+device and dtype, for instance) and fall back to the plain version where the two differ.
 """
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+@torch.no_grad()
+def agrees(
+    fast: Callable[..., Tensors],
+    plain: Callable[..., Tensors],
+    *inputs: Any,
+    tolerance: float,
+    log_as: str | None = None,
+) -> bool:
+    """Whether `fast(*inputs)` is within `tolerance` of `plain(*inputs)`: one tensor or several.
+
+    Args:
+        tolerance: the largest relative error; 0 for equal values.
+        log_as: the name of a fast version that is expected to agree. A difference or an exception
+            (a compiler or driver that does not work here) is logged, and the result is False.
+            Without a name nothing is logged and exceptions propagate: for modules of unknown kind.
+    """
+    expected = plain(*inputs)
+    try:
+        error = relative_error(fast(*inputs), expected)
+    except Exception as failure:  # compilers and drivers raise many kinds
+        if log_as is None:
+            raise
+        reason = f"{type(failure).__name__}: {failure}"
+    else:
+        if error <= tolerance:
+            return True
+        reason = f"its values are off by {error:.2g}, tolerance is {tolerance:.2g}"
+    if log_as is not None:
+        logging.getLogger(__name__).warning("%s is not used: %s", log_as, reason)
+    return False
+
+
+def relative_error(values: Tensors, expected: Tensors) -> float:
+    """|values - expected| / |expected|, the largest of several tensors; inf if shapes differ."""
+    got, wanted = ([x] if isinstance(x, Tensor) else list(x) for x in (values, expected))
+    if [x.shape for x in got] != [x.shape for x in wanted]:
+        return math.inf
+    errors = []
+    for value, exact in zip(got, wanted, strict=True):
+        size = float(exact.double().norm())
+        distance = float((value.double() - exact.double()).norm())
+        error = 0.0 if distance == 0 else distance / size if size else math.inf
+        errors.append(math.inf if math.isnan(error) else error)
+    return max(errors, default=0.0)
+
+
+def may_use_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether to try the kernels of qlora.ops.kernels on such tensors.
+
+    Triton may be missing (Windows, macOS). Where it is installed without a C compiler, or does not
+    support the card, it raises, and `agrees` returns False.
+    """
+    known = dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return device.type == "cuda" and known and find_spec("triton") is not None

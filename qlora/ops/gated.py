@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora.ops.agree import agrees, may_use_triton
+from qlora.ops import agrees, may_use_triton
 
 _ATEN: Any = torch.ops.aten
 # x -> act(x), a new tensor; (dy, x) -> dy * act'(x)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qlora.ops.agree import agrees
+from qlora.ops import agrees
 from qlora.ops.gated import gated_backward, gated_forward
 from qlora.ops.nf4 import decoded
 

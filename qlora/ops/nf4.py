@@ -31,7 +31,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from qlora.config import QuantConfig
-from qlora.ops.agree import agrees, may_use_triton
+from qlora.ops import agrees, may_use_triton
 
 RECORD_MARK = ".quant_state.bitsandbytes__"
 STATE_BYTES = 256  # of a record's JSON, padded

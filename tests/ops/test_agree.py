@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qlora
-from qlora.ops.agree import agrees, may_use_triton, relative_error
+from qlora.ops import agrees, may_use_triton, relative_error
 
 X = torch.tensor([3.0, 4.0])  # norm 5
 
