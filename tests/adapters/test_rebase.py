@@ -18,7 +18,7 @@ from conftest import FP32, axis, randomize_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters import apply as adapters
+from qlora.adapters import rebase
 from qlora.adapters.apply import (
     adapter_configs,
     apply_lora,
@@ -210,8 +210,8 @@ def test_a_base_that_is_not_quantized_is_restored_to_the_bit(family, monkeypatch
     randomize_adapter(model)
     assert torch.equal(logits(unload(model)), before)
 
-    once = Mock(wraps=adapters.start_from_weights, side_effect=[DEFAULT, MemoryError])
-    monkeypatch.setattr(adapters, "start_from_weights", once)
+    once = Mock(wraps=rebase.start_from_weights, side_effect=[DEFAULT, MemoryError])
+    monkeypatch.setattr(rebase, "start_from_weights", once)
     with pytest.raises(MemoryError):
         apply_lora(model, config)
     assert torch.equal(logits(model), before)
