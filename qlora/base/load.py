@@ -65,7 +65,6 @@ def load_base(
     Args:
         model: local folder, hub name, .gguf file, or an opened `Checkpoint`. A bitsandbytes 4-bit
             checkpoint keeps its quantization; of `quant` only the compute dtype is used.
-        task: causal-lm, seq2seq, seq-cls or token-cls.
         labels: class names of a classifier, by default those of the checkpoint.
         seed: for a classifier's head that the checkpoint lacks.
         revision: of a hub name.

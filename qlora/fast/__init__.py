@@ -3,3 +3,7 @@
 `layers`: LoRA layers, gated MLPs, norms. `head`: the loss without logits. `attention`: rows of a
 batch without padding. `offload`: activations and the embedding in host memory.
 """
+
+from qlora.fast.offload import offload_activations, offload_embedding
+
+__all__ = ["offload_activations", "offload_embedding"]

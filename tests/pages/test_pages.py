@@ -266,7 +266,8 @@ def known_flags() -> set[str]:
 
 @pytest.mark.parametrize("page, flag", of_all_pages(flags))
 def test_flag_exists(page, flag, known_flags):
-    assert flag in known_flags or flag == "--trainer"
+    switch = flag.replace("--no-", "--")  # the help says that --no-NAME turns a switch off
+    assert flag in known_flags or switch in known_flags or flag == "--trainer"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")],
@@ -317,7 +318,7 @@ def test_quoted_messages_are_in_the_code():
 def test_names_in_contributing_exist():
     files = [path for top in ("qlora", "tests") for path in (ROOT / top).rglob("*.py")]
     code = "".join(path.read_text("utf-8") for path in files if path != Path(__file__))
-    _, steps = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("## To add", 1)
+    _, steps = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("## Where to add", 1)
     names = {name.rpartition(".")[2] for name in re.findall(r"`([A-Za-z_.]+)`", steps)}
     assert len(names) > 20
     assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
