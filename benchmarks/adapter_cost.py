@@ -17,10 +17,9 @@ from typing import Any
 
 import peft
 import torch
-from results import record
+from results import record, small_model
 from torch import Tensor
 
-from demo.__main__ import small_model
 from qlora.adapters.apply import apply_lora, disable_adapter, mixed_batch, set_adapter
 from qlora.adapters.fuse import merge_adapter
 from qlora.adapters.targets import target_layers

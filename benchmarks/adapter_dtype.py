@@ -21,13 +21,12 @@ import bitsandbytes as bnb
 import torch
 from datasets import disable_progress_bars
 from nf4_against_16bit import as_jsonl
-from results import record
+from results import record, small_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from demo.__main__ import small_model
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.lora import LoRALinear
 from qlora.base.checkpoint import resolve

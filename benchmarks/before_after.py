@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import record
-from step_flags import small_model
+from results import record, small_model
 from step_sides import Setup
 
 from qlora.base.checkpoint import resolve

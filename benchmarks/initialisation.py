@@ -12,10 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
-from results import record
+from results import record, small_model
 from torch import Tensor
 
-from demo.__main__ import small_model
 from qlora.adapters.lora import delta_weight
 from qlora.adapters.starts import loftq, pissa
 from qlora.base.checkpoint import Checkpoint, linear_layers, resolve, skeleton

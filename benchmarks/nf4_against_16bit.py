@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import record
+from results import record, small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from demo.__main__ import small_model
 from qlora.adapters.apply import apply_lora
 from qlora.base.checkpoint import Checkpoint, resolve
 from qlora.base.load import compute_dtype, load_base

@@ -26,13 +26,12 @@ from typing import Any
 
 import torch
 from quality_picture import ONE_LAYER, best, by_rate, draw
-from results import RESULTS, record
+from results import RESULTS, record, small_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from demo.__main__ import small_model
 from qlora.adapters.apply import apply_lora, trainable_parameters
 from qlora.base.checkpoint import resolve
 from qlora.base.modules import output_head

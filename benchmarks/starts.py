@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import record
+from results import record, small_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from demo.__main__ import small_model
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.files import attach
 from qlora.adapters.format import read_adapter

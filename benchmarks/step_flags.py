@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from results import small_model
 from shapes import shape
 from step_sides import PARTS, SIDES, missing, without
 
-from demo.__main__ import small_model
 from qlora.base.checkpoint import Checkpoint, resolve
 from qlora.base.shards import parse_size
 from qlora.errors import UserError, did_you_mean
