@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-full check check-pages notebooks docs dist install clean help
+.PHONY: demo test test-full check check-pages structure notebooks docs dist install clean help
 
 demo: $(VENV)/.installed $(VENV)/.small-model  ## train, compare and merge a small model, on any PC
 	$(BIN)/python -m demo
@@ -30,6 +30,9 @@ check: $(VENV)/.installed  ## format, lint, types and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+structure: $(VENV)/.installed  ## lines, files, functions and the config's way, against their limits
+	$(BIN)/python benchmarks/structure.py --hops
 
 notebooks: $(VENV)/.installed $(VENV)/.small-model  ## run notebooks/*.py and write their .ipynb
 	$(BIN)/python -m notebooks.generate
