@@ -32,18 +32,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.lora import LoRALayer
 from qlora.adapters.wrappers import base_modules, plain
-from qlora.base import modules as frozen
+from qlora.base import modules
 from qlora.base.load import load_base
 from qlora.base.modules import is_quantized, is_tied
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
-from qlora.fast import head as language_head
-from qlora.fast import head as lazy_logits
-from qlora.fast import layers as fast_layers
-from qlora.fast import layers as norms
+from qlora.fast import head, layers
 from qlora.fast.offload import offload_activations
-from qlora.ops import gated, loss
-from qlora.ops import nf4 as decode
+from qlora.ops import gated, loss, nf4
 from qlora.training import prepare_for_training
 
 DTYPE = torch.bfloat16
@@ -213,16 +209,16 @@ def stand_ins() -> None:
             scratch[slot] = empty((wanted,), torch.uint8)
         return scratch[slot][:wanted].view(dtype).view(size)
 
-    decode.scratch = buffer  # type: ignore[assignment]
-    decode.decoder = lambda *_: lambda *_: None
+    nf4.scratch = buffer  # type: ignore[assignment]
+    nf4.decoder = lambda *_: lambda *_: None
     gated.plain_forward = gated.plain_backward = lambda *_: None  # a kernel writes in place
-    norms.HAS_KERNEL = ("meta",)  # type: ignore[assignment]
+    layers.HAS_KERNEL = ("meta",)  # type: ignore[assignment]
     F.rms_norm = lambda x, _, weight, eps: Norm.apply(x, weight)
     F.scaled_dot_product_attention = attention
-    loss._product = lambda p, weight: empty((len(p), weight.shape[1]), torch.float32)
+    loss._input_gradient = lambda dz, weight: empty((len(dz), weight.shape[1]), torch.float32)
     # checks of autocast and of restarting positions read values, and neither applies here
-    for room in (frozen, fast_layers, language_head, lazy_logits):
-        room.product_dtype = lambda x: x.dtype  # type: ignore[attr-defined]
+    for module in (modules, layers, head):
+        module.product_dtype = lambda x: x.dtype  # type: ignore[attr-defined]
     here.is_autocast_enabled = lambda *_: False
     real = torch.autocast
     here.autocast = lambda _, *given, **how: real("cpu", *given, **how)

@@ -76,8 +76,8 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
             raise
         peak = sys.modules["torch"].cuda.max_memory_allocated() / 2**30
         lower = [flag_of(name) for name in SIZES if name in config.settings_of(config_class)]
-        mend = " or ".join([f"lower {', '.join(lower)}"] * bool(lower) + ["use a smaller model"])
-        _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {mend}")
+        fix = " or ".join([f"lower {', '.join(lower)}"] * bool(lower) + ["use a smaller model"])
+        _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {fix}")
 
 
 def _stop(code: int, line: str) -> NoReturn:

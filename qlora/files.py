@@ -26,20 +26,20 @@ MERGE_REPORT = "merge_report.json"
 # ---- read ----
 
 
-def read_json(path: Path, *, mend: str = "") -> dict[str, Any]:
+def read_json(path: Path, *, fix: str = "") -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: the file cannot be read or holds anything else; `mend` says how to fix it.
+        UserError: the file cannot be read or holds anything else; `fix` says how to fix it.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. {mend}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}. {fix}") from error
     except ValueError as error:
-        raise UserError(f"{path} is not a JSON object: {error}. {mend}") from error
+        raise UserError(f"{path} is not a JSON object: {error}. {fix}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object: got a {type(values).__name__}. {mend}")
+        raise UserError(f"{path} is not a JSON object: got a {type(values).__name__}. {fix}")
     return values
 
 

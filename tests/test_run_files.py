@@ -38,7 +38,7 @@ def test_a_file_without_a_json_object_is_named(text, got, tmp_path):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=rf"config\.json .*{got}.* Save it again$"):
-        read_json(path, mend="Save it again")
+        read_json(path, fix="Save it again")
     path.write_text('{"r": 8}')
     assert read_json(path) == {"r": 8}
 

@@ -211,8 +211,8 @@ def require_only_biases(model: nn.Module, bias: str) -> None:
     """Refuse a second adapter that trains biases."""
     others = [name for name, config in adapter_configs(model).items() if config.bias != "none"]
     if bias != "none" and others:
-        mend = "give bias='none', or delete that one"
-        raise UserError(f"adapter {others[0]!r} trains biases already, and only one can: {mend}")
+        fix = "give bias='none', or delete that one"
+        raise UserError(f"adapter {others[0]!r} trains biases already, and only one can: {fix}")
 
 
 # ---- which are active ----

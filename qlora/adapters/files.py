@@ -267,7 +267,7 @@ def load_adapter_weights(
             *(f"{module} has no adapter on the model" for module in _modules_of(unused)),
             *(f"{module} is not in the files" for module in _modules_of(unset)),
         ],
-        mend="Give the settings of the run's start, or a new --output-dir",
+        fix="Give the settings of the run's start, or a new --output-dir",
     )
     set_bases(model, adapter.subtracted)
     with torch.no_grad():
@@ -321,7 +321,7 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     raise_faults(
         f"adapter {adapter.folder} does not fit this model",
         faults,
-        mend="Load the base it was trained on",
+        fix="Load the base it was trained on",
     )
     require_originals(model, adapter.subtracted)
 

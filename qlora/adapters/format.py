@@ -269,24 +269,24 @@ def contents_of(
         raise UserError(f"{folder / CONFIG}: {error}") from error
     contents, faults = sort_tensors(tensors, values, config)
     raise_faults(
-        f"{folder / WEIGHTS}", faults, mend="Save the adapter again, or use an earlier checkpoint"
+        f"{folder / WEIGHTS}", faults, fix="Save the adapter again, or use an earlier checkpoint"
     )
     return config, contents
 
 
-def raise_faults(what: str, faults: Iterable[str], *, mend: str) -> None:
+def raise_faults(what: str, faults: Iterable[str], *, fix: str) -> None:
     """One UserError that names all `faults`, if there are any."""
     faults = list(faults)
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise UserError(f"{what}: {'; '.join(faults[:8])}{more}. {mend}")
+        raise UserError(f"{what}: {'; '.join(faults[:8])}{more}. {fix}")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         what = "does not exist" if not folder.is_dir() else f"holds no {CONFIG}"
         raise UserError(f"adapter {folder} {what}: give the folder with {CONFIG} and {WEIGHTS}")
-    values = read_json(folder / CONFIG, mend="Save the adapter again")
+    values = read_json(folder / CONFIG, fix="Save the adapter again")
     if (kind := values.get("peft_type")) != "LORA":
         raise UserError(
             f"{folder / CONFIG} is no LoRA adapter: peft_type must be 'LORA', got {kind!r}"
@@ -321,7 +321,7 @@ def _subtracted(
         if name not in pairs or len(pairs[name].lora_A) < 2 * r
     ]
     faults += [f"{name} is not in its metadata" for name in pairs if ranks and name not in ranks]
-    raise_faults(f"{folder / WEIGHTS}", faults, mend="Save the adapter again")
+    raise_faults(f"{folder / WEIGHTS}", faults, fix="Save the adapter again")
     subtracted = {}
     for name, r in ranks.items():
         lora_A, lora_B, scaling, _ = pairs[name]

@@ -142,8 +142,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove one adapter. Raises UserError if it is unknown, active or fused, or as `unload`."""
     known_adapters(model, adapter_name)
     require_unfused(model, adapter_name)
-    is_active, mend = adapter_name in active_adapters(model), "set_adapter another first, or unload"
-    require(not is_active, f"adapter {adapter_name!r} is active: {mend}")
+    is_active, fix = adapter_name in active_adapters(model), "set_adapter another first, or unload"
+    require(not is_active, f"adapter {adapter_name!r} is active: {fix}")
     restore(model)
     remove_adapter(model, adapter_name)
     del adapter_configs(model)[adapter_name]

@@ -211,8 +211,8 @@ def _token_rows(model: nn.Module, modules: Modules, config: LoraConfig) -> Rows:
     rows = {name: tuple(asked[entry]) for entry, names in hits.items() for name in names}
     for name, ids in rows.items():
         size, most = len(plain(modules[name]).weight), max(ids)
-        mend = "resize the embedding first, or drop it"
-        require(most < size, f"trainable_token_indices {most}: {name} has {size} rows; {mend}")
+        fix = "resize the embedding first, or drop it"
+        require(most < size, f"trainable_token_indices {most}: {name} has {size} rows; {fix}")
     return rows
 
 

@@ -179,7 +179,7 @@ class _Planner:
         raise_faults(
             f"adapter {self.adapter.folder} does not fit {self.checkpoint.folder}",
             self.faults,
-            mend="Give the base it was trained on as --base-model",
+            fix="Give the base it was trained on as --base-model",
         )
         order = {place: i for i, place in enumerate(self.places.values())}
         ops.sort(key=lambda op: order.get(op.name, -1))

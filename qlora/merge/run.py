@@ -269,7 +269,7 @@ def _require_loadable(folder: Path, job: _Job) -> None:
             faults.append(f"{param} is {shape}, its config.json says {tuple(expected.shape)}")
     raise_faults(
         "the merged checkpoint does not fit its config.json", faults,
-        mend="Nothing was written. The base's own files may not fit theirs",
+        fix="Nothing was written. The base's own files may not fit theirs",
     )  # fmt: skip
 
 
