@@ -15,7 +15,8 @@ from qlora.ops import gated
 from qlora.ops.gated import ACTS, gated_backward, gated_forward
 
 THEIRS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 0.0, torch.float16: 2.0**-11}  # half a step
+# half a step of 16 bits; of fp32 a few: exp and the products after it each round once
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-21, torch.float16: 2.0**-11}
 # erf and exp of fp32 are good to some 4e-7 of the 1 that they come near to, which is multiplied
 # with two or three factors of a size up to 4
 ABSOLUTE = 1e-5
