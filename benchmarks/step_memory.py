@@ -197,6 +197,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **how: Any
     return first
 
 
+def replace(module: Any, name: str, value: Any) -> None:
+    """Set an attribute that exists: a renamed one would leave the count without its replacement."""
+    if not hasattr(module, name):
+        raise AttributeError(f"{module.__name__} has no {name} to replace")
+    setattr(module, name, value)
+
+
 def stand_ins() -> None:
     """Install the replacements in this process, permanently."""
     here: Any = torch
@@ -209,16 +216,18 @@ def stand_ins() -> None:
             scratch[slot] = empty((wanted,), torch.uint8)
         return scratch[slot][:wanted].view(dtype).view(size)
 
-    nf4.scratch = buffer  # type: ignore[assignment]
-    nf4.decoder = lambda *_: lambda *_: None
-    gated.plain_forward = gated.plain_backward = lambda *_: None  # a kernel writes in place
-    layers.HAS_KERNEL = ("meta",)  # type: ignore[assignment]
+    replace(nf4, "scratch", buffer)
+    replace(nf4, "decoder", lambda *_: lambda *_: None)
+    for name in ("plain_forward", "plain_backward"):
+        replace(gated, name, lambda *_: None)  # a kernel writes in place
+    replace(layers, "HAS_KERNEL", ("meta",))
     F.rms_norm = lambda x, _, weight, eps: Norm.apply(x, weight)
     F.scaled_dot_product_attention = attention
-    loss._input_gradient = lambda dz, weight: empty((len(dz), weight.shape[1]), torch.float32)
+    shape_of = lambda dz, weight: empty((len(dz), weight.shape[1]), torch.float32)  # noqa: E731
+    replace(loss, "_input_gradient", shape_of)
     # checks of autocast and of restarting positions read values, and neither applies here
     for module in (modules, layers, head):
-        module.product_dtype = lambda x: x.dtype  # type: ignore[attr-defined]
+        replace(module, "product_dtype", lambda x: x.dtype)
     here.is_autocast_enabled = lambda *_: False
     real = torch.autocast
     here.autocast = lambda _, *given, **how: real("cpu", *given, **how)
