@@ -106,7 +106,7 @@ for row in rows["dates"][:3]:
 # %%
 import datasets
 
-from qlora.data.rows import collator, prepare_data, prepare_tokenizer
+from qlora.data import collator, prepare_data, prepare_tokenizer
 
 datasets.disable_progress_bars()
 prepare_tokenizer(tokenizer)  # sets a pad token where there is none

@@ -190,8 +190,8 @@ def resolve_model(choice: ModelChoice) -> ResolvedModel:
     require_same_base(adapter, checkpoint.fingerprint, str(checkpoint.folder))
     require_same_codes(checkpoint, adapter)
     if not adapter.subtracted:  # otherwise attach checks it, which needs weights, not only shapes
-        trusted = choice.trust_remote_code
-        known: Any = {"task": adapter.task, "labels": adapter.labels, "trust_remote_code": trusted}
+        task, trusted = task_named(adapter.task), choice.trust_remote_code
+        known: Any = {"task": task, "labels": adapter.labels, "trust_remote_code": trusted}
         check_fits(skeleton(checkpoint.folder, **known), adapter)
     return ResolvedModel(choice, name, checkpoint, adapter)
 

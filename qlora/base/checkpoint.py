@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qlora.base.modules import auto_class, heads, is_in, is_linear, was_conv1d
 from qlora.base.shards import DTYPE_CODES, INDEX, SINGLE
 from qlora.config import QuantConfig
-from qlora.config.tasks import task_named
+from qlora.config.tasks import CAUSAL_LM, Task
 from qlora.errors import UserError, first_line
 from qlora.files import publishing, read_json
 from qlora.ops.nf4 import RECORD_MARK
@@ -322,7 +322,7 @@ def model_config(
 def skeleton(
     folder: Path,
     *,
-    task: str = "causal-lm",
+    task: Task = CAUSAL_LM,
     labels: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -335,9 +335,9 @@ def skeleton(
     try:
         config = model_config(folder, labels=labels, **trusted)
         with torch.device("meta"):
-            model: nn.Module = auto_class(task_named(task)).from_config(config, **trusted)
+            model: nn.Module = auto_class(task).from_config(config, **trusted)
     except (ValueError, KeyError, OSError) as error:
-        fault = f"is no {task_named(task).kind} that this transformers knows"
+        fault = f"is no {task.kind} that this transformers knows"
         raise UserError(f"{folder} {fault}: {first_line(error)}") from error
     return model
 

@@ -42,7 +42,7 @@ from qlora.base.checkpoint import (
 )
 from qlora.base.modules import ModelState, auto_class, heads, is_in, state_of, task_of
 from qlora.config import QuantConfig
-from qlora.config.tasks import task_named
+from qlora.config.tasks import Task, task_named
 from qlora.errors import UserError, first_line, some
 from qlora.ops import nf4
 
@@ -60,7 +60,7 @@ def load_base(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A frozen model with 4-bit linear layers: a causal language model, or that of another task.
+    """A frozen model with 4-bit linear layers, for causal-lm, seq2seq, seq-cls or token-cls.
 
     Args:
         model: local folder, hub name, .gguf file, or an opened `Checkpoint`. A bitsandbytes 4-bit
@@ -77,16 +77,16 @@ def load_base(
     quant = quant or QuantConfig()
     dtype = compute_dtype(quant, device)
     trusted: Any = {"trust_remote_code": trust_remote_code}
-    checkpoint = Checkpoint.open(model, revision=revision)
-    empty = skeleton(checkpoint.folder, task=task, labels=labels, **trusted)
+    checkpoint, kind = Checkpoint.open(model, revision=revision), task_named(task)
+    empty = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
     config = model_config(checkpoint.folder, labels=labels, **trusted)
-    classifier = classifier_modules(checkpoint, empty, task)
+    classifier = classifier_modules(checkpoint, empty, kind)
     quant, bnb_config = _quantization(checkpoint, empty, config, quant, dtype, classifier)
     loading = {"dtype": dtype, "device_map": {"": device}, **trusted}
     loading |= {"quantization_config": bnb_config} if bnb_config else {}
     # `initialise_missing` reports a missing head
     with _errors_only() if classifier else nullcontext():
-        loaded, info = auto_class(task_named(task)).from_pretrained(
+        loaded, info = auto_class(kind).from_pretrained(
             checkpoint.folder,
             config=config,
             output_loading_info=True,
@@ -338,9 +338,9 @@ def _describe_as_bitsandbytes(model: Any, quant: QuantConfig, dtype: torch.dtype
 # ---- a classifier's head ----
 
 
-def classifier_modules(checkpoint: Checkpoint, model: nn.Module, task: str) -> list[str]:
+def classifier_modules(checkpoint: Checkpoint, model: nn.Module, task: Task) -> list[str]:
     """A classifier's head, and its pooler if the checkpoint has none; both are trained in full."""
-    if not task_named(task).trains_head:
+    if not task.trains_head:
         return []
     pooler = f"{getattr(model, 'base_model_prefix', '')}.pooler"
     layers = [name for name in linear_layers(model) if is_in(name, [pooler])]

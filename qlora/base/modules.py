@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.config import LoraConfig, QuantConfig
-from qlora.config.tasks import TASKS, Task, task_named
+from qlora.config.tasks import TASKS, Task
 from qlora.ops.nf4 import Quantized, dequantize
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def auto_class(task: Task) -> Any:
 def task_of(model: nn.Module) -> Task | None:
     """The task that `model` was loaded for, or else that of its class, if any."""
     if (name := state_of(model).task) is not None:
-        return task_named(name)
+        return TASKS[name]
     for task in TASKS.values():
         if task.trains_head and type(model).__name__.endswith(task.class_ending):
             return task

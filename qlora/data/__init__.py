@@ -7,6 +7,6 @@
 - `generation`: prompts -> answers
 """
 
-from qlora.data.rows import prepare_data, prepare_tokenizer
+from qlora.data.rows import collator, prepare_data, prepare_tokenizer
 
-__all__ = ["prepare_data", "prepare_tokenizer"]
+__all__ = ["collator", "prepare_data", "prepare_tokenizer"]

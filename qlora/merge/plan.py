@@ -111,7 +111,7 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
         )
     model = skeleton(
         checkpoint.folder,
-        task=adapter.task,
+        task=task_named(adapter.task),
         labels=_labels(checkpoint, adapter),
         trust_remote_code=config.trust_remote_code,
     )

@@ -257,7 +257,8 @@ def _write_other_files(job: _Job, output: Path) -> None:
 def _require_loadable(folder: Path, job: _Job) -> None:
     """Raise unless the new files hold the parameters of the new config.json's model."""
     plan, written = job.plan, Checkpoint(folder)
-    model = skeleton(folder, task=plan.task, trust_remote_code=job.config.trust_remote_code)
+    task = task_named(plan.task)
+    model = skeleton(folder, task=task, trust_remote_code=job.config.trust_remote_code)
     faults = []
     for param, expected in model.named_parameters():
         place = disk_name(written, model, param)

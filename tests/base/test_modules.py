@@ -76,7 +76,7 @@ def test_tasks_by_name_type_and_class(checkpoints):
     assert auto_class(TASKS["causal-lm"]).from_pretrained == AutoModelForCausalLM.from_pretrained
     assert all(auto_class(task).from_config for task in TASKS.values())
     with pytest.raises(UserError, match="is no encoder-decoder language model that"):
-        skeleton(checkpoints("llama"), task="seq2seq")
+        skeleton(checkpoints("llama"), task=TASKS["seq2seq"])
 
 
 # ---- heads ----
