@@ -9,6 +9,7 @@ import pytest
 import torch
 from chunks import chunks_of
 from conftest import (
+    FAMILIES,
     FP32,
     VOCAB,
     adapted_model,
@@ -50,11 +51,11 @@ def peft_twin(model: torch.nn.Module, folder: Path, base: Path) -> Any:
     return peft.PeftModel.from_pretrained(load_base(str(base), FP32), folder, is_trainable=True)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
-def test_logits_and_gradients_are_pefts_in_other_families(family, checkpoints, tmp_path):
-    """Families that tests/adapter_kinds.py lacks: tests/adapters/test_trained.py has the others."""
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_pefts(family, use_dora, checkpoints, tmp_path):
     base = checkpoints(family)
-    model = adapted_model(base)
+    model = adapted_model(base, LoraConfig(r=4, lora_alpha=8, use_dora=use_dora))
     twin = peft_twin(model, tmp_path / "adapter", base)
     ids = token_ids()
     ours, theirs = model(ids, labels=ids), twin(input_ids=ids, labels=ids)
