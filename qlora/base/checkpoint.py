@@ -162,10 +162,8 @@ class Checkpoint:
     """of the hub repository"""
 
     @classmethod
-    def open(cls, model: "str | Checkpoint", *, revision: str | None = None) -> "Checkpoint":
-        """The checkpoint in `resolve(model)`; an opened one is returned unchanged."""
-        if isinstance(model, Checkpoint):
-            return model
+    def open(cls, model: str, *, revision: str | None = None) -> "Checkpoint":
+        """The checkpoint in `resolve(model)`."""
         return cls(resolve(model, revision=revision), model, revision)
 
     @property

@@ -36,7 +36,6 @@ from qlora.base.checkpoint import (
     is_skipped,
     kept_dense,
     linear_layers,
-    model_config,
     quantized_layers,
     skeleton,
 )
@@ -77,9 +76,10 @@ def load_base(
     quant = quant or QuantConfig()
     dtype = compute_dtype(quant, device)
     trusted: Any = {"trust_remote_code": trust_remote_code}
-    checkpoint, kind = Checkpoint.open(model, revision=revision), task_named(task)
+    checkpoint = Checkpoint.open(model, revision=revision) if isinstance(model, str) else model
+    kind = task_named(task)
     empty = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
-    config = model_config(checkpoint.folder, labels=labels, **trusted)
+    config: Any = empty.config
     classifier = classifier_modules(checkpoint, empty, kind)
     quant, bnb_config = _quantization(checkpoint, empty, config, quant, dtype, classifier)
     loading = {"dtype": dtype, "device_map": {"": device}, **trusted}

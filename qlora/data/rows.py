@@ -85,7 +85,7 @@ def prepare_data(
     """
     objective = OBJECTIVES[task]
     records = load_records(source, objective.kinds, limit=limit)
-    kind = kind_of(records.column_names, source, objective.kinds)
+    kind = kind_of(records.column_names, kinds=objective.kinds)
     if objective.classifies and new_classes:
         with _errors_in(source):
             classes = class_names(records, kind[-1], classes)
