@@ -48,11 +48,8 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_updates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """`optimizer` with master weights for its bf16 parameters.
-
-    Returned unchanged if it has no bf16 parameters, or is not one of BY_PARAMETER: `loses_updates`
-    tells the two apart.
-    """
+    """`optimizer` with master weights for its bf16 parameters; unchanged if it has none, or is not
+    one of BY_PARAMETER (`loses_updates` tells the two apart)."""
     if loses_updates(optimizer) and isinstance(optimizer, BY_PARAMETER):
         return MasterWeights(optimizer)
     return optimizer
@@ -82,10 +79,8 @@ class MasterWeights(torch.optim.Optimizer):
         The wrapped optimizer steps once for the other parameters and once per bundle of bf16 ones:
         it skips parameters whose gradient is None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         gradients = {p: p.grad for p in _parameters(self) if p.grad is not None}
         in_bf16 = [p for p in gradients if p.dtype == torch.bfloat16]
         others = gradients.keys() - set(in_bf16)
@@ -97,27 +92,24 @@ class MasterWeights(torch.optim.Optimizer):
             for p in others:
                 p.grad = None
             for bundle in bundles(in_bf16):
-                self._update({p: gradients[p] for p in bundle})
+                sizes = [p.numel() for p in bundle]
+                lower = torch.cat([self._lower_of(p) for p in bundle])
+                master = join(torch.cat([p.data.reshape(-1) for p in bundle]), lower)  # (N,)
+                with _with_data(dict(zip(bundle, master.split(sizes), strict=True))):
+                    for p in bundle:
+                        p.grad = gradients[p].float()
+                    self.optimizer.step()
+                    master = torch.cat([p.data.reshape(-1) for p in bundle])
+                upper, lower = split(master)
+                halves = zip(upper.split(sizes), lower.split(sizes), strict=True)
+                for p, (high, low) in zip(bundle, halves, strict=True):
+                    p.grad = None
+                    p.copy_(high.view(p.shape))
+                    self.lower[p] = low, p._version
         finally:
             for p, gradient in gradients.items():
                 p.grad = gradient
         return loss
-
-    def _update(self, gradients: dict[Tensor, Tensor]) -> None:
-        """One step of the wrapped optimizer for bf16 parameters, on their fp32 masters."""
-        sizes = [p.numel() for p in gradients]
-        lower = torch.cat([self._lower_of(p) for p in gradients])
-        master = join(torch.cat([p.data.reshape(-1) for p in gradients]), lower)  # (N,)
-        with _with_data(dict(zip(gradients, master.split(sizes), strict=True))):
-            for p, gradient in gradients.items():
-                p.grad = gradient.float()
-            self.optimizer.step()
-            master = torch.cat([p.data.reshape(-1) for p in gradients])
-        upper, lower = split(master)
-        for p, high, low in zip(gradients, upper.split(sizes), lower.split(sizes), strict=True):
-            p.grad = None
-            p.copy_(high.view(p.shape))
-            self.lower[p] = low, p._version
 
     def _lower_of(self, parameter: Tensor) -> Tensor:
         """Zeros if the parameter was overwritten since, as load_adapter_weights does."""
@@ -137,8 +129,7 @@ class MasterWeights(torch.optim.Optimizer):
         inner = {key: value for key, value in state_dict.items() if key != LOWER}
         in_bf16 = [p for p in _parameters(self) if p.dtype == torch.bfloat16]
         # Optimizers cast a loaded state to the parameter's dtype: fp32 within the block.
-        in_fp32 = {p: torch.zeros((), device=p.device).expand(p.shape) for p in in_bf16}
-        with _with_data(in_fp32):
+        with _with_data({p: torch.zeros((), device=p.device).expand(p.shape) for p in in_bf16}):
             self.optimizer.load_state_dict(inner)
         # shared with the wrapped optimizer: schedulers change them here
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state

@@ -10,7 +10,7 @@ Samples are evenly spaced rows of the evaluation data, or else of the training d
 row up to its last answer (of plain text the first half); the model generates greedily, at most
 twice the answer's length and MAX_NEW_TOKENS. No random number is drawn: training is bit for bit the
 same without samples. Prompts are generated one at a time, as training's attention takes no padding
-(qlora.fast.attention). Left out: classifiers, whose accuracy evaluation reports.
+(qlora.fast.attention).
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qlora import __version__, files
 from qlora.data import generation
 from qlora.data.chat_template import PROBE
-from qlora.data.generation import Question, decode
+from qlora.data.generation import Question
 from qlora.data.objectives import OBJECTIVES
 from qlora.errors import UserError
 from qlora.pictures import draw_run, save_png
@@ -47,15 +47,12 @@ EVALUATED = {"eval_loss": "evaluation loss", "eval_accuracy": "accuracy", "eval_
 Values = Mapping[str, Any]
 
 
-# ---- before the first step: run.yaml ----
-
-
 def write_run_file(folder: Path, settings: Values, base: Values, data: Values) -> None:
     """Write run.yaml: `train.py --config run.yaml` repeats the run."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {"qlora": __version__, "python": platform.python_version()}
     record = {
         "config": dict(settings),
-        "versions": {"qlora": __version__, "python": platform.python_version(), **versions},
+        "versions": versions | {name: importlib.metadata.version(name) for name in PACKAGES},
         "base": dict(base),
         "data": data,
         "device": dict(zip(("name", "memory_bytes"), device(), strict=True)),
@@ -63,18 +60,11 @@ def write_run_file(folder: Path, settings: Values, base: Values, data: Values) -
     (folder / files.RUN).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
 
 
-# ---- at each log: metrics.jsonl and the terminal ----
-
-
 class MetricsWriter(TrainerCallback):
-    """Appends a row to metrics.jsonl at each log, with speed, peak memory and seconds added.
-
-    Must be the first callback: loggers then receive the added values too.
-    """
+    """Appends a row to metrics.jsonl at each log, and adds speed, memory and seconds to the log."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / files.METRICS
-        self.tokens = 0  # seen at the last log
+        self.path, self.tokens = folder / files.METRICS, 0  # seen at the last log
         self.logged_at = self.started_at = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -84,21 +74,23 @@ class MetricsWriter(TrainerCallback):
         self.tokens, self.logged_at = state.num_input_tokens_seen, time.perf_counter()
         self.started_at = self.logged_at - (rows[-1].get("seconds", 0) if rows else 0)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not logs or ("loss" not in logs and "eval_loss" not in logs):
-            return
-        row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = (), **_: Any) -> None:
         if "loss" in logs:
-            row |= {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate")}
+            row = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate")}
             tokens, now = state.num_input_tokens_seen, time.perf_counter()
             row["tokens_per_second"] = (tokens - self.tokens) / (now - self.logged_at)
             self.tokens, self.logged_at = tokens, now
+        elif "eval_loss" in logs:
+            row = {name: logs[name] for name in EVALUATED if name in logs}
         else:
-            row |= {name: logs[name] for name in EVALUATED if name in logs}
-        row |= {"peak_bytes": peak_bytes(), "seconds": time.perf_counter() - self.started_at}
-        logs.update({k: v for k, v in row.items() if k not in ("step", "epoch")})
+            return
+        on_gpu = torch.cuda.is_available()
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes()
+        row["seconds"] = time.perf_counter() - self.started_at
+        logs.update(row)
+        at = {"step": state.global_step, "epoch": logs.get("epoch")}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(at | row) + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -111,11 +103,9 @@ class MetricsWriter(TrainerCallback):
 class PlainProgress(ProgressCallback):
     """A readable line per log; on a terminal also a bar with loss, speed and the time left."""
 
-    training_bar: Any
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.current_step = state.global_step  # not 0 in a resumed run
-        self.training_bar = tqdm(
+        self.training_bar: Any = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             bar_format=BAR,
@@ -128,25 +118,18 @@ class PlainProgress(ProgressCallback):
         if sys.stderr.isatty():
             super().on_prediction_step(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        line = describe_log(logs or {})
-        if line:
-            width = len(str(state.max_steps))
-            tqdm.write(f"step {state.global_step:>{width}}/{state.max_steps}  {line}")
-            if self.training_bar is not None and "loss" in logs:
-                self.training_bar.set_postfix_str(line)
-
-
-def describe_log(logs: dict[str, Any]) -> str | None:
-    """`loss 1.2345  512 tokens/s  peak 1.8 GiB`, or evaluation's values; None for other logs."""
-    if "eval_loss" in logs:
-        return "  ".join(f"{name} {logs[k]:.4f}" for k, name in EVALUATED.items() if k in logs)
-    if "tokens_per_second" not in logs:
-        return None
-    return (
-        f"loss {float(logs['loss']):.4f}  {logs['tokens_per_second']:,.0f} tokens/s"
-        f"  peak {show_bytes(logs['peak_bytes'])}"
-    )
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = (), **_: Any) -> None:
+        if "eval_loss" in logs:
+            values = [f"{name} {logs[key]:.4f}" for key, name in EVALUATED.items() if key in logs]
+        elif "tokens_per_second" in logs:
+            speed, peak = logs["tokens_per_second"], show_bytes(logs["peak_bytes"])
+            values = [f"loss {float(logs['loss']):.4f}", f"{speed:,.0f} tokens/s", f"peak {peak}"]
+        else:
+            return
+        line, width = "  ".join(values), len(str(state.max_steps))
+        tqdm.write(f"step {state.global_step:>{width}}/{state.max_steps}  {line}")
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(line)
 
 
 def device() -> tuple[str, int]:
@@ -155,13 +138,6 @@ def device() -> tuple[str, int]:
         gpu: Any = torch.cuda.get_device_properties()
         return str(gpu.name), int(gpu.total_memory)
     return "CPU", int(psutil.virtual_memory().total)
-
-
-def peak_bytes() -> int:
-    """Peak of the bytes allocated on the GPU, or else of this process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
@@ -182,18 +158,11 @@ def show_bytes(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-# ---- before and after training: samples.jsonl ----
-
-
 def choose_samples(
     task: str, count: int, rows: Any, eval_rows: Any | None, max_length: int
 ) -> list[Question]:
-    """Up to `count` evenly spaced rows as questions; none for a classifier. Prints their number.
-
-    Args:
-        rows: prepared rows (qlora.data.rows); `eval_rows` replace them if given.
-        max_length: the longest row of tokens that the model takes.
-    """
+    """Up to `count` evenly spaced rows, of `eval_rows` if given, as questions to a model that takes
+    `max_length` tokens; none for a classifier, whose accuracy evaluation reports."""
     if not count or OBJECTIVES[task].classifies:
         return []
     rows, kind = (rows, "training") if eval_rows is None else (eval_rows, "evaluation")
@@ -214,15 +183,12 @@ def choose_samples(
 def write_answers(
     folder: Path, when: str, samples: list[Question], model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
-    """Generate answers and write samples.jsonl: prompt, wanted, before, after.
-
-    `when` is the column to fill, "before" or "after"; the file's other column is kept.
-    """
+    """Generate answers into column `when` of samples.jsonl, "before" or "after"; keep the other."""
     earlier = {(row["prompt"], row["wanted"]): row for row in files.read_samples(folder)}
     rows = []
     for question in samples:
         prompt = _without_template(tokenizer, question.prompt)
-        wanted = decode(tokenizer, question.answer)
+        wanted = generation.decode(tokenizer, question.answer)
         row = {"prompt": prompt, "wanted": wanted, "before": None, "after": None}
         settings = generation.generation_settings(model, tokenizer, question.max_new_tokens)
         (generated,) = generation.generate(model, tokenizer, [question.prompt], settings)
@@ -245,20 +211,15 @@ def _without_template(tokenizer: Tokenizer, prompt: list[int]) -> str:
     return content if begin + content + end == text else text
 
 
-# ---- at the end: loss.png, README.md and the next commands ----
-
-
 def write_results(folder: Path, settings: Values, base: Values, *, rows: int, steps: int) -> None:
-    """Write loss.png and README.md from metrics.jsonl; print the next commands.
-
-    `settings` and `base` are those of `write_run_file`, `rows` is the number of training rows.
-    """
+    """Write loss.png and README.md from metrics.jsonl; print the next commands."""
     metrics = files.read_metrics(folder)
     per = "label" if "labels" in base else "supervised token"
     save_png(draw_run(metrics, per=per, total_bytes=device()[1]), folder / "loss.png")
     last = {key: value for row in metrics for key, value in row.items()}
     names = {"loss": "training loss", **EVALUATED}
-    measured = {name.lower(): last[key] for key, name in names.items() if key in last}
+    values = [f"{name.lower()} {last[key]:.4f}" for key, name in names.items() if key in last]
+    measured = ", ".join(values) or "not logged"
     write_adapter_card(folder, settings, base, rows=rows, steps=steps, measured=measured)
     print(f"\nThe adapter is in {folder}; its loss curve is {folder / 'loss.png'}.")
     name, merged = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
@@ -269,19 +230,13 @@ def write_results(folder: Path, settings: Values, base: Values, *, rows: int, st
 
 
 def write_adapter_card(
-    folder: Path, settings: Values, base: Values, *, rows: int, steps: int, measured: Values
+    folder: Path, settings: Values, base: Values, *, rows: int, steps: int, measured: str
 ) -> None:
-    """Write README.md of an adapter: what it is, how it was trained, how to use it.
-
-    `settings` and `base` are those of `write_run_file`, `measured` is {name: last value}.
-    """
-    name, task = str(base["resolved"]), settings["task"]
-    targets = settings["target_modules"]
+    """Write README.md of an adapter; `measured` are the last losses and scores."""
+    name, task, targets = str(base["resolved"]), settings["task"], settings["target_modules"]
     targets = targets if isinstance(targets, str) else ", ".join(targets)
-    last_values = ", ".join(f"{key} {value:.4f}" for key, value in measured.items())
     double = " with double quantization" if base["double_quant"] else ""
-    arguments = "" if task == "causal-lm" else f', task="{task}"'
-    head = ""
+    arguments, head = "" if task == "causal-lm" else f', task="{task}"', ""
     if "labels" in base:
         arguments += f", labels={list(base['labels'])!r}"
         head = f" Trained in full beside it: {', '.join(base['heads'])}."
@@ -297,7 +252,7 @@ Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()},
 | data | {settings["data"]} ({rows} rows) |
 | optimizer steps | {steps} |
 | learning rate | {settings["learning_rate"]:.3g} |
-| at the end | {last_values or "not logged"} |
+| at the end | {measured} |
 
 ![loss](loss.png)
 

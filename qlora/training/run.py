@@ -8,12 +8,13 @@ and loggers (qlora.training.trainer); qlora.training.outputs writes the other fi
 
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import integration_utils as loggers
 
 from qlora.adapters.apply import apply_lora, print_trainable_parameters
 from qlora.adapters.files import load_adapter_weights
@@ -22,33 +23,32 @@ from qlora.adapters.wrappers import remove_wrappers
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
-from qlora.config import LoraConfig, TrainConfig, flat
+from qlora.config import TrainConfig, flat
 from qlora.config.tasks import task_named
-from qlora.data.rows import (
-    PackedRows,
-    describe,
-    length_batches,
-    prepare_data,
-    prepare_tokenizer,
-    show_example,
-)
-from qlora.errors import UserError
+from qlora.data import rows as data_rows
+from qlora.errors import UserError, did_you_mean, require
 from qlora.fast.head import LanguageHead, put_language_head
 from qlora.fast.layers import RMSNorm, put_norms, remove_fast_path, use_fast_path
 from qlora.fast.offload import offload_embedding, require_gpu
 from qlora.files import RUN, read_metrics, read_samples, require_new
 from qlora.training.outputs import choose_samples, write_answers, write_results, write_run_file
-from qlora.training.trainer import check_loggers, check_trainer_arguments, make_trainer
+from qlora.training.trainer import make_trainer
 
+# TrainingArguments that follow from other settings: refused as `--trainer.NAME`.
+DERIVED_ARGUMENTS = (
+    "bf16", "do_train", "fp16", "gradient_checkpointing_kwargs", "label_smoothing_factor",
+    "remove_unused_columns", "use_cpu",
+)  # fmt: skip
+# Logger -> package to install; the others have one name for both.
+LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 EVA_TOKENS = 1 << 13  # tokens that EVA reads: many more than the directions of a layer
 
 
 def train(config: TrainConfig) -> Path:
     """Train the adapter that `config` describes; returns the folder with its files.
 
-    Raises:
-        UserError: settings, data, model or machine do not work together. Unless training has
-            begun, nothing was written.
+    Raises UserError if settings, data, model or machine do not work together. Unless training has
+    begun, nothing was written then.
     """
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
@@ -58,13 +58,14 @@ def train(config: TrainConfig) -> Path:
     task, trusted = config.task, config.trust_remote_code
     tokenizer = load_tokenizer(checkpoint, task=task, trust_remote_code=trusted)
     data = prepare_rows(config, checkpoint, tokenizer)
-    if "chat_template" in prepare_tokenizer(tokenizer, chats=data.chats):
+    if "chat_template" in data_rows.prepare_tokenizer(tokenizer, chats=data.chats):
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
-    colour = sys.stdout.isatty()
-    print(show_example(data.rows, tokenizer, colour=colour, task=task, classes=data.classes))
-    rows: Any = PackedRows(data.rows, data.max_length) if config.data.packing else data.rows
+    show, colour = data_rows.show_example, sys.stdout.isatty()
+    print(show(data.rows, tokenizer, colour=colour, task=task, classes=data.classes))
+    rows: Any = data.rows
     if config.data.packing:
+        rows = data_rows.PackedRows(rows, data.max_length)
         print(rows.describe())
 
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
@@ -95,40 +96,49 @@ def train(config: TrainConfig) -> Path:
 
 def check_settings(config: TrainConfig, output: Path) -> str | None:
     """Refuse settings that cannot be trained with, and an `output` that cannot be written to.
-
-    Returns the checkpoint to resume from; None for a new run in a new folder.
-    """
+    Returns the checkpoint to resume from; None for a new run."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several GPUs are not supported yet: start one process on one GPU")
-    checkpoint = _last_checkpoint(output)
+    # Trainer writes trainer_state.json last: a checkpoint with it is complete.
+    states = output.glob("checkpoint-*/trainer_state.json")
+    steps = {int(p.parent.name.removeprefix("checkpoint-")): str(p.parent) for p in states}
     if config.resume:
-        if checkpoint is None:
-            raise UserError(f"{output} holds no checkpoint-N to resume from: drop --resume")
+        require(bool(steps), f"{output} holds no checkpoint-N to resume from: drop --resume")
         read_metrics(output)  # these two are read again in the run: a damaged file raises now
         read_samples(output)
-    elif (output / RUN).exists():
-        instead = "--resume to continue it"
-        if checkpoint is None:
-            instead = "remove it: it has no checkpoint to resume from"
-        raise UserError(f"{output} already holds a run: give a new --output-dir, or {instead}")
     else:
+        dead = "remove it: it has no checkpoint to resume from"
+        fix = f"give a new --output-dir, or {'--resume to continue it' if steps else dead}"
+        require(not (output / RUN).exists(), f"{output} already holds a run: {fix}")
         require_new(output)
-    check_trainer_arguments(config.trainer)
-    check_loggers(config.report_to)
+    check_arguments(config)
     for name in ("offload_activations", "offload_embedding"):
         if getattr(config, name):
             require_gpu(f"--{name.replace('_', '-')}")
-    return checkpoint if config.resume else None
+    return steps[max(steps)] if config.resume else None
 
 
-def _last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint: Trainer writes trainer_state.json last."""
-    states = output.glob("checkpoint-*/trainer_state.json")
-    steps = {int(p.parent.name.removeprefix("checkpoint-")): str(p.parent) for p in states}
-    return steps[max(steps)] if steps else None
-
-
-# ---- tokenizer and rows ----
+def check_arguments(config: TrainConfig) -> None:
+    """Refuse a `--trainer.NAME` that is unknown, has its own flag or is derived; and a logger that
+    transformers does not know, or whose package is not installed."""
+    known = {field.name for field in fields(TrainingArguments) if field.init}
+    flags = {field.name for field in fields(config)}
+    for name in config.trainer:
+        unknown = f"is no argument of transformers.TrainingArguments.{did_you_mean(name, known)}"
+        require(name in known, f"--trainer.{name} {unknown}")
+        require(name not in flags, f"--trainer.{name} has a flag of its own: give --{name}")
+        is_derived = name in DERIVED_ARGUMENTS
+        require(not is_derived, f"--trainer.{name} follows from the other settings: leave it out")
+    installed = {*loggers.get_available_reporting_integrations(), "flyte"}  # never listed
+    named = [name for name in config.report_to if name not in ("all", "none")]
+    if strange := [name for name in named if name not in loggers.INTEGRATION_TO_CALLBACK]:
+        names = sorted(loggers.INTEGRATION_TO_CALLBACK)
+        wanted = f"--report-to must be among {', '.join(names)}; got {', '.join(strange)}"
+        raise UserError(f"{wanted}.{did_you_mean(strange[0], names)}")
+    if missing := [name for name in named if name not in installed]:
+        needs = f"--report-to {' '.join(missing)} needs a package that is not installed"
+        packages = [LOGGER_PACKAGES.get(name, name) for name in missing]
+        raise UserError(f"{needs}: pip install {' '.join(packages)}")
 
 
 class PreparedData(NamedTuple):
@@ -153,25 +163,21 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
     classes = checkpoint.labels if is_classifier else ()  # kept where the data has no others
     rows, counts, chats = {}, {}, False
     for part, source in (("training", config.data.data), ("evaluation", config.data.eval_data)):
-        if not source:
-            continue
-        rows[part], stats = prepare_data(
-            source,
-            tokenizer,
-            max_length=max_length,
-            task=config.task,
-            classes=classes,
-            new_classes=part == "training",  # evaluation data has the same classes
-        )
-        print(describe(stats, name=source))
-        numbers = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
-        counts[part] = {"source": source, **numbers}
-        classes, chats = stats.classes, chats or stats.chats
+        if source:
+            rows[part], stats = data_rows.prepare_data(
+                source,
+                tokenizer,
+                max_length=max_length,
+                task=task.name,
+                classes=classes,
+                new_classes=part == "training",  # evaluation data has the same classes
+            )
+            print(data_rows.describe(stats, name=source))
+            numbers = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
+            counts[part] = {"source": source, **numbers}
+            classes, chats = stats.classes, chats or stats.chats
     train_rows, eval_rows = rows["training"], rows.get("evaluation")
     return PreparedData(train_rows, eval_rows, classes, chats, max_length, counts)
-
-
-# ---- the model ----
 
 
 def load_model(
@@ -194,12 +200,16 @@ def load_model(
         trust_remote_code=config.trust_remote_code,
     )
     share_pad(model, tokenizer.pad_token_id)
-    if resume_from:
-        lora = _for_checkpoint(lora, resume_from)
+    if resume_from:  # the checkpoint's values follow: no initialisation, but EVA's ranks
+        lora = replace(lora, init_lora_weights=True, loftq_config={}, eva_config={})
+        if config.lora.init_lora_weights == "eva":
+            saved = read_adapter(resume_from)
+            ranks: Any = {n: getattr(saved.config, n) for n in ("rank_pattern", "alpha_pattern")}
+            lora = replace(lora, target_modules=tuple(saved.pairs), **ranks)
     elif lora.init_lora_weights == "eva":
         every = max(1, sum(map(len, data.rows["input_ids"])) // EVA_TOKENS)
         spaced = (data.rows[i] for i in range(0, len(data.rows), every))
-        eva_batches = length_batches(spaced, tokenizer, task=config.task, model=model)
+        eva_batches = data_rows.length_batches(spaced, tokenizer, task=config.task, model=model)
     generator = torch.Generator().manual_seed(config.seed)
     apply_lora(model, lora, generator=generator, data=eva_batches)
     if config.offload_embedding:
@@ -208,26 +218,12 @@ def load_model(
     return model
 
 
-def _for_checkpoint(lora: LoraConfig, checkpoint: str) -> LoraConfig:
-    """`lora` without its initialisation, as the checkpoint's values follow; EVA's ranks stay."""
-    plain = replace(lora, init_lora_weights=True, loftq_config={}, eva_config={})
-    if lora.init_lora_weights != "eva":
-        return plain
-    saved = read_adapter(checkpoint)
-    return replace(
-        plain,
-        target_modules=tuple(saved.pairs),
-        rank_pattern=saved.config.rank_pattern,
-        alpha_pattern=saved.config.alpha_pattern,
-    )
-
-
 def default_learning_rate(model_type: str, hidden_size: int) -> float:
     """5e-5 * 10 * (2000 / hidden_size) ** p, p = 0.0775 for Qwen, 0.781 for Llama and the others.
 
-    The rule that tinker-cookbook publishes with "LoRA Without Regret" (Thinking Machines, 2025):
-    with lora_alpha 32 and a constant schedule, LoRA's best rate is 10 times that of full
-    fine-tuning at every rank. Fitted on Llama and Qwen; other families get Llama's exponent.
+    tinker-cookbook's rule for "LoRA Without Regret" (Thinking Machines, 2025), fitted on Llama and
+    Qwen: with lora_alpha 32 and a constant schedule, LoRA's best rate is 10 times that of full
+    fine-tuning at every rank.
     """
     exponent = 0.0775 if model_type.startswith("qwen") else 0.781
     return float(5e-5 * 10 * (2000 / hidden_size) ** exponent)
@@ -250,9 +246,8 @@ def prepare_for_training(
     """Prepare a model with adapters for a training loop, in place.
 
     Sets training mode, no key-value cache and, if asked, non-reentrant gradient checkpointing.
-    `fast_path`: layers and norms that keep less for the backward pass (qlora.fast.layers) and a
-    loss without logits (qlora.fast.head), which compute the same numbers. Generation works as
-    before. A later call overrides an earlier one.
+    `fast_path`: layers, norms (qlora.fast.layers) and a loss (qlora.fast.head) that compute the
+    same numbers in less memory. Generation works as before. A later call overrides an earlier one.
     """
     model.config.use_cache = False
     if fast_path:
@@ -264,8 +259,7 @@ def prepare_for_training(
     # "activation" since transformers 5.2x
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if gradient_checkpointing:
-        settings = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
-        getattr(model, f"{kind}_checkpointing_enable")(**settings)
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     elif getattr(model, f"is_{kind}_checkpointing"):
         getattr(model, f"{kind}_checkpointing_disable")()
     model.train()

@@ -11,9 +11,8 @@ differs from Trainer in:
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -34,7 +29,7 @@ from qlora.base.modules import state_of
 from qlora.config import TrainConfig
 from qlora.data.objectives import OBJECTIVES, Objective, measure
 from qlora.data.rows import collator
-from qlora.errors import UserError, did_you_mean, first_line
+from qlora.errors import UserError, first_line
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
 from qlora.training.optimizers import keep_updates, loses_updates
@@ -46,46 +41,7 @@ SHARED_ARGUMENTS = (
     "num_train_epochs", "max_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
     "seed", "logging_steps", "eval_steps", "save_steps",
 )  # fmt: skip
-# TrainingArguments that follow from other settings: refused as `--trainer.NAME`.
-DERIVED_ARGUMENTS = (
-    "bf16", "do_train", "fp16", "gradient_checkpointing_kwargs", "label_smoothing_factor",
-    "remove_unused_columns", "use_cpu",
-)  # fmt: skip
 EPOCH_STATE = "epoch_rng_state.pth"  # file of a checkpoint: torch's generator as the epoch began
-# Logger -> package to install; the others have one name for both.
-LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
-
-
-def check_trainer_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse a `--trainer.NAME` that is unknown, has its own flag, or is derived."""
-    known = {field.name for field in fields(TrainingArguments) if field.init}
-    flags = {field.name for field in fields(TrainConfig)}
-    for name in given:
-        if name not in known:
-            raise UserError(
-                f"--trainer.{name} is no argument of transformers.TrainingArguments."
-                f"{did_you_mean(name, known)}"
-            )
-        if name in flags:
-            raise UserError(f"--trainer.{name} has a flag of its own: give --{name}")
-        if name in DERIVED_ARGUMENTS:
-            raise UserError(f"--trainer.{name} follows from the other settings: leave it out")
-
-
-def check_loggers(names: Sequence[str]) -> None:
-    """Refuse a logger that transformers does not know, or whose package is not installed."""
-    named = [name for name in names if name not in ("all", "none")]
-    if unknown := [name for name in named if name not in INTEGRATION_TO_CALLBACK]:
-        known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-        hint = did_you_mean(unknown[0], INTEGRATION_TO_CALLBACK)
-        raise UserError(f"--report-to must be among {known}; got {', '.join(unknown)}.{hint}")
-    installed = {*get_available_reporting_integrations(), "flyte"}  # transformers never lists it
-    if missing := [name for name in named if name not in installed]:
-        packages = " ".join(LOGGER_PACKAGES.get(name, name) for name in missing)
-        raise UserError(
-            f"--report-to {' '.join(missing)} needs a package that is not installed: "
-            f"pip install {packages}"
-        )
 
 
 def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingArguments:
@@ -123,8 +79,7 @@ def make_trainer(
 ) -> "AdapterTrainer":
     """The Trainer of one run, with metrics.jsonl and progress lines as callbacks.
 
-    Raises:
-        UserError: Trainer or an optimizer refuses the settings. Nothing was written then.
+    Raises UserError if Trainer or an optimizer refuses the settings; nothing was written then.
     """
     if model.dtype == torch.float16 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
         raise UserError("fp16 compute needs fp32 adapters: drop --adapter-dtype, or give fp32")
@@ -152,8 +107,7 @@ def make_trainer(
             Path(config.output_dir).rmdir()  # Trainer has created it; removed only if empty
         raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
     if loses_updates(trainer.optimizer):
-        optim = config.optim
-        print(f"{optim} loses small updates of bf16 adapters: --adapter-dtype fp32 keeps them")
+        print(f"{config.optim} loses small updates of bf16 adapters: give --adapter-dtype fp32")
     trainer.optimizer = trainer.lr_scheduler = None
     for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # a notebook has another default
         trainer.remove_callback(callback)
@@ -166,9 +120,9 @@ def make_trainer(
 class ResumableSampler(Sampler[int]):
     """Trainer's group_by_length, whose order of a resumed epoch is that of the interrupted one.
 
-    The order is drawn from torch's generator as an epoch begins, and Trainer's checkpoints have
-    only the generator's later state. `draw_from`: the state for the next draw, None for the current
-    one; `drawn_from`: that of the last draw.
+    An epoch begins by drawing its order; Trainer's checkpoints have only the generator's later
+    state. `draw_from`: the state for the next draw, None for the current one; `drawn_from`: that of
+    the last draw.
     """
 
     def __init__(self, sampler: Any, draw_from: Tensor | None) -> None:
@@ -186,33 +140,27 @@ class ResumableSampler(Sampler[int]):
 
 
 class AdapterTrainer(Trainer):
-    """Trainer for a frozen quantized model with LoRA adapters.
-
-    Args:
-        objective: loss and metrics, by default of a causal language model.
-        loraplus_lr_ratio: lora_B's learning rate over that of all other parameters.
-        offload: a context around each forward pass.
-    """
+    """Trainer for a frozen quantized model with LoRA adapters. `offload` is a context around each
+    forward pass, `loraplus_lr_ratio` lora_B's learning rate over that of all other parameters."""
 
     model: Any
     processing_class: Any
     state: Any
     optimizer: Any
+    sampler: ResumableSampler | None = None
+    epoch_state: Tensor | None = None  # of torch's generator, from a checkpoint
 
     def __init__(
         self,
         model: PreTrainedModel,
         *,
-        objective: Objective | None = None,
+        objective: Objective = OBJECTIVES["causal-lm"],
         loraplus_lr_ratio: float = 1.0,
         offload: offload_activations | None = None,
         **kwargs: Any,
     ) -> None:
-        self.objective: Objective = objective or OBJECTIVES["causal-lm"]
-        self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.offload = offload
-        self.sampler: ResumableSampler | None = None
-        self.epoch_state: Tensor | None = None  # of torch's generator, from a checkpoint
+        self.objective: Objective = objective
+        self.loraplus_lr_ratio, self.offload = loraplus_lr_ratio, offload
         if not lora_layers(model):
             raise UserError("the model has no adapter to train: call apply_lora first")
         # PEFT's mark, without which Trainer refuses a quantized model; save_pretrained reads it too
@@ -305,22 +253,17 @@ class AdapterTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The loss over all labels, where Trainer averages batches; a classifier's scores."""
         self.callback_handler.eval_dataloader = dataloader  # its length, for the progress bar
-        names = state_of(self.model).labels if self.objective.classifies else ()
-        measured = measure(self.objective, self._results(dataloader), names)
+        measured = measure(self.objective, self._results(dataloader), state_of(self.model).labels)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-        none: Any = None
-        return EvalLoopOutput(none, none, metrics, num_samples=self.num_examples(dataloader))
+        size = self.num_examples(dataloader)
+        return EvalLoopOutput(None, None, metrics, num_samples=size)  # type: ignore[arg-type]
 
     def _results(self, dataloader: Any) -> Iterator[tuple[Any, Any, Any]]:
         """Summed loss, outputs and labels of each evaluation batch."""
-        model = self.model.eval()
+        model, step_done = self.model.eval(), self.callback_handler.on_prediction_step
         one = torch.tensor(1, device=self.args.device)  # num_items=1 keeps the loss a sum
-        for batch in dataloader:
-            batch = self._prepare_inputs(batch)
+        for batch in map(self._prepare_inputs, dataloader):
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(
-                    model, dict(batch), return_outputs=True, num_items_in_batch=one
-                )
+                loss, outputs = self.compute_loss(model, dict(batch), True, num_items_in_batch=one)
             yield loss, outputs, batch["labels"]
-            step_done = self.callback_handler.on_prediction_step
             self.control = step_done(self.args, self.state, self.control)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,14 +13,9 @@ from qlora.adapters.apply import apply_lora, trainable_parameters
 from qlora.config import LoraConfig
 
 SMOLLM2_135M = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+    num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -48,30 +42,7 @@ def test_targets_have_the_published_number_of_parameters(quality):
     assert max(matched) / min(matched) < 1.03
 
 
-@pytest.mark.parametrize("bottom", [-20, -12, 0])
-def test_rates_are_tried_until_the_best_has_both_neighbours(quality, bottom):
-    def loss(k: int) -> float:
-        return (k - bottom - 0.1) ** 2  # no ties
-
-    losses = {-12: loss(-12)}
-    while (k := quality.next_k(losses)) is not None:
-        assert k not in losses
-        losses[k] = loss(k)
-    assert {bottom - 1, bottom, bottom + 1} <= set(losses)
-    assert len(losses) <= abs(bottom + 12) / 2 + 5  # half decades on the way
-
-
-def test_every_row_is_seen_once_an_epoch_and_in_the_same_order(quality):
-    rows = [{"input_ids": [i] * (i % 7 + 1)} for i in range(64)]
-    made = [list(quality.batches(rows, steps=n, size=4, seed=3)) for n in (16, 20)]
-    assert sorted(row["input_ids"][0] for batch in made[0] for row in batch) == list(range(64))
-    assert made[0] == made[1][:16]
-    assert made[0] != list(quality.batches(rows, steps=16, size=4, seed=4))
-
-
-def test_recorded_runs_are_not_repeated(
-    quality, checkpoints: Callable[[str], Path], tmp_path, monkeypatch, capsys
-):
+def test_recorded_runs_are_not_repeated(quality, checkpoints, tmp_path, monkeypatch, capsys):
     data = tmp_path / "data.txt"
     data.write_text("".join(f"name : {i}||{i} is a cafe .\n" for i in range(40)))
     flags = ["--train", str(data), "--test", str(data), "--model", str(checkpoints("llama"))]

@@ -275,13 +275,13 @@ SETTINGS: dict[str, Any] = {
 BASE = {"resolved": "owner/name", "quant_type": "nf4", "blocksize": 64, "double_quant": True}
 
 
-def card(folder: Path, base: dict[str, Any], **measured: float) -> str:
+def card(folder: Path, base: dict[str, Any], measured: str = "not logged") -> str:
     write_adapter_card(folder, SETTINGS, base, rows=400, steps=100, measured=measured)
     return (folder / "README.md").read_text()
 
 
 def test_adapter_card(tmp_path):
-    text = card(tmp_path, BASE, loss=0.1234)
+    text = card(tmp_path, BASE, "loss 0.1234")
     for words in ("base_model: owner/name", "NF4", "rank 16", "mine.jsonl (400 rows)", "0.1234"):
         assert words in text
     text = card(tmp_path, BASE | {"resolved": "/home/me/model"})

@@ -337,7 +337,7 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
 def test_refused_before_anything_is_loaded(settings, words, tmp_path, monkeypatch):
     """Neither model nor data exist here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    loggers = "qlora.training.trainer.get_available_reporting_integrations"
+    loggers = "qlora.training.run.loggers.get_available_reporting_integrations"
     monkeypatch.setattr(loggers, lambda: ["tensorboard"])
     with refuses(tmp_path, *words):
         train(quick_config(tmp_path / "base", tmp_path / "data", tmp_path / "run", **settings))
