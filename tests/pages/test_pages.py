@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -206,13 +207,11 @@ def test_command_runs(page, command, here, monkeypatch):
 
 
 @pytest.mark.parametrize("page, command", all_commands(run=False))
-def test_files_and_flags_of_other_commands_exist(page, command, world, monkeypatch, capsys):
+def test_files_and_flags_of_other_commands_exist(page, command, world):
     words = shlex.split(command)
     for word in words:  # the output of an earlier command, or a file of the project
-        if re.match(r"out/", word):
-            assert (world / word).exists(), f"no command makes {word}"
-        if re.match(r"(benchmarks|tests|docs|demo)/", word):
-            assert (ROOT / word).exists()
+        if match := re.match(r"(out|benchmarks|tests|docs|demo)/", word):
+            assert ((world if match[1] == "out" else ROOT) / word).exists(), word
     match words:
         case ["make", *targets]:
             said = subprocess.run(
@@ -229,16 +228,17 @@ def test_files_and_flags_of_other_commands_exist(page, command, world, monkeypat
             assert importlib.util.find_spec(module)
         case ["python", script, *more] if script.startswith("benchmarks/"):
             flags = [word for word in more if word.startswith("--")]
-            assert not flags or set(flags) <= flags_of(script, monkeypatch, capsys)
+            assert not flags or set(flags) <= flags_of(script)
 
 
-def flags_of(program: str, patch: pytest.MonkeyPatch, capsys) -> set[str]:
+def flags_of(program: str) -> set[str]:
     """The flags that a program's help lists."""
-    patch.syspath_prepend(str(ROOT / "benchmarks"))
-    all_of_it = "--help" if program.startswith("benchmarks/") else "--help-all"
-    capsys.readouterr()
-    run(f"python {program} {all_of_it}", patch)
-    return set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    about, said = "--help" if program.startswith("benchmarks/") else "--help-all", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setenv("COLUMNS", "200")
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        run(f"python {program} {about}", patch)
+    return set(re.findall(r"--[a-z][\w-]*", said.getvalue()))
 
 
 def flags(page: Path) -> list[str]:
@@ -249,19 +249,7 @@ def flags(page: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def known_flags() -> set[str]:
     """All flags of all programs that are there."""
-    found = set(FOREIGN)
-    for program in PROGRAMS:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("COLUMNS", "200")
-            said = io.StringIO()
-            patch.setattr(sys, "stdout", said)
-            patch.syspath_prepend(str(ROOT / "benchmarks"))
-            module = program.removeprefix("-m ")
-            if module == program or importlib.util.find_spec(module):
-                about = "--help" if program.startswith("benchmarks/") else "--help-all"
-                run(f"python {program} {about}", patch)
-            found |= set(re.findall(r"--[a-z][\w-]*", said.getvalue()))
-    return found
+    return set(FOREIGN).union(*map(flags_of, PROGRAMS))
 
 
 @pytest.mark.parametrize("page, flag", of_all_pages(flags))
@@ -277,18 +265,19 @@ def test_python_runs(page, here):
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         said = [line for code, line in NEEDS_A_GPU.items() if code in block]
-        if said and not torch.cuda.is_available():
-            with pytest.raises(UserError, match=said[0]):
-                exec(instead(block), names)
-        else:
+        is_refused = said and not torch.cuda.is_available()
+        with pytest.raises(UserError, match=said[0]) if is_refused else nullcontext():
             exec(instead(block), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_have_a_tested_language(page):
+def test_blocks_have_a_tested_language_and_named_files_exist(page):
     assert {t.info for t in tokens(page) if t.type == "fence"} <= {"", "python", "json"}
     for block in blocks(page, "json"):
         assert all(json.loads(line) for line in block.splitlines())
+    ours = re.compile(r"(qlora|tests|benchmarks|configs|demo|docs)/[\w./-]+")
+    named = [span for span in spans(page) if ours.fullmatch(span)]
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 @pytest.mark.parametrize("page, link", of_all_pages(links))
@@ -297,13 +286,6 @@ def test_link_resolves(page, link):
     target = (page.parent / path).resolve() if path else page
     assert target.is_relative_to(ROOT) and target.exists(), f"{link}: no such file"
     assert not anchor or anchor in anchors(target), f"{link}: {target.name} has no such heading"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_named_files_exist(page):
-    ours = re.compile(r"(qlora|tests|benchmarks|configs|demo|docs)/[\w./-]+")
-    named = [span for span in spans(page) if ours.fullmatch(span)]
-    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_quoted_messages_are_in_the_code():
@@ -315,16 +297,13 @@ def test_quoted_messages_are_in_the_code():
     assert not [words for words in quoted if words not in said]
 
 
-def test_names_in_contributing_exist():
+def test_names_in_contributing_exist_and_every_package_is_listed():
     files = [path for top in ("qlora", "tests") for path in (ROOT / top).rglob("*.py")]
     code = "".join(path.read_text("utf-8") for path in files if path != Path(__file__))
     _, steps = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("## Where to add", 1)
     names = {name.rpartition(".")[2] for name in re.findall(r"`([A-Za-z_.]+)`", steps)}
     assert len(names) > 20
     assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
-
-
-def test_contributing_lists_every_package():
     packages = {path.parent.name for path in (ROOT / "qlora").glob("*/__init__.py")}
     named = {span.strip("/").removeprefix("qlora/") for span in spans(ROOT / "CONTRIBUTING.md")}
     assert not packages - named
