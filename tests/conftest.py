@@ -30,14 +30,9 @@ from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
 
 VOCAB = 320
 ENCODER: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-}
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0,
+}  # fmt: skip
 SIZES = ENCODER | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": partial(transformers.LlamaConfig, **SIZES),
@@ -55,38 +50,27 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def from_sizes(model_class: Any, **sizes: Any) -> Any:
-    """A random model of that class."""
-    return model_class(model_class.config_class(**sizes))
-
-
-OTHERS: dict[str, Callable[[], Any]] = {  # the classes of pretrained checkpoints
-    "t5": partial(
-        from_sizes, transformers.T5ForConditionalGeneration, vocab_size=VOCAB, d_model=64, d_kv=16,
-        d_ff=128, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=2,
-        decoder_start_token_id=0,
-    ),
-    "bart": partial(
-        from_sizes, transformers.BartForConditionalGeneration, vocab_size=VOCAB, d_model=64,
-        encoder_layers=2, decoder_layers=2, encoder_ffn_dim=128, decoder_ffn_dim=128,
-        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=512,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-        forced_eos_token_id=2,
-    ),
-    "bert": partial(from_sizes, transformers.BertForPreTraining, **ENCODER),
-    "bert without pooler": partial(from_sizes, transformers.BertForMaskedLM, **ENCODER),
-    "bert without prefix": partial(from_sizes, transformers.BertModel, **ENCODER),
-    "roberta": partial(
-        from_sizes, transformers.RobertaForMaskedLM,
-        **ENCODER | {"max_position_embeddings": 514, "pad_token_id": 1},
-    ),
-    "modernbert": partial(
-        from_sizes, transformers.ModernBertForMaskedLM, **ENCODER,
-        global_attn_every_n_layers=2, local_attention=16,
-    ),
-    "llama without pad": partial(
-        from_sizes, transformers.LlamaForCausalLM, **SIZES | {"pad_token_id": None}
-    ),
+# the classes of pretrained checkpoints, and their sizes
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "t5": (transformers.T5ForConditionalGeneration, {
+        "vocab_size": VOCAB, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2,
+        "num_heads": 4, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0,
+    }),
+    "bart": (transformers.BartForConditionalGeneration, {
+        "vocab_size": VOCAB, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+    }),
+    "bert": (transformers.BertForPreTraining, ENCODER),
+    "bert without pooler": (transformers.BertForMaskedLM, ENCODER),
+    "bert without prefix": (transformers.BertModel, ENCODER),
+    "roberta": (transformers.RobertaForMaskedLM,
+                ENCODER | {"max_position_embeddings": 514, "pad_token_id": 1}),
+    "modernbert": (transformers.ModernBertForMaskedLM,
+                   ENCODER | {"global_attn_every_n_layers": 2, "local_attention": 16}),
+    "llama without pad": (transformers.LlamaForCausalLM, SIZES | {"pad_token_id": None}),
 }  # fmt: skip
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -120,15 +104,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    fast.chat_template = CHATML
-    return fast
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"], chat_template=CHATML,
+    )  # fmt: skip
 
 
 def tiny_model(
@@ -137,7 +116,8 @@ def tiny_model(
     """A random model of `family`, including norms and biases, so that every term matters."""
     torch.manual_seed(seed)
     if family in OTHERS:
-        model = OTHERS[family]().to(dtype)
+        model_class, sizes = OTHERS[family]
+        model = model_class(model_class.config_class(**sizes)).to(dtype)
     else:
         config = CONFIGS[family]()
         if tied is not None:
@@ -219,22 +199,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def quick_config(base: Path, rows: Path, output: Path, **settings: Any) -> TrainConfig:
     """Four deterministic steps of training on the CPU."""
-    quick = TrainConfig(
-        model=str(base),
-        output_dir=str(output),
-        data=DataConfig(str(rows), max_length=128),
-        lora=LoraConfig(r=4, lora_alpha=8),
-        quant=FP32,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",  # a resumed, longer run has the same first steps
-        max_steps=4,
-        logging_steps=1,
-        save_steps=2,
-        samples=0,
-    )
-    return replace(quick, **settings)
+    quick: dict[str, Any] = {
+        "model": str(base), "output_dir": str(output),
+        "data": DataConfig(str(rows), max_length=128), "lora": LoraConfig(r=4, lora_alpha=8),
+        "quant": FP32, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant",  # a longer run begins the same
+        "max_steps": 4, "logging_steps": 1, "save_steps": 2, "samples": 0,
+    }  # fmt: skip
+    return TrainConfig(**(quick | settings))
 
 
 def losses(folder: Path) -> list[float]:

@@ -25,15 +25,10 @@ def pages(tmp_path_factory) -> dict[str, str]:
 
 def test_names_in_the_docs_have_an_entry(pages):
     """Names like `qlora.training.keep_updates`, and imports from qlora's packages."""
-    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
-    named = {name for text in texts for name in re.findall(r"`(qlora\.\w+\.\w+)", text)}
-    named |= {
-        f"{module}.{name}"
-        for text in texts
-        for module, names in re.findall(r"from (qlora\.\w+) import ([\w, ]+)", text)
-        for name in names.split(", ")
-    }
-    named |= {f"qlora.{name}" for name in qlora.__all__}
+    text = "\n".join(p.read_text() for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    named = {*re.findall(r"`(qlora\.\w+\.\w+)", text), *(f"qlora.{name}" for name in qlora.__all__)}
+    for module, names in re.findall(r"from (qlora\.\w+) import ([\w, ]+)", text):
+        named |= {f"{module}.{name}" for name in names.split(", ")}
     assert len(named) > 20
     for name in named:
         module, _, member = name.rpartition(".")

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -94,13 +93,6 @@ def test_shapes_have_the_published_number_of_parameters(step):
     assert linear_parameters(SHAPES["llama2-7b"]) == 6_738_415_616 - 32000 * 4096 - 65 * 4096
 
 
-def test_rates_follow_from_seconds(step):
-    row = {"seconds": [2.0, 1.0, 4.0]}
-    step.with_rates({"sides": {"ours": row}, "ceiling_flops": 6e6}, tokens=1000, flops_a_token=3000)
-    assert row["tokens_per_second"] == {"median": 500, "min": 250, "max": 1000}
-    assert row["share_of_ceiling"] == 0.25  # 500 tokens x 3,000 FLOP of 6 MFLOP
-
-
 def test_object_in_its_own_process(step):
     from turns import Apart, ApartError
 
@@ -108,15 +100,6 @@ def test_object_in_its_own_process(step):
         with pytest.raises(ApartError, match="no attribute 'missing'"):
             counter("missing")
         assert counter("most_common", 1) == [("a", 2)]  # the process continues
-
-
-def test_longest_row_is_found_in_few_tries(step):
-    from longest import longest
-
-    for most in (0, 255, 256, 257, 5000, 65536, 70000):
-        fits = Mock(side_effect=most.__ge__)
-        assert longest(fits, unit=256, limit=65536) == min(most, 65536) // 256 * 256
-        assert fits.call_count == len(set(map(str, fits.mock_calls))) <= 18
 
 
 def test_page_has_the_tables_of_the_records(step):

@@ -13,12 +13,6 @@ MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|var|opt|usr|work|Users|private)
 EACH = pytest.mark.parametrize("source", sources(), ids=lambda path: path.stem)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """The folder in which the small model is converted once for all notebooks."""
-    return tmp_path_factory.mktemp("cache")
-
-
 def written(source: Path):
     """The committed notebook."""
     path = source.with_suffix(".ipynb")
@@ -73,8 +67,9 @@ def test_notebook_matches_its_source(source):
 
 
 @EACH
-def test_notebook_runs_on_a_clean_kernel(source, tmp_path, cache, monkeypatch):
-    monkeypatch.setenv("QLORA_CACHE", str(cache))
+def test_notebook_runs_on_a_clean_kernel(source, tmp_path, tmp_path_factory, monkeypatch):
+    # one cache for all: the small model is converted once
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     notebook = run(read_source(source), tmp_path)
     check_outputs(notebook)
     assert kinds(notebook) == kinds(written(source))

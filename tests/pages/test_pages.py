@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,6 @@ from qlora import UserError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-# ---- substitutions
 
 INSTEAD = {  # a name on a page -> the tiny one that is used
     "Qwen/Qwen2.5-7B-Instruct": "base",
@@ -69,9 +68,6 @@ PROGRAMS = ("train.py", "merge_dequant.py", "benchmarks/step.py", "-m qlora.port
 TYPED = "What is the capital of France?\n"  # on standard input
 
 
-# ---- the parts of a page
-
-
 def tokens(page: Path) -> Iterator[Token]:
     """All tokens of a page, inline ones included."""
     for token in MarkdownIt("commonmark").enable("table").parse(page.read_text("utf-8")):
@@ -98,13 +94,8 @@ def commands(page: Path) -> list[str]:
 
 def anchors(page: Path) -> set[str]:
     """The names GitHub gives to headings."""
-    found, heading = set(), False
-    for token in tokens(page):
-        if heading and token.type == "inline":
-            words = re.sub(r"[^\w\- ]", "", token.content.lower())
-            found.add(words.replace(" ", "-"))
-        heading = token.type == "heading_open"
-    return found
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def links(page: Path) -> list[str]:
@@ -132,9 +123,6 @@ def all_commands(*, run: bool) -> list:
 def why_not(command: str) -> str | None:
     """The entry of NOT_RUN for this command, if any."""
     return next((start for start in NOT_RUN if f"{command} ".startswith(start)), None)
-
-
-# ---- the reader's folder
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +186,6 @@ def run(command: str, patch: pytest.MonkeyPatch) -> None:
         assert not stop.code, f"{command}: exit code {stop.code}"
 
 
-# ---- the tests
-
-
 @pytest.mark.parametrize("page, command", all_commands(run=True))
 def test_command_runs(page, command, here, monkeypatch):
     run(command, monkeypatch)
@@ -246,16 +231,16 @@ def flags(page: Path) -> list[str]:
     return [match[0] for match in found if match]
 
 
-@pytest.fixture(scope="module")
+@cache
 def known_flags() -> set[str]:
-    """All flags of all programs that are there."""
+    """All flags of all programs."""
     return set(FOREIGN).union(*map(flags_of, PROGRAMS))
 
 
 @pytest.mark.parametrize("page, flag", of_all_pages(flags))
-def test_flag_exists(page, flag, known_flags):
+def test_flag_exists(page, flag):
     switch = flag.replace("--no-", "--")  # the help says that --no-NAME turns a switch off
-    assert flag in known_flags or switch in known_flags or flag == "--trainer"
+    assert {flag, switch} & known_flags() or flag == "--trainer"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")],

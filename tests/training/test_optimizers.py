@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import bitsandbytes as bnb
 import numpy as np
@@ -14,15 +15,8 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from transformers.optimization import Adafactor
 
-from qlora.training.optimizers import (
-    BUNDLE,
-    MasterWeights,
-    bundles,
-    join,
-    keep_updates,
-    loses_updates,
-    split,
-)
+from qlora.training import optimizers
+from qlora.training.optimizers import MasterWeights, join, keep_updates, loses_updates, split
 
 RATE = 3e-4
 Make = Callable[[list[Any]], torch.optim.Optimizer]
@@ -90,19 +84,15 @@ def train_in_fp32(named: dict[str, nn.Parameter], make: Make, steps: int) -> dic
 
 def masters_of(named: dict[str, nn.Parameter], optimizer: Any) -> dict[str, Tensor]:
     """The fp32 numbers of halves that an optimizer holds."""
-    masters = {}
+    masters = {name: p.detach().float() for name, p in named.items()}
     for name, p in named.items():
-        lower, _ = optimizer.lower.get(p, (None, None))
-        master = p.float() if lower is None else join(p.detach(), lower.view(p.shape))
-        masters[name] = master.detach()
+        if p in optimizer.lower:
+            masters[name] = join(p.detach(), optimizer.lower[p][0].view(p.shape))
     return masters
 
 
 def require_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-
-
-# ---- halves ----
 
 
 def bits(count: int = 1 << 18) -> Tensor:
@@ -113,7 +103,7 @@ def bits(count: int = 1 << 18) -> Tensor:
     return torch.from_numpy(np.concatenate([drawn, edges]).astype(np.int32)).view(torch.float32)
 
 
-def test_halves_are_exact():
+def test_halves_are_exact_and_the_upper_is_the_nearest():
     master = bits()
     numbers = ~master.isnan()
     upper, lower = split(master)
@@ -122,18 +112,12 @@ def test_halves_are_exact():
     assert torch.equal(joined.view(torch.int32)[numbers], master.view(torch.int32)[numbers])
     assert not upper[~numbers].isfinite().any()  # NaN stays NaN: a diverged run is noticed
     assert torch.equal(join(upper, torch.zeros_like(lower))[numbers], upper.float()[numbers])
-
-
-def test_upper_half_is_the_nearest():
-    master = bits()
+    # the upper half is the nearest bf16 number
     master = master[(master.abs() > 2.0**-126) & (master.abs() < 2.0**127)]  # normal
     upper, _ = split(master)
     assert torch.equal(upper, nearest_bf16(master))
     tie = master.view(torch.int32) & 0xFFFF == 0x8000  # torch rounds ties to even
     assert tie.sum() >= 4 and torch.equal(upper[~tie], master.bfloat16()[~tie])
-
-
-# ---- training ----
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -185,12 +169,10 @@ def test_step_keeps_gradients_and_storage_and_evaluates_a_closure():
 
 
 def test_error_within_a_step_changes_nothing():
-    class Broken(SGD):
-        def step(self, closure: Any = None) -> Any:
-            raise RuntimeError("out of memory")
-
     named = start()
-    optimizer = keep_updates(Broken([named["A"], named["B"]], RATE))
+    inner = SGD([named["A"], named["B"]], RATE)
+    inner.step = Mock(side_effect=RuntimeError("out of memory"))
+    optimizer = keep_updates(inner)
     loss(named).backward()
     before = {n: (p.detach().clone(), p.grad) for n, p in named.items()}
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -225,9 +207,6 @@ def test_optimizers_that_are_not_wrapped():
     assert keep_updates(wrapped) is wrapped and not loses_updates(wrapped)
 
 
-# ---- its state ----
-
-
 def test_state_without_lower_halves_is_loaded():
     """A state with bf16 moments, of an optimizer without master weights: they become fp32."""
     named = start()
@@ -256,11 +235,12 @@ def test_overwritten_parameter_loses_its_lower_half():
 
 
 def test_bundles_hold_all_in_order():
-    sizes = [BUNDLE - 1, 1, 1, 2 * BUNDLE, 5]
+    most = optimizers.BUNDLE
+    sizes = [most - 1, 1, 1, 2 * most, 5]
     parameters = [torch.empty(size, dtype=torch.bool, device="meta") for size in sizes]
-    held = [[p.numel() for p in bundle] for bundle in bundles(parameters)]
-    assert held == [[BUNDLE - 1, 1], [1], [2 * BUNDLE], [5]]
-    assert list(bundles([])) == []
+    held = [[p.numel() for p in bundle] for bundle in optimizers.bundles(parameters)]
+    assert held == [[most - 1, 1], [1], [2 * most], [5]]
+    assert list(optimizers.bundles([])) == []
 
 
 @on_gpu

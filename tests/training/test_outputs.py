@@ -10,57 +10,34 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import conftest
 import psutil
 import pytest
 import torch
-from conftest import (
-    FP32,
-    ROWS,
-    axis,
-    losses,
-    quick_config,
-    read_rows,
-    require_same_adapter,
-    tiny_tokenizer,
-    write_rows,
-)
+from conftest import FP32, ROWS, axis, quick_config, read_rows, tiny_tokenizer, write_rows
 
 from qlora.adapters.files import load_adapter
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
 from qlora.data.rows import prepare_data
-from qlora.training import train
-from qlora.training.outputs import (
-    MetricsWriter,
-    PlainProgress,
-    choose_samples,
-    device,
-    peak_resident_bytes,
-    show_bytes,
-    write_adapter_card,
-    write_answers,
-    write_results,
-)
-
-# ---- progress ----
+from qlora.training import outputs, train
+from qlora.training.outputs import PlainProgress, choose_samples, show_bytes, write_answers
 
 LOGS = {"loss": 0.51234, "tokens_per_second": 1234.5, "peak_bytes": 3 * 2**29}
 LINE = "loss 0.5123  1,234 tokens/s  peak 1.50 GiB"
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 EVALUATION = "evaluation loss 0.2500  accuracy 0.7500"
 
 
-def shown_on(stream: io.StringIO, monkeypatch: Any, *, begin: int = 0) -> str:
-    """The standard error of a run of 10 steps, logged at step 6."""
+def shown_on(terminal: bool, monkeypatch: Any, *, begin: int = 0) -> str:
+    """The standard error, a terminal or not, of a run of 10 steps, logged at step 6."""
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", "100")
-    progress, state = PlainProgress(), SimpleNamespace(max_steps=10, is_world_process_zero=True)
+    progress, state = (
+        PlainProgress(),
+        SimpleNamespace(max_steps=10, is_world_process_zero=True),
+    )
     state.global_step = begin
     progress.on_train_begin(None, state, None)
     for state.global_step in range(begin + 1, 11):
@@ -78,34 +55,21 @@ def shown_on(stream: io.StringIO, monkeypatch: Any, *, begin: int = 0) -> str:
 
 def test_progress_on_a_terminal_and_elsewhere(monkeypatch, capsys):
     lines = f"step  6/10  {LINE}\nstep  6/10  {EVALUATION}\nstep 10/10  {LINE}\n"
-    shown = shown_on(Terminal(), monkeypatch)
+    shown = shown_on(True, monkeypatch)
     assert f"left, {LINE}" in shown and "10/10 steps" in shown and "100%" in shown
     assert "0/2 [" in shown  # the bar of evaluation
     printed = capsys.readouterr().out
     assert all(line in printed for line in lines.splitlines())
-    assert shown_on(io.StringIO(), monkeypatch) == ""
+    assert shown_on(False, monkeypatch) == ""
     assert capsys.readouterr().out == lines
-    resumed = shown_on(Terminal(), monkeypatch, begin=5)  # else the time left is too short
+    resumed = shown_on(True, monkeypatch, begin=5)  # else the time left is too short
     assert "0/10 steps" not in resumed.replace("10/10", "") and "5/10 steps" in resumed
 
-
-def test_resumed_run_drops_rows_after_its_checkpoint(tmp_path):
-    rows = [{"step": step, "seconds": 2.0 * step} for step in range(1, 5)]
-    write_rows(tmp_path / "metrics.jsonl", rows)
-    writer = MetricsWriter(tmp_path)
-    state = SimpleNamespace(global_step=2, num_input_tokens_seen=0)
-    writer.on_train_begin(None, state, None)
-    writer.on_log(None, state, None, {"eval_loss": 1.0})
-    *kept, new = read_rows(tmp_path / "metrics.jsonl")
-    assert kept == rows[:2] and new["seconds"] >= 4.0
-
-
-# ---- memory ----
 
 CHILD = f"""
 import re, sys, numpy
 from pathlib import Path
-{inspect.getsource(peak_resident_bytes)}
+{inspect.getsource(outputs.peak_resident_bytes)}
 before = peak_resident_bytes()
 numpy.ones(300_000_000, dtype=numpy.uint8)
 print(peak_resident_bytes() - before)
@@ -124,17 +88,22 @@ def test_device_and_its_bytes():
     wanted = "CPU", psutil.virtual_memory().total
     if torch.cuda.is_available():
         wanted = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
-    assert device() == wanted
-    assert (show_bytes(5 * 2**29), show_bytes(300 * 2**20)) == ("2.50 GiB", "300 MiB")
+    assert outputs.device() == wanted
+    assert show_bytes(5 * 2**29) == "2.50 GiB" and show_bytes(300 * 2**20) == "300 MiB"
 
-
-# ---- samples ----
 
 OPEN = "<|im_start|>assistant\n"
 
 
 def turn(role: str, text: str) -> str:
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+def chat(*texts: str) -> dict[str, Any]:
+    """The record of an exchange, with or without a system message."""
+    roles = ("system", "user", "assistant")[-len(texts) :]
+    turns = zip(roles, texts, strict=True)
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 def rows_of(path: Path, records: list[dict[str, Any]], *, task="causal-lm", length=128) -> Any:
@@ -144,14 +113,10 @@ def rows_of(path: Path, records: list[dict[str, Any]], *, task="causal-lm", leng
 
 def generated(model: Any, tokenizer: Any, record: dict[str, Any]) -> str:
     """The answer of transformers alone."""
-    prompt = turn("user", record["prompt"]) + OPEN
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-    answer = tokenizer(record["completion"] + "<|im_end|>")["input_ids"]
-    model.eval()
-    model.generation_config.max_length = None
-    settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
-    output = model.generate(ids, **settings, max_new_tokens=2 * len(answer))
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    model.eval().generation_config.max_length = None
+    count = 2 * len(tokenizer(record["completion"] + "<|im_end|>")["input_ids"])
+    user = [{"role": "user", "content": record["prompt"]}]
+    return conftest.one_by_one(model, tokenizer, [user], use_cache=True, max_new_tokens=count)[0]
 
 
 @pytest.mark.parametrize("case", axis(("llama", True), ("gemma", True), ("gemma", False)), ids=str)
@@ -186,20 +151,23 @@ def test_samples_leave_training_bit_exact(checkpoints, tmp_path, data, monkeypat
     with pytest.raises(KeyboardInterrupt):
         train(replace(config, output_dir=str(tmp_path / "with"), samples=3))
     assert all(row["before"] for row in read_rows(tmp_path / "with" / "samples.jsonl"))
-    assert losses(tmp_path / "with") == losses(tmp_path / "without")
-    require_same_adapter(tmp_path / "with", tmp_path / "without")
+    assert conftest.losses(tmp_path / "with") == conftest.losses(tmp_path / "without")
+    conftest.require_same_adapter(tmp_path / "with", tmp_path / "without")
     assert not (tmp_path / "without" / "samples.jsonl").exists()
 
 
 def test_answers_keep_the_other_column(checkpoints, tmp_path):
-    """Also if a prompt has several answers; a column that was not generated is None."""
-    records = [{"prompt": "Say a word.", "completion": word} for word in ("bee", "cat", "dog")]
+    """Also if a prompt has several answers; a column that was not generated is None. The prompt of
+    several turns is shown with its template."""
+    words = [("Say a word.", word) for word in ("bee", "cat", "dog")]
+    records = [chat(*texts) for texts in (*words, ("Be kind.", "a", "bb"))]
     rows = rows_of(tmp_path / "words.jsonl", records)
-    samples = choose_samples("causal-lm", 3, rows, None, 128)
+    samples = choose_samples("causal-lm", 4, rows, None, 128)
     model, tokenizer = load_base(str(checkpoints("llama")), FP32), tiny_tokenizer()
     write_answers(tmp_path, "after", samples, model, tokenizer)
     first = read_rows(tmp_path / "samples.jsonl")
-    assert [row["wanted"] for row in first] == ["bee", "cat", "dog"]
+    assert [row["wanted"] for row in first] == ["bee", "cat", "dog", "bb"]
+    assert first[3]["prompt"] == turn("system", "Be kind.") + turn("user", "a") + OPEN
     assert all(row["before"] is None and row["after"] is not None for row in first)
     write_answers(tmp_path, "before", samples, model, tokenizer)
     second = read_rows(tmp_path / "samples.jsonl")
@@ -229,8 +197,7 @@ def test_samples_come_from_evaluation_data_and_not_for_a_classifier(tmp_path, ca
     assert choose_samples("seq-cls", 5, training, evaluation, 128) == []
 
 
-CHAT = {"messages": [{"role": role, "content": text} for role, text in
-        [("user", "a"), ("assistant", "bb"), ("user", "ccc"), ("assistant", "dddd")]]}  # fmt: skip
+CHAT = {"messages": [*chat("a", "bb")["messages"], *chat("ccc", "dddd")["messages"]]}
 FIRST_TURNS = turn("user", "a") + turn("assistant", "bb") + turn("user", "ccc") + OPEN
 LONG = {"prompt": "a", "completion": "b" * 900}
 
@@ -257,56 +224,29 @@ def test_sample_of_each_kind_of_row(record, task, length, prompt, answer, max_ne
     assert sample.max_new_tokens == max_new_tokens
 
 
-def test_prompt_of_several_turns_is_shown_with_its_template(checkpoints, tmp_path):
-    chat = {"messages": [{"role": "system", "content": "Be kind."}, *CHAT["messages"][:2]]}
-    samples = choose_samples("causal-lm", 1, rows_of(tmp_path / "chat.jsonl", [chat]), None, 128)
-    model = load_base(str(checkpoints("llama")), FP32)
-    write_answers(tmp_path, "after", samples, model, tiny_tokenizer())
-    (row,) = read_rows(tmp_path / "samples.jsonl")
-    assert row["prompt"] == turn("system", "Be kind.") + turn("user", "a") + OPEN
-
-
-# ---- at the end ----
-
 SETTINGS: dict[str, Any] = {
     "task": "causal-lm", "data": "mine.jsonl", "learning_rate": 1.32e-3, "r": 16,
     "lora_alpha": 32, "target_modules": "all-linear",
 }  # fmt: skip
-BASE = {"resolved": "owner/name", "quant_type": "nf4", "blocksize": 64, "double_quant": True}
+BASE = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
 
 
-def card(folder: Path, base: dict[str, Any], measured: str = "not logged") -> str:
-    write_adapter_card(folder, SETTINGS, base, rows=400, steps=100, measured=measured)
-    return (folder / "README.md").read_text()
-
-
-def test_adapter_card(tmp_path):
-    text = card(tmp_path, BASE, "loss 0.1234")
-    for words in ("base_model: owner/name", "NF4", "rank 16", "mine.jsonl (400 rows)", "0.1234"):
-        assert words in text
-    text = card(tmp_path, BASE | {"resolved": "/home/me/model"})
-    assert "base_model:" not in text  # a local folder has no name on the hub
-    assert "# LoRA adapter for model" in text and "not logged" in text
-
-
-def test_results_name_the_last_losses_and_commands_to_copy(tmp_path, capsys):
-    folder = tmp_path / "a run"
+@pytest.mark.parametrize("base_model", ["owner/name", "/home/me/model"])
+def test_results_name_the_last_losses_and_commands_to_copy(base_model, tmp_path, capsys):
+    folder, is_local = tmp_path / "a run", base_model.startswith("/")
     folder.mkdir()
     rows = [{"step": i, "loss": 3 / i} for i in (1, 2)]
-    write_rows(folder / "metrics.jsonl", [*rows, {"step": 2, "eval_loss": 0.25}])
-    write_results(folder, SETTINGS, BASE, rows=400, steps=2)
-    assert "training loss 1.5000, evaluation loss 0.2500" in (folder / "README.md").read_text()
+    write_rows(folder / "metrics.jsonl", [*rows, {"step": 2, "eval_loss": 0.25}] * (not is_local))
+    outputs.write_results(folder, SETTINGS, BASE | {"resolved": base_model}, rows=400, steps=2)
+    card = (folder / "README.md").read_text()
+    at_end = "training loss 1.5000, evaluation loss 0.2500"
+    for words in ("NF4", "rank 16", "mine.jsonl (400 rows)", "not logged" if is_local else at_end):
+        assert words in card
+    assert ("base_model: owner/name" in card) != is_local  # a local folder has no name on the hub
+    assert f"# LoRA adapter for {Path(base_model).name}" in card
     lines = capsys.readouterr().out.splitlines()
-    commands = [shlex.split(line.partition(":")[2]) for line in lines[-3:]]
-    assert commands == [
-        ["python", "-m", "qlora.report", str(folder)],
-        ["python", "-m", "qlora.chat", "--adapter", str(folder), "--compare"],
-        [
-            "python",
-            "merge_dequant.py",
-            "--adapter",
-            str(folder),
-            "--output-dir",
-            f"{folder}-merged",
-        ],
-    ]
+    report, chat, merge = (shlex.split(line.partition(":")[2]) for line in lines[-3:])
+    assert report == ["python", "-m", "qlora.report", str(folder)]
+    assert chat == ["python", "-m", "qlora.chat", "--adapter", str(folder), "--compare"]
+    flags = ["--adapter", str(folder), "--output-dir", f"{folder}-merged"]
+    assert merge == ["python", "merge_dequant.py", *flags]

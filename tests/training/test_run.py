@@ -9,25 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import yaml
 from chunks import chunks_of
-from conftest import (
-    FAMILIES,
-    FP32,
-    VOCAB,
-    axis,
-    losses,
-    on_gpu,
-    quick_config,
-    read_rows,
-    require_same_adapter,
-    tiny_model,
-    tiny_tokenizer,
-    token_ids,
-    write_rows,
-)
+from conftest import FP32, losses, quick_config, read_rows, require_same_adapter, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,10 +58,7 @@ def copied(quick_run, tmp_path):
     return replace(quick_run.config, output_dir=str(folder), report_to=(), resume=True)
 
 
-# ---- what a run writes ----
-
-
-def test_files_of_a_run(quick_run):
+def test_files_and_lines_of_a_run(quick_run, data):
     folder = quick_run.folder
     names = """adapter_config.json adapter_model.safetensors tokenizer.json run.yaml metrics.jsonl
     samples.jsonl loss.png README.md checkpoint-2 checkpoint-4"""
@@ -88,9 +72,7 @@ def test_files_of_a_run(quick_run):
     seconds = [row["seconds"] for row in rows]
     assert seconds[0] > 0 and seconds == sorted(seconds)
 
-
-def test_run_file(quick_run, data):
-    recorded = yaml.safe_load((quick_run.folder / "run.yaml").read_text())
+    recorded = yaml.safe_load((folder / "run.yaml").read_text())
     assert recorded["config"]["learning_rate"] == 1e-2 and recorded["config"]["r"] == 4
     _, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
     counts = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
@@ -100,13 +82,11 @@ def test_run_file(quick_run, data):
     assert recorded["base"]["fingerprint"]
     assert recorded["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
-
-def test_what_a_run_prints(quick_run):
-    loss = quick_run.folder / "loss.png"
-    for words in (f"loss curve is {loss}", "40 rows", "step 4/4  loss", "trainable", "⟦"):
+    picture = folder / "loss.png"
+    for words in (f"loss curve is {picture}", "40 rows", "step 4/4  loss", "trainable", "⟦"):
         assert words in quick_run.said
-    unpaged = "paged_adamw_8bit runs unpaged" in quick_run.said
-    assert unpaged == (not torch.cuda.is_available())
+    is_unpaged = "paged_adamw_8bit runs unpaged" in quick_run.said
+    assert is_unpaged == (not torch.cuda.is_available())
 
 
 def test_eval_loss_is_the_mean_over_tokens(quick_run, checkpoints, data):
@@ -139,14 +119,14 @@ def test_defaults_that_depend_on_the_model(checkpoints, tmp_path, data, capsys):
 
 def test_learning_rate_rule():
     """figures.md, section 2: values computed there from the published formula."""
-    for family, size, rate in (("llama", 576, 1.32e-3), ("qwen2", 1536, 5.1e-4)):
+    known = (("llama", 576, 1.32e-3), ("qwen2", 1536, 5.1e-4), ("llama", 4096, 2.86e-4))
+    for family, size, rate in known:
         assert default_learning_rate(family, size) == pytest.approx(rate, rel=0.01)
-    assert default_learning_rate("llama", 4096) == pytest.approx(2.86e-4, rel=0.01)
 
 
 def test_rows_are_cut_at_the_models_positions(checkpoints, tmp_path, capsys):
     """This GPT-2 has 512 positions; a longer row would be an index error."""
-    long = write_rows(tmp_path / "long.jsonl", [{"text": "a" * 900}])
+    long = conftest.write_rows(tmp_path / "long.jsonl", [{"text": "a" * 900}])
     config = quick_config(checkpoints("gpt2"), long, tmp_path / "run")
     config = replace(config, data=DataConfig(str(long), max_length=1024))
     prepared = prepare_rows(config, Checkpoint.open(config.model), tiny_tokenizer())
@@ -166,35 +146,25 @@ def test_modules_to_save_start_from_the_original_weights(checkpoints, tmp_path, 
     assert torch.equal(trained, original["model.layers.1.mlp.up_proj.weight"])
 
 
-# ---- equal runs ----
-
-
 @pytest.mark.parametrize(
     ("steps", "packing"), [(4, False), (4, True), pytest.param(50, False, marks=pytest.mark.full)]
 )
-@pytest.mark.parametrize("family", axis("gemma", *(f for f in FAMILIES if f != "gemma")))
+@pytest.mark.parametrize("family", conftest.axis(*dict.fromkeys(["gemma", *conftest.FAMILIES])))
 def test_fast_and_plain_runs_have_one_curve(family, steps, packing, checkpoints, tmp_path, data):
     """4 rows (or packs) at once on the fast path; without it 2 and 2, padded or masked."""
     runs = []
     for fast, size in ((True, 4), (False, 2)):
-        config = quick_config(
-            checkpoints(family),
-            data,
-            tmp_path / str(fast),
-            data=DataConfig(str(data), str(data), max_length=128, packing=packing),
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=4 // size,
-            fast_path=fast,
-            gradient_checkpointing=fast,
-            optim="adamw_torch",
-            learning_rate=1e-2 if steps == 4 else 1e-3,
-            max_steps=steps,
-            eval_steps=steps // 2,
-            save_steps=steps,
+        settings: Any = {
+            "data": DataConfig(str(data), str(data), max_length=128, packing=packing),
+            "per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size,
+            "fast_path": fast, "gradient_checkpointing": fast, "optim": "adamw_torch",
+            "learning_rate": 1e-2 if steps == 4 else 1e-3, "max_steps": steps,
+            "eval_steps": steps // 2, "save_steps": steps,
             # grouping by length orders rows by the size of a batch
-            trainer={} if packing else {"train_sampling_strategy": "sequential"},
-        )
-        with chunks_of(8 * VOCAB):
+            "trainer": {} if packing else {"train_sampling_strategy": "sequential"},
+        }  # fmt: skip
+        config = quick_config(checkpoints(family), data, tmp_path / str(fast), **settings)
+        with chunks_of(8 * conftest.VOCAB):
             runs.append(read_rows(train(config) / "metrics.jsonl"))
     for key, count in (("loss", steps), ("eval_loss", 2), ("grad_norm", steps)):
         fast, plain = ([row[key] for row in run if key in row] for run in runs)
@@ -216,8 +186,6 @@ def test_packed_run_counts_tokens(checkpoints, tmp_path, data, capsys):
     assert last["num_input_tokens_seen"] == stats.tokens
 
 
-# ---- resuming ----
-
 RESUMED: dict[str, dict[str, Any]] = {
     "many at once": {
         "init_lora_weights": "eva", "modules_to_save": ("norm", "layers.1.mlp.up_proj"),
@@ -238,7 +206,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", axis(*RESUMED))
+@pytest.mark.parametrize("name", conftest.axis(*RESUMED))
 def test_resumed_run_equals_the_whole_run_and_merges(name, checkpoints, tmp_path, data):
     settings, base = dict(RESUMED[name]), checkpoints("qwen2")
     packing = settings.pop("packing", False)
@@ -264,7 +232,7 @@ def test_resumed_run_equals_the_whole_run_and_merges(name, checkpoints, tmp_path
     merged = merge(MergeConfig(str(parts), str(tmp_path / "merged"), format="fp32"))
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     with torch.no_grad():
-        expected, logits = live.eval()(token_ids()).logits, plain.eval()(token_ids()).logits
+        expected, logits = (m.eval()(conftest.token_ids()).logits for m in (live, plain))
     # fp32: the same sums in another order
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
@@ -276,7 +244,9 @@ def test_resuming_from_half_way_repeats_the_rest(copied, quick_run):
     answers = read_rows(folder / "samples.jsonl")
     train(copied)
     require_same_adapter(folder, quick_run.folder)
-    assert losses(folder) == losses(quick_run.folder)
+    assert losses(folder) == losses(quick_run.folder)  # the rows after checkpoint-2 were dropped
+    seconds = [row["seconds"] for row in read_rows(folder / "metrics.jsonl")]
+    assert seconds == sorted(seconds)
     assert read_rows(folder / "samples.jsonl") == answers
     assert yaml.safe_load((folder / "run.yaml").read_text())["config"]["resume"] is False
 
@@ -314,9 +284,6 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
         train(copied)
 
 
-# ---- settings and folders that are refused ----
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -331,21 +298,6 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
         ({"report_to": ("tensorboard", "wandb", "comet_ml")}, ["pip install wandb comet-ml"]),
         ({"report_to": ("wandbb",)}, ["azure_ml", "got wandbb", "Did you mean wandb?"]),
         ({"model": "/nowhere/at/all"}, ["/nowhere/at/all does not exist"]),
-    ],
-    ids=str,
-)
-def test_refused_before_anything_is_loaded(settings, words, tmp_path, monkeypatch):
-    """Neither model nor data exist here."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    loggers = "qlora.training.run.loggers.get_available_reporting_integrations"
-    monkeypatch.setattr(loggers, lambda: ["tensorboard"])
-    with refuses(tmp_path, *words):
-        train(quick_config(tmp_path / "base", tmp_path / "data", tmp_path / "run", **settings))
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
         ({"lora": LoraConfig(target_modules=("query",))}, ["'query' matches no layer", "q_proj"]),
         ({"optim": "adamw_turbo"}, ["adamw_turbo"]),
         ({"optim": "galore_adamw"}, ["Trainer refuses these settings", "galore"]),
@@ -353,15 +305,22 @@ def test_refused_before_anything_is_loaded(settings, words, tmp_path, monkeypatc
     ],
     ids=str,
 )
-def test_refused_before_anything_is_written(settings, words, checkpoints, tmp_path, data):
+def test_settings_that_are_refused(settings, words, checkpoints, data, tmp_path, monkeypatch):
+    """Before anything is written; most before anything is loaded: model and data do not exist."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loggers = "qlora.training.run.loggers.get_available_reporting_integrations"
+    monkeypatch.setattr(loggers, lambda: ["tensorboard"])
+    base, rows = tmp_path / "base", tmp_path / "data"
+    if settings.keys() & {"lora", "optim", "lr_scheduler_type"}:
+        base, rows = checkpoints("llama"), data
     with refuses(tmp_path, *words):
-        train(quick_config(checkpoints("llama"), data, tmp_path / "run", **settings))
+        train(quick_config(base, rows, tmp_path / "run", **settings))
 
 
 def test_folders_and_environments_that_are_refused(quick_run, tmp_path, data, monkeypatch):
     with refuses(quick_run.folder, "already holds a run", "--resume to continue it"):
         train(quick_run.config)
-    tiny_model("llama").save_pretrained(tmp_path / "base")
+    conftest.tiny_model("llama").save_pretrained(tmp_path / "base")
     with refuses(tmp_path, "holds no tokenizer"):
         train(quick_config(tmp_path / "base", data, tmp_path / "run"))
     (tmp_path / "run.yaml").write_text("config: {}\n")
@@ -372,10 +331,7 @@ def test_folders_and_environments_that_are_refused(quick_run, tmp_path, data, mo
         check_settings(quick_run.config, tmp_path / "run")
 
 
-# ---- on a GPU ----
-
-
-@on_gpu
+@conftest.on_gpu
 def test_an_offloaded_run_on_a_gpu(checkpoints, tmp_path, data):
     settings: Any = {"offload_activations": True, "offload_embedding": True}
     base = checkpoints("llama", False)
@@ -383,7 +339,7 @@ def test_an_offloaded_run_on_a_gpu(checkpoints, tmp_path, data):
     assert losses(folder)[-1] < losses(folder)[0]
 
 
-@on_gpu
+@conftest.on_gpu
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
 def test_bf16_run_on_a_gpu(optim, checkpoints, tmp_path, data):
     """Paged optimizers, checkpointing and bf16 adapters; the run resumes."""

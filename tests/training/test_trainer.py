@@ -3,24 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import conftest
 import peft
 import pytest
 import torch
 from chunks import chunks_of
-from conftest import (
-    FAMILIES,
-    FP32,
-    VOCAB,
-    adapted_model,
-    axis,
-    pefts_parameters,
-    quick_config,
-    read_rows,
-    require_same_adapter,
-    tiny_tokenizer,
-    token_ids,
-)
+from conftest import FP32, adapted_model, pefts_parameters, quick_config, tiny_tokenizer, token_ids
 from peft.optimizers import create_loraplus_optimizer
 from simulated_device import LateCopies
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -52,7 +42,7 @@ def peft_twin(model: torch.nn.Module, folder: Path, base: Path) -> Any:
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", conftest.FAMILIES)
 def test_logits_and_gradients_are_pefts(family, use_dora, checkpoints, tmp_path):
     base = checkpoints(family)
     model = adapted_model(base, LoraConfig(r=4, lora_alpha=8, use_dora=use_dora))
@@ -104,24 +94,16 @@ def test_model_without_adapters_is_refused(checkpoints):
         AdapterTrainer(model=load_base(str(checkpoints("llama")), FP32))
 
 
-# ---- memory ----
-
-
-@pytest.mark.parametrize("fast", axis(True, False))
+@pytest.mark.parametrize("fast", conftest.axis(True, False))
 def test_training_and_evaluation_materialize_no_logits(fast, checkpoints, tmp_path, data, rows):
     model = prepare_for_training(adapted_model(checkpoints("gemma")), fast_path=fast)
     config = quick_config(checkpoints("gemma"), data, tmp_path / "run")
     trainer = make_trainer(config, model, tiny_tokenizer(), rows, rows)
-    logits, compute_loss = [], trainer.compute_loss_func
-
-    def recorded(outputs, *args, **kwargs):
-        logits.append(outputs["logits"])
-        return compute_loss(outputs, *args, **kwargs)
-
-    trainer.compute_loss_func = recorded
-    with chunks_of(8 * VOCAB):
+    trainer.compute_loss_func = loss = Mock(wraps=trainer.compute_loss_func)
+    with chunks_of(8 * conftest.VOCAB):
         trainer.train()
         trainer.evaluate()
+    logits = [call.args[0]["logits"] for call in loss.call_args_list]
     assert len(logits) == 4 + 10
     assert all((isinstance(x, LazyLogits) and x.value is None) is fast for x in logits)
 
@@ -131,16 +113,12 @@ def test_checkpointing_saves_memory_and_changes_nothing(checkpoints):
     for checkpointing in (True, False):
         model = adapted_model(checkpoints("llama"))
         prepare_for_training(model, gradient_checkpointing=checkpointing)
-        sizes: list[int] = []
-
-        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
-            sizes.append(tensor.numel())
-            return tensor
-
+        keep = Mock(side_effect=lambda tensor: tensor)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(token_ids(), labels=token_ids()).loss
         loss.backward()
         gradient = model.model.layers[0].mlp.up_proj.lora_A["default"].grad
+        sizes = [call.args[0].numel() for call in keep.call_args_list]
         runs.append((loss.item(), gradient, sum(sizes)))
     (loss_on, gradient_on, saved_on), (loss_off, gradient_off, saved_off) = runs
     assert loss_on == loss_off
@@ -156,10 +134,7 @@ def test_offloaded_layer_inputs_train_the_same_adapter(quick_run, tmp_path, monk
     settings: Any = {"offload_activations": True, "output_dir": str(tmp_path / "run")}
     folder = train(replace(quick_run.config, **settings, samples=0, report_to=()))
     assert copies.log and not copies.waiting
-    require_same_adapter(folder, quick_run.folder)
-
-
-# ---- optimizers ----
+    conftest.require_same_adapter(folder, quick_run.folder)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "auto"])
@@ -194,13 +169,10 @@ def test_loraplus_rates_are_pefts(checkpoints, tmp_path, data, rows):
     assert rates[0] == rates[1] and set(rates[0].values()) == {0.01, 0.16}
 
 
-# ---- loggers ----
-
-
 def test_tensorboard_gets_every_row(quick_run):
     (folder,) = (quick_run.folder / "runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
-    rows = read_rows(quick_run.folder / "metrics.jsonl")
+    rows = conftest.read_rows(quick_run.folder / "metrics.jsonl")
     names = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_bytes")
     tags = {f"train/{name}": name for name in names} | {"eval/loss": "eval_loss"}
     assert len(rows) == 6
