@@ -260,7 +260,7 @@ BAD_TENSORS = [
 BAD_CONFIGS = [
     ({"peft_type": "IA3"}, r"is no LoRA adapter: peft_type must be 'LORA', got 'IA3'"),
     ({"peft_type": None}, r"is no LoRA adapter: peft_type must be 'LORA', got None"),
-    ({"use_dora": True}, r"has no lora_magnitude_vector, .*use_dora=True"),
+    ({"use_dora": True}, r"missing .*lora_magnitude_vector, its config says use_dora=True"),
     ({"modules_to_save": ["lm_head"]}, r"missing lm_head"),
     ({"lora_bias": True}, r"missing .*q_proj.lora_B.bias"),
     ({"rank_pattern": {"q_proj": 2}}, r"q_proj.* has shape .*r=2"),
