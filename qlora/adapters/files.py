@@ -49,7 +49,6 @@ from qlora.adapters.trained import TrainedModule
 from qlora.adapters.wrappers import adapted, base_modules, plain, remove_adapter
 from qlora.base.modules import is_quantized, matrix_shape, state_of, task_of, was_conv1d
 from qlora.config import LoraConfig
-from qlora.errors import UserError
 from qlora.files import replacing
 
 # ---- save ----
@@ -68,13 +67,11 @@ def save_adapter(
         portable: write the form that vLLM, SGLang, llama.cpp and TGI compute correctly as well
             (qlora.adapters.portable); UserError for what they cannot compute, such as DoRA.
     """
-    configs = adapter_configs(model)
-    if adapter_name not in configs:
-        raise UserError(f"no adapter {adapter_name!r} to save; the model has: {', '.join(configs)}")
+    apply.known_adapters(model, adapter_name)
     folder = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
     parameters = parameters_by_file_name(model, adapter_name)
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-    config, base = configs[adapter_name], state_of(model).record()
+    config, base = adapter_configs(model)[adapter_name], state_of(model).record()
     if subtracted := rebase.subtracted_parts(model):
         for name, part in subtracted.items():
             key_A, key_B = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
@@ -173,11 +170,7 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
 
 
 def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default") -> None:
-    """Add `adapter` to `model`, in place, active and frozen.
-
-    Raises:
-        UserError: it does not fit; the model is then unchanged.
-    """
+    """Add `adapter` to `model`, active and frozen; an error leaves the model unchanged."""
     check_fits(model, adapter)
     with apply.all_or_nothing(model, adapter_name):
         _place(model, adapter, adapter_name)
@@ -223,9 +216,8 @@ def load_adapter_weights(
 ) -> None:
     """Overwrite the values of an adapter on the model, to resume a run."""
     adapter = without_rebase(read_adapter(folder))
-    config = adapter_configs(model).get(adapter_name)
-    if config is None:
-        raise UserError(f"the model has no adapter {adapter_name!r} to load weights into")
+    apply.known_adapters(model, adapter_name)
+    config = adapter_configs(model)[adapter_name]
     require_unfused(model, adapter_name)
     check_fits(model, adapter)
     parameters, tensors = parameters_by_file_name(model, adapter_name), adapter.tensors

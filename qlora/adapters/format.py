@@ -10,7 +10,7 @@ named in one error, where PEFT warns or ignores it (qlora.adapters.tensors). Pic
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from qlora.adapters.lora import Factors
 from qlora.adapters.tensors import PREFIX, Contents, matches_any, sort_tensors
 from qlora.base.checkpoint import Checkpoint
 from qlora.config import LoraConfig, QuantConfig
-from qlora.config.lora import INITS
+from qlora.config.lora import REBASING_INITS
 from qlora.config.tasks import task_typed
 from qlora.errors import UserError, require
 from qlora.files import read_json
@@ -37,12 +37,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class Key(NamedTuple):
     """A supported key: read, or without effect on a saved adapter."""
 
-    default: Any = None
-    """PEFT's value where the key is absent, or a container is empty"""
+    default: Any = None  # PEFT's, where the key is absent, or a container is empty
+    # the value in the file -> the field of that name in our LoraConfig, which is written
     read: Callable[[Any], Any] | None = None
-    """the value in the file -> the field of that name in our LoraConfig, which is written"""
-    portable: bool = False
-    """whether a portable adapter has the default: A, B and target_modules express the key"""
+    portable: bool = False  # expressed by A, B and target_modules: portable files have the default
 
 
 def _same(value: Any) -> Any:
@@ -91,8 +89,6 @@ KEYS: dict[str, Key] = {
     "use_dora": Key(False, bool),
     "use_rslora": Key(False, bool, portable=True),
 }
-# Keys that select among the layers that target_modules matches.
-NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # Written alike for every adapter: A and B have values, and target_modules lists their layers.
 SAVED = {"inference_mode": True, "init_lora_weights": True, "peft_type": "LORA"}
 SAVED |= {"layers_pattern": None, "layers_to_transform": None}
@@ -100,8 +96,8 @@ SAVED |= {"layers_pattern": None, "layers_to_transform": None}
 
 def peft_values(config: LoraConfig, **of_model: Any) -> dict[str, Any]:
     """The contents of adapter_config.json; `of_model` are the keys that depend on the model."""
-    fields = {k: (getattr(config, k), key.default) for k, key in KEYS.items() if key.read}
-    values = {k: default if value in ((), {}) else value for k, (value, default) in fields.items()}
+    written = {k: (getattr(config, k), key.default) for k, key in KEYS.items() if key.read}
+    values = {k: default if value in ((), {}) else value for k, (value, default) in written.items()}
     return dict(sorted((values | SAVED | of_model).items()))
 
 
@@ -109,8 +105,7 @@ def require_supported(values: Mapping[str, Any], folder: Path) -> None:
     """Raise if a config sets a key or an init that is not supported."""
     unsupported = [f"{k}={value!r}" for k, value in values.items() if value and k not in KEYS]
     init = values.get("init_lora_weights", True)
-    rebasing = tuple(name for name, known in INITS.items() if known.changes_base)
-    if isinstance(init, str) and init.startswith(rebasing):
+    if isinstance(init, str) and init.startswith(REBASING_INITS):
         why = "it changes the base weights; PEFT saves it as a plain adapter with"
         why += " path_initial_model_for_weight_conversion"
         unsupported.append(f"init_lora_weights={init!r} ({why})")
@@ -164,11 +159,8 @@ class AdapterFile(Contents):
     @property
     def quantization(self) -> QuantConfig:
         """The base's quantization in training; QLoRA's defaults where it is not recorded."""
-        if not self.knows_quantization:
-            return QuantConfig()
-        names = ("quant_type", "blocksize", "double_quant", "compute_dtype")
-        settings = {name: self.base[name] for name in names}
-        return QuantConfig(**settings, skip_modules=tuple(self.base["skip_modules"]))
+        recorded = {f.name: self.base[f.name] for f in fields(QuantConfig) if f.name in self.base}
+        return QuantConfig(**recorded | {"skip_modules": tuple(self.base.get("skip_modules", ()))})
 
     @property
     def bias_changes(self) -> dict[str, Tensor]:
@@ -226,11 +218,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """An adapter's config, its tensors and their metadata, as stored.
-
-    Raises:
-        UserError: a file is missing or damaged, or belongs to no LoRA adapter.
-    """
+    """An adapter's config, tensors and metadata as stored; UserError for files of none."""
     if not (folder / CONFIG).is_file():
         what = "does not exist" if not folder.is_dir() else f"holds no {CONFIG}"
         raise UserError(f"adapter {folder} {what}: give the folder with {CONFIG} and {WEIGHTS}")
@@ -252,16 +240,12 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
 def contents_of(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[LoraConfig, Contents]:
-    """The config as a LoraConfig, and the tensors as Contents.
-
-    Raises:
-        UserError: the two contradict each other, or a value is out of range; all are named.
-    """
-    fields = {k: key.read(values.get(k, key.default)) for k, key in KEYS.items() if key.read}
-    if not (fields["target_modules"] or fields["target_parameters"]):
-        fields["target_modules"] = "all-linear"
+    """The config as a LoraConfig, and the tensors as Contents; UserError if they do not agree."""
+    settings = {k: key.read(values.get(k, key.default)) for k, key in KEYS.items() if key.read}
+    if not (settings["target_modules"] or settings["target_parameters"]):
+        settings["target_modules"] = "all-linear"
     try:
-        config = LoraConfig(**fields)
+        config = LoraConfig(**settings)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
     contents, faults = sort_tensors(tensors, values, config)
@@ -342,18 +326,13 @@ def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
     if adapter.knows_quantization:
         mark = next(name for name in checkpoint.tensors if nf4.RECORD_MARK in name)
         state = unpack_tensor_to_dict(checkpoint.read(mark))
-        stored = _in_words(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
-        quant = adapter.quantization
-        trained = _in_words(quant.quant_type, quant.blocksize, quant.double_quant)
-        which = (
-            f"{checkpoint.folder} is {stored}; adapter {adapter.folder} was trained on {trained}"
-        )
+        quant, words = adapter.quantization, "{} of blocksize {}, double_quant={}"
+        is_nested = "nested_blocksize" in state
+        stored = words.format(state["quant_type"].upper(), state["blocksize"], is_nested)
+        trained = words.format(quant.quant_type.upper(), quant.blocksize, quant.double_quant)
+        was = f"{stored}; adapter {adapter.folder} was trained on {trained}"
         fix = "give that 4-bit base, or the 16-bit model as --base-model"
-        require(stored == trained, f"{which}: {fix}")
-
-
-def _in_words(quant_type: str, blocksize: int, double_quant: bool) -> str:
-    return f"{quant_type.upper()} of blocksize {blocksize}{' with nested scales' * double_quant}"
+        require(stored == trained, f"{checkpoint.folder} is {was}: {fix}")
 
 
 def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> AdapterFile:
@@ -379,9 +358,7 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
         changed = "a base that was changed for it (PiSSA, OLoRA or LoftQ): merge it alone"
         is_alone = len(adapters) == 1 or not adapter.subtracted
         require(is_alone, f"{adapter.folder} was trained over {changed}")
-        bases = (
-            "trained on different or differently quantized bases: they cannot be merged together"
-        )
+        bases = "trained on different or differently quantized bases: merge them apart"
         is_same = (adapter.base, adapter.fan_in_fan_out) == (first.base, first.fan_in_fan_out)
         require(is_same, f"{adapter.folder} and {first.folder} were {bases}")
     pairs = {}

@@ -26,14 +26,14 @@ from qlora.config import LoraConfig
 from qlora.config.tasks import TASKS, task_typed
 
 PREFIX = "base_model.model."
-PARTS = {  # ending of a tensor's name: its kind
+PARTS = {  # ending of a tensor's name: its kind (E: an embedding's)
     "lora_A.weight": "A",
     "lora_B.weight": "B",
-    "lora_embedding_A": "A",
-    "lora_embedding_B": "B",
+    "lora_embedding_A": "EA",
+    "lora_embedding_B": "EB",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "lora_B.bias": "bias",
+    "lora_B.bias": "lora_bias",
     "token_adapter.trainable_tokens_delta": "rows",
 }
 PEFT_HEADS = ("classifier", "score")  # PEFT lists both; a classifier has one of them
@@ -44,19 +44,15 @@ VOCABULARY = ("embed_tokens", "lm_head")  # PEFT saves these in full where they 
 class Contents:
     """The parameters of an adapter, by the names of the model's modules."""
 
-    pairs: dict[str, Factors]
-    """of each adapted layer; an embedding is a layer from vocab to dim"""
-    embeddings: frozenset[str] = frozenset()
-    """the embeddings among `pairs`"""
-    full_params: dict[str, Tensor] = field(default_factory=dict)
-    """by parameter name: values trained in full"""
-    lora_biases: dict[str, Tensor] = field(default_factory=dict)
-    """biases of B (out,), not yet multiplied by their module's scaling"""
+    pairs: dict[str, Factors]  # of adapted layers; an embedding is a layer from vocab to dim
+    embeddings: frozenset[str] = frozenset()  # those among `pairs`
+    full_params: dict[str, Tensor] = field(default_factory=dict)  # by the parameters' names
+    lora_biases: dict[str, Tensor] = field(default_factory=dict)  # of B (out,), not yet scaled
+    # of target_parameters: A (E * r, in) and B (out, r * E) of each adapted parameter of a module,
+    # in the module's order
     parameters: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """of target_parameters: A (E * r, in) and B (out, r * E) of each adapted parameter of a module,
-    in the module's order"""
+    # of embeddings: token ids (n,) and their new rows (n, dim)
     rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """of an embedding: token ids (n,) and their new rows (n, dim)"""
 
 
 def sort_tensors(
@@ -64,9 +60,7 @@ def sort_tensors(
 ) -> tuple[Contents, list[str]]:
     """The tensors of adapter_model.safetensors as Contents, and every fault in them.
 
-    Args:
-        values: adapter_config.json.
-        config: the same, as read.
+    `config` is adapter_config.json, `values`, as read.
     """
     sorter = _Sorter(tensors, values, config)
     # in this order: full_params looks at all parts, parameters() takes its own out of them

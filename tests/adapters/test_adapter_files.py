@@ -180,7 +180,7 @@ def test_another_adapter_is_saved_in_a_sub_folder_in_its_dtype(tmp_path):
         assert torch.equal(logits(load_adapter(tiny_model("llama"), folder)), logits(model))
     dtypes = {t.dtype for t in load_file(tmp_path / "other" / WEIGHTS).values()}
     assert dtypes == {torch.bfloat16}
-    with pytest.raises(UserError, match="no adapter 'x' to save; the model has: default, other"):
+    with pytest.raises(UserError, match="no adapter 'x' on the model, which has: default, other"):
         save_adapter(model, tmp_path / "out", adapter_name="x")
     assert not (tmp_path / "out").exists()
 
