@@ -94,8 +94,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS, folder / CONFIG) as [weights, settings]:
         save_file(tensors, weights, metadata={"format": "pt", "qlora": json.dumps(base)})
-        text = json.dumps(values, indent=2, default=dict)  # dict: of other mappings
-        settings.write_text(text + "\n", encoding="utf-8")
+        settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

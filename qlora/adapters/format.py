@@ -98,7 +98,8 @@ def peft_values(config: LoraConfig, **of_model: Any) -> dict[str, Any]:
     """The contents of adapter_config.json; `of_model` are the keys that depend on the model."""
     written = {k: (getattr(config, k), key.default) for k, key in KEYS.items() if key.read}
     values = {k: default if value in ((), {}) else value for k, (value, default) in written.items()}
-    return dict(sorted((values | SAVED | of_model).items()))
+    ordered = dict(sorted((values | SAVED | of_model).items()))
+    return json.loads(json.dumps(ordered, default=dict))  # type: ignore[no-any-return]  # as read
 
 
 def require_supported(values: Mapping[str, Any], folder: Path) -> None:
