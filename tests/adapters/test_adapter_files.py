@@ -5,6 +5,7 @@ Every kind of adapter is saved, loaded, resumed and opened by PEFT in test_train
 
 import json
 import shutil
+from functools import partial
 
 import peft
 import pytest
@@ -53,6 +54,10 @@ def ours(model=None, **settings):
     return model
 
 
+def four_bit(folder):
+    return load_base(str(folder), FP32, device="cpu")
+
+
 @pytest.fixture(scope="module")
 def plain():
     """A tiny llama, not to be changed."""
@@ -70,25 +75,15 @@ def copy(adapter, tmp_path):
     return shutil.copytree(adapter, tmp_path / "copy")
 
 
-def config(**values):
-    """A change of a folder's adapter_config.json."""
-
-    def change(folder):
-        old = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps({**old, **values}))
-
-    return change
+def change_config(folder, **values):
+    old = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**old, **values}))
 
 
-def tensors(change_tensors):
-    """A change of a folder's tensors."""
-
-    def change(folder):
-        values = load_file(folder / WEIGHTS)
-        change_tensors(values)
-        save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return change
+def change_tensors(folder, change):
+    values = load_file(folder / WEIGHTS)
+    change(values)
+    save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 # ---- exchanged with PEFT ----
@@ -113,7 +108,7 @@ def test_files_of_peft_load_and_are_saved_with_its_config(
 @from_peft
 def test_peft_loads_an_adapter_of_4_bit_gpt2_over_conv1d(checkpoints, tmp_path):
     """GPT-2's layers are (in, out) on disk and in PEFT's model, (out, in) in 4 bits."""
-    model = ours(load_base(str(checkpoints("gpt2")), FP32, device="cpu"))
+    model = ours(four_bit(checkpoints("gpt2")))
     save_adapter(model, tmp_path)
     assert read_adapter(tmp_path).fan_in_fan_out
     theirs = peft.PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path).base_model.model
@@ -136,19 +131,18 @@ def test_transformers_loads_ours_from_its_folder(checkpoints, tmp_path):
 def test_the_folder_holds_two_files_and_a_record_of_the_base(checkpoints, tmp_path):
     save_adapter(ours(r=2), tmp_path)  # is replaced
     base = checkpoints("llama")
-    save_adapter(ours(load_base(str(base), FP32, device="cpu")), tmp_path)
+    save_adapter(ours(four_bit(base)), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
     text = (tmp_path / CONFIG).read_text()
-    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
     values = json.loads(text)
+    assert text == json.dumps(values, indent=2, sort_keys=True) + "\n"
     assert (values["base_model_name_or_path"], values["r"]) == (str(base), 4)
     with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    record = json.loads(metadata["qlora"])
     expected = {"quant_type": "nf4", "blocksize": 64, "double_quant": True, "skip_modules": []}
-    assert expected.items() <= record.items()
-    assert record["fingerprint"] == Checkpoint(base).fingerprint
+    expected["fingerprint"] = Checkpoint(base).fingerprint
+    assert expected.items() <= json.loads(metadata["qlora"]).items()
 
 
 DOWN_1 = [f"model.layers.{name}" for name in ("0.mlp.up_proj", "1.mlp.down_proj", "1.mlp.up_proj")]
@@ -188,42 +182,36 @@ def test_another_adapter_is_saved_in_a_sub_folder_in_its_dtype(tmp_path):
 # ---- what is read ----
 
 
-def test_a_saved_adapter_is_read_unchanged(adapter):
-    read, layers = read_adapter(adapter), lora_layers(ours())
-    leaves = tuple(sorted({name.rpartition(".")[2] for name in layers}))
-    assert read.config == LoraConfig(**SETTINGS, target_modules=leaves, task_type="CAUSAL_LM")
-    assert set(read.pairs) == set(layers)
-    assert {(len(f.lora_A), f.lora_B.shape[1]) for f in read.pairs.values()} == {(4, 4)}
-
-
 @pytest.mark.parametrize("trainable", [False, True])
 def test_a_loaded_adapter_trains_if_trainable(adapter, trainable):
     model = load_adapter(tiny_model("llama"), adapter, trainable=trainable)
     assert all(p.requires_grad == (trainable and "lora_" in n) for n, p in model.named_parameters())
-    assert adapter_configs(model)["default"].lora_dropout == 0.1
+    leaves = tuple(sorted({name.rpartition(".")[2] for name in lora_layers(model)}))
+    config = LoraConfig(**SETTINGS, target_modules=leaves, task_type="CAUSAL_LM")
+    assert adapter_configs(model)["default"] == config
     assert {layer.dropout["default"] for layer in lora_layers(model).values()} == {0.1}
 
 
 def test_a_second_adapter_is_loaded_beside_the_first(adapter):
-    model = load_adapter(ours(), adapter, adapter_name="second")
+    model = ours()
+    with refused(model, "already has an adapter 'default': choose another name"):
+        load_adapter(model, adapter)
+    load_adapter(model, adapter, adapter_name="second")
     assert {layer.active_adapters for layer in lora_layers(model).values()} == {("second",)}
     assert torch.equal(logits(model), logits(load_adapter(tiny_model("llama"), adapter)))
 
 
-def test_the_smallest_config_that_peft_loads_is_enough(copy):
+def test_the_smallest_config_that_peft_loads_is_enough(adapter, copy):
     targets = json.loads((copy / CONFIG).read_text())["target_modules"]
     small = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets}
     (copy / CONFIG).write_text(json.dumps(small))
-    model, values = ours(), load_file(copy / WEIGHTS)
-    for name, layer in lora_layers(model).items():
-        layer.lora_A["default"].data = values[f"base_model.model.{name}.lora_A.weight"]
-        layer.lora_B["default"].data = values[f"base_model.model.{name}.lora_B.weight"]
-    assert torch.equal(logits(load_adapter(tiny_model("llama"), copy)), logits(model))
+    read, whole = (load_adapter(tiny_model("llama"), folder) for folder in (copy, adapter))
+    assert torch.equal(logits(read), logits(whole))
 
 
 @pytest.mark.parametrize("init", ["gaussian", "eva", "orthogonal", False])
 def test_inits_that_leave_the_base_unchanged_are_read(copy, init):
-    config(init_lora_weights=init)(copy)
+    change_config(copy, init_lora_weights=init)
     assert read_adapter(copy).config.r == 4
 
 
@@ -235,10 +223,17 @@ def pickled(folder):
     (folder / WEIGHTS).unlink()
 
 
+def short_biases(folder):
+    change_config(folder, lora_bias=True)
+    change_tensors(folder, lambda t: t.update({Q_BIAS: torch.ones(3)}))
+
+
+def cut_short(folder, keep):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:keep])
+
+
 BAD_TENSORS = [
-    (lambda t: t.pop(Q_B), rf"missing {Q_B}"),
     (lambda t: t.pop(Q_A), rf"missing {Q_A}"),
-    (lambda t: t.update(extra=torch.ones(2)), r"safetensors: unexpected extra"),
     (lambda t: t.update({Q_A.replace("weight", "bias"): torch.ones(4)}), r"unexpected .*bias"),
     (lambda t: t.update({Q_A[17:]: t.pop(Q_A)}), rf"unexpected model.*; missing {Q_A}"),
     (lambda t: t[Q_A][0, :1].fill_(torch.nan), rf"{Q_A} holds NaN or infinity"),
@@ -250,7 +245,10 @@ BAD_TENSORS = [
     (lambda t: t.update({Q_B: torch.ones(64, 4, 3)}), r"B.weight has shape \(64, 4, 3\), .*r=4"),
     (lambda t: t.update({Q_BIAS: torch.ones(64)}), rf"unexpected {Q_BIAS}"),
     (lambda t: t.clear(), r"no lora_A or lora_B tensor"),
-    (lambda t: (t.pop(Q_B), t.update(extra=torch.ones(2))), rf"unexpected extra; missing {Q_B}"),
+    (
+        lambda t: (t.pop(Q_B), t.update(extra=torch.ones(2))),
+        rf"tensors: unexpected extra; missing {Q_B}",
+    ),
     (lambda t: [t.pop(k) for k in list(t) if "lora_B" in k], r"missing .*; and 6 more\. Save"),
     (
         lambda t: t.update({Q_A: torch.ones(4, 32), Q_B: torch.ones(48, 4)}),
@@ -259,7 +257,6 @@ BAD_TENSORS = [
 ]
 BAD_CONFIGS = [
     ({"peft_type": "IA3"}, r"is no LoRA adapter: peft_type must be 'LORA', got 'IA3'"),
-    ({"peft_type": None}, r"is no LoRA adapter: peft_type must be 'LORA', got None"),
     ({"use_dora": True}, r"missing .*lora_magnitude_vector, its config says use_dora=True"),
     ({"modules_to_save": ["lm_head"]}, r"missing lm_head"),
     ({"lora_bias": True}, r"missing .*q_proj.lora_B.bias"),
@@ -268,10 +265,6 @@ BAD_CONFIGS = [
     ({"r": 8}, r"its config says r=8"),
     ({"r": 0}, r"r must be .* above 0, got 0"),
     ({"r": None}, r"r must be .* got None"),
-    ({"r": "4"}, r"r must be .* got '4'"),
-    ({"lora_alpha": "16"}, r"lora_alpha must be a number above 0, got '16'"),
-    ({"rank_pattern": {"q_proj": 2.5}}, r"q_proj in rank_pattern must be a whole number"),
-    ({"alpha_pattern": {"*_proj": 2}}, r"'\*_proj' in alpha_pattern is no regular expression"),
     ({"alpha_pattern": [2]}, r"alpha_pattern must be NAME: NUMBER pairs, got \[2\]"),
     # what PEFT 0.21 computes differently
     ({"layer_replication": [[0, 1]]}, r"not supported: layer_replication=.*without it"),
@@ -290,17 +283,15 @@ BAD_FILES = [
     (lambda f: (f / WEIGHTS).unlink(), rf"copy holds no {WEIGHTS}$"),
     (shutil.rmtree, rf"copy does not exist: give the folder with {CONFIG}"),
     (pickled, rf"holds no {WEIGHTS} \(adapter_model.bin is a pickle and is not opened"),
+    (short_biases, rf"{Q_BIAS} has shape \(3,\), wanted \(64,\)"),
     *(
-        (
-            lambda f, keep=keep: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:keep]),
-            rf"{WEIGHTS} is damaged or cut short \(.+\): copy it again",
-        )
-        for keep in (0, 4, 100, -1)
+        (partial(cut_short, keep=n), r"is damaged or cut short \(.+\): copy")
+        for n in (0, 4, 100, -1)
     ),
 ]
 BAD = [
-    *((tensors(change), message) for change, message in BAD_TENSORS),
-    *((config(**values), message) for values, message in BAD_CONFIGS),
+    *((partial(change_tensors, change=change), message) for change, message in BAD_TENSORS),
+    *((partial(change_config, **values), message) for values, message in BAD_CONFIGS),
     *BAD_FILES,
 ]
 
@@ -312,31 +303,16 @@ def test_bad_files_are_refused(copy, plain, change, message):
         load_adapter(plain, copy)
 
 
-def test_a_bias_of_another_length_is_refused(tmp_path):
-    model = apply_lora(tiny_model("qwen2"), LoraConfig(target_modules=("q_proj",), lora_bias=True))
-    save_adapter(model, tmp_path)
-    tensors(lambda t: t.update({Q_BIAS: torch.ones(3)}))(tmp_path)
-    with refused(base := tiny_model("qwen2"), rf"{Q_BIAS} has shape \(3,\), wanted \(64,\)"):
-        load_adapter(base, tmp_path)
-
-
 def test_another_base_is_refused(adapter, checkpoints, tmp_path):
     with refused(phi := tiny_model("phi"), r"0.mlp.gate_proj is no layer of this model that"):
         load_adapter(phi, adapter)
-    save_adapter(ours(load_base(str(checkpoints("llama")), FP32, device="cpu")), tmp_path / "a")
+    save_adapter(ours(four_bit(checkpoints("llama"))), tmp_path / "a")
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "base")
-    other = load_base(str(tmp_path / "base"), FP32, device="cpu")
+    other = four_bit(tmp_path / "base")
     trained, given = checkpoints("llama"), Checkpoint(tmp_path / "base").fingerprint[:12]
     message = rf"belongs to another base: it was trained on {trained} .*model is {given}"
     with refused(other, message):
         load_adapter(other, tmp_path / "a")
-
-
-def test_unusable_adapter_names_are_refused(adapter):
-    model, in_use = ours(), "already has an adapter 'default': choose another name"
-    for name, message in [("default", in_use), *((n, "must be") for n in ("a.b", "", "train"))]:
-        with refused(model, message):
-            load_adapter(model, adapter, adapter_name=name)
 
 
 # ---- values of an adapter the model already has ----
@@ -412,6 +388,6 @@ def test_a_failed_swap_leaves_the_model_unchanged(pair):
     for name, message in (("default", "is merged: unmerge_adapter"), ("none", "no adapter 'none'")):
         with refused(model, message):
             swap_adapter(model, new, adapter_name=name)
-    tensors(lambda t: t.clear())(new)
+    change_tensors(new, lambda t: t.clear())
     with refused(model, "no lora_A or lora_B tensor"):
         swap_adapter(model, new, adapter_name="other")
