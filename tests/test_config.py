@@ -26,13 +26,9 @@ def test_defaults_are_those_of_the_papers():
     assert QuantConfig() == QuantConfig("nf4", 64, double_quant=True)
 
 
-def test_the_table_of_initialisations():
-    loftq = LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 2})
-    assert (loftq.starts_from_weights, loftq.rebases, loftq.loftq_iter) == (True, True, 2)
-    assert not LoraConfig(init_lora_weights="loftq").rebases
+def test_iterations_of_pissa():
     assert LoraConfig(init_lora_weights="pissa_niter_16").pissa_niter == 16
     assert LoraConfig(init_lora_weights="pissa").pissa_niter is None
-    assert not LoraConfig(init_lora_weights="eva").starts_from_weights
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

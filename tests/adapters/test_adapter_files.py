@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora import LoraConfig, UserError, apply_lora, load_adapter, load_base, save_adapter
-from qlora.adapters import merge_adapter, set_adapter, swap_adapter
+from qlora.adapters import merge_adapter, set_adapter, swap_adapter, unmerge_adapter
 from qlora.adapters.apply import adapter_configs
 from qlora.adapters.files import load_adapter_weights, target_suffixes
 from qlora.adapters.format import CONFIG, WEIGHTS, read_adapter
@@ -25,7 +25,7 @@ from qlora.base.checkpoint import Checkpoint
 from qlora.base.modules import state_of
 
 # transformers 5.23 deprecates a property that PEFT 0.21 asks for.
-from_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
 
 SETTINGS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 Q = "model.layers.0.self_attn.q_proj"
@@ -46,12 +46,6 @@ def ours(model=None, **settings):
 
 def four_bit(folder):
     return load_base(str(folder), FP32, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def plain():
-    """A tiny llama, not to be changed."""
-    return tiny_model("llama")
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +70,6 @@ def change_tensors(folder, change):
     save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def change_files(folder, change):
-    change(folder)
-
-
 def cut_short(folder, keep):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:keep])
 
@@ -100,7 +90,6 @@ def test_files_of_peft_load_and_are_saved_with_its_config(
     assert different <= {"target_modules", "peft_version", "auto_mapping"}  # the same layers
 
 
-@from_peft
 def test_peft_loads_an_adapter_of_4_bit_gpt2_over_conv1d(checkpoints, tmp_path):
     """GPT-2's layers are (in, out) on disk and in PEFT's model, (out, in) in 4 bits."""
     model = ours(four_bit(checkpoints("gpt2")))
@@ -112,7 +101,6 @@ def test_peft_loads_an_adapter_of_4_bit_gpt2_over_conv1d(checkpoints, tmp_path):
         assert torch.allclose(layer.get_delta_weight("default"), exact, rtol=1e-5, atol=1e-7)
 
 
-@from_peft
 def test_transformers_loads_ours_from_its_folder(checkpoints, tmp_path):
     model = ours(AutoModelForCausalLM.from_pretrained(checkpoints("llama")))
     save_adapter(model, tmp_path)
@@ -201,9 +189,6 @@ def test_the_smallest_config_that_peft_loads_is_enough(adapter, copy):
         assert read_adapter(copy).config.r == 4
 
 
-# ---- refused, with the model unchanged ----
-
-
 def pickled(folder):
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
@@ -266,16 +251,16 @@ SHORT = r"is damaged or cut short \(.+\): copy it again"
 BAD = [
     *((change_tensors, *case) for case in BAD_TENSORS),
     *((change_config, *case) for case in BAD_CONFIGS),
-    *((change_files, *case) for case in BAD_FILES),
+    *((lambda folder, change: change(folder), *case) for case in BAD_FILES),
     *((cut_short, keep, SHORT) for keep in (0, 4, 100, -1)),
 ]
 
 
 @pytest.mark.parametrize(("spoil", "change", "message"), BAD, ids=[case[2] for case in BAD])
-def test_bad_files_are_refused(copy, plain, spoil, change, message):
+def test_bad_files_are_refused(copy, spoil, change, message):
     spoil(copy, change)
-    with refused(plain, message):
-        load_adapter(plain, copy)
+    with refused(model := tiny_model("llama"), message):
+        load_adapter(model, copy)
 
 
 def test_another_base_is_refused(adapter, checkpoints, tmp_path):
@@ -317,20 +302,24 @@ def test_weights_of_another_run_are_refused(settings, saved, message, tmp_path):
         load_adapter_weights(model, tmp_path)
 
 
-@pytest.fixture
-def pair(tmp_path):
-    """A model with "default" and "other", both active, and the folder of an adapter to swap in."""
-    save_adapter(ours(target_modules=("up_proj", "q_proj"), r=7, use_dora=True), tmp_path / "new")
+def test_swap_adapter_replaces_the_old_or_changes_nothing(tmp_path):
+    saved = ours(target_modules=("up_proj", "q_proj"), r=7, use_dora=True)
+    new = save_adapter(saved, tmp_path / "new")
     model = ours(target_modules=("q_proj", "v_proj"))
     apply_lora(model, LoraConfig(r=3, target_modules=("v_proj",)), adapter_name="other")
     set_adapter(model, ["default", "other"])
     randomize_adapter(model)
-    return model, tmp_path / "new"
-
-
-def test_a_swapped_adapter_replaces_the_old(pair):
-    model, new = pair
-    swap_adapter(model, new)
+    merge_adapter(model, "default")
+    with refused(model, "is merged: unmerge_adapter"):
+        load_adapter_weights(model, new)
+    for name, message in (("default", "is merged: unmerge_adapter"), ("none", "no adapter 'none'")):
+        with refused(model, message):
+            swap_adapter(model, new, adapter_name=name)
+    damaged = shutil.copytree(new, tmp_path / "damaged")
+    change_tensors(damaged, lambda t: t.clear())
+    with refused(model, "no lora_A or lora_B tensor"):
+        swap_adapter(model, damaged, adapter_name="other")
+    swap_adapter(unmerge_adapter(model), new)
     for name, layer in lora_layers(model).items():
         own = {"v_proj": ("other",)}.get(name.rpartition(".")[2], ("default",))
         assert layer.active_adapters == own and set(layer.lora_A) == set(own)
@@ -342,16 +331,3 @@ def test_a_swapped_adapter_replaces_the_old(pair):
     before = logits(model)
     swap_adapter(model, new)  # an idle one stays idle
     assert torch.equal(logits(model), before)
-
-
-def test_a_failed_swap_leaves_the_model_unchanged(pair):
-    model, new = pair
-    merge_adapter(model, "default")
-    with refused(model, "is merged: unmerge_adapter"):
-        load_adapter_weights(model, new)
-    for name, message in (("default", "is merged: unmerge_adapter"), ("none", "no adapter 'none'")):
-        with refused(model, message):
-            swap_adapter(model, new, adapter_name=name)
-    change_tensors(new, lambda t: t.clear())
-    with refused(model, "no lora_A or lora_B tensor"):
-        swap_adapter(model, new, adapter_name="other")

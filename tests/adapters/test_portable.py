@@ -1,5 +1,4 @@
-"""Each consumer's verdict is that of its source; a portable adapter computes the same in PEFT, in
-ours and with each consumer's own arithmetic."""
+"""Each consumer's verdict is that of its source; all compute a portable adapter alike."""
 
 import math
 import re
@@ -24,8 +23,7 @@ from qlora.adapters.portable import CONSUMERS, make_portable, portable_subset, p
 from qlora.config import PortableConfig
 from qlora.config.lora import pattern_key
 
-# transformers 5.23 deprecates a property that PEFT 0.21 reads; PEFT warns of modules saved in full
-# and of unexpected layers.
+# transformers deprecates what PEFT 0.21 reads; PEFT warns of full modules and unexpected layers.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -139,10 +137,8 @@ def sglang_refuses(values, tensors):
     lora_A = {name: len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
     if any(rows != values["r"] for rows in lora_A.values()):
         return True
-    missing_v = [n for n in lora_A if "q_proj" in n and n.replace("q_proj", "v_proj") not in lora_A]
-    left = [n for n in lora_A if "v_proj" in n and n.replace("v_proj", "q_proj") not in lora_A]
-    left += [n for n in lora_A if ".up_proj" in n and n.replace("up_", "gate_") not in lora_A]
-    return bool(missing_v or left)
+    stacked = {"q_proj": "v_proj", "v_proj": "q_proj", ".up_proj": ".gate_proj"}.items()
+    return any(a in n and n.replace(a, b) not in lora_A for n in lora_A for a, b in stacked)
 
 
 @pytest.mark.parametrize("family", axis(*FAMILIES))
@@ -290,22 +286,19 @@ def test_b_times_a_is_the_same_for_any_ranks_and_alphas(adapter):
         torch.testing.assert_close(scaling * new[1] @ new[0], wanted, rtol=0, atol=1e-7 * scale)
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    [
+def test_layers_chosen_by_peft_become_a_list():
+    names = [f"model.layers.1.self_attn.{leaf}_proj" for leaf in "qv"]
+    tensors = {**pair(names[1]), **pair(names[0])}
+    for chosen in (
         {"target_modules": r".*layers\.1\..*(q|v)_proj"},
         {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.0\..*"},
-    ],
-    ids=str,
-)
-def test_layers_chosen_by_peft_become_a_list(chosen):
-    config = peft.LoraConfig(r=4, init_lora_weights="gaussian", **chosen).to_dict()
-    names = [f"model.layers.1.self_attn.{leaf}_proj" for leaf in "qv"]
-    values, _ = portable_subset(config, {**pair(names[1]), **pair(names[0])}, Path("x"))
-    assert values["target_modules"] == names
-    assert values["init_lora_weights"] is True
-    assert not (values["exclude_modules"] or values["layers_to_transform"])
+    ):
+        config = peft.LoraConfig(r=4, init_lora_weights="gaussian", **chosen).to_dict()
+        values, _ = portable_subset(config, tensors, Path("x"))
+        assert values["target_modules"] == names
+        assert values["init_lora_weights"] is True
+        assert not (values["exclude_modules"] or values["layers_to_transform"])
 
 
 @pytest.mark.parametrize(
