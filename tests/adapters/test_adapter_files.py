@@ -32,8 +32,7 @@ Q = "model.layers.0.self_attn.q_proj"
 Q_A = f"base_model.model.{Q}.lora_A.weight"
 Q_B = Q_A.replace("lora_A", "lora_B")
 Q_BIAS = Q_B.removesuffix("weight") + "bias"
-# fp32: PEFT adds scaling * B A x in another order
-SAME_LOGITS = {"rtol": 0, "atol": 1e-5}
+SAME_LOGITS = {"rtol": 0, "atol": 1e-5}  # fp32: PEFT adds scaling * B A x in another order
 
 
 def ours(model=None, **settings):
