@@ -86,8 +86,8 @@ def _check(name: str, value: Any, kinds: Iterable[Any], metadata: Mapping[str, A
 
 # Values of init_lora_weights besides true and pissa_niter_N.
 INITS = ("gaussian", "pissa", "olora", "loftq", "eva")
-# Those, also of PEFT's others, that compute A and B from the base's weights before quantization and
-# subtract scaling B A from the base, so that the sum starts unchanged.
+# Inits, with corda and lora_ga of PEFT, that compute A and B from the unquantized weights and take
+# scaling B A off the base, so that the sum starts unchanged (LoftQ from its second round on).
 REBASING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
