@@ -27,20 +27,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora.adapters.apply import (
-    Model,
-    activate,
-    active_adapters,
-    adapter_configs,
-    all_or_nothing,
-    known_adapters,
-    require_new_name,
-    require_only_biases,
-    set_adapter,
-    wrap,
-    wrap_layer,
-    wrap_rows,
-)
+from qlora.adapters import apply, rebase
+from qlora.adapters.apply import Model, adapter_configs
 from qlora.adapters.format import (
     CONFIG,
     WEIGHTS,
@@ -55,20 +43,12 @@ from qlora.adapters.fuse import require_unfused
 from qlora.adapters.layers import LoRAExperts, expert_sizes, lora_class
 from qlora.adapters.lora import lora_layers
 from qlora.adapters.portable import portable_subset
-from qlora.adapters.rebase import (
-    require_alone,
-    require_originals,
-    require_unchanged_base,
-    set_bases,
-    subtracted_parts,
-)
-from qlora.adapters.targets import has_rows, matches
-from qlora.adapters.tensors import PREFIX
+from qlora.adapters.targets import has_rows
+from qlora.adapters.tensors import PREFIX, matches_any
 from qlora.adapters.trained import TrainedModule
 from qlora.adapters.wrappers import adapted, base_modules, plain, remove_adapter
 from qlora.base.modules import is_quantized, matrix_shape, state_of, task_of, was_conv1d
 from qlora.config import LoraConfig
-from qlora.errors import UserError
 from qlora.files import replacing
 
 # ---- save ----
@@ -87,21 +67,28 @@ def save_adapter(
         portable: write the form that vLLM, SGLang, llama.cpp and TGI compute correctly as well
             (qlora.adapters.portable); UserError for what they cannot compute, such as DoRA.
     """
-    configs = adapter_configs(model)
-    if adapter_name not in configs:
-        raise UserError(f"no adapter {adapter_name!r} to save; the model has: {', '.join(configs)}")
+    apply.known_adapters(model, adapter_name)
     folder = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
     parameters = parameters_by_file_name(model, adapter_name)
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-    config, base = configs[adapter_name], state_of(model).record()
-    if subtracted := subtracted_parts(model):
+    config, base = adapter_configs(model)[adapter_name], state_of(model).record()
+    if subtracted := rebase.subtracted_parts(model):
         for name, part in subtracted.items():
             key_A, key_B = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
             tensors[key_A] = torch.cat([tensors[key_A], part.lora_A.cpu()])  # (2r, in)
             tensors[key_B] = torch.cat([tensors[key_B], -part.lora_B.cpu()], dim=1)  # (out, 2r)
         config = config.with_ranks(2)
         base = {**base, "rebased": {name: len(part.lora_A) for name, part in subtracted.items()}}
-    values = _config_values(model, config, adapter_name)
+    layers = {n: layer for n, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
+    values = peft_values(
+        config,
+        base_model_name_or_path=name_or_path or None,
+        fan_in_fan_out=any(was_conv1d(layer.plain) for layer in layers.values()),
+        revision=state_of(model).revision,
+        target_modules=target_suffixes(model, list(layers)),
+        task_type=config.task_type or getattr(task_of(model), "task_type", None),
+    )
     if portable:
         values, tensors = portable_subset(values, tensors, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,33 +109,12 @@ def parameters_by_file_name(model: nn.Module, adapter_name: str) -> dict[str, nn
     return parameters
 
 
-def _config_values(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, Any]:
-    """The contents of adapter_config.json."""
-    task, base = task_of(model), getattr(model, "config", None)
-    layers = {n: layer for n, layer in lora_layers(model).items() if adapter_name in layer.adapters}
-    return peft_values(
-        config,
-        base_model_name_or_path=getattr(base, "_name_or_path", None) or None,
-        fan_in_fan_out=any(was_conv1d(layer.plain) for layer in layers.values()),
-        revision=state_of(model).revision,
-        target_modules=target_suffixes(model, list(layers)),
-        task_type=config.task_type or (task.task_type if task else None),
-    )
-
-
 def target_suffixes(model: nn.Module, layers: list[str]) -> list[str]:
     """Last components of names if they match exactly `layers`, else the full names."""
     leaves = sorted({name.rpartition(".")[2] for name in layers})
-    matched = {
-        name
-        for name, module in base_modules(model).items()
-        if lora_class(plain(module)) and _matches_any(name, leaves)
-    }
+    known = [name for name, module in base_modules(model).items() if lora_class(plain(module))]
+    matched = {name for name in known if matches_any(name, leaves)}
     return leaves if matched == set(layers) else sorted(layers)
-
-
-def _matches_any(name: str, entries: Iterable[str]) -> bool:
-    return any(matches(name, entry, is_regex=False) for entry in entries)
 
 
 # ---- load ----
@@ -167,13 +133,13 @@ def load_adapter(
         UserError: the files are damaged or of another base; the model is then unchanged.
     """
     adapter = read_adapter(folder)
-    require_new_name(model, adapter_name)
-    require_only_biases(model, adapter.config.bias)
+    apply.require_new_name(model, adapter_name)
+    apply.require_only_biases(model, adapter.config.bias)
     if adapter.subtracted:
-        require_alone(model, f"adapter {adapter.folder}")
+        rebase.require_alone(model, f"adapter {adapter.folder}")
     attach(model, adapter, adapter_name)
     if trainable:
-        set_adapter(model, adapter_name)
+        apply.set_adapter(model, adapter_name)
     return model
 
 
@@ -187,31 +153,27 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
             merged; the model is then unchanged.
     """
     adapter = read_adapter(folder)
-    known_adapters(model, adapter_name)
+    apply.known_adapters(model, adapter_name)
     check_fits(model, adapter)
-    require_unchanged_base(model, "swap_adapter")
+    rebase.require_unchanged_base(model, "swap_adapter")
     if adapter.subtracted:
-        require_alone(model, f"adapter {adapter.folder}")
+        rebase.require_alone(model, f"adapter {adapter.folder}")
     require_unfused(model, adapter_name)
     if adapter_configs(model)[adapter_name].bias == "none":
-        require_only_biases(model, adapter.config.bias)
-    active = active_adapters(model)
+        apply.require_only_biases(model, adapter.config.bias)
+    active = apply.active_adapters(model)
     remove_adapter(model, adapter_name)
     _place(model, adapter, adapter_name)
-    activate(model, active)
+    apply.activate(model, active)
     return model
 
 
 def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default") -> None:
-    """Add `adapter` to `model`, in place, active and frozen.
-
-    Raises:
-        UserError: it does not fit; the model is then unchanged.
-    """
+    """Add `adapter` to `model`, active and frozen; an error leaves the model unchanged."""
     check_fits(model, adapter)
-    with all_or_nothing(model, adapter_name):
+    with apply.all_or_nothing(model, adapter_name):
         _place(model, adapter, adapter_name)
-        set_adapter(model, adapter_name)
+        apply.set_adapter(model, adapter_name)
         model.requires_grad_(False)
 
 
@@ -227,25 +189,25 @@ def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
             continue
         in_full.setdefault(module, {})[leaf] = value
     for name, values in in_full.items():
-        wrap(model, name, TrainedModule).put_adapter(adapter_name, values)
+        apply.wrap(model, name, TrainedModule).put_adapter(adapter_name, values)
     for name, factors in adapter.pairs.items():
         bias = adapter.lora_biases.get(name)
-        wrap_layer(model, name).put_adapter(adapter_name, factors, config.lora_dropout, bias)
-    set_bases(model, adapter.subtracted)
+        apply.wrap_layer(model, name).put_adapter(adapter_name, factors, config.lora_dropout, bias)
+    rebase.set_bases(model, adapter.subtracted)
     for name, pairs in adapter.parameters.items():
         leaves = _target_leaves(name, plain(model.get_submodule(name)), config)
         lora_A, lora_B = (dict(zip(leaves, side, strict=True)) for side in zip(*pairs, strict=True))
         scaling = {leaf: config.of(f"{name}.{leaf}").scaling for leaf in leaves}
-        wrap(model, name, LoRAExperts).put_adapter(adapter_name, lora_A, lora_B, scaling)
+        apply.wrap(model, name, LoRAExperts).put_adapter(adapter_name, lora_A, lora_B, scaling)
     for name, (ids, rows) in adapter.rows.items():
-        wrap_rows(model, name).put_adapter(adapter_name, ids.tolist(), rows)
+        apply.wrap_rows(model, name).put_adapter(adapter_name, ids.tolist(), rows)
     adapter_configs(model)[adapter_name] = config
 
 
 def _target_leaves(name: str, module: nn.Module, config: LoraConfig) -> list[str]:
     """The parameters of a module that target_parameters matches, in the module's order."""
     leaves = (leaf for leaf, _ in module.named_parameters(recurse=False))
-    return [leaf for leaf in leaves if _matches_any(f"{name}.{leaf}", config.target_parameters)]
+    return [leaf for leaf in leaves if matches_any(f"{name}.{leaf}", config.target_parameters)]
 
 
 def load_adapter_weights(
@@ -253,23 +215,29 @@ def load_adapter_weights(
 ) -> None:
     """Overwrite the values of an adapter on the model, to resume a run."""
     adapter = without_rebase(read_adapter(folder))
-    config = adapter_configs(model).get(adapter_name)
-    if config is None:
-        raise UserError(f"the model has no adapter {adapter_name!r} to load weights into")
+    apply.known_adapters(model, adapter_name)
+    config = adapter_configs(model)[adapter_name]
     require_unfused(model, adapter_name)
     check_fits(model, adapter)
     parameters, tensors = parameters_by_file_name(model, adapter_name), adapter.tensors
     unused, unset = tensors.keys() - parameters.keys(), parameters.keys() - tensors.keys()
-    raise_faults(
-        f"{adapter.folder} is no checkpoint of this run",
-        [
-            *_differences(config, adapter),
-            *(f"{module} has no adapter on the model" for module in _modules_of(unused)),
-            *(f"{module} is not in the files" for module in _modules_of(unset)),
-        ],
-        fix="Give the settings of the run's start, or a new --output-dir",
-    )
-    set_bases(model, adapter.subtracted)
+    differ: dict[str, str] = {}  # a difference in settings: the first layer that has it
+    for field in ("use_dora", "bias"):
+        saved, present = getattr(adapter.config, field), getattr(config, field)
+        if saved != present:
+            differ[f"{field}={saved} in the files, {present} on the model"] = ""
+    for name, factors in adapter.pairs.items():
+        r, layer = len(factors.lora_A), config.of(name)
+        if r != layer.r or not math.isclose(factors.scaling, layer.scaling):
+            saved = f"r={r} and scaling={factors.scaling:g} in the files"
+            present = f"r={layer.r} and scaling={layer.scaling:g} on the model"
+            differ.setdefault(f"{saved}, {present}", f" ({name})")
+    faults = [what + where for what, where in differ.items()]
+    faults += [f"{module} has no adapter on the model" for module in _modules_of(unused)]
+    faults += [f"{module} is not in the files" for module in _modules_of(unset)]
+    fix = "Give the settings of the run's start, or a new --output-dir"
+    raise_faults(f"{adapter.folder} is no checkpoint of this run", faults, fix=fix)
+    rebase.set_bases(model, adapter.subtracted)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -279,24 +247,6 @@ def _modules_of(names: Iterable[str]) -> list[str]:
     """The modules of tensors, by the tensors' names in a file."""
     ending = r"(\.base_layer)*\.(lora_|token_adapter).*$|(\.base_layer)?\.(weight|bias)$"
     return sorted({re.sub(ending, "", name.removeprefix(PREFIX)) for name in names})
-
-
-def _differences(config: LoraConfig, adapter: AdapterFile) -> list[str]:
-    """Settings of a saved adapter that differ from `config`, that of the one on the model."""
-    differ: dict[tuple[str, str], str] = {}  # (in the files, on the model): the first layer
-    for field in ("use_dora", "bias"):
-        saved, present = getattr(adapter.config, field), getattr(config, field)
-        if saved != present:
-            differ[f"{field}={saved}", str(present)] = ""
-    for name, factors in adapter.pairs.items():
-        r, layer = len(factors.lora_A), config.of(name)
-        if r != layer.r or not math.isclose(factors.scaling, layer.scaling):
-            saved = f"r={r} and scaling={factors.scaling:g}"
-            differ.setdefault((saved, f"r={layer.r} and scaling={layer.scaling:g}"), f" ({name})")
-    return [
-        f"{saved} in the files, {present} on the model{layer}"
-        for (saved, present), layer in differ.items()
-    ]
 
 
 # ---- whether an adapter fits a model ----
@@ -309,24 +259,17 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     modules: dict[str, Any] = {name: plain(module) for name, module in base_modules(model).items()}
     faults = []
     if state.labels and adapter.labels and state.labels != adapter.labels:
-        faults.append(
-            f"its labels are {', '.join(adapter.labels)}, those of the model "
-            f"{', '.join(state.labels)}"
-        )
-    faults += _misfits_of_layers(modules, adapter)
+        ours, theirs = ", ".join(state.labels), ", ".join(adapter.labels)
+        faults.append(f"its labels are {theirs}, those of the model {ours}")
+    faults += _misfits(modules, adapter)
     faults += adapter.missing(name for name, layer in modules.items() if lora_class(layer))
-    faults += _misfits_of_full_params(modules, adapter)
-    faults += _misfits_of_parameters(modules, adapter)
-    faults += _misfits_of_rows(modules, adapter)
-    raise_faults(
-        f"adapter {adapter.folder} does not fit this model",
-        faults,
-        fix="Load the base it was trained on",
-    )
-    require_originals(model, adapter.subtracted)
+    what = f"adapter {adapter.folder} does not fit this model"
+    raise_faults(what, faults, fix="Load the base it was trained on")
+    rebase.require_originals(model, adapter.subtracted)
 
 
-def _misfits_of_layers(modules: dict[str, Any], adapter: AdapterFile) -> Iterator[str]:
+def _misfits(modules: dict[str, Any], adapter: AdapterFile) -> Iterator[str]:
+    """What of the adapter has no place in `modules`, or one of another shape."""
     for name, factors in adapter.pairs.items():
         layer = modules.get(name)
         if layer is None or lora_class(layer) is None:
@@ -335,9 +278,6 @@ def _misfits_of_layers(modules: dict[str, Any], adapter: AdapterFile) -> Iterato
             yield f"{name} is a {type(layer).__name__}, which the adapter's tensors do not fit"
         elif factors.shape != (shape := matrix_shape(layer)):
             yield f"{name} is {shape} in this model, the adapter wants {factors.shape}"
-
-
-def _misfits_of_full_params(modules: dict[str, Any], adapter: AdapterFile) -> Iterator[str]:
     for name, value in adapter.full_params.items():
         module, _, leaf = name.rpartition(".")
         parameter = getattr(modules.get(module), leaf, None)
@@ -352,9 +292,6 @@ def _misfits_of_full_params(modules: dict[str, Any], adapter: AdapterFile) -> It
         has_grown = longer and shape[1:] == value.shape[1:]  # a resized vocabulary
         if shape != value.shape and not has_grown:
             yield f"{name} is {tuple(shape)} in this model, {tuple(value.shape)} in the adapter"
-
-
-def _misfits_of_parameters(modules: dict[str, Any], adapter: AdapterFile) -> Iterator[str]:
     for name, pairs in adapter.parameters.items():
         module, config = modules.get(name, nn.Module()), adapter.config
         leaves = _target_leaves(name, module, config)
@@ -366,17 +303,12 @@ def _misfits_of_parameters(modules: dict[str, Any], adapter: AdapterFile) -> Ite
             ranks = experts * config.of(f"{name}.{leaf}").r
             wanted = (ranks, in_features), (out_features, ranks)
             if (lora_A.shape, lora_B.shape) != wanted:
-                yield (
-                    f"{name}.{leaf} needs A {wanted[0]} and B {wanted[1]}, the adapter has "
-                    f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
-                )
-
-
-def _misfits_of_rows(modules: dict[str, Any], adapter: AdapterFile) -> Iterator[str]:
+                has = f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
+                yield f"{name}.{leaf} needs A {wanted[0]} and B {wanted[1]}, the adapter has {has}"
     for name, (ids, rows) in adapter.rows.items():
         layer, last = modules.get(name), int(ids.max())
         if layer is None or not has_rows(layer):
             yield f"{name} is no embedding or head of this model"
         elif last >= len(layer.weight) or rows.shape[1] != layer.weight.shape[1]:
-            wanted = f"row {last} of {rows.shape[1]} values"
-            yield f"{name} is {tuple(layer.weight.shape)}, the adapter wants {wanted}"
+            row = f"row {last} of {rows.shape[1]} values"
+            yield f"{name} is {tuple(layer.weight.shape)}, the adapter wants {row}"

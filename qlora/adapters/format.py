@@ -10,7 +10,7 @@ named in one error, where PEFT warns or ignores it (qlora.adapters.tensors). Pic
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +20,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora.adapters.lora import Factors
-from qlora.adapters.targets import matches
-from qlora.adapters.tensors import PREFIX, Contents, sort_tensors
+from qlora.adapters.tensors import PREFIX, Contents, matches_any, sort_tensors
 from qlora.base.checkpoint import Checkpoint
 from qlora.config import LoraConfig, QuantConfig
-from qlora.config.lora import INITS
+from qlora.config.lora import REBASING_INITS
 from qlora.config.tasks import task_typed
-from qlora.errors import UserError
+from qlora.errors import UserError, require
 from qlora.files import read_json
 from qlora.ops import nf4
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Inits that change the base weights, so that the adapter is right only over the changed base.
-REBASING_INITS = tuple(name for name, init in INITS.items() if init.changes_base)
 
 # ---- the keys of adapter_config.json ----
 
@@ -40,14 +37,10 @@ REBASING_INITS = tuple(name for name, init in INITS.items() if init.changes_base
 class Key(NamedTuple):
     """A supported key: read, or without effect on a saved adapter."""
 
-    default: Any = None
-    """PEFT's value where the key is absent"""
+    default: Any = None  # PEFT's, where the key is absent, or a container is empty
+    # the value in the file -> the field of that name in our LoraConfig, which is written
     read: Callable[[Any], Any] | None = None
-    """the value in the file -> the field of that name in our LoraConfig"""
-    write: Callable[[Any], Any] | None = None
-    """that field -> the value in the file; None where it is not written, or the model has it"""
-    portable: bool = False
-    """whether a portable adapter has the default: A, B and target_modules express the key"""
+    portable: bool = False  # expressed by A, B and target_modules: portable files have the default
 
 
 def _same(value: Any) -> Any:
@@ -65,75 +58,61 @@ def _tuple(value: Any) -> Any:
     return value if isinstance(value, str) else tuple(value or ())
 
 
-def _list(value: Any) -> Any:
-    """The reverse of `_tuple`; None for an empty one."""
-    if isinstance(value, Mapping):
-        return {name: list(ids) for name, ids in value.items()} or None
-    return list(value) or None
-
-
 KEYS: dict[str, Key] = {
-    "alpha_pattern": Key({}, _mapping, dict, portable=True),
+    "alpha_pattern": Key({}, _mapping, portable=True),
     "auto_mapping": Key(),
     "base_model_name_or_path": Key(),
-    "bias": Key("none", _same, _same, portable=True),
+    "bias": Key("none", _same, portable=True),
     "ensure_weight_tying": Key(),
     "eva_config": Key(portable=True),
     "exclude_modules": Key(portable=True),
     "fan_in_fan_out": Key(False),
-    "inference_mode": Key(write=lambda _: True),
-    "init_lora_weights": Key(True, write=lambda _: True, portable=True),
-    "layers_pattern": Key(write=lambda _: None, portable=True),
-    "layers_to_transform": Key(write=lambda _: None, portable=True),
-    "lora_alpha": Key(8, _same, _same),
-    "lora_bias": Key(False, bool, _same),
-    "lora_dropout": Key(0.0, _same, _same),
+    "inference_mode": Key(),
+    "init_lora_weights": Key(True, portable=True),
+    "layers_pattern": Key(portable=True),
+    "layers_to_transform": Key(portable=True),
+    "lora_alpha": Key(8, _same),
+    "lora_bias": Key(False, bool),
+    "lora_dropout": Key(0.0, _same),
     "megatron_core": Key(),
-    "modules_to_save": Key(None, _tuple, _list, portable=True),
-    "peft_type": Key(write=lambda _: "LORA"),
+    "modules_to_save": Key(None, _tuple, portable=True),
+    "peft_type": Key(),
     "peft_version": Key(),
     "qalora_group_size": Key(),
-    "r": Key(8, _same, _same),
-    "rank_pattern": Key({}, _mapping, dict, portable=True),
+    "r": Key(8, _same),
+    "rank_pattern": Key({}, _mapping, portable=True),
     "revision": Key(),
     "target_modules": Key(None, _tuple),
-    "target_parameters": Key(None, _tuple, _list),
+    "target_parameters": Key(None, _tuple),
     "task_type": Key(None, _same),
-    "trainable_token_indices": Key(None, _tuple, _list, portable=True),
-    "use_dora": Key(False, bool, _same),
-    "use_rslora": Key(False, bool, _same, portable=True),
+    "trainable_token_indices": Key(None, _tuple, portable=True),
+    "use_dora": Key(False, bool),
+    "use_rslora": Key(False, bool, portable=True),
 }
-# Keys that select among the layers that target_modules matches.
-NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+# Written alike for every adapter: A and B have values, and target_modules lists their layers.
+SAVED = {"inference_mode": True, "init_lora_weights": True, "peft_type": "LORA"}
+SAVED |= {"layers_pattern": None, "layers_to_transform": None}
 
 
 def peft_values(config: LoraConfig, **of_model: Any) -> dict[str, Any]:
     """The contents of adapter_config.json; `of_model` are the keys that depend on the model."""
-    values = {k: key.write(getattr(config, k, None)) for k, key in KEYS.items() if key.write}
-    return dict(sorted((values | of_model).items()))
+    written = {k: (getattr(config, k), key.default) for k, key in KEYS.items() if key.read}
+    values = {k: default if value in ((), {}) else value for k, (value, default) in written.items()}
+    ordered = dict(sorted((values | SAVED | of_model).items()))
+    return json.loads(json.dumps(ordered, default=dict))  # type: ignore[no-any-return]  # as read
 
 
 def require_supported(values: Mapping[str, Any], folder: Path) -> None:
     """Raise if a config sets a key or an init that is not supported."""
-    init = values.get("init_lora_weights", True)
     unsupported = [f"{k}={value!r}" for k, value in values.items() if value and k not in KEYS]
+    init = values.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(REBASING_INITS):
-        unsupported.append(
-            f"init_lora_weights={init!r} (it changes the base weights; PEFT saves it as a plain "
-            "adapter with path_initial_model_for_weight_conversion)"
-        )
-    if unsupported:
-        listed = ", ".join(unsupported)
-        raise UserError(f"{folder / CONFIG}: not supported: {listed}. Use an adapter without it")
-
-
-def _all_targets(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """target_modules, if it is a list and no other key narrows it down."""
-    targets = values.get("target_modules")
-    narrowing = ("exclude_modules", "layers_to_transform", "eva_config")
-    if not isinstance(targets, list) or any(values.get(key) for key in narrowing):
-        return ()
-    return tuple(targets)
+        why = "it changes the base weights; PEFT saves it as a plain adapter with"
+        why += " path_initial_model_for_weight_conversion"
+        unsupported.append(f"init_lora_weights={init!r} ({why})")
+    listed = ", ".join(unsupported)
+    message = f"{folder / CONFIG}: not supported: {listed}. Use an adapter without it"
+    require(not unsupported, message)
 
 
 # ---- an adapter as read ----
@@ -181,11 +160,8 @@ class AdapterFile(Contents):
     @property
     def quantization(self) -> QuantConfig:
         """The base's quantization in training; QLoRA's defaults where it is not recorded."""
-        if not self.knows_quantization:
-            return QuantConfig()
-        names = ("quant_type", "blocksize", "double_quant", "compute_dtype")
-        settings = {name: self.base[name] for name in names}
-        return QuantConfig(**settings, skip_modules=tuple(self.base["skip_modules"]))
+        recorded = {f.name: self.base[f.name] for f in fields(QuantConfig) if f.name in self.base}
+        return QuantConfig(**recorded | {"skip_modules": tuple(self.base.get("skip_modules", ()))})
 
     @property
     def bias_changes(self) -> dict[str, Tensor]:
@@ -196,11 +172,8 @@ class AdapterFile(Contents):
         """A fault for each of a base's `layers` that the config targets and the files lack."""
         in_full = {name.rpartition(".")[0] for name in self.full_params}
         known = {*self.pairs, *self.parameters, *in_full}
-        return [
-            f"{name} is in target_modules, but the files have no A and B for it"
-            for name in layers
-            if name not in known and any(matches(name, t, is_regex=False) for t in self.targets)
-        ]
+        absent = [n for n in layers if n not in known and matches_any(n, self.targets)]
+        return [f"{n} is in target_modules, but the files have no A and B for it" for n in absent]
 
     def unties(self, embedding: str | None, head: str | None) -> bool:
         """Whether it changes a tied embedding and output head differently."""
@@ -220,14 +193,17 @@ def read_adapter(folder: str | Path) -> AdapterFile:
             unexpected, misshapen or not finite; all offenders are named.
     """
     folder = Path(folder).expanduser()
-    values = _read_config(folder)
+    values, tensors, metadata = read_files(folder)
     require_supported(values, folder)
-    tensors, metadata = _read_tensors(folder)
     config, contents = contents_of(values, tensors, folder)
     try:
         base = dict(json.loads(metadata.get("qlora", "{}")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / WEIGHTS}: its qlora metadata is not a JSON object") from error
+    targets = values.get("target_modules")
+    narrowing = ("exclude_modules", "layers_to_transform", "eva_config")
+    if not isinstance(targets, list) or any(values.get(key) for key in narrowing):
+        targets = ()
     return AdapterFile(
         **vars(contents),
         folder=folder,
@@ -235,77 +211,55 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         base_model=values.get("base_model_name_or_path"),
         revision=values.get("revision"),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
-        targets=_all_targets(values),
+        targets=tuple(targets),
         tensors=tensors,
         subtracted=_subtracted(base.pop("rebased", {}), contents.pairs, folder),
         base=base,
     )
 
 
-def read_files(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """An adapter's config, its tensors and their metadata, as stored.
-
-    Raises:
-        UserError: a file is missing or damaged, or belongs to no LoRA adapter.
-    """
-    folder = Path(folder).expanduser()
-    return _read_config(folder), *_read_tensors(folder)
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """An adapter's config, tensors and metadata as stored; UserError for files of none."""
+    if not (folder / CONFIG).is_file():
+        what = "does not exist" if not folder.is_dir() else f"holds no {CONFIG}"
+        raise UserError(f"adapter {folder} {what}: give the folder with {CONFIG} and {WEIGHTS}")
+    values, path = read_json(folder / CONFIG, fix="Save the adapter again"), folder / WEIGHTS
+    kind = values.get("peft_type")
+    wanted = f"is no LoRA adapter: peft_type must be 'LORA', got {kind!r}"
+    require(kind == "LORA", f"{folder / CONFIG} {wanted}")
+    has_pickle = (folder / "adapter_model.bin").exists()
+    pickled = " (adapter_model.bin is a pickle and is not opened: save it as safetensors)"
+    require(path.is_file(), f"{folder} holds no {WEIGHTS}{pickled * has_pickle}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return values, tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
 
 def contents_of(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[LoraConfig, Contents]:
-    """The config as a LoraConfig, and the tensors as Contents.
-
-    Raises:
-        UserError: the two contradict each other, or a value is out of range; all are named.
-    """
-    fields = {k: key.read(values.get(k, key.default)) for k, key in KEYS.items() if key.read}
-    if not (fields["target_modules"] or fields["target_parameters"]):
-        fields["target_modules"] = "all-linear"
+    """The config as a LoraConfig, and the tensors as Contents; UserError if they do not agree."""
+    settings = {k: key.read(values.get(k, key.default)) for k, key in KEYS.items() if key.read}
+    if not (settings["target_modules"] or settings["target_parameters"]):
+        settings["target_modules"] = "all-linear"
     try:
-        config = LoraConfig(**fields)
+        config = LoraConfig(**settings)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
     contents, faults = sort_tensors(tensors, values, config)
-    raise_faults(
-        f"{folder / WEIGHTS}", faults, fix="Save the adapter again, or use an earlier checkpoint"
-    )
+    fix = "Save the adapter again, or use an earlier checkpoint"
+    raise_faults(f"{folder / WEIGHTS}", faults, fix=fix)
     return config, contents
 
 
 def raise_faults(what: str, faults: Iterable[str], *, fix: str) -> None:
     """One UserError that names all `faults`, if there are any."""
     faults = list(faults)
-    if faults:
-        more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise UserError(f"{what}: {'; '.join(faults[:8])}{more}. {fix}")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        what = "does not exist" if not folder.is_dir() else f"holds no {CONFIG}"
-        raise UserError(f"adapter {folder} {what}: give the folder with {CONFIG} and {WEIGHTS}")
-    values = read_json(folder / CONFIG, fix="Save the adapter again")
-    if (kind := values.get("peft_type")) != "LORA":
-        raise UserError(
-            f"{folder / CONFIG} is no LoRA adapter: peft_type must be 'LORA', got {kind!r}"
-        )
-    return values
-
-
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickled = " (adapter_model.bin is a pickle and is not opened: save it as safetensors)"
-        has_pickle = (folder / "adapter_model.bin").exists()
-        raise UserError(f"{folder} holds no {WEIGHTS}{pickled if has_pickle else ''}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
+    more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+    require(not faults, f"{what}: {'; '.join(faults[:8])}{more}. {fix}")
 
 
 # ---- an adapter over a base that was changed for it ----
@@ -373,18 +327,13 @@ def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
     if adapter.knows_quantization:
         mark = next(name for name in checkpoint.tensors if nf4.RECORD_MARK in name)
         state = unpack_tensor_to_dict(checkpoint.read(mark))
-        stored = _in_words(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
-        quant = adapter.quantization
-        trained = _in_words(quant.quant_type, quant.blocksize, quant.double_quant)
-        if stored != trained:
-            raise UserError(
-                f"{checkpoint.folder} is {stored}; adapter {adapter.folder} was trained on "
-                f"{trained}: give that 4-bit base, or the 16-bit model as --base-model"
-            )
-
-
-def _in_words(quant_type: str, blocksize: int, double_quant: bool) -> str:
-    return f"{quant_type.upper()} of blocksize {blocksize}{' with nested scales' * double_quant}"
+        quant, words = adapter.quantization, "{} of blocksize {}, double_quant={}"
+        is_nested = "nested_blocksize" in state
+        stored = words.format(state["quant_type"].upper(), state["blocksize"], is_nested)
+        trained = words.format(quant.quant_type.upper(), quant.blocksize, quant.double_quant)
+        was = f"{stored}; adapter {adapter.folder} was trained on {trained}"
+        fix = "give that 4-bit base, or the 16-bit model as --base-model"
+        require(stored == trained, f"{checkpoint.folder} is {was}: {fix}")
 
 
 def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> AdapterFile:
@@ -397,42 +346,28 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
     if len(adapters) == 1 and tuple(weights) == (1.0,):
         return first
     for adapter in adapters:
-        _require_summable(adapter, first, alone=len(adapters) == 1)
+        kinds = {
+            "DoRA's magnitudes": any(f.magnitude is not None for f in adapter.pairs.values()),
+            "parameters trained in full": adapter.full_params,
+            "biases": adapter.lora_biases,
+            "target_parameters": adapter.parameters,
+            "trained token rows": adapter.rows,
+        }
+        more = " and ".join(kind for kind, held in kinds.items() if held)
+        alone = "which cannot be summed: merge it alone, without a weight"
+        require(not more, f"{adapter.folder} holds {more}, {alone}")
+        changed = "a base that was changed for it (PiSSA, OLoRA or LoftQ): merge it alone"
+        is_alone = len(adapters) == 1 or not adapter.subtracted
+        require(is_alone, f"{adapter.folder} was trained over {changed}")
+        bases = "trained on different or differently quantized bases: merge them apart"
+        is_same = (adapter.base, adapter.fan_in_fan_out) == (first.base, first.fan_in_fan_out)
+        require(is_same, f"{adapter.folder} and {first.folder} were {bases}")
     pairs = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.pairs):
-        parts = [
-            (factors, weight)
-            for adapter, weight in zip(adapters, weights, strict=True)
-            if (factors := adapter.pairs.get(name))
-        ]
+        weighted = zip(adapters, weights, strict=True)
+        parts = [(a.pairs[name], weight) for a, weight in weighted if name in a.pairs]
         shapes = {factors.shape for factors, _ in parts}
-        if len(shapes) > 1:
-            raise UserError(f"{name} must have one shape in these adapters, got {shapes}")
+        require(len(shapes) == 1, f"{name} must have one shape in these adapters, got {shapes}")
         pairs[name] = Factors.cat(parts)
     embeddings = frozenset().union(*(adapter.embeddings for adapter in adapters))
     return replace(first, pairs=pairs, embeddings=embeddings, tensors={})
-
-
-def _require_summable(adapter: AdapterFile, first: AdapterFile, *, alone: bool) -> None:
-    kinds = {
-        "DoRA's magnitudes": any(f.magnitude is not None for f in adapter.pairs.values()),
-        "parameters trained in full": adapter.full_params,
-        "biases": adapter.lora_biases,
-        "target_parameters": adapter.parameters,
-        "trained token rows": adapter.rows,
-    }
-    if more := [kind for kind, held in kinds.items() if held]:
-        raise UserError(
-            f"{adapter.folder} holds {' and '.join(more)}, which cannot be summed: merge it alone, "
-            "without a weight"
-        )
-    if adapter.subtracted and not alone:
-        raise UserError(
-            f"{adapter.folder} was trained over a base that was changed for it (PiSSA, OLoRA "
-            "or LoftQ): merge it alone"
-        )
-    if (adapter.base, adapter.fan_in_fan_out) != (first.base, first.fan_in_fan_out):
-        raise UserError(
-            f"{adapter.folder} and {first.folder} were trained on different or differently "
-            "quantized bases: they cannot be merged together"
-        )

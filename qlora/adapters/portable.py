@@ -34,19 +34,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora.adapters.format import (
-    CONFIG,
-    KEYS,
-    NARROWING,
-    WEIGHTS,
-    contents_of,
-    read_files,
-    require_supported,
-)
+from qlora.adapters.format import CONFIG, KEYS, WEIGHTS, contents_of, read_files, require_supported
 from qlora.adapters.tensors import PARTS, PREFIX
 from qlora.config import PortableConfig
-from qlora.config.lora import INITS, pattern_key
-from qlora.errors import UserError, some
+from qlora.config.lora import pattern_key
+from qlora.errors import UserError, require, some
 from qlora.files import publishing, require_new
 
 # ---- the portable adapter ----
@@ -55,12 +47,9 @@ from qlora.files import publishing, require_new
 def portable_subset(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Its config and tensors in portable form; unchanged tensors are not copied.
+    """The contents of adapter_config.json and adapter_model.safetensors in portable form.
 
-    Args:
-        values: adapter_config.json.
-        tensors: of adapter_model.safetensors, by their names there.
-        folder: the adapter's name in errors.
+    Unchanged tensors are not copied. `folder` is the adapter's name in errors.
 
     Raises:
         UserError: A and B of linear layers cannot express it, or its tensors and its config
@@ -74,8 +63,7 @@ def portable_subset(
         raise UserError(f"adapter {folder} is not portable: it has {'; '.join(parts)}")
     require_supported(values, folder)
     pairs = contents_of(values, tensors, folder)[1].pairs
-    if not pairs:
-        raise UserError(f"adapter {folder} holds no lora_A and lora_B: there is nothing to write")
+    require(pairs != {}, f"adapter {folder} holds no lora_A and lora_B: there is nothing to write")
     r = max(len(factors.lora_A) for factors in pairs.values())
     scaling = _common_scaling([factors.scaling for factors in pairs.values()])
     portable = dict(tensors)
@@ -85,7 +73,8 @@ def portable_subset(
         portable[f"{PREFIX}{module}.lora_A.weight"] = padded.lora_A
         portable[f"{PREFIX}{module}.lora_B.weight"] = padded.lora_B
     targets = values.get("target_modules")
-    if not isinstance(targets, list) or any(values.get(key) for key in NARROWING):
+    narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    if not isinstance(targets, list) or any(values.get(key) for key in narrowing):
         targets = sorted(pairs)
     alpha = scaling * r
     alpha = int(alpha) if alpha == int(alpha) else alpha
@@ -124,33 +113,31 @@ def make_portable(config: PortableConfig) -> None:
         require_new(output)
     values, tensors, metadata = read_files(folder)
     contents_of(values, tensors, folder)
-    print(table(problems(values, tensors)))
+    print(_table(values, tensors))
     if output:
         values, tensors = portable_subset(values, tensors, folder)
         with publishing(output) as partial:
             save_file(tensors, partial / WEIGHTS, metadata=metadata)
             text = json.dumps(values, indent=2) + "\n"
             (partial / CONFIG).write_text(text, encoding="utf-8")
-        print(f"\nThe same function, in {output}:\n{table(problems(values, tensors))}")
+        print(f"\nThe same function, in {output}:\n{_table(values, tensors)}")
     elif (baked := findings(values, tensors, BAKED)) and not findings(values, tensors, LOST):
         print(f"\n--output-dir DIR writes it without {', '.join(what for _, what in baked)}.")
 
 
-def table(verdicts: Mapping[str, list[str]]) -> str:
-    """A line for each consumer."""
-    return "\n".join(f"{name:<14}{'; '.join(w) or 'accepts it'}" for name, w in verdicts.items())
+def _table(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    verdicts = problems(values, tensors).items()
+    return "\n".join(f"{name:<14}{'; '.join(what) or 'accepts it'}" for name, what in verdicts)
 
 
 # ---- the adapter that the rules examine ----
-
-KINDS = {**PARTS, "lora_embedding_A": "EA", "lora_embedding_B": "EB", "lora_B.bias": "lora_bias"}
 
 
 def kind_of(key: str) -> tuple[str, str]:
     """A tensor's module and kind: A, B, EA, EB (an embedding's), magnitude, lora_bias, rows, copy
     (of a base weight), bias, head (a classifier's), norm or full."""
     name = key.removeprefix(PREFIX)
-    for part, kind in KINDS.items():
+    for part, kind in PARTS.items():
         if name.endswith(f".{part}"):
             return name.removesuffix(f".{part}"), kind
     module, _, last = name.rpartition(".")
@@ -172,19 +159,19 @@ def _leaves(modules: Iterable[str]) -> list[str]:
 class Adapter:
     """adapter_config.json and the tensors' shapes. Each method lists the offenders of a rule."""
 
-    def __init__(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.values, self.shapes = values, shapes
-        self.modules = {key: kind_of(key) for key in shapes}
-        lora_A = {key: m for key, (m, kind) in self.modules.items() if kind in ("A", "EA")}
-        self.ranks = {module: shapes[key][0] for key, module in lora_A.items()}
+    def __init__(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.values = values
+        self.tensors = [(*kind_of(key), tuple(tensor.shape)) for key, tensor in tensors.items()]
+        self.ranks = {m: shape[0] for m, kind, shape in self.tensors if kind in ("A", "EA")}
 
     def kinds(self, *kinds: str) -> list[str]:
         """Modules with tensors of these kinds (see `kind_of`)."""
-        return _leaves(module for module, kind in self.modules.values() if kind in kinds)
+        return _leaves(module for module, kind, _ in self.tensors if kind in kinds)
 
-    def setting(self, name: str) -> list[str]:
-        """A setting with another value than None, False or empty."""
-        return [f"{name}={self.values[name]!r}"] if self.values.get(name) else []
+    def setting(self, name: str, plain: Any = None) -> list[str]:
+        """A setting with another value than `plain`, None, False or empty."""
+        value = self.values.get(name)
+        return [f"{name}={value!r}"] if value and value != plain else []
 
     def absent(self, *names: str) -> list[str]:
         return [name for name in names if name not in self.values]
@@ -210,16 +197,12 @@ class Adapter:
         is_list = isinstance(targets, list) or targets in ("all-linear", "all")
         return [] if is_list else [f"target_modules={targets!r}"]
 
-    def bias(self) -> list[str]:
-        bias = self.values.get("bias", "none")
-        return [] if bias == "none" else [f"{bias=}"]
-
     def rebasing_init(self) -> list[str]:
         init = self.values.get("init_lora_weights", True)
         return [init] if isinstance(init, str) and init.lower() not in PLAIN_INITS else []
 
     def convolutions(self) -> list[str]:
-        return _leaves(self.modules[key][0] for key, shape in self.shapes.items() if len(shape) > 2)
+        return _leaves(module for module, _, shape in self.tensors if len(shape) > 2)
 
     def unstacked(self) -> list[str]:
         """Layers without the one that SGLang stacks them with."""
@@ -258,19 +241,17 @@ CONSUMERS = {
 }
 # Inits that leave the base unchanged: vLLM's _init_is_supported, which counts lora_ga among them.
 # With any other A and B need the changed base, which PEFT computes again from the weights.
-PLAIN_INITS = ("lora_ga", *(name for name, init in INITS.items() if not init.changes_base))
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 HIGHEST_RANK = 512  # vllm/config/lora.py, MaxLoRARanks
 
 
 class Rule(NamedTuple):
     """Something an adapter may hold, and each consumer's verdict on it."""
 
-    verdicts: str
-    """of each of CONSUMERS: R refuses, I ignores, - accepts; the worst where layers differ"""
+    verdicts: str  # by consumer: R refuses, I ignores, - accepts; the worst where layers differ
     what: str
     offenders: Callable[[Adapter], list[str]]
-    remedy: str = ""
-    """in the error if no portable form exists"""
+    remedy: str = ""  # in the error if no portable form exists
 
 
 MERGE = "merge_dequant.py folds that in"
@@ -288,7 +269,7 @@ BAKED = (
     Rule("- I I - - -", "rsLoRA's scaling", lambda a: a.setting("use_rslora")),
     Rule("- I I I - -", "separate alphas", Adapter.alphas),
     Rule("- R - I - -", "separate ranks", Adapter.other_ranks),
-    Rule("R - - - - -", "a setting for biases", Adapter.bias),
+    Rule("R - - - - -", "a setting for biases", lambda a: a.setting("bias", "none")),
 )
 # What A and B of linear layers cannot express.
 LOST = (
@@ -319,11 +300,8 @@ STAYS = (
 def findings(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], rules: Iterable[Rule]
 ) -> list[tuple[Rule, str]]:
-    """The `rules` that apply to an adapter, each with a text that names its offenders.
-
-    Only the shapes of `tensors` are read.
-    """
-    adapter = Adapter(values, {name: tuple(t.shape) for name, t in tensors.items()})
+    """The `rules` that apply to an adapter, each with a text that names its offenders."""
+    adapter = Adapter(values, tensors)
     offenders = ((rule, rule.offenders(adapter)) for rule in rules)
     return [(rule, f"{rule.what} ({some(names, 5)})") for rule, names in offenders if names]
 

@@ -26,14 +26,14 @@ from qlora.config import LoraConfig
 from qlora.config.tasks import TASKS, task_typed
 
 PREFIX = "base_model.model."
-PARTS = {  # ending of a tensor's name: its kind
+PARTS = {  # ending of a tensor's name: its kind (E: an embedding's)
     "lora_A.weight": "A",
     "lora_B.weight": "B",
-    "lora_embedding_A": "A",
-    "lora_embedding_B": "B",
+    "lora_embedding_A": "EA",
+    "lora_embedding_B": "EB",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "lora_B.bias": "bias",
+    "lora_B.bias": "lora_bias",
     "token_adapter.trainable_tokens_delta": "rows",
 }
 PEFT_HEADS = ("classifier", "score")  # PEFT lists both; a classifier has one of them
@@ -44,19 +44,15 @@ VOCABULARY = ("embed_tokens", "lm_head")  # PEFT saves these in full where they 
 class Contents:
     """The parameters of an adapter, by the names of the model's modules."""
 
-    pairs: dict[str, Factors]
-    """of each adapted layer; an embedding is a layer from vocab to dim"""
-    embeddings: frozenset[str] = frozenset()
-    """the embeddings among `pairs`"""
-    full_params: dict[str, Tensor] = field(default_factory=dict)
-    """by parameter name: values trained in full"""
-    lora_biases: dict[str, Tensor] = field(default_factory=dict)
-    """biases of B (out,), not yet multiplied by their module's scaling"""
+    pairs: dict[str, Factors]  # of adapted layers; an embedding is a layer from vocab to dim
+    embeddings: frozenset[str] = frozenset()  # those among `pairs`
+    full_params: dict[str, Tensor] = field(default_factory=dict)  # by the parameters' names
+    lora_biases: dict[str, Tensor] = field(default_factory=dict)  # of B (out,), not yet scaled
+    # of target_parameters: A (E * r, in) and B (out, r * E) of each adapted parameter of a module,
+    # in the module's order
     parameters: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """of target_parameters: A (E * r, in) and B (out, r * E) of each adapted parameter of a module,
-    in the module's order"""
+    # of embeddings: token ids (n,) and their new rows (n, dim)
     rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """of an embedding: token ids (n,) and their new rows (n, dim)"""
 
 
 def sort_tensors(
@@ -64,20 +60,17 @@ def sort_tensors(
 ) -> tuple[Contents, list[str]]:
     """The tensors of adapter_model.safetensors as Contents, and every fault in them.
 
-    Args:
-        values: adapter_config.json.
-        config: the same, as read.
+    `config` is adapter_config.json, `values`, as read.
     """
-    sorter = _Sorter(values, config)
-    sorter.split(tensors)
+    sorter = _Sorter(tensors, values, config)
     # in this order: full_params looks at all parts, parameters() takes its own out of them
     full_params, parameters = sorter.full_params(), sorter.parameters()
-    pairs = sorter.pairs()
+    pairs, lora_biases = sorter.layers()
     contents = Contents(
         pairs=pairs,
         embeddings=frozenset(name for name in pairs if "lora_embedding_A" in sorter.parts[name]),
         full_params=full_params,
-        lora_biases=sorter.lora_biases(pairs),
+        lora_biases=lora_biases,
         parameters=parameters,
         rows=sorter.rows(),
     )
@@ -87,16 +80,13 @@ def sort_tensors(
 
 
 class _Sorter:
-    def __init__(self, values: Mapping[str, Any], config: LoraConfig) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], config: LoraConfig
+    ) -> None:
         self.values, self.config = values, config
-        self.parts: dict[str, dict[str, Tensor]] = {}
-        """{module: {name in PARTS: tensor}}"""
-        self.others: dict[str, Tensor] = {}
-        """all other tensors, by their names without PREFIX"""
+        self.parts: dict[str, dict[str, Tensor]] = {}  # {module: {name in PARTS: tensor}}
+        self.others: dict[str, Tensor] = {}  # all other tensors, by their names without PREFIX
         self.faults: list[str] = []
-
-    def split(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill `parts` and `others`."""
         endings = "|".join(map(re.escape, PARTS))
         for key, tensor in tensors.items():
             if not tensor.is_floating_point():
@@ -139,7 +129,7 @@ class _Sorter:
         parameters: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name in sorted(self.parts, key=lambda name: -name.count(".base_layer")):
             module = name.replace(".base_layer", "")
-            leaves = _target_parameters(module, self.config)
+            leaves = self._target_parameters(module)
             if not leaves:
                 continue
             tensors = self.parts.pop(name)
@@ -157,63 +147,53 @@ class _Sorter:
                 parameters.setdefault(module, []).append((lora_A, lora_B))
         return parameters
 
-    def pairs(self) -> dict[str, Factors]:
-        """The factors of each layer, as matrices A (r, in) and B (out, r)."""
-        pairs = {}
+    def _target_parameters(self, module: str) -> list[str]:
+        """The parameters of `module` that target_parameters names: `module.leaf` entries, and bare
+        `leaf` entries unless target_modules matches the module."""
+        entries = [entry.rpartition(".")[::2] for entry in self.config.target_parameters]
+        leaves = [leaf for above, leaf in entries if above and matches(module, above)]
+        if matches_any(module, self.config.target_modules):
+            return leaves
+        return leaves + [leaf for above, leaf in entries if not above]
+
+    def layers(self) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+        """Of each layer the matrices A (r, in) and B (out, r), and with lora_bias B's bias."""
+        pairs, lora_biases = {}, {}
         for module, tensors in self.parts.items():
             if all(PARTS[part] == "rows" for part in tensors):
                 continue
             is_embedding = any("embedding" in part for part in tensors)
-            pattern = "lora_embedding_{}" if is_embedding else "lora_{}.weight"
-            names, layer = [pattern.format(side) for side in "AB"], self.config.of(module)
-            faults = [f"missing {PREFIX}{module}.{name}" for name in names if name not in tensors]
-            if not faults:
-                faults = [
-                    f"{PREFIX}{module}.{name} has shape {tuple(tensors[name].shape)}, "
-                    f"its config says r={layer.r}"
-                    for side, name in zip("AB", names, strict=True)
-                    if not _has_rank(side, tensors[name], layer.r)
-                ]
+            names = [f"lora_embedding_{s}" if is_embedding else f"lora_{s}.weight" for s in "AB"]
+            layer, faults = self.config.of(module), []
+            for side, name in zip("AB", names, strict=True):
+                shape = tensors[name].shape if name in tensors else None
+                if shape is None:
+                    faults.append(f"missing {PREFIX}{module}.{name}")
+                elif not _has_rank(side, shape, layer.r):
+                    has = f"has shape {tuple(shape)}, its config says r={layer.r}"
+                    faults.append(f"{PREFIX}{module}.{name} {has}")
             self.faults += faults
-            if not faults:
-                lora_A, lora_B = (tensors[name].flatten(1) for name in names)
-                magnitude = self._magnitude(module, len(lora_B))
-                pairs[module] = Factors(lora_A, lora_B, layer.scaling, magnitude)
-        return pairs
-
-    def _magnitude(self, module: str, out_features: int) -> Tensor | None:
-        """DoRA's (out,), if the module has it."""
-        vectors = [t for part, t in self.parts[module].items() if PARTS[part] == "magnitude"]
-        use_dora = bool(self.values.get("use_dora"))
-        if bool(vectors) != use_dora:
-            has = "has" if vectors else "has no"
-            self.faults.append(
-                f"{PREFIX}{module} {has} lora_magnitude_vector, its config says {use_dora=}"
-            )
-        if not vectors:
-            return None
-        magnitude = vectors[0].flatten()
-        if magnitude.shape != (out_features,):
-            self.faults.append(
-                f"{PREFIX}{module}.lora_magnitude_vector has shape {tuple(magnitude.shape)}, "
-                f"wanted {(out_features,)}"
-            )
-        return magnitude
-
-    def lora_biases(self, pairs: Mapping[str, Factors]) -> dict[str, Tensor]:
-        lora_biases, is_set = {}, self.values.get("lora_bias")
-        for module, tensors in self.parts.items():
-            name, bias = f"{PREFIX}{module}.lora_B.bias", tensors.get("lora_B.bias")
-            if bias is None and is_set and "lora_B.weight" in tensors:
-                self.faults.append(f"missing {name}")
-            elif bias is not None and not is_set:
-                self.faults.append(f"unexpected {name}")
-            elif bias is not None and module in pairs:
-                wanted = (len(pairs[module].lora_B),)
-                if bias.shape != wanted:
-                    self.faults.append(f"{name} has shape {tuple(bias.shape)}, wanted {wanted}")
+            if faults:
+                continue
+            lora_A, lora_B = (tensors[name].flatten(1) for name in names)
+            vectors = (t.flatten() for part, t in tensors.items() if PARTS[part] == "magnitude")
+            magnitude, bias = next(vectors, None), tensors.get("lora_B.bias")
+            self._check(f"{module}.lora_magnitude_vector", magnitude, "use_dora", len(lora_B))
+            if bias is not None or not is_embedding:
+                self._check(f"{module}.lora_B.bias", bias, "lora_bias", len(lora_B))
+            pairs[module] = Factors(lora_A, lora_B, layer.scaling, magnitude)
+            if bias is not None:
                 lora_biases[module] = bias
-        return lora_biases
+        return pairs, lora_biases
+
+    def _check(self, name: str, vector: Tensor | None, setting: str, size: int) -> None:
+        """A vector of `size` must be there if the config has its setting, and only then."""
+        is_set, shape = bool(self.values.get(setting)), None if vector is None else vector.shape
+        if (shape is not None) != is_set:
+            what = f"{'missing' if is_set else 'unexpected'} {PREFIX}{name}"
+            self.faults.append(f"{what}, its config says {setting}={is_set}")
+        elif shape not in (None, (size,)):
+            self.faults.append(f"{PREFIX}{name} has shape {tuple(shape)}, wanted {(size,)}")
 
     def rows(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The token ids and new rows of each embedding."""
@@ -227,13 +207,18 @@ class _Sorter:
                     rows[module] = torch.tensor(ids, dtype=torch.long), tensor
                 else:
                     named = len(ids) if isinstance(ids, list) else "none"
-                    self.faults.append(
-                        f"{PREFIX}{module} has {len(tensor)} trained token rows, its config names "
-                        f"{named}"
-                    )
+                    has = f"has {len(tensor)} trained token rows, its config names {named}"
+                    self.faults.append(f"{PREFIX}{module} {has}")
         if indices and not rows:
             self.faults.append("missing the rows of trainable_token_indices")
         return rows
+
+
+def matches_any(name: str, targets: str | Iterable[str]) -> bool:
+    """Whether a regular expression, or one of several name endings, matches `name`."""
+    if isinstance(targets, str):
+        return matches(name, targets, is_regex=True)
+    return any(matches(name, target) for target in targets)
 
 
 def _ends_in(module: str, entries: Iterable[str]) -> bool:
@@ -241,21 +226,8 @@ def _ends_in(module: str, entries: Iterable[str]) -> bool:
     return any(module.endswith(entry) or f"{entry}." in module for entry in entries)
 
 
-def _has_rank(side: str, tensor: Tensor, r: int) -> bool:
+def _has_rank(side: str, shape: torch.Size, r: int) -> bool:
     """Whether A is (r, …) or B is (out, r), of a convolution (out, r, 1…)."""
-    if tensor.ndim < 2:
+    if len(shape) < 2:
         return False
-    return len(tensor) == r if side == "A" else tensor.shape[1] == r == tensor.shape[1:].numel()
-
-
-def _target_parameters(module: str, config: LoraConfig) -> list[str]:
-    """The parameters of `module` that target_parameters names: `module.leaf` entries, and bare
-    `leaf` entries unless target_modules matches the module."""
-    entries = [entry.rpartition(".")[::2] for entry in config.target_parameters]
-    leaves = [leaf for above, leaf in entries if above and matches(module, above, is_regex=False)]
-    targets = config.target_modules
-    is_regex = isinstance(targets, str)
-    patterns = (targets,) if isinstance(targets, str) else targets
-    if any(matches(module, pattern, is_regex=is_regex) for pattern in patterns):
-        return leaves
-    return leaves + [leaf for above, leaf in entries if not above]
+    return shape[0] == r if side == "A" else shape[1] == r == shape[1:].numel()

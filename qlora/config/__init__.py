@@ -1,8 +1,7 @@
 """All settings of the commands, as frozen dataclasses: no torch, no file access.
 
 Fields are named as in transformers' TrainingArguments and PEFT's LoraConfig where those have them;
-qlora.cli derives flags, recipe keys and help from the fields. Annotation and metadata of a field
-define its valid values; `Settings.__post_init__` checks these, then the rules across fields.
+qlora.cli derives flags, recipe keys and help from the fields.
 
 Sources of the defaults:
   NF4, double quantization, blocksize 64, all linear layers, Adam beta2 0.999, no weight decay,

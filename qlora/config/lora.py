@@ -1,13 +1,14 @@
 """LoraConfig, with PEFT's names and meaning, and Settings, the base class of all settings.
 
 A field's annotation and metadata define its valid values: `r: int = field(default=16,
-metadata=above(0))` is a whole number above 0. `faults` yields the broken rules across fields.
+metadata=above(0))` is a whole number above 0. `Settings.__post_init__` checks these, then `faults`,
+the rules across fields.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from qlora.config.tasks import TASKS
 from qlora.errors import UserError, require
@@ -81,33 +82,13 @@ def _check(name: str, value: Any, kinds: Iterable[Any], metadata: Mapping[str, A
         raise UserError(f"{name} must be {wanted}, got {value!r}")
 
 
-# ---- initialisations ----
+# ---- the adapter ----
 
-
-class Init(NamedTuple):
-    """What a value of init_lora_weights needs and changes."""
-
-    reads_weights: bool = False
-    """A and B are computed from the base's weights before quantization"""
-    changes_base: bool = False
-    """scaling B A is subtracted from the base, so that the sum starts unchanged"""
-    reads_data: bool = False
-    """A and B are computed from activations on training data"""
-    implemented: bool = True
-    """False: only known from adapters that PEFT saved"""
-
-
-INITS = {
-    "gaussian": Init(),
-    "pissa": Init(reads_weights=True, changes_base=True),  # and pissa_niter_N
-    "olora": Init(reads_weights=True, changes_base=True),
-    "loftq": Init(reads_weights=True, changes_base=True),  # here from the second round on
-    "eva": Init(reads_data=True),
-    "corda": Init(reads_weights=True, changes_base=True, reads_data=True, implemented=False),
-    "lora_ga": Init(reads_weights=True, changes_base=True, reads_data=True, implemented=False),
-    "orthogonal": Init(implemented=False),
-    "mica": Init(reads_weights=True, implemented=False),
-}
+# Values of init_lora_weights besides true and pissa_niter_N.
+INITS = ("gaussian", "pissa", "olora", "loftq", "eva")
+# Inits, with corda and lora_ga of PEFT, that compute A and B from the unquantized weights and take
+# scaling B A off the base, so that the sum starts unchanged (LoftQ from its second round on).
+REBASING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -177,27 +158,19 @@ class LoraConfig(Settings):
             yield "layers_pattern needs layers_to_transform: give both"
         is_regex = isinstance(self.target_modules, str) and not self.targets_all_linear
         if self.layers_to_transform and is_regex:
-            yield (
-                "layers_to_transform needs a list of target_modules: write the layer indices into "
-                "the regular expression instead"
-            )
+            yield "layers_to_transform needs target_modules as a list, not a regular expression"
         indices = self.trainable_token_indices
         for ids in indices.values() if isinstance(indices, Mapping) else [indices]:
             are_ids = all(type(i) is int and i >= 0 for i in ids) and len(set(ids)) == len(ids)
             if not are_ids or not (ids or indices == ()):
                 yield f"trainable_token_indices must be distinct whole numbers from 0, got {ids!r}"
         if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
-            yield (
-                "target_parameters cannot be adapted with use_dora, lora_bias or lora_dropout, "
-                "because the module's own code multiplies with them: leave these out"
-            )
+            # the module's own code multiplies with them
+            yield "target_parameters take no use_dora, lora_bias or lora_dropout: leave these out"
         if self.lora_bias and self.use_dora:
             yield "lora_bias cannot be combined with use_dora: choose one"
-        yield from self._init_faults()
-
-    def _init_faults(self) -> Iterator[str]:
         init = f"init_lora_weights={self.init_lora_weights!r}"
-        if self.init_lora_weights is not True and not self._init.implemented:
+        if self.init_lora_weights is not True and self._init not in INITS:
             wanted = "true, gaussian, pissa, pissa_niter_N, olora, loftq or eva"
             yield f"init_lora_weights must be {wanted}, got {self.init_lora_weights!r}"
         if self.use_dora and self.starts_from_weights:
@@ -242,28 +215,25 @@ class LoraConfig(Settings):
         """This config with these ranks, by the names of all its layers, at the same scaling."""
         layers = {name: self.of(name) for name in ranks}
         layers = {name: own.with_ranks(ranks[name] / own.r) for name, own in layers.items()}
+        others = {name: own.r for name, own in layers.items() if own.r != self.r}
         alphas = {name: own.lora_alpha for name, own in layers.items()}
-        return replace(
-            self,
-            rank_pattern={name: own.r for name, own in layers.items() if own.r != self.r},
-            alpha_pattern={n: alpha for n, alpha in alphas.items() if alpha != self.lora_alpha},
-        )
+        alphas = {name: alpha for name, alpha in alphas.items() if alpha != self.lora_alpha}
+        return replace(self, rank_pattern=others, alpha_pattern=alphas)
 
     @property
-    def _init(self) -> Init:
-        name = re.sub(r"^pissa_niter_\d+$", "pissa", str(self.init_lora_weights))
-        return INITS.get(name, Init(implemented=False))
+    def _init(self) -> str:
+        return re.sub(r"^pissa_niter_\d+$", "pissa", str(self.init_lora_weights))
 
     @property
     def starts_from_weights(self) -> bool:
         """Whether A and B are computed from the base's weights before quantization."""
-        return self._init.reads_weights
+        return self._init in REBASING_INITS
 
     @property
     def rebases(self) -> bool:
         """Whether scaling B A is subtracted from the base, which is then quantized again."""
         is_one_round = self.init_lora_weights == "loftq" and self.loftq_iter == 1
-        return self._init.changes_base and not is_one_round
+        return self.starts_from_weights and not is_one_round
 
     @property
     def loftq_iter(self) -> int:

@@ -8,7 +8,7 @@ What a task does with records, batches and losses is in qlora.data.objectives.
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.errors import UserError
+from qlora.errors import require
 
 
 @dataclass(frozen=True)
@@ -19,50 +19,34 @@ class Task:
     """value of `--task`"""
     task_type: str
     """PEFT's name, in adapter_config.json"""
-    auto_class: str
-    """name of the class of transformers that loads such a model"""
+    class_ending: str
+    """suffix of its auto class in transformers, and of the model classes of a classifier"""
     kind: str
     """description, for messages"""
-    class_ending: str = ""
-    """suffix of the model classes of a classifier"""
+    trains_head: bool = False
+    """whether the head is trained in full, and may be missing from a checkpoint"""
     tokenizer_options: tuple[tuple[str, Any], ...] = ()
     """keyword arguments for the tokenizer's from_pretrained"""
 
     @property
-    def trains_head(self) -> bool:
-        """Whether the head is trained in full, and may be missing from a checkpoint."""
-        return bool(self.class_ending)
+    def auto_class(self) -> str:
+        """The name of the class of transformers that loads such a model."""
+        return f"AutoModel{self.class_ending}"
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task("causal-lm", "CAUSAL_LM", "AutoModelForCausalLM", "causal language model"),
-        Task("seq2seq", "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", "encoder-decoder language model"),
-        Task(
-            "seq-cls",
-            "SEQ_CLS",
-            "AutoModelForSequenceClassification",
-            "classifier of texts",
-            "ForSequenceClassification",
-        ),
-        Task(
-            "token-cls",
-            "TOKEN_CLS",
-            "AutoModelForTokenClassification",
-            "classifier of tokens",
-            "ForTokenClassification",
-            (("add_prefix_space", True),),  # rows are split into words: the first starts one too
-        ),
-    )
-}
-CAUSAL_LM = TASKS["causal-lm"]
+CAUSAL_LM = Task("causal-lm", "CAUSAL_LM", "ForCausalLM", "causal language model")
+SEQ2SEQ = Task("seq2seq", "SEQ_2_SEQ_LM", "ForSeq2SeqLM", "encoder-decoder language model")
+SEQ_CLS = Task("seq-cls", "SEQ_CLS", "ForSequenceClassification", "classifier of texts", True)
+SPLIT = (("add_prefix_space", True),)  # rows are split into words: the first starts one too
+TOKEN_CLS = Task(
+    "token-cls", "TOKEN_CLS", "ForTokenClassification", "classifier of tokens", True, SPLIT
+)
+TASKS = {task.name: task for task in (CAUSAL_LM, SEQ2SEQ, SEQ_CLS, TOKEN_CLS)}
 
 
 def task_named(name: str) -> Task:
     """The task of that name."""
-    if name not in TASKS:
-        raise UserError(f"task must be {', '.join(TASKS)}, got {name!r}")
+    require(name in TASKS, f"task must be {', '.join(TASKS)}, got {name!r}")
     return TASKS[name]
 
 
