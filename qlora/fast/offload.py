@@ -7,15 +7,13 @@ computes the next layers, and back while it computes the layer above:
     forward    x_i is saved; after `keep` more, its copy starts; after one more, x_i is released
     backward   x_i is used, and the copy of x_(i-1) starts
 
-This needs only saved-tensor hooks (torch.autograd.graph): a non-re-entrant checkpoint saves its
-inputs under the hooks around it, and everything inside under its own. Left on the GPU: leaves and
-views of them, which the graph holds anyway (a frozen embedding's output is one), and tensors that
-are small, not contiguous, or without gradient.
+By saved-tensor hooks (torch.autograd.graph): a non-re-entrant checkpoint saves its inputs under the
+hooks around it, and everything inside under its own. Left on the GPU: leaves and views of them (a
+frozen embedding's output is one), and tensors that are small, not contiguous, or without gradient.
 
 All copies run in order on one stream. It waits for the computing stream before each copy, and that
-stream waits for a copy before its tensor is used or released. So memory is released in the order of
-the computation and buffers are reused at once; with record_stream memory would grow while Python is
-ahead of the GPU. All state belongs to the graph and is freed with it.
+stream waits for a copy before its tensor is used or released: memory is released in the order of
+the computation, also while Python is ahead of the GPU. All state is freed with the graph.
 
 Cost: as much host memory, which cannot be swapped out. No time, by arithmetic: a layer of P
 parameters computes 2 P FLOP per token and moves 2 dim bytes, so a copy is hidden if P / dim, 53,000
@@ -24,9 +22,8 @@ for Llama-3.1-8B, is at least FLOP/s over bytes/s of the card: by data sheet 6,6
 several GPUs, and tensors inside checkpoints that keep more than their inputs.
 
 `offload_embedding`: a step reads a few rows of the embedding, which is 0.98 GiB for Llama-3.1-8B.
-Pinned memory has an address on the GPU, so the weight becomes a CUDA tensor over it, by
-__cuda_array_interface__, and the lookup reads its rows over PCIe: 64 MiB for 8,192 tokens, 3 ms at
-25 GB/s. resize_token_embeddings creates a weight on the GPU again. Left out: the output head, as
+Pinned memory has an address on the GPU, so the weight becomes a CUDA tensor over it, and the lookup
+reads its rows over PCIe: 64 MiB for 8,192 tokens, 3 ms at 25 GB/s. Left out: the output head, as
 each chunk of tokens reads all its rows; an embedding that is trained, adapted or tied to it.
 """
 
@@ -41,7 +38,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qlora.adapters.wrappers import AdapterModule
 from qlora.base.modules import vocabulary
-from qlora.errors import UserError
+from qlora.errors import require
 
 MIN_BYTES = 1 << 20  # below, starting a copy costs more than the memory is worth
 KEEP = 2  # the last layer's input is needed first, and the final norm saves one more
@@ -49,8 +46,8 @@ KEEP = 2  # the last layer's input is needed first, and the final norm saves one
 
 def require_gpu(setting: str) -> None:
     """Raise a UserError on a machine without a GPU, naming the setting that needs one."""
-    if not torch.cuda.is_available():
-        raise UserError(f"{setting} wants a CUDA GPU, and torch finds none here: leave it out")
+    message = f"{setting} wants a CUDA GPU, and torch finds none here: leave it out"
+    require(torch.cuda.is_available(), message)
 
 
 class CudaCopies:
@@ -133,7 +130,14 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
             saved = self._known[address] = Saved(tensor, self, self._last)
             self._last = weakref.ref(saved)
         if saved.tensor is not None:
-            self._release_older(saved)
+            # release the tensor whose copy was started last time, and start the copy of the next
+            held = [older for ref in self._newest if (older := ref()) not in (None, saved)]
+            held.append(saved)
+            while len(held) > self.keep + 1:
+                held.pop(0).release()
+            for older in held[: -self.keep]:
+                older.move()
+            self._newest = [weakref.ref(one) for one in held]
         return saved
 
     def _unpack(self, saved: "Tensor | Saved") -> Tensor:
@@ -158,16 +162,6 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
             and tensor.is_contiguous()
             and tensor.nbytes >= self.min_bytes
         )
-
-    def _release_older(self, newest: "Saved") -> None:
-        """Release the tensor whose copy was started last time, and start the copy of the next."""
-        held = [saved for ref in self._newest if (saved := ref()) not in (None, newest)]
-        held.append(newest)
-        while len(held) > self.keep + 1:
-            held.pop(0).release()
-        for saved in held[: -self.keep]:
-            saved.move()
-        self._newest = [weakref.ref(saved) for saved in held]
 
 
 class Saved:
@@ -275,28 +269,24 @@ def offload_embedding(model: nn.Module) -> None:
         UserError: there is no GPU, or a step needs more than some rows of the embedding.
     """
     require_gpu("offload_embedding")
-    if reason := _why_not_in_host_memory(model):
-        raise UserError(f"offload_embedding: {reason}: leave it out")
-    embedding: Any = model.get_submodule(str(vocabulary(model)[0]))
-    embedding.weight.data = in_host_memory(embedding.weight.data)
-
-
-def _why_not_in_host_memory(model: nn.Module) -> str | None:
     name, _ = vocabulary(model)
-    embedding = None if name is None else model.get_submodule(name)
-    if isinstance(embedding, AdapterModule):
-        return f"{name} is trained or adapted, and then needed on the GPU"
-    if not isinstance(embedding, nn.Embedding):
-        return "this model has no embedding of tokens"
+    embedding: Any = None if name is None else model.get_submodule(name)
+    is_adapted = isinstance(embedding, AdapterModule)
+    has_embedding = is_adapted or isinstance(embedding, nn.Embedding)
+    require(has_embedding, "offload_embedding: this model has no embedding of tokens: leave it out")
     weight = embedding.weight
-    if weight.requires_grad:
-        return f"{name} is trained, and then needed on the GPU"
     named = model.named_parameters(remove_duplicate=False)
     users = [path.rpartition(".")[0] for path, p in named if p is weight]
     others = [user for user in users if not isinstance(model.get_submodule(user), nn.Embedding)]
-    if others:
-        return f"{name} is tied to {', '.join(others)}, and then needed on the GPU"
-    return None
+    reasons = {
+        "trained or adapted": is_adapted,
+        "trained": weight.requires_grad,
+        f"tied to {', '.join(others)}": others,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    message = f"offload_embedding: {name} is {why}, and then needed on the GPU: leave it out"
+    require(why is None, message)
+    weight.data = in_host_memory(weight.data)
 
 
 def in_host_memory(weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from qlora.adapters.fuse import unload
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
 from qlora.fast import layers
-from qlora.fast.layers import Form, RMSNorm, put_norms, rms_norm_form
+from qlora.fast.layers import RMSNorm, put_norms, rms_norm_form
 from qlora.training import prepare_for_training
 from qlora.training import run as training
 
@@ -89,7 +89,7 @@ def kept(call: Callable[[], Any]) -> int:
 def test_torchs_kernel_is_as_exact_as_the_models(dtype, device, has_kernel):
     norm, x = case(dtype, device)
     wanted = exact(norm, x)
-    ours, plain = (errors(n, x, wanted) for n in (RMSNorm(norm, Form(1e-5)), norm))
+    ours, plain = (errors(n, x, wanted) for n in (RMSNorm(norm, 1e-5), norm))
     # in fp32 the same sums, maybe in another order
     slack = 1.2 if dtype == torch.float32 else 1.0
     assert all(a <= slack * b for a, b in zip(ours, plain, strict=True))
@@ -109,7 +109,7 @@ def test_from_its_output_a_norm_is_as_exact_as_the_models(kind, size, small_weig
     x *= size
     if small_weights:
         norm.weight.mul_(torch.logspace(-25, 0, 576))
-    wanted, wrapper = exact(norm, x), RMSNorm(norm, rms_norm_form(norm))
+    wanted, wrapper = exact(norm, x), RMSNorm(norm, *rms_norm_form(norm))
     ours, plain = errors(wrapper, x, wanted), errors(norm, x, wanted)
     assert "_FromOutput" in type(wrapper(x.requires_grad_()).grad_fn).__name__
     # y by the same operations; dx by fewer, which round otherwise
@@ -121,7 +121,7 @@ def test_a_weight_too_small_to_divide_by(tiny):
     norm, x = case(torch.float32)
     norm.weight[5] = tiny
     gradients = []
-    for module in (RMSNorm(norm, Form(1e-5)), norm):
+    for module in (RMSNorm(norm, 1e-5), norm):
         leaf = x.detach().requires_grad_()
         assert kept(lambda m=module, leaf=leaf: m(leaf)) >= 4 * x.numel()
         gradients += torch.autograd.grad(module(leaf).sum(), leaf)
@@ -131,12 +131,12 @@ def test_a_weight_too_small_to_divide_by(tiny):
 def test_gradcheck():
     norm, x = case(torch.float64, dim=8)
     x = x[:6].view(3, 2, 8).transpose(0, 1).requires_grad_()  # as a head's norm may get it
-    assert torch.autograd.gradcheck(RMSNorm(norm, Form(1e-5)), x)
+    assert torch.autograd.gradcheck(RMSNorm(norm, 1e-5), x)
 
 
 def test_a_norm_keeps_only_what_the_next_layer_keeps():
     norm, x = case(torch.float32)
-    wrapper = RMSNorm(norm, Form(1e-5))
+    wrapper = RMSNorm(norm, 1e-5)
     x.requires_grad_()
     after = nn.Linear(64, 8, bias=False)  # keeps y, for its weight's gradient
     weights, size, per_row = 4 * (64 + 8 * 64), 4 * x.numel(), 4 * len(x)
@@ -215,12 +215,12 @@ def test_other_norms_are_not_wrapped(dtype):
 def test_16_bit_norms_are_the_models_without_a_kernel_or_where_trained(monkeypatch):
     norm, x = case(torch.bfloat16)
     gemma, _ = case(torch.bfloat16, kind=Gemma2RMSNorm)
-    wrapper = RMSNorm(norm, Form(1e-5))
+    wrapper = RMSNorm(norm, 1e-5)
     for kernels in ((), ("cpu", "cuda")):
         monkeypatch.setattr(layers, "HAS_KERNEL", kernels)
         # torch's rounds less often; for 1 + w it would need a weight that is rounded once more
         assert torch.equal(wrapper(x), norm(x)) == (not kernels)
-        assert torch.equal(RMSNorm(gemma, rms_norm_form(gemma))(x), gemma(x))
+        assert torch.equal(RMSNorm(gemma, *rms_norm_form(gemma))(x), gemma(x))
     assert torch.equal(wrapper(x.float()), norm(x.float()))
     norm.weight.requires_grad_()
     assert torch.equal(wrapper(x), norm(x))
@@ -252,7 +252,7 @@ def test_adapters_that_train_norms(adapter_first, checkpoints, has_kernel):
 def test_a_16_bit_input_is_kept_in_16_bits_on_a_gpu(dtype):
     norm, x = case(dtype, "cuda", 4096)
     x.requires_grad_()
-    ours, plain = (kept(lambda m=m: m(x)) for m in (RMSNorm(norm, Form(1e-5)), norm))
+    ours, plain = (kept(lambda m=m: m(x)) for m in (RMSNorm(norm, 1e-5), norm))
     few = 2 * norm.weight.numel() * x.element_size() + 8 * len(x)  # w, and a number a row
     assert ours <= x.numel() * x.element_size() + few
     assert plain >= 2 * x.numel() * x.element_size()
