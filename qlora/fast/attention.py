@@ -22,7 +22,6 @@ an unsupported argument (softcap, sinks). Left out: flex_attention, which compil
 """
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,7 +55,18 @@ def rows_collator(
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, _no_mask)
     own, reason = model.config._attn_implementation, "its attention is one of its own"
-    for name in _candidates(model) if fast_path else ():
+    candidates: list[str] = []
+    # Without a mask, arguments must determine the attention, as for FlashAttention; there is none
+    # for the chunks of Llama 4's rows.
+    has_chunks = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if fast_path and model._supports_flash_attn and not has_chunks:
+        if model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16):
+            if torch.cuda.get_device_capability(model.device) >= (8, 0):
+                candidates.append(VARLEN)
+            if is_flash_attn_2_available():
+                candidates.append("flash_attention_2")
+        candidates.append(ROWS)
+    for name in candidates:
         fault = _set_if_correct(model, name, FlatCollator())
         if fault is None:
             return FlatCollator()
@@ -102,9 +112,8 @@ def rows_attention(
 ) -> tuple[Tensor, None]:
     """The same a row at a time, in any dtype; without cu_seq_lens_q, of an ordinary batch.
 
-    Args:
-        options: dropout; scaling of the scores; sliding_window, the tokens that a token attends to,
-            including itself; cu_seq_lens_q (rows + 1,) int32, the rows' starts, and the end.
+    `options`: dropout; scaling of the scores; sliding_window, the tokens that a token attends to,
+    including itself; cu_seq_lens_q (rows + 1,) int32, the rows' starts, and the end.
     """
     _refuse_unsupported(options)
     settings = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
@@ -112,22 +121,20 @@ def rows_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # not enable_gqa, which only some of SDPA's kernels support
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    if bounds is None:
-        return _causal(query, key, value, window, **settings).transpose(1, 2).contiguous(), None
-    lengths = bounds.diff().tolist()
-    parts = (x.split(lengths, dim=2) for x in (query, key, value))
-    outs = [_causal(q, k, v, window, **settings) for q, k, v in zip(*parts, strict=True)]
-    return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None  # (1, total, heads, dim)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None, **settings: Any) -> Tensor:
-    """(batch, heads, length, head_dim); with more keys than queries, the queries are the last."""
-    length, keys, mask = q.shape[2], k.shape[2], None
-    window = min(window or keys, keys)
-    if length != keys or window != keys:
-        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device)
-        mask = mask.tril(keys - length).triu(keys - length + 1 - window)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **settings)
+    parts: Any = [(query, key, value)]
+    if bounds is not None:
+        lengths = bounds.diff().tolist()
+        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outs = []
+    for q, k, v in parts:  # (batch, heads, length, head_dim)
+        length, keys, mask = q.shape[2], k.shape[2], None
+        reach = min(window or keys, keys)
+        if length != keys or reach != keys:  # of more keys than queries, the last are the queries'
+            mask = torch.ones(length, keys, dtype=torch.bool, device=q.device)
+            mask = mask.tril(keys - length).triu(keys - length + 1 - reach)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **settings)
+        outs.append(out.transpose(1, 2))
+    return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0].contiguous(), None
 
 
 def _refuse_unsupported(options: dict[str, Any]) -> None:
@@ -147,23 +154,6 @@ def _no_mask(*args: Any, attention_mask: Tensor | None = None, **sizes: Any) -> 
         f"the model's attention is set for rows without padding, and {reason}: "
         "model.set_attn_implementation('sdpa') sets it back",
     )
-
-
-# ---- which of them is correct for a model
-
-
-def _candidates(model: Any) -> Iterator[str]:
-    config = model.config.get_text_config()
-    # Without a mask, arguments must determine the attention, as for FlashAttention; there is none
-    # for the chunks of Llama 4's rows.
-    if not model._supports_flash_attn or getattr(config, "attention_chunk_size", None):
-        return
-    if model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16):
-        if torch.cuda.get_device_capability(model.device) >= (8, 0):
-            yield VARLEN
-        if is_flash_attn_2_available():
-            yield "flash_attention_2"
-    yield ROWS
 
 
 def _set_if_correct(model: Any, attention: str, collate: Any) -> str | None:

@@ -146,9 +146,7 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch calls it so
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """For operations called from C++, below autograd; _Lazy computes the gradient."""
         if func._schema.is_mutable:
             raise RuntimeError(f"logits that are not materialized cannot be changed by {func}")
@@ -166,15 +164,12 @@ class _Lazy(torch.autograd.Function):
     """Hidden states to lazy logits; the backward pass is that of the logits themselves."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, like: Tensor, recipe: _Recipe, source: LazyLogits | None
-    ) -> LazyLogits:
-        lazy: Any = Tensor._make_wrapper_subclass(
-            LazyLogits, like.shape, dtype=like.dtype, device=hidden.device
-        )
+    def forward(ctx: Any, hidden: Tensor, like: Tensor, recipe: _Recipe, source: Any) -> Any:
+        kind: Any = {"dtype": like.dtype, "device": hidden.device}
+        lazy: Any = Tensor._make_wrapper_subclass(LazyLogits, like.shape, **kind)
         lazy._recipe, lazy._like, lazy._source, lazy.value = recipe, like, source, None
         ctx.recipe = recipe
-        return lazy  # type: ignore[no-any-return]
+        return lazy
 
     @staticmethod
     @once_differentiable

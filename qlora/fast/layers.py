@@ -24,7 +24,7 @@ GPU, where F.rms_norm would need a rounded 1 + w.
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
@@ -58,7 +58,7 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
     """
     remove_fast_path(model)
     layers = lora_layers(model)
-    calls = _record_calls(model, layers.values())
+    calls = _record_calls(model)
     linear = {layer: name for name, layer in layers.items() if isinstance(layer, LoRALinear)}
     called = [layer for layer in calls if layer in linear]
     # layers of one parent that were called one after another with one tensor; the others alone
@@ -94,9 +94,6 @@ def remove_fast_path(model: nn.Module) -> None:
     remove_wrappers(model, lambda wrapper: isinstance(wrapper, MLPBlock))
 
 
-# ---- layers and blocks
-
-
 class SharedInput:
     """LoRA layers that are called one after another with one tensor, as q, k and v; or one alone.
 
@@ -122,10 +119,7 @@ class SharedInput:
                 return None
             group = self.layers if all(is_fast(other, x) for other in self.layers) else (layer,)
             outputs = lora_linear(x, *_arguments(group))
-            if len(group) == 1:
-                return outputs[0]
-            self._input = x, x._version
-            self._waiting = dict(zip(group, outputs, strict=True))
+            self._input, self._waiting = (x, x._version), dict(zip(group, outputs, strict=True))
         y = self._waiting.pop(layer)
         if not self._waiting:
             self._input = None
@@ -193,10 +187,8 @@ def why_plain(layer: LoRALayer) -> str | None:
 
 
 @torch.no_grad()
-def _record_calls(
-    model: Any, layers: Iterable[nn.Module]
-) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """Input and output of `layers` and the base's modules, in order, in one run of a few tokens.
+def _record_calls(model: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Input and output of LoRA layers and base modules, in order, in one run of a few tokens.
 
     Only of modules called once, with one tensor. Empty for a model that does not read token ids.
     """
@@ -214,7 +206,7 @@ def _record_calls(
         inputs["decoder_input_ids"] = ids
     with ExitStack() as undo:
         undo.callback(model.train, model.training)
-        for module in {*layers, *base_modules(model).values()}:
+        for module in {*lora_layers(model).values(), *base_modules(model).values()}:
             undo.enter_context(module.register_forward_hook(record))
         model.eval().base_model(**inputs)
     return {module: records[0] for module, records in calls.items() if len(records) == 1}
@@ -244,11 +236,11 @@ def _agrees_with_gated(mlp: Any, names: tuple[str, str, str], activation: str) -
     copied.training = True  # not train(), which changes the activation that the copy shares
     gate = torch.linspace(-1, 1, n, device=next(mlp.parameters()).device)
     x = torch.cat([gate, gate.roll(300)])[None, None]  # (1, 1, 2 n)
-    forward = partial(type(mlp).forward, copied)
 
     def gated(x: Tensor) -> Tensor:
         return gated_forward(x[..., :n], x[..., n:], activation)
 
+    forward = partial(type(mlp).forward, copied)
     tolerance = 8 * torch.finfo(torch.float32).eps  # some compute the activation step by step
     try:
         return all(agrees(forward, gated, size * x, tolerance=tolerance) for size in GATE_RANGES)

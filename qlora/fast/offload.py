@@ -30,6 +30,7 @@ each chunk of tokens reads all its rows; an embedding that is trained, adapted o
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -75,17 +76,10 @@ class CudaCopies:
         computing.wait_event(end)
 
 
-class offload_activations:  # a context manager, named as torch's save_on_cpu
+class offload_activations:  # named as torch's save_on_cpu
     """Keep the inputs of checkpointed layers in host memory between forward and backward pass.
 
-    Around the forward pass; one for a whole run, because its pinned buffers are reused:
-
-        offload = offload_activations()
-        for batch in batches:
-            with offload:
-                loss = model(**batch).loss
-            loss.backward()
-
+    A context for the forward pass; one for a whole run, because its pinned buffers are reused.
     Values and gradients are equal to the bit. It may be nested. Without gradients it does nothing;
     without gradient checkpointing it moves every tensor that the layers save.
 
@@ -166,14 +160,11 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
 
 class Saved:
     """Held by the graph instead of a tensor, whose values are on the GPU, in host memory, or both.
+    `before` is a weak reference to the one saved before it."""
 
-    `before` is a weak reference to the one saved before it.
-    """
-
-    def __init__(
-        self, tensor: Tensor, owner: offload_activations, before: "Callable[[], Saved | None]"
-    ) -> None:
-        self.copies, self.buffers, self.before = owner.copies, owner.buffers, before
+    def __init__(self, tensor: Tensor, owner: offload_activations, before: Any) -> None:
+        self.copies, self.buffers = owner.copies, owner.buffers
+        self.before: Callable[[], Saved | None] = before
         self.tensor: Tensor | None = tensor.detach()
         self.host: Tensor | None = None
         self.started: Any = None
@@ -264,6 +255,7 @@ class Buffers:
 
 def offload_embedding(model: nn.Module) -> None:
     """Move the weight of `model`'s embedding to pinned host memory, in place, after apply_lora.
+    resize_token_embeddings creates one on the GPU again.
 
     Raises:
         UserError: there is no GPU, or a step needs more than some rows of the embedding.
@@ -271,15 +263,14 @@ def offload_embedding(model: nn.Module) -> None:
     require_gpu("offload_embedding")
     name, _ = vocabulary(model)
     embedding: Any = None if name is None else model.get_submodule(name)
-    is_adapted = isinstance(embedding, AdapterModule)
-    has_embedding = is_adapted or isinstance(embedding, nn.Embedding)
-    require(has_embedding, "offload_embedding: this model has no embedding of tokens: leave it out")
+    is_found = isinstance(embedding, AdapterModule | nn.Embedding)
+    require(is_found, "offload_embedding: this model has no embedding of tokens: leave it out")
     weight = embedding.weight
     named = model.named_parameters(remove_duplicate=False)
     users = [path.rpartition(".")[0] for path, p in named if p is weight]
     others = [user for user in users if not isinstance(model.get_submodule(user), nn.Embedding)]
     reasons = {
-        "trained or adapted": is_adapted,
+        "trained or adapted": isinstance(embedding, AdapterModule),
         "trained": weight.requires_grad,
         f"tied to {', '.join(others)}": others,
     }
@@ -292,17 +283,15 @@ def offload_embedding(model: nn.Module) -> None:
 def in_host_memory(weight: Tensor) -> Tensor:
     """A CUDA tensor with the values of `weight`, whose bytes are in pinned host memory."""
     host = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True).copy_(weight)
-    return torch.as_tensor(_Pinned(host), device=weight.device).view(weight.dtype)
+    return torch.as_tensor(_at_its_address(host), device=weight.device).view(weight.dtype)
 
 
-class _Pinned:
-    """Pinned memory by its address, which is valid on the GPU; the CUDA tensor keeps it alive."""
-
-    def __init__(self, host: Tensor) -> None:
-        self.host = host
-        self.__cuda_array_interface__ = {
-            "shape": (*host.shape[:-1], host.shape[-1] * host.element_size()),
-            "typestr": "|u1",  # the interface has no bf16
-            "data": (host.data_ptr(), False),
-            "version": 3,
-        }
+def _at_its_address(host: Tensor) -> SimpleNamespace:
+    """Pinned memory for CUDA: its address is valid on the GPU, whose tensor keeps it alive."""
+    interface = {
+        "shape": (*host.shape[:-1], host.shape[-1] * host.element_size()),
+        "typestr": "|u1",  # the interface has no bf16
+        "data": (host.data_ptr(), False),
+        "version": 3,
+    }
+    return SimpleNamespace(host=host, __cuda_array_interface__=interface)

@@ -348,7 +348,7 @@ def test_the_array_interface_describes_pinned_memory(dtype):
     weight = torch.randn(6, 10, dtype=dtype)
 
     class Array:
-        __array_interface__ = offload._Pinned(weight).__cuda_array_interface__
+        __array_interface__ = offload._at_its_address(weight).__cuda_array_interface__
 
     array = torch.from_numpy(numpy.asarray(Array())).view(dtype)
     assert torch.equal(array, weight) and array.data_ptr() == weight.data_ptr()
