@@ -56,8 +56,7 @@ def rows_collator(
         AttentionMaskInterface.register(name, _no_mask)
     own, reason = model.config._attn_implementation, "its attention is one of its own"
     candidates: list[str] = []
-    # Without a mask, arguments must determine the attention, as for FlashAttention; there is none
-    # for the chunks of Llama 4's rows.
+    # as for FlashAttention, arguments must determine the attention; there is none for chunks
     has_chunks = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     if fast_path and model._supports_flash_attn and not has_chunks:
         if model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16):
@@ -82,9 +81,6 @@ def rows_collator(
     if fast_path:
         print(f"rows are padded to the longest of their batch ({reason})")
     return None
-
-
-# ---- the attentions, with the arguments of transformers
 
 
 def varlen_attention(
@@ -144,8 +140,7 @@ def _refuse_unsupported(options: dict[str, Any]) -> None:
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **sizes: Any) -> None:
-    """The mask function for transformers: none. So the last key must be that of the last query,
-    and a static cache, which has space for tokens to come, is refused."""
+    """For transformers: none. So the last key must be the last query's: no static cache."""
     queries, keys = (int(sizes.get(f"{x}_offset", 0)) + sizes[f"{x}_length"] for x in ("q", "kv"))
     is_padded = attention_mask is not None and not bool(attention_mask.all())
     reason = "these have some" if is_padded else "this cache has space for more tokens"
@@ -188,8 +183,8 @@ def _set_if_correct(model: Any, attention: str, collate: Any) -> str | None:
 
 
 def _forward(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Embeddings and logits of a batch, with a graph between them. The whole model is run, because
-    some models with a head do not pass the batch's arguments on."""
+    """Embeddings and logits of a batch, with a graph between them, by the whole model: some with a
+    head do not pass the batch's arguments on."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "attention_mask")}
     moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     embedded: list[Tensor] = []

@@ -14,8 +14,8 @@ other losses (the router loss of experts) are added as before. Only the gradient
 loss was computed without them does not exist: autograd raises that they were not used.
 
 Logits are computed at once by a head that is trained, adapted, quantized or has hooks; under
-torch.compile and inference_mode; and for few tokens, up to a chunk of qlora.ops.loss. Left out,
-so that they materialize the logits: a loss per token, class weights, logits times a tensor.
+torch.compile and inference_mode; and for few tokens, up to a chunk of qlora.ops.loss. Left out: a
+loss per token, class weights, logits times a tensor.
 """
 
 import math

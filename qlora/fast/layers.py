@@ -1,7 +1,6 @@
 """LoRA layers, gated MLPs and RMSNorms as functions that keep less for the backward pass.
 
-    SharedInput   LoRA layers that are called one after another with one tensor (q, k and v): one
-                  qlora.ops.lora.lora_linear
+    SharedInput   LoRA layers called one after another with one tensor (q, k, v): one lora_linear
     MLPBlock      a gated MLP, down(act(gate(x)) * up(x)): one qlora.ops.lora.lora_mlp
     RMSNorm       y = xhat * w, xhat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps) (arXiv:1910.07467)
 
@@ -60,10 +59,10 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
     layers = lora_layers(model)
     calls = _record_calls(model)
     linear = {layer: name for name, layer in layers.items() if isinstance(layer, LoRALinear)}
-    called = [layer for layer in calls if layer in linear]
     # layers of one parent that were called one after another with one tensor; the others alone
-    keys = {layer: (linear[layer].rpartition(".")[0], id(calls[layer][0])) for layer in called}
-    groups = [list(group) for _, group in groupby(called, keys.__getitem__)]
+    parents = {layer: linear[layer].rpartition(".")[0] for layer in calls if layer in linear}
+    by_input = groupby(parents, lambda layer: (parents[layer], id(calls[layer][0])))
+    groups = [list(group) for _, group in by_input]
     for group in groups + [[layer] for layer in linear if layer not in calls]:
         shared = SharedInput(group)
         for member in group:
@@ -183,9 +182,6 @@ def why_plain(layer: LoRALayer) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-# ---- finding layers that share an input, and gated MLPs
-
-
 @torch.no_grad()
 def _record_calls(model: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
     """Input and output of LoRA layers and base modules, in order, in one run of a few tokens.
@@ -225,11 +221,8 @@ def _mlp_block(module: nn.Module) -> MLPBlock | None:
 
 
 def _agrees_with_gated(mlp: Any, names: tuple[str, str, str], activation: str) -> bool:
-    """Whether the forward of `mlp` is down(activation(gate(x)) * up(x)).
-
-    It is run in training mode (some have dropout) and with large values (some clamp), on a copy
-    whose gate and up return the halves of their input, and down its input.
-    """
+    """Whether `mlp` is down(activation(gate(x)) * up(x)), by a copy whose gate and up return the
+    halves of their input: in training mode (some have dropout), for large values (some clamp)."""
     n, copied = 1024, shallow_copy(mlp)
     gate_up_down = lambda x: x[..., :n], lambda x: x[..., n:], lambda h: h
     copied._modules.update(zip(names, gate_up_down, strict=True))  # type: ignore[arg-type]
@@ -248,9 +241,6 @@ def _agrees_with_gated(mlp: Any, names: tuple[str, str, str], activation: str) -
         return False
 
 
-# ---- norms
-
-
 def put_norms(model: nn.Module) -> None:
     """Wrap each frozen RMSNorm of `model` in an RMSNorm of this module, in place."""
     for name, module in base_modules(model).items():
@@ -263,7 +253,7 @@ class RMSNorm(Wrapper):
 
     def __init__(self, base_layer: nn.Module, eps: float, offset: float = 0.0) -> None:
         super().__init__(base_layer)
-        self.eps, self.offset = eps, offset
+        self.eps, self.offset = eps, offset  # the latter is added to the weight: Gemma's is 1
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
@@ -281,8 +271,7 @@ class RMSNorm(Wrapper):
             # within the rounding of an xhat of 1: |w| >= tiny / eps, 1e-31 in fp32
             if is_wide and bool(weight.abs().min() >= limits.tiny / limits.eps):
                 return _FromOutput.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
-        y: Tensor = norm(x)
-        return y
+        return norm(x)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, offset={self.offset}"
@@ -310,8 +299,7 @@ class _FromOutput(torch.autograd.Function):
 
 
 def rms_norm_form(module: nn.Module) -> tuple[float, float] | None:
-    """eps of a frozen, unwrapped RMSNorm without hooks, and what it adds to its weight, as Gemma's
-    adds 1; None for any other module."""
+    """eps and offset of a frozen, unwrapped RMSNorm without hooks; None for any other module."""
     eps = next((getattr(module, name) for name in EPS_NAMES if hasattr(module, name)), None)
     state = {**module._parameters, **module._buffers, **module._modules}
     weight = state.pop("weight", None)

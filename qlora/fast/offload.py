@@ -17,9 +17,9 @@ the computation, also while Python is ahead of the GPU. All state is freed with 
 
 Cost: as much host memory, which cannot be swapped out. No time, by arithmetic: a layer of P
 parameters computes 2 P FLOP per token and moves 2 dim bytes, so a copy is hidden if P / dim, 53,000
-for Llama-3.1-8B, is at least FLOP/s over bytes/s of the card: by data sheet 6,600 on a 4090 (165e12
-/ 25e9), 5,400 on a T4, 20,000 on an H200. Off by default until measured on a GPU. Left out:
-several GPUs, and tensors inside checkpoints that keep more than their inputs.
+for Llama-3.1-8B, is at least FLOP/s over bytes/s: by data sheet 6,600 on a 4090 (165e12 / 25e9),
+20,000 on an H200. Off by default until measured on a GPU. Left out: several GPUs, and tensors
+inside checkpoints that keep more than their inputs.
 
 `offload_embedding`: a step reads a few rows of the embedding, which is 0.98 GiB for Llama-3.1-8B.
 Pinned memory has an address on the GPU, so the weight becomes a CUDA tensor over it, and the lookup
@@ -40,9 +40,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from qlora.adapters.wrappers import AdapterModule
 from qlora.base.modules import vocabulary
 from qlora.errors import require
-
-MIN_BYTES = 1 << 20  # below, starting a copy costs more than the memory is worth
-KEEP = 2  # the last layer's input is needed first, and the final norm saves one more
 
 
 def require_gpu(setting: str) -> None:
@@ -84,8 +81,9 @@ class offload_activations:  # named as torch's save_on_cpu
     without gradient checkpointing it moves every tensor that the layers save.
 
     Args:
-        min_bytes: smaller tensors stay.
-        keep: the number of newest tensors that stay, at least 1; one more is being copied.
+        min_bytes: smaller tensors stay, as starting a copy costs more than their memory is worth.
+        keep: how many of the newest tensors stay, at least 1; one more is being copied. The last
+            layer's input is needed first, and the final norm saves one more.
         copies: by default of the current GPU; tests and benchmarks simulate a device.
 
     Raises:
@@ -94,7 +92,7 @@ class offload_activations:  # named as torch's save_on_cpu
     """
 
     def __init__(
-        self, *, min_bytes: int = MIN_BYTES, keep: int = KEEP, copies: CudaCopies | None = None
+        self, *, min_bytes: int = 1 << 20, keep: int = 2, copies: CudaCopies | None = None
     ) -> None:
         if copies is None:
             require_gpu("offload_activations")
@@ -173,8 +171,7 @@ class Saved:
         self._view = _view_of(tensor)
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is the one saved here. The storage is compared, as another tensor may
-        have the address of one that was released."""
+        """Whether `tensor` is the one saved here, and not one at the address of a released one."""
         return self._storage() is tensor.untyped_storage() and self._view == _view_of(tensor)
 
     def move(self) -> None:
@@ -240,8 +237,7 @@ class Buffers:
         self.free: list[Tensor] = []  # the smallest first
 
     def acquire(self, size: int) -> Tensor:
-        """At least `size` bytes. For each new buffer one that is too small is freed, so that there
-        are never more than were in use at once."""
+        """At least `size` bytes. A new buffer replaces one that is free and too small, if any."""
         index = bisect_left(self.free, size, key=len)
         if index < len(self.free):
             return self.free.pop(index)

@@ -50,12 +50,12 @@ def dense_model(config: Any = None, target: Any = "all-linear") -> Any:
     return prepared(model, fast_path=False)
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
+def gradients(model: Any, **inputs: Any) -> dict[str, Tensor]:
     """The loss and every gradient, by name."""
     ids = token_ids(rows=3, length=16).to(model.device)
     model.zero_grad()
     torch.manual_seed(0)  # of the model's own dropout
-    loss = model(input_ids=ids, labels=ids).loss
+    loss = model(**inputs or {"input_ids": ids, "labels": ids}).loss
     loss.backward()
     found = {"loss": loss.detach()}
     for name, layer in lora_layers(model).items():
@@ -111,9 +111,6 @@ def test_dropout_drops_the_same_numbers(device, checkpointing, checkpoints, caps
     assert fast_parts(model) == EXPECTED["llama"] and "plain" not in capsys.readouterr().out
     assert_same(gradients(model), wanted)
     assert_same(gradients(model.eval()), without)
-
-
-# ---- gated MLPs
 
 
 @pytest.mark.parametrize("dtype", axis(torch.float32, torch.float16, torch.bfloat16), ids=str)
@@ -206,9 +203,6 @@ def test_a_block_is_computed_again_only_if_its_output_is_read(
     assert forward.call_count == times  # of two layers
 
 
-# ---- falling back
-
-
 def test_an_image_model_computes_layer_by_layer():
     """It reads no token ids, so that it is not run."""
     sizes = {k: SIZES[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")}
@@ -216,17 +210,11 @@ def test_an_image_model_computes_layer_by_layer():
     torch.manual_seed(0)
     model = apply_lora(hf.ViTForImageClassification(config), LoraConfig(r=4))
     randomize_adapter(model)
-    pixels = torch.randn(2, 3, 32, 32)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def run() -> dict[str, Tensor]:
-        loss = model(pixel_values=pixels).logits.square().sum()
-        return {str(i): g for i, g in enumerate(torch.autograd.grad(loss, parameters))}
-
-    wanted = run()
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    wanted = gradients(model, **inputs)
     use_fast_path(model)
     assert all(len(layer.fast.layers) == 1 for layer in lora_layers(model).values())
-    assert_same(run(), wanted)
+    assert_same(gradients(model, **inputs), wanted)
 
 
 class Gained(nn.Linear):
@@ -356,18 +344,13 @@ def test_the_last_call_of_prepare_for_training_counts(checkpoints):
     model = adapted_model(checkpoints("llama"))
     modules = [type(module) for module in model.modules()]
     names = [name for name, _ in model.named_parameters()]
-    for _ in range(2):
-        prepared(model, gradient_checkpointing=True)
-        assert len(blocks_of(model)) == 2 and [type(m) for m in model.modules()] != modules
-        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-        prepared(model, fast_path=False)
-        assert [type(module) for module in model.modules()] == modules
-        assert [name for name, _ in model.named_parameters()] == names
-        assert not any(layer.fast for layer in lora_layers(model).values())
-        assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-
-# ---- layers that share an input
+    for fast in (True, False, True, False):
+        prepared(model, gradient_checkpointing=fast, fast_path=fast)
+        assert len(blocks_of(model)) == 2 * fast
+        assert fast is any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        assert fast is any(layer.fast is not None for layer in lora_layers(model).values())
+        assert fast is ([type(module) for module in model.modules()] != modules)
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def three() -> tuple[list[Any], SharedInput]:

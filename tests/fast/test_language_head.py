@@ -93,9 +93,6 @@ def check(model: Any, *, lazily: bool = True, **inputs: Any) -> Any:
     return outputs
 
 
-# ---- models whose loss needs no logits
-
-
 def test_the_number_of_labels_of_all_micro_batches_and_the_loss_of_experts():
     check(frozen("gemma"), num_items_in_batch=40)
     model = frozen("mixtral")
@@ -132,9 +129,6 @@ def test_a_compiled_head_computes_its_logits():
     logits = torch.compile(head, backend="eager", fullgraph=True)(hidden)
     assert is_lazy(head(hidden))
     assert type(logits) is Tensor and torch.equal(logits, head(hidden))
-
-
-# ---- with adapters
 
 
 @pytest.mark.parametrize("checkpointing", axis(True, False))
@@ -176,9 +170,6 @@ def test_files_generation_and_unloading_are_the_same(family, checkpoints, tmp_pa
         assert not any("base_layer" in name for name in model.state_dict())
     assert torch.equal(fast(IDS).logits, base_logits)
     assert capsys.readouterr().out == ""
-
-
-# ---- heads that compute their logits at once
 
 
 def test_few_tokens_and_inference_mode():

@@ -301,9 +301,6 @@ def test_no_token_with_a_label_and_labels_that_torch_refuses():
                 F.cross_entropy(logits, labels)
 
 
-# ---- mixed precision
-
-
 def test_16_bit_logits_give_a_16_bit_loss():
     losses = [F.cross_entropy(z.view(-1, VOCAB), flat(z)) for z in Case(BF16).both()]
     assert losses[0].dtype == losses[1].dtype == BF16

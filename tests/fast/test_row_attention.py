@@ -147,15 +147,12 @@ def test_rows_without_packing_or_padding(family, tmp_path):
     assert_same(together(trainer, model, [batch]), wanted)
 
 
-# ---- models that do not keep rows apart
-
-
 @pytest.mark.parametrize("family", [*LEAKING, "remote code"])
 def test_a_model_that_mixes_rows_is_refused(family, capsys):
     is_remote = family == "remote code"
     model = Swallowing(CONFIGS["llama"]()) if is_remote else random_model(LEAKING[family]())
     model.train().config.use_cache = False
-    before = model.config._attn_implementation
+    before, random = model.config._attn_implementation, torch.get_rng_state()
     with pytest.raises(UserError) as error:
         collator_of(model)
     for words in ("--packing", type(model).__name__, "(a row reads the one before it)", "leave"):
@@ -165,6 +162,8 @@ def test_a_model_that_mixes_rows_is_refused(family, capsys):
     assert collator_of(model, packing=False, fast_path=False) is None
     assert capsys.readouterr().out.count("rows are padded to the longest of their batch") == 1
     assert model.config._attn_implementation == before and model.training
+    assert gradients(model) == {} and not model.get_input_embeddings()._forward_hooks
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_a_model_that_does_not_read_position_ids_is_refused():
@@ -189,19 +188,6 @@ def test_opt_keeps_rows_apart_by_another_attention_than_its_own():
     model.set_attn_implementation("sdpa")
     with pytest.raises(UserError, match="a row reads the one before it"):
         collator_of(model, fast_path=False)
-
-
-def test_the_trial_leaves_nothing_behind(tmp_path):
-    model = model_of(CONFIGS["llama"], tmp_path / "base").train()
-    hooks = len(model.get_input_embeddings()._forward_hooks)
-    random = torch.get_rng_state()
-    collator_of(model)
-    assert model.training and gradients(model) == {}
-    assert len(model.get_input_embeddings()._forward_hooks) == hooks
-    assert torch.equal(torch.get_rng_state(), random)
-
-
-# ---- the attentions
 
 
 def heads(dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
