@@ -262,27 +262,25 @@ def test_adapters_changed_later(checkpoints):
         apply_lora(model, replace(LORA, r=2), adapter_name="other", generator=generator)
         randomize_adapter(model)
         prepared(model, fast_path=fast)
-    for names in (["default"], ["other"], ["default", "other"]):
-        for model in models:
-            set_adapter(model, names)
-        assert_same(*map(gradients, models))
 
-    def same_logits(context: Any = nullcontext) -> None:
+    def same_logits(change: Any = None, context: Any = nullcontext) -> None:
         logits = []
         for model in models:
+            if change:
+                change(model)
             with context(model):
                 logits.append(model(input_ids=token_ids()).logits.detach())
         torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
-    same_logits(disable_adapter)
-    for model in models:
-        set_adapter(model, "default")
-        model.eval()
-    same_logits(lambda model: mixed_batch(model, ["default", "other"]))
+    both = ["default", "other"]
+    for names in (["default"], ["other"], both):
+        same_logits(partial(set_adapter, adapter_name=names))
+        assert_same(*map(gradients, models))
+    same_logits(context=disable_adapter)
+    same_logits(lambda model: set_adapter(model.eval(), "default"))
+    same_logits(context=partial(mixed_batch, adapter_names=both))
     for change in (merge_adapter, unmerge_adapter, lambda m: delete_adapter(m, "other"), unload):
-        for model in models:
-            change(model)
-        same_logits()
+        same_logits(change)
     assert not any(isinstance(module, MLPBlock) for module in models[0].modules())
 
 

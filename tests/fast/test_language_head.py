@@ -3,22 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import transformers as hf
 from chunks import chunks_of
-from conftest import (
-    CONFIGS,
-    FP32,
-    SIZES,
-    VOCAB,
-    adapted_model,
-    axis,
-    randomize_adapter,
-    require_same_adapter,
-    tiny_model,  # fmt: skip
-    token_ids,
-)
+from conftest import CONFIGS, FP32, SIZES, VOCAB, adapted_model, axis, tiny_model, token_ids
 from torch import Tensor, nn
 
 from qlora.adapters.apply import apply_lora, disable_adapter
@@ -157,7 +147,7 @@ def test_files_generation_and_unloading_are_the_same(family, checkpoints, tmp_pa
     assert (head.weight is fast.get_input_embeddings().weight) is (family == "gemma")
     for model, name in ((fast, "fast"), (slow, "slow")):
         save_adapter(model, tmp_path / name)
-    require_same_adapter(tmp_path / "fast", tmp_path / "slow")
+    conftest.require_same_adapter(tmp_path / "fast", tmp_path / "slow")
     prompt = {"input_ids": IDS, "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(fast.generate(**prompt), slow.generate(**prompt))
     with torch.no_grad():  # with gradients, the layers sum in another order
@@ -208,7 +198,7 @@ def test_a_trained_or_adapted_head(family, settings, adapter_first, checkpoints,
         if with_head and adapter_first:
             put_language_head(model)
             assert capsys.readouterr().out == TOUCHED
-        randomize_adapter(model)
+        conftest.randomize_adapter(model)
         outputs = model(IDS, labels=LABELS)
         outputs.loss.backward()
         assert type(outputs.logits) is Tensor
