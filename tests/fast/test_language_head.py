@@ -7,7 +7,7 @@ import conftest
 import pytest
 import torch
 import transformers as hf
-from chunks import chunks_of
+from chunks import chunks_of, is_lazy
 from conftest import CONFIGS, FP32, SIZES, VOCAB, adapted_model, axis, tiny_model, token_ids
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from qlora.adapters.files import save_adapter
 from qlora.adapters.fuse import merge_and_unload, unload
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
-from qlora.fast.head import LanguageHead, LazyLogits, put_language_head
+from qlora.fast.head import LanguageHead, put_language_head
 from qlora.training import prepare_for_training
 
 MORE: dict[str, Callable[[], Any]] = {
@@ -64,10 +64,6 @@ def run(model: Any, **inputs: Any) -> tuple[Any, Tensor]:
     x = model.get_input_embeddings()(IDS).detach().requires_grad_()
     outputs = model(inputs_embeds=x, labels=LABELS, **inputs)
     return outputs, torch.autograd.grad(outputs.loss, x)[0]
-
-
-def is_lazy(logits: Any) -> bool:
-    return isinstance(logits, LazyLogits) and logits.value is None
 
 
 def check(model: Any, *, lazily: bool = True, **inputs: Any) -> Any:

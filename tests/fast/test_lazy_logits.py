@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from chunks import is_lazy
 from conftest import DEVICES, axis
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
-from qlora.fast.head import LazyLogits, lazy_logits
+from qlora.fast.head import lazy_logits
 
 VOCAB, DIM = 50, 8
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -46,10 +47,6 @@ class Case:
         """Those of the hidden states are the same; by default to the bit."""
         got, wanted = (x.grad for x in self.inputs)
         torch.testing.assert_close(got, wanted, rtol=rtol, atol=atol, equal_nan=True)
-
-
-def is_lazy(x: Any) -> bool:
-    return isinstance(x, LazyLogits) and x.value is None
 
 
 def flat(logits: Any) -> Tensor:
