@@ -21,7 +21,7 @@ from qlora.adapters.lora import lora_layers
 from qlora.adapters.wrappers import base_modules
 from qlora.config import LoraConfig, QuantConfig
 from qlora.fast import layers as fast_layers
-from qlora.fast.layers import MLPBlock, SharedInput, remove_fast_path, use_fast_path
+from qlora.fast.layers import MLPBlock, remove_fast_path, use_fast_path
 from qlora.ops import lora as lora_function
 from qlora.training import prepare_for_training
 
@@ -351,27 +351,30 @@ def test_the_last_call_of_prepare_for_training_counts(checkpoints):
     assert [name for name, _ in model.named_parameters()] == names
 
 
-def three() -> tuple[list[Any], SharedInput]:
-    """q, k and v of a model, and their group."""
+def test_layers_that_share_an_input(monkeypatch):
+    """They compute once, for calls in any order and with any input; one may never be called."""
     model = dense_model()
     use_fast_path(model)
     attention = model.model.layers[0].self_attn
-    return [attention.q_proj, attention.k_proj, attention.v_proj], attention.q_proj.fast
+    q, k, v, shared = attention.q_proj, attention.k_proj, attention.v_proj, attention.q_proj.fast
+    function = Mock(side_effect=fast_layers.lora_linear)
+    monkeypatch.setattr(fast_layers, "lora_linear", function)
 
+    def plain(layer: Any, x: Tensor) -> Any:
+        low = x @ layer.lora_A["default"].T
+        return layer.base_layer(x) + layer.scaling["default"] * low @ layer.lora_B["default"].T
 
-def plain(layer: Any, x: Tensor) -> Tensor:
-    lora_A, lora_B = layer.lora_A["default"], layer.lora_B["default"]
-    y: Tensor = layer.base_layer(x) + layer.scaling["default"] * (x @ lora_A.T) @ lora_B.T
-    return y
-
-
-def test_calls_in_any_order_and_with_any_input():
-    (q, k, v), shared = three()
-    x, other = torch.randn(5, 64), torch.randn(5, 64)
+    for count in (1, 2):
+        x = torch.randn(5, 64, requires_grad=True)
+        wanted = torch.autograd.grad(plain(q, x).sum() + plain(v, x).sum(), x)[0]
+        got = torch.autograd.grad(q(x).sum() + v(x).sum(), x)[0]
+        torch.testing.assert_close(got, wanted)
+        assert list(shared._waiting) == [k] and function.call_count == count
 
     def check(layer: Any, x: Tensor) -> None:
         torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-5, atol=1e-6)
 
+    x, other = torch.randn(5, 64), torch.randn(5, 64)
     for layer in (q, k, v, v, q, k):
         check(layer, x)
     assert not shared._waiting
@@ -385,15 +388,3 @@ def test_calls_in_any_order_and_with_any_input():
         k.lora_B["default"].add_(1)
         check(k, x)  # another mode than that of the first call
     check(v, x)
-
-
-def test_a_group_computes_once_and_a_layer_may_never_be_called(monkeypatch):
-    (q, k, v), shared = three()
-    function = Mock(side_effect=fast_layers.lora_linear)
-    monkeypatch.setattr(fast_layers, "lora_linear", function)
-    for count in (1, 2):
-        x = torch.randn(5, 64, requires_grad=True)
-        wanted = torch.autograd.grad(plain(q, x).sum() + plain(v, x).sum(), x)[0]
-        got = torch.autograd.grad(q(x).sum() + v(x).sum(), x)[0]
-        torch.testing.assert_close(got, wanted)
-        assert list(shared._waiting) == [k] and function.call_count == count

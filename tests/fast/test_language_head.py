@@ -109,14 +109,6 @@ def test_loss_logits_and_gradient_of_a_family(family):
     check(frozen(family), lazily=family not in ("shifted", "bart"))
 
 
-def test_a_compiled_head_computes_its_logits():
-    head = LanguageHead(nn.Linear(64, VOCAB).requires_grad_(False))
-    hidden = torch.randn(3, 16, 64)
-    logits = torch.compile(head, backend="eager", fullgraph=True)(hidden)
-    assert is_lazy(head(hidden))
-    assert type(logits) is Tensor and torch.equal(logits, head(hidden))
-
-
 @pytest.mark.parametrize("checkpointing", axis(True, False))
 @pytest.mark.parametrize("family", axis("gemma", "llama", "gpt2", "mixtral"))
 def test_gradients_of_adapters(family, checkpointing, checkpoints):
@@ -158,7 +150,7 @@ def test_files_generation_and_unloading_are_the_same(family, checkpoints, tmp_pa
     assert capsys.readouterr().out == ""
 
 
-def test_few_tokens_and_inference_mode():
+def test_few_tokens_inference_mode_and_a_compiled_head():
     model = frozen("llama")
     put_language_head(model)
     assert type(model(IDS[:1, :5]).logits) is Tensor
@@ -168,6 +160,9 @@ def test_few_tokens_and_inference_mode():
         assert is_lazy(model(IDS).logits)
     with torch.inference_mode():
         assert type(model(IDS).logits) is Tensor
+    hidden = torch.randn(3, 16, 64)
+    logits = torch.compile(model.lm_head, backend="eager", fullgraph=True)(hidden)
+    assert type(logits) is Tensor and torch.equal(logits, model.lm_head(hidden))
 
 
 FROM_LOGITS = "the loss is computed from all logits: the output head, {}\n"
