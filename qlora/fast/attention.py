@@ -56,7 +56,7 @@ def rows_collator(
         AttentionMaskInterface.register(name, _no_mask)
     own, reason = model.config._attn_implementation, "its attention is one of its own"
     candidates: list[str] = []
-    # as for FlashAttention, arguments must determine the attention; there is none for chunks
+    # as for FlashAttention, arguments must determine the attention: none does for Llama 4's chunks
     has_chunks = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     if fast_path and model._supports_flash_attn and not has_chunks:
         if model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16):
@@ -88,7 +88,7 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within rows by torch's FlashAttention; with dropout by rows_attention.
 
-    Of query (1, heads, total, head_dim), key and value (with fewer heads, maybe) in 16 bits, to
+    In 16 bits, query (1, heads, total, head_dim), key and value the same or with fewer heads, to
     (1, total, heads, head_dim). `options`: those of rows_attention; max_length_q, the longest row.
     """
     bounds = options.get("cu_seq_lens_q")
