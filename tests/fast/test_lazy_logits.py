@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from chunks import is_lazy
+from chunks import Sizes, chunks_of, is_lazy
 from conftest import DEVICES, axis
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -224,6 +224,14 @@ def test_a_gradient_in_the_logits_themselves():
         lazy.zero_()  # from C++
 
 
+def test_losses_of_several_steps_of_one_chain_add_up():
+    case = Case()
+    losses = [(z[:, 1:] * 2).sum() + (z.float() / 3).square().sum() for z in case.both()]
+    sum(losses).backward()
+    assert torch.equal(*losses)
+    case.assert_gradients(rtol=1e-5, atol=1e-5)  # two products with the head, of parts of one
+
+
 @pytest.mark.parametrize("step", [lambda z: z, lambda z: z * 2, lambda z: z.flatten(0, 1)])
 def test_reentrant_checkpointing(step):
     """It computes without a graph, and returns what has one."""
@@ -282,6 +290,14 @@ def test_losses_without_logits(scale, has_bias, device):
         pairs = zip(losses, case.inputs, strict=True)
         gradients = [torch.autograd.grad(loss, x)[0] for loss, x in pairs]
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7 if is_mean else 1e-6)
+
+
+def test_loss_and_backward_make_no_more_than_a_chunk_of_logits():
+    case = Case()
+    for logits, most in zip(case.both(), (10 * VOCAB, 18 * VOCAB), strict=True):
+        with Sizes() as sizes, chunks_of(10 * VOCAB):
+            ForCausalLMLoss(logits, case.labels, VOCAB).backward()
+        assert max(sizes.seen) == most
 
 
 def test_no_token_with_a_label_and_labels_that_torch_refuses():
