@@ -1,4 +1,4 @@
-"""Helpers for tests that the loss materializes at most one chunk of logits."""
+"""Helpers for tests of the logits that the loss materializes: at most one chunk."""
 
 from typing import Any
 from unittest.mock import patch
@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora.fast.head import LazyLogits
 from qlora.ops import loss
+
+
+def is_lazy(logits: Any) -> bool:
+    """Whether no operation has materialized these logits."""
+    return isinstance(logits, LazyLogits) and logits.value is None
 
 
 class Sizes(TorchDispatchMode):

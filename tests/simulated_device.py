@@ -8,17 +8,15 @@ from torch import Tensor
 
 
 class LateCopies:
-    """A replacement of qlora.fast.offload.CudaCopies that copies in order and only in `finish`.
-
-    Until then the target holds NaN. `log` records the first value of each copy at start and end.
-    """
+    """In place of qlora.fast.offload.CudaCopies: copies in order, only in `finish`, until when the
+    target holds NaN. `log` has the first value of each copy at its start and its end."""
 
     device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.log: list[str] = []
         self.allocated: list[int] = []
-        self.waiting: list[tuple[Any, Any]] = []
+        self.waiting: list[Any] = []
         self.sources: list[Tensor] = []
 
     def allocate(self, size: int) -> Tensor:

@@ -22,7 +22,6 @@ an unsupported argument (softcap, sinks). Left out: flex_attention, which compil
 """
 
 import inspect
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,21 +32,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qlora.data.rows import FlatCollator, PackCollator
-from qlora.errors import UserError, first_line
+from qlora.errors import first_line, require
 from qlora.ops import relative_error
 
 VARLEN, ROWS = "qlora_varlen", "qlora_rows"
 FEW_TOKENS = 8  # per row of the check
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments that change the scores
 # releases of torch after 2.11 need it for grouped-query attention
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-Collator = Callable[[Any], dict[str, Any]]
 
 
 def rows_collator(
     model: Any, *, packing: bool, fast_path: bool, pad_token_id: int
-) -> Collator | None:
+) -> FlatCollator | PackCollator | None:
     """The collator for batches whose rows `model` keeps apart; sets the model's attention.
 
     None where rows have to be padded; prints why.
@@ -59,25 +55,32 @@ def rows_collator(
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, _no_mask)
     own, reason = model.config._attn_implementation, "its attention is one of its own"
-    for name in _candidates(model) if fast_path else ():
+    candidates: list[str] = []
+    # as for FlashAttention, arguments must determine the attention: none does for Llama 4's chunks
+    has_chunks = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if fast_path and model._supports_flash_attn and not has_chunks:
+        if model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16):
+            if torch.cuda.get_device_capability(model.device) >= (8, 0):
+                candidates.append(VARLEN)
+            if is_flash_attn_2_available():
+                candidates.append("flash_attention_2")
+        candidates.append(ROWS)
+    for name in candidates:
         fault = _set_if_correct(model, name, FlatCollator())
         if fault is None:
             return FlatCollator()
         reason = f"{name}: {fault}"
     if packing:
         fault = _set_if_correct(model, own, PackCollator(pad_token_id))
-        if fault is None:
-            return PackCollator(pad_token_id)
-        raise UserError(
+        require(
+            fault is None,
             "--packing wants a model that keeps the rows of a pack apart, by their position_ids; "
-            f"{type(model).__name__} does not ({fault}): leave --packing out, rows are padded"
+            f"{type(model).__name__} does not ({fault}): leave --packing out, rows are padded",
         )
+        return PackCollator(pad_token_id)
     if fast_path:
         print(f"rows are padded to the longest of their batch ({reason})")
     return None
-
-
-# ---- the attentions, with the arguments of transformers
 
 
 def varlen_attention(
@@ -85,12 +88,8 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within rows by torch's FlashAttention; with dropout by rows_attention.
 
-    Args:
-        query: (1, heads, total, head_dim), 16 bits; key, value: the same, or with fewer heads.
-        options: those of rows_attention, and max_length_q, the longest row.
-
-    Returns:
-        (1, total, heads, head_dim), and None in place of attention weights
+    In 16 bits, query (1, heads, total, head_dim), key and value the same or with fewer heads, to
+    (1, total, heads, head_dim). `options`: those of rows_attention; max_length_q, the longest row.
     """
     bounds = options.get("cu_seq_lens_q")
     if bounds is None or options.get("dropout"):
@@ -109,9 +108,8 @@ def rows_attention(
 ) -> tuple[Tensor, None]:
     """The same a row at a time, in any dtype; without cu_seq_lens_q, of an ordinary batch.
 
-    Args:
-        options: dropout; scaling of the scores; sliding_window, the tokens that a token attends to,
-            including itself; cu_seq_lens_q (rows + 1,) int32, the rows' starts, and the end.
+    `options`: dropout; scaling of the scores; sliding_window, the tokens that a token attends to,
+    including itself; cu_seq_lens_q (rows + 1,) int32, the rows' starts, and the end.
     """
     _refuse_unsupported(options)
     settings = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
@@ -119,63 +117,43 @@ def rows_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # not enable_gqa, which only some of SDPA's kernels support
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    if bounds is None:
-        return _causal(query, key, value, window, **settings).transpose(1, 2).contiguous(), None
-    lengths = bounds.diff().tolist()
-    parts = (x.split(lengths, dim=2) for x in (query, key, value))
-    outs = [_causal(q, k, v, window, **settings) for q, k, v in zip(*parts, strict=True)]
-    return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None  # (1, total, heads, dim)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None, **settings: Any) -> Tensor:
-    """(batch, heads, length, head_dim); with more keys than queries, the queries are the last."""
-    length, keys, mask = q.shape[2], k.shape[2], None
-    window = min(window or keys, keys)
-    if length != keys or window != keys:
-        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device)
-        mask = mask.tril(keys - length).triu(keys - length + 1 - window)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **settings)
+    parts: Any = [(query, key, value)]
+    if bounds is not None:
+        lengths = bounds.diff().tolist()
+        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outs = []
+    for q, k, v in parts:  # (batch, heads, length, head_dim)
+        length, keys, mask = q.shape[2], k.shape[2], None
+        reach = min(window or keys, keys)
+        if length != keys or reach != keys:  # of more keys than queries, the last are the queries'
+            mask = torch.ones(length, keys, dtype=torch.bool, device=q.device)
+            mask = mask.tril(keys - length).triu(keys - length + 1 - reach)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **settings)
+        outs.append(out.transpose(1, 2))
+    return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0].contiguous(), None
 
 
 def _refuse_unsupported(options: dict[str, Any]) -> None:
-    for name in UNSUPPORTED:
+    for name in ("softcap", "s_aux", "position_bias"):  # they change the scores
         if options.get(name) is not None:
             raise ValueError(f"no attention within rows has {name}")
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **sizes: Any) -> None:
-    """The mask function for transformers: none. So the last key must be that of the last query,
-    and a static cache, which has space for tokens to come, is refused."""
+    """For transformers: none. So the last key must be the last query's: no static cache."""
     queries, keys = (int(sizes.get(f"{x}_offset", 0)) + sizes[f"{x}_length"] for x in ("q", "kv"))
     is_padded = attention_mask is not None and not bool(attention_mask.all())
-    if is_padded or keys != queries:
-        reason = "these have some" if is_padded else "this cache has space for more tokens"
-        raise UserError(
-            f"the model's attention is set for rows without padding, and {reason}: "
-            "model.set_attn_implementation('sdpa') sets it back"
-        )
+    reason = "these have some" if is_padded else "this cache has space for more tokens"
+    require(
+        not is_padded and keys == queries,
+        f"the model's attention is set for rows without padding, and {reason}: "
+        "model.set_attn_implementation('sdpa') sets it back",
+    )
 
 
-# ---- which of them is correct for a model
-
-
-def _candidates(model: Any) -> Iterator[str]:
-    config = model.config.get_text_config()
-    # Without a mask, arguments must determine the attention, as for FlashAttention; there is none
-    # for the chunks of Llama 4's rows.
-    if not model._supports_flash_attn or getattr(config, "attention_chunk_size", None):
-        return
-    if model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16):
-        if torch.cuda.get_device_capability(model.device) >= (8, 0):
-            yield VARLEN
-        if is_flash_attn_2_available():
-            yield "flash_attention_2"
-    yield ROWS
-
-
-def _set_if_correct(model: Any, attention: str, collate: Collator) -> str | None:
+def _set_if_correct(model: Any, attention: str, collate: Any) -> str | None:
     """Set `attention` and return None if `model` keeps rows apart with it; else return why not."""
-    own, was_training = model.config._attn_implementation, model.training
+    own, was_training, fault = model.config._attn_implementation, model.training, None
     model.eval()
     try:
         ids = torch.arange(2 * FEW_TOKENS)
@@ -184,9 +162,19 @@ def _set_if_correct(model: Any, attention: str, collate: Collator) -> str | None
         if model.config._attn_implementation != attention:
             return "its attention cannot be set"
         pack = [{"input_ids": row, "labels": row} for row in ids.view(2, -1).tolist()]
-        fault = _difference(*_forward(model, collate([pack])), alone)
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        fault = first_line(error)
+        embedded, together = _forward(model, collate([pack]))
+        first, second = together[:, : 2 * FEW_TOKENS].split(FEW_TOKENS, 1)
+        # weighted, as a plain sum of a norm's outputs may be constant; cosines as random weights
+        weights = torch.arange(second.shape[-1], device=second.device).cos()
+        (gradient,) = torch.autograd.grad((second.float() * weights).sum(), embedded)
+        error = relative_error([first.detach(), second.detach()], alone)
+        if gradient[:, :FEW_TOKENS].any():  # exactly 0 for tokens that are not read
+            fault = "a row reads the one before it"
+        # rounding differs by a few eps per layer; a row at another position by far more
+        elif error > torch.finfo(together.dtype).eps ** 0.5:
+            fault = f"its logits are {error:.1%} off those of a row alone"
+    except (ImportError, RuntimeError, TypeError, ValueError) as failure:
+        fault = first_line(failure)
     finally:
         model.train(was_training)
     if fault is not None:
@@ -194,9 +182,9 @@ def _set_if_correct(model: Any, attention: str, collate: Collator) -> str | None
     return fault
 
 
-def _forward(model: Any, batch: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
-    """Embeddings and logits of a batch, with a graph between them. The whole model is run, because
-    some models with a head do not pass the batch's arguments on."""
+def _forward(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Embeddings and logits of a batch, with a graph between them, by the whole model: some with a
+    head do not pass the batch's arguments on."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "attention_mask")}
     moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     embedded: list[Tensor] = []
@@ -204,23 +192,6 @@ def _forward(model: Any, batch: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
     def keep(module: Any, args: Any, output: Tensor) -> None:
         embedded.append(output if output.requires_grad else output.requires_grad_())
 
-    hook = model.get_input_embeddings().register_forward_hook(keep)
-    try:
-        return embedded, model(**moved).logits
-    finally:
-        hook.remove()
-
-
-def _difference(embedded: list[Tensor], together: Tensor, alone: list[Tensor]) -> str | None:
-    """How the logits of two rows together, (1, 2 * FEW_TOKENS, vocab), differ from each alone."""
-    first, second = together[:, : 2 * FEW_TOKENS].split(FEW_TOKENS, 1)
-    # weighted, as a plain sum of a norm's outputs may be constant; cosines serve as random weights
-    weighted = second.float() * torch.arange(second.shape[-1], device=second.device).cos()
-    (gradient,) = torch.autograd.grad(weighted.sum(), embedded[0])
-    if gradient[:, :FEW_TOKENS].any():  # exactly 0 for tokens that are not read
-        return "a row reads the one before it"
-    error = relative_error([first.detach(), second.detach()], alone)
-    # rounding differs by a few eps per layer; a row at another position by far more
-    if error > torch.finfo(together.dtype).eps ** 0.5:
-        return f"its logits are {error:.1%} off those of a row alone"
-    return None
+    with model.get_input_embeddings().register_forward_hook(keep):
+        logits: Tensor = model(**moved).logits
+    return embedded[0], logits

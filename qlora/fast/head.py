@@ -9,14 +9,13 @@ shape, dtype and device that records what the model and transformers' losses do 
     cross_entropy(logits, labels)             sum or mean, with label_smoothing and ignore_index
 
 The cross-entropy is that of qlora.ops.loss. Every other operation materializes the logits, once, by
-the recorded operations: generation, accuracy, distillation and other losses read equal values, bit
-for bit. No class or config of a model is read, and a model's other losses (the router loss of
-experts) are added as before. Only the gradient *in* logits whose loss was computed without them
-does not exist: autograd raises that they were not used.
+the recorded operations, equal bit for bit. No class or config of a model is read, and a model's
+other losses (the router loss of experts) are added as before. Only the gradient *in* logits whose
+loss was computed without them does not exist: autograd raises that they were not used.
 
 Logits are computed at once by a head that is trained, adapted, quantized or has hooks; under
-torch.compile and inference_mode; and for few tokens, up to a chunk of qlora.ops.loss. Left out,
-so that they materialize the logits: a loss per token, class weights, logits times a tensor.
+torch.compile and inference_mode; and for few tokens, up to a chunk of qlora.ops.loss. Left out: a
+loss per token, class weights, logits times a tensor.
 """
 
 import math
@@ -53,16 +52,16 @@ class LanguageHead(Wrapper):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., dim) -> (..., vocab)."""
         layer = self.base_layer
-        is_lazy = (
+        if (
             not torch.compiler.is_compiling()
             and not torch.is_inference_mode_enabled()
             and is_untouched(layer)
             and type(hidden) is Tensor
             and product_dtype(hidden) == product_dtype(layer.weight)
             and hidden.shape[:-1].numel() > chunk_rows(layer.weight)
-        )
-        logits: Tensor = lazy_logits(hidden, layer.weight, layer.bias) if is_lazy else layer(hidden)
-        return logits
+        ):
+            return lazy_logits(hidden, layer.weight, layer.bias)
+        return layer(hidden)  # type: ignore[no-any-return]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """On the wrapped head: transformers registers a weight tied to the embedding's this way."""
@@ -106,12 +105,6 @@ class _Recipe(NamedTuple):
             logits = step(logits)
         return logits
 
-    def loss(self, target: Tensor, **settings: Any) -> Tensor:
-        """The sum over tokens, from the hidden states."""
-        scale = self.a if self.c is None else self.a * self.c
-        settings |= {"bias": self.bias, "softcap": self.c, "scale": scale}
-        return linear_cross_entropy(self.rows, self.weight.to(self.dtype), target, **settings)
-
 
 class LazyLogits(Tensor):
     """Logits (..., vocab) without memory, until an operation materializes them."""
@@ -131,7 +124,8 @@ class LazyLogits(Tensor):
                     value = self._recipe.steps[-1](self._source.materialize())
                 if self.requires_grad and not value.requires_grad:
                     # re-entrant checkpointing: recorded without a graph, used with one
-                    value = _Materialize.apply(self)  # type: ignore[no-untyped-call]
+                    with torch._C.DisableTorchFunctionSubclass():
+                        value = self.clone()
             self.value = value
         return self.value
 
@@ -152,9 +146,7 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch calls it so
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """For operations called from C++, below autograd; _Lazy computes the gradient."""
         if func._schema.is_mutable:
             raise RuntimeError(f"logits that are not materialized cannot be changed by {func}")
@@ -172,15 +164,12 @@ class _Lazy(torch.autograd.Function):
     """Hidden states to lazy logits; the backward pass is that of the logits themselves."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, like: Tensor, recipe: _Recipe, source: LazyLogits | None
-    ) -> LazyLogits:
-        lazy: Any = Tensor._make_wrapper_subclass(
-            LazyLogits, like.shape, dtype=like.dtype, device=hidden.device
-        )
+    def forward(ctx: Any, hidden: Tensor, like: Tensor, recipe: _Recipe, source: Any) -> Any:
+        kind: Any = {"dtype": like.dtype, "device": hidden.device}
+        lazy: Any = Tensor._make_wrapper_subclass(LazyLogits, like.shape, **kind)
         lazy._recipe, lazy._like, lazy._source, lazy.value = recipe, like, source, None
         ctx.recipe = recipe
-        return lazy  # type: ignore[no-any-return]
+        return lazy
 
     @staticmethod
     @once_differentiable
@@ -191,25 +180,11 @@ class _Lazy(torch.autograd.Function):
         return torch.autograd.grad(logits, hidden, gradient)[0], None, None, None
 
 
-class _Materialize(torch.autograd.Function):
-    """Lazy logits to their values; the backward pass goes through the lazy logits' graph."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: LazyLogits) -> Tensor:
-        return _detached_value(logits)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
 # ---- operations that do not materialize the logits
 
-METADATA = {
-    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "layout", "ndim", "shape")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "requires_grad")),
-    *(Tensor.dim, Tensor.is_floating_point, Tensor.numel, Tensor.size),
-}
+PROPERTIES = ("device", "dtype", "layout", "ndim", "shape", "is_cuda", "requires_grad")
+METADATA = {getattr(Tensor, name).__get__ for name in PROPERTIES}
+METADATA |= {Tensor.dim, Tensor.is_floating_point, Tensor.numel, Tensor.size}
 SCALES = {Tensor.mul: 1, torch.mul: 1, Tensor.div: -1, torch.div: -1}  # the number's exponent
 SHAPES = {Tensor.contiguous, Tensor.flatten, Tensor.float, Tensor.reshape, Tensor.to, Tensor.view}
 
@@ -230,7 +205,11 @@ def _cross_entropy(
         return None
     if target.ndim != 1 or target.shape != logits.shape[:-1] or target.device != logits.device:
         return None
-    loss = logits._recipe.loss(target, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    recipe = logits._recipe
+    scale = recipe.a if recipe.c is None else recipe.a * recipe.c
+    settings: Any = {"bias": recipe.bias, "softcap": recipe.c, "scale": scale}
+    settings |= {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    loss = linear_cross_entropy(recipe.rows, recipe.weight.to(recipe.dtype), target, **settings)
     if reduction == "mean":
         loss = loss / (target != ignore_index).sum()
     dtype = logits.dtype

@@ -1,14 +1,12 @@
 """LoRA layers, gated MLPs and RMSNorms as functions that keep less for the backward pass.
 
-    SharedInput   LoRA layers that are called one after another with one tensor (q, k and v): one
-                  qlora.ops.lora.lora_linear
+    SharedInput   LoRA layers called one after another with one tensor (q, k, v): one lora_linear
     MLPBlock      a gated MLP, down(act(gate(x)) * up(x)): one qlora.ops.lora.lora_mlp
     RMSNorm       y = xhat * w, xhat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps) (arXiv:1910.07467)
 
 Layers that share an input are found by one run of a few tokens; a gated MLP by the names of its
-children, a norm by its parameters, and both must agree numerically with their function. Each
-forward pass checks whether the function supports the layer's state, adapter and dtype; otherwise
-it falls back to the layer's, or the model's own, forward.
+children, a norm by its parameters, and both must agree numerically with their function. A call
+that the function does not support falls back to the layer's, or the model's own, forward.
 
 Models write RMSNorm out in fp32: six kernels, and autograd keeps x in fp32, twice the bytes of a
 16-bit x. On a GPU torch.nn.functional.rms_norm is one kernel, keeps x in its own dtype and one
@@ -18,17 +16,18 @@ number per row, and rounds once where models round twice. On a CPU it saves noth
     dx = rstd * (dy * w - xhat * mean(dy * y)),    xhat = y / w
 
 The LoRA layers after the norm keep y in any case, so this adds one number per row. It takes 0.6 of
-the models' time (1024 x 576, one thread); y is equal to the bit, dx is no less exact. Left out:
-norms that are trained; 16-bit norms on a CPU, where xhat from a rounded y loses digits; Gemma's
-(1 + w) in 16 bits on a GPU, where F.rms_norm would need a rounded 1 + w.
+the models' time (1024 x 576, one thread); y is equal to the bit. Left out: norms that are trained;
+16-bit norms on a CPU, where xhat from a rounded y loses digits; Gemma's (1 + w) in 16 bits on a
+GPU, where F.rms_norm would need a rounded 1 + w.
 """
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +36,7 @@ from torch.nn import functional as F
 
 from qlora.adapters.lora import LoRALayer, LoRALinear, lora_layers
 from qlora.adapters.wrappers import Wrapper, base_modules, plain, put_module, remove_wrappers
-from qlora.base.modules import (
-    computes_in,
-    has_hooks,
-    is_quantized,
-    product_dtype,
-    shallow_copy,
-    was_conv1d,
-)
+from qlora.base.modules import computes_in, has_hooks, is_quantized, product_dtype, shallow_copy
 from qlora.ops import agrees
 from qlora.ops.gated import ACTS, gated_forward
 from qlora.ops.lora import LayerSpec, lora_linear, lora_mlp
@@ -65,19 +57,32 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
     """
     remove_fast_path(model)
     layers = lora_layers(model)
-    calls = _record_calls(model, layers.values())
-    for group in _groups(layers, calls):
+    calls = _record_calls(model)
+    linear = {layer: name for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+    # layers of one parent that were called one after another with one tensor; the others alone
+    parents = {layer: linear[layer].rpartition(".")[0] for layer in calls if layer in linear}
+    by_input = groupby(parents, lambda layer: (parents[layer], id(calls[layer][0])))
+    groups = [list(group) for _, group in by_input]
+    for group in groups + [[layer] for layer in linear if layer not in calls]:
         shared = SharedInput(group)
-        for layer in group:
-            layer.fast = shared
-    inputs = [call.x for call in calls.values()]
+        for member in group:
+            member.fast = shared
     for name, module in base_modules(model).items():
         block = _mlp_block(module) if module in calls else None
         if block is not None:
             # an output that a norm reads, as Gemma's, is recomputed anyway: then keep gate and up
-            block.recompute = recompute and all(x is not calls[module].y for x in inputs)
+            is_read = any(x is calls[module][1] for x, _ in calls.values())
+            block.recompute = recompute and not is_read
             put_module(model, name, block)
-    _report_fallbacks(layers, calls)
+    reasons: Counter[str] = Counter()
+    for layer in layers.values():
+        dtype, reason = computes_in(layer.base_layer), why_plain(layer)
+        if reason is None and layer in calls and calls[layer][0].dtype != dtype:
+            reason = f"their input is {calls[layer][0].dtype}, and they compute in {dtype}"
+        if reason is not None:
+            reasons[reason] += 1
+    for reason, count in reasons.items():
+        print(f"{count} of {len(layers)} layers compute the plain way: {reason}")
 
 
 def remove_fast_path(model: nn.Module) -> None:
@@ -86,9 +91,6 @@ def remove_fast_path(model: nn.Module) -> None:
         if isinstance(layer, LoRALinear):
             layer.fast = None
     remove_wrappers(model, lambda wrapper: isinstance(wrapper, MLPBlock))
-
-
-# ---- layers and blocks
 
 
 class SharedInput:
@@ -116,10 +118,7 @@ class SharedInput:
                 return None
             group = self.layers if all(is_fast(other, x) for other in self.layers) else (layer,)
             outputs = lora_linear(x, *_arguments(group))
-            if len(group) == 1:
-                return outputs[0]
-            self._input = x, x._version
-            self._waiting = dict(zip(group, outputs, strict=True))
+            self._input, self._waiting = (x, x._version), dict(zip(group, outputs, strict=True))
         y = self._waiting.pop(layer)
         if not self._waiting:
             self._input = None
@@ -170,78 +169,51 @@ def why_plain(layer: LoRALayer) -> str | None:
     # a subclass of nn.Linear may compute something else
     if not isinstance(layer, LoRALinear) or not (type(base) is nn.Linear or is_quantized(base)):
         return "no plain linear layer of its own"
-    if was_conv1d(base) and not is_quantized(base):
-        return "a Conv1D"
-    if layer.fused_adapters or layer.adapter_of_row is not None:
-        return "merged, or a batch of several adapters"
-    if len(layer.active_adapters) != 1:
-        return "not one adapter"
-    name = layer.active_adapters[0]
-    if name in layer.lora_magnitude_vector:
-        return "DoRA"
-    if name in layer.lora_bias:
-        return "lora_bias"
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return "a base that is trained"
-    if has_hooks(base):
-        return "a base with hooks"
-    return None
-
-
-# ---- finding layers that share an input, and gated MLPs
-
-
-class _Call(NamedTuple):
-    x: Tensor
-    y: Tensor
+    is_mixed = layer.fused_adapters or layer.adapter_of_row is not None
+    adapters, parameters = layer.active_adapters, [base.weight, base.bias]
+    reasons = {
+        "merged, or a batch of several adapters": is_mixed,
+        "not one adapter": len(adapters) != 1,
+        "DoRA": any(name in layer.lora_magnitude_vector for name in adapters),
+        "lora_bias": any(name in layer.lora_bias for name in adapters),
+        "a base that is trained": any(p is not None and p.requires_grad for p in parameters),
+        "a base with hooks": has_hooks(base),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 @torch.no_grad()
-def _record_calls(model: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, _Call]:
-    """Calls of `layers` and the base's modules, in order, in one run of a few tokens.
+def _record_calls(model: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Input and output of LoRA layers and base modules, in order, in one run of a few tokens.
 
     Only of modules called once, with one tensor. Empty for a model that does not read token ids.
     """
     if getattr(model, "main_input_name", None) != "input_ids":
         return {}
-    calls: dict[nn.Module, list[_Call]] = {}
+    calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def record(module: nn.Module, args: Any, y: Any) -> None:
         if len(args) == 1 and isinstance(y, Tensor):
-            calls.setdefault(module, []).append(_Call(args[0], y))
+            calls.setdefault(module, []).append((args[0], y))
 
     ids = torch.arange(8, device=model.device)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    hooks = [m.register_forward_hook(record) for m in {*layers, *base_modules(model).values()}]
-    was_training = model.training
-    try:
-        model.eval()
-        model.base_model(**inputs)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as undo:
+        undo.callback(model.train, model.training)
+        for module in {*lora_layers(model).values(), *base_modules(model).values()}:
+            undo.enter_context(module.register_forward_hook(record))
+        model.eval().base_model(**inputs)
     return {module: records[0] for module, records in calls.items() if len(records) == 1}
-
-
-def _groups(layers: dict[str, LoRALayer], calls: dict[nn.Module, _Call]) -> list[list[LoRALinear]]:
-    """Layers of one parent that were called one after another with one tensor; the others alone."""
-    names = {layer: name for name, layer in layers.items() if isinstance(layer, LoRALinear)}
-    called = [layer for layer in calls if layer in names]
-    keys = {layer: (names[layer].rpartition(".")[0], id(calls[layer].x)) for layer in called}
-    groups = [list(group) for _, group in groupby(called, keys.__getitem__)]
-    return groups + [[layer] for layer in names if layer not in calls]
 
 
 def _mlp_block(module: nn.Module) -> MLPBlock | None:
     """A block for `module`, if it is a gated MLP whose three projections have adapters."""
     mlp = plain(module)
     for names in PROJECTIONS:
-        layers = [
-            child for name in names if isinstance(child := mlp._modules.get(name), LoRALinear)
-        ]
+        children = [mlp._modules.get(name) for name in names]
+        layers = [child for child in children if isinstance(child, LoRALinear)]
         if len(layers) == 3 and len(mlp._modules) == 4:  # and an activation; T5Gemma adds a dropout
             activation = next((act for act in ACTS if _agrees_with_gated(mlp, names, act)), None)
             return None if activation is None else MLPBlock(module, layers, activation)
@@ -249,22 +221,19 @@ def _mlp_block(module: nn.Module) -> MLPBlock | None:
 
 
 def _agrees_with_gated(mlp: Any, names: tuple[str, str, str], activation: str) -> bool:
-    """Whether the forward of `mlp` is down(activation(gate(x)) * up(x)).
-
-    It is run in training mode (some have dropout) and with large values (some clamp), on a copy
-    whose gate and up return the halves of their input, and down its input.
-    """
+    """Whether `mlp` is down(activation(gate(x)) * up(x)), by a copy whose gate and up return the
+    halves of their input: in training mode (some have dropout), for large values (some clamp)."""
     n, copied = 1024, shallow_copy(mlp)
     gate_up_down = lambda x: x[..., :n], lambda x: x[..., n:], lambda h: h
     copied._modules.update(zip(names, gate_up_down, strict=True))  # type: ignore[arg-type]
     copied.training = True  # not train(), which changes the activation that the copy shares
     gate = torch.linspace(-1, 1, n, device=next(mlp.parameters()).device)
     x = torch.cat([gate, gate.roll(300)])[None, None]  # (1, 1, 2 n)
-    forward = partial(type(mlp).forward, copied)
 
     def gated(x: Tensor) -> Tensor:
         return gated_forward(x[..., :n], x[..., n:], activation)
 
+    forward = partial(type(mlp).forward, copied)
     tolerance = 8 * torch.finfo(torch.float32).eps  # some compute the activation step by step
     try:
         return all(agrees(forward, gated, size * x, tolerance=tolerance) for size in GATE_RANGES)
@@ -272,45 +241,23 @@ def _agrees_with_gated(mlp: Any, names: tuple[str, str, str], activation: str) -
         return False
 
 
-def _report_fallbacks(layers: dict[str, LoRALayer], calls: dict[nn.Module, _Call]) -> None:
-    reasons: Counter[str] = Counter()
-    for layer in layers.values():
-        dtype, reason = computes_in(layer.base_layer), why_plain(layer)
-        if reason is None and layer in calls and calls[layer].x.dtype != dtype:
-            reason = f"their input is {calls[layer].x.dtype}, and they compute in {dtype}"
-        if reason is not None:
-            reasons[reason] += 1
-    for reason, count in reasons.items():
-        print(f"{count} of {len(layers)} layers compute the plain way: {reason}")
-
-
-# ---- norms
-
-
 def put_norms(model: nn.Module) -> None:
     """Wrap each frozen RMSNorm of `model` in an RMSNorm of this module, in place."""
     for name, module in base_modules(model).items():
         if form := rms_norm_form(module):
-            put_module(model, name, RMSNorm(module, form).train(module.training))
-
-
-class Form(NamedTuple):
-    """The constants of an RMSNorm."""
-
-    eps: float
-    offset: float = 0.0  # added to the weight: Gemma's is 1
+            put_module(model, name, RMSNorm(module, *form).train(module.training))
 
 
 class RMSNorm(Wrapper):
     """A model's frozen RMSNorm, computed so that the backward pass keeps little."""
 
-    def __init__(self, base_layer: nn.Module, form: Form) -> None:
+    def __init__(self, base_layer: nn.Module, eps: float, offset: float = 0.0) -> None:
         super().__init__(base_layer)
-        self.form = form
+        self.eps, self.offset = eps, offset  # the latter is added to the weight: Gemma's is 1
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
-        norm, (eps, offset) = self.base_layer, self.form
+        norm, eps, offset = self.base_layer, self.eps, self.offset
         # a wrapper inside is an adapter's, which trains a weight of its own
         is_frozen = not isinstance(norm, Wrapper) and not norm.weight.requires_grad
         if is_frozen and norm.weight.dtype == x.dtype:
@@ -324,11 +271,10 @@ class RMSNorm(Wrapper):
             # within the rounding of an xhat of 1: |w| >= tiny / eps, 1e-31 in fp32
             if is_wide and bool(weight.abs().min() >= limits.tiny / limits.eps):
                 return _FromOutput.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
-        y: Tensor = norm(x)
-        return y
+        return norm(x)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"eps={self.form.eps}, offset={self.form.offset}"
+        return f"eps={self.eps}, offset={self.offset}"
 
 
 class _FromOutput(torch.autograd.Function):
@@ -352,8 +298,8 @@ class _FromOutput(torch.autograd.Function):
         return dx.addcmul_(dy, weight).mul_(rstd), None, None
 
 
-def rms_norm_form(module: nn.Module) -> Form | None:
-    """The form of a frozen, unwrapped RMSNorm without hooks; None for any other module."""
+def rms_norm_form(module: nn.Module) -> tuple[float, float] | None:
+    """eps and offset of a frozen, unwrapped RMSNorm without hooks; None for any other module."""
     eps = next((getattr(module, name) for name in EPS_NAMES if hasattr(module, name)), None)
     state = {**module._parameters, **module._buffers, **module._modules}
     weight = state.pop("weight", None)
@@ -369,9 +315,8 @@ def rms_norm_form(module: nn.Module) -> Form | None:
     x = (torch.randn(3, len(weight), generator=generator) * sizes).to(weight)
     # two roundings, and those of some operations in fp32
     tolerance = 2 * max(torch.finfo(weight.dtype).eps, 4 * torch.finfo(torch.float32).eps)
-    for form in (Form(eps), Form(eps, offset=1.0)):
-        exact_weight = weight.double() + form.offset
-        exact = F.rms_norm(x.double(), weight.shape, exact_weight, eps)
+    for offset in (0.0, 1.0):
+        exact = F.rms_norm(x.double(), weight.shape, weight.double() + offset, eps)
         if agrees(module, lambda _, exact=exact: exact, x, tolerance=tolerance):
-            return form
+            return eps, offset
     return None

@@ -7,32 +7,30 @@ computes the next layers, and back while it computes the layer above:
     forward    x_i is saved; after `keep` more, its copy starts; after one more, x_i is released
     backward   x_i is used, and the copy of x_(i-1) starts
 
-This needs only saved-tensor hooks (torch.autograd.graph): a non-re-entrant checkpoint saves its
-inputs under the hooks around it, and everything inside under its own. Left on the GPU: leaves and
-views of them, which the graph holds anyway (a frozen embedding's output is one), and tensors that
-are small, not contiguous, or without gradient.
+By saved-tensor hooks (torch.autograd.graph): a non-re-entrant checkpoint saves its inputs under the
+hooks around it, and everything inside under its own. Left on the GPU: leaves and views of them (a
+frozen embedding's output is one), and tensors that are small, not contiguous, or without gradient.
 
 All copies run in order on one stream. It waits for the computing stream before each copy, and that
-stream waits for a copy before its tensor is used or released. So memory is released in the order of
-the computation and buffers are reused at once; with record_stream memory would grow while Python is
-ahead of the GPU. All state belongs to the graph and is freed with it.
+stream waits for a copy before its tensor is used or released: memory is released in the order of
+the computation, also while Python is ahead of the GPU. All state is freed with the graph.
 
 Cost: as much host memory, which cannot be swapped out. No time, by arithmetic: a layer of P
 parameters computes 2 P FLOP per token and moves 2 dim bytes, so a copy is hidden if P / dim, 53,000
-for Llama-3.1-8B, is at least FLOP/s over bytes/s of the card: by data sheet 6,600 on a 4090 (165e12
-/ 25e9), 5,400 on a T4, 20,000 on an H200. Off by default until measured on a GPU. Left out:
-several GPUs, and tensors inside checkpoints that keep more than their inputs.
+for Llama-3.1-8B, is at least FLOP/s over bytes/s: by data sheet 6,600 on a 4090 (165e12 / 25e9),
+20,000 on an H200. Off by default until measured on a GPU. Left out: several GPUs, and tensors
+inside checkpoints that keep more than their inputs.
 
 `offload_embedding`: a step reads a few rows of the embedding, which is 0.98 GiB for Llama-3.1-8B.
-Pinned memory has an address on the GPU, so the weight becomes a CUDA tensor over it, by
-__cuda_array_interface__, and the lookup reads its rows over PCIe: 64 MiB for 8,192 tokens, 3 ms at
-25 GB/s. resize_token_embeddings creates a weight on the GPU again. Left out: the output head, as
+Pinned memory has an address on the GPU, so the weight becomes a CUDA tensor over it, and the lookup
+reads its rows over PCIe: 64 MiB for 8,192 tokens, 3 ms at 25 GB/s. Left out: the output head, as
 each chunk of tokens reads all its rows; an embedding that is trained, adapted or tied to it.
 """
 
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,16 +39,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qlora.adapters.wrappers import AdapterModule
 from qlora.base.modules import vocabulary
-from qlora.errors import UserError
-
-MIN_BYTES = 1 << 20  # below, starting a copy costs more than the memory is worth
-KEEP = 2  # the last layer's input is needed first, and the final norm saves one more
+from qlora.errors import require
 
 
 def require_gpu(setting: str) -> None:
     """Raise a UserError on a machine without a GPU, naming the setting that needs one."""
-    if not torch.cuda.is_available():
-        raise UserError(f"{setting} wants a CUDA GPU, and torch finds none here: leave it out")
+    message = f"{setting} wants a CUDA GPU, and torch finds none here: leave it out"
+    require(torch.cuda.is_available(), message)
 
 
 class CudaCopies:
@@ -78,23 +73,17 @@ class CudaCopies:
         computing.wait_event(end)
 
 
-class offload_activations:  # a context manager, named as torch's save_on_cpu
+class offload_activations:  # named as torch's save_on_cpu
     """Keep the inputs of checkpointed layers in host memory between forward and backward pass.
 
-    Around the forward pass; one for a whole run, because its pinned buffers are reused:
-
-        offload = offload_activations()
-        for batch in batches:
-            with offload:
-                loss = model(**batch).loss
-            loss.backward()
-
+    A context for the forward pass; one for a whole run, because its pinned buffers are reused.
     Values and gradients are equal to the bit. It may be nested. Without gradients it does nothing;
     without gradient checkpointing it moves every tensor that the layers save.
 
     Args:
-        min_bytes: smaller tensors stay.
-        keep: the number of newest tensors that stay, at least 1; one more is being copied.
+        min_bytes: smaller tensors stay, as starting a copy costs more than their memory is worth.
+        keep: how many of the newest tensors stay, at least 1; one more is being copied. The last
+            layer's input is needed first, and the final norm saves one more.
         copies: by default of the current GPU; tests and benchmarks simulate a device.
 
     Raises:
@@ -103,7 +92,7 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
     """
 
     def __init__(
-        self, *, min_bytes: int = MIN_BYTES, keep: int = KEEP, copies: CudaCopies | None = None
+        self, *, min_bytes: int = 1 << 20, keep: int = 2, copies: CudaCopies | None = None
     ) -> None:
         if copies is None:
             require_gpu("offload_activations")
@@ -133,7 +122,14 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
             saved = self._known[address] = Saved(tensor, self, self._last)
             self._last = weakref.ref(saved)
         if saved.tensor is not None:
-            self._release_older(saved)
+            # release the tensor whose copy was started last time, and start the copy of the next
+            held = [older for ref in self._newest if (older := ref()) not in (None, saved)]
+            held.append(saved)
+            while len(held) > self.keep + 1:
+                held.pop(0).release()
+            for older in held[: -self.keep]:
+                older.move()
+            self._newest = [weakref.ref(one) for one in held]
         return saved
 
     def _unpack(self, saved: "Tensor | Saved") -> Tensor:
@@ -159,27 +155,14 @@ class offload_activations:  # a context manager, named as torch's save_on_cpu
             and tensor.nbytes >= self.min_bytes
         )
 
-    def _release_older(self, newest: "Saved") -> None:
-        """Release the tensor whose copy was started last time, and start the copy of the next."""
-        held = [saved for ref in self._newest if (saved := ref()) not in (None, newest)]
-        held.append(newest)
-        while len(held) > self.keep + 1:
-            held.pop(0).release()
-        for saved in held[: -self.keep]:
-            saved.move()
-        self._newest = [weakref.ref(saved) for saved in held]
-
 
 class Saved:
     """Held by the graph instead of a tensor, whose values are on the GPU, in host memory, or both.
+    `before` is a weak reference to the one saved before it."""
 
-    `before` is a weak reference to the one saved before it.
-    """
-
-    def __init__(
-        self, tensor: Tensor, owner: offload_activations, before: "Callable[[], Saved | None]"
-    ) -> None:
-        self.copies, self.buffers, self.before = owner.copies, owner.buffers, before
+    def __init__(self, tensor: Tensor, owner: offload_activations, before: Any) -> None:
+        self.copies, self.buffers = owner.copies, owner.buffers
+        self.before: Callable[[], Saved | None] = before
         self.tensor: Tensor | None = tensor.detach()
         self.host: Tensor | None = None
         self.started: Any = None
@@ -188,8 +171,7 @@ class Saved:
         self._view = _view_of(tensor)
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is the one saved here. The storage is compared, as another tensor may
-        have the address of one that was released."""
+        """Whether `tensor` is the one saved here, and not one at the address of a released one."""
         return self._storage() is tensor.untyped_storage() and self._view == _view_of(tensor)
 
     def move(self) -> None:
@@ -255,8 +237,7 @@ class Buffers:
         self.free: list[Tensor] = []  # the smallest first
 
     def acquire(self, size: int) -> Tensor:
-        """At least `size` bytes. For each new buffer one that is too small is freed, so that there
-        are never more than were in use at once."""
+        """At least `size` bytes. A new buffer replaces one that is free and too small, if any."""
         index = bisect_left(self.free, size, key=len)
         if index < len(self.free):
             return self.free.pop(index)
@@ -270,49 +251,43 @@ class Buffers:
 
 def offload_embedding(model: nn.Module) -> None:
     """Move the weight of `model`'s embedding to pinned host memory, in place, after apply_lora.
+    resize_token_embeddings creates one on the GPU again.
 
     Raises:
         UserError: there is no GPU, or a step needs more than some rows of the embedding.
     """
     require_gpu("offload_embedding")
-    if reason := _why_not_in_host_memory(model):
-        raise UserError(f"offload_embedding: {reason}: leave it out")
-    embedding: Any = model.get_submodule(str(vocabulary(model)[0]))
-    embedding.weight.data = in_host_memory(embedding.weight.data)
-
-
-def _why_not_in_host_memory(model: nn.Module) -> str | None:
     name, _ = vocabulary(model)
-    embedding = None if name is None else model.get_submodule(name)
-    if isinstance(embedding, AdapterModule):
-        return f"{name} is trained or adapted, and then needed on the GPU"
-    if not isinstance(embedding, nn.Embedding):
-        return "this model has no embedding of tokens"
+    embedding: Any = None if name is None else model.get_submodule(name)
+    is_found = isinstance(embedding, AdapterModule | nn.Embedding)
+    require(is_found, "offload_embedding: this model has no embedding of tokens: leave it out")
     weight = embedding.weight
-    if weight.requires_grad:
-        return f"{name} is trained, and then needed on the GPU"
     named = model.named_parameters(remove_duplicate=False)
     users = [path.rpartition(".")[0] for path, p in named if p is weight]
     others = [user for user in users if not isinstance(model.get_submodule(user), nn.Embedding)]
-    if others:
-        return f"{name} is tied to {', '.join(others)}, and then needed on the GPU"
-    return None
+    reasons = {
+        "trained or adapted": isinstance(embedding, AdapterModule),
+        "trained": weight.requires_grad,
+        f"tied to {', '.join(others)}": others,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    message = f"offload_embedding: {name} is {why}, and then needed on the GPU: leave it out"
+    require(why is None, message)
+    weight.data = in_host_memory(weight.data)
 
 
 def in_host_memory(weight: Tensor) -> Tensor:
     """A CUDA tensor with the values of `weight`, whose bytes are in pinned host memory."""
     host = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True).copy_(weight)
-    return torch.as_tensor(_Pinned(host), device=weight.device).view(weight.dtype)
+    return torch.as_tensor(_at_its_address(host), device=weight.device).view(weight.dtype)
 
 
-class _Pinned:
-    """Pinned memory by its address, which is valid on the GPU; the CUDA tensor keeps it alive."""
-
-    def __init__(self, host: Tensor) -> None:
-        self.host = host
-        self.__cuda_array_interface__ = {
-            "shape": (*host.shape[:-1], host.shape[-1] * host.element_size()),
-            "typestr": "|u1",  # the interface has no bf16
-            "data": (host.data_ptr(), False),
-            "version": 3,
-        }
+def _at_its_address(host: Tensor) -> SimpleNamespace:
+    """Pinned memory for CUDA: its address is valid on the GPU, whose tensor keeps it alive."""
+    interface = {
+        "shape": (*host.shape[:-1], host.shape[-1] * host.element_size()),
+        "typestr": "|u1",  # the interface has no bf16
+        "data": (host.data_ptr(), False),
+        "version": 3,
+    }
+    return SimpleNamespace(host=host, __cuda_array_interface__=interface)

@@ -3,23 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import transformers as hf
-from chunks import chunks_of
-from conftest import (
-    CONFIGS,
-    FP32,
-    OTHERS,
-    SIZES,
-    VOCAB,
-    adapted_model,
-    axis,
-    randomize_adapter,
-    tiny_model,  # fmt: skip
-    token_ids,
-)
-from safetensors.torch import load_file
+from chunks import chunks_of, is_lazy
+from conftest import CONFIGS, FP32, SIZES, VOCAB, adapted_model, axis, tiny_model, token_ids
 from torch import Tensor, nn
 
 from qlora.adapters.apply import apply_lora, disable_adapter
@@ -27,7 +16,7 @@ from qlora.adapters.files import save_adapter
 from qlora.adapters.fuse import merge_and_unload, unload
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
-from qlora.fast.head import LanguageHead, LazyLogits, put_language_head
+from qlora.fast.head import LanguageHead, put_language_head
 from qlora.training import prepare_for_training
 
 MORE: dict[str, Callable[[], Any]] = {
@@ -43,7 +32,7 @@ MORE: dict[str, Callable[[], Any]] = {
         max_position_embeddings=64, word_embed_proj_dim=64, pad_token_id=0,
     ),
 }  # fmt: skip
-MASKED = ["t5", "bert without pooler", "roberta", "modernbert"]
+OTHERS = ["t5", "bart", "bert without pooler", "roberta", "modernbert"]  # bart adds a bias
 IDS = token_ids(rows=3, length=16)
 LABELS = IDS.clone()  # on some tokens, the first and the last of a row among them
 LABELS[0, 3:7] = LABELS[1, :-2] = -100
@@ -58,10 +47,13 @@ def small_chunks() -> Iterator[None]:
 
 def frozen(family: str) -> Any:
     torch.manual_seed(0)
-    if family in MORE:
-        model: Any = hf.AutoModelForCausalLM.from_config(MORE[family]())
+    if family in CHANGES:
+        model: Any = Changed(CONFIGS["llama"]())
+        model.change = CHANGES[family]
+    elif family in MORE:
+        model = hf.AutoModelForCausalLM.from_config(MORE[family]())
     else:
-        model = OWN[family]() if family in OWN else tiny_model(family)
+        model = tiny_model(family)
     if family == "gemma":  # whose cap of 30 the logits would not reach
         model.config.final_logit_softcapping = 0.5
     return model.requires_grad_(False).eval()
@@ -72,10 +64,6 @@ def run(model: Any, **inputs: Any) -> tuple[Any, Tensor]:
     x = model.get_input_embeddings()(IDS).detach().requires_grad_()
     outputs = model(inputs_embeds=x, labels=LABELS, **inputs)
     return outputs, torch.autograd.grad(outputs.loss, x)[0]
-
-
-def is_lazy(logits: Any) -> bool:
-    return isinstance(logits, LazyLogits) and logits.value is None
 
 
 def check(model: Any, *, lazily: bool = True, **inputs: Any) -> Any:
@@ -91,9 +79,6 @@ def check(model: Any, *, lazily: bool = True, **inputs: Any) -> Any:
     return outputs
 
 
-# ---- models whose loss needs no logits
-
-
 def test_the_number_of_labels_of_all_micro_batches_and_the_loss_of_experts():
     check(frozen("gemma"), num_items_in_batch=40)
     model = frozen("mixtral")
@@ -101,11 +86,10 @@ def test_the_number_of_labels_of_all_micro_batches_and_the_loss_of_experts():
     assert check(model).aux_loss > 0
 
 
-class Doubled(hf.LlamaForCausalLM):
-    """Scales its logits by what no config says."""
+class Changed(hf.LlamaForCausalLM):
+    """Changes its logits by what no config says."""
 
-    def change(self, logits: Tensor) -> Tensor:
-        return 1.05 * logits
+    change: Callable[[Tensor], Tensor]
 
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         outputs = super().forward(*args, **kwargs)
@@ -114,60 +98,28 @@ class Doubled(hf.LlamaForCausalLM):
         return outputs
 
 
-class Shifted(Doubled):
-    """Its logits are not a multiple of its head's output."""
-
-    def change(self, logits: Tensor) -> Tensor:
-        return logits + torch.arange(VOCAB) / VOCAB
-
-
-def bert() -> nn.Module:
-    """Its head has a layer of its own before the linear one."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
-    config = hf.BertConfig(vocab_size=VOCAB, num_hidden_layers=1, is_decoder=True, **sizes)
-    return hf.BertLMHeadModel(config)
-
-
-OWN: dict[str, Callable[[], Any]] = {
-    "doubled": lambda: Doubled(CONFIGS["llama"]()),
-    "shifted": lambda: Shifted(CONFIGS["llama"]()),
-    "bert": bert,
-    "bart": OTHERS["bart"],  # a bias beside the head
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": lambda logits: 1.05 * logits,
+    "shifted": lambda logits: logits + torch.arange(VOCAB) / VOCAB,
 }
 
 
-@pytest.mark.parametrize("family", [*axis(*CONFIGS), *MORE, *MASKED, *OWN])
+@pytest.mark.parametrize("family", [*axis(*CONFIGS), *MORE, *OTHERS, *CHANGES])
 def test_loss_logits_and_gradient_of_a_family(family):
     check(frozen(family), lazily=family not in ("shifted", "bart"))
-
-
-def test_a_compiled_head_computes_its_logits():
-    head = LanguageHead(nn.Linear(64, VOCAB).requires_grad_(False))
-    hidden = torch.randn(3, 16, 64)
-    logits = torch.compile(head, backend="eager", fullgraph=True)(hidden)
-    assert is_lazy(head(hidden))
-    assert type(logits) is Tensor and torch.equal(logits, head(hidden))
-
-
-# ---- with adapters
-
-
-def adapted(folder: Any, *, fast_path: bool, checkpointing: bool = False) -> Any:
-    model = adapted_model(folder)
-    return prepare_for_training(model, gradient_checkpointing=checkpointing, fast_path=fast_path)
 
 
 @pytest.mark.parametrize("checkpointing", axis(True, False))
 @pytest.mark.parametrize("family", axis("gemma", "llama", "gpt2", "mixtral"))
 def test_gradients_of_adapters(family, checkpointing, checkpoints):
-    runs = []
+    model, runs = adapted_model(checkpoints(family)), []
     for fast_path in (True, False):
-        model = adapted(checkpoints(family), fast_path=fast_path, checkpointing=checkpointing)
+        prepare_for_training(model, checkpointing, fast_path=fast_path)
         torch.manual_seed(0)  # of GPT-2's dropout
         outputs = model(input_ids=IDS, labels=LABELS)
-        outputs.loss.backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        runs.append(torch.autograd.grad(outputs.loss, trained))
         assert is_lazy(outputs.logits) is fast_path  # never computed, also not in backward
-        runs.append([p.grad for p in model.parameters() if p.requires_grad])
     for got, wanted in zip(*runs, strict=True):
         assert (got - wanted).norm() <= 1e-5 * wanted.norm()
 
@@ -175,26 +127,22 @@ def test_gradients_of_adapters(family, checkpointing, checkpoints):
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_files_generation_and_unloading_are_the_same(family, checkpoints, tmp_path, capsys):
     base_logits = load_base(str(checkpoints(family)), FP32).eval()(IDS).logits
-    models = []
-    for fast_path in (True, False):
-        model = adapted(checkpoints(family), fast_path=fast_path)
-        prepare_for_training(model, fast_path=fast_path)  # once is enough
-        save_adapter(model, tmp_path / str(fast_path))
-        models.append(model.eval())
-    fast, slow = models
+    fast, slow, merged = (adapted_model(checkpoints(family)) for _ in range(3))
+    for model, is_fast in ((fast, True), (fast, True), (slow, False), (merged, True)):
+        prepare_for_training(model, False, fast_path=is_fast).eval()  # twice is as once
     head = fast.get_output_embeddings()
     assert isinstance(head, LanguageHead) and type(head.base_layer) is nn.Linear
     assert (head.weight is fast.get_input_embeddings().weight) is (family == "gemma")
-    files = [load_file(tmp_path / str(on) / "adapter_model.safetensors") for on in (True, False)]
-    assert files[0].keys() == files[1].keys()
+    for model, name in ((fast, "fast"), (slow, "slow")):
+        save_adapter(model, tmp_path / name)
+    conftest.require_same_adapter(tmp_path / "fast", tmp_path / "slow")
     prompt = {"input_ids": IDS, "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(fast.generate(**prompt), slow.generate(**prompt))
     with torch.no_grad():  # with gradients, the layers sum in another order
         assert torch.equal(fast(IDS).logits, slow(IDS).logits)
     with disable_adapter(fast):
         assert torch.equal(fast(IDS).logits, base_logits)
-    other = adapted(checkpoints(family), fast_path=True)
-    for remove, model in ((unload, fast), (merge_and_unload, other)):
+    for remove, model in ((unload, fast), (merge_and_unload, merged)):
         remove(model)
         assert not any(isinstance(module, LanguageHead) for module in model.modules())
         assert not any("base_layer" in name for name in model.state_dict())
@@ -202,10 +150,7 @@ def test_files_generation_and_unloading_are_the_same(family, checkpoints, tmp_pa
     assert capsys.readouterr().out == ""
 
 
-# ---- heads that compute their logits at once
-
-
-def test_few_tokens_and_inference_mode():
+def test_few_tokens_inference_mode_and_a_compiled_head():
     model = frozen("llama")
     put_language_head(model)
     assert type(model(IDS[:1, :5]).logits) is Tensor
@@ -215,6 +160,9 @@ def test_few_tokens_and_inference_mode():
         assert is_lazy(model(IDS).logits)
     with torch.inference_mode():
         assert type(model(IDS).logits) is Tensor
+    hidden = torch.randn(3, 16, 64)
+    logits = torch.compile(model.lm_head, backend="eager", fullgraph=True)(hidden)
+    assert type(logits) is Tensor and torch.equal(logits, model.lm_head(hidden))
 
 
 FROM_LOGITS = "the loss is computed from all logits: the output head, {}\n"
@@ -229,37 +177,37 @@ TOUCHED = FROM_LOGITS.format("lm_head, is trained, adapted or no plain linear la
      ("gemma", {"trainable_token_indices": (5, 6)})],  # of the embedding that the head is tied to
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("adapter_first", [True, False])
-def test_a_trained_or_adapted_head(family, settings, adapter_first, checkpoints, capsys):
+def test_a_trained_or_adapted_head(family, settings, checkpoints, capsys):
     gradients = []
-    for with_head in (True, False):
+    for head_is_put in ("never", "before", "after"):
         model = load_base(str(checkpoints(family)), FP32)
-        if with_head and not adapter_first:
+        if head_is_put == "before":
             put_language_head(model)
         apply_lora(model, LoraConfig(r=4, **settings), generator=torch.Generator().manual_seed(0))
         capsys.readouterr()
-        if with_head and adapter_first:
+        if head_is_put == "after":
             put_language_head(model)
             assert capsys.readouterr().out == TOUCHED
-        randomize_adapter(model)
+        conftest.randomize_adapter(model)
         outputs = model(IDS, labels=LABELS)
         outputs.loss.backward()
         assert type(outputs.logits) is Tensor
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    for plain, before, after in zip(*gradients, strict=True):
+        assert torch.equal(before, plain) and torch.equal(after, plain)
 
 
 def test_a_head_with_a_gradient_or_hooks_or_codes(checkpoints, capsys):
     model = frozen("llama")
     put_language_head(model)
     calls: list[int] = []
-    handle = model.lm_head.base_layer.register_forward_hook(lambda *_: calls.append(1))
-    assert type(model(IDS).logits) is Tensor and calls
-    handle.remove()
+    with model.lm_head.base_layer.register_forward_hook(lambda *_: calls.append(1)):
+        assert type(model(IDS).logits) is Tensor and calls
     assert is_lazy(model(IDS).logits)
     model.lm_head.weight.requires_grad_()
     model(IDS, labels=LABELS).loss.backward()
     assert model.lm_head.weight.grad.norm() > 0
+    put_language_head(frozen("llama").model)  # without a head
     assert capsys.readouterr().out == ""
     model = frozen("llama")
     model.lm_head.weight.requires_grad_()
@@ -270,12 +218,11 @@ def test_a_head_with_a_gradient_or_hooks_or_codes(checkpoints, capsys):
     put_language_head(model)
     wanted = FROM_LOGITS.format("model.layers.0.self_attn.q_proj, is quantized")
     assert capsys.readouterr().out == wanted
-    put_language_head(frozen("llama").model)  # without a head
-    assert capsys.readouterr().out == ""
 
 
 def test_weights_are_tied_again():
     model = tiny_model("gemma").requires_grad_(False)
+    plain_names = list(model.state_dict())
     put_language_head(model)
     names = list(model.state_dict())
     model.tie_weights()
@@ -283,5 +230,4 @@ def test_weights_are_tied_again():
     head = model.get_output_embeddings()
     assert head.base_layer.weight is model.get_input_embeddings().weight
     assert len(head.weight) == VOCAB + 8
-    assert list(model.state_dict()) == names
-    assert len(names) == len(tiny_model("gemma").state_dict())
+    assert list(model.state_dict()) == names and len(names) == len(plain_names)

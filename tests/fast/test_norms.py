@@ -16,13 +16,12 @@ from qlora.adapters.fuse import unload
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
 from qlora.fast import layers
-from qlora.fast.layers import Form, RMSNorm, put_norms, rms_norm_form
+from qlora.fast.layers import RMSNorm, put_norms, rms_norm_form
 from qlora.training import prepare_for_training
 from qlora.training import run as training
 
 IDS = token_ids(rows=2, length=16)
 DTYPES = axis(torch.float32, torch.bfloat16, torch.float16)
-KERNEL = [True, False]
 NORMS = {"llama": 5, "qwen2": 5, "qwen3": 9, "mistral": 5, "gemma": 9, "phi": 0, "gpt2": 0}
 
 
@@ -35,32 +34,32 @@ def has_kernel(request, monkeypatch):
 
 def case(
     dtype: torch.dtype, device: str = "cpu", dim: int = 64, kind: Any = LlamaRMSNorm
-) -> tuple[nn.Module, Tensor]:
+) -> tuple[Any, Any, Tensor]:
+    """A norm, its wrapper and an input."""
     torch.manual_seed(0)
     norm = kind(dim, 1e-5).requires_grad_(False)
     norm.weight.add_(torch.randn(dim) * 0.3)
-    return norm.to(device, dtype), torch.randn(33, dim).to(device, dtype)
+    x = torch.randn(33, dim).to(device, dtype).requires_grad_()
+    return norm.to(device, dtype), RMSNorm(norm, 1e-5, float(kind is Gemma2RMSNorm)), x
 
 
-def exact(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """y and the gradient of sum(y * cos) in float64."""
-    x = x.detach().double().requires_grad_()
-    weight = norm.weight.double() + isinstance(norm, Gemma2RMSNorm)
-    y = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-    return y.detach(), torch.autograd.grad(y, x, upstream(x))[0]
-
-
-def upstream(x: Tensor) -> Tensor:
-    return torch.arange(x.numel(), device=x.device).view_as(x).cos().to(x.dtype)
-
-
-def errors(norm: nn.Module, x: Tensor, wanted: tuple[Tensor, Tensor]) -> list[float]:
-    """Of y and its gradient."""
-    x = x.detach().requires_grad_()
+def value_and_gradient(norm: Any, x: Tensor) -> list[Tensor]:
+    """y and the gradient of sum(y * cos) in x."""
     y = norm(x)
     assert y.dtype == x.dtype
-    values = y.detach(), torch.autograd.grad(y, x, upstream(x))[0]
-    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(values, wanted, strict=True)]
+    upstream = torch.arange(x.numel(), device=x.device).view_as(x).cos().to(x.dtype)
+    return [y.detach(), *torch.autograd.grad(y, x, upstream)]
+
+
+def errors(norm: Any, wrapper: Any, x: Tensor) -> list[tuple[float, float]]:
+    """Of the wrapper's y and its gradient, and of the norm's, against float64."""
+    weight = norm.weight.double() + isinstance(norm, Gemma2RMSNorm)
+    exact = value_and_gradient(
+        lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight,
+        x.detach().double().requires_grad_(),
+    )
+    values = zip(value_and_gradient(wrapper, x), value_and_gradient(norm, x), exact, strict=True)
+    return [tuple(float((a.double() - c).norm() / c.norm()) for a in ab) for *ab, c in values]
 
 
 def gradients_of(model: Any) -> list[Tensor]:
@@ -70,33 +69,25 @@ def gradients_of(model: Any) -> list[Tensor]:
 
 def kept(call: Callable[[], Any]) -> int:
     """Bytes of all storages that are kept for the backward pass of `call`."""
-    sizes: dict[int, int] = {}
-    alive = []  # so that no address is used again
+    alive: dict[int, Any] = {}  # so that no address is used again
 
     def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        alive.append(t)
+        alive[t.untyped_storage().data_ptr()] = t
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        alive.append(call())
-    return sum(sizes.values())
+        result = call()
+    assert result is not None
+    return sum(t.untyped_storage().nbytes() for t in alive.values())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_torchs_kernel_is_as_exact_as_the_models(dtype, device, has_kernel):
-    norm, x = case(dtype, device)
-    wanted = exact(norm, x)
-    ours, plain = (errors(n, x, wanted) for n in (RMSNorm(norm, Form(1e-5)), norm))
     # in fp32 the same sums, maybe in another order
     slack = 1.2 if dtype == torch.float32 else 1.0
-    assert all(a <= slack * b for a, b in zip(ours, plain, strict=True))
-    assert max(ours) <= torch.finfo(dtype).eps
-
-
-# ---- in fp32 on a CPU, from the output
+    for ours, plain in errors(*case(dtype, device)):
+        assert ours <= slack * plain and ours <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize(
@@ -105,39 +96,32 @@ def test_torchs_kernel_is_as_exact_as_the_models(dtype, device, has_kernel):
      (LlamaRMSNorm, 1.0, True)],
 )  # fmt: skip
 def test_from_its_output_a_norm_is_as_exact_as_the_models(kind, size, small_weights):
-    norm, x = case(torch.float32, dim=576, kind=kind)
-    x *= size
+    norm, wrapper, x = case(torch.float32, dim=576, kind=kind)
+    x.data *= size
     if small_weights:
         norm.weight.mul_(torch.logspace(-25, 0, 576))
-    wanted, wrapper = exact(norm, x), RMSNorm(norm, rms_norm_form(norm))
-    ours, plain = errors(wrapper, x, wanted), errors(norm, x, wanted)
-    assert "_FromOutput" in type(wrapper(x.requires_grad_()).grad_fn).__name__
+    assert "_FromOutput" in type(wrapper(x).grad_fn).__name__
+    (y, plain_y), (dx, plain_dx) = errors(norm, wrapper, x)
     # y by the same operations; dx by fewer, which round otherwise
-    assert ours[0] == plain[0] and ours[1] <= 1.05 * plain[1]
+    assert y == plain_y and dx <= 1.05 * plain_dx
 
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-33, -1e-42])
 def test_a_weight_too_small_to_divide_by(tiny):
-    norm, x = case(torch.float32)
+    norm, wrapper, x = case(torch.float32)
     norm.weight[5] = tiny
-    gradients = []
-    for module in (RMSNorm(norm, Form(1e-5)), norm):
-        leaf = x.detach().requires_grad_()
-        assert kept(lambda m=module, leaf=leaf: m(leaf)) >= 4 * x.numel()
-        gradients += torch.autograd.grad(module(leaf).sum(), leaf)
-    assert torch.equal(*gradients)
+    assert kept(lambda: wrapper(x)) == kept(lambda: norm(x)) >= 4 * x.numel()
+    assert all(map(torch.equal, value_and_gradient(wrapper, x), value_and_gradient(norm, x)))
 
 
 def test_gradcheck():
-    norm, x = case(torch.float64, dim=8)
-    x = x[:6].view(3, 2, 8).transpose(0, 1).requires_grad_()  # as a head's norm may get it
-    assert torch.autograd.gradcheck(RMSNorm(norm, Form(1e-5)), x)
+    _, wrapper, x = case(torch.float64, dim=8)
+    x = x.detach()[:6].view(3, 2, 8).transpose(0, 1)  # as a head's norm may get it
+    assert torch.autograd.gradcheck(wrapper, x.requires_grad_())
 
 
 def test_a_norm_keeps_only_what_the_next_layer_keeps():
-    norm, x = case(torch.float32)
-    wrapper = RMSNorm(norm, Form(1e-5))
-    x.requires_grad_()
+    norm, wrapper, x = case(torch.float32)
     after = nn.Linear(64, 8, bias=False)  # keeps y, for its weight's gradient
     weights, size, per_row = 4 * (64 + 8 * 64), 4 * x.numel(), 4 * len(x)
     assert kept(lambda: after(norm(x))) == 2 * size + per_row + weights
@@ -148,13 +132,21 @@ def test_a_norm_keeps_only_what_the_next_layer_keeps():
         y.sum().backward()
 
 
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_16_bit_input_is_kept_in_16_bits_on_a_gpu(dtype):
+    norm, wrapper, x = case(dtype, "cuda", 4096)
+    few = 2 * norm.weight.nbytes + 8 * len(x)  # w, and a number a row
+    assert kept(lambda: wrapper(x)) <= x.nbytes + few
+    assert kept(lambda: norm(x)) >= 2 * x.nbytes
+
+
 @pytest.mark.parametrize("family", axis("gemma", "llama", "qwen3"))
 def test_a_model_keeps_less_by_the_inputs_of_norms(family, checkpoints, monkeypatch):
     totals, gradients = [], []
     for _ in ("with norms", "without"):
-        model = prepare_for_training(
-            adapted_model(checkpoints(family)), gradient_checkpointing=False
-        )
+        model: Any = adapted_model(checkpoints(family))
+        prepare_for_training(model, gradient_checkpointing=False)
         totals.append(kept(lambda m=model: m(input_ids=IDS, labels=IDS).loss))
         gradients.append(gradients_of(model))
         monkeypatch.setattr(training, "put_norms", lambda _: None)
@@ -165,10 +157,7 @@ def test_a_model_keeps_less_by_the_inputs_of_norms(family, checkpoints, monkeypa
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-# ---- which norms
-
-
-@pytest.mark.parametrize("has_kernel", KERNEL, indirect=True)
+@pytest.mark.parametrize("has_kernel", [True, False], indirect=True)
 @pytest.mark.parametrize("family", NORMS)
 def test_norms_of_models_are_wrapped(family, has_kernel):
     model: Any = tiny_model(family).requires_grad_(False)
@@ -181,27 +170,20 @@ def test_norms_of_models_are_wrapped(family, has_kernel):
     torch.testing.assert_close(model(IDS).logits, wanted, rtol=0, atol=1e-5)
 
 
-class Centred(LlamaRMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - x.mean(-1, keepdim=True))
+def other(forward: Any) -> nn.Module:
+    return type("Other", (LlamaRMSNorm,), {"forward": forward})(64)  # type: ignore[no-any-return]
 
 
-class Gated(LlamaRMSNorm):
-    """As Mamba's, which may be called without its gate."""
-
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        return super().forward(x if gate is None else x * gate)
-
-
-class EpsOutside(LlamaRMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+def eps_outside(self: Any, x: Tensor) -> Any:
+    return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_other_norms_are_not_wrapped(dtype):
-    others = [Centred(64), EpsOutside(64, 1e-5), nn.LayerNorm(64, bias=False),
-              Gated(64), nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 64)]  # fmt: skip
+    centred = other(lambda self, x: LlamaRMSNorm.forward(self, x - x.mean(-1, keepdim=True)))
+    gated = other(lambda self, x, gate=None: LlamaRMSNorm.forward(self, x))  # as Mamba's
+    others = [centred, gated, other(eps_outside), nn.LayerNorm(64, bias=False),
+              nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 64)]  # fmt: skip
     for module in others:
         assert rms_norm_form(module.to(dtype).requires_grad_(False)) is None, module
     for kind, offset in ((LlamaRMSNorm, 0), (T5LayerNorm, 0), (Gemma2RMSNorm, 1)):
@@ -213,14 +195,13 @@ def test_other_norms_are_not_wrapped(dtype):
 
 
 def test_16_bit_norms_are_the_models_without_a_kernel_or_where_trained(monkeypatch):
-    norm, x = case(torch.bfloat16)
-    gemma, _ = case(torch.bfloat16, kind=Gemma2RMSNorm)
-    wrapper = RMSNorm(norm, Form(1e-5))
+    norm, wrapper, x = case(torch.bfloat16)
+    gemma, gemma_wrapper, _ = case(torch.bfloat16, kind=Gemma2RMSNorm)
     for kernels in ((), ("cpu", "cuda")):
         monkeypatch.setattr(layers, "HAS_KERNEL", kernels)
         # torch's rounds less often; for 1 + w it would need a weight that is rounded once more
         assert torch.equal(wrapper(x), norm(x)) == (not kernels)
-        assert torch.equal(RMSNorm(gemma, rms_norm_form(gemma))(x), gemma(x))
+        assert torch.equal(gemma_wrapper(x), gemma(x))
     assert torch.equal(wrapper(x.float()), norm(x.float()))
     norm.weight.requires_grad_()
     assert torch.equal(wrapper(x), norm(x))
@@ -228,31 +209,18 @@ def test_16_bit_norms_are_the_models_without_a_kernel_or_where_trained(monkeypat
     assert norm.weight.grad.norm() > 0
 
 
-@pytest.mark.parametrize("adapter_first", [True, False])
-def test_adapters_that_train_norms(adapter_first, checkpoints, has_kernel):
-    gradients = []
-    for with_norms in (True, False):
+def test_adapters_that_train_norms(checkpoints, has_kernel):
+    runs = []
+    for norms_are_put, expected in (("never", 0), ("before", 5), ("after", 4)):
         model = load_base(str(checkpoints("llama")), FP32)
-        if with_norms and not adapter_first:
+        if norms_are_put == "before":
             put_norms(model.requires_grad_(False))
         settings = LoraConfig(r=4, modules_to_save=("model.norm",))
         apply_lora(model, settings, generator=torch.Generator().manual_seed(0))
-        prepare_for_training(model, fast_path=with_norms)
-        count = sum(isinstance(module, RMSNorm) for module in model.modules())
-        assert count == with_norms * (4 if adapter_first else 5)
-        gradients.append(gradients_of(model))
-    # fp32 in another order, through two layers; A's is 0, as B is
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-    unload(model)
-    assert not any(isinstance(module, RMSNorm) for module in model.modules())
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_16_bit_input_is_kept_in_16_bits_on_a_gpu(dtype):
-    norm, x = case(dtype, "cuda", 4096)
-    x.requires_grad_()
-    ours, plain = (kept(lambda m=m: m(x)) for m in (RMSNorm(norm, Form(1e-5)), norm))
-    few = 2 * norm.weight.numel() * x.element_size() + 8 * len(x)  # w, and a number a row
-    assert ours <= x.numel() * x.element_size() + few
-    assert plain >= 2 * x.numel() * x.element_size()
+        prepare_for_training(model, fast_path=norms_are_put != "never")
+        assert sum(isinstance(module, RMSNorm) for module in model.modules()) == expected
+        # fp32 in another order, through two layers; A's is 0, as B is
+        runs.append(gradients_of(model))
+        torch.testing.assert_close(runs[-1], runs[0], rtol=1e-4, atol=1e-6)
+        unload(model)
+        assert not any(isinstance(module, RMSNorm) for module in model.modules())

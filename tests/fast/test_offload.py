@@ -2,22 +2,23 @@
 
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from conftest import CONFIGS, FP32, axis, on_gpu, tiny_model, token_ids
+from conftest import CONFIGS, DEVICES, FP32, axis, on_gpu, tiny_model, token_ids
 from safetensors.torch import load_file
 from simulated_device import LateCopies
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.files import save_adapter
 from qlora.base.load import load_base
-from qlora.config import LoraConfig, QuantConfig
+from qlora.config import LoraConfig
 from qlora.errors import UserError
 from qlora.fast import layers, offload
 from qlora.fast.offload import Buffers, Saved, offload_activations, offload_embedding
@@ -38,68 +39,61 @@ def offloading(copies: Any, **settings: Any) -> offload_activations:
 
 
 class Layers(nn.Module):
-    """Checkpointed layers, all of whose inputs have a gradient function."""
+    """Checkpointed layers without attention, all of whose inputs have a gradient function."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS, dim: int = DIM) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.matrices = nn.ParameterList(torch.randn(DIM, DIM) * 0.3 for _ in range(LAYERS))
-        self.storages: list[Any] = []
-        self.on_call: Callable[[], Any] = lambda: None
+        self.matrices = nn.ParameterList(torch.randn(dim, dim) * dim**-0.5 for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone().requires_grad_() * 1
         for matrix in self.matrices:
-            self.storages.append(weakref.ref(x.untyped_storage()))
-            x = checkpoint(self.layer, x, matrix, use_reentrant=False)
+            x = checkpoint(lambda x, m: x + torch.tanh(x @ m), x, matrix, use_reentrant=False)
         return x
-
-    def layer(self, x: Tensor, matrix: Tensor) -> Tensor:
-        self.on_call()
-        return x + torch.tanh(x @ matrix)
-
-    def gradients(self, context: Any, x: Tensor) -> list[Tensor]:
-        return run(self, context, lambda: self(x).sum())
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def run(model: nn.Module, context: Any, loss_of: Callable[[], Tensor]) -> list[Tensor]:
-    """The gradients of one step whose forward pass is in `context`."""
+def run(model: nn.Module, context: Any, *losses: Callable[[], Tensor]) -> list[Tensor]:
+    """The gradients of steps whose forward passes are in `context`, summed."""
     model.zero_grad()
-    with context:
-        loss = loss_of()
-    loss.backward()
+    for loss_of in losses:
+        with context:
+            loss = loss_of()
+        loss.backward()
     return gradients(model)
+
+
+def layer_gradients(*batches: Tensor, context: Any = None, layers: int = LAYERS) -> list[Tensor]:
+    """Of Layers, summed over batches; by default without offloading."""
+    model = Layers(layers, batches[0].shape[-1]).to(batches[0].device)
+    losses = [lambda x=x: model(x).sum() for x in batches]
+    return run(model, context or torch.enable_grad(), *losses)
 
 
 def equal(tensors: list[Tensor], expected: list[Tensor]) -> bool:
     return len(tensors) == len(expected) and all(map(torch.equal, tensors, expected))
 
 
-def batch(seed: int = 0, tokens: int = TOKENS) -> Tensor:
-    return torch.randn(tokens, DIM, generator=torch.Generator().manual_seed(seed))
+def batch(seed: int = 0, tokens: int = TOKENS, dim: int = DIM) -> Tensor:
+    return torch.randn(tokens, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_gradients(*batches: Tensor) -> list[Tensor]:
-    """Summed over batches, without offloading."""
-    model = Layers()
-    for x in batches:
-        model(x).sum().backward()
-    return gradients(model)
-
-
-# ---- values
-
-
-@pytest.mark.parametrize("keep", axis(2, 1, 4, 9))
-def test_offloaded_gradients_are_equal(copies, keep):
-    context, model = offloading(copies, keep=keep), Layers()
-    for seed in range(3):
-        assert equal(model.gradients(context, batch(seed)), plain_gradients(batch(seed)))
-    assert bool(copies.log) == (keep < LAYERS)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keep", axis(1, 2, 4, 9))
+def test_offloaded_gradients_are_equal(copies, keep, device):
+    """On a GPU of small layers: only the order on the streams keeps values apart."""
+    is_gpu = device == "cuda"
+    layers, dim, most = (24, 256, 4096) if is_gpu else (LAYERS, DIM, TOKENS)
+    lengths = [most // 4, most // 2, most // 3, most] * 3
+    batches = [batch(i, length, dim).to(device) for i, length in enumerate(lengths)]
+    context = offload_activations(copies=None if is_gpu else copies, min_bytes=1, keep=keep)
+    got = layer_gradients(*batches, context=context, layers=layers)
+    assert equal(got, layer_gradients(*batches, layers=layers))
+    assert is_gpu or bool(copies.log) == (keep < LAYERS)
 
 
 @pytest.mark.parametrize("family", axis("gemma", "llama", "gpt2", "t5", "bart"))
@@ -126,90 +120,70 @@ def test_of_a_frozen_model_only_layer_inputs_are_moved(copies, monkeypatch):
     assert equal(copies.sources, [state.detach() for state in outputs.hidden_states[1:4]])
 
 
-def test_several_batches_graphs_and_backward_passes(copies):
-    context, batches = offloading(copies), [batch(i) for i in range(3)]
-    model = Layers()
-    for x in batches:
-        with context:
-            loss = model(x).sum()
-        loss.backward()
-    assert equal(gradients(model), plain_gradients(*batches))
-    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
-        model = Layers()
-        with context:
-            losses = [model(x).sum() for x in batches]
-        for i in order:
-            losses[i].backward()
-        assert equal(gradients(model), plain_gradients(*(batches[i] for i in order)))
-    model = Layers()
-    with context:
-        with context:
-            loss = model(batch()).sum()
-        some = torch.autograd.grad(loss, list(model.matrices)[-2:], retain_graph=True)
-        assert equal(list(some), plain_gradients(batch())[-2:])
-        loss.backward(retain_graph=True)
-        (loss + model(batch(1)).sum()).backward()
-    expected = zip(plain_gradients(batch()), plain_gradients(batch(1), batch()), strict=True)
-    assert equal(gradients(model), [a + b for a, b in expected])
+def test_several_graphs_and_backward_passes(copies):
+    context, model, batches = offloading(copies), Layers(), [batch(i) for i in range(3)]
+    with context, context:
+        losses = [model(x).sum() for x in batches]
+    some = torch.autograd.grad(losses[0], list(model.matrices)[-2:], retain_graph=True)
+    assert equal(list(some), layer_gradients(batches[0])[-2:])
+    order = (1, 0, 2, 1)
+    for i in order:
+        losses[i].backward(retain_graph=i == 1)
+    assert equal(gradients(model), layer_gradients(*(batches[i] for i in order)))
 
 
 def test_without_gradients_nothing_is_moved(copies):
-    model = Layers()
     with offloading(copies) as context, torch.no_grad():
-        y = model(batch())
-    assert torch.equal(y, model(batch()))
+        Layers()(batch())
     assert not copies.log and not context._known
-
-
-# ---- order and memory
 
 
 ONE = nn.Parameter(torch.ones(()))
 
 
-def plus_one(x: Tensor | None) -> Tensor:
-    """A checkpointed layer, x + 1; without x its first input, 0."""
-    if x is None:
-        return torch.zeros(TOKENS, DIM) * ONE
-    return torch.as_tensor(checkpoint(lambda x: x * ONE + 1, x, use_reentrant=False))
+def zeros() -> Tensor:
+    """The first input of a chain, with a gradient function."""
+    return torch.zeros(TOKENS, DIM) * ONE
 
 
-def test_order_of_copies(copies):
+def plus_one(x: Tensor, on_call: Callable[[], Any] = lambda: None) -> Tensor:
+    """A checkpointed layer."""
+
+    def layer(x: Tensor) -> Tensor:
+        on_call()
+        return x * ONE + 1
+
+    return torch.as_tensor(checkpoint(layer, x, use_reentrant=False))
+
+
+def test_order_of_copies_and_memory(copies):
     """A copy starts when two newer tensors exist, one is under way at a time, one is ahead."""
-    with offloading(copies):
-        x = plus_one(None)  # x_i is i
+    context, storages, counts = offloading(copies), [], []
+    held = context._known.values
+    with context:
+        x = zeros()  # x_i is i
         for _ in range(LAYERS):
-            x = plus_one(x)
+            storages.append(weakref.ref(x.untyped_storage()))
+            x = plus_one(x, lambda: counts.append(sum(s.tensor is not None for s in held())))
     out = ["start 0", "end 0", "start 1", "end 1", "start 2", "end 2", "start 3"]
-    assert copies.log == out
+    assert copies.log == out and max(counts) == 3
+    assert [storage() is not None for storage in storages] == [False] * 3 + [True] * 3
+    counts.clear()
     x.sum().backward()
     back = ["end 3", "start 2", "end 2", "start 1", "end 1", "start 0", "end 0"]
     assert copies.log == out + back
-
-
-def test_memory_is_released_in_order_and_one_tensor_fetched_ahead(copies):
-    context, model, counts = offloading(copies), Layers(), []
-    held = context._known.values
-    model.on_call = lambda: counts.append(sum(saved.tensor is not None for saved in held()))
-    with context:
-        loss = model(batch()).sum()
-    assert [storage() is not None for storage in model.storages] == [False] * 3 + [True] * 3
-    assert max(counts) == 3
-    counts.clear()
-    loss.backward()
     # the two that stayed and one ahead; then the one ahead
     assert counts == [3, 2, 1, 1, 1, 0]
-    del loss
-    assert not any(storage() for storage in model.storages)
+    del x
+    assert not any(storage() for storage in storages)
 
 
 def test_buffers_are_reused_for_any_length(copies):
-    context, model = offloading(copies, min_bytes=1), Layers()
+    context = offloading(copies, min_bytes=1)
     for seed, tokens in enumerate((TOKENS, TOKENS, 3, TOKENS, 5)):
-        model.gradients(context, batch(seed, tokens))
+        layer_gradients(batch(seed, tokens), context=context)
         assert len(copies.allocated) == 4 == len(context.buffers.free)
-    model.gradients(context, batch(0, 3 * TOKENS))
-    model.gradients(context, batch(0, 2 * TOKENS))
+    layer_gradients(batch(0, 3 * TOKENS), batch(0, 2 * TOKENS), context=context)
     assert copies.allocated == [SIZE] * 4 + [4 * SIZE] * 4
     assert [len(buffer) for buffer in context.buffers.free] == [4 * SIZE] * 4
     buffers = Buffers(copies.allocate)  # the smallest that fits
@@ -222,14 +196,12 @@ def test_buffers_are_reused_for_any_length(copies):
 @pytest.mark.parametrize("keep, times", [(1, 1), (2, 0)])
 def test_a_tensor_that_many_layers_read_is_copied_once(copies, keep, times):
     """As an encoder's output in each layer of the decoder."""
-    shared = (batch().requires_grad_() * 1) + 7
-    x = batch(1).requires_grad_() * 1
+    shared, x = batch().requires_grad_() + 7, batch(1).requires_grad_() * 1
     with offloading(copies, keep=keep):
         for _ in range(LAYERS):
             x = checkpoint(lambda x, y: torch.tanh(x + y), x, shared, use_reentrant=False)
-        loss = x.sum()
     assert sum(torch.equal(source, shared) for source in copies.sources) == times
-    loss.backward()
+    x.sum().backward()
 
 
 def test_a_tensor_is_known_by_storage_view_and_version(copies):
@@ -240,9 +212,6 @@ def test_a_tensor_is_known_by_storage_view_and_version(copies):
     assert not saved.is_of(first[1:]) and not saved.is_of(first.T)
     first.add_(1)
     assert not saved.is_of(first)
-
-
-# ---- what stays on the device
 
 
 LEAF = torch.ones(TOKENS, DIM, requires_grad=True)
@@ -275,57 +244,79 @@ def test_a_result_that_its_function_saves_is_freed(copies):
     assert alive() is None
 
 
-# ---- errors
-
-
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_an_error_leaves_no_hooks_copies_or_buffers(copies, where):
-    context, model = offloading(copies), Layers()
+def test_an_error_leaves_no_hooks_copies_or_buffers(copies, where, device):
+    """On a GPU, no copy may write to memory that is used again."""
+    layers, dim, tokens = (12, 512, 4096) if device == "cuda" else (LAYERS, DIM, TOKENS)
+    context = offload_activations(copies=None if device == "cuda" else copies, min_bytes=1)
+    model, x = Layers(layers, dim).to(device), batch(0, tokens, dim).to(device)
 
     def broken(_: Tensor) -> Tensor:
         raise ValueError("broken")
 
     def two_steps() -> None:
         with context:
-            x = model(batch())
+            y = model(x)
             if where == "forward":
-                checkpoint(broken, x, use_reentrant=False)
-            x.register_hook(broken)
-            loss = model(x).sum()
+                checkpoint(broken, y, use_reentrant=False)
+            y.register_hook(broken)
+            loss = model(y).sum()
         loss.backward()
 
-    with pytest.raises(ValueError, match="broken"):
-        two_steps()
-    x = batch().requires_grad_() * 1
-    y = x * x
-    assert y is not None and not context._known and not copies.waiting
-    assert copies.allocated and len(context.buffers.free) == len(copies.allocated)
-    assert equal(model.gradients(context, batch()), plain_gradients(batch()))
+    for _ in range(5):
+        with pytest.raises(ValueError, match="broken"):
+            two_steps()
+        others = [torch.full_like(x, 7.0) for _ in range(2 * layers)]
+        if device == "cuda":
+            torch.cuda.synchronize()
+        assert all(bool((other == 7).all()) for other in others)
+    y = x.requires_grad_() * 1
+    z = y * y
+    assert z is not None and not context._known and not copies.waiting
+    assert device == "cuda" or 0 < len(copies.allocated) == len(context.buffers.free)
+    assert equal(run(model, context, lambda: model(x).sum()), layer_gradients(x, layers=layers))
 
 
 @pytest.mark.parametrize("newer", [0, 1, 2], ids=["stays", "stays too", "being copied"])
 def test_a_change_in_place_raises(copies, newer):
     """As torch does where there are no hooks; in the backward pass, or when the copy starts."""
-    x = changed = plus_one(None)
+    x = changed = zeros()
     with offloading(copies):
         for _ in range(newer + 1):
             x = plus_one(x)
     changed.add_(1)
     with pytest.raises(RuntimeError, match=r"\(8, 16\) .* was changed in place after it was saved"):
         x.sum().backward()
-    x = plus_one(None)
+    x = zeros()
     with pytest.raises(RuntimeError, match="changed in place"), offloading(copies):
         for _ in range(4):
             changed, x = x, plus_one(x)
             changed.add_(1)
 
 
-def test_offloading_without_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"offload_activations wants a CUDA GPU.*leave it out"):
-        offload_activations()
-    with pytest.raises(UserError, match=r"offload_embedding wants a CUDA GPU.*leave it out"):
-        offload_embedding(nn.Linear(2, 2))
+@on_gpu
+def test_memory_and_gradients_on_a_gpu():
+    layers, tokens, dim = 16, 8192, 1024
+    size = tokens * dim * 2  # 16 MiB
+    model = Layers(layers, dim).to("cuda", torch.bfloat16)
+    x = torch.randn(tokens, dim, device="cuda", dtype=torch.bfloat16)
+    context = offload_activations()
+    peaks, runs = [], []
+    # the first of each allocates workspaces and pins
+    for mode in (torch.enable_grad(), torch.enable_grad(), context, context):
+        model.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        runs.append(run(model, mode, lambda: model(x).float().square().mean()))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert all(equal(run, runs[0]) for run in runs)
+    # two stay, one is being copied, and in the backward pass one is ahead
+    assert peaks[1] - peaks[2] >= (layers - 4) * size
+    assert peaks[3] <= peaks[2]
+    assert len(context.buffers.free) <= layers
+    assert all(buffer.is_pinned() for buffer in context.buffers.free)
 
 
 # ---- the embedding
@@ -335,41 +326,61 @@ def test_offloading_without_a_gpu_is_refused(monkeypatch):
 def moved(monkeypatch) -> list[Tensor]:
     """Copies of the weight on the CPU, in place of pinned memory."""
     weights: list[Tensor] = []
+
+    def copied(weight: Tensor) -> Tensor:
+        weights.append(weight.clone())
+        return weights[-1]
+
     monkeypatch.setattr(offload, "require_gpu", lambda what: None)
-    monkeypatch.setattr(
-        offload, "in_host_memory", lambda weight: weights.append(weight.clone()) or weights[-1]
-    )
+    monkeypatch.setattr(offload, "in_host_memory", copied)
     return weights
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_array_interface_describes_pinned_memory(dtype):
-    """numpy's protocol by another name, which numpy reads on the CPU."""
-    weight = torch.randn(6, 10, dtype=dtype)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_tensor_over_host_memory(dtype, device):
+    """On the CPU by numpy's protocol, which is CUDA's by another name."""
+    weight = torch.randn(1000, 96).to(device, dtype)
+    if device == "cuda":
+        hosted = offload.in_host_memory(weight)
+        ids = token_ids().cuda()
+        assert torch.equal(nn.functional.embedding(ids, hosted), weight[ids])
+        assert torch.equal(hosted.cpu(), weight.cpu())
+    else:
+        interface = offload._at_its_address(weight).__cuda_array_interface__
+        array = numpy.asarray(SimpleNamespace(__array_interface__=interface))
+        hosted = torch.from_numpy(array).view(dtype)
+        assert hosted.data_ptr() == weight.data_ptr()
+    assert (hosted.device, hosted.dtype) == (weight.device, dtype)
+    assert torch.equal(hosted, weight) and torch.equal(hosted.clone(), weight)
 
-    class Array:
-        __array_interface__ = offload._Pinned(weight).__cuda_array_interface__
 
-    array = torch.from_numpy(numpy.asarray(Array())).view(dtype)
-    assert torch.equal(array, weight) and array.data_ptr() == weight.data_ptr()
-
-
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", axis("llama", "qwen3", "phi"))
-def test_a_model_with_a_moved_embedding_is_the_same(family, checkpoints, tmp_path, moved):
-    model: Any = load_base(str(checkpoints(family, False)), FP32)
+def test_a_model_with_a_moved_embedding_is_the_same(family, device, checkpoints, tmp_path, request):
+    moved = request.getfixturevalue("moved") if device == "cpu" else []
+    model: Any = load_base(str(checkpoints(family, False)), FP32, device=device)
     apply_lora(model, LoraConfig(r=4))
-    ids, names = token_ids(), [*model.state_dict()]
+    ids, state = token_ids().to(device), {k: v.cpu() for k, v in model.state_dict().items()}
     logits, answer = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
     weight = model.get_input_embeddings().weight
+    before = torch.cuda.memory_allocated() if device == "cuda" else weight.nbytes
     offload_embedding(model)
-    assert model.get_input_embeddings().weight is weight
-    assert weight.data_ptr() == moved[0].data_ptr() and not weight.requires_grad
-    assert torch.equal(model(ids).logits, logits) and [*model.state_dict()] == names
+    after = torch.cuda.memory_allocated() if device == "cuda" else 0
+    assert before - after >= weight.nbytes
+    assert model.get_input_embeddings().weight is weight and not weight.requires_grad
+    assert [weight.data_ptr()] * len(moved) == [tensor.data_ptr() for tensor in moved]
+    assert model.device.type == device and model.dtype == weight.dtype
+    assert torch.equal(model(ids).logits, logits)
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), answer)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value.cpu(), state[k]) for k, value in model.state_dict().items())
+    model(ids, labels=ids).loss.backward()
     save_adapter(model, tmp_path / "adapter")
     assert not [n for n in load_file(tmp_path / "adapter/adapter_model.safetensors") if "emb" in n]
-    model.resize_token_embeddings(weight.shape[0] + 3)
-    assert torch.equal(model(ids).logits[..., :-3], logits)
+    if device == "cpu":
+        model.resize_token_embeddings(weight.shape[0] + 3)
+        assert torch.equal(model(ids).logits[..., :-3], logits)
 
 
 @pytest.mark.parametrize(
@@ -394,126 +405,21 @@ def test_an_embedding_needed_on_the_gpu_is_refused(family, settings, why, checkp
 
 def test_an_embedding_shared_by_encoder_and_decoder(moved):
     model: Any = tiny_model("t5").requires_grad_(False)
-    ids = token_ids()
+    inputs = {"input_ids": token_ids(), "labels": token_ids()}
     with pytest.raises(UserError, match="shared is tied to lm_head, and then"):
         offload_embedding(model)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
-    logits = model(input_ids=ids, labels=ids).logits
+    logits = model(**inputs).logits
     offload_embedding(model)
-    assert torch.equal(model(input_ids=ids, labels=ids).logits, logits)
+    assert torch.equal(model(**inputs).logits, logits)
     users = (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens)
     assert {user.weight.data_ptr() for user in users} == {moved[0].data_ptr()}
     with pytest.raises(UserError, match="this model has no embedding of tokens: leave it out"):
         offload_embedding(nn.Linear(2, 2))
 
 
-# ---- on a GPU
-
-
-class Blocks(nn.Module):
-    """Layers without attention, whose kernels sum in one order."""
-
-    def __init__(self, layers: int, dim: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-            for _ in range(layers)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + checkpoint(layer, x, use_reentrant=False)
-        return x
-
-
-@on_gpu
-def test_memory_and_gradients_on_a_gpu():
-    layers, tokens, dim = 16, 8192, 1024
-    size = tokens * dim * 2  # 16 MiB
-    model = Blocks(layers, dim).to("cuda", torch.bfloat16)
-    x = torch.randn(tokens, dim, device="cuda", dtype=torch.bfloat16)
-    context = offload_activations()
-    peaks, runs = [], []
-    # the first of each allocates workspaces and pins
-    for mode in (torch.enable_grad(), torch.enable_grad(), context, context):
-        model.zero_grad()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with mode:
-            loss = model(x.clone().requires_grad_() * 1).float().square().mean()
-        loss.backward()
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-        runs.append(gradients(model))
-    assert all(equal(run, runs[0]) for run in runs)
-    # two stay, one is being copied, and in the backward pass one is ahead
-    assert peaks[1] - peaks[2] >= (layers - 4) * size
-    assert peaks[3] <= peaks[2]
-    assert len(context.buffers.free) <= layers
-    assert all(buffer.is_pinned() for buffer in context.buffers.free)
-
-
-@on_gpu
-def test_many_steps_on_a_gpu_while_python_is_ahead():
-    """Small layers, so that only the order on the streams keeps values apart."""
-    model = Blocks(24, 256).to("cuda")
-    batches = [torch.randn(n, 256, device="cuda") for n in (1024, 2048, 1500, 4096)] * 3
-    runs = []
-    for context in (torch.enable_grad(), offload_activations(min_bytes=1, keep=1)):
-        model.zero_grad()
-        for x in batches:
-            with context:
-                loss = model(x.clone().requires_grad_() * 1).square().sum()
-            loss.backward()
-        runs.append(gradients(model))
-    assert equal(runs[1], runs[0])
-
-
-@on_gpu
-def test_memory_is_not_reused_while_copies_write_to_it_on_a_gpu():
-    model = Blocks(12, 512).to("cuda")
-    x = torch.randn(4096, 512, device="cuda").requires_grad_()
-    context = offload_activations(min_bytes=1)
-
-    def broken(gradient: Tensor) -> Tensor:
-        raise ValueError("broken")
-
-    for _ in range(5):
-        with context:
-            y = model(x * 1)
-            y.register_hook(broken)
-            loss = model(y).sum()
-        with pytest.raises(ValueError, match="broken"):
-            loss.backward()
-        del y, loss
-        others = [torch.full((4096, 512), 7.0, device="cuda") for _ in range(24)]
-        torch.cuda.synchronize()
-        assert all(bool((other == 7).all()) for other in others)
-
-
-@on_gpu
-def test_the_embedding_in_host_memory_on_a_gpu(tmp_path):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
-    config = LlamaConfig(vocab_size=65536, num_attention_heads=4, pad_token_id=0, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model: Any = load_base(str(tmp_path), QuantConfig())
-    apply_lora(model, LoraConfig(r=4))
-    ids = token_ids().cuda()
-    logits, answer = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
-    before, weight = torch.cuda.memory_allocated(), model.model.embed_tokens.weight
-    values = weight.detach().cpu()
-    offload_embedding(model)
-    assert before - torch.cuda.memory_allocated() >= weight.nbytes
-    assert model.device.type == "cuda" and model.dtype == weight.dtype
-    assert torch.equal(model(ids).logits, logits)
-    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), answer)
-    assert torch.equal(model.state_dict()["model.embed_tokens.weight"].cpu(), values)
-    model(ids, labels=ids).loss.backward()
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        table = torch.randn(1000, 96, device="cuda", dtype=dtype)
-        hosted = offload.in_host_memory(table)
-        assert (hosted.device, hosted.dtype, hosted.shape) == (table.device, dtype, table.shape)
-        assert torch.equal(nn.functional.embedding(ids, hosted), table[ids])
-        assert torch.equal(hosted.cpu(), table.cpu()) and torch.equal(hosted.clone(), table)
+def test_offloading_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for call in (offload_activations, lambda: offload_embedding(nn.Linear(2, 2))):
+        with pytest.raises(UserError, match=r"offload_\w+ wants a CUDA GPU.*leave it out"):
+            call()

@@ -37,6 +37,13 @@ LENGTHS = (9, 17, 1, 12, 30, 5, 8)
 BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
 
 
+class Swallowing(hf.LlamaForCausalLM):
+    """Passes none of its other arguments on, as some remote code does."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **_: Any) -> Any:
+        return super().forward(input_ids=input_ids, labels=labels)
+
+
 def rows() -> Dataset:
     """Of LENGTHS, with labels on the second half and on the first token, which has no loss."""
     generator = torch.Generator().manual_seed(0)
@@ -49,10 +56,14 @@ def rows() -> Dataset:
     return Dataset.from_list(records)
 
 
+def random_model(config: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
 def model_of(make: Any, folder: Path) -> Any:
     """A 4-bit model with a random adapter."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(make()).save_pretrained(folder)
+    random_model(make()).save_pretrained(folder)
     return prepare_for_training(adapted_model(folder), gradient_checkpointing=False)
 
 
@@ -76,12 +87,24 @@ def alone(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients over all labels of rows(), a row at a time, by transformers' logits."""
     total, count = 0.0, 0
     for row in rows():
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
         logits = model(input_ids=ids).logits[0, :-1]
-        loss = nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         loss.backward()
-        total, count = total + loss.item(), count + int((labels[0, 1:] != -100).sum())
+        total, count = total + loss.item(), count + int((labels != -100).sum())
     return total / count, {name: g / count for name, g in gradients(model).items()}
+
+
+def together(trainer: Any, model: Any, batches: list[Any]) -> tuple[float, Any]:
+    """Loss and gradients of a step of the trainer."""
+    count, total = trainer._get_num_items_in_batch(batches, torch.device("cpu")), 0.0
+    assert int(count) == sum((torch.tensor(row["labels"][1:]) != -100).sum() for row in rows())
+    for batch in batches:
+        inputs = trainer._prepare_inputs(batch)
+        loss = trainer.compute_loss(model, inputs, num_items_in_batch=count)
+        loss.backward()
+        total += loss.item()
+    return total, gradients(model)
 
 
 def assert_same(got: Any, wanted: Any) -> None:
@@ -99,8 +122,8 @@ FAMILIES = ["gemma", *axis("gemma3, window", *sorted(MAKE.keys() - {"gemma", "ge
 
 @pytest.mark.parametrize("fast_path", [True, False], ids=["flat", "own mask"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_give_the_same_as_alone(family, fast_path, tmp_path):
-    """Loss and gradients, for any division of the packs of a step into batches."""
+def test_rows_of_a_batch_give_the_same_as_alone(family, fast_path, tmp_path):
+    """Loss and gradients, for any division of a step's packs into batches, and without packing."""
     model = model_of(MAKE[family], tmp_path / "base")
     wanted, own = alone(model), model.config._attn_implementation
     packed = PackedRows(rows(), 31)
@@ -111,39 +134,20 @@ def test_packed_rows_give_the_same_as_alone(family, fast_path, tmp_path):
     assert len(packed) == 3 and len(packed.packs[0]) > 1
     for size in (1, 2, 3):
         parts = [list(packed)[i : i + size] for i in range(0, 3, size)]
-        batches = [trainer.data_collator(part) for part in parts]
-        count = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
-        assert int(count) == sum((torch.tensor(row["labels"][1:]) != -100).sum() for row in rows())
-        total = 0.0
-        for batch in batches:
-            inputs = trainer._prepare_inputs(batch)
-            loss = trainer.compute_loss(model, inputs, num_items_in_batch=count)
-            loss.backward()
-            total += loss.item()
-        assert_same((total, gradients(model)), wanted)
+        assert_same(together(trainer, model, [*map(trainer.data_collator, parts)]), wanted)
+    if flat:
+        trainer = trainer_of(model, tmp_path, rows(), packing=False)
+        batch = trainer.data_collator([{k: r[k] for k in ("input_ids", "labels")} for r in rows()])
+        assert batch["input_ids"].shape == (1, sum(LENGTHS))
+        assert_same(together(trainer, model, [batch]), wanted)
 
 
-@pytest.mark.parametrize("family", axis("mistral, window", "llama"))
-def test_rows_without_packing_or_padding(family, tmp_path):
-    model = model_of(MAKE[family], tmp_path / "base")
-    wanted = alone(model)
-    trainer = trainer_of(model, tmp_path, rows(), packing=False)
-    batch = trainer.data_collator([{k: r[k] for k in ("input_ids", "labels")} for r in rows()])
-    assert batch["input_ids"].shape == (1, sum(LENGTHS))
-    loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
-    loss.backward()
-    assert_same((loss.item(), gradients(model)), wanted)
-
-
-# ---- models that do not keep rows apart
-
-
-@pytest.mark.parametrize("family", LEAKING)
+@pytest.mark.parametrize("family", [*LEAKING, "remote code"])
 def test_a_model_that_mixes_rows_is_refused(family, capsys):
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(LEAKING[family]()).train()
-    model.config.use_cache = False
-    before = model.config._attn_implementation
+    is_remote = family == "remote code"
+    model = Swallowing(CONFIGS["llama"]()) if is_remote else random_model(LEAKING[family]())
+    model.train().config.use_cache = False
+    before, random = model.config._attn_implementation, torch.get_rng_state()
     with pytest.raises(UserError) as error:
         collator_of(model)
     for words in ("--packing", type(model).__name__, "(a row reads the one before it)", "leave"):
@@ -153,64 +157,32 @@ def test_a_model_that_mixes_rows_is_refused(family, capsys):
     assert collator_of(model, packing=False, fast_path=False) is None
     assert capsys.readouterr().out.count("rows are padded to the longest of their batch") == 1
     assert model.config._attn_implementation == before and model.training
-
-
-class Absolute(nn.Module):
-    """Adds to each token its position in the whole batch."""
-
-    def __init__(self, inside: Any) -> None:
-        super().__init__()
-        self.inside = inside
-
-    def forward(self, position_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
-        length = inputs["input_ids"].shape[1]
-        outputs = self.inside(position_ids=position_ids, **inputs)
-        outputs.last_hidden_state += torch.linspace(0, 1, 512)[:length, None]
-        return outputs
-
-
-class Swallowing(hf.LlamaForCausalLM):
-    """Passes none of its other arguments on, as some remote code does."""
-
-    def forward(self, input_ids: Any = None, labels: Any = None, **_: Any) -> Any:
-        return super().forward(input_ids=input_ids, labels=labels)
+    assert gradients(model) == {} and not model.get_input_embeddings()._forward_hooks
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_a_model_that_does_not_read_position_ids_is_refused():
-    model: Any = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    model = random_model(CONFIGS["llama"]())
     model.config.use_cache = False
-    model.model = Absolute(model.model)
-    model.get_input_embeddings = lambda: model.model.inside.embed_tokens
+
+    def add_positions(module: Any, args: Any, outputs: Any) -> None:
+        states = outputs.last_hidden_state
+        states += torch.linspace(0, 1, 512)[: states.shape[1], None]
+
+    model.model.register_forward_hook(add_positions)
     with pytest.raises(UserError, match=r"logits are \d+\.\d% off those of a row alone"):
         collator_of(model)
-    model = Swallowing(CONFIGS["llama"]()).eval()
-    with pytest.raises(UserError, match="a row reads the one before it"):
-        collator_of(model)
-    assert collator_of(model, packing=False) is None
 
 
 def test_opt_keeps_rows_apart_by_another_attention_than_its_own():
     """It makes its mask without position_ids, and reads its positions from them."""
     small = {**SMALL, "num_attention_heads": 4, "ffn_dim": 128, "word_embed_proj_dim": 64}
-    model: Any = AutoModelForCausalLM.from_config(hf.OPTConfig(**small)).eval()
+    model = random_model(hf.OPTConfig(**small)).eval()
     assert isinstance(collator_of(model), FlatCollator)
     assert model.config._attn_implementation == ROWS
     model.set_attn_implementation("sdpa")
     with pytest.raises(UserError, match="a row reads the one before it"):
         collator_of(model, fast_path=False)
-
-
-def test_the_trial_leaves_nothing_behind(tmp_path):
-    model = model_of(CONFIGS["llama"], tmp_path / "base").train()
-    hooks = len(model.get_input_embeddings()._forward_hooks)
-    random = torch.get_rng_state()
-    collator_of(model)
-    assert model.training and gradients(model) == {}
-    assert len(model.get_input_embeddings()._forward_hooks) == hooks
-    assert torch.equal(torch.get_rng_state(), random)
-
-
-# ---- the attentions
 
 
 def heads(dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
@@ -268,12 +240,14 @@ def test_usual_batches_are_computed_as_before_and_padding_is_refused(family, tmp
     model(input_ids=ids, attention_mask=mask)
 
 
-AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-has_flash = pytest.mark.skipif(not AMPERE, reason="needs a GPU of compute capability 8.0")
+def on_ampere(test: Any) -> Any:
+    """Decorates a test of torch's FlashAttention."""
+    has_it = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    skip = pytest.mark.skipif(not has_it, reason="needs a GPU of compute capability 8.0")
+    return pytest.mark.gpu(skip(test))
 
 
-@pytest.mark.gpu
-@has_flash
+@on_ampere
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_flash_attention_of_rows_on_a_gpu(dtype, window):
@@ -290,11 +264,9 @@ def test_flash_attention_of_rows_on_a_gpu(dtype, window):
         assert (got - wanted).float().norm() <= 4 * torch.finfo(dtype).eps * wanted.float().norm()
 
 
-@pytest.mark.gpu
-@has_flash
+@on_ampere
 def test_flash_attention_is_chosen_on_a_gpu(tmp_path):
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIGS["qwen3"]()).save_pretrained(tmp_path / "base")
+    random_model(CONFIGS["qwen3"]()).save_pretrained(tmp_path / "base")
     model = adapted_model(tmp_path / "base", quant=replace(FP32, compute_dtype="bf16"))
     assert isinstance(collator_of(model), FlatCollator)
     assert model.config._attn_implementation == VARLEN
