@@ -53,33 +53,36 @@ class MergeReport:
         onto = base if self.config.onto == "nf4" else "the original weights"
         size = sum(entry.nbytes for entry in self.plan.entries)
         print(f"Merged onto {onto}, {self.config.format}, {size / 1e9:.2f} GB.")
-        print(self._table())
+        in_4_bits = any("codes_changed" in facts for facts in self.layers.values())
+        head = f"\n{'':18}{'layers':>7}{'change of weight':>18}{'of it kept':>12}{'least':>9}"
+        print(head + f"{'codes changed':>15}" * in_4_bits)
+        for kind, layers in by_kind(self.layers).items():
+            kept = [facts["kept"] for _, facts in layers]
+            codes = [facts["codes_changed"] for _, facts in layers if "codes_changed" in facts]
+            print(
+                f"{kind:18}{len(layers):7}"
+                f"{median(facts['delta_over_weight'] for _, facts in layers):18.2%}"
+                f"{median(kept):12.1%}{min(kept):9.1%}"
+                + (f"{median(codes):15.1%}" if codes else "")
+            )
         print(f"\nWritten to {output}. Use it:")
         task = task_named(self.plan.task)
         served = f"      or      vllm serve {output}" if task is CAUSAL_LM else ""
         print(f'  {task.auto_class}.from_pretrained("{output}"){served}')
 
-    def _table(self) -> str:
-        in_4_bits = any("codes_changed" in facts for facts in self.layers.values())
-        head = f"\n{'':18}{'layers':>7}{'change of weight':>18}{'of it kept':>12}{'least':>9}"
-        lines = [head + f"{'codes changed':>15}" * in_4_bits]
-        for kind, layers in by_kind(self.layers).items():
-            kept = [facts["kept"] for _, facts in layers]
-            line = (
-                f"{kind:18}{len(layers):7}"
-                f"{median(facts['delta_over_weight'] for _, facts in layers):18.2%}"
-                f"{median(kept):12.1%}{min(kept):9.1%}"
-            )
-            codes = [facts["codes_changed"] for _, facts in layers if "codes_changed" in facts]
-            lines.append(line + (f"{median(codes):15.1%}" if codes else ""))
-        return "\n".join(lines)
-
     def print_verification(self) -> None:
         """The measured table, and a warning if much of the gain is lost."""
         if self.verified is None:
             return
-        print(self.verified.table())
-        kept = self.verified.kept
+        got, kept = self.verified, self.verified.kept
+        share = "no gain" if kept is None else f"{kept:.2%}"
+        print(
+            f"\nMeasured on {got.rows} rows, {got.tokens} supervised tokens:\n"
+            f"  {'':24}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
+            f"  {'4-bit base':24}{got.loss_base:9.4f}{0:12.2%}{got.kl_base:13.6f}\n"
+            f"  {'base + live adapter':24}{got.loss_live:9.4f}{1:12.2%}\n"
+            f"  {'merged':24}{got.loss_merged:9.4f}{share:>12}{got.kl:13.6f}{got.agreement:17.2%}"
+        )
         if kept is not None and kept < WARN_BELOW:
             print(
                 f"\nWARNING: on this data the merged model has lost {1 - kept:.1%} of the gain in"
