@@ -49,14 +49,10 @@ Facts = dict[str, float]  # of an adapted layer, for the report
 class AdaptedWeight:
     """A weight (out, in) and its adapter, on one device."""
 
-    weight: Tensor | None = None
-    """the base in a float dtype; None if `codes` holds it"""
-    factors: Factors | None = None
-    """the adapter, if the layer has one"""
-    codes: Quantized | None = None
-    """the base as 4-bit codes, which a 4-bit output may keep"""
-    original: Tensor | None = None
-    """the weight from before quantization, if known"""
+    weight: Tensor | None = None  # the base in a float dtype; None if `codes` holds it
+    factors: Factors | None = None  # the adapter, if the layer has one
+    codes: Quantized | None = None  # the base as 4-bit codes, which a 4-bit output may keep
+    original: Tensor | None = None  # the weight from before quantization, if known
 
     def base_in_rows(self) -> Iterator[tuple[slice, Tensor]]:
         """The base in fp32, some rows (rows, in) at a time to save memory."""
@@ -101,8 +97,7 @@ def fold_to_codes(
 ) -> tuple[Quantized, Facts]:
     """4-bit codes for base + delta in the format of `quant`, and facts for the report.
 
-    Args:
-        moments: sum of x x' over the layer's inputs, fp32 (in, in), if known.
+    `moments` is the sum of x x' over the layer's inputs, fp32 (in, in), if known.
     """
     codes, weight, factors = adapted.codes, adapted.weight, adapted.factors
     base = nf4.dequantize(codes) if codes else weight.float()  # type: ignore[union-attr]

@@ -35,19 +35,13 @@ class MergeOp:
     """How one weight of the output is computed."""
 
     name: str
-    source: str
-    """the checkpoint's tensor that is read: `name`, or the embedding for a head that was tied"""
-    entries: tuple[Entry, ...]
-    """the tensors to write: one, or those of a 4-bit record"""
+    source: str  # the tensor that is read: `name`, or the embedding for a head that was tied
+    entries: tuple[Entry, ...]  # the tensors to write: one, or those of a 4-bit record
     kind: Kind = Kind.COPY
-    param: str | None = None
-    """the adapter's name of the parameter, if the adapter or quantization changes it"""
-    module: str | None = None
-    """the adapter's name of the layer, if it has A and B"""
-    transposed: bool = False
-    """whether the checkpoint stores the weight as (in, out)"""
-    in_4_bits: bool = False
-    """whether it is written as 4-bit codes"""
+    param: str | None = None  # the adapter's name of it, if the adapter or quantization changes it
+    module: str | None = None  # the adapter's name of the layer, if it has A and B
+    transposed: bool = False  # whether the checkpoint stores the weight as (in, out)
+    in_4_bits: bool = False  # whether it is written as 4-bit codes
 
 
 @dataclass(frozen=True)
@@ -55,16 +49,11 @@ class Plan:
     """The operations of a merge and the output's formats."""
 
     ops: list[MergeOp]
-    quant: QuantConfig
-    """of the base in training"""
-    out_quant: QuantConfig
-    """of a 4-bit output"""
-    out_dtype: torch.dtype
-    """of tensors that are not written as codes"""
-    linear: dict[str, str | None]
-    """linear layer -> the checkpoint's name of its weight"""
-    config_changes: dict[str, Any]
-    """entries of the base's config.json that the merge changes"""
+    quant: QuantConfig  # of the base in training
+    out_quant: QuantConfig  # of a 4-bit output
+    out_dtype: torch.dtype  # of tensors that are not written as codes
+    linear: dict[str, str | None]  # linear layer -> the checkpoint's name of its weight
+    config_changes: dict[str, Any]  # entries of the base's config.json that the merge changes
     task: str
 
     @property
@@ -125,37 +114,35 @@ class _Planner:
         self.model: Any = skeleton(
             checkpoint.folder, task=self.task, labels=labels, trust_remote_code=trusted
         )
-        is_conv1d = quantized_layers(self.model, self.quant)
+        is_conv1d = quantized_layers(self.model, self.quant)  # of layers that training quantized
         self.quantized = {m for m in is_conv1d if f"{m}.weight" not in adapter.full_params}
-        """layers that training quantized"""
+        # whether these are quantized and dequantized; a 4-bit base already holds the codes
         self.round_trips = config.onto == "nf4" and not checkpoint.is_quantized
-        """whether these are quantized and dequantized; a 4-bit base already holds the codes"""
         # (in, out) on disk: weights of Conv1D, and of an embedding as a layer from vocab to dim
         pairs = {m: m in adapter.embeddings or adapter.fan_in_fan_out for m in adapter.pairs}
         self.transposed = pairs | is_conv1d
 
+        # 4-bit weight of the checkpoint -> quant_type, blocksize, shape (out, in), and more
         self.records = {
             name.partition(nf4.RECORD_MARK)[0]: unpack_tensor_to_dict(checkpoint.read(name))
             for name in checkpoint.tensors
             if nf4.RECORD_MARK in name
         }
-        """4-bit weight of the checkpoint -> quant_type, blocksize and shape (out, in), and more"""
+        # tensor of the output -> tensor of the checkpoint; the rest of a record has no entry
         self.sources = {
             name: name
             for name in checkpoint.tensors
             if name.partition(".weight.")[0] + ".weight" not in self.records
         }
-        """tensor of the output -> tensor of the checkpoint, with a record's under its weight"""
         order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
         modules = sorted({*self.transposed, *adapter.rows}, key=lambda m: order.get(m, -1))
         params = [*(f"{m}.weight" for m in modules), *adapter.full_params]
         params += [f"{m}.bias" for m in adapter.bias_changes]
+        # parameter that changes -> the checkpoint's name of it, None where it has none
         self.places = {param: disk_name(checkpoint, self.model, param) for param in params}
-        """parameter that changes -> the checkpoint's name of it, None where it has none"""
         self.embedding, self.head = vocabulary(self.model)
         self.unties = is_tied(self.model) and adapter.unties(self.embedding, self.head)
-        self.classifier: set[str] = set()
-        """parameters of a classifier's head, which the adapter brings"""
+        self.classifier: set[str] = set()  # parameters of its head, which the adapter brings
 
     def plan(self) -> Plan:
         checkpoint, adapter, model = self.checkpoint, self.adapter, self.model

@@ -177,8 +177,8 @@ def _write(job: _Job, folder: Path) -> MergeReport:
     tensors = stream_tensors(job, report.layers)
     write_shards(folder, plan.entries, tensors, max_bytes=parse_size(job.config.max_shard_size))
 
-    values = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    values.pop("torch_dtype", None)
+    left_out = ("quantization_config", "torch_dtype")
+    values = {key: value for key, value in checkpoint.config.items() if key not in left_out}
     values["dtype"] = str(plan.out_dtype).removeprefix("torch.")
     for part in (values, values.get("text_config") or {}):
         part.update(plan.config_changes)
@@ -289,11 +289,7 @@ def _in_order(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[R
 
 
 def apply_op(job: _Job, op: MergeOp, moments: Tensor | None) -> tuple[list[Tensor], Facts]:
-    """The tensors of one operation, on the CPU, and facts for the report.
-
-    Args:
-        moments: sum of x x' over the layer's inputs (in, in), for 4-bit codes.
-    """
+    """The tensors of one operation, on the CPU, and facts for the report."""
     if op.in_4_bits:
         quantized, facts = fold_to_codes(_adapted_weight(job, op), job.plan.out_quant, moments)
         quantized.state.dtype = job.plan.out_dtype
