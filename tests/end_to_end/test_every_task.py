@@ -23,16 +23,16 @@ from conftest import (
     tiny_tokenizer,
     token_ids,
     write_rows,
-)
+)  # fmt: skip
+from merging import refused, run_merge
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from qlora import load_adapter, load_base
 from qlora.base.modules import auto_class, state_of
-from qlora.config import DataConfig, LoraConfig, MergeConfig
+from qlora.config import DataConfig, LoraConfig
 from qlora.config.tasks import TASKS
 from qlora.errors import UserError
-from qlora.merge import merge
 from qlora.training import train
 
 # PEFT computes B A x in the same order as we do; a merge in another. Logits are below 10.
@@ -71,8 +71,8 @@ def run(base: Path, task: str, folder: Path, **settings: Any) -> Path:
     folder.mkdir(exist_ok=True)
     data = write_rows(folder / "data.jsonl", records(task))
     both = DataConfig(str(data), eval_data=str(data), max_length=64)
-    ours: Any = {"task": task, "data": both, "learning_rate": 2e-2, "max_steps": 1}
-    return train(quick_config(base, data, folder / "run", **ours | settings))
+    settings = {"learning_rate": 2e-2, "max_steps": 1} | settings
+    return train(quick_config(base, data, folder / "run", task=task, data=both, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +81,24 @@ def trained(checkpoints, tmp_path_factory):
 
     @cache
     def run_once(family: str, task: str) -> tuple[Path, str]:
-        folder = tmp_path_factory.mktemp("run")
         with redirect_stdout(StringIO()) as printed:
-            output = run(checkpoints(family), task, folder, **TEN_STEPS)
+            output = run(checkpoints(family), task, tmp_path_factory.mktemp("run"), **TEN_STEPS)
         return output, printed.getvalue()
 
     return run_once
 
 
 def load(base: Path, task: str) -> Any:
-    return load_base(str(base), FP32, task=task, labels=LABELS[task])
+    model = load_base(str(base), FP32, task=task, labels=LABELS[task])
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = 0
+    return model
+
+
+def open_merged(output: Path, task: str) -> Any:
+    model, info = auto_class(TASKS[task]).from_pretrained(output, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
 
 
 def logits(model: Any, task: str) -> torch.Tensor:
@@ -127,21 +135,15 @@ def test_train_open_merge(family, task, trained, checkpoints, tmp_path, capsys):
         card = (folder / "README.md").read_text()
         assert f'task="{task}", labels={LABELS[task]!r}' in card
 
-    live, twin = load_adapter(load(base, task), folder), load(base, task)
-    for model in (live, twin):
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = 0
-    twin = peft.PeftModel.from_pretrained(twin, folder)
+    live = load_adapter(load(base, task), folder)
+    twin = peft.PeftModel.from_pretrained(load(base, task), folder)
     assert type(twin) is peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TASKS[task].task_type]
     expected = logits(live, task)
     assert (logits(twin, task) - expected).abs().max() <= TOLERANCE
 
-    merge(MergeConfig(str(folder), str(tmp_path / "merged"), format="fp32"))
+    run_merge(folder, tmp_path / "merged", format="fp32")
     assert f"{TASKS[task].auto_class}.from_pretrained(" in capsys.readouterr().out
-    merged, info = auto_class(TASKS[task]).from_pretrained(
-        tmp_path / "merged", output_loading_info=True
-    )
-    assert not any(info.values()), info
+    merged = open_merged(tmp_path / "merged", task)
     assert type(merged) is type(live)
     assert merged.config.get_text_config().pad_token_id is not None
     if in_full:
@@ -171,21 +173,19 @@ def test_merge_of_pefts_classifier(checkpoints, tmp_path):
     model = load_base(str(base), FP32, task="seq-cls", labels=("a", "b", "c"))
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    output = tmp_path / "merged"
-    merge(MergeConfig(str(tmp_path / "adapter"), str(output), base_model=str(base), format="fp32"))
-    merged = auto_class(TASKS["seq-cls"]).from_pretrained(output)
+    run_merge(tmp_path / "adapter", tmp_path / "out", base_model=str(base), format="fp32")
+    merged = open_merged(tmp_path / "out", "seq-cls")
     assert merged.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert (logits(merged, "seq-cls") - logits(model, "seq-cls")).abs().max() <= TOLERANCE
 
 
 def test_merge_to_4_bits_without_verify(trained, checkpoints, tmp_path):
-    family, task, output = "bert without pooler", "seq-cls", str(tmp_path / "merged")
+    family, task, output = "bert without pooler", "seq-cls", tmp_path / "merged"
     folder, _ = trained(family, task)
-    with pytest.raises(UserError, match=r"--verify needs a causal language model.* is for seq-cls"):
-        merge(MergeConfig(str(folder), output, verify=str(folder.parent / "data.jsonl")))
-    assert not Path(output).exists()
-    merge(MergeConfig(str(folder), output, format="nf4"))
-    merged = load_base(output, FP32, task=task)
+    match = r"--verify needs a causal language model.* is for seq-cls"
+    refused(folder, output, match, verify=str(folder.parent / "data.jsonl"))
+    run_merge(folder, output, format="nf4")
+    merged = load_base(str(output), FP32, task=task)
     live = load_adapter(load(checkpoints(family), task), folder)
     # NF4 rounds by up to 16 % of a block's largest weight; in a tiny model little averages out
     assert (logits(merged, task) - logits(live, task)).abs().max() < 0.2
@@ -200,18 +200,17 @@ def test_other_initialisations(family, init, checkpoints, tmp_path):
     task = "seq2seq" if family == "t5" else "seq-cls"
     base, lora = checkpoints(family), LoraConfig(r=2, init_lora_weights=init)
     folder = run(base, task, tmp_path, lora=lora)
-    merge(MergeConfig(str(folder), str(tmp_path / "merged"), format="fp32"))
-    live = load_adapter(load(base, task), folder)
-    merged = auto_class(TASKS[task]).from_pretrained(tmp_path / "merged")
+    run_merge(folder, tmp_path / "merged", format="fp32")
+    live, merged = load_adapter(load(base, task), folder), open_merged(tmp_path / "merged", task)
     assert (logits(merged, task) - logits(live, task)).abs().max() <= TOLERANCE
 
 
 def test_run_resumed_in_a_later_epoch_equals_the_whole_run(trained, checkpoints, tmp_path):
     """Its head and the order of the epoch's rows are restored."""
-    whole, _ = trained("llama without pad", "seq-cls")
+    base, (whole, _) = checkpoints("llama without pad"), trained("llama without pad", "seq-cls")
     parts = shutil.copytree(whole.parent, tmp_path / "parts")
     shutil.rmtree(parts / "run" / "checkpoint-10")  # back to step 8
-    resumed = run(checkpoints("llama without pad"), "seq-cls", parts, **TEN_STEPS, resume=True)
+    resumed = run(base, "seq-cls", parts, **TEN_STEPS, resume=True)
     assert "base_model.model.score.weight" in load_file(whole / "adapter_model.safetensors")
     require_same_adapter(resumed, whole)
     assert losses(resumed) == losses(whole)
@@ -220,9 +219,8 @@ def test_run_resumed_in_a_later_epoch_equals_the_whole_run(trained, checkpoints,
 def test_adapter_of_other_labels_is_refused(trained, checkpoints):
     folder, _ = trained("llama without pad", "seq-cls")
     base = str(checkpoints("llama without pad"))
-    wrong = load_base(base, FP32, task="seq-cls", labels=("x", "y"))
     with pytest.raises(UserError, match="its labels are neg, pos, those of the model x, y"):
-        load_adapter(wrong, folder)
+        load_adapter(load_base(base, FP32, task="seq-cls", labels=("x", "y")), folder)
     with pytest.raises(UserError, match=r"score\.weight is no parameter of this model"):
         load_adapter(load_base(base, FP32), folder)
 
