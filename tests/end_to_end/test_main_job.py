@@ -81,50 +81,33 @@ def test_run_file_repeats_the_run_and_it_resumes(trained, checkpoints, data, tmp
     assert steps == [1, 2, 3, 4, 5]
 
 
+# ---- errors: one line, exit code 2, nothing written or lost ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comple\n', "line 2"),
+        ('{"prompt": "a", "completion": ""}\n', "row"),
+        ('{"question": "a", "answer": "b"}\n', "question, answer"),
+    ],
+)
+def test_training_on_unusable_rows(rows, words, checkpoints, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(rows)
+    assert train(checkpoints("llama"), data, tmp_path / "out") == 2
+    require_error(capsys.readouterr().err, words)
+    assert [*tmp_path.iterdir()] == [data] and data.read_text() == rows
+
+
 @pytest.mark.full
 def test_error_in_a_new_process_is_one_line(tmp_path):
     words = ["--model", "/nowhere/at/all", "--data", "x.jsonl", "--output-dir", "out"]
     command = [sys.executable, REPOSITORY / "train.py", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: model /nowhere/at/all does not exist")
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- errors: one line, exit code 2, nothing written or lost ----
-
-BAD_FILES = {
-    "broken.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comple\n',
-    "no_answer.jsonl": '{"prompt": "a", "completion": ""}\n',
-    "columns.jsonl": '{"question": "a", "answer": "b"}\n',
-    "typo.yaml": "lora_alhpa: 16\n",
-}
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--model", "/nowhere/at/all"], "does not exist"),
-        (["--model", "."], "is no model: it holds no config.json"),
-        (["--data", "broken.jsonl"], "line 2"),
-        (["--data", "no_answer.jsonl"], "row"),
-        (["--data", "columns.jsonl"], "question, answer"),
-        (["--target-modules", "query"], "'query' matches no layer"),
-        (["--learning-rte", "1"], "--learning-rate"),
-        (["--config", "typo.yaml"], "lora_alpha"),
-        (["--plan"], "not supported yet"),
-        (["--packing", "--task", "seq-cls"], "packing needs task causal-lm"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_errors_of_training(flags, words, checkpoints, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, text in BAD_FILES.items():
-        Path(name).write_text(text)
-    before = sorted(tmp_path.iterdir())
-    assert train(checkpoints("llama"), data, tmp_path / "out", *flags) == 2
-    require_error(capsys.readouterr().err, words)
-    assert sorted(tmp_path.iterdir()) == before
 
 
 def require_error(stderr: str, words: str) -> None:

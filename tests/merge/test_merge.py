@@ -6,19 +6,17 @@ import pytest
 import torch
 from adapter_kinds import logits
 from bitsandbytes.nn import Linear4bit
-from conftest import FP32, axis, on_gpu, tiny_tokenizer
+from conftest import axis, on_gpu, tiny_tokenizer
 from merging import merged, relative_error, report_of, require_logits, rows_file, run_merge, trained
 from merging import trained_on as trained_on
 from reference import NF4, round_trip
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.adapters.apply import apply_lora
-from qlora.adapters.files import save_adapter
 from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base
-from qlora.config import LoraConfig, QuantConfig
+from qlora.config import QuantConfig
 from qlora.merge import measure
 from qlora.ops import nf4
 
@@ -63,11 +61,23 @@ def test_fp32_is_the_live_model_and_bf16_rounds_it_once(family, checkpoints, tra
 
 
 @pytest.mark.parametrize(
-    "target", axis("v_proj", "q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ("quant", "lora"),
+    [
+        ({"quant_type": "fp4"}, {}),
+        ({"blocksize": 32, "double_quant": False}, {}),
+        ({"skip_modules": ("k_proj",)}, {}),
+        ({}, {"target_modules": ("v_proj",)}),
+        *(
+            pytest.param({}, {"target_modules": (name,)}, marks=pytest.mark.full)
+            for name in ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        ),
+    ],
+    ids=str,
 )
-def test_layers_without_an_adapter_go_through_their_codes(target, checkpoints, tmp_path):
-    """As in training; written in 4 bits they keep them."""
-    model, adapter = trained(checkpoints("llama"), tmp_path / "adapter", target_modules=(target,))
+def test_all_layers_are_quantized_as_in_training(quant, lora, checkpoints, tmp_path):
+    """Also those without an adapter, which keep their codes when written in 4 bits."""
+    quant = QuantConfig(compute_dtype="fp32", **quant)
+    model, adapter = trained(checkpoints("llama"), tmp_path / "adapter", quant, **lora)
     run_merge(adapter, tmp_path / "out", format="fp32")
     require_logits(tmp_path / "out", logits(model))
     tensors = merged(adapter, tmp_path / "nf4", format="nf4", calibration="none")
@@ -76,21 +86,6 @@ def test_layers_without_an_adapter_go_through_their_codes(target, checkpoints, t
             record = nf4.to_record(codes_of(layer))
             assert torch.equal(tensors[f"{name}.weight"], record[""]), name
             assert torch.equal(tensors[f"{name}.weight.absmax"], record["absmax"]), name
-
-
-QUANTS = [
-    {"quant_type": "fp4"},
-    {"blocksize": 32, "double_quant": False},
-    {"skip_modules": ("k_proj",)},
-]
-
-
-@pytest.mark.parametrize("quant", QUANTS, ids=str)
-def test_the_adapter_records_how_its_base_was_quantized(quant, checkpoints, tmp_path):
-    quant = QuantConfig(compute_dtype="fp32", **quant)
-    model, adapter = trained(checkpoints("llama"), tmp_path / "adapter", quant)
-    run_merge(adapter, tmp_path / "out", format="fp32")
-    require_logits(tmp_path / "out", logits(model))
 
 
 @pytest.mark.parametrize(
@@ -152,9 +147,12 @@ def test_a_base_that_is_already_4_bit(checkpoints, tmp_path):
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_a_4_bit_merge_opens_in_transformers_and_holds_the_adapter(family, trained_on, tmp_path):
     model, adapter = trained_on(family)
-    run_merge(adapter, tmp_path / "out", format="nf4", calibration=rows_file(tmp_path))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    facts = report_of(tmp_path / "out")["layers"]
+    output, data = tmp_path / "out", rows_file(tmp_path)
+    tensors = merged(adapter, output, format="nf4", calibration=data)
+    again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    # the very tensors that transformers writes
+    assert again.state_dict().keys() == tensors.keys() | {"lm_head.weight"}
+    facts = report_of(output)["layers"]
     for name, live in lora_layers(model).items():
         layer = again.get_submodule(name)
         assert isinstance(layer, Linear4bit), name
@@ -166,19 +164,6 @@ def test_a_4_bit_merge_opens_in_transformers_and_holds_the_adapter(family, train
         assert float((change * delta).sum() / delta.square().sum()) > 0.5, name  # a no-op gives 0
     linear = {n for n, m in again.named_modules() if isinstance(m, Linear4bit)}
     assert linear == set(lora_layers(model))  # no more and no less than in training
-
-
-def test_the_4_bit_merge_of_an_idle_adapter_is_the_base(checkpoints, tmp_path):
-    model = load_base(str(checkpoints("llama")), FP32)
-    model.save_pretrained(tmp_path / "base4")
-    save_adapter(apply_lora(model, LoraConfig(r=4)), tmp_path / "adapter")
-    before = load_file(tmp_path / "base4" / "model.safetensors")
-    settings = {"format": "nf4", "calibration": rows_file(tmp_path)}
-    tensors = merged(tmp_path / "adapter", tmp_path / "out", **settings)
-    assert tensors.keys() == before.keys()  # the very tensors that transformers writes
-    for name, tensor in before.items():
-        if tensor.dtype == torch.uint8 and "quant_state" not in name:
-            assert torch.equal(tensors[name], tensor), name
 
 
 @pytest.mark.parametrize("settings", [{"blocksize": 32}, {"double_quant": False}], ids=str)
