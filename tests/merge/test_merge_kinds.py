@@ -19,11 +19,10 @@ from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base
 from qlora.errors import UserError
 
-NOT_MERGED = ("experts", "one of experts", "experts alone", "experts of two ranks")
 KINDS = [
     kind
     for kind, asked in ADAPTER_KINDS.items()
-    if asked.base == "any" and not asked.by_peft and kind not in NOT_MERGED
+    if asked.base == "any" and not asked.by_peft and asked.family != "mixtral"
 ]
 OFTEN = [
     "rslora, alphas and ranks", "dora on conv1d", "dora beside biases", "all biases", "lora_bias",
@@ -33,15 +32,12 @@ OFTEN = [
 EACH_KIND = [*OFTEN, *axis("lora", *(kind for kind in KINDS if kind not in [*OFTEN, "lora"]))]
 
 
-def edit_config(adapter: Path, **values: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def edit_tensors(adapter: Path, change: Any) -> None:
-    """`change` is given the tensors as stored, and returns others."""
+def edit(adapter: Path, change: Any = dict, **config: Any) -> None:
+    """`change` is given the tensors as stored, and returns others; `config` is set."""
     path = adapter / "adapter_model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
 
 
 @pytest.fixture
@@ -75,8 +71,8 @@ def test_a_layer_trained_in_full_is_not_quantized(adapter_build, checkpoints, tm
     """Neither in the merge nor when transformers loads it again."""
     adapter = shutil.copytree(adapter_build("q_proj alone").peft_folder, tmp_path / "adapter")
     name, weight = "model.layers.1.mlp.up_proj.weight", torch.randn(128, 64) * 0.1
-    edit_tensors(adapter, lambda tensors: {**tensors, f"base_model.model.{name}": weight})
-    edit_config(adapter, modules_to_save=["layers.1.mlp.up_proj"])
+    in_full = {f"base_model.model.{name}": weight}
+    edit(adapter, lambda tensors: tensors | in_full, modules_to_save=["layers.1.mlp.up_proj"])
     for format_ in ("fp32", "nf4"):
         data = {"calibration": "none"} if format_ == "nf4" else {}
         tensors = merged(adapter, tmp_path / format_, format=format_, **data)
@@ -109,33 +105,24 @@ def test_parameters_of_experts_are_refused(adapter_build, tmp_path):
 # ---- several at once ----
 
 
-@pytest.fixture(scope="module")
-def one_and_two(checkpoints, tmp_path_factory):
-    """Adapters `one` (all linear, r 4) and `two` (q_proj and up_proj, r 2) on one base."""
-    root, base = tmp_path_factory.mktemp("two"), checkpoints("llama", False)
-    one = trained(base, root / "one").adapter
-    return one, trained(base, root / "two", r=2, target_modules=("q_proj", "up_proj")).adapter
-
-
-def test_several_adapters_add_up_with_their_weights(checkpoints, one_and_two, tmp_path):
-    model = load_base(str(checkpoints("llama", False)), FP32).eval()
-    for folder in one_and_two:
+def test_several_adapters_add_up_with_their_weights(adapter_build, checkpoints, tmp_path):
+    base, some = checkpoints("llama", False), {"r": 2, "target_modules": ("q_proj", "up_proj")}
+    paths = trained(base, tmp_path / "one").adapter, trained(base, tmp_path / "two", **some).adapter
+    model = load_base(str(base), FP32).eval()
+    for folder in paths:
         load_adapter(model, folder, adapter_name=folder.name)
     for layer in lora_layers(model).values():
         layer.active_adapters = tuple(layer.lora_A)
         for name, weight in {"one": 0.5, "two": -2.0}.items():
             if name in layer.scaling:
                 layer.scaling[name] *= weight
-    folders = tuple(map(str, one_and_two))
-    output = tmp_path / "out"
+    folders, output = tuple(map(str, paths)), tmp_path / "out"
     run_merge(folders, output, weights=(0.5, -2), format="fp32")
     require_logits(output, logits(model))
     assert report_of(output)["adapters"] == dict(zip(folders, (0.5, -2), strict=True))
     assert "one` times 0.5" in (output / "README.md").read_text()
 
-
-def test_adapters_that_do_not_add_up(adapter_build, one_and_two):
-    one, two = map(read_adapter, one_and_two)
+    one, two = map(read_adapter, paths)
     assert combine([one], [1.0]) is one
     dora = read_adapter(adapter_build("dora").peft_folder)
     with pytest.raises(UserError, match="DoRA's magnitudes, which cannot be summed"):
@@ -153,8 +140,7 @@ def test_a_bias_where_the_model_has_none(plain, tmp_path):
         parts = [(name.removesuffix("weight"), len(tensor)) for name, tensor in tensors.items()]
         return tensors | {f"{n}bias": torch.zeros(out) for n, out in parts if "lora_B" in n}
 
-    edit_tensors(plain, with_biases)
-    edit_config(plain, lora_bias=True)
+    edit(plain, with_biases, lora_bias=True)
     refused(plain, tmp_path / "out", r"q_proj\.bias is not in the checkpoint")
 
 
@@ -166,20 +152,19 @@ def test_all_misfits_of_another_base_are_listed(plain, tmp_path):
         f"{nowhere}.lora_A.weight": torch.zeros(4, 64),
         f"{nowhere}.lora_B.weight": torch.zeros(64, 4),
     }
-    edit_tensors(plain, lambda tensors: {**tensors, **other})
-    edit_config(plain, target_modules="all-linear")
+    edit(plain, lambda tensors: tensors | other, target_modules="all-linear")
     refused(plain, tmp_path / "out", r"nowhere.weight is not in.*\(128, 64\).*\(99, 64\)")
 
 
 def test_a_layer_that_the_files_lack_is_named(plain, checkpoints, tmp_path):
     """PEFT would silently leave it at its initial values."""
     lacks = "layers.1.self_attn.v_proj"
-    edit_tensors(plain, lambda tensors: {n: t for n, t in tensors.items() if lacks not in n})
+    edit(plain, lambda tensors: {n: t for n, t in tensors.items() if lacks not in n})
     match = rf"{lacks} is in target_modules, but the files have no A and B"
     model = load_base(str(checkpoints("llama", False)), FP32)
     with pytest.raises(UserError, match=match):
         load_adapter(model, plain)
     assert not lora_layers(model)
     refused(plain, tmp_path / "out", match)
-    edit_config(plain, exclude_modules=[lacks])  # then it may be missing
+    edit(plain, exclude_modules=[lacks])  # then it may be missing
     load_adapter(model, plain)
