@@ -11,8 +11,10 @@ from unittest.mock import patch
 import peft
 import pytest
 import torch
-from conftest import FP32, read_rows, require_same_adapter, tiny_model, token_ids
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from adapter_kinds import logits
+from conftest import FP32, read_rows, require_same_adapter, tiny_model
+from merging import require_logits
+from transformers import AutoTokenizer
 
 from qlora import load_adapter, load_base
 
@@ -54,14 +56,10 @@ def test_train_open_merge_use(trained, checkpoints, data, tmp_path, capsys):
                   "--format", "fp32", "--verify", data) == 0  # fmt: skip
     assert "base + live adapter" in capsys.readouterr().out
 
-    ids = token_ids()
-    live = load_adapter(load_base(str(base), FP32), run)
+    wanted = logits(load_adapter(load_base(str(base), FP32), run))
     theirs = peft.PeftModel.from_pretrained(load_base(str(base), FP32), run)
-    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    with torch.no_grad():
-        logits = live(ids).logits
-        torch.testing.assert_close(theirs(input_ids=ids).logits, logits, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(merged(ids).logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(theirs), wanted, atol=1e-5, rtol=1e-5)
+    require_logits(out, wanted)
     assert AutoTokenizer.from_pretrained(out).chat_template
 
     other = tmp_path / "other"

@@ -30,40 +30,30 @@ def adapter(tmp_path):
     return trained(base, tmp_path / "adapter").adapter
 
 
-# ---- damaged bases ----
-
-
-def cut_short(base):
-    second = sorted(base.glob("model-*.safetensors"))[1]
-    os.truncate(second, second.stat().st_size - 100)
-
-
-def first_value(name, value):
-    def change(base):
-        shard = base / json.loads((base / INDEX).read_text())["weight_map"][name]
-        tensors = load_file(shard)
-        tensors[name].view(-1)[0] = value
-        save_file(tensors, shard, metadata={"format": "pt"})
-
-    return change
-
-
-NAN = first_value("model.layers.0.mlp.down_proj.weight", torch.nan)
+DOWN, NAN = "model.layers.0.mlp.down_proj.weight", torch.nan
 NAN_MATCH = r"down_proj\.weight has NaN.*if the base itself has NaN, download it again"
 
 
 @pytest.mark.parametrize(
-    ("change", "settings", "match"),
+    ("name", "value", "settings", "match"),
     [
-        (cut_short, {}, r"model-00002.* is damaged or cut short .*download or copy it again"),
-        (NAN, {}, NAN_MATCH),
-        (NAN, {"format": "nf4", "calibration": "none"}, NAN_MATCH),
-        (first_value("lm_head.weight", 1e6), {"format": "fp16"}, "lm_head.*--format bf16"),
-        (first_value("model.norm.weight", 9), {}, r"another base.*Give the base it was trained on"),
+        (DOWN, None, {}, r"model-00.* is damaged or cut short .*download or copy it again"),
+        (DOWN, NAN, {}, NAN_MATCH),
+        (DOWN, NAN, {"format": "nf4", "calibration": "none"}, NAN_MATCH),
+        ("lm_head.weight", 1e6, {"format": "fp16"}, "lm_head.*--format bf16"),
+        ("model.norm.weight", 9, {}, r"another base.*Give the base it was trained on"),
     ],
 )
-def test_one_line_and_nothing_is_left(change, settings, match, adapter, tmp_path):
-    change(tmp_path / "base")
+def test_one_line_and_nothing_is_left(name, value, settings, match, adapter, tmp_path):
+    """With another first value of a tensor, or its file cut short."""
+    base = tmp_path / "base"
+    shard = base / json.loads((base / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    if value is None:
+        os.truncate(shard, shard.stat().st_size - 100)
+    else:
+        tensors[name].view(-1)[0] = value
+        save_file(tensors, shard, metadata={"format": "pt"})
     refused(adapter, tmp_path / "out", match, **settings)
 
 
