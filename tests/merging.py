@@ -82,7 +82,3 @@ def require_logits(output: Path, wanted: Tensor) -> None:
     """The merged checkpoint gives those logits of `token_ids`, to fp32 sums in another order."""
     again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     torch.testing.assert_close(logits(again), wanted, atol=1e-5, rtol=1e-5)
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())

@@ -79,9 +79,6 @@ def test_run_file_repeats_the_run_and_it_resumes(trained, checkpoints, data, tmp
     assert steps == [1, 2, 3, 4, 5]
 
 
-# ---- errors: one line, exit code 2, nothing written or lost ----
-
-
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

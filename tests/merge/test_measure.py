@@ -25,9 +25,6 @@ def adapter(trained_on):
     return trained_on("llama").adapter
 
 
-# ---- verification ----
-
-
 def test_verify_measures_merges_to_32_and_4_bits(adapter, tmp_path, capsys):
     data = rows_file(tmp_path)
     run_merge(adapter, tmp_path / "fp32", format="fp32", verify=data)
@@ -70,8 +67,7 @@ def test_auto_takes_the_base_with_the_lower_loss(better, adapter, tmp_path, monk
     wanted = merged(adapter, tmp_path / "wanted", onto=better)
     monkeypatch.setattr(Verifier, "measure", measured)
     tensors = merged(adapter, tmp_path / "out", onto="auto", verify=rows_file(tmp_path))
-    assert tensors.keys() == wanted.keys()
-    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    torch.testing.assert_close(tensors, wanted, rtol=0, atol=0)
     files, again = ({p.name for p in (tmp_path / n).iterdir()} for n in ("out", "wanted"))
     assert files == again
     assert report_of(tmp_path / "out")["onto"] == better
@@ -86,9 +82,6 @@ def test_a_failing_verification_keeps_the_merge(adapter, tmp_path, monkeypatch):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-# ---- calibration ----
-
-
 def test_calibration_spreads_over_all_files(adapter, checkpoints, tmp_path, monkeypatch):
     data, base = [], checkpoints("llama")
     for verb in ("say", "ask"):
@@ -99,8 +92,8 @@ def test_calibration_spreads_over_all_files(adapter, checkpoints, tmp_path, monk
     monkeypatch.setattr(measure, "MIN_TOKENS", 500)
     moments = calibrate(read_adapter(adapter), str(base), data, base, device="cpu")
     assert 250 < sum(int(batch["attention_mask"].sum()) for batch in moments.batches) < 1000
-    ids = [row for batch in moments.batches for row in batch["input_ids"]]
-    texts = [tiny_tokenizer().decode(row) for row in ids]
+    tokenizer, batches = tiny_tokenizer(), moments.batches
+    texts = [tokenizer.decode(row) for batch in batches for row in batch["input_ids"]]
     for start in ("say 10", "say 19", "ask 10", "ask 19"):
         assert any(start in text for text in texts)
 

@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FP32, tiny_model, tiny_tokenizer
+from conftest import tiny_model, tiny_tokenizer
 from merging import refused, run_merge, trained
-from merging import trained_on as trained_on
 from safetensors.torch import load_file, save_file
 
-from qlora.base.load import load_base
 from qlora.base.shards import INDEX, SINGLE
-from qlora.config import QuantConfig
 
 
 @pytest.fixture
@@ -57,30 +54,15 @@ def test_one_line_and_nothing_is_left(name, value, settings, match, adapter, tmp
     refused(adapter, tmp_path / "out", match, **settings)
 
 
-# ---- other bases, settings and outputs that are refused ----
-
-
-def test_a_4_bit_base(trained_on, checkpoints, tmp_path):
-    """With other codes than in training, and without the weights of --onto original."""
-    load_base(str(checkpoints("llama")), FP32).save_pretrained(tmp_path / "four")
-    quant = QuantConfig(blocksize=32, compute_dtype="fp32")
-    adapter = trained(checkpoints("llama"), tmp_path / "adapter", quant).adapter
-    four, out = str(tmp_path / "four"), tmp_path / "out"
-    refused(adapter, out, "is NF4 of blocksize 64.*on NF4 of blocksize 32", base_model=four)
-    match = r"--onto original .* is 4-bit.*--base-model"
-    refused(trained_on("llama").adapter, out, match, base_model=four, onto="original")
-
-
-def test_settings_and_outputs(trained_on, tmp_path, monkeypatch):
-    adapter, out = trained_on("llama").adapter, tmp_path / "out"
+def test_settings_and_outputs(adapter, tmp_path, monkeypatch):
+    out = tmp_path / "out"
     refused(tmp_path / "none", out, "does not exist.*adapter_config.json")
     refused(adapter, out, "nothing.jsonl", verify="nothing.jsonl")
-    mine = tmp_path / "used" / "mine.txt"
-    mine.parent.mkdir()
-    mine.write_text("precious")
+    mine = tmp_path / "base" / "config.json"
+    text = mine.read_text()
     refused(adapter, mine / "out", "is not a writable folder")
     refused(adapter, mine.parent, "already holds something: give a new folder")
-    assert mine.read_text() == "precious"
+    assert mine.read_text() == text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(adapter, out, "no GPU: use --device cpu", device="cuda")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))

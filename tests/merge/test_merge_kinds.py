@@ -105,9 +105,8 @@ def test_several_adapters_add_up_with_their_weights(adapter_build, checkpoints, 
         load_adapter(model, folder, adapter_name=folder.name)
     for layer in lora_layers(model).values():
         layer.active_adapters = tuple(layer.lora_A)
-        for name, weight in {"one": 0.5, "two": -2.0}.items():
-            if name in layer.scaling:
-                layer.scaling[name] *= weight
+        for name in layer.scaling:
+            layer.scaling[name] *= {"one": 0.5, "two": -2.0}[name]
     folders, output = tuple(map(str, paths)), tmp_path / "out"
     run_merge(folders, output, weights=(0.5, -2), format="fp32")
     require_logits(output, logits(model))
@@ -116,9 +115,8 @@ def test_several_adapters_add_up_with_their_weights(adapter_build, checkpoints, 
 
     one, two = map(read_adapter, paths)
     assert combine([one], [1.0]) is one
-    dora = read_adapter(adapter_build("dora").peft_folder)
     with pytest.raises(UserError, match="DoRA's magnitudes, which cannot be summed"):
-        combine([one, dora], [1, 1])
+        combine([one, read_adapter(adapter_build("dora").peft_folder)], [1, 1])
     two.base["blocksize"] = 128
     with pytest.raises(UserError, match="different or differently quantized bases"):
         combine([one, two], [1, 1])
