@@ -187,7 +187,7 @@ class _Planner:
             if not disk_name(checkpoint, model, param):
                 self.faults.append(f"{param} is in neither of the two")
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        if any(name.startswith(prefix) for name in checkpoint.tensors):  # else it has no head
+        if any(name.startswith(prefix) for name in checkpoint.tensors):  # else saved without a head
             used = {disk_name(checkpoint, model, name) for name in model.state_dict()}
             for name in checkpoint.tensors:
                 if not name.startswith(prefix) and name not in used:
