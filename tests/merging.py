@@ -1,7 +1,6 @@
 """Shared helpers of the merge tests: adapters to merge, and merges without a figure."""
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -10,7 +9,8 @@ from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
-from conftest import FP32, adapted_model, token_ids, write_rows
+from adapter_kinds import logits
+from conftest import FP32, adapted_model, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,8 +19,6 @@ from qlora.adapters.files import save_adapter
 from qlora.config import LoraConfig, MergeConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.merge import merge
-
-NO_PICTURE: dict[str, Any] = {"draw_merge": DEFAULT, "save_png": DEFAULT}
 
 
 class Trained(NamedTuple):
@@ -38,14 +36,10 @@ def trained(base: Path, folder: Path, quant: QuantConfig = FP32, **lora: Any) ->
 
 
 @pytest.fixture(scope="session")
-def trained_on(checkpoints, tmp_path_factory) -> Callable[[str], Trained]:
+def trained_on(checkpoints, tmp_path_factory):
     """`trained_on(family)`: an adapter over that tiny model, cached."""
-
-    @cache
-    def build(family: str) -> Trained:
-        return trained(checkpoints(family), tmp_path_factory.mktemp("trained") / "adapter")
-
-    return build
+    root = tmp_path_factory.mktemp("trained")
+    return cache(lambda family: trained(checkpoints(family), root / family))
 
 
 def run_merge(
@@ -53,14 +47,15 @@ def run_merge(
 ) -> None:
     """Merge, by default without the figure, which takes most of the time of a tiny merge."""
     names = adapter if isinstance(adapter, tuple) else str(adapter)
-    with nullcontext() if picture else patch.multiple("qlora.merge.report", **NO_PICTURE):
+    without: Any = {"draw_merge": DEFAULT, "save_png": DEFAULT}
+    with nullcontext() if picture else patch.multiple("qlora.merge.report", **without):
         merge(MergeConfig(adapter=names, output_dir=str(output), **settings))
 
 
 def merged(adapter: Path, output: Path, **settings: Any) -> dict[str, Tensor]:
     """Merge, and read the tensors of the checkpoint."""
     run_merge(adapter, output, **settings)
-    files = sorted(output.glob("*.safetensors"))
+    files = output.glob("*.safetensors")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -83,13 +78,7 @@ def rows_file(folder: Path) -> str:
     return str(write_rows(folder / "rows.jsonl", rows))
 
 
-def assert_same_function(output: Path, model: Any) -> None:
-    """The merged checkpoint gives the live model's logits, to fp32 sums in another order."""
+def require_logits(output: Path, wanted: Tensor) -> None:
+    """The merged checkpoint gives those logits of `token_ids`, to fp32 sums in another order."""
     again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
-    with torch.no_grad():
-        ids = token_ids()
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+    torch.testing.assert_close(logits(again), wanted, atol=1e-5, rtol=1e-5)

@@ -49,38 +49,23 @@ Facts = dict[str, float]  # of an adapted layer, for the report
 class AdaptedWeight:
     """A weight (out, in) and its adapter, on one device."""
 
-    weight: Tensor | None = None
-    """the base in a float dtype; None if `codes` holds it"""
-    factors: Factors | None = None
-    """the adapter, if the layer has one"""
-    codes: Quantized | None = None
-    """the base as 4-bit codes, which a 4-bit output may keep"""
-    original: Tensor | None = None
-    """the weight from before quantization, if known"""
-
-    @property
-    def shape(self) -> torch.Size:
-        """(out, in)"""
-        return self.codes.state.shape if self.codes else self.weight.shape  # type: ignore[union-attr]
-
-    def base(self) -> Tensor:
-        """The base in fp32 (out, in)."""
-        return nf4.dequantize(self.codes) if self.codes else self.weight.float()  # type: ignore[union-attr]
+    weight: Tensor | None = None  # the base in a float dtype; None if `codes` holds it
+    factors: Factors | None = None  # the adapter, if the layer has one
+    codes: Quantized | None = None  # the base as 4-bit codes, which a 4-bit output may keep
+    original: Tensor | None = None  # the weight from before quantization, if known
 
     def base_in_rows(self) -> Iterator[tuple[slice, Tensor]]:
-        """`base`, some rows at a time to save memory."""
+        """The base in fp32, some rows (rows, in) at a time to save memory."""
+        stored = self.codes.packed if self.codes else self.weight
+        assert stored is not None
+        values = 1 << 20 if stored.device.type == "cpu" else 1 << 26
         if self.codes:
-            yield from nf4.in_rows(self.codes, _values_at_once(self.codes.packed))
+            yield from nf4.in_rows(self.codes, values)
             return
-        assert self.weight is not None
-        step = max(1, _values_at_once(self.weight) // self.weight.shape[1])
-        for first in range(0, len(self.weight), step):
+        step = max(1, values // stored.shape[1])
+        for first in range(0, len(stored), step):
             rows = slice(first, first + step)
-            yield rows, self.weight[rows].float()
-
-
-def _values_at_once(tensor: Tensor) -> int:
-    return 1 << 20 if tensor.device.type == "cpu" else 1 << 26
+            yield rows, stored[rows].float()
 
 
 # ---- one weight, folded ----
@@ -88,21 +73,21 @@ def _values_at_once(tensor: Tensor) -> int:
 
 def fold(adapted: AdaptedWeight, dtype: torch.dtype) -> tuple[Tensor, Facts]:
     """base + delta (out, in), computed in fp32 and cast once, and facts for the report."""
-    folded = None
+    codes, weight, factors = adapted.codes, adapted.weight, adapted.factors
+    shape = codes.state.shape if codes else weight.shape  # type: ignore[union-attr]
+    device = codes.packed.device if codes else weight.device  # type: ignore[union-attr]
+    folded = torch.empty(shape, dtype=dtype, device=device)
     base_sq = delta_sq = delta_change = 0.0
     for rows, base in adapted.base_in_rows():
-        if folded is None:
-            folded = torch.empty(adapted.shape, dtype=dtype, device=base.device)
-        if adapted.factors is None:
+        if factors is None:
             folded[rows] = base
             continue
-        delta = adapted.factors.rows(rows).change(base)  # (rows, r) @ (r, in) -> (rows, in)
+        delta = factors.rows(rows).change(base)  # (rows, r) @ (r, in) -> (rows, in)
         folded[rows] = base + delta
         base_sq += _dot(base, base)
         delta_sq += _dot(delta, delta)
         delta_change += _dot(delta, folded[rows].float() - base)
-    assert folded is not None
-    if adapted.factors is None:
+    if factors is None:
         return folded, {}
     return folded, _facts(math.sqrt(base_sq), math.sqrt(delta_sq), delta_change, delta_sq)
 
@@ -112,20 +97,20 @@ def fold_to_codes(
 ) -> tuple[Quantized, Facts]:
     """4-bit codes for base + delta in the format of `quant`, and facts for the report.
 
-    Args:
-        moments: sum of x x' over the layer's inputs, fp32 (in, in), if known.
+    `moments` is the sum of x x' over the layer's inputs, fp32 (in, in), if known.
     """
-    base = adapted.base()
-    if adapted.factors is None:
-        return adapted.codes or nf4.quantize(base, quant), {}
-    delta = adapted.factors.change(base)
+    codes, weight, factors = adapted.codes, adapted.weight, adapted.factors
+    base = nf4.dequantize(codes) if codes else weight.float()  # type: ignore[union-attr]
+    if factors is None:
+        return codes or nf4.quantize(base, quant), {}
+    delta = factors.change(base)
     chosen = choose_codes(adapted, base, delta, quant, moments)
     change = nf4.dequantize(chosen) - base
     output_delta = delta if moments is None else delta @ moments  # (out, in) @ (in, in)
     kept, total = _dot(output_delta, change), _dot(output_delta, delta)
     facts = _facts(float(base.norm()), float(delta.norm()), kept, total)
-    if adapted.codes:
-        facts["codes_changed"] = nf4.codes_changed(adapted.codes, chosen)
+    if codes:
+        facts["codes_changed"] = nf4.codes_changed(codes, chosen)
     return chosen, facts
 
 
@@ -139,9 +124,8 @@ def choose_codes(
     if moments is None:
         moments = torch.eye(target.shape[1], device=target.device)
     assert adapted.factors is not None
-    lora_A, lora_B = adapted.factors[:2]
     start = adapted.codes or nf4.quantize(target, quant)
-    return keep_adapter(start, target, lora_A, lora_B, moments)
+    return keep_adapter(start, target, *adapted.factors[:2], moments)
 
 
 def _facts(weight_norm: float, delta_norm: float, kept: float, total: float) -> Facts:
@@ -180,8 +164,7 @@ def keep_adapter(
     Args:
         start: the 4-bit weight (out, in) to begin with; its second-level statistics are kept.
         target: base + scaling * B A, fp32 (out, in).
-        lora_A: (r, in).
-        lora_B: (out, r).
+        lora_A, lora_B: (r, in), (out, r).
         moments: sum of x x' over the layer's inputs, fp32 (in, in); its scale does not matter.
 
     All tensors are on one device. The cost, noise + BIAS * systematic error, is never higher than
@@ -237,13 +220,14 @@ class _Descent:
         inverse = (self.curvature[:, 0] * (1 + damping)).clamp_min(TINY).reciprocal().tolist()
         for chunk, first in enumerate(range(0, len(grid.weight), grid.chunk)):
             columns = slice(first, first + grid.chunk)  # c columns of the weight: (c, out) here
+            width = 1 if grid.aligned else grid.chunk
+            scale = grid.absmax[chunk * width : (chunk + 1) * width]  # (1, out) or (c, out)
             before = grid.weight[columns]
             error = before - self.target[columns] - self.correction[columns]
             gradient = self.gradient[columns] - self.correction_gradient[columns]
             gradient.addcmul_(self.curvature[columns], error, value=damping)
             hessian = self.moments[columns, columns].clone()
             hessian.diagonal().mul_(1 + damping)
-            scale = grid.scale(chunk)
             weight = grid.descend(before, gradient, hessian, inverse[first:], scale)
             if grid.aligned:
                 level = weight / scale.clamp_min(TINY)
@@ -270,24 +254,19 @@ class _Grid:
         absmax = nf4.absmax(quantized)
         if not self.aligned:
             absmax = absmax.repeat_interleave(self.state.blocksize)[: rows * columns]
+        elif self.state.nested:
+            second = self.state.state2  # the absmax of absmax, (blocks of a row, out)
+            each = second.absmax.repeat_interleave(second.blocksize)[: len(absmax)]
+            self.second = each.view(rows, -1).T.contiguous()
         self.absmax = absmax.view(rows, -1).T.contiguous()  # (blocks of a row or in, out)
-
-    def scale(self, chunk: int) -> Tensor:
-        """The factor of the levels in a chunk of columns: (1, out) or (columns, out)."""
-        width = 1 if self.aligned else self.chunk
-        return self.absmax[chunk * width : (chunk + 1) * width]
 
     def descend(
         self, weight: Tensor, gradient: Tensor, hessian: Tensor, inverse: list[float], scale: Tensor
     ) -> Tensor:
-        """The columns at their best levels, found one after the other; `gradient` is updated.
+        """The columns (c, out) at their best levels, found one after the other.
 
-        Args:
-            weight: (columns, out).
-            gradient: half of it (columns, out).
-            hessian: half of it (columns, columns).
-            inverse: of its diagonal.
-            scale: (1, out) or (columns, out).
+        `gradient` (c, out), which is updated, and `hessian` (c, c) are half of them; `inverse` is
+        that of the diagonal; `scale` is (1, out) or (c, out).
         """
         rows = []
         for j, (current, slope) in enumerate(zip(weight, gradient, strict=True)):
@@ -302,28 +281,18 @@ class _Grid:
         current = self.absmax[block]
         ideal = current - slope / curvature.clamp_min(TINY)
         if self.state.nested:
-            ideal = self._decode(self._encode(ideal, block), block)
+            code = self._encode(ideal, self.second[block])
+            ideal = self.state.state2.code[code] * self.second[block] + self.state.offset
         step = ideal - current
         better = (slope * step + curvature * step * step / 2 < 0) & (ideal > 0)
         self.absmax[block] = torch.where(better, ideal, current)
         return torch.as_tensor(self.absmax[block])
 
-    def _second(self, block: int) -> Tensor:
-        """The absmax of absmax (out,) for one block of each row."""
-        blocks, rows = self.absmax.shape
-        flat = torch.arange(rows, device=self.absmax.device) * blocks + block
-        return torch.as_tensor(self.state.state2.absmax[flat // self.state.state2.blocksize])
-
-    def _encode(self, absmax: Tensor, block: int) -> Tensor:
-        """8-bit codes of absmax (out,)."""
+    def _encode(self, absmax: Tensor, second: Tensor) -> Tensor:
+        """8-bit codes of absmax."""
         levels = self.state.state2.code
         bounds = (levels[1:] + levels[:-1]) / 2
-        shares = (absmax - self.state.offset) / self._second(block).clamp_min(TINY)
-        return torch.bucketize(shares, bounds)
-
-    def _decode(self, code: Tensor, block: int) -> Tensor:
-        level = self.state.state2.code[code]
-        return torch.as_tensor(level * self._second(block) + self.state.offset)
+        return torch.bucketize((absmax - self.state.offset) / second.clamp_min(TINY), bounds)
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
         """A copy of the current weight and absmax."""
@@ -331,15 +300,13 @@ class _Grid:
 
     def quantized(self, weight: Tensor, absmax: Tensor) -> Quantized:
         """The 4-bit weight of a snapshot."""
-        width = self.chunk if self.aligned else 1
-        scale = absmax.repeat_interleave(width, 0)[: len(weight)]  # (in, out)
+        scale = absmax.repeat_interleave(self.chunk if self.aligned else 1, 0)  # (in, out)
         level = torch.bucketize((weight / scale).nan_to_num(), self.bounds)
         codes = self.order[level].T.reshape(-1)  # (in, out) -> (out * in,)
         packed = (codes[::2] << 4 | codes[1::2]).view(-1, 1)  # two a byte, first in the high half
         state = copy(self.state)
         if self.aligned and self.state.nested:
-            coded = [self._encode(row, block) for block, row in enumerate(absmax)]
-            state.absmax = torch.stack(coded, 1).to(torch.uint8).view(-1)
+            state.absmax = self._encode(absmax, self.second).T.to(torch.uint8).reshape(-1)
         elif self.aligned:
             state.absmax = absmax.T.reshape(-1)
         return Quantized(packed, state)

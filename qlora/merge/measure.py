@@ -14,10 +14,10 @@ import gc
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,25 +69,13 @@ class Verification:
         gain = self.loss_base - self.loss_live
         return (self.loss_base - self.loss_merged) / gain if gain > 0 else None
 
-    def table(self) -> str:
-        """For the terminal."""
-        kept = "no gain" if self.kept is None else f"{self.kept:.2%}"
-        return (
-            f"\nMeasured on {self.rows} rows, {self.tokens} supervised tokens:\n"
-            f"  {'':24}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
-            f"  {'4-bit base':24}{self.loss_base:9.4f}{0:12.2%}{self.kl_base:13.6f}\n"
-            f"  {'base + live adapter':24}{self.loss_live:9.4f}{1:12.2%}\n"
-            f"  {'merged':24}{self.loss_merged:9.4f}{kept:>12}{self.kl:13.6f}"
-            f"{self.agreement:17.2%}"
-        )
-
 
 def read_examples(data: str, tokenizer_folder: Path, max_tokens: int = MAX_TOKENS) -> list[Any]:
     """Batches of the first rows of `data`, up to `max_tokens` supervised tokens, on the CPU."""
     tokenizer = load_tokenizer(tokenizer_folder)
     prepare_tokenizer(tokenizer)
     rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH)
-    chosen: list[dict[str, Any]] = []
+    chosen: list[Any] = []
     tokens = 0
     for row in rows:
         tokens += sum(label != NO_LOSS for label in row["labels"])
@@ -97,79 +85,62 @@ def read_examples(data: str, tokenizer_folder: Path, max_tokens: int = MAX_TOKEN
     return length_batches(chosen, tokenizer)
 
 
-class _Live(NamedTuple):
-    """Measurements of the base and of the live adapter."""
-
-    means: dict[str, float]
-    """loss_base, loss_live and kl_base"""
-    log_p: list[Tensor]
-    """(tokens, vocab) of each batch"""
-    dtype: torch.dtype
-
-
+@dataclass
 class Verifier:
     """Measures merged checkpoints against `adapter` live on `base`; the latter run once.
 
     All models compute in `compute_dtype`, by default that of `device`, not of training.
     """
 
-    def __init__(
-        self,
-        adapter: AdapterFile,
-        base: str | Checkpoint,
-        examples: list[Any],
-        *,
-        device: str,
-        compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.adapter, self.base, self.examples = adapter, base, examples
-        self.compute_dtype = compute_dtype
-        self.loading: Any = {"device": device, "trust_remote_code": trust_remote_code}
-        self.rows = sum(len(batch["labels"]) for batch in examples)
-        self.tokens = sum(int((batch["labels"][:, 1:] != NO_LOSS).sum()) for batch in examples)
+    adapter: AdapterFile
+    base: str | Checkpoint
+    examples: list[Any]
+    _: KW_ONLY
+    device: str
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    trust_remote_code: bool = False
 
     def measure(self, merged: Path) -> Verification:
         """Loss, KL and agreement of the checkpoint in the folder `merged`."""
-        live = self._live
+        means, live, dtype = self._live
+        loading: Any = {"trust_remote_code": self.trust_remote_code}
         if Checkpoint(merged).is_quantized:
             quant = QuantConfig(compute_dtype=self.compute_dtype)
-            model = load_base(Checkpoint(merged), quant, **self.loading)
+            model = load_base(Checkpoint(merged), quant, device=self.device, **loading)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                merged,
-                dtype=live.dtype,
-                device_map=self.loading["device"],
-                trust_remote_code=self.loading["trust_remote_code"],
+                merged, dtype=dtype, device_map=self.device, **loading
             )
         kl = loss = 0.0
         same = 0
-        pairs = zip(live.log_p, _log_probs(model, self.examples, "Merged"), strict=True)
-        for log_p, (nll, log_q) in pairs:
+        for log_p, (nll, log_q) in zip(live, self._log_probs(model, "Merged"), strict=True):
             loss += nll
             same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
             kl += _kl(log_p, log_q)
+        tokens = sum(map(len, live))
         return Verification(
-            rows=self.rows,
-            tokens=self.tokens,
-            **live.means,
-            loss_merged=loss / self.tokens,
-            kl=kl / self.tokens,
-            agreement=same / self.tokens,
+            rows=sum(len(batch["labels"]) for batch in self.examples),
+            tokens=tokens,
+            **means,
+            loss_merged=loss / tokens,
+            kl=kl / tokens,
+            agreement=same / tokens,
         )
 
     @cached_property
-    def _live(self) -> _Live:
+    def _live(self) -> tuple[dict[str, float], list[Tensor], torch.dtype]:
+        """loss_base, loss_live and kl_base; each batch's log p (tokens, vocab); the dtype."""
         quant = replace(
             self.adapter.quantization, compute_dtype=self.compute_dtype, allow_unquantized=True
         )
         # not load_live: the base is measured before the adapter is attached
-        model = load_base(self.base, quant, **self.loading)
-        base = deque(_log_probs(model, self.examples, "Base"))
+        trusted = self.trust_remote_code
+        model = load_base(self.base, quant, device=self.device, trust_remote_code=trusted)
+        base = deque(self._log_probs(model, "Base"))
         attach(model, self.adapter)
         sums = dict.fromkeys(("loss_base", "loss_live", "kl_base"), 0.0)
         live = []
-        for nll, log_p in _log_probs(model, self.examples, "Live adapter"):
+        for nll, log_p in self._log_probs(model, "Live adapter"):
             nll_base, log_base = base.popleft()  # popped to free it early
             sums["loss_base"] += nll_base
             sums["loss_live"] += nll
@@ -180,24 +151,23 @@ class Verifier:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        means = {name: total / self.tokens for name, total in sums.items()}
-        return _Live(means, live, dtype)
+        tokens = sum(map(len, live))
+        return {name: total / tokens for name, total in sums.items()}, live, dtype
 
-
-@torch.no_grad()
-def _log_probs(
-    model: PreTrainedModel, batches: list[Any], name: str
-) -> Iterator[tuple[float, Tensor]]:
-    """For each batch the summed -log p of the true tokens, and log p (tokens, vocab) on the CPU."""
-    model.eval()
-    for batch in tqdm(batches, desc=name, leave=False):
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        mask = batch["labels"][:, 1:] != NO_LOSS
-        logits = logits[:, :-1][mask]  # (B, T, vocab) -> (tokens, vocab)
-        log_p = F.log_softmax(logits.float(), dim=-1)
-        nll = F.nll_loss(log_p, batch["labels"][:, 1:][mask], reduction="sum")
-        yield float(nll), log_p.cpu()
+    @torch.no_grad()
+    def _log_probs(self, model: PreTrainedModel, name: str) -> Iterator[tuple[float, Tensor]]:
+        """Of each batch: sum of -log p of the true tokens; log p (tokens, vocab) on the CPU."""
+        model.eval()
+        for batch in tqdm(self.examples, desc=name, leave=False):
+            ids, mask, labels = (
+                batch[key].to(model.device) for key in ("input_ids", "attention_mask", "labels")
+            )
+            supervised = labels[:, 1:] != NO_LOSS
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            logits = logits[:, :-1][supervised]  # (B, T, vocab) -> (tokens, vocab)
+            log_p = F.log_softmax(logits.float(), dim=-1)
+            nll = F.nll_loss(log_p, labels[:, 1:][supervised], reduction="sum")
+            yield float(nll), log_p.cpu()
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> float:

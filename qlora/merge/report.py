@@ -1,7 +1,6 @@
 """The report of a merge: merge_report.json, merge.png, the model card, and the terminal."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -45,75 +44,76 @@ class MergeReport:
         replace_text(folder / MERGE_REPORT, json.dumps(values, indent=2) + "\n")
         if self.layers:
             save_png(draw_merge(values), folder / "merge.png")
-        (folder / "README.md").write_text(_model_card(values), encoding="utf-8")
+        (folder / "README.md").write_text(self._model_card(), encoding="utf-8")
 
     def print_summary(self, output: Path) -> None:
         """Base, format, size, a table by kind of layer, and how to load the result."""
-        base = "the dequantized 4-bit base"
-        onto = base if self.config.onto == "nf4" else "the original weights"
+        dequantized = self.config.onto == "nf4"
+        onto = "the dequantized 4-bit base" if dequantized else "the original weights"
         size = sum(entry.nbytes for entry in self.plan.entries)
         print(f"Merged onto {onto}, {self.config.format}, {size / 1e9:.2f} GB.")
-        print(self._table())
+        in_4_bits = any("codes_changed" in facts for facts in self.layers.values())
+        head = f"\n{'':18}{'layers':>7}{'change of weight':>18}{'of it kept':>12}{'least':>9}"
+        print(head + f"{'codes changed':>15}" * in_4_bits)
+        for kind, layers in by_kind(self.layers).items():
+            kept = [facts["kept"] for _, facts in layers]
+            codes = [facts["codes_changed"] for _, facts in layers if "codes_changed" in facts]
+            print(
+                f"{kind:18}{len(layers):7}"
+                f"{median(facts['delta_over_weight'] for _, facts in layers):18.2%}"
+                f"{median(kept):12.1%}{min(kept):9.1%}"
+                + (f"{median(codes):15.1%}" if codes else "")
+            )
         print(f"\nWritten to {output}. Use it:")
         task = task_named(self.plan.task)
         served = f"      or      vllm serve {output}" if task is CAUSAL_LM else ""
         print(f'  {task.auto_class}.from_pretrained("{output}"){served}')
 
-    def _table(self) -> str:
-        in_4_bits = any("codes_changed" in facts for facts in self.layers.values())
-        head = f"\n{'':18}{'layers':>7}{'change of weight':>18}{'of it kept':>12}{'least':>9}"
-        lines = [head + f"{'codes changed':>15}" * in_4_bits]
-        for kind, layers in by_kind(self.layers).items():
-            kept = [facts["kept"] for _, facts in layers]
-            line = (
-                f"{kind:18}{len(layers):7}"
-                f"{median(facts['delta_over_weight'] for _, facts in layers):18.2%}"
-                f"{median(kept):12.1%}{min(kept):9.1%}"
-            )
-            codes = [facts["codes_changed"] for _, facts in layers if "codes_changed" in facts]
-            lines.append(line + (f"{median(codes):15.1%}" if codes else ""))
-        return "\n".join(lines)
-
     def print_verification(self) -> None:
         """The measured table, and a warning if much of the gain is lost."""
         if self.verified is None:
             return
-        print(self.verified.table())
-        kept = self.verified.kept
-        if kept is not None and kept < WARN_BELOW:
-            print(
-                f"\nWARNING: on this data the merged model has lost {1 - kept:.1%} of the gain in"
-            )
-            print("loss from training. Do not use it in place of the live adapter.")
-
-
-def _model_card(report: Mapping[str, Any]) -> str:
-    """README.md of a merged checkpoint: adapter, base, format and measurements."""
-    onto = {
-        "nf4": f"the base dequantized from 4 bits ({report['quant_type'].upper()}, blocksize "
-        f"{report['blocksize']}), as it was in training",
-        "original": "the original weights, with which it was not trained",
-    }[report["onto"]]
-    verify = report["verify"]
-    measured = "Not measured: merge with `--verify DATA` to compare it with the live adapter."
-    if verify:
-        measured = (
-            f"On {verify['rows']} rows: loss {verify['loss_base']:.4f} for the 4-bit base, "
-            f"{verify['loss_live']:.4f} with the live adapter, {verify['loss_merged']:.4f} merged; "
-            f"KL to the live adapter {verify['kl']:.2g} nats a token, the same most likely token "
-            f"at {verify['agreement']:.1%} of the positions."
+        got, kept = self.verified, self.verified.kept
+        share = "no gain" if kept is None else f"{kept:.2%}"
+        print(
+            f"\nMeasured on {got.rows} rows, {got.tokens} supervised tokens:\n"
+            f"  {'':24}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
+            f"  {'4-bit base':24}{got.loss_base:9.4f}{0:12.2%}{got.kl_base:13.6f}\n"
+            f"  {'base + live adapter':24}{got.loss_live:9.4f}{1:12.2%}\n"
+            f"  {'merged':24}{got.loss_merged:9.4f}{share:>12}{got.kl:13.6f}{got.agreement:17.2%}"
         )
-        if verify["kept"] is not None:
-            measured += f" That keeps {verify['kept']:.2%} of training's gain in loss."
-    picture = "\n![share of its change that each layer kept](merge.png)" if report["layers"] else ""
-    base, weights = str(report["base_model"]), report["adapters"]
-    names = [f"`{name}`" + f" times {w:g}" * (w != 1) for name, w in weights.items()]
-    many = len(names) > 1
-    return f"""{front_matter(base, "transformers", "qlora", "merged")}
-# {Path(base).name} with a LoRA adapter merged in
+        if kept is not None and kept < WARN_BELOW:
+            lost = f"{1 - kept:.1%} of the gain in loss"
+            print(f"\nWARNING: on this data the merged model has lost {lost} from training.")
+            print("Do not use it in place of the live adapter.")
+
+    def _model_card(self) -> str:
+        """README.md: adapter, base, format and measurements."""
+        quant, got = self.plan.quant, self.verified
+        onto = "the original weights, with which it was not trained"
+        if self.config.onto == "nf4":
+            grid = f"{quant.quant_type.upper()}, blocksize {quant.blocksize}"
+            onto = f"the base dequantized from 4 bits ({grid}), as it was in training"
+        measured = "Not measured: merge with `--verify DATA` to compare it with the live adapter."
+        if got:
+            measured = (
+                f"On {got.rows} rows: loss {got.loss_base:.4f} for the 4-bit base, "
+                f"{got.loss_live:.4f} with the live adapter, {got.loss_merged:.4f} merged; KL to "
+                f"the live adapter {got.kl:.2g} nats a token, the same most likely token at "
+                f"{got.agreement:.1%} of the positions."
+            )
+            if got.kept is not None:
+                measured += f" That keeps {got.kept:.2%} of training's gain in loss."
+        shares = "\n![share of its change that each layer kept](merge.png)"
+        picture = shares if self.layers else ""
+        weights = self.config.adapters
+        names = [f"`{name}`" + f" times {w:g}" * (w != 1) for name, w in weights.items()]
+        many = len(names) > 1
+        return f"""{front_matter(self.base_model, "transformers", "qlora", "merged")}
+# {Path(self.base_model).name} with a LoRA adapter merged in
 
 The adapter{"s" * many} {", ".join(names)} {"were" if many else "was"} folded in fp32 into {onto},
-and rounded once to {report["format"]}.
+and rounded once to {self.config.format}.
 
 {measured}
 {picture}

@@ -23,27 +23,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from torch import Tensor
 
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
-from qlora.adapters.lora import Factors
 from qlora.base.checkpoint import Checkpoint, disk_name, skeleton
-from qlora.base.shards import Entry, parse_size, write_shards
+from qlora.base.shards import parse_size, write_shards
 from qlora.config import MergeConfig
 from qlora.config.tasks import CAUSAL_LM, task_named
 from qlora.errors import UserError
 from qlora.files import RUN, publishing, require_new
 from qlora.merge.codes import AdaptedWeight, Facts, fold, fold_to_codes
-from qlora.merge.plan import Kind, MergeOp, Plan, check_base, plan_merge
+from qlora.merge.plan import Kind, MergeOp, Plan, plan_merge
 from qlora.merge.report import MergeReport
 from qlora.ops import nf4
-
-if TYPE_CHECKING:
-    from qlora.merge.measure import Verification, Verifier
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -65,16 +61,25 @@ def merge(config: MergeConfig) -> Path:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU, and torch sees no GPU: use --device cpu")
     job = _prepare(config)
-    with publishing(output) as partial_folder:
-        write = _write_better if config.onto == "auto" else _write
-        report = write(job, partial_folder)
+    with publishing(output) as folder:
+        report = _write_better(job, folder) if config.onto == "auto" else _write(job, folder)
         if config.min_kept is not None:
-            report.verified = report.verified or job.measure(partial_folder)
-            _require_kept(report.verified, config.min_kept)
-            report.write(partial_folder)
+            report.verified = verified = report.verified or job.verifier.measure(folder)
+            if verified.kept is None:
+                raise UserError(
+                    "--min-kept needs --verify data on which the adapter lowers the loss; here it "
+                    f"is {verified.loss_base:.4f} without and {verified.loss_live:.4f} with it"
+                )
+            if verified.kept < config.min_kept:
+                raise UserError(
+                    f"the merged model keeps {verified.kept:.1%} of training's gain in loss, less "
+                    f"than --min-kept {config.min_kept}: nothing was written. Use --calibration "
+                    "data like the training's, or --format bf16 --onto nf4"
+                )
+            report.write(folder)
     report.print_summary(output)
     if job.verifier and report.verified is None:  # already published: a failure costs no merge
-        report.verified = job.measure(output)
+        report.verified = job.verifier.measure(output)
         report.write(output)
     report.print_verification()
     return output
@@ -90,13 +95,8 @@ class _Job:
     checkpoint: Checkpoint
     plan: Plan
     tokenizer_folder: Path
-    verifier: "Verifier | None"
-    moments: Callable[[str], Tensor] | None
-    """layer -> sum of x x' over its inputs, for a 4-bit output"""
-
-    def measure(self, folder: Path) -> "Verification":
-        assert self.verifier is not None
-        return self.verifier.measure(folder)
+    verifier: Any  # a measure.Verifier, or None
+    moments: Callable[[str], Tensor] | None  # layer -> sum of x x' over its inputs
 
 
 # ---- plan and check ----
@@ -112,13 +112,26 @@ def _prepare(config: MergeConfig) -> _Job:
     checkpoint = Checkpoint.open(base_model, revision=revision)
     if not adapter.knows_quantization:
         print(
-            "The adapter does not record how its base was quantized: NF4, blocksize 64 and double "
+            "The adapter does not record how its base was quantized: NF4, blocksize 64 and double"
         )
         print("quantization are assumed, transformers' and PEFT's settings for QLoRA.")
-    check_base(checkpoint, adapter, config)
-    _require_text_model(config, adapter)
     plan = plan_merge(checkpoint, adapter, config)
-    _require_space(config, plan.entries)
+    flags = ["--verify"] * bool(config.verify)
+    flags += ["--calibration"] * (config.calibration not in (None, "none"))
+    if flags and task_named(adapter.task) is not CAUSAL_LM:
+        raise UserError(
+            f"{' and '.join(flags)} needs a causal language model, adapter {adapter.folder} is for "
+            f"{adapter.task}: leave it out"
+        )
+    output = Path(config.output_dir).expanduser()
+    needed = sum(entry.nbytes for entry in plan.entries) * (2 if config.onto == "auto" else 1)
+    parent = next(p for p in output.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"{output} needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: "
+            "free disk space or give another --output-dir"
+        )
     tokenizer_folder = adapter.folder if adapter.has_tokenizer else checkpoint.folder
     running: Any = {"device": config.device, "trust_remote_code": config.trust_remote_code}
     verifier = moments = None
@@ -149,47 +162,9 @@ def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
         if isinstance(source, str) and Path(source).expanduser().exists():  # no hub names
             data[source] = None
     if not data:
-        print(f"No calibration data: {' and '.join(map(str, runs))} names no existing file. The ")
+        print(f"No calibration data: {' and '.join(map(str, runs))} names no existing file. The")
         print("model calibrates on text that it generates; --calibration DATA keeps more.")
     return list(data) or ["self"]
-
-
-def _require_text_model(config: MergeConfig, adapter: AdapterFile) -> None:
-    """Raise if verification or calibration is set for another task than causal-lm."""
-    flags = [
-        f"--{n}" for n in ("verify", "calibration") if getattr(config, n) not in (None, "none")
-    ]
-    if flags and task_named(adapter.task) is not CAUSAL_LM:
-        raise UserError(
-            f"{' and '.join(flags)} needs a causal language model, adapter {adapter.folder} is for "
-            f"{adapter.task}: leave it out"
-        )
-
-
-def _require_space(config: MergeConfig, entries: list[Entry]) -> None:
-    output = Path(config.output_dir).expanduser()
-    needed = sum(entry.nbytes for entry in entries) * (2 if config.onto == "auto" else 1)
-    parent = next(p for p in output.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(
-            f"{output} needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: "
-            "free disk space or give another --output-dir"
-        )
-
-
-def _require_kept(verified: "Verification", min_kept: float) -> None:
-    if verified.kept is None:
-        raise UserError(
-            "--min-kept needs --verify data on which the adapter lowers the loss; here it is "
-            f"{verified.loss_base:.4f} without and {verified.loss_live:.4f} with it"
-        )
-    if verified.kept < min_kept:
-        raise UserError(
-            f"the merged model keeps {verified.kept:.1%} of training's gain in loss, less than "
-            f"--min-kept {min_kept}: nothing was written. Use --calibration data like the "
-            "training's, or --format bf16 --onto nf4"
-        )
 
 
 # ---- write a checkpoint ----
@@ -197,10 +172,31 @@ def _require_kept(verified: "Verification", min_kept: float) -> None:
 
 def _write(job: _Job, folder: Path) -> MergeReport:
     """The merged checkpoint with all its files, into the empty `folder`."""
-    report = MergeReport(job.config, job.base_model, job.plan)
+    checkpoint, plan = job.checkpoint, job.plan
+    report = MergeReport(job.config, job.base_model, plan)
     tensors = stream_tensors(job, report.layers)
-    write_shards(folder, job.plan.entries, tensors, max_bytes=parse_size(job.config.max_shard_size))
-    _write_other_files(job, folder)
+    write_shards(folder, plan.entries, tensors, max_bytes=parse_size(job.config.max_shard_size))
+
+    left_out = ("quantization_config", "torch_dtype")
+    values = {key: value for key, value in checkpoint.config.items() if key not in left_out}
+    values["dtype"] = str(plan.out_dtype).removeprefix("torch.")
+    for part in (values, values.get("text_config") or {}):
+        part.update(plan.config_changes)
+    if job.config.format == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        from qlora.base.load import bnb_settings
+
+        dense = [module for module, name in plan.linear.items() if name not in plan.in_4_bits]
+        settings = bnb_settings(plan.out_quant, plan.out_dtype, dense)
+        values["quantization_config"] = BitsAndBytesConfig(**settings).to_dict()
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    files = [job.tokenizer_folder / name for name in TOKENIZER_FILES]
+    files += [checkpoint.folder / "generation_config.json", *checkpoint.folder.glob("*.py")]
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
     _require_loadable(folder, job)
     report.write(folder)
     return report
@@ -214,56 +210,30 @@ def _write_better(job: _Job, folder: Path) -> MergeReport:
         one = replace(job, config=config, plan=plan_merge(job.checkpoint, job.adapter, config))
         (folder / onto).mkdir()
         reports[onto] = _write(one, folder / onto)
-        reports[onto].verified = verified = job.measure(folder / onto)
+        reports[onto].verified = verified = job.verifier.measure(folder / onto)
         losses[onto] = verified.loss_merged
     better = min(losses, key=losses.__getitem__)
     print(
         f"Loss {losses['nf4']:.4f} onto the dequantized 4-bit base, {losses['original']:.4f} onto "
         f"the original weights: kept --onto {better}."
     )
+    for file in (folder / better).iterdir():
+        file.rename(folder / file.name)
     for onto in reports:
-        for file in (folder / onto).iterdir():
-            file.rename(folder / file.name) if onto == better else file.unlink()
-        (folder / onto).rmdir()
+        shutil.rmtree(folder / onto)
     reports[better].write(folder)
     return reports[better]
 
 
-def _write_other_files(job: _Job, output: Path) -> None:
-    """config.json for the new weights; tokenizer, generation config and code byte for byte."""
-    checkpoint, plan = job.checkpoint, job.plan
-    values = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    values.pop("torch_dtype", None)
-    values["dtype"] = str(plan.out_dtype).removeprefix("torch.")
-    for part in (values, values.get("text_config") or {}):
-        part.update(plan.config_changes)
-    if job.config.format == "nf4":
-        from transformers import BitsAndBytesConfig
-
-        from qlora.base.load import bnb_settings
-
-        dense = [module for module, name in plan.linear.items() if name not in plan.in_4_bits]
-        settings = bnb_settings(plan.out_quant, plan.out_dtype, dense)
-        values["quantization_config"] = BitsAndBytesConfig(**settings).to_dict()
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    (output / "config.json").write_text(text, encoding="utf-8")
-    files = [job.tokenizer_folder / name for name in TOKENIZER_FILES]
-    files += [checkpoint.folder / "generation_config.json", *checkpoint.folder.glob("*.py")]
-    for file in files:
-        if file.is_file():
-            shutil.copyfile(file, output / file.name)
-
-
 def _require_loadable(folder: Path, job: _Job) -> None:
     """Raise unless the new files hold the parameters of the new config.json's model."""
-    plan, written = job.plan, Checkpoint(folder)
-    task = task_named(plan.task)
-    model = skeleton(folder, task=task, trust_remote_code=job.config.trust_remote_code)
-    faults = []
+    plan, written, trusted = job.plan, Checkpoint(folder), job.config.trust_remote_code
+    model = skeleton(folder, task=task_named(plan.task), trust_remote_code=trusted)
+    changed, faults = {op.param for op in plan.ops}, []
     for param, expected in model.named_parameters():
         place = disk_name(written, model, param)
         if place is None:
-            if param in plan.params or disk_name(job.checkpoint, model, param):
+            if param in changed or disk_name(job.checkpoint, model, param):
                 faults.append(f"{param} is missing")
         elif place not in plan.in_4_bits and written.tensors[place].shape != expected.shape:
             shape = written.tensors[place].shape
@@ -319,52 +289,47 @@ def _in_order(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[R
 
 
 def apply_op(job: _Job, op: MergeOp, moments: Tensor | None) -> tuple[list[Tensor], Facts]:
-    """The tensors of one operation, on the CPU, and facts for the report.
-
-    Args:
-        moments: sum of x x' over the layer's inputs (in, in), for 4-bit codes.
-    """
-    if op.kind is Kind.COPY:
-        (entry,) = op.entries
-        return [_cast(_read(job, op), entry)], {}
-    adapted = _adapted_weight(job, op)
+    """The tensors of one operation, on the CPU, and facts for the report."""
     if op.in_4_bits:
-        quantized, facts = fold_to_codes(adapted, job.plan.out_quant, moments)
+        quantized, facts = fold_to_codes(_adapted_weight(job, op), job.plan.out_quant, moments)
         quantized.state.dtype = job.plan.out_dtype
         record = nf4.to_record(quantized)
         suffixes = [entry.name.removeprefix(op.name).lstrip(".") for entry in op.entries]
         return [record[suffix].cpu() for suffix in suffixes], facts
     (entry,) = op.entries
-    weight, facts = fold(adapted, entry.dtype)  # (out, in); of a convolution (out, in * kernel)
-    return [_cast(weight.T if op.transposed else weight.view(entry.shape), entry)], facts
+    if op.kind is Kind.COPY:
+        tensor, facts = _read(job, op), {}
+    else:
+        # (out, in); of a convolution (out, in * kernel)
+        weight, facts = fold(_adapted_weight(job, op), entry.dtype)
+        tensor = weight.T if op.transposed else weight.view(entry.shape)
+    return [_finite(tensor.to("cpu", entry.dtype), entry.name)], facts
 
 
 def _adapted_weight(job: _Job, op: MergeOp) -> AdaptedWeight:
     """The base weight of `op` by its kind, with A and B, on the device."""
-    device, quant = job.config.device, job.plan.quant
+    device, quant, out_quant = job.config.device, job.plan.quant, job.plan.out_quant
     factors = job.adapter.pairs[op.module].to(device) if op.module else None
+    original = None
     if op.kind is Kind.PACKED:
         record = job.checkpoint.record(op.source)
         assert record is not None
-        return _with_codes(op, nf4.from_record(record, device), factors)
-    weight = _finite(_read(job, op).to(device), op.name)
-    weight = weight.T if op.transposed else weight.flatten(1)  # (out, in), (out, in * kernel)
-    if op.kind is Kind.WEIGHT:
-        return AdaptedWeight(weight, factors, original=weight)
-    # Loading casts to the compute dtype before it quantizes, which changes an fp32 base's codes.
-    weight = weight.to(nf4.DTYPES.get(quant.compute_dtype, weight.dtype))
-    if op.kind is Kind.ROUND_TRIP:
-        return _with_codes(op, nf4.quantize(weight, quant), factors, original=weight)
-    part = job.adapter.subtracted[str(op.module)].to(device).change(weight)
-    base = nf4.round_trip(weight.float() - part, quant).add_(part)
-    return AdaptedWeight(base, factors, original=weight)
-
-
-def _with_codes(
-    op: MergeOp, codes: nf4.Quantized, factors: Factors | None, original: Tensor | None = None
-) -> AdaptedWeight:
-    """The base from 4-bit codes, dequantized if the output has codes of another format."""
-    if op.in_4_bits and not op.same_grid:
+        codes = nf4.from_record(record, device)
+    else:
+        original = _finite(_read(job, op).to(device), op.name)
+        original = original.T if op.transposed else original.flatten(1)  # (out, in * kernel)
+        if op.kind is Kind.WEIGHT:
+            return AdaptedWeight(original, factors, original=original)
+        # Loading casts to the compute dtype before it quantizes, which changes an fp32 base's codes
+        original = original.to(nf4.DTYPES.get(quant.compute_dtype, original.dtype))
+        if initial := job.adapter.subtracted.get(op.module or ""):  # see qlora.adapters.rebase
+            part = initial.to(device).change(original)  # is not quantized with the rest
+            base = nf4.round_trip(original.float() - part, quant).add_(part)
+            return AdaptedWeight(base, factors, original=original)
+        codes = nf4.quantize(original, quant)
+    grid = codes.state.quant_type, codes.state.blocksize, codes.state.nested
+    is_same = grid == (out_quant.quant_type, out_quant.blocksize, out_quant.double_quant)
+    if op.in_4_bits and not is_same:
         return AdaptedWeight(nf4.dequantize(codes), factors, original=original)
     return AdaptedWeight(None, factors, codes, original)
 
@@ -382,10 +347,6 @@ def _read(job: _Job, op: MergeOp) -> Tensor:
         ids, rows = adapter.rows[module]
         value = value.float().index_copy(0, ids, rows.float())  # (vocab, dim)
     return value
-
-
-def _cast(tensor: Tensor, entry: Entry) -> Tensor:
-    return _finite(tensor.to("cpu", entry.dtype), entry.name)
 
 
 def _finite(tensor: Tensor, name: str) -> Tensor:

@@ -12,27 +12,16 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import (
-    ENCODER,
-    FP32,
-    axis,
-    losses,
-    quick_config,
-    read_rows,
-    require_same_adapter,
-    tiny_tokenizer,
-    token_ids,
-    write_rows,
-)
+from conftest import FP32, axis, losses, quick_config, require_same_adapter, token_ids, write_rows
+from merging import refused, run_merge
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
 
 from qlora import load_adapter, load_base
 from qlora.base.modules import auto_class, state_of
-from qlora.config import DataConfig, LoraConfig, MergeConfig
+from qlora.config import DataConfig, LoraConfig
 from qlora.config.tasks import TASKS
 from qlora.errors import UserError
-from qlora.merge import merge
+from qlora.files import read_metrics
 from qlora.training import train
 
 # PEFT computes B A x in the same order as we do; a merge in another. Logits are below 10.
@@ -54,25 +43,22 @@ LABELS = {"seq2seq": [], "seq-cls": ["neg", "pos"], "token-cls": ["B-L", "B-P", 
 TEN_STEPS = {"max_steps": 10, "gradient_accumulation_steps": 2, "samples": 1}
 
 
-def records(task: str) -> list[dict[str, Any]]:
-    """Rows of different lengths, which a tiny model learns within a few steps."""
-    words, tags = ["I", "met", "Ann", "Lee", "in", "Rome"], ["O", "O", "B-P", "I-P", "O", "B-L"]
-    record = {
-        "seq2seq": lambda i: {"prompt": f"say {i % 3}", "completion": "one two three"[: 3 + i % 9]},
-        "seq-cls": lambda i: {"text": ("good " if i % 2 else "bad ") * (1 + i % 4),
-                              "label": "pos" if i % 2 else "neg"},
-        "token-cls": lambda i: {"tokens": words[: 3 + i % 4], "tags": tags[: 3 + i % 4]},
-    }[task]  # fmt: skip
-    return [record(i) for i in range(24)]
+WORDS, TAGS = ["I", "met", "Ann", "Lee", "in", "Rome"], ["O", "O", "B-P", "I-P", "O", "B-L"]
+RECORDS = {  # of different lengths, which a tiny model learns within a few steps
+    "seq2seq": lambda i: {"prompt": f"say {i % 3}", "completion": "one two three"[: 3 + i % 9]},
+    "seq-cls": lambda i: {"text": ("good " if i % 2 else "bad ") * (1 + i % 4),
+                          "label": "pos" if i % 2 else "neg"},
+    "token-cls": lambda i: {"tokens": WORDS[: 3 + i % 4], "tags": TAGS[: 3 + i % 4]},
+}  # fmt: skip
 
 
 def run(base: Path, task: str, folder: Path, **settings: Any) -> Path:
     """A short run on a few records, written into `folder`."""
     folder.mkdir(exist_ok=True)
-    data = write_rows(folder / "data.jsonl", records(task))
+    data = write_rows(folder / "data.jsonl", map(RECORDS[task], range(24)))
     both = DataConfig(str(data), eval_data=str(data), max_length=64)
-    ours: Any = {"task": task, "data": both, "learning_rate": 2e-2, "max_steps": 1}
-    return train(quick_config(base, data, folder / "run", **ours | settings))
+    settings = {"learning_rate": 2e-2, "max_steps": 1} | settings
+    return train(quick_config(base, data, folder / "run", task=task, data=both, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +67,25 @@ def trained(checkpoints, tmp_path_factory):
 
     @cache
     def run_once(family: str, task: str) -> tuple[Path, str]:
-        folder = tmp_path_factory.mktemp("run")
         with redirect_stdout(StringIO()) as printed:
-            output = run(checkpoints(family), task, folder, **TEN_STEPS)
+            output = run(checkpoints(family), task, tmp_path_factory.mktemp("run"), **TEN_STEPS)
         return output, printed.getvalue()
 
     return run_once
 
 
 def load(base: Path, task: str) -> Any:
-    return load_base(str(base), FP32, task=task, labels=LABELS[task])
+    model = load_base(str(base), FP32, task=task, labels=LABELS[task])
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = 0
+    return model
+
+
+def merged_model(adapter: Path, output: Path, task: str, **settings: Any) -> Any:
+    run_merge(adapter, output, format="fp32", **settings)
+    model, info = auto_class(TASKS[task]).from_pretrained(output, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
 
 
 def logits(model: Any, task: str) -> torch.Tensor:
@@ -113,35 +108,28 @@ def test_train_open_merge(family, task, trained, checkpoints, tmp_path, capsys):
     base, in_full = checkpoints(family), CASES[family, task]
     folder, printed = trained(family, task)
 
-    rows = read_rows(folder / "metrics.jsonl")
     assert losses(folder)[-1] < 0.95 * losses(folder)[0]
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] == TASKS[task].task_type
     assert sorted(config["modules_to_save"] or []) == sorted(in_full)
     assert (folder / "samples.jsonl").exists() == (task == "seq2seq")
     if in_full:
-        assert all(0 < row["eval_accuracy"] <= 1 for row in rows if "eval_loss" in row)
+        evals = [row for row in read_metrics(folder) if "eval_loss" in row]
+        assert all(0 < row["eval_accuracy"] <= 1 for row in evals)
         assert "accuracy" in printed and ("F1" in printed) == (task == "token-cls")
         recorded = yaml.safe_load((folder / "run.yaml").read_text())
         assert recorded["base"]["labels"] == LABELS[task]
         card = (folder / "README.md").read_text()
         assert f'task="{task}", labels={LABELS[task]!r}' in card
 
-    live, twin = load_adapter(load(base, task), folder), load(base, task)
-    for model in (live, twin):
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = 0
-    twin = peft.PeftModel.from_pretrained(twin, folder)
+    live = load_adapter(load(base, task), folder)
+    twin = peft.PeftModel.from_pretrained(load(base, task), folder)
     assert type(twin) is peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TASKS[task].task_type]
     expected = logits(live, task)
     assert (logits(twin, task) - expected).abs().max() <= TOLERANCE
 
-    merge(MergeConfig(str(folder), str(tmp_path / "merged"), format="fp32"))
+    merged = merged_model(folder, tmp_path / "merged", task)
     assert f"{TASKS[task].auto_class}.from_pretrained(" in capsys.readouterr().out
-    merged, info = auto_class(TASKS[task]).from_pretrained(
-        tmp_path / "merged", output_loading_info=True
-    )
-    assert not any(info.values()), info
     assert type(merged) is type(live)
     assert merged.config.get_text_config().pad_token_id is not None
     if in_full:
@@ -171,21 +159,19 @@ def test_merge_of_pefts_classifier(checkpoints, tmp_path):
     model = load_base(str(base), FP32, task="seq-cls", labels=("a", "b", "c"))
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    output = tmp_path / "merged"
-    merge(MergeConfig(str(tmp_path / "adapter"), str(output), base_model=str(base), format="fp32"))
-    merged = auto_class(TASKS["seq-cls"]).from_pretrained(output)
+    adapter, output = tmp_path / "adapter", tmp_path / "merged"
+    merged = merged_model(adapter, output, "seq-cls", base_model=str(base))
     assert merged.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert (logits(merged, "seq-cls") - logits(model, "seq-cls")).abs().max() <= TOLERANCE
 
 
 def test_merge_to_4_bits_without_verify(trained, checkpoints, tmp_path):
-    family, task, output = "bert without pooler", "seq-cls", str(tmp_path / "merged")
+    family, task, output = "bert without pooler", "seq-cls", tmp_path / "merged"
     folder, _ = trained(family, task)
-    with pytest.raises(UserError, match=r"--verify needs a causal language model.* is for seq-cls"):
-        merge(MergeConfig(str(folder), output, verify=str(folder.parent / "data.jsonl")))
-    assert not Path(output).exists()
-    merge(MergeConfig(str(folder), output, format="nf4"))
-    merged = load_base(output, FP32, task=task)
+    match = r"--verify needs a causal language model.* is for seq-cls"
+    refused(folder, output, match, verify=str(folder.parent / "data.jsonl"))
+    run_merge(folder, output, format="nf4")
+    merged = load_base(str(output), FP32, task=task)
     live = load_adapter(load(checkpoints(family), task), folder)
     # NF4 rounds by up to 16 % of a block's largest weight; in a tiny model little averages out
     assert (logits(merged, task) - logits(live, task)).abs().max() < 0.2
@@ -200,18 +186,17 @@ def test_other_initialisations(family, init, checkpoints, tmp_path):
     task = "seq2seq" if family == "t5" else "seq-cls"
     base, lora = checkpoints(family), LoraConfig(r=2, init_lora_weights=init)
     folder = run(base, task, tmp_path, lora=lora)
-    merge(MergeConfig(str(folder), str(tmp_path / "merged"), format="fp32"))
+    merged = merged_model(folder, tmp_path / "merged", task)
     live = load_adapter(load(base, task), folder)
-    merged = auto_class(TASKS[task]).from_pretrained(tmp_path / "merged")
     assert (logits(merged, task) - logits(live, task)).abs().max() <= TOLERANCE
 
 
 def test_run_resumed_in_a_later_epoch_equals_the_whole_run(trained, checkpoints, tmp_path):
     """Its head and the order of the epoch's rows are restored."""
-    whole, _ = trained("llama without pad", "seq-cls")
+    base, (whole, _) = checkpoints("llama without pad"), trained("llama without pad", "seq-cls")
     parts = shutil.copytree(whole.parent, tmp_path / "parts")
     shutil.rmtree(parts / "run" / "checkpoint-10")  # back to step 8
-    resumed = run(checkpoints("llama without pad"), "seq-cls", parts, **TEN_STEPS, resume=True)
+    resumed = run(base, "seq-cls", parts, **TEN_STEPS, resume=True)
     assert "base_model.model.score.weight" in load_file(whole / "adapter_model.safetensors")
     require_same_adapter(resumed, whole)
     assert losses(resumed) == losses(whole)
@@ -220,19 +205,15 @@ def test_run_resumed_in_a_later_epoch_equals_the_whole_run(trained, checkpoints,
 def test_adapter_of_other_labels_is_refused(trained, checkpoints):
     folder, _ = trained("llama without pad", "seq-cls")
     base = str(checkpoints("llama without pad"))
-    wrong = load_base(base, FP32, task="seq-cls", labels=("x", "y"))
     with pytest.raises(UserError, match="its labels are neg, pos, those of the model x, y"):
-        load_adapter(wrong, folder)
+        load_adapter(load_base(base, FP32, task="seq-cls", labels=("x", "y")), folder)
     with pytest.raises(UserError, match=r"score\.weight is no parameter of this model"):
         load_adapter(load_base(base, FP32), folder)
 
 
-def test_labels_of_a_trained_classifier_keep_their_numbers(tmp_path):
-    names = {0: "pos", 1: "other", 2: "neg"}
-    label2id = {name: i for i, name in names.items()}
-    config = BertConfig(**ENCODER, id2label=names, label2id=label2id)
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    folder = run(tmp_path / "base", "seq-cls", tmp_path)
-    recorded = yaml.safe_load((folder / "run.yaml").read_text())
-    assert recorded["base"]["labels"] == ["pos", "other", "neg"]
+def test_labels_of_a_trained_classifier_keep_their_numbers(checkpoints, tmp_path):
+    base, names = shutil.copytree(checkpoints("bert"), tmp_path / "base"), ["pos", "other", "neg"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    auto_class(TASKS["seq-cls"]).from_pretrained(base, **labels).save_pretrained(base)
+    folder = run(base, "seq-cls", tmp_path)
+    assert yaml.safe_load((folder / "run.yaml").read_text())["base"]["labels"] == names

@@ -1,19 +1,20 @@
 """The scripts with their flags: train, open with PEFT, merge, resume; and errors."""
 
 import runpy
-import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import peft
 import pytest
 import torch
-import yaml
-from conftest import FP32, read_rows, require_same_adapter, tiny_model, token_ids
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from adapter_kinds import logits
+from conftest import FP32, read_rows, require_same_adapter, tiny_model
+from merging import require_logits
+from transformers import AutoTokenizer
 
 from qlora import load_adapter, load_base
 
@@ -22,8 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def script(name: str, *words: object) -> int:
     """Run train.py or merge_dequant.py in this process; returns the exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *map(str, words)])
+    with patch.object(sys, "argv", [name, *map(str, words)]):
         try:
             runpy.run_path(str(REPOSITORY / name), run_name="__main__")
         except SystemExit as stop:
@@ -41,7 +41,7 @@ def train(base: Path, data: Path, output: Path, *more: object) -> int:
 
 @pytest.fixture(scope="module")
 def trained(checkpoints, data, tmp_path_factory) -> tuple[Path, str]:
-    """Folder and printed lines of a run by train.py; a test that changes files copies it first."""
+    """Folder and printed lines of a run by train.py. Tests must not change it."""
     folder = tmp_path_factory.mktemp("main job") / "run"
     with redirect_stdout(StringIO()) as printed:
         assert train(checkpoints("llama"), data, folder, "--eval-data", data) == 0
@@ -56,84 +56,53 @@ def test_train_open_merge_use(trained, checkpoints, data, tmp_path, capsys):
                   "--format", "fp32", "--verify", data) == 0  # fmt: skip
     assert "base + live adapter" in capsys.readouterr().out
 
-    ids = token_ids()
-    live = load_adapter(load_base(str(base), FP32), run)
+    wanted = logits(load_adapter(load_base(str(base), FP32), run))
     theirs = peft.PeftModel.from_pretrained(load_base(str(base), FP32), run)
-    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    with torch.no_grad():
-        logits = live(ids).logits
-        torch.testing.assert_close(theirs(input_ids=ids).logits, logits, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(merged(ids).logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(theirs), wanted, atol=1e-5, rtol=1e-5)
+    require_logits(out, wanted)
     assert AutoTokenizer.from_pretrained(out).chat_template
 
+    other = tmp_path / "other"
+    tiny_model("llama", seed=5).save_pretrained(other)
+    assert script("merge_dequant.py", "--adapter", run, "--output-dir", tmp_path / "refused",
+                  "--base-model", other) == 2  # fmt: skip
+    require_error(capsys.readouterr().err, "belongs to another base")
+    assert not (tmp_path / "refused").exists()
 
-def test_run_file_repeats_the_run(trained, tmp_path):
+
+def test_run_file_repeats_the_run_and_it_resumes(trained, checkpoints, data, tmp_path):
     run, again = trained[0], tmp_path / "again"
     assert script("train.py", "--config", run / "run.yaml", "--output-dir", again) == 0
     require_same_adapter(run, again)
-
-
-@pytest.mark.full
-def test_resume_from_the_command_line(trained, checkpoints, data, tmp_path):
-    run = shutil.copytree(trained[0], tmp_path / "run")
-    assert train(checkpoints("llama"), data, run, "--resume", "--max-steps", 5) == 0
-    steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+    assert train(checkpoints("llama"), data, again, "--resume", "--max-steps", 5) == 0
+    steps = [row["step"] for row in read_rows(again / "metrics.jsonl") if "loss" in row]
     assert steps == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comple\n', "line 2"),
+        ('{"prompt": "a", "completion": ""}\n', "row"),
+        ('{"question": "a", "answer": "b"}\n', "question, answer"),
+    ],
+)
+def test_training_on_unusable_rows(rows, words, checkpoints, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(rows)
+    assert train(checkpoints("llama"), data, tmp_path / "out") == 2
+    require_error(capsys.readouterr().err, words)
+    assert [*tmp_path.iterdir()] == [data] and data.read_text() == rows
 
 
 @pytest.mark.full
 def test_error_in_a_new_process_is_one_line(tmp_path):
     words = ["--model", "/nowhere/at/all", "--data", "x.jsonl", "--output-dir", "out"]
     command = [sys.executable, REPOSITORY / "train.py", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: model /nowhere/at/all does not exist")
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- errors: one line, exit code 2, nothing written or lost ----
-
-BAD_FILES = {
-    "broken.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comple\n',
-    "no_answer.jsonl": '{"prompt": "a", "completion": ""}\n',
-    "columns.jsonl": '{"question": "a", "answer": "b"}\n',
-}
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--model", "/nowhere/at/all"], "does not exist"),
-        (["--model", "."], "is no model: it holds no config.json"),
-        (["--data", "broken.jsonl"], "line 2"),
-        (["--data", "no_answer.jsonl"], "row"),
-        (["--data", "columns.jsonl"], "question, answer"),
-        (["--target-modules", "query"], "'query' matches no layer"),
-        (["--learning-rte", "1"], "--learning-rate"),
-        (["--config", "typo.yaml"], "lora_alpha"),
-        (["--plan"], "not supported yet"),
-        (["--packing", "--task", "seq-cls"], "packing needs task causal-lm"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_errors_of_training(flags, words, checkpoints, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, text in BAD_FILES.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "typo.yaml").write_text(yaml.safe_dump({"lora_alhpa": 16}))
-    before = sorted(p.name for p in tmp_path.iterdir())
-    assert train(checkpoints("llama"), data, tmp_path / "out", *flags) == 2
-    require_error(capsys.readouterr().err, words)
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
-
-
-def test_adapter_of_another_base_is_refused(trained, tmp_path, capsys):
-    tiny_model("llama", seed=5).save_pretrained(tmp_path / "other")
-    code = script("merge_dequant.py", "--adapter", trained[0], "--output-dir",
-                  tmp_path / "merged", "--base-model", tmp_path / "other")  # fmt: skip
-    assert code == 2
-    require_error(capsys.readouterr().err, "belongs to another base")
-    assert not (tmp_path / "merged").exists()
 
 
 def require_error(stderr: str, words: str) -> None:

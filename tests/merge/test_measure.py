@@ -1,10 +1,11 @@
 """Verification, --min-kept, --onto auto, and calibration."""
 
-import json
+from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import tiny_tokenizer, write_rows
 from merging import merged, refused, report_of, rows_file, run_merge
 from merging import trained_on as trained_on
 from transformers import AutoModelForCausalLM
@@ -12,17 +13,11 @@ from transformers import AutoModelForCausalLM
 from qlora.adapters.format import read_adapter
 from qlora.adapters.lora import lora_layers
 from qlora.errors import UserError
-from qlora.merge.measure import (
-    OWN_LENGTH,
-    SecondMoments,
-    Verification,
-    Verifier,
-    calibrate,
-    own_text,
-)
+from qlora.merge import measure
+from qlora.merge.measure import SecondMoments, Verification, Verifier, calibrate, own_text
 
 POOR = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 1.9, 0.8)
-WORSE = Verification(12, 100, 1.0, 2.0, 2.0, 0.2, 1.9, 0.8)
+WORSE = replace(POOR, loss_base=1.0, loss_live=2.0, loss_merged=2.0)
 
 
 @pytest.fixture
@@ -30,10 +25,7 @@ def adapter(trained_on):
     return trained_on("llama").adapter
 
 
-# ---- verification ----
-
-
-def test_verify_measures_a_merge(adapter, tmp_path, capsys):
+def test_verify_measures_merges_to_32_and_4_bits(adapter, tmp_path, capsys):
     data = rows_file(tmp_path)
     run_merge(adapter, tmp_path / "fp32", format="fp32", verify=data)
     assert "base + live adapter" in capsys.readouterr().out
@@ -45,10 +37,6 @@ def test_verify_measures_a_merge(adapter, tmp_path, capsys):
     assert verified["loss_merged"] == pytest.approx(verified["loss_live"], abs=5e-3)
     assert 0 <= verified["kl"] < 1e-3
     assert abs(verified["loss_base"] - verified["loss_live"]) > 5e-3  # the adapter is not idle
-
-
-def test_verify_measures_a_4_bit_merge(adapter, tmp_path):
-    data = rows_file(tmp_path)
     run_merge(adapter, tmp_path / "nf4", format="nf4", calibration=data, verify=data)
     verified = report_of(tmp_path / "nf4")["verify"]
     assert 0 < verified["kl"] < 0.1
@@ -57,7 +45,6 @@ def test_verify_measures_a_4_bit_merge(adapter, tmp_path):
 
 def test_min_kept_and_the_warning_go_by_the_share_kept(adapter, tmp_path, monkeypatch, capsys):
     data = rows_file(tmp_path)
-    assert (POOR.kept, WORSE.kept) == (0.75, None)
     monkeypatch.setattr(Verifier, "measure", lambda *_: POOR)
     match = r"keeps 75.0%.*less than --min-kept 0.9: nothing was written"
     refused(adapter, tmp_path / "out", match, verify=data, min_kept=0.9)
@@ -74,57 +61,41 @@ def test_min_kept_and_the_warning_go_by_the_share_kept(adapter, tmp_path, monkey
 
 @pytest.mark.parametrize("better", ["nf4", "original"])
 def test_auto_takes_the_base_with_the_lower_loss(better, adapter, tmp_path, monkeypatch, capsys):
-    losses = {"nf4": 1.5, "original": 1.5, better: 1.2}
+    def measured(_, folder):
+        return replace(POOR, loss_merged=1.2 if folder.name == better else 1.5)
+
     wanted = merged(adapter, tmp_path / "wanted", onto=better)
-    monkeypatch.setattr(
-        Verifier,
-        "measure",
-        lambda _, folder: Verification(12, 100, 3.0, 1.0, losses[folder.name], 0.2, 1.9, 0.8),
-    )
+    monkeypatch.setattr(Verifier, "measure", measured)
     tensors = merged(adapter, tmp_path / "out", onto="auto", verify=rows_file(tmp_path))
-    assert tensors.keys() == wanted.keys()
-    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {path.name for path in (tmp_path / "wanted").iterdir()}
+    torch.testing.assert_close(tensors, wanted, rtol=0, atol=0)
+    files, again = ({p.name for p in (tmp_path / n).iterdir()} for n in ("out", "wanted"))
+    assert files == again
     assert report_of(tmp_path / "out")["onto"] == better
     assert f"kept --onto {better}." in capsys.readouterr().out
 
 
 def test_a_failing_verification_keeps_the_merge(adapter, tmp_path, monkeypatch):
-    def fail(*_: object, **__: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(Verifier, "measure", fail)
+    monkeypatch.setattr(Verifier, "measure", Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         run_merge(adapter, tmp_path / "out", verify=rows_file(tmp_path))
     assert (tmp_path / "out" / "merge_report.json").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-# ---- calibration ----
-
-
 def test_calibration_spreads_over_all_files(adapter, checkpoints, tmp_path, monkeypatch):
-    files = [tmp_path / f"{verb}.jsonl" for verb in ("say", "ask")]
-    for file in files:
-        rows = [{"prompt": f"{file.stem} {i}", "completion": f"{i}"} for i in range(100, 200)]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("qlora.merge.measure.MIN_TOKENS", 500)
-    base = checkpoints("llama")
-    moments = calibrate(read_adapter(adapter), str(base), [*map(str, files)], base, device="cpu")
-    assert 250 < sum(int(batch["attention_mask"].sum()) for batch in moments.batches) < 1000
-    ids = [row for batch in moments.batches for row in batch["input_ids"]]
-    texts = [tiny_tokenizer().decode(row) for row in ids]
-    for file in files:
-        for part in (10, 19):
-            assert any(f"{file.stem} {part}" in text for text in texts)
-
-
-def test_a_base_without_a_tokenizer(adapter, checkpoints, tmp_path):
-    (tmp_path / "empty").mkdir()
-    base, data = str(checkpoints("llama")), [rows_file(tmp_path)]
+    data, base = [], checkpoints("llama")
+    for verb in ("say", "ask"):
+        rows = [{"prompt": f"{verb} {i}", "completion": f"{i}"} for i in range(100, 200)]
+        data.append(str(write_rows(tmp_path / f"{verb}.jsonl", rows)))
     with pytest.raises(UserError, match="holds no tokenizer"):
-        calibrate(read_adapter(adapter), base, data, tmp_path / "empty", device="cpu")
+        calibrate(read_adapter(adapter), str(base), data, tmp_path, device="cpu")
+    monkeypatch.setattr(measure, "MIN_TOKENS", 500)
+    moments = calibrate(read_adapter(adapter), str(base), data, base, device="cpu")
+    assert 250 < sum(int(batch["attention_mask"].sum()) for batch in moments.batches) < 1000
+    tokenizer, batches = tiny_tokenizer(), moments.batches
+    texts = [tokenizer.decode(row) for batch in batches for row in batch["input_ids"]]
+    for start in ("say 10", "say 19", "ask 10", "ask 19"):
+        assert any(start in text for text in texts)
 
 
 def test_the_model_samples_its_own_text(trained_on):
@@ -133,7 +104,7 @@ def test_the_model_samples_its_own_text(trained_on):
     before = torch.random.get_rng_state()
     (batch,) = own_text(model, 300)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert batch["input_ids"].shape == (3, OWN_LENGTH)
+    assert batch["input_ids"].shape == (3, measure.OWN_LENGTH)
     assert (batch["input_ids"][:, 0] == model.generation_config.bos_token_id).all()
     assert len(batch["input_ids"][:, 1:].unique()) > 50  # not greedy
     assert torch.equal(own_text(model, 300)[0]["input_ids"], batch["input_ids"])

@@ -1,45 +1,26 @@
 """The merged model against the live one, for every family and format."""
 
-import json
 import shutil
 
 import pytest
 import torch
+from adapter_kinds import logits
 from bitsandbytes.nn import Linear4bit
-from conftest import FP32, axis, tiny_tokenizer
-from merging import (
-    assert_same_function,
-    merged,
-    relative_error,
-    report_of,
-    rows_file,
-    run_merge,
-    trained,
-)
+from conftest import axis, on_gpu, tiny_tokenizer
+from merging import merged, refused, report_of, require_logits, rows_file, run_merge, trained
 from merging import trained_on as trained_on
 from reference import NF4, round_trip
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.adapters.apply import apply_lora
-from qlora.adapters.files import save_adapter
 from qlora.adapters.lora import lora_layers
+from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base
-from qlora.config import LoraConfig, QuantConfig
+from qlora.config import QuantConfig
 from qlora.merge import measure
 from qlora.ops import nf4
 
 EACH_FAMILY = ["llama", *axis("gpt2", "qwen2", "qwen3", "mistral", "gemma", "phi")]
-
-
-@pytest.fixture(scope="module")
-def base4(checkpoints, tmp_path_factory):
-    """A llama checkpoint that is 4-bit already, but for o_proj."""
-    folder = tmp_path_factory.mktemp("base4")
-    skip = QuantConfig(compute_dtype="fp32", skip_modules=("o_proj",))
-    load_base(str(checkpoints("llama")), skip).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def live_weights(model):
@@ -52,6 +33,10 @@ def live_weights(model):
     return weights
 
 
+def relative_error(got, wanted):
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
 def codes_of(layer):
     return nf4.Quantized(layer.weight.data, layer.weight.quant_state)
 
@@ -60,50 +45,51 @@ def codes_of(layer):
 
 
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_fp32_is_the_live_model_and_bf16_rounds_it_once(family, trained_on, tmp_path):
+def test_fp32_is_the_live_model_and_bf16_rounds_it_once(family, checkpoints, trained_on, tmp_path):
     model, adapter = trained_on(family)
-    full = merged(adapter, tmp_path / "fp32", format="fp32")
+    full = merged(adapter, tmp_path / "fp32", format="fp32", max_shard_size="100KB")
     half = merged(adapter, tmp_path / "bf16", format="bf16")
-    for name, wanted in live_weights(model).items():
+    before, live = load_file(checkpoints(family) / "model.safetensors"), live_weights(model)
+    assert len(list((tmp_path / "fp32").glob("model-*-of-*.safetensors"))) > 2
+    assert full.keys() == before.keys() > live.keys()
+    for name in before.keys() - live.keys():
+        assert torch.equal(full[name], before[name]), name
+    for name, wanted in live.items():
         transposed = family == "gpt2"
         got, rounded = (t[name].T if transposed else t[name] for t in (full, half))
         assert relative_error(got, wanted) <= 1e-6, name  # fp32 sums in another order
         # one rounding to 8 bits of mantissa costs 1.65e-3 (figures.md, section 5), ± sampling
         assert 1.5e-3 < relative_error(rounded, wanted) < 1.75e-3, name
     assert all(t.dtype == torch.bfloat16 for t in half.values())
-    assert_same_function(tmp_path / "fp32", model)
+    require_logits(tmp_path / "fp32", logits(model))
 
 
 @pytest.mark.parametrize(
-    "target", axis("v_proj", "q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ("quant", "lora"),
+    [
+        ({"quant_type": "fp4"}, {}),
+        ({"blocksize": 32, "double_quant": False}, {}),
+        ({"skip_modules": ("k_proj",)}, {}),
+        ({}, {"target_modules": ("v_proj",)}),
+        *(
+            pytest.param({}, {"target_modules": (name,)}, marks=pytest.mark.full)
+            for name in ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        ),
+    ],
+    ids=str,
 )
-def test_layers_without_an_adapter_go_through_their_codes(target, checkpoints, tmp_path):
-    """As in training; written in 4 bits they keep them."""
-    model, adapter = trained(checkpoints("llama"), tmp_path / "adapter", target_modules=(target,))
+def test_all_layers_are_quantized_as_in_training(quant, lora, checkpoints, tmp_path):
+    """Also those without an adapter, which keep their codes when written in 4 bits."""
+    quant = QuantConfig(compute_dtype="fp32", **quant)
+    model, adapter = trained(checkpoints("llama"), tmp_path / "adapter", quant, **lora)
     run_merge(adapter, tmp_path / "out", format="fp32")
-    assert_same_function(tmp_path / "out", model)
+    require_logits(tmp_path / "out", logits(model))
     tensors = merged(adapter, tmp_path / "nf4", format="nf4", calibration="none")
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit) and "base_layer" not in name:
             record = nf4.to_record(codes_of(layer))
             assert torch.equal(tensors[f"{name}.weight"], record[""]), name
             assert torch.equal(tensors[f"{name}.weight.absmax"], record["absmax"]), name
-
-
-@pytest.mark.parametrize(
-    "quant",
-    [
-        {"quant_type": "fp4"},
-        {"blocksize": 32, "double_quant": False},
-        {"skip_modules": ("k_proj",)},
-    ],
-    ids=str,
-)
-def test_the_adapter_records_how_its_base_was_quantized(quant, checkpoints, tmp_path):
-    quant = QuantConfig(compute_dtype="fp32", **quant)
-    model, adapter = trained(checkpoints("llama"), tmp_path / "adapter", quant)
-    run_merge(adapter, tmp_path / "out", format="fp32")
-    assert_same_function(tmp_path / "out", model)
 
 
 @pytest.mark.parametrize(
@@ -127,28 +113,15 @@ def test_one_weight_against_the_reference(compute_dtype, onto, checkpoints, tmp_
         assert relative_error(weight, uncast) > 1e-4
 
 
-def test_untouched_tensors_are_copied_and_shards_load(checkpoints, trained_on, tmp_path):
-    model, adapter = trained_on("llama")
-    tensors = merged(adapter, tmp_path / "out", format="fp32", max_shard_size="100KB")
-    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
-    assert_same_function(tmp_path / "out", model)
-    before = load_file(checkpoints("llama") / "model.safetensors")
-    assert tensors.keys() == before.keys()
-    for name in before:
-        if "embed" in name or "norm" in name or "lm_head" in name:
-            assert torch.equal(tensors[name], before[name]), name
-
-
 def test_all_files_of_the_output(checkpoints, trained_on, tmp_path):
     base, out = checkpoints("llama"), tmp_path / "out"
     run_merge(trained_on("llama").adapter, out, picture=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert Checkpoint(out).config["dtype"] == "bfloat16"
     assert AutoTokenizer.from_pretrained(out).decode(tiny_tokenizer()("a b").input_ids) == "a b"
     report = report_of(out)
-    assert report["onto"] == "nf4"
-    assert len(report["layers"]) == 14
+    assert (report["onto"], len(report["layers"])) == ("nf4", 14)
     layer = report["layers"]["model.layers.0.self_attn.q_proj"]
     assert layer["delta_over_weight"] == pytest.approx(layer["delta_norm"] / layer["weight_norm"])
     assert "(NF4, blocksize 64), as it was in training" in (out / "README.md").read_text()
@@ -156,13 +129,22 @@ def test_all_files_of_the_output(checkpoints, trained_on, tmp_path):
     assert [p for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
-def test_a_base_that_is_already_4_bit(base4, tmp_path):
+def test_a_base_that_is_already_4_bit(checkpoints, tmp_path):
     """Its dense layers were not quantized in training and are not in the merge."""
-    model, adapter = trained(base4, tmp_path / "adapter")
+    skip, base = QuantConfig(compute_dtype="fp32", skip_modules=("o_proj",)), tmp_path / "base"
+    load_base(str(checkpoints("llama")), skip).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    model, adapter = trained(base, tmp_path / "adapter")
+    match = r"--onto original .* is 4-bit.*--base-model"
+    refused(adapter, tmp_path / "out", match, onto="original")
+    quant = QuantConfig(blocksize=32, compute_dtype="fp32")
+    other = trained(checkpoints("llama"), tmp_path / "other", quant).adapter
+    match = "is NF4 of blocksize 64.*on NF4 of blocksize 32"
+    refused(other, tmp_path / "out", match, base_model=str(base))
     tensors = merged(adapter, tmp_path / "out", format="fp32")
     assert not any("absmax" in name or "quant" in name for name in tensors)
-    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
-    assert_same_function(tmp_path / "out", model)
+    assert "quantization_config" not in Checkpoint(tmp_path / "out").config
+    require_logits(tmp_path / "out", logits(model))
     run_merge(adapter, tmp_path / "nf4", format="nf4", calibration=rows_file(tmp_path))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
     kinds = {n: isinstance(again.get_submodule(n), Linear4bit) for n in lora_layers(model)}
@@ -175,9 +157,12 @@ def test_a_base_that_is_already_4_bit(base4, tmp_path):
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_a_4_bit_merge_opens_in_transformers_and_holds_the_adapter(family, trained_on, tmp_path):
     model, adapter = trained_on(family)
-    run_merge(adapter, tmp_path / "out", format="nf4", calibration=rows_file(tmp_path))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    facts = report_of(tmp_path / "out")["layers"]
+    output, data = tmp_path / "out", rows_file(tmp_path)
+    tensors = merged(adapter, output, format="nf4", calibration=data)
+    again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    # the very tensors that transformers writes
+    assert again.state_dict().keys() == tensors.keys() | {"lm_head.weight"}
+    facts = report_of(output)["layers"]
     for name, live in lora_layers(model).items():
         layer = again.get_submodule(name)
         assert isinstance(layer, Linear4bit), name
@@ -191,29 +176,17 @@ def test_a_4_bit_merge_opens_in_transformers_and_holds_the_adapter(family, train
     assert linear == set(lora_layers(model))  # no more and no less than in training
 
 
-def test_the_4_bit_merge_of_an_idle_adapter_is_the_base(checkpoints, tmp_path):
-    model = load_base(str(checkpoints("llama")), FP32)
-    model.save_pretrained(tmp_path / "base4")
-    save_adapter(apply_lora(model, LoraConfig(r=4)), tmp_path / "adapter")
-    before = load_file(tmp_path / "base4" / "model.safetensors")
-    data = rows_file(tmp_path)
-    tensors = merged(tmp_path / "adapter", tmp_path / "out", format="nf4", calibration=data)
-    assert tensors.keys() == before.keys()  # the very tensors that transformers writes
-    for name, tensor in before.items():
-        if tensor.dtype == torch.uint8 and "quant_state" not in name:
-            assert torch.equal(tensors[name], tensor), name
-
-
 @pytest.mark.parametrize("settings", [{"blocksize": 32}, {"double_quant": False}], ids=str)
 def test_another_grid_than_in_training(settings, trained_on, tmp_path):
-    settings = {"format": "nf4", "calibration": rows_file(tmp_path)} | settings
-    tensors = merged(trained_on("llama").adapter, tmp_path / "out", **settings)
+    output, data = tmp_path / "out", rows_file(tmp_path)
+    settings = {"format": "nf4", "calibration": data} | settings
+    tensors = merged(trained_on("llama").adapter, output, **settings)
     absmax = tensors["model.layers.0.mlp.up_proj.weight.absmax"]
     assert len(absmax) == 128 * 64 // settings.get("blocksize", 64)
     assert absmax.dtype == (torch.uint8 if settings.get("double_quant", True) else torch.float32)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = Checkpoint(output).config["quantization_config"]
     assert config["bnb_4bit_use_double_quant"] is settings.get("double_quant", True)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(output)
 
 
 def test_calibration_uses_the_training_data_by_default(trained_on, tmp_path, capsys, monkeypatch):
@@ -222,9 +195,8 @@ def test_calibration_uses_the_training_data_by_default(trained_on, tmp_path, cap
     (adapter / "run.yaml").write_text(f"config:\n  data: {data}\n")
     named = merged(adapter, tmp_path / "named", format="nf4")
     given = merged(adapter, tmp_path / "given", format="nf4", calibration=data)
-    assert all(torch.equal(named[name], given[name]) for name in given)
+    torch.testing.assert_close(named, given, rtol=0, atol=0)
     (adapter / "run.yaml").unlink()
-    capsys.readouterr()
     monkeypatch.setattr(measure, "MIN_TOKENS", 256)
     monkeypatch.setattr(measure, "TOKENS_PER_INPUT", 2)
     without = merged(adapter, tmp_path / "without", format="nf4")
@@ -232,8 +204,7 @@ def test_calibration_uses_the_training_data_by_default(trained_on, tmp_path, cap
     assert any(not torch.equal(without[name], given[name]) for name in given)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 def test_merging_on_the_gpu_gives_the_same(trained_on, tmp_path):
     adapter = trained_on("llama").adapter
     on_cpu = merged(adapter, tmp_path / "cpu", format="fp32")

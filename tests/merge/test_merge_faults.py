@@ -11,119 +11,67 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FP32, tiny_model, tiny_tokenizer
+from conftest import tiny_model, tiny_tokenizer
 from merging import refused, run_merge, trained
-from merging import trained_on as trained_on
 from safetensors.torch import load_file, save_file
 
-from qlora.base.load import load_base
 from qlora.base.shards import INDEX, SINGLE
-from qlora.config import QuantConfig
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """A base of several shards, and an adapter over it."""
-    root = tmp_path_factory.mktemp("sound")
-    tiny_model("llama").save_pretrained(root / "base", max_shard_size="100KB")
-    tiny_tokenizer().save_pretrained(root / "base")
-    trained(root / "base", root / "adapter")
-    return root
 
 
 @pytest.fixture
-def base(sound, tmp_path):
-    """A copy of that base, to damage."""
-    return shutil.copytree(sound / "base", tmp_path / "base")
+def adapter(tmp_path):
+    """An adapter over a base of several shards, `base` beside it, to damage."""
+    base = tmp_path / "base"
+    tiny_model("llama").save_pretrained(base, max_shard_size="100KB")
+    tiny_tokenizer().save_pretrained(base)
+    return trained(base, tmp_path / "adapter").adapter
 
 
-@pytest.fixture
-def adapter(sound, base, tmp_path):
-    """A copy of that adapter, over the copied base."""
-    folder = shutil.copytree(sound / "adapter", tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(base)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-# ---- damaged bases ----
-
-
-def cut_short(base):
-    second = sorted(base.glob("model-*.safetensors"))[1]
-    os.truncate(second, second.stat().st_size - 100)
-
-
-def first_value(name, value):
-    def change(base):
-        shard = base / json.loads((base / INDEX).read_text())["weight_map"][name]
-        tensors = load_file(shard)
-        tensors[name].view(-1)[0] = value
-        save_file(tensors, shard, metadata={"format": "pt"})
-
-    return change
-
-
-NAN = first_value("model.layers.0.mlp.down_proj.weight", torch.nan)
+DOWN, NAN = "model.layers.0.mlp.down_proj.weight", torch.nan
 NAN_MATCH = r"down_proj\.weight has NaN.*if the base itself has NaN, download it again"
 
 
 @pytest.mark.parametrize(
-    ("change", "settings", "match"),
+    ("name", "value", "settings", "match"),
     [
-        (cut_short, {}, r"model-00002.* is damaged or cut short .*download or copy it again"),
-        (NAN, {}, NAN_MATCH),
-        (NAN, {"format": "nf4", "calibration": "none"}, NAN_MATCH),
-        (first_value("lm_head.weight", 1e6), {"format": "fp16"}, "lm_head.*--format bf16"),
-        (first_value("model.norm.weight", 9), {}, r"another base.*Give the base it was trained on"),
+        (DOWN, None, {}, r"model-00.* is damaged or cut short .*download or copy it again"),
+        (DOWN, NAN, {}, NAN_MATCH),
+        (DOWN, NAN, {"format": "nf4", "calibration": "none"}, NAN_MATCH),
+        ("lm_head.weight", 1e6, {"format": "fp16"}, "lm_head.*--format bf16"),
+        ("model.norm.weight", 9, {}, r"another base.*Give the base it was trained on"),
     ],
 )
-def test_one_line_and_nothing_is_left(change, settings, match, base, adapter, tmp_path):
-    change(base)
+def test_one_line_and_nothing_is_left(name, value, settings, match, adapter, tmp_path):
+    """With another first value of a tensor, or its file cut short."""
+    base = tmp_path / "base"
+    shard = base / json.loads((base / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    if value is None:
+        os.truncate(shard, shard.stat().st_size - 100)
+    else:
+        tensors[name].view(-1)[0] = value
+        save_file(tensors, shard, metadata={"format": "pt"})
     refused(adapter, tmp_path / "out", match, **settings)
 
 
-# ---- other bases, settings and outputs that are refused ----
-
-
-def test_a_4_bit_base(trained_on, checkpoints, tmp_path):
-    """With other codes than in training, and without the weights of --onto original."""
-    load_base(str(checkpoints("llama")), FP32).save_pretrained(tmp_path / "four")
-    quant = QuantConfig(blocksize=32, compute_dtype="fp32")
-    adapter = trained(checkpoints("llama"), tmp_path / "adapter", quant).adapter
-    four, out = str(tmp_path / "four"), tmp_path / "out"
-    match = r"is NF4 of blocksize 64.*trained on NF4 of blocksize 32"
-    refused(adapter, out, match, base_model=four)
-    match = r"--onto original .* is 4-bit.*--base-model"
-    refused(trained_on("llama").adapter, out, match, base_model=four, onto="original")
-
-
-def test_settings_and_outputs(trained_on, tmp_path, monkeypatch):
-    adapter, out = trained_on("llama").adapter, tmp_path / "out"
+def test_settings_and_outputs(adapter, tmp_path, monkeypatch):
+    out = tmp_path / "out"
     refused(tmp_path / "none", out, "does not exist.*adapter_config.json")
     refused(adapter, out, "nothing.jsonl", verify="nothing.jsonl")
-    (tmp_path / "file.txt").write_text("precious")
-    refused(adapter, tmp_path / "file.txt" / "out", "is not a writable folder")
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "mine.txt").write_text("precious")
-    refused(adapter, tmp_path / "used", "already holds something: give a new folder")
-    assert (tmp_path / "used" / "mine.txt").read_text() == "precious"
+    mine = tmp_path / "base" / "config.json"
+    text = mine.read_text()
+    refused(adapter, mine / "out", "is not a writable folder")
+    refused(adapter, mine.parent, "already holds something: give a new folder")
+    assert mine.read_text() == text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(adapter, out, "no GPU: use --device cpu", device="cuda")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     refused(adapter, out, "free disk space")
 
 
-# ---- as a script ----
-
-
 def test_a_killed_merge_leaves_no_output_and_runs_again(adapter, tmp_path):
-    output = tmp_path / "out"
-    script = [sys.executable, str(ROOT / "merge_dequant.py"), "--adapter", str(adapter)]
-    command = [*script, "--output-dir", str(output)]
+    output, script = tmp_path / "out", Path(__file__).parents[2] / "merge_dequant.py"
+    command = [sys.executable, script, "--adapter", adapter, "--output-dir", output]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as run:
         while run.poll() is None and not list(tmp_path.glob(".out.partial-*")):
             time.sleep(0.001)
