@@ -40,9 +40,7 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
     recipe = _read_recipe(recipes[0], settings) if recipes else {}
     required = [name for name, member in settings.items() if is_required(member)]
     if missing := [flag_of(name) for name in required if name not in flags | recipe]:
-        raise UserError(
-            f"missing {', '.join(missing)}: pass them, or put them into a --config file"
-        )
+        raise UserError(f"missing {', '.join(missing)}: pass them, or set them in a --config file")
     given = [(where + n, n, v) for n, v in recipe.items() if n == "trainer" or n not in flags]
     given += [(flag_of(n), n, v) for n, v in flags.items()]
     values: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from qlora.errors import UserError
@@ -27,11 +28,7 @@ MERGE_REPORT = "merge_report.json"
 
 
 def read_json(path: Path, *, fix: str = "") -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: the file cannot be read or holds anything else; `fix` says how to fix it.
-    """
+    """The JSON object in a file; the UserError for anything else ends with `fix`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -85,8 +82,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; empty if there is no file.
 
-    Raises:
-        UserError: a line is not a JSON object (a killed run leaves one cut short) or lacks a key.
+    Raises UserError for a line that is not a JSON object, as a killed run leaves, or lacks a key.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     rows = []
@@ -144,7 +140,8 @@ def publishing(folder: Path) -> Iterator[Path]:
     """
     require_new(folder)
     for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        if not _is_another_process(leftover.name.rpartition("-")[2]):
+        pid = leftover.name.rpartition("-")[2]
+        if not pid.isdecimal() or int(pid) == os.getpid() or not psutil.pid_exists(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -155,17 +152,6 @@ def publishing(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_another_process(pid: str) -> bool:
-    """Whether a process other than this one has that id."""
-    if not pid.isdecimal() or int(pid) == os.getpid():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # it belongs to another user
-    return True
 
 
 def require_new(folder: Path) -> None:
