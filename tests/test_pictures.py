@@ -95,22 +95,19 @@ def test_a_nan_loss_is_shown():
     (gone,) = axes.patches
     assert (gone.get_x(), gone.get_x() + gone.get_width()) == (210, 300)
     assert "not a number at the end" in line_of(axes, "training").get_label()
-    assert draw_run([{"step": 1, "loss": math.nan}]).axes[0].get_ylim()[1] == 1
 
 
-def test_spikes_do_not_flatten_the_loss():
+def test_the_loss_axis_starts_at_0_or_just_below_the_lines_and_cuts_spikes():
+    def limits(rows):
+        return draw_run(rows).axes[0].get_ylim()
+
+    assert limits(run_of(20))[0] == 0  # from 2.57 to 0.6
+    high = [{"step": i, "loss": 1.6 + 0.4 / i} for i in range(1, 9)]
+    assert 1.4 < limits([*high, {"step": 8, "eval_loss": 1.6}])[0] < 1.6
+    assert limits([{"step": 1, "loss": math.nan}])[1] == 1
     rows = run_of(300)
     rows[150]["loss"] = 1000.0
-    assert 2.5 < draw_run(rows).axes[0].get_ylim()[1] < 1000 / 5
-
-
-def test_the_loss_axis_starts_at_0_or_just_below_the_lines():
-    assert draw_run(run_of(20)).axes[0].get_ylim()[0] == 0  # from 2.57 to 0.6
-    high = [{"step": i, "loss": 1.6 + 0.4 / i} for i in range(1, 9)]
-    assert 1.4 < draw_run([*high, {"step": 8, "eval_loss": 1.6}]).axes[0].get_ylim()[0] < 1.6
-
-
-def test_a_figure_without_rows_is_empty():
+    assert 2.5 < limits(rows)[1] < 1000 / 5
     assert draw_run([]).axes[0].lines[:] == []
 
 

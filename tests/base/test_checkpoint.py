@@ -204,9 +204,6 @@ def test_names_on_disk_differ_from_the_models_by_the_prefix(checkpoints, tmp_pat
     assert disk_name(gpt2, headless, bare) == full
 
 
-# ---- which layers are quantized ----
-
-
 def test_the_layers_to_quantize(checkpoints):
     llama, gpt2 = (skeleton(checkpoints(family)) for family in ("llama", "gpt2"))
     layers = quantized_layers(llama, QuantConfig())
@@ -217,10 +214,7 @@ def test_the_layers_to_quantize(checkpoints):
     names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     transposed = {f"transformer.h.{i}.{name}": True for i in (0, 1) for name in names}
     assert quantized_layers(gpt2, QuantConfig()) == transposed
-
-
-def test_skip_modules_match_whole_parts_of_a_name():
-    name = "model.layers.1.mlp.up_proj"
+    name = "model.layers.1.mlp.up_proj"  # of which whole parts are matched
     assert all(is_skipped(name, [skip]) for skip in ("up_proj", "mlp", "layers.1", name))
     assert not any(is_skipped(name, [skip]) for skip in ("proj", "1.up_proj", "layers.11"))
     assert not is_skipped(name.replace("1", "11"), ["layers.1"])
