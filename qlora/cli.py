@@ -1,10 +1,9 @@
 """Parse flags and a YAML recipe into one of the dataclasses of qlora.config.
 
 Flags, recipe keys and help are derived from the dataclasses: names, types, defaults, docstrings.
-argparse splits the command line, `_value` converts a value from either source, and flags override
-the recipe. Scalars of a recipe are read as text: `revision: 1.10` stays 1.10. Abbreviated flags are
-refused, since a new setting could make one ambiguous. Heavy packages are not imported here, so that
-errors appear at once.
+Flags override the recipe. Its scalars are read as text: `revision: 1.10` stays 1.10. Abbreviated
+flags are refused, since a new setting could make one ambiguous. Heavy packages are not imported, so
+that errors appear at once.
 """
 
 import argparse
@@ -195,16 +194,13 @@ def _item(hint: Any) -> Any:
 
 
 def _read_recipe(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's settings: name -> text, tuple or dict. An empty value leaves the default.
-
-    A run.yaml is a recipe too: its settings are under `config:`.
-    """
+    """The recipe's settings: name -> text, tuple or dict. An empty value leaves the default."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: {getattr(error, 'strerror', error)}") from None
     written, typed = read_yaml(path, text, AsWritten), read_yaml(path, text)
-    if isinstance(typed, dict) and isinstance(typed.get("config"), dict):
+    if isinstance(typed, dict) and isinstance(typed.get("config"), dict):  # of a run.yaml
         written, typed = written["config"], typed["config"]
     if not isinstance(typed, dict):
         raise UserError(f"{path}: wanted lines of `name: value`, got {text[:40]!r}")

@@ -24,9 +24,6 @@ SAMPLES = "samples.jsonl"
 MERGE_REPORT = "merge_report.json"
 
 
-# ---- read ----
-
-
 def read_json(path: Path, *, fix: str = "") -> dict[str, Any]:
     """The JSON object in a file; the UserError for anything else ends with `fix`."""
     try:
@@ -105,15 +102,11 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
     return rows
 
 
-# ---- write ----
-
-
 @contextmanager
 def replacing(*paths: Path) -> Iterator[list[Path]]:
     """`with replacing(path) as [partial]`: write files atomically.
 
-    Each partial file is written beside its `path` and renamed to it when the block ends; if the
-    block raises, all of them are removed.
+    A partial file is beside its `path`, and renamed when the block ends, or removed if it raises.
     """
     partials = [path.with_name(f".{path.name}.partial") for path in paths]
     try:
@@ -135,8 +128,8 @@ def replace_text(path: Path, text: str) -> None:
 def publishing(folder: Path) -> Iterator[Path]:
     """`with publishing(folder) as partial`: write a folder atomically.
 
-    The partial folder is beside `folder`. It is renamed when the block ends, and removed if the
-    block raises. `folder` must not exist, or be empty. Partial folders of killed runs are removed.
+    The partial folder is beside `folder`, which must not exist, or be empty. It is renamed when the
+    block ends, and removed if the block raises, as are partial folders of killed runs.
     """
     require_new(folder)
     for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):

@@ -34,10 +34,6 @@ MAX_POINTS = 500  # of a line: more look the same, and make an SVG of a megabyte
 GIB = 2**30
 
 Row = Mapping[str, Any]
-Facts = dict[str, float]
-
-
-# ---- a run ----
 
 
 def draw_run(
@@ -174,12 +170,11 @@ def _style(axes: Axes, *, x: str = "", y: str = "", size: int = 9, ticks: int = 
         axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-# ---- a merge ----
-
-
-def by_kind(layers: Mapping[str, dict[str, float]]) -> dict[str, list[tuple[int, Facts]]]:
+def by_kind(
+    layers: Mapping[str, dict[str, float]],
+) -> dict[str, list[tuple[int, dict[str, float]]]]:
     """(index, facts) of the layers in order, grouped by the last part of their names."""
-    kinds: dict[str, list[tuple[int, Facts]]] = {}
+    kinds: dict[str, list[tuple[int, dict[str, float]]]] = {}
     for name, facts in layers.items():
         index = int((re.findall(r"\d+", name) or ["0"])[0])
         kinds.setdefault(name.rpartition(".")[2], []).append((index, facts))
@@ -187,10 +182,7 @@ def by_kind(layers: Mapping[str, dict[str, float]]) -> dict[str, list[tuple[int,
 
 
 def draw_merge(report: Mapping[str, Any]) -> Figure:
-    """Change and kept share of each kind of layer, and bars of the losses if they were measured.
-
-    `report` is the content of merge_report.json.
-    """
+    """Change and kept share of each kind of layer in merge_report.json, and bars of its losses."""
     verify = report["verify"]
     figure = Figure(figsize=(11 if verify else 8, 4.8), layout="constrained")
     grid = figure.add_gridspec(2, 2 if verify else 1, width_ratios=[3, 1] if verify else [1])
@@ -220,9 +212,6 @@ def draw_merge(report: Mapping[str, Any]) -> Figure:
         share = "no gain" if verify["kept"] is None else f"{verify['kept']:.2%} of the gain kept"
         axes.set_title(f"{share}\nKL to live {verify['kl']:.4f}", fontsize=10, color=INK)
     return figure
-
-
-# ---- files ----
 
 
 def save_png(figure: Figure, path: Path) -> None:

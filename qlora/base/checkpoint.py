@@ -41,14 +41,8 @@ DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 COPY_AGAIN = "download or copy it again"
 
 
-# ---- resolve ----
-
-
 def resolve(model: str, *, revision: str | None = None) -> Path:
-    """The local folder that holds `model`'s config.json and safetensors.
-
-    Args:
-        model: a local folder, a .gguf file, or a hub name such as `owner/name`.
+    """The local folder with config.json and safetensors of a folder, .gguf file or hub name.
 
     Raises:
         UserError: it does not exist, has no safetensors, or cannot be downloaded.
@@ -118,9 +112,6 @@ def _convert_gguf(path: Path) -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return folder
-
-
-# ---- read ----
 
 
 class Header(NamedTuple):
@@ -215,8 +206,7 @@ class Checkpoint:
         text = self.config.get("text_config") or self.config
         if "relative_attention_num_buckets" in text:  # T5's n_positions limits nothing
             return None
-        names = ("max_position_embeddings", "n_positions")
-        longest = next((text[name] for name in names if text.get(name)), None)
+        longest: int | None = text.get("max_position_embeddings") or text.get("n_positions")
         if longest and text.get("model_type") in POSITIONS_AFTER_PAD:
             longest -= (text.get("pad_token_id") or 0) + 1
         return longest

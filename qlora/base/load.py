@@ -5,9 +5,8 @@ in which dtype and blocksize:
 
 - 4 bits: every nn.Linear and GPT-2's Conv1D, except output heads, `skip_modules`, and layers that
   transformers never quantizes (T5's `wo`).
-- compute dtype: embeddings, norms and heads. Nothing has `requires_grad`.
-- refused unless allowed: linear weights outside of Linear modules, such as fused experts, which
-  would silently stay in 16 bits.
+- compute dtype: embeddings, norms and heads.
+- refused unless allowed: other matrices, such as fused experts, which would stay in 16 bits.
 
 A classifier's head that the checkpoint lacks, or has for other labels, is initialised from a seed,
 as is a pooler that it lacks. Any other missing tensor raises; transformers would initialise it.
@@ -115,10 +114,7 @@ def load_base(
 def load_tokenizer(
     source: Checkpoint | Path, *, task: str = "causal-lm", trust_remote_code: bool = False
 ) -> Any:
-    """The tokenizer in the folder of a checkpoint or adapter, with the options of `task`.
-
-    Raises UserError if transformers can read none.
-    """
+    """The tokenizer of a checkpoint or adapter, with the options of `task`. UserError if none."""
     folder = source.folder if isinstance(source, Checkpoint) else source
     options = dict(task_named(task).tokenizer_options)
     try:
@@ -128,10 +124,7 @@ def load_tokenizer(
 
 
 def share_pad(model: PreTrainedModel, pad_token_id: int | None) -> None:
-    """Set the pad token of a classifier that has none, and record it for its adapter's files.
-
-    A decoder classifies a row at its last token that is not padding.
-    """
+    """Set and record the pad token of a classifier without one, which finds a row's end by it."""
     text, task = model.config.get_text_config(), task_of(model)
     if task is not None and task.trains_head and text.pad_token_id is None:
         text.pad_token_id = state_of(model).pad_token_id = pad_token_id
@@ -203,11 +196,11 @@ def _require_all_quantized(model: nn.Module, layers: Iterable[str], quant: Quant
     Plain matrices are ignored if they are less than 1 % of the model in all: routers.
     """
     dense, left_out = kept_dense(model), heads(model)
+    known = {*layers, *dense}
     if dense:
         gib = sum(model.get_parameter(f"{name}.weight").numel() for name in dense) * 2 / 2**30
         leaves = ", ".join(sorted({name.rpartition(".")[2] for name in dense}))
         print(f"This family keeps {leaves} in 16 bits: {len(dense)} layers, {gib:.2f} GiB")
-    known = {*layers, *dense}
     matrices = {
         f"{name}.{leaf}".lstrip("."): parameter
         for name, module in model.named_modules()
@@ -331,8 +324,7 @@ def initialise_missing(
     """Initialise parameters of `modules` that the checkpoint lacks; raise if it lacks any other.
 
     Matrices are normal with the model's initializer_range, norm weights 1, biases 0; drawn on the
-    CPU, so that a seed gives the same values on every device. `empty` is the skeleton of `model`,
-    with the shapes of a new model; `info` is transformers' loading info.
+    CPU, so that a seed gives the same values on every device. `empty` is the skeleton of `model`.
     """
     shapes = {n: p.shape for n, p in empty.named_parameters() if is_in(n, modules)}
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}

@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModelState:
-    """Facts about a model that its parameters do not hold; `state_of(model)` returns it.
-
-    `load_base` fills it in; any other model has an empty one.
-    """
+    """Facts about a model that its parameters do not hold, from `load_base`; otherwise empty."""
 
     fingerprint: str | None = None  # `Checkpoint.fingerprint` of the base
     quant: QuantConfig | None = None  # of the base, with `auto` resolved in its compute dtype
@@ -104,8 +101,8 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     base = getattr(model, "base_model", model)
     if base is model:
         return {}
-    children = {n: m for n, m in model.named_children() if any(True for _ in m.parameters())}
-    beside = {n: m for n, m in children.items() if m is not base}
+    beside = {name: child for name, child in model.named_children() if child is not base}
+    beside = {n: child for n, child in beside.items() if any(True for _ in child.parameters())}
     return beside | {name: model.get_submodule(name) for name in state_of(model).heads}
 
 
@@ -137,9 +134,6 @@ def is_tied(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if config else None
     return bool(getattr(text, "tie_word_embeddings", False))
-
-
-# ---- its modules ----
 
 
 def was_conv1d(layer: nn.Module) -> bool:

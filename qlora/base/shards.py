@@ -70,11 +70,8 @@ def write_shards(
 ) -> list[Path]:
     """Stream `tensors`, one for each of `entries` in order, into safetensors files in `folder`.
 
-    The files are then read by safetensors, and every tensor is compared by checksum.
-
-    Raises:
-        UserError: the disk is full, or returns other data.
-        ValueError: a tensor has another dtype or shape than its entry.
+    safetensors then reads every tensor, which is compared by checksum. Raises UserError if the disk
+    is full or returns other data, ValueError if a tensor is not of its entry's dtype and shape.
     """
     plan = plan_shards(entries, max_bytes)
     count = len(plan)
@@ -113,22 +110,9 @@ def write_shards(
 def _write_file(
     path: Path, shard: list[Entry], tensors: Iterator[Tensor], checksums: dict[str, int], bar: Any
 ) -> None:
-    with path.open("wb") as file:
-        file.write(_header(shard))
-        for entry in shard:
-            data = _bytes(next(tensors), entry)
-            checksums[entry.name] = zlib.crc32(data)
-            file.write(data)
-            bar.update(entry.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _header(entries: Sequence[Entry]) -> bytes:
-    """8 bytes of length, then JSON padded to a multiple of 8 (the safetensors format)."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for entry in entries:
+    for entry in shard:
         table[entry.name] = {
             "dtype": DTYPE_CODES[entry.dtype],
             "shape": list(entry.shape),
@@ -136,8 +120,16 @@ def _header(entries: Sequence[Entry]) -> bytes:
         }
         start += entry.nbytes
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    text += b" " * (-len(text) % 8)  # safetensors pads it to a multiple of 8
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in shard:
+            data = _bytes(next(tensors), entry)
+            checksums[entry.name] = zlib.crc32(data)
+            file.write(data)
+            bar.update(entry.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _bytes(tensor: Tensor, entry: Entry) -> memoryview:
