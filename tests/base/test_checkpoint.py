@@ -32,9 +32,6 @@ def sharded(tmp_path):
     return folder
 
 
-# ---- resolve ----
-
-
 def test_folders_resolve_to_themselves_and_paths_may_start_at_home(
     checkpoints, sharded, monkeypatch
 ):
@@ -72,9 +69,6 @@ def test_a_damaged_gguf_leaves_no_cache(tmp_path, monkeypatch):
             resolve(str(tmp_path / "model.gguf"))
         assert list(cache.iterdir()) == []
         monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "mine"))
-
-
-# ---- headers and tensors ----
 
 
 def test_headers_and_tensors_are_those_of_the_model(copy, sharded):
@@ -130,13 +124,10 @@ def test_damaged_shards_and_indices(sharded, change, match):
         _ = Checkpoint(sharded).tensors
 
 
-@pytest.mark.parametrize(("family", "positions"), [("roberta", 512), ("bert", 512), ("t5", None)])
-def test_the_longest_row(family, positions, checkpoints):
+def test_the_longest_row(checkpoints):
     """RoBERTa's positions start after the pad token's id; T5's are relative."""
-    assert Checkpoint(checkpoints(family)).max_positions == positions
-
-
-# ---- 4-bit records and fingerprints ----
+    for family, positions in (("roberta", 512), ("bert", 512), ("t5", None)):
+        assert Checkpoint(checkpoints(family)).max_positions == positions
 
 
 @pytest.mark.parametrize("family", axis("llama", "gpt2", "qwen2", "phi"))
@@ -173,9 +164,6 @@ def test_fingerprints_tell_models_apart_and_not_their_shards(copy, sharded, tmp_
     assert Checkpoint(copy).fingerprint != fingerprint
 
 
-# ---- the model without weights ----
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_skeleton_has_the_names_and_shapes_and_no_memory(checkpoints, family):
     model, exact = skeleton(checkpoints(family)), tiny_model(family)
@@ -185,11 +173,11 @@ def test_a_skeleton_has_the_names_and_shapes_and_no_memory(checkpoints, family):
     assert shapes == wanted
 
 
-@pytest.mark.parametrize("config", [{"model_type": "unheard_of"}, {"model_type": "clip"}, {}])
-def test_a_config_of_another_kind_of_model_is_refused(tmp_path, config):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is no causal language model that this transformers knows"):
-        skeleton(tmp_path)
+def test_a_config_of_another_kind_of_model_is_refused(tmp_path):
+    for config in ({"model_type": "unheard_of"}, {"model_type": "clip"}, {}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="is no causal language model that this transformers k"):
+            skeleton(tmp_path)
 
 
 def test_names_on_disk_differ_from_the_models_by_the_prefix(checkpoints, tmp_path):
@@ -205,12 +193,7 @@ def test_names_on_disk_differ_from_the_models_by_the_prefix(checkpoints, tmp_pat
 
 
 def test_the_layers_to_quantize(checkpoints):
-    llama, gpt2 = (skeleton(checkpoints(family)) for family in ("llama", "gpt2"))
-    layers = quantized_layers(llama, QuantConfig())
-    leaves = {name.rpartition(".")[2] for name in layers}
-    assert leaves == {f"{leaf}_proj" for leaf in ("q", "k", "v", "o", "gate", "up", "down")}
-    assert len(layers) == 14
-    assert not any(layers.values())
+    gpt2 = skeleton(checkpoints("gpt2"))
     names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     transposed = {f"transformer.h.{i}.{name}": True for i in (0, 1) for name in names}
     assert quantized_layers(gpt2, QuantConfig()) == transposed

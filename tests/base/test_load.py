@@ -52,9 +52,6 @@ def bases(checkpoints):
     return cache(lambda family: load(checkpoints(family)))
 
 
-# ---- what is quantized ----
-
-
 @pytest.mark.parametrize("family", axis("llama", "gpt2", "phi"))
 @pytest.mark.parametrize("name", axis("bf16", "fp16", "fp32"))
 def test_everything_else_has_the_compute_dtype(checkpoints, family, name):
@@ -96,9 +93,6 @@ def test_the_codes_on_a_gpu_are_those_of_the_cpu(checkpoints, bases):
     model = load_base(str(checkpoints("llama")), FP32, device="cuda")
     for name, layer in four_bit_layers(bases("llama")).items():
         assert torch.equal(model.get_submodule(name).weight.cpu(), layer.weight)
-
-
-# ---- the settings ----
 
 
 def decode(layer):
@@ -184,9 +178,6 @@ def test_an_opened_checkpoint_loads_like_its_name_and_describes_itself(checkpoin
     assert not settings.to_diff_dict().get("blocksize")
 
 
-# ---- a checkpoint that is already 4-bit ----
-
-
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_a_saved_4_bit_model_has_the_same_logits_and_generates(bases, tmp_path, family):
     """Greedy tokens are the argmax of the logits over the sequence so far."""
@@ -260,9 +251,6 @@ def test_fused_experts_are_refused_unless_allowed_or_skipped(checkpoints):
     assert logits(model).isfinite().all()
 
 
-# ---- in use ----
-
-
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_a_forward_pass_in_eval_mode_does_not_repack_the_weights(checkpoints, name):
     model = load(checkpoints("llama"), compute_dtype=name)
@@ -276,9 +264,6 @@ def test_a_forward_pass_in_eval_mode_does_not_repack_the_weights(checkpoints, na
     with_grad = model.train()(inputs_embeds=inputs).logits
     with_grad.sum().backward()
     assert torch.equal(with_grad, in_training)
-
-
-# ---- refused ----
 
 
 def without(tensor):
