@@ -40,10 +40,6 @@ def recipe(tmp_path, monkeypatch):
     return (tmp_path / "recipe.yaml").write_text
 
 
-def test_required_flags_are_enough():
-    assert parse("") == TrainConfig(model="base", output_dir="out", data=DataConfig("rows.jsonl"))
-
-
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
@@ -128,7 +124,8 @@ def test_an_invalid_flag_is_refused(line, parts):
     assert [part for part in parts if part not in refused(line)] == []
 
 
-def test_missing_flags_and_those_of_another_command():
+def test_required_flags_and_those_of_another_command():
+    assert parse("") == TrainConfig(model="base", output_dir="out", data=DataConfig("rows.jsonl"))
     said = refused("--model base", required="")
     assert "missing --output-dir, --data: " in said and "--config" in said
     assert refused("--trainer.bf16 true", "merge") == "unknown flag --trainer.bf16."
@@ -286,9 +283,8 @@ def test_the_console_command(capsys, monkeypatch):
     assert qlora("trian") == (2, "error: unknown command trian. Did you mean train?\n")
     assert "train, merge" in qlora("zzz")[1]
     assert qlora("train", "--help")[1].startswith("usage: qlora train --model")
-    assert qlora("merge", "--adaptr") == (
-        2, "error: unknown flag --adaptr. Did you mean --adapter?\n"
-    )  # fmt: skip
+    said = "error: unknown flag --adaptr. Did you mean --adapter?\n"
+    assert qlora("merge", "--adaptr") == (2, said)
 
 
 SCRIPTS = ["train.py", "merge_dequant.py", *(f"qlora.{name}" for name in [*__main__.COMMANDS][2:])]

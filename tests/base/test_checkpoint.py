@@ -32,9 +32,7 @@ def sharded(tmp_path):
     return folder
 
 
-def test_folders_resolve_to_themselves_and_paths_may_start_at_home(
-    checkpoints, sharded, monkeypatch
-):
+def test_folders_resolve_to_themselves_also_from_home(checkpoints, sharded, monkeypatch):
     for folder in (checkpoints("llama"), sharded):
         assert resolve(str(folder)) == folder
     monkeypatch.setenv("HOME", str(checkpoints("llama").parent))
