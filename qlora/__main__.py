@@ -1,7 +1,4 @@
-"""The commands: `qlora COMMAND ...`, or `python -m qlora COMMAND ...`.
-
-train.py, merge_dequant.py and the modules qlora.chat, evaluate, report and portable run one each.
-"""
+"""The commands: `qlora COMMAND ...`; train.py, merge_dequant.py, qlora/chat.py … run one each."""
 
 import os
 import sys

@@ -77,10 +77,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; empty if there is no file.
-
-    Raises UserError for a line that is not a JSON object, as a killed run leaves, or lacks a key.
-    """
+    """The rows of a JSON-lines file, none without one; UserError for a line cut short."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     rows = []
     # not splitlines: a JSON text may contain other line separators, such as U+2028

@@ -41,8 +41,7 @@ def draw_run(
 ) -> Figure:
     """Loss over optimizer steps, raw and smoothed, with evaluations; below it the other curves.
 
-    `rows` are of metrics.jsonl, `per` is the unit that the loss is a mean over, `total_bytes` the
-    memory of the device, drawn above the peak.
+    `rows` are of metrics.jsonl, `per` is the unit of the loss, `total_bytes` the device's memory.
     """
     panels = [key for key in PANELS if any(row.get(key) is not None for row in rows)]
     figure = Figure(figsize=(8, 4.9 if panels else 3.4), layout="constrained")
@@ -220,8 +219,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def as_svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element with the page's colours: `currentColor` for text and axes, CSS
-    variables such as `--blue` for the lines."""
+    """An SVG element in the page's colours: `currentColor` for text, variables like `--blue`."""
     text = StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})

@@ -81,10 +81,7 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
 
 
 def _convert_gguf(path: Path) -> Path:
-    """The bf16 safetensors folder of a .gguf file: converted once, then found by its digest.
-
-    That is the sha256 of the size and of 64 pieces of 64 KiB spread over the file.
-    """
+    """Its bf16 folder in the cache, named by a sha256 of its size and of 64 pieces of 64 KiB."""
     size, piece = path.stat().st_size, 1 << 16
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
