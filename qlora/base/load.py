@@ -81,7 +81,7 @@ def load_base(
     config = model_config(checkpoint.folder, labels=labels, **trusted)
     in_full = classifier_modules(checkpoint, empty, kind)
     quant, bnb_config = _quantization(checkpoint, empty, config, quant, in_full)
-    loading = {"dtype": dtype, "device_map": {"": device}, **trusted}
+    args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
     with ExitStack() as stack:
         if in_full:  # `initialise_missing` reports a missing head
             stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
@@ -89,10 +89,9 @@ def load_base(
         loaded, info = auto_class(kind).from_pretrained(
             checkpoint.folder,
             config=config,
-            quantization_config=bnb_config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `initialise_missing` refuses them, except in a head
-            **loading,
+            **args,
         )
     initialise_missing(loaded, empty, checkpoint, info, in_full, seed)
     if bnb_config:
@@ -196,11 +195,11 @@ def _require_all_quantized(model: nn.Module, layers: Iterable[str], quant: Quant
     Plain matrices are ignored if they are less than 1 % of the model in all: routers.
     """
     dense, left_out = kept_dense(model), heads(model)
-    known = {*layers, *dense}
     if dense:
         gib = sum(model.get_parameter(f"{name}.weight").numel() for name in dense) * 2 / 2**30
         leaves = ", ".join(sorted({name.rpartition(".")[2] for name in dense}))
         print(f"This family keeps {leaves} in 16 bits: {len(dense)} layers, {gib:.2f} GiB")
+    known = {*layers, *dense}
     matrices = {
         f"{name}.{leaf}".lstrip("."): parameter
         for name, module in model.named_modules()
