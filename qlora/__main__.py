@@ -1,12 +1,9 @@
-"""The commands: `qlora COMMAND ...`, or `python -m qlora COMMAND ...`.
-
-train.py, merge_dequant.py and the modules qlora.chat, evaluate, report and portable run one each.
-"""
+"""The commands: `qlora COMMAND ...`; train.py, merge_dequant.py, qlora/chat.py … run one each."""
 
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 from qlora import __version__, config
@@ -61,8 +58,7 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
     config_class, function, interrupted = COMMANDS[name]
     try:
         settings = parse(config_class, words, prog=prog)
-        module, _, function = function.partition(":")
-        getattr(import_module(module), function)(settings)
+        resolve_name(function)(settings)
         sys.stdout.flush()
     except UserError as error:
         _stop(2, f"error: {error}")

@@ -1,9 +1,4 @@
-"""Chat with a fine-tuned model.
-
-python -m qlora.chat --adapter out
-python -m qlora.chat --adapter out --compare        also show the base's answers
-python -m qlora.chat --model out-merged
-"""
+"""Chat with a fine-tuned model: `python -m qlora.chat --adapter out --compare` or `--model out`."""
 
 from qlora.__main__ import run
 

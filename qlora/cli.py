@@ -1,10 +1,9 @@
 """Parse flags and a YAML recipe into one of the dataclasses of qlora.config.
 
 Flags, recipe keys and help are derived from the dataclasses: names, types, defaults, docstrings.
-argparse splits the command line, `_value` converts a value from either source, and flags override
-the recipe. Scalars of a recipe are read as text: `revision: 1.10` stays 1.10. Abbreviated flags are
-refused, since a new setting could make one ambiguous. Heavy packages are not imported here, so that
-errors appear at once.
+Flags override the recipe. Its scalars are read as text: `revision: 1.10` stays 1.10. Abbreviated
+flags are refused, since a new setting could make one ambiguous. Heavy packages are not imported, so
+that errors appear at once.
 """
 
 import argparse
@@ -40,9 +39,7 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
     recipe = _read_recipe(recipes[0], settings) if recipes else {}
     required = [name for name, member in settings.items() if is_required(member)]
     if missing := [flag_of(name) for name in required if name not in flags | recipe]:
-        raise UserError(
-            f"missing {', '.join(missing)}: pass them, or put them into a --config file"
-        )
+        raise UserError(f"missing {', '.join(missing)}: pass them, or set them in a --config file")
     given = [(where + n, n, v) for n, v in recipe.items() if n == "trainer" or n not in flags]
     given += [(flag_of(n), n, v) for n, v in flags.items()]
     values: dict[str, Any] = {}
@@ -197,16 +194,13 @@ def _item(hint: Any) -> Any:
 
 
 def _read_recipe(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's settings: name -> text, tuple or dict. An empty value leaves the default.
-
-    A run.yaml is a recipe too: its settings are under `config:`.
-    """
+    """The recipe's settings: name -> text, tuple or dict. An empty value leaves the default."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: {getattr(error, 'strerror', error)}") from None
     written, typed = read_yaml(path, text, AsWritten), read_yaml(path, text)
-    if isinstance(typed, dict) and isinstance(typed.get("config"), dict):
+    if isinstance(typed, dict) and isinstance(typed.get("config"), dict):  # of a run.yaml
         written, typed = written["config"], typed["config"]
     if not isinstance(typed, dict):
         raise UserError(f"{path}: wanted lines of `name: value`, got {text[:40]!r}")

@@ -1,8 +1,4 @@
-"""UserError, the exception for errors that a user can fix, and helpers for its messages.
-
-The commands print it as a single line `error: …` on standard error and exit with 2 (qlora.cli);
-any other exception is a bug and keeps its traceback.
-"""
+"""UserError, the exception for errors that a user can fix, and helpers for its messages."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from qlora.errors import UserError
@@ -23,15 +24,8 @@ SAMPLES = "samples.jsonl"
 MERGE_REPORT = "merge_report.json"
 
 
-# ---- read ----
-
-
 def read_json(path: Path, *, fix: str = "") -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: the file cannot be read or holds anything else; `fix` says how to fix it.
-    """
+    """The JSON object in a file; the UserError for anything else ends with `fix`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -83,11 +77,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; empty if there is no file.
-
-    Raises:
-        UserError: a line is not a JSON object (a killed run leaves one cut short) or lacks a key.
-    """
+    """The rows of a JSON-lines file, none without one; UserError for a line cut short."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     rows = []
     # not splitlines: a JSON text may contain other line separators, such as U+2028
@@ -109,15 +99,11 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
     return rows
 
 
-# ---- write ----
-
-
 @contextmanager
 def replacing(*paths: Path) -> Iterator[list[Path]]:
     """`with replacing(path) as [partial]`: write files atomically.
 
-    Each partial file is written beside its `path` and renamed to it when the block ends; if the
-    block raises, all of them are removed.
+    A partial file is beside its `path`, and renamed when the block ends, or removed if it raises.
     """
     partials = [path.with_name(f".{path.name}.partial") for path in paths]
     try:
@@ -139,12 +125,13 @@ def replace_text(path: Path, text: str) -> None:
 def publishing(folder: Path) -> Iterator[Path]:
     """`with publishing(folder) as partial`: write a folder atomically.
 
-    The partial folder is beside `folder`. It is renamed when the block ends, and removed if the
-    block raises. `folder` must not exist, or be empty. Partial folders of killed runs are removed.
+    The partial folder is beside `folder`, which must not exist, or be empty. It is renamed when the
+    block ends, and removed if the block raises, as are partial folders of killed runs.
     """
     require_new(folder)
     for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        if not _is_another_process(leftover.name.rpartition("-")[2]):
+        pid = leftover.name.rpartition("-")[2]
+        if not pid.isdecimal() or int(pid) == os.getpid() or not psutil.pid_exists(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -155,17 +142,6 @@ def publishing(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_another_process(pid: str) -> bool:
-    """Whether a process other than this one has that id."""
-    if not pid.isdecimal() or int(pid) == os.getpid():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # it belongs to another user
-    return True
 
 
 def require_new(folder: Path) -> None:

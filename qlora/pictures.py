@@ -34,10 +34,6 @@ MAX_POINTS = 500  # of a line: more look the same, and make an SVG of a megabyte
 GIB = 2**30
 
 Row = Mapping[str, Any]
-Facts = dict[str, float]
-
-
-# ---- a run ----
 
 
 def draw_run(
@@ -45,10 +41,7 @@ def draw_run(
 ) -> Figure:
     """Loss over optimizer steps, raw and smoothed, with evaluations; below it the other curves.
 
-    Args:
-        rows: of metrics.jsonl.
-        per: unit that the loss is a mean over.
-        total_bytes: memory of the device, drawn above the peak.
+    `rows` are of metrics.jsonl, `per` is the unit of the loss, `total_bytes` the device's memory.
     """
     panels = [key for key in PANELS if any(row.get(key) is not None for row in rows)]
     figure = Figure(figsize=(8, 4.9 if panels else 3.4), layout="constrained")
@@ -57,11 +50,17 @@ def draw_run(
     _draw_loss(figure.add_subplot(grid[0, :]), rows, per)
     for column, key in enumerate(panels):
         axes = figure.add_subplot(grid[1, column])
-        steps, values = _series(rows, key)
         _style(axes, size=8, ticks=3)
-        title = PANELS[key]
-        if key == "peak_bytes":
-            title = _draw_memory(axes, steps, values / GIB, (total_bytes or 0) / GIB)
+        title, (steps, values) = PANELS[key], _series(rows, key)
+        if key == "peak_bytes":  # the peak so far as an area, the device's memory as a line
+            gib, total = values / GIB, (total_bytes or 0) / GIB
+            shown = _thinned(len(gib))
+            axes.fill_between(steps[shown], gib[shown], color=BLUE, alpha=0.25, linewidth=0)
+            axes.plot(steps[shown], gib[shown], color=BLUE, linewidth=1.6)
+            if total:
+                axes.axhline(total, color=INK, linewidth=1, linestyle="--")
+            axes.set_ylim(0, 1.12 * (total or float(gib.max())) or 1)
+            title = f"memory: {gib[-1]:.1f}{f' of {total:.0f}' if total else ''} GiB"
         else:
             _draw_curve(axes, steps, values, smooth=key != "learning_rate")
         if key == "learning_rate":
@@ -130,17 +129,6 @@ def _thinned(count: int) -> Any:
     return np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int)
 
 
-def _draw_memory(axes: Axes, steps: Any, gib: Any, total: float) -> str:
-    """Draw the peak so far as an area, and the device's `total` GiB as a line; returns a title."""
-    shown = _thinned(len(gib))
-    axes.fill_between(steps[shown], gib[shown], color=BLUE, alpha=0.25, linewidth=0)
-    axes.plot(steps[shown], gib[shown], color=BLUE, linewidth=1.6)
-    if total:
-        axes.axhline(total, color=INK, linewidth=1, linestyle="--")
-    axes.set_ylim(0, 1.12 * (total or float(gib.max())) or 1)
-    return f"memory: {gib[-1]:.1f}{f' of {total:.0f}' if total else ''} GiB"
-
-
 def smoothed(values: Any, width: int) -> Any:
     """The mean over a window of `width` around each value, shorter at the ends; skips NaN, inf."""
     known = np.isfinite(values)
@@ -181,12 +169,11 @@ def _style(axes: Axes, *, x: str = "", y: str = "", size: int = 9, ticks: int = 
         axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-# ---- a merge ----
-
-
-def by_kind(layers: Mapping[str, dict[str, float]]) -> dict[str, list[tuple[int, Facts]]]:
+def by_kind(
+    layers: Mapping[str, dict[str, float]],
+) -> dict[str, list[tuple[int, dict[str, float]]]]:
     """(index, facts) of the layers in order, grouped by the last part of their names."""
-    kinds: dict[str, list[tuple[int, Facts]]] = {}
+    kinds: dict[str, list[tuple[int, dict[str, float]]]] = {}
     for name, facts in layers.items():
         index = int((re.findall(r"\d+", name) or ["0"])[0])
         kinds.setdefault(name.rpartition(".")[2], []).append((index, facts))
@@ -194,10 +181,7 @@ def by_kind(layers: Mapping[str, dict[str, float]]) -> dict[str, list[tuple[int,
 
 
 def draw_merge(report: Mapping[str, Any]) -> Figure:
-    """Change and kept share of each kind of layer, and bars of the losses if they were measured.
-
-    `report` is the content of merge_report.json.
-    """
+    """Change and kept share of each kind of layer in merge_report.json, and bars of its losses."""
     verify = report["verify"]
     figure = Figure(figsize=(11 if verify else 8, 4.8), layout="constrained")
     grid = figure.add_gridspec(2, 2 if verify else 1, width_ratios=[3, 1] if verify else [1])
@@ -218,21 +202,15 @@ def draw_merge(report: Mapping[str, Any]) -> Figure:
     kept.set_ylim(0, max(1.1, *(facts["kept"] + 0.05 for facts in report["layers"].values())))
     kept.axhline(1, color=INK, linewidth=0.6)
     if verify:
-        _draw_losses(figure.add_subplot(grid[:, 1]), verify)
+        axes = figure.add_subplot(grid[:, 1])
+        _style(axes, y="loss (nats per supervised token)", ticks=0)
+        axes.grid(visible=False, axis="x")
+        losses = [verify[f"loss_{which}"] for which in ("base", "live", "merged")]
+        bars = axes.bar(["4-bit base", "live", "merged"], losses, color=[GREY, BLUE, ORANGE])
+        axes.bar_label(bars, fmt="%.4f", fontsize=9, color=INK)
+        share = "no gain" if verify["kept"] is None else f"{verify['kept']:.2%} of the gain kept"
+        axes.set_title(f"{share}\nKL to live {verify['kl']:.4f}", fontsize=10, color=INK)
     return figure
-
-
-def _draw_losses(axes: Axes, verify: Mapping[str, Any]) -> None:
-    _style(axes, y="loss (nats per supervised token)", ticks=0)
-    axes.grid(visible=False, axis="x")
-    values = [verify[f"loss_{which}"] for which in ("base", "live", "merged")]
-    bars = axes.bar(["4-bit base", "live", "merged"], values, color=[GREY, BLUE, ORANGE])
-    axes.bar_label(bars, fmt="%.4f", fontsize=9, color=INK)
-    share = "no gain" if verify["kept"] is None else f"{verify['kept']:.2%} of the gain kept"
-    axes.set_title(f"{share}\nKL to live {verify['kl']:.4f}", fontsize=10, color=INK)
-
-
-# ---- files ----
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -241,8 +219,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def as_svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element with the page's colours: `currentColor` for text and axes, CSS
-    variables such as `--blue` for the lines."""
+    """An SVG element in the page's colours: `currentColor` for text, variables like `--blue`."""
     text = StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})

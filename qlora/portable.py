@@ -1,7 +1,4 @@
-"""List the programs that load an adapter, and convert it so that all of them do.
-
-python -m qlora.portable --adapter out [--output-dir out-portable]
-"""
+"""Programs that load an adapter, and converting it: `python -m qlora.portable --adapter A`."""
 
 from qlora.__main__ import run
 

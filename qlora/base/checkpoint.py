@@ -12,7 +12,7 @@ checkpoints (.bin, .pt) are never opened.
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,8 @@ from qlora.errors import UserError, first_line
 from qlora.files import publishing, read_json
 from qlora.ops.nf4 import RECORD_MARK
 
-HUB_FILES = "safetensors json jinja model tiktoken txt py"
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
+HUB_COPIES = ["*/*", "consolidated*"]  # of the same weights
 # RoBERTa and related models number positions from the pad token's id + 1.
 POSITIONS_AFTER_PAD = (
     "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta",
@@ -40,85 +41,66 @@ DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 COPY_AGAIN = "download or copy it again"
 
 
-# ---- resolve ----
-
-
 def resolve(model: str, *, revision: str | None = None) -> Path:
-    """The local folder that holds `model`'s config.json and safetensors.
-
-    Args:
-        model: a local folder, a .gguf file, or a hub name such as `owner/name`.
+    """The local folder with config.json and safetensors of a folder, .gguf file or hub name.
 
     Raises:
         UserError: it does not exist, has no safetensors, or cannot be downloaded.
     """
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return _convert_gguf(path)
-    if revision and path.exists():
+    folder = Path(model).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _convert_gguf(folder)
+    if revision and folder.exists():
         raise UserError(f"--revision {revision} is for hub models, not for a local path: {model}")
-    if path.is_dir():
-        return _model_folder(path)
-    if path.exists():
-        raise UserError(f"model {model} is a file: give a folder, a .gguf file or a hub name")
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise UserError(f"model {model} does not exist: give a folder, a .gguf file or a hub name")
-    return _from_hub(model, revision)
+    is_hub_name = folder.suffix != ".gguf" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+    if folder.is_file() or not (folder.exists() or is_hub_name):
+        fault = "is a file" if folder.is_file() else "does not exist"
+        raise UserError(f"model {model} {fault}: give a folder, a .gguf file or a hub name")
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
 
-
-def _model_folder(path: Path) -> Path:
-    if not (path / "config.json").is_file():
+        patterns: Any = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_COPIES}
+        try:
+            folder = Path(snapshot_download(model, revision=revision, **patterns))
+        except Exception as error:  # offline, gated, misspelt: the hub has an error for each
+            raise UserError(
+                f"model {model} is no local folder and cannot be downloaded: {first_line(error)} "
+                "Check the name, the network, and that you are logged in if the model is gated"
+            ) from error
+    if not (folder / "config.json").is_file():
         raise UserError(
-            f"{path} is no model: it holds no config.json. Give a folder with config.json and "
+            f"{folder} is no model: it holds no config.json. Give a folder with config.json and "
             "*.safetensors (for an adapter, its base model)"
         )
-    if not any((path / name).is_file() for name in (SINGLE, INDEX)):
+    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         raise UserError(
-            f"{path} holds no {SINGLE} or {INDEX}. Pickled weights (.bin, .pt) are not opened: "
+            f"{folder} holds no {SINGLE} or {INDEX}. Pickled weights (.bin, .pt) are not opened: "
             "save the model with save_pretrained first"
         )
-    return path
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=[f"*.{kind}" for kind in HUB_FILES.split()],
-            ignore_patterns=["*/*", "consolidated*"],  # copies of the same weights
-        )
-    except Exception as error:  # offline, gated, misspelt: the hub has an error for each
-        raise UserError(
-            f"model {name} is no local folder and cannot be downloaded: {first_line(error)} "
-            "Check the name, the network, and that you are logged in if the model is gated"
-        ) from error
-    return _model_folder(Path(folder))
-
-
-def cache_folder() -> Path:
-    """The folder of converted checkpoints: $QLORA_CACHE, by default ~/.cache/qlora."""
-    return Path(os.environ.get("QLORA_CACHE", "~/.cache/qlora")).expanduser()
+    return folder
 
 
 def _convert_gguf(path: Path) -> Path:
-    """The bf16 safetensors folder of a .gguf file: converted once, then found by its digest."""
-    folder = cache_folder() / f"{path.stem}-{_sampled_digest(path)[:12]}"
-    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+    """Its bf16 folder in the cache, named by a sha256 of its size and of 64 pieces of 64 KiB."""
+    size, piece = path.stat().st_size, 1 << 16
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(64):
+            file.seek(max(0, size - piece) * i // 63)
+            digest.update(file.read(piece))
+    cache = Path(os.environ.get("QLORA_CACHE", "~/.cache/qlora")).expanduser()
+    folder = cache / f"{path.stem}-{digest.hexdigest()[:12]}"
+    if any(folder.glob("*.safetensors")):
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    source: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with publishing(folder) as partial:
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.bfloat16,
+                **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
             )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
         except Exception as error:  # transformers passes on whatever its parser raises
             raise UserError(
                 f"{path} cannot be read as a GGUF model ({type(error).__name__}: {error}): "
@@ -127,20 +109,6 @@ def _convert_gguf(path: Path) -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return folder
-
-
-def _sampled_digest(path: Path) -> str:
-    """sha256 of the size and of 64 pieces of 64 KiB spread over the file."""
-    size, piece = path.stat().st_size, 1 << 16
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for i in range(64):
-            file.seek(max(0, size - piece) * i // 63)
-            digest.update(file.read(piece))
-    return digest.hexdigest()
-
-
-# ---- read ----
 
 
 class Header(NamedTuple):
@@ -178,8 +146,19 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, Header]:
         """Every tensor's header by name, in the order of the files."""
+        names = [SINGLE]
+        if not (self.folder / SINGLE).is_file():  # it comes first in transformers too
+            index = self.folder / INDEX
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} holds no weight_map: {COPY_AGAIN}")
+            names = sorted(set(map(str, weight_map.values())))
+            if outside := ", ".join(name for name in names if Path(name).name != name):
+                raise UserError(f"{index} lists files outside its folder, do not use it: {outside}")
+            if lacks := ", ".join(name for name in names if not (self.folder / name).is_file()):
+                raise UserError(f"{self.folder} lacks {lacks}, listed in its index: {COPY_AGAIN}")
         headers: dict[str, Header] = {}
-        for file in self._files():
+        for file in (self.folder / name for name in names):
             try:
                 with safe_open(file, framework="pt") as shard:
                     for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -193,22 +172,6 @@ class Checkpoint:
                 fault = f"{file} holds a tensor of unknown dtype {error}: use a 16-bit checkpoint"
                 raise UserError(fault) from error
         return headers
-
-    def _files(self) -> list[Path]:
-        if (self.folder / SINGLE).is_file():  # first, as in transformers
-            return [self.folder / SINGLE]
-        index = self.folder / INDEX
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{index} holds no weight_map: {COPY_AGAIN}")
-        names = sorted(set(map(str, weight_map.values())))
-        if outside := [name for name in names if Path(name).name != name]:
-            listed = ", ".join(outside)
-            raise UserError(f"{index} lists files outside its folder, do not use it: {listed}")
-        if missing := [name for name in names if not (self.folder / name).is_file()]:
-            listed = ", ".join(missing)
-            raise UserError(f"{self.folder} lacks {listed}, listed in its index: {COPY_AGAIN}")
-        return [self.folder / name for name in names]
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU. The file is closed again, which releases its memory map."""
@@ -238,8 +201,7 @@ class Checkpoint:
         text = self.config.get("text_config") or self.config
         if "relative_attention_num_buckets" in text:  # T5's n_positions limits nothing
             return None
-        names = ("max_position_embeddings", "n_positions")
-        longest = next((text[name] for name in names if text.get(name)), None)
+        longest: int | None = text.get("max_position_embeddings") or text.get("n_positions")
         if longest and text.get("model_type") in POSITIONS_AFTER_PAD:
             longest -= (text.get("pad_token_id") or 0) + 1
         return longest
@@ -271,34 +233,22 @@ class OriginalWeights:
     """A 4-bit model's linear weights from before quantization, read from disk on demand."""
 
     checkpoint: Checkpoint
-    dtype: torch.dtype
-    """that loading casts to before it quantizes"""
-    layers: Mapping[str, tuple[str, bool]]
-    """layer -> the checkpoint's name of its weight, and whether that is (in, out)"""
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> "OriginalWeights":
-        """Those of all linear layers of `model`, the skeleton of `checkpoint`."""
-        layers = {
-            name: (place, was_conv1d(layer))
-            for name, layer in linear_layers(model).items()
-            if (place := disk_name(checkpoint, model, f"{name}.weight"))
-        }
-        return cls(checkpoint, dtype, layers)
+    model: nn.Module  # its skeleton
+    dtype: torch.dtype  # that loading casts to before it quantizes
 
     def shape(self, name: str) -> tuple[int, int] | None:
         """(out, in), or None if the checkpoint has no such weight."""
-        if name not in self.layers:
+        place = disk_name(self.checkpoint, self.model, f"{name}.weight")
+        if place is None:
             return None
-        place, is_transposed = self.layers[name]
         rows, columns = self.checkpoint.tensors[place].shape
-        return (columns, rows) if is_transposed else (rows, columns)
+        return (columns, rows) if was_conv1d(self.model.get_submodule(name)) else (rows, columns)
 
     def read(self, name: str) -> Tensor:
         """The weight (out, in) as it was quantized, on the CPU."""
-        place, is_transposed = self.layers[name]
-        weight = self.checkpoint.read(place).to(self.dtype)
-        return weight.T if is_transposed else weight
+        place = disk_name(self.checkpoint, self.model, f"{name}.weight")
+        weight = self.checkpoint.read(str(place)).to(self.dtype)
+        return weight.T if was_conv1d(self.model.get_submodule(name)) else weight
 
 
 # ---- the model without weights ----
@@ -324,19 +274,16 @@ def skeleton(
     labels: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model of `folder` for a task on the meta device: names and shapes, no memory.
-
-    Raises:
-        UserError: transformers has no such model.
-    """
+    """The model of `folder` on the meta device: names, shapes, no memory. UserError if unknown."""
     trusted: Any = {"trust_remote_code": trust_remote_code}
     try:
         config = model_config(folder, labels=labels, **trusted)
         with torch.device("meta"):
             model: nn.Module = auto_class(task).from_config(config, **trusted)
     except (ValueError, KeyError, OSError) as error:
-        fault = f"is no {task.kind} that this transformers knows"
-        raise UserError(f"{folder} {fault}: {first_line(error)}") from error
+        raise UserError(
+            f"{folder} is no {task.kind} that this transformers knows: {first_line(error)}"
+        ) from error
     return model
 
 
@@ -351,11 +298,7 @@ def disk_name(checkpoint: Checkpoint, model: nn.Module, name: str) -> str | None
 
 
 def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:
-    """The layers of `model` to quantize -> whether the weight is (in, out) on disk, a Conv1D's.
-
-    Every nn.Linear and GPT-2's Conv1D, except output heads, `quant.skip_modules`, and layers that
-    transformers never quantizes.
-    """
+    """The layers of `model` to quantize -> whether the weight is (in, out) on disk, a Conv1D's."""
     left_out, dense = heads(model), kept_dense(model)
     return {
         name: was_conv1d(module)

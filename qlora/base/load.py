@@ -5,17 +5,16 @@ in which dtype and blocksize:
 
 - 4 bits: every nn.Linear and GPT-2's Conv1D, except output heads, `skip_modules`, and layers that
   transformers never quantizes (T5's `wo`).
-- compute dtype: embeddings, norms and heads. Nothing has `requires_grad`.
-- refused unless allowed: linear weights outside of Linear modules, such as fused experts, which
-  would silently stay in 16 bits.
+- compute dtype: embeddings, norms and heads.
+- refused unless allowed: other matrices, such as fused experts, which would stay in 16 bits.
 
 A classifier's head that the checkpoint lacks, or has for other labels, is initialised from a seed,
 as is a pooler that it lacks. Any other missing tensor raises; transformers would initialise it.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,6 @@ def load_base(
             checkpoint keeps its quantization; of `quant` only the compute dtype is used.
         labels: class names of a classifier, by default those of the checkpoint.
         seed: for a classifier's head that the checkpoint lacks.
-        revision: of a hub name.
         device: by default the GPU where there is one.
 
     Raises:
@@ -75,38 +73,39 @@ def load_base(
     device = torch.device(device or default_device())
     quant = quant or QuantConfig()
     dtype = compute_dtype(quant, device)
+    quant = replace(quant, compute_dtype=DTYPE_NAMES[dtype])
     trusted: Any = {"trust_remote_code": trust_remote_code}
     checkpoint = Checkpoint.open(model, revision=revision) if isinstance(model, str) else model
     kind = task_named(task)
     empty = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
     config: Any = empty.config
-    classifier = classifier_modules(checkpoint, empty, kind)
-    quant, bnb_config = _quantization(checkpoint, empty, config, quant, dtype, classifier)
-    loading = {"dtype": dtype, "device_map": {"": device}, **trusted}
-    loading |= {"quantization_config": bnb_config} if bnb_config else {}
-    # `initialise_missing` reports a missing head
-    with _errors_only() if classifier else nullcontext():
+    in_full = classifier_modules(checkpoint, empty, kind)
+    quant, bnb_config = _quantization(checkpoint, empty, config, quant, in_full)
+    args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
+    with ExitStack() as stack:
+        if in_full:  # `initialise_missing` reports a missing head
+            stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+            transformers_logging.set_verbosity_error()
         loaded, info = auto_class(kind).from_pretrained(
             checkpoint.folder,
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `initialise_missing` refuses them, except in a head
-            **loading,
+            **args,
         )
-    initialise_missing(loaded, empty, checkpoint, info, classifier, seed)
+    initialise_missing(loaded, empty, checkpoint, info, in_full, seed)
     if bnb_config:
         _describe_as_bitsandbytes(loaded, quant, dtype)
     _freeze(loaded, dtype)
-    _require_right_kernel(loaded)
     loaded.config._name_or_path = checkpoint.origin
     loaded.qlora_state = ModelState(
         fingerprint=checkpoint.fingerprint,
-        quant=replace(quant, compute_dtype=DTYPE_NAMES[dtype]),
+        quant=quant,
         revision=checkpoint.revision,
         task=task,
-        heads=tuple(classifier),
-        labels=tuple(config.id2label[i] for i in range(config.num_labels)) if classifier else (),
-        original_weights=OriginalWeights.of(checkpoint, empty, dtype) if bnb_config else None,
+        heads=tuple(in_full),
+        labels=tuple(config.id2label[i] for i in range(config.num_labels)) if in_full else (),
+        original_weights=OriginalWeights(checkpoint, empty, dtype) if bnb_config else None,
     )
     return loaded  # type: ignore[no-any-return]
 
@@ -114,11 +113,7 @@ def load_base(
 def load_tokenizer(
     source: Checkpoint | Path, *, task: str = "causal-lm", trust_remote_code: bool = False
 ) -> Any:
-    """The tokenizer in the folder of a checkpoint or adapter, with the options of `task`.
-
-    Raises:
-        UserError: transformers can read none.
-    """
+    """The tokenizer of a checkpoint or adapter, with the options of `task`. UserError if none."""
     folder = source.folder if isinstance(source, Checkpoint) else source
     options = dict(task_named(task).tokenizer_options)
     try:
@@ -128,10 +123,7 @@ def load_tokenizer(
 
 
 def share_pad(model: PreTrainedModel, pad_token_id: int | None) -> None:
-    """Set the pad token of a classifier that has none, and record it for its adapter's files.
-
-    A decoder classifies a row at its last token that is not padding.
-    """
+    """Set and record the pad token of a classifier without one, which finds a row's end by it."""
     text, task = model.config.get_text_config(), task_of(model)
     if task is not None and task.trains_head and text.pad_token_id is None:
         text.pad_token_id = state_of(model).pad_token_id = pad_token_id
@@ -160,43 +152,25 @@ def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
 
 
 def _quantization(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    config: Any,
-    quant: QuantConfig,
-    dtype: torch.dtype,
-    classifier: Sequence[str],
+    checkpoint: Checkpoint, model: nn.Module, config: Any, quant: QuantConfig, in_full: list[str]
 ) -> tuple[QuantConfig, "_Bnb4BitConfig | None"]:
     """How `model` is quantized, and transformers' settings; None for a 4-bit checkpoint.
 
-    Args:
-        config: transformers' config of the checkpoint. If that is 4-bit, the classifier's modules
-            are added to its list of modules without codes.
+    In the `config` of a 4-bit checkpoint, `in_full` is added to the modules without codes.
     """
-    if checkpoint.is_quantized:
-        stored = stored_quantization(checkpoint, quant)
-        if classifier:  # a list replaces transformers' default, which is the output head
-            entries = config.quantization_config
-            skipped = [*(entries.get("llm_int8_skip_modules") or []), *classifier]
-            config.quantization_config = {**entries, "llm_int8_skip_modules": skipped}
-        return replace(stored, skip_modules=(*stored.skip_modules, *classifier)), None
-    if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
-        raise UserError(
-            f"{checkpoint.origin} is already quantized, with {method}: give its 16-bit model, or a "
-            "bitsandbytes 4-bit one"
-        )
-    quant = replace(quant, skip_modules=(*quant.skip_modules, *classifier))
-    _require_all_quantized(model, quant)
-    layers = quantized_layers(model, quant)
-    skip = [f"{re.escape(name)}$" for name in linear_layers(model) if name not in layers]
-    return quant, _Bnb4BitConfig(quant, dtype, skip)
-
-
-def stored_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:
-    """The settings that a 4-bit checkpoint was quantized with, and `quant`'s compute dtype."""
+    if not checkpoint.is_quantized:
+        if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
+            raise UserError(
+                f"{checkpoint.origin} is already quantized, with {method}: give its 16-bit model, "
+                "or a bitsandbytes 4-bit one"
+            )
+        quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
+        layers = quantized_layers(model, quant)
+        _require_all_quantized(model, layers, quant)
+        skip = [f"{re.escape(name)}$" for name in linear_layers(model) if name not in layers]
+        return quant, _Bnb4BitConfig(quant, skip)
     name = next(n.partition(".quant_state.")[0] for n in checkpoint.tensors if ".quant_state." in n)
-    record = checkpoint.record(name)
-    assert record is not None
+    record: Any = checkpoint.record(name)
     state = nf4.from_record(record).state
     default = QuantConfig(compute_dtype=quant.compute_dtype)
     stored = replace(
@@ -208,16 +182,24 @@ def stored_quantization(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConf
             f"{state.blocksize}, double quantization {'on' if state.nested else 'off'}; other "
             "quantization settings are ignored"
         )
-    return stored
+    if in_full:  # a list replaces transformers' default, which is the output head
+        entries = config.quantization_config
+        skipped = [*(entries.get("llm_int8_skip_modules") or []), *in_full]
+        config.quantization_config = {**entries, "llm_int8_skip_modules": skipped}
+    return replace(stored, skip_modules=tuple(in_full)), None
 
 
-def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:
-    """Matrices that would stay in 16 bits against the settings -> number of values.
+def _require_all_quantized(model: nn.Module, layers: Iterable[str], quant: QuantConfig) -> None:
+    """Print which layers the family never quantizes; raise for matrices that no setting explains.
 
     Plain matrices are ignored if they are less than 1 % of the model in all: routers.
     """
-    known = {*quantized_layers(model, quant), *kept_dense(model)}
-    left_out = heads(model)
+    dense, left_out = kept_dense(model), heads(model)
+    if dense:
+        gib = sum(model.get_parameter(f"{name}.weight").numel() for name in dense) * 2 / 2**30
+        leaves = ", ".join(sorted({name.rpartition(".")[2] for name in dense}))
+        print(f"This family keeps {leaves} in 16 bits: {len(dense)} layers, {gib:.2f} GiB")
+    known = {*layers, *dense}
     matrices = {
         f"{name}.{leaf}".lstrip("."): parameter
         for name, module in model.named_modules()
@@ -228,35 +210,39 @@ def unquantized_linear(model: nn.Module, quant: QuantConfig) -> dict[str, int]:
     }
     plain = sum(p.numel() for p in matrices.values() if p.ndim == 2)
     few = plain <= sum(p.numel() for p in model.parameters()) / 100
-    return {name: p.numel() for name, p in matrices.items() if p.ndim > 2 or not few}
-
-
-def _require_all_quantized(model: nn.Module, quant: QuantConfig) -> None:
-    if dense := kept_dense(model):
-        size = sum(model.get_parameter(f"{name}.weight").numel() for name in dense)
-        leaves = ", ".join(sorted({name.rpartition(".")[2] for name in dense}))
-        print(
-            f"This family never quantizes {leaves}: {len(dense)} layers, "
-            f"{size * 2 / 2**30:.2f} GiB, stay in 16 bits"
-        )
-    dense_weights = unquantized_linear(model, quant)
-    if dense_weights and not quant.allow_unquantized:
-        sizes = some([f"{name} ({size:,} values)" for name, size in dense_weights.items()])
+    sizes = {name: p.numel() for name, p in matrices.items() if p.ndim > 2 or not few}
+    if sizes and not quant.allow_unquantized:
+        listed = some([f"{name} ({size:,} values)" for name, size in sizes.items()])
         raise UserError(
-            f"{len(dense_weights)} linear weights cannot be quantized to 4 bits and would stay in "
-            f"16: {sizes}; {sum(dense_weights.values()) * 2 / 2**30:.2f} GiB in all. "
+            f"{len(sizes)} linear weights cannot be quantized to 4 bits and would stay in 16: "
+            f"{listed}; {sum(sizes.values()) * 2 / 2**30:.2f} GiB in all. "
             "Use another model, or accept it with --allow-unquantized"
         )
 
 
-def _require_right_kernel(model: PreTrainedModel) -> None:
-    """Raise for widths at which bitsandbytes' CPU kernel silently uses wrong weights."""
+def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Freeze all parameters; `dtype` for those without codes, and for the Linear4bit products.
+
+    Raises UserError for widths at which bitsandbytes' CPU kernel silently uses wrong weights.
+    """
+    model.requires_grad_(False)
+    overflows = kept_dense(model) if dtype == torch.float16 else []
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():  # a 4-bit checkpoint's norms are loaded as stored
+            needs_fp32 = name.rpartition(".")[0] in overflows
+            parameter.data = parameter.data.to(torch.float32 if needs_fp32 else dtype)
     wrong = {}  # in_features -> name and blocksize of such a layer
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit) and model.device.type == "cpu":
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
+            # In eval mode on a CPU with bf16 units bitsandbytes would repack the weight in place,
+            # its absmax rounded to bf16, in a form that has no backward pass.
+            module.support_avx512bf16_for_cpu = False
             weight: Any = module.weight
-            if not nf4.kernel_is_right(module.in_features, weight.quant_state.blocksize):
-                wrong[module.in_features] = (name, weight.quant_state.blocksize)
+            width, blocksize = module.in_features, weight.quant_state.blocksize
+            if model.device.type == "cpu" and not nf4.kernel_is_right(width, blocksize):
+                wrong[width] = (name, blocksize)
     if wrong:
         width, (name, blocksize) = next(iter(wrong.items()))
         raise UserError(
@@ -264,24 +250,6 @@ def _require_right_kernel(model: PreTrainedModel) -> None:
             "bitsandbytes computes such layers wrongly on this CPU: use a GPU, or a --blocksize "
             f"that divides {', '.join(map(str, wrong))}"
         )
-
-
-def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    model.requires_grad_(False)
-    overflows = kept_dense(model) if dtype == torch.float16 else []
-    for name, parameter in model.named_parameters():
-        if (
-            parameter.is_floating_point()
-        ):  # transformers leaves a 4-bit checkpoint's norms as stored
-            needs_fp32 = name.rpartition(".")[0] in overflows
-            parameter.data = parameter.data.to(torch.float32 if needs_fp32 else dtype)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype = dtype
-            module.compute_type_is_set = True
-            # In eval mode on a CPU with bf16 units bitsandbytes would repack the weight in place,
-            # its absmax rounded to bf16, in a form that has no backward pass.
-            module.support_avx512bf16_for_cpu = False
 
 
 # ---- bitsandbytes through transformers, with a blocksize ----
@@ -305,8 +273,9 @@ def bnb_settings(quant: QuantConfig, dtype: torch.dtype, skip: Sequence[str]) ->
 
 @register_quantization_config(_METHOD)
 class _Bnb4BitConfig(BitsAndBytesConfig):
-    def __init__(self, quant: QuantConfig, dtype: torch.dtype, skip: list[str]) -> None:
-        super().__init__(**bnb_settings(quant, dtype, skip))  # type: ignore[no-untyped-call]
+    def __init__(self, quant: QuantConfig, skip: list[str]) -> None:
+        settings = bnb_settings(quant, nf4.DTYPES[quant.compute_dtype], skip)
+        super().__init__(**settings)  # type: ignore[no-untyped-call]
         self.quant_method: Any = _METHOD
         self.blocksize = quant.blocksize
 
@@ -348,33 +317,13 @@ def classifier_modules(checkpoint: Checkpoint, model: nn.Module, task: Task) -> 
     return [*heads(model), *([pooler] if lacks else [])]
 
 
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Inside the block transformers logs nothing below errors."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
 def initialise_missing(
-    model: nn.Module,
-    empty: nn.Module,
-    checkpoint: Checkpoint,
-    info: Mapping[str, Any],
-    modules: Iterable[str],
-    seed: int,
+    model: Any, empty: nn.Module, checkpoint: Checkpoint, info: Any, modules: list[str], seed: int
 ) -> None:
     """Initialise parameters of `modules` that the checkpoint lacks; raise if it lacks any other.
 
-    Args:
-        empty: the skeleton of `model`, which has the shapes of a new model.
-        info: transformers' loading info.
-
     Matrices are normal with the model's initializer_range, norm weights 1, biases 0; drawn on the
-    CPU, so that a seed gives the same values on every device.
+    CPU, so that a seed gives the same values on every device. `empty` is the skeleton of `model`.
     """
     shapes = {n: p.shape for n, p in empty.named_parameters() if is_in(n, modules)}
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
@@ -389,8 +338,7 @@ def initialise_missing(
         new = sorted({module for module in modules for name in missing if is_in(name, [module])})
         print(f"The checkpoint has no {', '.join(new)} of this shape: initialised with seed {seed}")
     generator = torch.Generator().manual_seed(seed)
-    config: Any = getattr(model, "config", None)
-    std = getattr(config, "initializer_range", None) or 0.02
+    std = getattr(model.config, "initializer_range", None) or 0.02
     for name in sorted(missing):
         values = torch.zeros(shapes[name])
         if values.ndim > 1:

@@ -3,10 +3,6 @@
 A linear layer is an nn.Linear, GPT-2's Conv1D (its weight is (in, out)), or a bitsandbytes
 Linear4bit made of either. To an adapter every weight is a matrix (out, in): a convolution's in is
 in_channels * kernel size, and an embedding is a layer from vocab to dim.
-
-The head of a language model, hidden states to logits of the vocabulary, comes with the checkpoint.
-A classifier's head, which a pretrained checkpoint lacks, is initialised and always trained in full,
-as in PEFT. Neither is quantized.
 """
 
 from contextlib import suppress
@@ -23,33 +19,20 @@ from qlora.ops.nf4 import Quantized, dequantize
 if TYPE_CHECKING:
     from qlora.base.checkpoint import OriginalWeights
 
-# ---- the model ----
-
 
 @dataclass
 class ModelState:
-    """Facts about a model that its parameters do not hold; `state_of(model)` returns it.
+    """Facts about a model that its parameters do not hold, from `load_base`; otherwise empty."""
 
-    `load_base` fills it in; any other model has an empty one.
-    """
-
-    fingerprint: str | None = None
-    """`Checkpoint.fingerprint` of the base"""
-    quant: QuantConfig | None = None
-    """how the base was quantized, with `auto` resolved in its compute dtype"""
-    revision: str | None = None
-    """of the hub repository, if one was asked for"""
+    fingerprint: str | None = None  # `Checkpoint.fingerprint` of the base
+    quant: QuantConfig | None = None  # of the base, with `auto` resolved in its compute dtype
+    revision: str | None = None  # of the hub repository, if one was asked for
     task: str | None = None
-    heads: tuple[str, ...] = ()
-    """modules of a classifier that are trained in full"""
-    labels: tuple[str, ...] = ()
-    """class names of a classifier"""
-    pad_token_id: int | None = None
-    """of a classifier whose checkpoint has none"""
-    original_weights: "OriginalWeights | None" = None
-    """the weights from before quantization, if the checkpoint has them"""
-    lora_configs: dict[str, LoraConfig] = field(default_factory=dict)
-    """of the adapters on the model, by name"""
+    heads: tuple[str, ...] = ()  # modules of a classifier that are trained in full
+    labels: tuple[str, ...] = ()  # class names of a classifier
+    pad_token_id: int | None = None  # of a classifier whose checkpoint has none
+    original_weights: "OriginalWeights | None" = None  # if the checkpoint has 16-bit weights
+    lora_configs: dict[str, LoraConfig] = field(default_factory=dict)  # of its adapters, by name
 
     def forget_base(self) -> None:
         """To be called when weights are no longer the checkpoint's."""
@@ -79,10 +62,9 @@ class ModelState:
 
 def state_of(model: nn.Module) -> ModelState:
     """The state of `model`; an empty one is attached if it has none."""
-    state: ModelState | None = getattr(model, "qlora_state", None)
-    if state is None:
-        state = model.qlora_state = ModelState()  # type: ignore[assignment]  # no parameter
-    return state
+    if not hasattr(model, "qlora_state"):
+        model.qlora_state = ModelState()  # type: ignore[assignment]  # no parameter
+    return model.qlora_state  # type: ignore[return-value]
 
 
 def auto_class(task: Task) -> Any:
@@ -119,8 +101,8 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     base = getattr(model, "base_model", model)
     if base is model:
         return {}
-    children = {n: m for n, m in model.named_children() if any(True for _ in m.parameters())}
-    beside = {n: m for n, m in children.items() if m is not base}
+    beside = {name: child for name, child in model.named_children() if child is not base}
+    beside = {n: child for n, child in beside.items() if any(True for _ in child.parameters())}
     return beside | {name: model.get_submodule(name) for name in state_of(model).heads}
 
 
@@ -152,9 +134,6 @@ def is_tied(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if config else None
     return bool(getattr(text, "tie_word_embeddings", False))
-
-
-# ---- its modules ----
 
 
 def was_conv1d(layer: nn.Module) -> bool:
@@ -189,11 +168,9 @@ def has_hooks(module: nn.Module) -> bool:
     return any(forward_hooks) or any(backward_hooks) or "forward" in vars(module)
 
 
-def computes_in(layer: nn.Module) -> torch.dtype:
+def computes_in(layer: Any) -> torch.dtype:
     """The dtype a Linear4bit or plain layer computes in."""
-    weight: Any = layer.weight
-    dtype: torch.dtype = getattr(layer, "compute_dtype", weight.dtype)
-    return dtype
+    return getattr(layer, "compute_dtype", layer.weight.dtype)  # type: ignore[no-any-return]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -208,10 +185,8 @@ def matrix_shape(layer: Any) -> tuple[int, int]:
     """(out, in) of its weight as a matrix."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
-    shape = layer.weight.shape
-    if _stores_transposed(layer):
-        return shape[1], shape[0]
-    return shape[0], shape[1:].numel()
+    rows, columns = layer.weight.shape[0], layer.weight.shape[1:].numel()
+    return (columns, rows) if _stores_transposed(layer) else (rows, columns)
 
 
 def dense_weight(layer: Any) -> Tensor:

@@ -70,20 +70,18 @@ def write_shards(
 ) -> list[Path]:
     """Stream `tensors`, one for each of `entries` in order, into safetensors files in `folder`.
 
-    The files are then read by safetensors, and every tensor is compared by checksum.
-
-    Raises:
-        UserError: the disk is full, or returns other data.
-        ValueError: a tensor has another dtype or shape than its entry.
+    safetensors then reads every tensor, which is compared by checksum. Raises UserError if the disk
+    is full or returns other data, ValueError if a tensor is not of its entry's dtype and shape.
     """
-    shards = plan_shards(entries, max_bytes)
-    count = len(shards)
+    plan = plan_shards(entries, max_bytes)
+    count = len(plan)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    files = [folder / name for name in (names if count > 1 else [SINGLE])]
+    paths = [folder / name for name in (names if count > 1 else [SINGLE])]
+    shards = dict(zip(paths, plan, strict=True))
     total = sum(entry.nbytes for entry in entries)
     checksums: dict[str, int] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", leave=False) as bar:
-        for path, shard in zip(files, shards, strict=True):
+        for path, shard in shards.items():
             try:
                 _write_file(path, shard, tensors, checksums, bar)
             except OSError as error:
@@ -92,21 +90,39 @@ def write_shards(
                     "or give another --output-dir. The incomplete files are removed"
                 ) from error
     if count > 1:
-        pairs = zip(names, shards, strict=True)
-        weight_map = {entry.name: name for name, shard in pairs for entry in shard}
+        weight_map = {entry.name: path.name for path in paths for entry in shards[path]}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     with tqdm(total=total, unit="B", unit_scale=True, desc="Checking", leave=False) as bar:
-        for path, shard in zip(files, shards, strict=True):
-            _check_file(path, shard, checksums, bar)
-    return files
+        for path, shard in shards.items():
+            for entry in shard:
+                with safe_open(path, framework="pt") as reader:  # closing it releases its memory
+                    data = _bytes(reader.get_tensor(entry.name), entry)
+                if zlib.crc32(data) != checksums[entry.name]:
+                    raise UserError(
+                        f"{path} does not read back as it was written ({entry.name}): the disk is "
+                        "faulty, use another one"
+                    )
+                bar.update(entry.nbytes)
+    return paths
 
 
 def _write_file(
     path: Path, shard: list[Entry], tensors: Iterator[Tensor], checksums: dict[str, int], bar: Any
 ) -> None:
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for entry in shard:
+        table[entry.name] = {
+            "dtype": DTYPE_CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, start + entry.nbytes],
+        }
+        start += entry.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # safetensors pads it to a multiple of 8
     with path.open("wb") as file:
-        file.write(_header(shard))
+        file.write(struct.pack("<Q", len(text)) + text)
         for entry in shard:
             data = _bytes(next(tensors), entry)
             checksums[entry.name] = zlib.crc32(data)
@@ -116,38 +132,9 @@ def _write_file(
         os.fsync(file.fileno())
 
 
-def _check_file(path: Path, shard: list[Entry], checksums: dict[str, int], bar: Any) -> None:
-    for entry in shard:
-        with safe_open(path, framework="pt") as reader:  # closing it releases its memory map
-            data = _bytes(reader.get_tensor(entry.name), entry)
-        if zlib.crc32(data) != checksums[entry.name]:
-            raise UserError(
-                f"{path} does not read back as it was written ({entry.name}): the disk is faulty, "
-                "use another one"
-            )
-        bar.update(entry.nbytes)
-
-
-def _header(entries: Sequence[Entry]) -> bytes:
-    """8 bytes of length, then JSON padded to a multiple of 8 (the safetensors format)."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for entry in entries:
-        table[entry.name] = {
-            "dtype": DTYPE_CODES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [start, start + entry.nbytes],
-        }
-        start += entry.nbytes
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
 def _bytes(tensor: Tensor, entry: Entry) -> memoryview:
     """The tensor's bytes on the CPU, without a copy where they are contiguous there."""
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
         raise ValueError(f"{entry.name}: planned {entry[1:]}, got {tensor.dtype, tensor.shape}")
-    flat = tensor.cpu().contiguous().view(-1)
-    data: Any = flat.view(torch.uint8).numpy()
+    data: Any = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(data)

@@ -5,20 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import CONFIGS, FP32, axis, tiny_model
+from conftest import CONFIGS, axis, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Model
 
-from qlora.base.checkpoint import (
-    Checkpoint,
-    cache_folder,
-    disk_name,
-    is_skipped,
-    quantized_layers,
-    resolve,
-    skeleton,
-)
-from qlora.base.load import load_base
+from qlora.base import Checkpoint, load_base, resolve
+from qlora.base.checkpoint import disk_name, is_skipped, quantized_layers, skeleton
 from qlora.base.shards import INDEX, SINGLE
 from qlora.config import QuantConfig
 from qlora.errors import UserError
@@ -40,67 +32,52 @@ def sharded(tmp_path):
     return folder
 
 
-# ---- resolve ----
-
-
-def test_folders_resolve_to_themselves_and_paths_may_start_at_home(
-    checkpoints, sharded, monkeypatch
-):
+def test_folders_resolve_to_themselves_also_from_home(checkpoints, sharded, monkeypatch):
     for folder in (checkpoints("llama"), sharded):
         assert resolve(str(folder)) == folder
     monkeypatch.setenv("HOME", str(checkpoints("llama").parent))
     assert resolve("~/llama") == checkpoints("llama")
 
 
-def test_names_of_nothing(monkeypatch, tmp_path):
+def test_models_that_cannot_be_resolved(copy, monkeypatch, tmp_path):
+    def refused(name, match, **settings):
+        with pytest.raises(UserError, match=match):
+            resolve(str(name), **settings)
+
     monkeypatch.chdir(tmp_path)
     for name in ("./nowhere/at/all", "/nowhere", "nowhere.gguf", "a/b/c", "a b"):
-        with pytest.raises(UserError, match=f"model {name} does not exist: give a folder, a .gguf"):
-            resolve(name)
+        refused(name, f"model {name} does not exist: give a folder, a .gguf")
     for name in ("owner/name", "name-1.5"):  # without a network
-        match = rf"model {name} is no local folder and cannot be downloaded: \w"
-        with pytest.raises(UserError, match=match):
-            resolve(name)
-
-
-def test_paths_without_a_checkpoint(copy):
-    with pytest.raises(UserError, match=r"is a file: give a folder, a .gguf file or a hub name"):
-        resolve(str(copy / SINGLE))
-    with pytest.raises(UserError, match=r"--revision main is for hub models"):
-        resolve(str(copy), revision="main")
+        refused(name, rf"model {name} is no local folder and cannot be downloaded: \w")
+    refused(copy / SINGLE, r"is a file: give a folder, a .gguf file or a hub name")
+    refused(copy, "--revision main is for hub models", revision="main")
     torch.save(load_file(copy / SINGLE), copy / "pytorch_model.bin")
     (copy / SINGLE).unlink()
-    with pytest.raises(UserError, match=rf"no {SINGLE} or {INDEX}\. Pickled weights .*not opened"):
-        resolve(str(copy))
+    refused(copy, rf"no {SINGLE} or {INDEX}\. Pickled weights .*not opened")
     (copy / "config.json").unlink()
-    with pytest.raises(UserError, match=r"copy is no model: it holds no config.json.*for an adap"):
-        resolve(str(copy))
+    refused(copy, r"copy is no model: it holds no config.json.*for an adap")
 
 
 def test_a_damaged_gguf_leaves_no_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").write_bytes(b"GGUF, but no more than that")
-    with pytest.raises(UserError, match=r"model.gguf cannot be read as a GGUF model \(\w+: "):
-        resolve(str(tmp_path / "model.gguf"))
-    assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.delenv("QLORA_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "qlora"
+    monkeypatch.delenv("QLORA_CACHE", raising=False)
+    for cache in (tmp_path / ".cache" / "qlora", tmp_path / "mine"):
+        with pytest.raises(UserError, match=r"model.gguf cannot be read as a GGUF model \(\w+: "):
+            resolve(str(tmp_path / "model.gguf"))
+        assert list(cache.iterdir()) == []
+        monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "mine"))
 
 
-# ---- headers and tensors ----
-
-
-@pytest.mark.parametrize("kind", ["copy", "sharded"])
-def test_headers_and_tensors_are_those_of_the_model(kind, request):
-    checkpoint = Checkpoint(request.getfixturevalue(kind))
+def test_headers_and_tensors_are_those_of_the_model(copy, sharded):
     exact = tiny_model("llama").state_dict()
-    assert checkpoint.config["model_type"] == "llama"
-    assert set(checkpoint.tensors) == set(exact)
-    for name, tensor in exact.items():
-        header = checkpoint.tensors[name]
-        assert (header.dtype, header.shape) == (tensor.dtype, tuple(tensor.shape))
-        assert torch.equal(checkpoint.read(name), tensor)
+    for checkpoint in (Checkpoint(copy), Checkpoint(sharded)):
+        assert checkpoint.config["model_type"] == "llama"
+        assert set(checkpoint.tensors) == set(exact)
+        for name, tensor in exact.items():
+            header = checkpoint.tensors[name]
+            assert (header.dtype, header.shape) == (tensor.dtype, tuple(tensor.shape))
+            assert torch.equal(checkpoint.read(name), tensor)
 
 
 def test_dtypes_are_read_or_refused(tmp_path):
@@ -113,78 +90,65 @@ def test_dtypes_are_read_or_refused(tmp_path):
         _ = Checkpoint(tmp_path).tensors
 
 
-CUT_SHORT = r"-00002-.* is damaged or cut short \(.+\): download or copy it again"
-
-
-def keep_bytes(count):
+def cut_short(count):
     def change(folder):
         second = sorted(folder.glob("*.safetensors"))[1]
         second.write_bytes(second.read_bytes()[:count])
 
-    return change
+    return change, r"-00002-.* is damaged or cut short \(.+\): download or copy it again"
 
 
-def index_naming(file):
-    def change(folder):
-        index = json.loads((folder / INDEX).read_text())
-        index["weight_map"][Q_PROJ] = file
-        (folder / INDEX).write_text(json.dumps(index))
+def index(text):
+    return lambda folder: (folder / INDEX).write_text(text)
 
-    return change
+
+def outside(file):
+    return index(json.dumps({"weight_map": {Q_PROJ: file}})), f"outside its folder.*: {file}"
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (keep_bytes(0), CUT_SHORT), (keep_bytes(4), CUT_SHORT),
-        (keep_bytes(100), CUT_SHORT), (keep_bytes(-1), CUT_SHORT),
+        *(cut_short(count) for count in (0, 4, 100, -1)),
+        *(outside(file) for file in ("../a", "/etc/passwd", "a/b")),
         (lambda folder: min(folder.glob("*.safetensors")).unlink(), "sharded lacks model-00001-of"),
-        (index_naming("../a"), "outside its folder.*: ../a"),
-        (index_naming("/etc/passwd"), "outside its folder.*: /etc/passwd"),
-        (index_naming("a/b"), "outside its folder.*: a/b"),
-        (lambda folder: (folder / INDEX).write_text("{}"), "holds no weight_map"),
-        (lambda folder: (folder / INDEX).write_text("["), f"{INDEX} is not a JSON object: "),
+        (index("{}"), "holds no weight_map"),
+        (index("["), f"{INDEX} is not a JSON object: "),
     ],
-)  # fmt: skip
+)
 def test_damaged_shards_and_indices(sharded, change, match):
     change(sharded)
     with pytest.raises(UserError, match=match):
         _ = Checkpoint(sharded).tensors
 
 
-@pytest.mark.parametrize(("family", "positions"), [("roberta", 512), ("bert", 512), ("t5", None)])
-def test_the_longest_row(family, positions, checkpoints):
+def test_the_longest_row(checkpoints):
     """RoBERTa's positions start after the pad token's id; T5's are relative."""
-    assert Checkpoint(checkpoints(family)).max_positions == positions
-
-
-# ---- 4-bit records and fingerprints ----
+    for family, positions in (("roberta", 512), ("bert", 512), ("t5", None)):
+        assert Checkpoint(checkpoints(family)).max_positions == positions
 
 
 @pytest.mark.parametrize("family", axis("llama", "gpt2", "qwen2", "phi"))
 @pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
-def test_a_4_bit_copy_has_the_fingerprint_of_its_base(checkpoints, tmp_path, family, compute_dtype):
+def test_the_fingerprint_and_records_of_a_4_bit_copy(checkpoints, tmp_path, family, compute_dtype):
     quant = QuantConfig(compute_dtype=compute_dtype)
     load_base(str(checkpoints(family)), quant, device="cpu").save_pretrained(tmp_path)
     base, copy = Checkpoint(checkpoints(family)), Checkpoint(tmp_path)
     assert (base.is_quantized, copy.is_quantized) == (False, True)
     assert copy.fingerprint == base.fingerprint
-
-
-def test_a_record_holds_the_weights_entries_on_disk(checkpoints, tmp_path):
-    load_base(str(checkpoints("llama")), FP32, device="cpu").save_pretrained(tmp_path)
-    four_bit, exact = Checkpoint(tmp_path), load_file(tmp_path / SINGLE)
-    record = four_bit.record(Q_PROJ)
-    assert set(record) == {
-        "", "absmax", "quant_map", "nested_absmax", "nested_quant_map",
-        "quant_state.bitsandbytes__nf4",
-    }  # fmt: skip
-    for suffix, tensor in record.items():
-        assert torch.equal(tensor, exact[f"{Q_PROJ}.{suffix}".rstrip(".")])
-    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
-        assert name in four_bit.tensors
-        assert four_bit.record(name) is None
-    assert Checkpoint(checkpoints("llama")).record(Q_PROJ) is None
+    on_disk = load_file(tmp_path / SINGLE)
+    weights = [name for name in on_disk if name.endswith(".weight")]
+    records = {name: copy.record(name) for name in weights if copy.record(name)}
+    for name, record in records.items():
+        assert set(record) == {
+            "", "absmax", "quant_map", "nested_absmax", "nested_quant_map",
+            "quant_state.bitsandbytes__nf4",
+        }  # fmt: skip
+        for suffix, tensor in record.items():
+            assert torch.equal(tensor, on_disk[f"{name}.{suffix}".rstrip(".")])
+    layers = quantized_layers(skeleton(checkpoints(family)), quant)
+    assert set(records) == {f"{name}.weight" for name in layers}
+    assert not any(base.record(name) for name in weights)
 
 
 def test_fingerprints_tell_models_apart_and_not_their_shards(copy, sharded, tmp_path):
@@ -198,9 +162,6 @@ def test_fingerprints_tell_models_apart_and_not_their_shards(copy, sharded, tmp_
     assert Checkpoint(copy).fingerprint != fingerprint
 
 
-# ---- the model without weights ----
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_skeleton_has_the_names_and_shapes_and_no_memory(checkpoints, family):
     model, exact = skeleton(checkpoints(family)), tiny_model(family)
@@ -210,11 +171,11 @@ def test_a_skeleton_has_the_names_and_shapes_and_no_memory(checkpoints, family):
     assert shapes == wanted
 
 
-@pytest.mark.parametrize("config", [{"model_type": "unheard_of"}, {"model_type": "clip"}, {}])
-def test_a_config_of_another_kind_of_model_is_refused(tmp_path, config):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is no causal language model that this transformers knows"):
-        skeleton(tmp_path)
+def test_a_config_of_another_kind_of_model_is_refused(tmp_path):
+    for config in ({"model_type": "unheard_of"}, {"model_type": "clip"}, {}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="is no causal language model that this transformers k"):
+            skeleton(tmp_path)
 
 
 def test_names_on_disk_differ_from_the_models_by_the_prefix(checkpoints, tmp_path):
@@ -229,26 +190,12 @@ def test_names_on_disk_differ_from_the_models_by_the_prefix(checkpoints, tmp_pat
     assert disk_name(gpt2, headless, bare) == full
 
 
-# ---- which layers are quantized ----
-
-
 def test_the_layers_to_quantize(checkpoints):
-    llama, gpt2 = (skeleton(checkpoints(family)) for family in ("llama", "gpt2"))
-    layers = quantized_layers(llama, QuantConfig())
-    leaves = {name.rpartition(".")[2] for name in layers}
-    assert leaves == {f"{leaf}_proj" for leaf in ("q", "k", "v", "o", "gate", "up", "down")}
-    assert len(layers) == 14
-    assert not any(layers.values())
+    gpt2 = skeleton(checkpoints("gpt2"))
     names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     transposed = {f"transformer.h.{i}.{name}": True for i in (0, 1) for name in names}
     assert quantized_layers(gpt2, QuantConfig()) == transposed
-    layers = quantized_layers(llama, QuantConfig(skip_modules=("layers.0", "q_proj")))
-    assert len(layers) == 6
-    assert all(name.startswith("model.layers.1.") for name in layers)
-
-
-def test_skip_modules_match_whole_parts_of_a_name():
-    name = "model.layers.1.mlp.up_proj"
+    name = "model.layers.1.mlp.up_proj"  # of which whole parts are matched
     assert all(is_skipped(name, [skip]) for skip in ("up_proj", "mlp", "layers.1", name))
     assert not any(is_skipped(name, [skip]) for skip in ("proj", "1.up_proj", "layers.11"))
     assert not is_skipped(name.replace("1", "11"), ["layers.1"])

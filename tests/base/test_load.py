@@ -9,23 +9,20 @@ import reference
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
-from conftest import FP32, axis, tiny_model, token_ids
+from conftest import FP32, axis, on_gpu, tiny_model, token_ids
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig
 
-from qlora.adapters.apply import apply_lora
 from qlora.base.checkpoint import Checkpoint
-from qlora.base.load import compute_dtype, load_base, unquantized_linear
+from qlora.base.load import compute_dtype, load_base
 from qlora.base.modules import output_head, state_of
-from qlora.config import LoraConfig, QuantConfig
+from qlora.config import QuantConfig
 from qlora.errors import UserError
 from qlora.ops import nf4
 
-CPU = torch.device("cpu")
 EACH_FAMILY = ["llama", *axis("gpt2", "qwen2", "qwen3", "mistral", "gemma", "phi")]
 LAYERS = {"gpt2": 8, "phi": 12}  # others: 14
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def four_bit_layers(model):
@@ -55,26 +52,10 @@ def bases(checkpoints):
     return cache(lambda family: load(checkpoints(family)))
 
 
-# ---- what is quantized ----
-
-
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_all_linear_layers_but_the_head_are_4_bit_and_frozen(bases, family):
-    model = bases(family)
-    layers = four_bit_layers(model)
-    dense = {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
-    assert dense == {"lm_head"}
-    assert output_head(model) is model.lm_head
-    assert len(layers) == LAYERS.get(family, 14)
-    assert {m.weight.dtype for m in layers.values()} == {torch.uint8}
-    assert not any(p.requires_grad for p in model.parameters())
-    assert unquantized_linear(tiny_model(family), QuantConfig()) == {}
-
-
 @pytest.mark.parametrize("family", axis("llama", "gpt2", "phi"))
 @pytest.mark.parametrize("name", axis("bf16", "fp16", "fp32"))
 def test_everything_else_has_the_compute_dtype(checkpoints, family, name):
-    dtype = DTYPES[name]
+    dtype = nf4.DTYPES[name]
     model = load(checkpoints(family), compute_dtype=name)
     codes = {f"{layer}.weight" for layer in four_bit_layers(model)}
     assert {p.dtype for n, p in model.named_parameters() if n not in codes} == {dtype}
@@ -82,41 +63,36 @@ def test_everything_else_has_the_compute_dtype(checkpoints, family, name):
 
 
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_codes_and_other_parameters_are_those_of_the_weights_on_disk(checkpoints, bases, family):
-    model = bases(family)
+def test_all_linear_layers_but_the_head_are_4_bit_and_frozen(checkpoints, bases, family):
+    """Codes are those of the weights on disk, logits those of the model with rounded weights."""
+    model, rounded = bases(family), tiny_model(family)
     layers, disk = four_bit_layers(model), load_file(checkpoints(family) / "model.safetensors")
+    dense = {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+    assert dense == {"lm_head"}
+    assert output_head(model) is model.lm_head
+    assert len(layers) == LAYERS.get(family, 14)
+    assert {m.weight.dtype for m in layers.values()} == {torch.uint8}
+    assert not any(p.requires_grad for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") not in layers:
+            assert torch.equal(parameter, disk[name]), name
     for name, weight in disk_weights(checkpoints(family), layers).items():
         codes = reference.quantize(weight, reference.NF4, 64)
         differ = reference.unpack(layers[name].weight) != codes.indices
         assert not (differ & ~reference.near_ties(weight, reference.NF4, 64)).any(), name
-    for name, parameter in model.named_parameters():
-        if name.removesuffix(".weight") not in layers:
-            assert torch.equal(parameter, disk[name]), name
-
-
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_logits_are_those_of_the_model_with_rounded_weights(bases, family):
-    """The same architecture in fp32, each weight rounded by the reference."""
-    model = tiny_model(family)
-    for name in four_bit_layers(bases(family)):
-        weight = model.get_parameter(f"{name}.weight").data
-        matrix = weight.T if family == "gpt2" else weight
-        rounded = reference.round_trip(matrix, double_quant=True)
-        weight.copy_(rounded.T if family == "gpt2" else rounded)
+        exact = reference.round_trip(weight, double_quant=True)
+        parameter = rounded.get_parameter(f"{name}.weight").data
+        parameter.copy_(exact.T if family == "gpt2" else exact)
     # 1e-3: bitsandbytes sometimes takes the neighbouring level for an absmax (see test_nf4)
-    assert reference.relative_rms(logits(bases(family)), logits(model)) < 1e-3
-    assert reference.relative_rms(logits(bases(family)), logits(tiny_model(family))) > 0.01
+    assert reference.relative_rms(logits(model), logits(rounded)) < 1e-3
+    assert reference.relative_rms(logits(model), logits(tiny_model(family))) > 0.01
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 def test_the_codes_on_a_gpu_are_those_of_the_cpu(checkpoints, bases):
-    on_gpu = load_base(str(checkpoints("llama")), FP32, device="cuda")
+    model = load_base(str(checkpoints("llama")), FP32, device="cuda")
     for name, layer in four_bit_layers(bases("llama")).items():
-        assert torch.equal(on_gpu.get_submodule(name).weight.cpu(), layer.weight)
-
-
-# ---- the settings ----
+        assert torch.equal(model.get_submodule(name).weight.cpu(), layer.weight)
 
 
 def decode(layer):
@@ -162,52 +138,39 @@ def test_skipped_modules_stay_unquantized(checkpoints):
 
 
 def test_the_compute_dtype_is_the_named_one_or_bf16_where_the_hardware_has_it(monkeypatch):
-    for name, dtype in DTYPES.items():
-        assert compute_dtype(QuantConfig(compute_dtype=name), CPU) == dtype
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for name, dtype in nf4.DTYPES.items():
+        assert compute_dtype(QuantConfig(compute_dtype=name), cpu) == dtype
     for avx512, amx in ((True, False), (False, True), (False, False)):
         monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda has=avx512: has)
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda has=amx: has)
         wanted = torch.bfloat16 if avx512 or amx else torch.float32
-        assert compute_dtype(QuantConfig(), CPU) == wanted
+        assert compute_dtype(QuantConfig(), cpu) == wanted
     for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(
-            "torch.cuda.is_bf16_supported", lambda including_emulation, has=has_bf16: has
-        )
-        assert compute_dtype(QuantConfig(), torch.device("cuda")) == dtype
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda has=has_bf16, **_: has)
+        assert compute_dtype(QuantConfig(), gpu) == dtype
 
 
-# ---- the model's description of itself ----
-
-
-def test_the_state_records_the_quantization(checkpoints):
-    base = checkpoints("llama")
-    model = load(base, blocksize=32, skip_modules=("q_proj",))
+def test_an_opened_checkpoint_loads_like_its_name_and_describes_itself(checkpoints, bases):
+    base, named = checkpoints("llama"), bases("llama")
+    before = {file: file.read_bytes() for file in base.iterdir()}
+    model = load_base(Checkpoint.open(str(base)), FP32, device="cpu")
+    assert {file: file.read_bytes() for file in base.iterdir()} == before
+    assert torch.equal(logits(model), logits(named))
+    assert model.config._name_or_path == named.config._name_or_path == str(base)
+    assert state_of(tiny_model("llama")).record() == {}
+    assert state_of(model).record() == state_of(named).record()
     assert state_of(model).record() == {
         "fingerprint": Checkpoint(base).fingerprint,
         "quant_type": "nf4",
-        "blocksize": 32,
+        "blocksize": 64,
         "double_quant": True,
         "compute_dtype": "fp32",
-        "skip_modules": ["q_proj"],
+        "skip_modules": [],
         "revision": None,
         "task": "causal-lm",
     }
-    assert model.config._name_or_path == str(base)
-    assert state_of(tiny_model("llama")).record() == {}
-
-
-def test_an_opened_checkpoint_loads_like_its_name(checkpoints, bases):
-    checkpoint = Checkpoint.open(str(checkpoints("llama")))
-    model = load_base(checkpoint, FP32, device="cpu")
-    assert model.config._name_or_path == str(checkpoints("llama"))
-    assert state_of(model).record() == state_of(bases("llama")).record()
-    assert torch.equal(logits(model), logits(bases("llama")))
-
-
-def test_transformers_sees_a_bitsandbytes_model(bases):
-    """Trainer reads these before it trains an adapter."""
-    model = bases("llama")
-    settings = model.config.quantization_config
+    settings = model.config.quantization_config  # Trainer reads it before it trains an adapter
     assert model.is_loaded_in_4bit
     assert (settings.quant_method, settings.bnb_4bit_quant_type) == ("bitsandbytes", "nf4")
     assert settings.bnb_4bit_use_double_quant
@@ -215,24 +178,26 @@ def test_transformers_sees_a_bitsandbytes_model(bases):
     assert not settings.to_diff_dict().get("blocksize")
 
 
-# ---- a checkpoint that is already 4-bit ----
-
-
 @pytest.mark.parametrize("family", EACH_FAMILY)
-def test_a_saved_4_bit_model_loads_with_the_same_logits(bases, tmp_path, family):
+def test_a_saved_4_bit_model_has_the_same_logits_and_generates(bases, tmp_path, family):
+    """Greedy tokens are the argmax of the logits over the sequence so far."""
     bases(family).save_pretrained(tmp_path)
-    again = load(tmp_path)
+    again, ids = load(tmp_path), token_ids(rows=1)
     assert four_bit_layers(again).keys() == four_bit_layers(bases(family)).keys()
     assert torch.equal(logits(again), logits(bases(family)))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
     # in train mode bitsandbytes does not repack; 1e-5: fp32 rounding, another compute path
     assert torch.allclose(logits(theirs), logits(bases(family)), rtol=0, atol=1e-5)
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    tokens = again.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert tokens.shape == (1, ids.shape[1] + 3)
+    with torch.no_grad():
+        predicted = again(tokens).logits[:, ids.shape[1] - 1 : -1].argmax(-1)
+    assert torch.equal(predicted, tokens[:, ids.shape[1] :])
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_4_bit_model_that_transformers_saved_loads_with_the_same_logits(
-    checkpoints, tmp_path, tied
-):
+def test_a_4_bit_model_of_transformers_has_the_same_logits(checkpoints, tmp_path, tied):
     """Its config.json has no list of skipped layers; the head is skipped all the same."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -246,9 +211,7 @@ def test_a_4_bit_model_that_transformers_saved_loads_with_the_same_logits(
     assert torch.allclose(logits(ours), logits(theirs.train()), rtol=0, atol=1e-5)
 
 
-def test_a_4_bit_checkpoint_keeps_its_quantization_and_takes_the_compute_dtype(
-    checkpoints, tmp_path, capsys
-):
+def test_a_4_bit_checkpoint_keeps_all_but_the_compute_dtype(checkpoints, tmp_path, capsys):
     settings = {"quant_type": "fp4", "blocksize": 32, "double_quant": False}
     first = load(checkpoints("llama"), **settings, skip_modules=("q_proj",))
     first.save_pretrained(tmp_path)
@@ -264,19 +227,11 @@ def test_a_4_bit_checkpoint_keeps_its_quantization_and_takes_the_compute_dtype(
     assert {p.dtype for p in half.parameters() if p.is_floating_point()} == {torch.bfloat16}
 
 
-# ---- fused experts ----
-
-
 def test_fused_experts_are_refused_unless_allowed_or_skipped(checkpoints):
     base = checkpoints("mixtral")
-    with pytest.raises(UserError) as error:
+    experts = (r"gate_up_proj \(65,536 values\)", r"down_proj \(32,768 values\)", "--allow-unquant")
+    with pytest.raises(UserError, match=".*".join(["^4 linear weights cannot be quant", *experts])):
         load(base)
-    for words in (
-        "4 linear weights cannot be quantized", "--allow-unquantized",
-        "model.layers.0.mlp.experts.gate_up_proj (65,536 values)",
-        "model.layers.0.mlp.experts.down_proj (32,768 values)",
-    ):  # fmt: skip
-        assert words in str(error.value)
     load(base, skip_modules=("experts",))
     model = load(base, allow_unquantized=True)
     assert set(four_bit_layers(model)) == {
@@ -285,9 +240,6 @@ def test_fused_experts_are_refused_unless_allowed_or_skipped(checkpoints):
     experts, exact = (m.model.layers[0].mlp.experts for m in (model, tiny_model("mixtral")))
     assert torch.equal(experts.down_proj, exact.down_proj)
     assert logits(model).isfinite().all()
-
-
-# ---- in use ----
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
@@ -305,38 +257,13 @@ def test_a_forward_pass_in_eval_mode_does_not_repack_the_weights(checkpoints, na
     assert torch.equal(with_grad, in_training)
 
 
-@pytest.mark.parametrize("family", axis("llama", "gpt2", "qwen2", "qwen3", "gemma", "phi"))
-def test_generation_and_gradients_of_adapters(checkpoints, family):
-    """Greedy tokens are the argmax of the logits over the sequence so far."""
-    model, ids = load(checkpoints(family)), token_ids(rows=1)
-    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    assert tokens.shape == (1, ids.shape[1] + 3)
-    with torch.no_grad():
-        predicted = model(tokens).logits[:, ids.shape[1] - 1 : -1].argmax(-1)
-    assert torch.equal(predicted, tokens[:, ids.shape[1] :])
-    apply_lora(model, LoraConfig(r=2)).train()
-    model(input_ids=ids, labels=ids).loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(g.any() for name, g in gradients.items() if "lora_B" in name)
-    assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
+def without(tensor):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[tensor]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-
-def test_loading_does_not_change_the_checkpoint(checkpoints):
-    files = [*checkpoints("llama").iterdir()]
-    before = [file.read_bytes() for file in files]
-    load(checkpoints("llama"))
-    assert [*checkpoints("llama").iterdir()] == files
-    assert [file.read_bytes() for file in files] == before
-
-
-# ---- refused ----
-
-
-def without_a_norm(folder):
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.input_layernorm.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return change
 
 
 def quantized_by_gptq(folder):
@@ -351,19 +278,24 @@ def falcon(folder):
     AutoModelForCausalLM.from_config(FalconConfig(**sizes)).save_pretrained(folder)
 
 
+CLASSIFIER = {"task": "seq-cls", "labels": ("a", "b", "c")}
+NORM, MATRIX = "model.layers.1.input_layernorm.weight", "bert.encoder.layer.0.output.dense.weight"
+
+
 @pytest.mark.parametrize(
-    ("change", "match"),
+    ("family", "change", "settings", "match"),
     [
-        (without_a_norm, "lacks 1 tensors.*input_layernorm"),
-        (quantized_by_gptq, "already quantized, with gptq: give its 16-bit model"),
-        (falcon, "linear weights cannot be quantized.*query_key_value"),
+        ("llama", without(NORM), {}, f"lacks 1 tensors of its model.*: {NORM}"),
+        ("bert", without(MATRIX), CLASSIFIER, f"lacks 1 tensors of its model.*: {MATRIX}"),
+        ("llama", quantized_by_gptq, {}, "already quantized, with gptq: give its 16-bit model"),
+        ("llama", falcon, {}, "linear weights cannot be quantized.*query_key_value"),
     ],
 )
-def test_checkpoints_that_are_refused(checkpoints, tmp_path, change, match):
-    shutil.copytree(checkpoints("llama"), tmp_path / "base")
-    change(tmp_path / "base")
+def test_checkpoints_that_are_refused(checkpoints, tmp_path, family, change, settings, match):
+    folder = shutil.copytree(checkpoints(family), tmp_path / "base")
+    change(folder)
     with pytest.raises(UserError, match=match):
-        load(tmp_path / "base")
+        load_base(str(folder), FP32, device="cpu", **settings)
 
 
 def test_a_cpu_kernel_with_wrong_results_is_refused(checkpoints, monkeypatch):

@@ -16,30 +16,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora.base import shards
-from qlora.base.shards import (
-    DTYPE_CODES,
-    INDEX,
-    SINGLE,
-    Entry,
-    parse_size,
-    plan_shards,
-    write_shards,
-)
+from qlora.base.shards import DTYPE_CODES, INDEX, SINGLE, Entry
 from qlora.errors import UserError
 from qlora.files import publishing, require_new
 
 
 def write(folder, tensors, *, max_bytes=10**9):
     entries = [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
-    return write_shards(folder, entries, iter(tensors.values()), max_bytes=max_bytes)
+    return shards.write_shards(folder, entries, iter(tensors.values()), max_bytes=max_bytes)
 
 
 def bitwise_equal(a, b):
     bits = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
     return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*bits)
-
-
-# ---- the files ----
 
 
 @pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
@@ -62,25 +51,12 @@ def test_every_dtype_and_shape_is_read_back(tmp_path, dtype):
     read = load_file(path)
     assert set(read) == set(tensors)
     assert all(bitwise_equal(read[name], tensor) for name, tensor in tensors.items())
-
-
-def test_a_header_has_transformers_metadata_and_a_multiple_of_8_bytes(tmp_path):
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without
     for length in range(1, 9):
-        (path,) = write(tmp_path, {"a" * length: torch.ones(3)})
+        (path,) = write(tmp_path, {"a" * length: values})
         assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
-        assert load_file(path)["a" * length].tolist() == [1, 1, 1]
-        with safe_open(path, framework="pt") as file:
-            assert file.metadata() == {"format": "pt"}  # transformers refuses a file without
-
-
-def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path):
-    for tensor in (torch.ones(2, 3).bfloat16(), torch.ones(3, 2)):
-        with pytest.raises(ValueError, match=r"a: planned \(torch.float32, \(2, 3\)\), got"):
-            entries = [Entry("a", torch.float32, (2, 3))]
-            write_shards(tmp_path, entries, iter([tensor]), max_bytes=10**9)
-
-
-# ---- several files ----
+        assert torch.equal(load_file(path)["a" * length], values)
 
 
 def test_shards_and_their_index(tmp_path):
@@ -106,52 +82,47 @@ def test_transformers_reads_a_sharded_model(tmp_path, max_bytes):
         assert torch.equal(read(token_ids()).logits, model(token_ids()).logits)
 
 
-# ---- the plan ----
-
-
 def test_sizes():
     sizes = {
         "5GB": 5 * 1000**3, "500MB": 500 * 1000**2, "5GiB": 5 * 1024**3, "1.5KiB": 1536,
         "2TB": 2 * 1000**4, "7kb": 7000, " 3 G ": 3 * 1000**3, "100B": 100, "42": 42,
     }  # fmt: skip
-    assert {text: parse_size(text) for text in sizes} == sizes
+    assert {text: shards.parse_size(text) for text in sizes} == sizes
     for text in ("", "GB", "5XB", "-5GB", "1e3", "5 GB extra", "five", "1.2.3GB", ".", "..5MB"):
         with pytest.raises(UserError, match=f"size must look like 5GB or 500MB, got {text!r}"):
-            parse_size(text)
+            shards.parse_size(text)
 
 
 @given(sizes=st.lists(st.integers(0, 50), max_size=30), max_bytes=st.integers(1, 60))
 def test_a_plan_keeps_order_and_bound_and_wastes_nothing(sizes, max_bytes):
     entries = [Entry(f"t{i}", torch.uint8, (size,)) for i, size in enumerate(sizes)]
-    shards = plan_shards(entries, max_bytes)
-    assert [entry for shard in shards for entry in shard] == entries
-    assert all(shards)
-    for shard in shards:
+    plan = shards.plan_shards(entries, max_bytes)
+    assert [entry for shard in plan for entry in shard] == entries
+    assert all(plan)
+    for shard in plan:
         sizes = [entry.nbytes for entry in shard if entry.nbytes]
         assert sum(sizes) <= max_bytes or len(sizes) == 1  # one larger tensor
-    for shard, following in pairwise(shards):
+    for shard, following in pairwise(plan):
         assert sum(e.nbytes for e in shard) + following[0].nbytes > max_bytes
 
 
-# ---- whole or not at all ----
-
-
-def test_a_published_folder_appears_at_the_end(tmp_path):
+def test_a_published_folder_appears_at_the_end_or_not_at_all(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "deep" / "out"):
+        for error in (RuntimeError, KeyboardInterrupt, SystemExit):
+            with pytest.raises(error), publishing(folder) as partial:
+                (partial / "a").write_text("1")
+                raise error
+            assert not list(folder.parent.glob(".*")) and not [*folder.glob("*")]
         with publishing(folder) as partial:
             (partial / "a").write_text("1")
             assert not (folder / "a").exists()
+        for taken in (folder, folder / "a"):
+            for attempt in (require_new, lambda path: publishing(path).__enter__()):
+                with pytest.raises(UserError, match="already holds something: give a new folder"):
+                    attempt(taken)
         assert (folder / "a").read_text() == "1"
         assert not list(folder.parent.glob(".*"))
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_error_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), publishing(tmp_path / "out") as partial:
-        (partial / "a").write_text("1")
-        raise error
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_killed_runs_left_is_removed(tmp_path):
@@ -169,37 +140,31 @@ def test_what_killed_runs_left_is_removed(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("file", ["out/mine", "out"])
-def test_an_output_that_holds_something_is_refused(tmp_path, file):
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text("keep")
-    out = tmp_path / "out"
-    for attempt in (lambda: require_new(out), lambda: publishing(out).__enter__()):
-        with pytest.raises(UserError, match=r"out already holds something: give a new folder"):
-            attempt()
-    assert (tmp_path / file).read_text() == "keep"
-    assert list(tmp_path.iterdir()) == [out]
+def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path):
+    for tensor in (torch.ones(2, 3).bfloat16(), torch.ones(3, 2)):
+        with pytest.raises(ValueError, match=r"a: planned \(torch.float32, \(2, 3\)\), got"):
+            entries = [Entry("a", torch.float32, (2, 3))]
+            shards.write_shards(tmp_path, entries, iter([tensor]), max_bytes=10**9)
 
 
-# ---- disks that fail ----
+def spoil(fd: int) -> None:
+    os.ftruncate(fd, os.fstat(fd).st_size - 1)
+    os.ftruncate(fd, os.fstat(fd).st_size + 1)  # the last byte is 0 now
 
 
-def test_a_file_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
-    def spoil(fd: int) -> None:
-        os.ftruncate(fd, os.fstat(fd).st_size - 1)
-        os.ftruncate(fd, os.fstat(fd).st_size + 1)  # the last byte is 0 now
-
-    monkeypatch.setattr(shards.os, "fsync", spoil)
-    with pytest.raises(UserError, match=r"does not read back as it was written \(a\): the disk"):
-        write(tmp_path, {"a": torch.arange(4.0)})
+def full(_: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(shards.os, "fsync", full)
-    match = r"cannot be written to \(No space left on device\): free disk space"
+@pytest.mark.parametrize(
+    ("fsync", "match"),
+    [
+        (spoil, r"does not read back as it was written \(a\): the disk"),
+        (full, r"cannot be written to \(No space left on device\): free disk space"),
+    ],
+)
+def test_a_disk_that_fails(tmp_path, monkeypatch, fsync, match):
+    monkeypatch.setattr(shards.os, "fsync", fsync)
     with pytest.raises(UserError, match=match), publishing(tmp_path / "out") as partial:
         write(partial, {"a": torch.arange(4.0)})
     assert list(tmp_path.iterdir()) == []
