@@ -26,18 +26,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import transformers
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qlora.config.tasks import TASKS, Task
 from qlora.data.chat_template import NO_LOSS, Rendering, is_answer, tokenize
 from qlora.data.records import KINDS, chat_of, kind_of, string_of
 from qlora.errors import UserError, did_you_mean, some
@@ -72,23 +67,19 @@ def label_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) 
 class Objective:
     """The data functions of one task."""
 
-    task: Task
+    # the columns of each kind of record; the last one holds a classifier's label
     kinds: tuple[tuple[str, ...], ...]
-    """the columns of each kind of record; the last one holds a classifier's label"""
+    # (record, tokenizer, max_length, class names) -> row, as `_row` returns it
     encode: Callable[[Record, Tokenizer, int, Names], Row]
-    """(record, tokenizer, max_length, class names) -> row, as `_row` returns it"""
+    # (row, tokenizer, class names) -> its decoded text in pieces
     pieces: Callable[[Row, Tokenizer, Names], Pieces]
-    """(row, tokenizer, class names) -> its decoded text in pieces"""
-    collator: Any
-    """transformers' collator class"""
+    collator: Any  # transformers' class
+    # (outputs, labels, number of labels in the step) -> loss
     loss: Callable[[Any, Tensor, Tensor | None], Tensor] = label_loss
-    """(outputs, labels, number of labels in the step) -> loss"""
-    supervised: Callable[[Tensor], int] = count_labels
-    """a batch's labels -> the number of those with loss"""
+    supervised: Callable[[Tensor], int] = count_labels  # labels of a batch -> those with loss
+    # of a classifier: (predicted, expected, class names) -> scores
     scores: Callable[[ClassRows, ClassRows, Names], dict[str, float]] | None = None
-    """of a classifier: (predicted, expected, class names) -> scores"""
-    one_label: bool = False
-    """a row has one label; it may be a pair of texts, with token_type_ids"""
+    one_label: bool = False  # of a row, which may be a pair of texts, with token_type_ids
 
     @property
     def classifies(self) -> bool:
@@ -96,13 +87,10 @@ class Objective:
         return self.scores is not None
 
 
-def _row(
-    ids: list[int], labels: Any, full_length: int, supervised: int, length: int | None = None
-) -> Row:
-    """Ids and labels, cut; `length` in tokens after the cut; `full_length` before it, 0 without an
-    answer; `supervised`, the number of labels with loss."""
-    length = len(ids) if length is None else length
-    counts = {"length": length, "full_length": full_length, "supervised": supervised}
+def _row(ids: list[int], labels: Any, full_length: int, supervised: int) -> Row:
+    """Ids and labels, cut; `full_length`, in tokens before the cut, 0 without an answer;
+    `supervised`, the number of labels with loss."""
+    counts = {"length": len(ids), "full_length": full_length, "supervised": supervised}
     return {"input_ids": ids, "labels": labels, **counts}
 
 
@@ -111,36 +99,32 @@ def _row(
 
 def encode_chat(record: Record, tokenizer: Tokenizer, max_length: int, names: Names = ()) -> Row:
     """Ids of a chat or text; labels are the same ids in the answers, NO_LOSS elsewhere."""
-    ids, labels = _chat_ids(record, tokenizer) or ([], [])
-    kept = labels[:max_length]
-    # the first token is never predicted, so a label there alone teaches nothing
-    supervised = sum(i != NO_LOSS for i in kept) * any(i != NO_LOSS for i in kept[1:])
-    return _row(ids[:max_length], kept, len(ids), supervised)
-
-
-def _chat_ids(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
-    """Ids and labels of a record before the cut; None if it has no answer."""
     chat = chat_of(record)
     if chat is None:
         ids = list(tokenizer(string_of(record["text"]), verbose=False)["input_ids"])
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
-        return ids, list(ids)
-    if not any(is_answer(message) for message in chat.messages[chat.first :]):
-        return None
-    text_and_spans = Rendering(tokenizer, chat).with_spans()
-    if text_and_spans is not None:
-        return tokenize(tokenizer, *text_and_spans)
-    if re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
+        labels = ids
+    elif not any(map(is_answer, chat.messages[chat.first :])):
+        ids = labels = []
+    elif (text_and_spans := Rendering(tokenizer, chat).with_spans()) is not None:
+        ids, labels = tokenize(tokenizer, *text_and_spans)
+    elif re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
         marked: Any = tokenizer.apply_chat_template(
             chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
         )
         ids, mask = marked["input_ids"], marked["assistant_masks"]
-        return ids, [i if on else NO_LOSS for i, on in zip(ids, mask, strict=True)]
-    raise UserError(
-        "the assistant's turns cannot be found in the chat as the model's template renders it: put "
-        "{% generation %} marks around them in the template, or render the rows to a text column"
-    )
+        labels = [i if on else NO_LOSS for i, on in zip(ids, mask, strict=True)]
+    else:
+        raise UserError(
+            "the assistant's turns cannot be found in the chat as the model's template renders it: "
+            "put {% generation %} marks around them in the template, or render the rows to a text "
+            "column"
+        )
+    kept = labels[:max_length]
+    # the first token is never predicted, so a label there alone teaches nothing
+    supervised = sum(i != NO_LOSS for i in kept) * any(i != NO_LOSS for i in kept[1:])
+    return _row(ids[:max_length], kept, len(ids), supervised)
 
 
 def _chat_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
@@ -170,8 +154,8 @@ def encode_answer(record: Record, tokenizer: Tokenizer, max_length: int, names: 
     source, source_length = _encode(tokenizer, max_length, prompt)
     target, target_length = _encode(tokenizer, max_length, None, text_target=answer)
     ids, labels = source["input_ids"], target["input_ids"]
-    full_length = max(source_length, target_length)
-    return _row(ids, labels, full_length, len(labels), length=len(ids) + len(labels))
+    row = _row(ids, labels, max(source_length, target_length), len(labels))
+    return row | {"length": len(ids) + len(labels)}
 
 
 def _encode(tokenizer: Tokenizer, max_length: int, *texts: Any, **options: Any) -> tuple[Any, int]:
@@ -200,8 +184,7 @@ def encode_text(record: Record, tokenizer: Tokenizer, max_length: int, names: Na
     texts = [string_of(record[name]) for name in columns]
     encoded, full_length = _encode(tokenizer, max_length, *texts)
     row = _row(encoded["input_ids"], class_number(record[column], names), full_length, 1)
-    types = encoded.get("token_type_ids")
-    return row if types is None else row | {"token_type_ids": types}
+    return row | {key: encoded[key] for key in ("token_type_ids",) if key in encoded}
 
 
 def encode_words(record: Record, tokenizer: Tokenizer, max_length: int, names: Names) -> Row:
@@ -351,22 +334,19 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 # ---- the table
 
 OBJECTIVES = {
-    objective.task.name: objective
-    for objective in (
-        Objective(
-            TASKS["causal-lm"], KINDS, encode_chat, _chat_pieces, DataCollatorForSeq2Seq,
-            loss=token_loss, supervised=lambda labels: count_labels(labels[:, 1:]),
-        ),
-        Objective(
-            TASKS["seq2seq"], SEQ2SEQ_KINDS, encode_answer, _answer_pieces, DataCollatorForSeq2Seq
-        ),
-        Objective(
-            TASKS["seq-cls"], TEXT_KINDS, encode_text, _answer_pieces, DataCollatorWithPadding,
-            scores=text_scores, one_label=True,
-        ),
-        Objective(
-            TASKS["token-cls"], WORD_KINDS, encode_words, _word_pieces,
-            DataCollatorForTokenClassification, scores=word_scores,
-        ),
-    )
+    "causal-lm": Objective(
+        KINDS, encode_chat, _chat_pieces, transformers.DataCollatorForSeq2Seq,
+        loss=token_loss, supervised=lambda labels: count_labels(labels[:, 1:]),
+    ),
+    "seq2seq": Objective(
+        SEQ2SEQ_KINDS, encode_answer, _answer_pieces, transformers.DataCollatorForSeq2Seq
+    ),
+    "seq-cls": Objective(
+        TEXT_KINDS, encode_text, _answer_pieces, transformers.DataCollatorWithPadding,
+        scores=text_scores, one_label=True,
+    ),
+    "token-cls": Objective(
+        WORD_KINDS, encode_words, _word_pieces, transformers.DataCollatorForTokenClassification,
+        scores=word_scores,
+    ),
 }  # fmt: skip

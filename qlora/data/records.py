@@ -37,7 +37,6 @@ ROLES = {"system": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "observation", "function_response"), "tool")
 EXPECTED_JSON = "expected one JSON object per line (or, in .json, a list of them)"
-NO_ROWS = "{} has no rows: add at least one record, or pass another file"
 
 
 # ---- files -> records
@@ -57,7 +56,7 @@ def load_records(
     """
     path = Path(source).expanduser()
     if path.exists():
-        records = _load_files(source, _files(path))
+        records = _load_files(path, source)
     elif _names_a_path(source):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
@@ -65,12 +64,19 @@ def load_records(
             f"name.{did_you_mean(path.name, siblings)}"
         )
     else:
-        records = _load_hub(source)
-    if len(records) and kind_of(records.column_names, source, kinds) == ("text",):
+        try:
+            records = load_dataset(source, split="train")
+        except (DatasetsError, ValueError, OSError) as error:  # the hub's, httpx's are OSErrors
+            raise UserError(
+                f"{source!r} is no local file or folder, and cannot be loaded from the hub: "
+                f"{first_line(error)} Pass a {ENDINGS} file, a folder of them, or the hub name of "
+                "a dataset with a train split"
+            ) from error
+    if records and kind_of(records.column_names, source, kinds) == ("text",):
         filled = [i for i, text in enumerate(records["text"]) if string_of(text).strip()]
         records = records.select(filled)
-    if not len(records):
-        raise UserError(NO_ROWS.format(source))
+    if not records:
+        raise UserError(f"{source} has no rows: add at least one record, or pass another file")
     return records if limit is None else records.select(range(min(limit, len(records))))
 
 
@@ -86,31 +92,27 @@ def _names_a_path(source: str) -> bool:
     )
 
 
-def _files(path: Path) -> list[Path]:
-    """The file itself, or the data files of the folder, which must be of one kind."""
+def _load_files(path: Path, source: str) -> Dataset | None:
+    """Records of a file, or of a folder's files, which must be of one kind; None if it has none."""
+    files = [path]
     if path.is_dir():
-        files = sorted(
-            p for p in path.iterdir() if p.suffix.lower() in LOADERS and not p.name.startswith(".")
+        known = (p for p in path.iterdir() if p.suffix.lower() in LOADERS)
+        files = sorted(p for p in known if not p.name.startswith("."))
+    endings = sorted({p.suffix.lower() for p in files})
+    kinds = {LOADERS.get(ending) for ending in endings}
+    if len(kinds) != 1:
+        raise UserError(
+            f"{path} must contain data files of one kind ({ENDINGS}), got "
+            f"{' and '.join(endings) or 'none'}: pass one of its files, or move the others out"
         )
-        kinds = sorted({p.suffix.lower() for p in files})
-        if len({LOADERS[kind] for kind in kinds}) != 1:
-            raise UserError(
-                f"{path} must contain data files of one kind ({ENDINGS}), got "
-                f"{' and '.join(kinds) or 'none'}: pass one of its files, or move the others out"
-            )
-        return files
-    if path.suffix.lower() not in LOADERS:
+    kind = kinds.pop()
+    if kind is None:
         raise UserError(
             f"{path} is not a {ENDINGS} file: convert it, to .jsonl for example."
             f"{did_you_mean(path.suffix, LOADERS)}"
         )
-    return [path]
-
-
-def _load_files(source: str, files: Sequence[Path]) -> Dataset:
-    kind = LOADERS[files[0].suffix.lower()]
-    if kind != "parquet":
-        _check_text(source, files)
+    if kind != "parquet" and not _have_text(files):
+        return None
     options: dict[str, Any] = {"split": "train", "keep_in_memory": True}
     if kind == "csv":
         # pandas would read the answers "None" and "N/A" as missing, and "007" and "1.50" as numbers
@@ -124,7 +126,7 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
             records = load_dataset(kind, data_files=data_files, cache_dir=cache, **options)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            raise UserError(NO_ROWS.format(source)) from error
+            return None
         for file in files if kind == "json" else ():
             _json_rows(file)  # names the file and the line, which datasets' message lacks
         reason = first_line(error.__cause__ or error)
@@ -134,6 +136,20 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
     finally:
         datasets_logging.set_verbosity(verbosity)
     return _restore_dates(records, files) if kind == "json" else records
+
+
+def _have_text(files: Sequence[Path]) -> bool:
+    """Whether a file is not blank; raises for encodings other than UTF-8: datasets accepts them."""
+    filled = False
+    for file in files:
+        with file.open("rb") as lines:  # line by line: a file may not fit into memory
+            for number, line in enumerate(lines, start=1):
+                try:
+                    filled |= bool(line.decode().strip())
+                except UnicodeDecodeError as error:
+                    fault = f"{file}, line {number} is not UTF-8: save the file as UTF-8"
+                    raise UserError(fault) from error
+    return filled
 
 
 def _restore_dates(records: Dataset, files: Sequence[Path]) -> Dataset:
@@ -167,33 +183,6 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_text(source: str, files: Sequence[Path]) -> None:
-    """Raise for encodings other than UTF-8, which datasets accepts, and for blank files."""
-    filled = False
-    for file in files:
-        with file.open("rb") as lines:  # line by line: a file may not fit into memory
-            for number, line in enumerate(lines, start=1):
-                try:
-                    filled |= bool(line.decode().strip())
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{file}, line {number} is not UTF-8: save the file as UTF-8"
-                    ) from error
-    if not filled:
-        raise UserError(NO_ROWS.format(source))
-
-
-def _load_hub(name: str) -> Dataset:
-    try:
-        return load_dataset(name, split="train")
-    except (DatasetsError, ValueError, OSError) as error:  # the hub's and httpx's are OSErrors
-        raise UserError(
-            f"{name!r} is no local file or folder, and cannot be loaded from the hub: "
-            f"{first_line(error)} Pass a {ENDINGS} file, a folder of them, or the hub name of a "
-            "dataset with a train split"
-        ) from error
-
-
 # ---- records -> messages
 
 
@@ -203,8 +192,7 @@ class Chat:
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
-    first: int
-    """index of the first message that may have loss; those before it are a `prompt`"""
+    first: int  # index of the first message that may have loss; those before it are a `prompt`
 
 
 def kind_of(
