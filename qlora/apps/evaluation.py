@@ -50,12 +50,11 @@ from qlora.adapters.apply import disable_adapter
 from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import printable
 from qlora.config import MAX_LENGTH, EvaluateConfig
-from qlora.config.tasks import CAUSAL_LM
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
 from qlora.data.records import load_records, prompt_messages
 from qlora.data.rows import describe, length_batches, prepare_data, prepare_tokenizer
-from qlora.errors import UserError
+from qlora.errors import UserError, require
 from qlora.fast.head import put_language_head
 from qlora.files import RUN, replace_text
 
@@ -91,7 +90,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     limits: Any = {"max_length": max_length, "limit": config.limit, "new_classes": False}
     rows, stats = prepare_data(config.data, tokenizer, **limits, **task)
     print(describe(stats, name=config.data))
-    questions = _questions(config, resolved, tokenizer) if config.generate else []
+    generates = config.generate and not OBJECTIVES[resolved.task].classifies
+    questions = _questions(config, resolved, tokenizer) if generates else []
     if questions:
         require_scorers()
     scores, answers = _measure(config, resolved, tokenizer, rows, questions)
@@ -106,7 +106,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if output:
         replace_text(output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         print(f"\nAll results are in {output}.")
-    print(_next_commands(config, resolved.task, scores))
+    print()
+    if "base" in scores and scores["adapter"]["loss"] >= scores["base"]["loss"]:
+        print("The adapter is no better than its base: was it trained on data like this?\n")
+    folder = shlex.quote(str(config.adapter or config.model))
+    if resolved.task == "causal-lm":
+        flags = f"--adapter {folder} --compare" if config.adapter else f"--model {folder}"
+        print(f"Chat:   python -m qlora.chat {flags}")
+    if config.adapter:
+        flags = f"--adapter {folder} --output-dir {folder}-merged"
+        print(f"Merge:  python merge_dequant.py {flags}")
     return results
 
 
@@ -115,17 +124,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _output_path(config: EvaluateConfig, resolved: ResolvedModel) -> Path | None:
     """--output, else a file in the adapter's folder, else None."""
-    if config.output is not None:
-        path = Path(config.output).expanduser()
-    elif resolved.adapter:
-        path = resolved.adapter.folder / RESULTS
-    else:
+    path = resolved.adapter.folder / RESULTS if resolved.adapter else None
+    path = Path(config.output).expanduser() if config.output is not None else path
+    if path is None:
         return None
     folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir():
-        raise UserError(f"--output {path} must be a file in a folder that exists")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"no write permission for {folder}: choose another file with --output")
+    fault = f"--output {path} must be a file in a folder that exists"
+    require(folder.is_dir() and not path.is_dir(), fault)
+    fault = f"no write permission for {folder}: choose another file with --output"
+    require(os.access(folder, os.W_OK), fault)
     return path
 
 
@@ -143,10 +150,7 @@ def _max_length(config: EvaluateConfig, resolved: ResolvedModel) -> int:
 
 def _questions(config: EvaluateConfig, resolved: ResolvedModel, tokenizer: Any) -> list[Question]:
     """The questions in the data that fit into the model's context together with an answer."""
-    objective = OBJECTIVES[resolved.task]
-    if objective.classifies:
-        return []
-    records = load_records(config.data, objective.kinds, limit=config.limit)
+    records = load_records(config.data, OBJECTIVES[resolved.task].kinds, limit=config.limit)
     questions = list(questions_in(records, tokenizer, resolved.task))
     positions = resolved.checkpoint.max_positions
     longest = NO_LIMIT if positions is None else positions - config.max_new_tokens
@@ -234,19 +238,18 @@ def measure_rows(
     objective = OBJECTIVES[task]
     one = torch.tensor(1, device=model.device)  # num_items=1 keeps the loss a sum
     batches = length_batches(rows, tokenizer, task=task, model=model)
-    hidden = None if progress else True  # None: tqdm hides it where there is no terminal
+    off = None if progress else True  # None: tqdm hides the bar where there is no terminal
 
     def results() -> Iterator[tuple[Any, Any, Any]]:
-        for batch in tqdm(batches, desc=progress, leave=False, disable=hidden):
+        for batch in tqdm(batches, desc=progress, leave=False, disable=off):
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             yield objective.loss(outputs, labels, one), outputs, labels
 
     scores = measure(objective, results(), classes)
-    if objective.classifies:
-        return scores
-    return scores | {"perplexity": math.exp(min(scores["loss"], 700.0))}
+    perplexity = {} if objective.classifies else {"perplexity": math.exp(min(scores["loss"], 700))}
+    return scores | perplexity
 
 
 def require_scorers() -> None:
@@ -310,18 +313,3 @@ def _short(text: str) -> str:
     longest = max(60, min(120, shutil.get_terminal_size((100, 24)).columns)) - 14
     words = printable(" ".join(text.split()))
     return words if len(words) <= longest else f"{words[: longest - 1]}…"
-
-
-def _next_commands(config: EvaluateConfig, task: str, scores: dict[str, dict[str, float]]) -> str:
-    """Commands for what comes next, after a warning if the adapter is no better than its base."""
-    folder = shlex.quote(str(config.adapter or config.model))
-    lines = [""]
-    if "base" in scores and scores["adapter"]["loss"] >= scores["base"]["loss"]:
-        lines += ["The adapter is no better than its base: was it trained on data like this?", ""]
-    if task == CAUSAL_LM.name:
-        flags = f"--adapter {folder} --compare" if config.adapter else f"--model {folder}"
-        lines.append(f"Chat:   python -m qlora.chat {flags}")
-    if config.adapter:
-        merge = f"python merge_dequant.py --adapter {folder} --output-dir {folder}-merged"
-        lines.append(f"Merge:  {merge}")
-    return "\n".join(lines)

@@ -23,13 +23,13 @@ Left out: regression, several labels per row, question answering.
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import transformers
 from datasets import Dataset
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -54,13 +54,19 @@ def count_labels(labels: Tensor) -> int:
     return int((labels != NO_LOSS).sum())
 
 
-def label_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-    """Cross-entropy summed over the batch's labels, divided by the optimizer step's label count."""
-    logits = outputs["logits"].float().flatten(0, -2)  # (B, C) stays, (B, T, C) -> (B*T, C)
-    total = F.cross_entropy(
-        logits, labels.flatten().to(logits.device), ignore_index=NO_LOSS, reduction="sum"
+def label_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None, *, next_tokens: bool = False
+) -> Tensor:
+    """Cross-entropy summed over the batch's labels, divided by the optimizer step's label count.
+
+    With `next_tokens`, logits (B, T, vocab) at t are for labels (B, T) at t + 1.
+    """
+    logits, count = outputs["logits"], num_items_in_batch  # None: the batch's own
+    aligned: Any = None if next_tokens else labels  # None: shifted by one
+    loss: Tensor = ForCausalLMLoss(
+        logits, labels, logits.shape[-1], num_items_in_batch=count, shift_labels=aligned
     )
-    return total / (count_labels(labels) if num_items_in_batch is None else num_items_in_batch)
+    return loss
 
 
 @dataclass(frozen=True)
@@ -131,13 +137,6 @@ def _chat_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
     pairs = zip(row["input_ids"], row["labels"], strict=True)
     for learned, group in groupby(pairs, key=lambda pair: pair[1] != NO_LOSS):
         yield str(tokenizer.decode([i for i, _ in group], skip_special_tokens=False)), learned
-
-
-def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-    """`label_loss` of the next tokens: logits (B, T, vocab) at t are for labels (B, T) at t + 1."""
-    logits, count = outputs["logits"], num_items_in_batch
-    loss: Tensor = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=count)
-    return loss
 
 
 # ---- encoder-decoder language models
@@ -336,7 +335,8 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 OBJECTIVES = {
     "causal-lm": Objective(
         KINDS, encode_chat, _chat_pieces, transformers.DataCollatorForSeq2Seq,
-        loss=token_loss, supervised=lambda labels: count_labels(labels[:, 1:]),
+        loss=partial(label_loss, next_tokens=True),
+        supervised=lambda labels: count_labels(labels[:, 1:]),
     ),
     "seq2seq": Objective(
         SEQ2SEQ_KINDS, encode_answer, _answer_pieces, transformers.DataCollatorForSeq2Seq
