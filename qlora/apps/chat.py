@@ -6,8 +6,8 @@ terminal the two answers are shown side by side, generated in one batch whose ro
 or not (qlora.adapters.apply.mixed_batch); on a narrow one, or with an adapter that cannot be mixed
 by rows, one below the other.
 
-Each answer encodes the whole history again: no keys and values are cached between turns. If the
-history exceeds the model's context, the oldest turns are dropped and the system message is kept.
+Each answer encodes the whole history again: no keys and values are cached between turns. If it
+exceeds the model's context, the oldest turns are dropped and the system message is kept.
 """
 
 import shutil
@@ -86,7 +86,7 @@ class Conversation:
     state: Context = nullcontext  # sets the state: with or without the adapter
 
     def messages(self, question: str, dropped: int = 0) -> list[dict[str, str]]:
-        """The system message, the turns without the first `dropped`, and the question."""
+        """The system message, the turns after the first `dropped`, and the question."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for asked, answer in self.turns[dropped:]:
             messages.append({"role": "user", "content": asked})
@@ -109,11 +109,7 @@ class Conversation:
 
 
 class ChatSession:
-    """A model, and one conversation, or two with --compare.
-
-    Raises:
-        UserError: the model is no causal language model, or its context is too short.
-    """
+    """A causal language model, and one conversation with it, or two with --compare."""
 
     def __init__(self, config: ChatConfig, resolved: ResolvedModel) -> None:
         positions = resolved.checkpoint.max_positions

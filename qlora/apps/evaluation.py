@@ -1,8 +1,8 @@
 """`evaluate(config)`: the scores of a model, or of a base with and without its adapter, on rows.
 
 Rows are prepared as in training (qlora.data.rows), so the loss is what train.py logs as eval_loss.
-The prompt of an answer is a row up to its last part with loss, which is the assistant's last turn
-in a chat. Rows of `text` have no prompt: no answers are generated.
+The prompt of an answer is a row up to its last part with loss, in a chat the assistant's last turn.
+Rows of `text` have no prompt: no answers are generated.
 
     loss          mean of -log p over supervised tokens, in nats
     perplexity    exp(loss): the number of equally likely tokens with the same loss
@@ -22,10 +22,8 @@ The results are printed as a table, and written with all answers to one JSON fil
      "scores": {"base": {"loss", "perplexity", "exact_match", "rouge1", …, "bleu"}, "adapter": …},
      "answers": [{"request", "wanted", "base", "adapter"}]}
 
-A model without an adapter has one entry, "model", in place of the two. A classifier has no "base":
-its head is part of the adapter.
-
-Left out: several right answers to one question; judging by a model.
+A model without an adapter has one entry, "model"; a classifier has no "base", as its head is part
+of the adapter. Left out: several right answers to one question; judging by a model.
 """
 
 import importlib.util
@@ -62,7 +60,7 @@ RESULTS = "evaluation.json"
 NO_LIMIT = 1 << 40  # tokens
 SHOWN = 3  # answers on the terminal
 ROUGE = ("rouge1", "rouge2", "rougeL")
-PACKAGES = {"rouge_score": "rouge-score", "sacrebleu": "sacrebleu"}  # module -> distribution
+PACKAGES = ("rouge-score", "sacrebleu")
 # key of a score -> its title in the table, and its format
 TABLE: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("loss", "{:.4f}".format),
@@ -79,10 +77,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure the model, print the results and write them; returns them as written.
 
     Raises:
-        UserError: an error that the user can correct; no file is written then.
+        UserError: the settings, the data or the model do not fit; no file is written then.
     """
     resolved = resolve_model(config)
-    output = _output_path(config, resolved)
+    output = resolved.adapter.folder / RESULTS if resolved.adapter else None
+    output = output if config.output is None else Path(config.output).expanduser()
+    if output:
+        folder = output.absolute().parent
+        fault = f"--output {output} must be a file in a folder that exists"
+        require(folder.is_dir() and not output.is_dir(), fault)
+        fault = f"no write permission for {folder}: choose another file with --output"
+        require(os.access(folder, os.W_OK), fault)
     tokenizer = resolved.load_tokenizer()
     prepare_tokenizer(tokenizer)
     max_length = _max_length(config, resolved)
@@ -109,31 +114,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     print()
     if "base" in scores and scores["adapter"]["loss"] >= scores["base"]["loss"]:
         print("The adapter is no better than its base: was it trained on data like this?\n")
-    folder = shlex.quote(str(config.adapter or config.model))
+    name = shlex.quote(str(config.adapter or config.model))
     if resolved.task == "causal-lm":
-        flags = f"--adapter {folder} --compare" if config.adapter else f"--model {folder}"
+        flags = f"--adapter {name} --compare" if config.adapter else f"--model {name}"
         print(f"Chat:   python -m qlora.chat {flags}")
     if config.adapter:
-        flags = f"--adapter {folder} --output-dir {folder}-merged"
+        flags = f"--adapter {name} --output-dir {name}-merged"
         print(f"Merge:  python merge_dequant.py {flags}")
     return results
-
-
-# ---- rows and questions ----
-
-
-def _output_path(config: EvaluateConfig, resolved: ResolvedModel) -> Path | None:
-    """--output, else a file in the adapter's folder, else None."""
-    path = resolved.adapter.folder / RESULTS if resolved.adapter else None
-    path = Path(config.output).expanduser() if config.output is not None else path
-    if path is None:
-        return None
-    folder = path.absolute().parent
-    fault = f"--output {path} must be a file in a folder that exists"
-    require(folder.is_dir() and not path.is_dir(), fault)
-    fault = f"no write permission for {folder}: choose another file with --output"
-    require(os.access(folder, os.W_OK), fault)
-    return path
 
 
 def _max_length(config: EvaluateConfig, resolved: ResolvedModel) -> int:
@@ -204,8 +192,7 @@ def _measure(
     settings = generation_settings(model, tokenizer, config.max_new_tokens) if questions else {}
     prompts = [question.prompt for question in questions]
     wanted = [decode(tokenizer, question.answer) for question in questions]
-    pairs = zip(questions, wanted, strict=True)
-    answers = [{"request": question.request, "wanted": text} for question, text in pairs]
+    answers = [{"request": q.request, "wanted": w} for q, w in zip(questions, wanted, strict=True)]
     for name, state in states.items():
         with state():
             scores[name] = measure_rows(model, tokenizer, rows, progress=f"{name}, loss", **task)
@@ -230,9 +217,7 @@ def measure_rows(
 ) -> dict[str, float]:
     """`loss` over the rows of `prepare_data`, with `perplexity`, or a classifier's scores.
 
-    Args:
-        classes: a classifier's class names.
-        progress: title of a progress bar, shown on a terminal; "" shows none.
+    `progress` is the title of a progress bar, shown on a terminal; "" shows none.
     """
     model.eval()
     objective = OBJECTIVES[task]
@@ -254,7 +239,7 @@ def measure_rows(
 
 def require_scorers() -> None:
     """Raise if a package that computes ROUGE or BLEU is not installed."""
-    missing = [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
+    missing = [name for name in PACKAGES if not importlib.util.find_spec(name.replace("-", "_"))]
     if missing:
         raise UserError(
             f"comparing answers needs {' and '.join(missing)}: pip install {' '.join(missing)}, "

@@ -66,9 +66,6 @@ def report(config: ReportConfig) -> None:
     print(f"Next:  {next_commands(folder, merged=merge is not None)[-1]}")
 
 
-# ---- reading files
-
-
 def read_run(folder: Path) -> Run:
     """Raises a UserError if the folder has no run, nothing was logged yet, or a file is damaged."""
     path = folder / files.RUN
@@ -109,9 +106,6 @@ def _merge_report(path: Path) -> dict[str, Any] | None:
         return None
     keys = ("adapters", "onto", "format", "layers", "verify")
     return report if all(key in report for key in keys) else None
-
-
-# ---- the page
 
 
 def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
@@ -185,12 +179,9 @@ def remarks(run: Run) -> list[str]:
     evals = run.values("eval_loss")
     step, best = min(evals, key=lambda pair: pair[1], default=(0, 0.0))
     if evals and evals[-1][1] > 1.02 * best + 0.01:
-        lines.append(
-            f"The evaluation loss was lowest at step {step:,} ({best:.4f}) and has risen since: "
-            "train for fewer steps."
-        )
-    cut = (run.facts.get("data") or {}).get("training", {}).get("cut_rows", 0)
-    if cut:
+        lowest = f"The evaluation loss was lowest at step {step:,} ({best:.4f})"
+        lines.append(f"{lowest} and has risen since: train for fewer steps.")
+    if cut := (run.facts.get("data") or {}).get("training", {}).get("cut_rows", 0):
         length = run.facts["config"].get("max_length")
         lines.append(f"{cut:,} training rows had more than {length} tokens and were cut.")
     return lines
@@ -202,16 +193,12 @@ def _merge_facts(report: Mapping[str, Any]) -> dict[str, Any]:
         "nf4": "onto the dequantized 4-bit base, as in training",
         "original": "onto the original weights, which were not used in training",
     }
-    kinds = [
-        {
-            "name": name,
-            "layers": len(layers),
-            "change": median(facts["delta_over_weight"] for _, facts in layers),
-            "kept": median(facts["kept"] for _, facts in layers),
-            "least": min(facts["kept"] for _, facts in layers),
-        }
-        for name, layers in by_kind(report["layers"]).items()
-    ]
+    kinds = []
+    for name, layers in by_kind(report["layers"]).items():
+        shares = [facts["kept"] for _, facts in layers]
+        kind = {"name": name, "layers": len(layers), "kept": median(shares), "least": min(shares)}
+        kind["change"] = median(facts["delta_over_weight"] for _, facts in layers)
+        kinds.append(kind)
     kept = report["verify"] and report["verify"]["kept"]
     picture = Markup(as_svg(draw_merge(report), "Share of the change kept")) if kinds else None
     return {

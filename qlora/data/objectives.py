@@ -7,11 +7,8 @@
     token-cls   the words' tokens        a class at the first token of each word       words
 
 The loss is a cross-entropy summed over all labels of an optimizer step and divided once by their
-number, so it does not depend on how a step is split into batches.
-
-In a chat, the assistant's turns and their end tokens have loss (qlora.data.chat_template); in a
-`text` record, every token. The other tasks follow transformers' examples: run_translation,
-run_glue, and run_ner, where only the first token of a word has its label.
+number, so it does not depend on how a step is split into batches. The tasks other than causal-lm
+follow transformers' examples: run_translation, run_glue and run_ner.
 
 Classes: a record holds a class's name or its number. Names are sorted, and their positions are the
 numbers; numbers without names are called LABEL_0, LABEL_1, … as in transformers. A hub data set
@@ -23,7 +20,6 @@ Left out: regression, several labels per row, question answering.
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -41,7 +37,7 @@ Record = Mapping[str, Any]
 Row = dict[str, Any]
 Names = Sequence[str]  # of a classifier's classes, by their number
 Pieces = Iterable[tuple[str, bool]]  # text, and whether it has loss
-ClassRows = Iterable[Sequence[int]]  # of each row, the class numbers of its labels
+ClassRows = Sequence[tuple[list[int], list[int]]]  # predicted and expected numbers of each row
 
 SEQ2SEQ_KINDS = (("prompt", "completion"), ("input", "target"), ("instruction", "output"))
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
@@ -49,29 +45,9 @@ TEXT_KINDS = tuple((*texts, "label") for texts in (*PAIRS, ("text",), ("sentence
 WORD_KINDS = (("tokens", "tags"), ("tokens", "ner_tags"))
 
 
-def count_labels(labels: Tensor) -> int:
-    """The number of labels with loss."""
-    return int((labels != NO_LOSS).sum())
-
-
-def label_loss(
-    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None, *, next_tokens: bool = False
-) -> Tensor:
-    """Cross-entropy summed over the batch's labels, divided by the optimizer step's label count.
-
-    With `next_tokens`, logits (B, T, vocab) at t are for labels (B, T) at t + 1.
-    """
-    logits, count = outputs["logits"], num_items_in_batch  # None: the batch's own
-    aligned: Any = None if next_tokens else labels  # None: shifted by one
-    loss: Tensor = ForCausalLMLoss(
-        logits, labels, logits.shape[-1], num_items_in_batch=count, shift_labels=aligned
-    )
-    return loss
-
-
 @dataclass(frozen=True)
 class Objective:
-    """The data functions of one task."""
+    """The data functions and the loss of one task."""
 
     # the columns of each kind of record; the last one holds a classifier's label
     kinds: tuple[tuple[str, ...], ...]
@@ -80,17 +56,24 @@ class Objective:
     # (row, tokenizer, class names) -> its decoded text in pieces
     pieces: Callable[[Row, Tokenizer, Names], Pieces]
     collator: Any  # transformers' class
-    # (outputs, labels, number of labels in the step) -> loss
-    loss: Callable[[Any, Tensor, Tensor | None], Tensor] = label_loss
-    supervised: Callable[[Tensor], int] = count_labels  # labels of a batch -> those with loss
-    # of a classifier: (predicted, expected, class names) -> scores
-    scores: Callable[[ClassRows, ClassRows, Names], dict[str, float]] | None = None
+    # of a classifier: (classes of each row, class names) -> scores
+    scores: Callable[[ClassRows, Names], dict[str, float]] | None = None
     one_label: bool = False  # of a row, which may be a pair of texts, with token_type_ids
+    next_tokens: bool = False  # outputs (B, T, vocab) at t are for labels (B, T) at t + 1
 
     @property
     def classifies(self) -> bool:
         """Whether labels are class numbers, not token ids."""
         return self.scores is not None
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+        """Cross-entropy summed over the batch's labels, divided by their number in the step."""
+        logits, count = outputs["logits"], num_items_in_batch  # None: the batch's own
+        aligned: Any = None if self.next_tokens else labels  # None: shifted by one
+        loss: Tensor = ForCausalLMLoss(
+            logits, labels, logits.shape[-1], num_items_in_batch=count, shift_labels=aligned
+        )
+        return loss
 
 
 def _row(ids: list[int], labels: Any, full_length: int, supervised: int) -> Row:
@@ -218,8 +201,7 @@ def _word_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
 def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tuple[str, ...]:
     """The names of the classes in a column of labels, or of lists of labels.
 
-    Args:
-        known: the model's class names, returned if they include all names in the column.
+    `known`, the model's class names, are returned if they include all names in the column.
 
     Raises:
         UserError: a label is neither a name nor a whole number from 0, or all are the same.
@@ -274,39 +256,36 @@ def measure(
             1), the model's outputs, and the labels.
     """
     total, count = 0.0, 0
-    predicted: list[list[int]] = []
-    expected: list[list[int]] = []
+    rows: list[tuple[list[int], list[int]]] = []
     for loss, outputs, labels in results:
         total += float(loss)
-        count += objective.supervised(labels)
+        count += int(((labels[:, 1:] if objective.next_tokens else labels) != NO_LOSS).sum())
         if objective.scores:
             classes = outputs["logits"].argmax(-1)  # (B, C) -> (B,), or (B, T, C) -> (B, T)
             for row, row_labels in zip(classes, labels, strict=True):
                 has_label = row_labels != NO_LOSS
-                predicted.append(row[has_label].tolist())
-                expected.append(row_labels[has_label].tolist())
+                rows.append((row[has_label].tolist(), row_labels[has_label].tolist()))
     scores = {"loss": total / max(count, 1)}
-    return scores | objective.scores(predicted, expected, names) if objective.scores else scores
+    return scores | objective.scores(rows, names) if objective.scores else scores
 
 
-def text_scores(predicted: ClassRows, expected: ClassRows, names: Names) -> dict[str, float]:
+def text_scores(rows: ClassRows, names: Names) -> dict[str, float]:
     """`accuracy`: right labels / labels, over all rows together."""
-    rows = zip(predicted, expected, strict=True)
     right = [a == b for row in rows for a, b in zip(*row, strict=True)]
     return {"accuracy": sum(right) / max(len(right), 1)}
 
 
-def word_scores(predicted: ClassRows, expected: ClassRows, names: Names) -> dict[str, float]:
+def word_scores(rows: ClassRows, names: Names) -> dict[str, float]:
     """`accuracy`, and `f1` over whole entities, as in CoNLL, where `names` are B- and I- tags.
 
     f1 = 2 * right / (predicted + expected); an entity is right if its type and both its ends are.
     seqeval is not used: it requires scikit-learn, and its last release is from 2020.
     """
-    scores = text_scores(predicted, expected, names)
+    scores = text_scores(rows, names)
     if not any(name.startswith(("B-", "I-")) for name in names):
         return scores
     right = total = 0
-    for row in zip(predicted, expected, strict=True):
+    for row in rows:
         found, correct = (entities([names[i] for i in numbers]) for numbers in row)
         right += len(found & correct)
         total += len(found) + len(correct)
@@ -330,13 +309,10 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return spans
 
 
-# ---- the table
-
 OBJECTIVES = {
     "causal-lm": Objective(
         KINDS, encode_chat, _chat_pieces, transformers.DataCollatorForSeq2Seq,
-        loss=partial(label_loss, next_tokens=True),
-        supervised=lambda labels: count_labels(labels[:, 1:]),
+        next_tokens=True,
     ),
     "seq2seq": Objective(
         SEQ2SEQ_KINDS, encode_answer, _answer_pieces, transformers.DataCollatorForSeq2Seq

@@ -14,7 +14,6 @@ from qlora.data.objectives import (
     class_names,
     class_number,
     entities,
-    label_loss,
     measure,
     text_scores,
     word_scores,
@@ -248,7 +247,7 @@ def test_evaluation_has_the_classes_of_training(prepare):
 
 def test_loss_of_labels_is_divided_once():
     """Summed over micro-batches it is torch's mean over all labels, however they are split."""
-    generator = torch.Generator().manual_seed(0)
+    objective, generator = OBJECTIVES["token-cls"], torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5, 3, generator=generator)
     labels = torch.randint(-1, 3, (6, 5), generator=generator)
     labels[labels < 0] = -100
@@ -256,15 +255,15 @@ def test_loss_of_labels_is_divided_once():
     count, one = (labels != -100).sum(), torch.tensor(1)
     for sizes in ([6], [1, 5], [2, 3, 1]):
         parts = list(zip(logits.split(sizes), labels.split(sizes), strict=True))
-        total = sum(label_loss({"logits": x}, y, count) for x, y in parts)
+        total = sum(objective.loss({"logits": x}, y, count) for x, y in parts)
         torch.testing.assert_close(total, mean)  # fp32 sums in another order
-        results = ((label_loss({"logits": x}, y, one), {"logits": x}, y) for x, y in parts)
-        found = measure(OBJECTIVES["token-cls"], results, ["a", "b", "c"])
+        results = ((objective.loss({"logits": x}, y, one), {"logits": x}, y) for x, y in parts)
+        found = measure(objective, results, ["a", "b", "c"])
         assert found["loss"] == pytest.approx(mean.item(), rel=1e-6)
         right = (logits.argmax(-1) == labels).sum() / count
         assert found["accuracy"] == pytest.approx(right.item())
-    torch.testing.assert_close(label_loss({"logits": logits}, labels, None), mean)
-    rows = label_loss({"logits": logits[:, 0]}, labels[:, 0].clamp(min=0), torch.tensor(6))
+    torch.testing.assert_close(objective.loss({"logits": logits}, labels, None), mean)
+    rows = objective.loss({"logits": logits[:, 0]}, labels[:, 0].clamp(min=0), torch.tensor(6))
     torch.testing.assert_close(rows, F.cross_entropy(logits[:, 0], labels[:, 0].clamp(min=0)))
 
 
@@ -280,10 +279,10 @@ def test_entities_are_those_of_conlleval():
 
 
 def test_scores_are_over_all_labels_and_whole_entities():
-    assert text_scores([[1, 1, 1, 1], [0]], [[1, 1, 1, 1], [1]], []) == {"accuracy": 4 / 5}
-    assert text_scores([], [], []) == {"accuracy": 0}
-    tags, wanted = ["O", "B-PER", "I-PER"], [[1, 2, 0, 1]]
+    assert text_scores([([1, 1, 1, 1], [1, 1, 1, 1]), ([0], [1])], []) == {"accuracy": 4 / 5}
+    assert text_scores([], []) == {"accuracy": 0}
+    tags, wanted = ["O", "B-PER", "I-PER"], [1, 2, 0, 1]
     # [1, 0, 0, 1]: one of two entities is right, so precision and recall are 1/2
-    for predicted, f1 in ((wanted, 1), ([[1, 0, 0, 1]], 0.5), ([[0, 0, 0, 0]], 0)):
-        assert word_scores(predicted, wanted, tags)["f1"] == f1
-    assert "f1" not in word_scores(wanted, wanted, ["noun", "verb", "other"])
+    for predicted, f1 in ((wanted, 1), ([1, 0, 0, 1], 0.5), ([0, 0, 0, 0], 0)):
+        assert word_scores([(predicted, wanted)], tags)["f1"] == f1
+    assert "f1" not in word_scores([(wanted, wanted)], ["noun", "verb", "other"])
