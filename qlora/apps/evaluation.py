@@ -50,7 +50,7 @@ from qlora.apps.terminal import printable
 from qlora.config import MAX_LENGTH, EvaluateConfig
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
-from qlora.data.records import load_records, prompt_messages
+from qlora.data.records import chat_of, load_records
 from qlora.data.rows import describe, length_batches, prepare_data, prepare_tokenizer
 from qlora.errors import UserError, require
 from qlora.fast.head import put_language_head
@@ -159,11 +159,10 @@ def questions_in(records: Any, tokenizer: Any, task: str) -> Iterator[Question]:
     """Split each record before its last part with loss; `text` records are skipped."""
     for record in records:
         question = question_of(OBJECTIVES[task].encode(record, tokenizer, NO_LIMIT, ()), task)
-        if task == "seq2seq":
-            request = decode(tokenizer, question.prompt)
-        else:
-            messages = prompt_messages(record)
-            request = str(messages[-1].get("content", "")) if messages else ""
+        request = decode(tokenizer, question.prompt)
+        if question.prompt and task == "causal-lm" and (chat := chat_of(record)):
+            turns = [i for i, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+            request = str(chat.messages[turns[-1] - 1].get("content", "")) if turns[-1] else ""
         if question.prompt:
             yield question._replace(request=request)
 
@@ -240,11 +239,8 @@ def measure_rows(
 def require_scorers() -> None:
     """Raise if a package that computes ROUGE or BLEU is not installed."""
     missing = [name for name in PACKAGES if not importlib.util.find_spec(name.replace("-", "_"))]
-    if missing:
-        raise UserError(
-            f"comparing answers needs {' and '.join(missing)}: pip install {' '.join(missing)}, "
-            "or measure only the loss with --no-generate"
-        )
+    fault = f"comparing answers needs {' and '.join(missing)}: pip install {' '.join(missing)}, "
+    require(not missing, fault + "or measure only the loss with --no-generate")
 
 
 def compare_answers(generated: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:

@@ -8,6 +8,7 @@ escaped (jinja2's autoescape). Neither torch nor transformers is imported.
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib import resources
@@ -100,12 +101,11 @@ def read_merge(folder: Path, merged: str | None) -> dict[str, Any] | None:
 
 
 def _merge_report(path: Path) -> dict[str, Any] | None:
-    try:
+    with suppress(UserError):
         report = files.read_json(path)
-    except UserError:
-        return None
-    keys = ("adapters", "onto", "format", "layers", "verify")
-    return report if all(key in report for key in keys) else None
+        if {"adapters", "onto", "format", "layers", "verify"} <= report.keys():
+            return report
+    return None
 
 
 def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:

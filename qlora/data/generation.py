@@ -100,8 +100,7 @@ def generation_settings(
 
 def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     """Ids of the tokens that end an answer."""
-    config: Any = getattr(model, "generation_config", None)
-    eos = config.eos_token_id if config is not None else None
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     with suppress(UserError):  # a template that rejects this chat may accept real ones

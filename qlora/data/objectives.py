@@ -31,7 +31,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from qlora.data.chat_template import NO_LOSS, Rendering, is_answer, tokenize
 from qlora.data.records import KINDS, chat_of, kind_of, string_of
-from qlora.errors import UserError, did_you_mean, some
+from qlora.errors import UserError, did_you_mean, require, some
 
 Record = Mapping[str, Any]
 Row = dict[str, Any]
@@ -161,8 +161,7 @@ def _answer_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
 def encode_text(record: Record, tokenizer: Tokenizer, max_length: int, names: Names) -> Row:
     """Ids of a text or a pair of texts, and the number of its class."""
     *columns, column = kind_of(record, kinds=TEXT_KINDS)
-    if record[column] is None:
-        raise UserError(f"{column} is missing: fill it, or remove the row")
+    require(record[column] is not None, f"{column} is missing: fill it, or remove the row")
     texts = [string_of(record[name]) for name in columns]
     encoded, full_length = _encode(tokenizer, max_length, *texts)
     row = _row(encoded["input_ids"], class_number(record[column], names), full_length, 1)
@@ -174,10 +173,8 @@ def encode_words(record: Record, tokenizer: Tokenizer, max_length: int, names: N
     kind = kind_of(record, kinds=WORD_KINDS)
     words, tags = (record[column] for column in kind)
     sizes = [len(x) if isinstance(x, list) else type(x).__name__ for x in (words, tags)]
-    if not isinstance(sizes[0], int) or sizes[0] != sizes[1]:
-        raise UserError(
-            f"{' and '.join(kind)} must be lists of one length, got {sizes[0]} and {sizes[1]}"
-        )
+    fault = f"{' and '.join(kind)} must be lists of one length, got {sizes[0]} and {sizes[1]}"
+    require(isinstance(sizes[0], int) and sizes[0] == sizes[1], fault)
     numbers = [class_number(tag, names) for tag in tags]
     strings = [string_of(word) for word in words]
     encoded, full_length = _encode(tokenizer, max_length, strings, is_split_into_words=True)
@@ -210,8 +207,7 @@ def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tup
     given = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel
     items = (item if isinstance(item, list) else [item] for item in records[column])
     values = {label for item in items for label in item if label is not None}
-    if not values:
-        raise UserError(f"{column} is empty in every row: a classifier needs labels")
+    require(bool(values), f"{column} is empty in every row: a classifier needs labels")
     if given:
         names = tuple(given)
     elif all(type(value) is int and value >= 0 for value in values):
@@ -221,9 +217,8 @@ def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tup
         names = tuple(sorted(map(str, values)))
     else:
         bad = next(value for value in values if type(value) is not int or value < 0)
-        raise UserError(
-            f"{column} must hold names, or whole numbers from 0, got {bad!r}: change or remove it"
-        )
+        wanted = f"{column} must hold names, or whole numbers from 0"
+        raise UserError(f"{wanted}, got {bad!r}: change or remove it")
     if set(names) <= set(known):
         return tuple(known)
     if len(names) < 2:

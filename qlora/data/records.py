@@ -39,9 +39,6 @@ ROLES |= dict.fromkeys(("tool", "observation", "function_response"), "tool")
 EXPECTED_JSON = "expected one JSON object per line (or, in .json, a list of them)"
 
 
-# ---- files -> records
-
-
 def load_records(
     source: str, kinds: Sequence[tuple[str, ...]] = KINDS, *, limit: int | None = None
 ) -> Dataset:
@@ -107,10 +104,8 @@ def _load_files(path: Path, source: str) -> Dataset | None:
         )
     kind = kinds.pop()
     if kind is None:
-        raise UserError(
-            f"{path} is not a {ENDINGS} file: convert it, to .jsonl for example."
-            f"{did_you_mean(path.suffix, LOADERS)}"
-        )
+        hint = did_you_mean(path.suffix, LOADERS)
+        raise UserError(f"{path} is not a {ENDINGS} file: convert it, to .jsonl for example.{hint}")
     if kind != "parquet" and not _have_text(files):
         return None
     options: dict[str, Any] = {"split": "train", "keep_in_memory": True}
@@ -130,9 +125,8 @@ def _load_files(path: Path, source: str) -> Dataset | None:
         for file in files if kind == "json" else ():
             _json_rows(file)  # names the file and the line, which datasets' message lacks
         reason = first_line(error.__cause__ or error)
-        raise UserError(
-            f"{source} cannot be read as {kind}: {reason} Fix the file, or save it as .jsonl"
-        ) from error
+        fault = f"{source} cannot be read as {kind}: {reason} Fix the file, or save it as .jsonl"
+        raise UserError(fault) from error
     finally:
         datasets_logging.set_verbosity(verbosity)
     return _restore_dates(records, files) if kind == "json" else records
@@ -201,16 +195,14 @@ def kind_of(
     """The first of `kinds` whose columns are all in `columns`."""
     columns = list(columns)
     for kind in kinds:
-        if all(column in columns for column in kind):
+        if set(kind) <= set(columns):
             return kind
     expected = "; ".join(" + ".join(kind) for kind in kinds)
     known = [column for kind in kinds for column in kind]
     missing = [column for column in known if column not in columns]
     hints = (did_you_mean(column, missing) for column in columns if column not in known)
-    raise UserError(
-        f"{source} has the columns {', '.join(columns)}; expected one of: {expected}. Rename them."
-        f"{next(filter(None, hints), '')}"
-    )
+    fault = f"{source} has the columns {', '.join(columns)}; expected one of: {expected}."
+    raise UserError(f"{fault} Rename them.{next(filter(None, hints), '')}")
 
 
 def chat_of(record: Mapping[str, Any]) -> Chat | None:
@@ -234,14 +226,6 @@ def chat_of(record: Mapping[str, Any]) -> Chat | None:
     return Chat(messages, _without_none(_parsed(record.get("tools"), "tools")) or None, first)
 
 
-def prompt_messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages before the last assistant turn, to generate from; empty for `text` records."""
-    chat = chat_of(record)
-    messages = chat.messages if chat else []
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: turns[-1]] if turns else messages
-
-
 def _messages(value: Any, role: str | None, column: str) -> list[dict[str, Any]]:
     """A list of messages as it is, or text as one message of `role`."""
     if isinstance(value, (list, tuple)):
@@ -259,10 +243,8 @@ def _message(turn: Any) -> dict[str, Any]:
     sender, value = rest.pop("from", None), rest.pop("value", None)
     role, content = rest.pop("role", None) or sender, rest.pop("content", value)
     if role not in ROLES:
-        raise UserError(
-            f"unknown role {role!r}, expected one of {', '.join(ROLES)}."
-            f"{did_you_mean(str(role), ROLES)}"
-        )
+        hint = did_you_mean(str(role), ROLES)
+        raise UserError(f"unknown role {role!r}, expected one of {', '.join(ROLES)}.{hint}")
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         if any("text" not in part for part in content):
             raise UserError("a message has parts that are not text: only text can be trained on")

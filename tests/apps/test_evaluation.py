@@ -172,7 +172,9 @@ def test_last_turn_of_a_chat_is_the_question(adapters):
     tokenizer = AutoTokenizer.from_pretrained(adapters("llama"))
     turns = zip(["user", "assistant"] * 2, ["a", "b", "c", " d\n"], strict=True)
     messages = [{"role": role, "content": text} for role, text in turns]
-    (question,) = questions_in([{"messages": messages}], tokenizer, "causal-lm")
+    records = [{"messages": messages}, {"messages": messages[:3]}, {"messages": messages[1:2]}]
+    question, first, answer = questions_in(records, tokenizer, "causal-lm")
+    assert (first.request, answer.request) == ("a", "")  # with a question last, without a question
     prompt = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)
     assert question.prompt == prompt["input_ids"] and question.request == "c"
     assert tokenizer.decode(question.answer) == " d\n<|im_end|>"

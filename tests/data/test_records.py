@@ -7,7 +7,7 @@ import datasets
 import pytest
 from conftest import write_rows
 
-from qlora.data.records import chat_of, load_records, prompt_messages
+from qlora.data.records import chat_of, load_records
 from qlora.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -46,14 +46,6 @@ def test_every_kind_of_record_becomes_messages():
         talk = [{"from": name, "value": "a"} for name in names]
         expected = [{"role": role, "content": "a"}] * len(names)
         assert chat_of({"conversations": talk}).messages == expected
-
-
-def test_prompt_messages_end_before_the_last_answer():
-    talk = [USER, ANSWER, USER, ANSWER]
-    assert prompt_messages({"messages": talk}) == talk[:3]
-    assert prompt_messages({"messages": talk[:3]}) == talk[:1]
-    assert prompt_messages({"messages": talk[:1]}) == talk[:1]
-    assert prompt_messages({"text": "a"}) == []
 
 
 # ---- files
