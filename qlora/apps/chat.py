@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
@@ -226,7 +225,7 @@ class AnswerStreamer(BaseStreamer):
         self.texts = [""] * rows
         self.is_prompt = True
 
-    def put(self, value: Tensor) -> None:
+    def put(self, value: torch.Tensor) -> None:
         """The prompt (B, T) first, then the next token of each row (B,)."""
         if self.is_prompt:
             self.is_prompt = False

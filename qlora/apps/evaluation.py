@@ -214,10 +214,7 @@ def measure_rows(
     classes: Sequence[str] = (),
     progress: str = "",
 ) -> dict[str, float]:
-    """`loss` over the rows of `prepare_data`, with `perplexity`, or a classifier's scores.
-
-    `progress` is the title of a progress bar, shown on a terminal; "" shows none.
-    """
+    """`loss` over the rows of `prepare_data`, with `perplexity`, or a classifier's scores."""
     model.eval()
     objective = OBJECTIVES[task]
     one = torch.tensor(1, device=model.device)  # num_items=1 keeps the loss a sum

@@ -57,21 +57,19 @@ def answers(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    progress: str = "",
 ) -> list[str]:
     """The model's answer to each chat, decoded, without special tokens.
 
     Args:
         chats: messages with `role` and `content`, ending with the user's.
         temperature: 0 is greedy decoding; above 0, torch's global generator draws the tokens.
-        progress: title of a progress bar, shown on a terminal; "" shows none.
 
     Raises:
         UserError: the chat template rejects a chat.
     """
     prompts = [prompt_ids(tokenizer, chat) for chat in chats]
     settings = generation_settings(model, tokenizer, max_new_tokens, temperature)
-    return generate(model, tokenizer, prompts, settings, progress=progress)
+    return generate(model, tokenizer, prompts, settings)
 
 
 def prompt_ids(
@@ -122,7 +120,8 @@ def generate(
     """The model's decoded answer to each prompt (token ids), with these `generation_settings`.
 
     A batch holds prompts of similar length, up to BATCH_ROWS and BATCH_TOKENS; the longest come
-    first, so that a lack of memory shows at once.
+    first, so that a lack of memory shows at once. `progress` is the title of a progress bar, shown
+    on a terminal; "" shows none.
     """
     batches: list[list[int]] = []  # of indices into `prompts`
     most = 0  # rows in the last batch, whose first prompt is the longest

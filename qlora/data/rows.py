@@ -224,17 +224,12 @@ def collator(tokenizer: Tokenizer, task: str = "causal-lm", model: Any = None) -
 
 
 def length_batches(
-    rows: Iterable[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    max_tokens: int = BATCH_TOKENS,
-    *,
-    task: str = "causal-lm",
-    model: Any = None,
+    rows: Iterable[Any], tokenizer: Tokenizer, *, task: str = "causal-lm", model: Any = None
 ) -> list[Any]:
-    """`rows`, shortest first, in batches of at most `max_tokens` (or of one row), on the CPU."""
-    groups: list[list[Mapping[str, Any]]] = [[]]
+    """`rows`, shortest first, in batches of at most BATCH_TOKENS (or of one row), on the CPU."""
+    groups: list[list[Any]] = [[]]
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > max_tokens:
+        if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > BATCH_TOKENS:
             groups.append([])
         groups[-1].append(row)
     return list(map(collator(tokenizer, task, model), groups))
