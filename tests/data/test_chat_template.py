@@ -12,67 +12,64 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from qlora.data.rows import prepare_data, prepare_tokenizer
 from qlora.errors import UserError
 
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+def loop(turn: str, prompt: str = "") -> str:
+    """A template that renders each message `m` by `turn`, and the generation prompt."""
+    turns = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    return f"{turns}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+
+
+CHATML = loop(
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
+    "<|im_start|>assistant\n",
 )
-LLAMA3 = (
-    "{% for m in messages %}{% set text = '<|start_header_id|>' + m['role'] + "
-    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
-    "{{ bos_token + text if loop.first else text }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+LLAMA3 = "{{ bos_token }}" + loop(
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
 )
-LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+LLAMA2 = loop(
+    "{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content.strip() }} [/INST]"
+    "{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}"
 )
-MISTRAL = (  # as in v3: the tools come before the last user turn, so early turns move
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+MISTRAL = "{{ bos_token }}" + loop(  # v3: tools precede the last user turn, so early turns move
+    "{% if m.role == 'user' %}"
     "{% set last = (messages | selectattr('role', 'equalto', 'user') | list | last) == m %}"
-    "{{ ('[TOOLS]' + (tools | tojson) if tools and last else '') + '[INST] ' + m['content'] }}"
-    "{{ '[/INST]' }}{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+    "{{ '[TOOLS]' + (tools | tojson) if tools and last else '' }}[INST] {{ m.content }}[/INST]"
+    "{% else %} {{ m.content | trim + eos_token }}{% endif %}"
 )
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
-    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
-    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+GEMMA = "{{ bos_token }}" + loop(
+    "{{ raise_exception('System role not supported') if m.role == 'system' else '' }}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
+    "<end_of_turn>\n",
+    "<start_of_turn>model\n",
 )
 QWEN3 = (
-    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}{% set text = m['content'].split('</think>')[-1] %}"
-    "{% set think = m['content'].split('</think>')[0].split('<think>')[-1].strip('\n') "
-    "if '</think>' in m['content'] else '' %}{{ '<|im_start|>assistant\n' }}"
-    "{% if loop.index0 > ns.last %}{{ '<think>\n' + think + '\n</think>\n\n' }}{% endif %}"
-    "{{ text.lstrip('\n') + '<|im_end|>\n' }}{% else %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+) + loop(
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set text = m.content.split('</think>')[-1] %}"
+    "{% set think = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
+    "if '</think>' in m.content else '' %}"
+    "{{ '<think>\n' + think + '\n</think>\n\n' if loop.index0 > ns.last else '' }}"
+    "{{ text.lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n",
+    "<|im_start|>assistant\n",
 )
-# DeepSeek-R1: the generation prompt opens a thought that the rendered turn does not have
-THINKER = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"
-    "{{ '<|assistant|>' + m['content'].split('</think>')[-1] + eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+THINKER = loop(  # DeepSeek-R1: its prompt opens a thought that the rendered turn does not have
+    "{% if m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% else %}<|assistant|>{{ m.content.split('</think>')[-1] + eos_token }}{% endif %}",
+    "<|assistant|><think>\n",
 )
-PHI3 = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
-    "{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+PHI3 = loop(
+    "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n{% else %}{{ eos_token }}"
 )
-MARKED = (  # the whole changes with its length, so only the marks tell where a turn is
-    "{{ messages | length }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] | length }}{{ m['content'] | upper | reverse + eos_token }}"
-    "{% endgeneration %}{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
+MARKED = "{{ messages | length }}" + loop(  # changes with its length: only the marks tell a turn
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content | length }}"
+    "{{ m.content | upper | reverse + eos_token }}{% endgeneration %}"
+    "{% else %}<|user|>{{ m.content }}{% endif %}"
 )
-BARE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
+BARE = loop("{{ m.role }}: {{ m.content }}\n", "assistant:")
 SPECIAL = [
     *["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"],
     *["<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"],
@@ -185,7 +182,7 @@ ROWS = {  # template, record, what is learned
         THINKER, {"prompt": "one?", "completion": "<the answer>"}, ["<the answer></s>"],
     ),
     "not the space that ends the prompt": (
-        BARE.replace("'assistant:'", "'assistant: '"),
+        BARE.replace("assistant:", "assistant: "),
         {"prompt": "one?", "completion": "😀"}, ["😀</s>"],
     ),
     "an answer first and a question last": (
@@ -225,9 +222,7 @@ def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
 
 
 def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
-    template = CHATML.replace(
-        "message['content'] +", "(message['content'] or (message.get('tool_calls') | tojson)) +"
-    )
+    template = CHATML.replace("m.content", "m.content or (m.get('tool_calls') | tojson)")
     calls = [
         [{"type": "function", "function": {"name": name, "arguments": arguments}}]
         for name, arguments in (("add", {"a": 1}), ("len", {"of": "x"}))
@@ -240,7 +235,7 @@ def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
     for row, call in zip(data, calls, strict=True):
         assert learned(row, tokenizer) == [json.dumps(call) + "<|im_end|>"]
     # a template that does not show the calls would teach the model to say nothing
-    tokenizer.chat_template = CHATML.replace("message['content'] +", "(message['content'] or '') +")
+    tokenizer.chat_template = CHATML.replace("m.content", "m.content or ''")
     with pytest.raises(UserError, match=r"row 1: .* template leaves out an answer \('add'\)"):
         prepare(tmp_path, rows, tokenizer)
 
