@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,9 +16,9 @@ import torch
 from conftest import (
     FP32,
     ROWS,
+    axis,
     one_by_one,
     quick_config,
-    read_rows,
     tiny_model,
     tiny_tokenizer,
     write_rows,
@@ -28,17 +29,12 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from qlora import disable_adapter, load_adapter, load_base
-from qlora.apps.evaluation import (
-    compare_answers,
-    evaluate,
-    measure_rows,
-    questions_in,
-    require_scorers,
-    samples,
-)
+from qlora.apps import evaluation
+from qlora.apps.evaluation import compare_answers, evaluate
 from qlora.config import DataConfig, EvaluateConfig, MergeConfig
 from qlora.data.rows import prepare_data
 from qlora.errors import UserError
+from qlora.files import read_metrics
 from qlora.merge import merge
 from qlora.training import train
 
@@ -50,40 +46,35 @@ RECORDS = {
 }
 
 
-def evaluation(adapter: Path, data: Path, output: Path, **settings) -> dict:
-    flags = {"adapter": str(adapter), "data": str(data), "output": str(output), **settings}
-    return evaluate(EvaluateConfig(**flags))
+def evaluated(adapter: Path, data: Path, output: Path | None = None, **settings) -> dict:
+    flags = {"adapter": str(adapter), "data": str(data), "output": output and str(output)}
+    return evaluate(EvaluateConfig(**flags | settings))
 
 
 def logged(folder: Path) -> dict:
     """The last evaluation that training logged."""
-    return [row for row in read_rows(folder / "metrics.jsonl") if "eval_loss" in row][-1]
-
-
-# ---- scores of the model
+    return [row for row in read_metrics(folder) if "eval_loss" in row][-1]
 
 
 def test_loss_and_answers_of_base_and_adapter(quick_run, checkpoints, tmp_path, capsys):
     output = tmp_path / "results.json"
     data = write_rows(tmp_path / "rows.jsonl", ROWS[:5])
-    results = evaluation(quick_run.folder, data, output, max_new_tokens=6)
+    results = evaluated(quick_run.folder, data, output, max_new_tokens=6)
     assert json.loads(output.read_text()) == results
     assert results["max_length"] == 128  # as in training
 
     model = load_base(str(checkpoints("llama")), FP32)
     load_adapter(model, quick_run.folder)
     tokenizer = AutoTokenizer.from_pretrained(quick_run.folder)
-    wanted = [row["completion"] for row in ROWS[:5]]
-    chats = [[{"role": "user", "content": row["prompt"]}] for row in ROWS[:5]]
-    with disable_adapter(model):
-        expected = {"base": one_by_one(model, tokenizer, chats, max_new_tokens=6)}
-    expected["adapter"] = one_by_one(model, tokenizer, chats, max_new_tokens=6)
-    for name, given in expected.items():
-        assert [answer[name] for answer in results["answers"]] == given
+    wanted, requests = ([row[key] for row in ROWS[:5]] for key in ("completion", "prompt"))
+    chats = [[{"role": "user", "content": text}] for text in requests]
+    for name, state in (("base", disable_adapter(model)), ("adapter", nullcontext())):
+        with state:
+            given = one_by_one(model, tokenizer, chats, max_new_tokens=6)
+        for key, expected in (("request", requests), ("wanted", wanted), (name, given)):
+            assert [answer[key] for answer in results["answers"]] == expected
         bleu = sacrebleu.corpus_bleu(given, [wanted], force=True).score
         assert results["scores"][name]["bleu"] == pytest.approx(bleu)
-    assert [answer["wanted"] for answer in results["answers"]] == wanted
-    assert [answer["request"] for answer in results["answers"]] == [r["prompt"] for r in ROWS[:5]]
     said = capsys.readouterr().out
     assert "Measured on 5 rows," in said and "5 answers of up to 6 tokens" in said
     assert said.count("    wanted ") == 3
@@ -92,7 +83,7 @@ def test_loss_and_answers_of_base_and_adapter(quick_run, checkpoints, tmp_path, 
 
 def test_loss_is_that_of_training_and_of_the_merged_model(quick_run, data, tmp_path, capsys):
     loss = logged(quick_run.folder)["eval_loss"]
-    found = evaluation(quick_run.folder, data, tmp_path / "a.json", generate=False)
+    found = evaluated(quick_run.folder, data, tmp_path / "a.json", generate=False)
     # fp32, other batches
     assert found["scores"]["adapter"]["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["answers"] == [] and f"{loss:.4f}" in capsys.readouterr().out
@@ -106,20 +97,14 @@ def test_loss_is_that_of_training_and_of_the_merged_model(quick_run, data, tmp_p
     assert f"python -m qlora.chat --model {merged}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("family", "task"),
-    [
-        ("bert", "token-cls"),
-        pytest.param("t5", "seq2seq", marks=pytest.mark.full),
-        pytest.param("llama without pad", "seq-cls", marks=pytest.mark.full),
-    ],
-)
-def test_other_tasks_have_the_scores_of_training(family, task, checkpoints, tmp_path, capsys):
+@pytest.mark.parametrize("task", axis("token-cls", "seq2seq", "seq-cls"))
+def test_other_tasks_have_the_scores_of_training(task, checkpoints, tmp_path, capsys):
+    family = {"token-cls": "bert", "seq2seq": "t5", "seq-cls": "llama without pad"}[task]
     data = write_rows(tmp_path / "rows.jsonl", map(RECORDS[task], range(12)))
     both = DataConfig(str(data), eval_data=str(data), max_length=48)
     config = quick_config(checkpoints(family), data, tmp_path / "run", data=both, eval_steps=4)
     folder = train(replace(config, task=task))
-    found = evaluation(folder, data, tmp_path / "a.json", max_new_tokens=4)["scores"]
+    found = evaluated(folder, data, tmp_path / "a.json", max_new_tokens=4)["scores"]
     wanted = logged(folder)
     assert found["adapter"]["loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
     for name in ("accuracy", "f1"):
@@ -138,7 +123,7 @@ def test_loss_is_the_mean_over_supervised_tokens(tmp_path):
         with torch.no_grad():
             logits = model(ids).logits[0, :-1]
         total += float(F.cross_entropy(logits, labels[1:], reduction="sum"))
-    found = measure_rows(model, tokenizer, rows)
+    found = evaluation.measure_rows(model, tokenizer, rows)
     loss = total / stats.supervised_tokens
     assert found["loss"] == pytest.approx(loss, rel=1e-5)  # fp32, added up in another order
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
@@ -147,10 +132,8 @@ def test_loss_is_the_mean_over_supervised_tokens(tmp_path):
 def test_compute_dtype_is_the_one_asked_for(checkpoints, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", ROWS[:3])
     model = {"model": str(checkpoints("llama")), "data": str(data), "generate": False}
-    fp32, bf16 = (
-        evaluate(EvaluateConfig(**model, compute_dtype=dtype))["scores"]["model"]["loss"]
-        for dtype in ("fp32", "bf16")
-    )
+    configs = [EvaluateConfig(**model, compute_dtype=dtype) for dtype in ("fp32", "bf16")]
+    fp32, bf16 = (evaluate(config)["scores"]["model"]["loss"] for config in configs)
     # bf16 has 8 bits: the loss of a random model moves, and not far
     assert fp32 == pytest.approx(bf16, rel=0.05) and fp32 != bf16
 
@@ -160,12 +143,9 @@ def test_adapter_without_effect_is_no_better_than_its_base(adapters, tmp_path, c
     folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: 0 * t for name, t in tensors.items()}, folder / "adapter_model.safetensors")
-    scores = evaluation(folder, data, tmp_path / "a.json", generate=False)["scores"]
+    scores = evaluated(folder, data, tmp_path / "a.json", generate=False)["scores"]
     assert scores["adapter"]["loss"] == scores["base"]["loss"]
     assert "no better than its base" in capsys.readouterr().out
-
-
-# ---- questions
 
 
 def test_last_turn_of_a_chat_is_the_question(adapters):
@@ -173,8 +153,8 @@ def test_last_turn_of_a_chat_is_the_question(adapters):
     turns = zip(["user", "assistant"] * 2, ["a", "b", "c", " d\n"], strict=True)
     messages = [{"role": role, "content": text} for role, text in turns]
     records = [{"messages": messages}, {"messages": messages[:3]}, {"messages": messages[1:2]}]
-    question, first, answer = questions_in(records, tokenizer, "causal-lm")
-    assert (first.request, answer.request) == ("a", "")  # with a question last, without a question
+    question, first, alone = evaluation.questions_in(records, tokenizer, "causal-lm")
+    assert (first.request, alone.request) == ("a", "")  # a question after it, no question
     prompt = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)
     assert question.prompt == prompt["input_ids"] and question.request == "c"
     assert tokenizer.decode(question.answer) == " d\n<|im_end|>"
@@ -183,7 +163,7 @@ def test_last_turn_of_a_chat_is_the_question(adapters):
 def test_rows_of_text_are_not_asked(adapters, tmp_path, capsys):
     data = write_rows(tmp_path / "text.jsonl", [{"text": "some words"}, {"text": "and more"}])
     folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
-    results = evaluate(EvaluateConfig(adapter=str(folder), data=str(data)))
+    results = evaluated(folder, data)
     assert results["scores"]["base"].keys() == {"loss", "perplexity"}
     assert "plain text without prompts" in capsys.readouterr().out
     assert json.loads((folder / "evaluation.json").read_text()) == results
@@ -192,11 +172,11 @@ def test_rows_of_text_are_not_asked(adapters, tmp_path, capsys):
 def test_questions_that_do_not_fit_are_left_out(adapters, tmp_path, capsys):
     rows = [{"prompt": "x" * n, "completion": "y"} for n in (10, 500)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    results = evaluation(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=8)
+    results = evaluated(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=8)
     assert len(results["answers"]) == 1
     assert "1 of 2 questions exceed" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"exceeds the model.s context, 512 tokens"):
-        evaluation(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=500)
+        evaluated(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=500)
 
 
 # ---- scores of answers
@@ -219,19 +199,13 @@ def test_answers_are_scored_as_the_packages_score_them():
     assert compare_answers(GIVEN[:1], WANTED[:1])["rouge1"] == pytest.approx(12 / 13)
     perfect = {"exact_match": 1, "rouge1": 1, "rouge2": 0.75, "rougeL": 1, "bleu": 100}
     assert compare_answers(WANTED, WANTED) == pytest.approx(perfect)  # "Paris" has no word pairs
-    assert compare_answers(["我们"], ["我们"]).keys() == {
-        "exact_match",
-        "bleu",
-    }  # no word for ROUGE
+    assert [*compare_answers(["我们"], ["我们"])] == ["exact_match", "bleu"]  # no word for ROUGE
 
 
 def test_samples_do_nothing_to_a_terminal():
     answers = [{"request": "a\x1b[2Jb", "wanted": "c\nd", "model": "\a" * 9}]
     lines = ["", "  a[2Jb", "    model    (nothing)", "    wanted   c d"]
-    assert samples({"answers": answers}).split("\n") == lines
-
-
-# ---- bad input
+    assert evaluation.samples({"answers": answers}).split("\n") == lines
 
 
 @pytest.mark.parametrize(
@@ -245,41 +219,35 @@ def test_samples_do_nothing_to_a_terminal():
         (ROWS, {"output": "no/such/folder.json"}, "--output no/such/folder.json must be"),
     ],
 )
-def test_mistakes_are_found_before_the_model_is_loaded(
-    adapters, tmp_path, rows, settings, message, monkeypatch
-):
-    never_load(monkeypatch)
+@pytest.mark.usefixtures("never_loaded")
+def test_mistakes_are_found_before_the_model_is_loaded(adapters, tmp_path, rows, settings, message):
     data = write_rows(tmp_path / "rows.jsonl", rows)
     config = {"adapter": str(adapters("llama")), "data": str(data), **settings}
     with pytest.raises(UserError, match=message):
         evaluate(EvaluateConfig(**config))
 
 
-def never_load(monkeypatch):
+@pytest.fixture
+def never_loaded(monkeypatch):
     load = Mock(side_effect=AssertionError("the model was loaded"))
     monkeypatch.setattr("qlora.adapters.live.ResolvedModel.load", load)
 
 
+@pytest.mark.usefixtures("never_loaded")
 @pytest.mark.parametrize("output", [None, "results.json"])
 def test_folder_without_write_permission(output, adapters, tmp_path, monkeypatch, data):
-    never_load(monkeypatch)
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    place = output and str(tmp_path / output)
-    config = EvaluateConfig(adapter=str(adapters("llama")), data=str(data), output=place)
     with pytest.raises(UserError, match=r"no write permission for .*--output"):
-        evaluate(config)
+        evaluated(adapters("llama"), data, output and tmp_path / output)
 
 
-def test_missing_packages_are_named_before_the_model_is_loaded(
-    adapters, data, tmp_path, monkeypatch
-):
-    require_scorers()
-    never_load(monkeypatch)
+@pytest.mark.usefixtures("never_loaded")
+def test_missing_packages_are_named_before_the_model_is_loaded(adapters, data, monkeypatch):
+    evaluation.require_scorers()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match="pip install rouge-score sacrebleu, or measure only the loss"
-    ):
-        evaluation(adapters("llama"), data, tmp_path / "a.json", limit=1)
+    message = "pip install rouge-score sacrebleu, or measure only the loss"
+    with pytest.raises(UserError, match=message):
+        evaluated(adapters("llama"), data, limit=1)
 
 
 @pytest.mark.parametrize("text", ["config: [", "config:", "- a", "\xff"])
@@ -287,5 +255,5 @@ def test_damaged_run_file_is_ignored(text, adapters, tmp_path):
     folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
     (folder / "run.yaml").write_text(text, encoding="latin-1")
     data = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
-    results = evaluation(folder, data, tmp_path / "a.json", generate=False)
+    results = evaluated(folder, data, tmp_path / "a.json", generate=False)
     assert results["max_length"] == 512  # all that the model takes
