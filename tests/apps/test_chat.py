@@ -46,17 +46,16 @@ def expected(adapters, checkpoints):
 
 @pytest.fixture
 def talk(adapters, monkeypatch, capsys):
-    """`talk(lines, …)`: what comes out on standard output and error."""
+    """`talk(lines, …)`: what comes out on standard output and error; without lines, input()'s."""
 
-    def run(lines, terminal=False, **settings):
+    def run(*lines, **settings):
         stdin = io.StringIO("".join(f"{line}\n" for line in lines))
-        monkeypatch.setattr(stdin, "isatty", lambda: terminal, raising=False)
+        monkeypatch.setattr(stdin, "isatty", lambda: not lines, raising=False)
         monkeypatch.setattr(sys, "stdin", stdin)
-        settings = {"max_new_tokens": 8, **settings}
         if "model" not in settings:
             settings = {"adapter": str(adapters("llama")), **settings}
         capsys.readouterr()
-        chat.chat(ChatConfig(**settings))
+        chat.chat(ChatConfig(**{"max_new_tokens": 8, **settings}))
         return capsys.readouterr()
 
     return run
@@ -67,20 +66,25 @@ def widen_terminal(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
 
 
+def typed(monkeypatch, *lines):
+    monkeypatch.setattr("builtins.input", asked := Mock(side_effect=lines))
+    return asked
+
+
 def test_pipe_gets_the_answers_alone(talk, expected):
     both = expected(tuned=True)
     assert len(set(both)) == 2
-    said = talk([QUESTIONS[0], "", QUESTIONS[1]])
+    said = talk(QUESTIONS[0], "", QUESTIONS[1])
     assert (said.out, said.err) == ("".join(f"{text}\n" for text in both), "")
-    assert talk([], prompt=QUESTIONS[0]).out == f"{both[0]}\n"
-    again = talk(["what is it?", "/reset", *QUESTIONS, "/exit", "hi"])
+    assert talk(prompt=QUESTIONS[0]).out == f"{both[0]}\n"
+    again = talk("what is it?", "/reset", *QUESTIONS, "/exit", "hi")
     assert again.out.endswith(said.out)
     assert again.err == "The conversation is cleared.\n"
 
 
 def test_base_and_adapter_have_a_history_each(talk, expected):
     both = zip(expected(False, "be brief"), expected(True, "be brief"), strict=True)
-    said = talk(["/system be brief", *QUESTIONS], compare=True)
+    said = talk("/system be brief", *QUESTIONS, compare=True)
     assert said.out == "".join(
         f"── base ──\n{base}\n── with adapter ──\n{tuned}\n" for base, tuned in both
     )
@@ -97,23 +101,22 @@ def test_wide_terminal_shows_them_side_by_side(talk, expected, monkeypatch):
 
     monkeypatch.setattr(chat, "SideBySide", Recorded)
     widen_terminal(monkeypatch)
-    lines = talk(QUESTIONS, compare=True).out.splitlines()
+    lines = talk(*QUESTIONS, compare=True).out.splitlines()
     base, tuned = expected(tuned=False), expected(tuned=True)
     assert rows[-1] == [base[1], tuned[1]] and [base[0], tuned[0]] in rows
     assert lines[0].split() == ["base", "│", "with", "adapter"] and "│" in lines[-1]
 
 
 def test_adapter_that_cannot_be_mixed_is_shown_below(talk, monkeypatch):
-    below = talk(QUESTIONS, compare=True).out
+    below = talk(*QUESTIONS, compare=True).out
     monkeypatch.setattr(chat, "mixed_batch", Mock(side_effect=UserError("DoRA cannot be mixed")))
     widen_terminal(monkeypatch)
-    assert talk(QUESTIONS, compare=True).out == printable(below)
+    assert talk(*QUESTIONS, compare=True).out == printable(below)
 
 
 def test_interactive_chat_continues_after_mistakes(talk, monkeypatch):
-    lines = ["/rest", "/help", "x" * 600, KeyboardInterrupt, "hi", EOFError]
-    monkeypatch.setattr("builtins.input", Mock(side_effect=lines))
-    said = talk([], terminal=True)
+    typed(monkeypatch, "/rest", "/help", "x" * 600, KeyboardInterrupt, "hi", EOFError)
+    said = talk()
     for words in ("an adapter on", "/help lists", "error: unknown command /rest", chat.HELP,
                   "error: this message has 6", "/exit or Ctrl-D leaves"):  # fmt: skip
         assert words in said.err
@@ -139,23 +142,11 @@ def test_ctrl_c_ends_a_script_and_not_an_interactive_chat(talk, monkeypatch):
 
     monkeypatch.setattr(chat, "write_out", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        talk([], prompt="hi")
+        talk(prompt="hi")
     calls.clear()
-    typed = Mock(side_effect=["hi", "what is it?", "/exit"])
-    monkeypatch.setattr("builtins.input", typed)
-    talk([], terminal=True)
-    assert typed.call_count == 3 and len(calls) > 8
-
-
-# ---- conversations and streaming
-
-
-def test_history_comes_before_the_question():
-    tokenizer, conversation = tiny_tokenizer(), Conversation("be brief", TURNS[:1])
-    turns = [("system", "be brief"), ("user", "one"), ("assistant", "1"), ("user", "two")]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert conversation.prompt(tokenizer, "two", None) == (expected, 0)
+    asked = typed(monkeypatch, *QUESTIONS, "/exit")
+    talk()
+    assert asked.call_count == 3 and len(calls) > 8
 
 
 def test_oldest_turns_are_dropped_where_they_do_not_fit(talk):
@@ -170,7 +161,7 @@ def test_oldest_turns_are_dropped_where_they_do_not_fit(talk):
     with pytest.raises(UserError, match=f"has {tokens} tokens; .* context has {longest} beside"):
         conversation.prompt(tokenizer, question, longest)
     assert conversation.turns == TURNS[2:]  # a question that does not fit drops no turn
-    assert "full: dropped the oldest 1 turn" in talk(["x" * 300, "y" * 300]).err
+    assert "full: dropped the oldest 1 turn" in talk("x" * 300, "y" * 300).err
 
 
 def streamed(show):
@@ -220,11 +211,8 @@ def test_row_ends_at_a_stop_token_and_shows_whole_characters():
 def test_gpu_out_of_memory_is_an_error_a_chat_survives(talk, monkeypatch):
     full = Mock(side_effect=torch.OutOfMemoryError)
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", full)
-    monkeypatch.setattr("builtins.input", Mock(side_effect=["hi", "/exit"]))
-    assert "error: the GPU's memory ran out: /reset clears" in talk([], terminal=True).err
-
-
-# ---- bad input
+    typed(monkeypatch, "hi", "/exit")
+    assert "error: the GPU's memory ran out: /reset clears" in talk().err
 
 
 @pytest.mark.parametrize(
@@ -237,18 +225,17 @@ def test_gpu_out_of_memory_is_an_error_a_chat_survives(talk, monkeypatch):
 )
 def test_what_cannot_chat(talk, settings, message):
     with pytest.raises(UserError, match=message):
-        talk(["hi"], **settings)
+        talk("hi", **settings)
 
 
 def test_classifier_cannot_chat(talk, tmp_path, checkpoints):
     base = load_base(str(checkpoints("llama")), FP32, task="seq-cls", labels=("a", "b"))
     base.save_pretrained(tmp_path / "classifier")
     with pytest.raises(UserError, match="classifier is for seq-cls: chat needs a causal"):
-        talk(["hi"], model=str(tmp_path / "classifier"))
+        talk("hi", model=str(tmp_path / "classifier"))
 
 
 def test_base_without_a_template_is_noted(talk, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints("llama"), tmp_path / "base")
     (folder / "chat_template.jinja").unlink()
-    said = talk(["hi"], model=str(folder)).err
-    assert "no chat template: turns are written as `### User:`" in said
+    assert "no chat template: turns are written as" in talk("hi", model=str(folder)).err

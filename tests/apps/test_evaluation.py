@@ -13,16 +13,7 @@ from unittest.mock import Mock
 import pytest
 import sacrebleu
 import torch
-from conftest import (
-    FP32,
-    ROWS,
-    axis,
-    one_by_one,
-    quick_config,
-    tiny_model,
-    tiny_tokenizer,
-    write_rows,
-)
+from conftest import FP32, ROWS, axis, one_by_one, quick_config, tiny_model, write_rows
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -113,9 +104,9 @@ def test_other_tasks_have_the_scores_of_training(task, checkpoints, tmp_path, ca
     assert "qlora.chat" not in capsys.readouterr().out  # for causal language models only
 
 
-def test_loss_is_the_mean_over_supervised_tokens(tmp_path):
+def test_loss_is_the_mean_over_supervised_tokens(checkpoints, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", ROWS[:8])
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model, tokenizer = tiny_model("llama"), AutoTokenizer.from_pretrained(checkpoints("llama"))
     rows, stats = prepare_data(str(path), tokenizer, max_length=64)
     total = 0.0
     for row in rows:  # one at a time: no padding
