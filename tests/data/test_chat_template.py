@@ -88,20 +88,11 @@ def byte_level(template: str | None = CHATML, *, trim: bool = True):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    words = "assistant user model one two three plus and [INST] [/INST] \n\n ### Assistant:\n"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = (
-        "assistant user system model one two three plus and [INST] [/INST] \n\n ### Assistant:\n"
-    )
-    return trained(tokenizer, words, SPECIAL, template, trim=trim, initial_alphabet=alphabet)
-
-
-def trained(tokenizer, words, specials, template, *, trim=None, **options):
-    options |= {"vocab_size": 400, "special_tokens": specials, "show_progress": False}
-    tokenizer.train_from_iterator([words] * 5, trainers.BpeTrainer(**options))
-    if trim is not None:
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": specials[2:]}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
+    fast = trained(tokenizer, words, SPECIAL, template, initial_alphabet=alphabet)
+    fast.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    return fast
 
 
 def metaspace(template: str):
@@ -111,6 +102,13 @@ def metaspace(template: str):
     tokenizer.decoder = decoders.Metaspace()
     words = "[INST] one plus one? [/INST] two and one? three, not two [TOOLS]"
     return trained(tokenizer, words, ["<s>", "</s>", "<unk>"], template)
+
+
+def trained(tokenizer, words, specials, template, **options):
+    options |= {"vocab_size": 400, "special_tokens": specials, "show_progress": False}
+    tokenizer.train_from_iterator([words] * 5, trainers.BpeTrainer(**options))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": specials[2:]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
 
 
 def prepare(path: Path, rows: list[dict], tokenizer):
@@ -127,30 +125,55 @@ def learned(row: dict, tokenizer) -> list[str]:
     return [tokenizer.decode(ids, skip_special_tokens=False) for ids in spans]
 
 
-# ---- the mask of each template
+def asked(answer: str) -> dict:
+    return {"prompt": "one?", "completion": answer}
 
 
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (CHATML, ["two 😀<|im_end|>", "three, not  two<|im_end|>"]),
-        (LLAMA3, ["two 😀<|eot_id|>", "three, not  two<|eot_id|>"]),
-        (LLAMA2, [" two 😀 </s>", " three, not  two </s>"]),
-        (MISTRAL, [" two 😀</s>", " three, not  two</s>"]),
-        (GEMMA, ["two 😀<end_of_turn>", "three, not  two<end_of_turn>"]),
-        (QWEN3, ["two 😀<|im_end|>", "<think>\n\n</think>\n\nthree, not  two<|im_end|>"]),
-        (THINKER, ["two 😀</s>", "three, not  two</s>"]),
-        (PHI3, ["two 😀<|end|>", "three, not  two<|end|>\n</s>"]),
-        (BARE, [" two 😀", " three, not  two</s>"]),
-    ],
-    ids=["chatml", "llama3", "llama2", "mistral", "gemma", "qwen3", "thinker", "phi3", "bare"],
-)
+THOUGHTS = ("<think>\none and\n</think>\n\ntwo", "<think>\ntwo and\n</think>\n\nthree")
+ROWS = {  # template, record, what is learned
+    "chatml": (CHATML, CHAT, ["two 😀<|im_end|>", "three, not  two<|im_end|>"]),
+    "llama3": (LLAMA3, CHAT, ["two 😀<|eot_id|>", "three, not  two<|eot_id|>"]),
+    "llama2": (LLAMA2, CHAT, [" two 😀 </s>", " three, not  two </s>"]),
+    "mistral": (MISTRAL, CHAT, [" two 😀</s>", " three, not  two</s>"]),
+    "gemma": (GEMMA, CHAT, ["two 😀<end_of_turn>", "three, not  two<end_of_turn>"]),
+    "qwen3": (
+        QWEN3, CHAT, ["two 😀<|im_end|>", "<think>\n\n</think>\n\nthree, not  two<|im_end|>"],
+    ),
+    "thinker": (THINKER, CHAT, ["two 😀</s>", "three, not  two</s>"]),
+    "phi3": (PHI3, CHAT, ["two 😀<|end|>", "three, not  two<|end|>\n</s>"]),
+    "bare": (BARE, CHAT, [" two 😀", " three, not  two</s>"]),  # an end token is inserted
+    "thoughts, where the template shows them": (
+        QWEN3,
+        {"messages": [TALK[0], {**TALK[1], "content": THOUGHTS[0]}, TALK[2],
+                      {**TALK[3], "content": THOUGHTS[1]}]},
+        ["two<|im_end|>", THOUGHTS[1] + "<|im_end|>"],
+    ),
+    "an answer that begins like <think>": (THINKER, asked("<the answer>"), ["<the answer></s>"]),
+    "not the space that ends the prompt": (
+        BARE.replace("assistant:", "assistant: "), asked("😀"), ["😀</s>"]
+    ),
+    "an answer first and a question last": (
+        CHATML,
+        {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "bye"}]},
+        ["hi<|im_end|>"],
+    ),
+    "an answer with its own eos": (BARE, asked("two</s>"), [" two</s>"]),
+    "an answer with its own eos after a space": (BARE, asked("two </s>"), [" two </s>"]),
+    "no answers inside a prompt": (
+        CHATML, {"prompt": TALK[:3], "completion": TALK[3:], "system": "s"},
+        ["three, not  two<|im_end|>"],
+    ),
+    "by generation marks, where nothing else tells": (MARKED, asked("two"), ["3OWT</s>"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "record", "expected"), ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("trim", axis(True, False))
-def test_only_answers_and_their_end_have_loss(tmp_path, template, expected, trim):
+def test_only_answers_and_their_end_have_loss(tmp_path, template, record, expected, trim):
     tokenizer = byte_level(template, trim=trim)
-    rows, stats = prepare(tmp_path, [CHAT], tokenizer)
+    rows, stats = prepare(tmp_path, [record], tokenizer)
     assert learned(rows[0], tokenizer) == expected
-    if template != BARE:  # there an end token is inserted
+    if record is CHAT and template != BARE:
         reference = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)
         assert rows[0]["input_ids"] == reference["input_ids"]
     assert stats.tokens == rows[0]["length"] == len(rows[0]["input_ids"])
@@ -168,49 +191,6 @@ def test_token_with_the_space_before_the_answer_has_loss(tmp_path, template):
     assert "".join(tokens) == f"▁two{space}</s>▁three,▁not▁▁two{space}</s>"
     reference = tokenizer.apply_chat_template(talk, tools=tools, return_dict=True)
     assert rows[0]["input_ids"] == reference["input_ids"]
-
-
-THOUGHTS = ("<think>\none and\n</think>\n\ntwo", "<think>\ntwo and\n</think>\n\nthree")
-ROWS = {  # template, record, what is learned
-    "thoughts, where the template shows them": (
-        QWEN3,
-        {"messages": [TALK[0], {**TALK[1], "content": THOUGHTS[0]}, TALK[2],
-                      {**TALK[3], "content": THOUGHTS[1]}]},
-        ["two<|im_end|>", THOUGHTS[1] + "<|im_end|>"],
-    ),
-    "an answer that begins like the generation prompt, <think>": (
-        THINKER, {"prompt": "one?", "completion": "<the answer>"}, ["<the answer></s>"],
-    ),
-    "not the space that ends the prompt": (
-        BARE.replace("assistant:", "assistant: "),
-        {"prompt": "one?", "completion": "😀"}, ["😀</s>"],
-    ),
-    "an answer first and a question last": (
-        CHATML,
-        {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "bye"}]},
-        ["hi<|im_end|>"],
-    ),
-    "an answer with its own eos": (
-        BARE, {"prompt": "one?", "completion": "two</s>"}, [" two</s>"],
-    ),
-    "an answer with its own eos after a space": (
-        BARE, {"prompt": "one?", "completion": "two </s>"}, [" two </s>"],
-    ),
-    "no answers inside a prompt": (
-        CHATML, {"prompt": TALK[:3], "completion": TALK[3:], "system": "s"},
-        ["three, not  two<|im_end|>"],
-    ),
-    "by generation marks, where nothing else tells": (
-        MARKED, {"prompt": "hm", "completion": "two"}, ["3OWT</s>"],
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("template", "record", "expected"), ROWS.values(), ids=ROWS)
-def test_learned(tmp_path, template, record, expected):
-    tokenizer = byte_level(template)
-    rows, _ = prepare(tmp_path, [record], tokenizer)
-    assert learned(rows[0], tokenizer) == expected
 
 
 def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
@@ -248,29 +228,26 @@ def test_fallback_template(tmp_path, adds_bos):
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
         )
-    record = {"prompt": "one?", "completion": "two"}
-    rows, stats = prepare(tmp_path, [record], tokenizer)
+    rows, stats = prepare(tmp_path, [asked("two")], tokenizer)
     text = "<s>" * adds_bos + "### User:\none?\n\n### Assistant:\ntwo</s>\n\n"
     assert tokenizer.decode(rows[0]["input_ids"]) == text
     assert learned(rows[0], tokenizer) == ["two</s>"]
     assert stats.chats and tokenizer.chat_template is None
     assert prepare_tokenizer(tokenizer, chats=stats.chats) == ("pad_token", "chat_template")
     assert prepare_tokenizer(tokenizer, chats=True) == ()
-    assert prepare(tmp_path, [record], tokenizer)[0][0] == rows[0]
+    assert prepare(tmp_path, [asked("two")], tokenizer)[0][0] == rows[0]
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{{ messages | length }}", r"row 1: the assistant's turns cannot be found .* marks"),
-        # the prompt changes with its answer
-        ("{{ messages[-1]['content'] | length }}" + THINKER, "turns cannot be found"),
+        ("{{ messages[-1].content | length }}" + THINKER, "turns cannot be found"),
         (GEMMA, r"row 2: the model's chat template rejects the chat: System role not supported\."),
         ("{{ raise_exception('a\nb') }}", "template rejects the chat: a"),
     ],
 )
 def test_templates_that_cannot_be_trained_with(tmp_path, template, message):
     rows = [CHAT, {"messages": [{"role": "system", "content": "s"}, *TALK]}]
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message):
         prepare(tmp_path, rows, byte_level(template))
-    assert "\n" not in str(error.value)
