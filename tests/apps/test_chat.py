@@ -5,7 +5,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from itertools import pairwise
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -91,17 +91,12 @@ def test_base_and_adapter_have_a_history_each(talk, expected):
 
 
 def test_wide_terminal_shows_them_side_by_side(talk, expected, monkeypatch):
-    rows = []
-
-    class Recorded(chat.SideBySide):
-        def show(self, texts, ended):
-            super().show(texts, ended)
-            if all(ended):
-                rows.append([text.rstrip() for text in texts])
-
-    monkeypatch.setattr(chat, "SideBySide", Recorded)
     widen_terminal(monkeypatch)
-    lines = talk(*QUESTIONS, compare=True).out.splitlines()
+    show = chat.SideBySide.show
+    with patch.object(chat.SideBySide, "show", autospec=True, side_effect=show) as shown:
+        lines = talk(*QUESTIONS, compare=True).out.splitlines()
+    ends = [call.args[1] for call in shown.call_args_list if all(call.args[2])]
+    rows = [[text.rstrip() for text in texts] for texts in ends]
     base, tuned = expected(tuned=False), expected(tuned=True)
     assert rows[-1] == [base[1], tuned[1]] and [base[0], tuned[0]] in rows
     assert lines[0].split() == ["base", "│", "with", "adapter"] and "│" in lines[-1]
@@ -164,35 +159,24 @@ def test_oldest_turns_are_dropped_where_they_do_not_fit(talk):
     assert "full: dropped the oldest 1 turn" in talk("x" * 300, "y" * 300).err
 
 
-def streamed(show):
-    """Answers to QUESTIONS, each a chat of its own, and what `answers` gives."""
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+@pytest.mark.parametrize("stop", [None, 3])
+def test_streamed_texts_grow_to_the_answers_and_ctrl_c_keeps_them(stop):
+    model, tokenizer, seen = tiny_model("llama"), tiny_tokenizer(), []
     chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
-    prompts = [prompt_ids(tokenizer, chat) for chat in chats]
-    settings = generation_settings(model, tokenizer, 10)
-    found = stream(model, tokenizer, prompts, settings, show)
-    return found, lambda count: answers(model, tokenizer, chats, max_new_tokens=count)
-
-
-def test_streamed_texts_grow_to_the_answers():
-    seen = []
-    (texts, interrupted), reference = streamed(lambda *shown: seen.append([*map(list, shown)]))
-    assert texts == reference(10) and not interrupted
-    assert len(seen) == 11 and seen[-1] == [texts, [True, True]]  # each token, and the end
-    for (before, _), (after, _) in pairwise(seen):
-        assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
-
-
-def test_ctrl_c_keeps_what_was_generated():
-    calls = []
 
     def show(texts, ended):
-        calls.append(list(texts))
-        if len(calls) == 3:
+        seen.append([*map(list, (texts, ended))])
+        if len(seen) == stop:
             raise KeyboardInterrupt
 
-    (texts, interrupted), reference = streamed(show)
-    assert interrupted and texts == reference(3)
+    prompts = [prompt_ids(tokenizer, chat) for chat in chats]
+    settings = generation_settings(model, tokenizer, 10)
+    texts, interrupted = stream(model, tokenizer, prompts, settings, show)
+    assert texts == answers(model, tokenizer, chats, max_new_tokens=stop or 10)
+    assert interrupted is bool(stop) and seen[-1] == [texts, [True, True]]
+    assert len(seen) == (stop or 10) + 1  # each token, and the end
+    for (before, _), (after, _) in pairwise(seen):
+        assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
 
 
 def test_row_ends_at_a_stop_token_and_shows_whole_characters():
@@ -221,18 +205,15 @@ def test_gpu_out_of_memory_is_an_error_a_chat_survives(talk, monkeypatch):
         ({"max_new_tokens": 512}, "--max-new-tokens 512 leaves no tokens .* context has 512 for"),
         ({"adapter": "nowhere"}, "adapter nowhere does not exist: give the folder"),
         ({"model": "nowhere/to/be"}, "model nowhere/to/be does not exist"),
+        ({"model": "classifier"}, "classifier is for seq-cls: chat needs a causal"),
     ],
 )
-def test_what_cannot_chat(talk, settings, message):
+def test_what_cannot_chat(talk, settings, message, tmp_path, checkpoints, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = load_base(str(checkpoints("llama")), FP32, task="seq-cls", labels=("a", "b"))
+    base.save_pretrained("classifier")
     with pytest.raises(UserError, match=message):
         talk("hi", **settings)
-
-
-def test_classifier_cannot_chat(talk, tmp_path, checkpoints):
-    base = load_base(str(checkpoints("llama")), FP32, task="seq-cls", labels=("a", "b"))
-    base.save_pretrained(tmp_path / "classifier")
-    with pytest.raises(UserError, match="classifier is for seq-cls: chat needs a causal"):
-        talk("hi", model=str(tmp_path / "classifier"))
 
 
 def test_base_without_a_template_is_noted(talk, checkpoints, tmp_path):
