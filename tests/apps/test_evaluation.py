@@ -170,8 +170,6 @@ def test_questions_that_do_not_fit_are_left_out(adapters, tmp_path, capsys):
         evaluated(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=500)
 
 
-# ---- scores of answers
-
 GIVEN = ["the cat sat on the mat today", " Paris\n", "", "seven and eight are numbers ."]
 WANTED = ["the cat sat on the mat", "Paris", "a word", "seven or eight are numbers ."]
 

@@ -40,10 +40,8 @@ def test_model_and_tokenizer_are_left_as_they_were(caplog, capsys):
 
 
 def test_a_base_model_has_neither_template_nor_pad(caplog):
-    model, tokenizer = tiny_model("llama without pad"), tiny_tokenizer()
-    tokenizer.chat_template = tokenizer.pad_token = None
-    written = tiny_tokenizer()
-    written.chat_template = None
+    model, tokenizer, written = tiny_model("llama without pad"), tiny_tokenizer(), tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.pad_token = written.chat_template = None
     prepare_tokenizer(written, chats=True)
     expected = one_by_one(model, written, CHATS, max_new_tokens=8)
     assert answers(model, tokenizer, CHATS, max_new_tokens=8) == expected
