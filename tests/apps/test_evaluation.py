@@ -37,9 +37,16 @@ RECORDS = {
 }
 
 
-def evaluated(adapter: Path, data: Path, output: Path | None = None, **settings) -> dict:
-    flags = {"adapter": str(adapter), "data": str(data), "output": output and str(output)}
-    return evaluate(EvaluateConfig(**flags | settings))
+@pytest.fixture
+def evaluated(adapters, tmp_path):
+    """`evaluated(rows, …)`: the results of a random adapter, or another one, on these rows."""
+    folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
+
+    def run(rows, **settings):
+        data = write_rows(tmp_path / "rows.jsonl", rows)
+        return evaluate(EvaluateConfig(**{"adapter": str(folder), "data": str(data), **settings}))
+
+    return run
 
 
 def logged(folder: Path) -> dict:
@@ -47,16 +54,15 @@ def logged(folder: Path) -> dict:
     return [row for row in read_metrics(folder) if "eval_loss" in row][-1]
 
 
-def test_loss_and_answers_of_base_and_adapter(quick_run, checkpoints, tmp_path, capsys):
-    output = tmp_path / "results.json"
-    data = write_rows(tmp_path / "rows.jsonl", ROWS[:5])
-    results = evaluated(quick_run.folder, data, output, max_new_tokens=6)
+def test_loss_and_answers_of_base_and_adapter(evaluated, quick_run, checkpoints, tmp_path, capsys):
+    output, trained = tmp_path / "results.json", str(quick_run.folder)
+    results = evaluated(ROWS[:5], adapter=trained, output=str(output), max_new_tokens=6)
     assert json.loads(output.read_text()) == results
     assert results["max_length"] == 128  # as in training
 
     model = load_base(str(checkpoints("llama")), FP32)
-    load_adapter(model, quick_run.folder)
-    tokenizer = AutoTokenizer.from_pretrained(quick_run.folder)
+    load_adapter(model, trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
     wanted, requests = ([row[key] for row in ROWS[:5]] for key in ("completion", "prompt"))
     chats = [[{"role": "user", "content": text}] for text in requests]
     for name, state in (("base", disable_adapter(model)), ("adapter", nullcontext())):
@@ -69,19 +75,19 @@ def test_loss_and_answers_of_base_and_adapter(quick_run, checkpoints, tmp_path, 
     said = capsys.readouterr().out
     assert "Measured on 5 rows," in said and "5 answers of up to 6 tokens" in said
     assert said.count("    wanted ") == 3
-    assert f"python -m qlora.chat --adapter {quick_run.folder} --compare" in said
+    assert f"python -m qlora.chat --adapter {trained} --compare" in said
 
 
-def test_loss_is_that_of_training_and_of_the_merged_model(quick_run, data, tmp_path, capsys):
-    loss = logged(quick_run.folder)["eval_loss"]
-    found = evaluated(quick_run.folder, data, tmp_path / "a.json", generate=False)
+def test_loss_is_that_of_training_and_of_the_merged_model(evaluated, quick_run, tmp_path, capsys):
+    loss, output = logged(quick_run.folder)["eval_loss"], str(tmp_path / "a.json")
+    found = evaluated(ROWS, adapter=str(quick_run.folder), output=output, generate=False)
     # fp32, other batches
     assert found["scores"]["adapter"]["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["answers"] == [] and f"{loss:.4f}" in capsys.readouterr().out
     merged = str(tmp_path / "merged")
     merge(MergeConfig(adapter=str(quick_run.folder), output_dir=merged, format="fp32"))
-    config = {"data": str(data), "max_length": 128, "generate": False, "compute_dtype": "fp32"}
-    results = evaluate(EvaluateConfig(model=merged, **config))
+    config = {"max_length": 128, "generate": False, "compute_dtype": "fp32"}
+    results = evaluated(ROWS, adapter=None, model=merged, **config)
     # merged in fp32 it is the function that was trained, to rounding
     assert results["scores"]["model"]["loss"] == pytest.approx(loss, rel=1e-4)
     assert not (Path(merged) / "evaluation.json").exists()
@@ -89,13 +95,14 @@ def test_loss_is_that_of_training_and_of_the_merged_model(quick_run, data, tmp_p
 
 
 @pytest.mark.parametrize("task", axis("token-cls", "seq2seq", "seq-cls"))
-def test_other_tasks_have_the_scores_of_training(task, checkpoints, tmp_path, capsys):
+def test_other_tasks_have_the_scores_of_training(task, evaluated, checkpoints, tmp_path, capsys):
     family = {"token-cls": "bert", "seq2seq": "t5", "seq-cls": "llama without pad"}[task]
-    data = write_rows(tmp_path / "rows.jsonl", map(RECORDS[task], range(12)))
+    rows = [RECORDS[task](i) for i in range(12)]
+    data = write_rows(tmp_path / "data.jsonl", rows)
     both = DataConfig(str(data), eval_data=str(data), max_length=48)
     config = quick_config(checkpoints(family), data, tmp_path / "run", data=both, eval_steps=4)
     folder = train(replace(config, task=task))
-    found = evaluated(folder, data, tmp_path / "a.json", max_new_tokens=4)["scores"]
+    found = evaluated(rows, adapter=str(folder), max_new_tokens=4)["scores"]
     wanted = logged(folder)
     assert found["adapter"]["loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
     for name in ("accuracy", "f1"):
@@ -120,21 +127,18 @@ def test_loss_is_the_mean_over_supervised_tokens(checkpoints, tmp_path):
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
-def test_compute_dtype_is_the_one_asked_for(checkpoints, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", ROWS[:3])
-    model = {"model": str(checkpoints("llama")), "data": str(data), "generate": False}
-    configs = [EvaluateConfig(**model, compute_dtype=dtype) for dtype in ("fp32", "bf16")]
-    fp32, bf16 = (evaluate(config)["scores"]["model"]["loss"] for config in configs)
+def test_compute_dtype_is_the_one_asked_for(evaluated, checkpoints):
+    model = {"adapter": None, "model": str(checkpoints("llama")), "generate": False}
+    results = [evaluated(ROWS[:3], **model, compute_dtype=dtype) for dtype in ("fp32", "bf16")]
+    fp32, bf16 = (found["scores"]["model"]["loss"] for found in results)
     # bf16 has 8 bits: the loss of a random model moves, and not far
     assert fp32 == pytest.approx(bf16, rel=0.05) and fp32 != bf16
 
 
-def test_adapter_without_effect_is_no_better_than_its_base(adapters, tmp_path, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", ROWS[:3])
-    folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({name: 0 * t for name, t in tensors.items()}, folder / "adapter_model.safetensors")
-    scores = evaluated(folder, data, tmp_path / "a.json", generate=False)["scores"]
+def test_adapter_without_effect_is_no_better_than_its_base(evaluated, tmp_path, capsys):
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: 0 * tensor for name, tensor in load_file(file).items()}, file)
+    scores = evaluated(ROWS[:3], generate=False)["scores"]
     assert scores["adapter"]["loss"] == scores["base"]["loss"]
     assert "no better than its base" in capsys.readouterr().out
 
@@ -151,23 +155,19 @@ def test_last_turn_of_a_chat_is_the_question(adapters):
     assert tokenizer.decode(question.answer) == " d\n<|im_end|>"
 
 
-def test_rows_of_text_are_not_asked(adapters, tmp_path, capsys):
-    data = write_rows(tmp_path / "text.jsonl", [{"text": "some words"}, {"text": "and more"}])
-    folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
-    results = evaluated(folder, data)
+def test_rows_of_text_are_not_asked(evaluated, tmp_path, capsys):
+    results = evaluated([{"text": "some words"}, {"text": "and more"}])
     assert results["scores"]["base"].keys() == {"loss", "perplexity"}
     assert "plain text without prompts" in capsys.readouterr().out
-    assert json.loads((folder / "evaluation.json").read_text()) == results
+    assert json.loads((tmp_path / "adapter" / "evaluation.json").read_text()) == results
 
 
-def test_questions_that_do_not_fit_are_left_out(adapters, tmp_path, capsys):
+def test_questions_that_do_not_fit_are_left_out(evaluated, capsys):
     rows = [{"prompt": "x" * n, "completion": "y"} for n in (10, 500)]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    results = evaluated(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=8)
-    assert len(results["answers"]) == 1
+    assert len(evaluated(rows, max_new_tokens=8)["answers"]) == 1
     assert "1 of 2 questions exceed" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"exceeds the model.s context, 512 tokens"):
-        evaluated(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=500)
+        evaluated(rows, max_new_tokens=500)
 
 
 GIVEN = ["the cat sat on the mat today", " Paris\n", "", "seven and eight are numbers ."]
@@ -209,11 +209,9 @@ def test_samples_do_nothing_to_a_terminal():
     ],
 )
 @pytest.mark.usefixtures("never_loaded")
-def test_mistakes_are_found_before_the_model_is_loaded(adapters, tmp_path, rows, settings, message):
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    config = {"adapter": str(adapters("llama")), "data": str(data), **settings}
+def test_mistakes_are_found_before_the_model_is_loaded(evaluated, rows, settings, message):
     with pytest.raises(UserError, match=message):
-        evaluate(EvaluateConfig(**config))
+        evaluated(rows, **settings)
 
 
 @pytest.fixture
@@ -224,25 +222,22 @@ def never_loaded(monkeypatch):
 
 @pytest.mark.usefixtures("never_loaded")
 @pytest.mark.parametrize("output", [None, "results.json"])
-def test_folder_without_write_permission(output, adapters, tmp_path, monkeypatch, data):
+def test_folder_without_write_permission(output, evaluated, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(UserError, match=r"no write permission for .*--output"):
-        evaluated(adapters("llama"), data, output and tmp_path / output)
+        evaluated(ROWS, output=output)
 
 
 @pytest.mark.usefixtures("never_loaded")
-def test_missing_packages_are_named_before_the_model_is_loaded(adapters, data, monkeypatch):
+def test_missing_packages_are_named_before_the_model_is_loaded(evaluated, monkeypatch):
     evaluation.require_scorers()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = "pip install rouge-score sacrebleu, or measure only the loss"
     with pytest.raises(UserError, match=message):
-        evaluated(adapters("llama"), data, limit=1)
+        evaluated(ROWS, limit=1)
 
 
 @pytest.mark.parametrize("text", ["config: [", "config:", "- a", "\xff"])
-def test_damaged_run_file_is_ignored(text, adapters, tmp_path):
-    folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
-    (folder / "run.yaml").write_text(text, encoding="latin-1")
-    data = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
-    results = evaluated(folder, data, tmp_path / "a.json", generate=False)
-    assert results["max_length"] == 512  # all that the model takes
+def test_damaged_run_file_is_ignored(text, evaluated, tmp_path):
+    (tmp_path / "adapter" / "run.yaml").write_text(text, encoding="latin-1")
+    assert evaluated(ROWS[:1], generate=False)["max_length"] == 512  # all that the model takes
