@@ -74,12 +74,8 @@ SPECIAL = [
     *["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"],
     *["<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"],
 ]
-TALK = [
-    {"role": "user", "content": "one plus one?"},
-    {"role": "assistant", "content": "two 😀"},
-    {"role": "user", "content": "and  one?"},
-    {"role": "assistant", "content": "three, not  two"},
-]
+TURNS = ("one plus one?", "two 😀", "and  one?", "three, not  two")
+TALK = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(TURNS)]
 CHAT = {"messages": TALK}
 
 
