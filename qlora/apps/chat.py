@@ -38,7 +38,7 @@ HELP = """\
 /system TEXT   clear it and set the system message; without TEXT, remove that
 /exit          leave, as Ctrl-D does
 Ctrl-C stops an answer. A line that begins with a space is not a command."""
-write_out = partial(print, end="", flush=True)
+write_out = partial(print, end="", flush=True)  # to standard output, at once
 
 
 def chat(config: ChatConfig) -> None:
@@ -79,7 +79,7 @@ def terminal_lines() -> Iterator[str]:
 class Conversation:
     """A history, and the state of the model that generates its answers."""
 
-    system: str | None = None  # message
+    system: str | None = None  # the system message
     turns: list[tuple[str, str]] = field(default_factory=list)  # (question, answer)
     name: str = "with adapter"  # shown if there are two
     state: Context = nullcontext  # sets the state: with or without the adapter
@@ -139,10 +139,7 @@ class ChatSession:
                 self.mixed = mixed
 
     def run(self, lines: Iterable[str], *, interactive: bool = False) -> None:
-        """Answer questions and execute commands, up to the last line or /exit.
-
-        If `interactive`, continue after an error or Ctrl-C.
-        """
+        """Answer and execute lines; if `interactive`, continue after errors and Ctrl-C."""
         for line in lines:
             try:
                 if line.startswith("/"):
@@ -253,11 +250,7 @@ def stream(
     settings: Mapping[str, Any],
     show: Show,
 ) -> tuple[list[str], bool]:
-    """The model's answer to each prompt, shown as it grows, and whether Ctrl-C cut them short.
-
-    Raises:
-        UserError: GPU out of memory; raised here, so that an interactive chat continues.
-    """
+    """The model's answer to each prompt, shown as it grows, and whether Ctrl-C cut them short."""
     inputs = generation.left_padded(prompts, settings["pad_token_id"], model.device)
     streamer = AnswerStreamer(tokenizer, len(prompts), settings["eos_token_id"] or (), show)
     try:
@@ -266,7 +259,7 @@ def stream(
     except KeyboardInterrupt:
         streamer.end()
         return streamer.texts, True
-    except torch.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:  # an interactive chat continues
         raise UserError(
             "the GPU's memory ran out: /reset clears the conversation, and a lower "
             "--max-new-tokens needs less"

@@ -167,9 +167,6 @@ def questions_in(records: Any, tokenizer: Any, task: str) -> Iterator[Question]:
             yield question._replace(request=request)
 
 
-# ---- scores ----
-
-
 def _measure(
     config: EvaluateConfig,
     resolved: ResolvedModel,

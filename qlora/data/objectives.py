@@ -246,9 +246,8 @@ def measure(
 ) -> dict[str, float]:
     """`loss`, the mean over all labels of all batches, and a classifier's accuracy and F1.
 
-    Args:
-        results: of each batch, the loss summed over its labels (`objective.loss` with a count of
-            1), the model's outputs, and the labels.
+    `results` are, of each batch, the loss summed over its labels (`objective.loss` with a count of
+    1), the model's outputs, and the labels.
     """
     total, count = 0.0, 0
     rows: list[tuple[list[int], list[int]]] = []

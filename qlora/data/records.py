@@ -45,11 +45,8 @@ def load_records(
     """Records of a local file, of a folder of files of one kind, or of a hub dataset's train split.
 
     A local file is read again at each call, past datasets' cache, and leaves nothing on disk.
-    Blank rows of `text` are skipped.
-
-    Args:
-        kinds: the columns of each kind of record that the task accepts.
-        limit: return only the first records, at most so many.
+    Blank rows of `text` are skipped. `kinds` are the columns of each kind of record that the task
+    accepts; `limit` is the number of records to return at most.
     """
     path = Path(source).expanduser()
     if path.exists():

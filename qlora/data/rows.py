@@ -186,8 +186,8 @@ def show_example(
     classes: Sequence[str] = (),
 ) -> str:
     """The shortest of the first 32 rows, decoded, with the parts that have loss marked."""
-    first = [dataset[i] for i in range(min(len(dataset), 32))]
-    row = min(first, key=lambda row: int(row["length"]))
+    first = dataset.select(range(min(len(dataset), 32)))
+    row: Any = min(first, key=lambda row: int(row["length"]))
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     text = f"An example row; loss is on the text {'in green' if colour else 'between ⟦ and ⟧'}:\n"
     for piece, has_loss in OBJECTIVES[task].pieces(row, tokenizer, classes):

@@ -17,15 +17,14 @@ from qlora.apps.report import next_commands, page, read_merge, read_run, remarks
 from qlora.config import ReportConfig
 from qlora.errors import UserError
 
-COUNTS = {"rows": 400, "tokens": 28008, "supervised_tokens": 10220, "cut_rows": 3}
-COUNTS["dropped_rows"] = 0
 FACTS = {
     "config": {"model": "owner/base", "data": "mine.jsonl", "r": 16, "learning_rate": 1.32e-3,
                "target_modules": ["q_proj", "v_proj"], "max_length": 256, "packing": False,
                "eval_data": None},
     "versions": {"qlora": "0.1.0", "torch": "2.13.0"},
     "base": {"resolved": "/somewhere/base"},
-    "data": {"training": {"source": "mine.jsonl", **COUNTS}},
+    "data": {"training": {"source": "mine.jsonl", "rows": 400, "tokens": 28008, "cut_rows": 3,
+                          "supervised_tokens": 10220, "dropped_rows": 0}},
     "device": {"name": "NVIDIA T4", "memory_bytes": 16 * 2**30},
 }  # fmt: skip
 LOGGED = [
@@ -103,7 +102,6 @@ def test_page_says(folder):
 
 
 def test_page_stands_alone(folder):
-    """No network, no scripts; light and dark."""
     write_rows(folder / "metrics.jsonl", [{**LOGGED[0], "step": i} for i in range(1, 700)])
     (folder / "samples.jsonl").unlink()
     text = page(read_run(folder), MERGE)
@@ -119,20 +117,17 @@ def test_page_stands_alone(folder):
 
 def test_texts_from_files_are_escaped(folder):
     values = {**FACTS, "config": {**FACTS["config"], "model": EVIL, "data": EVIL}}
-    values["data"] = {"training": {"source": EVIL, **COUNTS}}
+    values["data"] = {"training": FACTS["data"]["training"] | {"source": EVIL}}
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     evil = {**MERGE, "onto": EVIL, "layers": {"m.0.<b>q": {"delta_over_weight": 0.1, "kept": 1}}}
     found = Page(page(read_run(folder), evil))
-    assert found.words.count("<script>alert(1)</script>") >= 5
+    assert found.words.count("<script>alert(1)</script>") >= 5 and "<b>q" in found.words
     assert not {"script", "img"} & {*found.tags}
-    assert "<b>q" in found.words
 
 
 def test_page_of_an_old_run(folder):
-    """Without the counts of data, a device, times and samples."""
-    (folder / "run.yaml").write_text(
-        yaml.safe_dump({key: FACTS[key] for key in ("config", "base")})
-    )
+    old = {key: FACTS[key] for key in ("config", "base")}  # no counts of data, no device
+    (folder / "run.yaml").write_text(yaml.safe_dump(old))
     write_rows(folder / "metrics.jsonl", [{"step": 1, "loss": 2.0}])
     (folder / "samples.jsonl").unlink()
     words = Page(page(read_run(folder))).words
