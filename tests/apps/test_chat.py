@@ -52,10 +52,9 @@ def talk(adapters, monkeypatch, capsys):
         stdin = io.StringIO("".join(f"{line}\n" for line in lines))
         monkeypatch.setattr(stdin, "isatty", lambda: not lines, raising=False)
         monkeypatch.setattr(sys, "stdin", stdin)
-        if "model" not in settings:
-            settings = {"adapter": str(adapters("llama")), **settings}
         capsys.readouterr()
-        chat.chat(ChatConfig(**{"max_new_tokens": 8, **settings}))
+        defaults = {"adapter": str(adapters("llama")), "max_new_tokens": 8}
+        chat.chat(ChatConfig(**defaults | settings))
         return capsys.readouterr()
 
     return run
@@ -204,8 +203,8 @@ def test_gpu_out_of_memory_is_an_error_a_chat_survives(talk, monkeypatch):
     [
         ({"max_new_tokens": 512}, "--max-new-tokens 512 leaves no tokens .* context has 512 for"),
         ({"adapter": "nowhere"}, "adapter nowhere does not exist: give the folder"),
-        ({"model": "nowhere/to/be"}, "model nowhere/to/be does not exist"),
-        ({"model": "classifier"}, "classifier is for seq-cls: chat needs a causal"),
+        ({"adapter": None, "model": "no/such/one"}, "model no/such/one does not exist"),
+        ({"adapter": None, "model": "classifier"}, "is for seq-cls: chat needs a causal"),
     ],
 )
 def test_what_cannot_chat(talk, settings, message, tmp_path, checkpoints, monkeypatch):
@@ -219,4 +218,5 @@ def test_what_cannot_chat(talk, settings, message, tmp_path, checkpoints, monkey
 def test_base_without_a_template_is_noted(talk, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints("llama"), tmp_path / "base")
     (folder / "chat_template.jinja").unlink()
-    assert "no chat template: turns are written as" in talk("hi", model=str(folder)).err
+    said = talk("hi", adapter=None, model=str(folder)).err
+    assert "no chat template: turns are written as `### User:`" in said

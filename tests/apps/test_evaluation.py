@@ -1,6 +1,5 @@
 """Evaluation: its loss is training's, its answers are transformers', its scores the packages'."""
 
-import importlib.util
 import json
 import math
 import os
@@ -155,14 +154,11 @@ def test_last_turn_of_a_chat_is_the_question(adapters):
     assert tokenizer.decode(question.answer) == " d\n<|im_end|>"
 
 
-def test_rows_of_text_are_not_asked(evaluated, tmp_path, capsys):
+def test_rows_of_text_and_questions_that_do_not_fit_are_not_asked(evaluated, tmp_path, capsys):
     results = evaluated([{"text": "some words"}, {"text": "and more"}])
     assert results["scores"]["base"].keys() == {"loss", "perplexity"}
     assert "plain text without prompts" in capsys.readouterr().out
     assert json.loads((tmp_path / "adapter" / "evaluation.json").read_text()) == results
-
-
-def test_questions_that_do_not_fit_are_left_out(evaluated, capsys):
     rows = [{"prompt": "x" * n, "completion": "y"} for n in (10, 500)]
     assert len(evaluated(rows, max_new_tokens=8)["answers"]) == 1
     assert "1 of 2 questions exceed" in capsys.readouterr().out
@@ -170,24 +166,21 @@ def test_questions_that_do_not_fit_are_left_out(evaluated, capsys):
         evaluated(rows, max_new_tokens=500)
 
 
-GIVEN = ["the cat sat on the mat today", " Paris\n", "", "seven and eight are numbers ."]
-WANTED = ["the cat sat on the mat", "Paris", "a word", "seven or eight are numbers ."]
-
-
 def test_answers_are_scored_as_the_packages_score_them():
-    found = compare_answers(GIVEN, WANTED)
-    kinds = ["rouge1", "rouge2", "rougeL"]
+    given = ["the cat sat on the mat today", " Paris\n", "", "seven and eight are numbers ."]
+    wanted = ["the cat sat on the mat", "Paris", "a word", "seven or eight are numbers ."]
+    found, kinds = compare_answers(given, wanted), ["rouge1", "rouge2", "rougeL"]
     assert list(found) == ["exact_match", *kinds, "bleu"]
     assert found["exact_match"] == 0.25  # Paris, whatever white space is around it
-    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(GIVEN, [WANTED]).score)
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(given, [wanted]).score)
     scorer = rouge_scorer.RougeScorer(kinds)
     for kind in kinds:
-        each = [scorer.score(w, g)[kind].fmeasure for g, w in zip(GIVEN, WANTED, strict=True)]
+        each = [scorer.score(w, g)[kind].fmeasure for g, w in zip(given, wanted, strict=True)]
         assert found[kind] == pytest.approx(math.fsum(each) / 4)
     # by hand: the first answer has all 6 wanted words among its 7, twice 12 / 13 words of two texts
-    assert compare_answers(GIVEN[:1], WANTED[:1])["rouge1"] == pytest.approx(12 / 13)
+    assert compare_answers(given[:1], wanted[:1])["rouge1"] == pytest.approx(12 / 13)
     perfect = {"exact_match": 1, "rouge1": 1, "rouge2": 0.75, "rougeL": 1, "bleu": 100}
-    assert compare_answers(WANTED, WANTED) == pytest.approx(perfect)  # "Paris" has no word pairs
+    assert compare_answers(wanted, wanted) == pytest.approx(perfect)  # "Paris" has no word pairs
     assert [*compare_answers(["我们"], ["我们"])] == ["exact_match", "bleu"]  # no word for ROUGE
 
 
@@ -201,8 +194,6 @@ def test_samples_do_nothing_to_a_terminal():
     ("rows", "settings", "message"),
     [
         ([{"question": "a", "answer": "b"}], {}, "question, answer; expected one of"),
-        ([{"prompt": "a", "completion": ""}], {}, "1 of 1 rows have no answer"),
-        ([], {}, "has no rows"),
         (ROWS, {"data": "gone.jsonl"}, r"gone\.jsonl does not exist"),
         (ROWS, {"adapter": "nowhere"}, "adapter nowhere does not exist"),
         (ROWS, {"output": "no/such/folder.json"}, "--output no/such/folder.json must be"),
@@ -221,20 +212,15 @@ def never_loaded(monkeypatch):
 
 
 @pytest.mark.usefixtures("never_loaded")
-@pytest.mark.parametrize("output", [None, "results.json"])
-def test_folder_without_write_permission(output, evaluated, monkeypatch):
+def test_missing_packages_and_permissions_are_found_before_it_too(evaluated, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UserError, match="pip install rouge-score sacrebleu, or measure only"):
+            evaluated(ROWS, limit=1)
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(UserError, match=r"no write permission for .*--output"):
-        evaluated(ROWS, output=output)
-
-
-@pytest.mark.usefixtures("never_loaded")
-def test_missing_packages_are_named_before_the_model_is_loaded(evaluated, monkeypatch):
-    evaluation.require_scorers()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    message = "pip install rouge-score sacrebleu, or measure only the loss"
-    with pytest.raises(UserError, match=message):
-        evaluated(ROWS, limit=1)
+    for output in (None, "results.json"):
+        with pytest.raises(UserError, match=r"no write permission for .*--output"):
+            evaluated(ROWS, output=output)
 
 
 @pytest.mark.parametrize("text", ["config: [", "config:", "- a", "\xff"])

@@ -187,19 +187,19 @@ def test_command_writes_the_page_without_torch(folder):
     assert Page((folder / "report.html").read_text(encoding="utf-8")).words
 
 
-BAD = [  # file, its text, words of the message
-    ("run.yaml", None, "has no run.yaml: pass an --output-dir"),
-    ("run.yaml", "a: 1\n", "is not a run file of train.py"),
-    ("run.yaml", "a: [\n", "is not a run file of train.py"),
-    ("metrics.jsonl", None, "has no training loss yet"),
-    ("metrics.jsonl", '{"step": 1, "eval_loss": 1.0}\n', "has no training loss yet"),
-    ("metrics.jsonl", '{"step\xff', "line 1: wanted a JSON object"),
-    ("metrics.jsonl", '{"loss": 1.0}\n', "line 1: it has no step"),
-    ("samples.jsonl", '{"question": "a"}\n', "it has no prompt, wanted, before, after"),
-]
-
-
-@pytest.mark.parametrize(("name", "text", "said"), BAD)
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("run.yaml", None, "has no run.yaml: pass an --output-dir"),
+        ("run.yaml", "a: 1\n", "is not a run file of train.py"),
+        ("run.yaml", "a: [\n", "is not a run file of train.py"),
+        ("metrics.jsonl", None, "has no training loss yet"),
+        ("metrics.jsonl", '{"step": 1, "eval_loss": 1.0}\n', "has no training loss yet"),
+        ("metrics.jsonl", '{"step\xff', "line 1: wanted a JSON object"),
+        ("metrics.jsonl", '{"loss": 1.0}\n', "line 1: it has no step"),
+        ("samples.jsonl", '{"question": "a"}\n', "it has no prompt, wanted, before, after"),
+    ],
+)
 def test_damaged_files_are_named(name, text, said, folder):
     (folder / name).unlink()
     if text is not None:

@@ -114,11 +114,10 @@ def prepare(path: Path, rows: list[dict], tokenizer):
 
 def learned(row: dict, tokenizer) -> list[str]:
     """The spans that have loss, decoded."""
-    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
     assert all(label in (-100, token) for token, label in pairs)
     groups = groupby(row["labels"], key=lambda label: label != -100)
-    spans = [list(ids) for has_loss, ids in groups if has_loss]
-    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in spans]
+    return [tokenizer.decode(list(ids)) for has_loss, ids in groups if has_loss]
 
 
 def asked(answer: str) -> dict:
@@ -199,10 +198,8 @@ def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
 
 def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
     template = CHATML.replace("m.content", "m.content or (m.get('tool_calls') | tojson)")
-    calls = [
-        [{"type": "function", "function": {"name": name, "arguments": arguments}}]
-        for name, arguments in (("add", {"a": 1}), ("len", {"of": "x"}))
-    ]
+    functions = {"name": "add", "arguments": {"a": 1}}, {"name": "len", "arguments": {"of": "x"}}
+    calls = [[{"type": "function", "function": function}] for function in functions]
     turns = [{"role": "assistant", "content": None, "tool_calls": call} for call in calls]
     after = [{"role": "tool", "content": "2"}, {"role": "assistant", "content": ""}]
     rows = [{"messages": [TALK[0], turns[0], *after]}, {"messages": [TALK[0], turns[1]]}]

@@ -160,10 +160,6 @@ def texts(*labels):
     return [{"text": "a", "label": label} for label in labels]
 
 
-def words(tokens):
-    return [{"tokens": tokens, "tags": ["O", "B"]}]
-
-
 @pytest.mark.parametrize(
     ("task", "records", "message"),
     [
@@ -176,8 +172,8 @@ def words(tokens):
         ("seq-cls", texts(0.5, 1.0), r"must hold names, or whole numbers from 0, got (0\.5|1)"),
         ("seq-cls", texts(-1, 0), "must hold names, or whole numbers from 0, got -1"),
         ("seq-cls", texts(None, None), "label is empty in every row"),
-        ("token-cls", words(["a"]), "row 1: tokens and tags .*, got 1 and 2"),
-        ("token-cls", words("a b"), "must be lists of one length, got str and 2"),
+        ("token-cls", [{"tokens": ["a"], "tags": [0, 1]}], "row 1: tokens and .*, got 1 and 2"),
+        ("token-cls", [{"tokens": "a b", "tags": [0, 1]}], "lists of one length, got str and 2"),
     ],
 )
 def test_bad_records(task, records, message, prepare):

@@ -16,6 +16,12 @@ TURNS = [("user", "1+1?"), ("assistant", "two"), ("user", "+1?"), ("assistant", 
 TALK = [{"role": role, "content": text} for role, text in TURNS]
 CHAT = {"messages": TALK}
 SHORT = {"prompt": "a", "completion": "b"}
+ROWS = [
+    {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "length": 5},
+    {"input_ids": [15, 16], "labels": [-100, 16], "length": 2},
+    {"input_ids": [25, 26, 27], "labels": [-100, -100, 27], "length": 3},
+]
+CAPACITY = 24  # of a pack
 
 
 def prepare(path, records, tokenizer, max_length=4096):
@@ -105,9 +111,6 @@ def test_pads_have_no_loss_and_the_answers_eos_has(tmp_path):
     assert prepare_tokenizer(tokenizer) == ("pad_token",) and tokenizer.pad_token == "a"
 
 
-CAPACITY = 24
-
-
 @settings(max_examples=100, deadline=None, database=None)
 @given(st.lists(st.integers(1, CAPACITY), max_size=60))
 def test_packing_is_best_fit_decreasing(lengths):
@@ -125,13 +128,6 @@ def test_packing_is_best_fit_decreasing(lengths):
     sums = sorted(sum(lengths[i] for i in pack) for pack in packs)
     assert sums == sorted(CAPACITY - space for space in free)
     assert packs == data.best_fit_decreasing(lengths, CAPACITY)
-
-
-ROWS = [
-    {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "length": 5},
-    {"input_ids": [15, 16], "labels": [-100, 16], "length": 2},
-    {"input_ids": [25, 26, 27], "labels": [-100, -100, 27], "length": 3},
-]
 
 
 @pytest.mark.parametrize("as_packs", [True, False], ids=["packs", "rows"])
