@@ -190,37 +190,23 @@ def test_samples_do_nothing_to_a_terminal():
     assert evaluation.samples({"answers": answers}).split("\n") == lines
 
 
-@pytest.mark.parametrize(
-    ("rows", "settings", "message"),
-    [
-        ([{"question": "a", "answer": "b"}], {}, "question, answer; expected one of"),
-        (ROWS, {"data": "gone.jsonl"}, r"gone\.jsonl does not exist"),
-        (ROWS, {"adapter": "nowhere"}, "adapter nowhere does not exist"),
-        (ROWS, {"output": "no/such/folder.json"}, "--output no/such/folder.json must be"),
-    ],
-)
-@pytest.mark.usefixtures("never_loaded")
-def test_mistakes_are_found_before_the_model_is_loaded(evaluated, rows, settings, message):
-    with pytest.raises(UserError, match=message):
-        evaluated(rows, **settings)
-
-
-@pytest.fixture
-def never_loaded(monkeypatch):
+def test_mistakes_are_found_before_the_model_is_loaded(evaluated, monkeypatch):
     load = Mock(side_effect=AssertionError("the model was loaded"))
     monkeypatch.setattr("qlora.adapters.live.ResolvedModel.load", load)
 
+    def refused(message, rows=ROWS, **settings):
+        with pytest.raises(UserError, match=message):
+            evaluated(rows, **settings)
 
-@pytest.mark.usefixtures("never_loaded")
-def test_missing_packages_and_permissions_are_found_before_it_too(evaluated, monkeypatch):
+    refused("question, answer; expected one of", rows=[{"question": "a", "answer": "b"}])
+    refused(r"gone\.jsonl does not exist", data="gone.jsonl")
+    refused("--output no/such/folder.json must be", output="no/such/folder.json")
     with monkeypatch.context() as patched:
         patched.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(UserError, match="pip install rouge-score sacrebleu, or measure only"):
-            evaluated(ROWS, limit=1)
+        refused("pip install rouge-score sacrebleu, or measure only the loss", limit=1)
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    for output in (None, "results.json"):
-        with pytest.raises(UserError, match=r"no write permission for .*--output"):
-            evaluated(ROWS, output=output)
+    refused(r"no write permission for .*--output")
+    refused(r"no write permission for .*--output", output="results.json")
 
 
 @pytest.mark.parametrize("text", ["config: [", "config:", "- a", "\xff"])
