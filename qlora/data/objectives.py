@@ -305,8 +305,7 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 OBJECTIVES = {
     "causal-lm": Objective(
-        KINDS, encode_chat, _chat_pieces, transformers.DataCollatorForSeq2Seq,
-        next_tokens=True,
+        KINDS, encode_chat, _chat_pieces, transformers.DataCollatorForSeq2Seq, next_tokens=True
     ),
     "seq2seq": Objective(
         SEQ2SEQ_KINDS, encode_answer, _answer_pieces, transformers.DataCollatorForSeq2Seq
