@@ -6,8 +6,8 @@ terminal the two answers are shown side by side, generated in one batch whose ro
 or not (qlora.adapters.apply.mixed_batch); on a narrow one, or with an adapter that cannot be mixed
 by rows, one below the other.
 
-Each answer encodes the whole history again: no keys and values are cached between turns. If the
-history exceeds the model's context, the oldest turns are dropped and the system message is kept.
+Each answer encodes the whole history again: no keys and values are cached between turns. If it
+exceeds the model's context, the oldest turns are dropped and the system message is kept.
 """
 
 import shutil
@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
@@ -28,14 +27,8 @@ from qlora.adapters.apply import disable_adapter, mixed_batch
 from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import SideBySide, printable
 from qlora.config import ChatConfig
-from qlora.data.generation import (
-    decode,
-    generation_mode,
-    generation_settings,
-    left_padded,
-    prompt_ids,
-)
-from qlora.errors import UserError
+from qlora.data import generation
+from qlora.errors import UserError, require
 
 Context = Callable[[], AbstractContextManager[None]]
 Show = Callable[[Sequence[str], Sequence[bool]], object]  # (text of each row, which have ended)
@@ -45,6 +38,7 @@ HELP = """\
 /system TEXT   clear it and set the system message; without TEXT, remove that
 /exit          leave, as Ctrl-D does
 Ctrl-C stops an answer. A line that begins with a space is not a command."""
+write_out = partial(print, end="", flush=True)  # to standard output, at once
 
 
 def chat(config: ChatConfig) -> None:
@@ -85,16 +79,13 @@ def terminal_lines() -> Iterator[str]:
 class Conversation:
     """A history, and the state of the model that generates its answers."""
 
-    system: str | None = None
-    """system message"""
-    turns: list[tuple[str, str]] = field(default_factory=list)
-    """(question, answer)"""
-    name: str = "answer"
-    state: Context = nullcontext
-    """context manager that sets the state: with or without the adapter"""
+    system: str | None = None  # the system message
+    turns: list[tuple[str, str]] = field(default_factory=list)  # (question, answer)
+    name: str = "with adapter"  # shown if there are two
+    state: Context = nullcontext  # sets the state: with or without the adapter
 
     def messages(self, question: str, dropped: int = 0) -> list[dict[str, str]]:
-        """The system message, the turns without the first `dropped`, and the question."""
+        """The system message, the turns after the first `dropped`, and the question."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for asked, answer in self.turns[dropped:]:
             messages.append({"role": "user", "content": asked})
@@ -104,13 +95,9 @@ class Conversation:
     def prompt(
         self, tokenizer: Tokenizer, question: str, longest: int | None
     ) -> tuple[list[int], int]:
-        """Ids of `messages`, at most `longest`, and the number of old turns dropped for that.
-
-        Raises:
-            UserError: the question alone is too long, or the chat template rejects it.
-        """
+        """Ids of `messages`, at most `longest`, and the number of old turns dropped for that."""
         for dropped in range(len(self.turns) + 1):
-            ids = prompt_ids(tokenizer, self.messages(question, dropped))
+            ids = generation.prompt_ids(tokenizer, self.messages(question, dropped))
             if longest is None or len(ids) <= longest:
                 del self.turns[:dropped]
                 return ids, dropped
@@ -121,18 +108,12 @@ class Conversation:
 
 
 class ChatSession:
-    """A model, and one conversation, or two with --compare.
-
-    Raises:
-        UserError: the model is no causal language model, or its context is too short.
-    """
+    """A causal language model, and one conversation with it, or two with --compare."""
 
     def __init__(self, config: ChatConfig, resolved: ResolvedModel) -> None:
         positions = resolved.checkpoint.max_positions
-        if resolved.task != "causal-lm":
-            raise UserError(
-                f"{resolved.what} is for {resolved.task}: chat needs a causal language model"
-            )
+        fault = f"{resolved.what} is for {resolved.task}: chat needs a causal language model"
+        require(resolved.task == "causal-lm", fault)
         if positions is not None and config.max_new_tokens >= positions:
             raise UserError(
                 f"--max-new-tokens {config.max_new_tokens} leaves no tokens for a question: lower "
@@ -143,48 +124,35 @@ class ChatSession:
         if not self.tokenizer.chat_template:
             note("The model has no chat template: turns are written as `### User:` and so on.")
         self.model = resolved.load()
-        self.settings = generation_settings(
+        self.settings = generation.generation_settings(
             self.model, self.tokenizer, config.max_new_tokens, config.temperature
         )
-        if config.seed is None:
-            torch.seed()
-        else:
-            torch.manual_seed(config.seed)
+        torch.manual_seed(torch.seed() if config.seed is None else config.seed)
         self.conversations = [Conversation(config.system)]
         self.mixed: Context | None = None  # both states in one batch, if the adapter supports it
         if config.compare:
             without = partial(disable_adapter, self.model)
-            self.conversations = [
-                Conversation(config.system, name="base", state=without),
-                Conversation(config.system, name="with adapter"),
-            ]
+            base = Conversation(config.system, name="base", state=without)
+            self.conversations.insert(0, base)
             mixed = partial(mixed_batch, self.model, [None, "default"])
             with suppress(UserError), mixed():
                 self.mixed = mixed
 
     def run(self, lines: Iterable[str], *, interactive: bool = False) -> None:
-        """Answer questions and execute commands, up to the last line or /exit.
-
-        Args:
-            interactive: continue after an error or Ctrl-C.
-        """
+        """Answer and execute lines; if `interactive`, continue after errors and Ctrl-C."""
         for line in lines:
             try:
                 if line.startswith("/"):
                     if line.split()[0] == "/exit":
                         return
                     self.execute(line)
-                elif line.strip():
-                    interrupted = self.answer(line.strip())
-                    if interrupted and not interactive:
-                        raise KeyboardInterrupt
-            except UserError as error:
+                elif line.strip() and self.answer(line.strip()):
+                    raise KeyboardInterrupt
+            except (UserError, KeyboardInterrupt) as error:
                 if not interactive:
                     raise
-                note(f"error: {error}")
-            except KeyboardInterrupt:  # before the answer began, or raised above
-                if not interactive:
-                    raise
+                if isinstance(error, UserError):
+                    note(f"error: {error}")
 
     def execute(self, line: str) -> None:
         """Execute /reset, /system or /help."""
@@ -201,12 +169,9 @@ class ChatSession:
         note("The conversation is cleared.")
 
     def answer(self, question: str) -> bool:
-        """Print and keep the answers; True after Ctrl-C, which ends them early.
-
-        Raises:
-            UserError: the question is too long, or the chat template rejects it.
-        """
+        """Print and keep the answers; True after Ctrl-C, which ends them early."""
         prompts, compares = [], len(self.conversations) > 1
+        ask = partial(stream, self.model, self.tokenizer, settings=self.settings)
         for conversation in self.conversations:
             ids, dropped = conversation.prompt(self.tokenizer, question, self.longest)
             prompts.append(ids)
@@ -217,14 +182,14 @@ class ChatSession:
         if self.mixed and width >= WIDE and sys.stdout.isatty():
             columns = SideBySide([c.name for c in self.conversations], width, write_out)
             with self.mixed():
-                texts, interrupted = self._stream(prompts, columns.show)
+                texts, interrupted = ask(prompts, show=columns.show)
         else:
             texts, interrupted = [], False
             for conversation, prompt in zip(self.conversations, prompts, strict=True):
                 if compares:
                     write_out(f"── {conversation.name} ──\n")
                 with conversation.state():
-                    text, stopped = self._stream([prompt], GrowingText())
+                    text, stopped = ask([prompt], show=GrowingText())
                 write_out("\n")
                 texts += text
                 interrupted |= stopped
@@ -232,9 +197,6 @@ class ChatSession:
             if answer.strip():  # some templates reject a turn without text
                 conversation.turns.append((question, answer))
         return interrupted
-
-    def _stream(self, prompts: Sequence[Sequence[int]], show: Show) -> tuple[list[str], bool]:
-        return stream(self.model, self.tokenizer, prompts, self.settings, show)
 
 
 @dataclass
@@ -250,12 +212,6 @@ class GrowingText:
         self.shown = max(self.shown, len(text))
 
 
-def write_out(text: str) -> None:
-    """Write to standard output at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 class AnswerStreamer(BaseStreamer):
     """Shows the text of each row of a batch; transformers' TextStreamer is limited to one row."""
 
@@ -266,7 +222,7 @@ class AnswerStreamer(BaseStreamer):
         self.texts = [""] * rows
         self.is_prompt = True
 
-    def put(self, value: Tensor) -> None:
+    def put(self, value: torch.Tensor) -> None:
         """The prompt (B, T) first, then the next token of each row (B,)."""
         if self.is_prompt:
             self.is_prompt = False
@@ -275,14 +231,14 @@ class AnswerStreamer(BaseStreamer):
             self.ended[row] = self.ended[row] or token in self.stop
             if not self.ended[row]:  # after the end only pads follow
                 self.ids[row].append(token)
-                text = decode(self.tokenizer, self.ids[row])
+                text = generation.decode(self.tokenizer, self.ids[row])
                 self.texts[row] = text.rstrip("\ufffd")  # of an incomplete character
         self._show(self.texts, self.ended)
 
     def end(self) -> None:
         """Called after the last token; also after Ctrl-C."""
         self.ended = [True] * len(self.ended)
-        self.texts = [decode(self.tokenizer, ids) for ids in self.ids]
+        self.texts = [generation.decode(self.tokenizer, ids) for ids in self.ids]
         self._show(self.texts, self.ended)
 
 
@@ -294,24 +250,16 @@ def stream(
     settings: Mapping[str, Any],
     show: Show,
 ) -> tuple[list[str], bool]:
-    """The model's answer to each prompt, shown as it grows, and whether Ctrl-C cut them short.
-
-    Args:
-        settings: `generation_settings`.
-        show: called after each token.
-
-    Raises:
-        UserError: GPU out of memory; raised here, so that an interactive chat continues.
-    """
-    inputs = left_padded(prompts, settings["pad_token_id"], model.device)
+    """The model's answer to each prompt, shown as it grows, and whether Ctrl-C cut them short."""
+    inputs = generation.left_padded(prompts, settings["pad_token_id"], model.device)
     streamer = AnswerStreamer(tokenizer, len(prompts), settings["eos_token_id"] or (), show)
     try:
-        with generation_mode(model):
+        with generation.generation_mode(model):
             model.generate(**inputs, **settings, streamer=streamer)  # type: ignore[operator]
     except KeyboardInterrupt:
         streamer.end()
         return streamer.texts, True
-    except torch.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:  # an interactive chat continues
         raise UserError(
             "the GPU's memory ran out: /reset clears the conversation, and a lower "
             "--max-new-tokens needs less"

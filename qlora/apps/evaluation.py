@@ -1,8 +1,8 @@
 """`evaluate(config)`: the scores of a model, or of a base with and without its adapter, on rows.
 
 Rows are prepared as in training (qlora.data.rows), so the loss is what train.py logs as eval_loss.
-The prompt of an answer is a row up to its last part with loss, which is the assistant's last turn
-in a chat. Rows of `text` have no prompt: no answers are generated.
+The prompt of an answer is a row up to its last part with loss, in a chat the assistant's last turn.
+Rows of `text` have no prompt: no answers are generated.
 
     loss          mean of -log p over supervised tokens, in nats
     perplexity    exp(loss): the number of equally likely tokens with the same loss
@@ -22,10 +22,8 @@ The results are printed as a table, and written with all answers to one JSON fil
      "scores": {"base": {"loss", "perplexity", "exact_match", "rouge1", …, "bleu"}, "adapter": …},
      "answers": [{"request", "wanted", "base", "adapter"}]}
 
-A model without an adapter has one entry, "model", in place of the two. A classifier has no "base":
-its head is part of the adapter.
-
-Left out: several right answers to one question; judging by a model.
+A model without an adapter has one entry, "model"; a classifier has no "base", as its head is part
+of the adapter. Left out: several right answers to one question; judging by a model.
 """
 
 import importlib.util
@@ -50,12 +48,11 @@ from qlora.adapters.apply import disable_adapter
 from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import printable
 from qlora.config import MAX_LENGTH, EvaluateConfig
-from qlora.config.tasks import CAUSAL_LM
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
-from qlora.data.records import load_records, prompt_messages
+from qlora.data.records import chat_of, load_records
 from qlora.data.rows import describe, length_batches, prepare_data, prepare_tokenizer
-from qlora.errors import UserError
+from qlora.errors import UserError, require
 from qlora.fast.head import put_language_head
 from qlora.files import RUN, replace_text
 
@@ -63,7 +60,7 @@ RESULTS = "evaluation.json"
 NO_LIMIT = 1 << 40  # tokens
 SHOWN = 3  # answers on the terminal
 ROUGE = ("rouge1", "rouge2", "rougeL")
-PACKAGES = {"rouge_score": "rouge-score", "sacrebleu": "sacrebleu"}  # module -> distribution
+PACKAGES = ("rouge-score", "sacrebleu")
 # key of a score -> its title in the table, and its format
 TABLE: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("loss", "{:.4f}".format),
@@ -80,10 +77,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure the model, print the results and write them; returns them as written.
 
     Raises:
-        UserError: an error that the user can correct; no file is written then.
+        UserError: the settings, the data or the model do not fit; no file is written then.
     """
     resolved = resolve_model(config)
-    output = _output_path(config, resolved)
+    output = resolved.adapter.folder / RESULTS if resolved.adapter else None
+    output = output if config.output is None else Path(config.output).expanduser()
+    if output:
+        folder = output.absolute().parent
+        fault = f"--output {output} must be a file in a folder that exists"
+        require(folder.is_dir() and not output.is_dir(), fault)
+        fault = f"no write permission for {folder}: choose another file with --output"
+        require(os.access(folder, os.W_OK), fault)
     tokenizer = resolved.load_tokenizer()
     prepare_tokenizer(tokenizer)
     max_length = _max_length(config, resolved)
@@ -91,7 +95,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     limits: Any = {"max_length": max_length, "limit": config.limit, "new_classes": False}
     rows, stats = prepare_data(config.data, tokenizer, **limits, **task)
     print(describe(stats, name=config.data))
-    questions = _questions(config, resolved, tokenizer) if config.generate else []
+    generates = config.generate and not OBJECTIVES[resolved.task].classifies
+    questions = _questions(config, resolved, tokenizer) if generates else []
     if questions:
         require_scorers()
     scores, answers = _measure(config, resolved, tokenizer, rows, questions)
@@ -106,27 +111,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if output:
         replace_text(output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         print(f"\nAll results are in {output}.")
-    print(_next_commands(config, resolved.task, scores))
+    print()
+    if "base" in scores and scores["adapter"]["loss"] >= scores["base"]["loss"]:
+        print("The adapter is no better than its base: was it trained on data like this?\n")
+    name = shlex.quote(str(config.adapter or config.model))
+    if resolved.task == "causal-lm":
+        flags = f"--adapter {name} --compare" if config.adapter else f"--model {name}"
+        print(f"Chat:   python -m qlora.chat {flags}")
+    if config.adapter:
+        flags = f"--adapter {name} --output-dir {name}-merged"
+        print(f"Merge:  python merge_dequant.py {flags}")
     return results
-
-
-# ---- rows and questions ----
-
-
-def _output_path(config: EvaluateConfig, resolved: ResolvedModel) -> Path | None:
-    """--output, else a file in the adapter's folder, else None."""
-    if config.output is not None:
-        path = Path(config.output).expanduser()
-    elif resolved.adapter:
-        path = resolved.adapter.folder / RESULTS
-    else:
-        return None
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir():
-        raise UserError(f"--output {path} must be a file in a folder that exists")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"no write permission for {folder}: choose another file with --output")
-    return path
 
 
 def _max_length(config: EvaluateConfig, resolved: ResolvedModel) -> int:
@@ -143,10 +138,7 @@ def _max_length(config: EvaluateConfig, resolved: ResolvedModel) -> int:
 
 def _questions(config: EvaluateConfig, resolved: ResolvedModel, tokenizer: Any) -> list[Question]:
     """The questions in the data that fit into the model's context together with an answer."""
-    objective = OBJECTIVES[resolved.task]
-    if objective.classifies:
-        return []
-    records = load_records(config.data, objective.kinds, limit=config.limit)
+    records = load_records(config.data, OBJECTIVES[resolved.task].kinds, limit=config.limit)
     questions = list(questions_in(records, tokenizer, resolved.task))
     positions = resolved.checkpoint.max_positions
     longest = NO_LIMIT if positions is None else positions - config.max_new_tokens
@@ -167,16 +159,12 @@ def questions_in(records: Any, tokenizer: Any, task: str) -> Iterator[Question]:
     """Split each record before its last part with loss; `text` records are skipped."""
     for record in records:
         question = question_of(OBJECTIVES[task].encode(record, tokenizer, NO_LIMIT, ()), task)
-        if task == "seq2seq":
-            request = decode(tokenizer, question.prompt)
-        else:
-            messages = prompt_messages(record)
-            request = str(messages[-1].get("content", "")) if messages else ""
+        request = decode(tokenizer, question.prompt)
+        if question.prompt and task == "causal-lm" and (chat := chat_of(record)):
+            turns = [i for i, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+            request = str(chat.messages[turns[-1] - 1].get("content", "")) if turns[-1] else ""
         if question.prompt:
             yield question._replace(request=request)
-
-
-# ---- scores ----
 
 
 def _measure(
@@ -200,8 +188,7 @@ def _measure(
     settings = generation_settings(model, tokenizer, config.max_new_tokens) if questions else {}
     prompts = [question.prompt for question in questions]
     wanted = [decode(tokenizer, question.answer) for question in questions]
-    pairs = zip(questions, wanted, strict=True)
-    answers = [{"request": question.request, "wanted": text} for question, text in pairs]
+    answers = [{"request": q.request, "wanted": w} for q, w in zip(questions, wanted, strict=True)]
     for name, state in states.items():
         with state():
             scores[name] = measure_rows(model, tokenizer, rows, progress=f"{name}, loss", **task)
@@ -224,39 +211,30 @@ def measure_rows(
     classes: Sequence[str] = (),
     progress: str = "",
 ) -> dict[str, float]:
-    """`loss` over the rows of `prepare_data`, with `perplexity`, or a classifier's scores.
-
-    Args:
-        classes: a classifier's class names.
-        progress: title of a progress bar, shown on a terminal; "" shows none.
-    """
+    """`loss` over the rows of `prepare_data`, with `perplexity`, or a classifier's scores."""
     model.eval()
     objective = OBJECTIVES[task]
     one = torch.tensor(1, device=model.device)  # num_items=1 keeps the loss a sum
     batches = length_batches(rows, tokenizer, task=task, model=model)
-    hidden = None if progress else True  # None: tqdm hides it where there is no terminal
+    off = None if progress else True  # None: tqdm hides the bar where there is no terminal
 
     def results() -> Iterator[tuple[Any, Any, Any]]:
-        for batch in tqdm(batches, desc=progress, leave=False, disable=hidden):
+        for batch in tqdm(batches, desc=progress, leave=False, disable=off):
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             yield objective.loss(outputs, labels, one), outputs, labels
 
     scores = measure(objective, results(), classes)
-    if objective.classifies:
-        return scores
-    return scores | {"perplexity": math.exp(min(scores["loss"], 700.0))}
+    perplexity = {} if objective.classifies else {"perplexity": math.exp(min(scores["loss"], 700))}
+    return scores | perplexity
 
 
 def require_scorers() -> None:
     """Raise if a package that computes ROUGE or BLEU is not installed."""
-    missing = [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
-    if missing:
-        raise UserError(
-            f"comparing answers needs {' and '.join(missing)}: pip install {' '.join(missing)}, "
-            "or measure only the loss with --no-generate"
-        )
+    missing = [name for name in PACKAGES if not importlib.util.find_spec(name.replace("-", "_"))]
+    fault = f"comparing answers needs {' and '.join(missing)}: pip install {' '.join(missing)}, "
+    require(not missing, fault + "or measure only the loss with --no-generate")
 
 
 def compare_answers(generated: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
@@ -310,18 +288,3 @@ def _short(text: str) -> str:
     longest = max(60, min(120, shutil.get_terminal_size((100, 24)).columns)) - 14
     words = printable(" ".join(text.split()))
     return words if len(words) <= longest else f"{words[: longest - 1]}…"
-
-
-def _next_commands(config: EvaluateConfig, task: str, scores: dict[str, dict[str, float]]) -> str:
-    """Commands for what comes next, after a warning if the adapter is no better than its base."""
-    folder = shlex.quote(str(config.adapter or config.model))
-    lines = [""]
-    if "base" in scores and scores["adapter"]["loss"] >= scores["base"]["loss"]:
-        lines += ["The adapter is no better than its base: was it trained on data like this?", ""]
-    if task == CAUSAL_LM.name:
-        flags = f"--adapter {folder} --compare" if config.adapter else f"--model {folder}"
-        lines.append(f"Chat:   python -m qlora.chat {flags}")
-    if config.adapter:
-        merge = f"python merge_dequant.py --adapter {folder} --output-dir {folder}-merged"
-        lines.append(f"Merge:  {merge}")
-    return "\n".join(lines)

@@ -8,9 +8,10 @@ escaped (jinja2's autoescape). Neither torch nor transformers is imported.
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
-from importlib.resources import files
+from importlib import resources
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -20,17 +21,9 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from qlora import files
 from qlora.config import ReportConfig
-from qlora.errors import UserError
-from qlora.files import (
-    MERGE_REPORT,
-    METRICS,
-    RUN,
-    read_json,
-    read_metrics,
-    read_samples,
-    replace_text,
-)
+from qlora.errors import UserError, require
 from qlora.pictures import GIB, as_svg, by_kind, draw_merge, draw_run
 
 REPORT = "report.html"
@@ -47,10 +40,8 @@ class Run:
     """A run, as its files record it."""
 
     folder: Path
-    facts: Mapping[str, Any]
-    """run.yaml"""
-    rows: list[dict[str, Any]]
-    """metrics.jsonl"""
+    facts: Mapping[str, Any]  # run.yaml
+    rows: list[dict[str, Any]]  # metrics.jsonl
     samples: list[dict[str, Any]]
 
     def values(self, key: str) -> list[tuple[int, float]]:
@@ -69,69 +60,52 @@ def report(config: ReportConfig) -> None:
     folder = Path(config.adapter).expanduser()
     run = read_run(folder)
     merge = read_merge(folder, config.merged)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"no write permission for {folder}: copy it, and report on the copy")
-    replace_text(folder / REPORT, page(run, merge))
+    fault = f"no write permission for {folder}: copy it, and report on the copy"
+    require(os.access(folder, os.W_OK), fault)
+    files.replace_text(folder / REPORT, page(run, merge))
     print(f"The report is {folder / REPORT}: open it in a browser; it needs no network.")
     print(f"Next:  {next_commands(folder, merged=merge is not None)[-1]}")
 
 
-# ---- reading files
-
-
 def read_run(folder: Path) -> Run:
     """Raises a UserError if the folder has no run, nothing was logged yet, or a file is damaged."""
-    if not (folder / RUN).is_file():
-        raise UserError(f"{folder} has no {RUN}: pass an --output-dir of train.py")
+    path = folder / files.RUN
+    require(path.is_file(), f"{folder} has no {files.RUN}: pass an --output-dir of train.py")
     try:
-        facts = yaml.safe_load((folder / RUN).read_text(encoding="utf-8"))
+        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         facts = None
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
-        raise UserError(
-            f"{folder / RUN} is not a run file of train.py, or damaged: start the run again"
-        )
-    run = Run(folder, facts, read_metrics(folder), read_samples(folder))
-    if not run.values("loss"):
-        raise UserError(
-            f"{folder / METRICS} has no training loss yet: wait for the first step, or start the "
-            "run again"
-        )
+        raise UserError(f"{path} is not a run file of train.py, or damaged: start the run again")
+    run = Run(folder, facts, files.read_metrics(folder), files.read_samples(folder))
+    fault = "has no training loss yet: wait for the first step, or start the run again"
+    require(bool(run.values("loss")), f"{folder / files.METRICS} {fault}")
     return run
 
 
 def read_merge(folder: Path, merged: str | None) -> dict[str, Any] | None:
     """The merge_report.json of `merged`, or of the newest merge of this adapter beside it."""
     if merged is not None:
-        report = _merge_report(Path(merged).expanduser() / MERGE_REPORT)
-        if report is None:
-            raise UserError(
-                f"--merged {merged} has no complete {MERGE_REPORT}: pass an --output-dir of "
-                "merge_dequant.py"
-            )
+        report = _merge_report(Path(merged).expanduser() / files.MERGE_REPORT)
+        fault = f"has no complete {files.MERGE_REPORT}: pass an --output-dir of merge_dequant.py"
+        require(report is not None, f"--merged {merged} {fault}")
         return report
-    paths = folder.absolute().parent.glob(f"*/{MERGE_REPORT}")
-    newest = sorted(paths, key=lambda path: -path.stat().st_mtime)
-    reports = filter(None, map(_merge_report, newest))
-    return next((r for r in reports if any(_names(a, folder) for a in r["adapters"])), None)
-
-
-def _names(adapter: str, folder: Path) -> bool:
-    """Whether a merge's `adapter` is `folder`; relative paths may be from another directory."""
-    path, full = Path(adapter).expanduser(), folder.resolve()
-    return path.resolve() == full or full.parts[-len(path.parts) :] == path.parts
+    paths, full = folder.absolute().parent.glob(f"*/{files.MERGE_REPORT}"), folder.resolve()
+    for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
+        report = _merge_report(path)
+        for adapter in (Path(name).expanduser() for name in (report or {}).get("adapters", ())):
+            # a relative path may be from another directory
+            if adapter.resolve() == full or full.parts[-len(adapter.parts) :] == adapter.parts:
+                return report
+    return None
 
 
 def _merge_report(path: Path) -> dict[str, Any] | None:
-    try:
-        report = read_json(path)
-    except UserError:
-        return None
-    keys = ("adapters", "onto", "format", "layers", "verify")
-    return report if all(key in report for key in keys) else None
-
-
-# ---- the page
+    with suppress(UserError):
+        report = files.read_json(path)
+        if {"adapters", "onto", "format", "layers", "verify"} <= report.keys():
+            return report
+    return None
 
 
 def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
@@ -144,14 +118,14 @@ def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
     memory["peak"] = f"{peak / GIB:.2f} GiB"
     memory["available"] = f"{total / GIB:.1f} GiB" if total else "not known"
     curves = as_svg(draw_run(run.rows, per=per, total_bytes=total), "Curves of the run")
-    template = files("qlora.apps").joinpath(REPORT).read_text(encoding="utf-8")
+    template = resources.files("qlora.apps").joinpath(REPORT).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     return environment.from_string(template).render(
         name=run.folder.resolve().name,
         folder=run.folder,
         base=Path(str(settings.get("model"))).name,
         data_name=Path(str(settings.get("data"))).name,
-        date=date.fromtimestamp((run.folder / METRICS).stat().st_mtime),
+        date=date.fromtimestamp((run.folder / files.METRICS).stat().st_mtime),
         tiles=tiles(run),
         remarks=remarks(run),
         curves=Markup(curves),
@@ -205,12 +179,9 @@ def remarks(run: Run) -> list[str]:
     evals = run.values("eval_loss")
     step, best = min(evals, key=lambda pair: pair[1], default=(0, 0.0))
     if evals and evals[-1][1] > 1.02 * best + 0.01:
-        lines.append(
-            f"The evaluation loss was lowest at step {step:,} ({best:.4f}) and has risen since: "
-            "train for fewer steps."
-        )
-    cut = (run.facts.get("data") or {}).get("training", {}).get("cut_rows", 0)
-    if cut:
+        lowest = f"The evaluation loss was lowest at step {step:,} ({best:.4f})"
+        lines.append(f"{lowest} and has risen since: train for fewer steps.")
+    if cut := (run.facts.get("data") or {}).get("training", {}).get("cut_rows", 0):
         length = run.facts["config"].get("max_length")
         lines.append(f"{cut:,} training rows had more than {length} tokens and were cut.")
     return lines
@@ -222,16 +193,12 @@ def _merge_facts(report: Mapping[str, Any]) -> dict[str, Any]:
         "nf4": "onto the dequantized 4-bit base, as in training",
         "original": "onto the original weights, which were not used in training",
     }
-    kinds = [
-        {
-            "name": name,
-            "layers": len(layers),
-            "change": median(facts["delta_over_weight"] for _, facts in layers),
-            "kept": median(facts["kept"] for _, facts in layers),
-            "least": min(facts["kept"] for _, facts in layers),
-        }
-        for name, layers in by_kind(report["layers"]).items()
-    ]
+    kinds = []
+    for name, layers in by_kind(report["layers"]).items():
+        shares = [facts["kept"] for _, facts in layers]
+        kind = {"name": name, "layers": len(layers), "kept": median(shares), "least": min(shares)}
+        kind["change"] = median(facts["delta_over_weight"] for _, facts in layers)
+        kinds.append(kind)
     kept = report["verify"] and report["verify"]["kept"]
     picture = Markup(as_svg(draw_merge(report), "Share of the change kept")) if kinds else None
     return {

@@ -48,9 +48,7 @@ def wrap(text: str, width: int) -> list[str]:
 class SideBySide:
     """Columns of equal width below their names, filled from the top down.
 
-    Args:
-        width: of the terminal, in cells; the last one is not used, as writing there wraps the line.
-        write: writes text to the terminal.
+    `width` is the terminal's, in cells; the last one is not used, as writing there wraps the line.
     """
 
     def __init__(self, names: Sequence[str], width: int, write: Callable[[str], object]) -> None:

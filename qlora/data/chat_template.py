@@ -1,8 +1,7 @@
 """A chat -> its text as the template renders it, spans with loss, and token ids with labels.
 
 Loss is on all that the model has to generate for each assistant turn: from the end of the
-generation prompt up to and including the turn's end token, so that it learns to stop; not on the
-line break after that token.
+generation prompt up to and including the turn's end token, so that it learns to stop.
 
 Most templates have no {% generation %} marks, from which transformers computes a mask. So the whole
 chat is rendered once, as a string; turn i starts where the rendering of the messages before it,
@@ -49,12 +48,9 @@ def fallback_template(tokenizer: Tokenizer) -> str | None:
 
 
 class Rendering:
-    """A chat rendered by the tokenizer's template, or by the fallback template.
+    """A chat rendered by the tokenizer's template or the fallback template, which may reject it.
 
     `full` is the text of all messages; with `prompt` it ends in the generation prompt.
-
-    Raises:
-        UserError: the template rejects the chat.
     """
 
     def __init__(self, tokenizer: Tokenizer, chat: Chat, *, prompt: bool = False) -> None:
@@ -86,12 +82,13 @@ class Rendering:
         If the last turn has no end token, eos is inserted.
         """
         text, messages, spans = self.full, self.chat.messages, []
-        turns = [i for i in range(self.chat.first, len(messages)) if is_answer(messages[i])]
-        for i in turns:
-            span = self._span(i)
+        for i in range(self.chat.first, len(messages)):
+            if not is_answer(messages[i]):
+                continue
+            span, word = self._span(i), _last_word(messages[i])
             if span is None:
                 return None
-            if (word := _last_word(messages[i])) not in text[slice(*span)]:
+            if word not in text[slice(*span)]:
                 # trained on such a turn, for example of tool calls, the model would learn silence
                 raise UserError(
                     f"the model's chat template leaves out an answer ({word[:60]!r}): write it as "
@@ -99,26 +96,21 @@ class Rendering:
                 )
             spans.append(span)
         (start, end), eos = spans[-1], self.tokenizer.eos_token
-        word = _last_word(messages[turns[-1]])
         if eos and word and text[start:end].endswith(word) and not word.endswith(eos):
             text = text[:end] + eos + text[end:]
             spans[-1] = (start, end + len(eos))
         return text, spans
 
     def _span(self, i: int) -> Span | None:
-        """The characters of `full` that the model has to generate in turn i."""
-        messages = self.chat.messages
-        prompt = self._part(messages[:i], prompt=True)
-        if prompt is not None and not self.full.startswith(prompt):
-            prompt = None
-        turn = self.full if i + 1 == len(messages) else self._part(messages[: i + 1])
-        if prompt is None or turn is None or not self.full.startswith(turn.rstrip()):
-            return self._probed_span(i, prompt)
-        return len(prompt), len(turn.rstrip())
-
-    def _probed_span(self, i: int, prompt: str | None) -> Span | None:
-        """The same by a probe, if the turn renders differently inside the chat and at its end."""
+        """The characters of `full` that the model has to generate in turn i; None if not found."""
         messages, full = self.chat.messages, self.full
+        prompt = self._part(messages[:i], prompt=True)
+        if prompt is not None and not full.startswith(prompt):
+            prompt = None
+        turn = full if i + 1 == len(messages) else self._part(messages[: i + 1])
+        if prompt is not None and turn is not None and full.startswith(turn.rstrip()):
+            return len(prompt), len(turn.rstrip())
+        # the turn renders differently inside the chat and at its end: replace its text by the probe
         probe = {**messages[i], "content": PROBE}
         probed = self._part([*messages[:i], probe, *messages[i + 1 :]]) or ""
         before, probe_text, after = probed.partition(PROBE)
@@ -162,30 +154,21 @@ def is_answer(message: Mapping[str, Any]) -> bool:
 
 def tokenize(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
     """Ids of a rendered chat, whose BOS the template writes, and labels with loss on the spans."""
-
-    def ids_of(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
+    options: Any = {"add_special_tokens": False, "verbose": False}
+    encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, **options)
+    ids = list(encoded["input_ids"])
+    has_loss = [False] * len(ids)
     if tokenizer.is_fast:
-        encoded = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        has_loss = [any(_in_span(text, token, span) for span in spans) for token in offsets]
+        for i, (low, high) in enumerate(encoded["offset_mapping"]):
+            # a token may begin just before its span ("[/INST]| yes" with the space in the token);
+            # outside is a lone space before it, (start, start) with byte-level BPE's trim_offsets
+            has_loss[i] = any(
+                low < end and high > start and (low >= start or text[start:high].strip())
+                for start, end in spans
+            )
     else:  # no offsets: a boundary is where the ids of the text up to it differ from `ids`
-        ids = ids_of(text)
-        has_loss = [False] * len(ids)
         for span in spans:
-            first, last = (_common_length(ids, ids_of(text[:end])) for end in span)
+            before = [tokenizer(text[:end], **options)["input_ids"] for end in span]
+            first, last = (_common_length(ids, part) for part in before)
             has_loss[first:last] = [True] * (last - first)
     return ids, [i if on else NO_LOSS for i, on in zip(ids, has_loss, strict=True)]
-
-
-def _in_span(text: str, token: Span, span: Span) -> bool:
-    """Whether a token, by its offsets, belongs to the span.
-
-    A token may begin just before the span ("[/INST]| yes" with the space in the token). Outside is
-    a lone space before it, whose offsets with trim_offsets of byte-level BPE are (start, start).
-    """
-    (low, high), (start, end) = token, span
-    return low < end and high > start and (low >= start or bool(text[start:high].strip()))

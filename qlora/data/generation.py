@@ -36,10 +36,8 @@ class Question(NamedTuple):
 
     prompt: list[int]
     answer: list[int]
-    request: str = ""
-    """text of the last user message"""
-    max_new_tokens: int = 0
-    """limit of the generated answer, where each row has its own"""
+    request: str = ""  # text of the last user message
+    max_new_tokens: int = 0  # limit of the generated answer, where each row has its own
 
 
 def question_of(row: Mapping[str, Any], task: str) -> Question:
@@ -47,14 +45,9 @@ def question_of(row: Mapping[str, Any], task: str) -> Question:
     ids, labels = row["input_ids"], row["labels"]
     if task == "seq2seq":
         return Question(ids, labels)
-    start, end = last_answer(labels)
-    return Question(ids[:start], ids[start:end])
-
-
-def last_answer(labels: Sequence[int]) -> tuple[int, int]:
-    """[start, end) of the last run of labels with loss."""
     end = max((i for i, label in enumerate(labels) if label != NO_LOSS), default=-1) + 1
-    return max((i for i in range(end) if labels[i] == NO_LOSS), default=-1) + 1, end
+    start = max((i for i in range(end) if labels[i] == NO_LOSS), default=-1) + 1
+    return Question(ids[:start], ids[start:end])
 
 
 def answers(
@@ -64,21 +57,19 @@ def answers(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    progress: str = "",
 ) -> list[str]:
     """The model's answer to each chat, decoded, without special tokens.
 
     Args:
         chats: messages with `role` and `content`, ending with the user's.
         temperature: 0 is greedy decoding; above 0, torch's global generator draws the tokens.
-        progress: title of a progress bar, shown on a terminal; "" shows none.
 
     Raises:
         UserError: the chat template rejects a chat.
     """
     prompts = [prompt_ids(tokenizer, chat) for chat in chats]
     settings = generation_settings(model, tokenizer, max_new_tokens, temperature)
-    return generate(model, tokenizer, prompts, settings, progress=progress)
+    return generate(model, tokenizer, prompts, settings)
 
 
 def prompt_ids(
@@ -107,8 +98,7 @@ def generation_settings(
 
 def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     """Ids of the tokens that end an answer."""
-    config: Any = getattr(model, "generation_config", None)
-    eos = config.eos_token_id if config is not None else None
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     with suppress(UserError):  # a template that rejects this chat may accept real ones
@@ -129,13 +119,22 @@ def generate(
 ) -> list[str]:
     """The model's decoded answer to each prompt (token ids), with these `generation_settings`.
 
-    A batch holds prompts of similar length, up to BATCH_ROWS and BATCH_TOKENS.
+    A batch holds prompts of similar length, up to BATCH_ROWS and BATCH_TOKENS; the longest come
+    first, so that a lack of memory shows at once. `progress` is the title of a progress bar, shown
+    on a terminal; "" shows none.
     """
+    batches: list[list[int]] = []  # of indices into `prompts`
+    most = 0  # rows in the last batch, whose first prompt is the longest
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        if not batches or len(batches[-1]) >= most:
+            most = min(BATCH_ROWS, BATCH_TOKENS // (len(prompts[i]) + settings["max_new_tokens"]))
+            batches.append([])
+        batches[-1].append(i)
     texts = [""] * len(prompts)
-    hidden = None if progress else True  # None: tqdm hides it where there is no terminal
-    bar = tqdm(total=len(prompts), desc=progress, leave=False, disable=hidden)
+    off = None if progress else True  # None: tqdm hides the bar where there is no terminal
+    bar = tqdm(total=len(prompts), desc=progress, leave=False, disable=off)
     with bar, generation_mode(model):
-        for batch in _batches(prompts, settings["max_new_tokens"]):
+        for batch in batches:
             batch_prompts = [prompts[i] for i in batch]
             inputs = left_padded(batch_prompts, settings["pad_token_id"], model.device)
             ids = model.generate(**inputs, **settings)  # type: ignore[operator]
@@ -147,19 +146,6 @@ def generate(
     return texts
 
 
-def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int]]:
-    """Indices into `prompts`, the longest first, so that a lack of memory shows at once."""
-    batch: list[int] = []
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        rows = BATCH_TOKENS // (len(prompts[batch[0] if batch else i]) + max_new_tokens)
-        if batch and len(batch) >= min(BATCH_ROWS, rows):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 def left_padded(
     prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> dict[str, Tensor]:
@@ -167,8 +153,8 @@ def left_padded(
     width = max(map(len, prompts))
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    columns = {"input_ids": ids, "attention_mask": mask}
-    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
+    both = torch.tensor([ids, mask], device=device)  # (2, B, T)
+    return {"input_ids": both[0], "attention_mask": both[1]}
 
 
 @contextmanager

@@ -7,11 +7,8 @@
     token-cls   the words' tokens        a class at the first token of each word       words
 
 The loss is a cross-entropy summed over all labels of an optimizer step and divided once by their
-number, so it does not depend on how a step is split into batches.
-
-In a chat, the assistant's turns and their end tokens have loss (qlora.data.chat_template); in a
-`text` record, every token. The other tasks follow transformers' examples: run_translation,
-run_glue, and run_ner, where only the first token of a word has its label.
+number, so it does not depend on how a step is split into batches. The tasks other than causal-lm
+follow transformers' examples: run_translation, run_glue and run_ner.
 
 Classes: a record holds a class's name or its number. Names are sorted, and their positions are the
 numbers; numbers without names are called LABEL_0, LABEL_1, … as in transformers. A hub data set
@@ -26,27 +23,21 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import transformers
 from datasets import Dataset
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qlora.config.tasks import TASKS, Task
 from qlora.data.chat_template import NO_LOSS, Rendering, is_answer, tokenize
 from qlora.data.records import KINDS, chat_of, kind_of, string_of
-from qlora.errors import UserError, did_you_mean, some
+from qlora.errors import UserError, did_you_mean, require, some
 
 Record = Mapping[str, Any]
 Row = dict[str, Any]
 Names = Sequence[str]  # of a classifier's classes, by their number
 Pieces = Iterable[tuple[str, bool]]  # text, and whether it has loss
-ClassRows = Iterable[Sequence[int]]  # of each row, the class numbers of its labels
+ClassRows = Sequence[tuple[list[int], list[int]]]  # predicted and expected numbers of each row
 
 SEQ2SEQ_KINDS = (("prompt", "completion"), ("input", "target"), ("instruction", "output"))
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
@@ -54,55 +45,41 @@ TEXT_KINDS = tuple((*texts, "label") for texts in (*PAIRS, ("text",), ("sentence
 WORD_KINDS = (("tokens", "tags"), ("tokens", "ner_tags"))
 
 
-def count_labels(labels: Tensor) -> int:
-    """The number of labels with loss."""
-    return int((labels != NO_LOSS).sum())
-
-
-def label_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-    """Cross-entropy summed over the batch's labels, divided by the optimizer step's label count."""
-    logits = outputs["logits"].float().flatten(0, -2)  # (B, C) stays, (B, T, C) -> (B*T, C)
-    total = F.cross_entropy(
-        logits, labels.flatten().to(logits.device), ignore_index=NO_LOSS, reduction="sum"
-    )
-    return total / (count_labels(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
 @dataclass(frozen=True)
 class Objective:
-    """The data functions of one task."""
+    """The data functions and the loss of one task."""
 
-    task: Task
+    # the columns of each kind of record; the last one holds a classifier's label
     kinds: tuple[tuple[str, ...], ...]
-    """the columns of each kind of record; the last one holds a classifier's label"""
+    # (record, tokenizer, max_length, class names) -> row, as `_row` returns it
     encode: Callable[[Record, Tokenizer, int, Names], Row]
-    """(record, tokenizer, max_length, class names) -> row, as `_row` returns it"""
+    # (row, tokenizer, class names) -> its decoded text in pieces
     pieces: Callable[[Row, Tokenizer, Names], Pieces]
-    """(row, tokenizer, class names) -> its decoded text in pieces"""
-    collator: Any
-    """transformers' collator class"""
-    loss: Callable[[Any, Tensor, Tensor | None], Tensor] = label_loss
-    """(outputs, labels, number of labels in the step) -> loss"""
-    supervised: Callable[[Tensor], int] = count_labels
-    """a batch's labels -> the number of those with loss"""
-    scores: Callable[[ClassRows, ClassRows, Names], dict[str, float]] | None = None
-    """of a classifier: (predicted, expected, class names) -> scores"""
-    one_label: bool = False
-    """a row has one label; it may be a pair of texts, with token_type_ids"""
+    collator: Any  # transformers' class
+    # of a classifier: (classes of each row, class names) -> scores
+    scores: Callable[[ClassRows, Names], dict[str, float]] | None = None
+    one_label: bool = False  # of a row, which may be a pair of texts, with token_type_ids
+    next_tokens: bool = False  # outputs (B, T, vocab) at t are for labels (B, T) at t + 1
 
     @property
     def classifies(self) -> bool:
         """Whether labels are class numbers, not token ids."""
         return self.scores is not None
 
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+        """Cross-entropy summed over the batch's labels, divided by their number in the step."""
+        logits, count = outputs["logits"], num_items_in_batch  # None: the batch's own
+        aligned: Any = None if self.next_tokens else labels  # None: shifted by one
+        loss: Tensor = ForCausalLMLoss(
+            logits, labels, logits.shape[-1], num_items_in_batch=count, shift_labels=aligned
+        )
+        return loss
 
-def _row(
-    ids: list[int], labels: Any, full_length: int, supervised: int, length: int | None = None
-) -> Row:
-    """Ids and labels, cut; `length` in tokens after the cut; `full_length` before it, 0 without an
-    answer; `supervised`, the number of labels with loss."""
-    length = len(ids) if length is None else length
-    counts = {"length": length, "full_length": full_length, "supervised": supervised}
+
+def _row(ids: list[int], labels: Any, full_length: int, supervised: int) -> Row:
+    """Ids and labels, cut; `full_length`, in tokens before the cut, 0 without an answer;
+    `supervised`, the number of labels with loss."""
+    counts = {"length": len(ids), "full_length": full_length, "supervised": supervised}
     return {"input_ids": ids, "labels": labels, **counts}
 
 
@@ -111,49 +88,38 @@ def _row(
 
 def encode_chat(record: Record, tokenizer: Tokenizer, max_length: int, names: Names = ()) -> Row:
     """Ids of a chat or text; labels are the same ids in the answers, NO_LOSS elsewhere."""
-    ids, labels = _chat_ids(record, tokenizer) or ([], [])
+    chat = chat_of(record)
+    if chat is None:
+        ids = list(tokenizer(string_of(record["text"]), verbose=False)["input_ids"])
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        labels = ids
+    elif not any(map(is_answer, chat.messages[chat.first :])):
+        ids = labels = []
+    elif (text_and_spans := Rendering(tokenizer, chat).with_spans()) is not None:
+        ids, labels = tokenize(tokenizer, *text_and_spans)
+    elif re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
+        marked: Any = tokenizer.apply_chat_template(
+            chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = marked["input_ids"], marked["assistant_masks"]
+        labels = [i if on else NO_LOSS for i, on in zip(ids, mask, strict=True)]
+    else:
+        raise UserError(
+            "the assistant's turns cannot be found in the chat as the model's template renders it: "
+            "put {% generation %} marks around them in the template, or render the rows to a text "
+            "column"
+        )
     kept = labels[:max_length]
     # the first token is never predicted, so a label there alone teaches nothing
     supervised = sum(i != NO_LOSS for i in kept) * any(i != NO_LOSS for i in kept[1:])
     return _row(ids[:max_length], kept, len(ids), supervised)
 
 
-def _chat_ids(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
-    """Ids and labels of a record before the cut; None if it has no answer."""
-    chat = chat_of(record)
-    if chat is None:
-        ids = list(tokenizer(string_of(record["text"]), verbose=False)["input_ids"])
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-        return ids, list(ids)
-    if not any(is_answer(message) for message in chat.messages[chat.first :]):
-        return None
-    text_and_spans = Rendering(tokenizer, chat).with_spans()
-    if text_and_spans is not None:
-        return tokenize(tokenizer, *text_and_spans)
-    if re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
-        marked: Any = tokenizer.apply_chat_template(
-            chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = marked["input_ids"], marked["assistant_masks"]
-        return ids, [i if on else NO_LOSS for i, on in zip(ids, mask, strict=True)]
-    raise UserError(
-        "the assistant's turns cannot be found in the chat as the model's template renders it: put "
-        "{% generation %} marks around them in the template, or render the rows to a text column"
-    )
-
-
 def _chat_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
     pairs = zip(row["input_ids"], row["labels"], strict=True)
     for learned, group in groupby(pairs, key=lambda pair: pair[1] != NO_LOSS):
         yield str(tokenizer.decode([i for i, _ in group], skip_special_tokens=False)), learned
-
-
-def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-    """`label_loss` of the next tokens: logits (B, T, vocab) at t are for labels (B, T) at t + 1."""
-    logits, count = outputs["logits"], num_items_in_batch
-    loss: Tensor = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=count)
-    return loss
 
 
 # ---- encoder-decoder language models
@@ -170,8 +136,8 @@ def encode_answer(record: Record, tokenizer: Tokenizer, max_length: int, names: 
     source, source_length = _encode(tokenizer, max_length, prompt)
     target, target_length = _encode(tokenizer, max_length, None, text_target=answer)
     ids, labels = source["input_ids"], target["input_ids"]
-    full_length = max(source_length, target_length)
-    return _row(ids, labels, full_length, len(labels), length=len(ids) + len(labels))
+    row = _row(ids, labels, max(source_length, target_length), len(labels))
+    return row | {"length": len(ids) + len(labels)}
 
 
 def _encode(tokenizer: Tokenizer, max_length: int, *texts: Any, **options: Any) -> tuple[Any, int]:
@@ -195,13 +161,11 @@ def _answer_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
 def encode_text(record: Record, tokenizer: Tokenizer, max_length: int, names: Names) -> Row:
     """Ids of a text or a pair of texts, and the number of its class."""
     *columns, column = kind_of(record, kinds=TEXT_KINDS)
-    if record[column] is None:
-        raise UserError(f"{column} is missing: fill it, or remove the row")
+    require(record[column] is not None, f"{column} is missing: fill it, or remove the row")
     texts = [string_of(record[name]) for name in columns]
     encoded, full_length = _encode(tokenizer, max_length, *texts)
     row = _row(encoded["input_ids"], class_number(record[column], names), full_length, 1)
-    types = encoded.get("token_type_ids")
-    return row if types is None else row | {"token_type_ids": types}
+    return row | {key: encoded[key] for key in ("token_type_ids",) if key in encoded}
 
 
 def encode_words(record: Record, tokenizer: Tokenizer, max_length: int, names: Names) -> Row:
@@ -209,10 +173,8 @@ def encode_words(record: Record, tokenizer: Tokenizer, max_length: int, names: N
     kind = kind_of(record, kinds=WORD_KINDS)
     words, tags = (record[column] for column in kind)
     sizes = [len(x) if isinstance(x, list) else type(x).__name__ for x in (words, tags)]
-    if not isinstance(sizes[0], int) or sizes[0] != sizes[1]:
-        raise UserError(
-            f"{' and '.join(kind)} must be lists of one length, got {sizes[0]} and {sizes[1]}"
-        )
+    fault = f"{' and '.join(kind)} must be lists of one length, got {sizes[0]} and {sizes[1]}"
+    require(isinstance(sizes[0], int) and sizes[0] == sizes[1], fault)
     numbers = [class_number(tag, names) for tag in tags]
     strings = [string_of(word) for word in words]
     encoded, full_length = _encode(tokenizer, max_length, strings, is_split_into_words=True)
@@ -236,8 +198,7 @@ def _word_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
 def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tuple[str, ...]:
     """The names of the classes in a column of labels, or of lists of labels.
 
-    Args:
-        known: the model's class names, returned if they include all names in the column.
+    `known`, the model's class names, are returned if they include all names in the column.
 
     Raises:
         UserError: a label is neither a name nor a whole number from 0, or all are the same.
@@ -246,8 +207,7 @@ def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tup
     given = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel
     items = (item if isinstance(item, list) else [item] for item in records[column])
     values = {label for item in items for label in item if label is not None}
-    if not values:
-        raise UserError(f"{column} is empty in every row: a classifier needs labels")
+    require(bool(values), f"{column} is empty in every row: a classifier needs labels")
     if given:
         names = tuple(given)
     elif all(type(value) is int and value >= 0 for value in values):
@@ -257,9 +217,8 @@ def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tup
         names = tuple(sorted(map(str, values)))
     else:
         bad = next(value for value in values if type(value) is not int or value < 0)
-        raise UserError(
-            f"{column} must hold names, or whole numbers from 0, got {bad!r}: change or remove it"
-        )
+        wanted = f"{column} must hold names, or whole numbers from 0"
+        raise UserError(f"{wanted}, got {bad!r}: change or remove it")
     if set(names) <= set(known):
         return tuple(known)
     if len(names) < 2:
@@ -287,44 +246,40 @@ def measure(
 ) -> dict[str, float]:
     """`loss`, the mean over all labels of all batches, and a classifier's accuracy and F1.
 
-    Args:
-        results: of each batch, the loss summed over its labels (`objective.loss` with a count of
-            1), the model's outputs, and the labels.
+    `results` are, of each batch, the loss summed over its labels (`objective.loss` with a count of
+    1), the model's outputs, and the labels.
     """
     total, count = 0.0, 0
-    predicted: list[list[int]] = []
-    expected: list[list[int]] = []
+    rows: list[tuple[list[int], list[int]]] = []
     for loss, outputs, labels in results:
         total += float(loss)
-        count += objective.supervised(labels)
+        count += int(((labels[:, 1:] if objective.next_tokens else labels) != NO_LOSS).sum())
         if objective.scores:
             classes = outputs["logits"].argmax(-1)  # (B, C) -> (B,), or (B, T, C) -> (B, T)
             for row, row_labels in zip(classes, labels, strict=True):
                 has_label = row_labels != NO_LOSS
-                predicted.append(row[has_label].tolist())
-                expected.append(row_labels[has_label].tolist())
+                rows.append((row[has_label].tolist(), row_labels[has_label].tolist()))
     scores = {"loss": total / max(count, 1)}
-    return scores | objective.scores(predicted, expected, names) if objective.scores else scores
+    return scores | objective.scores(rows, names) if objective.scores else scores
 
 
-def text_scores(predicted: ClassRows, expected: ClassRows, names: Names) -> dict[str, float]:
+def text_scores(rows: ClassRows, names: Names) -> dict[str, float]:
     """`accuracy`: right labels / labels, over all rows together."""
-    rows = zip(predicted, expected, strict=True)
     right = [a == b for row in rows for a, b in zip(*row, strict=True)]
     return {"accuracy": sum(right) / max(len(right), 1)}
 
 
-def word_scores(predicted: ClassRows, expected: ClassRows, names: Names) -> dict[str, float]:
+def word_scores(rows: ClassRows, names: Names) -> dict[str, float]:
     """`accuracy`, and `f1` over whole entities, as in CoNLL, where `names` are B- and I- tags.
 
     f1 = 2 * right / (predicted + expected); an entity is right if its type and both its ends are.
     seqeval is not used: it requires scikit-learn, and its last release is from 2020.
     """
-    scores = text_scores(predicted, expected, names)
+    scores = text_scores(rows, names)
     if not any(name.startswith(("B-", "I-")) for name in names):
         return scores
     right = total = 0
-    for row in zip(predicted, expected, strict=True):
+    for row in rows:
         found, correct = (entities([names[i] for i in numbers]) for numbers in row)
         right += len(found & correct)
         total += len(found) + len(correct)
@@ -348,25 +303,19 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return spans
 
 
-# ---- the table
-
 OBJECTIVES = {
-    objective.task.name: objective
-    for objective in (
-        Objective(
-            TASKS["causal-lm"], KINDS, encode_chat, _chat_pieces, DataCollatorForSeq2Seq,
-            loss=token_loss, supervised=lambda labels: count_labels(labels[:, 1:]),
-        ),
-        Objective(
-            TASKS["seq2seq"], SEQ2SEQ_KINDS, encode_answer, _answer_pieces, DataCollatorForSeq2Seq
-        ),
-        Objective(
-            TASKS["seq-cls"], TEXT_KINDS, encode_text, _answer_pieces, DataCollatorWithPadding,
-            scores=text_scores, one_label=True,
-        ),
-        Objective(
-            TASKS["token-cls"], WORD_KINDS, encode_words, _word_pieces,
-            DataCollatorForTokenClassification, scores=word_scores,
-        ),
-    )
+    "causal-lm": Objective(
+        KINDS, encode_chat, _chat_pieces, transformers.DataCollatorForSeq2Seq, next_tokens=True
+    ),
+    "seq2seq": Objective(
+        SEQ2SEQ_KINDS, encode_answer, _answer_pieces, transformers.DataCollatorForSeq2Seq
+    ),
+    "seq-cls": Objective(
+        TEXT_KINDS, encode_text, _answer_pieces, transformers.DataCollatorWithPadding,
+        scores=text_scores, one_label=True,
+    ),
+    "token-cls": Objective(
+        WORD_KINDS, encode_words, _word_pieces, transformers.DataCollatorForTokenClassification,
+        scores=word_scores,
+    ),
 }  # fmt: skip

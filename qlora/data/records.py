@@ -37,10 +37,6 @@ ROLES = {"system": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "observation", "function_response"), "tool")
 EXPECTED_JSON = "expected one JSON object per line (or, in .json, a list of them)"
-NO_ROWS = "{} has no rows: add at least one record, or pass another file"
-
-
-# ---- files -> records
 
 
 def load_records(
@@ -49,15 +45,12 @@ def load_records(
     """Records of a local file, of a folder of files of one kind, or of a hub dataset's train split.
 
     A local file is read again at each call, past datasets' cache, and leaves nothing on disk.
-    Blank rows of `text` are skipped.
-
-    Args:
-        kinds: the columns of each kind of record that the task accepts.
-        limit: return only the first records, at most so many.
+    Blank rows of `text` are skipped. `kinds` are the columns of each kind of record that the task
+    accepts; `limit` is the number of records to return at most.
     """
     path = Path(source).expanduser()
     if path.exists():
-        records = _load_files(source, _files(path))
+        records = _load_files(path, source)
     elif _names_a_path(source):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
@@ -65,12 +58,19 @@ def load_records(
             f"name.{did_you_mean(path.name, siblings)}"
         )
     else:
-        records = _load_hub(source)
-    if len(records) and kind_of(records.column_names, source, kinds) == ("text",):
+        try:
+            records = load_dataset(source, split="train")
+        except (DatasetsError, ValueError, OSError) as error:  # the hub's, httpx's are OSErrors
+            raise UserError(
+                f"{source!r} is no local file or folder, and cannot be loaded from the hub: "
+                f"{first_line(error)} Pass a {ENDINGS} file, a folder of them, or the hub name of "
+                "a dataset with a train split"
+            ) from error
+    if records and kind_of(records.column_names, source, kinds) == ("text",):
         filled = [i for i, text in enumerate(records["text"]) if string_of(text).strip()]
         records = records.select(filled)
-    if not len(records):
-        raise UserError(NO_ROWS.format(source))
+    if not records:
+        raise UserError(f"{source} has no rows: add at least one record, or pass another file")
     return records if limit is None else records.select(range(min(limit, len(records))))
 
 
@@ -86,31 +86,25 @@ def _names_a_path(source: str) -> bool:
     )
 
 
-def _files(path: Path) -> list[Path]:
-    """The file itself, or the data files of the folder, which must be of one kind."""
+def _load_files(path: Path, source: str) -> Dataset | None:
+    """Records of a file, or of a folder's files, which must be of one kind; None if it has none."""
+    files = [path]
     if path.is_dir():
-        files = sorted(
-            p for p in path.iterdir() if p.suffix.lower() in LOADERS and not p.name.startswith(".")
-        )
-        kinds = sorted({p.suffix.lower() for p in files})
-        if len({LOADERS[kind] for kind in kinds}) != 1:
-            raise UserError(
-                f"{path} must contain data files of one kind ({ENDINGS}), got "
-                f"{' and '.join(kinds) or 'none'}: pass one of its files, or move the others out"
-            )
-        return files
-    if path.suffix.lower() not in LOADERS:
+        known = (p for p in path.iterdir() if p.suffix.lower() in LOADERS)
+        files = sorted(p for p in known if not p.name.startswith("."))
+    endings = sorted({p.suffix.lower() for p in files})
+    kinds = {LOADERS.get(ending) for ending in endings}
+    if len(kinds) != 1:
         raise UserError(
-            f"{path} is not a {ENDINGS} file: convert it, to .jsonl for example."
-            f"{did_you_mean(path.suffix, LOADERS)}"
+            f"{path} must contain data files of one kind ({ENDINGS}), got "
+            f"{' and '.join(endings) or 'none'}: pass one of its files, or move the others out"
         )
-    return [path]
-
-
-def _load_files(source: str, files: Sequence[Path]) -> Dataset:
-    kind = LOADERS[files[0].suffix.lower()]
-    if kind != "parquet":
-        _check_text(source, files)
+    kind = kinds.pop()
+    if kind is None:
+        hint = did_you_mean(path.suffix, LOADERS)
+        raise UserError(f"{path} is not a {ENDINGS} file: convert it, to .jsonl for example.{hint}")
+    if kind != "parquet" and not _have_text(files):
+        return None
     options: dict[str, Any] = {"split": "train", "keep_in_memory": True}
     if kind == "csv":
         # pandas would read the answers "None" and "N/A" as missing, and "007" and "1.50" as numbers
@@ -124,16 +118,29 @@ def _load_files(source: str, files: Sequence[Path]) -> Dataset:
             records = load_dataset(kind, data_files=data_files, cache_dir=cache, **options)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            raise UserError(NO_ROWS.format(source)) from error
+            return None
         for file in files if kind == "json" else ():
             _json_rows(file)  # names the file and the line, which datasets' message lacks
         reason = first_line(error.__cause__ or error)
-        raise UserError(
-            f"{source} cannot be read as {kind}: {reason} Fix the file, or save it as .jsonl"
-        ) from error
+        fault = f"{source} cannot be read as {kind}: {reason} Fix the file, or save it as .jsonl"
+        raise UserError(fault) from error
     finally:
         datasets_logging.set_verbosity(verbosity)
     return _restore_dates(records, files) if kind == "json" else records
+
+
+def _have_text(files: Sequence[Path]) -> bool:
+    """Whether a file is not blank; raises for encodings other than UTF-8: datasets accepts them."""
+    filled = False
+    for file in files:
+        with file.open("rb") as lines:  # line by line: a file may not fit into memory
+            for number, line in enumerate(lines, start=1):
+                try:
+                    filled |= bool(line.decode().strip())
+                except UnicodeDecodeError as error:
+                    fault = f"{file}, line {number} is not UTF-8: save the file as UTF-8"
+                    raise UserError(fault) from error
+    return filled
 
 
 def _restore_dates(records: Dataset, files: Sequence[Path]) -> Dataset:
@@ -167,33 +174,6 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_text(source: str, files: Sequence[Path]) -> None:
-    """Raise for encodings other than UTF-8, which datasets accepts, and for blank files."""
-    filled = False
-    for file in files:
-        with file.open("rb") as lines:  # line by line: a file may not fit into memory
-            for number, line in enumerate(lines, start=1):
-                try:
-                    filled |= bool(line.decode().strip())
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{file}, line {number} is not UTF-8: save the file as UTF-8"
-                    ) from error
-    if not filled:
-        raise UserError(NO_ROWS.format(source))
-
-
-def _load_hub(name: str) -> Dataset:
-    try:
-        return load_dataset(name, split="train")
-    except (DatasetsError, ValueError, OSError) as error:  # the hub's and httpx's are OSErrors
-        raise UserError(
-            f"{name!r} is no local file or folder, and cannot be loaded from the hub: "
-            f"{first_line(error)} Pass a {ENDINGS} file, a folder of them, or the hub name of a "
-            "dataset with a train split"
-        ) from error
-
-
 # ---- records -> messages
 
 
@@ -203,8 +183,7 @@ class Chat:
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
-    first: int
-    """index of the first message that may have loss; those before it are a `prompt`"""
+    first: int  # index of the first message that may have loss; those before it are a `prompt`
 
 
 def kind_of(
@@ -213,16 +192,14 @@ def kind_of(
     """The first of `kinds` whose columns are all in `columns`."""
     columns = list(columns)
     for kind in kinds:
-        if all(column in columns for column in kind):
+        if set(kind) <= set(columns):
             return kind
     expected = "; ".join(" + ".join(kind) for kind in kinds)
     known = [column for kind in kinds for column in kind]
     missing = [column for column in known if column not in columns]
     hints = (did_you_mean(column, missing) for column in columns if column not in known)
-    raise UserError(
-        f"{source} has the columns {', '.join(columns)}; expected one of: {expected}. Rename them."
-        f"{next(filter(None, hints), '')}"
-    )
+    fault = f"{source} has the columns {', '.join(columns)}; expected one of: {expected}."
+    raise UserError(f"{fault} Rename them.{next(filter(None, hints), '')}")
 
 
 def chat_of(record: Mapping[str, Any]) -> Chat | None:
@@ -246,14 +223,6 @@ def chat_of(record: Mapping[str, Any]) -> Chat | None:
     return Chat(messages, _without_none(_parsed(record.get("tools"), "tools")) or None, first)
 
 
-def prompt_messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages before the last assistant turn, to generate from; empty for `text` records."""
-    chat = chat_of(record)
-    messages = chat.messages if chat else []
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: turns[-1]] if turns else messages
-
-
 def _messages(value: Any, role: str | None, column: str) -> list[dict[str, Any]]:
     """A list of messages as it is, or text as one message of `role`."""
     if isinstance(value, (list, tuple)):
@@ -271,10 +240,8 @@ def _message(turn: Any) -> dict[str, Any]:
     sender, value = rest.pop("from", None), rest.pop("value", None)
     role, content = rest.pop("role", None) or sender, rest.pop("content", value)
     if role not in ROLES:
-        raise UserError(
-            f"unknown role {role!r}, expected one of {', '.join(ROLES)}."
-            f"{did_you_mean(str(role), ROLES)}"
-        )
+        hint = did_you_mean(str(role), ROLES)
+        raise UserError(f"unknown role {role!r}, expected one of {', '.join(ROLES)}.{hint}")
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         if any("text" not in part for part in content):
             raise UserError("a message has parts that are not text: only text can be trained on")

@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qlora.data.chat_template import NO_LOSS, fallback_template
 from qlora.data.objectives import OBJECTIVES, class_names
 from qlora.data.records import kind_of, load_records
-from qlora.errors import UserError, some
+from qlora.errors import UserError, require, some
 
 Collator = Callable[[list[Any]], Any]
 BATCH_TOKENS = 2048  # without gradients: their logits over a vocabulary of 128k take 0.5 GB in bf16
@@ -51,16 +51,11 @@ class DataStats:
 
     rows: int
     tokens: int
-    supervised_tokens: int
-    """tokens with loss"""
-    cut_rows: int
-    """rows longer than max_length, kept or not"""
-    dropped_rows: int
-    """rows without a supervised token after the cut"""
-    classes: tuple[str, ...] = ()
-    """a classifier's class names, by their number"""
-    chats: bool = False
-    """whether the chat template rendered the rows"""
+    supervised_tokens: int  # those with loss
+    cut_rows: int  # longer than max_length, kept or not
+    dropped_rows: int  # without a supervised token after the cut
+    classes: tuple[str, ...] = ()  # a classifier's names, by their number
+    chats: bool = False  # whether the chat template rendered the rows
 
 
 def prepare_data(
@@ -158,10 +153,8 @@ def prepare_tokenizer(tokenizer: Tokenizer, *, chats: bool = False) -> tuple[str
     changed = []
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        if tokenizer.pad_token is None:
-            raise UserError(
-                "the tokenizer has no pad, eos or unk token: set one in its tokenizer_config"
-            )
+        fault = "the tokenizer has no pad, eos or unk token: set one in its tokenizer_config"
+        require(tokenizer.pad_token is not None, fault)
         changed.append("pad_token")
     if chats and (template := fallback_template(tokenizer)):
         tokenizer.chat_template = template
@@ -171,12 +164,11 @@ def prepare_tokenizer(tokenizer: Tokenizer, *, chats: bool = False) -> tuple[str
 
 def describe(stats: DataStats, *, name: str) -> str:
     """One line of counts, and a second line if rows were cut or dropped."""
-    share = stats.supervised_tokens / max(stats.tokens, 1)
-    supervised = f"{stats.supervised_tokens:,} of them supervised ({share:.0%})"
-    if count := len(stats.classes):
-        shown = some(stats.classes, 8)
-        supervised = f"{stats.supervised_tokens:,} labels of {count} classes: {shown}"
-    line = f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {supervised}"
+    line = f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {stats.supervised_tokens:,} "
+    if stats.classes:
+        line += f"labels of {len(stats.classes)} classes: {some(stats.classes, 8)}"
+    else:
+        line += f"of them supervised ({stats.supervised_tokens / max(stats.tokens, 1):.0%})"
     if stats.cut_rows or stats.dropped_rows:
         line += (
             f"\n{name}: {stats.cut_rows:,} rows cut at max_length, {stats.dropped_rows:,} rows "
@@ -194,8 +186,8 @@ def show_example(
     classes: Sequence[str] = (),
 ) -> str:
     """The shortest of the first 32 rows, decoded, with the parts that have loss marked."""
-    first = [dataset[i] for i in range(min(len(dataset), 32))]
-    row = min(first, key=lambda row: int(row["length"]))
+    first = dataset.select(range(min(len(dataset), 32)))
+    row: Any = min(first, key=lambda row: int(row["length"]))
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     text = f"An example row; loss is on the text {'in green' if colour else 'between ⟦ and ⟧'}:\n"
     for piece, has_loss in OBJECTIVES[task].pieces(row, tokenizer, classes):
@@ -232,17 +224,12 @@ def collator(tokenizer: Tokenizer, task: str = "causal-lm", model: Any = None) -
 
 
 def length_batches(
-    rows: Iterable[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    max_tokens: int = BATCH_TOKENS,
-    *,
-    task: str = "causal-lm",
-    model: Any = None,
+    rows: Iterable[Any], tokenizer: Tokenizer, *, task: str = "causal-lm", model: Any = None
 ) -> list[Any]:
-    """`rows`, shortest first, in batches of at most `max_tokens` (or of one row), on the CPU."""
-    groups: list[list[Mapping[str, Any]]] = [[]]
+    """`rows`, shortest first, in batches of at most BATCH_TOKENS (or of one row), on the CPU."""
+    groups: list[list[Any]] = [[]]
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > max_tokens:
+        if groups[-1] and (len(groups[-1]) + 1) * len(row["input_ids"]) > BATCH_TOKENS:
             groups.append([])
         groups[-1].append(row)
     return list(map(collator(tokenizer, task, model), groups))
@@ -305,7 +292,6 @@ def _as_packs(items: Sequence[Any]) -> list[list[Mapping[str, Any]]]:
     return [item if isinstance(item, list) else [item] for item in items]
 
 
-@dataclass(frozen=True)
 class FlatCollator:
     """Rows or packs -> one row without pads: input_ids, labels, position_ids (1, total).
 

@@ -5,7 +5,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from itertools import pairwise
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -46,17 +46,15 @@ def expected(adapters, checkpoints):
 
 @pytest.fixture
 def talk(adapters, monkeypatch, capsys):
-    """`talk(lines, …)`: what comes out on standard output and error."""
+    """`talk(lines, …)`: what comes out on standard output and error; without lines, input()'s."""
 
-    def run(lines, terminal=False, **settings):
+    def run(*lines, **settings):
         stdin = io.StringIO("".join(f"{line}\n" for line in lines))
-        monkeypatch.setattr(stdin, "isatty", lambda: terminal, raising=False)
+        monkeypatch.setattr(stdin, "isatty", lambda: not lines, raising=False)
         monkeypatch.setattr(sys, "stdin", stdin)
-        settings = {"max_new_tokens": 8, **settings}
-        if "model" not in settings:
-            settings = {"adapter": str(adapters("llama")), **settings}
         capsys.readouterr()
-        chat.chat(ChatConfig(**settings))
+        defaults = {"adapter": str(adapters("llama")), "max_new_tokens": 8}
+        chat.chat(ChatConfig(**defaults | settings))
         return capsys.readouterr()
 
     return run
@@ -67,53 +65,53 @@ def widen_terminal(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
 
 
+def typed(monkeypatch, *lines):
+    asked = Mock(side_effect=lines)
+    monkeypatch.setattr("builtins.input", asked)
+    return asked
+
+
 def test_pipe_gets_the_answers_alone(talk, expected):
     both = expected(tuned=True)
     assert len(set(both)) == 2
-    said = talk([QUESTIONS[0], "", QUESTIONS[1]])
+    said = talk(QUESTIONS[0], "", QUESTIONS[1])
     assert (said.out, said.err) == ("".join(f"{text}\n" for text in both), "")
-    assert talk([], prompt=QUESTIONS[0]).out == f"{both[0]}\n"
-    again = talk(["what is it?", "/reset", *QUESTIONS, "/exit", "hi"])
+    assert talk(prompt=QUESTIONS[0]).out == f"{both[0]}\n"
+    again = talk("what is it?", "/reset", *QUESTIONS, "/exit", "hi")
     assert again.out.endswith(said.out)
     assert again.err == "The conversation is cleared.\n"
 
 
 def test_base_and_adapter_have_a_history_each(talk, expected):
     both = zip(expected(False, "be brief"), expected(True, "be brief"), strict=True)
-    said = talk(["/system be brief", *QUESTIONS], compare=True)
+    said = talk("/system be brief", *QUESTIONS, compare=True)
     assert said.out == "".join(
         f"── base ──\n{base}\n── with adapter ──\n{tuned}\n" for base, tuned in both
     )
 
 
 def test_wide_terminal_shows_them_side_by_side(talk, expected, monkeypatch):
-    rows = []
-
-    class Recorded(chat.SideBySide):
-        def show(self, texts, ended):
-            super().show(texts, ended)
-            if all(ended):
-                rows.append([text.rstrip() for text in texts])
-
-    monkeypatch.setattr(chat, "SideBySide", Recorded)
     widen_terminal(monkeypatch)
-    lines = talk(QUESTIONS, compare=True).out.splitlines()
+    show = chat.SideBySide.show
+    with patch.object(chat.SideBySide, "show", autospec=True, side_effect=show) as shown:
+        lines = talk(*QUESTIONS, compare=True).out.splitlines()
+    ends = [call.args[1] for call in shown.call_args_list if all(call.args[2])]
+    rows = [[text.rstrip() for text in texts] for texts in ends]
     base, tuned = expected(tuned=False), expected(tuned=True)
     assert rows[-1] == [base[1], tuned[1]] and [base[0], tuned[0]] in rows
     assert lines[0].split() == ["base", "│", "with", "adapter"] and "│" in lines[-1]
 
 
 def test_adapter_that_cannot_be_mixed_is_shown_below(talk, monkeypatch):
-    below = talk(QUESTIONS, compare=True).out
+    below = talk(*QUESTIONS, compare=True).out
     monkeypatch.setattr(chat, "mixed_batch", Mock(side_effect=UserError("DoRA cannot be mixed")))
     widen_terminal(monkeypatch)
-    assert talk(QUESTIONS, compare=True).out == printable(below)
+    assert talk(*QUESTIONS, compare=True).out == printable(below)
 
 
 def test_interactive_chat_continues_after_mistakes(talk, monkeypatch):
-    lines = ["/rest", "/help", "x" * 600, KeyboardInterrupt, "hi", EOFError]
-    monkeypatch.setattr("builtins.input", Mock(side_effect=lines))
-    said = talk([], terminal=True)
+    typed(monkeypatch, "/rest", "/help", "x" * 600, KeyboardInterrupt, "hi", EOFError)
+    said = talk()
     for words in ("an adapter on", "/help lists", "error: unknown command /rest", chat.HELP,
                   "error: this message has 6", "/exit or Ctrl-D leaves"):  # fmt: skip
         assert words in said.err
@@ -139,23 +137,11 @@ def test_ctrl_c_ends_a_script_and_not_an_interactive_chat(talk, monkeypatch):
 
     monkeypatch.setattr(chat, "write_out", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        talk([], prompt="hi")
+        talk(prompt="hi")
     calls.clear()
-    typed = Mock(side_effect=["hi", "what is it?", "/exit"])
-    monkeypatch.setattr("builtins.input", typed)
-    talk([], terminal=True)
-    assert typed.call_count == 3 and len(calls) > 8
-
-
-# ---- conversations and streaming
-
-
-def test_history_comes_before_the_question():
-    tokenizer, conversation = tiny_tokenizer(), Conversation("be brief", TURNS[:1])
-    turns = [("system", "be brief"), ("user", "one"), ("assistant", "1"), ("user", "two")]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert conversation.prompt(tokenizer, "two", None) == (expected, 0)
+    asked = typed(monkeypatch, *QUESTIONS, "/exit")
+    talk()
+    assert asked.call_count == 3 and len(calls) > 8
 
 
 def test_oldest_turns_are_dropped_where_they_do_not_fit(talk):
@@ -170,38 +156,27 @@ def test_oldest_turns_are_dropped_where_they_do_not_fit(talk):
     with pytest.raises(UserError, match=f"has {tokens} tokens; .* context has {longest} beside"):
         conversation.prompt(tokenizer, question, longest)
     assert conversation.turns == TURNS[2:]  # a question that does not fit drops no turn
-    assert "full: dropped the oldest 1 turn" in talk(["x" * 300, "y" * 300]).err
+    assert "full: dropped the oldest 1 turn" in talk("x" * 300, "y" * 300).err
 
 
-def streamed(show):
-    """Answers to QUESTIONS, each a chat of its own, and what `answers` gives."""
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+@pytest.mark.parametrize("stop", [None, 3])
+def test_streamed_texts_grow_to_the_answers_and_ctrl_c_keeps_them(stop):
+    model, tokenizer, seen = tiny_model("llama"), tiny_tokenizer(), []
     chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
-    prompts = [prompt_ids(tokenizer, chat) for chat in chats]
-    settings = generation_settings(model, tokenizer, 10)
-    found = stream(model, tokenizer, prompts, settings, show)
-    return found, lambda count: answers(model, tokenizer, chats, max_new_tokens=count)
-
-
-def test_streamed_texts_grow_to_the_answers():
-    seen = []
-    (texts, interrupted), reference = streamed(lambda *shown: seen.append([*map(list, shown)]))
-    assert texts == reference(10) and not interrupted
-    assert len(seen) == 11 and seen[-1] == [texts, [True, True]]  # each token, and the end
-    for (before, _), (after, _) in pairwise(seen):
-        assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
-
-
-def test_ctrl_c_keeps_what_was_generated():
-    calls = []
 
     def show(texts, ended):
-        calls.append(list(texts))
-        if len(calls) == 3:
+        seen.append([*map(list, (texts, ended))])
+        if len(seen) == stop:
             raise KeyboardInterrupt
 
-    (texts, interrupted), reference = streamed(show)
-    assert interrupted and texts == reference(3)
+    prompts = [prompt_ids(tokenizer, chat) for chat in chats]
+    settings = generation_settings(model, tokenizer, 10)
+    texts, interrupted = stream(model, tokenizer, prompts, settings, show)
+    assert texts == answers(model, tokenizer, chats, max_new_tokens=stop or 10)
+    assert interrupted is bool(stop) and seen[-1] == [texts, [True, True]]
+    assert len(seen) == (stop or 10) + 1  # each token, and the end
+    for (before, _), (after, _) in pairwise(seen):
+        assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
 
 
 def test_row_ends_at_a_stop_token_and_shows_whole_characters():
@@ -220,35 +195,22 @@ def test_row_ends_at_a_stop_token_and_shows_whole_characters():
 def test_gpu_out_of_memory_is_an_error_a_chat_survives(talk, monkeypatch):
     full = Mock(side_effect=torch.OutOfMemoryError)
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", full)
-    monkeypatch.setattr("builtins.input", Mock(side_effect=["hi", "/exit"]))
-    assert "error: the GPU's memory ran out: /reset clears" in talk([], terminal=True).err
+    typed(monkeypatch, "hi", "/exit")
+    assert "error: the GPU's memory ran out: /reset clears" in talk().err
 
 
-# ---- bad input
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_new_tokens": 512}, "--max-new-tokens 512 leaves no tokens .* context has 512 for"),
-        ({"adapter": "nowhere"}, "adapter nowhere does not exist: give the folder"),
-        ({"model": "nowhere/to/be"}, "model nowhere/to/be does not exist"),
-    ],
-)
-def test_what_cannot_chat(talk, settings, message):
+def test_what_cannot_chat(talk, tmp_path, checkpoints):
+    message = "--max-new-tokens 512 leaves no tokens .* context has 512 for"
     with pytest.raises(UserError, match=message):
-        talk(["hi"], **settings)
-
-
-def test_classifier_cannot_chat(talk, tmp_path, checkpoints):
+        talk("hi", max_new_tokens=512)
     base = load_base(str(checkpoints("llama")), FP32, task="seq-cls", labels=("a", "b"))
     base.save_pretrained(tmp_path / "classifier")
     with pytest.raises(UserError, match="classifier is for seq-cls: chat needs a causal"):
-        talk(["hi"], model=str(tmp_path / "classifier"))
+        talk("hi", adapter=None, model=str(tmp_path / "classifier"))
 
 
 def test_base_without_a_template_is_noted(talk, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints("llama"), tmp_path / "base")
     (folder / "chat_template.jinja").unlink()
-    said = talk(["hi"], model=str(folder)).err
+    said = talk("hi", adapter=None, model=str(folder)).err
     assert "no chat template: turns are written as `### User:`" in said

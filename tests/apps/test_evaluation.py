@@ -1,10 +1,10 @@
 """Evaluation: its loss is training's, its answers are transformers', its scores the packages'."""
 
-import importlib.util
 import json
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,33 +12,19 @@ from unittest.mock import Mock
 import pytest
 import sacrebleu
 import torch
-from conftest import (
-    FP32,
-    ROWS,
-    one_by_one,
-    quick_config,
-    read_rows,
-    tiny_model,
-    tiny_tokenizer,
-    write_rows,
-)
+from conftest import FP32, ROWS, axis, one_by_one, quick_config, tiny_model, write_rows
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from qlora import disable_adapter, load_adapter, load_base
-from qlora.apps.evaluation import (
-    compare_answers,
-    evaluate,
-    measure_rows,
-    questions_in,
-    require_scorers,
-    samples,
-)
+from qlora.apps import evaluation
+from qlora.apps.evaluation import compare_answers, evaluate
 from qlora.config import DataConfig, EvaluateConfig, MergeConfig
 from qlora.data.rows import prepare_data
 from qlora.errors import UserError
+from qlora.files import read_metrics
 from qlora.merge import merge
 from qlora.training import train
 
@@ -50,76 +36,72 @@ RECORDS = {
 }
 
 
-def evaluation(adapter: Path, data: Path, output: Path, **settings) -> dict:
-    flags = {"adapter": str(adapter), "data": str(data), "output": str(output), **settings}
-    return evaluate(EvaluateConfig(**flags))
+@pytest.fixture
+def evaluated(adapters, tmp_path):
+    """`evaluated(rows, …)`: the results of a random adapter, or another one, on these rows."""
+    folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
+
+    def run(rows, **settings):
+        data = write_rows(tmp_path / "rows.jsonl", rows)
+        return evaluate(EvaluateConfig(**{"adapter": str(folder), "data": str(data), **settings}))
+
+    return run
 
 
 def logged(folder: Path) -> dict:
     """The last evaluation that training logged."""
-    return [row for row in read_rows(folder / "metrics.jsonl") if "eval_loss" in row][-1]
+    return [row for row in read_metrics(folder) if "eval_loss" in row][-1]
 
 
-# ---- scores of the model
-
-
-def test_loss_and_answers_of_base_and_adapter(quick_run, checkpoints, tmp_path, capsys):
-    output = tmp_path / "results.json"
-    data = write_rows(tmp_path / "rows.jsonl", ROWS[:5])
-    results = evaluation(quick_run.folder, data, output, max_new_tokens=6)
+def test_loss_and_answers_of_base_and_adapter(evaluated, quick_run, checkpoints, tmp_path, capsys):
+    output, trained = tmp_path / "results.json", str(quick_run.folder)
+    results = evaluated(ROWS[:5], adapter=trained, output=str(output), max_new_tokens=6)
     assert json.loads(output.read_text()) == results
     assert results["max_length"] == 128  # as in training
 
     model = load_base(str(checkpoints("llama")), FP32)
-    load_adapter(model, quick_run.folder)
-    tokenizer = AutoTokenizer.from_pretrained(quick_run.folder)
-    wanted = [row["completion"] for row in ROWS[:5]]
-    chats = [[{"role": "user", "content": row["prompt"]}] for row in ROWS[:5]]
-    with disable_adapter(model):
-        expected = {"base": one_by_one(model, tokenizer, chats, max_new_tokens=6)}
-    expected["adapter"] = one_by_one(model, tokenizer, chats, max_new_tokens=6)
-    for name, given in expected.items():
-        assert [answer[name] for answer in results["answers"]] == given
+    load_adapter(model, trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    wanted, requests = ([row[key] for row in ROWS[:5]] for key in ("completion", "prompt"))
+    chats = [[{"role": "user", "content": text}] for text in requests]
+    for name, state in (("base", disable_adapter(model)), ("adapter", nullcontext())):
+        with state:
+            given = one_by_one(model, tokenizer, chats, max_new_tokens=6)
+        for key, expected in (("request", requests), ("wanted", wanted), (name, given)):
+            assert [answer[key] for answer in results["answers"]] == expected
         bleu = sacrebleu.corpus_bleu(given, [wanted], force=True).score
         assert results["scores"][name]["bleu"] == pytest.approx(bleu)
-    assert [answer["wanted"] for answer in results["answers"]] == wanted
-    assert [answer["request"] for answer in results["answers"]] == [r["prompt"] for r in ROWS[:5]]
     said = capsys.readouterr().out
     assert "Measured on 5 rows," in said and "5 answers of up to 6 tokens" in said
     assert said.count("    wanted ") == 3
-    assert f"python -m qlora.chat --adapter {quick_run.folder} --compare" in said
+    assert f"python -m qlora.chat --adapter {trained} --compare" in said
 
 
-def test_loss_is_that_of_training_and_of_the_merged_model(quick_run, data, tmp_path, capsys):
-    loss = logged(quick_run.folder)["eval_loss"]
-    found = evaluation(quick_run.folder, data, tmp_path / "a.json", generate=False)
+def test_loss_is_that_of_training_and_of_the_merged_model(evaluated, quick_run, tmp_path, capsys):
+    loss, output = logged(quick_run.folder)["eval_loss"], str(tmp_path / "a.json")
+    found = evaluated(ROWS, adapter=str(quick_run.folder), output=output, generate=False)
     # fp32, other batches
     assert found["scores"]["adapter"]["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["answers"] == [] and f"{loss:.4f}" in capsys.readouterr().out
     merged = str(tmp_path / "merged")
     merge(MergeConfig(adapter=str(quick_run.folder), output_dir=merged, format="fp32"))
-    config = {"data": str(data), "max_length": 128, "generate": False, "compute_dtype": "fp32"}
-    results = evaluate(EvaluateConfig(model=merged, **config))
+    config = {"max_length": 128, "generate": False, "compute_dtype": "fp32"}
+    results = evaluated(ROWS, adapter=None, model=merged, **config)
     # merged in fp32 it is the function that was trained, to rounding
     assert results["scores"]["model"]["loss"] == pytest.approx(loss, rel=1e-4)
     assert not (Path(merged) / "evaluation.json").exists()
     assert f"python -m qlora.chat --model {merged}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("family", "task"),
-    [
-        ("bert", "token-cls"),
-        pytest.param("t5", "seq2seq", marks=pytest.mark.full),
-        pytest.param("llama without pad", "seq-cls", marks=pytest.mark.full),
-    ],
-)
-def test_other_tasks_have_the_scores_of_training(family, task, checkpoints, tmp_path, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", map(RECORDS[task], range(12)))
+@pytest.mark.parametrize("task", axis("token-cls", "seq2seq", "seq-cls"))
+def test_other_tasks_have_the_scores_of_training(task, evaluated, checkpoints, tmp_path, capsys):
+    family = {"token-cls": "bert", "seq2seq": "t5", "seq-cls": "llama without pad"}[task]
+    rows = [RECORDS[task](i) for i in range(12)]
+    data = write_rows(tmp_path / "data.jsonl", rows)
     both = DataConfig(str(data), eval_data=str(data), max_length=48)
     config = quick_config(checkpoints(family), data, tmp_path / "run", data=both, eval_steps=4)
     folder = train(replace(config, task=task))
-    found = evaluation(folder, data, tmp_path / "a.json", max_new_tokens=4)["scores"]
+    found = evaluated(rows, adapter=str(folder), max_new_tokens=4)["scores"]
     wanted = logged(folder)
     assert found["adapter"]["loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
     for name in ("accuracy", "f1"):
@@ -128,9 +110,9 @@ def test_other_tasks_have_the_scores_of_training(family, task, checkpoints, tmp_
     assert "qlora.chat" not in capsys.readouterr().out  # for causal language models only
 
 
-def test_loss_is_the_mean_over_supervised_tokens(tmp_path):
+def test_loss_is_the_mean_over_supervised_tokens(checkpoints, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", ROWS[:8])
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model, tokenizer = tiny_model("llama"), AutoTokenizer.from_pretrained(checkpoints("llama"))
     rows, stats = prepare_data(str(path), tokenizer, max_length=64)
     total = 0.0
     for row in rows:  # one at a time: no padding
@@ -138,152 +120,96 @@ def test_loss_is_the_mean_over_supervised_tokens(tmp_path):
         with torch.no_grad():
             logits = model(ids).logits[0, :-1]
         total += float(F.cross_entropy(logits, labels[1:], reduction="sum"))
-    found = measure_rows(model, tokenizer, rows)
+    found = evaluation.measure_rows(model, tokenizer, rows)
     loss = total / stats.supervised_tokens
     assert found["loss"] == pytest.approx(loss, rel=1e-5)  # fp32, added up in another order
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
-def test_compute_dtype_is_the_one_asked_for(checkpoints, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", ROWS[:3])
-    model = {"model": str(checkpoints("llama")), "data": str(data), "generate": False}
-    fp32, bf16 = (
-        evaluate(EvaluateConfig(**model, compute_dtype=dtype))["scores"]["model"]["loss"]
-        for dtype in ("fp32", "bf16")
-    )
+def test_compute_dtype_is_the_one_asked_for(evaluated, checkpoints):
+    model = {"adapter": None, "model": str(checkpoints("llama")), "generate": False}
+    results = [evaluated(ROWS[:3], **model, compute_dtype=dtype) for dtype in ("fp32", "bf16")]
+    fp32, bf16 = (found["scores"]["model"]["loss"] for found in results)
     # bf16 has 8 bits: the loss of a random model moves, and not far
     assert fp32 == pytest.approx(bf16, rel=0.05) and fp32 != bf16
 
 
-def test_adapter_without_effect_is_no_better_than_its_base(adapters, tmp_path, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", ROWS[:3])
-    folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({name: 0 * t for name, t in tensors.items()}, folder / "adapter_model.safetensors")
-    scores = evaluation(folder, data, tmp_path / "a.json", generate=False)["scores"]
+def test_adapter_without_effect_is_no_better_than_its_base(evaluated, tmp_path, capsys):
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: 0 * tensor for name, tensor in load_file(file).items()}, file)
+    scores = evaluated(ROWS[:3], generate=False)["scores"]
     assert scores["adapter"]["loss"] == scores["base"]["loss"]
     assert "no better than its base" in capsys.readouterr().out
-
-
-# ---- questions
 
 
 def test_last_turn_of_a_chat_is_the_question(adapters):
     tokenizer = AutoTokenizer.from_pretrained(adapters("llama"))
     turns = zip(["user", "assistant"] * 2, ["a", "b", "c", " d\n"], strict=True)
     messages = [{"role": role, "content": text} for role, text in turns]
-    (question,) = questions_in([{"messages": messages}], tokenizer, "causal-lm")
+    records = [{"messages": messages}, {"messages": messages[:3]}, {"messages": messages[1:2]}]
+    question, first, alone = evaluation.questions_in(records, tokenizer, "causal-lm")
+    assert (first.request, alone.request) == ("a", "")  # a question after it, no question
     prompt = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)
     assert question.prompt == prompt["input_ids"] and question.request == "c"
     assert tokenizer.decode(question.answer) == " d\n<|im_end|>"
 
 
-def test_rows_of_text_are_not_asked(adapters, tmp_path, capsys):
-    data = write_rows(tmp_path / "text.jsonl", [{"text": "some words"}, {"text": "and more"}])
-    folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
-    results = evaluate(EvaluateConfig(adapter=str(folder), data=str(data)))
+def test_rows_of_text_and_questions_that_do_not_fit_are_not_asked(evaluated, tmp_path, capsys):
+    results = evaluated([{"text": "some words"}, {"text": "and more"}])
     assert results["scores"]["base"].keys() == {"loss", "perplexity"}
     assert "plain text without prompts" in capsys.readouterr().out
-    assert json.loads((folder / "evaluation.json").read_text()) == results
-
-
-def test_questions_that_do_not_fit_are_left_out(adapters, tmp_path, capsys):
+    assert json.loads((tmp_path / "adapter" / "evaluation.json").read_text()) == results
     rows = [{"prompt": "x" * n, "completion": "y"} for n in (10, 500)]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    results = evaluation(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=8)
-    assert len(results["answers"]) == 1
+    assert len(evaluated(rows, max_new_tokens=8)["answers"]) == 1
     assert "1 of 2 questions exceed" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"exceeds the model.s context, 512 tokens"):
-        evaluation(adapters("llama"), data, tmp_path / "a.json", max_new_tokens=500)
-
-
-# ---- scores of answers
-
-GIVEN = ["the cat sat on the mat today", " Paris\n", "", "seven and eight are numbers ."]
-WANTED = ["the cat sat on the mat", "Paris", "a word", "seven or eight are numbers ."]
+        evaluated(rows, max_new_tokens=500)
 
 
 def test_answers_are_scored_as_the_packages_score_them():
-    found = compare_answers(GIVEN, WANTED)
-    kinds = ["rouge1", "rouge2", "rougeL"]
+    given = ["the cat sat on the mat today", " Paris\n", "", "seven and eight are numbers ."]
+    wanted = ["the cat sat on the mat", "Paris", "a word", "seven or eight are numbers ."]
+    found, kinds = compare_answers(given, wanted), ["rouge1", "rouge2", "rougeL"]
     assert list(found) == ["exact_match", *kinds, "bleu"]
     assert found["exact_match"] == 0.25  # Paris, whatever white space is around it
-    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(GIVEN, [WANTED]).score)
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(given, [wanted]).score)
     scorer = rouge_scorer.RougeScorer(kinds)
     for kind in kinds:
-        each = [scorer.score(w, g)[kind].fmeasure for g, w in zip(GIVEN, WANTED, strict=True)]
+        each = [scorer.score(w, g)[kind].fmeasure for g, w in zip(given, wanted, strict=True)]
         assert found[kind] == pytest.approx(math.fsum(each) / 4)
     # by hand: the first answer has all 6 wanted words among its 7, twice 12 / 13 words of two texts
-    assert compare_answers(GIVEN[:1], WANTED[:1])["rouge1"] == pytest.approx(12 / 13)
+    assert compare_answers(given[:1], wanted[:1])["rouge1"] == pytest.approx(12 / 13)
     perfect = {"exact_match": 1, "rouge1": 1, "rouge2": 0.75, "rougeL": 1, "bleu": 100}
-    assert compare_answers(WANTED, WANTED) == pytest.approx(perfect)  # "Paris" has no word pairs
-    assert compare_answers(["我们"], ["我们"]).keys() == {
-        "exact_match",
-        "bleu",
-    }  # no word for ROUGE
+    assert compare_answers(wanted, wanted) == pytest.approx(perfect)  # "Paris" has no word pairs
+    assert [*compare_answers(["我们"], ["我们"])] == ["exact_match", "bleu"]  # no word for ROUGE
 
 
 def test_samples_do_nothing_to_a_terminal():
     answers = [{"request": "a\x1b[2Jb", "wanted": "c\nd", "model": "\a" * 9}]
     lines = ["", "  a[2Jb", "    model    (nothing)", "    wanted   c d"]
-    assert samples({"answers": answers}).split("\n") == lines
+    assert evaluation.samples({"answers": answers}).split("\n") == lines
 
 
-# ---- bad input
-
-
-@pytest.mark.parametrize(
-    ("rows", "settings", "message"),
-    [
-        ([{"question": "a", "answer": "b"}], {}, "question, answer; expected one of"),
-        ([{"prompt": "a", "completion": ""}], {}, "1 of 1 rows have no answer"),
-        ([], {}, "has no rows"),
-        (ROWS, {"data": "gone.jsonl"}, r"gone\.jsonl does not exist"),
-        (ROWS, {"adapter": "nowhere"}, "adapter nowhere does not exist"),
-        (ROWS, {"output": "no/such/folder.json"}, "--output no/such/folder.json must be"),
-    ],
-)
-def test_mistakes_are_found_before_the_model_is_loaded(
-    adapters, tmp_path, rows, settings, message, monkeypatch
-):
-    never_load(monkeypatch)
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    config = {"adapter": str(adapters("llama")), "data": str(data), **settings}
-    with pytest.raises(UserError, match=message):
-        evaluate(EvaluateConfig(**config))
-
-
-def never_load(monkeypatch):
+def test_mistakes_are_found_before_the_model_is_loaded(evaluated, monkeypatch):
     load = Mock(side_effect=AssertionError("the model was loaded"))
     monkeypatch.setattr("qlora.adapters.live.ResolvedModel.load", load)
 
+    def refused(message, rows=ROWS, **settings):
+        with pytest.raises(UserError, match=message):
+            evaluated(rows, **settings)
 
-@pytest.mark.parametrize("output", [None, "results.json"])
-def test_folder_without_write_permission(output, adapters, tmp_path, monkeypatch, data):
-    never_load(monkeypatch)
+    refused("question, answer; expected one of", rows=[{"question": "a", "answer": "b"}])
+    refused(r"gone\.jsonl does not exist", data="gone.jsonl")
+    refused("--output no/such/folder.json must be", output="no/such/folder.json")
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        refused("pip install rouge-score sacrebleu, or measure only the loss", limit=1)
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    place = output and str(tmp_path / output)
-    config = EvaluateConfig(adapter=str(adapters("llama")), data=str(data), output=place)
-    with pytest.raises(UserError, match=r"no write permission for .*--output"):
-        evaluate(config)
-
-
-def test_missing_packages_are_named_before_the_model_is_loaded(
-    adapters, data, tmp_path, monkeypatch
-):
-    require_scorers()
-    never_load(monkeypatch)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match="pip install rouge-score sacrebleu, or measure only the loss"
-    ):
-        evaluation(adapters("llama"), data, tmp_path / "a.json", limit=1)
+    refused(r"no write permission for .*--output")
+    refused(r"no write permission for .*--output", output="results.json")
 
 
 @pytest.mark.parametrize("text", ["config: [", "config:", "- a", "\xff"])
-def test_damaged_run_file_is_ignored(text, adapters, tmp_path):
-    folder = shutil.copytree(adapters("llama"), tmp_path / "adapter")
-    (folder / "run.yaml").write_text(text, encoding="latin-1")
-    data = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
-    results = evaluation(folder, data, tmp_path / "a.json", generate=False)
-    assert results["max_length"] == 512  # all that the model takes
+def test_damaged_run_file_is_ignored(text, evaluated, tmp_path):
+    (tmp_path / "adapter" / "run.yaml").write_text(text, encoding="latin-1")
+    assert evaluated(ROWS[:1], generate=False)["max_length"] == 512  # all that the model takes

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,21 +12,19 @@ import pytest
 import yaml
 from conftest import write_rows
 
-from qlora import cli
 from qlora.apps import report
 from qlora.apps.report import next_commands, page, read_merge, read_run, remarks, show_seconds
 from qlora.config import ReportConfig
 from qlora.errors import UserError
 
-COUNTS = {"rows": 400, "tokens": 28008, "supervised_tokens": 10220, "cut_rows": 3}
-COUNTS["dropped_rows"] = 0
 FACTS = {
     "config": {"model": "owner/base", "data": "mine.jsonl", "r": 16, "learning_rate": 1.32e-3,
                "target_modules": ["q_proj", "v_proj"], "max_length": 256, "packing": False,
                "eval_data": None},
     "versions": {"qlora": "0.1.0", "torch": "2.13.0"},
     "base": {"resolved": "/somewhere/base"},
-    "data": {"training": {"source": "mine.jsonl", **COUNTS}},
+    "data": {"training": {"source": "mine.jsonl", "rows": 400, "tokens": 28008, "cut_rows": 3,
+                          "supervised_tokens": 10220, "dropped_rows": 0}},
     "device": {"name": "NVIDIA T4", "memory_bytes": 16 * 2**30},
 }  # fmt: skip
 LOGGED = [
@@ -64,8 +61,6 @@ def folder(tmp_path: Path) -> Path:
 class Page(HTMLParser):
     """The words, tags and links of a page; its tags must be closed in order."""
 
-    VOID = ("meta", "br", "img", "link", "input")
-
     def __init__(self, text: str) -> None:
         super().__init__()
         self.words, self.tags, self.links, self.open = "", [], [], []
@@ -80,16 +75,13 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.handle_startendtag(tag, attrs)
-        self.open += [] if tag in self.VOID else [tag]
+        self.open += [] if tag in ("meta", "br", "img", "link", "input") else [tag]
 
     def handle_endtag(self, tag):
-        assert tag in self.VOID or self.open.pop() == tag
+        assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.words += data
-
-
-# ---- the page
 
 
 def test_page_says(folder):
@@ -110,7 +102,6 @@ def test_page_says(folder):
 
 
 def test_page_stands_alone(folder):
-    """No network, no scripts; light and dark."""
     write_rows(folder / "metrics.jsonl", [{**LOGGED[0], "step": i} for i in range(1, 700)])
     (folder / "samples.jsonl").unlink()
     text = page(read_run(folder), MERGE)
@@ -119,55 +110,40 @@ def test_page_stands_alone(folder):
     assert "image" in found.tags  # a line of many rows, as pixels
     assert all(link.startswith(("#", "data:image/png;")) for link in found.links)
     assert not re.search(r"@import|url\((?!#)|\son\w+=", text)
-    assert {*re.findall(r"https?://[^\s\"']*", text)} <= {
-        "http://www.w3.org/2000/svg",
-        "http://www.w3.org/1999/xlink",  # names, not addresses
-        "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd",
-    }
+    addresses = re.findall(r"https?://[^\s\"']*", text)  # of www.w3.org: names of formats
+    assert all(address.startswith("http://www.w3.org/") for address in addresses)
     assert "prefers-color-scheme: dark" in text
 
 
 def test_texts_from_files_are_escaped(folder):
     values = {**FACTS, "config": {**FACTS["config"], "model": EVIL, "data": EVIL}}
-    values["data"] = {"training": {"source": EVIL, **COUNTS}}
+    values["data"] = {"training": FACTS["data"]["training"] | {"source": EVIL}}
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     evil = {**MERGE, "onto": EVIL, "layers": {"m.0.<b>q": {"delta_over_weight": 0.1, "kept": 1}}}
     found = Page(page(read_run(folder), evil))
-    assert found.words.count("<script>alert(1)</script>") >= 5
+    assert found.words.count("<script>alert(1)</script>") >= 5 and "<b>q" in found.words
     assert not {"script", "img"} & {*found.tags}
-    assert "<b>q" in found.words
 
 
 def test_page_of_an_old_run(folder):
-    """Without the counts of data, a device, times and samples."""
-    facts = {key: FACTS[key] for key in ("config", "base")}
-    (folder / "run.yaml").write_text(yaml.safe_dump(facts))
+    old = {key: FACTS[key] for key in ("config", "base")}  # no counts of data, no device
+    (folder / "run.yaml").write_text(yaml.safe_dump(old))
     write_rows(folder / "metrics.jsonl", [{"step": 1, "loss": 2.0}])
     (folder / "samples.jsonl").unlink()
-    found = Page(page(read_run(folder)))
-    assert "2.0000" in found.words
-    assert "Answers before" not in found.words and "Merge" not in found.words
+    words = Page(page(read_run(folder))).words
+    assert "2.0000" in words and "Answers before" not in words and "Merge" not in words
 
 
-def test_remarks(folder):
+def test_remarks_and_seconds(folder):
+    shown = [show_seconds(seconds) for seconds in (4.6, 59.7, 725, 12000)]
+    assert shown == ["5 s", "1 min 0 s", "12 min 5 s", "3 h 20 min"]
     assert len(remarks(read_run(folder))) == 1  # of the rows that were cut
     (folder / "adapter_model.safetensors").unlink()
-    rows = [
-        {"step": 1, "loss": 2.0, "eval_loss": 0.3},
-        {"step": 2, "loss": float("nan"), "eval_loss": 0.5},
-    ]
-    write_rows(folder / "metrics.jsonl", rows)
+    second = {"step": 2, "loss": float("nan"), "eval_loss": 0.5}
+    write_rows(folder / "metrics.jsonl", [{"step": 1, "loss": 2.0, "eval_loss": 0.3}, second])
     said = " ".join(remarks(read_run(folder)))
     assert "has not ended" in said and "The loss is not finite from step 2" in said
     assert "lowest at step 1 (0.3000) and has risen since" in said
-
-
-def test_show_seconds():
-    shown = [show_seconds(seconds) for seconds in (4.6, 59.7, 725, 12000)]
-    assert shown == ["5 s", "1 min 0 s", "12 min 5 s", "3 h 20 min"]
-
-
-# ---- a merge of the run
 
 
 def merged(folder: Path, name: str, **changes) -> Path:
@@ -192,14 +168,10 @@ def test_newest_merge_beside_the_run_is_found(folder):
         read_merge(folder, str(folder))
 
 
-def test_merge_is_found_by_a_relative_path(folder):
-    for adapter, found in (("my run", True), ("elsewhere/my run", False), ("run", False)):
-        out = merged(folder, "merged", adapters={adapter: 1.0})
-        assert (read_merge(folder, None) is not None) is found
-        shutil.rmtree(out)
-
-
-# ---- the command
+@pytest.mark.parametrize("adapter", ["my run", "elsewhere/my run", "run"])
+def test_merge_is_found_by_a_relative_path(adapter, folder):
+    merged(folder, "merged", adapters={adapter: 1.0})
+    assert (read_merge(folder, None) is not None) is (adapter == "my run")
 
 
 def test_command_writes_the_page_without_torch(folder):
@@ -213,43 +185,27 @@ def test_command_writes_the_page_without_torch(folder):
     assert str(folder / "report.html") in done.stdout
     assert next_commands(folder, merged=False)[-1] in done.stdout
     assert Page((folder / "report.html").read_text(encoding="utf-8")).words
-    assert [p.name for p in folder.iterdir() if "partial" in p.name] == []
 
 
-def test_flag_may_be_left_out():
-    def parse(*words):
-        return cli.parse(ReportConfig, words, prog="python -m qlora.report")
-
-    assert parse("out") == parse("--adapter", "out") == ReportConfig("out")
-    assert parse("out", "--merged", "m") == ReportConfig("out", "m")
-    with pytest.raises(UserError, match="unexpected more"):
-        parse("out", "more")
-    with pytest.raises(UserError, match="missing --adapter"):
-        parse()
-
-
-BAD = [  # file, its text, words of the message
-    ("run.yaml", None, "has no run.yaml: pass an --output-dir"),
-    ("run.yaml", "a: 1\n", "is not a run file of train.py"),
-    ("run.yaml", "a: [\n", "is not a run file of train.py"),
-    ("metrics.jsonl", None, "has no training loss yet"),
-    ("metrics.jsonl", '{"step": 1, "eval_loss": 1.0}\n', "has no training loss yet"),
-    ("metrics.jsonl", '{"step": 1, "loss": 1}\n{"step": 10', "line 2: wanted a JSON object"),
-    ("metrics.jsonl", '{"step\xff', "line 1: wanted a JSON object"),
-    ("metrics.jsonl", '{"loss": 1.0}\n', "line 1: it has no step"),
-    ("samples.jsonl", '{"prompt": "a", "wan', "samples.jsonl, line 1: wanted a JSON object"),
-    ("samples.jsonl", '{"question": "a"}\n', "it has no prompt, wanted, before, after"),
-]
-
-
-@pytest.mark.parametrize(("name", "text", "said"), BAD)
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("run.yaml", None, "has no run.yaml: pass an --output-dir"),
+        ("run.yaml", "a: 1\n", "is not a run file of train.py"),
+        ("run.yaml", "a: [\n", "is not a run file of train.py"),
+        ("metrics.jsonl", None, "has no training loss yet"),
+        ("metrics.jsonl", '{"step": 1, "eval_loss": 1.0}\n', "has no training loss yet"),
+        ("metrics.jsonl", '{"step\xff', "line 1: wanted a JSON object"),
+        ("metrics.jsonl", '{"loss": 1.0}\n', "line 1: it has no step"),
+        ("samples.jsonl", '{"question": "a"}\n', "it has no prompt, wanted, before, after"),
+    ],
+)
 def test_damaged_files_are_named(name, text, said, folder):
     (folder / name).unlink()
     if text is not None:
         (folder / name).write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=re.escape(said)) as error:
+    with pytest.raises(UserError, match=re.escape(said)):
         report.report(ReportConfig(str(folder)))
-    assert "\n" not in str(error.value)
     assert not (folder / "report.html").exists()
 
 

@@ -30,7 +30,6 @@ def test_control_characters_do_not_reach_the_terminal():
 
 
 def test_lines_break_at_spaces_and_within_long_words():
-    assert wrap("one two three", 7) == ["one two", "three"]
     assert wrap("  indented code\n\nend", 10) == ["  indented", "code", "", "end"]
     assert wrap("abcdefgh ij", 3) == ["abc", "def", "gh", "ij"]
     assert wrap("我们我", 4) == ["我们", "我"]  # two cells each
@@ -55,16 +54,12 @@ def test_two_growing_texts():
     left, right = "one two three four", "5\n\n6"
     for end in range(1, 19):
         columns.show([left[:end], right[:end]], [end >= 18, end >= 4])
-    columns.show([left, right], [True, True])
-    columns.show([left, right], [True, True])  # nothing is new
-    assert screen(written) == [
-        "base       │ tuned",
-        "─" * 10 + "─┼─" + "─" * 10,
-        "one two    │ 5",
-        "three four │",
-        "           │ 6",
-        "",
-    ]
+    for _ in range(2):  # the second time nothing is new
+        columns.show([left, right], [True, True])
+    title, _, *lines = screen(written)
+    assert (title, lines) == (
+        "base       │ tuned", ["one two    │ 5", "three four │", "           │ 6", ""]
+    )  # fmt: skip
 
 
 @settings(deadline=None, database=None)

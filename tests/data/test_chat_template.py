@@ -12,77 +12,70 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from qlora.data.rows import prepare_data, prepare_tokenizer
 from qlora.errors import UserError
 
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+def loop(turn: str, prompt: str = "") -> str:
+    """A template that renders each message `m` by `turn`, and the generation prompt."""
+    turns = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    return f"{turns}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+
+
+CHATML = loop(
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
+    "<|im_start|>assistant\n",
 )
-LLAMA3 = (
-    "{% for m in messages %}{% set text = '<|start_header_id|>' + m['role'] + "
-    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
-    "{{ bos_token + text if loop.first else text }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+LLAMA3 = "{{ bos_token }}" + loop(
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
 )
-LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+LLAMA2 = loop(
+    "{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content.strip() }} [/INST]"
+    "{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}"
 )
-MISTRAL = (  # as in v3: the tools come before the last user turn, so early turns move
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+MISTRAL = "{{ bos_token }}" + loop(  # v3: tools precede the last user turn, so early turns move
+    "{% if m.role == 'user' %}"
     "{% set last = (messages | selectattr('role', 'equalto', 'user') | list | last) == m %}"
-    "{{ ('[TOOLS]' + (tools | tojson) if tools and last else '') + '[INST] ' + m['content'] }}"
-    "{{ '[/INST]' }}{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+    "{{ '[TOOLS]' + (tools | tojson) if tools and last else '' }}[INST] {{ m.content }}[/INST]"
+    "{% else %} {{ m.content | trim + eos_token }}{% endif %}"
 )
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
-    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
-    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+GEMMA = "{{ bos_token }}" + loop(
+    "{{ raise_exception('System role not supported') if m.role == 'system' else '' }}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
+    "<end_of_turn>\n",
+    "<start_of_turn>model\n",
 )
 QWEN3 = (
-    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}{% set text = m['content'].split('</think>')[-1] %}"
-    "{% set think = m['content'].split('</think>')[0].split('<think>')[-1].strip('\n') "
-    "if '</think>' in m['content'] else '' %}{{ '<|im_start|>assistant\n' }}"
-    "{% if loop.index0 > ns.last %}{{ '<think>\n' + think + '\n</think>\n\n' }}{% endif %}"
-    "{{ text.lstrip('\n') + '<|im_end|>\n' }}{% else %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+) + loop(
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set text = m.content.split('</think>')[-1] %}"
+    "{% set think = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
+    "if '</think>' in m.content else '' %}"
+    "{{ '<think>\n' + think + '\n</think>\n\n' if loop.index0 > ns.last else '' }}"
+    "{{ text.lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n",
+    "<|im_start|>assistant\n",
 )
-# DeepSeek-R1: the generation prompt opens a thought that the rendered turn does not have
-THINKER = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"
-    "{{ '<|assistant|>' + m['content'].split('</think>')[-1] + eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+THINKER = loop(  # DeepSeek-R1: its prompt opens a thought that the rendered turn does not have
+    "{% if m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% else %}<|assistant|>{{ m.content.split('</think>')[-1] + eos_token }}{% endif %}",
+    "<|assistant|><think>\n",
 )
-PHI3 = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
-    "{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+PHI3 = loop(
+    "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n{% else %}{{ eos_token }}"
 )
-MARKED = (  # the whole changes with its length, so only the marks tell where a turn is
-    "{{ messages | length }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] | length }}{{ m['content'] | upper | reverse + eos_token }}"
-    "{% endgeneration %}{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
+MARKED = "{{ messages | length }}" + loop(  # changes with its length: only the marks tell a turn
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content | length }}"
+    "{{ m.content | upper | reverse + eos_token }}{% endgeneration %}"
+    "{% else %}<|user|>{{ m.content }}{% endif %}"
 )
-BARE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
+BARE = loop("{{ m.role }}: {{ m.content }}\n", "assistant:")
 SPECIAL = [
     *["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"],
     *["<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"],
 ]
-TALK = [
-    {"role": "user", "content": "one plus one?"},
-    {"role": "assistant", "content": "two 😀"},
-    {"role": "user", "content": "and  one?"},
-    {"role": "assistant", "content": "three, not  two"},
-]
+TURNS = ("one plus one?", "two 😀", "and  one?", "three, not  two")
+TALK = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(TURNS)]
 CHAT = {"messages": TALK}
 
 
@@ -91,20 +84,11 @@ def byte_level(template: str | None = CHATML, *, trim: bool = True):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    words = "assistant user model one two three plus and [INST] [/INST] \n\n ### Assistant:\n"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = (
-        "assistant user system model one two three plus and [INST] [/INST] \n\n ### Assistant:\n"
-    )
-    return trained(tokenizer, words, SPECIAL, template, trim=trim, initial_alphabet=alphabet)
-
-
-def trained(tokenizer, words, specials, template, *, trim=None, **options):
-    options |= {"vocab_size": 400, "special_tokens": specials, "show_progress": False}
-    tokenizer.train_from_iterator([words] * 5, trainers.BpeTrainer(**options))
-    if trim is not None:
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": specials[2:]}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
+    fast = trained(tokenizer, words, SPECIAL, template, initial_alphabet=alphabet)
+    fast.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    return fast
 
 
 def metaspace(template: str):
@@ -116,6 +100,13 @@ def metaspace(template: str):
     return trained(tokenizer, words, ["<s>", "</s>", "<unk>"], template)
 
 
+def trained(tokenizer, words, specials, template, **options):
+    options |= {"vocab_size": 400, "special_tokens": specials, "show_progress": False}
+    tokenizer.train_from_iterator([words] * 5, trainers.BpeTrainer(**options))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": specials[2:]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
+
+
 def prepare(path: Path, rows: list[dict], tokenizer):
     source = str(write_rows(path / "rows.jsonl", rows))
     return prepare_data(source, tokenizer, max_length=4096)
@@ -123,37 +114,61 @@ def prepare(path: Path, rows: list[dict], tokenizer):
 
 def learned(row: dict, tokenizer) -> list[str]:
     """The spans that have loss, decoded."""
-    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
     assert all(label in (-100, token) for token, label in pairs)
     groups = groupby(row["labels"], key=lambda label: label != -100)
-    spans = [list(ids) for has_loss, ids in groups if has_loss]
-    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in spans]
+    return [tokenizer.decode(list(ids)) for has_loss, ids in groups if has_loss]
 
 
-# ---- the mask of each template
+def asked(answer: str) -> dict:
+    return {"prompt": "one?", "completion": answer}
 
 
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (CHATML, ["two 😀<|im_end|>", "three, not  two<|im_end|>"]),
-        (LLAMA3, ["two 😀<|eot_id|>", "three, not  two<|eot_id|>"]),
-        (LLAMA2, [" two 😀 </s>", " three, not  two </s>"]),
-        (MISTRAL, [" two 😀</s>", " three, not  two</s>"]),
-        (GEMMA, ["two 😀<end_of_turn>", "three, not  two<end_of_turn>"]),
-        (QWEN3, ["two 😀<|im_end|>", "<think>\n\n</think>\n\nthree, not  two<|im_end|>"]),
-        (THINKER, ["two 😀</s>", "three, not  two</s>"]),
-        (PHI3, ["two 😀<|end|>", "three, not  two<|end|>\n</s>"]),
-        (BARE, [" two 😀", " three, not  two</s>"]),
-    ],
-    ids=["chatml", "llama3", "llama2", "mistral", "gemma", "qwen3", "thinker", "phi3", "bare"],
-)
+THOUGHTS = ("<think>\none and\n</think>\n\ntwo", "<think>\ntwo and\n</think>\n\nthree")
+ROWS = {  # template, record, what is learned
+    "chatml": (CHATML, CHAT, ["two 😀<|im_end|>", "three, not  two<|im_end|>"]),
+    "llama3": (LLAMA3, CHAT, ["two 😀<|eot_id|>", "three, not  two<|eot_id|>"]),
+    "llama2": (LLAMA2, CHAT, [" two 😀 </s>", " three, not  two </s>"]),
+    "mistral": (MISTRAL, CHAT, [" two 😀</s>", " three, not  two</s>"]),
+    "gemma": (GEMMA, CHAT, ["two 😀<end_of_turn>", "three, not  two<end_of_turn>"]),
+    "qwen3": (
+        QWEN3, CHAT, ["two 😀<|im_end|>", "<think>\n\n</think>\n\nthree, not  two<|im_end|>"],
+    ),
+    "thinker": (THINKER, CHAT, ["two 😀</s>", "three, not  two</s>"]),
+    "phi3": (PHI3, CHAT, ["two 😀<|end|>", "three, not  two<|end|>\n</s>"]),
+    "bare": (BARE, CHAT, [" two 😀", " three, not  two</s>"]),  # an end token is inserted
+    "thoughts, where the template shows them": (
+        QWEN3,
+        {"messages": [TALK[0], {**TALK[1], "content": THOUGHTS[0]}, TALK[2],
+                      {**TALK[3], "content": THOUGHTS[1]}]},
+        ["two<|im_end|>", THOUGHTS[1] + "<|im_end|>"],
+    ),
+    "an answer that begins like <think>": (THINKER, asked("<the answer>"), ["<the answer></s>"]),
+    "not the space that ends the prompt": (
+        BARE.replace("assistant:", "assistant: "), asked("😀"), ["😀</s>"]
+    ),
+    "an answer first and a question last": (
+        CHATML,
+        {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "bye"}]},
+        ["hi<|im_end|>"],
+    ),
+    "an answer with its own eos": (BARE, asked("two</s>"), [" two</s>"]),
+    "an answer with its own eos after a space": (BARE, asked("two </s>"), [" two </s>"]),
+    "no answers inside a prompt": (
+        CHATML, {"prompt": TALK[:3], "completion": TALK[3:], "system": "s"},
+        ["three, not  two<|im_end|>"],
+    ),
+    "by generation marks, where nothing else tells": (MARKED, asked("two"), ["3OWT</s>"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "record", "expected"), ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("trim", axis(True, False))
-def test_only_answers_and_their_end_have_loss(tmp_path, template, expected, trim):
+def test_only_answers_and_their_end_have_loss(tmp_path, template, record, expected, trim):
     tokenizer = byte_level(template, trim=trim)
-    rows, stats = prepare(tmp_path, [CHAT], tokenizer)
+    rows, stats = prepare(tmp_path, [record], tokenizer)
     assert learned(rows[0], tokenizer) == expected
-    if template != BARE:  # there an end token is inserted
+    if record is CHAT and template != BARE:
         reference = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)
         assert rows[0]["input_ids"] == reference["input_ids"]
     assert stats.tokens == rows[0]["length"] == len(rows[0]["input_ids"])
@@ -173,49 +188,6 @@ def test_token_with_the_space_before_the_answer_has_loss(tmp_path, template):
     assert rows[0]["input_ids"] == reference["input_ids"]
 
 
-THOUGHTS = ("<think>\none and\n</think>\n\ntwo", "<think>\ntwo and\n</think>\n\nthree")
-ROWS = {  # template, record, what is learned
-    "thoughts, where the template shows them": (
-        QWEN3,
-        {"messages": [TALK[0], {**TALK[1], "content": THOUGHTS[0]}, TALK[2],
-                      {**TALK[3], "content": THOUGHTS[1]}]},
-        ["two<|im_end|>", THOUGHTS[1] + "<|im_end|>"],
-    ),
-    "an answer that begins like the generation prompt, <think>": (
-        THINKER, {"prompt": "one?", "completion": "<the answer>"}, ["<the answer></s>"],
-    ),
-    "not the space that ends the prompt": (
-        BARE.replace("'assistant:'", "'assistant: '"),
-        {"prompt": "one?", "completion": "😀"}, ["😀</s>"],
-    ),
-    "an answer first and a question last": (
-        CHATML,
-        {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "bye"}]},
-        ["hi<|im_end|>"],
-    ),
-    "an answer with its own eos": (
-        BARE, {"prompt": "one?", "completion": "two</s>"}, [" two</s>"],
-    ),
-    "an answer with its own eos after a space": (
-        BARE, {"prompt": "one?", "completion": "two </s>"}, [" two </s>"],
-    ),
-    "no answers inside a prompt": (
-        CHATML, {"prompt": TALK[:3], "completion": TALK[3:], "system": "s"},
-        ["three, not  two<|im_end|>"],
-    ),
-    "by generation marks, where nothing else tells": (
-        MARKED, {"prompt": "hm", "completion": "two"}, ["3OWT</s>"],
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("template", "record", "expected"), ROWS.values(), ids=ROWS)
-def test_learned(tmp_path, template, record, expected):
-    tokenizer = byte_level(template)
-    rows, _ = prepare(tmp_path, [record], tokenizer)
-    assert learned(rows[0], tokenizer) == expected
-
-
 def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = BARE
@@ -225,13 +197,9 @@ def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
 
 
 def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
-    template = CHATML.replace(
-        "message['content'] +", "(message['content'] or (message.get('tool_calls') | tojson)) +"
-    )
-    calls = [
-        [{"type": "function", "function": {"name": name, "arguments": arguments}}]
-        for name, arguments in (("add", {"a": 1}), ("len", {"of": "x"}))
-    ]
+    template = CHATML.replace("m.content", "m.content or (m.get('tool_calls') | tojson)")
+    functions = {"name": "add", "arguments": {"a": 1}}, {"name": "len", "arguments": {"of": "x"}}
+    calls = [[{"type": "function", "function": function}] for function in functions]
     turns = [{"role": "assistant", "content": None, "tool_calls": call} for call in calls]
     after = [{"role": "tool", "content": "2"}, {"role": "assistant", "content": ""}]
     rows = [{"messages": [TALK[0], turns[0], *after]}, {"messages": [TALK[0], turns[1]]}]
@@ -240,7 +208,7 @@ def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
     for row, call in zip(data, calls, strict=True):
         assert learned(row, tokenizer) == [json.dumps(call) + "<|im_end|>"]
     # a template that does not show the calls would teach the model to say nothing
-    tokenizer.chat_template = CHATML.replace("message['content'] +", "(message['content'] or '') +")
+    tokenizer.chat_template = CHATML.replace("m.content", "m.content or ''")
     with pytest.raises(UserError, match=r"row 1: .* template leaves out an answer \('add'\)"):
         prepare(tmp_path, rows, tokenizer)
 
@@ -253,29 +221,26 @@ def test_fallback_template(tmp_path, adds_bos):
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
         )
-    record = {"prompt": "one?", "completion": "two"}
-    rows, stats = prepare(tmp_path, [record], tokenizer)
+    rows, stats = prepare(tmp_path, [asked("two")], tokenizer)
     text = "<s>" * adds_bos + "### User:\none?\n\n### Assistant:\ntwo</s>\n\n"
     assert tokenizer.decode(rows[0]["input_ids"]) == text
     assert learned(rows[0], tokenizer) == ["two</s>"]
     assert stats.chats and tokenizer.chat_template is None
     assert prepare_tokenizer(tokenizer, chats=stats.chats) == ("pad_token", "chat_template")
     assert prepare_tokenizer(tokenizer, chats=True) == ()
-    assert prepare(tmp_path, [record], tokenizer)[0][0] == rows[0]
+    assert prepare(tmp_path, [asked("two")], tokenizer)[0][0] == rows[0]
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{{ messages | length }}", r"row 1: the assistant's turns cannot be found .* marks"),
-        # the prompt changes with its answer
-        ("{{ messages[-1]['content'] | length }}" + THINKER, "turns cannot be found"),
+        ("{{ messages[-1].content | length }}" + THINKER, "turns cannot be found"),
         (GEMMA, r"row 2: the model's chat template rejects the chat: System role not supported\."),
         ("{{ raise_exception('a\nb') }}", "template rejects the chat: a"),
     ],
 )
 def test_templates_that_cannot_be_trained_with(tmp_path, template, message):
     rows = [CHAT, {"messages": [{"role": "system", "content": "s"}, *TALK]}]
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message):
         prepare(tmp_path, rows, byte_level(template))
-    assert "\n" not in str(error.value)

@@ -10,11 +10,9 @@ from qlora.data import generation
 from qlora.data.generation import answers, generate, generation_settings, prompt_ids, stop_ids
 from qlora.data.rows import prepare_tokenizer
 
-CHATS = [
-    [{"role": "user", "content": text}]
-    for text in ("hi", "what is the weather like?", "lights off", "and now a longer one, please")
-]
-CHATS[2] = [{"role": "system", "content": "be kind"}, *CHATS[2]]
+TEXTS = ("hi", "what is the weather like?", "lights off", "and now a longer one, please")
+CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
+CHATS[2].insert(0, {"role": "system", "content": "be kind"})
 
 
 @pytest.mark.parametrize("family", axis("llama", "gpt2", "gemma"))
@@ -32,20 +30,18 @@ def test_model_and_tokenizer_are_left_as_they_were(caplog, capsys):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9, max_length=30)
     model.config.use_cache = False
-    before, side = copy.deepcopy(model.generation_config.to_dict()), tokenizer.padding_side
+    before = copy.deepcopy(model.generation_config.to_dict())
     answers(model.train(), tokenizer, CHATS, max_new_tokens=4)
     assert model.training and not model.config.use_cache
     assert model.generation_config.to_dict() == before
-    assert tokenizer.padding_side == side
+    assert tokenizer.padding_side == tiny_tokenizer().padding_side
     # transformers has a warning for each of: sampling settings, two lengths, no pad token
     assert caplog.text + capsys.readouterr().err == ""
 
 
 def test_a_base_model_has_neither_template_nor_pad(caplog):
-    model, tokenizer = tiny_model("llama without pad"), tiny_tokenizer()
-    tokenizer.chat_template = tokenizer.pad_token = None
-    written = tiny_tokenizer()
-    written.chat_template = None
+    model, tokenizer, written = tiny_model("llama without pad"), tiny_tokenizer(), tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.pad_token = written.chat_template = None
     prepare_tokenizer(written, chats=True)
     expected = one_by_one(model, written, CHATS, max_new_tokens=8)
     assert answers(model, tokenizer, CHATS, max_new_tokens=8) == expected
@@ -70,18 +66,17 @@ def test_an_answer_ends_where_the_template_ends_it():
 
 def test_drawn_answers_come_from_torchs_generator():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    torch.manual_seed(1)
-    hot = answers(model, tokenizer, CHATS, max_new_tokens=8, temperature=2.0)
-    torch.manual_seed(1)
-    assert answers(model, tokenizer, CHATS, max_new_tokens=8, temperature=2.0) == hot
-    assert answers(model, tokenizer, CHATS, max_new_tokens=8) != hot
+    found = []
+    for temperature in (2.0, 2.0, 0.0):
+        torch.manual_seed(1)
+        found.append(answers(model, tokenizer, CHATS, max_new_tokens=8, temperature=temperature))
+    assert found[0] == found[1] != found[2]
 
 
 def test_an_encoder_decoder_writes_nothing_but_the_answer():
     model, tokenizer = tiny_model("t5"), tiny_tokenizer()
     prompts = [tokenizer("one")["input_ids"], tokenizer("two and three")["input_ids"]]
-    settings = generation_settings(model, tokenizer, 6)
     plain = {"max_new_tokens": 6, "do_sample": False}
     outputs = [model.generate(torch.tensor([prompt]), **plain)[0] for prompt in prompts]
     expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
-    assert generate(model, tokenizer, prompts, settings) == expected
+    assert generate(model, tokenizer, prompts, generation_settings(model, tokenizer, 6)) == expected

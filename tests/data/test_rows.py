@@ -1,36 +1,27 @@
 """Rows, cut and counted; packs against brute force; batches against transformers' collators."""
 
-from math import ceil
-
 import pytest
 import torch
 from conftest import tiny_tokenizer, write_rows
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
-from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast
+from transformers import DataCollatorWithFlattening
 
-from qlora.data.rows import (
-    DataStats,
-    FlatCollator,
-    PackCollator,
-    PackedRows,
-    best_fit_decreasing,
-    collator,
-    describe,
-    prepare_data,
-    prepare_tokenizer,
-    show_example,
-)
+from qlora.data import collator, prepare_data, prepare_tokenizer
+from qlora.data import rows as data
 from qlora.errors import UserError
 
-TALK = [
-    {"role": role, "content": text}
-    for role, text in [("user", "1+1?"), ("assistant", "two"), ("user", "+1?"), ("assistant", "3")]
-]
+TURNS = [("user", "1+1?"), ("assistant", "two"), ("user", "+1?"), ("assistant", "3")]
+TALK = [{"role": role, "content": text} for role, text in TURNS]
 CHAT = {"messages": TALK}
 SHORT = {"prompt": "a", "completion": "b"}
+ROWS = [
+    {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "length": 5},
+    {"input_ids": [15, 16], "labels": [-100, 16], "length": 2},
+    {"input_ids": [25, 26, 27], "labels": [-100, -100, 27], "length": 3},
+]
+CAPACITY = 24  # of a pack
 
 
 def prepare(path, records, tokenizer, max_length=4096):
@@ -38,23 +29,17 @@ def prepare(path, records, tokenizer, max_length=4096):
     return prepare_data(source, tokenizer, max_length=max_length)
 
 
-def learned(row, tokenizer):
-    return tokenizer.decode([label for label in row["labels"] if label != -100])
-
-
 def test_rows_are_cut_and_counted(tmp_path):
-    tokenizer = tiny_tokenizer()
-    long = {"prompt": "a", "completion": "b" * 50}
+    tokenizer, long = tiny_tokenizer(), {"prompt": "a", "completion": "b" * 50}
     hopeless = {"prompt": "a" * 200, "completion": "b"}
     length = prepare(tmp_path, [SHORT], tokenizer)[0][0]["length"] + 5
     rows, stats = prepare(tmp_path, [long, hopeless, SHORT], tokenizer, max_length=length)
     assert list(rows["length"]) == [length, length - 5]
-    assert learned(rows[0], tokenizer) == "b" * 8  # 5 more than b, <|im_end|>, \n
-    assert stats == DataStats(
-        rows=2, tokens=2 * length - 5, supervised_tokens=8 + 2, cut_rows=2, dropped_rows=1,
-        chats=True,
-    )  # fmt: skip
-    first, second = describe(stats, name="train").split("\n")
+    learned = [label for label in rows[0]["labels"] if label != -100]
+    assert tokenizer.decode(learned) == "b" * 8  # 5 more than b, <|im_end|>, \n
+    counts = {"rows": 2, "tokens": 2 * length - 5, "supervised_tokens": 8 + 2}
+    assert stats == data.DataStats(**counts, cut_rows=2, dropped_rows=1, chats=True)
+    first, second = data.describe(stats, name="train").split("\n")
     assert first.startswith(f"train: 2 rows, {2 * length - 5} tokens, 10 of them supervised")
     assert "2 rows cut" in second and "1 rows dropped" in second
     with pytest.raises(UserError, match=r"cut to 12 tokens, no row .* 2\d\d tokens.*--max-length"):
@@ -65,29 +50,23 @@ def test_text_is_learned_whole_and_ended(tmp_path):
     tokenizer = tiny_tokenizer()
     (tmp_path / "a.txt").write_text("one two\n\n  \nthree\n", encoding="utf-8")
     rows, stats = prepare_data(str(tmp_path / "a.txt"), tokenizer, max_length=64)
-    texts = [tokenizer.decode(row["input_ids"]) for row in rows]
-    assert texts == ["one two<|im_end|>", "three<|im_end|>"]
-    assert rows["labels"][:] == rows["input_ids"][:]
-    assert stats.supervised_tokens == stats.tokens == 14 and not stats.chats
-    said = describe(stats, name="eval")
+    assert tokenizer.batch_decode(rows["input_ids"][:]) == ["one two<|im_end|>", "three<|im_end|>"]
+    assert rows["labels"][:] == rows["input_ids"][:] and not stats.chats
+    said = data.describe(stats, name="eval")
     assert said == "eval: 2 rows, 14 tokens, 14 of them supervised (100%)"
-
-
-def test_row_of_one_token_has_nothing_to_predict(tmp_path):
-    tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = None
+    tokenizer.eos_token = None  # a row of one token has nothing to predict
     rows, stats = prepare(tmp_path, [{"text": "one two"}, {"text": "a"}], tokenizer)
-    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["one two"]
+    assert tokenizer.batch_decode(rows["input_ids"][:]) == ["one two"]
     assert (stats.rows, stats.dropped_rows) == (1, 1)
 
 
 def test_show_example_marks_what_is_learned(tmp_path):
     tokenizer = tiny_tokenizer()
     rows, _ = prepare(tmp_path, [CHAT], tokenizer)
-    legend, text = show_example(rows, tokenizer, colour=False).split("\n", 1)
+    legend, text = data.show_example(rows, tokenizer, colour=False).split("\n", 1)
     assert legend == "An example row; loss is on the text between ⟦ and ⟧:"
     assert text.count("⟦") == 2 and text.endswith("⟦3<|im_end|>⟧\n")
-    assert "\x1b[32m3<|im_end|>\x1b[0m" in show_example(rows, tokenizer, colour=True)
+    assert "\x1b[32m3<|im_end|>\x1b[0m" in data.show_example(rows, tokenizer, colour=True)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +81,9 @@ def test_show_example_marks_what_is_learned(tmp_path):
     ],
 )
 def test_rows_without_an_answer_are_named(tmp_path, good, bad):
-    message = (
-        r"7 of 9 rows have no answer \(row 2, 3, 4, 5 and 3 more\): each needs .* fill or remove"
-    )
+    message = r"7 of 9 rows have no answer \(row 2, 3, 4, 5 and 3 more\): each needs .* fill or"
     with pytest.raises(UserError, match=message):
         prepare(tmp_path, [good, *[bad] * 7, good], tiny_tokenizer())
-
-
-# ---- padded batches
 
 
 def test_pads_have_no_loss_and_the_answers_eos_has(tmp_path):
@@ -119,40 +93,26 @@ def test_pads_have_no_loss_and_the_answers_eos_has(tmp_path):
     with pytest.raises(UserError, match="no pad token: call prepare_tokenizer"):
         collator(tokenizer)
     assert prepare_tokenizer(tokenizer) == ("pad_token",)
-    batch = collator(tokenizer)([rows[0], rows[1]])
+    batch = collator(tokenizer)([*rows])
     assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.padding_side == "left"  # the tokenizer's own side is left alone
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert batch["input_ids"].shape[1] % 8 == 0
-    length = rows[0]["length"]
-    labels = torch.tensor(rows[0]["labels"])
+    length, labels = rows[0]["length"], torch.tensor(rows[0]["labels"])
     assert length < rows[1]["length"] and torch.equal(batch["labels"][0, :length], labels)
     assert (labels == tokenizer.eos_token_id).sum() == 1  # the answer's own end
     assert (batch["labels"][0, length:] == -100).all()
     assert (batch["input_ids"][0, length:] == tokenizer.pad_token_id).all()
     assert batch["attention_mask"].sum(dim=1).tolist() == [length, rows[1]["length"]]
-
-
-def test_tokenizer_without_a_token_to_pad_with():
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
+    tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(UserError, match="no pad, eos or unk token: set one"):
         prepare_tokenizer(tokenizer)
     tokenizer.unk_token = "a"
     assert prepare_tokenizer(tokenizer) == ("pad_token",) and tokenizer.pad_token == "a"
 
 
-# ---- packs
-
-CAPACITY = 24
-some_lengths = st.lists(st.integers(1, CAPACITY), max_size=60)
-
-
-def sums(packs, lengths):
-    return sorted(sum(lengths[i] for i in pack) for pack in packs)
-
-
 @settings(max_examples=100, deadline=None, database=None)
-@given(some_lengths)
+@given(st.lists(st.integers(1, CAPACITY), max_size=60))
 def test_packing_is_best_fit_decreasing(lengths):
     """Against a search through all packs; of two with the same free space either may be used. So
     the bound of the theorem, 11/9 of the fewest packs and 6/9 (Dósa, 2007), needs no test."""
@@ -163,38 +123,21 @@ def test_packing_is_best_fit_decreasing(lengths):
             free[min(fitting, key=free.__getitem__)] -= length
         else:
             free.append(CAPACITY - length)
-    packs = best_fit_decreasing(lengths, CAPACITY)
+    packs = data.best_fit_decreasing(lengths, CAPACITY)
     assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
-    assert sums(packs, lengths) == sorted(CAPACITY - space for space in free)
-    assert packs == best_fit_decreasing(lengths, CAPACITY)
-
-
-def test_many_rows_are_packed_full():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 500, (20_000,), generator=generator).tolist()
-    packs = best_fit_decreasing(lengths, 2048)
-    assert len(packs) == ceil(sum(lengths) / 2048)  # fewer are not possible
-
-
-ROWS = [
-    {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "length": 5},
-    {"input_ids": [15, 16], "labels": [-100, 16], "length": 2},
-    {"input_ids": [25, 26, 27], "labels": [-100, -100, 27], "length": 3},
-]
-
-
-def test_packs_are_lists_of_rows():
-    packed = PackedRows(Dataset.from_list(ROWS), 8)
-    assert packed.packs == [[0, 2], [1]] and len(packed) == 2
-    assert packed[0] == [ROWS[0], ROWS[2]]
-    assert packed.describe().startswith("packing: 3 rows in 2 packs of up to 8 tokens, 62.5% full")
+    sums = sorted(sum(lengths[i] for i in pack) for pack in packs)
+    assert sums == sorted(CAPACITY - space for space in free)
+    assert packs == data.best_fit_decreasing(lengths, CAPACITY)
 
 
 @pytest.mark.parametrize("as_packs", [True, False], ids=["packs", "rows"])
 def test_flat_batches_are_those_of_transformers(as_packs):
     flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     expected = flatten([ROWS[i] for i in ([0, 2, 1] if as_packs else [0, 1, 2])])
-    batch = FlatCollator()(list(PackedRows(Dataset.from_list(ROWS), 8)) if as_packs else ROWS)
+    packed = data.PackedRows(Dataset.from_list(ROWS), 8)
+    assert packed.describe().startswith("packing: 3 rows in 2 packs of up to 8 tokens, 62.5% full")
+    assert [*packed] == [[ROWS[0], ROWS[2]], [ROWS[1]]]
+    batch = data.FlatCollator()([*packed] if as_packs else ROWS)
     assert batch.pop("attention_mask").tolist() == [[1] * 10]
     assert batch.keys() == expected.keys()
     for name, value in expected.items():
@@ -204,13 +147,13 @@ def test_flat_batches_are_those_of_transformers(as_packs):
 
 
 def test_padded_packs_end_with_a_row_of_pads():
-    packed = PackedRows(Dataset.from_list([*ROWS, ROWS[0]]), 10)
+    packed, collate = data.PackedRows(Dataset.from_list([*ROWS, ROWS[0]]), 10), data.PackCollator(0)
     assert packed.packs == [[0, 3], [2, 1]]
-    batch = PackCollator(pad_token_id=0)(list(packed))
+    batch = collate([*packed])
     assert batch["input_ids"].tolist()[1] == [25, 26, 27, 15, 16] + [0] * 11
     assert batch["labels"].tolist()[1] == [-100, -100, 27, -100, 16] + [-100] * 11
     assert batch["position_ids"].tolist()[1] == [0, 1, 2, 0, 1, *range(11)]
     assert batch["attention_mask"].sum(1).tolist() == [10, 5]
     assert batch["labels"][0, 0] == batch["labels"][0, 5] == -100
-    rows = PackCollator(pad_token_id=0)(ROWS)  # evaluation data is not packed
+    rows = collate(ROWS)  # evaluation data is not packed
     assert rows["input_ids"].shape == (3, 8) and rows["attention_mask"].sum(1).tolist() == [5, 2, 3]
