@@ -14,10 +14,9 @@ Codes and absmax are the same for the same values in bf16, fp16 and fp32. The me
 fp32, level times absmax, so that only the result is rounded to 16 bits.
 
 A forward pass decodes a whole weight before each product, in its dtype (`decoded`); for thousands
-of tokens the product takes ten times as long. On a GPU the weight is decoded into a buffer that the
-next weight reuses (`scratch`): one per thread, device, stream and slot, as large as the largest
-weight so far, 117 MB for the MLP of Llama-3.1-8B in bf16. With a new tensor for each weight, the
-allocator would fill freed blocks with smaller tensors, and request more memory from the card.
+of tokens the product takes ten times as long. On a GPU each weight is decoded into the same buffer
+(`scratch`), 117 MB for the MLP of Llama-3.1-8B in bf16. With a new tensor for each, the allocator
+would fill freed blocks with smaller tensors, and request more memory from the card.
 """
 
 import math
@@ -49,17 +48,13 @@ class Quantized(NamedTuple):
 
 def quantize(weight: Tensor, quant: QuantConfig) -> Quantized:
     """4-bit codes of `weight` (out, in), any float dtype, on its own device."""
+    weight = weight.contiguous()
     if weight.device.type == "cpu" and quant.quant_type == "nf4":
         quantized = _quantize_on_cpu(weight, quant)
         if quantized is not None:
             return quantized
-    packed, state = bnb.quantize_4bit(
-        weight.contiguous(),
-        blocksize=quant.blocksize,
-        compress_statistics=quant.double_quant,
-        quant_type=quant.quant_type,
-    )
-    return Quantized(packed, state)
+    settings: Any = {"blocksize": quant.blocksize, "compress_statistics": quant.double_quant}
+    return Quantized(*bnb.quantize_4bit(weight, quant_type=quant.quant_type, **settings))
 
 
 def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
@@ -69,7 +64,7 @@ def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
     each with at most one bound in it, so a code is that of the cell's lower end, or the next. None
     where the last block is not full, or an absmax is not finite.
     """
-    flat, blocksize = weight.contiguous().view(-1), quant.blocksize
+    flat, blocksize = weight.view(-1), quant.blocksize
     if len(flat) % blocksize:
         return None
     first, bound = _cells()
@@ -86,13 +81,14 @@ def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
         cell = _cell_of(x)
         code = first[cell].add_((x > bound[cell]).view(torch.uint8))  # two of them -> a byte
         packed[start // 2 :, 0][: len(code) // 2] = (code[::2] << 4) | code[1::2]
-    settings = {"shape": weight.shape, "dtype": weight.dtype, "blocksize": blocksize}
-    settings |= {"quant_type": "nf4", "code": codebook("nf4")}
-    if not quant.double_quant:
-        return Quantized(packed, bnb.QuantState(absmax=absmax, **settings))
-    offset = absmax.mean()
-    codes, second = bnb.quantize_blockwise(absmax - offset, blocksize=256)
-    return Quantized(packed, bnb.QuantState(absmax=codes, offset=offset, state2=second, **settings))
+    settings: dict[str, Any] = {"shape": weight.shape, "dtype": weight.dtype, "quant_type": "nf4"}
+    if quant.double_quant:
+        settings["offset"] = absmax.mean()
+        absmax, settings["state2"] = bnb.quantize_blockwise(
+            absmax - settings["offset"], blocksize=256
+        )
+    settings |= {"absmax": absmax, "blocksize": blocksize, "code": codebook("nf4")}
+    return Quantized(packed, bnb.QuantState(**settings))
 
 
 def _cell_of(x: Tensor) -> Tensor:
@@ -113,8 +109,8 @@ def _cells() -> tuple[Tensor, Tensor]:
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight (out, in) of the codes, rounded once to `dtype`."""
-    packed, state = quantized
-    return _dequantize(packed, absmax(quantized), state, state.shape, dtype)
+    state = quantized.state
+    return _dequantize(quantized.packed, absmax(quantized), state, state.shape, dtype)
 
 
 def _dequantize(
@@ -139,23 +135,20 @@ def absmax(quantized: Quantized) -> Tensor:
 
 def in_rows(quantized: Quantized, values: int) -> Iterator[tuple[slice, Tensor]]:
     """`dequantize` in parts (rows, in) of about `values` values, at least one row."""
-    packed, state = quantized
+    state = quantized.state
     out_features, in_features = state.shape
-    aligned = _aligned_rows(in_features, state.blocksize)
-    step = max(1, values // (in_features * aligned)) * aligned
-    scales = absmax(quantized)
-    for first in range(0, out_features, step):
-        rows = slice(first, min(first + step, out_features))
-        start, stop = rows.start * in_features, rows.stop * in_features
-        codes = packed[start // 2 : -(-stop // 2)]
-        blocks = scales[start // state.blocksize : -(-stop // state.blocksize)]
+    least = math.lcm(in_features, state.blocksize)  # values of whole rows and whole blocks
+    size = max(1, values // least) * least
+    codes, scales = (
+        quantized.packed.split(size // 2),
+        absmax(quantized).split(size // state.blocksize),
+    )
+    for first, *parts in zip(
+        range(0, out_features, size // in_features), codes, scales, strict=True
+    ):
+        rows = slice(first, min(first + size // in_features, out_features))
         shape = rows.stop - rows.start, in_features
-        yield rows, _dequantize(codes, blocks, state, shape, torch.float32)
-
-
-def _aligned_rows(in_features: int, blocksize: int) -> int:
-    """The least number of rows that whole blocks fill."""
-    return blocksize // math.gcd(in_features, blocksize)
+        yield rows, _dequantize(*parts, state, shape, torch.float32)
 
 
 @cache
@@ -164,8 +157,7 @@ def kernel_is_right(in_features: int, blocksize: int) -> bool:
 
     False where a block crosses rows of `in_features` and its AVX-512 kernel is in use (0.50).
     """
-    rows = _aligned_rows(in_features, blocksize)
-    weight = torch.linspace(-1, 1, rows * in_features).view(rows, in_features)
+    weight = torch.linspace(-1, 1, math.lcm(in_features, blocksize)).view(-1, in_features)
     quantized = quantize(weight, QuantConfig(blocksize=blocksize, double_quant=False))
     return agrees(bnb.dequantize_4bit, lambda *_: dequantize(quantized), *quantized, tolerance=0)
 
@@ -252,9 +244,8 @@ def decoder(device: torch.device, dtype: torch.dtype) -> Decoder | None:
     """The function that decodes into a buffer on `device`, or None: each weight is a new tensor."""
     if device.type != "cuda":
         return None
-    if GPU_DECODER == "triton" and not triton_decodes(device, dtype):
-        return DECODERS["bitsandbytes"]
-    return DECODERS[GPU_DECODER]
+    is_usable = GPU_DECODER != "triton" or triton_decodes(device, dtype)
+    return DECODERS[GPU_DECODER if is_usable else "bitsandbytes"]
 
 
 @cache
@@ -265,9 +256,8 @@ def triton_decodes(device: torch.device, dtype: torch.dtype) -> bool:
     weight = torch.linspace(-1, 1, 90 * 200, device=device).view(90, 200)
     quantized = quantize(weight, QuantConfig())  # more than 256 blocks, the last is not full
     fast = partial(into_scratch, dtype=dtype, slot=-1, decode=_by_triton)  # a slot of its own
-    plain = partial(dequantize, dtype=dtype)
     name = f"Triton's decoding to {dtype} on {device}"
-    return agrees(fast, plain, quantized, tolerance=0, log_as=name)
+    return agrees(fast, partial(dequantize, dtype=dtype), quantized, tolerance=0, log_as=name)
 
 
 def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:
@@ -292,14 +282,7 @@ def into_scratch(quantized: Quantized, dtype: torch.dtype, slot: int, decode: De
     return out
 
 
-class _Buffers(threading.local):
-    """A thread's buffers, by device, stream and slot."""
-
-    def __init__(self) -> None:
-        self.of: dict[tuple[torch.device, int, int], Tensor] = {}
-
-
-_buffers = _Buffers()
+_thread = threading.local()  # its dictionary is the thread's own
 
 
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: int) -> Tensor:
@@ -316,12 +299,10 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: i
         if torch.cuda.is_current_stream_capturing():
             return torch.empty(shape, dtype=dtype, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
+    buffers: dict[Any, Tensor] = vars(_thread).setdefault("buffers", {})
     key = device, stream, slot
     with torch.inference_mode(False):  # else autograd could not see that it was changed
-        buffer = _buffers.of.get(key)
-        if buffer is None or len(buffer) < size:
-            _buffers.of.pop(key, None)
-            del buffer  # the old one is freed before the new one is allocated
-            buffer = torch.empty(size, dtype=torch.uint8, device=device)
-            _buffers.of[key] = buffer
-        return buffer[:size].view(dtype).view(shape)
+        if key not in buffers or len(buffers[key]) < size:
+            buffers.pop(key, None)  # the old one is freed before the new one is allocated
+            buffers[key] = torch.empty(size, dtype=torch.uint8, device=device)
+        return buffers[key][:size].view(dtype).view(shape)
