@@ -45,17 +45,14 @@ def agrees(
     expected = plain(*inputs)
     try:
         error = relative_error(fast(*inputs), expected)
+        reason = f"its values are off by {error:.2g}, tolerance is {tolerance:.2g}"
     except Exception as failure:  # compilers and drivers raise many kinds
         if log_as is None:
             raise
-        reason = f"{type(failure).__name__}: {failure}"
-    else:
-        if error <= tolerance:
-            return True
-        reason = f"its values are off by {error:.2g}, tolerance is {tolerance:.2g}"
-    if log_as is not None:
+        error, reason = math.inf, f"{type(failure).__name__}: {failure}"
+    if error > tolerance and log_as is not None:
         logging.getLogger(__name__).warning("%s is not used: %s", log_as, reason)
-    return False
+    return error <= tolerance
 
 
 def relative_error(values: Tensors, expected: Tensors) -> float:

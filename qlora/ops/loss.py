@@ -26,7 +26,7 @@ probabilities (cut cross-entropy, arXiv:2411.09009), which changes the result. t
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,16 +44,6 @@ GPU_CHUNK_BYTES = 128 << 20
 # Keeps probabilities of 1e-5 away from the smallest numbers of fp16; a power of two, so that it
 # changes no digits. Divided out at the end.
 GRADIENT_SCALE = 256.0
-
-
-class _Head(NamedTuple):
-    """The output head, and the loss's settings."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-    label_smoothing: float
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -90,12 +80,10 @@ def linear_cross_entropy(
             "freeze it, or compute the loss from logits"
         )
     kept = (labels != ignore_index).nonzero()[:, 0]
-    head = _Head(weight, bias, scale, softcap, label_smoothing)
+    inputs = hidden[kept].to(weight.dtype), labels[kept], weight, bias
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden[kept].to(weight.dtype), labels[kept], head
-        )
-    return loss
+        settings = scale, softcap, label_smoothing
+        return _LinearCrossEntropy.apply(*inputs, *settings)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _computed_in(weight: Tensor) -> torch.dtype:
@@ -107,29 +95,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The loss of tokens that all have a label; forward computes the gradient along with it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: _Head) -> Tensor:
-        dtype, rows = _computed_in(head.weight), chunk_rows(head.weight)
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None,
+        scale: float, softcap: float | None, label_smoothing: float,
+    ) -> Tensor:  # fmt: skip
+        dtype, rows, factor = _computed_in(weight), chunk_rows(weight), None
         losses = hidden.new_empty(len(hidden), dtype=dtype)
-        gradient = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
-        factor = GRADIENT_SCALE / math.frexp(max(1, len(labels)))[0]
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(hidden, dtype=dtype)
+            factor = GRADIENT_SCALE / math.frexp(max(1, len(labels)))[0]
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            losses[chunk], dz = _chunk_loss(
-                hidden[chunk], labels[chunk], head, factor if gradient is not None else None
-            )
-            if gradient is not None:
-                gradient[chunk] = _input_gradient(dz.to(hidden.dtype), head.weight)
-            del dz  # before the next chunk's is allocated
-        if gradient is not None:
+            z = linear(hidden[chunk], weight, bias).to(dtype)
+            losses[chunk] = _losses(z, labels[chunk], scale, softcap, label_smoothing, factor)
+            if factor is not None:
+                gradient[chunk] = _input_gradient(z.to(hidden.dtype), weight)
+            del z  # before the next chunk's is allocated
+        if factor is not None:
             ctx.save_for_backward(gradient)
-            ctx.factor, ctx.dtype = head.scale / factor, hidden.dtype
+            ctx.factor, ctx.dtype = scale / factor, hidden.dtype
         return losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * (loss_gradient * ctx.factor)).to(ctx.dtype), None, None
+        return (gradient * (loss_gradient * ctx.factor)).to(ctx.dtype), *[None] * 6
 
 
 def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
@@ -139,26 +130,23 @@ def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     return linear(dz, weight.T)
 
 
-def _chunk_loss(
-    hidden: Tensor, labels: Tensor, head: _Head, factor: float | None
-) -> tuple[Tensor, Tensor]:
-    """Losses (rows,), and dz (rows, vocab): their gradients in scale * (W x + b) times `factor`.
-
-    Without a factor dz is not computed, and the second tensor has no meaning.
-    """
-    z = linear(hidden, head.weight, head.bias).to(_computed_in(head.weight))
+def _losses(
+    z: Tensor, labels: Tensor, scale: float, softcap: float | None, smoothing: float,
+    factor: float | None,
+) -> Tensor:  # fmt: skip
+    """Losses (rows,) of z = W x + b (rows, vocab), overwritten by their gradients in scale * z,
+    times `factor`; without a factor z has no meaning afterwards."""
     slope = None  # of the softcap
-    if head.scale != 1:
-        z *= head.scale
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_()
+    if scale != 1:
+        z *= scale
+    if softcap is not None:
+        z.div_(softcap).tanh_()
         slope = None if factor is None else 1 - z * z
-        z *= head.softcap
+        z *= softcap
     picked, mean = z.gather(1, labels[:, None]), z.mean(1, keepdim=True)
     top = z.amax(1, keepdim=True)
     p = z.sub_(top).exp_()
     total = p.sum(1, keepdim=True)
-    smoothing = head.label_smoothing
     losses = total.log() + (1 - smoothing) * (top - picked) + smoothing * (top - mean)
     if factor is not None:
         p *= factor / total
@@ -167,4 +155,4 @@ def _chunk_loss(
         p.scatter_add_(1, labels[:, None], torch.full_like(picked, (smoothing - 1) * factor))
         if slope is not None:
             p *= slope
-    return losses[:, 0], p
+    return losses[:, 0]

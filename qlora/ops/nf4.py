@@ -36,6 +36,7 @@ RECORD_MARK = ".quant_state.bitsandbytes__"
 STATE_BYTES = 256  # of a record's JSON, padded
 CELLS = 32
 CHUNK = 1 << 20  # values at a time, a multiple of every blocksize
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as configs say
 
 
@@ -81,14 +82,13 @@ def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
         cell = _cell_of(x)
         code = first[cell].add_((x > bound[cell]).view(torch.uint8))  # two of them -> a byte
         packed[start // 2 :, 0][: len(code) // 2] = (code[::2] << 4) | code[1::2]
-    settings: dict[str, Any] = {"shape": weight.shape, "dtype": weight.dtype, "quant_type": "nf4"}
+    offset = second = None
     if quant.double_quant:
-        settings["offset"] = absmax.mean()
-        absmax, settings["state2"] = bnb.quantize_blockwise(
-            absmax - settings["offset"], blocksize=256
-        )
-    settings |= {"absmax": absmax, "blocksize": blocksize, "code": codebook("nf4")}
-    return Quantized(packed, bnb.QuantState(**settings))
+        offset = absmax.mean()
+        absmax, second = bnb.quantize_blockwise(absmax - offset, blocksize=256)
+    settings: Any = {"shape": weight.shape, "dtype": weight.dtype, "blocksize": blocksize}
+    settings |= {"quant_type": "nf4", "code": codebook("nf4"), "offset": offset, "state2": second}
+    return Quantized(packed, bnb.QuantState(absmax=absmax, **settings))
 
 
 def _cell_of(x: Tensor) -> Tensor:
@@ -136,19 +136,15 @@ def absmax(quantized: Quantized) -> Tensor:
 def in_rows(quantized: Quantized, values: int) -> Iterator[tuple[slice, Tensor]]:
     """`dequantize` in parts (rows, in) of about `values` values, at least one row."""
     state = quantized.state
-    out_features, in_features = state.shape
-    least = math.lcm(in_features, state.blocksize)  # values of whole rows and whole blocks
+    (out_features, in_features), blocksize = state.shape, state.blocksize
+    least = math.lcm(in_features, blocksize)  # values of whole rows and whole blocks
     size = max(1, values // least) * least
-    codes, scales = (
-        quantized.packed.split(size // 2),
-        absmax(quantized).split(size // state.blocksize),
-    )
-    for first, *parts in zip(
-        range(0, out_features, size // in_features), codes, scales, strict=True
-    ):
-        rows = slice(first, min(first + size // in_features, out_features))
-        shape = rows.stop - rows.start, in_features
-        yield rows, _dequantize(*parts, state, shape, torch.float32)
+    packed, scales = quantized.packed.split(size // 2), absmax(quantized).split(size // blocksize)
+    every = range(0, out_features, size // in_features)
+    for first, codes, scale in zip(every, packed, scales, strict=True):
+        rows = slice(first, min(first + every.step, out_features))
+        shape = rows.stop - first, in_features
+        yield rows, _dequantize(codes, scale, state, shape, torch.float32)
 
 
 @cache
@@ -181,13 +177,11 @@ def to_record(quantized: Quantized) -> dict[str, Tensor]:
     return record | {suffix: torch.cat([record[suffix].cpu(), blanks])}
 
 
-def record_layout(
-    shape: tuple[int, ...], quant: QuantConfig
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def record_layout(shape: tuple[int, ...], quant: QuantConfig) -> Layout:
     """dtype and shape of each tensor of the record of a weight of that shape."""
     values = math.prod(shape)
     blocks = math.ceil(values / quant.blocksize)
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    layout: Layout = {
         "": (torch.uint8, (math.ceil(values / 2), 1)),
         "absmax": (torch.uint8 if quant.double_quant else torch.float32, (blocks,)),
         "quant_map": (torch.float32, (16,)),

@@ -171,8 +171,9 @@ def test_a_kernel_that_is_wrong_or_does_not_run_is_not_used(
         raise RuntimeError("Failed to find C compiler")
 
     def works() -> list[bool]:
-        gated.has_kernel.cache_clear()
-        return [gated.has_kernel(kernel_device, dtype, act) for act in (*ACTS, "silu")]
+        gated.implementation.cache_clear()
+        used = [gated.implementation(kernel_device, dtype, act) for act in (*ACTS, "silu")]
+        return [forward is kernels.gated_forward for forward, _ in used]
 
     def short(g: Any, u: Any, d: Any, h: Any, dg: Any, du: Any, act: str) -> None:
         right(g[:-3], u[:-3], d[:-3], h[:-3], dg[:-3], du[:-3], act)
@@ -189,4 +190,4 @@ def test_a_kernel_that_is_wrong_or_does_not_run_is_not_used(
         assert not any(works())
         assert len(caplog.records) == len(ACTS)  # each is reported once
         assert "Triton's kernel of silu" in caplog.text and reason in caplog.text
-    gated.has_kernel.cache_clear()
+    gated.implementation.cache_clear()
