@@ -38,9 +38,8 @@ def agrees(
 
     Args:
         tolerance: the largest relative error; 0 for equal values.
-        log_as: the name of a fast version that is expected to agree. A difference or an exception
-            (a compiler or driver that does not work here) is logged, and the result is False.
-            Without a name nothing is logged and exceptions propagate: for modules of unknown kind.
+        log_as: the name of a fast version that is expected to agree: a difference or an exception
+            (of a compiler or driver) is logged. Without a name exceptions propagate.
     """
     expected = plain(*inputs)
     try:
@@ -70,10 +69,6 @@ def relative_error(values: Tensors, expected: Tensors) -> float:
 
 
 def may_use_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether to try the kernels of qlora.ops.kernels on such tensors.
-
-    Triton may be missing (Windows, macOS). Where it is installed without a C compiler, or does not
-    support the card, it raises, and `agrees` returns False.
-    """
+    """Whether to try qlora.ops.kernels on such tensors; Triton is missing on Windows and macOS."""
     known = dtype in (torch.float32, torch.float16, torch.bfloat16)
     return device.type == "cuda" and known and find_spec("triton") is not None

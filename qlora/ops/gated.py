@@ -4,8 +4,7 @@
 
 act is SiLU (SwiGLU) or GELU (GeGLU, arXiv:2002.05202). The backward pass recomputes h, so that it
 need not be saved for W_down's adapter. All is computed in fp32 and each result is rounded once;
-models round act(gate) to 16 bits before they multiply. Triton's kernels read each value once; the
-plain version, in torch, works in chunks that stay in a CPU's cache.
+models round act(gate) to 16 bits before they multiply.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,8 +30,8 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 ACTS = tuple(_FUNCTIONS)
 Implementation = tuple[Callable[..., None], Callable[..., None]]  # of forward and backward
 
-# Values per chunk of the plain version. A few fp32 chunks fit a CPU core's cache, which halves the
-# time; on a GPU a chunk is large enough to use the whole card, and bounds the memory.
+# Values per chunk of the plain version: a few fp32 chunks fit a CPU core's cache, which halves the
+# time; a GPU's chunk uses the whole card, and bounds the memory.
 CHUNK = {"cpu": 1 << 17}
 GPU_CHUNK = 1 << 24
 

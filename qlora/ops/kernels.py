@@ -6,9 +6,8 @@ are the oracles, do so where they use a kernel. Decoding (layout: see qlora.ops.
     value = level[code] * absmax          absmax = map[absmax code] * second absmax + offset
 
 Both levels of double quantization are undone in one kernel. Each step is rounded as bitsandbytes
-rounds it (hence no fused multiply-add), and the value once, to the output's dtype. A byte of codes
-becomes four bytes of bf16. Arithmetic would bound the speed from 18 instructions per value on an
-H200, and from 24 on an A100. So
+rounds it (hence no fused multiply-add), and the value once, to the output's dtype. Arithmetic would
+bound the speed from 18 instructions per value on an H200, and from 24 on an A100. So
 
 - a thread takes groups of 8 values: it loads 4 bytes and stores 16, both next to its neighbours',
   and as each block is a multiple of 8, a group has one absmax;
@@ -17,8 +16,7 @@ H200, and from 24 on an A100. So
 
 Compiled for sm_80 and sm_90 that is 10 instructions per value and 32 registers, which lets all
 threads of a multiprocessor run: it should come near the card's copy bandwidth, at 2.52 bytes per
-value in bf16. A tree of selections instead of the table takes 20 instructions, a table in the
-first-level cache 12. bitsandbytes has three launches, with decoded absmax in between.
+value in bf16. bitsandbytes has three launches, with decoded absmax in between.
 
 Gated MLP (see qlora.ops.gated): both kinds of sigmoid gates are g * sigmoid(v), with v = g for SiLU
 and, since (1 + tanh u) / 2 = sigmoid(2 u), v = 2 sqrt(2/pi) (g + 0.044715 g^3) for tanh's GELU.

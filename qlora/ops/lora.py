@@ -8,8 +8,8 @@ B_i (out_i, r), and scaling s_i:
     dA_i = s_i (dy_i B_i)' x        dB_i = s_i dy_i' (x A_i')
 
 B A is never formed. The A of all layers are stacked, so that x is read once for them. The backward
-pass needs x, which its producer holds anyway, x A' (n, r), and the packed weight by reference; plain
-autograd also allocates a tensor of dx's size for each term and one of y's size for each sum.
+pass needs x, which its producer holds anyway, x A' (n, r), and the packed weight by reference;
+plain autograd allocates a tensor of dx's size for each term and one of y's size for each sum.
 
 A gated MLP, y = down(act(gate(x)) * up(x)), is one function. It saves x, gate(x) and up(x) and
 recomputes the rest. With `recompute`, for models with gradient checkpointing, it saves x alone (see
@@ -43,10 +43,9 @@ TILE_BYTES = 128 << 20
 class Dropout(NamedTuple):
     """One draw of dropout (arXiv:1207.0580): a value is 0 with probability p, else x / (1 - p).
 
-    LoRA drops values of A's input, in each layer separately. The mask is not saved but drawn again
-    from its seed: the seven masks of a decoder layer, a byte per value, would take as much memory
-    as 3.5 of its inputs in 16 bits. Seeds come from torch's CPU generator, whose state gradient
-    checkpointing restores, so that a recomputed layer has the same mask; no draw waits for the GPU.
+    The mask is not saved but drawn again from its seed: the seven masks of a decoder layer, a byte
+    per value, would take as much memory as 3.5 of its inputs in 16 bits. Seeds come from torch's
+    CPU generator, whose state gradient checkpointing restores; no draw waits for the GPU.
     """
 
     p: float  # 0 <= p < 1
@@ -58,7 +57,6 @@ class Dropout(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """The factor of the values that are not dropped."""
         return 1 / (1 - self.p)
 
     def mask(self, x: Tensor, tile: int = 0) -> Tensor:
@@ -79,26 +77,21 @@ class LayerSpec(NamedTuple):
     dropout: Dropout | None = None
 
 
-def lora_linear(
-    x: Tensor, specs: Sequence[LayerSpec], factors: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, ...]:
+Specs = Sequence[LayerSpec]
+Factors = Sequence[tuple[Tensor, Tensor]]  # A (r, in) and B (out, r) of each, in any float dtype
+
+
+def lora_linear(x: Tensor, specs: Specs, factors: Factors) -> tuple[Tensor, ...]:
     """The outputs (..., out) of layers with adapters that share the input x (..., in).
 
-    Args:
-        x: in the dtype that the layers compute in, which is that of the outputs.
-        factors: A (r, in) and B (out, r) of each layer, in any float dtype.
+    x is in the dtype that the layers compute in, which is that of the outputs.
     """
     matrices = itertools.chain(*factors)  # A, B, A, B, …
     return _LoRALinear.apply(x, tuple(specs), *matrices)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def lora_mlp(
-    x: Tensor,
-    specs: Sequence[LayerSpec],
-    factors: Sequence[tuple[Tensor, Tensor]],
-    *,
-    activation: str,
-    recompute: bool = False,
+    x: Tensor, specs: Specs, factors: Factors, *, activation: str, recompute: bool = False
 ) -> Tensor:
     """The output (..., in) of a gated MLP; x, and specs and factors of gate, up and down.
 
@@ -113,9 +106,6 @@ def lora_mlp(
         input_node = x.grad_fn
     settings = tuple(specs), activation, recompute, input_node
     return _LoRAMLP.apply(x, settings, *matrices)  # type: ignore[no-any-return, no-untyped-call]
-
-
-# ---- autograd functions
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -199,9 +189,6 @@ class _LoRAMLP(torch.autograd.Function):
         return None if dx is None else dx.view(x.shape), None, *gradients
 
 
-# ---- the arithmetic of one layer
-
-
 class _Layer(NamedTuple):
     """A LayerSpec and its factors in the dtype of x. Inputs are flat: x (n, in), dy (n, out)."""
 
@@ -255,12 +242,7 @@ class _Layer(NamedTuple):
         return [inner(dlow, x), inner(dy, low).mul_(self.scaling)]
 
 
-# ---- the arithmetic of several layers
-
-
-def _layers(
-    specs: Sequence[LayerSpec], matrices: Sequence[Tensor], dtype: torch.dtype
-) -> list[_Layer]:
+def _layers(specs: Specs, matrices: Sequence[Tensor], dtype: torch.dtype) -> list[_Layer]:
     triples = zip(specs, matrices[::2], matrices[1::2], strict=True)
     return [_Layer(*spec, A.to(dtype), B.to(dtype)) for spec, A, B in triples]
 
@@ -317,9 +299,6 @@ def _gradients(
     return dx, gradients
 
 
-# ---- the gated MLP
-
-
 def _mlp_gradients(
     ctx: Any, x: Tensor, dy: Tensor, saved: Any, layers: Sequence[_Layer], out: Any = None
 ) -> tuple[Tensor | None, list[Any]]:
@@ -362,8 +341,7 @@ def linear(
 ) -> Tensor:
     """x W' + bias, (..., in) @ (in, out) -> (..., out), all in x's dtype, into `out` (contiguous).
 
-    The result is not a view, so that it may be changed in place. It has no gradient: this is for
-    autograd functions, which compute their own.
+    The result has no gradient, and is no view, so that it may be changed in place.
     """
     rows, shape = x.reshape(-1, x.shape[-1]), [*x.shape[:-1], len(weight)]
     if by_onednn(x):
@@ -415,8 +393,8 @@ def _has_onednn() -> bool:
     if not (has_avx512 and torch.backends.mkldnn.is_available()):
         return False
     x, weight = torch.linspace(-1, 1, 64).view(4, 16), torch.linspace(-1, 2, 128).view(8, 16)
-    name = "oneDNN's fp32 product"
-    return agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, log_as=name)
+    log_as = "oneDNN's fp32 product"
+    return agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, log_as=log_as)
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,9 +10,8 @@ exists at a time, and the gradient of x is computed from it at once:
     dz_i = softmax(z_i) - (1 - e) onehot(y_i) - e / vocab         times the slope of the softcap
     dx_i = scale * W' dz_i
 
-The backward pass multiplies dx by the loss's gradient, a number, and no chunk is computed twice.
-The cost is the plain path's two products, only over tokens with a label, and a chunk's logits, in
-fp32 and once more in the dtype of x.
+The backward pass multiplies dx by the loss's gradient, a number. The cost is the plain path's two
+products, only over tokens with a label, and a chunk's logits, in fp32 and once more in x's dtype.
 
 In 16 bits that number (one over the tokens of a step, say) must not cost a second rounding. On a
 GPU dx is a product in fp32 and is rounded once, after the multiplication. A CPU has no such
@@ -20,9 +19,9 @@ product: there dz contains the mantissa of the number of tokens, which leaves a 
 multiply by, unless a step has tokens of other micro-batches.
 
 The idea is Liger's fused linear cross-entropy (arXiv:2410.10989). Left out: the gradient of W, as
-the head of a 4-bit base is frozen (a trained head takes the plain path), and skipping small
-probabilities (cut cross-entropy, arXiv:2411.09009), which changes the result. torch's own
-(torch.nn.functional.linear_cross_entropy, since 2.13) has no softcap.
+the head of a 4-bit base is frozen, and skipping small probabilities (cut cross-entropy,
+arXiv:2411.09009), which changes the result. torch.nn.functional.linear_cross_entropy (2.13) has no
+softcap.
 """
 
 import math
@@ -35,21 +34,21 @@ from torch.autograd.function import once_differentiable
 from qlora.errors import UserError
 from qlora.ops.lora import linear
 
-# fp32 logits of a chunk. Each chunk reads all of W: 1 FLOP per byte and token in 16 bits. Below the
-# card's FLOP per byte of bandwidth (165 on a 4090, 206 on an H200, by data sheet) memory bounds the
-# speed; more tokens are no faster. For a vocabulary of 128k a chunk has 262 tokens, on a CPU 131.
+# fp32 logits of a chunk. Each reads all of W, 1 FLOP per byte and token in 16 bits; cards have 165
+# (a 4090) to 206 (an H200, by data sheet) FLOP per byte of bandwidth, so that more tokens are no
+# faster. For a vocabulary of 128k a chunk has 262 tokens, on a CPU 131.
 CHUNK_BYTES = {"cpu": 64 << 20}
 GPU_CHUNK_BYTES = 128 << 20
 
-# Keeps probabilities of 1e-5 away from the smallest numbers of fp16; a power of two, so that it
-# changes no digits. Divided out at the end.
+# Keeps probabilities of 1e-5 away from the smallest numbers of fp16; divided out at the end.
 GRADIENT_SCALE = 256.0
 
 
 def chunk_rows(weight: Tensor) -> int:
     """The number of tokens in a chunk, for this head (vocab, dim)."""
     chunk_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
-    return max(1, chunk_bytes // (len(weight) * _computed_in(weight).itemsize))
+    itemsize = torch.promote_types(weight.dtype, torch.float32).itemsize
+    return max(1, chunk_bytes // (len(weight) * itemsize))
 
 
 def linear_cross_entropy(
@@ -76,19 +75,13 @@ def linear_cross_entropy(
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise UserError(
-            "linear_cross_entropy has no gradient for the output head, and this one is trained: "
-            "freeze it, or compute the loss from logits"
+            "no gradient for the output head, and this one is trained: freeze it, or use its logits"
         )
     kept = (labels != ignore_index).nonzero()[:, 0]
     inputs = hidden[kept].to(weight.dtype), labels[kept], weight, bias
     with torch.autocast(hidden.device.type, enabled=False):
         settings = scale, softcap, label_smoothing
         return _LinearCrossEntropy.apply(*inputs, *settings)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _computed_in(weight: Tensor) -> torch.dtype:
-    """The dtype of losses, and of the logits that they are computed from."""
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -99,7 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None,
         scale: float, softcap: float | None, label_smoothing: float,
     ) -> Tensor:  # fmt: skip
-        dtype, rows, factor = _computed_in(weight), chunk_rows(weight), None
+        rows, factor = chunk_rows(weight), None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         losses = hidden.new_empty(len(hidden), dtype=dtype)
         if ctx.needs_input_grad[0]:
             gradient = torch.empty_like(hidden, dtype=dtype)

@@ -50,10 +50,9 @@ class Quantized(NamedTuple):
 def quantize(weight: Tensor, quant: QuantConfig) -> Quantized:
     """4-bit codes of `weight` (out, in), any float dtype, on its own device."""
     weight = weight.contiguous()
-    if weight.device.type == "cpu" and quant.quant_type == "nf4":
-        quantized = _quantize_on_cpu(weight, quant)
-        if quantized is not None:
-            return quantized
+    quantized = _quantize_on_cpu(weight, quant)
+    if quantized is not None:
+        return quantized
     settings: Any = {"blocksize": quant.blocksize, "compress_statistics": quant.double_quant}
     return Quantized(*bnb.quantize_4bit(weight, quant_type=quant.quant_type, **settings))
 
@@ -63,10 +62,10 @@ def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
 
     Instead of a search among the 15 bounds between levels: [-1, 1] is cut into CELLS equal cells,
     each with at most one bound in it, so a code is that of the cell's lower end, or the next. None
-    where the last block is not full, or an absmax is not finite.
+    for FP4, or where the last block is not full or an absmax not finite.
     """
     flat, blocksize = weight.view(-1), quant.blocksize
-    if len(flat) % blocksize:
+    if weight.device.type != "cpu" or quant.quant_type != "nf4" or len(flat) % blocksize:
         return None
     first, bound = _cells()
     packed = torch.empty((len(flat) // 2, 1), dtype=torch.uint8)
@@ -284,8 +283,8 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: i
 
     Kernels of one stream run in order: the buffer is overwritten after the previous product has
     read it. Each stream has its own buffers, and each thread (autograd's backward thread is one),
-    because two threads may take turns on one stream. A product on another stream must wait for the
-    weight, as for any tensor. A captured CUDA graph gets new memory, as it may outlive the buffer.
+    because two threads may take turns on one stream. A captured CUDA graph gets new memory, as it
+    may outlive the buffer.
     """
     size = shape.numel() * dtype.itemsize
     stream = 0
