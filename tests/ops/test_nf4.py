@@ -1,8 +1,9 @@
 """The 4-bit codec against a float64 reference, the published codebook and the error figures."""
 
-import json
 import math
+from dataclasses import replace
 from math import prod
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -31,23 +32,14 @@ def million():
     return gaussian(1024, 1024)
 
 
-# ---- the levels ----
-
-
 def test_the_codebooks_are_the_published_ones():
     assert nf4.codebook("nf4").tolist() == reference.NF4
     # 6e-8: half an fp32 step below 1
     distinct = sorted(set(nf4.codebook("fp4").tolist()))
     assert distinct == pytest.approx(reference.FP4, abs=6e-8)
-
-
-def test_the_nf4_codebook_follows_from_normal_quantiles():
     # 2.4e-7: the published values were rounded to fp32 on their way; two of its steps at 1
     quantiles = torch.tensor(reference.nf4_from_quantiles(), dtype=torch.float64)
     assert torch.allclose(nf4.codebook("nf4").double(), quantiles, rtol=0, atol=2.4e-7)
-
-
-# ---- codes and absmax ----
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 4096])
@@ -72,14 +64,10 @@ def test_the_first_of_two_indices_is_in_the_high_nibble_and_ties_take_the_lower_
 def test_codes_do_not_depend_on_dtype_or_memory_order():
     weight = gaussian(64, 96).bfloat16().half().bfloat16()  # values that all three can hold
     packed, state = nf4.quantize(weight, PLAIN)
-    transposed = weight.T.contiguous().T
-    for same in (weight.float(), weight.half(), transposed):
+    for same in (weight.float(), weight.half(), weight.T.contiguous().T):
         other = nf4.quantize(same, PLAIN)
         assert torch.equal(packed, other.packed)
         assert torch.equal(state.absmax, other.state.absmax)
-
-
-# ---- the dequantized weight ----
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -90,6 +78,7 @@ def test_codes_do_not_depend_on_dtype_or_memory_order():
 )  # fmt: skip
 def test_dequantized_equals_the_reference(shape, blocksize, quant_type):
     weight = gaussian(*shape)
+    weight[0] = 0  # whole blocks, in most shapes
     quant = QuantConfig(quant_type=quant_type, blocksize=blocksize, double_quant=False)
     dense = nf4.round_trip(weight, quant)
     expected = reference.round_trip(weight, LEVELS[quant_type], blocksize=blocksize)
@@ -110,10 +99,6 @@ def test_double_quantized_equals_the_reference(million):
     off = (dense - expected).abs() > 1e-5 * expected.abs()
     assert off.double().mean() < 0.005
     assert torch.allclose(dense, expected, rtol=0.0145, atol=0)
-
-
-def test_a_zero_weight_stays_zero():
-    assert not nf4.round_trip(torch.zeros(2, 64), PLAIN).any()
 
 
 def test_error_of_a_gaussian(million):
@@ -145,16 +130,10 @@ def test_a_dequantized_weight_quantizes_to_the_same_codes(million, quant):
     again = nf4.quantize(nf4.dequantize(first), quant)
     assert torch.equal(first.packed, again.packed)
     assert quant.double_quant or torch.equal(first.state.absmax, again.state.absmax)
-
-
-def test_fp4_of_fp4_changes_no_value(million):
-    """Values, not codes: FP4 has two codes for zero."""
-    quant = QuantConfig(quant_type="fp4", double_quant=False)
-    once = nf4.round_trip(million[:64], quant)
-    assert torch.equal(nf4.round_trip(once, quant), once)
-
-
-# ---- storage ----
+    if not quant.double_quant:  # FP4 has two codes for zero: the values are the same
+        fp4 = replace(quant, quant_type="fp4")
+        once = nf4.round_trip(million[:64], fp4)
+        assert torch.equal(nf4.round_trip(once, fp4), once)
 
 
 def storage_bytes(shape: tuple[int, int], quant: QuantConfig) -> int:
@@ -170,51 +149,36 @@ def test_bits_per_weight():
     assert storage_bytes((1024, 1024), QuantConfig()) * 8 / 1024**2 == bits
 
 
-@pytest.mark.parametrize(
-    "model, weights, others, megabytes",
-    [(SMOLLM2, 106_168_320, 0, 54.77),  # its linear layers
-     # embedding, head and norms in bf16
-     (LLAMA_7B, 6_476_005_376, 2 * (2 * 32000 * 4096 + (2 * 32 + 1) * 4096), 3866)],
-    ids=["SmolLM2-135M", "Llama-7B"],
-)  # fmt: skip
-def test_bytes_of_a_model(model, weights, others, megabytes):
-    shapes, blocks = model
-    assert blocks * sum(prod(s) * n for s, n in shapes.items()) == weights
-    linear = blocks * sum(storage_bytes(s, QuantConfig()) * n for s, n in shapes.items())
-    assert (linear + others) / 1e6 == pytest.approx(megabytes, rel=2e-4)
-
-
-# ---- the record on disk ----
+def test_bytes_of_models():
+    others = 2 * (2 * 32000 * 4096 + (2 * 32 + 1) * 4096)  # embedding, head and norms in bf16
+    # of SmolLM2-135M, the linear layers alone
+    for (shapes, blocks), extra, megabytes in (SMOLLM2, 0, 54.77), (LLAMA_7B, others, 3866):
+        linear = blocks * sum(storage_bytes(s, QuantConfig()) * n for s, n in shapes.items())
+        assert (linear + extra) / 1e6 == pytest.approx(megabytes, rel=2e-4)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_a_record_reads_back_the_same(double_quant):
-    quant = QuantConfig(blocksize=128, double_quant=double_quant)
-    before = nf4.quantize(gaussian(24, 50).bfloat16(), quant)
-    after = nf4.from_record(nf4.to_record(before))
+@pytest.mark.parametrize("shape, blocksize", [((32, 96), 64), ((24, 50), 128)])
+def test_a_record_is_what_bitsandbytes_saves_and_reads_back(shape, blocksize, double_quant):
+    weight, quant = gaussian(*shape).bfloat16(), QuantConfig("nf4", blocksize, double_quant)
+    layer: Any = bitsandbytes.nn.Linear4bit(*reversed(shape), bias=False)
+    options: Any = {"blocksize": blocksize, "compress_statistics": double_quant}
+    layer.weight = bitsandbytes.nn.Params4bit(weight, quant_type="nf4", module=layer, **options)
+    saved = layer.to("cpu").state_dict()
+    before = nf4.quantize(weight, quant)
+    record = nf4.to_record(before)
+    after = nf4.from_record(record)
     assert torch.equal(before.packed, after.packed)
     assert torch.equal(nf4.dequantize(before), nf4.dequantize(after))
-    assert (after.state.dtype, after.state.shape) == (torch.bfloat16, (24, 50))
-    assert (after.state.blocksize, after.state.nested) == (128, double_quant)
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_a_record_is_what_bitsandbytes_saves(double_quant):
-    weight = gaussian(32, 96)
-    options = {"quant_type": "nf4", "compress_statistics": double_quant}
-    layer = bitsandbytes.nn.Linear4bit(96, 32, bias=False, **options)
-    layer.load_state_dict({"weight": weight})
-    saved = layer.to("cpu").state_dict()
-    quant = QuantConfig(double_quant=double_quant)
-    record = nf4.to_record(nf4.quantize(weight, quant))
+    assert (after.state.dtype, after.state.shape) == (torch.bfloat16, shape)
+    assert (after.state.blocksize, after.state.nested) == (blocksize, double_quant)
     layout = {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in record.items()}
-    assert layout == nf4.record_layout((32, 96), quant)
+    assert layout == nf4.record_layout(shape, quant)
     named = {f"weight.{suffix}".rstrip("."): tensor for suffix, tensor in record.items()}
     assert set(named) == set(saved)
     for key in saved:
         if ".quant_state." in key:  # JSON; ours is padded with blanks
-            both = [json.loads(bytes(t.numpy())) for t in (named[key], saved[key])]
-            assert both[0] == both[1]
+            assert bytes(named[key].numpy()).rstrip() == bytes(saved[key].numpy())
         else:
             assert torch.equal(named[key], saved[key])
 
@@ -226,9 +190,6 @@ def test_codes_made_on_a_gpu_equal_those_of_the_cpu():
     assert torch.equal(here.packed, there.packed.cpu())
     assert torch.equal(here.state.absmax, there.state.absmax.cpu())
     assert torch.equal(nf4.dequantize(here), nf4.dequantize(there).cpu())
-
-
-# ---- the fast quantization on a CPU, against bitsandbytes' own ----
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
