@@ -42,8 +42,7 @@ def plain_path(
 
 
 def with_gradient(loss: Tensor, hidden: Tensor, by: float = 1.0) -> tuple[Tensor, Tensor]:
-    (gradient,) = torch.autograd.grad(loss * by, hidden)
-    return loss.detach(), gradient / by
+    return loss.detach(), torch.autograd.grad(loss * by, hidden)[0] / by
 
 
 def off(value: Tensor, exact: Tensor) -> float:
@@ -51,45 +50,48 @@ def off(value: Tensor, exact: Tensor) -> float:
     return float((value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
 
 
-# ---- in fp32 and fp64
-
-
 @settings(deadline=None, max_examples=60)
 @given(
     tokens=st.integers(1, 13),
-    dim=st.integers(1, 9),
     vocab=st.integers(2, 40),
-    masked=st.sampled_from([0.0, 0.5, 0.9]),
-    size=st.sampled_from([0.1, 1.0, 10.0]),
-    has_bias=st.booleans(),
-    scale=st.sampled_from([1.0, 0.0625, 1.7]),
-    softcap=st.sampled_from([None, 2.0, 30.0]),
-    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
-    ignore_index=st.sampled_from([-100, 1]),
     chunk_rows=st.integers(1, 14),
-    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    has_bias=st.booleans(),
+    drawn=st.fixed_dictionaries(
+        {
+            "dim": st.integers(1, 9),
+            "masked": st.sampled_from([0.0, 0.5, 0.9]),
+            "size": st.sampled_from([0.1, 1.0, 10.0]),
+            "seed": st.integers(0, 99),
+        }
+    ),
+    how=st.fixed_dictionaries(
+        {
+            "scale": st.sampled_from([1.0, 0.0625, 1.7]),
+            "softcap": st.sampled_from([None, 2.0, 30.0]),
+            "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
+            "ignore_index": st.sampled_from([-100, 1]),
+        }
+    ),
 )
 def test_loss_and_gradient_equal_the_reference(
-    tokens, dim, vocab, masked, size, has_bias, scale, softcap, label_smoothing,
-    ignore_index, chunk_rows, seed,
-):  # fmt: skip
-    hidden, weight, bias, labels = case(tokens, dim, vocab, masked=masked, size=size, seed=seed)
-    labels[labels == -100] = ignore_index
-    how: dict[str, Any] = {
-        "bias": bias if has_bias else None, "scale": scale, "softcap": softcap,
-        "label_smoothing": label_smoothing, "ignore_index": ignore_index,
-    }  # fmt: skip
-    with chunks_of(vocab * chunk_rows):
+    tokens, vocab, chunk_rows, dtype, has_bias, drawn, how
+):
+    hidden, weight, bias, labels = case(tokens, vocab=vocab, dtype=dtype, **drawn)
+    labels[labels == -100] = how["ignore_index"]
+    how["bias"] = bias if has_bias else None
+    with chunks_of(vocab * chunk_rows, itemsize=dtype.itemsize):
         loss = linear_cross_entropy(hidden, weight, labels, **how)
     expected = reference.linear_cross_entropy(hidden, weight, labels, **how)
     values, exact = with_gradient(loss, hidden, by=3.0), with_gradient(expected, hidden)
-    assert loss.dtype == torch.float32 and values[1].shape == hidden.shape
+    assert loss.dtype == dtype and values[1].shape == hidden.shape
     # a loss near 0 is the difference of logits, which fp32 knows to 6e-8 of the largest
-    torch.testing.assert_close(values[0].double(), exact[0], rtol=1e-5, atol=1e-5 * tokens)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(values[0].double(), exact[0], rtol=rtol, atol=rtol * tokens)
     # likewise a gradient near 0; where a softcap is all but reached its slope is such a difference
-    atol = 1e-5 * float(weight.abs().max()) * scale
-    torch.testing.assert_close(values[1].double(), exact[1].double(), rtol=1e-5, atol=atol)
-    assert not values[1][labels == ignore_index].any()
+    atol = rtol * float(weight.abs().max()) * how["scale"]
+    torch.testing.assert_close(values[1].double(), exact[1].double(), rtol=rtol, atol=atol)
+    assert not values[1][labels == how["ignore_index"]].any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -106,25 +108,11 @@ def test_loss_and_gradient_equal_torch_s(softcap, label_smoothing, device):
     assert off(values[0], expected[0]) <= 1e-6 and off(values[1], expected[1]) <= 1e-5
 
 
-@pytest.mark.parametrize("softcap, label_smoothing", [(None, 0.1), (5.0, 0.0)])
-def test_gradcheck(softcap, label_smoothing):
-    hidden, weight, bias, labels = case(7, 5, 11, dtype=torch.float64)
-
-    how: Any = {"bias": bias, "scale": 0.3, "softcap": softcap, "label_smoothing": label_smoothing}
-    with chunks_of(11 * 2, itemsize=8):
-        assert torch.autograd.gradcheck(
-            lambda x: linear_cross_entropy(x, weight, labels, **how), hidden
-        )
-
-
 @pytest.mark.parametrize("tokens", [0, 6])
 def test_loss_and_gradient_are_0_without_labels(tokens):
     hidden, weight, _, labels = case(tokens, 4, 9, masked=1.0)
     loss, gradient = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
     assert loss == 0 and torch.equal(gradient, torch.zeros(tokens, 4))
-
-
-# ---- in 16 bits
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -185,9 +173,6 @@ def test_autocast_changes_nothing(dtype, device):
     with torch.autocast(device, torch.bfloat16):
         values = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
     assert torch.equal(values[0], expected[0]) and torch.equal(values[1], expected[1])
-
-
-# ---- memory
 
 
 @pytest.mark.parametrize("device", DEVICES)
