@@ -44,9 +44,6 @@ def decode(weight: Quantized, dtype: torch.dtype, device: torch.device) -> Tenso
     return around[:values].view(state.shape).cpu()
 
 
-# ---- decode ----
-
-
 @settings(deadline=None, max_examples=30)
 @example((90, 200), 32, True, "nf4", torch.float32)  # three blocks of absmax, the last is short
 @given(
@@ -96,21 +93,6 @@ def test_decode_of_more_values_than_32_bits_count():
     assert (out[:-4096] == -1).all()
 
 
-# ---- the machine code ----
-
-
-@pytest.fixture(scope="module", params=axis("one card", "all cards"))
-def lowered(request, tmp_path_factory) -> dict[str, Any]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = str(TESTS.parent)
-    command = [sys.executable, str(TESTS / "lowering.py"), request.param]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
-
-
 PTX = {  # instructions that a kernel must have, and must not have
     # loads of 4 bytes, stores of 16; a fused multiply-add rounds once, bitsandbytes twice
     "decode": (["ld.global.b32", "st.global.v4.b32"], ["st.global.b", "fma"]),
@@ -118,8 +100,15 @@ PTX = {  # instructions that a kernel must have, and must not have
 }
 
 
-def test_registers_loads_and_stores(lowered):
-    for name, code in lowered.items():
+@pytest.mark.parametrize("cards", axis("one card", "all cards"))
+def test_registers_loads_and_stores(cards, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, str(TESTS / "lowering.py"), cards]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    for name, code in json.loads(ran.stdout).items():
         assert not code["spills"], name
         if name.startswith("decode") and ("H200" in name or "A100" in name) and "fp32" not in name:
             assert code["registers"] <= 32, name  # 65,536 of a multiprocessor, over 2048 threads

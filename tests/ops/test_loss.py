@@ -9,6 +9,7 @@ from chunks import Sizes, chunks_of
 from conftest import DEVICES, axis
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import relative_rms
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,14 +46,9 @@ def with_gradient(loss: Tensor, hidden: Tensor, by: float = 1.0) -> tuple[Tensor
     return loss.detach(), torch.autograd.grad(loss * by, hidden)[0] / by
 
 
-def off(value: Tensor, exact: Tensor) -> float:
-    """The error's norm over that of the exact value."""
-    return float((value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
-
-
 @settings(deadline=None, max_examples=60)
 @given(
-    tokens=st.integers(1, 13),
+    tokens=st.integers(0, 13),
     vocab=st.integers(2, 40),
     chunk_rows=st.integers(1, 14),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -60,7 +56,7 @@ def off(value: Tensor, exact: Tensor) -> float:
     drawn=st.fixed_dictionaries(
         {
             "dim": st.integers(1, 9),
-            "masked": st.sampled_from([0.0, 0.5, 0.9]),
+            "masked": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
             "size": st.sampled_from([0.1, 1.0, 10.0]),
             "seed": st.integers(0, 99),
         }
@@ -96,23 +92,22 @@ def test_loss_and_gradient_equal_the_reference(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("softcap, label_smoothing", [(None, 0.0), (30.0, 0.1)])
-def test_loss_and_gradient_equal_torch_s(softcap, label_smoothing, device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_torch_s_loss_with_no_more_than_a_chunk_of_logits(dtype, softcap, label_smoothing, device):
     """At a size where one chunk has many tokens and the last is cut."""
-    hidden, weight, _, labels = case(301, 64, 1000, size=3.0, device=device)
+    hidden, weight, _, labels = case(301, 64, 1000, size=3.0, dtype=dtype, device=device)
     how: dict[str, Any] = {"softcap": softcap, "label_smoothing": label_smoothing}
-    expected = with_gradient(plain_path(hidden, weight, labels, **how), hidden)
-    with chunks_of(64 * 1000):
-        loss = linear_cross_entropy(hidden, weight, labels, **how)
-    values = with_gradient(loss, hidden)
-    # sums of 64 products and of 1000 exponentials in another order
-    assert off(values[0], expected[0]) <= 1e-6 and off(values[1], expected[1]) <= 1e-5
-
-
-@pytest.mark.parametrize("tokens", [0, 6])
-def test_loss_and_gradient_are_0_without_labels(tokens):
-    hidden, weight, _, labels = case(tokens, 4, 9, masked=1.0)
-    loss, gradient = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
-    assert loss == 0 and torch.equal(gradient, torch.zeros(tokens, 4))
+    with Sizes() as sizes:
+        expected = with_gradient(plain_path(hidden, weight, labels, **how), hidden)
+    assert max(sizes.seen) == 301 * 1000
+    with Sizes() as sizes, chunks_of(64 * 1000):
+        values = with_gradient(linear_cross_entropy(hidden, weight, labels, **how), hidden)
+        with torch.no_grad():
+            assert torch.equal(linear_cross_entropy(hidden, weight, labels, **how), values[0])
+    assert max(sizes.seen) == 64 * 1000
+    if dtype == torch.float32:  # sums of 64 products and of 1000 exponentials in another order
+        errors = [relative_rms(*pair) for pair in zip(values, expected, strict=True)]
+        assert errors[0] <= 1e-6 and errors[1] <= 1e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,7 +137,8 @@ def test_16_bits_are_no_further_off_than_the_plain_path(dtype, size, softcap, de
         slow = plain_path(hidden, weight, labels, softcap=softcap) / count
         for errors, loss in ((ours, fast), (plain, slow)):
             gradient = torch.autograd.grad(loss * scaling, hidden)[0].double() / scaling
-            errors.append((abs(loss.item() - exact[0].item()), off(gradient.cpu(), exact[1])))
+            error = abs(loss.item() - exact[0].item()), relative_rms(gradient.cpu(), exact[1])
+            errors.append(error)
     (loss, gradient), (plain_loss, plain_gradient) = (
         torch.tensor(x).norm(dim=0) for x in (ours, plain)
     )
@@ -161,7 +157,7 @@ def test_small_probabilities_keep_their_digits_in_fp16():
     expected = with_gradient(reference.linear_cross_entropy(wide, weight, labels) / 4096, wide)
     loss = linear_cross_entropy(hidden, weight, labels) / 4096
     (gradient,) = torch.autograd.grad(loss * 2.0**16, hidden)
-    assert off(gradient.double() / 2**16, expected[1]) <= 5e-3  # without care it is 1e-2
+    assert relative_rms(gradient.double() / 2**16, expected[1]) <= 5e-3  # without care it is 1e-2
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -173,22 +169,6 @@ def test_autocast_changes_nothing(dtype, device):
     with torch.autocast(device, torch.bfloat16):
         values = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
     assert torch.equal(values[0], expected[0]) and torch.equal(values[1], expected[1])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("dtype", axis(torch.bfloat16, torch.float32), ids=str)
-def test_no_more_than_a_chunk_of_logits_is_allocated(dtype, softcap, device):
-    hidden, weight, _, labels = case(64, 4, 1000, masked=0.2, dtype=dtype, device=device)
-    with Sizes() as sizes, chunks_of(8 * 1000):
-        linear_cross_entropy(hidden, weight, labels, softcap=softcap).backward()
-        loss = linear_cross_entropy(hidden, weight, labels, softcap=softcap)
-        with torch.no_grad():
-            assert torch.equal(linear_cross_entropy(hidden, weight, labels, softcap=softcap), loss)
-    assert max(sizes.seen) == 8 * 1000
-    with Sizes() as sizes:
-        plain_path(hidden, weight, labels, softcap=softcap)
-    assert max(sizes.seen) == 64 * 1000  # Sizes counts the plain path's logits
 
 
 @pytest.mark.parametrize("trained", ["weight", "bias"])
