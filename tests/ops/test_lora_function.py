@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import Mock
 
@@ -95,8 +96,8 @@ def close(values: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 def test_layers_that_share_an_input(shape, outputs, r, bias, four_bit, unused, dropped, needs_dx):
     torch.manual_seed(0)
     layers = [
-        layer(64, size, r + i, bias=bias, four_bit=four_bit, p=p)
-        for i, (size, p) in enumerate(zip(outputs, dropped, strict=False))
+        layer(64, size, r + i, bias=bias, four_bit=four_bit, p=dropped[i])
+        for i, size in enumerate(outputs)
     ]
     x = torch.randn(*shape, 64, requires_grad=needs_dx)
     ys, expected = linears(x, layers), [one.plain(x) for one in layers]
@@ -165,48 +166,40 @@ def test_no_tokens(recompute):
 def test_a_layer_saves_its_input_and_nothing_else_of_that_size(p):
     layers = mlp_layers(r=2, p=p)
     x = torch.randn(50, 64, requires_grad=True)
+    saved: dict[int, Tensor] = {}  # each memory once, without parameters
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
     for run, sizes in (
-        (lambda: linears(x, layers[:1]), [x.numel(), 50 * 2]),
-        (lambda: linears(x, layers[:2]), [x.numel(), 50 * 4]),
-        (lambda: mlp(x, layers, recompute=True), [x.numel()]),
-        (lambda: mlp(x, layers), [x.numel(), 50 * 4, 50 * 128, 50 * 128]),
+        (lambda: linears(x, layers[:1]), [50 * 2]),
+        (lambda: linears(x, layers[:2]), [50 * 4]),
+        (lambda: mlp(x, layers, recompute=True), []),
+        (lambda: mlp(x, layers), [50 * 4, 50 * 128, 50 * 128]),
     ):
-        saved: dict[int, Tensor] = {}  # each memory once, without parameters
-
-        def pack(tensor: Tensor, saved: Any = saved) -> Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-            return tensor
-
+        saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             run()
+        assert saved.pop(x.untyped_storage().data_ptr()).numel() == x.numel()
         assert [tensor.numel() for tensor in saved.values()] == sizes
-        assert next(iter(saved)) == x.untyped_storage().data_ptr()
 
 
 def test_tiles_have_their_own_dropout_the_same_in_both_passes(monkeypatch):
-    """The gradients are the derivative along some direction, in fp64."""
     torch.manual_seed(0)
-    double = torch.float64
-    layers = mlp_layers(r=2, four_bit=False, p=0.3, dtype=double)
+    layers = mlp_layers(r=2, four_bit=False, p=0.3, dtype=torch.float64)
     monkeypatch.setattr(lora, "TILE_BYTES", 10 * 128 * 8)
-    x = torch.randn(30, 64, dtype=double, requires_grad=True)
-    leaves = [x, *parameters(layers)]
-    directions = [torch.randn_like(leaf) for leaf in leaves]
+    x = torch.randn(30, 64, dtype=torch.float64, requires_grad=True)
 
-    def loss(step: float) -> Tensor:
-        with torch.no_grad():
-            for leaf, direction in zip(leaves, directions, strict=True):
-                leaf += step * direction
-        return mlp(x, layers, recompute=True).square().sum()
+    def run(x: Tensor, *matrices: Tensor) -> Tensor:
+        pairs = zip(layers, matrices[::2], matrices[1::2], strict=True)
+        return mlp(x, [one._replace(A=A, B=B) for one, A, B in pairs], recompute=True)
 
-    gradients = torch.autograd.grad(loss(0), leaves)
-    along = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
-    difference = (loss(1e-6) - loss(-2e-6)) / 2e-6
     # the function adds up its tiles' gradients of A and B in fp32
-    assert abs(along - difference) <= 1e-5 * abs(difference)
-    equal_rows = torch.ones(30, 64, dtype=double)
-    first, second, _ = mlp(equal_rows, layers, recompute=True)[::10]
+    inputs = [x, *parameters(layers)]
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True, rtol=1e-5, atol=1e-9)
+    first, second, _ = run(torch.ones_like(x), *parameters(layers))[::10]  # of equal rows
     assert not torch.allclose(first, second)
 
 
@@ -217,9 +210,9 @@ def test_a_tile_is_freed_before_the_next_is_computed(monkeypatch):
     outputs = lora._outputs
 
     def recorded(*inputs: Any) -> tuple[Tensor, ...]:
-        assert not [ref for ref in tensors if ref() is not None]
+        assert all(ref() is None for ref in tensors)
         of_tile = outputs(*inputs)
-        tensors.extend(weakref.ref(tensor) for tensor in of_tile)
+        tensors.extend(map(weakref.ref, of_tile))
         return of_tile
 
     monkeypatch.setattr(lora, "_outputs", recorded)
@@ -270,14 +263,12 @@ def test_16_bits_are_as_exact_as_the_plain_path(dtype, recompute, device, monkey
         y = run(inputs[0], layers)
         return [y.detach(), *torch.autograd.grad((y * weights.to(dtype)).sum(), inputs)]
 
-    exact = gradients(plain_mlp, torch.float64)
-    plain = gradients(plain_mlp, dtype)
-    ours = gradients(lambda *args: mlp(*args, recompute=recompute), dtype)
+    exact, plain = (gradients(plain_mlp, kind) for kind in (torch.float64, dtype))
+    ours = gradients(partial(mlp, recompute=recompute), dtype)
     assert [t.dtype for t in ours] == [t.dtype for t in plain]
     for one, other, truth in zip(ours, plain, exact, strict=True):
-        errors = [float((value - truth).double().norm()) for value in (one, other)]
         # two draws of the same rounding noise differ by a few per cent
-        assert errors[0] <= 1.05 * errors[1]
+        assert (one - truth).double().norm() <= 1.05 * (other - truth).double().norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
