@@ -18,14 +18,12 @@ from torch.nn import functional as F
 from qlora.ops import agrees, may_use_triton
 
 _ATEN: Any = torch.ops.aten
+_TANH: Any = {"approximate": "tanh"}
 # x -> act(x), a new tensor; (dy, x) -> dy * act'(x)
 _FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (F.silu, _ATEN.silu_backward),
     "gelu": (F.gelu, _ATEN.gelu_backward),
-    "gelu_tanh": (
-        partial(F.gelu, approximate="tanh"),
-        partial(_ATEN.gelu_backward, approximate="tanh"),
-    ),
+    "gelu_tanh": (partial(F.gelu, **_TANH), partial(_ATEN.gelu_backward, **_TANH)),
 }
 ACTS = tuple(_FUNCTIONS)
 Implementation = tuple[Callable[..., None], Callable[..., None]]  # of forward and backward

@@ -333,9 +333,6 @@ def _tiles(ctx: Any, x: Tensor, matrices: Sequence[Tensor]) -> list[tuple[slice,
     ]
 
 
-# ---- matrix products
-
-
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
@@ -379,8 +376,8 @@ def by_onednn(x: Tensor) -> bool:
     """Whether `linear` computes products of this tensor by oneDNN.
 
     On a CPU torch computes fp32 products by MKL, which uses AVX-512 on Intel's chips only: 186
-    GFLOP/s on two cores of an AMD EPYC, where oneDNN, which torch ships and uses for bf16, reaches
-    400 (benchmarks/products.py). torch.backends.mkldnn.enabled = False turns it off.
+    GFLOP/s on two cores of an AMD EPYC, where oneDNN reaches 400 (benchmarks/products.py).
+    torch.backends.mkldnn.enabled = False turns it off.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
         return False

@@ -78,20 +78,22 @@ def linear_cross_entropy(
             "no gradient for the output head, and this one is trained: freeze it, or use its logits"
         )
     kept = (labels != ignore_index).nonzero()[:, 0]
-    inputs = hidden[kept].to(weight.dtype), labels[kept], weight, bias
+    head = weight, bias, scale, softcap, label_smoothing
     with torch.autocast(hidden.device.type, enabled=False):
-        settings = scale, softcap, label_smoothing
-        return _LinearCrossEntropy.apply(*inputs, *settings)  # type: ignore[no-any-return, no-untyped-call]
+        inputs = hidden[kept].to(weight.dtype), labels[kept], head
+        return _LinearCrossEntropy.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# weight, bias, scale, softcap and label_smoothing
+_Head = tuple[Tensor, Tensor | None, float, float | None, float]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The loss of tokens that all have a label; forward computes the gradient along with it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None,
-        scale: float, softcap: float | None, label_smoothing: float,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: _Head) -> Tensor:
+        weight, bias, scale, *_ = head
         rows, factor = chunk_rows(weight), None
         dtype = torch.promote_types(weight.dtype, torch.float32)
         losses = hidden.new_empty(len(hidden), dtype=dtype)
@@ -101,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             z = linear(hidden[chunk], weight, bias).to(dtype)
-            losses[chunk] = _losses(z, labels[chunk], scale, softcap, label_smoothing, factor)
+            losses[chunk] = _losses(z, labels[chunk], head, factor)
             if factor is not None:
                 gradient[chunk] = _input_gradient(z.to(hidden.dtype), weight)
             del z  # before the next chunk's is allocated
@@ -114,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * (loss_gradient * ctx.factor)).to(ctx.dtype), *[None] * 6
+        return (gradient * (loss_gradient * ctx.factor)).to(ctx.dtype), None, None
 
 
 def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
@@ -124,12 +126,10 @@ def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     return linear(dz, weight.T)
 
 
-def _losses(
-    z: Tensor, labels: Tensor, scale: float, softcap: float | None, smoothing: float,
-    factor: float | None,
-) -> Tensor:  # fmt: skip
+def _losses(z: Tensor, labels: Tensor, head: _Head, factor: float | None) -> Tensor:
     """Losses (rows,) of z = W x + b (rows, vocab), overwritten by their gradients in scale * z,
     times `factor`; without a factor z has no meaning afterwards."""
+    _, _, scale, softcap, smoothing = head
     slope = None  # of the softcap
     if scale != 1:
         z *= scale

@@ -148,10 +148,8 @@ def in_rows(quantized: Quantized, values: int) -> Iterator[tuple[slice, Tensor]]
 
 @cache
 def kernel_is_right(in_features: int, blocksize: int) -> bool:
-    """Whether bitsandbytes' own layers compute with the right weights on this CPU.
-
-    False where a block crosses rows of `in_features` and its AVX-512 kernel is in use (0.50).
-    """
+    """Whether bitsandbytes' own layers compute with the right weights on this CPU: not its AVX-512
+    kernel (0.50), where a block crosses rows of `in_features`."""
     weight = torch.linspace(-1, 1, math.lcm(in_features, blocksize)).view(-1, in_features)
     quantized = quantize(weight, QuantConfig(blocksize=blocksize, double_quant=False))
     return agrees(bnb.dequantize_4bit, lambda *_: dequantize(quantized), *quantized, tolerance=0)
@@ -160,9 +158,6 @@ def kernel_is_right(in_features: int, blocksize: int) -> bool:
 def round_trip(weight: Tensor, quant: QuantConfig) -> Tensor:
     """The fp32 weight with which a model loaded in 4 bits computes instead of `weight`."""
     return dequantize(quantize(weight, quant))
-
-
-# ---- the record on disk
 
 
 def to_record(quantized: Quantized) -> dict[str, Tensor]:
@@ -209,8 +204,6 @@ def codes_changed(before: Quantized, after: Quantized) -> float:
     bits = before.packed ^ after.packed
     return float(((bits >> 4 > 0).sum() + (bits & 15 > 0).sum()) / (2 * bits.numel()))
 
-
-# ---- the weight of a frozen layer, for one matrix product
 
 Decoder = Callable[[Quantized, Tensor], None]  # writes the dense weight into the tensor
 
@@ -286,8 +279,7 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: i
     because two threads may take turns on one stream. A captured CUDA graph gets new memory, as it
     may outlive the buffer.
     """
-    size = shape.numel() * dtype.itemsize
-    stream = 0
+    size, stream = shape.numel() * dtype.itemsize, 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.empty(shape, dtype=dtype, device=device)
