@@ -61,7 +61,7 @@ def main(which: str) -> None:
         compiled[f"decode {name} {card}"] = lowered(kernels._decode, types, constants, card)
     for act, name in gated:
         constants = {"ACT": act, "BLOCK": kernels.BLOCK}
-        types, kernel = [FLOATS[name]] * 6 + ["i32"], kernels._gated_backward
+        types, kernel = [FLOATS[name]] * 6 + ["i32"], kernels._gated
         compiled[f"gated {act} {name}"] = lowered(kernel, types, constants, "H200")
     print(json.dumps(compiled))
 

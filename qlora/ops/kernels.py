@@ -59,9 +59,9 @@ def decode(packed: Tensor, state: Any, out: Tensor) -> None:
 
 def gated_forward(gate: Tensor, up: Tensor, h: Tensor, act: str) -> None:
     """h = act(gate) * up, all contiguous, of one shape and dtype on one device."""
-    values = gate.numel()
+    values, grid = gate.numel(), (triton.cdiv(gate.numel(), BLOCK),)
     with torch.cuda.device_of(gate):
-        _gated_forward[(triton.cdiv(values, BLOCK),)](gate, up, h, values, act, BLOCK)
+        _gated[grid](gate, up, None, h, None, None, values, act, BLOCK)
 
 
 def gated_backward(
@@ -70,7 +70,7 @@ def gated_backward(
     """Writes h, dgate and dup, which may share memory with gate, up and dh."""
     values, grid = gate.numel(), (triton.cdiv(gate.numel(), BLOCK),)
     with torch.cuda.device_of(gate):
-        _gated_backward[grid](gate, up, dh, h, dgate, dup, values, act, BLOCK)
+        _gated[grid](gate, up, dh, h, dgate, dup, values, act, BLOCK)
     _mark_written(h, dgate, dup)
 
 
@@ -122,25 +122,15 @@ def _act_and_slope(g, ACT: tl.constexpr):
 
 
 @triton.jit
-def _gated_forward(gate, up, h, values, ACT: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(gate, up, dh, h, dgate, dup, values, ACT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < values
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    a, _slope = _act_and_slope(g, ACT)
-    tl.store(h + at, (a * u).to(h.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _gated_backward(
-    gate, up, dh, h, dgate, dup, values, ACT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < values
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
+    if dh is not None:  # before h is written, which may share its memory
+        d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
     a, slope = _act_and_slope(g, ACT)
     tl.store(h + at, (a * u).to(h.dtype.element_ty), mask=inside)
-    tl.store(dgate + at, (d * u * slope).to(dgate.dtype.element_ty), mask=inside)
-    tl.store(dup + at, (d * a).to(dup.dtype.element_ty), mask=inside)
+    if dh is not None:
+        tl.store(dgate + at, (d * u * slope).to(dgate.dtype.element_ty), mask=inside)
+        tl.store(dup + at, (d * a).to(dup.dtype.element_ty), mask=inside)
