@@ -35,10 +35,8 @@ def agrees(
 ) -> bool:
     """Whether `fast(*inputs)` is within `tolerance` of `plain(*inputs)`: one tensor or several.
 
-    Args:
-        tolerance: the largest relative error; 0 for equal values.
-        log_as: the name of a fast version that is expected to agree: a difference or an exception
-            (of a compiler or driver) is logged. Without a name exceptions propagate.
+    A `tolerance` of 0 asks for equal values. `log_as` names a version that is expected to agree: a
+    difference or an exception (of a compiler or driver) is logged. Without it exceptions propagate.
     """
     expected = plain(*inputs)
     try:

@@ -36,10 +36,10 @@ GPU_CHUNK = 1 << 24
 
 @torch.no_grad()
 def gated_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """act(gate) * up, contiguous, in the dtype of both, without a graph; `act` is one of ACTS.
+    """act(gate) * up, contiguous, in the dtype of both, without a graph.
 
     Raises:
-        ValueError: `act` is unknown, or the tensors differ in shape, dtype or device.
+        ValueError: `act` is not in ACTS, or the tensors differ in shape, dtype or device.
     """
     gate, up = _checked(act, gate, up)
     h = torch.empty_like(gate)

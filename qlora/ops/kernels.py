@@ -39,9 +39,7 @@ BLOCK = 1024  # values of a gated program: 4 warps, 16 bytes a thread in 16 bits
 def decode(packed: Tensor, state: Any, out: Tensor) -> None:
     """Write the values of `packed` into `out`, contiguous, bf16, fp16 or fp32, of any shape.
 
-    Args:
-        packed: bytes with two indices each, the first in the high nibble.
-        state: bitsandbytes' QuantState; its blocksize is a power of two from 32 on.
+    `state` is bitsandbytes' QuantState, with a power of two from 32 on as its blocksize.
     """
     codes = packed.reshape(-1).view(torch.uint8)  # they may be stored as another dtype
     absmax_map = second = offset = state.code  # not read without double quantization

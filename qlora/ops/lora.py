@@ -204,17 +204,15 @@ class _Layer(NamedTuple):
         """W (out, in), valid until the next weight is decoded into that slot."""
         return decoded(self.layer, self.A.dtype, slot) if self.dense is None else self.dense
 
-    @property
-    def gain(self) -> float:
-        return 1.0 if self.dropout is None else self.dropout.gain
-
     def mask(self, x: Tensor) -> Tensor | None:
         """Dropout's mask of this tile's x (n, in), drawn again; None without dropout."""
         return None if self.dropout is None else self.dropout.mask(x, self.tile)
 
     def project(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x A', with dropout: (n, in) @ (in, r) -> (n, r)."""
-        return linear(x, self.A) if mask is None else linear(x * mask, self.A).mul_(self.gain)
+        if self.dropout is None or mask is None:
+            return linear(x, self.A)
+        return linear(x * mask, self.A).mul_(self.dropout.gain)
 
     def forward(self, x: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
         """y (..., out), of x (..., in) and low = x A' (n, r), in `out` if it is given."""
@@ -226,7 +224,8 @@ class _Layer(NamedTuple):
 
     def low_gradient(self, dy: Tensor) -> Tensor:
         """s dy B, the gradient of x A': (n, out) @ (out, r) -> (n, r)."""
-        return linear(dy, self.B.T).mul_(self.scaling * self.gain)
+        gain = 1.0 if self.dropout is None else self.dropout.gain
+        return linear(dy, self.B.T).mul_(self.scaling * gain)
 
     def add_input_gradient(self, dx: Tensor, dlow: Tensor, mask: Tensor | None) -> Tensor:
         """dx += dlow A, the gradient through A: (n, r) @ (r, in) -> (n, in)."""

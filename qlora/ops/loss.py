@@ -84,8 +84,7 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
-# weight, bias, scale, softcap and label_smoothing
-_Head = tuple[Tensor, Tensor | None, float, float | None, float]
+_Head = tuple[Tensor, Tensor | None, float, float | None, float]  # W, b, scale, softcap and e
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -141,9 +141,9 @@ def in_rows(quantized: Quantized, values: int) -> Iterator[tuple[slice, Tensor]]
     packed, scales = quantized.packed.split(size // 2), absmax(quantized).split(size // blocksize)
     every = range(0, out_features, size // in_features)
     for first, codes, scale in zip(every, packed, scales, strict=True):
-        rows = slice(first, min(first + every.step, out_features))
-        shape = rows.stop - first, in_features
-        yield rows, _dequantize(codes, scale, state, shape, torch.float32)
+        last = min(first + every.step, out_features)
+        part = _dequantize(codes, scale, state, (last - first, in_features), torch.float32)
+        yield slice(first, last), part
 
 
 @cache
@@ -161,10 +161,8 @@ def round_trip(weight: Tensor, quant: QuantConfig) -> Tensor:
 
 
 def to_record(quantized: Quantized) -> dict[str, Tensor]:
-    """The tensors of the on-disk record, by suffix; the packed bytes have the empty suffix.
-
-    The JSON bytes are padded with blanks to STATE_BYTES, so that record_layout knows their size.
-    """
+    """The tensors of the on-disk record, by suffix; the packed bytes have the empty suffix. Blanks
+    pad the JSON bytes to STATE_BYTES, so that record_layout knows their size."""
     record = {"": quantized.packed, **quantized.state.as_dict(packed=True)}
     suffix = next(suffix for suffix in record if RECORD_MARK.lstrip(".") in suffix)
     blanks = torch.full((STATE_BYTES - len(record[suffix]),), ord(" "), dtype=torch.uint8)
@@ -274,10 +272,9 @@ _thread = threading.local()  # its dictionary is the thread's own
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: int) -> Tensor:
     """Uninitialized memory of that shape, which the next call with this slot returns again.
 
-    Kernels of one stream run in order: the buffer is overwritten after the previous product has
-    read it. Each stream has its own buffers, and each thread (autograd's backward thread is one),
-    because two threads may take turns on one stream. A captured CUDA graph gets new memory, as it
-    may outlive the buffer.
+    Kernels of one stream run in order: the previous product has then read the buffer. Each stream
+    has its own, and each thread (autograd's backward thread is one), because two threads may take
+    turns on one stream. A captured CUDA graph gets new memory, as it may outlive the buffer.
     """
     size, stream = shape.numel() * dtype.itemsize, 0
     if device.type == "cuda":
