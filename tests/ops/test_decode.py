@@ -14,8 +14,6 @@ from qlora.config import QuantConfig
 from qlora.ops import nf4
 from qlora.ops.nf4 import DECODERS, Quantized, decoded, into_scratch, scratch
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-
 
 def linear4bit(rows: int, columns: int, device: str, quant_type: str = "nf4") -> nn.Module:
     """A layer as a model has it, whose weight is bitsandbytes' subclass of a Parameter."""
@@ -25,9 +23,6 @@ def linear4bit(rows: int, columns: int, device: str, quant_type: str = "nf4") ->
 
 def dense(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return nf4.dequantize(Quantized(layer.weight.detach(), layer.weight.quant_state), dtype)
-
-
-scratch_4x4 = partial(scratch, torch.Size((4, 4)), torch.float32, slot=0)
 
 
 @pytest.fixture(autouse=True)
@@ -66,45 +61,34 @@ def test_triton_decodes_if_it_agrees_with_bitsandbytes(kernel_device, monkeypatc
     assert "Triton's decoding to torch.float32" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "name, agrees, device, used",
-    [
-        ("bitsandbytes", True, CUDA, DECODERS["bitsandbytes"]),
-        ("triton", True, CUDA, DECODERS["triton"]),
-        ("triton", False, CUDA, DECODERS["bitsandbytes"]),
-        ("triton", True, CPU, None),
-        ("bitsandbytes", True, torch.device("xpu"), None),
-    ],
-)
-def test_which_decoder_is_used(name, agrees, device, used, monkeypatch):
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("agrees", [True, False])
+def test_which_decoder_is_used(name, agrees, monkeypatch):
     monkeypatch.setattr(nf4, "GPU_DECODER", name)
     monkeypatch.setattr(nf4, "triton_decodes", lambda *_: agrees)
-    assert nf4.decoder(device, torch.bfloat16) is used
-
-
-def test_a_slot_reuses_its_buffer_and_grows_it():
-    small, large = torch.Size((3, 5)), torch.Size((30, 50))
-    first = scratch(small, torch.float32, CPU, 0)
-    assert scratch(small, torch.bfloat16, CPU, 0).data_ptr() == first.data_ptr()
-    assert scratch(small, torch.float32, CPU, 1).data_ptr() != first.data_ptr()
-    grown = scratch(large, torch.float32, CPU, 0)
-    assert (grown.shape, grown.dtype) == (large, torch.float32)
-    assert scratch(small, torch.float16, CPU, 0).data_ptr() == grown.data_ptr()
-    assert sum(map(len, nf4._thread.buffers.values())) == 30 * 50 * 4 + 3 * 5 * 4
+    used = [nf4.decoder(torch.device(kind), torch.bfloat16) for kind in ("cuda", "cpu", "xpu")]
+    assert used == [DECODERS[name if agrees else "bitsandbytes"], None, None]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_threads_and_streams_have_separate_buffers(device):
-    device = torch.device(device, 0) if device == "cuda" else CPU
-    first, others = scratch_4x4(device=device), []
-    run = threading.Thread(target=lambda: others.append(scratch_4x4(device=device)))
+def test_slots_threads_and_streams_have_buffers_that_grow(device):
+    small, large = torch.Size((3, 5)), torch.Size((30, 50))
+    get = partial(scratch, dtype=torch.float32, device=torch.device(device), slot=0)
+    first, others = get(small), [get(small, slot=1)]
+    run = threading.Thread(target=lambda: others.append(get(small)))
     run.start()
     run.join()
-    if device.type == "cuda":
+    if device == "cuda":
         with torch.cuda.stream(torch.cuda.Stream()):
-            others.append(scratch_4x4(device=device))
+            others.append(get(small))
     assert all(other.data_ptr() != first.data_ptr() for other in others)
-    assert scratch_4x4(device=device).data_ptr() == first.data_ptr()
+    assert get(small, dtype=torch.bfloat16).data_ptr() == first.data_ptr()
+    grown = get(large)
+    assert (grown.shape, grown.dtype) == (large, torch.float32)
+    assert get(small, dtype=torch.float16).data_ptr() == grown.data_ptr()
+    # the other thread's has gone
+    held = sum(map(len, nf4._thread.buffers.values()))
+    assert held == 30 * 50 * 4 + (2 if device == "cuda" else 1) * 3 * 5 * 4
 
 
 @pytest.mark.parametrize("modes", [(False, False), (True, True), (True, False)])

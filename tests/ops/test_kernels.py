@@ -60,17 +60,11 @@ def test_decode_is_exact(kernel_device, shape, blocksize, double_quant, quant_ty
     allowed = [exact.to(dtype)]
     if dtype == torch.bfloat16 and kernel_device.type == "cpu":  # the interpreter cuts bf16 off
         allowed.append((exact.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16())
-    values = decode(weight, dtype, kernel_device)
-    assert any(torch.equal(values, other) for other in allowed)
-
-
-@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
-def test_codes_that_are_stored_as_another_dtype(kernel_device, storage):
-    """As with bnb_4bit_quant_storage, for sharding."""
-    weight = quantized((16, 64))
-    exact = nf4.dequantize(weight)
-    stored = weight._replace(packed=weight.packed.view(-1).view(storage).view(-1, 1))
-    assert torch.equal(decode(stored, torch.float32, kernel_device), exact)
+    for storage in torch.uint8, torch.bfloat16, torch.float32:  # as with bnb_4bit_quant_storage
+        if len(weight.packed) % storage.itemsize == 0:
+            stored = weight._replace(packed=weight.packed.view(-1).view(storage).view(-1, 1))
+            values = decode(stored, dtype, kernel_device)
+            assert any(torch.equal(values, other) for other in allowed)
 
 
 @on_gpu
