@@ -44,24 +44,19 @@ def assert_right(values: Any, exact: Any, dtype: torch.dtype, steps: float = 1.0
         torch.testing.assert_close(value.double(), wide, rtol=rtol, atol=ABSOLUTE)
 
 
-def check(forward: Any, backward: Any, steps: float, inputs: list[Tensor], act: str) -> None:
-    gate, up, dh = inputs
-    outputs = [torch.full_like(gate, torch.nan) for _ in range(4)]
-    forward(gate, up, outputs[0], act)
-    backward(gate, up, dh, *outputs[1:], act)
-    exact = expected(gate, up, dh, act)
-    assert_right(outputs, [exact[0], *exact], gate.dtype, steps)
+def check(inputs: list[Tensor], act: str, *, triton: bool = False) -> None:
+    """The kernels, or torch's functions."""
+    functions, steps = (gated.plain_forward, gated.plain_backward), 1
+    if triton:
+        from qlora.ops import kernels
 
-
-PLAIN = gated.plain_forward, gated.plain_backward, 1.0
-
-
-def kernels_functions() -> tuple[Any, Any, float]:
-    """Forward, backward, and how many half steps of bf16 they may be off."""
-    from qlora.ops import kernels
-
-    # Triton's interpreter cuts bf16 off where a GPU rounds
-    return kernels.gated_forward, kernels.gated_backward, 1 if torch.cuda.is_available() else 2
+        functions = kernels.gated_forward, kernels.gated_backward
+        steps = 1 if torch.cuda.is_available() else 2  # Triton's interpreter cuts bf16 off
+    outputs = [torch.full_like(inputs[0], torch.nan) for _ in range(4)]
+    functions[0](*inputs[:2], outputs[0], act)
+    functions[1](*inputs, *outputs[1:], act)
+    exact = expected(*inputs, act)
+    assert_right(outputs, [exact[0], *exact], inputs[0].dtype, steps)
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -70,8 +65,8 @@ def test_kernel_and_torch_equal_autograd_of_transformers(kernel_device, dtype, a
     gate = torch.tensor([-1e4, -100, -20, 0, 20, 100, 1e4], dtype=dtype, device=kernel_device)
     large = [gate, torch.full_like(gate, 1e-2), torch.ones_like(gate)]
     for inputs in (case(3, 50, 11, dtype=dtype, device=kernel_device), large):
-        check(*PLAIN, inputs, act)
-        check(*kernels_functions(), inputs, act)
+        for triton in (False, True):
+            check(inputs, act, triton=triton)
 
 
 @settings(deadline=None, max_examples=15)
@@ -79,9 +74,9 @@ def test_kernel_and_torch_equal_autograd_of_transformers(kernel_device, dtype, a
 def test_any_number_of_values(values, act, chunk):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gated.CHUNK, "cpu", chunk)
-        check(*PLAIN, case(values), act)
+        check(case(values), act)
     if not torch.cuda.is_available() and find_spec("triton"):
-        check(*kernels_functions(), case(values), act)
+        check(case(values), act, triton=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
