@@ -131,9 +131,8 @@ def lora_forward(
 
 
 def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """scaling B A, float64, one rank at a time."""
-    ranks = zip(lora_B.detach().double().T, lora_A.detach().double(), strict=True)
-    return scaling * sum(torch.outer(b, a) for b, a in ranks)
+    """scaling B A, float64."""
+    return scaling * lora_B.detach().double() @ lora_A.detach().double()
 
 
 def linear_cross_entropy(
@@ -148,10 +147,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
 ) -> Tensor:
     """Cross-entropy to (1 - e) onehot + e / vocab, float64, differentiable."""
-    logits = hidden.double() @ weight.double().T
-    if bias is not None:
-        logits = logits + bias.double()
-    logits = scale * logits
+    shift = 0 if bias is None else bias.double()
+    logits = scale * (hidden.double() @ weight.double().T + shift)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     onehot = torch.nn.functional.one_hot(labels.clamp(min=0), len(weight)).double()

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from transformers.activations import ACT2FN
 from qlora.ops import gated
 from qlora.ops.gated import ACTS, gated_backward, gated_forward
 
-THEIRS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 # half a step of 16 bits; of fp32 a few: exp and the products after it each round once
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-21, torch.float16: 2.0**-11}
 # erf and exp of fp32 are good to some 4e-7 of the 1 that they come near to, which is multiplied
@@ -32,7 +32,7 @@ def case(*shape: int, dtype: torch.dtype = torch.float32, device: Any = "cpu") -
 def expected(gate: Tensor, up: Tensor, dh: Tensor, act: str) -> list[Tensor]:
     """h, dgate, dup as autograd has them, float64."""
     inputs = [t.detach().double().requires_grad_() for t in (gate, up)]
-    h = ACT2FN[THEIRS[act]](inputs[0]) * inputs[1]
+    h = ACT2FN["gelu_pytorch_tanh" if act == "gelu_tanh" else act](inputs[0]) * inputs[1]
     return [h.detach(), *torch.autograd.grad(h, inputs, dh.double())]
 
 
@@ -45,7 +45,6 @@ def assert_right(values: Any, exact: Any, dtype: torch.dtype, steps: float = 1.0
 
 
 def check(inputs: list[Tensor], act: str, *, triton: bool = False) -> None:
-    """The kernels, or torch's functions."""
     functions, steps = (gated.plain_forward, gated.plain_backward), 1
     if triton:
         from qlora.ops import kernels
@@ -90,21 +89,15 @@ def test_forward_and_backward_as_they_are_called(act, how, dtype, device):
     exact = expected(gate, up, dh, act)
     kept = [] if how == "in place" else [gate, up, dh] if how == "new" else [gate, up]
     before = [t.clone() for t in kept]
+    product = torch.ones_like(up, requires_grad=True) * up  # saves up
     assert_right([gated_forward(gate, up, act)], exact[:1], dtype)
     outputs = gated_backward(gate, up, dh, act, in_place="in place" in how)
     assert_right(outputs, exact, dtype)
     assert all(torch.equal(t, b) for t, b in zip(kept, before, strict=True))
     if how == "in place":
         assert [t.data_ptr() for t in outputs] == [t.data_ptr() for t in (dh, gate, up)]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_backward_pass_over_overwritten_values_is_refused(device):
-    gate, up, dh = case(4, 8, device=device)
-    h = gate.requires_grad_() * up  # saves up
-    gated_backward(gate.detach(), up, dh, "silu", in_place=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        h.sum().backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -137,19 +130,16 @@ def test_a_kernel_that_is_wrong_or_does_not_run_is_not_used(
         for written in tensors[3:-1]:
             written[-3:] = 0  # the last block, which is not full
 
-    def broken(*_: Any) -> None:
-        raise RuntimeError("Failed to find C compiler")
-
     def works() -> list[bool]:
         gated.implementation.cache_clear()
         used = [gated.implementation(kernel_device, dtype, act) for act in (*ACTS, "silu")]
         return [forward is kernels.gated_forward for forward, _ in used]
 
-    right = kernels.gated_backward
+    right, broken = kernels.gated_backward, Mock(side_effect=RuntimeError("no C compiler"))
     assert any(works()) == (kernel_device.type == "cuda")  # the interpreter is not for a CPU
     monkeypatch.setattr(gated, "may_use_triton", lambda *_: True)
     assert all(works()) and not caplog.records
-    for function, reason in (short, "off by"), (broken, "C compiler"):
+    for function, reason in (short, "off by"), (broken, "no C compiler"):
         caplog.clear()
         monkeypatch.setattr(kernels, "gated_backward", function)
         assert not any(works())

@@ -1,5 +1,4 @@
-"""Triton's decoding kernel, through its interpreter on a CPU or on a GPU, and the machine code of
-all kernels for GPUs that are not here. The gated MLP's kernels are tested in test_gated."""
+"""Triton's decoding kernel, on a GPU or interpreted, and all kernels' code for other GPUs."""
 
 import json
 import os

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import bitsandbytes
@@ -16,7 +15,6 @@ from qlora.config import QuantConfig
 from qlora.ops import nf4
 
 PLAIN = QuantConfig(double_quant=False)
-LEVELS = {"nf4": reference.NF4, "fp4": reference.FP4}
 # shape of each linear layer of a block, how many a block has, and the number of blocks
 SMOLLM2 = {(576, 576): 2, (192, 576): 2, (1536, 576): 2, (576, 1536): 1}, 30
 LLAMA_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}, 32
@@ -28,7 +26,6 @@ def gaussian(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def million():
-    """Enough values that the figures below are met to their last digit."""
     return gaussian(1024, 1024)
 
 
@@ -75,7 +72,8 @@ def test_dequantized_equals_the_reference(shape, blocksize, quant_type):
     weight[0] = 0  # whole blocks, in most shapes
     quant = QuantConfig(quant_type=quant_type, blocksize=blocksize, double_quant=False)
     dense = nf4.round_trip(weight, quant)
-    expected = reference.round_trip(weight, LEVELS[quant_type], blocksize=blocksize)
+    levels = {"nf4": reference.NF4, "fp4": reference.FP4}[quant_type]
+    expected = reference.round_trip(weight, levels, blocksize=blocksize)
     assert (dense.dtype, dense.shape) == (torch.float32, weight.shape)
     # 1.2e-7: one fp32 rounding of level and one of level times absmax, each 6e-8 at most
     assert torch.allclose(dense.double(), expected, rtol=1.2e-7, atol=0)
@@ -134,7 +132,7 @@ def storage_bytes(shape: tuple[int, int], quant: QuantConfig) -> int:
     """Of codes, absmax, and the offset of double quantization; code tables are shared."""
     layout = nf4.record_layout(shape, quant)
     stored = [layout[name] for name in ("", "absmax", "nested_absmax") if name in layout]
-    return sum(prod(size) * dtype.itemsize for dtype, size in stored) + 4 * quant.double_quant
+    return sum(math.prod(size) * dtype.itemsize for dtype, size in stored) + 4 * quant.double_quant
 
 
 def test_bits_per_weight_and_bytes_of_models():
@@ -220,6 +218,5 @@ def test_in_rows_is_dequantize_in_parts(values):
     for shape in (64, 64), (70, 96), (33, 2), (1, 640):
         quantized = nf4.quantize(gaussian(*shape), QuantConfig())
         parts = list(nf4.in_rows(quantized, values))
-        rows = [i for part, _ in parts for i in range(part.start, part.stop)]
-        assert rows == list(range(shape[0]))
+        assert [row for rows, _ in parts for row in range(shape[0])[rows]] == list(range(shape[0]))
         assert torch.equal(torch.cat([part for _, part in parts]), nf4.dequantize(quantized))
