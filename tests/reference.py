@@ -110,8 +110,8 @@ def unpack(packed: Tensor) -> np.ndarray:
 def near_ties(values: Tensor, levels: list[float], blocksize: int) -> np.ndarray:
     """Which values lie half-way between two levels as far as fp32 can tell, two roundings off."""
     codes = quantize(values, levels, blocksize)
-    absmax = np.repeat(codes.absmax, blocksize)[: values.numel()]
-    scaled = values.double().flatten().numpy() / absmax
+    scale = np.repeat(codes.absmax, blocksize)[: values.numel()]
+    scaled = values.double().flatten().numpy() / scale
     middles = (np.array(levels)[1:] + np.array(levels)[:-1]) / 2
     return np.abs(scaled[:, None] - middles[None, :]).min(axis=1) < 2 * 6e-8
 

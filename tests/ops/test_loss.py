@@ -156,8 +156,7 @@ def test_small_probabilities_keep_their_digits_in_fp16():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", axis(torch.float32, torch.bfloat16), ids=str)
-def test_autocast_changes_nothing(dtype, device):
-    """Products are computed in the dtype of the head."""
+def test_autocast_does_not_change_the_dtype_of_products(dtype, device):
     hidden, weight, _, labels = case(20, 8, 50, dtype=dtype, device=device)
     expected = with_gradient(linear_cross_entropy(hidden, weight, labels), hidden)
     with torch.autocast(device, torch.bfloat16):
