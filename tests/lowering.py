@@ -23,8 +23,7 @@ from qlora.ops.gated import ACTS
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CARDS = {"T4": 75, "A100": 80, "H200": 90, "RTX 5090": 120}
-FLOATS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-WEIGHT = ["*u8", "*u8", "*fp32", "*fp32", "*fp32", "*fp32"]
+FLOATS = ["bf16", "fp16", "fp32"]
 
 
 def lowered(kernel: Any, types: list[str], constants: dict[str, Any], card: str) -> dict[str, Any]:
@@ -55,14 +54,13 @@ def main(which: str) -> None:
         decoded = [(card, name) for card in ("A100", "H200") for name in FLOATS]
         decoded += [("T4", "fp16"), ("RTX 5090", "bf16")]
         gated = list(zip(ACTS, FLOATS, strict=True))
+    constants: dict[str, Any] = {"BLOCKSIZE": 64, "DOUBLE": True, "GROUPS": kernels.GROUPS}
     for card, name in decoded:
-        types = [*WEIGHT, FLOATS[name], "i32", "i32"]
-        constants = {"BLOCKSIZE": 64, "DOUBLE": True, "GROUPS": kernels.GROUPS}
+        types = ["*u8"] * 2 + ["*fp32"] * 4 + [f"*{name}", "i32", "i32"]
         compiled[f"decode {name} {card}"] = lowered(kernels._decode, types, constants, card)
     for act, name in gated:
-        constants = {"ACT": act, "BLOCK": kernels.BLOCK}
-        types, kernel = [FLOATS[name]] * 6 + ["i32"], kernels._gated_backward
-        compiled[f"gated {act} {name}"] = lowered(kernel, types, constants, "H200")
+        types, constants = [f"*{name}"] * 6 + ["i32"], {"ACT": act, "BLOCK": kernels.BLOCK}
+        compiled[f"gated {act} {name}"] = lowered(kernels._gated, types, constants, "H200")
     print(json.dumps(compiled))
 
 

@@ -11,9 +11,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-# ---- the levels of 4-bit codes, in [-1, 1] ----
-
-# As published with arXiv:2305.14314, appendix E.
+# The levels of 4-bit codes, as published with arXiv:2305.14314, appendix E.
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -34,16 +32,9 @@ def nf4_from_quantiles() -> list[float]:
     return (levels / levels.max()).tolist()
 
 
-def signed(magnitudes: list[float]) -> list[float]:
-    """Sorted levels of a sign-and-magnitude code, the largest scaled to 1; zero counts once."""
-    top = max(magnitudes)
-    return sorted({sign * m / top for m in magnitudes for sign in (-1, 1)})
-
-
-FP4 = signed([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])  # bitsandbytes' own
-E2M1 = signed([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # 4-bit float of the OCP microscaling formats
-E3M0 = signed([0, *(2.0**e for e in range(7))])  # no mantissa bit: powers of two
-INT4 = signed([float(i) for i in range(8)])  # -7 … 7
+# bitsandbytes' own, a sign and a magnitude; zero counts once
+MAGNITUDES = [0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1]
+FP4 = sorted({sign * magnitude for magnitude in MAGNITUDES for sign in (-1, 1)})
 
 
 def dynamic_levels() -> list[float]:
@@ -52,15 +43,10 @@ def dynamic_levels() -> list[float]:
     Decade 10^(i-6) to 10^(i-5), i = 0 … 6, is cut into 2^i equal parts of either sign, whose
     midpoints are levels; 0 and 1 complete them.
     """
-    levels = [0.0, 1.0]
-    for i in range(7):
-        for k in range(2**i):
-            middle = 0.1 + 0.9 * (k + 0.5) / 2**i
-            levels += [10.0 ** (i - 6) * middle, -(10.0 ** (i - 6)) * middle]
-    return sorted(levels)
-
-
-# ---- quantization ----
+    middles = [
+        10.0 ** (i - 6) * (0.1 + 0.9 * (k + 0.5) / 2**i) for i in range(7) for k in range(2**i)
+    ]
+    return sorted([0.0, 1.0, *middles, *(-middle for middle in middles)])
 
 
 class Codes(NamedTuple):
@@ -124,9 +110,8 @@ def unpack(packed: Tensor) -> np.ndarray:
 def near_ties(values: Tensor, levels: list[float], blocksize: int) -> np.ndarray:
     """Which values lie half-way between two levels as far as fp32 can tell, two roundings off."""
     codes = quantize(values, levels, blocksize)
-    scaled = (
-        values.double().flatten().numpy() / np.repeat(codes.absmax, blocksize)[: values.numel()]
-    )
+    scale = np.repeat(codes.absmax, blocksize)[: values.numel()]
+    scaled = values.double().flatten().numpy() / scale
     middles = (np.array(levels)[1:] + np.array(levels)[:-1]) / 2
     return np.abs(scaled[:, None] - middles[None, :]).min(axis=1) < 2 * 6e-8
 
@@ -135,9 +120,6 @@ def relative_rms(approximation: Tensor, exact: Tensor) -> float:
     """Root mean square of the error over that of the values."""
     approximation, exact = approximation.detach().double(), exact.detach().double()
     return float((approximation - exact).norm() / exact.norm())
-
-
-# ---- LoRA ----
 
 
 def lora_forward(
@@ -149,17 +131,8 @@ def lora_forward(
 
 
 def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """scaling B A, float64, one rank at a time."""
-    ranks = zip(lora_B.detach().double().T, lora_A.detach().double(), strict=True)
-    return scaling * sum(torch.outer(b, a) for b, a in ranks)
-
-
-def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """W + scaling B A, float64."""
-    return weight.detach().double() + delta(lora_A, lora_B, scaling)
-
-
-# ---- the loss ----
+    """scaling B A, float64."""
+    return scaling * lora_B.detach().double() @ lora_A.detach().double()
 
 
 def linear_cross_entropy(
@@ -173,24 +146,15 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Cross-entropy to (1 - e) onehot + e / vocab, token by token, float64, differentiable."""
-    total = hidden.double().sum() * 0
-    for x, label in zip(hidden.double(), labels.tolist(), strict=True):
-        if label == ignore_index:
-            continue
-        logits = weight.double() @ x
-        if bias is not None:
-            logits = logits + bias.double()
-        logits = scale * logits
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        wanted = torch.full_like(logits, label_smoothing / len(logits))
-        wanted[label] += 1 - label_smoothing
-        total = total - (wanted * torch.log_softmax(logits, 0)).sum()
-    return total
-
-
-# ---- 16-bit numbers ----
+    """Cross-entropy to (1 - e) onehot + e / vocab, float64, differentiable."""
+    shift = 0 if bias is None else bias.double()
+    logits = scale * (hidden.double() @ weight.double().T + shift)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    onehot = torch.nn.functional.one_hot(labels.clamp(min=0), len(weight)).double()
+    wanted = (1 - label_smoothing) * onehot + label_smoothing / len(weight)
+    losses = -(wanted * torch.log_softmax(logits, 1)).sum(1)
+    return losses[labels != ignore_index].sum()
 
 
 def nearest_bf16(values: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ Every fast version of a function has a plain equivalent. `agrees` is the one che
 
     |fast(x) - plain(x)| / |plain(x)|  <=  tolerance          2-norms over all values, in fp64
 
-A fast version is checked once, on a few values, before it is used. Callers cache the result (by
-device and dtype, for instance) and fall back to the plain version where the two differ.
+Callers check a fast version once, on a few values, and use the plain one where the two differ.
 """
 
 import logging
@@ -36,26 +35,20 @@ def agrees(
 ) -> bool:
     """Whether `fast(*inputs)` is within `tolerance` of `plain(*inputs)`: one tensor or several.
 
-    Args:
-        tolerance: the largest relative error; 0 for equal values.
-        log_as: the name of a fast version that is expected to agree. A difference or an exception
-            (a compiler or driver that does not work here) is logged, and the result is False.
-            Without a name nothing is logged and exceptions propagate: for modules of unknown kind.
+    A `tolerance` of 0 asks for equal values. `log_as` names a version that is expected to agree: a
+    difference or an exception (of a compiler or driver) is logged. Without it exceptions propagate.
     """
     expected = plain(*inputs)
     try:
         error = relative_error(fast(*inputs), expected)
+        reason = f"its values are off by {error:.2g}, tolerance is {tolerance:.2g}"
     except Exception as failure:  # compilers and drivers raise many kinds
         if log_as is None:
             raise
-        reason = f"{type(failure).__name__}: {failure}"
-    else:
-        if error <= tolerance:
-            return True
-        reason = f"its values are off by {error:.2g}, tolerance is {tolerance:.2g}"
-    if log_as is not None:
+        error, reason = math.inf, f"{type(failure).__name__}: {failure}"
+    if error > tolerance and log_as is not None:
         logging.getLogger(__name__).warning("%s is not used: %s", log_as, reason)
-    return False
+    return error <= tolerance
 
 
 def relative_error(values: Tensors, expected: Tensors) -> float:
@@ -63,20 +56,15 @@ def relative_error(values: Tensors, expected: Tensors) -> float:
     got, wanted = ([x] if isinstance(x, Tensor) else list(x) for x in (values, expected))
     if [x.shape for x in got] != [x.shape for x in wanted]:
         return math.inf
-    errors = []
+    errors = [0.0]
     for value, exact in zip(got, wanted, strict=True):
-        size = float(exact.double().norm())
-        distance = float((value.double() - exact.double()).norm())
-        error = 0.0 if distance == 0 else distance / size if size else math.inf
-        errors.append(math.inf if math.isnan(error) else error)
-    return max(errors, default=0.0)
+        distance, size = (value.double() - exact.double()).norm(), exact.double().norm()
+        if distance != 0:
+            errors.append(float((distance / size).nan_to_num(nan=math.inf, posinf=math.inf)))
+    return max(errors)
 
 
 def may_use_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether to try the kernels of qlora.ops.kernels on such tensors.
-
-    Triton may be missing (Windows, macOS). Where it is installed without a C compiler, or does not
-    support the card, it raises, and `agrees` returns False.
-    """
+    """Whether to try qlora.ops.kernels on such tensors; Triton is missing on Windows and macOS."""
     known = dtype in (torch.float32, torch.float16, torch.bfloat16)
     return device.type == "cuda" and known and find_spec("triton") is not None

@@ -4,8 +4,7 @@
 
 act is SiLU (SwiGLU) or GELU (GeGLU, arXiv:2002.05202). The backward pass recomputes h, so that it
 need not be saved for W_down's adapter. All is computed in fp32 and each result is rounded once;
-models round act(gate) to 16 bits before they multiply. Triton's kernels read each value once; the
-plain version, in torch, works in chunks that stay in a CPU's cache.
+models round act(gate) to 16 bits before they multiply.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,39 +18,32 @@ from torch.nn import functional as F
 from qlora.ops import agrees, may_use_triton
 
 _ATEN: Any = torch.ops.aten
+_TANH: Any = {"approximate": "tanh"}
 # x -> act(x), a new tensor; (dy, x) -> dy * act'(x)
 _FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (F.silu, _ATEN.silu_backward),
     "gelu": (F.gelu, _ATEN.gelu_backward),
-    "gelu_tanh": (
-        partial(F.gelu, approximate="tanh"),
-        partial(_ATEN.gelu_backward, approximate="tanh"),
-    ),
+    "gelu_tanh": (partial(F.gelu, **_TANH), partial(_ATEN.gelu_backward, **_TANH)),
 }
 ACTS = tuple(_FUNCTIONS)
+Implementation = tuple[Callable[..., None], Callable[..., None]]  # of forward and backward
 
-# Values per chunk of the plain version. A few fp32 chunks fit a CPU core's cache, which halves the
-# time; on a GPU a chunk is large enough to use the whole card, and bounds the memory.
+# Values per chunk of the plain version: a few fp32 chunks fit a CPU core's cache, which halves the
+# time; a GPU's chunk uses the whole card, and bounds the memory.
 CHUNK = {"cpu": 1 << 17}
 GPU_CHUNK = 1 << 24
 
 
 @torch.no_grad()
 def gated_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """act(gate) * up, contiguous, in the dtype of both, without a graph; `act` is one of ACTS.
+    """act(gate) * up, contiguous, in the dtype of both, without a graph.
 
     Raises:
-        ValueError: `act` is unknown, or the tensors differ in shape, dtype or device.
+        ValueError: `act` is not in ACTS, or the tensors differ in shape, dtype or device.
     """
-    _check(act, gate, up)
-    gate, up = gate.contiguous(), up.contiguous()
+    gate, up = _checked(act, gate, up)
     h = torch.empty_like(gate)
-    if has_kernel(gate.device, gate.dtype, act):
-        from qlora.ops import kernels
-
-        kernels.gated_forward(gate, up, h, act)
-    else:
-        plain_forward(gate, up, h, act)
+    implementation(gate.device, gate.dtype, act)[0](gate, up, h, act)
     return h
 
 
@@ -64,51 +56,46 @@ def gated_backward(
     With `in_place` they overwrite dh, gate and up, where those are contiguous; a later backward
     pass over a graph that saved these raises. Bad arguments raise as in gated_forward.
     """
-    _check(act, gate, up, dh)
-    gate, up, dh = gate.contiguous(), up.contiguous(), dh.contiguous()
+    gate, up, dh = _checked(act, gate, up, dh)
     h, dgate, dup = (dh, gate, up) if in_place else (torch.empty_like(gate) for _ in range(3))
-    if has_kernel(gate.device, gate.dtype, act):
-        from qlora.ops import kernels
-
-        kernels.gated_backward(gate, up, dh, h, dgate, dup, act)
-    else:
-        plain_backward(gate, up, dh, h, dgate, dup, act)
+    implementation(gate.device, gate.dtype, act)[1](gate, up, dh, h, dgate, dup, act)
     return h, dgate, dup
 
 
 @cache
-def has_kernel(device: torch.device, dtype: torch.dtype, act: str) -> bool:
-    """Whether Triton's kernels run on `device` and agree with torch, checked once."""
+def implementation(device: torch.device, dtype: torch.dtype, act: str) -> Implementation:
+    """Triton's kernels, if they run on `device` and agree with torch, checked once; or torch."""
+    plain = plain_forward, plain_backward
     if not may_use_triton(device, dtype):
-        return False
+        return plain
     from qlora.ops import kernels
 
+    fast = kernels.gated_forward, kernels.gated_backward
     gate = torch.linspace(-9, 9, 4099, device=device).to(dtype)  # the last block is not full
     up, dh = gate.flip(0), gate.roll(7)
 
-    def outputs(forward: Callable[..., None], backward: Callable[..., None]) -> list[Tensor]:
+    def outputs(functions: Implementation) -> list[Tensor]:
         tensors = [torch.empty_like(gate) for _ in range(4)]
-        forward(gate, up, tensors[0], act)
-        backward(gate, up, dh, *tensors[1:], act)
+        functions[0](gate, up, tensors[0], act)
+        functions[1](gate, up, dh, *tensors[1:], act)
         # the few values of the last block are compared on their own, else they would hardly count
         return [part for tensor in tensors for part in tensor.split(4096)]
 
-    return agrees(
-        lambda: outputs(kernels.gated_forward, kernels.gated_backward),
-        lambda: outputs(plain_forward, plain_backward),
-        # one rounding, and exponentials that may differ by several roundings of fp32
-        tolerance=torch.finfo(dtype).eps + 1e-5,
-        log_as=f"Triton's kernel of {act} over {dtype} on {device}",
-    )
+    # one rounding, and exponentials that may differ by several roundings of fp32
+    tolerance = torch.finfo(dtype).eps + 1e-5
+    name = f"Triton's kernel of {act} over {dtype} on {device}"
+    right = agrees(lambda: outputs(fast), lambda: outputs(plain), tolerance=tolerance, log_as=name)
+    return fast if right else plain
 
 
-def _check(act: str, *tensors: Tensor) -> None:
+def _checked(act: str, *tensors: Tensor) -> list[Tensor]:
     if act not in ACTS:
         raise ValueError(f"act must be one of {', '.join(ACTS)}, got {act!r}")
     kinds = [(tuple(t.shape), t.dtype, t.device) for t in tensors]
     if len(set(kinds)) > 1:
         shown = "; ".join(f"{shape} {dtype} on {device}" for shape, dtype, device in kinds)
         raise ValueError(f"gate, up and dh must agree in shape, dtype and device, got {shown}")
+    return [t.contiguous() for t in tensors]
 
 
 def plain_forward(gate: Tensor, up: Tensor, h: Tensor, act: str) -> None:

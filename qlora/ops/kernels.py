@@ -6,9 +6,8 @@ are the oracles, do so where they use a kernel. Decoding (layout: see qlora.ops.
     value = level[code] * absmax          absmax = map[absmax code] * second absmax + offset
 
 Both levels of double quantization are undone in one kernel. Each step is rounded as bitsandbytes
-rounds it (hence no fused multiply-add), and the value once, to the output's dtype. A byte of codes
-becomes four bytes of bf16. Arithmetic would bound the speed from 18 instructions per value on an
-H200, and from 24 on an A100. So
+rounds it (hence no fused multiply-add), and the value once, to the output's dtype. Arithmetic would
+bound the speed from 18 instructions per value on an H200, and from 24 on an A100. So
 
 - a thread takes groups of 8 values: it loads 4 bytes and stores 16, both next to its neighbours',
   and as each block is a multiple of 8, a group has one absmax;
@@ -17,8 +16,7 @@ H200, and from 24 on an A100. So
 
 Compiled for sm_80 and sm_90 that is 10 instructions per value and 32 registers, which lets all
 threads of a multiprocessor run: it should come near the card's copy bandwidth, at 2.52 bytes per
-value in bf16. A tree of selections instead of the table takes 20 instructions, a table in the
-first-level cache 12. bitsandbytes has three launches, with decoded absmax in between.
+value in bf16. bitsandbytes has three launches, with decoded absmax in between.
 
 Gated MLP (see qlora.ops.gated): both kinds of sigmoid gates are g * sigmoid(v), with v = g for SiLU
 and, since (1 + tanh u) / 2 = sigmoid(2 u), v = 2 sqrt(2/pi) (g + 0.044715 g^3) for tanh's GELU.
@@ -41,9 +39,7 @@ BLOCK = 1024  # values of a gated program: 4 warps, 16 bytes a thread in 16 bits
 def decode(packed: Tensor, state: Any, out: Tensor) -> None:
     """Write the values of `packed` into `out`, contiguous, bf16, fp16 or fp32, of any shape.
 
-    Args:
-        packed: bytes with two indices each, the first in the high nibble.
-        state: bitsandbytes' QuantState; its blocksize is a power of two from 32 on.
+    `state` is bitsandbytes' QuantState, with a power of two from 32 on as its blocksize.
     """
     codes = packed.reshape(-1).view(torch.uint8)  # they may be stored as another dtype
     absmax_map = second = offset = state.code  # not read without double quantization
@@ -61,9 +57,9 @@ def decode(packed: Tensor, state: Any, out: Tensor) -> None:
 
 def gated_forward(gate: Tensor, up: Tensor, h: Tensor, act: str) -> None:
     """h = act(gate) * up, all contiguous, of one shape and dtype on one device."""
-    values = gate.numel()
+    values, grid = gate.numel(), (triton.cdiv(gate.numel(), BLOCK),)
     with torch.cuda.device_of(gate):
-        _gated_forward[(triton.cdiv(values, BLOCK),)](gate, up, h, values, act, BLOCK)
+        _gated[grid](gate, up, None, h, None, None, values, act, BLOCK)
 
 
 def gated_backward(
@@ -72,7 +68,7 @@ def gated_backward(
     """Writes h, dgate and dup, which may share memory with gate, up and dh."""
     values, grid = gate.numel(), (triton.cdiv(gate.numel(), BLOCK),)
     with torch.cuda.device_of(gate):
-        _gated_backward[grid](gate, up, dh, h, dgate, dup, values, act, BLOCK)
+        _gated[grid](gate, up, dh, h, dgate, dup, values, act, BLOCK)
     _mark_written(h, dgate, dup)
 
 
@@ -124,25 +120,15 @@ def _act_and_slope(g, ACT: tl.constexpr):
 
 
 @triton.jit
-def _gated_forward(gate, up, h, values, ACT: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(gate, up, dh, h, dgate, dup, values, ACT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < values
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    a, _slope = _act_and_slope(g, ACT)
-    tl.store(h + at, (a * u).to(h.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _gated_backward(
-    gate, up, dh, h, dgate, dup, values, ACT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < values
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
+    if dh is not None:  # before h is written, which may share its memory
+        d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
     a, slope = _act_and_slope(g, ACT)
     tl.store(h + at, (a * u).to(h.dtype.element_ty), mask=inside)
-    tl.store(dgate + at, (d * u * slope).to(dgate.dtype.element_ty), mask=inside)
-    tl.store(dup + at, (d * a).to(dup.dtype.element_ty), mask=inside)
+    if dh is not None:
+        tl.store(dgate + at, (d * u * slope).to(dgate.dtype.element_ty), mask=inside)
+        tl.store(dup + at, (d * a).to(dup.dtype.element_ty), mask=inside)

@@ -7,10 +7,9 @@ B_i (out_i, r), and scaling s_i:
     dx   = sum_i dy_i W_i + s_i (dy_i B_i) A_i
     dA_i = s_i (dy_i B_i)' x        dB_i = s_i dy_i' (x A_i')
 
-B A is never formed: each product with A or B has rank r. The A of all layers are stacked, so that
-x is read once for them, and dx is accumulated in one buffer. The backward pass needs x, which its
-producer holds anyway, x A' (n, r), and the packed weight by reference. Plain autograd saves the
-same x, but allocates a tensor of dx's size for each term and one of y's size for each sum.
+B A is never formed. The A of all layers are stacked, so that x is read once for them. The backward
+pass needs x, which its producer holds anyway, x A' (n, r), and the packed weight by reference;
+plain autograd allocates a tensor of dx's size for each term and one of y's size for each sum.
 
 A gated MLP, y = down(act(gate(x)) * up(x)), is one function. It saves x, gate(x) and up(x) and
 recomputes the rest. With `recompute`, for models with gradient checkpointing, it saves x alone (see
@@ -44,10 +43,9 @@ TILE_BYTES = 128 << 20
 class Dropout(NamedTuple):
     """One draw of dropout (arXiv:1207.0580): a value is 0 with probability p, else x / (1 - p).
 
-    LoRA drops values of A's input, in each layer separately. The mask is not saved but drawn again
-    from its seed: the seven masks of a decoder layer, a byte per value, would take as much memory
-    as 3.5 of its inputs in 16 bits. Seeds come from torch's CPU generator, whose state gradient
-    checkpointing restores, so that a recomputed layer has the same mask; no draw waits for the GPU.
+    The mask is not saved but drawn again from its seed: the seven masks of a decoder layer, a byte
+    per value, would take as much memory as 3.5 of its inputs in 16 bits. Seeds come from torch's
+    CPU generator, whose state gradient checkpointing restores; no draw waits for the GPU.
     """
 
     p: float  # 0 <= p < 1
@@ -59,12 +57,11 @@ class Dropout(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """The factor of the values that are not dropped."""
         return 1 / (1 - self.p)
 
-    def mask(self, x: Tensor) -> Tensor:
-        """Bool in x's shape, False where x is dropped."""
-        generator = torch.Generator(x.device).manual_seed(self.seed)
+    def mask(self, x: Tensor, tile: int = 0) -> Tensor:
+        """Bool in x's shape, False where x is dropped; each tile has a draw of its own."""
+        generator = torch.Generator(x.device).manual_seed(self.seed + tile)
         mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         return mask.bernoulli_(1 - self.p, generator=generator)
 
@@ -80,26 +77,21 @@ class LayerSpec(NamedTuple):
     dropout: Dropout | None = None
 
 
-def lora_linear(
-    x: Tensor, specs: Sequence[LayerSpec], factors: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, ...]:
+Specs = Sequence[LayerSpec]
+Factors = Sequence[tuple[Tensor, Tensor]]  # A (r, in) and B (out, r) of each, in any float dtype
+
+
+def lora_linear(x: Tensor, specs: Specs, factors: Factors) -> tuple[Tensor, ...]:
     """The outputs (..., out) of layers with adapters that share the input x (..., in).
 
-    Args:
-        x: in the dtype that the layers compute in, which is that of the outputs.
-        factors: A (r, in) and B (out, r) of each layer, in any float dtype.
+    x is in the dtype that the layers compute in, which is that of the outputs.
     """
-    matrices = [matrix for pair in factors for matrix in pair]
+    matrices = itertools.chain(*factors)  # A, B, A, B, …
     return _LoRALinear.apply(x, tuple(specs), *matrices)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def lora_mlp(
-    x: Tensor,
-    specs: Sequence[LayerSpec],
-    factors: Sequence[tuple[Tensor, Tensor]],
-    *,
-    activation: str,
-    recompute: bool = False,
+    x: Tensor, specs: Specs, factors: Factors, *, activation: str, recompute: bool = False
 ) -> Tensor:
     """The output (..., in) of a gated MLP; x, and specs and factors of gate, up and down.
 
@@ -107,16 +99,13 @@ def lora_mlp(
         activation: one of qlora.ops.gated.ACTS.
         recompute: save x alone, and compute gate(x) and up(x) again in the backward pass.
     """
-    matrices = [matrix for pair in factors for matrix in pair]
+    matrices = list(itertools.chain(*factors))
     input_node = None
     if recompute and torch.is_grad_enabled() and x.requires_grad:
         x = _SaveInput.apply(x, *matrices)  # type: ignore[no-untyped-call]
         input_node = x.grad_fn
     settings = tuple(specs), activation, recompute, input_node
     return _LoRAMLP.apply(x, settings, *matrices)  # type: ignore[no-any-return, no-untyped-call]
-
-
-# ---- autograd functions
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -134,8 +123,7 @@ class _LoRALinear(torch.autograd.Function):
         x, low, *matrices = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (n, in)
         layers = _layers(ctx.specs, matrices, x.dtype)
-        flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        dx, gradients = _gradients(rows, low, layers, flat_dys, ctx.needs_input_grad[0])
+        dx, gradients = _gradients(rows, low, layers, dys, ctx.needs_input_grad[0])
         return None if dx is None else dx.view(x.shape), None, *gradients
 
 
@@ -164,15 +152,11 @@ class _LoRAMLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, settings: Any, *matrices: Tensor) -> Tensor:
         ctx.specs, ctx.activation, ctx.recompute, ctx.input_node = settings
         rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (n, in)
-        layers = _layers(ctx.specs, matrices, x.dtype)
-        tiles = _tiles(rows, layers, ctx.recompute)
-        if len(tiles) > 1:
-            layers = _with_dense_weights(layers)
-        y = x.new_empty(*x.shape[:-1], len(layers[2].B))
+        tiles = _tiles(ctx, rows, matrices)
+        y = x.new_empty(*x.shape[:-1], len(matrices[-1]))
         out = y.view(len(rows), y.shape[-1])
         saved: tuple[Tensor, ...] = ()
-        for i, tile in enumerate(tiles):
-            *gate_up, down = _with_tile_masks(layers, i)
+        for tile, (*gate_up, down) in tiles:
             saved = _outputs(rows[tile], gate_up)  # x A', gate(x) and up(x)
             h = gated_forward(saved[1], saved[2], ctx.activation)
             down.forward(h, down.project(h, down.mask(h)), out[tile])
@@ -190,24 +174,19 @@ class _LoRAMLP(torch.autograd.Function):
         x, *others = (ctx.input_node or ctx).saved_tensors
         matrices, saved = others[:6], others[6:]
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        layers = _layers(ctx.specs, matrices, x.dtype)
-        tiles = _tiles(rows, layers, ctx.recompute)
+        tiles = _tiles(ctx, rows, matrices)
         if len(tiles) == 1:
-            dx, gradients = _mlp_gradients(ctx, rows, dy_rows, saved, layers)
+            dx, gradients = _mlp_gradients(ctx, rows, dy_rows, saved, tiles[0][1])
         else:
-            layers = _with_dense_weights(layers)
             dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
             gradients = []
-            for i, tile in enumerate(tiles):
-                masked, out = _with_tile_masks(layers, i), None if dx is None else dx[tile]
-                _, of_tile = _mlp_gradients(ctx, rows[tile], dy_rows[tile], (), masked, out)
+            for tile, layers in tiles:
+                out = None if dx is None else dx[tile]
+                _, of_tile = _mlp_gradients(ctx, rows[tile], dy_rows[tile], (), layers, out)
                 of_tile = [g.float() for g in of_tile]  # their sums are rounded once
                 pairs = zip(gradients, of_tile, strict=True)
                 gradients = [total.add_(g) for total, g in pairs] if gradients else of_tile
         return None if dx is None else dx.view(x.shape), None, *gradients
-
-
-# ---- the arithmetic of one layer
 
 
 class _Layer(NamedTuple):
@@ -219,22 +198,21 @@ class _Layer(NamedTuple):
     A: Tensor  # (r, in)
     B: Tensor  # (out, r)
     dense: Tensor | None = None  # W (out, in), if it was decoded for more than one product
+    tile: int = 0
 
     def weight(self, slot: int = 0) -> Tensor:
         """W (out, in), valid until the next weight is decoded into that slot."""
         return decoded(self.layer, self.A.dtype, slot) if self.dense is None else self.dense
 
-    @property
-    def gain(self) -> float:
-        return 1.0 if self.dropout is None else self.dropout.gain
-
     def mask(self, x: Tensor) -> Tensor | None:
-        """Dropout's mask of x (n, in), drawn again; None without dropout."""
-        return None if self.dropout is None else self.dropout.mask(x)
+        """Dropout's mask of this tile's x (n, in), drawn again; None without dropout."""
+        return None if self.dropout is None else self.dropout.mask(x, self.tile)
 
     def project(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x A', with dropout: (n, in) @ (in, r) -> (n, r)."""
-        return linear(x, self.A) if mask is None else linear(x * mask, self.A).mul_(self.gain)
+        if self.dropout is None or mask is None:
+            return linear(x, self.A)
+        return linear(x * mask, self.A).mul_(self.dropout.gain)
 
     def forward(self, x: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
         """y (..., out), of x (..., in) and low = x A' (n, r), in `out` if it is given."""
@@ -246,7 +224,8 @@ class _Layer(NamedTuple):
 
     def low_gradient(self, dy: Tensor) -> Tensor:
         """s dy B, the gradient of x A': (n, out) @ (out, r) -> (n, r)."""
-        return linear(dy, self.B.T).mul_(self.scaling * self.gain)
+        gain = 1.0 if self.dropout is None else self.dropout.gain
+        return linear(dy, self.B.T).mul_(self.scaling * gain)
 
     def add_input_gradient(self, dx: Tensor, dlow: Tensor, mask: Tensor | None) -> Tensor:
         """dx += dlow A, the gradient through A: (n, r) @ (r, in) -> (n, in)."""
@@ -262,15 +241,9 @@ class _Layer(NamedTuple):
         return [inner(dlow, x), inner(dy, low).mul_(self.scaling)]
 
 
-# ---- the arithmetic of several layers
-
-
-def _layers(specs: Any, matrices: Sequence[Tensor], dtype: torch.dtype) -> list[_Layer]:
+def _layers(specs: Specs, matrices: Sequence[Tensor], dtype: torch.dtype) -> list[_Layer]:
     triples = zip(specs, matrices[::2], matrices[1::2], strict=True)
-    return [
-        _Layer(spec.layer, spec.scaling, spec.dropout, A.to(dtype), B.to(dtype))
-        for spec, A, B in triples
-    ]
+    return [_Layer(*spec, A.to(dtype), B.to(dtype)) for spec, A, B in triples]
 
 
 def _with_dense_weights(layers: Sequence[_Layer]) -> list[_Layer]:
@@ -278,30 +251,20 @@ def _with_dense_weights(layers: Sequence[_Layer]) -> list[_Layer]:
     return [layer._replace(dense=layer.weight(slot)) for slot, layer in enumerate(layers)]
 
 
-def _can_stack(layers: Sequence[_Layer]) -> bool:
-    """Whether all A multiply the same x: dropout would differ between layers."""
-    return all(layer.dropout is None for layer in layers)
-
-
 def _stacked_A(layers: Sequence[_Layer]) -> Tensor:
     """All A, (sum of r, in)."""
     return torch.cat([layer.A for layer in layers]) if len(layers) > 1 else layers[0].A
 
 
-def _split(low: Tensor, layers: Sequence[_Layer]) -> tuple[Tensor, ...]:
-    """Views of each layer's columns, (n, sum of r) -> (n, r) each."""
-    return torch.split(low, [len(layer.A) for layer in layers], dim=1)
-
-
 def _outputs(x: Tensor, layers: Sequence[_Layer]) -> tuple[Tensor, ...]:
     """x A' (n, sum of r), and y (..., out) of each layer."""
     rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (n, in)
-    if _can_stack(layers):
-        low = linear(rows, _stacked_A(layers))  # (n, in) @ (in, sum of r) -> (n, sum of r)
-    else:
+    if any(layer.dropout for layer in layers):  # each layer has its own
         low = torch.cat([layer.project(rows, layer.mask(rows)) for layer in layers], dim=1)
+    else:
+        low = linear(rows, _stacked_A(layers))  # (n, in) @ (in, sum of r) -> (n, sum of r)
     del rows  # a copy, where x is not contiguous
-    pairs = zip(layers, _split(low, layers), strict=True)
+    pairs = zip(layers, low.split([len(layer.A) for layer in layers], dim=1), strict=True)
     return low, *(layer.forward(x, own_low) for layer, own_low in pairs)
 
 
@@ -311,13 +274,15 @@ def _gradients(
     """dx (n, in), in `out` if it is given, and dA, dB of each layer, None where its dy is None."""
     dx: Tensor | None = None
     gradients: list[Any] = []
-    is_stacked = _can_stack(layers)
+    is_stacked = not any(layer.dropout for layer in layers)
     dlow = torch.zeros_like(low)  # (n, sum of r)
-    parts = zip(layers, dys, _split(low, layers), _split(dlow, layers), strict=True)
+    ranks = [len(layer.A) for layer in layers]
+    parts = zip(layers, dys, low.split(ranks, dim=1), dlow.split(ranks, dim=1), strict=True)
     for layer, dy, own_low, own_dlow in parts:
         if dy is None:
             gradients += [None, None]
             continue
+        dy = dy.reshape(-1, dy.shape[-1])  # (..., out) -> (n, out)
         own_dlow.copy_(layer.low_gradient(dy))
         mask = layer.mask(x)
         gradients += layer.factor_gradients(x, dy, own_low, own_dlow, mask)
@@ -331,9 +296,6 @@ def _gradients(
     if dx is not None and is_stacked:
         dx.addmm_(dlow, _stacked_A(layers))  # (n, sum of r) @ (sum of r, in) -> (n, in)
     return dx, gradients
-
-
-# ---- the gated MLP
 
 
 def _mlp_gradients(
@@ -354,25 +316,20 @@ def _mlp_gradients(
     return dx, gradients
 
 
-def _tiles(x: Tensor, layers: Sequence[_Layer], recompute: bool) -> list[slice]:
-    """Slices of the tokens of x (n, in), of equal lengths to within one token."""
-    if not recompute:
-        return [slice(None)]
-    intermediate = layers[2].A.shape[1]
-    count = max(1, math.ceil(len(x) * intermediate * x.element_size() / TILE_BYTES))
+def _tiles(ctx: Any, x: Tensor, matrices: Sequence[Tensor]) -> list[tuple[slice, list[_Layer]]]:
+    """Slices of the tokens of x (n, in), of equal lengths to within one, and the layers of each."""
+    layers = _layers(ctx.specs, matrices, x.dtype)
+    count = 1
+    if ctx.recompute:
+        intermediate = layers[2].A.shape[1]
+        count = max(1, math.ceil(len(x) * intermediate * x.element_size() / TILE_BYTES))
+    if count > 1:
+        layers = _with_dense_weights(layers)
     bounds = [len(x) * i // count for i in range(count + 1)]
-    return [slice(*pair) for pair in itertools.pairwise(bounds)]
-
-
-def _with_tile_masks(layers: Sequence[_Layer], i: int) -> list[_Layer]:
-    """The layers with the seeds of that tile's dropout masks."""
     return [
-        layer._replace(dropout=layer.dropout and Dropout(layer.dropout.p, layer.dropout.seed + i))
-        for layer in layers
+        (slice(*pair), [layer._replace(tile=i) for layer in layers])
+        for i, pair in enumerate(itertools.pairwise(bounds))
     ]
-
-
-# ---- matrix products
 
 
 def linear(
@@ -380,8 +337,7 @@ def linear(
 ) -> Tensor:
     """x W' + bias, (..., in) @ (in, out) -> (..., out), all in x's dtype, into `out` (contiguous).
 
-    The result is not a view, so that it may be changed in place. It has no gradient: this is for
-    autograd functions, which compute their own.
+    The result has no gradient, and is no view, so that it may be changed in place.
     """
     rows, shape = x.reshape(-1, x.shape[-1]), [*x.shape[:-1], len(weight)]
     if by_onednn(x):
@@ -390,8 +346,7 @@ def linear(
             return out.copy_(y.view(shape))
         # private; `view`, except that autograd does not treat the result as a view
         return torch.ops.aten._unsafe_view(y, shape)  # type: ignore[no-any-return]
-    if out is None:
-        out = x.new_empty(shape)
+    out = x.new_empty(shape) if out is None else out
     flat_out = out.view(-1, len(weight))  # (n, in) @ (in, out) -> (n, out)
     if bias is None:
         torch.mm(rows, weight.T, out=flat_out)
@@ -420,8 +375,8 @@ def by_onednn(x: Tensor) -> bool:
     """Whether `linear` computes products of this tensor by oneDNN.
 
     On a CPU torch computes fp32 products by MKL, which uses AVX-512 on Intel's chips only: 186
-    GFLOP/s on two cores of an AMD EPYC, where oneDNN, which torch ships and uses for bf16, reaches
-    400 (benchmarks/products.py). torch.backends.mkldnn.enabled = False turns it off.
+    GFLOP/s on two cores of an AMD EPYC, where oneDNN reaches 400 (benchmarks/products.py).
+    torch.backends.mkldnn.enabled = False turns it off.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
         return False
@@ -430,12 +385,12 @@ def by_onednn(x: Tensor) -> bool:
 
 @cache
 def _has_onednn() -> bool:
-    capability = torch.backends.cpu.get_cpu_capability()
-    if not torch.backends.mkldnn.is_available() or capability != "AVX512":
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not (has_avx512 and torch.backends.mkldnn.is_available()):
         return False
     x, weight = torch.linspace(-1, 1, 64).view(4, 16), torch.linspace(-1, 2, 128).view(8, 16)
-    name = "oneDNN's fp32 product"
-    return agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, log_as=name)
+    log_as = "oneDNN's fp32 product"
+    return agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, log_as=log_as)
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,9 +10,8 @@ exists at a time, and the gradient of x is computed from it at once:
     dz_i = softmax(z_i) - (1 - e) onehot(y_i) - e / vocab         times the slope of the softcap
     dx_i = scale * W' dz_i
 
-The backward pass multiplies dx by the loss's gradient, a number, and no chunk is computed twice.
-The cost is the plain path's two products, only over tokens with a label, and a chunk's logits, in
-fp32 and once more in the dtype of x.
+The backward pass multiplies dx by the loss's gradient, a number. The cost is the plain path's two
+products, only over tokens with a label, and a chunk's logits, in fp32 and once more in x's dtype.
 
 In 16 bits that number (one over the tokens of a step, say) must not cost a second rounding. On a
 GPU dx is a product in fp32 and is rounded once, after the multiplication. A CPU has no such
@@ -20,13 +19,13 @@ product: there dz contains the mantissa of the number of tokens, which leaves a 
 multiply by, unless a step has tokens of other micro-batches.
 
 The idea is Liger's fused linear cross-entropy (arXiv:2410.10989). Left out: the gradient of W, as
-the head of a 4-bit base is frozen (a trained head takes the plain path), and skipping small
-probabilities (cut cross-entropy, arXiv:2411.09009), which changes the result. torch's own
-(torch.nn.functional.linear_cross_entropy, since 2.13) has no softcap.
+the head of a 4-bit base is frozen, and skipping small probabilities (cut cross-entropy,
+arXiv:2411.09009), which changes the result. torch.nn.functional.linear_cross_entropy (2.13) has no
+softcap.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,31 +34,21 @@ from torch.autograd.function import once_differentiable
 from qlora.errors import UserError
 from qlora.ops.lora import linear
 
-# fp32 logits of a chunk. Each chunk reads all of W: 1 FLOP per byte and token in 16 bits. Below the
-# card's FLOP per byte of bandwidth (165 on a 4090, 206 on an H200, by data sheet) memory bounds the
-# speed; more tokens are no faster. For a vocabulary of 128k a chunk has 262 tokens, on a CPU 131.
+# fp32 logits of a chunk. Each reads all of W, 1 FLOP per byte and token in 16 bits; cards have 165
+# (a 4090) to 206 (an H200, by data sheet) FLOP per byte of bandwidth, so that more tokens are no
+# faster. For a vocabulary of 128k a chunk has 262 tokens, on a CPU 131.
 CHUNK_BYTES = {"cpu": 64 << 20}
 GPU_CHUNK_BYTES = 128 << 20
 
-# Keeps probabilities of 1e-5 away from the smallest numbers of fp16; a power of two, so that it
-# changes no digits. Divided out at the end.
+# Keeps probabilities of 1e-5 away from the smallest numbers of fp16; divided out at the end.
 GRADIENT_SCALE = 256.0
-
-
-class _Head(NamedTuple):
-    """The output head, and the loss's settings."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-    label_smoothing: float
 
 
 def chunk_rows(weight: Tensor) -> int:
     """The number of tokens in a chunk, for this head (vocab, dim)."""
     chunk_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
-    return max(1, chunk_bytes // (len(weight) * _computed_in(weight).itemsize))
+    itemsize = torch.promote_types(weight.dtype, torch.float32).itemsize
+    return max(1, chunk_bytes // (len(weight) * itemsize))
 
 
 def linear_cross_entropy(
@@ -86,21 +75,16 @@ def linear_cross_entropy(
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise UserError(
-            "linear_cross_entropy has no gradient for the output head, and this one is trained: "
-            "freeze it, or compute the loss from logits"
+            "no gradient for the output head, and this one is trained: freeze it, or use its logits"
         )
     kept = (labels != ignore_index).nonzero()[:, 0]
-    head = _Head(weight, bias, scale, softcap, label_smoothing)
+    head = weight, bias, scale, softcap, label_smoothing
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden[kept].to(weight.dtype), labels[kept], head
-        )
-    return loss
+        inputs = hidden[kept].to(weight.dtype), labels[kept], head
+        return _LinearCrossEntropy.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _computed_in(weight: Tensor) -> torch.dtype:
-    """The dtype of losses, and of the logits that they are computed from."""
-    return torch.promote_types(weight.dtype, torch.float32)
+_Head = tuple[Tensor, Tensor | None, float, float | None, float]  # W, b, scale, softcap and e
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -108,21 +92,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: _Head) -> Tensor:
-        dtype, rows = _computed_in(head.weight), chunk_rows(head.weight)
+        weight, bias, scale, *_ = head
+        rows, factor = chunk_rows(weight), None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         losses = hidden.new_empty(len(hidden), dtype=dtype)
-        gradient = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
-        factor = GRADIENT_SCALE / math.frexp(max(1, len(labels)))[0]
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(hidden, dtype=dtype)
+            factor = GRADIENT_SCALE / math.frexp(max(1, len(labels)))[0]
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            losses[chunk], dz = _chunk_loss(
-                hidden[chunk], labels[chunk], head, factor if gradient is not None else None
-            )
-            if gradient is not None:
-                gradient[chunk] = _input_gradient(dz.to(hidden.dtype), head.weight)
-            del dz  # before the next chunk's is allocated
-        if gradient is not None:
+            z = linear(hidden[chunk], weight, bias).to(dtype)
+            losses[chunk] = _losses(z, labels[chunk], head, factor)
+            if factor is not None:
+                gradient[chunk] = _input_gradient(z.to(hidden.dtype), weight)
+            del z  # before the next chunk's is allocated
+        if factor is not None:
             ctx.save_for_backward(gradient)
-            ctx.factor, ctx.dtype = head.scale / factor, hidden.dtype
+            ctx.factor, ctx.dtype = scale / factor, hidden.dtype
         return losses.sum()
 
     @staticmethod
@@ -139,26 +125,21 @@ def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     return linear(dz, weight.T)
 
 
-def _chunk_loss(
-    hidden: Tensor, labels: Tensor, head: _Head, factor: float | None
-) -> tuple[Tensor, Tensor]:
-    """Losses (rows,), and dz (rows, vocab): their gradients in scale * (W x + b) times `factor`.
-
-    Without a factor dz is not computed, and the second tensor has no meaning.
-    """
-    z = linear(hidden, head.weight, head.bias).to(_computed_in(head.weight))
+def _losses(z: Tensor, labels: Tensor, head: _Head, factor: float | None) -> Tensor:
+    """Losses (rows,) of z = W x + b (rows, vocab), overwritten by their gradients in scale * z,
+    times `factor`; without a factor z has no meaning afterwards."""
+    _, _, scale, softcap, smoothing = head
     slope = None  # of the softcap
-    if head.scale != 1:
-        z *= head.scale
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_()
+    if scale != 1:
+        z *= scale
+    if softcap is not None:
+        z.div_(softcap).tanh_()
         slope = None if factor is None else 1 - z * z
-        z *= head.softcap
+        z *= softcap
     picked, mean = z.gather(1, labels[:, None]), z.mean(1, keepdim=True)
     top = z.amax(1, keepdim=True)
     p = z.sub_(top).exp_()
     total = p.sum(1, keepdim=True)
-    smoothing = head.label_smoothing
     losses = total.log() + (1 - smoothing) * (top - picked) + smoothing * (top - mean)
     if factor is not None:
         p *= factor / total
@@ -167,4 +148,4 @@ def _chunk_loss(
         p.scatter_add_(1, labels[:, None], torch.full_like(picked, (smoothing - 1) * factor))
         if slope is not None:
             p *= slope
-    return losses[:, 0], p
+    return losses[:, 0]

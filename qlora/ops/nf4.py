@@ -14,10 +14,9 @@ Codes and absmax are the same for the same values in bf16, fp16 and fp32. The me
 fp32, level times absmax, so that only the result is rounded to 16 bits.
 
 A forward pass decodes a whole weight before each product, in its dtype (`decoded`); for thousands
-of tokens the product takes ten times as long. On a GPU the weight is decoded into a buffer that the
-next weight reuses (`scratch`): one per thread, device, stream and slot, as large as the largest
-weight so far, 117 MB for the MLP of Llama-3.1-8B in bf16. With a new tensor for each weight, the
-allocator would fill freed blocks with smaller tensors, and request more memory from the card.
+of tokens the product takes ten times as long. On a GPU each weight is decoded into the same buffer
+(`scratch`), 117 MB for the MLP of Llama-3.1-8B in bf16. With a new tensor for each, the allocator
+would fill freed blocks with smaller tensors, and request more memory from the card.
 """
 
 import math
@@ -37,6 +36,7 @@ RECORD_MARK = ".quant_state.bitsandbytes__"
 STATE_BYTES = 256  # of a record's JSON, padded
 CELLS = 32
 CHUNK = 1 << 20  # values at a time, a multiple of every blocksize
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as configs say
 
 
@@ -49,17 +49,12 @@ class Quantized(NamedTuple):
 
 def quantize(weight: Tensor, quant: QuantConfig) -> Quantized:
     """4-bit codes of `weight` (out, in), any float dtype, on its own device."""
-    if weight.device.type == "cpu" and quant.quant_type == "nf4":
-        quantized = _quantize_on_cpu(weight, quant)
-        if quantized is not None:
-            return quantized
-    packed, state = bnb.quantize_4bit(
-        weight.contiguous(),
-        blocksize=quant.blocksize,
-        compress_statistics=quant.double_quant,
-        quant_type=quant.quant_type,
-    )
-    return Quantized(packed, state)
+    weight = weight.contiguous()
+    quantized = _quantize_on_cpu(weight, quant)
+    if quantized is not None:
+        return quantized
+    settings: Any = {"blocksize": quant.blocksize, "compress_statistics": quant.double_quant}
+    return Quantized(*bnb.quantize_4bit(weight, quant_type=quant.quant_type, **settings))
 
 
 def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
@@ -67,10 +62,10 @@ def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
 
     Instead of a search among the 15 bounds between levels: [-1, 1] is cut into CELLS equal cells,
     each with at most one bound in it, so a code is that of the cell's lower end, or the next. None
-    where the last block is not full, or an absmax is not finite.
+    for FP4, or where the last block is not full or an absmax not finite.
     """
-    flat, blocksize = weight.contiguous().view(-1), quant.blocksize
-    if len(flat) % blocksize:
+    flat, blocksize = weight.view(-1), quant.blocksize
+    if weight.device.type != "cpu" or quant.quant_type != "nf4" or len(flat) % blocksize:
         return None
     first, bound = _cells()
     packed = torch.empty((len(flat) // 2, 1), dtype=torch.uint8)
@@ -86,13 +81,13 @@ def _quantize_on_cpu(weight: Tensor, quant: QuantConfig) -> Quantized | None:
         cell = _cell_of(x)
         code = first[cell].add_((x > bound[cell]).view(torch.uint8))  # two of them -> a byte
         packed[start // 2 :, 0][: len(code) // 2] = (code[::2] << 4) | code[1::2]
-    settings = {"shape": weight.shape, "dtype": weight.dtype, "blocksize": blocksize}
-    settings |= {"quant_type": "nf4", "code": codebook("nf4")}
-    if not quant.double_quant:
-        return Quantized(packed, bnb.QuantState(absmax=absmax, **settings))
-    offset = absmax.mean()
-    codes, second = bnb.quantize_blockwise(absmax - offset, blocksize=256)
-    return Quantized(packed, bnb.QuantState(absmax=codes, offset=offset, state2=second, **settings))
+    offset = second = None
+    if quant.double_quant:
+        offset = absmax.mean()
+        absmax, second = bnb.quantize_blockwise(absmax - offset, blocksize=256)
+    settings: Any = {"shape": weight.shape, "dtype": weight.dtype, "blocksize": blocksize}
+    settings |= {"quant_type": "nf4", "code": codebook("nf4"), "offset": offset, "state2": second}
+    return Quantized(packed, bnb.QuantState(absmax=absmax, **settings))
 
 
 def _cell_of(x: Tensor) -> Tensor:
@@ -113,8 +108,8 @@ def _cells() -> tuple[Tensor, Tensor]:
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight (out, in) of the codes, rounded once to `dtype`."""
-    packed, state = quantized
-    return _dequantize(packed, absmax(quantized), state, state.shape, dtype)
+    state = quantized.state
+    return _dequantize(quantized.packed, absmax(quantized), state, state.shape, dtype)
 
 
 def _dequantize(
@@ -139,33 +134,23 @@ def absmax(quantized: Quantized) -> Tensor:
 
 def in_rows(quantized: Quantized, values: int) -> Iterator[tuple[slice, Tensor]]:
     """`dequantize` in parts (rows, in) of about `values` values, at least one row."""
-    packed, state = quantized
-    out_features, in_features = state.shape
-    aligned = _aligned_rows(in_features, state.blocksize)
-    step = max(1, values // (in_features * aligned)) * aligned
-    scales = absmax(quantized)
-    for first in range(0, out_features, step):
-        rows = slice(first, min(first + step, out_features))
-        start, stop = rows.start * in_features, rows.stop * in_features
-        codes = packed[start // 2 : -(-stop // 2)]
-        blocks = scales[start // state.blocksize : -(-stop // state.blocksize)]
-        shape = rows.stop - rows.start, in_features
-        yield rows, _dequantize(codes, blocks, state, shape, torch.float32)
-
-
-def _aligned_rows(in_features: int, blocksize: int) -> int:
-    """The least number of rows that whole blocks fill."""
-    return blocksize // math.gcd(in_features, blocksize)
+    state = quantized.state
+    (out_features, in_features), blocksize = state.shape, state.blocksize
+    least = math.lcm(in_features, blocksize)  # values of whole rows and whole blocks
+    size = max(1, values // least) * least
+    packed, scales = quantized.packed.split(size // 2), absmax(quantized).split(size // blocksize)
+    every = range(0, out_features, size // in_features)
+    for first, codes, scale in zip(every, packed, scales, strict=True):
+        last = min(first + every.step, out_features)
+        part = _dequantize(codes, scale, state, (last - first, in_features), torch.float32)
+        yield slice(first, last), part
 
 
 @cache
 def kernel_is_right(in_features: int, blocksize: int) -> bool:
-    """Whether bitsandbytes' own layers compute with the right weights on this CPU.
-
-    False where a block crosses rows of `in_features` and its AVX-512 kernel is in use (0.50).
-    """
-    rows = _aligned_rows(in_features, blocksize)
-    weight = torch.linspace(-1, 1, rows * in_features).view(rows, in_features)
+    """Whether bitsandbytes' own layers compute with the right weights on this CPU: not its AVX-512
+    kernel (0.50), where a block crosses rows of `in_features`."""
+    weight = torch.linspace(-1, 1, math.lcm(in_features, blocksize)).view(-1, in_features)
     quantized = quantize(weight, QuantConfig(blocksize=blocksize, double_quant=False))
     return agrees(bnb.dequantize_4bit, lambda *_: dequantize(quantized), *quantized, tolerance=0)
 
@@ -175,27 +160,20 @@ def round_trip(weight: Tensor, quant: QuantConfig) -> Tensor:
     return dequantize(quantize(weight, quant))
 
 
-# ---- the record on disk
-
-
 def to_record(quantized: Quantized) -> dict[str, Tensor]:
-    """The tensors of the on-disk record, by suffix; the packed bytes have the empty suffix.
-
-    The JSON bytes are padded with blanks to STATE_BYTES, so that record_layout knows their size.
-    """
+    """The tensors of the on-disk record, by suffix; the packed bytes have the empty suffix. Blanks
+    pad the JSON bytes to STATE_BYTES, so that record_layout knows their size."""
     record = {"": quantized.packed, **quantized.state.as_dict(packed=True)}
     suffix = next(suffix for suffix in record if RECORD_MARK.lstrip(".") in suffix)
     blanks = torch.full((STATE_BYTES - len(record[suffix]),), ord(" "), dtype=torch.uint8)
     return record | {suffix: torch.cat([record[suffix].cpu(), blanks])}
 
 
-def record_layout(
-    shape: tuple[int, ...], quant: QuantConfig
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def record_layout(shape: tuple[int, ...], quant: QuantConfig) -> Layout:
     """dtype and shape of each tensor of the record of a weight of that shape."""
     values = math.prod(shape)
     blocks = math.ceil(values / quant.blocksize)
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    layout: Layout = {
         "": (torch.uint8, (math.ceil(values / 2), 1)),
         "absmax": (torch.uint8 if quant.double_quant else torch.float32, (blocks,)),
         "quant_map": (torch.float32, (16,)),
@@ -225,8 +203,6 @@ def codes_changed(before: Quantized, after: Quantized) -> float:
     return float(((bits >> 4 > 0).sum() + (bits & 15 > 0).sum()) / (2 * bits.numel()))
 
 
-# ---- the weight of a frozen layer, for one matrix product
-
 Decoder = Callable[[Quantized, Tensor], None]  # writes the dense weight into the tensor
 
 
@@ -252,9 +228,8 @@ def decoder(device: torch.device, dtype: torch.dtype) -> Decoder | None:
     """The function that decodes into a buffer on `device`, or None: each weight is a new tensor."""
     if device.type != "cuda":
         return None
-    if GPU_DECODER == "triton" and not triton_decodes(device, dtype):
-        return DECODERS["bitsandbytes"]
-    return DECODERS[GPU_DECODER]
+    is_usable = GPU_DECODER != "triton" or triton_decodes(device, dtype)
+    return DECODERS[GPU_DECODER if is_usable else "bitsandbytes"]
 
 
 @cache
@@ -265,9 +240,8 @@ def triton_decodes(device: torch.device, dtype: torch.dtype) -> bool:
     weight = torch.linspace(-1, 1, 90 * 200, device=device).view(90, 200)
     quantized = quantize(weight, QuantConfig())  # more than 256 blocks, the last is not full
     fast = partial(into_scratch, dtype=dtype, slot=-1, decode=_by_triton)  # a slot of its own
-    plain = partial(dequantize, dtype=dtype)
     name = f"Triton's decoding to {dtype} on {device}"
-    return agrees(fast, plain, quantized, tolerance=0, log_as=name)
+    return agrees(fast, partial(dequantize, dtype=dtype), quantized, tolerance=0, log_as=name)
 
 
 def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:
@@ -292,36 +266,25 @@ def into_scratch(quantized: Quantized, dtype: torch.dtype, slot: int, decode: De
     return out
 
 
-class _Buffers(threading.local):
-    """A thread's buffers, by device, stream and slot."""
-
-    def __init__(self) -> None:
-        self.of: dict[tuple[torch.device, int, int], Tensor] = {}
-
-
-_buffers = _Buffers()
+_thread = threading.local()  # its dictionary is the thread's own
 
 
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: int) -> Tensor:
     """Uninitialized memory of that shape, which the next call with this slot returns again.
 
-    Kernels of one stream run in order: the buffer is overwritten after the previous product has
-    read it. Each stream has its own buffers, and each thread (autograd's backward thread is one),
-    because two threads may take turns on one stream. A product on another stream must wait for the
-    weight, as for any tensor. A captured CUDA graph gets new memory, as it may outlive the buffer.
+    Kernels of one stream run in order: the previous product has then read the buffer. Each stream
+    has its own, and each thread (autograd's backward thread is one), because two threads may take
+    turns on one stream. A captured CUDA graph gets new memory, as it may outlive the buffer.
     """
-    size = shape.numel() * dtype.itemsize
-    stream = 0
+    size, stream = shape.numel() * dtype.itemsize, 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.empty(shape, dtype=dtype, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
+    buffers: dict[Any, Tensor] = vars(_thread).setdefault("buffers", {})
     key = device, stream, slot
     with torch.inference_mode(False):  # else autograd could not see that it was changed
-        buffer = _buffers.of.get(key)
-        if buffer is None or len(buffer) < size:
-            _buffers.of.pop(key, None)
-            del buffer  # the old one is freed before the new one is allocated
-            buffer = torch.empty(size, dtype=torch.uint8, device=device)
-            _buffers.of[key] = buffer
-        return buffer[:size].view(dtype).view(shape)
+        if key not in buffers or len(buffers[key]) < size:
+            buffers.pop(key, None)  # the old one is freed before the new one is allocated
+            buffers[key] = torch.empty(size, dtype=torch.uint8, device=device)
+        return buffers[key][:size].view(dtype).view(shape)

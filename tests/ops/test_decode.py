@@ -14,140 +14,96 @@ from qlora.config import QuantConfig
 from qlora.ops import nf4
 from qlora.ops.nf4 import DECODERS, Quantized, decoded, into_scratch, scratch
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
-
-def linear4bit(shape: tuple[int, int], device: str, quant_type: str = "nf4") -> nn.Module:
+def linear4bit(rows: int, columns: int, device: str, quant_type: str = "nf4") -> nn.Module:
     """A layer as a model has it, whose weight is bitsandbytes' subclass of a Parameter."""
-    out_features, in_features = shape
-    layer = bitsandbytes.nn.Linear4bit(
-        in_features, out_features, bias=False, quant_type=quant_type, compress_statistics=True
-    )
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    layer.load_state_dict({"weight": weight})
-    return layer.to(device)
+    torch.manual_seed(0)
+    return bitsandbytes.nn.Linear4bit(columns, rows, bias=False, quant_type=quant_type).to(device)
 
 
 def dense(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return nf4.dequantize(Quantized(layer.weight.detach(), layer.weight.quant_state), dtype)
 
 
-scratch_4x4 = partial(scratch, torch.Size((4, 4)), torch.float32, slot=0)
-
-
 @pytest.fixture(autouse=True)
 def fresh_buffers():
     """Buffers belong to a thread, and all tests run in one."""
     yield
-    nf4._buffers.of.clear()
-
-
-# ---- the weight
+    vars(nf4._thread).clear()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", axis(torch.bfloat16, torch.float32, torch.float16))
 @pytest.mark.parametrize("quant_type", axis("nf4", "fp4"))
 def test_a_4_bit_layer(quant_type, dtype, device):
-    layer = linear4bit((96, 128), device, quant_type)
+    layer = linear4bit(96, 128, device, quant_type)
     weights = [decoded(layer, dtype) for _ in range(2)]
     assert (weights[0].data_ptr() == weights[1].data_ptr()) == (device == "cuda")
     for weight in weights:
         assert torch.equal(weight, dense(layer, dtype))
-        assert type(weight) is torch.Tensor
-        assert not weight.requires_grad
+        assert type(weight) is torch.Tensor and not weight.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_layer_that_is_not_quantized(dtype):
     layer = nn.Linear(5, 3)
     weight = decoded(layer, dtype)
-    assert torch.equal(weight, layer.weight.detach().to(dtype))
-    assert not weight.requires_grad
+    assert torch.equal(weight, layer.weight.to(dtype)) and not weight.requires_grad
     assert decoded(layer, torch.float32).data_ptr() == layer.weight.data_ptr()
 
 
-# ---- the decoder
-
-
 def test_triton_decodes_if_it_agrees_with_bitsandbytes(kernel_device, monkeypatch, caplog):
-    nf4.triton_decodes.cache_clear()
     monkeypatch.setattr(nf4, "may_use_triton", lambda *_: True)
+    monkeypatch.setattr(nf4, "triton_decodes", nf4.triton_decodes.__wrapped__)  # no cache
     assert nf4.triton_decodes(kernel_device, torch.float32)
     monkeypatch.setattr(nf4, "_by_triton", lambda quantized, out: out.zero_())
-    nf4.triton_decodes.cache_clear()
     assert not nf4.triton_decodes(kernel_device, torch.float32)
     assert "Triton's decoding to torch.float32" in caplog.text
-    nf4.triton_decodes.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "name, agrees, device, used",
-    [
-        ("bitsandbytes", True, CUDA, DECODERS["bitsandbytes"]),
-        ("triton", True, CUDA, DECODERS["triton"]),
-        ("triton", False, CUDA, DECODERS["bitsandbytes"]),
-        ("triton", True, CPU, None),
-        ("bitsandbytes", True, torch.device("xpu"), None),
-    ],
-)
-def test_which_decoder_is_used(name, agrees, device, used, monkeypatch):
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("agrees", [True, False])
+def test_which_decoder_is_used(name, agrees, monkeypatch):
     monkeypatch.setattr(nf4, "GPU_DECODER", name)
     monkeypatch.setattr(nf4, "triton_decodes", lambda *_: agrees)
-    assert nf4.decoder(device, torch.bfloat16) is used
-
-
-# ---- the memory
-
-
-def test_a_slot_reuses_its_buffer_and_grows_it():
-    small, large = torch.Size((3, 5)), torch.Size((30, 50))
-    first = scratch(small, torch.float32, CPU, 0)
-    assert scratch(small, torch.bfloat16, CPU, 0).data_ptr() == first.data_ptr()
-    assert scratch(small, torch.float32, CPU, 1).data_ptr() != first.data_ptr()
-    grown = scratch(large, torch.float32, CPU, 0)
-    assert (grown.shape, grown.dtype) == (large, torch.float32)
-    assert scratch(small, torch.float16, CPU, 0).data_ptr() == grown.data_ptr()
-    held = nf4._buffers.of.values()
-    assert sum(len(buffer) for buffer in held) == 30 * 50 * 4 + 3 * 5 * 4
+    used = [nf4.decoder(torch.device(kind), torch.bfloat16) for kind in ("cuda", "cpu", "xpu")]
+    assert used == [DECODERS[name if agrees else "bitsandbytes"], None, None]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_threads_and_streams_have_separate_buffers(device):
-    device = torch.device(device, 0) if device == "cuda" else CPU
-    first, others = scratch_4x4(device=device), []
-    run = threading.Thread(target=lambda: others.append(scratch_4x4(device=device)))
+def test_slots_threads_and_streams_have_buffers_that_grow(device):
+    small, large = torch.Size((3, 5)), torch.Size((30, 50))
+    get = partial(scratch, dtype=torch.float32, device=torch.device(device), slot=0)
+    first, others = get(small), [get(small, slot=1)]
+    run = threading.Thread(target=lambda: others.append(get(small)))
     run.start()
     run.join()
-    if device.type == "cuda":
+    if device == "cuda":
         with torch.cuda.stream(torch.cuda.Stream()):
-            others.append(scratch_4x4(device=device))
+            others.append(get(small))
     assert all(other.data_ptr() != first.data_ptr() for other in others)
-    assert scratch_4x4(device=device).data_ptr() == first.data_ptr()
+    assert get(small, dtype=torch.bfloat16).data_ptr() == first.data_ptr()
+    grown = get(large)
+    assert (grown.shape, grown.dtype) == (large, torch.float32)
+    assert get(small, dtype=torch.float16).data_ptr() == grown.data_ptr()
+    # the other thread's has gone
+    held = sum(map(len, nf4._thread.buffers.values()))
+    assert held == 30 * 50 * 4 + (2 if device == "cuda" else 1) * 3 * 5 * 4
 
 
-def test_a_buffer_made_in_inference_mode_is_watched_by_autograd():
-    with torch.inference_mode():
-        first = scratch_4x4(device=CPU)
-    x = torch.ones(1, 4, requires_grad=True)
-    y = F.linear(x, scratch_4x4(device=CPU).fill_(2))
-    y.sum().backward(retain_graph=True)
-    assert x.grad.tolist() == [[8.0] * 4]
-    assert scratch_4x4(device=CPU).fill_(3).data_ptr() == first.data_ptr()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_decoding_overwrites_scratch_and_autograd_reports_it(kernel_device, inference):
-    weights = torch.randn((2, 48, 64), generator=torch.Generator().manual_seed(0)).to(kernel_device)
-    x = torch.randn(2, 64, device=kernel_device, requires_grad=True)
+@pytest.mark.parametrize("modes", [(False, False), (True, True), (True, False)])
+def test_decoding_overwrites_scratch_and_autograd_reports_it(kernel_device, modes):
+    """Buffers made and overwritten in inference mode are watched, too."""
+    x = torch.ones(1, 64, device=kernel_device, requires_grad=True)
     ys = []
-    for quantized in [nf4.quantize(weight, QuantConfig()) for weight in weights]:
+    for i, inference in enumerate(modes):
+        quantized = nf4.quantize(torch.randn(48, 64, device=kernel_device) + i, QuantConfig())
         with torch.inference_mode(inference):
             weight = into_scratch(quantized, torch.float32, 0, DECODERS["triton"])
             assert torch.equal(weight, nf4.dequantize(quantized))
         ys.append(F.linear(x, weight))
+        (dx,) = torch.autograd.grad(ys[i].sum(), x, retain_graph=True)
+        torch.testing.assert_close(dx, weight.sum(0, keepdim=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         ys[0].sum().backward()
 
@@ -158,7 +114,7 @@ def test_decoding_overwrites_scratch_and_autograd_reports_it(kernel_device, infe
 def test_products_in_a_row_read_their_own_weights(name, dtype, monkeypatch):
     monkeypatch.setattr(nf4, "GPU_DECODER", name)
     kinds = ["nf4", "fp4"] * 3
-    layers = [linear4bit((300, 200 + 64 * i), "cuda", kind) for i, kind in enumerate(kinds)]
+    layers = [linear4bit(300, 200 + 64 * i, "cuda", kind) for i, kind in enumerate(kinds)]
     x = torch.randn(512, 1024, device="cuda", dtype=dtype)
     ys = [F.linear(x[:, : len(d.T)], d) for d in (decoded(layer, dtype) for layer in layers)]
     for layer, y in zip(layers, ys, strict=True):
@@ -169,7 +125,7 @@ def test_products_in_a_row_read_their_own_weights(name, dtype, monkeypatch):
 
 @on_gpu
 def test_a_captured_graph_has_its_own_memory():
-    layer = linear4bit((64, 64), "cuda")
+    layer = linear4bit(64, 64, "cuda")
     before = decoded(layer, torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

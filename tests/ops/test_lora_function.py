@@ -2,7 +2,9 @@
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import bitsandbytes as bnb
 import pytest
@@ -14,17 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qlora.config import QuantConfig
 from qlora.ops import lora
 from qlora.ops.lora import Dropout, LayerSpec, lora_linear, lora_mlp
-from qlora.ops.nf4 import dequantize, quantize
+from qlora.ops.nf4 import Quantized, dequantize
 
 ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 class Layer(NamedTuple):
     spec: LayerSpec
-    weight: Tensor  # dense, fp32
+    weight: Tensor  # dense
     A: nn.Parameter
     B: nn.Parameter
 
@@ -40,23 +41,16 @@ def layer(
     inputs: int, outputs: int, r: int = 4, *, bias: bool = False, four_bit: bool = True,
     p: float = 0.0, dtype: torch.dtype = torch.float32, device: str = "cpu",
 ) -> Layer:  # fmt: skip
-    weight = torch.randn(outputs, inputs) / inputs**0.5
-    module: Any = nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+    module: Any = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
     if four_bit:
-        quantized = quantize(weight, QuantConfig())
-        weight = dequantize(quantized)
-        module = bnb.nn.Linear4bit(inputs, outputs, bias=bias, compute_dtype=dtype)
-        module.weight = bnb.nn.Params4bit(
-            quantized.packed, quant_state=quantized.state, requires_grad=False, quant_type="nf4",
-            bnb_quantized=True,
-        )  # fmt: skip
-        module = module.to(device)
-    else:
-        module.weight = nn.Parameter(weight.to(device, dtype))
-    A = nn.Parameter(torch.randn(r, inputs, device=device) / inputs**0.5)
-    B = nn.Parameter(torch.randn(outputs, r, device=device) / r**0.5)
-    spec = LayerSpec(module.requires_grad_(False), 0.7, Dropout.drawn(p) if p else None)
-    return Layer(spec, weight.to(device), A, B)
+        module = bnb.nn.Linear4bit(inputs, outputs, bias=bias, quant_type="nf4")
+    weight = module.requires_grad_(False).to(device).weight
+    if four_bit:
+        weight = dequantize(Quantized(weight, weight.quant_state))
+    like: Any = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+    A = nn.Parameter(torch.randn(r, inputs, **like) / inputs**0.5)
+    B = nn.Parameter(torch.randn(outputs, r, **like) / r**0.5)
+    return Layer(LayerSpec(module, 0.7, Dropout.drawn(p) if p else None), weight, A, B)
 
 
 def mlp_layers(inputs: int = 64, intermediate: int = 128, **settings: Any) -> list[Layer]:
@@ -102,8 +96,8 @@ def close(values: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 def test_layers_that_share_an_input(shape, outputs, r, bias, four_bit, unused, dropped, needs_dx):
     torch.manual_seed(0)
     layers = [
-        layer(64, size, r + i, bias=bias, four_bit=four_bit, p=p)
-        for i, (size, p) in enumerate(zip(outputs, dropped, strict=False))
+        layer(64, size, r + i, bias=bias, four_bit=four_bit, p=dropped[i])
+        for i, size in enumerate(outputs)
     ]
     x = torch.randn(*shape, 64, requires_grad=needs_dx)
     ys, expected = linears(x, layers), [one.plain(x) for one in layers]
@@ -132,8 +126,7 @@ def test_a_gated_mlp(activation, recompute, tiles, p, needs_dx, device, monkeypa
     x = torch.randn(3, 7, 64, device=device).transpose(0, 1)  # not contiguous
     x.requires_grad_(needs_dx)
     weights = torch.randn(7, 3, 64, device=device)
-    y = mlp(x, layers, activation, recompute=recompute)
-    expected = plain_mlp(x, layers, activation)
+    y, expected = mlp(x, layers, activation, recompute=recompute), plain_mlp(x, layers, activation)
     close([y], [expected])
     inputs = [x] * needs_dx + parameters(layers)
     exact = torch.autograd.grad((expected * weights).sum(), inputs)
@@ -143,81 +136,73 @@ def test_a_gated_mlp(activation, recompute, tiles, p, needs_dx, device, monkeypa
 
 @pytest.mark.parametrize("shape", axis((2, 3, 64), (64,), (5, 64)))
 @pytest.mark.parametrize("recompute", [False, True])
-def test_outputs_can_be_changed_in_place(recompute, shape):
+def test_outputs_may_be_changed_in_place_and_parameters_may_not(recompute, shape):
     """Falcon's decoder layer adds its attention to the MLP's output."""
     layers = mlp_layers()
     x = torch.randn(*shape, requires_grad=True)
 
-    def changed(ys: Sequence[Tensor], y: Tensor) -> Tensor:
-        total = ys[0].add_(1).square().sum() + ys[1].mul_(2).square().sum()
-        return total + y.add_(1).square().sum()
+    def changed(*ys: Tensor) -> Tensor:
+        return sum(y.mul_(i + 2).add_(1).square().sum() for i, y in enumerate(ys))
 
-    loss = changed(linears(x, layers[:2]), mlp(x, layers, recompute=recompute))
-    exact = changed([one.plain(x) for one in layers[:2]], plain_mlp(x, layers))
+    loss = changed(*linears(x, layers[:2]), mlp(x, layers, recompute=recompute))
+    exact = changed(*(one.plain(x) for one in layers[:2]), plain_mlp(x, layers))
     inputs = [x, *parameters(layers)]
-    close(torch.autograd.grad(loss, inputs), torch.autograd.grad(exact, inputs))
+    gradients = torch.autograd.grad(loss, inputs, retain_graph=True)
+    close(gradients, torch.autograd.grad(exact, inputs))
+    with torch.no_grad():
+        layers[2].B.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_no_tokens(recompute):
-    """As for an expert that no token is routed to."""
+def test_no_tokens_as_for_an_expert_that_none_is_routed_to(recompute):
     layers = mlp_layers()
     x = torch.randn(2, 0, 64, requires_grad=True)
     ys = [*linears(x, layers[:2]), mlp(x, layers, recompute=recompute)]
     assert [tuple(y.shape) for y in ys] == [(2, 0, 128), (2, 0, 128), (2, 0, 64)]
     sum(y.sum() for y in ys).backward()
-    assert x.grad.shape == x.shape
-    assert not any(parameter.grad.any() for parameter in parameters(layers))
+    assert x.grad.shape == x.shape and not any(m.grad.any() for m in parameters(layers))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_layer_saves_its_input_and_nothing_else_of_that_size(p):
     layers = mlp_layers(r=2, p=p)
     x = torch.randn(50, 64, requires_grad=True)
+    saved: dict[int, Tensor] = {}  # each memory once, without parameters
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
     for run, sizes in (
-        (lambda: linears(x, layers[:1]), [x.numel(), 50 * 2]),
-        (lambda: linears(x, layers[:2]), [x.numel(), 50 * 4]),
-        (lambda: mlp(x, layers, recompute=True), [x.numel()]),
-        (lambda: mlp(x, layers), [x.numel(), 50 * 4, 50 * 128, 50 * 128]),
+        (lambda: linears(x, layers[:1]), [50 * 2]),
+        (lambda: linears(x, layers[:2]), [50 * 4]),
+        (lambda: mlp(x, layers, recompute=True), []),
+        (lambda: mlp(x, layers), [50 * 4, 50 * 128, 50 * 128]),
     ):
-        saved: dict[int, Tensor] = {}  # each memory once, without parameters
-
-        def pack(tensor: Tensor, saved: Any = saved) -> Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-            return tensor
-
+        saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             run()
+        assert saved.pop(x.untyped_storage().data_ptr()).numel() == x.numel()
         assert [tensor.numel() for tensor in saved.values()] == sizes
-        assert next(iter(saved)) == x.untyped_storage().data_ptr()
 
 
 def test_tiles_have_their_own_dropout_the_same_in_both_passes(monkeypatch):
-    """The gradients are the derivative along some direction, in fp64."""
     torch.manual_seed(0)
-    double = torch.float64
-    layers = mlp_layers(r=2, four_bit=False, p=0.3, dtype=double)
-    layers = [one._replace(A=nn.Parameter(one.A.double()), B=nn.Parameter(one.B.double()))
-              for one in layers]  # fmt: skip
+    layers = mlp_layers(r=2, four_bit=False, p=0.3, dtype=torch.float64)
     monkeypatch.setattr(lora, "TILE_BYTES", 10 * 128 * 8)
-    x = torch.randn(30, 64, dtype=double, requires_grad=True)
-    leaves = [x, *parameters(layers)]
-    directions = [torch.randn_like(leaf) for leaf in leaves]
+    x = torch.randn(30, 64, dtype=torch.float64, requires_grad=True)
 
-    def loss(step: float) -> Tensor:
-        with torch.no_grad():
-            for leaf, direction in zip(leaves, directions, strict=True):
-                leaf += step * direction
-        return mlp(x, layers, recompute=True).square().sum()
+    def run(x: Tensor, *matrices: Tensor) -> Tensor:
+        pairs = zip(layers, matrices[::2], matrices[1::2], strict=True)
+        return mlp(x, [one._replace(A=A, B=B) for one, A, B in pairs], recompute=True)
 
-    gradients = torch.autograd.grad(loss(0), leaves)
-    along = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
-    difference = (loss(1e-6) - loss(-2e-6)) / 2e-6
     # the function adds up its tiles' gradients of A and B in fp32
-    assert abs(along - difference) <= 1e-5 * abs(difference)
-    equal_rows = torch.ones(30, 64, dtype=double)
-    first, second, _ = mlp(equal_rows, layers, recompute=True)[::10]
+    inputs = [x, *parameters(layers)]
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True, rtol=1e-5, atol=1e-9)
+    first, second, _ = run(torch.ones_like(x), *parameters(layers))[::10]  # of equal rows
     assert not torch.allclose(first, second)
 
 
@@ -228,9 +213,9 @@ def test_a_tile_is_freed_before_the_next_is_computed(monkeypatch):
     outputs = lora._outputs
 
     def recorded(*inputs: Any) -> tuple[Tensor, ...]:
-        assert not [ref for ref in tensors if ref() is not None]
+        assert all(ref() is None for ref in tensors)
         of_tile = outputs(*inputs)
-        tensors.extend(weakref.ref(tensor) for tensor in of_tile)
+        tensors.extend(map(weakref.ref, of_tile))
         return of_tile
 
     monkeypatch.setattr(lora, "_outputs", recorded)
@@ -242,32 +227,19 @@ def test_a_tile_is_freed_before_the_next_is_computed(monkeypatch):
 def test_the_second_forward_pass_of_checkpointing_ends_before_the_block(monkeypatch):
     layers = mlp_layers(r=2)
     x = torch.randn(50, 64, requires_grad=True)
-    forwards: list[Tensor] = []
-    gated_forward = lora.gated_forward
-    monkeypatch.setattr(
-        lora, "gated_forward", lambda *args: forwards.append(args[0]) or gated_forward(*args)
-    )
+    gated_forward = Mock(wraps=lora.gated_forward)
+    monkeypatch.setattr(lora, "gated_forward", gated_forward)
 
     def block(x: Tensor) -> Tensor:
         return x + mlp(x.sin(), layers, recompute=True)
 
     inputs = [x, *parameters(layers)]
     expected = torch.autograd.grad(block(x).square().sum(), inputs)
-    forwards.clear()
+    gated_forward.reset_mock()
     y = checkpoint(block, x, use_reentrant=False)
     gradients = torch.autograd.grad(y.square().sum(), inputs)
-    assert len(forwards) == 1
+    gated_forward.assert_called_once()
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_parameter_that_was_changed_before_the_backward_pass_is_an_error(recompute):
-    layers = mlp_layers(r=2)
-    y = mlp(torch.randn(5, 64, requires_grad=True), layers, recompute=recompute)
-    with torch.no_grad():
-        layers[0].A.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -284,40 +256,27 @@ def test_16_bits_are_as_exact_as_the_plain_path(dtype, recompute, device, monkey
         y = run(inputs[0], layers)
         return [y.detach(), *torch.autograd.grad((y * weights.to(dtype)).sum(), inputs)]
 
-    exact = gradients(plain_mlp, torch.float64)
-    plain = gradients(plain_mlp, dtype)
-    ours = gradients(lambda *args: mlp(*args, recompute=recompute), dtype)
-    assert [t.dtype for t in ours] == [t.dtype for t in plain]
+    exact, plain = (gradients(plain_mlp, kind) for kind in (torch.float64, dtype))
+    ours = gradients(partial(mlp, recompute=recompute), dtype)
     for one, other, truth in zip(ours, plain, exact, strict=True):
-        errors = [float((value - truth).double().norm()) for value in (one, other)]
+        assert one.dtype == other.dtype
         # two draws of the same rounding noise differ by a few per cent
-        assert errors[0] <= 1.05 * errors[1]
-
-
-# ---- dropout
+        assert (one - truth).double().norm() <= 1.05 * (other - truth).double().norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("p", [0.1, 0.75])
-def test_dropout_zeroes_its_share_and_scales_the_rest(p, device):
-    torch.manual_seed(0)
-    y = Dropout.drawn(p)(torch.full((400, 500), 3.0, device=device))
-    dropped = y == 0
-    # 200,000 draws: a standard deviation of 0.001
-    assert abs(dropped.float().mean() - p) < 0.005
-    assert torch.allclose(y[~dropped], torch.tensor(3 / (1 - p)))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_dropout_seed_gives_the_same_mask_again(device):
+def test_dropout_scales_what_its_mask_keeps_and_a_seed_gives_the_same_mask(p, device):
     torch.manual_seed(1)
-    dropout, other = Dropout.drawn(0.5), Dropout.drawn(0.5)
-    x = torch.randn(6, 5, 4, device=device)
+    dropout, other = Dropout.drawn(p), Dropout.drawn(p)
     state = torch.get_rng_state()
-    mask = dropout.mask(x)
-    assert torch.equal(mask, dropout.mask(x))
-    assert torch.equal(mask.view(30, 4), dropout.mask(x.view(30, 4).half()))
+    x = torch.full((4, 100, 500), 3.0, device=device)
+    y, mask = dropout(x), dropout.mask(x)
+    # 200,000 draws: a standard deviation of 0.001
+    assert abs(mask.float().mean() - (1 - p)) < 0.005
+    assert torch.allclose(y[mask], torch.tensor(3 / (1 - p))) and not y[~mask].any()
+    assert torch.equal(mask.view(400, 500), dropout.mask(x.view(400, 500).half()))
     assert not torch.equal(mask, other.mask(x))
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(1)
-    assert Dropout.drawn(0.5) == dropout  # seeds come from torch's generator
+    assert Dropout.drawn(p) == dropout  # seeds come from torch's generator

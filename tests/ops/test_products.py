@@ -1,6 +1,6 @@
 """Matrix products, by oneDNN and by torch, of any shape and stride."""
 
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,10 +17,8 @@ SIZES = st.sampled_from([1, 2, 3, 16, 17, 64, 131])
 
 def strided(*shape: int, transposed: bool) -> Tensor:
     """Random numbers, whose last two dimensions may be transposed in memory."""
-    if not transposed or len(shape) < 2:
-        return torch.randn(shape)
     *first, rows, columns = shape
-    return torch.randn(*first, columns, rows).mT
+    return torch.randn(*first, columns, rows).mT if transposed else torch.randn(shape)
 
 
 def close(values: Tensor, exact: Tensor, terms: Tensor) -> None:
@@ -32,15 +30,14 @@ def close(values: Tensor, exact: Tensor, terms: Tensor) -> None:
 @settings(max_examples=50, deadline=None)
 @given(
     first=st.lists(st.integers(0, 3), max_size=2),
-    rows=SIZES,
-    inputs=SIZES,
-    outputs=SIZES,
+    sizes=st.tuples(SIZES, SIZES, SIZES),
     flipped=st.tuples(st.booleans(), st.booleans()),
     bias=st.booleans(),
     into=st.booleans(),
 )
-def test_linear(first, rows, inputs, outputs, flipped, bias, into):
+def test_linear(first, sizes, flipped, bias, into):
     torch.manual_seed(0)
+    rows, inputs, outputs = sizes
     x = strided(*first, rows, inputs, transposed=flipped[0])
     weight = strided(outputs, inputs, transposed=flipped[1])
     added = torch.randn(outputs) if bias else None
@@ -65,36 +62,25 @@ def test_inner_and_add_linear(rows, columns, flipped):
     close(total, exact + 1, terms + 1)
 
 
-def test_onednn_can_be_switched_off(monkeypatch):
-    x, weight = torch.randn(40, 64), torch.randn(48, 64)
-    assert by_onednn(x) == (torch.backends.cpu.get_cpu_capability() == "AVX512")
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_onednn_is_for_fp32_and_can_be_switched_off(dtype, monkeypatch):
+    x, weight = torch.randn(40, 64, dtype=dtype), torch.randn(48, 64, dtype=dtype)
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert by_onednn(x) == (has_avx512 and dtype == torch.float32)
+    assert linear(x[:0], weight).shape == (0, 48)
+    assert torch.equal(inner(x[:0], x[:0, :8]), torch.zeros(64, 8, dtype=dtype))
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", dtype != torch.float32)
     assert not by_onednn(x)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert torch.equal(inner(x, x), x.T @ x)
 
 
 @pytest.mark.skipif(not by_onednn(torch.ones(1)), reason="no oneDNN, or no AVX-512")
 def test_onednn_is_not_used_if_its_operator_fails(monkeypatch, caplog):
-    def broken(*_: Any) -> Tensor:
-        raise RuntimeError("no such operator")
-
-    monkeypatch.setattr(lora, "_onednn_linear", broken)
+    monkeypatch.setattr(lora, "_onednn_linear", Mock(side_effect=RuntimeError("no such operator")))
     lora._has_onednn.cache_clear()
     x, weight = torch.randn(4, 64), torch.randn(48, 64)
     for _ in range(2):
         assert torch.equal(linear(x, weight), F.linear(x, weight))
     assert [r.getMessage().count("no such operator") for r in caplog.records] == [1]
     lora._has_onednn.cache_clear()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_are_left_to_torch(dtype):
-    x, weight = torch.randn(4, 64, dtype=dtype), torch.randn(48, 64, dtype=dtype)
-    assert not by_onednn(x)
-    assert torch.equal(linear(x, weight), F.linear(x, weight))
-    assert torch.equal(inner(x, x), x.T @ x)
-
-
-def test_no_rows():
-    assert linear(torch.empty(0, 64), torch.randn(48, 64)).shape == (0, 48)
-    assert torch.equal(inner(torch.empty(0, 4), torch.empty(0, 8)), torch.zeros(4, 8))
