@@ -64,7 +64,7 @@ class LoRALayer(AdapterModule):
             y = self._with_weight(x, self.fused_weight)
             names = tuple(name for name in names if name not in self.fused_adapters)
         else:
-            y = base = self._base(x)  # W x
+            y = base = self.base_layer(x)  # W x
         for name in names:
             dropped = self._drop(x, name)
             change = self._change(dropped, name)  # B A x
@@ -108,14 +108,9 @@ class LoRALayer(AdapterModule):
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
         return lora_A, torch.zeros(out_features, config.r)
 
-    def _set_matrices(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-        """A (r, in) and B (out, r) as frozen parameters, in the shapes that files have."""
-        like = self.plain.weight
-        self.lora_A[name], self.lora_B[name] = frozen_copy(lora_A, like), frozen_copy(lora_B, like)
-
-    def _base(self, x: Tensor) -> Tensor:
-        """The output without an adapter, to which the active ones are added."""
-        return self.base_layer(x)  # type: ignore[no-any-return]
+    def _as_stored(self, factors: "Factors") -> "Factors":
+        """`factors` in the shapes that parameters and files have."""
+        return factors
 
     def _drop(self, x: Tensor, name: str) -> Tensor:
         return x if (dropout := self.drawn_dropout(name)) is None else dropout(x)
@@ -127,10 +122,6 @@ class LoRALayer(AdapterModule):
     def _project_A(self, lora_A: Tensor) -> Tensor:
         """A W' (r, out) in fp32, of A (r, in)."""
         return lora_A.float() @ dense_weight(self.plain).T
-
-    @property
-    def _magnitude_shape(self) -> tuple[int, ...]:
-        return (self.shape[0],)
 
     # ---- adapters by name ----
 
@@ -157,19 +148,18 @@ class LoRALayer(AdapterModule):
         self, name: str, factors: "Factors", dropout: float = 0.0, bias: Tensor | None = None
     ) -> None:
         """An adapter with these values, frozen and not yet active."""
-        self._set_matrices(name, factors.lora_A, factors.lora_B)
-        if factors.magnitude is not None:
-            magnitude = factors.magnitude.view(self._magnitude_shape)
-            self.lora_magnitude_vector[name] = frozen_copy(magnitude, self.plain.weight)
-        if bias is not None:
-            self.lora_bias[name] = frozen_copy(bias, self.plain.weight)
-        self.scaling[name], self.dropout[name] = factors.scaling, dropout
+        lora_A, lora_B, scaling, magnitude = self._as_stored(factors)
+        parts = (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_bias)
+        for part, value in zip(parts, (lora_A, lora_B, magnitude, bias), strict=True):
+            if value is not None:
+                part[name] = frozen_copy(value, self.plain.weight)
+        self.scaling[name], self.dropout[name] = scaling, dropout
 
     def factors(self, name: str) -> "Factors":
         """Adapter `name` of this layer, as matrices."""
         lora_A, lora_B = self.lora_A[name].flatten(1), self.lora_B[name].flatten(1)
         magnitude = self.lora_magnitude_vector.get(name)
-        magnitude = magnitude if magnitude is None else magnitude.flatten()
+        magnitude = None if magnitude is None else magnitude.flatten()
         return Factors(lora_A, lora_B, self.scaling[name], magnitude)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
@@ -178,15 +168,13 @@ class LoRALayer(AdapterModule):
         return {end: part[name] for end, part in zip(endings, parts, strict=True) if name in part}
 
     def drawn_dropout(self, name: str) -> Dropout | None:
-        """The dropout of A's input in one call of the layer; None where nothing is dropped."""
+        """The dropout of A's input in one call; None where nothing is dropped."""
         p = self.dropout[name]
         return Dropout.drawn(p) if self.training and p > 0 else None
 
     def get_delta_weight(self, name: str) -> Tensor:
         """What adapter `name` adds to the base weight, fp32 (out, in)."""
-        factors = self.factors(name)
-        is_lora = factors.magnitude is None
-        return delta_weight(*factors[:3]) if is_lora else factors.change(dense_weight(self.plain))
+        return self.factors(name).change(dense_weight(self.plain))
 
     def extra_repr(self) -> str:
         ranks = {name: len(lora_A) for name, lora_A in self.lora_A.items()}
@@ -267,10 +255,7 @@ class LoRALinear(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
         y = self.fast(self, x) if self.fast else None
-        return super().forward(x) if y is None else y
-
-    def _base(self, x: Tensor) -> Tensor:
-        y = super()._base(x)
+        y = super().forward(x) if y is None else y
         if self.active_adapters or self.rebased is None:
             return y
         lora_A, lora_B, scaling, _ = self.rebased.subtracted.to(x.device)
@@ -301,10 +286,7 @@ def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """scaling * B A in fp32, (out, in), from A (r, in) and B (out, r) of any float dtype.
-
-    The only place that forms this matrix.
-    """
+    """scaling * B A in fp32, (out, in), from A (r, in) and B (out, r) of any float dtype."""
     return torch.mm(lora_B.float(), lora_A.float()).mul_(scaling)
 
 

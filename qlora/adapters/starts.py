@@ -31,9 +31,11 @@ Left out: CorDA and LoRA-GA, which need gradients or inputs of fp32 weights; PiS
 quantizations, which is LoftQ with another start.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +47,7 @@ from qlora.adapters.lora import delta_weight
 from qlora.adapters.wrappers import plain
 from qlora.base.modules import matrix_shape
 from qlora.config import LoraConfig
-from qlora.errors import UserError
+from qlora.errors import UserError, require
 
 OVERSAMPLING = 16  # iterate r + 16 directions: the first r converge faster
 EVA_NITER = 8
@@ -121,21 +123,16 @@ def best_rank(
     if niter is None:
         basis = torch.linalg.eigh(weight @ weight.T)[1].flip(1)[:, :r]  # of (out, out) -> (out, r)
     else:
-        basis = _subspace(weight, r, niter, generator)
+        draws = min(r + OVERSAMPLING, *weight.shape)
+        start = torch.randn(weight.shape[1], draws, generator=generator).to(weight.device)
+        basis = torch.linalg.qr(weight @ start)[0]  # (out, draws)
+        for _ in range(niter):
+            basis = torch.linalg.qr(weight @ (weight.T @ basis))[0]
+        rows = basis.T @ weight  # (draws, in)
+        basis = torch.mm(basis, torch.linalg.eigh(rows @ rows.T)[1].flip(1)[:, :r])
     right = basis.T @ weight  # (r, out) @ (out, in) -> (r, in)
     root = right.norm(dim=1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return basis * root, right / root[:, None]
-
-
-def _subspace(weight: Tensor, r: int, niter: int, generator: torch.Generator | None) -> Tensor:
-    """The first r left singular vectors (out, r) of `weight`, approximately."""
-    draws = min(r + OVERSAMPLING, *weight.shape)
-    start = torch.randn(weight.shape[1], draws, generator=generator).to(weight.device)
-    basis = torch.linalg.qr(weight @ start)[0]  # (out, draws)
-    for _ in range(niter):
-        basis = torch.linalg.qr(weight @ (weight.T @ basis))[0]
-    rows = basis.T @ weight  # (draws, in)
-    return torch.mm(basis, torch.linalg.eigh(rows @ rows.T)[1].flip(1)[:, :r])
 
 
 def _unscaled(left: Tensor, right: Tensor, scaling: float) -> Pair:
@@ -149,12 +146,9 @@ def _unscaled(left: Tensor, right: Tensor, scaling: float) -> Pair:
 class Moments(NamedTuple):
     """Sums over a layer's inputs x, fp32, on the model's device."""
 
-    second: Tensor
-    """of x x' (in, in)"""
-    first: Tensor
-    """of x (in,)"""
-    tokens: Tensor
-    """their number ()"""
+    second: Tensor  # of x x' (in, in)
+    first: Tensor  # of x (in,)
+    tokens: Tensor  # their number ()
 
     def covariance(self) -> Tensor:
         """The sum of (x - mean) (x - mean)', (in, in)."""
@@ -193,13 +187,13 @@ class SecondMoments:
 
     def _groups(self, max_bytes: int) -> list[dict[str, str]]:
         """The layers in groups whose moments fit, {layer: leader} each. The leader is the first
-        layer that reads the same input (q, k and v read one, gate and up another)."""
+        layer that reads the same input."""
         leaders: dict[str, str] = {}
         last: list[tuple[Any, str]] = []
 
-        def record(name: str, x: Tensor) -> None:
-            leaders[name] = last[0][1] if last and last[0][0] is x else name
-            last[:] = [(x, leaders[name])]
+        def record(name: str, _: nn.Module, args: Any) -> None:
+            leaders[name] = last[0][1] if last and last[0][0] is args[0] else name
+            last[:] = [(args[0], leaders[name])]
 
         self._run(self.batches[0], self.layers, record)
         groups: list[dict[str, str]] = [{}]
@@ -224,7 +218,8 @@ class SecondMoments:
         for batch in tqdm(self.batches, desc="Calibrating", leave=False):
             mask = batch["attention_mask"].bool().to(device)  # (rows, length)
 
-            def add(name: str, x: Tensor, mask: Tensor = mask) -> None:
+            def add(name: str, _: nn.Module, args: Any, mask: Tensor = mask) -> None:
+                x = args[0]
                 x = x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)  # (tokens, in)
                 x = x.float()
                 sums[name].second.addmm_(x.T, x)  # (in, tokens) @ (tokens, in)
@@ -236,17 +231,14 @@ class SecondMoments:
 
     @torch.no_grad()
     def _run(
-        self, batch: Any, layers: Mapping[str, Any], visit: Callable[[str, Tensor], None]
+        self, batch: Any, layers: Mapping[str, Any], visit: Callable[[str, nn.Module, Any], None]
     ) -> None:
-        """Run the model on `batch`, without its output head; call `visit(name, x)` per layer."""
-        inputs = {
-            name: ids.to(self.model.device) for name, ids in batch.items() if name != "labels"
-        }
+        """Run the model on `batch`, without its output head; `visit(name, layer, args)` is called
+        before each layer."""
+        inputs = {k: ids.to(self.model.device) for k, ids in batch.items() if k != "labels"}
         with ExitStack() as stack:
             for name, layer in layers.items():
-                hook = layer.register_forward_pre_hook(
-                    lambda _, args, name=name: visit(name, args[0])
-                )
+                hook = layer.register_forward_pre_hook(partial(visit, name))
                 stack.callback(hook.remove)
             self.model.base_model(**inputs, use_cache=False)
 
@@ -277,11 +269,9 @@ def eva_start(
     Raises:
         UserError: there is no data, or a layer reads no more than r of its tokens.
     """
+    needs = "init_lora_weights='eva' needs inputs of the layers: give apply_lora `data`"
     if not data:
-        raise UserError(
-            "init_lora_weights='eva' needs inputs of the layers: give apply_lora `data`, batches "
-            "of input_ids and attention_mask"
-        )
+        raise UserError(f"{needs}, batches of input_ids and attention_mask")
     was_training = model.training
     try:
         directions = _directions(model, layers, data)
@@ -316,11 +306,8 @@ def _directions(
             rows, shares = (t.cpu() for t in main_directions(inputs.covariance(), count))
             last = inputs
         directions[name] = rows[:count], shares[:count]
-    if too_few:
-        raise UserError(
-            f"{', '.join(too_few)} read too few tokens of EVA's data, no more than r: give more "
-            "data, or name these layers in exclude_modules"
-        )
+    why = f"{', '.join(too_few)} read too few tokens of EVA's data, no more than r"
+    require(not too_few, f"{why}: give more data, or name these layers in exclude_modules")
     return directions
 
 
@@ -338,14 +325,9 @@ def main_directions(covariance: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def redistribute(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """The rank of each layer: how many of the `budget` largest shares of all layers are its own.
-
-    Args:
-        shares: of each layer's directions, as many as it may keep, largest first.
-    """
+    """The rank of each layer: how many of the `budget` largest shares of all layers are its own;
+    `shares` are of each layer's directions, as many as it may keep, largest first."""
     layers = [name for name, share in shares.items() for _ in range(len(share))]
     order = torch.cat([*shares.values()]).argsort(descending=True, stable=True)
-    ranks = dict.fromkeys(shares, 0)
-    for i in order[:budget].tolist():
-        ranks[layers[i]] += 1
-    return ranks
+    chosen = Counter(layers[i] for i in order[:budget].tolist())
+    return {name: chosen[name] for name in shares}

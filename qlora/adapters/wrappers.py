@@ -46,6 +46,7 @@ class AdapterModule(Wrapper):
         super().__init__(base_layer)
         self.active_adapters: tuple[str, ...] = ()
         self.fused_adapters: tuple[str, ...] = ()
+        self._fused: dict[str, Any] = {}  # what a subclass computes once for them
         self.adapter_of_row: tuple[str, ...] | None = None
 
     @property
@@ -59,8 +60,8 @@ class AdapterModule(Wrapper):
 
     def remove_adapter(self, name: str) -> None:
         """Delete adapter `name`, if the module has it."""
-        for held in (getattr(self, attribute) for attribute in self.BY_ADAPTER):
-            if name in held:
+        for attribute in self.BY_ADAPTER:
+            if name in (held := getattr(self, attribute)):
                 del held[name]
 
     def fuse(self, names: Iterable[str]) -> None:
@@ -69,7 +70,7 @@ class AdapterModule(Wrapper):
 
     def unfuse(self) -> None:
         """Undo `fuse`."""
-        self.fused_adapters = ()
+        self.fused_adapters, self._fused = (), {}
 
     def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
         """`below`, the base layer or one already fused, with these adapters in its weights."""
