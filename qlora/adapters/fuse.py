@@ -24,6 +24,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from qlora.adapters import wrappers
 from qlora.adapters.apply import (
     Model,
     active_adapters,
@@ -34,15 +35,6 @@ from qlora.adapters.apply import (
 )
 from qlora.adapters.lora import Factors, LoRALayer, delta_weight, lora_layers
 from qlora.adapters.rebase import restore
-from qlora.adapters.wrappers import (
-    adapted,
-    adapter_modules,
-    base_modules,
-    plain,
-    put_module,
-    remove_adapter,
-    remove_wrappers,
-)
 from qlora.base.modules import as_dense, computes_in, dense_weight, is_tied, output_head, state_of
 from qlora.config import LoraConfig
 from qlora.errors import did_you_mean, require, some
@@ -65,15 +57,14 @@ def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None
     their meaning: fused weights are used while all that is in them is active. `model.train()`
     unfuses.
 
-    Raises:
-        UserError: an adapter is unknown, one is fused already, two cannot be active together, or
-            the model is in training.
+    Raises UserError if an adapter is unknown, one is fused already, two cannot be active together,
+    or the model is in training.
     """
     names = _to_fuse(model, adapter_names)
     fused = fused_adapters(model)
     require(not fused, f"{', '.join(fused)} is merged already: unmerge_adapter first")
     require(not model.training, "the model is in training mode: call model.eval() first")
-    for _, wrapper in adapted(model):
+    for _, wrapper in wrappers.adapted(model):
         wrapper.fuse(names)
     return model
 
@@ -81,14 +72,14 @@ def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None
 def unmerge_adapter(model: Model) -> Model:
     """Undo `merge_adapter`, exactly. Raises UserError if nothing is fused."""
     require(fused_adapters(model) != (), "no adapter is merged: there is nothing to unmerge")
-    for _, wrapper in adapted(model):
+    for _, wrapper in wrappers.adapted(model):
         wrapper.unfuse()
     return model
 
 
 def fused_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that are fused, each once."""
-    names = (name for _, wrapper in adapted(model) for name in wrapper.fused_adapters)
+    names = (name for _, wrapper in wrappers.adapted(model) for name in wrapper.fused_adapters)
     return tuple(dict.fromkeys(names))
 
 
@@ -104,9 +95,8 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
     Every 4-bit layer becomes a dense one, adapted or not: `save_pretrained` writes what
     merge_dequant.py does, a tensor at a time in less memory. Other adapters are dropped.
 
-    Raises:
-        UserError: an adapter is unknown, two cannot be active together, or one has a lora_bias
-            where the layer has no bias.
+    Raises UserError if an adapter is unknown, two cannot be active together, or one has a lora_bias
+    where the layer has no bias.
     """
     names = _to_fuse(model, adapter_names)
     for adapter in names:
@@ -114,14 +104,14 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
         unfit = [n for n, layer in biased.items() if getattr(layer, "bias", None) is None]
         why = f"adapter {adapter!r} has lora_bias, and {some(unfit)} have no bias to fold it into"
         require(not unfit, f"{why}: use merge_adapter, which keeps it beside the layer")
-    for name, module in base_modules(model).items():
-        fused = plain(module)
-        for wrapper in reversed(list(adapter_modules(module))):
+    for name, module in wrappers.base_modules(model).items():
+        fused = wrappers.plain(module)
+        for wrapper in reversed(list(wrappers.adapter_modules(module))):
             fused = wrapper.fused(fused, names)
         if isinstance(fused, Linear4bit):
             fused = as_dense(fused, dense_weight(fused).to(computes_in(fused)))
         if fused is not module:
-            put_module(model, name, fused)
+            wrappers.put_module(model, name, fused)
     if is_tied(model):
         head, embedding = output_head(model), model.get_input_embeddings()  # type: ignore[operator]
         if torch.equal(head.weight, embedding.weight):  # False where the shapes differ
@@ -139,12 +129,10 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
 
 
 def unload(model: Model) -> Model:
-    """Remove every adapter: `model` is its frozen base again.
-
-    Raises UserError if the base was changed for its adapter, and its checkpoint is gone.
-    """
+    """Remove every adapter: `model` is its frozen base again. Raises UserError if the base was
+    changed for its adapter, and its checkpoint is gone."""
     restore(model)
-    remove_wrappers(model, lambda _: True)
+    wrappers.remove_wrappers(model, lambda _: True)
     adapter_configs(model).clear()
     return model
 
@@ -156,7 +144,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     message = f"adapter {adapter_name!r} is active: set_adapter another first, or unload"
     require(adapter_name not in active_adapters(model), message)
     restore(model)
-    remove_adapter(model, adapter_name)
+    wrappers.remove_adapter(model, adapter_name)
     del adapter_configs(model)[adapter_name]
 
 
@@ -193,8 +181,7 @@ def add_weighted_adapter(
         majority_sign_method: of ties: signs are weighted by their values, or each counts as one.
         generator: of dare's choice; by default torch's global one.
 
-    Raises:
-        UserError: the name is taken, an adapter is missing, or the settings do not fit.
+    Raises UserError if the name is taken, an adapter is missing, or the settings do not fit.
     """
     require_new_name(model, adapter_name)
     way, names = combination_type, known_adapters(model, adapters)
@@ -229,9 +216,14 @@ def add_weighted_adapter(
 
 def _combined(parts: Sequence[tuple[Factors, float]], way: str, mix: Mix, r: int) -> Factors:
     """The adapters of one layer, with their weights, as one in fp32 and of scaling 1."""
-    if way in ("cat", "svd"):
+    if way == "cat":
+        return Factors.cat(parts)
+    if way == "svd":  # of the stacked B A (out, in), which is never formed
         stacked = Factors.cat(parts)
-        return stacked if way == "cat" else _low_rank_svd(stacked, r)
+        left, up = torch.linalg.qr(stacked.lora_B)  # (out, R) = (out, R) @ (R, R)
+        right, down = torch.linalg.qr(stacked.lora_A.T)  # (in, R) = (in, R) @ (R, R)
+        core = _svd(up @ down.T, r)
+        return Factors(core.lora_A @ right.T, left @ core.lora_B, 1.0)
     if way.endswith("_svd"):
         return _svd(mix([delta_weight(*f[:3]) for f, _ in parts], [w for _, w in parts]), r)
     scales = [weight * factors.scaling for factors, weight in parts]
@@ -265,21 +257,10 @@ def _weighted_sum(tensors: list[Tensor], weights: list[float], way: str, signs: 
     return (scaled * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
-def _low_rank_svd(stacked: Factors, r: int) -> Factors:
-    """The best approximation of rank r of B A, which is never formed."""
-    left, up = torch.linalg.qr(stacked.lora_B)  # (out, R) = (out, R) @ (R, R)
-    right, down = torch.linalg.qr(stacked.lora_A.T)  # (in, R) = (in, R) @ (R, R)
-    core = _svd(up @ down.T, r)
-    return Factors(core.lora_A @ right.T, left @ core.lora_B, 1.0)
-
-
 def _svd(delta: Tensor, r: int) -> Factors:
     """The best approximation of rank r of `delta` (out, in)."""
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     return Factors(vh[:r], u[:, :r] * s[:r], 1.0)
-
-
-# ---- checks ----
 
 
 def _check(
@@ -308,8 +289,8 @@ def _check(
         f"majority_sign_method must be total or frequency, got {signs!r}": signs in get_args(Signs),
     }
     for name in names:
-        config, wrappers = adapter_configs(model)[name], adapted(model)
-        more = [n for n, w in wrappers if name in w.adapters and not isinstance(w, LoRALayer)]
+        config, parts = adapter_configs(model)[name], wrappers.adapted(model)
+        more = [n for n, w in parts if name in w.adapters and not isinstance(w, LoRALayer)]
         why = "of which no weighted sum can be computed"
         checks |= {
             f"adapter {name!r} is DoRA's, {why}": not config.use_dora,

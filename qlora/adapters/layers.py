@@ -71,8 +71,7 @@ class LoRAConv(LoRALayer):
 
     @property
     def _ones(self) -> tuple[int, ...]:
-        """A kernel of size 1."""
-        return (1,) * len(self.plain.kernel_size)
+        return (1,) * len(self.plain.kernel_size)  # a kernel of size 1
 
     def _as_stored(self, factors: Factors) -> Factors:
         lora_A, lora_B, scaling, magnitude = factors
@@ -105,8 +104,7 @@ class LoRAExperts(AdapterModule):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        # by adapter, then by parameter
-        self.lora_A: Any = nn.ModuleDict()
+        self.lora_A: Any = nn.ModuleDict()  # by adapter, then by parameter
         self.lora_B: Any = nn.ModuleDict()
         self.scaling: dict[str, dict[str, float]] = {}
 

@@ -50,14 +50,8 @@ def load_live(
     device: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """`base` in 4 bits with `adapter` active on it, frozen and in eval mode.
-
-    Args:
-        quant: by default that of training; another one may differ in compute dtype.
-
-    Raises:
-        UserError: the base cannot be loaded, or the adapter does not fit it.
-    """
+    """`base` in 4 bits with `adapter` active on it, frozen and in eval mode; `quant` is by default
+    that of training. Raises UserError if the base cannot be loaded or the adapter does not fit."""
     known: Any = {"task": adapter.task, "labels": adapter.labels, "device": device}
     quant, trusted = quant or adapter.quantization, trust_remote_code
     model = load_base(base, quant, **known, trust_remote_code=trusted)
@@ -79,12 +73,10 @@ class ResolvedModel:
 
     @property
     def task(self) -> str:
-        """The name of its task, in qlora.config.tasks."""
         return self.adapter.task if self.adapter else task_in(self.checkpoint.config)
 
     @property
     def what(self) -> str:
-        """Its name in messages."""
         return f"adapter {self.adapter.folder}" if self.adapter else f"model {self.name}"
 
     def describe(self) -> str:
@@ -96,13 +88,11 @@ class ResolvedModel:
 
     @property
     def in_4_bits(self) -> bool:
-        """Whether its linear layers will be 4-bit."""
         is_chosen = self.adapter is not None or self.choice.load_in_4bit
         return is_chosen or self.checkpoint.is_quantized
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of a classifier's labels."""
         if self.adapter:
             return self.adapter.labels
         return self.checkpoint.labels if task_named(self.task).trains_head else ()
@@ -147,11 +137,8 @@ class ResolvedModel:
 
 
 def resolve_model(choice: ModelChoice) -> ResolvedModel:
-    """The model, or base and adapter, that `choice` names, checked from headers only.
-
-    Raises:
-        UserError: there is no such adapter or model, or the adapter is of another base.
-    """
+    """The model, or base and adapter, that `choice` names, checked from headers only. Raises
+    UserError if there is no such adapter or model, or the adapter is of another base."""
     if choice.adapter is None:
         name = str(choice.model)
         is_adapter = (Path(name).expanduser() / CONFIG).is_file()

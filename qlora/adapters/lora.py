@@ -57,7 +57,13 @@ class LoRALayer(AdapterModule):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
         if self.adapter_of_row is not None:
-            return self._forward_rows(x, self.adapter_of_row)
+            y: Tensor = self.base_layer(x)  # of all rows together
+            for name, rows in self._rows_of(x, self.adapter_of_row).items():
+                change = self._change(self._drop(x[rows], name), name)
+                if name in self.lora_bias:
+                    change = change + self._as_output(self.lora_bias[name])
+                y = y.index_add(0, rows, (self.scaling[name] * change).to(y.dtype))
+            return y
         names = self.active_adapters
         base: Tensor | None = None
         if self.fused_weight is not None and set(self.fused_adapters) <= set(names):
@@ -76,16 +82,6 @@ class LoRALayer(AdapterModule):
         for name in self.active_adapters:
             if name in self.lora_bias:
                 y = y + self._as_output(self.scaling[name] * self.lora_bias[name]).to(y.dtype)
-        return y
-
-    def _forward_rows(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
-        """Each row of x (rows, ...) through its own adapter; the base computes them together."""
-        y: Tensor = self.base_layer(x)
-        for name, rows in self._rows_of(x, names).items():
-            change = self._change(self._drop(x[rows], name), name)
-            if name in self.lora_bias:
-                change = change + self._as_output(self.lora_bias[name])
-            y = y.index_add(0, rows, (self.scaling[name] * change).to(y.dtype))
         return y
 
     # ---- what each type of layer defines ----
@@ -248,12 +244,10 @@ class LoRALinear(LoRALayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.rebased: Rebased | None = None  # None: the base is as it was loaded
-        # Set by qlora.fast.layers.use_fast_path: the same output from functions that keep less for
-        # the backward pass, or None where they do not support this call.
+        # set by qlora.fast.layers: the same output, or None where it does not support this call
         self.fast: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in x's dtype."""
         y = self.fast(self, x) if self.fast else None
         y = super().forward(x) if y is None else y
         if self.active_adapters or self.rebased is None:
@@ -304,7 +298,6 @@ class Factors(NamedTuple):
         return self.lora_B.shape[0], self.lora_A.shape[1]
 
     def to(self, device: torch.device | str) -> "Factors":
-        """The same on another device."""
         moved = (t if t is None or isinstance(t, float) else t.to(device) for t in self)
         return Factors(*moved)  # type: ignore[arg-type]
 
@@ -321,10 +314,8 @@ class Factors(NamedTuple):
 
     @staticmethod
     def cat(parts: Sequence[tuple["Factors", float]]) -> "Factors":
-        """The weighted sum of changes, exactly: A stacked, B side by side, so the ranks add up.
-
-        In fp32 and of scaling 1: B takes each part's weight and scaling.
-        """
+        """The weighted sum of changes, exactly: A stacked, B side by side, so the ranks add up. In
+        fp32 and of scaling 1: B takes each part's weight and scaling."""
         lora_A = torch.cat([f.lora_A.float() for f, _ in parts])  # (sum of r, in)
         lora_B = torch.cat([weight * f.scaling * f.lora_B.float() for f, weight in parts], dim=1)
         return Factors(lora_A, lora_B, 1.0)
@@ -347,8 +338,8 @@ class Rebased(NamedTuple):
 
 
 def adapter_dtype(config: LoraConfig, device: torch.device, compute: torch.dtype) -> torch.dtype:
-    """Of A and B, by default: bf16 on a GPU for a layer that computes in bf16, else fp32. Under
-    fp16 compute it must be fp32: loss scaling has no kernel for bf16."""
+    """Of A and B: by default bf16 on a GPU for a layer that computes in bf16, else fp32, as under
+    fp16, whose loss scaling has no kernel for bf16."""
     if config.adapter_dtype != "auto":
         return DTYPES[config.adapter_dtype]
     in_bf16 = (device.type, compute) == ("cuda", torch.bfloat16)

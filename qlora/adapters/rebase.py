@@ -6,11 +6,10 @@ and the 4-bit base is quantized from the rest:
     codes = quantize(W - scaling * B' A')      A' (r, in) and B' (out, r) are `subtracted`
 
 codes + scaling * B' A' is nearer to W than quantize(W). That sum is the model with its adapter
-disabled, and training learns the change scaling * (B A - B' A'). It is saved as a plain adapter of
-rank 2r over the unchanged base, where other programs differ from the trained function only by the
-difference between two quantizations of W. Our loaders quantize W - scaling * B' A' again and
-recover the trained function to the bit on the same kind of device; another device sums B' A' in
-another order, so a value half-way between two codes may take the other.
+disabled, and training learns the change scaling * (B A - B' A'). qlora.adapters.files saves it as a
+plain adapter of rank 2r. Loading quantizes W - scaling * B' A' again and recovers the trained
+function to the bit on the same kind of device; another device sums B' A' in another order, so a
+value half-way between two codes may take the other.
 
 W is read from the checkpoint, tensor by tensor, cast as loading casts it (`original_weights` of
 `state_of(model)`, set by load_base), and read again when the adapter is removed: the old codes are
@@ -25,17 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.adapters.layers import lora_class
 from qlora.adapters.lora import Factors, LoRALinear, Rebased
 from qlora.adapters.starts import loftq, olora, pissa
 from qlora.adapters.wrappers import adapted, plain, wrappers
-from qlora.base.modules import (
-    dense_weight,
-    is_linear,
-    is_quantized,
-    matrix_shape,
-    state_of,
-    was_conv1d,
-)
+from qlora.base.modules import dense_weight, is_quantized, matrix_shape, state_of, was_conv1d
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import require, some
 from qlora.ops import nf4
@@ -51,7 +44,7 @@ def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
     if config.init_lora_weights in (True, "gaussian"):
         return
     init = f"init_lora_weights={config.init_lora_weights!r}"
-    others = [name for name, module in modules.items() if not is_linear(module)]
+    others = [name for name, module in modules.items() if lora_class(module) is not LoRALinear]
     fix = "adapt these in another adapter"
     require(not others, f"{init} supports linear layers only, not {some(others)}: {fix}")
     shapes = {name: matrix_shape(module) for name, module in modules.items()}
@@ -94,9 +87,6 @@ def require_originals(model: nn.Module, names: Iterable[str]) -> None:
     missing = [n for n, shape in shapes.items() if originals and originals.shape(n) != shape]
     why = f"the checkpoint does not hold the weights of {some(missing)} in this model's shapes"
     require(not missing, f"{why}: load the model and its weights from the same checkpoint")
-
-
-# ---- the start ----
 
 
 @torch.no_grad()

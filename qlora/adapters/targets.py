@@ -18,6 +18,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 from torch import nn
@@ -85,8 +86,8 @@ def _hits(
     kind: str,
     known: Iterable[str],
 ) -> dict[str, list[str]]:
-    """Those of `names` that each entry of a field of the config matches: is_hit(name, entry). An
-    entry that matches none is an error, which lists the last components of `known`."""
+    """Those of `names` that each entry of a config's field matches: is_hit(name, entry). An entry
+    without any is an error, which lists the last components of `known`."""
     hits = {entry: [name for name in names if is_hit(name, entry)] for entry in entries}
     if idle := [entry for entry, found in hits.items() if not found]:
         leaves = sorted({name.rpartition(".")[2] for name in known} - {""})
@@ -94,9 +95,6 @@ def _hits(
         matched = f"{field} {', '.join(map(repr, idle))} matches no {kind}.{near}"
         raise UserError(f"{matched} Choose from: {', '.join(leaves)}.")
     return hits
-
-
-# ---- layers ----
 
 
 def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -141,8 +139,12 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
 
 def _in_layers(names: set[str], config: LoraConfig) -> set[str]:
     """Those of `names` in the layers of layers_to_transform, and those that are given in full."""
-    numbers = {name: layer_number(name, config.layers_pattern) for name in names}
-    present = sorted({number for number in numbers.values() if number is not None})
+    patterns = [rf"(?:^|.*?\.){pattern}" for pattern in config.layers_pattern] or [r".*?\.[^.]*"]
+    numbers: dict[str, int] = {}  # the first in a name, or the first after a pattern
+    for pattern, name in product(patterns, names):
+        if found := re.match(rf"{pattern}\.(?P<number>\d+)\.", name):
+            numbers.setdefault(name, int(found["number"]))
+    present = sorted({*numbers.values()})
     missing = ", ".join(str(n) for n in config.layers_to_transform if n not in present)
     known = f"{present[0]} to {present[-1]}" if present else "no numbers"
     known += f" after {' or '.join(config.layers_pattern)}" if config.layers_pattern else ""
@@ -150,17 +152,6 @@ def _in_layers(names: set[str], config: LoraConfig) -> set[str]:
     require(not missing, message)
     chosen = {name for name, number in numbers.items() if number in config.layers_to_transform}
     return chosen | names.intersection(config.target_modules)
-
-
-def layer_number(name: str, patterns: Iterable[str]) -> int | None:
-    """The number of the layer that `name` is in: the first, or the first after a pattern."""
-    places = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
-    numbers = (re.match(rf"{place}\.(?P<number>\d+)\.", name) for place in places)
-    first = next(filter(None, numbers), None)
-    return int(first["number"]) if first else None
-
-
-# ---- parameters trained in full ----
 
 
 def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:

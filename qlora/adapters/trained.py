@@ -18,14 +18,7 @@ from torch.nn import functional as F
 
 from qlora.adapters.layers import scaled_as
 from qlora.adapters.wrappers import AdapterModule, frozen_copy
-from qlora.base.modules import (
-    as_dense,
-    computes_in,
-    dense_weight,
-    is_quantized,
-    shallow_copy,
-    was_conv1d,
-)
+from qlora.base.modules import as_dense, computes_in, dense_weight, is_quantized, shallow_copy
 
 
 class TrainedModule(AdapterModule):
@@ -42,8 +35,7 @@ class TrainedModule(AdapterModule):
         """Copies of these parameters, with the base's values; not yet active."""
         values = {leaf: getattr(self.plain, leaf).detach() for leaf in parameters}
         if "weight" in values and is_quantized(self.plain):
-            weight = dense_weight(self.plain)
-            values["weight"] = weight.T.contiguous() if was_conv1d(self.plain) else weight
+            values["weight"] = as_dense(self.plain, dense_weight(self.plain)).weight
         self.put_adapter(name, {leaf: value.to(dtype) for leaf, value in values.items()})
 
     def put_adapter(self, name: str, values: dict[str, Tensor]) -> None:

@@ -98,9 +98,6 @@ def frozen_copy(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.to(like.device, copy=True), requires_grad=False)
 
 
-# ---- find ----
-
-
 def plain(module: nn.Module) -> Any:
     """The base's own module behind any wrappers."""
     while isinstance(module, Wrapper):
@@ -138,9 +135,6 @@ def adapted(model: nn.Module) -> list[tuple[str, AdapterModule]]:
     """Every module of adapters on `model`, with the name of the base module behind it."""
     modules = base_modules(model).items()
     return [(name, wrapper) for name, module in modules for wrapper in adapter_modules(module)]
-
-
-# ---- replace ----
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
