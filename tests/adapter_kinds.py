@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import peft
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import VOCAB, pefts_parameters, token_ids
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -222,6 +223,17 @@ def gradients_of(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, T
     loss = model(input_ids=ids, labels=ids).loss
     found = torch.autograd.grad(loss, list(parameters.values()))
     return dict(zip(parameters, found, strict=True))
+
+
+def codes(model: Any) -> dict[str, Tensor]:
+    """A copy of every tensor of the 4-bit layers."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    names = {layer: name.replace(".base_layer", "") for name, layer in layers.items()}
+    return {f"{n}.{key}": t.clone() for m, n in names.items() for key, t in m.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def snapshot(model: Any) -> Any:

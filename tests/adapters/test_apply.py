@@ -20,9 +20,6 @@ def add(model, name, *targets, **settings):
     return apply_lora(model, LoraConfig(**settings), adapter_name=name)
 
 
-# ---- one adapter ----
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_a_new_adapter_is_all_that_trains_and_changes_no_logit(training):
     model = tiny_model("llama").train(training)
@@ -68,9 +65,6 @@ def test_print_trainable_parameters(capsys, checkpoints):
         "up_proj 20 1536 x 576 16 675,840",
     ]
     assert lines[-1] == "trainable 4,631,040 of 139,146,048 parameters (3.33%)"
-
-
-# ---- several adapters ----
 
 
 @pytest.fixture
@@ -151,9 +145,6 @@ def test_an_inactive_adapter_costs_memory_only():
     assert operations(two) == operations(one)
 
 
-# ---- rows of one batch ----
-
-
 @pytest.fixture
 def four(checkpoints):
     """A 4-bit base with adapters of four ranks, of which one is not on every layer."""
@@ -189,16 +180,6 @@ def test_each_row_trains_its_own_adapter(four):
         four(input_ids=token_ids()).logits[0].sum().backward()  # the first row alone
     lora_B = lora_layers(four)["model.layers.0.self_attn.q_proj"].lora_B
     assert lora_B["r1"].grad.any() and not lora_B["r4"].grad.any() and lora_B["r2"].grad is None
-
-
-def test_a_mixed_batch_generates(four):
-    four.generation_config.eos_token_id = None
-    settings = {"max_new_tokens": 4, "do_sample": False}
-    with mixed_batch(four, ["r1", "r4"]):
-        both = four.generate(token_ids(), **settings)
-    for row, name in enumerate(["r1", "r4"]):
-        set_adapter(four, name)
-        assert torch.equal(four.generate(token_ids()[row : row + 1], **settings)[0], both[row])
 
 
 def test_dora_experts_unknown_names_and_other_counts_are_not_mixed_by_rows(four):

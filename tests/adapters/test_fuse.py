@@ -6,7 +6,7 @@ from typing import get_args
 import peft
 import pytest
 import torch
-from adapter_kinds import logits, refused
+from adapter_kinds import codes, logits, refused, same
 from bitsandbytes.nn import Linear4bit
 from conftest import FP32, axis, randomize_adapter, tiny_model, token_ids
 from safetensors.torch import load_file
@@ -22,19 +22,6 @@ from qlora.base.modules import dense_weight
 from qlora.merge import merge
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
-
-
-def codes(model):
-    """Every tensor of the frozen base, the 4-bit ones as their bytes."""
-    tensors = {n.replace(".base_layer", ""): t.clone() for n, t in model.state_dict().items()}
-    return {n: t for n, t in tensors.items() if "lora_" not in n and "fused_weight" not in n}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-# ---- fuse, undo, remove ----
 
 
 @pytest.fixture
@@ -56,14 +43,11 @@ def test_fused_weights_compute_what_the_adapter_does_and_unfuse_exactly(adapted)
     for layer in lora_layers(adapted).values():
         layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(logits(adapted), live, **CLOSE)
-    assert not calls  # one product a layer
-    assert same(codes(adapted), base)
+    assert not calls and same(codes(adapted), base)  # one product a layer
+    assert not any("fused" in name for name in adapted.state_dict())
     with disable_adapter(adapted):
         assert torch.equal(logits(adapted), without)
-    unmerge_adapter(adapted)
-    assert torch.equal(logits(adapted), live)
-    assert same(codes(adapted), base)
-    assert not any("fused" in name for name in adapted.state_dict())
+    assert torch.equal(logits(unmerge_adapter(adapted)), live) and same(codes(adapted), base)
     merge_adapter(adapted).train()  # training unfuses
     adapted(input_ids=token_ids()).logits.sum().backward()
     for layer in lora_layers(adapted).values():
@@ -143,8 +127,6 @@ def test_refused_with_the_model_as_it_was(adapted):
     refuse("no adapter is active", merge_and_unload)
 
 
-# ---- combine ----
-
 TWO = (["one", "two"], [1, 1])
 SETTINGS = {
     "one": {"r": 4, "lora_alpha": 8, "target_modules": ("q_proj", "down_proj")},
@@ -219,17 +201,15 @@ def test_ranks_and_scalings_of_any_kind_add_up_exactly(way):
 def test_a_combined_adapter_is_inactive_until_set_and_can_be_saved(tmp_path):
     model = ours()
     before = logits(model)
-    add_weighted_adapter(model, ["one", "two"], [1.0, 1.0], "new", "cat")
+    add_weighted_adapter(model, *TWO, "new", "cat")
     assert torch.equal(logits(model), before)
     assert not any(layer.lora_A["new"].requires_grad for layer in lora_layers(model).values())
-    set_adapter(model, ["one", "two"])
-    wanted = logits(model)
-    set_adapter(model, "new")
-    mixed = logits(model)
+    wanted = set_adapter(model, ["one", "two"]) or logits(model)
+    mixed = set_adapter(model, "new") or logits(model)
     torch.testing.assert_close(mixed, wanted, **CLOSE)
-    save_adapter(model, tmp_path, adapter_name="new")
-    assert torch.equal(logits(load_adapter(tiny_model("llama"), tmp_path / "new").eval()), mixed)
-    other = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "new").eval()
+    folder = save_adapter(model, tmp_path, adapter_name="new")
+    assert torch.equal(logits(load_adapter(tiny_model("llama"), folder).eval()), mixed)
+    other = peft.PeftModel.from_pretrained(tiny_model("llama"), folder).eval()
     torch.testing.assert_close(logits(other), mixed, **CLOSE)
 
 

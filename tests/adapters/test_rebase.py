@@ -13,7 +13,7 @@ import peft
 import pytest
 import reference
 import torch
-from adapter_kinds import SAVED, logits, move, refused
+from adapter_kinds import SAVED, codes, logits, move, refused, same
 from conftest import FP32, axis, randomize_adapter, require_same_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -27,7 +27,6 @@ from qlora.adapters.lora import lora_layers
 from qlora.base import load_base
 from qlora.base.modules import dense_weight, state_of
 from qlora.merge import merge
-from qlora.ops import nf4
 
 PISSA = {"init_lora_weights": "pissa"}
 OLORA = {"init_lora_weights": "olora"}
@@ -106,21 +105,6 @@ def live_weight(layer):
     return (out if layer.bias is None else out - layer.bias).T
 
 
-def codes(model):
-    return {
-        name.replace(".base_layer", ""): (module.weight.data.clone(), nf4.absmax(quantized))
-        for name, module in model.named_modules()
-        if hasattr(module, "quant_state")
-        for quantized in [nf4.Quantized(module.weight.data, module.weight.quant_state)]
-    }
-
-
-def assert_same_codes(model, other):
-    ours, theirs = codes(model), codes(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(a, b) for n in ours for a, b in zip(ours[n], theirs[n], strict=True))
-
-
 @pytest.mark.parametrize(
     "settings",
     [PISSA, {**OLORA, "lora_alpha": 8}, LOFTQ, LOFTQ_3],  # OLoRA of scaling 1 is a projection
@@ -142,7 +126,7 @@ def test_the_start_is_nearer_to_the_16_bit_model_than_plain_nf4(base, plain, set
 def test_one_round_of_loftq_and_gaussian_leave_the_base_unchanged(base, plain):
     for init in ("loftq", "gaussian"):
         model = started(base, init_lora_weights=init)
-        assert_same_codes(model, plain)
+        assert same(codes(model), codes(plain))
         assert not any(layer.rebased for layer in lora_layers(model).values())
     assert torch.equal(logits(model), logits(plain))
     drawn = torch.cat([layer.lora_A["default"].flatten() for layer in lora_layers(model).values()])
@@ -167,8 +151,8 @@ def test_other_models_start_and_are_saved_and_restored(family, checkpoints, tmp_
     # the rest of the error of 4 bits, 9 %; T5's wo is not quantized
     assert 0.01 < max(errors.values()) < 0.095, errors
     save_adapter(model, tmp_path)
-    assert_same_codes(load_adapter(new_base(), tmp_path), model)
-    assert_same_codes(unload(model), new_base())
+    assert same(codes(load_adapter(new_base(), tmp_path)), codes(model))
+    assert same(codes(unload(model)), codes(new_base()))
 
 
 def test_layers_that_are_not_quantized_are_rebased_in_fp32(base):
@@ -252,7 +236,7 @@ def test_unloaded_or_deleted_the_model_is_the_base_that_was_loaded(base, plain):
     set_adapter(deleted, [])
     delete_adapter(deleted, "default")
     for model in (deleted, unload(trained(base, **LOFTQ_3))):
-        assert_same_codes(model, plain)
+        assert same(codes(model), codes(plain))
         assert torch.equal(logits(model), logits(plain))
     apply_lora(model, LoraConfig(r=2))  # any adapter can be added again
 
@@ -289,7 +273,7 @@ def test_saved_files_are_plain_for_peft_and_load_as_the_trained_function(
         delta = theirs.get_submodule(name).get_delta_weight("default").double()
         torch.testing.assert_close(delta, learned, rtol=1e-4, atol=1e-6)
     again = reloaded(base, folder)
-    assert_same_codes(again, model)
+    assert same(codes(again), codes(model))
     assert torch.equal(logits(again), logits(model))
     assert state_of(again).lora_configs["default"].of(Q).r == config.of(Q).r
     require_same_adapter(folder, save_adapter(again, tmp_path))
@@ -302,13 +286,13 @@ def test_a_run_resumes_with_the_base_of_its_checkpoint(base, tmp_path, init):
     save_adapter(model, tmp_path)
     again = started(base, init_lora_weights=init)
     load_adapter_weights(again, tmp_path)
-    assert_same_codes(again, model)
+    assert same(codes(again), codes(model))
     assert torch.equal(logits(again), logits(model))
     lora_A = (p for layer in lora_layers(again).values() for p in layer.lora_A.values())
     assert all(p.requires_grad for p in lora_A)
     plain = started(base)
     load_adapter_weights(again, save_adapter(plain, tmp_path / "plain"))
-    assert_same_codes(again, plain)
+    assert same(codes(again), codes(plain))
 
 
 def test_portable_files_are_the_same_over_their_own_base(base, rebased, tmp_path):
@@ -370,28 +354,22 @@ def test_merges_that_need_the_unchanged_base_are_refused(plain, rebased, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-RANKS = {"rank_pattern": {"k_proj": 33, "v_proj": 99}, "r": 4}
-TOO_HIGH = (
-    r"'{}' .*0.self_attn.k_proj has r=33 and is \(32, 64\), .*0.self_attn.v_proj has r=99 "
-    ".*1.self_attn.v_proj .* Give a smaller r"
-)
-NOT_LINEAR = {"target_modules": ("q_proj", "embed_tokens")}
-
-
-@pytest.mark.parametrize(
-    ("init", "settings", "message"),
-    [
-        *((init, RANKS, TOO_HIGH) for init in ("pissa", "olora", "loftq")),
-        *((init, NOT_LINEAR, "'{}' .* only, not model.embed") for init in ("loftq", "eva")),
-        ("loftq", {}, rf"not quantized: {Q}, {Q_1}. Name them in exclude_modules"),
-    ],
-    ids=str,
-)
-def test_layers_that_do_not_support_an_init_are_named(base, init, settings, message):
-    quant = QuantConfig(compute_dtype="fp32", skip_modules=() if settings else ("q_proj",))
-    model = load_base(str(base), quant)
-    with refused(model, message.replace("{}", init)):
-        apply_lora(model, LoraConfig(init_lora_weights=init, **settings))
+def test_layers_that_do_not_support_an_init_are_named(base, plain):
+    skipped = load_base(str(base), QuantConfig(compute_dtype="fp32", skip_modules=("q_proj",)))
+    ranks = {"rank_pattern": {"k_proj": 33, "v_proj": 99}, "r": 4}
+    too_high = (
+        r"0.self_attn.k_proj has r=33 and is \(32, 64\), .*0.self_attn.v_proj has r=99 "
+        ".*1.self_attn.v_proj .* Give a smaller r"
+    )
+    embedding = {"target_modules": ("q_proj", "embed_tokens")}
+    for model, inits, settings, message in (
+        (plain, ("pissa", "olora", "loftq"), ranks, "'{}' .*" + too_high),
+        (plain, ("loftq", "eva"), embedding, "'{}' .* only, not model.embed"),
+        (skipped, ("loftq",), {}, rf"not quantized: {Q}, {Q_1}. Name them in exclude_modules"),
+    ):
+        for init in inits:
+            with refused(model, message.replace("{}", init)):
+                apply_lora(model, LoraConfig(init_lora_weights=init, **settings))
 
 
 def test_a_model_without_its_original_weights_is_refused(plain, checkpoints, tmp_path):
@@ -426,7 +404,7 @@ def test_a_start_that_fails_half_way_restores_the_bases(base, plain, monkeypatch
     with refused(model, "asleep"):
         apply_lora(model, LoraConfig(r=4, **PISSA))
     assert reads.call_count == 5 + 4  # the bases of four layers were quantized again
-    assert_same_codes(model, plain)
+    assert same(codes(model), codes(plain))
 
 
 def test_a_changed_base_holds_one_adapter(base, rebased, tmp_path):
