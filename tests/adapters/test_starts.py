@@ -53,14 +53,14 @@ def batches():
     return padded
 
 
+@torch.no_grad()
 def inputs(model, name):
     """A layer's inputs at the real tokens of `batches`, float64 (tokens, in)."""
     seen, tokens = [], []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    with torch.no_grad():
-        for batch in batches():
-            model(**batch)
-            tokens.append(seen.pop()[batch["attention_mask"].bool()])
+    for batch in batches():
+        model(**batch)
+        tokens.append(seen.pop()[batch["attention_mask"].bool()])
     hook.remove()
     return torch.cat(tokens).double()
 
@@ -113,21 +113,16 @@ def test_pissa_with_niter_converges_to_the_exact_one_and_uses_the_generator():
     assert error(0, seed=1) != error(0) == error(0)
 
 
-def loftq_of_the_paper(weight, r, iterations):
-    """Algorithm 1 of arXiv:2310.08659, in float64; the product of the factors, and Q."""
-    product = torch.zeros_like(weight, dtype=torch.float64)
-    for _ in range(iterations):
-        codes = round_trip((weight.double() - product).float()).double()
-        product = truncated(weight.double() - codes, r)
-    return product, codes
-
-
 @pytest.mark.parametrize("scaling", [0.25, 1.0, 3.0])
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_loftq_is_the_papers_whatever_the_scaling(iterations, scaling):
+    """Algorithm 1 of arXiv:2310.08659, in float64: the product of the factors, and Q."""
     weight = random_weight(48, 64)
+    product = torch.zeros_like(weight, dtype=torch.float64)
+    for _ in range(iterations):
+        codes = round_trip((weight.double() - product).float()).double()
+        product = truncated(weight.double() - codes, R)
     pair, subtracted = loftq(weight, R, scaling, round_trip, iterations=iterations)
-    product, codes = loftq_of_the_paper(weight, R, iterations)
     # a value half-way between two codes may take either: the tolerance is a few such steps
     error = float((reference.delta(*pair, scaling) - product).norm() / product.norm())
     assert error < 0.02

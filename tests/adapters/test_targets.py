@@ -23,33 +23,26 @@ NAMES = [
 ]  # fmt: skip
 
 
-def tree(names):
-    """A model of linear layers with these names."""
-    root = nn.Module()
-    for name in names:
-        at = root
-        *path, leaf = name.split(".")
-        for part in path:
-            if not hasattr(at, part):
-                at.add_module(part, nn.Module())
-            at = getattr(at, part)
-        at.add_module(leaf, nn.Linear(2, 2, bias=False, device="meta"))
-    return root
+ENDINGS = sorted({".".join(n.split(".")[i:]) for n in NAMES for i in range(len(n.split(".")))})
+TREE = nn.Module()  # of linear layers with these names
+for name in NAMES:
+    parent, _, leaf = name.rpartition(".")
+    at = TREE
+    for part in filter(None, parent.split(".")):
+        if not hasattr(at, part):
+            at.add_module(part, nn.Module())
+        at = getattr(at, part)
+    at.add_module(leaf, nn.Linear(2, 2, bias=False, device="meta"))
 
 
-def by_peft(config, names):
+def by_peft(config):
     fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     values = {field: getattr(config, field) or None for field in fields}
     lists = {field: list(v) if isinstance(v, tuple) else v for field, v in values.items()}
-    peft_config = peft.LoraConfig(**lists)
-    return [name for name in names if check_target_module_exists(peft_config, name)]
+    return [n for n in NAMES if check_target_module_exists(peft.LoraConfig(**lists), n)]
 
 
-def endings(names):
-    return sorted({".".join(n.split(".")[i:]) for n in names for i in range(len(n.split(".")))})
-
-
-entries = st.lists(st.sampled_from(endings(NAMES)), min_size=1, max_size=4, unique=True).map(tuple)
+entries = st.lists(st.sampled_from(ENDINGS), min_size=1, max_size=4, unique=True).map(tuple)
 nothing = st.just(())
 
 
@@ -63,9 +56,9 @@ nothing = st.just(())
 def test_lists_mean_what_they_mean_in_peft(targets, exclude, layers, pattern):
     values = {"layers_to_transform": layers, "layers_pattern": pattern} if layers else {}
     config = LoraConfig(target_modules=targets, exclude_modules=exclude, **values)
-    wanted = by_peft(config, NAMES)
+    wanted = by_peft(config)
     try:
-        assert target_layers(tree(NAMES), config) == wanted
+        assert target_layers(TREE, config) == wanted
     except UserError as error:  # PEFT is silent about layers that are not there
         assert not wanted or "layers_to_transform" in str(error)
 
@@ -79,11 +72,11 @@ def test_lists_mean_what_they_mean_in_peft(targets, exclude, layers, pattern):
 ])  # fmt: skip
 def test_regular_expressions_mean_what_they_mean_in_peft(target, exclude):
     config = LoraConfig(target_modules=target, exclude_modules=exclude)
-    assert target_layers(tree(NAMES), config) == by_peft(config, NAMES) != []
+    assert target_layers(TREE, config) == by_peft(config) != []
 
 
 @given(
-    pattern=st.lists(st.sampled_from([*endings(NAMES), r"q|fc", r".*attn.q", r"\d+\.q", "k?q"])),
+    pattern=st.lists(st.sampled_from([*ENDINGS, r"q|fc", r".*attn.q", r"\d+\.q", "k?q"])),
     name=st.sampled_from(NAMES),
 )
 @settings(deadline=None, database=None)
@@ -124,9 +117,6 @@ def test_targets_come_in_the_models_order_also_of_an_adapted_model():
     assert target_layers(model, some) == [n for n in every if ".1." in n and "up_proj" not in n]
     apply_lora(model, LoraConfig(r=2))
     assert target_layers(model, config) == names and target_layers(model, LoraConfig()) == every
-
-
-# ---- what is refused, with the model as it was ----
 
 
 LEAVES = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"

@@ -17,7 +17,7 @@ from adapter_kinds import (
     refused,
     trained,
 )
-from conftest import NEEDS_GPU, require_same_adapter
+from conftest import on_gpu, require_same_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -62,26 +62,18 @@ def fresh(kind, checkpoints):
     return lambda: new_base(*kind, checkpoints(family, tied))
 
 
-def needs_peft(build):
+def test_logits_gradients_and_files_are_pefts_and_peft_opens_ours(build, fresh):
     if not build.gradients:
         pytest.skip("PEFT would copy the 4-bit codes, which nothing trains; ours become dense")
-
-
-def test_logits_and_gradients_are_pefts(build):
-    needs_peft(build)
     torch.testing.assert_close(logits(build.model), build.logits, **SUMS)
     assert (build.logits - build.base_logits).abs().max() > 1e-3  # the adapter is not idle
     parameters = parameters_by_file_name(build.model, "default")
-    ours = gradients_of(build.model, parameters)
-    assert ours.keys() == build.gradients.keys()
-    for name, gradient in ours.items():
+    gradients = gradients_of(build.model, parameters)
+    assert gradients.keys() == build.gradients.keys()
+    for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, build.gradients[name], **SUMS, msg=name)
     trainable = {id(p) for p in build.model.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in parameters.values()}
-
-
-def test_files_are_pefts_and_peft_opens_ours(build, fresh):
-    needs_peft(build)
     ours, theirs = (load_file(f / WEIGHTS) for f in (build.folder, build.peft_folder))
     # PEFT saves an embedding whole beside its A and B, untrained as it is
     copies = {name for name in theirs if name.endswith((".base_layer.weight", "lm_head.weight"))}
@@ -101,17 +93,14 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(kind, fresh, build, tmp_path
     assert torch.equal(logits(resumed), logits(build.model))
 
 
-def test_the_base_is_untouched_and_unmerging_is_exact(build):
+def test_disabled_and_unloaded_it_is_the_base_and_merged_a_plain_model(build, tmp_path):
     model, live = build.model, logits(build.model)
     with disable_adapter(model):
         assert torch.equal(logits(model), build.base_logits)
     assert torch.equal(logits(model), live)
     torch.testing.assert_close(logits(merge_adapter(model)), live, **SUMS)
     assert torch.equal(logits(unmerge_adapter(model)), live)
-
-
-def test_unloaded_it_is_the_base_and_merged_a_plain_model(build, tmp_path):
-    unloaded, merged = copy.deepcopy(build.model), copy.deepcopy(build.model)
+    unloaded, merged = copy.deepcopy(model), copy.deepcopy(model)
     assert torch.equal(logits(unload(unloaded)), build.base_logits) and not adapted(unloaded)
     assert not adapted(merge_and_unload(merged))
     torch.testing.assert_close(logits(merged), build.logits, **SUMS)
@@ -143,8 +132,7 @@ def test_rows_of_a_batch_have_their_own_adapters(kind, build):
     torch.testing.assert_close(mixed[1], build.logits[1], **SUMS)
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 @pytest.mark.parametrize("kind", OUR_KINDS)
 def test_every_kind_in_bf16_on_a_gpu(kind, checkpoints, tmp_path):
     _, family, tied, *_ = ADAPTER_KINDS[kind]
@@ -163,9 +151,6 @@ def test_every_kind_in_bf16_on_a_gpu(kind, checkpoints, tmp_path):
     torch.testing.assert_close(logits(merge_adapter(model)), live, rtol=0.05, atol=0.05)
     assert torch.equal(logits(unmerge_adapter(model)), live)
     assert torch.equal(logits(unload(model)), before)
-
-
-# ---- what is refused, with the model as it was ----
 
 
 def test_only_one_adapter_trains_biases(checkpoints, tmp_path):
