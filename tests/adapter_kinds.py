@@ -227,9 +227,9 @@ def gradients_of(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, T
 
 def codes(model: Any) -> dict[str, Tensor]:
     """A copy of every tensor of the 4-bit layers."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
-    names = {layer: name.replace(".base_layer", "") for name, layer in layers.items()}
-    return {f"{n}.{key}": t.clone() for m, n in names.items() for key, t in m.state_dict().items()}
+    layers = {n: m.state_dict() for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    copies = {f"{n}.{key}": t.clone() for n, own in layers.items() for key, t in own.items()}
+    return {name.replace(".base_layer", ""): tensor for name, tensor in copies.items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

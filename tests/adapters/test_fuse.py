@@ -54,7 +54,7 @@ def test_fused_weights_compute_what_the_adapter_does_and_unfuse_exactly(adapted)
         assert layer.fused_weight is None and layer.lora_A["default"].grad is not None
 
 
-def test_set_adapter_keeps_its_meaning_while_some_are_fused(adapted):
+def test_set_adapter_keeps_its_meaning_while_some_are_fused_and_after_one_is_deleted(adapted):
     choices = (["default"], ["other"], ["default", "other"])
     wanted = [set_adapter(adapted, names) or logits(adapted) for names in choices]
     for merged in ("default", "other"):
@@ -63,6 +63,11 @@ def test_set_adapter_keeps_its_meaning_while_some_are_fused(adapted):
             set_adapter(adapted, names)
             torch.testing.assert_close(logits(adapted), values, **CLOSE)
         unmerge_adapter(adapted)
+    set_adapter(adapted, "other")
+    delete_adapter(adapted, "default")  # and wrappers without another
+    assert adapter_configs(adapted).keys() == {"other"} and torch.equal(logits(adapted), wanted[1])
+    assert all(name.endswith("q_proj") for name in lora_layers(adapted))
+    assert not any("default" in name for name, _ in adapted.named_parameters())
 
 
 def test_fusing_in_bf16_is_one_rounding(checkpoints):
@@ -83,30 +88,18 @@ def test_merge_and_unload_is_the_merge_of_the_files(family, checkpoints, tmp_pat
     some = "c_fc" if family == "gpt2" else "up_proj"  # the other layers are 4-bit and not adapted
     apply_lora(model, LoraConfig(r=4, target_modules=(some,))).eval()
     randomize_adapter(model, std=0.1)
-    save_adapter(model, tmp_path / "adapter")
-    live = logits(model)
+    folder, live = str(save_adapter(model, tmp_path / "adapter")), logits(model)
     merge_and_unload(model)
     assert not any(isinstance(m, Linear4bit | LoRALinear) for m in model.modules())
     torch.testing.assert_close(logits(model), live, **CLOSE)
     model.save_pretrained(tmp_path / "saved")
-    out = str(tmp_path / "merged")
-    merge(MergeConfig(adapter=str(tmp_path / "adapter"), output_dir=out, format="fp32"))
+    merge(MergeConfig(adapter=folder, output_dir=str(tmp_path / "merged"), format="fp32"))
     assert same(*(load_file(tmp_path / f / "model.safetensors") for f in ("saved", "merged")))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     assert torch.equal(logits(again), logits(model))
     # an adapter trained over it is none of that base, which a merge would look for
     adapter = read_adapter(save_adapter(apply_lora(model, LoraConfig(r=4)), tmp_path / "second"))
     assert (adapter.base, adapter.quantization) == ({"task": "causal-lm"}, QuantConfig())
-
-
-def test_delete_adapter_also_removes_wrappers_without_another(adapted):
-    set_adapter(adapted, "other")
-    wanted = logits(adapted)
-    delete_adapter(adapted, "default")
-    assert adapter_configs(adapted).keys() == {"other"}
-    assert all(name.endswith("q_proj") for name in lora_layers(adapted))
-    assert not any("default" in name for name, _ in adapted.named_parameters())
-    assert torch.equal(logits(adapted), wanted)
 
 
 def test_refused_with_the_model_as_it_was(adapted):
