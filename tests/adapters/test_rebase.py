@@ -87,7 +87,6 @@ def reloaded(base, folder):
 
 
 def merged(adapter, output, **settings):
-    """The model in the merged checkpoint `output`."""
     merge(MergeConfig(adapter=str(adapter), output_dir=str(output), **settings))
     return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
 
@@ -191,7 +190,6 @@ def test_bf16_adapters_and_other_codes(base):
 
 @pytest.mark.parametrize("settings", [PISSA, LOFTQ, LOFTQ_3], ids=str)
 def test_a_weight_of_zeros_gets_an_adapter_that_can_learn(settings, tmp_path):
-    """A = 0 and B = 0 would get no gradients."""
     plain = tiny_model("llama")
     plain.get_submodule(Q).weight.data.zero_()
     plain.save_pretrained(tmp_path / "base")
@@ -268,7 +266,6 @@ def test_saved_files_are_plain_for_peft_and_load_as_the_trained_function(
 
 @pytest.mark.parametrize("init", ["pissa", True], ids=["same", "plain"])
 def test_a_run_resumes_with_the_base_of_its_checkpoint(base, tmp_path, init):
-    """Also if the new adapter started differently."""
     model = trained(base, init_lora_weights="pissa_niter_0")
     again = started(base, init_lora_weights=init)
     load_adapter_weights(again, save_adapter(model, tmp_path))

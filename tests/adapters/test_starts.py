@@ -79,7 +79,6 @@ def fresh(checkpoints):
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48), (64, 64)])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_pissa_and_olora_are_pefts(init, shape):
-    """PiSSA's directions may have either sign."""
     weight = random_weight(*shape)
     layer = nn.Linear(shape[1], shape[0], bias=False)
     layer.load_state_dict({"weight": weight})
@@ -91,7 +90,7 @@ def test_pissa_and_olora_are_pefts(init, shape):
     delta = reference.delta(lora_A, lora_B, SCALING)
     if init == "pissa":
         torch.testing.assert_close(delta, truncated(weight, R), **FP32_TOLERANCE)
-        signs = (lora_A * wanted_A).sum(1).sign()
+        signs = (lora_A * wanted_A).sum(1).sign()  # PiSSA's directions may have either
         lora_A, lora_B = lora_A * signs[:, None], lora_B * signs
     torch.testing.assert_close(lora_A, wanted_A, **FP32_TOLERANCE)
     torch.testing.assert_close(lora_B, wanted_B, **FP32_TOLERANCE)
@@ -198,8 +197,8 @@ def test_each_layer_gets_the_main_directions_of_its_inputs(base, fresh):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_directions_and_ranks_are_pefts(fresh):
-    """On one repeated batch PEFT's incremental PCA equals the full one."""
-    batch, targets = batches()[:1], ("q_proj", "o_proj", "down_proj")
+    targets = ("q_proj", "o_proj", "down_proj")
+    batch = batches()[:1]  # repeated, PEFT's incremental PCA equals the full one
     eva = peft.EvaConfig(rho=2.0, use_label_mask=False, tau=0.999)
     config = peft.LoraConfig(**EVA, target_modules=list(targets), eva_config=eva)
     with redirect_stderr(StringIO()):
@@ -232,7 +231,7 @@ def test_layers_get_separate_ranks_and_keep_their_scaling(fresh, tmp_path):
     assert {n: len(pair.lora_A) for n, pair in read_adapter(tmp_path).pairs.items()} == ranks
 
 
-def test_main_directions_and_their_shares_of_variance():
+def test_main_directions_their_shares_of_variance_and_ranks():
     x = random_weight(500, 64) * torch.logspace(-2, 1, 64)
     x -= x.mean(0)
     _, values, right = torch.linalg.svd(x.double(), full_matrices=False)
@@ -241,9 +240,7 @@ def test_main_directions_and_their_shares_of_variance():
     torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=1e-4, atol=0)
     wanted = (values**2 / (values**2).sum())[:R].float()
     torch.testing.assert_close(shares, wanted, rtol=1e-4, atol=0)
-
-
-def test_ranks_go_to_the_directions_with_the_largest_shares():
+    # ranks go to the largest shares
     values = {"a": [0.5, 0.3, 0.1, 0.05], "b": [0.2, 0.1, 0.05, 0.01], "c": [0.04, 0.03, 0.02]}
     shares = {name: torch.tensor(share) for name, share in values.items()}
     assert starts.redistribute(shares, 4) == {"a": 3, "b": 1, "c": 0}

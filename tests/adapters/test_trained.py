@@ -25,6 +25,7 @@ from qlora import LoraConfig, QuantConfig, UserError, load_adapter, load_base, s
 from qlora.adapters import lora, merge_adapter, merge_and_unload, unload, unmerge_adapter
 from qlora.adapters.apply import apply_lora, disable_adapter, mixed_batch, set_adapter
 from qlora.adapters.files import load_adapter_weights, parameters_by_file_name, swap_adapter
+from qlora.adapters.format import WEIGHTS
 from qlora.adapters.wrappers import adapted
 
 # PEFT warns of tied weights, and of patterns that it looks for among layers.
@@ -33,7 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
 ]
 BASES = ("4-bit", "plain")
-WEIGHTS = "adapter_model.safetensors"
 SUMS = {"rtol": 1e-5, "atol": 1e-5}  # fp32: the same sums in another order
 
 
@@ -207,7 +207,6 @@ def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(checkpoints, tmp_
 
 
 def test_an_error_halfway_leaves_no_half_adapter(checkpoints, monkeypatch):
-    """As when memory runs out in the middle."""
     model = trained(new_base("norms", "4-bit", checkpoints("llama", False)), "norms", name="one")
     calls = [DEFAULT, DEFAULT, UserError("no more")]
     third_fails = Mock(wraps=lora.adapter_dtype, side_effect=calls)

@@ -43,7 +43,6 @@ def test_a_wrapper_has_the_attributes_of_the_module_behind_it(plain_model):
 
 @pytest.mark.parametrize("wrapped_first", [True, False])
 def test_adapters_are_the_same_with_other_wrappers(wrapped_first, plain_model, tmp_path):
-    """Files, outputs and gradients."""
     settings = LoraConfig(r=4, target_modules=("up_proj", "q_proj"), modules_to_save=("lm_head",))
     outputs = []
     for folder, steps in (("plain", [nn.Module.eval] * 2), ("wrapped", [wrap, nn.Module.eval])):
