@@ -17,12 +17,17 @@ from qlora.adapters.live import resolve_model
 from qlora.config import ModelChoice
 
 
-def test_an_adapter_is_live_on_its_base_in_the_dtype_of_training(adapters, checkpoints):
-    model = resolve_model(ModelChoice(adapter=str(adapters("llama")))).load()
+def test_an_adapter_is_live_in_a_dtype_of_the_machine(adapters, checkpoints, monkeypatch):
+    resolved = resolve_model(ModelChoice(adapter=str(adapters("llama"))))
+    model = resolved.load()
     assert not model.training and model.dtype == torch.float32  # as in training
     twin = load_base(str(checkpoints("llama")), FP32)
     load_adapter(twin, adapters("llama"))
     assert torch.equal(logits(model), logits(twin.eval()))
+    monkeypatch.setitem(resolved.adapter.base, "compute_dtype", "bf16")
+    for best, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        monkeypatch.setattr(live, "compute_dtype", lambda quant, device, best=best: best)
+        assert resolved.quantization.compute_dtype == name
 
 
 def test_a_model_without_an_adapter_is_loaded_in_16_or_4_bits(adapters, checkpoints, tmp_path):
@@ -38,16 +43,6 @@ def test_a_model_without_an_adapter_is_loaded_in_16_or_4_bits(adapters, checkpoi
     assert resolved.describe().startswith(f"{tmp_path} (4-bit NF4, computed in ")
 
 
-def test_the_compute_dtype_of_training_is_used_if_the_machine_has_units_for_it(
-    adapters, monkeypatch
-):
-    resolved = resolve_model(ModelChoice(adapter=str(adapters("llama"))))
-    monkeypatch.setitem(resolved.adapter.base, "compute_dtype", "bf16")
-    for best, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        monkeypatch.setattr(live, "compute_dtype", lambda quant, device, best=best: best)
-        assert resolved.quantization.compute_dtype == name
-
-
 WRONG = [
     ({"adapter": "empty"}, "holds no adapter_config.json: give the folder with"),
     ({"adapter": "gone"}, "gone does not exist: give the folder with adapter_config.json"),
@@ -61,9 +56,7 @@ WRONG = [
 ]
 
 
-def test_wrong_folders_are_refused_before_anything_is_loaded(
-    adapters, checkpoints, monkeypatch, tmp_path
-):
+def test_wrong_folders_are_refused_before_loading(adapters, checkpoints, monkeypatch, tmp_path):
     (tmp_path / "empty").mkdir()
     for step in (9, 10):
         shutil.copytree(adapters("llama"), tmp_path / "cut" / f"checkpoint-{step}")

@@ -89,7 +89,7 @@ def test_dropout_is_on_the_adapters_input_and_in_training_alone():
     assert not torch.allclose(ratio(), drawn)
 
 
-def test_a_is_uniform_and_b_zero():
+def test_a_is_uniform_and_b_zero_and_a_seed_means_the_same_in_any_dtype():
     layer = LoRALinear(nn.Linear(400, 10))
     layer.add_adapter("default", LoraConfig(r=100), generator=torch.Generator().manual_seed(0))
     lora_A, lora_B = layer.lora_A["default"], layer.lora_B["default"]
@@ -98,13 +98,10 @@ def test_a_is_uniform_and_b_zero():
     assert 0.999 * bound < lora_A.abs().max() <= bound and abs(lora_A.mean()) < 0.02 * bound
     # A uniform variable has bound / sqrt(3); 1 % is five standard errors of 40,000 values.
     assert lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
-
-
-def test_a_seed_means_the_same_in_any_dtype_and_without_a_generator():
     (_, fp32, _), (_, bf16, _) = make(adapter_dtype="fp32"), make(adapter_dtype="bf16")
     assert torch.equal(bf16, fp32.bfloat16()) and not torch.equal(fp32, make(seed=4)[1])
     layer = LoRALinear(nn.Linear(IN, OUT))
-    torch.manual_seed(3)
+    torch.manual_seed(3)  # without a generator
     layer.add_adapter("default", LoraConfig(r=4))
     assert torch.equal(layer.lora_A["default"], fp32)
 

@@ -236,9 +236,7 @@ def test_fused_it_is_the_trained_function_and_unloaded_or_deleted_the_base(base,
 
 
 @pytest.mark.parametrize("kind", REBASING)
-def test_saved_files_are_plain_for_peft_and_load_as_the_trained_function(
-    kind, base, rebased, tmp_path
-):
+def test_saved_files_are_plain_for_peft_and_load_as_trained(kind, base, rebased, tmp_path):
     model, folder = rebased(kind)
     config, weights = state_of(model).lora_configs["default"], originals(base)
     written = json.loads((folder / CONFIG).read_text())
