@@ -5,6 +5,7 @@ ADAPTER_KINDS has the settings of each kind, as PEFT's LoraConfig takes them. Th
 trainable value was moved, its files, and PEFT's own model with the same values.
 """
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +15,14 @@ from typing import Any, NamedTuple
 import peft
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import VOCAB, pefts_parameters, token_ids
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from qlora.adapters.apply import adapter_configs, apply_lora
-from qlora.adapters.files import parameters_by_file_name, save_adapter
-from qlora.base.load import load_base
-from qlora.config import LoraConfig, QuantConfig
-from qlora.errors import UserError
+from qlora import LoraConfig, QuantConfig, UserError, apply_lora, load_base, save_adapter
+from qlora.adapters.apply import active_adapters, adapter_configs
+from qlora.adapters.files import parameters_by_file_name
 
 
 class AdapterKind(NamedTuple):
@@ -43,8 +43,7 @@ TARGETS = (*QV, *MLP)
 ID = int(token_ids()[0, 2])  # of the first row
 TOKENS = (ID, 7, 191)
 RANKS = {"q_proj": 2, r"layers\.1\..*down_proj": 6}
-
-SAVED, ROWS, PARAMETERS = "modules_to_save", "trainable_token_indices", "target_parameters"
+SAVED, ROWS = "modules_to_save", "trainable_token_indices"
 
 
 def on(*targets: str, **settings: Any) -> dict[str, Any]:
@@ -96,16 +95,16 @@ ADAPTER_KINDS: dict[str, AdapterKind] = {
     "token rows of the head": AdapterKind({ROWS: {"lm_head": (5, 9)}}),
     # experts
     "experts": AdapterKind(
-        on("q_proj") | {PARAMETERS: ("experts.down_proj", "experts.gate_up_proj")}, "mixtral"
+        on("q_proj", target_parameters=("experts.down_proj", "experts.gate_up_proj")), "mixtral"
     ),
     "one of experts": AdapterKind(
-        on("q_proj") | {PARAMETERS: ("experts.down_proj", "gate.weight")}, "mixtral"
+        on("q_proj", target_parameters=("experts.down_proj", "gate.weight")), "mixtral"
     ),
-    "experts alone": AdapterKind(on() | {PARAMETERS: ("experts.down_proj",)}, "mixtral"),
+    "experts alone": AdapterKind(on(target_parameters=("experts.down_proj",)), "mixtral"),
     "experts of two ranks": AdapterKind(
-        on("q_proj", use_rslora=True, alpha_pattern={"gate_up_proj": 3})
-        | {PARAMETERS: ("down_proj", "experts.gate_up_proj")}
-        | {"rank_pattern": {"experts.down_proj": 2, "q_proj": 3}},
+        on("q_proj", target_parameters=("down_proj", "experts.gate_up_proj"), use_rslora=True)
+        | {"rank_pattern": {"experts.down_proj": 2, "q_proj": 3}}
+        | {"alpha_pattern": {"gate_up_proj": 3}},
         "mixtral",
     ),
     # what ours does not write
@@ -199,29 +198,23 @@ def trained(model: Any, kind: str, *, name: str = "default", seed: int = 3) -> A
 
 def peft_config(kind: str) -> peft.LoraConfig:
     """PEFT's config of that kind, which has lists where ours has tuples."""
-
-    def listed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: listed(part) for name, part in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
     plain = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": TARGETS}
-    return peft.LoraConfig(**listed(plain | ADAPTER_KINDS[kind].settings))
+    return peft.LoraConfig(**json.loads(json.dumps(plain | ADAPTER_KINDS[kind].settings)))
 
 
+@torch.no_grad()
 def move(parameters: dict[str, nn.Parameter], seed: int = 3, std: float = 0.02) -> None:
     """Noise on every value, after the size of each parameter's."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters.values():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-            parameter.add_(noise, alpha=std * float(parameter.abs().mean() + 0.5))
+    for parameter in parameters.values():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        parameter.add_(noise, alpha=std * float(parameter.abs().mean() + 0.5))
 
 
+@torch.no_grad()
 def logits(model: Any) -> Tensor:
     """Of `token_ids`."""
-    with torch.no_grad():
-        return torch.as_tensor(model(input_ids=token_ids().to(model.device)).logits)
+    return torch.as_tensor(model(input_ids=token_ids().to(model.device)).logits)
 
 
 def gradients_of(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -232,11 +225,22 @@ def gradients_of(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, T
     return dict(zip(parameters, found, strict=True))
 
 
+def codes(model: Any) -> dict[str, Tensor]:
+    """A copy of every tensor of the 4-bit layers."""
+    layers = {n: m.state_dict() for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    copies = {f"{n}.{key}": t.clone() for n, own in layers.items() for key, t in own.items()}
+    return {name.replace(".base_layer", ""): tensor for name, tensor in copies.items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def snapshot(model: Any) -> Any:
-    """Modules, parameters and configs, to compare before and after."""
+    """Modules, parameters, configs and the active adapters, to compare before and after."""
     modules = {name: type(module) for name, module in model.named_modules()}
     parameters = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
-    return modules, parameters, dict(adapter_configs(model))
+    return modules, parameters, dict(adapter_configs(model)), active_adapters(model)
 
 
 @contextmanager

@@ -15,29 +15,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from qlora.adapters import rebase
-from qlora.adapters.layers import LoRAExperts, lora_layer
+from qlora.adapters import rebase, wrappers
+from qlora.adapters.layers import LoRAExperts, lora_class
 from qlora.adapters.lora import LoRALayer, LoRALinear
 from qlora.adapters.starts import eva_start
 from qlora.adapters.targets import Targets, targets
 from qlora.adapters.trained import TokenRows, TrainedModule
-from qlora.adapters.wrappers import (
-    AdapterModule,
-    adapted,
-    adapter_modules,
-    base_modules,
-    plain,
-    put_module,
-    remove_adapter,
-    wrappers,
-)
 from qlora.base.modules import heads, is_tied, state_of, task_of, vocabulary, was_conv1d
 from qlora.config import LoraConfig
-from qlora.errors import UserError, did_you_mean, require
+from qlora.errors import did_you_mean, require
 from qlora.ops.nf4 import DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
-WrapperKind = TypeVar("WrapperKind", bound=AdapterModule)
+WrapperKind = TypeVar("WrapperKind", bound=wrappers.AdapterModule)
 
 
 def apply_lora(
@@ -57,9 +47,8 @@ def apply_lora(
         generator: of A's first values; by default torch's global one.
         data: for EVA, batches of input_ids and attention_mask (rows, length).
 
-    Raises:
-        UserError: the config does not fit the model, the name is taken, or init_lora_weights needs
-            something that is missing.
+    Raises UserError if the config does not fit the model, the name is taken, or init_lora_weights
+    needs something that is missing.
     """
     config, task = config or LoraConfig(), task_of(model)
     if task is not None and task.trains_head:
@@ -67,7 +56,14 @@ def apply_lora(
         config = replace(config, modules_to_save=tuple(saved))
     require_new_name(model, adapter_name)
     chosen = targets(model, config)
-    _require_agreement(model, config, chosen)
+    state, asked = state_of(model), config.revision
+    message = f"revision={asked!r}, and the base was loaded at {state.revision or 'its default'}"
+    require(not state.quant or asked in (None, state.revision), f"{message}: leave it out")
+    modules = [wrappers.plain(model.get_submodule(name)) for name in chosen.layers]
+    is_transposed = any(map(was_conv1d, modules))
+    order = "(in, out)" if is_transposed else "(out, in)"
+    message = f"fan_in_fan_out={config.fan_in_fan_out}, and the targeted layers store {order}"
+    require(config.fan_in_fan_out in (None, is_transposed), f"{message}: leave it out")
     require_only_biases(model, config.bias)
     layers = {name: config.of(name) for name in chosen.layers}
     rebase.check_start(model, layers)
@@ -80,22 +76,10 @@ def apply_lora(
         _add(model, config, chosen, adapter_name, generator)
         for name, lora_A in directions.items():
             wrap_layer(model, name).lora_A[adapter_name].data.copy_(lora_A)
-        adapter_configs(model)[adapter_name] = config
+        state.lora_configs[adapter_name] = config
         model.requires_grad_(False)
         set_adapter(model, adapter_name)
     return model
-
-
-def _require_agreement(model: nn.Module, config: LoraConfig, chosen: Targets) -> None:
-    """Refuse a revision and a fan_in_fan_out that are not the base's."""
-    asked, state = config.revision, state_of(model)
-    is_loaded, loaded = asked in (None, state.revision), state.revision or "its default"
-    message = f"revision={asked!r}, and the base was loaded at {loaded}: leave it out"
-    require(not state.quant or is_loaded, message)
-    is_transposed = any(was_conv1d(plain(model.get_submodule(name))) for name in chosen.layers)
-    order = "(in, out)" if is_transposed else "(out, in)"
-    message = f"fan_in_fan_out={config.fan_in_fan_out}, and the targeted layers store {order}"
-    require(config.fan_in_fan_out in (None, is_transposed), f"{message}: leave it out")
 
 
 def _add(
@@ -132,7 +116,7 @@ def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         yield
     except BaseException:
         rebase.restore(model)
-        remove_adapter(model, adapter_name)
+        wrappers.remove_adapter(model, adapter_name)
         adapter_configs(model).pop(adapter_name, None)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trained)
@@ -145,7 +129,9 @@ def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 def wrap_layer(model: nn.Module, name: str) -> LoRALayer:
     """The low-rank wrapper of the layer at `name`; a new one if there is none."""
-    return wrap(model, name, LoRALayer, lora_layer)
+    kind = lora_class(wrappers.plain(model.get_submodule(name)))
+    assert kind is not None  # targets are layers that have one
+    return wrap(model, name, LoRALayer, kind)
 
 
 def wrap_rows(model: nn.Module, name: str) -> TokenRows:
@@ -165,17 +151,17 @@ def wrap(
 ) -> WrapperKind:
     """The wrapper of that kind at `name`, or a new one: outermost; a TrainedModule innermost."""
     outermost = model.get_submodule(name)
-    present = list(wrappers(outermost))
+    present = list(wrappers.wrappers(outermost))
     for wrapper in present:
         if isinstance(wrapper, kind):
             return wrapper
     is_innermost = kind is TrainedModule and present
-    wrapper = (create or kind)(plain(outermost) if is_innermost else outermost)
+    wrapper = (create or kind)(wrappers.plain(outermost) if is_innermost else outermost)
     wrapper.train(outermost.training)
     if is_innermost:
         present[-1].base_layer = wrapper
     else:
-        put_module(model, name, wrapper)
+        wrappers.put_module(model, name, wrapper)
     return wrapper
 
 
@@ -184,11 +170,11 @@ def wrap(
 
 def require_new_name(model: nn.Module, adapter_name: str) -> None:
     """Refuse a name that is taken, or that cannot be a key of a ParameterDict and a folder."""
-    if not re.fullmatch(r"[\w-]+", adapter_name) or hasattr(nn.ParameterDict(), adapter_name):
-        rule = "letters, digits, - and _, and no attribute of torch's ParameterDict"
-        raise UserError(f"adapter_name must be {rule}, got {adapter_name!r}")
-    if adapter_name in adapter_configs(model):
-        raise UserError(f"the model already has an adapter {adapter_name!r}: choose another name")
+    is_key = re.fullmatch(r"[\w-]+", adapter_name) and not hasattr(nn.ParameterDict(), adapter_name)
+    rule = "letters, digits, - and _, and no attribute of torch's ParameterDict"
+    require(bool(is_key), f"adapter_name must be {rule}, got {adapter_name!r}")
+    taken = f"the model already has an adapter {adapter_name!r}: choose another name"
+    require(adapter_name not in adapter_configs(model), taken)
     rebase.require_unchanged_base(model, f"adapter {adapter_name!r}")
 
 
@@ -209,10 +195,9 @@ def known_adapters(model: nn.Module, adapter_name: str | Iterable[str]) -> tuple
 
 def require_only_biases(model: nn.Module, bias: str) -> None:
     """Refuse a second adapter that trains biases."""
-    others = [name for name, config in adapter_configs(model).items() if config.bias != "none"]
-    if bias != "none" and others:
-        fix = "give bias='none', or delete that one"
-        raise UserError(f"adapter {others[0]!r} trains biases already, and only one can: {fix}")
+    for name, config in adapter_configs(model).items():
+        message = f"adapter {name!r} trains biases already, and only one can: give bias='none', or"
+        require("none" in (bias, config.bias), f"{message} delete that one")
 
 
 # ---- which are active ----
@@ -226,7 +211,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
     names = known_adapters(model, adapter_name)
     require_one_owner(model, names)
     activate(model, names)
-    for _, wrapper in adapted(model):
+    for _, wrapper in wrappers.adapted(model):
         for name in wrapper.adapters:
             for parameter in wrapper.parameters_of(name).values():
                 parameter.requires_grad_(name in names)
@@ -236,28 +221,29 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     """Make these adapters active, and no others; in the order in which the model got them, as the
     last bits of a sum depend on it."""
     names = [name for name in adapter_configs(model) if name in names]
-    for _, wrapper in adapted(model):
+    for _, wrapper in wrappers.adapted(model):
         wrapper.active_adapters = tuple(name for name in names if name in wrapper.adapters)
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that are active, each once."""
-    names = (name for _, wrapper in adapted(model) for name in wrapper.active_adapters)
+    names = (name for _, wrapper in wrappers.adapted(model) for name in wrapper.active_adapters)
     return tuple(dict.fromkeys(names))
 
 
 def require_one_owner(model: nn.Module, names: Sequence[str]) -> None:
     """Refuse an adapter that is named twice, and two that change a part that one trains in full."""
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{', '.join(map(repr, twice))} is named twice: name each adapter once")
-    for name, module in base_modules(model).items():
-        present = [(a, w) for a in names for w in adapter_modules(module) if a in w.adapters]
+    twice = ", ".join(repr(name) for name, count in Counter(names).items() if count > 1)
+    require(not twice, f"{twice} is named twice: name each adapter once")
+    for name, module in wrappers.base_modules(model).items():
+        held = list(wrappers.adapter_modules(module))
+        present = [(a, w) for a in names for w in held if a in w.adapters]
         owned = [(a, w) for a, w in present if isinstance(w, TrainedModule | TokenRows)]
         in_full = any(isinstance(w, TokenRows) or "weight" in w.parameters_of(a) for a, w in owned)
         owners, users = {a for a, _ in owned}, dict.fromkeys(a for a, _ in present)
-        if len(owners) > 1 or (in_full and len(users) > 1):
-            both, why = " and ".join(map(repr, users)), f"each has its own {name}"
-            raise UserError(f"adapters {both} cannot be active together: {why}")
+        both = f"adapters {' and '.join(map(repr, users))} cannot be active together"
+        clash = len(owners) > 1 or (in_full and len(users) > 1)
+        require(not clash, f"{both}: each has its own {name}")
 
 
 @contextmanager
@@ -281,7 +267,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     """
     names = known_adapters(model, [name for name in adapter_names if name is not None])
     rebase.require_unchanged_base(model, "mixed_batch")
-    present = [wrapper for _, wrapper in adapted(model)]
+    present = [wrapper for _, wrapper in wrappers.adapted(model)]
     for name in names:
         is_dora = adapter_configs(model)[name].use_dora
         require(not is_dora, f"adapter {name!r} is DoRA's, which cannot be mixed by rows")
@@ -318,7 +304,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     first parameter.
     """
     rows: Counter[tuple[str, str, str, int]] = Counter()
-    for name, wrapper in adapted(model):
+    for name, wrapper in wrappers.adapted(model):
         for adapter in wrapper.active_adapters:
             parameters = [p for p in wrapper.parameters_of(adapter).values() if p.requires_grad]
             if parameters:

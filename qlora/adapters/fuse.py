@@ -24,6 +24,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from qlora.adapters import wrappers
 from qlora.adapters.apply import (
     Model,
     active_adapters,
@@ -32,20 +33,11 @@ from qlora.adapters.apply import (
     require_new_name,
     require_one_owner,
 )
-from qlora.adapters.lora import Factors, LoRALayer, lora_layers
+from qlora.adapters.lora import Factors, LoRALayer, delta_weight, lora_layers
 from qlora.adapters.rebase import restore
-from qlora.adapters.wrappers import (
-    adapted,
-    adapter_modules,
-    base_modules,
-    plain,
-    put_module,
-    remove_adapter,
-    remove_wrappers,
-)
 from qlora.base.modules import as_dense, computes_in, dense_weight, is_tied, output_head, state_of
 from qlora.config import LoraConfig
-from qlora.errors import UserError, did_you_mean, require, some
+from qlora.errors import did_you_mean, require, some
 
 Combination = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd",
@@ -65,15 +57,14 @@ def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None
     their meaning: fused weights are used while all that is in them is active. `model.train()`
     unfuses.
 
-    Raises:
-        UserError: an adapter is unknown, one is fused already, two cannot be active together, or
-            the model is in training.
+    Raises UserError if an adapter is unknown, one is fused already, two cannot be active together,
+    or the model is in training.
     """
     names = _to_fuse(model, adapter_names)
     fused = fused_adapters(model)
     require(not fused, f"{', '.join(fused)} is merged already: unmerge_adapter first")
     require(not model.training, "the model is in training mode: call model.eval() first")
-    for _, wrapper in adapted(model):
+    for _, wrapper in wrappers.adapted(model):
         wrapper.fuse(names)
     return model
 
@@ -81,14 +72,14 @@ def merge_adapter(model: Model, adapter_names: str | Iterable[str] | None = None
 def unmerge_adapter(model: Model) -> Model:
     """Undo `merge_adapter`, exactly. Raises UserError if nothing is fused."""
     require(fused_adapters(model) != (), "no adapter is merged: there is nothing to unmerge")
-    for _, wrapper in adapted(model):
+    for _, wrapper in wrappers.adapted(model):
         wrapper.unfuse()
     return model
 
 
 def fused_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that are fused, each once."""
-    names = (name for _, wrapper in adapted(model) for name in wrapper.fused_adapters)
+    names = (name for _, wrapper in wrappers.adapted(model) for name in wrapper.fused_adapters)
     return tuple(dict.fromkeys(names))
 
 
@@ -104,21 +95,31 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
     Every 4-bit layer becomes a dense one, adapted or not: `save_pretrained` writes what
     merge_dequant.py does, a tensor at a time in less memory. Other adapters are dropped.
 
-    Raises:
-        UserError: an adapter is unknown, two cannot be active together, or one has a lora_bias
-            where the layer has no bias.
+    Raises UserError if an adapter is unknown, two cannot be active together, or one has a lora_bias
+    where the layer has no bias.
     """
     names = _to_fuse(model, adapter_names)
-    _require_biases(model, names)
-    for name, module in base_modules(model).items():
-        fused = plain(module)
-        for wrapper in reversed(list(adapter_modules(module))):
+    for adapter in names:
+        biased = {n: w.plain for n, w in lora_layers(model).items() if adapter in w.lora_bias}
+        unfit = [n for n, layer in biased.items() if getattr(layer, "bias", None) is None]
+        why = f"adapter {adapter!r} has lora_bias, and {some(unfit)} have no bias to fold it into"
+        require(not unfit, f"{why}: use merge_adapter, which keeps it beside the layer")
+    for name, module in wrappers.base_modules(model).items():
+        fused = wrappers.plain(module)
+        for wrapper in reversed(list(wrappers.adapter_modules(module))):
             fused = wrapper.fused(fused, names)
         if isinstance(fused, Linear4bit):
             fused = as_dense(fused, dense_weight(fused).to(computes_in(fused)))
         if fused is not module:
-            put_module(model, name, fused)
-    _untie(model)
+            wrappers.put_module(model, name, fused)
+    if is_tied(model):
+        head, embedding = output_head(model), model.get_input_embeddings()  # type: ignore[operator]
+        if torch.equal(head.weight, embedding.weight):  # False where the shapes differ
+            head.weight = embedding.weight
+        else:
+            config: Any = model.config
+            config.tie_word_embeddings = False
+            config.get_text_config(decoder=True).tie_word_embeddings = False
     state_of(model).forget_base()
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
@@ -128,12 +129,10 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
 
 
 def unload(model: Model) -> Model:
-    """Remove every adapter: `model` is its frozen base again.
-
-    Raises UserError if the base was changed for its adapter, and its checkpoint is gone.
-    """
+    """Remove every adapter: `model` is its frozen base again. Raises UserError if the base was
+    changed for its adapter, and its checkpoint is gone."""
     restore(model)
-    remove_wrappers(model, lambda _: True)
+    wrappers.remove_wrappers(model, lambda _: True)
     adapter_configs(model).clear()
     return model
 
@@ -142,10 +141,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove one adapter. Raises UserError if it is unknown, active or fused, or as `unload`."""
     known_adapters(model, adapter_name)
     require_unfused(model, adapter_name)
-    is_active, fix = adapter_name in active_adapters(model), "set_adapter another first, or unload"
-    require(not is_active, f"adapter {adapter_name!r} is active: {fix}")
+    message = f"adapter {adapter_name!r} is active: set_adapter another first, or unload"
+    require(adapter_name not in active_adapters(model), message)
     restore(model)
-    remove_adapter(model, adapter_name)
+    wrappers.remove_adapter(model, adapter_name)
     del adapter_configs(model)[adapter_name]
 
 
@@ -156,29 +155,6 @@ def _to_fuse(model: nn.Module, adapter_names: str | Iterable[str] | None) -> tup
     require(names != (), "no adapter is active: there is nothing to merge")
     require_one_owner(model, names)
     return names
-
-
-def _require_biases(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse a lora_bias on layers without a bias: their class has none to save."""
-    layers = lora_layers(model).items()
-    without = {n: layer for n, layer in layers if getattr(layer.plain, "bias", None) is None}
-    for name in names:
-        unfit = [n for n, layer in without.items() if name in layer.lora_bias]
-        why = f"adapter {name!r} has lora_bias, and {some(unfit)} have no bias to fold it into"
-        require(not unfit, f"{why}: use merge_adapter, which keeps it beside the layer")
-
-
-def _untie(model: nn.Module) -> None:
-    """Set the config to untied where a head and its embedding differ now; else tie them again."""
-    if not is_tied(model):
-        return
-    head, embedding = output_head(model), model.get_input_embeddings()  # type: ignore[operator]
-    if torch.equal(head.weight, embedding.weight):  # False where the shapes differ
-        head.weight = embedding.weight
-    else:
-        config: Any = model.config
-        config.tie_word_embeddings = False
-        config.get_text_config(decoder=True).tie_word_embeddings = False
 
 
 # ---- combine ----
@@ -205,31 +181,27 @@ def add_weighted_adapter(
         majority_sign_method: of ties: signs are weighted by their values, or each counts as one.
         generator: of dare's choice; by default torch's global one.
 
-    Raises:
-        UserError: the name is taken, an adapter is missing, or the settings do not fit.
+    Raises UserError if the name is taken, an adapter is missing, or the settings do not fit.
     """
     require_new_name(model, adapter_name)
-    names = known_adapters(model, adapters)
-    _check(names, weights, combination_type, svd_rank, density, majority_sign_method)
-    for name in names:
-        _require_only_matrices(model, name)
-    way, weight_of = combination_type, dict(zip(names, weights, strict=True))
+    way, names = combination_type, known_adapters(model, adapters)
+    _check(model, names, weights, way, svd_rank, density, majority_sign_method)
 
     def mix(tensors: list[Tensor], scales: list[float]) -> Tensor:
         pruned = [_pruned(tensor, way, density or 1.0, generator) for tensor in tensors]
         return _weighted_sum(pruned, scales, way, majority_sign_method)
 
+    weighted = dict(zip(names, weights, strict=True))
     layers = {n: layer for n, layer in lora_layers(model).items() if {*names} & {*layer.lora_A}}
-    ranks = {
-        n: {a: len(layers[n].lora_A[a]) for a in names if a in layers[n].lora_A} for n in layers
-    }
-    for name, own in ranks.items():
-        message = f"{way} wants adapters of one rank, at {name} they have {own}: take svd or cat"
-        require(way.endswith(("cat", "svd")) or len({*own.values()}) == 1, message)
-    r = svd_rank or max(max(own.values()) for own in ranks.values())
-    combined = {}
-    for name, own in ranks.items():
-        combined[name] = _combined(layers[name], {a: weight_of[a] for a in own}, way, mix, r)
+    parts = {}
+    for name, layer in layers.items():
+        own = {a: layer.factors(a) for a in names if a in layer.lora_A}
+        ranks = {a: len(factors.lora_A) for a, factors in own.items()}
+        message = f"{way} wants adapters of one rank, at {name} they have {ranks}: take svd or cat"
+        require(way.endswith(("cat", "svd")) or len({*ranks.values()}) == 1, message)
+        parts[name] = [(factors, weighted[a]) for a, factors in own.items()]
+    r = svd_rank or max(len(factors.lora_A) for own in parts.values() for factors, _ in own)
+    combined = {name: _combined(own, way, mix, r) for name, own in parts.items()}
     r = max(len(factors.lora_A) for factors in combined.values())
     for name, factors in combined.items():
         dtype = next(iter(layers[name].lora_A.values())).dtype
@@ -242,19 +214,23 @@ def add_weighted_adapter(
     return model
 
 
-def _combined(layer: LoRALayer, weights: dict[str, float], way: str, mix: Mix, r: int) -> Factors:
-    """The adapters of one layer, by their weights, as one in fp32 and of scaling 1."""
-    parts = [layer.factors(name) for name in weights]
-    if way in ("cat", "svd"):
-        stacked = Factors.cat([*zip(parts, weights.values(), strict=True)])
-        return stacked if way == "cat" else _low_rank_svd(stacked, r)
+def _combined(parts: Sequence[tuple[Factors, float]], way: str, mix: Mix, r: int) -> Factors:
+    """The adapters of one layer, with their weights, as one in fp32 and of scaling 1."""
+    if way == "cat":
+        return Factors.cat(parts)
+    if way == "svd":  # of the stacked B A (out, in), which is never formed
+        stacked = Factors.cat(parts)
+        left, up = torch.linalg.qr(stacked.lora_B)  # (out, R) = (out, R) @ (R, R)
+        right, down = torch.linalg.qr(stacked.lora_A.T)  # (in, R) = (in, R) @ (R, R)
+        core = _svd(up @ down.T, r)
+        return Factors(core.lora_A @ right.T, left @ core.lora_B, 1.0)
     if way.endswith("_svd"):
-        return _svd(mix([layer.get_delta_weight(name) for name in weights], [*weights.values()]), r)
-    scales = [w * part.scaling for w, part in zip(weights.values(), parts, strict=True)]
+        return _svd(mix([delta_weight(*f[:3]) for f, _ in parts], [w for _, w in parts]), r)
+    scales = [weight * factors.scaling for factors, weight in parts]
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-    lora_A = mix([part.lora_A.float() for part in parts], signed)
-    lora_B = mix([part.lora_B.float() for part in parts], roots)
+    lora_A = mix([factors.lora_A.float() for factors, _ in parts], signed)
+    lora_B = mix([factors.lora_B.float() for factors, _ in parts], roots)
     return Factors(lora_A, lora_B, 1.0)
 
 
@@ -281,24 +257,14 @@ def _weighted_sum(tensors: list[Tensor], weights: list[float], way: str, signs: 
     return (scaled * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
-def _low_rank_svd(stacked: Factors, r: int) -> Factors:
-    """The best approximation of rank r of B A, which is never formed."""
-    left, up = torch.linalg.qr(stacked.lora_B)  # (out, R) = (out, R) @ (R, R)
-    right, down = torch.linalg.qr(stacked.lora_A.T)  # (in, R) = (in, R) @ (R, R)
-    core = _svd(up @ down.T, r)
-    return Factors(core.lora_A @ right.T, left @ core.lora_B, 1.0)
-
-
 def _svd(delta: Tensor, r: int) -> Factors:
     """The best approximation of rank r of `delta` (out, in)."""
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     return Factors(vh[:r], u[:, :r] * s[:r], 1.0)
 
 
-# ---- checks ----
-
-
 def _check(
+    model: nn.Module,
     names: Sequence[str],
     weights: Sequence[float],
     way: str,
@@ -306,37 +272,30 @@ def _check(
     density: float | None,
     signs: str,
 ) -> None:
-    ways, prunes = get_args(Combination), way.startswith(("ties", "dare", "magnitude"))
-    if not 0 < len(names) == len(weights):
-        raise UserError(f"wanted a weight for each adapter, got {len(names)} and {len(weights)}")
-    if len(set(names)) < len(names):
-        raise UserError("an adapter is named twice: add up its weights")
-    if not all(map(math.isfinite, weights)):
-        raise UserError(f"weights must be finite numbers, got {list(weights)}")
-    if way not in ways:
-        one_of = f"{', '.join(ways)}, got {way!r}.{did_you_mean(way, ways)}"
-        raise UserError(f"combination_type must be one of {one_of}")
-    if svd_rank is not None and (not way.endswith("svd") or svd_rank < 1):
-        raise UserError(f"svd_rank is for the svd types, and above 0: got {svd_rank} for {way}")
-    if prunes != (density is not None):
-        needs = "needs one" if prunes else "takes none"
-        raise UserError(f"density is for ties, dare and magnitude_prune: {way} {needs}")
-    if density is not None and not 0 < density <= 1:
-        raise UserError(
-            f"density is the share of values kept, above 0 and at most 1: got {density}"
-        )
-    if signs not in get_args(Signs):
-        raise UserError(f"majority_sign_method must be total or frequency, got {signs!r}")
-
-
-def _require_only_matrices(model: nn.Module, name: str) -> None:
-    """Refuse an adapter that is more than A and B of layers."""
-    config = adapter_configs(model)[name]
-    others = [n for n, w in adapted(model) if name in w.adapters and not isinstance(w, LoRALayer)]
-    more = {
-        "is DoRA's": config.use_dora,
-        "has lora_bias": config.lora_bias,
-        f"trains {some(others)} beside its A and B": others,
+    ways, counts = get_args(Combination), f"{len(names)} and {len(weights)}"
+    known = f"{', '.join(ways)}, got {way!r}.{did_you_mean(way, ways)}"
+    is_rank = svd_rank is None or (way.endswith("svd") and svd_rank > 0)
+    prunes = way.startswith(("ties", "dare", "magnitude"))
+    needs = f"{way} {'needs one' if prunes else 'takes none'}"
+    share = f"density is the share of values kept, above 0 and at most 1: got {density}"
+    checks = {
+        f"wanted a weight for each adapter, got {counts}": 0 < len(names) == len(weights),
+        "an adapter is named twice: add up its weights": len(set(names)) == len(names),
+        f"weights must be finite numbers, got {list(weights)}": all(map(math.isfinite, weights)),
+        f"combination_type must be one of {known}": way in ways,
+        f"svd_rank is for the svd types, and above 0: got {svd_rank} for {way}": is_rank,
+        f"density is for ties, dare and magnitude_prune: {needs}": prunes == (density is not None),
+        share: density is None or 0 < density <= 1,
+        f"majority_sign_method must be total or frequency, got {signs!r}": signs in get_args(Signs),
     }
-    for part, is_so in more.items():
-        require(not is_so, f"adapter {name!r} {part}, of which no weighted sum can be computed")
+    for name in names:
+        config, parts = adapter_configs(model)[name], wrappers.adapted(model)
+        more = [n for n, w in parts if name in w.adapters and not isinstance(w, LoRALayer)]
+        why = "of which no weighted sum can be computed"
+        checks |= {
+            f"adapter {name!r} is DoRA's, {why}": not config.use_dora,
+            f"adapter {name!r} has lora_bias, {why}": not config.lora_bias,
+            f"adapter {name!r} trains {some(more)} beside its A and B, {why}": not more,
+        }
+    for message, holds in checks.items():
+        require(holds, message)

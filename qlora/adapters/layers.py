@@ -10,9 +10,9 @@ way; so the sum with B A is formed in every forward pass, which costs its memory
 convolutions are left out: their change cannot be fused into the grouped weight.
 
 A new type of layer is a subclass of LoRALayer with `_change` and `_with_weight`, and a line in
-`lora_class` (CONTRIBUTING.md has the rest). By need: `_set_matrices` where A and B have another
-shape in files, `ENDINGS` (and `PARTS` in tensors.py) for other names there, `_first_values` for
-another start, `_as_output` and `_magnitude_shape` for DoRA.
+`lora_class` (CONTRIBUTING.md has the rest). By need: `_as_stored` for other shapes in files,
+`ENDINGS` (and `PARTS` in tensors.py) for other names there, `_first_values` for another start, and
+`_as_output` for DoRA.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from qlora.adapters.lora import LoRALayer, LoRALinear, Matrices, adapter_dtype
-from qlora.adapters.wrappers import AdapterModule, frozen_copy, plain
+from qlora.adapters.lora import Factors, LoRALayer, LoRALinear, Matrices, adapter_dtype
+from qlora.adapters.wrappers import AdapterModule, frozen_copy
 from qlora.base.modules import is_conv, is_linear, shallow_copy
 from qlora.config import LoraConfig
 
@@ -71,13 +71,13 @@ class LoRAConv(LoRALayer):
 
     @property
     def _ones(self) -> tuple[int, ...]:
-        """A kernel of size 1."""
-        return (1,) * len(self.plain.kernel_size)
+        return (1,) * len(self.plain.kernel_size)  # a kernel of size 1
 
-    def _set_matrices(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-        kernel = self.plain.weight.shape[1:]  # (in, *kernel)
-        lora_B = lora_B.view(*lora_B.shape[:2], *self._ones)
-        super()._set_matrices(name, lora_A.view(-1, *kernel), lora_B)
+    def _as_stored(self, factors: Factors) -> Factors:
+        lora_A, lora_B, scaling, magnitude = factors
+        lora_A = lora_A.view(-1, *self.plain.weight.shape[1:])  # (r, in, *kernel)
+        magnitude = None if magnitude is None else self._as_output(magnitude)[None]
+        return Factors(lora_A, lora_B.view(*lora_B.shape, *self._ones), scaling, magnitude)
 
     def _change(self, x: Tensor, name: str) -> Tensor:
         conv = self.plain
@@ -93,10 +93,6 @@ class LoRAConv(LoRALayer):
     def _as_output(self, features: Tensor) -> Tensor:
         return features.view(-1, *self._ones)
 
-    @property
-    def _magnitude_shape(self) -> tuple[int, ...]:
-        return (1, self.shape[0], *self._ones)
-
 
 ByLeaf = Mapping[str, Tensor]
 
@@ -108,11 +104,9 @@ class LoRAExperts(AdapterModule):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        # by adapter, then by parameter
-        self.lora_A: Any = nn.ModuleDict()
+        self.lora_A: Any = nn.ModuleDict()  # by adapter, then by parameter
         self.lora_B: Any = nn.ModuleDict()
         self.scaling: dict[str, dict[str, float]] = {}
-        self._fused: dict[str, Tensor] = {}
 
     def add_adapter(
         self, name: str, configs: dict[str, LoraConfig], *, generator: torch.Generator | None = None
@@ -185,10 +179,6 @@ class LoRAExperts(AdapterModule):
         with torch.no_grad():
             self._fused = self._changed(self.fused_adapters, {})
 
-    def unfuse(self) -> None:
-        super().unfuse()
-        self._fused = {}
-
     def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
         module = shallow_copy(below)
         with torch.no_grad():
@@ -209,10 +199,3 @@ def expert_sizes(module: nn.Module, leaf: str) -> tuple[int, int, int]:
 def _is_transposed(module: nn.Module, leaf: str) -> bool:
     """Whether a weight of experts is stored as (E, in, out), as gpt-oss does."""
     return getattr(module, leaf).ndim == 3 and bool(getattr(module, "is_transposed", False))
-
-
-def lora_layer(layer: nn.Module) -> LoRALayer:
-    """The low-rank wrapper around a layer of the base, or around its wrappers."""
-    kind = lora_class(plain(layer))
-    assert kind is not None  # targets are layers that have one
-    return kind(layer)

@@ -10,8 +10,8 @@ training the losses are the same.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from qlora.base.load import (
 from qlora.base.modules import auto_class
 from qlora.config import ModelChoice, QuantConfig
 from qlora.config.tasks import TASKS, task_named
-from qlora.errors import UserError
+from qlora.errors import UserError, require
 
 
 def load_live(
@@ -50,22 +50,11 @@ def load_live(
     device: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """`base` in 4 bits with `adapter` active on it, frozen and in eval mode.
-
-    Args:
-        quant: by default that of training; another one may differ in compute dtype.
-
-    Raises:
-        UserError: the base cannot be loaded, or the adapter does not fit it.
-    """
-    model = load_base(
-        base,
-        quant or adapter.quantization,
-        task=adapter.task,
-        labels=adapter.labels,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    """`base` in 4 bits with `adapter` active on it, frozen and in eval mode; `quant` is by default
+    that of training. Raises UserError if the base cannot be loaded or the adapter does not fit."""
+    known: Any = {"task": adapter.task, "labels": adapter.labels, "device": device}
+    quant, trusted = quant or adapter.quantization, trust_remote_code
+    model = load_base(base, quant, **known, trust_remote_code=trusted)
     attach(model, adapter)
     share_pad(model, adapter.base.get("pad_token_id"))
     model.eval()
@@ -84,12 +73,10 @@ class ResolvedModel:
 
     @property
     def task(self) -> str:
-        """The name of its task, in qlora.config.tasks."""
         return self.adapter.task if self.adapter else task_in(self.checkpoint.config)
 
     @property
     def what(self) -> str:
-        """Its name in messages."""
         return f"adapter {self.adapter.folder}" if self.adapter else f"model {self.name}"
 
     def describe(self) -> str:
@@ -101,13 +88,11 @@ class ResolvedModel:
 
     @property
     def in_4_bits(self) -> bool:
-        """Whether its linear layers will be 4-bit."""
         is_chosen = self.adapter is not None or self.choice.load_in_4bit
         return is_chosen or self.checkpoint.is_quantized
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of a classifier's labels."""
         if self.adapter:
             return self.adapter.labels
         return self.checkpoint.labels if task_named(self.task).trains_head else ()
@@ -135,7 +120,10 @@ class ResolvedModel:
         """The model in eval mode, on the GPU where there is one."""
         checkpoint, quant, device = self.checkpoint, self.quantization, default_device()
         trusted: Any = {"trust_remote_code": self.choice.trust_remote_code}
-        with _progress_bars_on_terminals_only():
+        with ExitStack() as stack:
+            if transformers_logging.is_progress_bar_enabled() and not sys.stderr.isatty():
+                transformers_logging.disable_progress_bar()
+                stack.callback(transformers_logging.enable_progress_bar)
             if self.adapter:
                 return load_live(checkpoint, self.adapter, quant=quant, **trusted)
             if self.in_4_bits:
@@ -148,45 +136,33 @@ class ResolvedModel:
         return model
 
 
-@contextmanager
-def _progress_bars_on_terminals_only() -> Iterator[None]:
-    """Inside the block transformers shows no progress bar unless stderr is a terminal."""
-    hides = transformers_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    if hides:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hides:
-            transformers_logging.enable_progress_bar()
-
-
 def resolve_model(choice: ModelChoice) -> ResolvedModel:
-    """The model, or base and adapter, that `choice` names, checked from headers only.
-
-    Raises:
-        UserError: there is no such adapter or model, or the adapter is of another base.
-    """
+    """The model, or base and adapter, that `choice` names, checked from headers only. Raises
+    UserError if there is no such adapter or model, or the adapter is of another base."""
     if choice.adapter is None:
         name = str(choice.model)
-        if (Path(name).expanduser() / CONFIG).is_file():
-            raise UserError(f"{name} is an adapter, not a whole model: give it as --adapter")
+        is_adapter = (Path(name).expanduser() / CONFIG).is_file()
+        require(not is_adapter, f"{name} is an adapter, not a whole model: give it as --adapter")
         return ResolvedModel(choice, name, Checkpoint.open(name), None)
-    _require_adapter(Path(choice.adapter).expanduser())
-    adapter = read_adapter(choice.adapter)
+    folder = Path(choice.adapter).expanduser()
+    if not (folder / CONFIG).is_file():
+        is_model = (folder / "config.json").is_file()
+        require(not is_model, f"{folder} is a whole model, not an adapter: give it as --model")
+        steps = [int(p.parent.name[11:]) for p in folder.glob(f"checkpoint-*/{CONFIG}")]
+        last = folder / f"checkpoint-{max(steps, default=0)}"
+        why = f"{folder} is an unfinished run, so it holds no adapter"
+        require(not steps, f"{why}: give its last checkpoint, {last}")
+    adapter = read_adapter(folder)
     name = choice.base_model or adapter.base_model or ""
-    if not name:
-        raise UserError(f"adapter {adapter.folder} names no base model: give --base-model")
+    require(name != "", f"adapter {adapter.folder} names no base model: give --base-model")
     revision = adapter.revision if name == adapter.base_model else None
     try:
         checkpoint = Checkpoint.open(name, revision=revision)
     except UserError as error:
         if choice.base_model:
             raise
-        raise UserError(
-            f"adapter {adapter.folder} was trained on {name}, which could not be found: {error}. "
-            "Give the base as --base-model"
-        ) from error
+        what = f"adapter {adapter.folder} was trained on {name}, which could not be found"
+        raise UserError(f"{what}: {error}. Give the base as --base-model") from error
     require_same_base(adapter, checkpoint.fingerprint, str(checkpoint.folder))
     require_same_codes(checkpoint, adapter)
     if not adapter.subtracted:  # otherwise attach checks it, which needs weights, not only shapes
@@ -203,17 +179,3 @@ def task_in(config: Mapping[str, Any]) -> str:
         if task.trains_head and any(found.endswith(task.class_ending) for found in classes):
             return name
     return "seq2seq" if config.get("is_encoder_decoder") else "causal-lm"
-
-
-def _require_adapter(folder: Path) -> None:
-    """Raise if `folder` is a model, or an interrupted run without a final adapter."""
-    if (folder / CONFIG).is_file():
-        return
-    if (folder / "config.json").is_file():
-        raise UserError(f"{folder} is a whole model, not an adapter: give it as --model")
-    steps = [int(p.parent.name[11:]) for p in folder.glob(f"checkpoint-*/{CONFIG}")]
-    if steps:
-        raise UserError(
-            f"{folder} is an unfinished run, so it holds no adapter: give its last checkpoint, "
-            f"{folder / f'checkpoint-{max(steps)}'}"
-        )

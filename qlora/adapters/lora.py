@@ -57,14 +57,20 @@ class LoRALayer(AdapterModule):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
         if self.adapter_of_row is not None:
-            return self._forward_rows(x, self.adapter_of_row)
+            y: Tensor = self.base_layer(x)  # of all rows together
+            for name, rows in self._rows_of(x, self.adapter_of_row).items():
+                change = self._change(self._drop(x[rows], name), name)
+                if name in self.lora_bias:
+                    change = change + self._as_output(self.lora_bias[name])
+                y = y.index_add(0, rows, (self.scaling[name] * change).to(y.dtype))
+            return y
         names = self.active_adapters
         base: Tensor | None = None
         if self.fused_weight is not None and set(self.fused_adapters) <= set(names):
             y = self._with_weight(x, self.fused_weight)
             names = tuple(name for name in names if name not in self.fused_adapters)
         else:
-            y = base = self._base(x)  # W x
+            y = base = self.base_layer(x)  # W x
         for name in names:
             dropped = self._drop(x, name)
             change = self._change(dropped, name)  # B A x
@@ -76,16 +82,6 @@ class LoRALayer(AdapterModule):
         for name in self.active_adapters:
             if name in self.lora_bias:
                 y = y + self._as_output(self.scaling[name] * self.lora_bias[name]).to(y.dtype)
-        return y
-
-    def _forward_rows(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
-        """Each row of x (rows, ...) through its own adapter; the base computes them together."""
-        y: Tensor = self.base_layer(x)
-        for name, rows in self._rows_of(x, names).items():
-            change = self._change(self._drop(x[rows], name), name)
-            if name in self.lora_bias:
-                change = change + self._as_output(self.lora_bias[name])
-            y = y.index_add(0, rows, (self.scaling[name] * change).to(y.dtype))
         return y
 
     # ---- what each type of layer defines ----
@@ -108,14 +104,9 @@ class LoRALayer(AdapterModule):
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
         return lora_A, torch.zeros(out_features, config.r)
 
-    def _set_matrices(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-        """A (r, in) and B (out, r) as frozen parameters, in the shapes that files have."""
-        like = self.plain.weight
-        self.lora_A[name], self.lora_B[name] = frozen_copy(lora_A, like), frozen_copy(lora_B, like)
-
-    def _base(self, x: Tensor) -> Tensor:
-        """The output without an adapter, to which the active ones are added."""
-        return self.base_layer(x)  # type: ignore[no-any-return]
+    def _as_stored(self, factors: "Factors") -> "Factors":
+        """`factors` in the shapes that parameters and files have."""
+        return factors
 
     def _drop(self, x: Tensor, name: str) -> Tensor:
         return x if (dropout := self.drawn_dropout(name)) is None else dropout(x)
@@ -127,10 +118,6 @@ class LoRALayer(AdapterModule):
     def _project_A(self, lora_A: Tensor) -> Tensor:
         """A W' (r, out) in fp32, of A (r, in)."""
         return lora_A.float() @ dense_weight(self.plain).T
-
-    @property
-    def _magnitude_shape(self) -> tuple[int, ...]:
-        return (self.shape[0],)
 
     # ---- adapters by name ----
 
@@ -157,19 +144,18 @@ class LoRALayer(AdapterModule):
         self, name: str, factors: "Factors", dropout: float = 0.0, bias: Tensor | None = None
     ) -> None:
         """An adapter with these values, frozen and not yet active."""
-        self._set_matrices(name, factors.lora_A, factors.lora_B)
-        if factors.magnitude is not None:
-            magnitude = factors.magnitude.view(self._magnitude_shape)
-            self.lora_magnitude_vector[name] = frozen_copy(magnitude, self.plain.weight)
-        if bias is not None:
-            self.lora_bias[name] = frozen_copy(bias, self.plain.weight)
-        self.scaling[name], self.dropout[name] = factors.scaling, dropout
+        lora_A, lora_B, scaling, magnitude = self._as_stored(factors)
+        parts = (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_bias)
+        for part, value in zip(parts, (lora_A, lora_B, magnitude, bias), strict=True):
+            if value is not None:
+                part[name] = frozen_copy(value, self.plain.weight)
+        self.scaling[name], self.dropout[name] = scaling, dropout
 
     def factors(self, name: str) -> "Factors":
         """Adapter `name` of this layer, as matrices."""
         lora_A, lora_B = self.lora_A[name].flatten(1), self.lora_B[name].flatten(1)
         magnitude = self.lora_magnitude_vector.get(name)
-        magnitude = magnitude if magnitude is None else magnitude.flatten()
+        magnitude = None if magnitude is None else magnitude.flatten()
         return Factors(lora_A, lora_B, self.scaling[name], magnitude)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
@@ -178,15 +164,13 @@ class LoRALayer(AdapterModule):
         return {end: part[name] for end, part in zip(endings, parts, strict=True) if name in part}
 
     def drawn_dropout(self, name: str) -> Dropout | None:
-        """The dropout of A's input in one call of the layer; None where nothing is dropped."""
+        """The dropout of A's input in one call; None where nothing is dropped."""
         p = self.dropout[name]
         return Dropout.drawn(p) if self.training and p > 0 else None
 
     def get_delta_weight(self, name: str) -> Tensor:
         """What adapter `name` adds to the base weight, fp32 (out, in)."""
-        factors = self.factors(name)
-        is_lora = factors.magnitude is None
-        return delta_weight(*factors[:3]) if is_lora else factors.change(dense_weight(self.plain))
+        return self.factors(name).change(dense_weight(self.plain))
 
     def extra_repr(self) -> str:
         ranks = {name: len(lora_A) for name, lora_A in self.lora_A.items()}
@@ -260,17 +244,12 @@ class LoRALinear(LoRALayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.rebased: Rebased | None = None  # None: the base is as it was loaded
-        # Set by qlora.fast.layers.use_fast_path: the same output from functions that keep less for
-        # the backward pass, or None where they do not support this call.
+        # set by qlora.fast.layers: the same output, or None where it does not support this call
         self.fast: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in x's dtype."""
         y = self.fast(self, x) if self.fast else None
-        return super().forward(x) if y is None else y
-
-    def _base(self, x: Tensor) -> Tensor:
-        y = super()._base(x)
+        y = super().forward(x) if y is None else y
         if self.active_adapters or self.rebased is None:
             return y
         lora_A, lora_B, scaling, _ = self.rebased.subtracted.to(x.device)
@@ -301,10 +280,7 @@ def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """scaling * B A in fp32, (out, in), from A (r, in) and B (out, r) of any float dtype.
-
-    The only place that forms this matrix.
-    """
+    """scaling * B A in fp32, (out, in), from A (r, in) and B (out, r) of any float dtype."""
     return torch.mm(lora_B.float(), lora_A.float()).mul_(scaling)
 
 
@@ -322,7 +298,6 @@ class Factors(NamedTuple):
         return self.lora_B.shape[0], self.lora_A.shape[1]
 
     def to(self, device: torch.device | str) -> "Factors":
-        """The same on another device."""
         moved = (t if t is None or isinstance(t, float) else t.to(device) for t in self)
         return Factors(*moved)  # type: ignore[arg-type]
 
@@ -339,10 +314,8 @@ class Factors(NamedTuple):
 
     @staticmethod
     def cat(parts: Sequence[tuple["Factors", float]]) -> "Factors":
-        """The weighted sum of changes, exactly: A stacked, B side by side, so the ranks add up.
-
-        In fp32 and of scaling 1: B takes each part's weight and scaling.
-        """
+        """The weighted sum of changes, exactly: A stacked, B side by side, so the ranks add up. In
+        fp32 and of scaling 1: B takes each part's weight and scaling."""
         lora_A = torch.cat([f.lora_A.float() for f, _ in parts])  # (sum of r, in)
         lora_B = torch.cat([weight * f.scaling * f.lora_B.float() for f, weight in parts], dim=1)
         return Factors(lora_A, lora_B, 1.0)
@@ -365,8 +338,8 @@ class Rebased(NamedTuple):
 
 
 def adapter_dtype(config: LoraConfig, device: torch.device, compute: torch.dtype) -> torch.dtype:
-    """Of A and B, by default: bf16 on a GPU for a layer that computes in bf16, else fp32. Under
-    fp16 compute it must be fp32: loss scaling has no kernel for bf16."""
+    """Of A and B: by default bf16 on a GPU for a layer that computes in bf16, else fp32, as under
+    fp16, whose loss scaling has no kernel for bf16."""
     if config.adapter_dtype != "auto":
         return DTYPES[config.adapter_dtype]
     in_bf16 = (device.type, compute) == ("cuda", torch.bfloat16)

@@ -6,11 +6,10 @@ and the 4-bit base is quantized from the rest:
     codes = quantize(W - scaling * B' A')      A' (r, in) and B' (out, r) are `subtracted`
 
 codes + scaling * B' A' is nearer to W than quantize(W). That sum is the model with its adapter
-disabled, and training learns the change scaling * (B A - B' A'). It is saved as a plain adapter of
-rank 2r over the unchanged base, where other programs differ from the trained function only by the
-difference between two quantizations of W. Our loaders quantize W - scaling * B' A' again and
-recover the trained function to the bit on the same kind of device; another device sums B' A' in
-another order, so a value half-way between two codes may take the other.
+disabled, and training learns the change scaling * (B A - B' A'). qlora.adapters.files saves it as a
+plain adapter of rank 2r. Loading quantizes W - scaling * B' A' again and recovers the trained
+function to the bit on the same kind of device; another device sums B' A' in another order, so a
+value half-way between two codes may take the other.
 
 W is read from the checkpoint, tensor by tensor, cast as loading casts it (`original_weights` of
 `state_of(model)`, set by load_base), and read again when the adapter is removed: the old codes are
@@ -19,83 +18,62 @@ then holds this one adapter: others were trained over other codes.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora.adapters.layers import lora_class
 from qlora.adapters.lora import Factors, LoRALinear, Rebased
 from qlora.adapters.starts import loftq, olora, pissa
 from qlora.adapters.wrappers import adapted, plain, wrappers
-from qlora.base.modules import (
-    dense_weight,
-    is_linear,
-    is_quantized,
-    matrix_shape,
-    state_of,
-    was_conv1d,
-)
+from qlora.base.modules import dense_weight, is_quantized, matrix_shape, state_of, was_conv1d
 from qlora.config import LoraConfig, QuantConfig
-from qlora.errors import UserError, some
+from qlora.errors import require, some
 from qlora.ops import nf4
 
 # ---- checks ----
 
 
 def check_start(model: nn.Module, layers: Mapping[str, LoraConfig]) -> None:
-    """Raise if `layers`, with the config of each, do not support its init_lora_weights.
-
-    Raises:
-        UserError: naming every such layer.
-    """
+    """Raise UserError if `layers`, with the config of each, do not support its init_lora_weights;
+    all of them are named."""
     modules = {name: plain(model.get_submodule(name)) for name in layers}
     config = next(iter(layers.values()), LoraConfig())
-    init = config.init_lora_weights
-    if init in (True, "gaussian"):
+    if config.init_lora_weights in (True, "gaussian"):
         return
-    if others := [name for name, module in modules.items() if not is_linear(module)]:
-        raise UserError(
-            f"init_lora_weights={init!r} supports linear layers only, not {some(others)}: adapt "
-            "these in another adapter"
-        )
+    init = f"init_lora_weights={config.init_lora_weights!r}"
+    others = [name for name, module in modules.items() if lora_class(module) is not LoRALinear]
+    fix = "adapt these in another adapter"
+    require(not others, f"{init} supports linear layers only, not {some(others)}: {fix}")
     shapes = {name: matrix_shape(module) for name, module in modules.items()}
-    if small := [
-        f"{name} has r={layers[name].r} and is {shape}"
-        for name, shape in shapes.items()
-        if layers[name].r > min(shape)
-    ]:
-        raise UserError(
-            f"init_lora_weights={init!r} needs r of at most the smaller side of a layer: "
-            f"{some(small)}. Give a smaller r, or one for these layers in rank_pattern"
-        )
+    small = [name for name, shape in shapes.items() if layers[name].r > min(shape)]
+    listed = some([f"{name} has r={layers[name].r} and is {shapes[name]}" for name in small])
+    fix = "Give a smaller r, or one for these layers in rank_pattern"
+    require(not small, f"{init} needs r of at most the smaller side of a layer: {listed}. {fix}")
     dense = [name for name, module in modules.items() if not is_quantized(module)]
-    if init == "loftq" and dense:
-        raise UserError(
-            f"LoftQ compensates quantization, and these layers are not quantized: {some(dense)}. "
-            "Name them in exclude_modules"
-        )
+    why = f"LoftQ compensates quantization, and these layers are not quantized: {some(dense)}"
+    is_fit = config.init_lora_weights != "loftq" or not dense
+    require(is_fit, f"{why}. Name them in exclude_modules")
     if config.rebases:
-        require_alone(model, f"init_lora_weights={init!r}")
+        require_alone(model, init)
     if config.starts_from_weights:
         require_originals(model, modules)
 
 
 def require_alone(model: nn.Module, what: str) -> None:
     """Raise if the model has adapters: `what` changes the base that they were trained over."""
-    if names := _adapter_names(model):
-        raise UserError(
-            f"{what} changes the base, and adapter {names} needs it unchanged: unload first, or "
-            "load the base again"
-        )
+    names = ", ".join(state_of(model).lora_configs)
+    why = f"{what} changes the base, and adapter {names} needs it unchanged"
+    require(not names, f"{why}: unload first, or load the base again")
 
 
 def require_unchanged_base(model: nn.Module, what: str) -> None:
     """Raise if the base was changed for the model's adapter: `what` needs it unchanged."""
-    if subtracted_parts(model):
-        raise UserError(
-            f"{what} needs the unchanged base, and it was changed for adapter "
-            f"{_adapter_names(model)} (PiSSA, OLoRA or LoftQ): unload that first"
-        )
+    why = f"it was changed for adapter {', '.join(state_of(model).lora_configs)}"
+    message = f"{what} needs the unchanged base, and {why} (PiSSA, OLoRA or LoftQ)"
+    require(not subtracted_parts(model), f"{message}: unload that first")
 
 
 def require_originals(model: nn.Module, names: Iterable[str]) -> None:
@@ -103,20 +81,12 @@ def require_originals(model: nn.Module, names: Iterable[str]) -> None:
     modules = {name: plain(model.get_submodule(name)) for name in names}
     shapes = {name: matrix_shape(m) for name, m in modules.items() if is_quantized(m)}
     originals = state_of(model).original_weights
-    if shapes and originals is None:
-        raise UserError(
-            "the weights from before quantization are needed and not available: load a 16-bit "
-            "checkpoint with load_base (a 4-bit one does not hold them)"
-        )
+    needed = "the weights from before quantization are needed and not available: load a 16-bit"
+    is_read = originals is not None or not shapes
+    require(is_read, f"{needed} checkpoint with load_base (a 4-bit one does not hold them)")
     missing = [n for n, shape in shapes.items() if originals and originals.shape(n) != shape]
-    if missing:
-        raise UserError(
-            f"the checkpoint does not hold the weights of {some(missing)} in this model's shapes: "
-            "load the model and its weights from the same checkpoint"
-        )
-
-
-# ---- the start ----
+    why = f"the checkpoint does not hold the weights of {some(missing)} in this model's shapes"
+    require(not missing, f"{why}: load the model and its weights from the same checkpoint")
 
 
 @torch.no_grad()
@@ -127,16 +97,12 @@ def start_from_weights(
     config: LoraConfig,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Set the first A and B of a layer's new adapter, and rebase the layer where they need it.
-
-    Args:
-        weight: the layer's `original_weight` (out, in).
-    """
-    r, scaling, quant = config.r, config.scaling, _quant_of(layer.plain)
+    """Set the first A and B of a layer's new adapter, from its `original_weight` (out, in), and
+    rebase the layer where they need it."""
+    r, scaling = config.r, config.scaling
     if config.init_lora_weights == "loftq":
-        pair, subtracted = loftq(
-            weight, r, scaling, lambda w: nf4.round_trip(w, quant), iterations=config.loftq_iter
-        )
+        quantize = partial(nf4.round_trip, quant=_quant_of(layer.plain))
+        pair, subtracted = loftq(weight, r, scaling, quantize, iterations=config.loftq_iter)
     elif config.init_lora_weights == "olora":
         pair = subtracted = olora(weight, r)
     else:
@@ -219,10 +185,6 @@ def _same(one: Factors | None, other: Factors | None) -> bool:
 
 def _linear_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in adapted(model) if isinstance(module, LoRALinear)}
-
-
-def _adapter_names(model: nn.Module) -> str:
-    return ", ".join(dict.fromkeys(n for _, wrapper in adapted(model) for n in wrapper.adapters))
 
 
 def _quant_of(layer: Any) -> QuantConfig:

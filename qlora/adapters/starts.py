@@ -19,9 +19,8 @@ fiftieth of the time. Of the error that the exact rank 16 removes there, 4 itera
 
 EVA redistributes ranks: of all layers' directions it keeps the sum-of-r ones with the largest
 shares of their own layer's variance, at most rho * r in one layer. A layer without any gets no
-adapter; the scaling of the others stays. The covariance (in, in) is summed over all the data, so
-the result does not depend on the order of batches, where PEFT updates a truncated SVD (r, in) batch
-by batch. All tokens count, prompt and answer (PEFT's use_label_mask=False).
+adapter; the scaling of the others stays. The covariance (in, in) is summed over all tokens, also of
+prompts, so the order of batches does not matter. (PEFT updates a truncated SVD batch by batch.)
 
 `SecondMoments` sums x x' (in, in) over runs of the model; the merge to 4 bits uses it as well. All
 layers of a 7B model need 22 GB, so each run sums a group that fits into `moments_budget`. Layers
@@ -31,9 +30,11 @@ Left out: CorDA and LoRA-GA, which need gradients or inputs of fp32 weights; PiS
 quantizations, which is LoftQ with another start.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ from qlora.adapters.lora import delta_weight
 from qlora.adapters.wrappers import plain
 from qlora.base.modules import matrix_shape
 from qlora.config import LoraConfig
-from qlora.errors import UserError
+from qlora.errors import UserError, require
 
 OVERSAMPLING = 16  # iterate r + 16 directions: the first r converge faster
 EVA_NITER = 8
@@ -76,7 +77,7 @@ def olora(weight: Tensor, r: int) -> Pair:
 
     Q_r depends on the first r columns of W only, so the others are not decomposed. Q_r R_r projects
     W on Q_r: W - scaling Q_r R_r is smallest at a scaling of 1; a scaling of 2 reflects W, which
-    quantizes no better. The paper and PEFT do not correct for that either.
+    quantizes no better, as in the paper and PEFT.
     """
     weight = weight.float()
     basis = torch.linalg.qr(weight[:, :r])[0]  # (out, r)
@@ -93,11 +94,9 @@ def loftq(
 ) -> tuple[Pair, Pair | None]:
     """A and B that compensate the 4-bit base's error, and the pair subtracted from that base.
 
-    PEFT leaves `scaling` out, which is correct for a scaling of 1 only.
-
-    Args:
-        quantize: a weight (out, in) -> the same quantized and dequantized.
-        iterations: with 1 nothing is subtracted, and the second pair is None.
+    `quantize` is a weight (out, in) -> the same quantized and dequantized. With 1 of `iterations`
+    nothing is subtracted, and the second pair is None. PEFT leaves `scaling` out, which is correct
+    for a scaling of 1 only.
     """
     weight = weight.float()
     subtracted, rest = None, weight
@@ -121,21 +120,16 @@ def best_rank(
     if niter is None:
         basis = torch.linalg.eigh(weight @ weight.T)[1].flip(1)[:, :r]  # of (out, out) -> (out, r)
     else:
-        basis = _subspace(weight, r, niter, generator)
+        draws = min(r + OVERSAMPLING, *weight.shape)
+        start = torch.randn(weight.shape[1], draws, generator=generator).to(weight.device)
+        basis = torch.linalg.qr(weight @ start)[0]  # (out, draws)
+        for _ in range(niter):
+            basis = torch.linalg.qr(weight @ (weight.T @ basis))[0]
+        rows = basis.T @ weight  # (draws, in)
+        basis = torch.mm(basis, torch.linalg.eigh(rows @ rows.T)[1].flip(1)[:, :r])
     right = basis.T @ weight  # (r, out) @ (out, in) -> (r, in)
     root = right.norm(dim=1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return basis * root, right / root[:, None]
-
-
-def _subspace(weight: Tensor, r: int, niter: int, generator: torch.Generator | None) -> Tensor:
-    """The first r left singular vectors (out, r) of `weight`, approximately."""
-    draws = min(r + OVERSAMPLING, *weight.shape)
-    start = torch.randn(weight.shape[1], draws, generator=generator).to(weight.device)
-    basis = torch.linalg.qr(weight @ start)[0]  # (out, draws)
-    for _ in range(niter):
-        basis = torch.linalg.qr(weight @ (weight.T @ basis))[0]
-    rows = basis.T @ weight  # (draws, in)
-    return torch.mm(basis, torch.linalg.eigh(rows @ rows.T)[1].flip(1)[:, :r])
 
 
 def _unscaled(left: Tensor, right: Tensor, scaling: float) -> Pair:
@@ -149,12 +143,9 @@ def _unscaled(left: Tensor, right: Tensor, scaling: float) -> Pair:
 class Moments(NamedTuple):
     """Sums over a layer's inputs x, fp32, on the model's device."""
 
-    second: Tensor
-    """of x x' (in, in)"""
-    first: Tensor
-    """of x (in,)"""
-    tokens: Tensor
-    """their number ()"""
+    second: Tensor  # of x x' (in, in)
+    first: Tensor  # of x (in,)
+    tokens: Tensor  # their number ()
 
     def covariance(self) -> Tensor:
         """The sum of (x - mean) (x - mean)', (in, in)."""
@@ -186,20 +177,39 @@ class SecondMoments:
 
     def moments_of(self, layer: str) -> Moments:
         """All moments of the inputs of `layer`."""
-        if layer not in self._gathered:
-            self._gathered = {}  # frees the last group's memory before the next is allocated
-            self._gathered = self._gather(next(group for group in self.groups if layer in group))
+        if layer in self._gathered:
+            return self._gathered[layer]
+        self._gathered = {}  # frees the last group's memory before the next is allocated
+        group, device = next(g for g in self.groups if layer in g), self.model.device
+        leaders = {name: self.layers[name] for name in dict.fromkeys(group.values())}
+        sums = {}
+        for name in leaders:
+            zeros = torch.zeros(self.widths[name], device=device)
+            sums[name] = Moments(torch.outer(zeros, zeros), zeros, torch.zeros((), device=device))
+        for batch in tqdm(self.batches, desc="Calibrating", leave=False):
+            mask = batch["attention_mask"].bool().to(device)  # (rows, length)
+
+            def add(name: str, _: nn.Module, args: Any, mask: Tensor = mask) -> None:
+                x = args[0]
+                x = x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)  # (tokens, in)
+                x = x.float()
+                sums[name].second.addmm_(x.T, x)  # (in, tokens) @ (tokens, in)
+                sums[name].first.add_(x.sum(0))
+                sums[name].tokens.add_(len(x))
+
+            self._run(batch, leaders, add)
+        self._gathered = {name: sums[leader] for name, leader in group.items()}
         return self._gathered[layer]
 
     def _groups(self, max_bytes: int) -> list[dict[str, str]]:
         """The layers in groups whose moments fit, {layer: leader} each. The leader is the first
-        layer that reads the same input (q, k and v read one, gate and up another)."""
+        layer that reads the same input."""
         leaders: dict[str, str] = {}
         last: list[tuple[Any, str]] = []
 
-        def record(name: str, x: Tensor) -> None:
-            leaders[name] = last[0][1] if last and last[0][0] is x else name
-            last[:] = [(x, leaders[name])]
+        def record(name: str, _: nn.Module, args: Any) -> None:
+            leaders[name] = last[0][1] if last and last[0][0] is args[0] else name
+            last[:] = [(args[0], leaders[name])]
 
         self._run(self.batches[0], self.layers, record)
         groups: list[dict[str, str]] = [{}]
@@ -214,39 +224,16 @@ class SecondMoments:
             used += size
         return groups
 
-    def _gather(self, group: Mapping[str, str]) -> dict[str, Moments]:
-        device = self.model.device
-        leaders = {name: self.layers[name] for name in dict.fromkeys(group.values())}
-        sums = {}
-        for name in leaders:
-            zeros = torch.zeros(self.widths[name], device=device)
-            sums[name] = Moments(torch.outer(zeros, zeros), zeros, torch.zeros((), device=device))
-        for batch in tqdm(self.batches, desc="Calibrating", leave=False):
-            mask = batch["attention_mask"].bool().to(device)  # (rows, length)
-
-            def add(name: str, x: Tensor, mask: Tensor = mask) -> None:
-                x = x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)  # (tokens, in)
-                x = x.float()
-                sums[name].second.addmm_(x.T, x)  # (in, tokens) @ (tokens, in)
-                sums[name].first.add_(x.sum(0))
-                sums[name].tokens.add_(len(x))
-
-            self._run(batch, leaders, add)
-        return {name: sums[leader] for name, leader in group.items()}
-
     @torch.no_grad()
     def _run(
-        self, batch: Any, layers: Mapping[str, Any], visit: Callable[[str, Tensor], None]
+        self, batch: Any, layers: Mapping[str, Any], visit: Callable[[str, nn.Module, Any], None]
     ) -> None:
-        """Run the model on `batch`, without its output head; call `visit(name, x)` per layer."""
-        inputs = {
-            name: ids.to(self.model.device) for name, ids in batch.items() if name != "labels"
-        }
+        """Run the model on `batch`, without its output head; `visit(name, layer, args)` is called
+        before each layer."""
+        inputs = {k: ids.to(self.model.device) for k, ids in batch.items() if k != "labels"}
         with ExitStack() as stack:
             for name, layer in layers.items():
-                hook = layer.register_forward_pre_hook(
-                    lambda _, args, name=name: visit(name, args[0])
-                )
+                hook = layer.register_forward_pre_hook(partial(visit, name))
                 stack.callback(hook.remove)
             self.model.base_model(**inputs, use_cache=False)
 
@@ -270,58 +257,41 @@ def eva_start(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """`config` with redistributed ranks, and A (rank, in) of each layer that gets an adapter.
 
-    Args:
-        layers: the config of each layer before that.
-        data: batches of input_ids and attention_mask, (rows, length) each.
-
-    Raises:
-        UserError: there is no data, or a layer reads no more than r of its tokens.
+    `layers` has the config of each layer before that, `data` batches of input_ids and
+    attention_mask, (rows, length) each. Raises UserError if there is no data, or a layer reads no
+    more than r of its tokens.
     """
+    needs = "init_lora_weights='eva' needs inputs of the layers: give apply_lora `data`"
     if not data:
-        raise UserError(
-            "init_lora_weights='eva' needs inputs of the layers: give apply_lora `data`, batches "
-            "of input_ids and attention_mask"
-        )
+        raise UserError(f"{needs}, batches of input_ids and attention_mask")
     was_training = model.training
+    directions: dict[str, tuple[Tensor, Tensor]] = {}  # (n, in) and shares (n,), on the CPU
+    too_few: list[str] = []
+    last: Moments | None = None
+    rows = shares = torch.empty(0)
     try:
-        directions = _directions(model, layers, data)
+        moments = SecondMoments(model, data, {name: model.get_submodule(name) for name in layers})
+        for name, layer in layers.items():
+            inputs = moments.moments_of(name)
+            count = min(round(layer.r * layer.rho), len(inputs.first))
+            if inputs.tokens <= layer.r:
+                too_few.append(name)
+                continue
+            if inputs is not last or len(shares) < count:  # q, k and v read one input
+                rows, shares = (t.cpu() for t in main_directions(inputs.covariance(), count))
+                last = inputs
+            directions[name] = rows[:count], shares[:count]
     finally:
         model.train(was_training)
-    shares = {name: share for name, (_, share) in directions.items()}
-    ranks = redistribute(shares, sum(layer.r for layer in layers.values()))
+    why = f"{', '.join(too_few)} read too few tokens of EVA's data, no more than r"
+    require(not too_few, f"{why}: give more data, or name these layers in exclude_modules")
+    shares_of = {name: share for name, (_, share) in directions.items()}
+    ranks = redistribute(shares_of, sum(layer.r for layer in layers.values()))
     lora_A = {name: directions[name][0][:rank] for name, rank in ranks.items() if rank}
     config = config.with_ranks_of({name: len(rows) for name, rows in lora_A.items()})
     if len(lora_A) < len(layers):
         config = replace(config, target_modules=tuple(lora_A))
     return config, lora_A
-
-
-def _directions(
-    model: Any, layers: Mapping[str, LoraConfig], data: Sequence[Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Up to rho * r main directions (n, in) of each layer's inputs and their shares of variance
-    (n,), on the CPU."""
-    moments = SecondMoments(model, data, {name: model.get_submodule(name) for name in layers})
-    directions = {}
-    too_few: list[str] = []
-    last: Moments | None = None
-    rows = shares = torch.empty(0)
-    for name, layer in layers.items():
-        inputs = moments.moments_of(name)
-        count = min(round(layer.r * layer.rho), len(inputs.first))
-        if inputs.tokens <= layer.r:
-            too_few.append(name)
-            continue
-        if inputs is not last or len(shares) < count:  # q, k and v read one input
-            rows, shares = (t.cpu() for t in main_directions(inputs.covariance(), count))
-            last = inputs
-        directions[name] = rows[:count], shares[:count]
-    if too_few:
-        raise UserError(
-            f"{', '.join(too_few)} read too few tokens of EVA's data, no more than r: give more "
-            "data, or name these layers in exclude_modules"
-        )
-    return directions
 
 
 def main_directions(covariance: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -338,14 +308,9 @@ def main_directions(covariance: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def redistribute(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """The rank of each layer: how many of the `budget` largest shares of all layers are its own.
-
-    Args:
-        shares: of each layer's directions, as many as it may keep, largest first.
-    """
+    """The rank of each layer: how many of the `budget` largest shares of all layers are its own;
+    `shares` are of each layer's directions, as many as it may keep, largest first."""
     layers = [name for name, share in shares.items() for _ in range(len(share))]
     order = torch.cat([*shares.values()]).argsort(descending=True, stable=True)
-    ranks = dict.fromkeys(shares, 0)
-    for i in order[:budget].tolist():
-        ranks[layers[i]] += 1
-    return ranks
+    chosen = Counter(layers[i] for i in order[:budget].tolist())
+    return {name: chosen[name] for name in shares}

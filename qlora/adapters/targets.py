@@ -16,8 +16,9 @@ Unlike in PEFT, each entry must match something.
 
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 from torch import nn
@@ -43,18 +44,21 @@ class Targets(NamedTuple):
 
 def targets(model: nn.Module, config: LoraConfig) -> Targets:
     """All that `config` names; each entry must match something that it can be used for."""
-    saved = saved_modules(model, config)
-    modules = base_modules(model)
+    saved, modules = saved_modules(model, config), base_modules(model)
     layers = [name for name in target_layers(model, config) if not is_in(name, saved)]
-    if not layers and not config.target_parameters:
-        raise UserError("modules_to_save leaves none of the layers that target_modules matches")
+    has_any = layers or config.target_parameters
+    require(bool(has_any), "modules_to_save leaves none of the layers that target_modules matches")
     embeddings = [name for name in layers if isinstance(plain(modules[name]), nn.Embedding)]
-    if config.lora_bias and embeddings:
-        names = ", ".join(embeddings)
-        raise UserError(f"{names} is an embedding, which has no lora_bias: leave one of them out")
+    why = f"{', '.join(embeddings)} is an embedding, which has no lora_bias"
+    require(not (config.lora_bias and embeddings), f"{why}: leave one of them out")
     full = {n: _leaves(modules[n]) for n in modules if is_in(n, saved) and _leaves(modules[n])}
-    for name in _with_bias(modules, layers, config):
-        full.setdefault(name, ["bias"])
+    if config.bias != "none":
+        adapted_only = config.bias == "lora_only"
+        candidates = layers if adapted_only else modules
+        biased = [name for name in candidates if "bias" in _leaves(modules[name])]
+        none = "no layer of target_modules" if adapted_only else "no module"
+        require(biased != [], f"bias={config.bias} has nothing to train: {none} has a bias")
+        full |= {name: ["bias"] for name in biased if name not in full}
     full = {name: full[name] for name in modules if name in full}
     rows = _token_rows(model, modules, config)
     twice = ", ".join(name for name in rows if name in layers or name in full)
@@ -82,19 +86,15 @@ def _hits(
     kind: str,
     known: Iterable[str],
 ) -> dict[str, list[str]]:
-    """Those of `names` that each entry of a field of the config matches: is_hit(name, entry). An
-    entry that matches none is an error, which lists the last components of `known`."""
+    """Those of `names` that each entry of a config's field matches: is_hit(name, entry). An entry
+    without any is an error, which lists the last components of `known`."""
     hits = {entry: [name for name in names if is_hit(name, entry)] for entry in entries}
     if idle := [entry for entry, found in hits.items() if not found]:
         leaves = sorted({name.rpartition(".")[2] for name in known} - {""})
-        raise UserError(
-            f"{field} {', '.join(map(repr, idle))} matches no {kind}."
-            f"{did_you_mean(idle[0], [*leaves, *known])} Choose from: {', '.join(leaves)}."
-        )
+        near = did_you_mean(idle[0], [*leaves, *known])
+        matched = f"{field} {', '.join(map(repr, idle))} matches no {kind}.{near}"
+        raise UserError(f"{matched} Choose from: {', '.join(leaves)}.")
     return hits
-
-
-# ---- layers ----
 
 
 def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -126,43 +126,32 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
     if config.exclude_modules:
         chosen -= named("exclude_modules")
         require(chosen != set(), "exclude_modules leaves none of the layers of target_modules")
-    _require_layers({name: plain(modules[name]) for name in modules if name in chosen}, linear)
-    return [name for name in modules if name in chosen]
-
-
-def _in_layers(names: set[str], config: LoraConfig) -> set[str]:
-    """Those of `names` in the layers of layers_to_transform, and those that are given in full."""
-    numbers = {name: layer_number(name, config.layers_pattern) for name in names}
-    present = sorted({number for number in numbers.values() if number is not None})
-    if missing := [str(n) for n in config.layers_to_transform if n not in present]:
-        known = f"{present[0]} to {present[-1]}" if present else "no numbers"
-        known += f" after {' or '.join(config.layers_pattern)}" if config.layers_pattern else ""
-        absent = f"layers_to_transform {', '.join(missing)}"
-        raise UserError(f"{absent} matches no layer: the targets have {known}")
-    chosen = {name for name, number in numbers.items() if number in config.layers_to_transform}
-    return chosen | names.intersection(config.target_modules)
-
-
-def layer_number(name: str, patterns: Iterable[str]) -> int | None:
-    """The number of the layer that `name` is in: the first, or the first after a pattern."""
-    places = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
-    numbers = (re.match(rf"{place}\.(?P<number>\d+)\.", name) for place in places)
-    first = next(filter(None, numbers), None)
-    return int(first["number"]) if first else None
-
-
-def _require_layers(chosen: Modules, linear: Collection[str]) -> None:
-    """Refuse targets without a low-rank wrapper: grouped convolutions, or no layers at all."""
-    unfit = sorted(name for name, layer in chosen.items() if lora_class(layer) is None)
-    grouped = [name for name in unfit if is_conv(chosen[name])]
+    layers = {name: plain(module) for name, module in modules.items() if name in chosen}
+    unfit = sorted(name for name, layer in layers.items() if lora_class(layer) is None)
+    grouped = [name for name in unfit if is_conv(layers[name])]
     why = f"grouped convolutions, into which B A cannot be fused: {some(grouped)}"
     require(not grouped, f"target_modules matches {why}. Leave them out with exclude_modules")
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
     why = f"modules that are no linear layer, convolution or embedding: {some(unfit)}"
     require(not unfit, f"target_modules matches {why}. This model's linear layers: {leaves}.")
+    return list(layers)
 
 
-# ---- parameters trained in full ----
+def _in_layers(names: set[str], config: LoraConfig) -> set[str]:
+    """Those of `names` in the layers of layers_to_transform, and those that are given in full."""
+    patterns = [rf"(?:^|.*?\.){pattern}" for pattern in config.layers_pattern] or [r".*?\.[^.]*"]
+    numbers: dict[str, int] = {}  # the first in a name, or the first after a pattern
+    for pattern, name in product(patterns, names):
+        if found := re.match(rf"{pattern}\.(?P<number>\d+)\.", name):
+            numbers.setdefault(name, int(found["number"]))
+    present = sorted({*numbers.values()})
+    missing = ", ".join(str(n) for n in config.layers_to_transform if n not in present)
+    known = f"{present[0]} to {present[-1]}" if present else "no numbers"
+    known += f" after {' or '.join(config.layers_pattern)}" if config.layers_pattern else ""
+    message = f"layers_to_transform {missing} matches no layer: the targets have {known}"
+    require(not missing, message)
+    chosen = {name for name, number in numbers.items() if number in config.layers_to_transform}
+    return chosen | names.intersection(config.target_modules)
 
 
 def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -184,17 +173,6 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
 def _leaves(module: nn.Module) -> list[str]:
     """The names of a module's own parameters."""
     return [leaf for leaf, _ in plain(module).named_parameters(recurse=False)]
-
-
-def _with_bias(modules: Modules, layers: Collection[str], config: LoraConfig) -> list[str]:
-    """The modules whose bias is trained."""
-    if config.bias == "none":
-        return []
-    candidates = layers if config.bias == "lora_only" else modules
-    biased = [name for name in candidates if "bias" in _leaves(modules[name])]
-    none = "no layer of target_modules" if config.bias == "lora_only" else "no module"
-    require(biased != [], f"bias={config.bias} has nothing to train: {none} has a bias")
-    return biased
 
 
 def _token_rows(model: nn.Module, modules: Modules, config: LoraConfig) -> Rows:

@@ -18,14 +18,7 @@ from torch.nn import functional as F
 
 from qlora.adapters.layers import scaled_as
 from qlora.adapters.wrappers import AdapterModule, frozen_copy
-from qlora.base.modules import (
-    as_dense,
-    computes_in,
-    dense_weight,
-    is_quantized,
-    shallow_copy,
-    was_conv1d,
-)
+from qlora.base.modules import as_dense, computes_in, dense_weight, is_quantized, shallow_copy
 
 
 class TrainedModule(AdapterModule):
@@ -37,14 +30,12 @@ class TrainedModule(AdapterModule):
         super().__init__(base_layer)
         self.copies: Any = nn.ModuleDict()
         self._dense: nn.Module | None = None
-        self._fused: dict[str, dict[str, Tensor]] = {}
 
     def add_adapter(self, name: str, parameters: Iterable[str], *, dtype: torch.dtype) -> None:
         """Copies of these parameters, with the base's values; not yet active."""
         values = {leaf: getattr(self.plain, leaf).detach() for leaf in parameters}
         if "weight" in values and is_quantized(self.plain):
-            weight = dense_weight(self.plain)
-            values["weight"] = weight.T.contiguous() if was_conv1d(self.plain) else weight
+            values["weight"] = as_dense(self.plain, dense_weight(self.plain)).weight
         self.put_adapter(name, {leaf: value.to(dtype) for leaf, value in values.items()})
 
     def put_adapter(self, name: str, values: dict[str, Tensor]) -> None:
@@ -57,19 +48,15 @@ class TrainedModule(AdapterModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base module, with the active adapter's copies."""
-        if self.adapter_of_row is not None:
-            return self._forward_rows(*args)
-        for name in self.active_adapters:  # at most one has copies
-            return self._forward_with(name, *args, **kwargs)
-        return self.base_layer(*args, **kwargs)
-
-    def _forward_with(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._module(name), self._cast(name), args, kwargs)
-
-    def _forward_rows(self, x: Tensor, *args: Any) -> Tensor:
-        y: Tensor = self.base_layer(x, *args)
-        for name, rows in self._rows_of(x, self.adapter_of_row or ()).items():
-            y = y.index_copy(0, rows, self._forward_with(name, x[rows], *args))
+        if self.adapter_of_row is None:
+            for name in self.active_adapters:  # at most one has copies
+                return functional_call(self._module(name), self._cast(name), args, kwargs)
+            return self.base_layer(*args, **kwargs)
+        x, *more = args
+        y: Tensor = self.base_layer(*args)
+        for name, rows in self._rows_of(x, self.adapter_of_row).items():
+            own = functional_call(self._module(name), self._cast(name), (x[rows], *more))
+            y = y.index_copy(0, rows, own)
         return y
 
     def _module(self, name: str) -> nn.Module:
@@ -83,21 +70,15 @@ class TrainedModule(AdapterModule):
     def _cast(self, name: str) -> dict[str, Tensor]:
         """The adapter's copies, in the dtype that the base computes in."""
         if name in self._fused:
-            return self._fused[name]
-        leaves = self.parameters_of(name)
-        dtypes = {leaf: getattr(self.plain, leaf).dtype for leaf in leaves}
-        if is_quantized(self.plain):
-            dtypes = dict.fromkeys(leaves, computes_in(self.plain))
-        return {leaf: value.to(dtypes[leaf]) for leaf, value in leaves.items()}
+            return self._fused[name]  # type: ignore[no-any-return]
+        own = computes_in(self.plain) if is_quantized(self.plain) else None
+        leaves = self.parameters_of(name).items()
+        return {leaf: value.to(own or getattr(self.plain, leaf).dtype) for leaf, value in leaves}
 
     def fuse(self, names: Iterable[str]) -> None:
         """Keep these adapters' copies cast."""
         super().fuse(names)
         self._fused = {name: self._cast(name) for name in self.fused_adapters}
-
-    def unfuse(self) -> None:
-        super().unfuse()
-        self._fused = {}
 
     @property
     def bias(self) -> Tensor | None:

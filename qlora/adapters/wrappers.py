@@ -46,6 +46,7 @@ class AdapterModule(Wrapper):
         super().__init__(base_layer)
         self.active_adapters: tuple[str, ...] = ()
         self.fused_adapters: tuple[str, ...] = ()
+        self._fused: dict[str, Any] = {}  # what a subclass computes once for them
         self.adapter_of_row: tuple[str, ...] | None = None
 
     @property
@@ -59,8 +60,8 @@ class AdapterModule(Wrapper):
 
     def remove_adapter(self, name: str) -> None:
         """Delete adapter `name`, if the module has it."""
-        for held in (getattr(self, attribute) for attribute in self.BY_ADAPTER):
-            if name in held:
+        for attribute in self.BY_ADAPTER:
+            if name in (held := getattr(self, attribute)):
                 del held[name]
 
     def fuse(self, names: Iterable[str]) -> None:
@@ -69,7 +70,7 @@ class AdapterModule(Wrapper):
 
     def unfuse(self) -> None:
         """Undo `fuse`."""
-        self.fused_adapters = ()
+        self.fused_adapters, self._fused = (), {}
 
     def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
         """`below`, the base layer or one already fused, with these adapters in its weights."""
@@ -95,9 +96,6 @@ def frozen_copy(value: Tensor, like: Tensor) -> nn.Parameter:
     """`value` as a frozen parameter on the device of `like`; a copy, as tensors of a file may be
     aligned so that kernels round otherwise."""
     return nn.Parameter(value.to(like.device, copy=True), requires_grad=False)
-
-
-# ---- find ----
 
 
 def plain(module: nn.Module) -> Any:
@@ -137,9 +135,6 @@ def adapted(model: nn.Module) -> list[tuple[str, AdapterModule]]:
     """Every module of adapters on `model`, with the name of the base module behind it."""
     modules = base_modules(model).items()
     return [(name, wrapper) for name, module in modules for wrapper in adapter_modules(module)]
-
-
-# ---- replace ----
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -5,36 +5,30 @@ PEFT, and merged. (Embeddings and experts: test_trained.)
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+import transformers
 from conftest import axis, pefts_parameters, randomize_adapter, require_same_adapter
 from diffusers import UNet2DModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
-from qlora import LoraConfig, apply_lora, load_adapter, merge_and_unload, save_adapter
-from qlora.adapters import merge_adapter, unmerge_adapter
+from qlora import LoraConfig, UserError, apply_lora, load_adapter, save_adapter
+from qlora.adapters import merge_adapter, merge_and_unload, unmerge_adapter
 from qlora.adapters.files import parameters_by_file_name
 from qlora.adapters.wrappers import adapted
 from qlora.base.modules import heads, is_in
-from qlora.errors import UserError
 
 SUMS = {"rtol": 1e-5, "atol": 1e-5}  # fp32: the same sums in another order
 
 
 def vit() -> tuple[nn.Module, dict[str, Any]]:
-    """Image classification: pixels -> one of three classes."""
-    model = ViTForImageClassification(ViTConfig(
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         image_size=16, patch_size=8, num_labels=3,
     ))  # fmt: skip
@@ -42,8 +36,7 @@ def vit() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def segformer() -> tuple[nn.Module, dict[str, Any]]:
-    """Semantic segmentation: pixels -> one of three classes for each pixel."""
-    model = SegformerForSemanticSegmentation(SegformerConfig(
+    model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(
         num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[64, 64],
         patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
         decoder_hidden_size=64, num_labels=3, drop_path_rate=0.0, classifier_dropout_prob=0.0,
@@ -129,9 +122,9 @@ def loss(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 def in_4_bits(model: nn.Module) -> nn.Module:
     """Every linear layer but the head as Linear4bit, as bitsandbytes' own documentation does it."""
-    for name, layer in list(model.named_modules()):
-        is_head = is_in(name, heads(model))
-        if type(layer) is nn.Linear and layer.in_features % 64 == 0 and not is_head:
+    layers = {n: layer for n, layer in model.named_modules() if not is_in(n, heads(model))}
+    for name, layer in layers.items():
+        if type(layer) is nn.Linear and layer.in_features % 64 == 0:
             sizes = (layer.in_features, layer.out_features, layer.bias is not None)
             dense = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
             # as load_base does: on a CPU with bf16 units it would infer with other roundings
@@ -147,14 +140,9 @@ def test_train_save_open_merge(kind, is_4_bit, tmp_path):
     torch.manual_seed(0)
     make, settings = MODELS[kind]
     model, inputs = make()
-
-    @torch.no_grad()
-    def outputs(model):
-        return output(model, inputs)
-
+    outputs = torch.no_grad()(partial(output, inputs=inputs))
     model = (in_4_bits(model) if is_4_bit else model).eval()
     twin, again = copy.deepcopy(model), copy.deepcopy(model)
-
     config = LoraConfig(r=4, lora_alpha=8, **settings)
     apply_lora(model, config, generator=torch.Generator().manual_seed(0))
     before = outputs(again)
@@ -170,20 +158,17 @@ def test_train_save_open_merge(kind, is_4_bit, tmp_path):
     randomize_adapter(model)  # larger than a few steps make them
     wanted = outputs(model)
     assert (wanted - before).abs().max() > 1e-2
-
     save_adapter(model, tmp_path)
     load_adapter(again, tmp_path, trainable=True)  # convolutions of frozen weights round otherwise
     assert torch.equal(outputs(again), wanted)
     opened = peft.PeftModel.from_pretrained(twin, tmp_path, is_trainable=True).eval()
     torch.testing.assert_close(outputs(opened.base_model.model), wanted, **SUMS)
-    for adapted_model in (model, opened.base_model.model):
-        loss(adapted_model, inputs).backward()
+    (loss(model, inputs) + loss(opened.base_model.model, inputs)).backward()
     pefts = pefts_parameters(opened)
     for name, parameter in parameters_by_file_name(model, "default").items():
         torch.testing.assert_close(parameter.grad, pefts[name].grad, **SUMS, msg=name)
     opened.save_pretrained(tmp_path / "peft")
     require_same_adapter(tmp_path, tmp_path / "peft")
-
     torch.testing.assert_close(outputs(merge_adapter(model)), wanted, **SUMS)
     assert torch.equal(outputs(unmerge_adapter(model)), wanted)
     merged = merge_and_unload(model)
@@ -210,9 +195,9 @@ def test_grouped_convolutions_are_refused_unless_left_out():
     assert [name for name, _ in adapted(apply_lora(Eyes(), config))] == ["first"]
 
 
-@pytest.mark.parametrize(("kind", "head"), [("vit", "classifier"), ("segformer", "decode_head")])
-def test_all_linear_leaves_the_head_alone(kind, head):
-    model, _ = MODELS[kind][0]()
+@pytest.mark.parametrize(("make", "head"), [(vit, "classifier"), (segformer, "decode_head")])
+def test_all_linear_leaves_the_head_alone(make, head):
+    model, _ = make()
     assert list(heads(model)) == [head]
     names = [name for name, _ in adapted(apply_lora(model, LoraConfig(r=2)))]
     assert names and not any(is_in(name, [head]) for name in names)

@@ -8,23 +8,26 @@ import pytest
 import torch
 from adapter_kinds import logits
 from bitsandbytes.nn import Linear4bit
-from conftest import FP32, tiny_model, tiny_tokenizer
+from conftest import FP32, tiny_model
 from transformers import AutoModelForCausalLM
 
-from qlora import load_adapter, load_base
+from qlora import UserError, load_adapter, load_base
 from qlora.adapters import live
 from qlora.adapters.live import resolve_model
 from qlora.config import ModelChoice
-from qlora.errors import UserError
 
 
-def test_an_adapter_is_live_on_its_base_in_the_dtype_of_training(adapters, checkpoints):
-    model = resolve_model(ModelChoice(adapter=str(adapters("llama")))).load()
-    assert not model.training
-    assert model.dtype == torch.float32  # the adapter was trained on such a base
+def test_an_adapter_is_live_in_a_dtype_of_the_machine(adapters, checkpoints, monkeypatch):
+    resolved = resolve_model(ModelChoice(adapter=str(adapters("llama"))))
+    model = resolved.load()
+    assert not model.training and model.dtype == torch.float32  # as in training
     twin = load_base(str(checkpoints("llama")), FP32)
     load_adapter(twin, adapters("llama"))
     assert torch.equal(logits(model), logits(twin.eval()))
+    monkeypatch.setitem(resolved.adapter.base, "compute_dtype", "bf16")
+    for best, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        monkeypatch.setattr(live, "compute_dtype", lambda quant, device, best=best: best)
+        assert resolved.quantization.compute_dtype == name
 
 
 def test_a_model_without_an_adapter_is_loaded_in_16_or_4_bits(adapters, checkpoints, tmp_path):
@@ -40,19 +43,20 @@ def test_a_model_without_an_adapter_is_loaded_in_16_or_4_bits(adapters, checkpoi
     assert resolved.describe().startswith(f"{tmp_path} (4-bit NF4, computed in ")
 
 
-def test_the_compute_dtype_of_training_is_used_if_the_machine_has_units_for_it(
-    adapters, monkeypatch
-):
-    resolved = resolve_model(ModelChoice(adapter=str(adapters("llama"))))
-    monkeypatch.setitem(resolved.adapter.base, "compute_dtype", "bf16")
-    for best, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        monkeypatch.setattr(live, "compute_dtype", lambda quant, device, best=best: best)
-        assert resolved.quantization.compute_dtype == name
+WRONG = [
+    ({"adapter": "empty"}, "holds no adapter_config.json: give the folder with"),
+    ({"adapter": "gone"}, "gone does not exist: give the folder with adapter_config.json"),
+    ({"adapter": "other"}, "not an adapter: give it as --model"),
+    ({"adapter": "cut"}, r"holds no adapter: give its last checkpoint, .*checkpoint-10$"),
+    ({"adapter": "moved"}, r"trained on .*gone, which could not be found: .* --base-model$"),
+    ({"adapter": "moved", "base_model": "other"}, "belongs to another base: it was trained on"),
+    ({"adapter": "moved", "base_model": "gone"}, r"^model .*gone does not exist: give a"),
+    ({"model": "cut/checkpoint-9"}, "is an adapter, .*: give it as --adapter"),
+    ({"model": "empty"}, "is no model: it holds no config.json"),
+]
 
 
-@pytest.fixture
-def broken(adapters, tmp_path):
-    """Folders that each lack something or are of another type."""
+def test_wrong_folders_are_refused_before_loading(adapters, checkpoints, monkeypatch, tmp_path):
     (tmp_path / "empty").mkdir()
     for step in (9, 10):
         shutil.copytree(adapters("llama"), tmp_path / "cut" / f"checkpoint-{step}")
@@ -61,40 +65,16 @@ def broken(adapters, tmp_path):
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (moved / "adapter_config.json").write_text(json.dumps(config))
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
-    tiny_tokenizer().save_pretrained(tmp_path / "other")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        ({"adapter": "empty"}, "holds no adapter_config.json: give the folder with"),
-        ({"adapter": "gone"}, "gone does not exist: give the folder with adapter_config.json"),
-        ({"adapter": "other"}, "not an adapter: give it as --model"),
-        ({"adapter": "cut"}, r"holds no adapter: give its last checkpoint, .*checkpoint-10$"),
-        ({"adapter": "moved"}, r"trained on .*gone, which could not be found: .* --base-model$"),
-        ({"adapter": "moved", "base_model": "other"}, "belongs to another base: it was trained on"),
-        ({"adapter": "moved", "base_model": "gone"}, r"^model .*gone does not exist: give a"),
-        ({"model": "cut/checkpoint-9"}, "is an adapter, .*: give it as --adapter"),
-        ({"model": "empty"}, "is no model: it holds no config.json"),
-    ],
-    ids=str,
-)
-def test_wrong_folders_are_refused_before_anything_is_loaded(broken, choice, message):
-    with pytest.raises(UserError, match=message):
-        resolve_model(ModelChoice(**{key: str(broken / value) for key, value in choice.items()}))
-
-
-def test_shapes_are_compared_if_no_fingerprint_is_known(broken, checkpoints, monkeypatch):
-    adapter = str(broken / "cut" / "checkpoint-9")
+    for choice, message in WRONG:
+        named = {key: str(tmp_path / name) for key, name in choice.items()}
+        with pytest.raises(UserError, match=message):
+            resolve_model(ModelChoice(**named))
+    with pytest.raises(UserError, match=r"other .*tokenizer"):
+        resolve_model(ModelChoice(model=str(tmp_path / "other"))).load_tokenizer()
+    # shapes are compared where no fingerprint is known
+    adapter = str(tmp_path / "cut" / "checkpoint-9")
     from_peft = replace(live.read_adapter(adapter), base={})
     monkeypatch.setattr(live, "read_adapter", lambda folder: from_peft)
     with pytest.raises(UserError, match=r"does not fit this model: .*q_proj is no layer of this"):
         resolve_model(ModelChoice(adapter=adapter, base_model=str(checkpoints("gpt2"))))
-    assert resolve_model(ModelChoice(adapter=adapter, base_model=str(broken / "other")))
-
-
-def test_a_model_without_a_tokenizer(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match=r"bare .*tokenizer"):
-        resolve_model(ModelChoice(model=str(tmp_path / "bare"))).load_tokenizer()
+    assert resolve_model(ModelChoice(adapter=adapter, base_model=str(tmp_path / "other")))

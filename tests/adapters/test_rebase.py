@@ -4,6 +4,7 @@ Expected values come from the checkpoint's own weights, the quantization of test
 PEFT over the unchanged model.
 """
 
+import copy
 import json
 import shutil
 from functools import cache
@@ -13,37 +14,20 @@ import peft
 import pytest
 import reference
 import torch
-from adapter_kinds import SAVED, logits, move, refused
-from conftest import FP32, axis, randomize_adapter, tiny_model
+from adapter_kinds import SAVED, codes, logits, move, refused, same
+from conftest import FP32, axis, randomize_adapter, require_same_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters import rebase
-from qlora.adapters.apply import (
-    adapter_configs,
-    apply_lora,
-    disable_adapter,
-    mixed_batch,
-    set_adapter,
-)
-from qlora.adapters.files import (
-    CONFIG,
-    WEIGHTS,
-    load_adapter,
-    load_adapter_weights,
-    parameters_by_file_name,
-    read_adapter,
-    save_adapter,
-    swap_adapter,
-)
-from qlora.adapters.fuse import delete_adapter, merge_adapter, merge_and_unload, unload
+from qlora import LoraConfig, MergeConfig, QuantConfig, UserError, load_adapter, save_adapter
+from qlora.adapters import delete_adapter, merge_adapter, merge_and_unload, rebase, unload
+from qlora.adapters.apply import apply_lora, disable_adapter, mixed_batch, set_adapter
+from qlora.adapters.files import load_adapter_weights, parameters_by_file_name, swap_adapter
+from qlora.adapters.format import CONFIG, WEIGHTS, read_adapter
 from qlora.adapters.lora import lora_layers
-from qlora.base.load import load_base
+from qlora.base import load_base
 from qlora.base.modules import dense_weight, state_of
-from qlora.config import LoraConfig, MergeConfig, QuantConfig
-from qlora.errors import UserError
 from qlora.merge import merge
-from qlora.ops import nf4
 
 PISSA = {"init_lora_weights": "pissa"}
 OLORA = {"init_lora_weights": "olora"}
@@ -67,6 +51,11 @@ def base(checkpoints):
     return checkpoints("llama")
 
 
+@pytest.fixture
+def plain(base):
+    return load_base(str(base), FP32)
+
+
 @pytest.fixture(scope="module")
 def rebased(checkpoints, tmp_path_factory):
     """`rebased(kind)`: a trained model and its files' folder, made once, not to be changed."""
@@ -79,20 +68,17 @@ def rebased(checkpoints, tmp_path_factory):
     return build
 
 
-def started(base, *, quant=FP32, **settings):
+def started(base, *, quant=FP32, task="causal-lm", **settings):
     """A model from `base` with a new adapter."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 12, **settings})
-    generator = torch.Generator().manual_seed(0)
-    return apply_lora(load_base(str(base), quant), config, generator=generator).eval()
+    generator, model = torch.Generator().manual_seed(0), load_base(str(base), quant, task=task)
+    return apply_lora(model, config, generator=generator).eval()
 
 
 def trained(base, **settings):
-    """The same with noise on A and B."""
+    """The same with noise on every value that is trained."""
     model = started(base, **settings)
-    start = {name: layer.lora_B["default"].clone() for name, layer in lora_layers(model).items()}
-    randomize_adapter(model, std=0.02)
-    for name, layer in lora_layers(model).items():
-        layer.lora_B["default"].data.add_(start[name])
+    move(parameters_by_file_name(model, "default"))
     return model
 
 
@@ -101,7 +87,6 @@ def reloaded(base, folder):
 
 
 def merged(adapter, output, **settings):
-    """The model in the merged checkpoint `output`."""
     merge(MergeConfig(adapter=str(adapter), output_dir=str(output), **settings))
     return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
 
@@ -110,39 +95,19 @@ def originals(base):
     return load_file(base / "model.safetensors")
 
 
+@torch.no_grad()
 def live_weight(layer):
     """The layer's outputs for the identity, (out, in)."""
-    with torch.no_grad():
-        out = layer(torch.eye(layer.in_features))
+    out = layer(torch.eye(layer.in_features))
     return (out if layer.bias is None else out - layer.bias).T
 
 
-def codes(model):
-    return {
-        name.replace(".base_layer", ""): (module.weight.data.clone(), nf4.absmax(quantized))
-        for name, module in model.named_modules()
-        if hasattr(module, "quant_state")
-        for quantized in [nf4.Quantized(module.weight.data, module.weight.quant_state)]
-    }
+OLORA_1 = {**OLORA, "lora_alpha": 8}  # OLoRA of scaling 1 is a projection
 
 
-def assert_same_codes(model, other):
-    ours, theirs = codes(model), codes(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(a, b) for n in ours for a, b in zip(ours[n], theirs[n], strict=True))
-
-
-# ---- the start ----
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [PISSA, {**OLORA, "lora_alpha": 8}, LOFTQ, LOFTQ_3],  # OLoRA of scaling 1 is a projection
-    ids=str,
-)
-def test_the_start_is_nearer_to_the_16_bit_model_than_plain_nf4(base, settings):
-    model, plain = started(base, **{"r": 8, **settings}), load_base(str(base), FP32)
-    weights = originals(base)
+@pytest.mark.parametrize("settings", [PISSA, OLORA_1, LOFTQ, LOFTQ_3], ids=str)
+def test_the_start_is_nearer_to_the_16_bit_model_than_plain_nf4(base, plain, settings):
+    model, weights = started(base, **{"r": 8, **settings}), originals(base)
     for name, layer in lora_layers(model).items():
         wanted = weights[f"{name}.weight"]
         error = float((live_weight(layer) - wanted).norm())
@@ -154,11 +119,10 @@ def test_the_start_is_nearer_to_the_16_bit_model_than_plain_nf4(base, settings):
     assert (logits(model) - full).norm() < (logits(plain) - full).norm()
 
 
-def test_one_round_of_loftq_and_gaussian_leave_the_base_unchanged(base):
-    plain = load_base(str(base), FP32)
+def test_one_round_of_loftq_and_gaussian_leave_the_base_unchanged(base, plain):
     for init in ("loftq", "gaussian"):
         model = started(base, init_lora_weights=init)
-        assert_same_codes(model, plain)
+        assert same(codes(model), codes(plain))
         assert not any(layer.rebased for layer in lora_layers(model).values())
     assert torch.equal(logits(model), logits(plain))
     drawn = torch.cat([layer.lora_A["default"].flatten() for layer in lora_layers(model).values()])
@@ -171,21 +135,18 @@ TASKS = {"gpt2": "causal-lm", "t5": "seq2seq", "roberta": "seq-cls"}
 
 @pytest.mark.parametrize("family", axis(*TASKS))
 def test_other_models_start_and_are_saved_and_restored(family, checkpoints, tmp_path):
-    def new_base():
-        return load_base(str(checkpoints(family)), FP32, task=TASKS[family])
-
-    config, generator = LoraConfig(r=4, lora_alpha=12, **PISSA), torch.Generator().manual_seed(0)
-    model = apply_lora(new_base(), config, generator=generator)
-    weights, errors = originals(checkpoints(family)), {}
+    folder, task = checkpoints(family), TASKS[family]
+    one, two = (load_base(str(folder), FP32, task=task) for _ in range(2))
+    model = started(folder, task=task, **PISSA)
+    weights, errors = originals(folder), {}
     for name, layer in lora_layers(model).items():
         weight = weights[f"{name}.weight"]
         weight = weight.T if family == "gpt2" else weight
         errors[name] = reference.relative_rms(live_weight(layer), weight)
     # the rest of the error of 4 bits, 9 %; T5's wo is not quantized
     assert 0.01 < max(errors.values()) < 0.095, errors
-    save_adapter(model, tmp_path)
-    assert_same_codes(load_adapter(new_base(), tmp_path), model)
-    assert_same_codes(unload(model), new_base())
+    assert same(codes(load_adapter(one, save_adapter(model, tmp_path))), codes(model))
+    assert same(codes(unload(model)), codes(two))
 
 
 def test_layers_that_are_not_quantized_are_rebased_in_fp32(base):
@@ -206,10 +167,8 @@ def test_a_base_that_is_not_quantized_is_restored_to_the_bit(family, monkeypatch
     config = LoraConfig(r=4, target_modules=(leaf,), **PISSA)
     model = tiny_model(family, dtype=torch.bfloat16)
     before = logits(model)
-    apply_lora(model, config)
-    randomize_adapter(model)
+    randomize_adapter(apply_lora(model, config))
     assert torch.equal(logits(unload(model)), before)
-
     once = Mock(wraps=rebase.start_from_weights, side_effect=[DEFAULT, MemoryError])
     monkeypatch.setattr(rebase, "start_from_weights", once)
     with pytest.raises(MemoryError):
@@ -229,9 +188,8 @@ def test_bf16_adapters_and_other_codes(base):
     assert layer(torch.ones(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("settings", [PISSA, LOFTQ, LOFTQ_3], ids=["pissa", "loftq", "loftq_3"])
+@pytest.mark.parametrize("settings", [PISSA, LOFTQ, LOFTQ_3], ids=str)
 def test_a_weight_of_zeros_gets_an_adapter_that_can_learn(settings, tmp_path):
-    """A = 0 and B = 0 would get no gradients."""
     plain = tiny_model("llama")
     plain.get_submodule(Q).weight.data.zero_()
     plain.save_pretrained(tmp_path / "base")
@@ -239,23 +197,16 @@ def test_a_weight_of_zeros_gets_an_adapter_that_can_learn(settings, tmp_path):
     layer = lora_layers(model)[Q]
     assert layer.lora_A["default"].any()
     assert not live_weight(layer).any()
-    save_adapter(model, tmp_path / "adapter")
-    assert torch.equal(logits(reloaded(tmp_path / "base", tmp_path / "adapter")), logits(model))
-
-
-def test_biases_and_a_head_trained_in_full_beside_it(tmp_path):
-    settings = {"bias": "lora_only", SAVED: ("lm_head",), "target_modules": ("q_proj", "fc1")}
-    tiny_model("phi").save_pretrained(tmp_path / "base")
-    model = trained(tmp_path / "base", **PISSA, **settings)
-    move(parameters_by_file_name(model, "default"))
-    save_adapter(model, tmp_path / "adapter")
-    again = reloaded(tmp_path / "base", tmp_path / "adapter")
+    again = reloaded(tmp_path / "base", save_adapter(model, tmp_path / "adapter"))
     assert torch.equal(logits(again), logits(model))
-    plain = load_base(str(tmp_path / "base"), FP32)
-    assert torch.equal(logits(unload(again)), logits(plain))
 
 
-# ---- disabled, removed, fused ----
+def test_biases_and_a_head_trained_in_full_beside_it(checkpoints, tmp_path):
+    settings, phi = {"bias": "lora_only", SAVED: ("lm_head",)}, checkpoints("phi")
+    model = trained(phi, **PISSA, **settings, target_modules=("q_proj", "fc1"))
+    again = reloaded(phi, save_adapter(model, tmp_path))
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(unload(again)), logits(load_base(str(phi), FP32)))
 
 
 @pytest.mark.parametrize("kind", ["pissa", "loftq"])
@@ -270,34 +221,24 @@ def test_disabled_the_base_has_the_subtracted_part_beside_it(base, kind, rebased
             assert torch.equal(logits(model), logits(started(base, **PISSA)))
 
 
-def test_unloaded_or_deleted_the_model_is_the_base_that_was_loaded(base):
-    plain, deleted = load_base(str(base), FP32), trained(base, **PISSA)
+def test_fused_it_is_the_trained_function_and_unloaded_or_deleted_the_base(base, plain):
+    deleted = trained(base, **PISSA)
+    fused, wanted = copy.deepcopy(deleted), logits(deleted)
+    for fuse in (merge_adapter, merge_and_unload):
+        torch.testing.assert_close(logits(fuse(fused)), wanted, **SAME_LOGITS)
+    assert state_of(fused).original_weights is None  # of another model now
     set_adapter(deleted, [])
     delete_adapter(deleted, "default")
     for model in (deleted, unload(trained(base, **LOFTQ_3))):
-        assert_same_codes(model, plain)
+        assert same(codes(model), codes(plain))
         assert torch.equal(logits(model), logits(plain))
     apply_lora(model, LoraConfig(r=2))  # any adapter can be added again
 
 
-def test_fused_the_model_is_the_trained_function(base):
-    model = trained(base, **PISSA)
-    wanted = logits(model)
-    for fuse in (merge_adapter, merge_and_unload):
-        fuse(model)
-        torch.testing.assert_close(logits(model), wanted, **SAME_LOGITS)
-    assert state_of(model).original_weights is None  # of another model now
-
-
-# ---- the files ----
-
-
 @pytest.mark.parametrize("kind", REBASING)
-def test_saved_files_are_plain_for_peft_and_load_as_the_trained_function(
-    kind, base, rebased, tmp_path
-):
+def test_saved_files_are_plain_for_peft_and_load_as_trained(kind, base, rebased, tmp_path):
     model, folder = rebased(kind)
-    config, weights = adapter_configs(model)["default"], originals(base)
+    config, weights = state_of(model).lora_configs["default"], originals(base)
     written = json.loads((folder / CONFIG).read_text())
     assert (written["init_lora_weights"], written["r"]) == (True, 8)
     full = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -315,29 +256,24 @@ def test_saved_files_are_plain_for_peft_and_load_as_the_trained_function(
         delta = theirs.get_submodule(name).get_delta_weight("default").double()
         torch.testing.assert_close(delta, learned, rtol=1e-4, atol=1e-6)
     again = reloaded(base, folder)
-    assert_same_codes(again, model)
+    assert same(codes(again), codes(model))
     assert torch.equal(logits(again), logits(model))
-    assert adapter_configs(again)["default"].of(Q).r == config.of(Q).r
-    save_adapter(again, tmp_path)
-    ours, theirs = (load_file(path / WEIGHTS) for path in (folder, tmp_path))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert state_of(again).lora_configs["default"].of(Q).r == config.of(Q).r
+    require_same_adapter(folder, save_adapter(again, tmp_path))
 
 
 @pytest.mark.parametrize("init", ["pissa", True], ids=["same", "plain"])
 def test_a_run_resumes_with_the_base_of_its_checkpoint(base, tmp_path, init):
-    """Also if the new adapter started differently."""
     model = trained(base, init_lora_weights="pissa_niter_0")
-    save_adapter(model, tmp_path)
     again = started(base, init_lora_weights=init)
-    load_adapter_weights(again, tmp_path)
-    assert_same_codes(again, model)
+    load_adapter_weights(again, save_adapter(model, tmp_path))
+    assert same(codes(again), codes(model))
     assert torch.equal(logits(again), logits(model))
     lora_A = (p for layer in lora_layers(again).values() for p in layer.lora_A.values())
     assert all(p.requires_grad for p in lora_A)
     plain = started(base)
-    save_adapter(plain, tmp_path / "plain")
-    load_adapter_weights(again, tmp_path / "plain")
-    assert_same_codes(again, plain)
+    load_adapter_weights(again, save_adapter(plain, tmp_path / "plain"))
+    assert same(codes(again), codes(plain))
 
 
 def test_portable_files_are_the_same_over_their_own_base(base, rebased, tmp_path):
@@ -348,8 +284,7 @@ def test_portable_files_are_the_same_over_their_own_base(base, rebased, tmp_path
     assert (written["r"], written["rank_pattern"]) == (12, {})
     again = reloaded(base, tmp_path)
     torch.testing.assert_close(logits(again), logits(model), **SAME_LOGITS)
-    save_adapter(again, tmp_path / "again")
-    assert len(read_adapter(tmp_path / "again").subtracted[Q].lora_A) == 6
+    assert len(read_adapter(save_adapter(again, tmp_path / "again")).subtracted[Q].lora_A) == 6
     whole = merged(tmp_path, tmp_path / "out", format="fp32")
     torch.testing.assert_close(logits(whole), logits(model), **SAME_LOGITS)
 
@@ -358,12 +293,8 @@ def test_metadata_that_contradicts_the_tensors_is_refused(rebased, tmp_path):
     shutil.copytree(rebased("pissa")[1], tmp_path, dirs_exist_ok=True)
     record = {"format": "pt", "qlora": json.dumps({"rebased": {Q: 5}})}
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata=record)
-    message = f"{Q} must have 10 ranks, of which 5 .*; .* is not in its metadata"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"{Q} must have 10 ranks, of which 5 .*; .* is not in its"):
         read_adapter(tmp_path)
-
-
-# ---- the merge ----
 
 
 @pytest.mark.parametrize("kind", axis(*REBASING))
@@ -374,11 +305,10 @@ def test_the_merge_is_the_trained_function(kind, rebased, tmp_path):
 
 
 def test_the_merge_onto_the_original_weights_adds_the_learned_change(base, tmp_path):
-    save_adapter(started(base, **PISSA), tmp_path / "adapter")
-    merged(tmp_path / "adapter", tmp_path / "out", format="fp32", onto="original")
-    again, full = load_file(tmp_path / "out" / "model.safetensors"), originals(base)
-    for name, weight in again.items():  # of a new adapter: zero
-        torch.testing.assert_close(weight, full[name], rtol=1e-5, atol=1e-7)
+    folder = save_adapter(started(base, **PISSA), tmp_path / "adapter")  # new: the change is zero
+    whole = merged(folder, tmp_path / "out", format="fp32", onto="original").state_dict()
+    for name, weight in originals(base).items():
+        torch.testing.assert_close(whole[name], weight, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("calibration", axis("none", "self"))
@@ -390,10 +320,10 @@ def test_the_merge_to_4_bits_keeps_the_learned_change(rebased, tmp_path, calibra
     assert all(0.7 < share < 1.3 for share in kept), kept
 
 
-def test_merges_that_need_the_unchanged_base_are_refused(base, rebased, tmp_path):
+def test_merges_that_need_the_unchanged_base_are_refused(plain, rebased, tmp_path):
     folder = str(rebased("pissa")[1])
     shutil.copytree(folder, tmp_path / "two")
-    load_base(str(base), FP32).save_pretrained(tmp_path / "nf4")
+    plain.save_pretrained(tmp_path / "nf4")
     output = {"output_dir": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"was changed for it .*: merge it alone"):
         merge(MergeConfig(adapter=(folder, str(tmp_path / "two")), **output))
@@ -402,59 +332,46 @@ def test_merges_that_need_the_unchanged_base_are_refused(base, rebased, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-# ---- refused, with the model unchanged ----
+def test_layers_that_do_not_support_an_init_are_named(base, plain):
+    skipped = load_base(str(base), QuantConfig(compute_dtype="fp32", skip_modules=("q_proj",)))
+    ranks = {"rank_pattern": {"k_proj": 33, "v_proj": 99}, "r": 4}
+    too_high = (
+        r"0.self_attn.k_proj has r=33 and is \(32, 64\), .*0.self_attn.v_proj has r=99 "
+        ".*1.self_attn.v_proj .* Give a smaller r"
+    )
+    embedding = {"target_modules": ("q_proj", "embed_tokens")}
+    for model, inits, settings, message in (
+        (plain, ("pissa", "olora", "loftq"), ranks, "'{}' .*" + too_high),
+        (plain, ("loftq", "eva"), embedding, "'{}' .* only, not model.embed"),
+        (skipped, ("loftq",), {}, rf"not quantized: {Q}, {Q_1}. Name them in exclude_modules"),
+    ):
+        for init in inits:
+            with refused(model, message.replace("{}", init)):
+                apply_lora(model, LoraConfig(init_lora_weights=init, **settings))
 
 
-RANKS = {"rank_pattern": {"k_proj": 33, "v_proj": 99}, "r": 4}
-TOO_HIGH = (
-    r"'{}' .*0.self_attn.k_proj has r=33 and is \(32, 64\), .*0.self_attn.v_proj has r=99 "
-    ".*1.self_attn.v_proj .* Give a smaller r"
-)
-NOT_LINEAR = {"target_modules": ("q_proj", "embed_tokens")}
-
-
-@pytest.mark.parametrize(
-    ("init", "settings", "message"),
-    [
-        *((init, RANKS, TOO_HIGH) for init in ("pissa", "olora", "loftq")),
-        *((init, NOT_LINEAR, "'{}' .* only, not model.embed") for init in ("loftq", "eva")),
-        ("loftq", {}, rf"not quantized: {Q}, {Q_1}. Name them in exclude_modules"),
-    ],
-    ids=str,
-)
-def test_layers_that_do_not_support_an_init_are_named(base, init, settings, message):
-    quant = QuantConfig(compute_dtype="fp32", skip_modules=() if settings else ("q_proj",))
-    model = load_base(str(base), quant)
-    with refused(model, message.replace("{}", init)):
-        apply_lora(model, LoraConfig(init_lora_weights=init, **settings))
-
-
-def test_a_model_without_its_original_weights_is_refused(base, checkpoints, tmp_path):
+def test_a_model_without_its_original_weights_is_refused(base, plain, checkpoints, tmp_path):
+    shutil.copytree(base, tmp_path / "gone")
+    model = trained(tmp_path / "gone", **PISSA)
+    shutil.rmtree(tmp_path / "gone")
+    with refused(model, "can no longer be read"):
+        unload(model)
     config = LoraConfig(**PISSA, target_modules=("q_proj",))
-    load_base(str(base), FP32).save_pretrained(tmp_path)
-    quantized, model = load_base(str(tmp_path), FP32), load_base(str(base), FP32)
-    other = load_base(str(checkpoints("gpt2")), FP32)
+    plain.save_pretrained(tmp_path)
+    quantized, other = (load_base(str(f), FP32) for f in (tmp_path, checkpoints("gpt2")))
     needed = "weights from before quantization are needed .*: load a 16-bit checkpoint"
     for target, given, message in [
         (quantized, state_of(quantized).original_weights, needed),
-        (model, None, needed),
-        (model, state_of(other).original_weights, f"does not hold the weights of {Q}, {Q_1} in"),
+        (plain, None, needed),
+        (plain, state_of(other).original_weights, f"does not hold the weights of {Q}, {Q_1} in"),
     ]:
         state_of(target).original_weights = given
         with refused(target, message):
             apply_lora(target, config)
 
 
-def test_a_checkpoint_that_is_gone_is_refused(base, tmp_path):
-    shutil.copytree(base, tmp_path / "base")
-    model = trained(tmp_path / "base", **PISSA)
-    shutil.rmtree(tmp_path / "base")
-    with refused(model, "can no longer be read"):
-        unload(model)
-
-
-def test_a_start_that_fails_half_way_restores_the_bases(base, monkeypatch):
-    model, plain = load_base(str(base), FP32), load_base(str(base), FP32)
+def test_a_start_that_fails_half_way_restores_the_bases(base, plain, monkeypatch):
+    model = load_base(str(base), FP32)
     originals = state_of(model).original_weights
     failure = [*[DEFAULT] * 4, UserError("the disk is asleep"), *[DEFAULT] * 4]
     reads = Mock(wraps=originals.read, side_effect=failure)
@@ -462,7 +379,7 @@ def test_a_start_that_fails_half_way_restores_the_bases(base, monkeypatch):
     with refused(model, "asleep"):
         apply_lora(model, LoraConfig(r=4, **PISSA))
     assert reads.call_count == 5 + 4  # the bases of four layers were quantized again
-    assert_same_codes(model, plain)
+    assert same(codes(model), codes(plain))
 
 
 def test_a_changed_base_holds_one_adapter(base, rebased, tmp_path):
@@ -471,12 +388,11 @@ def test_a_changed_base_holds_one_adapter(base, rebased, tmp_path):
     was_changed = "it was changed for adapter default .PiSSA, OLoRA or LoftQ.: unload that first"
     in_use = "changes the base, and adapter default needs it unchanged: unload first"
     for target, message, saved in [(model, was_changed, tmp_path), (plain, in_use, folder)]:
-        for add in (
-            lambda target, _: apply_lora(target, LoraConfig(**OLORA), adapter_name="other"),
-            lambda target, saved: load_adapter(target, saved, adapter_name="other"),
-            lambda target, saved: swap_adapter(target, saved),
-        ):
-            with refused(target, message):
-                add(target, saved)
+        with refused(target, message):
+            apply_lora(target, LoraConfig(**OLORA), adapter_name="other")
+        with refused(target, message):
+            load_adapter(target, saved, adapter_name="other")
+        with refused(target, message):
+            swap_adapter(target, saved)
     with refused(model, was_changed), mixed_batch(model, ["default", None]):
         pass

@@ -3,38 +3,26 @@ SVD in float64, plain sums over tokens, and PEFT."""
 
 from contextlib import redirect_stderr
 from io import StringIO
+from itertools import product
 
 import peft
 import pytest
 import reference
 import torch
-from adapter_kinds import logits
+from adapter_kinds import logits, refused
 from conftest import FP32, tiny_tokenizer, token_ids
 from peft.tuners.lora.eva import get_eva_state_dict
 from torch import nn
 
-from qlora.adapters.apply import adapter_configs, apply_lora
-from qlora.adapters.files import save_adapter
+from qlora import LoraConfig, apply_lora, load_base, save_adapter
+from qlora.adapters import starts
+from qlora.adapters.apply import adapter_configs
 from qlora.adapters.format import read_adapter
 from qlora.adapters.lora import lora_layers
-from qlora.adapters.starts import (
-    MAX_BYTES,
-    SecondMoments,
-    best_rank,
-    loftq,
-    main_directions,
-    moments_budget,
-    olora,
-    pissa,
-    redistribute,
-)
-from qlora.base.load import load_base
-from qlora.config import LoraConfig
+from qlora.adapters.starts import SecondMoments, best_rank, loftq, olora, pissa
 from qlora.data.rows import length_batches
-from qlora.errors import UserError
 
 R, SCALING = 4, 3.0
-SHAPES = [(48, 64), (64, 48), (64, 64)]
 # 64 roundings of 6e-8 in a product of values around 1; a direction's error is that times its
 # singular value over the gap to the next one, 10 to 30 here
 FP32_TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -66,14 +54,14 @@ def batches():
     return padded
 
 
+@torch.no_grad()
 def inputs(model, name):
     """A layer's inputs at the real tokens of `batches`, float64 (tokens, in)."""
     seen, tokens = [], []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    with torch.no_grad():
-        for batch in batches():
-            model(**batch)
-            tokens.append(seen.pop()[batch["attention_mask"].bool()])
+    for batch in batches():
+        model(**batch)
+        tokens.append(seen.pop()[batch["attention_mask"].bool()])
     hook.remove()
     return torch.cat(tokens).double()
 
@@ -89,13 +77,9 @@ def fresh(checkpoints):
     return load_base(str(checkpoints("llama")), FP32)
 
 
-# ---- from the weight ----
-
-
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (64, 64)])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_pissa_and_olora_are_pefts(init, shape):
-    """PiSSA's directions may have either sign."""
     weight = random_weight(*shape)
     layer = nn.Linear(shape[1], shape[0], bias=False)
     layer.load_state_dict({"weight": weight})
@@ -107,7 +91,7 @@ def test_pissa_and_olora_are_pefts(init, shape):
     delta = reference.delta(lora_A, lora_B, SCALING)
     if init == "pissa":
         torch.testing.assert_close(delta, truncated(weight, R), **FP32_TOLERANCE)
-        signs = (lora_A * wanted_A).sum(1).sign()
+        signs = (lora_A * wanted_A).sum(1).sign()  # PiSSA's directions may have either
         lora_A, lora_B = lora_A * signs[:, None], lora_B * signs
     torch.testing.assert_close(lora_A, wanted_A, **FP32_TOLERANCE)
     torch.testing.assert_close(lora_B, wanted_B, **FP32_TOLERANCE)
@@ -129,21 +113,16 @@ def test_pissa_with_niter_converges_to_the_exact_one_and_uses_the_generator():
     assert error(0, seed=1) != error(0) == error(0)
 
 
-def loftq_of_the_paper(weight, r, iterations):
-    """Algorithm 1 of arXiv:2310.08659, in float64; the product of the factors, and Q."""
-    product = torch.zeros_like(weight, dtype=torch.float64)
-    for _ in range(iterations):
-        codes = round_trip((weight.double() - product).float()).double()
-        product = truncated(weight.double() - codes, r)
-    return product, codes
-
-
 @pytest.mark.parametrize("scaling", [0.25, 1.0, 3.0])
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_loftq_is_the_papers_whatever_the_scaling(iterations, scaling):
+    """Algorithm 1 of arXiv:2310.08659, in float64: the product of the factors, and Q."""
     weight = random_weight(48, 64)
+    product = torch.zeros_like(weight, dtype=torch.float64)
+    for _ in range(iterations):
+        codes = round_trip((weight.double() - product).float()).double()
+        product = truncated(weight.double() - codes, R)
     pair, subtracted = loftq(weight, R, scaling, round_trip, iterations=iterations)
-    product, codes = loftq_of_the_paper(weight, R, iterations)
     # a value half-way between two codes may take either: the tolerance is a few such steps
     error = float((reference.delta(*pair, scaling) - product).norm() / product.norm())
     assert error < 0.02
@@ -156,39 +135,17 @@ def test_loftq_is_the_papers_whatever_the_scaling(iterations, scaling):
         assert error < 1.01 * float((weight - codes - product).norm())
 
 
-def test_loftq_error_falls_with_every_iteration_and_pissa_error_is_below_plain_nf4():
-    weight = random_weight(96, 64) @ torch.diag(torch.linspace(0.2, 3, 64))
-    errors = [float((weight - round_trip(weight)).norm())]
-    for iterations in range(1, 6):
-        pair, base = loftq(weight, R, SCALING, round_trip, iterations=iterations)
-        rest = weight if base is None else weight - reference.delta(*base, SCALING).float()
-        error = weight - round_trip(rest) - reference.delta(*pair, SCALING)
-        errors.append(float(error.norm()))
-    assert errors == sorted(errors, reverse=True)
-    rest = weight - reference.delta(*pissa(weight, R, SCALING), SCALING).float()
-    assert float((rest - round_trip(rest)).norm()) < errors[0]
-
-
-@pytest.mark.parametrize("r", [1, 48])
-def test_best_rank_is_exact_for_a_matrix_of_lower_rank(r):
+def test_best_rank_is_exact_for_a_matrix_of_lower_rank():
     weight = random_weight(48, 1) @ random_weight(1, 64, seed=1)
-    for matrix in (weight, weight.T, torch.zeros(48, 64)):
+    for matrix, r in product((weight, weight.T, torch.zeros(48, 64)), (1, 48)):
         left, right = best_rank(matrix, r)
         assert left.isfinite().all() and right.isfinite().all()
         torch.testing.assert_close(left @ right, matrix, **FP32_TOLERANCE)
 
 
-# ---- moments ----
-
-
-def linears(model):
-    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return {n: m for n, m in model.named_modules() if n.endswith(names)}
-
-
 @pytest.mark.parametrize("max_bytes", [1 << 30, 4 * (128**2 + 64**2), 1])
 def test_moments_are_sums_over_real_tokens(base, max_bytes):
-    layers = linears(base)
+    layers = {n: m for n, m in base.named_modules() if n.endswith("_proj")}
     moments = SecondMoments(base, batches(), layers, max_bytes=max_bytes)
     for name in layers:
         x = inputs(base, name)
@@ -203,26 +160,19 @@ def test_moments_are_sums_over_real_tokens(base, max_bytes):
         for group in moments.groups
     ]
     assert all(size <= max_bytes for size in sizes) or len(sizes) == len(layers)
-    assert len(sizes) == 1 or max_bytes < 1 << 30
     assert not any(layer._forward_pre_hooks for layer in layers.values())
+    if max_bytes == 1 << 30:  # layers that read one input share its moments
+        assert len(sizes) == 1
+        q, k, v, o = (moments.of(f"model.layers.1.self_attn.{name}_proj") for name in "qkvo")
+        gate, up = (moments.of(f"model.layers.1.mlp.{name}_proj") for name in ("gate", "up"))
+        assert q is k is v and q is not o and gate is up
 
 
-def test_layers_that_read_one_input_share_its_moments(base):
-    moments = SecondMoments(base, batches(), linears(base))
-    q, k, v, o = (moments.of(f"model.layers.1.self_attn.{name}_proj") for name in "qkvo")
-    assert q is k is v and q is not o
-    gate, up = (moments.of(f"model.layers.1.mlp.{name}_proj") for name in ("gate", "up"))
-    assert gate is up
-
-
-@pytest.mark.parametrize(("free", "wanted"), [(3 << 30, 3 << 29), (100 << 30, MAX_BYTES)])
-def test_moments_use_at_most_half_of_the_free_gpu_memory(monkeypatch, free, wanted):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 8 << 30))
-    assert moments_budget(torch.device("cuda")) == wanted
-    assert moments_budget(torch.device("cpu")) == MAX_BYTES
-
-
-# ---- EVA ----
+def test_moments_use_at_most_half_of_the_free_gpu_memory(monkeypatch):
+    for free, wanted in ((3 << 30, 3 << 29), (100 << 30, starts.MAX_BYTES)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 8 << 30))
+        assert starts.moments_budget(torch.device("cuda")) == wanted
+    assert starts.moments_budget(torch.device("cpu")) == starts.MAX_BYTES
 
 
 def test_each_layer_gets_the_main_directions_of_its_inputs(base, fresh):
@@ -247,8 +197,8 @@ def test_each_layer_gets_the_main_directions_of_its_inputs(base, fresh):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_directions_and_ranks_are_pefts(fresh):
-    """On one repeated batch PEFT's incremental PCA equals the full one."""
-    batch, targets = batches()[:1], ("q_proj", "o_proj", "down_proj")
+    targets = ("q_proj", "o_proj", "down_proj")
+    batch = batches()[:1]  # repeated, PEFT's incremental PCA equals the full one
     eva = peft.EvaConfig(rho=2.0, use_label_mask=False, tau=0.999)
     config = peft.LoraConfig(**EVA, target_modules=list(targets), eva_config=eva)
     with redirect_stderr(StringIO()):
@@ -281,37 +231,27 @@ def test_layers_get_separate_ranks_and_keep_their_scaling(fresh, tmp_path):
     assert {n: len(pair.lora_A) for n, pair in read_adapter(tmp_path).pairs.items()} == ranks
 
 
-def test_main_directions_and_their_shares_of_variance():
+def test_main_directions_their_shares_of_variance_and_ranks():
     x = random_weight(500, 64) * torch.logspace(-2, 1, 64)
     x -= x.mean(0)
     _, values, right = torch.linalg.svd(x.double(), full_matrices=False)
-    directions, shares = main_directions(x.T @ x, R)
+    directions, shares = starts.main_directions(x.T @ x, R)
     cosines = (directions.double() * right[:R]).sum(1).abs()
     torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=1e-4, atol=0)
     wanted = (values**2 / (values**2).sum())[:R].float()
     torch.testing.assert_close(shares, wanted, rtol=1e-4, atol=0)
+    # ranks go to the largest shares
+    values = {"a": [0.5, 0.3, 0.1, 0.05], "b": [0.2, 0.1, 0.05, 0.01], "c": [0.04, 0.03, 0.02]}
+    shares = {name: torch.tensor(share) for name, share in values.items()}
+    assert starts.redistribute(shares, 4) == {"a": 3, "b": 1, "c": 0}
+    assert sum(starts.redistribute(shares, 7).values()) == 7
 
 
-def test_ranks_go_to_the_directions_with_the_largest_shares():
-    shares = {
-        "a": torch.tensor([0.5, 0.3, 0.1, 0.05]),
-        "b": torch.tensor([0.2, 0.1, 0.05, 0.01]),
-        "c": torch.tensor([0.04, 0.03, 0.02, 0.01]),
-    }
-    assert redistribute(shares, 4) == {"a": 3, "b": 1, "c": 0}
-    assert sum(redistribute(shares, 7).values()) == 7
-
-
-@pytest.mark.parametrize(
-    ("settings", "data", "message"),
-    [
+def test_unusable_settings_or_data_for_eva_are_refused(base):
+    for settings, data, message in (
         ({}, None, "'eva' needs inputs of the layers: give apply_lora `data`"),
         ({"r": 65}, batches(), r"r of at most the smaller side .*0.self_attn.q_proj has r=65"),
         ({"target_modules": ("q_proj", "lm_head")}, batches(), "^lm_head read too few tokens of"),
-    ],
-    ids=["no data", "rank", "too few tokens"],
-)
-def test_unusable_settings_or_data_for_eva_are_refused(settings, data, message, base):
-    with pytest.raises(UserError, match=message):
-        apply_lora(base, LoraConfig(**{**EVA, **settings}), data=data)
-    assert not lora_layers(base)
+    ):
+        with refused(base, message):
+            apply_lora(base, LoraConfig(**{**EVA, **settings}), data=data)

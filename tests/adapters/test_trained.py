@@ -2,49 +2,39 @@
 
 import copy
 from typing import Any
+from unittest.mock import DEFAULT, Mock
 
 import peft
 import pytest
 import torch
 from adapter_kinds import (
     ADAPTER_KINDS,
-    FP32_OR_16_BITS,
     OUR_KINDS,
     QV,
     gradients_of,
     logits,
     new_base,
+    refused,
     trained,
 )
-from conftest import NEEDS_GPU, require_same_adapter
+from conftest import on_gpu, require_same_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qlora import LoraConfig, QuantConfig, UserError, load_adapter, load_base, save_adapter
+from qlora.adapters import lora, merge_adapter, merge_and_unload, unload, unmerge_adapter
 from qlora.adapters.apply import apply_lora, disable_adapter, mixed_batch, set_adapter
-from qlora.adapters.files import (
-    load_adapter,
-    load_adapter_weights,
-    parameters_by_file_name,
-    save_adapter,
-    swap_adapter,
-)
-from qlora.adapters.fuse import merge_adapter, merge_and_unload, unload, unmerge_adapter
-from qlora.adapters.lora import LoRALayer
+from qlora.adapters.files import load_adapter_weights, parameters_by_file_name, swap_adapter
+from qlora.adapters.format import WEIGHTS
 from qlora.adapters.wrappers import adapted
-from qlora.base.load import load_base
-from qlora.config import LoraConfig, QuantConfig
-from qlora.errors import UserError
 
 # PEFT warns of tied weights, and of patterns that it looks for among layers.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
 ]
-WEIGHTS = "adapter_model.safetensors"
+BASES = ("4-bit", "plain")
 SUMS = {"rtol": 1e-5, "atol": 1e-5}  # fp32: the same sums in another order
-
-
-# ---- every kind ----
 
 
 def on_base(kind: str, base: str) -> Any:
@@ -54,10 +44,7 @@ def on_base(kind: str, base: str) -> Any:
     return pytest.param((kind, base), marks=marks, id=f"{kind}, {base}")
 
 
-ON_BASES = [on_base(kind, base) for kind in OUR_KINDS for base in ("4-bit", "plain")]
-
-
-@pytest.fixture(scope="module", params=ON_BASES)
+@pytest.fixture(scope="module", params=[on_base(k, b) for k in OUR_KINDS for b in BASES])
 def kind(request):
     """(kind, base): all tests of one run after another, over one build."""
     return request.param
@@ -75,26 +62,18 @@ def fresh(kind, checkpoints):
     return lambda: new_base(*kind, checkpoints(family, tied))
 
 
-def needs_peft(build):
+def test_logits_gradients_and_files_are_pefts_and_peft_opens_ours(build, fresh):
     if not build.gradients:
         pytest.skip("PEFT would copy the 4-bit codes, which nothing trains; ours become dense")
-
-
-def test_logits_and_gradients_are_pefts(build):
-    needs_peft(build)
     torch.testing.assert_close(logits(build.model), build.logits, **SUMS)
     assert (build.logits - build.base_logits).abs().max() > 1e-3  # the adapter is not idle
     parameters = parameters_by_file_name(build.model, "default")
-    ours = gradients_of(build.model, parameters)
-    assert ours.keys() == build.gradients.keys()
-    for name, gradient in ours.items():
+    gradients = gradients_of(build.model, parameters)
+    assert gradients.keys() == build.gradients.keys()
+    for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, build.gradients[name], **SUMS, msg=name)
     trainable = {id(p) for p in build.model.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in parameters.values()}
-
-
-def test_files_are_pefts_and_peft_opens_ours(build, fresh):
-    needs_peft(build)
     ours, theirs = (load_file(f / WEIGHTS) for f in (build.folder, build.peft_folder))
     # PEFT saves an embedding whole beside its A and B, untrained as it is
     copies = {name for name in theirs if name.endswith((".base_layer.weight", "lm_head.weight"))}
@@ -114,17 +93,14 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(kind, fresh, build, tmp_path
     assert torch.equal(logits(resumed), logits(build.model))
 
 
-def test_the_base_is_untouched_and_unmerging_is_exact(build):
+def test_disabled_and_unloaded_it_is_the_base_and_merged_a_plain_model(build, tmp_path):
     model, live = build.model, logits(build.model)
     with disable_adapter(model):
         assert torch.equal(logits(model), build.base_logits)
     assert torch.equal(logits(model), live)
     torch.testing.assert_close(logits(merge_adapter(model)), live, **SUMS)
     assert torch.equal(logits(unmerge_adapter(model)), live)
-
-
-def test_unloaded_it_is_the_base_and_merged_a_plain_model(build, tmp_path):
-    unloaded, merged = copy.deepcopy(build.model), copy.deepcopy(build.model)
+    unloaded, merged = copy.deepcopy(model), copy.deepcopy(model)
     assert torch.equal(logits(unload(unloaded)), build.base_logits) and not adapted(unloaded)
     assert not adapted(merge_and_unload(merged))
     torch.testing.assert_close(logits(merged), build.logits, **SUMS)
@@ -156,8 +132,7 @@ def test_rows_of_a_batch_have_their_own_adapters(kind, build):
     torch.testing.assert_close(mixed[1], build.logits[1], **SUMS)
 
 
-@pytest.mark.gpu
-@NEEDS_GPU
+@on_gpu
 @pytest.mark.parametrize("kind", OUR_KINDS)
 def test_every_kind_in_bf16_on_a_gpu(kind, checkpoints, tmp_path):
     _, family, tied, *_ = ADAPTER_KINDS[kind]
@@ -178,27 +153,20 @@ def test_every_kind_in_bf16_on_a_gpu(kind, checkpoints, tmp_path):
     assert torch.equal(logits(unload(model)), before)
 
 
-# ---- what is refused, with the model as it was ----
-
-
 def test_only_one_adapter_trains_biases(checkpoints, tmp_path):
-    model = load_base(str(checkpoints("qwen2", False)), FP32_OR_16_BITS).eval()
-    save_adapter(trained(model, "all biases"), tmp_path)
-    before = logits(model)
+    model = trained(new_base("all biases", "4-bit", checkpoints("qwen2", False)), "all biases")
+    save_adapter(model, tmp_path)
     again = LoraConfig(target_modules=QV, bias="lora_only")
     for put, asked in ((apply_lora, again), (load_adapter, tmp_path)):
-        with pytest.raises(UserError, match="'default' trains biases already, and only one"):
+        with refused(model, "'default' trains biases already, and only one"):
             put(model, asked, adapter_name="other")
-    assert torch.equal(logits(model), before)
 
 
 def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(checkpoints):
-    model = load_base(str(checkpoints("llama", False)), FP32_OR_16_BITS).eval()
+    model = new_base("lora_bias", "4-bit", checkpoints("llama", False))
     apply_lora(model, LoraConfig(r=2, target_modules=("v_proj", "k_proj"), lora_bias=True))
-    before = logits(model)
-    with pytest.raises(UserError, match=r"'default' has lora_bias, and .*k_proj, .*no bias to"):
+    with refused(model, r"'default' has lora_bias, and .*k_proj, .*no bias to"):
         merge_and_unload(model)
-    assert adapted(model) and torch.equal(logits(model), before)
     merge_adapter(model)
 
 
@@ -208,23 +176,21 @@ def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(checkpoints):
     ("lora on the head", "token rows, tied", True),
 ])  # fmt: skip
 def test_two_that_own_the_same_part_are_not_active_together(checkpoints, one, two, tied):
-    model = load_base(str(checkpoints("llama", tied)), FP32_OR_16_BITS).eval()
-    trained(trained(model, one, name="one"), two, name="two", seed=4)
-    before = logits(model)
+    model = trained(new_base(one, "4-bit", checkpoints("llama", tied)), one, name="one")
+    trained(model, two, name="two", seed=4)
     for call in (set_adapter, merge_adapter, merge_and_unload):
-        with pytest.raises(UserError, match="'one' and 'two' cannot be active together: each has"):
+        with refused(model, "'one' and 'two' cannot be active together: each has"):
             call(model, ["one", "two"])
-    assert torch.equal(logits(model), before)
 
 
 def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(checkpoints, tmp_path):
     def base():
-        return load_base(str(checkpoints("mixtral", False)), FP32_OR_16_BITS).eval()
+        return new_base("experts", "4-bit", checkpoints("mixtral", False))
 
-    save_adapter(trained(base(), "experts"), tmp_path)
+    model, path = trained(base(), "experts"), tmp_path / WEIGHTS
+    save_adapter(model, tmp_path)
     swapped = swap_adapter(trained(base(), "one of experts"), tmp_path)
     assert not any(p.requires_grad for p in swapped.parameters())
-    path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     inner = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_"
     outer = inner.replace("base_layer.", "")
@@ -235,30 +201,15 @@ def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(checkpoints, tmp_
         (whole, "layers.0.mlp.experts has 2 of target_parameters, the adapter has 1"),
     ):
         save_file(changed, path)
-        with pytest.raises(UserError, match=message):
-            load_adapter(base(), tmp_path)
-        model = trained(base(), "experts")
-        before = logits(model)
-        with pytest.raises(UserError, match=message):
-            swap_adapter(model, tmp_path)
-        assert torch.equal(logits(model), before)
+        for target, put in ((base(), load_adapter), (model, swap_adapter)):
+            with refused(target, message):
+                put(target, tmp_path)
 
 
 def test_an_error_halfway_leaves_no_half_adapter(checkpoints, monkeypatch):
-    """As when memory runs out in the middle."""
-    model = load_base(str(checkpoints("llama", False)), FP32_OR_16_BITS).eval()
-    trained(model, "norms", name="one")
-    before = logits(model)
-    put_on = LoRALayer.add_adapter
-    calls = iter(range(3))
-
-    def third_fails(self: Any, *args: Any, **settings: Any) -> None:
-        if next(calls) == 2:
-            raise torch.OutOfMemoryError("no more")
-        put_on(self, *args, **settings)
-
-    monkeypatch.setattr(LoRALayer, "add_adapter", third_fails)
-    with pytest.raises(torch.OutOfMemoryError):
+    model = trained(new_base("norms", "4-bit", checkpoints("llama", False)), "norms", name="one")
+    calls = [DEFAULT, DEFAULT, UserError("no more")]
+    third_fails = Mock(wraps=lora.adapter_dtype, side_effect=calls)
+    monkeypatch.setattr(lora, "adapter_dtype", third_fails)
+    with refused(model, "no more"):
         apply_lora(model, LoraConfig(r=2, modules_to_save=("lm_head",)), adapter_name="two")
-    assert {name for _, wrapper in adapted(model) for name in wrapper.adapters} == {"one"}
-    assert torch.equal(logits(model), before)

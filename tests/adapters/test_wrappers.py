@@ -4,41 +4,33 @@ import copy
 
 import pytest
 import torch
+from adapter_kinds import logits
 from conftest import FP32, randomize_adapter, require_same_adapter, token_ids
 from torch import nn
 
-from qlora.adapters.apply import apply_lora, disable_adapter
-from qlora.adapters.files import load_adapter, save_adapter
-from qlora.adapters.fuse import delete_adapter, merge_and_unload, unload
+from qlora import LoraConfig, apply_lora, disable_adapter, load_adapter, load_base, save_adapter
+from qlora.adapters import delete_adapter, merge_and_unload, unload
 from qlora.adapters.lora import LoRALinear
 from qlora.adapters.trained import TrainedModule
 from qlora.adapters.wrappers import Wrapper, base_modules, plain, put_module, wrappers
-from qlora.base.load import load_base
-from qlora.config import LoraConfig
 
 NAMES = ("lm_head", "model.layers.0.mlp", "model.layers.1.mlp.up_proj")
 
 
 class Same(Wrapper):
-    """An equivalent of the module behind it."""
-
     def forward(self, x):
         return self.base_layer(x)
 
 
 @pytest.fixture
 def plain_model(checkpoints):
-    return load_base(str(checkpoints("llama")), FP32)
+    return load_base(str(checkpoints("llama")), FP32).eval()
 
 
 def wrap(model):
     for name in NAMES:
         put_module(model, name, Same(model.get_submodule(name)))
     return model
-
-
-def outermost(model):
-    return [name for name, module in base_modules(model).items() if isinstance(module, Same)]
 
 
 def test_a_wrapper_has_the_attributes_of_the_module_behind_it(plain_model):
@@ -51,7 +43,6 @@ def test_a_wrapper_has_the_attributes_of_the_module_behind_it(plain_model):
 
 @pytest.mark.parametrize("wrapped_first", [True, False])
 def test_adapters_are_the_same_with_other_wrappers(wrapped_first, plain_model, tmp_path):
-    """Their files, outputs and gradients; those of a model without wrappers are the expected."""
     settings = LoraConfig(r=4, target_modules=("up_proj", "q_proj"), modules_to_save=("lm_head",))
     outputs = []
     for folder, steps in (("plain", [nn.Module.eval] * 2), ("wrapped", [wrap, nn.Module.eval])):
@@ -69,28 +60,28 @@ def test_adapters_are_the_same_with_other_wrappers(wrapped_first, plain_model, t
 
 def test_removing_an_adapter_keeps_other_wrappers(plain_model, tmp_path):
     model = wrap(plain_model)
-    logits = model(token_ids()).logits
+    before = logits(model)
     apply_lora(model, LoraConfig(r=4, modules_to_save=("lm_head",)))
     layers = [list(map(type, wrappers(model.get_submodule(name)))) for name in NAMES]
     assert layers == [[Same, TrainedModule], [Same], [LoRALinear, Same]]
     randomize_adapter(model)
     load_adapter(model, save_adapter(model, tmp_path), adapter_name="other")
     delete_adapter(model, "default")
-    assert outermost(model) == ["model.layers.0.mlp", "lm_head"]
-    assert not torch.equal(model(token_ids()).logits, logits)
-    model.eval()
+    outermost = [name for name, module in base_modules(model).items() if isinstance(module, Same)]
+    assert outermost == ["model.layers.0.mlp", "lm_head"]
+    assert not torch.equal(logits(model), before)
     with disable_adapter(model):
         delete_adapter(model, "other")
     assert [type(model.get_submodule(name)) for name in NAMES[:2]] == [Same, Same]
     unload(model)
     assert not any(isinstance(module, Same) for module in model.modules())
-    assert torch.equal(model(token_ids()).logits, logits)
+    assert torch.equal(logits(model), before)
 
 
 def test_merge_and_unload_removes_all_wrappers(plain_model):
     model = apply_lora(wrap(plain_model), LoraConfig(r=4))
     randomize_adapter(model)
-    wanted = model.eval()(token_ids()).logits
+    wanted = logits(model)
     merge_and_unload(model)
-    assert outermost(model) == [] and not any("base_layer" in name for name in model.state_dict())
-    torch.testing.assert_close(model(token_ids()).logits, wanted, rtol=0, atol=1e-5)
+    assert not any("base_layer" in name for name, _ in model.named_modules())
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
