@@ -25,7 +25,15 @@ from torch import nn
 
 from qlora.adapters.layers import lora_class
 from qlora.adapters.wrappers import base_modules, plain
-from qlora.base.modules import heads, is_conv, is_in, is_linear, is_quantized, vocabulary
+from qlora.base.modules import (
+    heads,
+    is_conv,
+    is_in,
+    is_linear,
+    is_quantized,
+    read_directly,
+    vocabulary,
+)
 from qlora.config.lora import LoraConfig, pattern_key
 from qlora.errors import UserError, did_you_mean, require, some
 
@@ -100,7 +108,9 @@ def _hits(
 def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
     """Names of the layers that get A and B, in the model's order."""
     modules = base_modules(model)
-    linear = [name for name, module in modules.items() if is_linear(plain(module))]
+    own = {name: plain(module) for name, module in modules.items()}
+    direct = read_directly(own)
+    linear = [name for name, module in own.items() if is_linear(module) and name not in direct]
 
     def named(field: str) -> set[str]:
         entries = getattr(config, field)
@@ -126,7 +136,10 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
     if config.exclude_modules:
         chosen -= named("exclude_modules")
         require(chosen != set(), "exclude_modules leaves none of the layers of target_modules")
-    layers = {name: plain(module) for name, module in modules.items() if name in chosen}
+    unused = some(sorted(direct & chosen))
+    why = f"{unused}, whose weight the model reads past the layer: an adapter there has no effect"
+    require(not unused, f"target_modules matches {why}. Leave it out with exclude_modules")
+    layers = {name: module for name, module in own.items() if name in chosen}
     unfit = sorted(name for name, layer in layers.items() if lora_class(layer) is None)
     grouped = [name for name in unfit if is_conv(layers[name])]
     why = f"grouped convolutions, into which B A cannot be fused: {some(grouped)}"

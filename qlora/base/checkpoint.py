@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qlora.base.modules import auto_class, heads, is_in, is_linear, was_conv1d
+from qlora.base.modules import auto_class, heads, is_in, is_linear, read_directly, was_conv1d
 from qlora.base.shards import DTYPE_CODES, INDEX, SINGLE
 from qlora.config import QuantConfig
 from qlora.config.tasks import CAUSAL_LM, Task
@@ -299,20 +299,26 @@ def disk_name(checkpoint: Checkpoint, model: nn.Module, name: str) -> str | None
 
 def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:
     """The layers of `model` to quantize -> whether the weight is (in, out) on disk, a Conv1D's."""
-    left_out, dense = heads(model), kept_dense(model)
+    left_out, dense = heads(model), {*kept_dense(model), *not_as_linear(model)}
     return {
         name: was_conv1d(module)
         for name, module in linear_layers(model).items()
-        if (type(module) is nn.Linear or was_conv1d(module))
-        and name not in dense
+        if name not in dense
         and not is_in(name, left_out)
         and not is_skipped(name, quant.skip_modules)
     }
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Linear and Conv1D of `model`, by name."""
-    return {name: module for name, module in model.named_modules() if is_linear(module)}
+    """Every nn.Linear of any subclass and Conv1D of `model`, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or was_conv1d(m)}
+
+
+def not_as_linear(model: nn.Module) -> list[str]:
+    """Linear layers of which more than x W^T + b is used: neither quantized nor adapted."""
+    direct = read_directly(dict(model.named_modules()))
+    layers = linear_layers(model).items()
+    return [name for name, layer in layers if name in direct or not is_linear(layer)]
 
 
 def kept_dense(model: nn.Module) -> list[str]:

@@ -3,8 +3,8 @@
 transformers loads, shard by shard, and bitsandbytes quantizes. This module decides which layers,
 in which dtype and blocksize:
 
-- 4 bits: every nn.Linear and GPT-2's Conv1D, except output heads, `skip_modules`, and layers that
-  transformers never quantizes (T5's `wo`).
+- 4 bits: every linear layer and GPT-2's Conv1D, except output heads, `skip_modules`, layers that
+  transformers never quantizes (T5's `wo`), and those that do more than x W^T + b (routers).
 - compute dtype: embeddings, norms and heads.
 - refused unless allowed: other matrices, such as fused experts, which would stay in 16 bits.
 
@@ -35,10 +35,11 @@ from qlora.base.checkpoint import (
     is_skipped,
     kept_dense,
     linear_layers,
+    not_as_linear,
     quantized_layers,
     skeleton,
 )
-from qlora.base.modules import ModelState, auto_class, heads, is_in, state_of, task_of
+from qlora.base.modules import ModelState, auto_class, heads, is_in, is_linear, state_of, task_of
 from qlora.config import QuantConfig
 from qlora.config.tasks import Task, task_named
 from qlora.errors import UserError, first_line, some
@@ -194,12 +195,16 @@ def _require_all_quantized(model: nn.Module, layers: Iterable[str], quant: Quant
 
     Plain matrices are ignored if they are less than 1 % of the model in all: routers.
     """
-    dense, left_out = kept_dense(model), heads(model)
-    if dense:
-        gib = sum(model.get_parameter(f"{name}.weight").numel() for name in dense) * 2 / 2**30
-        leaves = ", ".join(sorted({name.rpartition(".")[2] for name in dense}))
-        print(f"This family keeps {leaves} in 16 bits: {len(dense)} layers, {gib:.2f} GiB")
-    known = {*layers, *dense}
+    left_out, known = heads(model), {*layers}
+    unlike = [name for name in not_as_linear(model) if not is_in(name, left_out)]
+    why = " and without an adapter (the model reads their weights itself, or they do more than W x)"
+    for dense, reason in ((kept_dense(model), ""), (unlike, why)):
+        known.update(dense)
+        if dense:
+            gib = sum(model.get_parameter(f"{name}.weight").numel() for name in dense) * 2 / 2**30
+            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in dense}))
+            size = f"{len(dense)} layers, {gib:.2f} GiB"
+            print(f"This family keeps {leaves} in 16 bits{reason}: {size}")
     matrices = {
         f"{name}.{leaf}".lstrip("."): parameter
         for name, module in model.named_modules()
@@ -287,6 +292,9 @@ class _Bnb4BitQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, **kwargs: Any
     ) -> None:
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and is_linear(module):
+                module.__class__ = nn.Linear  # transformers quantizes no subclass
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
         for module in model.modules():
             if isinstance(module, Linear4bit):

@@ -1,16 +1,22 @@
 """Properties of a model and its modules, quantized or not, that adapters depend on.
 
-A linear layer is an nn.Linear, GPT-2's Conv1D (its weight is (in, out)), or a bitsandbytes
-Linear4bit made of either. To an adapter every weight is a matrix (out, in): a convolution's in is
-in_channels * kernel size, and an embedding is a layer from vocab to dim.
+A linear layer is an nn.Linear, a subclass that computes the same (Falcon's does, Llama 4's router
+does not), GPT-2's Conv1D (its weight is (in, out)), or a bitsandbytes layer made of one. To an
+adapter every weight is a matrix (out, in): a convolution's in is in_channels * kernel size, and an
+embedding is a layer from vocab to dim.
 """
 
+import inspect
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qlora.config import LoraConfig, QuantConfig
 from qlora.config.tasks import TASKS, Task
@@ -147,8 +153,57 @@ def _stores_transposed(layer: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer of any kind."""
-    return isinstance(module, nn.Linear) or was_conv1d(module)
+    """Whether it is a linear layer of any kind, by what it computes."""
+    if not isinstance(module, nn.Linear):
+        return was_conv1d(module)
+    is_known = type(module) is nn.Linear or type(module).__module__.startswith("bitsandbytes.")
+    return is_known or _computes_as_linear(module)
+
+
+def _computes_as_linear(layer: nn.Linear) -> bool:
+    """Whether a subclass of nn.Linear maps x to x W^T + b: tried with two inputs to each output."""
+    copy: Any = shallow_copy(layer)
+    copy.training, copy.in_features = False, 2
+    weight = torch.linspace(-1, 1, 2 * layer.out_features).view(-1, 2)
+    bias = None if layer.bias is None else weight.sum(1)
+    copy._parameters |= {
+        "weight": nn.Parameter(weight, requires_grad=False),
+        "bias": bias if bias is None else nn.Parameter(bias, requires_grad=False),
+    }
+    x = torch.linspace(-1, 1, 12).view(2, 3, 2)
+    try:
+        y = type(layer).forward(copy, x)
+    except Exception:  # it takes more than x, or x in another shape
+        return False
+    wanted = F.linear(x, weight, bias)
+    return isinstance(y, Tensor) and y.shape == wanted.shape and torch.allclose(y, wanted)
+
+
+def read_directly(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Those of a model's `modules` whose weight the module above uses in code of its own.
+
+    An adapter there has no effect and codes cannot be read: Mamba's dt_proj in each pass, and
+    out_proj where its fused kernel is installed.
+    """
+    names = (
+        f"{name}.{leaf}".lstrip(".")
+        for name, module in modules.items()
+        for leaf in _weights_used(type(module))  # type: ignore[arg-type]  # types are hashable
+    )
+    return {name for name in names if name in modules}
+
+
+@cache
+def _weights_used(kind: type) -> frozenset[str]:
+    """The children whose weight a class uses, by its source; reading a dtype is no use."""
+    used = r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim)\b)"
+    leaves: set[str] = set()
+    for name, value in inspect.getmembers_static(kind, inspect.isfunction):
+        method = inspect.unwrap(value)
+        if "weight" in method.__code__.co_names and "init" not in name:
+            with suppress(OSError):  # there is no source
+                leaves.update(re.findall(used, inspect.getsource(method)))
+    return frozenset(leaves)
 
 
 def is_conv(module: nn.Module) -> bool:

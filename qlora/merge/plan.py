@@ -86,7 +86,14 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             f"adapter {adapter.folder} changes {', '.join(adapter.parameters)}, which checkpoints "
             "store in another form: use load_adapter, merge_and_unload and save_pretrained instead"
         )
-    return _Planner(checkpoint, adapter, config).plan()
+    planner = _Planner(checkpoint, adapter, config)
+    kinds = {type(planner.model.get_submodule(name)).__name__ for name in planner.quantized}
+    if config.format == "nf4" and (own := kinds - {"Linear", "Conv1D"}):
+        raise UserError(
+            f"--format nf4: transformers opens no 4-bit {', '.join(own)}, of which this model is "
+            "made: use --format bf16"
+        )
+    return planner.plan()
 
 
 class _Planner:

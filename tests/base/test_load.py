@@ -12,7 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from conftest import FP32, axis, on_gpu, tiny_model, token_ids
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import compute_dtype, load_base
@@ -272,12 +272,6 @@ def quantized_by_gptq(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def falcon(folder):
-    """transformers quantizes nn.Linear alone; Falcon's subclass would silently stay in 16 bits."""
-    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    AutoModelForCausalLM.from_config(FalconConfig(**sizes)).save_pretrained(folder)
-
-
 CLASSIFIER = {"task": "seq-cls", "labels": ("a", "b", "c")}
 NORM, MATRIX = "model.layers.1.input_layernorm.weight", "bert.encoder.layer.0.output.dense.weight"
 
@@ -288,7 +282,6 @@ NORM, MATRIX = "model.layers.1.input_layernorm.weight", "bert.encoder.layer.0.ou
         ("llama", without(NORM), {}, f"lacks 1 tensors of its model.*: {NORM}"),
         ("bert", without(MATRIX), CLASSIFIER, f"lacks 1 tensors of its model.*: {MATRIX}"),
         ("llama", quantized_by_gptq, {}, "already quantized, with gptq: give its 16-bit model"),
-        ("llama", falcon, {}, "linear weights cannot be quantized.*query_key_value"),
     ],
 )
 def test_checkpoints_that_are_refused(checkpoints, tmp_path, family, change, settings, match):

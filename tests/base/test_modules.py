@@ -8,9 +8,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from qlora.adapters.apply import apply_lora
+from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import kept_dense, skeleton
 from qlora.base.load import load_base
-from qlora.base.modules import auto_class, heads, is_in, state_of, task_of
+from qlora.base.modules import auto_class, heads, is_in, is_linear, read_directly, state_of, task_of
 from qlora.config import LoraConfig, QuantConfig
 from qlora.config.tasks import TASKS, task_named, task_typed
 from qlora.errors import UserError
@@ -144,3 +145,58 @@ def test_t5s_wo_stays_in_16_bits_and_is_fp32_where_fp16_overflows(checkpoints, c
         assert "This family keeps wo in 16 bits: 4 layers, 0.00 GiB" in output
         assert {m.weight.dtype for n, m in model.named_modules() if n.endswith(".wo")} == {wanted}
         assert model.encoder.final_layer_norm.weight.dtype == nf4.DTYPES[dtype]
+
+
+class Same(nn.Linear):
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        scores = super().forward(x.view(-1, x.shape[-1]))
+        return scores.topk(2).values, scores
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Masked(nn.Linear):
+    def forward(self, x, mask):
+        return super().forward(x) * mask
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_told_by_what_it_computes(bias):
+    for kind in (nn.Linear, Same, Router, Scaled, Masked):
+        layer = kind(8, 6, bias=bias, device="meta")  # nothing is allocated to try it
+        assert is_linear(layer) == (kind in (nn.Linear, Same)), kind
+        assert layer.weight.is_meta
+    assert is_linear(Linear4bit(8, 6, bias=bias))
+
+
+class Mixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in "abcd")
+        nn.init.zeros_(self.a.weight)
+
+    def init_weights(self):
+        nn.init.ones_(self.b.weight)
+
+    def forward(self, x):
+        x = self.a(x.to(self.b.weight.dtype)) if isinstance(self.b.weight, torch.Tensor) else x
+        return self.d(self.b(x) @ self.c.weight.T)
+
+
+def test_weights_that_the_model_reads_itself():
+    model = nn.Sequential(Mixer(), nn.MultiheadAttention(4, 2))
+    assert read_directly(dict(model.named_modules())) == {"0.c", "1.out_proj"}
+    apply_lora(model, LoraConfig(r=2))
+    assert set(lora_layers(model)) == {"0.a", "0.b", "0.d"}
+    for target in (("c",), r"0\.[ac]"):
+        with pytest.raises(UserError, match=r"0\.c, whose weight the model reads past the layer"):
+            apply_lora(nn.Sequential(Mixer()), LoraConfig(r=2, target_modules=target))
