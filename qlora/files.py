@@ -66,6 +66,24 @@ def read_yaml(where: str, text: str, loader: Any = Loader) -> Any:
         raise UserError(f"{where}{line} is not YAML: {getattr(error, 'problem', error)}") from None
 
 
+def read_run_file(folder: Path) -> dict[str, Any]:
+    """What the run.yaml of a run's folder holds; empty if there is none.
+
+    Raises:
+        UserError: it is damaged, or another program's.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+        raise UserError(f"{path} is not a run file of train.py, or damaged: restore or remove it")
+    return values
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The logged rows of a run; empty if there are none yet."""
     return read_rows(folder / METRICS, ("step",))
@@ -104,11 +122,16 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     """`with replacing(path) as [partial]`: write files atomically.
 
     A partial file is beside its `path`, and renamed when the block ends, or removed if it raises.
+    Files get the mode of the umask, which safetensors ignores.
     """
     partials = [path.with_name(f".{path.name}.partial") for path in paths]
     try:
+        for partial in partials:
+            partial.touch()
+        modes = [partial.stat().st_mode for partial in partials]
         yield partials
-        for partial, path in zip(partials, paths, strict=True):
+        for partial, path, mode in zip(partials, paths, modes, strict=True):
+            partial.chmod(mode)
             os.replace(partial, path)
     finally:
         for partial in partials:
@@ -125,32 +148,65 @@ def replace_text(path: Path, text: str) -> None:
 def publishing(folder: Path) -> Iterator[Path]:
     """`with publishing(folder) as partial`: write a folder atomically.
 
-    The partial folder is beside `folder`, which must not exist, or be empty. It is renamed when the
-    block ends, and removed if the block raises, as are partial folders of killed runs.
+    `folder` must not exist, or be empty; a link to a folder is followed. The partial folder is
+    beside it, renamed when the block ends, and removed if the block raises. (It is inside a mount
+    point, which cannot be replaced.) Partial folders of killed runs are removed. Files get the mode
+    of the umask.
     """
     require_new(folder)
-    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+    folder = folder.resolve()
+    is_kept = folder.exists() and (os.path.ismount(folder) or not is_writable(folder.parent))
+    parent = folder if is_kept else folder.parent
+    for leftover in parent.glob(f".{glob.escape(folder.name)}.partial-*"):
         pid = leftover.name.rpartition("-")[2]
         if not pid.isdecimal() or int(pid) == os.getpid() or not psutil.pid_exists(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = parent / f".{folder.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
     try:
         yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        _publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _publish(partial: Path, folder: Path) -> None:
+    """Rename the complete folder `partial`, or its files if it is inside `folder`."""
+    for file in filter(Path.is_file, partial.rglob("*")):
+        file.chmod(partial.stat().st_mode & 0o666)  # safetensors ignores the umask
+    try:
+        if partial.parent == folder:
+            for file in partial.iterdir():
+                file.rename(folder / file.name)
+            return
+        if folder.exists():
+            shutil.copymode(folder, partial)
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:  # for example another program has written into it meanwhile
+        kept = partial.with_name(f"{folder.name}-{os.getpid()}")
+        partial.rename(kept)
+        raise UserError(
+            f"{folder} can no longer be written ({error.strerror}): what was made is in {kept}"
+        ) from error
+
+
 def require_new(folder: Path) -> None:
-    """Refuse a folder that is not empty, or that cannot be created."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Refuse a folder that is not empty, or that cannot be created or written to."""
+    path = folder.absolute()
+    place = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not place.exists():
+        target = f"{place} is a link to {os.readlink(place)}, which does not exist"
+        raise UserError(f"{folder} cannot be created: {target}: create that, or remove the link")
+    if place == path and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{folder} already holds something: give a new folder, or remove it")
-    parent = next(p for p in folder.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{folder} cannot be created: {parent} is not a writable folder")
+    if not place.is_dir() or not is_writable(place):
+        raise UserError(f"{folder} cannot be created: {place} is not a writable folder")
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether this process may create files in an existing folder."""
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def front_matter(base_model: str, library: str, *tags: str) -> str:

@@ -114,12 +114,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     print()
     if "base" in scores and scores["adapter"]["loss"] >= scores["base"]["loss"]:
         print("The adapter is no better than its base: was it trained on data like this?\n")
-    name = shlex.quote(str(config.adapter or config.model))
+    model = str(config.adapter or config.model)
+    name, merged = shlex.quote(model), shlex.quote(f"{model}-merged")
     if resolved.task == "causal-lm":
         flags = f"--adapter {name} --compare" if config.adapter else f"--model {name}"
         print(f"Chat:   python -m qlora.chat {flags}")
     if config.adapter:
-        flags = f"--adapter {name} --output-dir {name}-merged"
+        flags = f"--adapter {name} --output-dir {merged}"
         print(f"Merge:  python merge_dequant.py {flags}")
     return results
 

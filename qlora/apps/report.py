@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
@@ -69,14 +68,9 @@ def report(config: ReportConfig) -> None:
 
 def read_run(folder: Path) -> Run:
     """Raises a UserError if the folder has no run, nothing was logged yet, or a file is damaged."""
-    path = folder / files.RUN
-    require(path.is_file(), f"{folder} has no {files.RUN}: pass an --output-dir of train.py")
-    try:
-        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        facts = None
-    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
-        raise UserError(f"{path} is not a run file of train.py, or damaged: start the run again")
+    facts = files.read_run_file(folder)
+    fault = f"{folder} has no {files.RUN}: pass an --output-dir of train.py"
+    require(bool(facts), fault)
     run = Run(folder, facts, files.read_metrics(folder), files.read_samples(folder))
     fault = "has no training loss yet: wait for the first step, or start the run again"
     require(bool(run.values("loss")), f"{folder / files.METRICS} {fault}")

@@ -119,7 +119,7 @@ def load_tokenizer(
     options = dict(task_named(task).tokenizer_options)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and tokenizers have one for each damaged file
         raise UserError(f"{folder} holds no tokenizer to load: {first_line(error)}") from error
 
 

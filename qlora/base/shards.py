@@ -44,12 +44,14 @@ class Entry(NamedTuple):
 
 
 def parse_size(text: str) -> int:
-    """Bytes of '5GB', '500MB' (powers of 1000) or '5GiB' (of 1024)."""
+    """Bytes of '5GB', '500MB' (powers of 1000), '5GiB' (of 1024) or '5000B'."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not match:
-        raise UserError(f"size must look like 5GB or 500MB, got {text!r}")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    number, unit, binary = match.groups() if match else ("0", "", "")
+    factor = (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
+    size = int(float(number) * factor)
+    if not size or text.strip() == number:
+        raise UserError(f"size must look like 5GB or 500MB, with its unit, got {text!r}")
+    return size
 
 
 def plan_shards(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:

@@ -70,9 +70,15 @@ class Verification:
         return (self.loss_base - self.loss_merged) / gain if gain > 0 else None
 
 
-def read_examples(data: str, tokenizer_folder: Path, max_tokens: int = MAX_TOKENS) -> list[Any]:
+def read_examples(
+    data: str,
+    tokenizer_folder: Path,
+    max_tokens: int = MAX_TOKENS,
+    *,
+    trust_remote_code: bool = False,
+) -> list[Any]:
     """Batches of the first rows of `data`, up to `max_tokens` supervised tokens, on the CPU."""
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
     prepare_tokenizer(tokenizer)
     rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH)
     chosen: list[Any] = []

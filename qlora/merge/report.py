@@ -1,6 +1,7 @@
 """The report of a merge: merge_report.json, merge.png, the model card, and the terminal."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -66,8 +67,10 @@ class MergeReport:
             )
         print(f"\nWritten to {output}. Use it:")
         task = task_named(self.plan.task)
-        served = f"      or      vllm serve {output}" if task is CAUSAL_LM else ""
-        print(f'  {task.auto_class}.from_pretrained("{output}"){served}')
+        print(f"  {task.auto_class}.from_pretrained({json.dumps(str(output), ensure_ascii=False)})")
+        if task is CAUSAL_LM:
+            plugin = "      # needs the package vllm-bnb-plugin" * (self.config.format == "nf4")
+            print(f"  vllm serve {shlex.quote(str(output))}{plugin}")
 
     def print_verification(self) -> None:
         """The measured table, and a warning if much of the gain is lost."""

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
@@ -35,7 +34,7 @@ from qlora.base.shards import parse_size, write_shards
 from qlora.config import MergeConfig
 from qlora.config.tasks import CAUSAL_LM, task_named
 from qlora.errors import UserError
-from qlora.files import RUN, publishing, require_new
+from qlora.files import RUN, publishing, read_run_file, require_new
 from qlora.merge.codes import AdaptedWeight, Facts, fold, fold_to_codes
 from qlora.merge.plan import Kind, MergeOp, Plan, plan_merge
 from qlora.merge.report import MergeReport
@@ -58,6 +57,7 @@ def merge(config: MergeConfig) -> Path:
     """
     output = Path(config.output_dir).expanduser()
     require_new(output)
+    parse_size(config.max_shard_size)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU, and torch sees no GPU: use --device cpu")
     job = _prepare(config)
@@ -125,7 +125,8 @@ def _prepare(config: MergeConfig) -> _Job:
         )
     output = Path(config.output_dir).expanduser()
     needed = sum(entry.nbytes for entry in plan.entries) * (2 if config.onto == "auto" else 1)
-    parent = next(p for p in output.absolute().parents if p.exists())
+    place = output.resolve()
+    parent = next(p for p in (place, *place.parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
@@ -138,7 +139,9 @@ def _prepare(config: MergeConfig) -> _Job:
     if config.verify:
         from qlora.merge.measure import Verifier, read_examples
 
-        examples = read_examples(config.verify, tokenizer_folder)
+        examples = read_examples(
+            config.verify, tokenizer_folder, trust_remote_code=config.trust_remote_code
+        )
         verifier = Verifier(adapter, checkpoint, examples, **running)
     if data := _calibration_data(config, adapter):
         from qlora.merge.measure import calibrate
@@ -157,8 +160,7 @@ def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
     runs = [Path(adapter).expanduser() / RUN for adapter in config.adapters]
     data: dict[str, None] = {}
     for run in runs:
-        values = yaml.safe_load(run.read_text(encoding="utf-8")) if run.is_file() else None
-        source = values.get("config", {}).get("data") if isinstance(values, dict) else None
+        source = read_run_file(run.parent).get("config", {}).get("data")
         if isinstance(source, str) and Path(source).expanduser().exists():  # no hub names
             data[source] = None
     if not data:

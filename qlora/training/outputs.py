@@ -236,6 +236,7 @@ def write_adapter_card(
     name, task, targets = str(base["resolved"]), settings["task"], settings["target_modules"]
     targets = targets if isinstance(targets, str) else ", ".join(targets)
     double = " with double quantization" if base["double_quant"] else ""
+    quoted = json.dumps(name, ensure_ascii=False)
     arguments, head = "" if task == "causal-lm" else f', task="{task}"', ""
     if "labels" in base:
         arguments += f", labels={list(base['labels'])!r}"
@@ -260,7 +261,7 @@ Use it live on the 4-bit base it was trained on:
 
 ```python
 from qlora import load_base, load_adapter
-model = load_adapter(load_base("{name}"{arguments}), "path/to/this/folder")
+model = load_adapter(load_base({quoted}{arguments}), "path/to/this/folder")
 ```
 
 or with PEFT (`PeftModel.from_pretrained`), or merged: `python merge_dequant.py --adapter

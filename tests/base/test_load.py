@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.base.checkpoint import Checkpoint
-from qlora.base.load import compute_dtype, load_base
+from qlora.base.load import compute_dtype, load_base, load_tokenizer
 from qlora.base.modules import output_head, state_of
 from qlora.config import QuantConfig
 from qlora.errors import UserError
@@ -301,3 +301,11 @@ def test_a_cpu_kernel_with_wrong_results_is_refused(checkpoints, monkeypatch):
     monkeypatch.setattr("qlora.ops.nf4.kernel_is_right", lambda *_: False)
     with pytest.raises(UserError, match=r"blocksize 128 does not divide the 64 inputs.*GPU"):
         load(checkpoints("llama"), blocksize=128)
+
+
+@pytest.mark.parametrize("text", ['{"a": ', "{}", "[1]", "\xff"])
+def test_a_damaged_tokenizer_file_is_one_line(text, checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    (folder / "tokenizer.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="base holds no tokenizer to load: "):
+        load_tokenizer(folder)

@@ -12,13 +12,13 @@ from conftest import tiny_model, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora.base import shards
 from qlora.base.shards import DTYPE_CODES, INDEX, SINGLE, Entry
 from qlora.errors import UserError
-from qlora.files import publishing, require_new
+from qlora.files import publishing, replacing, require_new
 
 
 def write(folder, tensors, *, max_bytes=10**9):
@@ -85,11 +85,13 @@ def test_transformers_reads_a_sharded_model(tmp_path, max_bytes):
 def test_sizes():
     sizes = {
         "5GB": 5 * 1000**3, "500MB": 500 * 1000**2, "5GiB": 5 * 1024**3, "1.5KiB": 1536,
-        "2TB": 2 * 1000**4, "7kb": 7000, " 3 G ": 3 * 1000**3, "100B": 100, "42": 42,
+        "2TB": 2 * 1000**4, "7kb": 7000, " 3 G ": 3 * 1000**3, "100B": 100,
     }  # fmt: skip
     assert {text: shards.parse_size(text) for text in sizes} == sizes
-    for text in ("", "GB", "5XB", "-5GB", "1e3", "5 GB extra", "five", "1.2.3GB", ".", "..5MB"):
-        with pytest.raises(UserError, match=f"size must look like 5GB or 500MB, got {text!r}"):
+    wrong = "GB", "5XB", "-5GB", "1e3", "5 GB extra", "five", "1.2.3GB", ".", "..5MB"
+    for text in ("", *wrong, "5", " 42 ", "0.5", "0GB"):
+        match = f"size must look like 5GB or 500MB, with its unit, got {text!r}"
+        with pytest.raises(UserError, match=match):
             shards.parse_size(text)
 
 
@@ -145,6 +147,68 @@ def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"a: planned \(torch.float32, \(2, 3\)\), got"):
             entries = [Entry("a", torch.float32, (2, 3))]
             shards.write_shards(tmp_path, entries, iter([tensor]), max_bytes=10**9)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_that_is_a_link_to_an_empty_folder(exists, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    out = tmp_path / "out" / "deep" / "er" if not exists else tmp_path / "out"
+    with publishing(out) as partial:
+        (partial / "a").write_text("1")
+    assert (tmp_path / "out").is_symlink() and (out / "a").read_text() == "1"
+    assert [*(tmp_path / "disk").rglob(".*")] == []
+
+
+def test_a_link_to_nothing_is_refused(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    for folder in (tmp_path / "out", tmp_path / "out" / "deep"):
+        with pytest.raises(UserError, match=r"out is a link to .*gone, which does not exist"):
+            require_new(folder)
+
+
+@pytest.mark.parametrize("cause", ["mount", "parent"])
+def test_an_empty_folder_that_cannot_be_replaced_is_filled(cause, tmp_path, monkeypatch):
+    out, access = tmp_path / "out", os.access
+    out.mkdir()
+    if cause == "mount":
+        monkeypatch.setattr(os.path, "ismount", lambda folder: folder == out)
+    else:
+        monkeypatch.setattr(os, "access", lambda p, mode: p != tmp_path and access(p, mode))
+    inode = out.stat().st_ino
+    with publishing(out) as partial:
+        (partial / "a").write_text("1")
+        (partial / "deep").mkdir()
+        assert not (out / "a").exists()
+    assert out.stat().st_ino == inode and {p.name for p in out.iterdir()} == {"a", "deep"}
+
+
+def test_a_result_survives_what_another_program_writes_meanwhile(tmp_path):
+    out, kept = tmp_path / "out", tmp_path / f"out-{os.getpid()}"
+    with (
+        pytest.raises(UserError, match=rf"no longer be written .*: what was made is in {kept}"),
+        publishing(out) as partial,
+    ):
+        (partial / "a").write_text("1")
+        out.mkdir()
+        (out / "another's").touch()
+    assert (kept / "a").read_text() == "1" and {*tmp_path.iterdir()} == {out, kept}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_files_have_the_mode_of_the_umask(umask, tmp_path):
+    """safetensors creates files that only their owner can read."""
+    before = os.umask(umask)
+    try:
+        with publishing(tmp_path / "out") as partial:
+            save_file({"a": torch.zeros(1)}, partial / "a.safetensors")
+        with replacing(tmp_path / "b", tmp_path / "c") as partials:
+            save_file({"a": torch.zeros(1)}, partials[0])
+            partials[1].write_text("1")
+    finally:
+        os.umask(before)
+    files = tmp_path / "out" / "a.safetensors", tmp_path / "b", tmp_path / "c"
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
 
 
 def spoil(fd: int) -> None:

@@ -1,5 +1,6 @@
 """The merged model against the live one, for every family and format."""
 
+import shlex
 import shutil
 
 import pytest
@@ -212,3 +213,18 @@ def test_merging_on_the_gpu_gives_the_same(trained_on, tmp_path):
     for name, tensor in on_cpu.items():
         # the mean of the absmax is summed in another order: some 8-bit absmax may differ by one
         assert relative_error(on_gpu[name], tensor) <= 1e-3, name
+
+
+@pytest.mark.parametrize("format", ["bf16", "nf4"])
+def test_the_printed_commands_can_be_pasted(format, trained_on, tmp_path, capsys):
+    settings = {"calibration": "none"} if format == "nf4" else {}
+    output = tmp_path / 'it\'s "mine"'
+    run_merge(trained_on("llama").adapter, output, format=format, **settings)
+    lines = capsys.readouterr().out.splitlines()
+    load = next(line for line in lines if "from_pretrained" in line)
+    assert type(eval(load, {"AutoModelForCausalLM": AutoModelForCausalLM})).__name__ == (
+        "LlamaForCausalLM"
+    )
+    serve = next(line for line in lines if "vllm serve" in line)
+    assert shlex.split(serve, comments=True) == ["vllm", "serve", str(output)]
+    assert ("vllm-bnb-plugin" in serve) == (format == "nf4")

@@ -63,6 +63,9 @@ def test_settings_and_outputs(adapter, tmp_path, monkeypatch):
     refused(adapter, mine / "out", "is not a writable folder")
     refused(adapter, mine.parent, "already holds something: give a new folder")
     assert mine.read_text() == text
+    refused(adapter, out, "must look like 5GB.*got '5'", max_shard_size="5")
+    (adapter / "run.yaml").write_text("config: [")
+    refused(adapter, out, "run.yaml is not a run file of train.py, or damaged", format="nf4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(adapter, out, "no GPU: use --device cpu", device="cuda")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
