@@ -13,15 +13,15 @@ the recorded operations, equal bit for bit. No class or config of a model is rea
 other losses (the router loss of experts) are added as before. Only the gradient *in* logits whose
 loss was computed without them does not exist: autograd raises that they were not used.
 
-Logits are computed at once by a head that is trained, adapted, quantized or has hooks; under
-torch.compile and inference_mode; and for few tokens, up to a chunk of qlora.ops.loss. Left out: a
-loss per token, class weights, logits times a tensor.
+Logits are computed at once by a head that is quantized or has hooks; in training by one that is
+trained or adapted; under torch.compile and inference_mode; and for few tokens, up to a chunk of
+qlora.ops.loss. Left out: a loss per token, class weights, logits times a tensor.
 """
 
 import math
 from collections.abc import Callable
 from types import EllipsisType
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,25 +29,35 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from qlora.adapters.wrappers import Wrapper, put_module
-from qlora.base.modules import has_hooks, is_quantized, output_head, product_dtype, vocabulary
-from qlora.ops.loss import chunk_rows, linear_cross_entropy
+from qlora.adapters.wrappers import Wrapper, adapter_modules, plain, put_module, wrappers
+from qlora.base.modules import (
+    has_hooks,
+    is_quantized,
+    output_head,
+    product_dtype,
+    shallow_copy,
+    vocabulary,
+)
+from qlora.ops.loss import Head, chunk_rows, head_cross_entropy, linear_cross_entropy
 
 
 def put_language_head(model: nn.Module) -> None:
-    """Wrap the output head of `model` in a LanguageHead, in place; print a line if it cannot be."""
+    """Wrap the output head of `model` in a LanguageHead, in place; print a line if training will
+    compute all logits."""
     name, head = vocabulary(model)[1], output_head(model)
     if name is None or isinstance(head, LanguageHead):
         return
-    if is_untouched(head):
+    is_plain = type(plain(head)) is nn.Linear
+    if is_plain:
         put_module(model, name, LanguageHead(head).train(head.training))
-        return
-    kind = "quantized" if is_quantized(head) else "trained, adapted or no plain linear layer"
-    print(f"the loss is computed from all logits: the output head, {name}, is {kind}")
+    if not is_plain or is_trained(head):
+        kind = "quantized" if is_quantized(head) else "trained, adapted or no plain linear layer"
+        print(f"the loss is computed from all logits: the output head, {name}, is {kind}")
 
 
 class LanguageHead(Wrapper):
-    """A frozen linear layer from hidden states to logits, lazy where that saves memory."""
+    """A linear layer from hidden states to logits, with or without adapters, lazy where that saves
+    memory: a frozen one always, another without gradients."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., dim) -> (..., vocab)."""
@@ -55,12 +65,16 @@ class LanguageHead(Wrapper):
         if (
             not torch.compiler.is_compiling()
             and not torch.is_inference_mode_enabled()
-            and is_untouched(layer)
             and type(hidden) is Tensor
             and product_dtype(hidden) == product_dtype(layer.weight)
             and hidden.shape[:-1].numel() > chunk_rows(layer.weight)
+            and not any(map(has_hooks, (*wrappers(layer), plain(layer))))
         ):
-            return lazy_logits(hidden, layer.weight, layer.bias)
+            if type(layer) is nn.Linear and not is_trained(layer):
+                return lazy_logits(hidden, layer.weight, layer.bias)
+            mixed = any(module.adapter_of_row for module in adapter_modules(layer))
+            if not torch.is_grad_enabled() and hidden.dtype == layer.weight.dtype and not mixed:
+                return _lazy_logits_of(snapshot(layer), hidden)
         return layer(hidden)  # type: ignore[no-any-return]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -68,28 +82,55 @@ class LanguageHead(Wrapper):
         self.base_layer.register_parameter(name, param)
 
 
-def is_untouched(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `layer` is a plain, frozen linear layer without hooks."""
-    is_trained = any(parameter.requires_grad for parameter in layer.parameters())
-    return type(layer) is nn.Linear and not has_hooks(layer) and not is_trained
+def is_trained(layer: nn.Module) -> bool:
+    """Whether a parameter of the layer, or of an adapter on it, requires a gradient."""
+    return any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def snapshot(layer: nn.Module) -> nn.Module:
+    """The layer with its adapters as they are active now: the same parameters, other modules."""
+    copy = shallow_copy(layer)
+    if isinstance(copy, Wrapper):
+        copy.base_layer = snapshot(copy.base_layer)
+    return copy
 
 
 def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> "LazyLogits":
     """Logits (..., vocab) of hidden states (..., dim) and a frozen head (vocab, dim), (vocab,)."""
+    dtype = product_dtype(hidden)
+    weight, bias = weight.detach(), None if bias is None else bias.detach().to(dtype)
+
+    def product(x: Tensor) -> Tensor:
+        return F.linear(x.to(dtype), weight.to(dtype), bias)
+
+    return _lazy(hidden, product, len(weight), dtype, (weight, bias))
+
+
+def _lazy_logits_of(layer: nn.Module, hidden: Tensor) -> "LazyLogits":
+    """The same of any layer that computes row by row; without gradients."""
+    few = layer(hidden.flatten(0, -2)[:1])  # a copied head may have more rows than the base's
+    return _lazy(hidden, layer, few.shape[-1], few.dtype, None)
+
+
+def _lazy(
+    hidden: Tensor,
+    product: Callable[[Tensor], Tensor],
+    vocab: int,
+    dtype: torch.dtype,
+    frozen: tuple[Tensor, Tensor | None] | None,
+) -> "LazyLogits":
     if not torch.is_grad_enabled():
         hidden = hidden.detach()
-    dtype = product_dtype(hidden)
-    like = torch.empty((*hidden.shape[:-1], len(weight)), dtype=dtype, device="meta")
-    bias = None if bias is None else bias.detach().to(dtype)
-    recipe = _Recipe(weight.detach(), bias, dtype, hidden, rows=hidden)
+    like = torch.empty((*hidden.shape[:-1], vocab), dtype=dtype, device="meta")
+    recipe = _Recipe(product, frozen, dtype, hidden, rows=hidden)
     return _Lazy.apply(hidden, like, recipe, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Recipe(NamedTuple):
     """How to compute logits: c tanh(a (W x + b)) for each x, without a softcap a (W x + b)."""
 
-    weight: Tensor
-    bias: Tensor | None
+    product: Callable[[Tensor], Tensor]  # x -> W x + b
+    frozen: tuple[Tensor, Tensor | None] | None  # W and b, of a head that is a plain linear layer
     dtype: torch.dtype  # of the product
     hidden: Tensor  # the head's input
     rows: Tensor  # x (..., dim) of the logits that slices have left: a view of `hidden`
@@ -100,10 +141,22 @@ class _Recipe(NamedTuple):
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of `hidden`, by the recorded operations."""
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden.to(self.dtype), self.weight.to(self.dtype), self.bias)
+            logits = self.product(hidden)
         for step in self.steps:
             logits = step(logits)
         return logits
+
+    def head(self) -> Head:
+        """From rows x to their logits."""
+        return Head(self.product, self.a if self.c is None else self.a * self.c, self.c)
+
+
+def rows_and_head(logits: Tensor) -> tuple[Tensor, Head]:
+    """x (..., dim) of logits (..., vocab), and the head that computes them from x; of logits that
+    exist already, themselves and a head that returns a copy."""
+    if isinstance(logits, LazyLogits) and logits.value is None:
+        return logits._recipe.rows, logits._recipe.head()
+    return torch.as_tensor(logits), Head(torch.clone)
 
 
 class LazyLogits(Tensor):
@@ -206,10 +259,15 @@ def _cross_entropy(
     if target.ndim != 1 or target.shape != logits.shape[:-1] or target.device != logits.device:
         return None
     recipe = logits._recipe
-    scale = recipe.a if recipe.c is None else recipe.a * recipe.c
-    settings: Any = {"bias": recipe.bias, "softcap": recipe.c, "scale": scale}
-    settings |= {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
-    loss = linear_cross_entropy(recipe.rows, recipe.weight.to(recipe.dtype), target, **settings)
+    settings: Any = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    head = recipe.head()
+    if recipe.frozen is None:
+        rows = chunk_rows(recipe.rows.new_empty(logits.shape[-1], 0))
+        loss = head_cross_entropy(recipe.rows, head, target, rows=rows, **settings)
+    else:
+        weight, bias = recipe.frozen
+        settings |= {"bias": bias, "softcap": head.softcap, "scale": head.scale}
+        loss = linear_cross_entropy(recipe.rows, weight.to(recipe.dtype), target, **settings)
     if reduction == "mean":
         loss = loss / (target != ignore_index).sum()
     dtype = logits.dtype

@@ -3,7 +3,8 @@
 Verification compares the merged checkpoint with base + live adapter on the same rows. With p and q
 their distributions of the next token at a supervised position, loss is the mean of -log of the true
 token's probability, KL the mean of sum p log(p / q), in nats. One model is in memory at a time; of
-the live one, log p at up to MAX_TOKENS positions is kept.
+the others, the output head and its inputs at up to MAX_TOKENS positions are kept, from which log p
+is computed again in chunks of tokens.
 
 Calibration collects the second moments of the inputs of each adapted linear layer
 (qlora.adapters.starts) in the model as trained, the 4-bit base with its live adapter. Without data
@@ -12,12 +13,11 @@ the model samples its own text, as LLM-QAT does (arXiv:2305.17888).
 
 import gc
 import math
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +32,14 @@ from qlora.adapters.lora import LoRALinear, lora_layers
 from qlora.adapters.starts import SecondMoments
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer
+from qlora.base.modules import output_head, vocabulary
 from qlora.config import MAX_LENGTH, QuantConfig
 from qlora.data.chat_template import NO_LOSS
 from qlora.data.rows import length_batches, prepare_data, prepare_tokenizer
+from qlora.fast.head import put_language_head, rows_and_head
+from qlora.ops.loss import Head, chunk_rows
 
-MAX_TOKENS = 4096  # log p at that many positions takes 2 GB with a vocabulary of 128k
+MAX_TOKENS = 4096
 MIN_TOKENS = 8192  # for calibration: more made no measurable difference
 TOKENS_PER_INPUT = 4  # of the widest layer: with fewer than 1 its moments are singular
 OWN_TEXT = "self"
@@ -117,67 +120,78 @@ class Verifier:
             model = AutoModelForCausalLM.from_pretrained(
                 merged, dtype=dtype, device_map=self.device, **loading
             )
-        kl = loss = 0.0
-        same = 0
-        for log_p, (nll, log_q) in zip(live, self._log_probs(model, "Merged"), strict=True):
-            loss += nll
-            same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-            kl += _kl(log_p, log_q)
-        tokens = sum(map(len, live))
+        outputs = self._outputs(model, "Merged")
+        _, loss, kl, same, tokens = _means(live, outputs)
         return Verification(
             rows=sum(len(batch["labels"]) for batch in self.examples),
-            tokens=tokens,
+            tokens=int(tokens),
             **means,
-            loss_merged=loss / tokens,
-            kl=kl / tokens,
-            agreement=same / tokens,
+            loss_merged=loss,
+            kl=kl,
+            agreement=same,
         )
 
     @cached_property
-    def _live(self) -> tuple[dict[str, float], list[Tensor], torch.dtype]:
-        """loss_base, loss_live and kl_base; each batch's log p (tokens, vocab); the dtype."""
+    def _live(self) -> tuple[dict[str, float], list["_Outputs"], torch.dtype]:
+        """loss_base, loss_live and kl_base; the live model's outputs; the dtype."""
         quant = replace(
             self.adapter.quantization, compute_dtype=self.compute_dtype, allow_unquantized=True
         )
         # not load_live: the base is measured before the adapter is attached
         trusted = self.trust_remote_code
         model = load_base(self.base, quant, device=self.device, trust_remote_code=trusted)
-        base = deque(self._log_probs(model, "Base"))
+        base = list(self._outputs(model, "Base"))
+        if vocabulary(model)[1] in self.adapter.subtracted:  # attaching changes it in place
+            head = output_head(model)
+            head.weight.data = head.weight.clone()
         attach(model, self.adapter)
-        sums = dict.fromkeys(("loss_base", "loss_live", "kl_base"), 0.0)
-        live = []
-        for nll, log_p in self._log_probs(model, "Live adapter"):
-            nll_base, log_base = base.popleft()  # popped to free it early
-            sums["loss_base"] += nll_base
-            sums["loss_live"] += nll
-            sums["kl_base"] += _kl(log_p, log_base)
-            live.append(log_p)
+        live = list(self._outputs(model, "Live adapter"))
+        loss_live, loss_base, kl_base, *_ = _means(live, base)
         dtype = model.dtype
-        del model
+        del model, base
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tokens = sum(map(len, live))
-        return {name: total / tokens for name, total in sums.items()}, live, dtype
+        means = {"loss_base": loss_base, "loss_live": loss_live, "kl_base": kl_base}
+        return means, live, dtype
 
     @torch.no_grad()
-    def _log_probs(self, model: PreTrainedModel, name: str) -> Iterator[tuple[float, Tensor]]:
-        """Of each batch: sum of -log p of the true tokens; log p (tokens, vocab) on the CPU."""
-        model.eval()
+    def _outputs(self, model: PreTrainedModel, name: str) -> Iterator["_Outputs"]:
+        """What the model computes for each batch."""
+        put_language_head(model.eval().requires_grad_(False))
         for batch in tqdm(self.examples, desc=name, leave=False):
             ids, mask, labels = (
                 batch[key].to(model.device) for key in ("input_ids", "attention_mask", "labels")
             )
             supervised = labels[:, 1:] != NO_LOSS
-            logits = model(input_ids=ids, attention_mask=mask).logits
-            logits = logits[:, :-1][supervised]  # (B, T, vocab) -> (tokens, vocab)
-            log_p = F.log_softmax(logits.float(), dim=-1)
-            nll = F.nll_loss(log_p, labels[:, 1:][supervised], reduction="sum")
-            yield float(nll), log_p.cpu()
+            rows, head = rows_and_head(model(input_ids=ids, attention_mask=mask).logits)
+            yield _Outputs(rows[:, :-1][supervised], head, labels[:, 1:][supervised])
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> float:
-    return float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+class _Outputs(NamedTuple):
+    """The next token's distribution at the supervised positions of a batch."""
+
+    rows: Tensor  # (tokens, dim), the head's input
+    head: Head
+    labels: Tensor  # (tokens,)
+
+
+@torch.no_grad()
+def _means(one: Iterable[_Outputs], other: Iterable[_Outputs]) -> tuple[float, ...]:
+    """Means of -log p of the labels in each, of the KL between them, and of whether the most likely
+    token is the same; and the number of tokens."""
+    sums, count = torch.zeros(4, dtype=torch.float64), 0
+    for p, q in zip(one, other, strict=True):
+        vocab = p.head.logits(p.rows[:1]).shape[-1]
+        chunk = max(1, chunk_rows(p.rows.new_empty(vocab, 0)) // 4)  # six tensors of its size
+        for tokens in torch.arange(len(p.labels), device=p.labels.device).split(chunk):
+            log_p, log_q = (F.log_softmax(x.head.logits(x.rows[tokens]), -1) for x in (p, q))
+            losses = (F.nll_loss(x, p.labels[tokens], reduction="sum") for x in (log_p, log_q))
+            kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            same = (log_q.argmax(-1) == log_p.argmax(-1)).sum()
+            sums += torch.stack([*losses, kl, same]).double().cpu()
+        count += len(p.labels)
+    return *(sums / count).tolist(), count
 
 
 # ---- calibration ----

@@ -19,13 +19,14 @@ product: there dz contains the mantissa of the number of tokens, which leaves a 
 multiply by, unless a step has tokens of other micro-batches.
 
 The idea is Liger's fused linear cross-entropy (arXiv:2410.10989). Left out: the gradient of W, as
-the head of a 4-bit base is frozen, and skipping small probabilities (cut cross-entropy,
-arXiv:2411.09009), which changes the result. torch.nn.functional.linear_cross_entropy (2.13) has no
-softcap.
+the head of a 4-bit base is frozen (a trained one is trained on the plain path), and skipping small
+probabilities (cut cross-entropy, arXiv:2411.09009), which changes the result.
+torch.nn.functional.linear_cross_entropy (2.13) has no softcap.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +45,24 @@ GPU_CHUNK_BYTES = 128 << 20
 GRADIENT_SCALE = 256.0
 
 
+class Head(NamedTuple):
+    """From hidden states x to the logits z of the formula above."""
+
+    product: Callable[[Tensor], Tensor]
+    """x (rows, dim) -> W x + b (rows, vocab), of any layer that computes row by row"""
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, dim) -> (rows, vocab), in fp32 (fp64 for fp64)."""
+        product = self.product(hidden)
+        z = product.to(torch.promote_types(product.dtype, torch.float32))
+        _scale(z, self.scale, self.softcap)
+        return z
+
+
 def chunk_rows(weight: Tensor) -> int:
-    """The number of tokens in a chunk, for this head (vocab, dim)."""
+    """The number of tokens in a chunk, for a head of this shape (vocab, dim), dtype and device."""
     chunk_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
     itemsize = torch.promote_types(weight.dtype, torch.float32).itemsize
     return max(1, chunk_bytes // (len(weight) * itemsize))
@@ -78,21 +95,46 @@ def linear_cross_entropy(
             "no gradient for the output head, and this one is trained: freeze it, or use its logits"
         )
     kept = (labels != ignore_index).nonzero()[:, 0]
-    head = weight, bias, scale, softcap, label_smoothing
+    settings = scale, softcap, label_smoothing
     with torch.autocast(hidden.device.type, enabled=False):
-        inputs = hidden[kept].to(weight.dtype), labels[kept], head
+        inputs = hidden[kept].to(weight.dtype), labels[kept], weight, bias, settings
         return _LinearCrossEntropy.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
-_Head = tuple[Tensor, Tensor | None, float, float | None, float]  # W, b, scale, softcap and e
+_Settings = tuple[float, float | None, float]  # scale, softcap and e
+
+
+@torch.no_grad()
+def head_cross_entropy(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    rows: int,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """`linear_cross_entropy` of any head, in chunks of `rows` tokens; without a gradient."""
+    kept = (labels != ignore_index).nonzero()[:, 0]
+    losses = []
+    for i in kept.split(rows):
+        z = head.logits(hidden[i])  # scaled already
+        losses.append(_losses(z, labels[i], (1.0, None, label_smoothing), None).sum())
+    return torch.stack(losses).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The loss of tokens that all have a label; forward computes the gradient along with it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: _Head) -> Tensor:
-        weight, bias, scale, *_ = head
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        settings: _Settings,
+    ) -> Tensor:
         rows, factor = chunk_rows(weight), None
         dtype = torch.promote_types(weight.dtype, torch.float32)
         losses = hidden.new_empty(len(hidden), dtype=dtype)
@@ -102,20 +144,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             z = linear(hidden[chunk], weight, bias).to(dtype)
-            losses[chunk] = _losses(z, labels[chunk], head, factor)
+            losses[chunk] = _losses(z, labels[chunk], settings, factor)
             if factor is not None:
                 gradient[chunk] = _input_gradient(z.to(hidden.dtype), weight)
             del z  # before the next chunk's is allocated
         if factor is not None:
             ctx.save_for_backward(gradient)
-            ctx.factor, ctx.dtype = scale / factor, hidden.dtype
+            ctx.factor, ctx.dtype = settings[0] / factor, hidden.dtype
         return losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * (loss_gradient * ctx.factor)).to(ctx.dtype), None, None
+        return (gradient * (loss_gradient * ctx.factor)).to(ctx.dtype), None, None, None, None
 
 
 def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
@@ -125,17 +167,25 @@ def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     return linear(dz, weight.T)
 
 
-def _losses(z: Tensor, labels: Tensor, head: _Head, factor: float | None) -> Tensor:
-    """Losses (rows,) of z = W x + b (rows, vocab), overwritten by their gradients in scale * z,
-    times `factor`; without a factor z has no meaning afterwards."""
-    _, _, scale, softcap, smoothing = head
-    slope = None  # of the softcap
+def _scale(
+    z: Tensor, scale: float, softcap: float | None, *, with_slope: bool = False
+) -> Tensor | None:
+    """Apply scale and softcap to W x + b in place; returns the softcap's slope, if asked for."""
+    slope = None
     if scale != 1:
         z *= scale
     if softcap is not None:
         z.div_(softcap).tanh_()
-        slope = None if factor is None else 1 - z * z
+        slope = 1 - z * z if with_slope else None
         z *= softcap
+    return slope
+
+
+def _losses(z: Tensor, labels: Tensor, settings: _Settings, factor: float | None) -> Tensor:
+    """Losses (rows,) of z = W x + b (rows, vocab), overwritten by their gradients in scale * z,
+    times `factor`; without a factor z has no meaning afterwards."""
+    scale, softcap, smoothing = settings
+    slope = _scale(z, scale, softcap, with_slope=factor is not None)
     picked, mean = z.gather(1, labels[:, None]), z.mean(1, keepdim=True)
     top = z.amax(1, keepdim=True)
     p = z.sub_(top).exp_()
