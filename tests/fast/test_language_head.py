@@ -197,6 +197,36 @@ def test_a_trained_or_adapted_head(family, settings, checkpoints, capsys):
         assert torch.equal(before, plain) and torch.equal(after, plain)
 
 
+HEADS = [
+    ("llama", {"modules_to_save": ("lm_head",)}),
+    ("gemma", {"target_modules": ("lm_head", "q_proj")}),  # with a softcap
+    ("gemma", {"trainable_token_indices": (5, 6)}),
+]
+
+
+@pytest.mark.parametrize("family, settings", HEADS, ids=str)
+def test_without_gradients_a_trained_or_adapted_head_is_lazy(family, settings, checkpoints):
+    """Logits are those of the adapter that was active, also where they are computed later."""
+    model = load_base(str(checkpoints(family)), FP32).eval()
+    apply_lora(model, LoraConfig(r=4, **settings), generator=torch.Generator().manual_seed(0))
+    conftest.randomize_adapter(model)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += 0.01  # of copies, which randomize_adapter leaves
+    with torch.no_grad(), disable_adapter(model):
+        base = model(IDS).logits
+    with torch.no_grad():
+        plain = model(IDS, labels=LABELS)
+        put_language_head(model)
+        outputs = model(IDS, labels=LABELS)
+        with disable_adapter(model):
+            without = model(IDS).logits
+        assert is_lazy(outputs.logits) and is_lazy(without)
+        torch.testing.assert_close(outputs.loss, plain.loss, rtol=1e-6, atol=0)
+        assert torch.equal(outputs.logits, plain.logits) and torch.equal(without, base)
+        assert not torch.equal(plain.logits, base)
+    assert type(model(IDS).logits) is Tensor
+
+
 def test_a_head_with_a_gradient_or_hooks_or_codes(checkpoints, capsys):
     model = frozen("llama")
     put_language_head(model)

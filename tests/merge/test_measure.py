@@ -5,16 +5,25 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import tiny_tokenizer, write_rows
-from merging import merged, refused, report_of, rows_file, run_merge
+from chunks import Sizes, chunks_of
+from conftest import FP32, tiny_tokenizer, write_rows
+from merging import merged, refused, report_of, rows_file, run_merge, trained
 from merging import trained_on as trained_on
 from transformers import AutoModelForCausalLM
 
 from qlora.adapters.format import read_adapter
 from qlora.adapters.lora import lora_layers
+from qlora.base.load import load_base
 from qlora.errors import UserError
 from qlora.merge import measure
-from qlora.merge.measure import SecondMoments, Verification, Verifier, calibrate, own_text
+from qlora.merge.measure import (
+    SecondMoments,
+    Verification,
+    Verifier,
+    calibrate,
+    own_text,
+    read_examples,
+)
 
 POOR = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 1.9, 0.8)
 WORSE = replace(POOR, loss_base=1.0, loss_live=2.0, loss_merged=2.0)
@@ -41,6 +50,49 @@ def test_verify_measures_merges_to_32_and_4_bits(adapter, tmp_path, capsys):
     verified = report_of(tmp_path / "nf4")["verify"]
     assert 0 < verified["kl"] < 0.1
     assert 0.5 < verified["agreement"] <= 1
+
+
+SOFTCAP = ("gemma", {"target_modules": ("lm_head", "q_proj")})
+TRAINED = ("llama", {"modules_to_save": ("lm_head",)})
+REBASED = ("llama", {"target_modules": ("lm_head", "q_proj"), "init_lora_weights": "pissa"})
+
+
+@pytest.mark.parametrize(("family", "lora"), [("llama", {}), SOFTCAP, TRAINED, REBASED], ids=str)
+def test_verification_in_chunks_is_that_of_all_logits(family, lora, checkpoints, tmp_path):
+    base = checkpoints(family)
+    model, folder = trained(base, tmp_path / "adapter", **lora)
+    data = rows_file(tmp_path)
+    run_merge(folder, tmp_path / "out", format="fp32", onto="original")
+    batches = read_examples(data, base)
+    verifier = Verifier(
+        read_adapter(folder), str(base), batches, device="cpu", compute_dtype="fp32"
+    )
+    with chunks_of(5 * 320), Sizes() as sizes:
+        measured = verifier.measure(tmp_path / "out")
+    assert max(sizes.seen) < sum(batch["labels"].numel() for batch in batches) * 320
+    models = (
+        load_base(str(base), FP32),
+        model,
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+    )
+    wanted = []
+    for batch in batches:
+        kept = batch["labels"][:, 1:] != -100
+        labels = batch["labels"][:, 1:][kept]
+        log_p = []
+        for one in models:
+            with torch.no_grad():
+                logits = one(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            log_p.append(logits[:, :-1][kept].double().log_softmax(-1))
+        losses = [-x.gather(1, labels[:, None]).sum() for x in log_p]
+        kls = [(log_p[1].exp() * (log_p[1] - log_p[i])).sum() for i in (2, 0)]
+        same = (log_p[1].argmax(-1) == log_p[2].argmax(-1)).sum()
+        wanted.append(torch.stack([*losses, *kls, same]))
+    got = [getattr(measured, f"loss_{name}") for name in ("base", "live", "merged")]
+    got += [measured.kl, measured.kl_base, measured.agreement]
+    expected = (sum(wanted) / measured.tokens).tolist()
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)  # fp32
+    assert min(expected) > 1e-4
 
 
 def test_min_kept_and_the_warning_go_by_the_share_kept(adapter, tmp_path, monkeypatch, capsys):
