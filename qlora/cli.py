@@ -215,6 +215,8 @@ def _read_recipe(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         elif typed[key] is not None:
             value = typed[key] if isinstance(value, dict) else value
             values[name] = tuple(value) if isinstance(value, list) else value
+    if unknown and "trainer" in settings and not all("?" in line for line in unknown):
+        unknown.append("Other transformers.TrainingArguments go under `trainer:`.")
     if unknown:
         raise UserError(f"{path}: {' '.join(unknown)}")
     return values

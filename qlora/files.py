@@ -48,9 +48,15 @@ class AsWritten(yaml.BaseLoader):
 
 
 class Loader(yaml.SafeLoader):
-    """Loads YAML, with 1e-4 as a number."""
+    """Loads YAML, with 1e-4 as a number; only true and false are booleans: `no` and `on` are words,
+    as in YAML 1.2."""
 
 
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?i:true|false)$"), list("tTfF"))
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )

@@ -67,10 +67,10 @@ def recipe(tmp_path, monkeypatch):
         ("--rank-pattern '{q_proj: 8}'", {"rank_pattern": {"q_proj": 8}}),
         (
             "--trainer.adam-beta2 0.99 --trainer.adam_epsilon=1e-8 --trainer.bf16 true "
-            "--trainer.run_name one --trainer.x '[1, -2]' --trainer.start -1 "
-            "--trainer '{run_name: two}'",
+            "--trainer.save_strategy no --trainer.run_name one "
+            "--trainer.x '[1, -2]' --trainer.start -1 --trainer '{run_name: two}'",
             {"trainer": {"adam_beta2": 0.99, "adam_epsilon": 1e-8, "bf16": True}
-             | {"run_name": "two", "x": [1, -2], "start": -1}},
+             | {"save_strategy": "no", "run_name": "two", "x": [1, -2], "start": -1}},
         ),
     ],
 )  # fmt: skip
@@ -139,15 +139,15 @@ def test_a_recipe_gives_what_flags_do_not(recipe):
     recipe(
         "# 7B on 12 GB\nmodel: base\noutput_dir: out\ndata: rows.jsonl\nr: abc\nlora-alpha: 16\n"
         "learning_rate: 1e-4\nrevision: 1.10\ndouble_quant: no\nreport_to: [tensorboard]\n"
-        "target_modules: [q_proj]\neval_data:\ntrainer: {adam_epsilon: 1e-8, bf16: true}\n"
-        "loss_without_logits: false\n"
+        "target_modules: [q_proj]\neval_data:\n"
+        "trainer: {adam_epsilon: 1e-8, bf16: true, save_strategy: no}\nloss_without_logits: false\n"
     )
     config = parse("--config recipe.yaml --r 4 --trainer.bf16 false", required="")
     assert flat(config) == flat(parse("")) | {
         "r": 4, "lora_alpha": 16, "learning_rate": 0.0001, "double_quant": False,
         "revision": "1.10",  # a tag, not the number 1.1
         "report_to": ["tensorboard"], "target_modules": ["q_proj"], "fast_path": False,
-        "trainer": {"adam_epsilon": 1e-8, "bf16": False},
+        "trainer": {"adam_epsilon": 1e-8, "bf16": False, "save_strategy": "no"},
     }  # fmt: skip
 
 
@@ -170,6 +170,8 @@ def test_a_run_yaml_of_an_earlier_version_is_a_recipe():
         ("lora_alpha: 8\nlora-alpha: 16", ["lora_alpha is set twice"]),
         ("resume: maybe", ["resume: wanted true or false, got 'maybe'"]),
         ("report_to: [[a]]", ["report_to: wanted a list", "[['a']]"]),
+        ("save_strategy: no", ["unknown key save_strategy.", "save_steps?"]),
+        ("bf16: no", ["unknown key bf16.", "go under `trainer:`"]),
         ("trainer: bf16", ["trainer: wanted {NAME: VALUE}, got 'bf16'"]),
         ("[a]: 1", ["is not YAML"]),
         ("- r", ["name: value", "- r"]),

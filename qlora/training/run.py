@@ -8,11 +8,14 @@ and loggers (qlora.training.trainer); qlora.training.outputs writes the other fi
 
 import os
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import Field, asdict, fields, replace
+from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
+import yaml
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import integration_utils as loggers
 
@@ -32,13 +35,36 @@ from qlora.fast.layers import RMSNorm, put_norms, remove_fast_path, use_fast_pat
 from qlora.fast.offload import offload_embedding, require_gpu
 from qlora.files import RUN, read_metrics, read_samples, require_new
 from qlora.training.outputs import choose_samples, write_answers, write_results, write_run_file
-from qlora.training.trainer import make_trainer
+from qlora.training.trainer import make_trainer, training_arguments
 
-# TrainingArguments that follow from other settings: refused as `--trainer.NAME`.
-DERIVED_ARGUMENTS = (
-    "bf16", "do_train", "fp16", "gradient_checkpointing_kwargs", "label_smoothing_factor",
-    "remove_unused_columns", "use_cpu",
-)  # fmt: skip
+# TrainingArguments that `--trainer.NAME` refuses, and why: names, or beginnings that end in `_`.
+REFUSED_ARGUMENTS = {
+    "follows from the other settings: leave it out": (
+        "activation_checkpointing", "activation_checkpointing_kwargs", "bf16", "bf16_full_eval",
+        "do_eval", "do_predict", "do_train", "fp16", "fp16_full_eval",
+        "gradient_checkpointing_kwargs", "include_num_input_tokens_seen", "label_names",
+        "label_smoothing_factor", "length_column_name", "remove_unused_columns", "use_cache",
+        "use_cpu",
+    ),
+    "is not supported, training runs on one GPU: leave it out": (
+        "accelerator_config", "average_tokens_across_devices", "ddp_", "deepspeed", "fsdp",
+        "fsdp_", "local_rank", "log_level_replica", "log_on_each_node", "parallelism_config",
+        "save_on_each_node",
+    ),
+    "is not supported, 4-bit layers have faster versions here (--fast-path): leave it out": (
+        "liger_", "torch_compile", "torch_compile_", "use_liger_kernel",
+    ),
+    "has no effect here: leave it out": (
+        "batch_eval_metrics", "disable_tqdm", "eval_accumulation_steps", "eval_do_concat_batches",
+        "eval_use_gather_object", "include_for_metrics", "prediction_loss_only",
+    ),
+    "is not supported: upload the folder after training, `hf upload NAME FOLDER`": (
+        "hub_", "push_to_hub",
+    ),
+    "is not supported: --resume continues from the last checkpoint": ("resume_from_checkpoint",),
+}  # fmt: skip
+WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a word",
+          dict: "{NAME: VALUE}", list: "a list"}  # fmt: skip
 # Logger -> package to install; the others have one name for both.
 LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 EVA_TOKENS = 1 << 13  # tokens that EVA reads: many more than the directions of a layer
@@ -53,6 +79,7 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
     resume_from = check_settings(config, output)
+    config = check_arguments(config)
 
     checkpoint = Checkpoint.open(config.model, revision=config.revision)
     task, trusted = config.task, config.trust_remote_code
@@ -111,24 +138,62 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
         fix = f"give a new --output-dir, or {'--resume to continue it' if steps else dead}"
         require(not (output / RUN).exists(), f"{output} already holds a run: {fix}")
         require_new(output)
-    check_arguments(config)
     for name in ("offload_activations", "offload_embedding"):
         if getattr(config, name):
             require_gpu(f"--{name.replace('_', '-')}")
     return steps[max(steps)] if config.resume else None
 
 
-def check_arguments(config: TrainConfig) -> None:
-    """Refuse a `--trainer.NAME` that is unknown, has its own flag or is derived; and a logger that
+def typed_argument(argument: Field[Any], value: Any) -> Any:
+    """A value of `--trainer.NAME` in the type that TrainingArguments has for it: `no`, a word, is
+    false for a switch. Raises UserError for another type, and for a word that is no choice."""
+    hint, given = get_type_hints(TrainingArguments)[argument.name], value
+    hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [get_origin(kind) or kind for kind in hints]
+    kinds = [bool if kind is Literal else kind for kind in kinds]  # Literal[False]
+    value = _switched(value) if bool in kinds else value
+    if isinstance(value, dict):
+        value = {key: _switched(item) for key, item in value.items()}
+    if type(value) not in (*kinds, *[int] * (float in kinds)):
+        wanted = " or ".join(dict.fromkeys(WANTED[kind] for kind in kinds if kind in WANTED))
+        fix = f": write '{given}' in quotes" if str in kinds else ""
+        raise UserError(f"--trainer.{argument.name} must be {wanted}, got {given!r}{fix}")
+    words = [choice.value for kind in kinds if issubclass(kind, Enum) for choice in kind]
+    words = words or list(argument.metadata.get("choices") or ())
+    is_choice = not words or value is None or value in words
+    message = f"--trainer.{argument.name} must be one of {', '.join(words)}, got {given!r}"
+    require(is_choice, message)
+    return value
+
+
+def _switched(value: Any) -> Any:
+    """YAML 1.1's booleans, `no` and others, as such; any other value as it is."""
+    is_word = isinstance(value, str)
+    return yaml.SafeLoader.bool_values.get(value.lower(), value) if is_word else value
+
+
+def check_arguments(config: TrainConfig) -> TrainConfig:
+    """`config` with the values of `trainer` in their types. Refuses a `--trainer.NAME` that is
+    unknown, has its own flag, is derived, or has a value that Trainer refuses; and a logger that
     transformers does not know, or whose package is not installed."""
-    known = {field.name for field in fields(TrainingArguments) if field.init}
+    known = {field.name: field for field in fields(TrainingArguments) if field.init}
     flags = {field.name for field in fields(config)}
     for name in config.trainer:
         unknown = f"is no argument of transformers.TrainingArguments.{did_you_mean(name, known)}"
         require(name in known, f"--trainer.{name} {unknown}")
         require(name not in flags, f"--trainer.{name} has a flag of its own: give --{name}")
-        is_derived = name in DERIVED_ARGUMENTS
-        require(not is_derived, f"--trainer.{name} follows from the other settings: leave it out")
+        for reason, names in REFUSED_ARGUMENTS.items():
+            is_refused = any(name == n or (n[-1] == "_" and name.startswith(n)) for n in names)
+            require(not is_refused, f"--trainer.{name} {reason}")
+    typed = {name: typed_argument(known[name], value) for name, value in config.trainer.items()}
+    config = replace(config, trainer=typed)
+    check_loggers(config)
+    training_arguments(config, fp16=False, on_cpu=not torch.cuda.is_available())
+    return config
+
+
+def check_loggers(config: TrainConfig) -> None:
+    """Refuse a logger that is unknown, or whose package is not installed."""
     installed = {*loggers.get_available_reporting_integrations(), "flyte"}  # never listed
     named = [name for name in config.report_to if name not in ("all", "none")]
     if strange := [name for name in named if name not in loggers.INTEGRATION_TO_CALLBACK]:

@@ -12,7 +12,7 @@ differs from Trainer in:
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from qlora.base.modules import state_of
 from qlora.config import TrainConfig
 from qlora.data.objectives import OBJECTIVES, Objective, measure
 from qlora.data.rows import collator
-from qlora.errors import UserError, first_line
+from qlora.errors import UserError, first_line, require
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
 from qlora.training.optimizers import keep_updates, loses_updates
@@ -41,15 +41,17 @@ SHARED_ARGUMENTS = (
     "num_train_epochs", "max_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
     "seed", "logging_steps", "eval_steps", "save_steps",
 )  # fmt: skip
+# Arguments that need evaluation, besides the strategies.
+NEED_EVALUATION = ("load_best_model_at_end", "metric_for_best_model", "eval_on_start")
 EPOCH_STATE = "epoch_rng_state.pth"  # file of a checkpoint: torch's generator as the epoch began
 
 
-def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingArguments:
+def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> TrainingArguments:
     """transformers' arguments for `config`; `--trainer.NAME` overrides them."""
     eval_strategy = ("steps" if config.eval_steps else "epoch") if config.data.eval_data else "no"
-    on_cpu = model.device.type == "cpu"
     settings: dict[str, Any] = {name: getattr(config, name) for name in SHARED_ARGUMENTS}
     settings |= {
+        "learning_rate": config.learning_rate or 1e-4,  # none yet before the model is known
         "per_device_eval_batch_size": config.per_device_train_batch_size,
         "warmup_steps": config.warmup_ratio,  # below 1: a fraction of the steps
         "logging_first_step": True,
@@ -57,7 +59,7 @@ def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingA
         "save_strategy": "steps",
         "save_total_limit": 2,
         "report_to": list(config.report_to) or "none",
-        "fp16": model.dtype == torch.float16,  # T4 and older: loss scaling, fp32 adapters
+        "fp16": fp16,  # T4 and older: loss scaling, fp32 adapters
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
         # group_by_length as in QLoRA: less padding; packs have nearly one length
@@ -66,12 +68,44 @@ def training_arguments(config: TrainConfig, model: PreTrainedModel) -> TrainingA
         "include_num_input_tokens_seen": "non_padding",
         "label_names": ["labels"],
     }
-    if on_cpu and "paged" in config.optim:
-        print(f"{config.optim} runs unpaged: this machine has no GPU memory to page from")
-    arguments = TrainingArguments(**{**settings, **config.trainer})
+    settings |= config.trainer
+    _require_evaluations(settings, config.data.eval_data)
+    with refusals():
+        arguments = TrainingArguments(**settings)
+        arguments.get_process_log_level()  # Trainer's first use of log_level
     # One GPU even where more are visible: no setting turns off Trainer's DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _require_evaluations(settings: dict[str, Any], eval_data: str | None) -> None:
+    """Refuse settings that need an evaluation where there is none, or at other steps."""
+    evaluated, saved = settings["eval_strategy"], settings["save_strategy"]
+    needing = [f"--trainer.{name}" for name in NEED_EVALUATION if settings.get(name)]
+    needing += ["--trainer.save_strategy best"] * (saved == "best")
+    if eval_data is None:
+        needing += [f"--trainer.eval_strategy {evaluated}"] * (evaluated != "no")
+        require(not needing, f"{', '.join(needing)} needs evaluation data: give --eval-data")
+    elif evaluated == "no":
+        needing = [name for name in needing if not name.endswith("eval_on_start")]
+        require(not needing, f"{', '.join(needing)} needs evaluations: drop eval_strategy no")
+    if settings.get("load_best_model_at_end") and saved != "best":
+        every = settings["eval_steps"] or settings["logging_steps"]
+        agree = evaluated == saved and (saved != "steps" or settings["save_steps"] % every == 0)
+        fault = f"needs every checkpoint evaluated; evaluation is by {evaluated}, saving by {saved}"
+        fix = "give --eval-steps N, and N or a multiple of it as --save-steps"
+        require(agree, f"--trainer.load_best_model_at_end {fault}: {fix}")
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns transformers' exceptions about settings into UserErrors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, ImportError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
 
 
 def make_trainer(
@@ -79,7 +113,8 @@ def make_trainer(
 ) -> "AdapterTrainer":
     """The Trainer of one run, with metrics.jsonl and progress lines as callbacks.
 
-    Raises UserError if Trainer or an optimizer refuses the settings; nothing was written then.
+    Raises UserError if Trainer, an optimizer or a data loader refuses the settings; nothing was
+    written then.
     """
     if model.dtype == torch.float16 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
         raise UserError("fp16 compute needs fp32 adapters: drop --adapter-dtype, or give fp32")
@@ -88,24 +123,30 @@ def make_trainer(
         packing, fast, pad = config.data.packing, config.fast_path, tokenizer.pad_token_id
         unpadded = rows_collator(model, packing=packing, fast_path=fast, pad_token_id=pad)
         collate = unpadded or collate
+    on_cpu = model.device.type == "cpu"
+    arguments = training_arguments(config, fp16=model.dtype == torch.float16, on_cpu=on_cpu)
+    if on_cpu and "paged" in config.optim:
+        print(f"{config.optim} runs unpaged: this machine has no GPU memory to page from")
     try:
-        trainer = AdapterTrainer(
-            model=model,
-            args=training_arguments(config, model),
-            train_dataset=rows,
-            eval_dataset=eval_rows,
-            data_collator=collate,
-            processing_class=tokenizer,
-            objective=OBJECTIVES[config.task],
-            loraplus_lr_ratio=config.loraplus_lr_ratio,
-            offload=offload_activations() if config.offload_activations else None,
-        )
-        # A check before anything is written: 10 for the number of steps, not known yet.
-        trainer.create_optimizer_and_scheduler(num_training_steps=10)
-    except (ValueError, RuntimeError, ImportError, TypeError) as error:
+        with refusals():
+            trainer = AdapterTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=rows,
+                eval_dataset=eval_rows,
+                data_collator=collate,
+                processing_class=tokenizer,
+                objective=OBJECTIVES[config.task],
+                loraplus_lr_ratio=config.loraplus_lr_ratio,
+                offload=offload_activations() if config.offload_activations else None,
+            )
+            # A check before anything is written: 10 for the number of steps, not known yet.
+            trainer.create_optimizer_and_scheduler(num_training_steps=10)
+            trainer.check_data()
+    except UserError:
         with suppress(OSError):
             Path(config.output_dir).rmdir()  # Trainer has created it; removed only if empty
-        raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
+        raise
     if loses_updates(trainer.optimizer):
         print(f"{config.optim} loses small updates of bf16 adapters: give --adapter-dtype fp32")
     trainer.optimizer = trainer.lr_scheduler = None
@@ -169,6 +210,20 @@ class AdapterTrainer(Trainer):
             super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
         finally:
             del model._hf_peft_config_loaded
+
+    def check_data(self) -> None:
+        """Refuse data that fill no batch, and a metric for the best model that none measures."""
+        with torch.random.fork_rng(devices=[]):  # accelerate draws the seed of a random order
+            loader = self.get_train_dataloader()
+            if self.eval_dataset is not None:
+                self.get_eval_dataloader()
+        size, fix = self.args.train_batch_size, "drop --trainer.dataloader_drop_last"
+        fault = f"{self.num_examples(loader)} rows fill no batch of {size}: {fix}, or lower"
+        require(len(loader) > 0, f"{fault} --per-device-train-batch-size")
+        metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        measured = measure(self.objective, (), state_of(self.model).labels)
+        fault = f"--trainer.metric_for_best_model must be {' or '.join(measured)}, got {metric!r}"
+        require(metric in measured, fault)
 
     def fit(self, checkpoint: str | None) -> None:
         """Train, from `checkpoint` if given: not at all if it has all steps (Trainer adds one)."""

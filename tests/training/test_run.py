@@ -27,6 +27,7 @@ from qlora.data.rows import prepare_data
 from qlora.errors import UserError
 from qlora.merge import merge
 from qlora.training.run import (
+    check_arguments,
     check_settings,
     default_learning_rate,
     load_model,
@@ -291,6 +292,25 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
         ({"trainer": {"learning_rate": 1}}, ["--learning_rate", "flag of its own"]),
         ({"trainer": {"bf16": True}}, ["bf16", "follows from the other settings"]),
         ({"trainer": {"label_smoothing_factor": 0.1}}, ["label_smoothing_factor", "follows"]),
+        ({"trainer": {"use_liger_kernel": True}}, ["use_liger_kernel is not supported"]),
+        ({"trainer": {"torch_compile": "yes"}}, ["torch_compile is not supported"]),
+        ({"trainer": {"push_to_hub": True}}, ["push_to_hub is not supported", "hf upload"]),
+        ({"trainer": {"hub_model_id": "me/it"}}, ["hub_model_id is not supported", "hf upload"]),
+        ({"trainer": {"fsdp_config": {}}}, ["fsdp_config is not supported", "one GPU"]),
+        ({"trainer": {"prediction_loss_only": True}}, ["prediction_loss_only has no effect"]),
+        ({"trainer": {"resume_from_checkpoint": "x"}}, ["--resume continues"]),
+        ({"trainer": {"adam_beta2": "high"}}, ["adam_beta2 must be a number, got 'high'"]),
+        ({"trainer": {"dataloader_num_workers": 1.5}}, ["must be a whole number, got 1.5"]),
+        ({"trainer": {"dataloader_drop_last": 1}}, ["must be true or false, got 1"]),
+        ({"trainer": {"run_name": 7}}, ["run_name must be a word, got 7", "in quotes"]),
+        ({"trainer": {"save_strategy": "off"}}, ["must be one of no, steps, epoch, best"]),
+        ({"trainer": {"train_sampling_strategy": "rnd"}}, ["must be one of random, sequential"]),
+        ({"trainer": {"log_level": "loud"}}, ["log_level must be one of detail"]),
+        ({"trainer": {"eval_strategy": "steps"}}, ["eval_strategy steps needs", "--eval-data"]),
+        ({"trainer": {"eval_on_start": "on"}}, ["eval_on_start needs", "--eval-data"]),
+        ({"trainer": {"save_strategy": "best"}}, ["save_strategy best needs", "--eval-data"]),
+        ({"trainer": {"metric_for_best_model": "loss"}}, ["needs", "--eval-data"]),
+        ({"trainer": {"warmup_steps": -1}}, ["Trainer refuses these settings", "warmup_steps"]),
         ({"resume": True}, ["no checkpoint-N to resume from"]),
         ({"offload_activations": True}, ["--offload-activations", "a CUDA GPU", "leave it out"]),
         ({"offload_embedding": True}, ["--offload-embedding", "a CUDA GPU", "leave it out"]),
@@ -311,10 +331,40 @@ def test_settings_that_are_refused(settings, words, checkpoints, data, tmp_path,
     loggers = "qlora.training.run.loggers.get_available_reporting_integrations"
     monkeypatch.setattr(loggers, lambda: ["tensorboard"])
     base, rows = tmp_path / "base", tmp_path / "data"
-    if settings.keys() & {"lora", "optim", "lr_scheduler_type"}:
+    if settings.keys() & {"lora", "optim"}:
         base, rows = checkpoints("llama"), data
     with refuses(tmp_path, *words):
         train(quick_config(base, rows, tmp_path / "run", **settings))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings", "words"),
+    [
+        ({"dataloader_drop_last": "on"}, {"per_device_train_batch_size": 64}, ["40 rows fill no"]),
+        ({"dataloader_persistent_workers": True}, {}, ["Trainer refuses", "num_workers"]),
+        ({"per_device_eval_batch_size": 0}, {}, ["Trainer refuses", "batch_size"]),
+        ({"metric_for_best_model": "accuracy"}, {}, ["must be loss, got 'accuracy'"]),
+        ({"load_best_model_at_end": True}, {}, ["by epoch, saving by steps", "--eval-steps N"]),
+        ({"load_best_model_at_end": True}, {"eval_steps": 3}, ["N or a multiple of it"]),
+        ({"save_strategy": "best", "eval_strategy": "no"}, {}, ["drop eval_strategy no"]),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_the_data_are_refused(
+    trainer, settings, words, checkpoints, data, tmp_path
+):
+    both = DataConfig(str(data), str(data), max_length=128)
+    with refuses(tmp_path, *words):
+        base, output = checkpoints("llama"), tmp_path / "run"
+        train(quick_config(base, data, output, data=both, trainer=trainer, **settings))
+
+
+def test_words_of_yaml_get_the_type_of_the_argument(checkpoints, data, tmp_path):
+    """`no` is a strategy's word and a switch's false."""
+    given = {"save_strategy": "no", "dataloader_drop_last": "no", "run_name": "on", "eval_delay": 1}
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", trainer=given, max_steps=1)
+    assert check_arguments(config).trainer == given | {"dataloader_drop_last": False}
+    assert not list(train(config).glob("checkpoint-*"))
 
 
 def test_folders_and_environments_that_are_refused(quick_run, tmp_path, data, monkeypatch):
