@@ -11,7 +11,7 @@ import sys
 from dataclasses import Field, asdict, fields, replace
 from enum import Enum
 from pathlib import Path
-from types import UnionType
+from types import MethodType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -19,8 +19,8 @@ import yaml
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import integration_utils as loggers
 
-from qlora.adapters.apply import apply_lora, print_trainable_parameters
-from qlora.adapters.files import load_adapter_weights
+from qlora.adapters.apply import active_adapters, apply_lora, print_trainable_parameters
+from qlora.adapters.files import load_adapter_weights, save_adapter
 from qlora.adapters.format import read_adapter
 from qlora.adapters.wrappers import remove_wrappers
 from qlora.base.checkpoint import Checkpoint
@@ -313,7 +313,11 @@ def prepare_for_training(
     Sets training mode, no key-value cache and, if asked, non-reentrant gradient checkpointing.
     `fast_path`: layers, norms (qlora.fast.layers) and a loss (qlora.fast.head) that compute the
     same numbers in less memory. Generation works as before. A later call overrides an earlier one.
+
+    transformers' Trainer and TRL's SFTTrainer then accept the model: `model.save_pretrained`, which
+    they call, writes the active adapter as long as the model has one.
     """
+    model._hf_peft_config_loaded = False  # with it, checkpointing computes gradients of embeddings
     model.config.use_cache = False
     if fast_path:
         put_language_head(model)
@@ -330,4 +334,16 @@ def prepare_for_training(
     model.train()
     if fast_path:
         use_fast_path(model, recompute=gradient_checkpointing)
+    model._hf_peft_config_loaded = True  # PEFT's mark: Trainer refuses a 4-bit model without it
+    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     return model
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
+    """The adapter of `model` in PEFT's format; transformers' method once it has none."""
+    if active := active_adapters(model):
+        for name in active:
+            save_adapter(model, save_directory, adapter_name=name)
+        return
+    model._hf_peft_config_loaded = False
+    type(model).save_pretrained(model, save_directory, **options)

@@ -204,12 +204,12 @@ class AdapterTrainer(Trainer):
         self.loraplus_lr_ratio, self.offload = loraplus_lr_ratio, offload
         if not lora_layers(model):
             raise UserError("the model has no adapter to train: call apply_lora first")
-        # PEFT's mark, without which Trainer refuses a quantized model; save_pretrained reads it too
-        model._hf_peft_config_loaded = True
+        is_marked = model._hf_peft_config_loaded
+        model._hf_peft_config_loaded = True  # PEFT's mark: Trainer refuses a 4-bit model without it
         try:
             super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
         finally:
-            del model._hf_peft_config_loaded
+            model._hf_peft_config_loaded = is_marked
 
     def check_data(self) -> None:
         """Refuse data that fill no batch, and a metric for the best model that none measures."""
@@ -271,7 +271,8 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = str(output_dir or self.args.output_dir)
         save_adapter(self.model, folder)
-        self.processing_class.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter_weights(self.model, resume_from_checkpoint)

@@ -12,12 +12,14 @@ import torch
 from chunks import chunks_of
 from conftest import FP32, adapted_model, pefts_parameters, quick_config, tiny_tokenizer, token_ids
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
 from simulated_device import LateCopies
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from qlora.adapters.files import parameters_by_file_name, save_adapter
+from qlora.adapters.files import load_adapter, parameters_by_file_name, save_adapter
+from qlora.adapters.fuse import merge_and_unload
 from qlora.adapters.lora import lora_layers
 from qlora.base.load import load_base
 from qlora.config import LoraConfig
@@ -87,6 +89,39 @@ def test_20_steps_are_pefts(checkpoints, tmp_path, rows):
     assert len(ours) == len(theirs) == 20
     assert ours[-1] < ours[0] - 0.1  # two curves that learn nothing would agree as well
     assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_transformers_trainer_saves_the_adapter(fast, checkpoints, tmp_path):
+    """And AdapterTrainer resumes from it."""
+    base, rows = checkpoints("llama"), [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 8
+    model = prepare_for_training(adapted_model(base), fast_path=fast)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=2, report_to="none", use_cpu=True, learning_rate=1e-2
+    )
+    before = {n: p.clone() for n, p in parameters_by_file_name(model, "default").items()}
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    after = parameters_by_file_name(model, "default")
+    assert all(torch.equal(saved[name], after[name]) for name in after)
+    assert not any(torch.equal(before[name], after[name]) for name in after)
+    assert not list((tmp_path / "checkpoint-2").glob("model*.safetensors"))
+    live = load_adapter(load_base(str(base), FP32), tmp_path / "checkpoint-2").eval()
+    ids = token_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(live(ids).logits, model.eval()(ids).logits + 0)
+
+    arguments.max_steps = 3
+    fresh = prepare_for_training(adapted_model(base), fast_path=fast)
+    trainer = AdapterTrainer(fresh, args=arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 3
+
+    plain = merge_and_unload(model)
+    plain.save_pretrained(tmp_path / "merged")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids).logits, plain.eval()(ids).logits)
 
 
 def test_model_without_adapters_is_refused(checkpoints):
