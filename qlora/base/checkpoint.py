@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -189,6 +190,10 @@ class Checkpoint:
             return None
         return {"": self.read(name), **{s[1:]: self.read(name + s) for s in suffixes}}
 
+    @cached_property
+    def _names(self) -> "WeakKeyDictionary[nn.Module, DiskNames]":
+        return WeakKeyDictionary()
+
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names by id. transformers writes some for every model, LABEL_0 and LABEL_1."""
@@ -288,13 +293,67 @@ def skeleton(
 
 
 def disk_name(checkpoint: Checkpoint, model: nn.Module, name: str) -> str | None:
-    """The checkpoint's name of the parameter `name` of `model`, or None.
+    """The checkpoint's name of the parameter `name` of `model`, or None: it has none, or has the
+    parameter in another form (`disk_names`)."""
+    return disk_names(checkpoint, model).same.get(name)
 
-    They differ by the prefix of the base model where only one of the two has a head (GPT-2 files).
-    """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    candidates = (name, name.removeprefix(prefix), prefix + name)
-    return next((c for c in candidates if c in checkpoint.tensors), None)
+
+def disk_names(checkpoint: Checkpoint, model: nn.Module) -> "DiskNames":
+    """How the checkpoint names the parameters of `model`, by transformers' own mapping."""
+    known = checkpoint._names
+    if model not in known:
+        known[model] = DiskNames.of(checkpoint, model)
+    return known[model]
+
+
+@dataclass(frozen=True)
+class DiskNames:
+    """Names of a model's parameters -> names on disk."""
+
+    same: dict[str, str]  # of parameters that are a tensor on disk
+    converted: dict[str, str]  # of those in another form, fused, split or transposed: one part
+    renamings: list[Any]  # transformers', if it renames any
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, model: Any) -> "DiskNames":
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            PrefixChange,
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        parameters, prefix = model.state_dict(), model.base_model_prefix
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        same: dict[str, str] = {}
+        converted: dict[str, str] = {}
+        for place in sorted(checkpoint.tensors, key=dot_natural_key):  # some depend on the order
+            name, pattern = rename_source_key(place, renamings, converters, prefix, parameters)
+            if name not in parameters and place in parameters:
+                name, pattern = rename_source_key(place, [], [], prefix, parameters)
+            if pattern is not None:
+                first, *others = of_pattern[pattern].target_patterns
+                for target in (first, *others):
+                    converted.setdefault(name.replace(first, target), place)
+            elif name in parameters:
+                same.setdefault(name, place)
+        used = [entry for entry in renamings if entry.was_used()]
+        style = [e for e in renamings if e in used or not isinstance(e, PrefixChange)]
+        return cls(same, converted, style if used else [])
+
+    def new(self, name: str) -> str:
+        """The name on disk that a parameter which the checkpoint lacks would have."""
+        from transformers.core_model_loading import rename_source_key
+
+        reverse = [entry.reverse_transform() for entry in reversed(self.renamings)]
+        place, _ = rename_source_key(name, reverse, [], reverse=True)
+        again, _ = rename_source_key(place, self.renamings, [])
+        return place if again == name else name
 
 
 def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:

@@ -32,6 +32,7 @@ from qlora.base.checkpoint import (
     Checkpoint,
     OriginalWeights,
     disk_name,
+    disk_names,
     is_skipped,
     kept_dense,
     linear_layers,
@@ -42,7 +43,7 @@ from qlora.base.checkpoint import (
 from qlora.base.modules import ModelState, auto_class, heads, is_in, is_linear, state_of, task_of
 from qlora.config import QuantConfig
 from qlora.config.tasks import Task, task_named
-from qlora.errors import UserError, first_line, some
+from qlora.errors import UserError, first_line, require, some
 from qlora.ops import nf4
 
 DTYPE_NAMES: dict[Any, Any] = {dtype: name for name, dtype in nf4.DTYPES.items()}
@@ -167,6 +168,7 @@ def _quantization(
             )
         quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
         layers = quantized_layers(model, quant)
+        _require_own_weights(checkpoint, model, layers)
         _require_all_quantized(model, layers, quant)
         skip = [f"{re.escape(name)}$" for name in linear_layers(model) if name not in layers]
         return quant, _Bnb4BitConfig(quant, skip)
@@ -188,6 +190,17 @@ def _quantization(
         skipped = [*(entries.get("llm_int8_skip_modules") or []), *in_full]
         config.quantization_config = {**entries, "llm_int8_skip_modules": skipped}
     return replace(stored, skip_modules=tuple(in_full)), None
+
+
+def _require_own_weights(checkpoint: Checkpoint, model: nn.Module, layers: Iterable[str]) -> None:
+    """Refuse layers whose weights the checkpoint has in a form that the merge cannot write."""
+    converted = disk_names(checkpoint, model).converted
+    places = {name: place for name in layers if (place := converted.get(f"{name}.weight"))}
+    listed = some([f"{name} (in {place})" for name, place in places.items()])
+    what = f"{checkpoint.origin} stores {len(places)} weights fused, split or transposed"
+    fix = "Use another model, or leave them out with --skip-modules and --exclude-modules"
+    message = f"{what}, in which no merge could write them: {listed}. {fix}"
+    require(not places, message)
 
 
 def _require_all_quantized(model: nn.Module, layers: Iterable[str], quant: QuantConfig) -> None:

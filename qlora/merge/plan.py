@@ -12,7 +12,14 @@ import torch
 from bitsandbytes.utils import unpack_tensor_to_dict
 
 from qlora.adapters.format import AdapterFile, raise_faults, require_same_base, require_same_codes
-from qlora.base.checkpoint import Checkpoint, disk_name, linear_layers, quantized_layers, skeleton
+from qlora.base.checkpoint import (
+    Checkpoint,
+    disk_name,
+    disk_names,
+    linear_layers,
+    quantized_layers,
+    skeleton,
+)
 from qlora.base.modules import heads, is_in, is_tied, vocabulary
 from qlora.base.shards import Entry
 from qlora.config import MergeConfig, QuantConfig
@@ -155,8 +162,9 @@ class _Planner:
         checkpoint, adapter, model = self.checkpoint, self.adapter, self.model
         if self.unties:
             head, tied_to = (f"{module}.weight" for module in (self.head, self.embedding))
-            self.places[head] = head
-            self.sources[head] = disk_name(checkpoint, model, tied_to) or head
+            names = disk_names(checkpoint, model)
+            self.places[head] = new = names.new(head)
+            self.sources[new] = names.same.get(tied_to, new)
             if adapter.rows:
                 self.faults.append("it has token rows and unties the head from the embedding")
         if self.task.trains_head:

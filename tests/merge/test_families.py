@@ -5,11 +5,19 @@ import torch
 from adapter_kinds import logits
 from conftest import VOCAB
 from merging import refused, require_logits, run_merge, trained
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    HrmTextConfig,
+)
 
 from qlora.adapters.lora import lora_layers
+from qlora.base.checkpoint import Checkpoint
+from qlora.base.load import load_base
 from qlora.base.modules import is_quantized
 from qlora.config import QuantConfig
+from qlora.errors import UserError
 
 FP32 = QuantConfig(compute_dtype="fp32", allow_unquantized=True)  # fused experts
 SIZES = {
@@ -18,6 +26,11 @@ SIZES = {
 }  # fmt: skip
 MAMBA = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 1}
+LLAMA = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+VISION = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
 # model type: its own sizes, linear layers that are neither quantized nor adapted, those that are
 FAMILIES = {
     "falcon": (
@@ -26,10 +39,32 @@ FAMILIES = {
     ),
     "llama4_text": (
         SIZES | EXPERTS | {"intermediate_size_mlp": 128, "interleave_moe_layer_step": 2}, "router",
-        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        LLAMA,
     ),
     "mamba": (MAMBA | {"state_size": 8}, "x_proj dt_proj out_proj", "in_proj"),
+    # names on disk: language_model.model., backbone., model.language_model.
+    "gemma3": (
+        {"text_config": SIZES, "vision_config": VISION, "mm_tokens_per_image": 4,
+         "image_token_index": 5}, "", f"{LLAMA} out_proj fc1 fc2",
+    ),
+    "nemotron_h": (
+        SIZES | {"hybrid_override_pattern": "M*-", "mamba_num_heads": 8, "mamba_head_dim": 16,
+                 "ssm_state_size": 16, "n_groups": 1}, "out_proj",
+        "in_proj q_proj k_proj v_proj o_proj up_proj down_proj",
+    ),
+    "qwen3_5": (
+        {"text_config": SIZES | {"layer_types": ["linear_attention", "full_attention"],
+                                 "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+                                 "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+         "vision_config": VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 64}}, "",
+        f"{LLAMA} in_proj_qkv in_proj_z in_proj_b in_proj_a out_proj",
+    ),
 }  # fmt: skip
+RENAMED = {
+    "gemma3": "language_model.model.",
+    "nemotron_h": "backbone.",
+    "qwen3_5": "model.language",
+}
 
 
 @pytest.fixture
@@ -39,9 +74,8 @@ def base(tmp_path):
     def folder(kind):
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **FAMILIES[kind][0])
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
-            tmp_path / "base"
-        )
+        auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+        auto.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
         return tmp_path / "base"
 
     return folder
@@ -68,3 +102,35 @@ def test_what_computes_as_a_linear_layer_is_quantized_adapted_and_merged(
 def test_4_bits_that_transformers_does_not_open_are_refused(base, tmp_path):
     live = trained(base("falcon"), tmp_path / "adapter", FP32)
     refused(live.adapter, tmp_path / "out", "no 4-bit FalconLinear.*use --format", format="nf4")
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_merged_files_have_the_names_of_the_base(kind, base, tmp_path):
+    """Also with a head that is untied, and merged onto the weights from before quantization."""
+    folder = base(kind)
+    disk = Checkpoint(folder).tensors
+    assert any(name.startswith(RENAMED[kind]) for name in disk)
+    live = trained(folder, tmp_path / "adapter", FP32, target_modules=("o_proj", "lm_head"))
+    run_merge(live.adapter, tmp_path / "out", format="fp32")
+    require_logits(tmp_path / "out", logits(live.model))
+    written = Checkpoint(tmp_path / "out").tensors
+    assert {name for name in written if name not in disk} <= {"language_model.lm_head.weight"}
+    assert written.keys() >= disk.keys()
+    run_merge(live.adapter, tmp_path / "nf4", format="nf4", calibration="none")
+    assert logits(load_base(str(tmp_path / "nf4"), FP32)).isfinite().all()
+    pissa = trained(folder, tmp_path / "pissa", FP32, init_lora_weights="pissa")  # reads the base
+    run_merge(pissa.adapter, tmp_path / "of pissa", format="fp32")
+    require_logits(tmp_path / "of pissa", logits(pissa.model))
+    run_merge(live.adapter, tmp_path / "original", format="fp32", onto="original")
+    original = Checkpoint(tmp_path / "original")
+    changed = [n for n in disk if not torch.equal(Checkpoint(folder).read(n), original.read(n))]
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} <= {"o_proj", "lm_head"}
+    assert changed
+
+
+def test_fused_weights_on_disk_are_refused_before_training(tmp_path):
+    config = HrmTextConfig(**SIZES)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    match = r"weights fused.*self_attn.q_proj \(in .*gqkv_proj.weight\).*Use another model"
+    with pytest.raises(UserError, match=match):
+        load_base(str(tmp_path / "base"), FP32)
