@@ -29,7 +29,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qlora.data.chat_template import NO_LOSS, Rendering, is_answer, tokenize
+from qlora.data.chat_template import (
+    NO_LOSS,
+    Rendering,
+    ending_of,
+    is_answer,
+    reasoning_in,
+    tokenize,
+)
 from qlora.data.records import KINDS, chat_of, kind_of, string_of
 from qlora.errors import UserError, did_you_mean, require, some
 
@@ -78,9 +85,10 @@ class Objective:
 
 def _row(ids: list[int], labels: Any, full_length: int, supervised: int) -> Row:
     """Ids and labels, cut; `full_length`, in tokens before the cut, 0 without an answer;
-    `supervised`, the number of labels with loss."""
+    `supervised`, the number of labels with loss; `lost`, what a chat template leaves out;
+    `special`, whether the chat has tools or reasoning."""
     counts = {"length": len(ids), "full_length": full_length, "supervised": supervised}
-    return {"input_ids": ids, "labels": labels, **counts}
+    return {"input_ids": ids, "labels": labels, **counts, "lost": [], "special": False}
 
 
 # ---- causal language models
@@ -88,19 +96,19 @@ def _row(ids: list[int], labels: Any, full_length: int, supervised: int) -> Row:
 
 def encode_chat(record: Record, tokenizer: Tokenizer, max_length: int, names: Names = ()) -> Row:
     """Ids of a chat or text; labels are the same ids in the answers, NO_LOSS elsewhere."""
-    chat = chat_of(record)
+    chat, rendering = chat_of(record), None
     if chat is None:
-        ids = list(tokenizer(string_of(record["text"]), verbose=False)["input_ids"])
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-        labels = ids
+        labels = ids = text_ids(string_of(record["text"]), tokenizer)
     elif not any(map(is_answer, chat.messages[chat.first :])):
         ids = labels = []
-    elif (text_and_spans := Rendering(tokenizer, chat).with_spans()) is not None:
+    elif (text_and_spans := (rendering := Rendering(tokenizer, chat)).with_spans()) is not None:
         ids, labels = tokenize(tokenizer, *text_and_spans)
     elif re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
         marked: Any = tokenizer.apply_chat_template(
-            chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
+            rendering.messages,
+            tools=chat.tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         ids, mask = marked["input_ids"], marked["assistant_masks"]
         labels = [i if on else NO_LOSS for i, on in zip(ids, mask, strict=True)]
@@ -113,7 +121,33 @@ def encode_chat(record: Record, tokenizer: Tokenizer, max_length: int, names: Na
     kept = labels[:max_length]
     # the first token is never predicted, so a label there alone teaches nothing
     supervised = sum(i != NO_LOSS for i in kept) * any(i != NO_LOSS for i in kept[1:])
-    return _row(ids[:max_length], kept, len(ids), supervised)
+    row = _row(ids[:max_length], kept, len(ids), supervised)
+    if rendering:
+        row["lost"] = sorted(rendering.lost)
+        row["special"] = any(m.get("tool_calls") or reasoning_in(m) for m in rendering.messages)
+    return row
+
+
+def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a text between the tokenizer's special tokens and eos, of which none comes twice.
+
+    A rendered chat may begin with BOS, and end in the end token of its last turn and a line break.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    before, after = _special_ids(tokenizer)
+    if tokenizer.eos_token_id is not None and [*ids, *after][-1:] != [tokenizer.eos_token_id]:
+        after = [*after, tokenizer.eos_token_id]
+    ends = tuple(end for end in (tokenizer.eos_token, *ending_of(tokenizer).tokens) if end)
+    is_ended = bool(ends) and text.rstrip().endswith(ends)
+    return [*([] if ids[: len(before)] == before else before), *ids, *([] if is_ended else after)]
+
+
+def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer adds before and after a text."""
+    options = ({"add_special_tokens": added, "verbose": False} for added in (False, True))
+    own, ids = (list(tokenizer("a", **option)["input_ids"]) for option in options)
+    start = next((i for i in range(len(ids)) if ids[i : i + len(own)] == own), 0)
+    return ids[:start], ids[start + len(own) :]
 
 
 def _chat_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
@@ -133,11 +167,24 @@ def encode_answer(record: Record, tokenizer: Tokenizer, max_length: int, names: 
         prompt = f"{prompt}\n\n{string_of(record['input'])}"
     if not answer.strip():
         return _row([], [], 0, 0)
-    source, source_length = _encode(tokenizer, max_length, prompt)
-    target, target_length = _encode(tokenizer, max_length, None, text_target=answer)
+    source, source_length = _encode(tokenizer, max_length, _bare(prompt, tokenizer))
+    target, target_length = _encode(
+        tokenizer, max_length, None, text_target=_bare(answer, tokenizer)
+    )
     ids, labels = source["input_ids"], target["input_ids"]
     row = _row(ids, labels, max(source_length, target_length), len(labels))
     return row | {"length": len(ids) + len(labels)}
+
+
+def _bare(text: str, tokenizer: Tokenizer) -> str:
+    """`text` without the special tokens at its ends that the tokenizer adds itself."""
+    before, after = map(tokenizer.convert_ids_to_tokens, _special_ids(tokenizer))
+    for token in before:
+        text = text.removeprefix(token)
+    for token in reversed(after):
+        if text.rstrip().endswith(token):
+            text = text.rstrip().removesuffix(token).rstrip()
+    return text
 
 
 def _encode(tokenizer: Tokenizer, max_length: int, *texts: Any, **options: Any) -> tuple[Any, int]:
@@ -162,7 +209,7 @@ def encode_text(record: Record, tokenizer: Tokenizer, max_length: int, names: Na
     """Ids of a text or a pair of texts, and the number of its class."""
     *columns, column = kind_of(record, kinds=TEXT_KINDS)
     require(record[column] is not None, f"{column} is missing: fill it, or remove the row")
-    texts = [string_of(record[name]) for name in columns]
+    texts = [_bare(string_of(record[name]), tokenizer) for name in columns]
     encoded, full_length = _encode(tokenizer, max_length, *texts)
     row = _row(encoded["input_ids"], class_number(record[column], names), full_length, 1)
     return row | {key: encoded[key] for key in ("token_type_ids",) if key in encoded}

@@ -5,8 +5,7 @@ assistant, tool), ShareGPT `conversations`, `prompt` + `completion` (strings or 
 Alpaca `instruction` + `input` + `output`, and `text`. `datasets` reads the files; errors name the
 file and the line.
 
-Left out: images and sound in messages, weights per message. Arguments of tool_calls that are JSON
-strings reach the template as they are.
+Left out: images and sound in messages, weights per message.
 Sources: Alpaca (tatsu-lab/stanford_alpaca), ShareGPT as LLaMA-Factory and axolotl read it.
 """
 

@@ -23,10 +23,10 @@ Left out: streaming; cutting rows to fill packs completely, which separates text
 """
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ from qlora.data.records import kind_of, load_records
 from qlora.errors import UserError, require, some
 
 Collator = Callable[[list[Any]], Any]
+MOST_PIECES = 40  # of a row that is shown
 BATCH_TOKENS = 2048  # without gradients: their logits over a vocabulary of 128k take 0.5 GB in bf16
 
 
@@ -56,6 +57,10 @@ class DataStats:
     dropped_rows: int  # without a supervised token after the cut
     classes: tuple[str, ...] = ()  # a classifier's names, by their number
     chats: bool = False  # whether the chat template rendered the rows
+    lost: Mapping[str, int] = field(
+        default_factory=dict
+    )  # what the template leaves out: in how many rows
+    special: int | None = None  # the first row with tool calls or reasoning
 
 
 def prepare_data(
@@ -93,11 +98,13 @@ def prepare_data(
     columns: dict[str, Any] = {"input_ids": ids, "labels": ids[0] if objective.one_label else ids}
     if objective.one_label and "token_type_ids" in tokenizer.model_input_names:
         columns["token_type_ids"] = ids
+    others: dict[str, Any] = dict.fromkeys(("length", "full_length", "supervised"), count)
+    others |= {"lost": [Value("string")], "special": Value("bool")}
     encoded = records.map(
         encode,
         with_indices=True,
         remove_columns=records.column_names,
-        features=Features(columns | dict.fromkeys(("length", "full_length", "supervised"), count)),
+        features=Features(columns | others),
         keep_in_memory=True,
         load_from_cache_file=False,
         new_fingerprint="qlora-data",  # or else datasets hashes the tokenizer for its cache
@@ -115,6 +122,8 @@ def prepare_data(
         dropped_rows=len(full) - len(keep),
         classes=tuple(classes),
         chats=task == "causal-lm" and kind != ("text",),
+        lost=dict(Counter(what for names in rows["lost"] for what in names)),
+        special=next((i for i, special in enumerate(rows["special"]) if special), None),
     )
     return rows.select_columns([*columns, "length"]), stats
 
@@ -174,6 +183,11 @@ def describe(stats: DataStats, *, name: str) -> str:
             f"\n{name}: {stats.cut_rows:,} rows cut at max_length, {stats.dropped_rows:,} rows "
             "dropped because no answer was left"
         )
+    if lost := [f"the {what} of {count:,} rows" for what, count in sorted(stats.lost.items())]:
+        line += (
+            f"\n{name}: the model's chat template leaves out {' and '.join(lost)}: write them as "
+            "text, or use a template that renders them"
+        )
     return line
 
 
@@ -184,15 +198,26 @@ def show_example(
     colour: bool,
     task: str = "causal-lm",
     classes: Sequence[str] = (),
+    special: int | None = None,
 ) -> str:
-    """The shortest of the first 32 rows, decoded, with the parts that have loss marked."""
-    first = dataset.select(range(min(len(dataset), 32)))
-    row: Any = min(first, key=lambda row: int(row["length"]))
+    """The longest row, the row `special`, and the shortest, decoded, with loss marked."""
+    lengths = list(dataset["length"])
+    longest, shortest = lengths.index(max(lengths)), lengths.index(min(lengths))
+    chosen = {longest: "", special: "One with tool calls or reasoning", shortest: "The shortest"}
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     text = f"An example row; loss is on the text {'in green' if colour else 'between ⟦ and ⟧'}:\n"
-    for piece, has_loss in OBJECTIVES[task].pieces(row, tokenizer, classes):
-        piece = piece if len(piece) <= 800 else f"{piece[:400]} … {piece[-400:]}"
-        text += f"{begin}{piece}{end}" if has_loss else piece
+    for index, title in chosen.items():
+        if index is None:
+            continue
+        text += f"\n{title}, row {index + 1}:\n" if index != longest else ""
+        row: Any = dataset[index]
+        pieces = list(OBJECTIVES[task].pieces(row, tokenizer, classes))
+        if len(pieces) > MOST_PIECES:
+            half = MOST_PIECES // 2
+            pieces[half:-half] = [(" … ", False)]
+        for piece, has_loss in pieces:
+            piece = piece if len(piece) <= 800 else f"{piece[:400]} … {piece[-400:]}"
+            text += f"{begin}{piece}{end}" if has_loss else piece
     return text
 
 

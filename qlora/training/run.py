@@ -89,7 +89,8 @@ def train(config: TrainConfig) -> Path:
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
     show, colour = data_rows.show_example, sys.stdout.isatty()
-    print(show(data.rows, tokenizer, colour=colour, task=task, classes=data.classes))
+    shown: Any = {"classes": data.classes, "special": data.counts["training"]["special"]}
+    print(show(data.rows, tokenizer, colour=colour, task=task, **shown))
     rows: Any = data.rows
     if config.data.packing:
         rows = data_rows.PackedRows(rows, data.max_length)

@@ -9,7 +9,7 @@ from conftest import axis, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from qlora.data.rows import prepare_data, prepare_tokenizer
+from qlora.data.rows import describe, prepare_data, prepare_tokenizer
 from qlora.errors import UserError
 
 
@@ -68,6 +68,31 @@ MARKED = "{{ messages | length }}" + loop(  # changes with its length: only the 
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content | length }}"
     "{{ m.content | upper | reverse + eos_token }}{% endgeneration %}"
     "{% else %}<|user|>{{ m.content }}{% endif %}"
+)
+ALWAYS = {  # templates that open an assistant's turn at their end, asked or not
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{{ '<|im_start|>assistant\n' }}",
+    "llama3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}"
+    "<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
+    "command-r7b": "{{ bos_token }}<|im_start|>Be kind<|eot_id|>{% for m in messages %}<|im_start|>"
+    "<|{{ m.role }}|>{{ m.content }}{{ '<|end|>' if m.role == 'assistant' }}<|eot_id|>{% endfor %}"
+    "<|im_start|><|assistant|>",
+    "phi3": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{{ '<|assistant|>\n' }}",
+    "words": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
+}
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or () %}{{ '<call>' + call.function.name + ' ' + ARGUMENTS }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWQ = loop(  # as of R1-Distill: the reasoning of every turn is cut off
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n",
+    "<|im_start|>assistant\n<think>\n",
 )
 BARE = loop("{{ m.role }}: {{ m.content }}\n", "assistant:")
 SPECIAL = [
@@ -154,6 +179,41 @@ ROWS = {  # template, record, what is learned
     ),
     "an answer with its own eos": (BARE, asked("two</s>"), [" two</s>"]),
     "an answer with its own eos after a space": (BARE, asked("two </s>"), [" two </s>"]),
+    "an answer with the end token that the template writes": (
+        LLAMA2, asked("two</s>\n"), [" two </s>"],
+    ),
+    "an answer with eos where a turn ends in another token": (
+        CHATML, asked("two<|im_end|></s>"), ["two<|im_end|>"],
+    ),
+    "a turn opened unasked, chatml": (
+        ALWAYS["chatml"], CHAT, ["two 😀<|im_end|>", "three, not  two<|im_end|>"],
+    ),
+    "a turn opened unasked, llama3": (
+        ALWAYS["llama3"], CHAT, ["two 😀<|eot_id|>", "three, not  two<|eot_id|>"],
+    ),
+    "a turn opened unasked, command-r7b": (
+        ALWAYS["command-r7b"], CHAT,
+        ["two 😀<|end|><|eot_id|>", "three, not  two<|end|><|eot_id|>"],
+    ),
+    "a turn opened unasked, phi3": (
+        ALWAYS["phi3"], CHAT, ["two 😀<|end|>", "three, not  two<|end|>"],
+    ),
+    "a turn opened unasked, words": (
+        ALWAYS["words"], CHAT, [" two 😀", " three, not  two</s>"],
+    ),
+    "reasoning that the template cuts off": (
+        QWQ, {"messages": [*TALK[:3], {**TALK[3], "content": THOUGHTS[1]}]},
+        ["two 😀<|im_end|>", "two and\n</think>\n\nthree<|im_end|>"],
+    ),
+    "reasoning under a key that the template does not read": (
+        QWQ, {"messages": [TALK[0], {**TALK[1], "reasoning_content": "one and"}]},
+        ["one and\n</think>\n\ntwo 😀<|im_end|>"],
+    ),
+    "reasoning under another name": (
+        CHATML.replace("{{ m.content", "{{ m.thinking }}{{ m.content"),
+        {"messages": [TALK[0], {**TALK[1], "reasoning_content": "one and"}]},
+        ["one andtwo 😀<|im_end|>"],
+    ),
     "no answers inside a prompt": (
         CHATML, {"prompt": TALK[:3], "completion": TALK[3:], "system": "s"},
         ["three, not  two<|im_end|>"],
@@ -168,7 +228,7 @@ def test_only_answers_and_their_end_have_loss(tmp_path, template, record, expect
     tokenizer = byte_level(template, trim=trim)
     rows, stats = prepare(tmp_path, [record], tokenizer)
     assert learned(rows[0], tokenizer) == expected
-    if record is CHAT and template != BARE:
+    if record is CHAT and template not in (BARE, *ALWAYS.values()):
         reference = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)
         assert rows[0]["input_ids"] == reference["input_ids"]
     assert stats.tokens == rows[0]["length"] == len(rows[0]["input_ids"])
@@ -211,6 +271,96 @@ def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
     tokenizer.chat_template = CHATML.replace("m.content", "m.content or ''")
     with pytest.raises(UserError, match=r"row 1: .* template leaves out an answer \('add'\)"):
         prepare(tmp_path, rows, tokenizer)
+
+
+@pytest.mark.parametrize("text", ["", "let me see", None])
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "call.function.arguments | tojson",
+        "call.function.arguments",
+        "call.function.arguments.items() | map('tojson') | join",
+        "call.function.arguments if call.function.arguments is string else '{}'",
+    ],
+)
+def test_arguments_are_learned_once_whatever_form_the_template_reads(
+    tmp_path, text, as_json, arguments
+):
+    """Where the template has `tojson`, an object; where it prints them, JSON of it."""
+    given = {"city": "Rome", "n": [1]}
+    call = {"name": "rain", "arguments": json.dumps(given) if as_json else given}
+    turn = {"role": "assistant", "content": text, "tool_calls": [{"function": call}]}
+    tokenizer = byte_level(CALLS.replace("ARGUMENTS", f"({arguments}) | string"))
+    rows, _ = prepare(tmp_path, [{"messages": [TALK[0], turn]}], tokenizer)
+    shown = '["city", "Rome"]["n", [1]]' if "items" in arguments else json.dumps(given)
+    assert learned(rows[0], tokenizer) == [f"{text or ''}<call>rain {shown}<|im_end|>"]
+
+
+@pytest.mark.parametrize("role", ["assistant", "tool"])
+def test_missing_text_is_empty_where_the_template_reads_a_text(tmp_path, role):
+    """As Qwen3's and Devstral's: `message.content.split`, `'</think>' in message.content`."""
+    text = "{{ m.content.split('x')[0] }}{{ m.tool_calls[0].function.name if m.tool_calls }}"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "rain"}}]}
+    turns = {"assistant": [call], "tool": [call, {"role": "tool", "content": None}, TALK[1]]}
+    tokenizer = byte_level(CHATML.replace("{{ m.content }}", text))
+    rows, _ = prepare(tmp_path, [{"messages": [TALK[0], *turns[role]]}], tokenizer)
+    assert learned(rows[0], tokenizer)[0] == "rain<|im_end|>"
+
+
+def test_tool_calls_beside_text_are_not_left_out(tmp_path):
+    turn = {**TALK[1], "tool_calls": [{"function": {"name": "rain", "arguments": {}}}]}
+    with pytest.raises(
+        UserError, match=r"row 1: .* leaves out an answer \('rain'\), the call of a"
+    ):
+        prepare(tmp_path, [{"messages": [TALK[0], turn]}], byte_level(CHATML))
+
+
+def test_tools_and_reasoning_that_are_left_out_are_counted(tmp_path):
+    tools = [{"type": "function", "function": {"name": "rain"}}]
+    thought = {"messages": [TALK[0], {**TALK[1], "reasoning_content": "one and"}]}
+    records = [CHAT, CHAT | {"tools": tools}, thought, thought | {"tools": tools}, CHAT]
+    stats = prepare(tmp_path, records, byte_level(CHATML))[1]
+    assert stats.lost == {"tools": 2, "reasoning": 2} and stats.special == 2
+    said = "data: the model's chat template leaves out the reasoning of 2 rows and the tools of 2 "
+    assert said in describe(stats, name="data")
+    reads = "{{ tools | tojson if tools }}" + CHATML.replace(
+        "{{ m.content", "{{ m.reasoning_content }}{{ m.content"
+    )
+    assert prepare(tmp_path, records, byte_level(reads))[1].lost == {}
+
+
+ENDED = {  # text -> ids decoded; BOS and eos are added by the tokenizer, or only BOS, or neither
+    "one": "<s>one</s>",
+    "<s>one": "<s>one</s>",
+    "<s>one</s>": "<s>one</s>",
+    "one</s>\n": "<s>one</s>\n",
+    "<|im_start|>user\none<|im_end|>\n": "<s><|im_start|>user\none<|im_end|>\n",
+}
+
+
+@pytest.mark.parametrize("added", ["<s> $A </s>", "<s> $A", "$A"])
+@pytest.mark.parametrize("text", ENDED)
+def test_text_rows_have_no_special_token_twice(tmp_path, added, text):
+    tokenizer = byte_level(CHATML)
+    specials = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    processor = processors.TemplateProcessing(single=added, special_tokens=specials)
+    tokenizer.backend_tokenizer.post_processor = processor
+    rows, _ = prepare(tmp_path, [{"text": text}], tokenizer)
+    bos = "<s>" if added.startswith("<s>") or text.startswith("<s>") else ""
+    assert tokenizer.decode(rows[0]["input_ids"]) == bos + ENDED[text].removeprefix("<s>")
+    assert rows[0]["labels"] == rows[0]["input_ids"]
+
+
+def test_text_of_a_rendered_chat_is_the_chat(tmp_path):
+    tokenizer = byte_level(LLAMA3)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    text = tokenizer.apply_chat_template(TALK, tokenize=False)
+    rows, _ = prepare(tmp_path, [{"text": text}], tokenizer)
+    chats, _ = prepare(tmp_path, [CHAT], tokenizer)
+    assert rows[0]["input_ids"] == chats[0]["input_ids"]
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])

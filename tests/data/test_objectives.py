@@ -63,6 +63,15 @@ def test_answer_is_the_decoders_labels(record, prompt, prepare):
     assert shown.endswith(f"{prompt}<|im_end|> ⟦one<|im_end|>⟧")
 
 
+def test_special_tokens_at_the_ends_of_a_text_do_not_come_twice(prepare):
+    record = {"prompt": "say <|im_end|>", "completion": "one <|im_end|>\n"}
+    tokenizer, rows, _ = prepare("seq2seq", [record])
+    assert rows[0]["labels"] == tokenizer("one")["input_ids"]
+    assert rows[0]["input_ids"] == tokenizer("say")["input_ids"]
+    records = [{"text": "[CLS] good [SEP]", "label": 1}, {"text": "bad", "label": 0}]
+    assert prepare("seq-cls", records)[1][0]["input_ids"] == [2, 4, 3]
+
+
 def test_batches_for_an_encoder_decoder(prepare):
     """decoder_input_ids are the labels, one to the right; a cut row keeps its end."""
     model = tiny_model("t5")

@@ -69,6 +69,21 @@ def test_show_example_marks_what_is_learned(tmp_path):
     assert "\x1b[32m3<|im_end|>\x1b[0m" in data.show_example(rows, tokenizer, colour=True)
 
 
+def test_show_example_shows_the_longest_and_a_special_row(tmp_path):
+    tokenizer = tiny_tokenizer()
+    many = [{"role": ("user", "assistant")[i % 2], "content": f"({i})"} for i in range(60)]
+    thought = {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nyes"}
+    records = [CHAT, {"messages": many}, {"messages": [TALK[0], thought]}, {"messages": TALK[:2]}]
+    rows, stats = prepare(tmp_path, records, tokenizer)
+    shown = data.show_example(rows, tokenizer, colour=False, special=stats.special)
+    assert "(0)" in shown and "⟦(59)<|im_end|>⟧" in shown and "(31)" not in shown
+    assert "One with tool calls or reasoning, row 3:" in shown and "why" in shown
+    assert shown.endswith(
+        "The shortest, row 4:\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+        "⟦two<|im_end|>⟧\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("good", "bad"),
     [
