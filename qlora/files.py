@@ -22,6 +22,7 @@ RUN = "run.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 MERGE_REPORT = "merge_report.json"
+GENERATION = "generation_config.json"
 
 
 def read_json(path: Path, *, fix: str = "") -> dict[str, Any]:
@@ -35,6 +36,18 @@ def read_json(path: Path, *, fix: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object: got a {type(values).__name__}. {fix}")
     return values
+
+
+def read_stop_ids(folder: Path) -> frozenset[int]:
+    """The tokens that end an answer, of generation_config.json in a folder; empty without one."""
+    path = folder / GENERATION
+    return ids_in(read_json(path).get("eos_token_id")) if path.is_file() else frozenset()
+
+
+def ids_in(eos_token_id: Any) -> frozenset[int]:
+    """The ids of a config's eos_token_id: a number, a list or None."""
+    ids = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+    return frozenset(i for i in ids if isinstance(i, int))
 
 
 class AsWritten(yaml.BaseLoader):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -141,6 +142,17 @@ def checkpoints(tmp_path_factory):
         tiny_tokenizer().save_pretrained(path)
         return path
 
+    return folder
+
+
+@pytest.fixture
+def base_with_another_eos(checkpoints, tmp_path):
+    """A llama whose eos is <pad> (id 0), not the <|im_end|> (id 2) of its chat template."""
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    for name, eos in (("config", 0), ("generation_config", 0), ("tokenizer_config", "<pad>")):
+        path = folder / f"{name}.json"
+        key = "eos_token" if isinstance(eos, str) else "eos_token_id"
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: eos}))
     return folder
 
 

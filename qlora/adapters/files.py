@@ -49,7 +49,7 @@ from qlora.adapters.trained import TrainedModule
 from qlora.adapters.wrappers import adapted, base_modules, plain, remove_adapter
 from qlora.base.modules import is_quantized, matrix_shape, state_of, task_of, was_conv1d
 from qlora.config import LoraConfig
-from qlora.files import replacing
+from qlora.files import ids_in, replacing
 
 # ---- save ----
 
@@ -202,6 +202,9 @@ def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
     for name, (ids, rows) in adapter.rows.items():
         apply.wrap_rows(model, name).put_adapter(adapter_name, ids.tolist(), rows)
     adapter_configs(model)[adapter_name] = config
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None and adapter.stop_ids:
+        generation.eos_token_id = sorted(ids_in(generation.eos_token_id) | adapter.stop_ids)
 
 
 def _target_leaves(name: str, module: nn.Module, config: LoraConfig) -> list[str]:

@@ -26,7 +26,7 @@ from qlora.config import LoraConfig, QuantConfig
 from qlora.config.lora import REBASING_INITS
 from qlora.config.tasks import task_typed
 from qlora.errors import UserError, require
-from qlora.files import read_json
+from qlora.files import read_json, read_stop_ids
 from qlora.ops import nf4
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -134,6 +134,8 @@ class AdapterFile(Contents):
     subtracted: dict[str, Factors] = field(default_factory=dict)
     """A' and B' that were subtracted from each layer's base (qlora.adapters.rebase); the last ranks
     of its pair subtract them again. Empty for an unchanged base"""
+    stop_ids: frozenset[int] = frozenset()
+    """the tokens that end an answer after training, where it recorded them"""
     base: dict[str, Any] = field(default_factory=dict)
     """the base's fingerprint and quantization; empty for adapters of other programs"""
 
@@ -214,6 +216,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         targets=tuple(targets),
         tensors=tensors,
         subtracted=_subtracted(base.pop("rebased", {}), contents.pairs, folder),
+        stop_ids=read_stop_ids(folder),
         base=base,
     )
 
@@ -370,4 +373,5 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
         require(len(shapes) == 1, f"{name} must have one shape in these adapters, got {shapes}")
         pairs[name] = Factors.cat(parts)
     embeddings = frozenset().union(*(adapter.embeddings for adapter in adapters))
-    return replace(first, pairs=pairs, embeddings=embeddings, tensors={})
+    stop_ids = frozenset().union(*(adapter.stop_ids for adapter in adapters))
+    return replace(first, pairs=pairs, embeddings=embeddings, tensors={}, stop_ids=stop_ids)

@@ -12,7 +12,7 @@ Left out: beam search, and running tools.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qlora.data.chat_template import NO_LOSS, PROBE, Rendering
 from qlora.data.records import Chat
 from qlora.errors import UserError
+from qlora.files import GENERATION, ids_in
 
 Message = Mapping[str, Any]
 BATCH_ROWS = 32
@@ -99,13 +100,33 @@ def generation_settings(
 def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     """Ids of the tokens that end an answer."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
+    return sorted(ids_in(eos) | taught_stop_ids(tokenizer))
+
+
+def taught_stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of the tokens that training teaches to end an answer with: the tokenizer's eos, and the
+    token that its chat template writes after an answer."""
+    ids = ids_in(tokenizer.eos_token_id)
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     with suppress(UserError):  # a template that rejects this chat may accept real ones
         after = Rendering(tokenizer, Chat(turn, None, 0)).full.partition(PROBE)[2].lstrip()
         first = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"][:1]
         ids |= {i for i in first if i in tokenizer.added_tokens_decoder}
-    return sorted(ids - {None})
+    return ids
+
+
+def describe_stops(
+    tokenizer: Tokenizer | None, known: Collection[int], taught: Iterable[int]
+) -> str:
+    """A line on the tokens of `taught` that the base's `known` ones lack; empty if none."""
+
+    def names(ids: Iterable[int]) -> str:
+        words = tokenizer.convert_ids_to_tokens(sorted(ids)) if tokenizer else sorted(ids)
+        return ", ".join(map(str, words))
+
+    new = set(taught).difference(known)
+    beside = f", beside the base's {names(known)}" if known else ""
+    return f"answers end at {names(new)}{beside} ({GENERATION})" if new else ""
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +30,21 @@ import torch
 from torch import Tensor
 
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
-from qlora.base.checkpoint import Checkpoint, disk_name, skeleton
+from qlora.base.checkpoint import Checkpoint, disk_name, model_config, skeleton
+from qlora.base.load import load_tokenizer
 from qlora.base.shards import parse_size, write_shards
 from qlora.config import MergeConfig
 from qlora.config.tasks import CAUSAL_LM, task_named
 from qlora.errors import UserError
-from qlora.files import RUN, publishing, read_run_file, require_new
+from qlora.files import (
+    GENERATION,
+    RUN,
+    ids_in,
+    publishing,
+    read_json,
+    read_run_file,
+    require_new,
+)
 from qlora.merge.codes import AdaptedWeight, Facts, fold, fold_to_codes
 from qlora.merge.plan import Kind, MergeOp, Plan, plan_merge
 from qlora.merge.report import MergeReport
@@ -95,6 +105,7 @@ class _Job:
     checkpoint: Checkpoint
     plan: Plan
     tokenizer_folder: Path
+    generation: dict[str, Any]  # generation_config.json; empty: the base's, if it has one
     verifier: Any  # a measure.Verifier, or None
     moments: Callable[[str], Tensor] | None  # layer -> sum of x x' over its inputs
 
@@ -134,6 +145,7 @@ def _prepare(config: MergeConfig) -> _Job:
             "free disk space or give another --output-dir"
         )
     tokenizer_folder = adapter.folder if adapter.has_tokenizer else checkpoint.folder
+    generation = _generation(adapter, checkpoint, tokenizer_folder, config.trust_remote_code)
     running: Any = {"device": config.device, "trust_remote_code": config.trust_remote_code}
     verifier = moments = None
     if config.verify:
@@ -147,7 +159,38 @@ def _prepare(config: MergeConfig) -> _Job:
         from qlora.merge.measure import calibrate
 
         moments = calibrate(adapter, checkpoint, data, tokenizer_folder, **running).of
-    return _Job(config, adapter, base_model, checkpoint, plan, tokenizer_folder, verifier, moments)
+    return _Job(
+        config, adapter, base_model, checkpoint, plan, tokenizer_folder, generation, verifier,
+        moments,
+    )  # fmt: skip
+
+
+def _generation(
+    adapter: AdapterFile, checkpoint: Checkpoint, tokenizer_folder: Path, trusted: bool
+) -> dict[str, Any]:
+    """The base's generation settings with the tokens that training taught to end an answer with;
+    empty if the base knows these. Adapters without a record were taught those of the tokenizer."""
+    from qlora.data.generation import describe_stops, taught_stop_ids
+
+    task = task_named(adapter.task)
+    if task.trains_head:
+        return {}
+    if (checkpoint.folder / GENERATION).is_file():
+        values = read_json(checkpoint.folder / GENERATION)
+    else:  # as transformers derives them
+        from transformers import GenerationConfig
+
+        config = model_config(checkpoint.folder, trust_remote_code=trusted)
+        values = json.loads(GenerationConfig.from_model_config(config).to_json_string())
+        values.pop("_from_model_config", None)
+    known, tokenizer = ids_in(values.get("eos_token_id")), None
+    with suppress(UserError):  # a base may have no tokenizer
+        tokenizer = load_tokenizer(tokenizer_folder, task=task.name, trust_remote_code=trusted)
+    taught = adapter.stop_ids or (taught_stop_ids(tokenizer) if tokenizer else frozenset())
+    if taught <= known:
+        return {}
+    print(describe_stops(tokenizer, known, taught))
+    return {**values, "eos_token_id": sorted(known | taught)}
 
 
 def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
@@ -184,6 +227,8 @@ def _write(job: _Job, folder: Path) -> MergeReport:
     values["dtype"] = str(plan.out_dtype).removeprefix("torch.")
     for part in (values, values.get("text_config") or {}):
         part.update(plan.config_changes)
+        if job.generation and part.get("eos_token_id") is not None:  # some servers read this one
+            part["eos_token_id"] = job.generation["eos_token_id"]
     if job.config.format == "nf4":
         from transformers import BitsAndBytesConfig
 
@@ -195,10 +240,13 @@ def _write(job: _Job, folder: Path) -> MergeReport:
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     files = [job.tokenizer_folder / name for name in TOKENIZER_FILES]
-    files += [checkpoint.folder / "generation_config.json", *checkpoint.folder.glob("*.py")]
+    files += [checkpoint.folder / GENERATION, *checkpoint.folder.glob("*.py")]
     for file in files:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
+    if job.generation:
+        text = json.dumps(job.generation, indent=2) + "\n"
+        (folder / GENERATION).write_text(text, encoding="utf-8")
     _require_loadable(folder, job)
     report.write(folder)
     return report

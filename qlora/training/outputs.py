@@ -60,6 +60,16 @@ def write_run_file(folder: Path, settings: Values, base: Values, data: Values) -
     (folder / files.RUN).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
 
 
+def write_stops(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Let a model that generates stop at the tokens that training teaches to end an answer with,
+    and write its generation_config.json."""
+    config: Any = getattr(model, "generation_config", None)
+    if config is not None:
+        config.eos_token_id = generation.stop_ids(model, tokenizer) or None
+        values = json.loads(config.to_json_string())
+        files.replace_text(folder / files.GENERATION, json.dumps(values, indent=2) + "\n")
+
+
 class MetricsWriter(TrainerCallback):
     """Appends a row to metrics.jsonl at each log, and adds speed, memory and seconds to the log."""
 

@@ -29,11 +29,12 @@ from qlora.base.modules import state_of
 from qlora.config import TrainConfig, flat
 from qlora.config.tasks import task_named
 from qlora.data import rows as data_rows
+from qlora.data.generation import describe_stops, taught_stop_ids
 from qlora.errors import UserError, did_you_mean, require
 from qlora.fast.head import LanguageHead, put_language_head
 from qlora.fast.layers import RMSNorm, put_norms, remove_fast_path, use_fast_path
 from qlora.fast.offload import offload_embedding, require_gpu
-from qlora.files import RUN, read_metrics, read_samples, require_new
+from qlora.files import RUN, ids_in, read_metrics, read_samples, require_new
 from qlora.training.outputs import choose_samples, write_answers, write_results, write_run_file
 from qlora.training.trainer import make_trainer, training_arguments
 
@@ -281,6 +282,10 @@ def load_model(
     if config.offload_embedding:
         offload_embedding(model)
     print_trainable_parameters(model)
+    if model.can_generate():
+        known = ids_in(model.generation_config.eos_token_id)
+        if stops := describe_stops(tokenizer, known, taught_stop_ids(tokenizer)):
+            print(stops)
     return model
 
 

@@ -33,7 +33,7 @@ from qlora.errors import UserError, first_line, require
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
 from qlora.training.optimizers import keep_updates, loses_updates
-from qlora.training.outputs import MetricsWriter, PlainProgress
+from qlora.training.outputs import MetricsWriter, PlainProgress, write_stops
 
 # Settings with the same name and meaning in TrainConfig and TrainingArguments.
 SHARED_ARGUMENTS = (
@@ -273,6 +273,7 @@ class AdapterTrainer(Trainer):
         save_adapter(self.model, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+            write_stops(Path(folder), self.model, self.processing_class)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter_weights(self.model, resume_from_checkpoint)

@@ -1,5 +1,6 @@
 """The merged model against the live one, for every family and format."""
 
+import json
 import shlex
 import shutil
 
@@ -228,3 +229,40 @@ def test_the_printed_commands_can_be_pasted(format, trained_on, tmp_path, capsys
     serve = next(line for line in lines if "vllm serve" in line)
     assert shlex.split(serve, comments=True) == ["vllm", "serve", str(output)]
     assert ("vllm-bnb-plugin" in serve) == (format == "nf4")
+
+
+@pytest.mark.parametrize("known_from", ["record", "tokenizer", "base", "base without settings"])
+def test_a_merged_model_stops_where_training_taught(
+    known_from, base_with_another_eos, tmp_path, capsys
+):
+    """The adapter's record, or the chat template of its tokenizer, or else of the base's."""
+    base, output = base_with_another_eos, tmp_path / "merged"
+    settings = base / "generation_config.json"
+    kept = {"eos_token_id": 0, "do_sample": True, "temperature": 0.6, "max_new_tokens": 7}
+    settings.write_text(json.dumps(kept))
+    adapter = trained(base, tmp_path / "adapter").adapter
+    if known_from == "record":
+        (adapter / "generation_config.json").write_text('{"eos_token_id": [2, 9], "top_k": 1}')
+    elif known_from == "tokenizer":
+        AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+        (base / "chat_template.jinja").unlink()
+    elif known_from == "base without settings":
+        settings.unlink()
+        kept = {"bos_token_id": 1, "pad_token_id": 0}  # of config.json
+    run_merge(adapter, output)
+    stops = [0, 2, 9] if known_from == "record" else [0, 2]
+    written = json.loads((output / "generation_config.json").read_text())
+    assert written == written | kept | {"eos_token_id": stops}
+    assert Checkpoint(output).config["eos_token_id"] == stops
+    assert "answers end at <|im_end|>" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    assert loaded.generation_config.eos_token_id == stops
+
+
+def test_generation_settings_that_need_no_change_are_copied(
+    trained_on, checkpoints, tmp_path, capsys
+):
+    run_merge(trained_on("llama").adapter, tmp_path / "out")
+    name = "generation_config.json"
+    assert (tmp_path / "out" / name).read_bytes() == (checkpoints("llama") / name).read_bytes()
+    assert "answers end" not in capsys.readouterr().out

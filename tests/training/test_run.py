@@ -18,7 +18,8 @@ from conftest import FP32, losses, quick_config, read_rows, require_same_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.adapters.files import load_adapter
+from qlora import apply_lora, merge_and_unload
+from qlora.adapters.files import load_adapter, swap_adapter
 from qlora.adapters.format import read_adapter
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base
@@ -402,3 +403,25 @@ def test_bf16_run_on_a_gpu(optim, checkpoints, tmp_path, data):
     assert losses(folder)[-1] < losses(folder)[0] - 0.1
     A, *_ = next(iter(read_adapter(folder).pairs.values()))
     assert A.dtype == torch.bfloat16
+
+
+def test_a_run_records_where_answers_end(base_with_another_eos, data, tmp_path, capsys):
+    """And a live model and one merged in memory go by it."""
+    base = base_with_another_eos
+    folder = train(quick_config(base, data, tmp_path / "run", max_steps=1, save_steps=1))
+    said = "answers end at <|im_end|>, beside the base's <pad> (generation_config.json)"
+    assert said in capsys.readouterr().out
+    for place in (folder, folder / "checkpoint-1"):
+        settings = json.loads((place / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == [0, 2] and settings["bos_token_id"] == 1
+    for load in (load_adapter, swapped):
+        model = load(load_base(str(base), FP32), folder)
+        assert model.generation_config.eos_token_id == [0, 2]
+    merge_and_unload(model).save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.generation_config.eos_token_id == [0, 2]
+
+
+def swapped(model, folder):
+    apply_lora(model, LoraConfig(r=4))
+    return swap_adapter(model, folder)
