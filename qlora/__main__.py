@@ -10,6 +10,8 @@ from qlora import __version__, config
 from qlora.cli import flag_of, parse
 from qlora.errors import UserError, did_you_mean
 
+# Bars of huggingface_hub and transformers, and of datasets: no lines in a log.
+NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # settings of GPU memory
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, message after Ctrl-C
     "train": (
@@ -56,6 +58,9 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
     130 and one line. Any other exception is a bug and keeps its traceback.
     """
     config_class, function, interrupted = COMMANDS[name]
+    if not sys.stderr.isatty():  # the packages read these as they are imported
+        for variable in NO_BARS:
+            os.environ.setdefault(variable, "1")
     try:
         settings = parse(config_class, words, prog=prog)
         resolve_name(function)(settings)

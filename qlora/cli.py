@@ -3,7 +3,9 @@
 Flags, recipe keys and help are derived from the dataclasses: names, types, defaults, docstrings.
 Flags override the recipe. Its scalars are read as text: `revision: 1.10` stays 1.10. Abbreviated
 flags are refused, since a new setting could make one ambiguous. Heavy packages are not imported, so
-that errors appear at once.
+that errors appear at once. `Progress` shows how far a long job is.
+
+`Progress` shows how far a long job is: a bar on a terminal, else a line now and then.
 """
 
 import argparse
@@ -17,11 +19,37 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
+from tqdm import tqdm
 
 from qlora.config import OLD_NAMES, Config, build, docs_of, is_required, settings_of
 from qlora.config.lora import ALL_LINEAR
 from qlora.errors import UserError, did_you_mean
 from qlora.files import AsWritten, read_yaml
+
+LINE_SECONDS = 30  # between the lines of a job where there is no terminal
+
+
+class Progress(tqdm):  # type: ignore[type-arg]
+    """tqdm's bar on a terminal; elsewhere, as in a log, plain lines LINE_SECONDS apart."""
+
+    def __init__(self, items: Any = None, **settings: Any) -> None:
+        self.has_bar = sys.stderr.isatty()
+        if not self.has_bar:
+            settings |= dict.fromkeys(("mininterval", "maxinterval", "delay"), LINE_SECONDS)
+            settings["bar_format"] = "{desc}: {percentage:.0f}% of {total_fmt}, {remaining} left"
+        super().__init__(items, leave=False, **settings)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Redraw the bar, or print a line."""
+        if self.has_bar:
+            super().display(msg, pos)
+        else:
+            print(self, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Remove the bar; there is none in a log."""
+        self.disable = self.disable or not self.has_bar
+        super().close()
 
 
 def parse(config_class: type[Config], words: Sequence[str] | None = None, *, prog: str) -> Config:

@@ -236,6 +236,18 @@ def test_help_fits_two_screens(command, capsys, monkeypatch):
     assert "--rank-pattern" not in text
 
 
+@pytest.mark.parametrize(("seconds", "lines"), [(0, 4), (30, 0)])
+def test_progress_is_plain_lines_where_there_is_no_terminal(seconds, lines, capsys, monkeypatch):
+    monkeypatch.setattr("qlora.cli.LINE_SECONDS", seconds)
+    with cli.Progress(total=4, desc="Writing", unit_scale=True) as bar:
+        for _ in range(4):
+            bar.update()
+    said = capsys.readouterr()
+    assert said.out == "" and "\r" not in said.err
+    assert said.err.count("\n") in (lines, lines + 1 if lines else 0)  # and one at the beginning
+    assert not lines or "Writing: 50% of 4.00, 00:00 left\n" in said.err
+
+
 class OutOfMemoryError(RuntimeError):
     """As torch names its own."""
 
@@ -259,10 +271,14 @@ def test_a_command_stops_with_one_line(raised, code, line, capfd, monkeypatch):
 
     monkeypatch.setattr(qlora.training, "train", train)
     monkeypatch.setattr(__main__.os, "dup2", lambda *_: None)
+    for variable in __main__.NO_BARS:  # restored after the test
+        monkeypatch.setenv(variable, "0")
+        monkeypatch.delenv(variable)
     stops = pytest.raises(SystemExit if code else ZeroDivisionError)
     with stops as stop:
         __main__.run("train", prog="train.py", words=REQUIRED.split())
     assert getattr(stop.value, "code", None) == code
+    assert all(os.environ[variable] == "1" for variable in __main__.NO_BARS)
     said = capfd.readouterr().err
     assert said.startswith(line) and said.count("\n") == bool(line)
 

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qlora.adapters import rebase, wrappers
 from qlora.adapters.layers import LoRAExperts, lora_class
@@ -22,6 +21,7 @@ from qlora.adapters.starts import eva_start
 from qlora.adapters.targets import Targets, targets
 from qlora.adapters.trained import TokenRows, TrainedModule
 from qlora.base.modules import heads, is_tied, state_of, task_of, vocabulary, was_conv1d
+from qlora.cli import Progress
 from qlora.config import LoraConfig
 from qlora.errors import did_you_mean, require
 from qlora.ops.nf4 import DTYPES
@@ -93,7 +93,7 @@ def _add(
     for name, leaves in chosen.full_params.items():
         wrap(model, name, TrainedModule).add_adapter(adapter_name, leaves, dtype=dtype)
     slow = config.starts_from_weights  # a decomposition for each layer
-    for name in tqdm(chosen.layers, desc="Starting", leave=False, disable=not slow):
+    for name in Progress(chosen.layers, desc="Starting", disable=not slow):
         layer, own = wrap_layer(model, name), config.of(name)
         layer.add_adapter(adapter_name, own, generator=generator)
         if own.starts_from_weights:

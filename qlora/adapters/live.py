@@ -9,15 +9,12 @@ best 16-bit dtype that this machine has units for, or fp32: on the same kind of 
 training the losses are the same.
 """
 
-import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from qlora.adapters.files import attach, check_fits
 from qlora.adapters.format import (
@@ -120,18 +117,14 @@ class ResolvedModel:
         """The model in eval mode, on the GPU where there is one."""
         checkpoint, quant, device = self.checkpoint, self.quantization, default_device()
         trusted: Any = {"trust_remote_code": self.choice.trust_remote_code}
-        with ExitStack() as stack:
-            if transformers_logging.is_progress_bar_enabled() and not sys.stderr.isatty():
-                transformers_logging.disable_progress_bar()
-                stack.callback(transformers_logging.enable_progress_bar)
-            if self.adapter:
-                return load_live(checkpoint, self.adapter, quant=quant, **trusted)
-            if self.in_4_bits:
-                model = load_base(checkpoint, quant, task=self.task, labels=self.labels, **trusted)
-            else:
-                placed = {"dtype": compute_dtype(quant, device), "device_map": {"": device}}
-                kind = auto_class(task_named(self.task))
-                model = kind.from_pretrained(checkpoint.folder, **placed, **trusted)
+        if self.adapter:
+            return load_live(checkpoint, self.adapter, quant=quant, **trusted)
+        if self.in_4_bits:
+            model = load_base(checkpoint, quant, task=self.task, labels=self.labels, **trusted)
+        else:
+            placed = {"dtype": compute_dtype(quant, device), "device_map": {"": device}}
+            kind = auto_class(task_named(self.task))
+            model = kind.from_pretrained(checkpoint.folder, **placed, **trusted)
         model.eval()
         return model
 

@@ -39,12 +39,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from qlora.adapters.lora import delta_weight
 from qlora.adapters.wrappers import plain
 from qlora.base.modules import matrix_shape
+from qlora.cli import Progress
 from qlora.config import LoraConfig
 from qlora.errors import UserError, require
 
@@ -186,7 +186,7 @@ class SecondMoments:
         for name in leaders:
             zeros = torch.zeros(self.widths[name], device=device)
             sums[name] = Moments(torch.outer(zeros, zeros), zeros, torch.zeros((), device=device))
-        for batch in tqdm(self.batches, desc="Calibrating", leave=False):
+        for batch in Progress(self.batches, desc="Calibrating"):
             mask = batch["attention_mask"].bool().to(device)  # (rows, length)
 
             def add(name: str, _: nn.Module, args: Any, mask: Tensor = mask) -> None:

@@ -41,12 +41,12 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from qlora.adapters.apply import disable_adapter
 from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import printable
+from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, EvaluateConfig
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
@@ -217,10 +217,9 @@ def measure_rows(
     objective = OBJECTIVES[task]
     one = torch.tensor(1, device=model.device)  # num_items=1 keeps the loss a sum
     batches = length_batches(rows, tokenizer, task=task, model=model)
-    off = None if progress else True  # None: tqdm hides the bar where there is no terminal
 
     def results() -> Iterator[tuple[Any, Any, Any]]:
-        for batch in tqdm(batches, desc=progress, leave=False, disable=off):
+        for batch in Progress(batches, desc=progress, disable=not progress):
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             labels = inputs.pop("labels")
             outputs = model(**inputs)

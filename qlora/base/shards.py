@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from qlora.cli import Progress
 from qlora.errors import UserError
 
 DTYPE_CODES = {
@@ -82,7 +82,7 @@ def write_shards(
     shards = dict(zip(paths, plan, strict=True))
     total = sum(entry.nbytes for entry in entries)
     checksums: dict[str, int] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", leave=False) as bar:
+    with Progress(total=total, unit="B", unit_scale=True, desc="Writing") as bar:
         for path, shard in shards.items():
             try:
                 _write_file(path, shard, tensors, checksums, bar)
@@ -95,7 +95,7 @@ def write_shards(
         weight_map = {entry.name: path.name for path in paths for entry in shards[path]}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Checking", leave=False) as bar:
+    with Progress(total=total, unit="B", unit_scale=True, desc="Checking") as bar:
         for path, shard in shards.items():
             for entry in shard:
                 with safe_open(path, framework="pt") as reader:  # closing it releases its memory

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from qlora.cli import Progress
 from qlora.data.chat_template import NO_LOSS, PROBE, Rendering
 from qlora.data.records import Chat
 from qlora.errors import UserError
@@ -141,8 +141,8 @@ def generate(
     """The model's decoded answer to each prompt (token ids), with these `generation_settings`.
 
     A batch holds prompts of similar length, up to BATCH_ROWS and BATCH_TOKENS; the longest come
-    first, so that a lack of memory shows at once. `progress` is the title of a progress bar, shown
-    on a terminal; "" shows none.
+    first, so that a lack of memory shows at once. `progress` is the title of a progress bar; ""
+    shows none.
     """
     batches: list[list[int]] = []  # of indices into `prompts`
     most = 0  # rows in the last batch, whose first prompt is the longest
@@ -152,8 +152,7 @@ def generate(
             batches.append([])
         batches[-1].append(i)
     texts = [""] * len(prompts)
-    off = None if progress else True  # None: tqdm hides the bar where there is no terminal
-    bar = tqdm(total=len(prompts), desc=progress, leave=False, disable=off)
+    bar = Progress(total=len(prompts), desc=progress, disable=not progress)
     with bar, generation_mode(model):
         for batch in batches:
             batch_prompts = [prompts[i] for i in batch]

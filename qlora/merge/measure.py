@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora.adapters.files import attach
@@ -33,6 +32,7 @@ from qlora.adapters.starts import SecondMoments
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer
 from qlora.base.modules import output_head, vocabulary
+from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, QuantConfig
 from qlora.data.chat_template import NO_LOSS
 from qlora.data.rows import length_batches, prepare_data, prepare_tokenizer
@@ -159,7 +159,7 @@ class Verifier:
     def _outputs(self, model: PreTrainedModel, name: str) -> Iterator["_Outputs"]:
         """What the model computes for each batch."""
         put_language_head(model.eval().requires_grad_(False))
-        for batch in tqdm(self.examples, desc=name, leave=False):
+        for batch in Progress(self.examples, desc=name):
             ids, mask, labels = (
                 batch[key].to(model.device) for key in ("input_ids", "attention_mask", "labels")
             )
@@ -242,7 +242,7 @@ def own_text(model: PreTrainedModel, tokens: int) -> list[dict[str, Tensor]]:
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
         rows = math.ceil(tokens / OWN_LENGTH)
-        for done in tqdm(range(0, rows, OWN_BATCH), desc="Sampling calibration text", leave=False):
+        for done in Progress(range(0, rows, OWN_BATCH), desc="Sampling calibration text"):
             start = torch.full((min(OWN_BATCH, rows - done), 1), first, device=model.device)
             ids = model.generate(  # type: ignore[operator]  # of a mixin that is not typed
                 start,

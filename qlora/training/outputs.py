@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora import __version__, files
+from qlora.cli import Progress
 from qlora.data import generation
 from qlora.data.chat_template import PROBE
 from qlora.data.generation import Question
@@ -124,9 +125,10 @@ class PlainProgress(ProgressCallback):
             disable=not sys.stderr.isatty(),  # None would show a bar in a notebook
         )
 
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        if sys.stderr.isatty():
-            super().on_prediction_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def on_prediction_step(self, *args: Any, eval_dataloader: Any = (), **_: Any) -> None:
+        if self.prediction_bar is None:
+            self.prediction_bar: Any = Progress(total=len(eval_dataloader), desc="Evaluating")
+        self.prediction_bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = (), **_: Any) -> None:
         if "eval_loss" in logs:

@@ -105,6 +105,15 @@ def test_error_in_a_new_process_is_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
+def test_a_log_has_no_bars(checkpoints, data, tmp_path):
+    words = ["--model", checkpoints("llama"), "--data", data, "--output-dir", tmp_path / "out"]
+    command = [sys.executable, REPOSITORY / "train.py", *words, "--max-steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "step 1/1" in done.stdout
+    assert "\r" not in done.stdout + done.stderr and "%|" not in done.stdout + done.stderr
+
+
 def require_error(stderr: str, words: str) -> None:
     """The last line is the error; before it there may be progress bars, but no traceback."""
     lines = [line for line in stderr.replace("\r", "\n").splitlines() if line.strip()]
