@@ -10,7 +10,8 @@ A layer holds any number of adapters by name and adds up the active ones. A and 
 dtype of x for the products, which are small: x is never cast up.
 
 DoRA (arXiv:2402.09353) multiplies each output with magnitude / |row of W + scaling * B A|; the norm
-is a constant of the backward pass. Its square is, row by row,
+is a constant of the backward pass. A row of norm 0, as dead outputs have, has the factor 1 (PEFT
+divides by 0). The norm's square is, row by row,
 |W|^2 + 2 scaling (W A') B + scaling^2 B A A' B', and W A' is the base layer's output for the r rows
 of A: neither B A nor a dequantized W is formed.
 
@@ -34,6 +35,7 @@ from qlora.ops.lora import Dropout
 from qlora.ops.nf4 import DTYPES
 
 Matrices = tuple[Tensor, Tensor]
+LEAST_NORM = torch.finfo(torch.float32).tiny ** 0.5  # the square of a smaller one underflows
 
 
 class LoRALayer(AdapterModule):
@@ -198,8 +200,7 @@ class LoRALayer(AdapterModule):
             cross = 2 * scaling * self._project_A(lora_A).T + scaling**2 * lora_B @ gram
             square = self._row_norm().square().add_(cross.mul_(lora_B).sum(1))
             norm = square.clamp_min_(0).sqrt_()
-        magnitude: Tensor = self.lora_magnitude_vector[name]
-        return magnitude.float().flatten() / norm
+        return dora_factor(self.lora_magnitude_vector[name].flatten(), norm)
 
     def _row_norm(self) -> Tensor:
         """|row of W|, fp32 (out,), computed once."""
@@ -284,6 +285,12 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return torch.mm(lora_B.float(), lora_A.float()).mul_(scaling)
 
 
+def dora_factor(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """DoRA's factor for each row, fp32 (out,); 1 for a row of zeros, with a gradient of zero."""
+    is_zero = norm < LEAST_NORM
+    return (magnitude.float() / norm.masked_fill(is_zero, 1)).masked_fill(is_zero, 1)
+
+
 class Factors(NamedTuple):
     """An adapter's part of one layer (out, in)."""
 
@@ -326,7 +333,7 @@ class Factors(NamedTuple):
         if self.magnitude is None:
             return delta
         total = delta.add_(weight)
-        gain = self.magnitude.float() / total.norm(dim=1)
+        gain = dora_factor(self.magnitude, total.norm(dim=1))
         return total.mul_(gain[:, None]).sub_(weight)
 
 

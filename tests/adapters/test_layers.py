@@ -201,3 +201,41 @@ def test_all_linear_leaves_the_head_alone(make, head):
     assert list(heads(model)) == [head]
     names = [name for name, _ in adapted(apply_lora(model, LoraConfig(r=2)))]
     assert names and not any(is_in(name, [head]) for name in names)
+
+
+ZERO, TINY = slice(0, 6), slice(6, 9)  # outputs whose weights are zero, or have no square in fp32
+BASES: dict[str, tuple[Any, Any]] = {
+    "linear": (lambda: nn.Linear(64, 32), lambda: torch.randn(5, 64)),
+    "4-bit": (lambda: nn.Linear(64, 32), lambda: torch.randn(5, 64)),
+    "embedding": (lambda: nn.Embedding(50, 32), lambda: torch.randint(50, (5,))),
+    "convolution": (lambda: nn.Conv1d(8, 32, 3), lambda: torch.randn(5, 8, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_dora_over_rows_of_zeros(kind):
+    """They have the factor 1 while B is zero, and train away from zero; live, merged and again."""
+    torch.manual_seed(0)
+    make, inputs = BASES[kind]
+    base, x = make(), inputs()
+    by_row = base.weight.data.T if kind == "embedding" else base.weight.data
+    by_row[ZERO], by_row[TINY] = 0, 1e-30
+    model = nn.Sequential(base)
+    model = in_4_bits(model) if kind == "4-bit" else model
+    before = model(x)
+    apply_lora(model, LoraConfig(r=4, target_modules=("0",), use_dora=True))
+    torch.testing.assert_close(model(x), before, **SUMS)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(8):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    parameters = parameters_by_file_name(model, "default")
+    assert all(p.isfinite().all() and p.grad.isfinite().all() for p in parameters.values())
+    magnitude = parameters["base_model.model.0.lora_magnitude_vector"].flatten()
+    assert (magnitude[ZERO] != 0).all() and (magnitude[TINY].abs() > 1e-3).all()
+    wanted = model(x).detach()
+    channel = 1 if wanted.ndim == 3 else -1
+    assert (wanted.movedim(channel, 0)[ZERO] != before.movedim(channel, 0)[ZERO]).any()
+    torch.testing.assert_close(merge_adapter(model.eval())(x), wanted, **SUMS)
+    torch.testing.assert_close(merge_and_unload(unmerge_adapter(model))(x), wanted, **SUMS)
