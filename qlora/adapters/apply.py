@@ -6,7 +6,7 @@ everything else go on working. An error leaves the model as it was.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -15,12 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapters import rebase, wrappers
-from qlora.adapters.layers import LoRAExperts, lora_class
+from qlora.adapters.layers import LoRAExperts, LoRATiedHead, lora_class
 from qlora.adapters.lora import LoRALayer, LoRALinear
 from qlora.adapters.starts import eva_start
 from qlora.adapters.targets import Targets, targets
 from qlora.adapters.trained import TokenRows, TrainedModule
-from qlora.base.modules import heads, is_tied, state_of, task_of, vocabulary, was_conv1d
+from qlora.base.modules import (
+    followers,
+    heads,
+    state_of,
+    task_of,
+    tied_modules,
+    was_conv1d,
+)
 from qlora.cli import Progress
 from qlora.config import LoraConfig
 from qlora.errors import did_you_mean, require
@@ -51,6 +58,7 @@ def apply_lora(
     needs something that is missing.
     """
     config, task = config or LoraConfig(), task_of(model)
+    wrappers.separate_embeddings(model)
     if task is not None and task.trains_head:
         saved = dict.fromkeys([*config.modules_to_save, *heads(model)])  # as in PEFT
         config = replace(config, modules_to_save=tuple(saved))
@@ -104,7 +112,8 @@ def _add(
         configs = {leaf: config.of(f"{name}.{leaf}") for leaf in leaves}
         wrap(model, name, LoRAExperts).add_adapter(adapter_name, configs, generator=generator)
     for name, ids in chosen.rows.items():
-        wrap_rows(model, name).add_adapter(adapter_name, ids, dtype=dtype)
+        wrap(model, name, TokenRows).add_adapter(adapter_name, ids, dtype=dtype)
+    wrap_followers(model, adapter_name)
 
 
 @contextmanager
@@ -131,24 +140,26 @@ def wrap_layer(model: nn.Module, name: str) -> LoRALayer:
     """The low-rank wrapper of the layer at `name`; a new one if there is none."""
     kind = lora_class(wrappers.plain(model.get_submodule(name)))
     assert kind is not None  # targets are layers that have one
-    return wrap(model, name, LoRALayer, kind)
+    return wrap(model, name, kind)
 
 
-def wrap_rows(model: nn.Module, name: str) -> TokenRows:
-    """The wrapper for token rows of the embedding at `name`, and of a head that is tied to it."""
-    rows = wrap(model, name, TokenRows)
-    embedding, head = vocabulary(model)
-    if is_tied(model) and head and name == embedding:
-        wrap(model, head, TokenRows, lambda below: TokenRows(below, tied_to=rows))
-    return rows
+def wrap_followers(model: nn.Module, adapter_name: str) -> None:
+    """Wrap the modules that share the weight of an embedding of the adapter and follow it; but for
+    token rows not those that it changes in another way."""
+    adapted = [(n, w) for n, w in wrappers.adapted(model) if adapter_name in w.adapters]
+    changed = {name for name, _ in adapted}
+    modules = {name: wrappers.plain(m) for name, m in wrappers.base_modules(model).items()}
+    tied = tied_modules(modules)
+    for name, source in adapted:
+        has_rows = isinstance(source, TokenRows)
+        for peer in followers(model, modules, tied, name, rows=has_rows):
+            if has_rows or peer not in changed:
+                is_head = isinstance(source, LoRALayer) and lora_class(modules[peer]) is LoRALinear
+                kind: Any = LoRATiedHead if is_head else type(source)
+                wrap(model, peer, kind).follow(source, adapter_name)
 
 
-def wrap(
-    model: nn.Module,
-    name: str,
-    kind: type[WrapperKind],
-    create: Callable[[nn.Module], WrapperKind] | None = None,
-) -> WrapperKind:
+def wrap(model: nn.Module, name: str, kind: type[WrapperKind]) -> WrapperKind:
     """The wrapper of that kind at `name`, or a new one: outermost; a TrainedModule innermost."""
     outermost = model.get_submodule(name)
     present = list(wrappers.wrappers(outermost))
@@ -156,7 +167,7 @@ def wrap(
         if isinstance(wrapper, kind):
             return wrapper
     is_innermost = kind is TrainedModule and present
-    wrapper = (create or kind)(wrappers.plain(outermost) if is_innermost else outermost)
+    wrapper = kind(wrappers.plain(outermost) if is_innermost else outermost)
     wrapper.train(outermost.training)
     if is_innermost:
         present[-1].base_layer = wrapper
@@ -239,7 +250,7 @@ def require_one_owner(model: nn.Module, names: Sequence[str]) -> None:
         held = list(wrappers.adapter_modules(module))
         present = [(a, w) for a in names for w in held if a in w.adapters]
         owned = [(a, w) for a, w in present if isinstance(w, TrainedModule | TokenRows)]
-        in_full = any(isinstance(w, TokenRows) or "weight" in w.parameters_of(a) for a, w in owned)
+        in_full = any(isinstance(w, TokenRows) or "weight" in w.copies[a] for a, w in owned)
         owners, users = {a for a, _ in owned}, dict.fromkeys(a for a, _ in present)
         both = f"adapters {' and '.join(map(repr, users))} cannot be active together"
         clash = len(owners) > 1 or (in_full and len(users) > 1)

@@ -45,8 +45,14 @@ from qlora.adapters.lora import lora_layers
 from qlora.adapters.portable import portable_subset
 from qlora.adapters.targets import has_rows
 from qlora.adapters.tensors import PREFIX, matches_any
-from qlora.adapters.trained import TrainedModule
-from qlora.adapters.wrappers import adapted, base_modules, plain, remove_adapter
+from qlora.adapters.trained import TokenRows, TrainedModule
+from qlora.adapters.wrappers import (
+    adapted,
+    base_modules,
+    plain,
+    remove_adapter,
+    separate_embeddings,
+)
 from qlora.base.modules import is_quantized, matrix_shape, state_of, task_of, was_conv1d
 from qlora.config import LoraConfig
 from qlora.files import ids_in, replacing
@@ -79,7 +85,7 @@ def save_adapter(
             tensors[key_B] = torch.cat([tensors[key_B], -part.lora_B.cpu()], dim=1)  # (out, 2r)
         config = config.with_ranks(2)
         base = {**base, "rebased": {name: len(part.lora_A) for name, part in subtracted.items()}}
-    layers = {n: layer for n, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    layers = {n: w for n, w in lora_layers(model).items() if w.parameters_of(adapter_name)}
     name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
     values = peft_values(
         config,
@@ -100,7 +106,7 @@ def save_adapter(
 
 def parameters_by_file_name(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     """All parameters of adapter `adapter_name`, by their names in the files."""
-    layers = {name for name, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    layers = {n for n, layer in lora_layers(model).items() if layer.parameters_of(adapter_name)}
     parameters = {}
     for name, wrapper in adapted(model):
         infix = ".base_layer" if isinstance(wrapper, TrainedModule) and name in layers else ""
@@ -170,6 +176,7 @@ def swap_adapter(model: Model, folder: str | Path, *, adapter_name: str = "defau
 
 def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default") -> None:
     """Add `adapter` to `model`, active and frozen; an error leaves the model unchanged."""
+    separate_embeddings(model)
     check_fits(model, adapter)
     with apply.all_or_nothing(model, adapter_name):
         _place(model, adapter, adapter_name)
@@ -200,7 +207,8 @@ def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
         scaling = {leaf: config.of(f"{name}.{leaf}").scaling for leaf in leaves}
         apply.wrap(model, name, LoRAExperts).put_adapter(adapter_name, lora_A, lora_B, scaling)
     for name, (ids, rows) in adapter.rows.items():
-        apply.wrap_rows(model, name).put_adapter(adapter_name, ids.tolist(), rows)
+        apply.wrap(model, name, TokenRows).put_adapter(adapter_name, ids.tolist(), rows)
+    apply.wrap_followers(model, adapter_name)
     adapter_configs(model)[adapter_name] = config
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None and adapter.stop_ids:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from bitsandbytes.utils import unpack_tensor_to_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -176,15 +175,6 @@ class AdapterFile(Contents):
         known = {*self.pairs, *self.parameters, *in_full}
         absent = [n for n in layers if n not in known and matches_any(n, self.targets)]
         return [f"{n} is in target_modules, but the files have no A and B for it" for n in absent]
-
-    def unties(self, embedding: str | None, head: str | None) -> bool:
-        """Whether it changes a tied embedding and output head differently."""
-        if any(module in self.pairs for module in (embedding, head)):
-            return True
-        one, other = (self.full_params.get(f"{module}.weight") for module in (embedding, head))
-        if one is None or other is None:
-            return one is not other
-        return not torch.equal(one, other)
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:

@@ -32,10 +32,18 @@ from qlora.adapters.apply import (
     known_adapters,
     require_new_name,
     require_one_owner,
+    wrap_followers,
 )
 from qlora.adapters.lora import Factors, LoRALayer, delta_weight, lora_layers
 from qlora.adapters.rebase import restore
-from qlora.base.modules import as_dense, computes_in, dense_weight, is_tied, output_head, state_of
+from qlora.base.modules import (
+    as_dense,
+    can_untie,
+    computes_in,
+    dense_weight,
+    state_of,
+    tied_modules,
+)
 from qlora.config import LoraConfig
 from qlora.errors import did_you_mean, require, some
 
@@ -104,7 +112,9 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
         unfit = [n for n, layer in biased.items() if getattr(layer, "bias", None) is None]
         why = f"adapter {adapter!r} has lora_bias, and {some(unfit)} have no bias to fold it into"
         require(not unfit, f"{why}: use merge_adapter, which keeps it beside the layer")
-    for name, module in wrappers.base_modules(model).items():
+    modules = wrappers.base_modules(model)
+    tied = tied_modules({name: wrappers.plain(module) for name, module in modules.items()})
+    for name, module in modules.items():
         fused = wrappers.plain(module)
         for wrapper in reversed(list(wrappers.adapter_modules(module))):
             fused = wrapper.fused(fused, names)
@@ -112,20 +122,26 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
             fused = as_dense(fused, dense_weight(fused).to(computes_in(fused)))
         if fused is not module:
             wrappers.put_module(model, name, fused)
-    if is_tied(model):
-        head, embedding = output_head(model), model.get_input_embeddings()  # type: ignore[operator]
-        if torch.equal(head.weight, embedding.weight):  # False where the shapes differ
-            head.weight = embedding.weight
-        else:
-            config: Any = model.config
-            config.tie_word_embeddings = False
-            config.get_text_config(decoder=True).tie_word_embeddings = False
+    for group in tied:
+        _tie_or_untie(model, [model.get_submodule(name) for name in group])
     state_of(model).forget_base()
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
         model.is_loaded_in_4bit = False  # type: ignore[assignment]
     adapter_configs(model).clear()
     return model
+
+
+def _tie_or_untie(model: Any, modules: Sequence[Any]) -> None:
+    """Let `modules`, which shared a weight, share it again where it is the same in all of them."""
+    first, *others = modules
+    is_same = all(torch.equal(first.weight, other.weight) for other in others)  # also in shape
+    for other in others:
+        weight = first.weight if is_same else nn.Parameter(other.weight.clone(), False)
+        other.weight = weight
+    if not is_same and can_untie(model.config):
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config(decoder=True).tie_word_embeddings = False
 
 
 def unload(model: Model) -> Model:
@@ -192,10 +208,11 @@ def add_weighted_adapter(
         return _weighted_sum(pruned, scales, way, majority_sign_method)
 
     weighted = dict(zip(names, weights, strict=True))
-    layers = {n: layer for n, layer in lora_layers(model).items() if {*names} & {*layer.lora_A}}
-    parts = {}
+    layers, parts = lora_layers(model), {}
     for name, layer in layers.items():
-        own = {a: layer.factors(a) for a in names if a in layer.lora_A}
+        own = {a: layer.factors(a) for a in names if layer.parameters_of(a)}
+        if not own:
+            continue
         ranks = {a: len(factors.lora_A) for a, factors in own.items()}
         message = f"{way} wants adapters of one rank, at {name} they have {ranks}: take svd or cat"
         require(way.endswith(("cat", "svd")) or len({*ranks.values()}) == 1, message)
@@ -207,6 +224,7 @@ def add_weighted_adapter(
         dtype = next(iter(layers[name].lora_A.values())).dtype
         lora_A, lora_B = (t.to(dtype) for t in factors.padded(r)[:2])  # readers expect one rank
         layers[name].put_adapter(adapter_name, Factors(lora_A, lora_B, 1.0))
+    wrap_followers(model, adapter_name)
     dropout = adapter_configs(model)[names[0]].lora_dropout
     adapter_configs(model)[adapter_name] = LoraConfig(
         r=r, lora_alpha=r, lora_dropout=dropout, target_modules=tuple(combined)
@@ -290,7 +308,7 @@ def _check(
     }
     for name in names:
         config, parts = adapter_configs(model)[name], wrappers.adapted(model)
-        more = [n for n, w in parts if name in w.adapters and not isinstance(w, LoRALayer)]
+        more = [n for n, w in parts if w.parameters_of(name) and not isinstance(w, LoRALayer)]
         why = "of which no weighted sum can be computed"
         checks |= {
             f"adapter {name!r} is DoRA's, {why}": not config.use_dora,

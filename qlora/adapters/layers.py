@@ -25,7 +25,14 @@ from torch.nn import functional as F
 
 from qlora.adapters.lora import Factors, LoRALayer, LoRALinear, Matrices, adapter_dtype
 from qlora.adapters.wrappers import AdapterModule, frozen_copy
-from qlora.base.modules import is_conv, is_linear, shallow_copy
+from qlora.base.modules import (
+    as_dense,
+    computes_in,
+    dense_weight,
+    is_conv,
+    is_linear,
+    shallow_copy,
+)
 from qlora.config import LoraConfig
 
 
@@ -58,6 +65,55 @@ class LoRAEmbedding(LoRALayer):
 
     def _drop(self, x: Tensor, name: str) -> Tensor:
         return x
+
+
+class LoRATiedHead(AdapterModule):
+    """An output head (vocab, dim) whose weight is that of an embedding with A and B, which follows
+    them: y = (W' + scaling * A' B') x, with DoRA's factors of the embedding's dim on x."""
+
+    BY_ADAPTER = ("sources",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.sources: dict[str, list[LoRAEmbedding]] = {}  # lists: they are no submodules
+
+    def follow(self, source: AdapterModule, name: str) -> None:
+        assert isinstance(source, LoRAEmbedding)
+        self.sources[name] = [source]
+        self.followed.add(name)
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        return {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> (..., vocab)"""
+        y: Tensor = self.base_layer(x)
+        if self.adapter_of_row is None:
+            for name in self.active_adapters:
+                y = y + self._change(x, name)
+            return y
+        for name, rows in self._rows_of(x, self.adapter_of_row).items():
+            y = y.index_add(0, rows, self._change(x[rows], name))
+        return y
+
+    def _change(self, x: Tensor, name: str) -> Tensor:
+        (source,) = self.sources[name]
+        lora_A, lora_B, scaling, magnitude = source.factors(name)
+        dora: Tensor | float = 0.0
+        if magnitude is not None:
+            scaled = x * source._gain(name).to(x.dtype)
+            dora, x = F.linear(scaled - x, self.plain.weight), scaled
+        low = F.linear(x, lora_B.T.to(x.dtype))  # (..., dim) @ (dim, r) -> (..., r)
+        return scaling * F.linear(low, lora_A.T.to(x.dtype)) + dora  # @ (r, vocab) -> (..., vocab)
+
+    def fused(self, below: nn.Module, names: Iterable[str]) -> nn.Module:
+        sources = {name: self.sources[name][0] for name in names if name in self.sources}
+        if not sources:
+            return below
+        weight = dense_weight(below).T.contiguous()  # (dim, vocab)
+        for change in [source.factors(name).change(weight) for name, source in sources.items()]:
+            weight.add_(change)
+        return as_dense(below, weight.T.contiguous().to(computes_in(below)))
 
 
 def scaled_as(embedding: nn.Module, rows: Tensor) -> Tensor:

@@ -161,6 +161,8 @@ class LoRALayer(AdapterModule):
         return Factors(lora_A, lora_B, self.scaling[name], magnitude)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        if name in self.followed:
+            return {}
         endings = (*self.ENDINGS, "lora_magnitude_vector", "lora_B.bias")
         parts = (self.lora_A, self.lora_B, self.lora_magnitude_vector, self.lora_bias)
         return {end: part[name] for end, part in zip(endings, parts, strict=True) if name in part}

@@ -44,6 +44,9 @@ class TrainedModule(AdapterModule):
         self.copies[name] = nn.ParameterDict(copies)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        return {} if name in self.followed else self._copies_of(name)
+
+    def _copies_of(self, name: str) -> dict[str, nn.Parameter]:
         return dict(self.copies[name].items()) if name in self.copies else {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +64,7 @@ class TrainedModule(AdapterModule):
 
     def _module(self, name: str) -> nn.Module:
         """The module to call with the copies: the base's own, or a dense one for a 4-bit layer."""
-        if not (is_quantized(self.plain) and "weight" in self.parameters_of(name)):
+        if not (is_quantized(self.plain) and "weight" in self._copies_of(name)):
             return self.plain  # type: ignore[no-any-return]
         if self._dense is None:
             self._dense = as_dense(self.plain, torch.empty(self.plain.weight.quant_state.shape))
@@ -72,7 +75,7 @@ class TrainedModule(AdapterModule):
         if name in self._fused:
             return self._fused[name]  # type: ignore[no-any-return]
         own = computes_in(self.plain) if is_quantized(self.plain) else None
-        leaves = self.parameters_of(name).items()
+        leaves = self._copies_of(name).items()
         return {leaf: value.to(own or getattr(self.plain, leaf).dtype) for leaf, value in leaves}
 
     def fuse(self, names: Iterable[str]) -> None:
@@ -84,7 +87,7 @@ class TrainedModule(AdapterModule):
     def bias(self) -> Tensor | None:
         """The active adapter's, or the base's."""
         for name in self.active_adapters:
-            if "bias" in self.parameters_of(name):
+            if "bias" in self._copies_of(name):
                 return self._cast(name)["bias"]
         return self.base_layer.bias  # type: ignore[no-any-return]
 
@@ -105,15 +108,14 @@ class TrainedModule(AdapterModule):
 
 class TokenRows(AdapterModule):
     """An embedding of which each adapter has a copy of some rows; or an output head, whose logits
-    of these tokens they give: `tied_to` is the embedding's wrapper, for a head that is tied."""
+    of these tokens they give."""
 
     BY_ADAPTER = ("rows", "ids")
 
-    def __init__(self, base_layer: nn.Module, tied_to: "TokenRows | None" = None) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.rows: nn.ParameterDict = tied_to.rows if tied_to else nn.ParameterDict()
-        self.ids: dict[str, list[int]] = tied_to.ids if tied_to else {}
-        self.is_tied = tied_to is not None
+        self.rows = nn.ParameterDict()
+        self.ids: dict[str, list[int]] = {}
         self.is_head = not isinstance(self.plain, nn.Embedding)
 
     def add_adapter(self, name: str, ids: Sequence[int], *, dtype: torch.dtype) -> None:
@@ -125,7 +127,7 @@ class TokenRows(AdapterModule):
         self.ids[name], self.rows[name] = list(ids), frozen_copy(rows, self.plain.weight)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        if self.is_tied or name not in self.rows:  # those of a tied head are the embedding's
+        if name in self.followed or name not in self.rows:
             return {}
         return {"token_adapter.trainable_tokens_delta": self.rows[name]}
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.base.modules import shallow_copy
 from qlora.errors import require
 
 
@@ -47,6 +48,7 @@ class AdapterModule(Wrapper):
         self.active_adapters: tuple[str, ...] = ()
         self.fused_adapters: tuple[str, ...] = ()
         self._fused: dict[str, Any] = {}  # what a subclass computes once for them
+        self.followed: set[str] = set()  # adapters whose parameters are another module's
         self.adapter_of_row: tuple[str, ...] | None = None
 
     @property
@@ -55,11 +57,20 @@ class AdapterModule(Wrapper):
         return tuple(getattr(self, self.BY_ADAPTER[0]))
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of adapter `name`, by the endings of their names in adapter files."""
+        """The parameters of adapter `name`, by the endings of their names in adapter files; none of
+        an adapter that it follows."""
         raise NotImplementedError
+
+    def follow(self, source: "AdapterModule", name: str) -> None:
+        """Share adapter `name` of `source`, whose base layer has the same weight."""
+        for attribute in self.BY_ADAPTER:
+            if name in (held := getattr(source, attribute)):
+                getattr(self, attribute)[name] = held[name]
+        self.followed.add(name)
 
     def remove_adapter(self, name: str) -> None:
         """Delete adapter `name`, if the module has it."""
+        self.followed.discard(name)
         for attribute in self.BY_ADAPTER:
             if name in (held := getattr(self, attribute)):
                 del held[name]
@@ -141,6 +152,16 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the base module of that name, and its wrappers, by `module`."""
     parent, _, leaf = name.rpartition(".")
     setattr(plain(model.get_submodule(parent)), leaf, module)
+
+
+def separate_embeddings(model: nn.Module) -> None:
+    """Give each name of an embedding that stands in `model` under several a module of its own, with
+    the same weight: resize_token_embeddings puts T5's `shared` in place of its stacks' own."""
+    seen = set()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.Embedding) and module in seen:
+            put_module(model, name, shallow_copy(module))
+        seen.add(module)
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -23,7 +23,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qlora.base.modules import auto_class, heads, is_in, is_linear, read_directly, was_conv1d
+from qlora.base.modules import (
+    auto_class,
+    heads,
+    is_in,
+    is_linear,
+    read_directly,
+    tied_modules,
+    was_conv1d,
+)
 from qlora.base.shards import DTYPE_CODES, INDEX, SINGLE
 from qlora.config import QuantConfig
 from qlora.config.tasks import CAUSAL_LM, Task
@@ -354,6 +362,19 @@ class DiskNames:
         place, _ = rename_source_key(name, reverse, [], reverse=True)
         again, _ = rename_source_key(place, self.renamings, [])
         return place if again == name else name
+
+
+def tied_on_disk(checkpoint: Checkpoint, model: nn.Module) -> list[list[str]]:
+    """`tied_modules` of a skeleton, without those for which the checkpoint has another weight, as
+    FLAN-T5 has a head of its own: transformers does not tie these."""
+    groups = []
+    for names in tied_modules(dict(model.named_modules())):
+        places = {name: disk_name(checkpoint, model, f"{name}.weight") for name in names}
+        present = dict.fromkeys(place for place in places.values() if place)
+        first, *others = present or [""]
+        other = {p for p in others if not torch.equal(checkpoint.read(p), checkpoint.read(first))}
+        groups.append([name for name in names if places[name] not in other])
+    return [names for names in groups if len(names) > 1]
 
 
 def quantized_layers(model: nn.Module, quant: QuantConfig) -> dict[str, bool]:

@@ -133,13 +133,39 @@ def vocabulary(model: nn.Module) -> tuple[str | None, str | None]:
     return names.get(embedding), names.get(output_head(model))
 
 
-def is_tied(model: nn.Module) -> bool:
-    """Whether the output head of `model` shares the weight of its embedding."""
-    if output_head(model) is None:
-        return False
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if config else None
-    return bool(getattr(text, "tie_word_embeddings", False))
+def followers(
+    model: nn.Module, modules: Mapping[str, Any], tied: list[list[str]], name: str, *, rows: bool
+) -> list[str]:
+    """The other `modules` that have the weight of `name` (`tied`: groups), and change with it.
+
+    - token rows of the model's embedding: all of them, as in PEFT
+    - the embedding from which those of encoder and decoder have their weight, such as BART's
+      `shared`, and which is not called itself: all of them
+    - any other: none, so an adapted embedding unties a decoder's output head, as in PEFT
+    """
+    sources = getattr(model, "all_tied_weights_keys", {}).items()
+    targets = [target.removesuffix(".weight") for target, s in sources if s == f"{name}.weight"]
+    is_shared = any(isinstance(modules.get(target), nn.Embedding) for target in targets)
+    if not is_shared and not (rows and name == vocabulary(model)[0]):
+        return []
+    return [peer for group in tied if name in group for peer in group if peer != name]
+
+
+def tied_modules(modules: Mapping[str, Any]) -> list[list[str]]:
+    """The names of `modules` that share one weight, in groups."""
+    groups: dict[Any, list[str]] = {}
+    for name, module in modules.items():
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            groups.setdefault(weight, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def can_untie(config: Any) -> bool:
+    """Whether a model of this config.json can have tie_word_embeddings false. T5 takes it for
+    another setting; where the file has all weights, transformers ties none that differ."""
+    text = config.get_text_config(decoder=True)
+    untied = type(text).from_dict(text.to_dict() | {"tie_word_embeddings": False})
+    return not untied.tie_word_embeddings
 
 
 def was_conv1d(layer: nn.Module) -> bool:

@@ -19,8 +19,9 @@ from qlora.base.checkpoint import (
     linear_layers,
     quantized_layers,
     skeleton,
+    tied_on_disk,
 )
-from qlora.base.modules import heads, is_in, is_tied, vocabulary
+from qlora.base.modules import can_untie, followers, heads, is_in, vocabulary
 from qlora.base.shards import Entry
 from qlora.config import MergeConfig, QuantConfig
 from qlora.config.tasks import task_named
@@ -62,6 +63,7 @@ class Plan:
     linear: dict[str, str | None]  # linear layer -> the checkpoint's name of its weight
     config_changes: dict[str, Any]  # entries of the base's config.json that the merge changes
     task: str
+    tied: list[list[str]]  # names of modules that share one weight of the base
 
     @property
     def in_4_bits(self) -> set[str]:
@@ -155,18 +157,17 @@ class _Planner:
         # parameter that changes -> the checkpoint's name of it, None where it has none
         self.places = {param: disk_name(checkpoint, self.model, param) for param in params}
         self.embedding, self.head = vocabulary(self.model)
-        self.unties = is_tied(self.model) and adapter.unties(self.embedding, self.head)
+        # parameter -> the adapter's name of what it becomes: another one, where it follows that
+        self.changes = {param: param for param in params}
+        self.tied = tied_on_disk(checkpoint, self.model)
+        self.unties = False
         self.classifier: set[str] = set()  # parameters of its head, which the adapter brings
 
     def plan(self) -> Plan:
         checkpoint, adapter, model = self.checkpoint, self.adapter, self.model
-        if self.unties:
-            head, tied_to = (f"{module}.weight" for module in (self.head, self.embedding))
-            names = disk_names(checkpoint, model)
-            self.places[head] = new = names.new(head)
-            self.sources[new] = names.same.get(tied_to, new)
-            if adapter.rows:
-                self.faults.append("it has token rows and unties the head from the embedding")
+        self._follow()
+        for group in self.tied:
+            self._tie_or_untie([f"{module}.weight" for module in group])
         if self.task.trains_head:
             self._replace_head()
         linear = {m: disk_name(checkpoint, model, f"{m}.weight") for m in linear_layers(model)}
@@ -176,9 +177,10 @@ class _Planner:
             may_lack = not self.round_trips and param.removesuffix(".weight") in untouched
             if place is None and not may_lack:
                 self.faults.append(f"{param} is not in the checkpoint")
-        params = {place: param for param, place in self.places.items() if place}
+        changes = self.changes
+        params = {place: changes.get(p, p) for p, place in self.places.items() if place}
         ops = [self._op(name, source, params.get(name)) for name, source in self.sources.items()]
-        changes = self._config_changes(ops)
+        entries = self._config_changes(ops)
         raise_faults(
             f"adapter {adapter.folder} does not fit {checkpoint.folder}",
             self.faults,
@@ -186,7 +188,41 @@ class _Planner:
         )
         order = {place: i for i, place in enumerate(self.places.values())}
         ops.sort(key=lambda op: order.get(op.name, -1))
-        return Plan(ops, self.quant, self.out_quant, self.out_dtype, linear, changes, adapter.task)
+        formats = self.quant, self.out_quant, self.out_dtype
+        return Plan(ops, *formats, linear, entries, adapter.task, self.tied)
+
+    def _follow(self) -> None:
+        """The parameters that follow a changed embedding, as in a live model."""
+        adapter, model, modules = self.adapter, self.model, dict(self.model.named_modules())
+        for param in list(self.changes):
+            module = param.removesuffix(".weight")
+            has_rows = module in adapter.rows
+            for peer in followers(model, modules, self.tied, module, rows=has_rows):
+                follower = f"{peer}.weight"
+                if has_rows and follower in self.changes:
+                    self.faults.append(f"it has token rows of {module}, and changes {peer} apart")
+                self.changes.setdefault(follower, param)
+                place = disk_name(self.checkpoint, model, follower)
+                self.places.setdefault(follower, place)
+
+    def _tie_or_untie(self, params: list[str]) -> None:
+        """Write one weight for `params`, which share one in the base; or one for each, where the
+        adapter changes them differently."""
+        changes = [self.changes.get(param) for param in params]
+        full = [self.adapter.full_params.get(change or "") for change in changes]
+        first, *others = full
+        is_same = first is not None and all(t is not None and torch.equal(t, first) for t in others)
+        if is_same or len({*changes}) == 1:
+            for param in params:
+                if self.places.get(param) is None:
+                    self.places.pop(param, None)
+            return
+        self.unties = True
+        names = disk_names(self.checkpoint, self.model)
+        on_disk = [names.same[param] for param in params if param in names.same]
+        for param in params if on_disk else ():
+            self.places[param] = place = names.same.get(param) or names.new(param)
+            self.sources.setdefault(place, on_disk[0])
 
     def _replace_head(self) -> None:
         """Use the adapter's head in place of the checkpoint's, which may be another task's."""
@@ -194,9 +230,9 @@ class _Planner:
         params = [param for param, _ in model.named_parameters()]
         of_head = {param for param in params if is_in(param, heads(model))}
         full = full_params.keys() & params
-        self.classifier = {p for p in full if p in of_head or self.places[p] is None}
+        self.classifier = {p for p in full if p in of_head or self.places.get(p) is None}
         for param in self.classifier:
-            self.places[param] = place = self.places[param] or param
+            self.places[param] = place = self.places.get(param) or param
             self.sources.setdefault(place, place)
         for param in sorted(of_head - self.classifier):
             if not disk_name(checkpoint, model, param):
@@ -252,7 +288,8 @@ class _Planner:
 
     def _config_changes(self, ops: list[MergeOp]) -> dict[str, Any]:
         """Entries of config.json for an untied head, a grown vocabulary and a classifier."""
-        changes: dict[str, Any] = {"tie_word_embeddings": False} if self.unties else {}
+        unties = self.unties and can_untie(self.model.config)
+        changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
         ends = (f"{self.embedding}.weight", f"{self.head}.weight")
         sizes = {op.entries[0].shape[0] for op in ops if op.param in ends}
         if len(sizes) > 1:

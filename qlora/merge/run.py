@@ -279,15 +279,20 @@ def _require_loadable(folder: Path, job: _Job) -> None:
     """Raise unless the new files hold the parameters of the new config.json's model."""
     plan, written, trusted = job.plan, Checkpoint(folder), job.config.trust_remote_code
     model = skeleton(folder, task=task_named(plan.task), trust_remote_code=trusted)
-    changed, faults = {op.param for op in plan.ops}, []
-    for param, expected in model.named_parameters():
-        place = disk_name(written, model, param)
-        if place is None:
-            if param in changed or disk_name(job.checkpoint, model, param):
-                faults.append(f"{param} is missing")
-        elif place not in plan.in_4_bits and written.tensors[place].shape != expected.shape:
-            shape = written.tensors[place].shape
-            faults.append(f"{param} is {shape}, its config.json says {tuple(expected.shape)}")
+    known, faults = {op.param for op in plan.ops}, []
+    known |= {f"{module}.weight" for group in plan.tied for module in group}
+    names: dict[Any, list[str]] = {}  # those of one tied parameter together
+    for param, expected in model.named_parameters(remove_duplicate=False):
+        names.setdefault(expected, []).append(param)
+    for expected, params in names.items():
+        places = {param: disk_name(written, model, param) for param in params}
+        if not any(places.values()):
+            needed = [p for p in params if p in known or disk_name(job.checkpoint, model, p)]
+            faults += [f"{param} is missing" for param in needed[:1]]
+        for param, place in places.items():
+            shape = written.tensors[place].shape if place else expected.shape
+            if place not in plan.in_4_bits and shape != expected.shape:
+                faults.append(f"{param} is {shape}, its config.json says {tuple(expected.shape)}")
     raise_faults(
         "the merged checkpoint does not fit its config.json", faults,
         fix="Nothing was written. The base's own files may not fit theirs",
