@@ -229,6 +229,7 @@ def test_the_printed_commands_can_be_pasted(format, trained_on, tmp_path, capsys
     serve = next(line for line in lines if "vllm serve" in line)
     assert shlex.split(serve, comments=True) == ["vllm", "serve", str(output)]
     assert ("vllm-bnb-plugin" in serve) == (format == "nf4")
+    assert len({path.stat().st_mode for path in output.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("known_from", ["record", "tokenizer", "base", "base without settings"])

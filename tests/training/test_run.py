@@ -66,6 +66,8 @@ def test_files_and_lines_of_a_run(quick_run, data):
     samples.jsonl loss.png README.md checkpoint-2 checkpoint-4"""
     assert {path.name for path in folder.iterdir()} >= set(names.split())
     assert not list(folder.rglob("training_args.bin"))  # a pickle
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert len(modes) == 1  # that of the umask: safetensors' own is 0600
     assert read_adapter(folder).config.lora_alpha == 8
     rows = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
