@@ -1,6 +1,7 @@
 """The commands: `qlora COMMAND ...`; train.py, merge_dequant.py, qlora/chat.py … run one each."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pkgutil import resolve_name
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 
 from qlora import __version__, config
 from qlora.cli import flag_of, parse
-from qlora.errors import UserError, did_you_mean
+from qlora.errors import Interrupted, UserError, did_you_mean
 
 # Bars of huggingface_hub and transformers, and of datasets: no lines in a log.
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -54,10 +55,11 @@ def main() -> None:
 def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
     """Parse the command line and call the command's function with the config.
 
-    A UserError or an out-of-memory error exits with 2 and one line `error: …`, Ctrl-C exits with
-    130 and one line. Any other exception is a bug and keeps its traceback.
+    A UserError or an out-of-memory error exits with 2 and one line `error: …`; Ctrl-C exits with
+    130, SIGTERM with 143, and one line. Any other exception is a bug and keeps its traceback.
     """
     config_class, function, interrupted = COMMANDS[name]
+    signal.signal(signal.SIGTERM, _terminate)  # what Python ends on without removing partial files
     if not sys.stderr.isatty():  # the packages read these as they are imported
         for variable in NO_BARS:
             os.environ.setdefault(variable, "1")
@@ -70,8 +72,8 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        _stop(130, f"interrupted: {interrupted}")
+    except KeyboardInterrupt as error:
+        _stop(getattr(error, "exit_code", 130), f"interrupted: {str(error) or interrupted}")
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
@@ -79,6 +81,10 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
         lower = [flag_of(name) for name in SIZES if name in config.settings_of(config_class)]
         fix = " or ".join([f"lower {', '.join(lower)}"] * bool(lower) + ["use a smaller model"])
         _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {fix}")
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise Interrupted(number=number)
 
 
 def _stop(code: int, line: str) -> NoReturn:

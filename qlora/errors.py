@@ -1,5 +1,6 @@
 """UserError, the exception for errors that a user can fix, and helpers for its messages."""
 
+import signal
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
@@ -9,6 +10,14 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that ended on a signal; `str` says what was saved."""
+
+    def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 def require(ok: bool, message: str) -> None:

@@ -5,10 +5,11 @@ metrics.jsonl and samples.jsonl hold a JSON object per line. Heavy packages are 
 
 import glob
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ import psutil
 import yaml
 
 from qlora.errors import UserError
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
 
 RUN = "run.yaml"
 METRICS = "metrics.jsonl"
@@ -104,8 +110,15 @@ def read_run_file(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The logged rows of a run; empty if there are none yet."""
-    return read_rows(folder / METRICS, ("step",))
+    """The logged rows of a run; empty if there are none yet. null, not finite, is read as NaN."""
+    rows = read_rows(folder / METRICS, ("step",))
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
+def metrics_line(row: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl: JSON has no NaN and no infinity, which become null."""
+    finite = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
+    return json.dumps(dict.fromkeys(row) | finite) + "\n"
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -161,6 +174,25 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as [partial]:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process has locked; the system unlocks that of a dead one."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl else -1
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"{folder} is in use by another run: give a new folder") from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import cache, partial
 from io import StringIO
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from qlora import apply_lora, load_base, save_adapter
 from qlora.adapters.lora import LoRALayer
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
+from qlora.errors import UserError
 
 VOCAB = 320
 ENCODER: dict[str, Any] = {
@@ -231,6 +232,20 @@ def require_same_adapter(one: Path, other: Path) -> None:
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@contextmanager
+def refuses(folder: Path, *words: str) -> Iterator[None]:
+    """The block raises a UserError with these words and leaves `folder` as it was."""
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    before, existed = files(), folder.exists()
+    with pytest.raises(UserError) as error:
+        yield
+    assert [word for word in words if word not in str(error.value)] == [], error.value
+    assert files() == before and folder.exists() == existed
 
 
 class Run(NamedTuple):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qlora import __main__, __version__, cli
 from qlora.config import DataConfig, TrainConfig, build, flat, settings_of
-from qlora.errors import UserError
+from qlora.errors import Interrupted, UserError
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = "--model base --output-dir out --data rows.jsonl "
@@ -257,6 +257,7 @@ class OutOfMemoryError(RuntimeError):
     [
         (UserError("wanted this,\ngot that"), 2, "error: wanted this, got that\n"),
         (KeyboardInterrupt(), 130, "interrupted: --resume continues from the last checkpoint"),
+        (Interrupted("saved", 15), 143, "interrupted: saved"),
         (OutOfMemoryError(), 2, "error: the GPU's memory ran out after 0.00 GiB: lower --max-len"),
         (BrokenPipeError(), 1, ""),
         (ZeroDivisionError(), None, ""),

@@ -23,6 +23,7 @@ Left out: streaming; cutting rows to fill packs completely, which separates text
 """
 
 import copy
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,6 +127,19 @@ def prepare_data(
         special=next((i for i, special in enumerate(rows["special"]) if special), None),
     )
     return rows.select_columns([*columns, "length"]), stats
+
+
+def fingerprint(rows: Dataset) -> str:
+    """A hash of the rows' token ids and labels, in their order."""
+    digest = hashlib.sha256()
+    columns = rows.select_columns(["input_ids", "labels"]).with_format("arrow")
+    for table in columns.iter(batch_size=1000):
+        for column in (chunks.combine_chunks() for chunks in table.columns):
+            if hasattr(column, "value_lengths"):  # a classifier's labels are no lists
+                digest.update(column.value_lengths().to_numpy().tobytes())
+                column = column.flatten()
+            digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

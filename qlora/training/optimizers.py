@@ -1,4 +1,5 @@
-"""Master weights in fp32 for bf16 parameters, at 2 bytes a parameter.
+"""Master weights in fp32 for bf16 parameters, at 2 bytes a parameter; and FiniteSteps, which skips
+the steps of a loss or gradient that is not finite.
 
 A bf16 number has 8 bits of mantissa, so an update below 2^-9 of it is rounded away: a fifth of the
 updates of a LoRA's A at a rate of 3e-4, most as the rate falls (benchmarks/adapter_dtype.py). The
@@ -19,16 +20,24 @@ forward pass.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
 from transformers.optimization import Adafactor
+
+from qlora.errors import UserError
+from qlora.training.outputs import complete_checkpoints, show_rows
 
 # Optimizers whose update of a parameter depends only on its own gradient and state.
 BY_PARAMETER = (Adafactor, Adagrad, Adam, AdamW, Optimizer8bit, RMSprop, SGD)
+MAX_SKIPPED = 5  # steps without a finite loss or gradient, after which a run stops
 BUNDLE = 1 << 21  # numbers in fp32 at once: about 16 bytes each, with their gradients
 LOWER = "lower_halves"
 
@@ -166,3 +175,54 @@ def bundles(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+# ---- steps without a finite loss or gradient
+
+
+class FiniteSteps(TrainerCallback):
+    """Skips the steps whose loss or gradient is not finite, and prints their rows.
+
+    A step is also the test of the adapter that it begins with: `sound_step` is the last one at
+    whose end the adapter was known to give a finite loss; `is_sound`, whether the last test passed.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.batches: list[tuple[Any, bool]] = []  # of this step, and whether their loss is finite
+        self.skipped, self.sound_step, self.is_sound = 0, 0, True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sound_step = state.global_step - 1  # a checkpoint is saved after a finite loss
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        model, scaler = self.trainer.model, getattr(self.trainer.accelerator, "scaler", None)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        # a loss scale above 1 makes fp16 gradients overflow: its scaler skips the step, lowers it
+        is_scaled = scaler is not None and scaler.get_scale() > 1
+        batches, self.batches = self.batches, []
+        broken = [inputs for inputs, is_finite in batches if not is_finite]
+        if not broken and (is_scaled or get_total_norm(gradients).isfinite()):
+            self.sound_step, self.is_sound = state.global_step, True
+            return
+        if scaler is None:
+            model.zero_grad()  # optimizers skip parameters without a gradient
+        self.skipped, self.is_sound = self.skipped + 1, False
+        step, what = state.global_step + 1, "loss" if broken else "gradient"
+        shown = broken or [inputs for inputs, _ in batches]
+        rows = show_rows(shown, self.trainer.train_dataset, self.trainer.processing_class)
+        tqdm.write(f"step {step}: the {what} is not finite, the adapter stays as it was{rows}")
+        if self.skipped == MAX_SKIPPED:
+            raise UserError(self.fault())
+
+    def fault(self) -> str:
+        """What went wrong, the last good checkpoint, and how to mend it."""
+        output = Path(str(self.trainer.args.output_dir))
+        good = [n for n in complete_checkpoints(output) if n <= self.sound_step]
+        last = f"The last good checkpoint is {output}/checkpoint-{max(good, default='')}"
+        last = last if good else "There is no good checkpoint"
+        return (
+            f"the loss or its gradient was not finite ({self.skipped} steps were skipped), so "
+            f"training has ended and no adapter was written. {last}. Lower --learning-rate, remove "
+            "the rows named above, or give --compute-dtype fp32"
+        )

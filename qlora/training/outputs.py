@@ -13,22 +13,28 @@ same without samples. Prompts are generated one at a time, as training's attenti
 (qlora.fast.attention).
 """
 
+import errno
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import psutil
 import torch
 import yaml
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, TrainerState
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora import __version__, files
@@ -37,10 +43,13 @@ from qlora.data import generation
 from qlora.data.chat_template import PROBE
 from qlora.data.generation import Question
 from qlora.data.objectives import OBJECTIVES
-from qlora.errors import UserError
+from qlora.errors import UserError, require, some
 from qlora.pictures import draw_run, save_png
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
+# What a run leaves that failed before its first checkpoint; "runs" is TensorBoard's folder.
+LEFTOVERS = re.compile(r"run\.yaml|metrics\.jsonl|samples\.jsonl|runs|checkpoint-\d+|\..*\.partial")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
 MAX_NEW_TOKENS = 128
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left{postfix}"
 # Trainer's key -> name on the terminal
@@ -48,17 +57,21 @@ EVALUATED = {"eval_loss": "evaluation loss", "eval_accuracy": "accuracy", "eval_
 Values = Mapping[str, Any]
 
 
-def write_run_file(folder: Path, settings: Values, base: Values, data: Values) -> None:
-    """Write run.yaml: `train.py --config run.yaml` repeats the run."""
+def write_run_file(
+    folder: Path, settings: Values, base: Values, data: Values, resumed: Sequence[Values] = ()
+) -> None:
+    """Write run.yaml: `train.py --config run.yaml` repeats the run. `resumed`: the settings that
+    were changed when it was resumed, by step."""
     versions = {"qlora": __version__, "python": platform.python_version()}
-    record = {
+    record: dict[str, Any] = {
         "config": dict(settings),
         "versions": versions | {name: importlib.metadata.version(name) for name in PACKAGES},
         "base": dict(base),
         "data": data,
         "device": dict(zip(("name", "memory_bytes"), device(), strict=True)),
     }
-    (folder / files.RUN).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+    record |= {"resumed": list(resumed)} if resumed else {}
+    files.replace_text(folder / files.RUN, yaml.safe_dump(record, sort_keys=False))
 
 
 def write_stops(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
@@ -81,7 +94,7 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run logs the steps after its checkpoint again: their first rows are dropped.
         rows = [r for r in files.read_metrics(self.path.parent) if r["step"] <= state.global_step]
-        files.replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        files.replace_text(self.path, "".join(map(files.metrics_line, rows)))
         self.tokens, self.logged_at = state.num_input_tokens_seen, time.perf_counter()
         self.started_at = self.logged_at - (rows[-1].get("seconds", 0) if rows else 0)
 
@@ -100,8 +113,13 @@ class MetricsWriter(TrainerCallback):
         row["seconds"] = time.perf_counter() - self.started_at
         logs.update(row)
         at = {"step": state.global_step, "epoch": logs.get("epoch")}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(at | row) + "\n")
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(files.metrics_line(at | row))
+        except OSError:  # on a full disk, half of the line
+            os.truncate(self.path, size)
+            raise
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -165,6 +183,123 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
 
 
+# ---- checkpoints and the folder of a run
+
+
+def complete_checkpoints(output: Path) -> dict[int, Path]:
+    """Step -> folder of the checkpoints whose last file, Trainer's state, is there and readable."""
+    checkpoints = {}
+    for state in output.glob("checkpoint-*/trainer_state.json"):
+        with suppress(UserError):
+            checkpoints[int(files.read_json(state)["global_step"])] = state.parent
+    return checkpoints
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Refuse a checkpoint without the files that training goes on with."""
+    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # zip files: the index is at the end
+    if missing := [name for name in names if not is_zipfile(checkpoint / name)]:
+        raise UserError(
+            f"{checkpoint} cannot be resumed from: {', '.join(missing)} missing or damaged "
+            "(--trainer.save_only_model leaves them out). Remove that folder to resume from an "
+            "earlier one, or give a new --output-dir"
+        )
+
+
+def state_at(checkpoint: str) -> TrainerState:
+    """Trainer's state in a checkpoint."""
+    state: TrainerState = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+    return state
+
+
+def last_checkpoint(output: Path) -> str:
+    """A sentence: which checkpoint a run can be continued from."""
+    if checkpoints := complete_checkpoints(output):
+        last = checkpoints[max(checkpoints)]
+        return f"{last} is saved, the same command with --resume continues from it"
+    return "there is no checkpoint yet, the same command starts again"
+
+
+@contextmanager
+def writing_to(output: Path) -> Iterator[None]:
+    """Create and lock a run's folder; UserError if it is in use, or the disk is full or fails."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with files.locked(output):
+            yield
+    except Exception as error:
+        if reason := _disk_error(error):
+            fix = "Make room, or mend the cause"
+            raise UserError(
+                f"{output} cannot be written: {reason}. {fix}: {last_checkpoint(output)}"
+            ) from error
+        raise
+
+
+def _disk_error(error: Exception) -> str:
+    """Why a file could not be written, whichever library wrote it; empty for other errors."""
+    number = getattr(error, "errno", None)
+    if in_rust := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
+        number = int(in_rust[1])
+    if number in DISK_ERRORS:
+        return os.strerror(number)
+    is_torchs = re.search(r"inline_container|PytorchStreamWriter", str(error))
+    return "a file of the checkpoint is cut, the disk seems to be full" if is_torchs else ""
+
+
+def is_left_over(output: Path) -> bool:
+    """Whether a folder has only what a run leaves that failed before its first checkpoint."""
+    names = [path.name for path in output.iterdir()] if output.is_dir() else []
+    is_known = all(map(LEFTOVERS.fullmatch, names))
+    return files.RUN in names and is_known and not complete_checkpoints(output)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove the files that the next run would read or keep; the others it writes anew."""
+    for name in (files.METRICS, files.SAMPLES):
+        (output / name).unlink(missing_ok=True)
+    for folder in output.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+
+
+def read_run(output: Path) -> dict[str, Any]:
+    """The contents of run.yaml; empty, and said so, if there is none."""
+    path = output / files.RUN
+    if not path.is_file():
+        print(f"there is no {path}: the settings are not compared with those of the run's start")
+        return {}
+    recorded = files.read_yaml(str(path), path.read_text(encoding="utf-8"))
+    whole = isinstance(recorded, dict) and isinstance(recorded.get("config"), dict)
+    require(whole, f"{path} is damaged: wanted the config of the run. Remove it to resume anyway")
+    return dict(recorded)
+
+
+# ---- what a run shows and writes
+
+
+def show_rows(batches: list[Any], dataset: Any, tokenizer: Tokenizer | None) -> str:
+    """`: row 3 ('What is …'), …`, the rows in `batches`, with their numbers in `dataset`."""
+    shown = {tuple(ids): "a row" for batch in batches for ids in _rows_of(batch)}
+    for number, row in enumerate(getattr(dataset, "rows", dataset), start=1):
+        if (ids := tuple(row["input_ids"])) in shown:
+            shown[ids] = f"row {number}"
+    for ids, name in shown.items():
+        text = str(tokenizer.decode(list(ids)) if tokenizer else ids)
+        text = text if len(text) <= 60 else f"{text[:30]} … {text[-30:]}"
+        shown[ids] = f"{name} ({text!r})"
+    return f": {some(list(shown.values()), 8)}"
+
+
+def _rows_of(batch: Any) -> Iterator[list[int]]:
+    """The token ids of each row in a batch, whether padded, concatenated or packed."""
+    for i, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+        ids, begins = ids[mask.bool()], [0]
+        if "position_ids" in batch:
+            begins = (batch["position_ids"][i][mask.bool()] == 0).nonzero().flatten().tolist()
+        for begin, end in pairwise([*begins, len(ids)]):
+            yield ids[begin:end].tolist()
+
+
 def show_bytes(count: int) -> str:
     """`1.23 GiB`, or MiB below one."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
@@ -223,16 +358,26 @@ def _without_template(tokenizer: Tokenizer, prompt: list[int]) -> str:
     return content if begin + content + end == text else text
 
 
-def write_results(folder: Path, settings: Values, base: Values, *, rows: int, steps: int) -> None:
-    """Write loss.png and README.md from metrics.jsonl; print the next commands."""
+def write_results(
+    folder: Path, settings: Values, base: Values, *, rows: int, steps: tuple[int, int]
+) -> None:
+    """Write loss.png and README.md from metrics.jsonl; print the next commands.
+
+    `steps`: those of the adapter, and of the run, which goes on after the best checkpoint.
+    """
     metrics = files.read_metrics(folder)
     per = "label" if "labels" in base else "supervised token"
     save_png(draw_run(metrics, per=per, total_bytes=device()[1]), folder / "loss.png")
-    last = {key: value for row in metrics for key, value in row.items()}
+    step, all_steps = steps
+    is_best = step < all_steps
+    last = {key: value for row in metrics if row["step"] <= step for key, value in row.items()}
     names = {"loss": "training loss", **EVALUATED}
     values = [f"{name.lower()} {last[key]:.4f}" for key, name in names.items() if key in last]
     measured = ", ".join(values) or "not logged"
-    write_adapter_card(folder, settings, base, rows=rows, steps=steps, measured=measured)
+    shown = f"{step}, the best of {all_steps}" if is_best else str(step)
+    write_adapter_card(folder, settings, base, rows=rows, steps=shown, measured=measured)
+    if is_best:
+        print(f"\nThe best checkpoint is that of step {step}: {measured}.", end="")
     print(f"\nThe adapter is in {folder}; its loss curve is {folder / 'loss.png'}.")
     name, merged = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
     print(f"Report:        python -m qlora.report {name}")
@@ -242,9 +387,9 @@ def write_results(folder: Path, settings: Values, base: Values, *, rows: int, st
 
 
 def write_adapter_card(
-    folder: Path, settings: Values, base: Values, *, rows: int, steps: int, measured: str
+    folder: Path, settings: Values, base: Values, *, rows: int, steps: str, measured: str
 ) -> None:
-    """Write README.md of an adapter; `measured` are the last losses and scores."""
+    """Write README.md of an adapter; `measured` are its losses and scores."""
     name, task, targets = str(base["resolved"]), settings["task"], settings["target_modules"]
     targets = targets if isinstance(targets, str) else ", ".join(targets)
     double = " with double quantization" if base["double_quant"] else ""
@@ -263,9 +408,9 @@ Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()},
 | | |
 |---|---|
 | data | {settings["data"]} ({rows} rows) |
-| optimizer steps | {steps} |
 | learning rate | {settings["learning_rate"]:.3g} |
-| at the end | {measured} |
+| optimizer steps | {steps} |
+| after these steps | {measured} |
 
 ![loss](loss.png)
 

@@ -7,7 +7,9 @@ and loggers (qlora.training.trainer); qlora.training.outputs writes the other fi
 """
 
 import os
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import Field, asdict, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -26,7 +28,7 @@ from qlora.adapters.wrappers import remove_wrappers
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
-from qlora.config import TrainConfig, flat
+from qlora.config import TrainConfig, changed_settings, differences, flat
 from qlora.config.tasks import task_named
 from qlora.data import rows as data_rows
 from qlora.data.generation import describe_stops, taught_stop_ids
@@ -35,8 +37,19 @@ from qlora.fast.head import LanguageHead, put_language_head
 from qlora.fast.layers import RMSNorm, put_norms, remove_fast_path, use_fast_path
 from qlora.fast.offload import offload_embedding, require_gpu
 from qlora.files import RUN, ids_in, read_metrics, read_samples, require_new
-from qlora.training.outputs import choose_samples, write_answers, write_results, write_run_file
-from qlora.training.trainer import make_trainer, training_arguments
+from qlora.training.outputs import (
+    choose_samples,
+    complete_checkpoints,
+    is_left_over,
+    read_run,
+    remove_leftovers,
+    require_whole,
+    write_answers,
+    write_results,
+    write_run_file,
+    writing_to,
+)
+from qlora.training.trainer import AdapterTrainer, make_trainer, training_arguments
 
 # TrainingArguments that `--trainer.NAME` refuses, and why: names, or beginnings that end in `_`.
 REFUSED_ARGUMENTS = {
@@ -71,6 +84,17 @@ LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 EVA_TOKENS = 1 << 13  # tokens that EVA reads: many more than the directions of a layer
 
 
+class PreparedData(NamedTuple):
+    """Tokenized rows to train on and to evaluate."""
+
+    rows: Any
+    eval_rows: Any  # None without evaluation data
+    classes: tuple[str, ...]  # a classifier's class names, by number
+    chats: bool  # whether records were rendered with a chat template
+    max_length: int  # rows were cut at this many tokens
+    counts: dict[str, Any]  # "training", "evaluation" -> source, rows, tokens, ...
+
+
 def train(config: TrainConfig) -> Path:
     """Train the adapter that `config` describes; returns the folder with its files.
 
@@ -81,11 +105,16 @@ def train(config: TrainConfig) -> Path:
     config = replace(config, output_dir=str(output))
     resume_from = check_settings(config, output)
     config = check_arguments(config)
+    recorded = read_run(output) if resume_from else {}
+    changed = changed_settings(config, recorded.get("config", {}), output / RUN)
+    if resume_from and config.learning_rate is None:
+        config = replace(config, learning_rate=recorded.get("config", {}).get("learning_rate"))
 
     checkpoint = Checkpoint.open(config.model, revision=config.revision)
     task, trusted = config.task, config.trust_remote_code
     tokenizer = load_tokenizer(checkpoint, task=task, trust_remote_code=trusted)
     data = prepare_rows(config, checkpoint, tokenizer)
+    require_same_rows(config, data.counts, recorded)
     if "chat_template" in data_rows.prepare_tokenizer(tokenizer, chats=data.chats):
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
@@ -105,19 +134,43 @@ def train(config: TrainConfig) -> Path:
     if resume_from:  # Trainer loads it again; this raises before anything is written
         load_adapter_weights(model, resume_from)
 
-    output.mkdir(parents=True, exist_ok=True)
+    with writing_to(output):
+        run_and_write(config, trainer, data, resume_from, recorded, changed)
+    return output
+
+
+def run_and_write(
+    config: TrainConfig,
+    trainer: AdapterTrainer,
+    data: PreparedData,
+    resume_from: str | None,
+    recorded: dict[str, Any],
+    changed: dict[str, list[Any]],
+) -> None:
+    """Train, and write every file of the run; `recorded` is run.yaml of its start, `changed` the
+    settings that differ from it."""
+    output, model, tokenizer = Path(config.output_dir), trainer.model, trainer.processing_class
     settings = flat(config)
     base = {"resolved": str(model.config._name_or_path), **state_of(model).record()}
-    write_run_file(output, settings, base, data.counts)
-    samples = choose_samples(task, config.samples, data.rows, data.eval_rows, data.max_length)
+    if resume_from and trainer.is_done(resume_from):
+        settings = recorded.get("config", settings)  # with which it was trained
+    elif resume_from:
+        changed |= differences(recorded.get("base", {}), base, without=("resolved", "revision"))
+        resumed = resumed_at(resume_from, changed, recorded)
+        write_run_file(output, settings, base, data.counts, resumed)
+    else:
+        remove_leftovers(output)
+        write_run_file(output, settings, base, data.counts)
+    parts = (data.rows, data.eval_rows, data.max_length)
+    samples = choose_samples(config.task, config.samples, *parts)
     if samples and not resume_from:
         write_answers(output, "before", samples, model, tokenizer)
     trainer.fit(resume_from)
     trainer.save_model(str(output))  # before the answers, which may fail or be interrupted
     if samples:
         write_answers(output, "after", samples, model, tokenizer)
-    write_results(output, settings, base, rows=len(data.rows), steps=trainer.state.global_step)
-    return output
+    steps = (trainer.adapter_step, trainer.state.global_step)
+    write_results(output, settings, base, rows=len(data.rows), steps=steps)
 
 
 # ---- checks, before anything is loaded ----
@@ -126,16 +179,14 @@ def train(config: TrainConfig) -> Path:
 def check_settings(config: TrainConfig, output: Path) -> str | None:
     """Refuse settings that cannot be trained with, and an `output` that cannot be written to.
     Returns the checkpoint to resume from; None for a new run."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several GPUs are not supported yet: start one process on one GPU")
-    # Trainer writes trainer_state.json last: a checkpoint with it is complete.
-    states = output.glob("checkpoint-*/trainer_state.json")
-    steps = {int(p.parent.name.removeprefix("checkpoint-")): str(p.parent) for p in states}
+    require_one_process()
+    steps = complete_checkpoints(output)
     if config.resume:
         require(bool(steps), f"{output} holds no checkpoint-N to resume from: drop --resume")
+        require_whole(steps[max(steps)])
         read_metrics(output)  # these two are read again in the run: a damaged file raises now
         read_samples(output)
-    else:
+    elif not is_left_over(output):
         dead = "remove it: it has no checkpoint to resume from"
         fix = f"give a new --output-dir, or {'--resume to continue it' if steps else dead}"
         require(not (output / RUN).exists(), f"{output} already holds a run: {fix}")
@@ -143,7 +194,18 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
     for name in ("offload_activations", "offload_embedding"):
         if getattr(config, name):
             require_gpu(f"--{name.replace('_', '-')}")
-    return steps[max(steps)] if config.resume else None
+    return str(steps[max(steps)]) if config.resume else None
+
+
+def require_one_process() -> None:
+    """Refuse a process of several, and the variables that libraries read as numbers if they are
+    none."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        value = os.environ.get(name, "1")
+        wanted = f"the environment variable {name} must be a whole number, got {value!r}: unset it"
+        require(bool(re.fullmatch(r"\s*-?\d+\s*", value)), wanted)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several GPUs are not supported yet: start one process on one GPU")
 
 
 def typed_argument(argument: Field[Any], value: Any) -> Any:
@@ -208,15 +270,31 @@ def check_loggers(config: TrainConfig) -> None:
         raise UserError(f"{needs}: pip install {' '.join(packages)}")
 
 
-class PreparedData(NamedTuple):
-    """Tokenized rows to train on and to evaluate."""
+# ---- a resumed run against its start
 
-    rows: Any
-    eval_rows: Any  # None without evaluation data
-    classes: tuple[str, ...]  # a classifier's class names, by number
-    chats: bool  # whether records were rendered with a chat template
-    max_length: int  # rows were cut at this many tokens
-    counts: dict[str, Any]  # "training", "evaluation" -> source, rows, tokens, ...
+
+def require_same_rows(config: TrainConfig, counts: Any, recorded: Mapping[str, Any]) -> None:
+    """Refuse to resume on training rows other than those of run.yaml."""
+    before = recorded.get("data", {}).get("training", {})
+    names = ("fingerprint", "rows", "tokens", "supervised_tokens")
+    now = {name: counts["training"][name] for name in names}
+    if differ := differences(before, now):
+        shown = ", ".join(f"{name} {old}, not {new}" for name, (old, new) in differ.items())
+        raise UserError(
+            f"--resume: {config.data.data} has other rows than the run's start had ({shown}): give "
+            "the same data, or a new --output-dir"
+        )
+
+
+def resumed_at(
+    checkpoint: str, changed: dict[str, list[Any]], recorded: Mapping[str, Any]
+) -> list[Any]:
+    """run.yaml's list of changes at each resuming, with those of this one, which are printed."""
+    step = int(Path(checkpoint).name.removeprefix("checkpoint-"))
+    if changed:
+        shown = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        print(f"--resume, from step {step} on: {shown}")
+    return [*recorded.get("resumed", []), *[{"step": step, "changed": changed}] * bool(changed)]
 
 
 def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) -> PreparedData:
@@ -241,6 +319,7 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
             )
             print(data_rows.describe(stats, name=source))
             numbers = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
+            numbers["fingerprint"] = data_rows.fingerprint(rows[part])
             counts[part] = {"source": source, **numbers}
             classes, chats = stats.classes, chats or stats.chats
     train_rows, eval_rows = rows["training"], rows.get("evaluation")

@@ -5,12 +5,18 @@ differs from Trainer in:
 
     loss          summed over supervised tokens or labels and divided once: in training per
                   optimizer step, in evaluation per data set (qlora.data.objectives)
-    checkpoints   hold the adapter, not the model; a resumed epoch keeps its order of rows
+    steps         skipped if the loss or the gradient is not finite; after MAX_SKIPPED the run stops
+    rows          ordered by the seed and the epoch alone, so that a resumed epoch goes on
+    checkpoints   hold the adapter, not the model
     optimizer     LoRA+ learning rates; fp32 master weights of bf16 adapters
                   (qlora.training.optimizers); paged optimizers run unpaged on a CPU
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
 
+import math
+import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,9 +24,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora.adapters.files import load_adapter_weights, save_adapter
@@ -29,11 +44,19 @@ from qlora.base.modules import state_of
 from qlora.config import TrainConfig
 from qlora.data.objectives import OBJECTIVES, Objective, measure
 from qlora.data.rows import collator
-from qlora.errors import UserError, first_line, require
+from qlora.errors import Interrupted, UserError, first_line, require, some
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
-from qlora.training.optimizers import keep_updates, loses_updates
-from qlora.training.outputs import MetricsWriter, PlainProgress, write_stops
+from qlora.training.optimizers import FiniteSteps, keep_updates, loses_updates
+from qlora.training.outputs import (
+    MetricsWriter,
+    PlainProgress,
+    complete_checkpoints,
+    last_checkpoint,
+    show_rows,
+    state_at,
+    write_stops,
+)
 
 # Settings with the same name and meaning in TrainConfig and TrainingArguments.
 SHARED_ARGUMENTS = (
@@ -43,7 +66,6 @@ SHARED_ARGUMENTS = (
 )  # fmt: skip
 # Arguments that need evaluation, besides the strategies.
 NEED_EVALUATION = ("load_best_model_at_end", "metric_for_best_model", "eval_on_start")
-EPOCH_STATE = "epoch_rng_state.pth"  # file of a checkpoint: torch's generator as the epoch began
 
 
 def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> TrainingArguments:
@@ -158,26 +180,68 @@ def make_trainer(
     return trainer
 
 
-class ResumableSampler(Sampler[int]):
-    """Trainer's group_by_length, whose order of a resumed epoch is that of the interrupted one.
+class SaveOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM save a checkpoint after the current step and raise Interrupted; a second
+    signal ends the run at once."""
 
-    An epoch begins by drawing its order; Trainer's checkpoints have only the generator's later
-    state. `draw_from`: the state for the next draw, None for the current one; `drawn_from`: that of
-    the last draw.
-    """
+    def __init__(self, trainer: "AdapterTrainer") -> None:
+        self.trainer, self.number, self.before = trainer, 0, dict[int, Any]()
 
-    def __init__(self, sampler: Any, draw_from: Tensor | None) -> None:
-        self.sampler, self.draw_from, self.drawn_from = sampler, draw_from, draw_from
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other can handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.number = number
+        self.__exit__()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.number and not control.should_save:
+            control.should_save = True  # after the last substep
+            tqdm.write("stopping after this step, to save a checkpoint; once more stops at once")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.number:
+            control.should_log, control.should_evaluate, control.should_save = True, False, True
+            args.save_only_model = False  # or else the checkpoint could not be resumed from
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.number:  # the step before the evaluation is whole
+            if self.trainer.is_in_train and state.global_step:
+                args.save_only_model = False
+                self.trainer._save_checkpoint(self.trainer.model)
+            self.on_save(args, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.number:
+            raise Interrupted(last_checkpoint(Path(str(args.output_dir))), self.number)
+
+
+class SeededGroups(Sampler[int]):
+    """Trainer's group_by_length, in an order that depends on the seed and the epoch alone, as its
+    random order does: a resumed epoch goes on where it stopped. Accelerate sets the epoch."""
+
+    def __init__(self, groups: LengthGroupedSampler, seed: int) -> None:
+        self.groups, self.seed, self.epoch = groups, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        if self.draw_from is not None:
-            torch.set_rng_state(self.draw_from)
-            self.draw_from = None
-        self.drawn_from = torch.get_rng_state()
-        return iter(self.sampler)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        # a DataLoader's draw for its workers: epoch 0 has the order of plain Trainer
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
+        self.groups.generator = generator
+        return iter(self.groups)
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.groups)
 
 
 class AdapterTrainer(Trainer):
@@ -188,8 +252,8 @@ class AdapterTrainer(Trainer):
     processing_class: Any
     state: Any
     optimizer: Any
-    sampler: ResumableSampler | None = None
-    epoch_state: Tensor | None = None  # of torch's generator, from a checkpoint
+    best_step: int | None = None  # of the adapter, if the best checkpoint was loaded at the end
+    logs_nan = False  # whether a loss since the last log was not finite
 
     def __init__(
         self,
@@ -210,6 +274,16 @@ class AdapterTrainer(Trainer):
             super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
         finally:
             model._hf_peft_config_loaded = is_marked
+        self.steps, self.on_signal = FiniteSteps(self), SaveOnSignal(self)
+        self.callback_handler.callbacks += [self.steps, self.on_signal]
+
+    def is_done(self, checkpoint: str) -> bool:
+        """Whether `checkpoint` has all steps of this run."""
+        with torch.random.fork_rng(devices=[]):  # as in check_data
+            batches = len(self.get_train_dataloader())
+        steps, per_epoch = self.args.max_steps, -(-batches // self.args.gradient_accumulation_steps)
+        steps = steps if steps > 0 else math.ceil(self.args.num_train_epochs * per_epoch)
+        return state_at(checkpoint).global_step >= steps
 
     def check_data(self) -> None:
         """Refuse data that fill no batch, and a metric for the best model that none measures."""
@@ -227,15 +301,44 @@ class AdapterTrainer(Trainer):
 
     def fit(self, checkpoint: str | None) -> None:
         """Train, from `checkpoint` if given: not at all if it has all steps (Trainer adds one)."""
-        if checkpoint:
-            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-            if 0 < self.args.max_steps <= state.global_step:
-                self.state = state
-                print(f"All {state.global_step} steps are done; a larger --max-steps continues.")
-                return
-            if (file := Path(checkpoint) / EPOCH_STATE).exists():
-                self.epoch_state = torch.load(file, weights_only=True)
-        self.train(resume_from_checkpoint=checkpoint)
+        if checkpoint and self.is_done(checkpoint):
+            self.state = state_at(checkpoint)
+            print(f"All {self.state.global_step} steps are done; a larger --max-steps continues.")
+            if self.args.load_best_model_at_end and self.state.best_global_step:
+                self._load_best_model()
+            return
+        with self.on_signal:
+            self.train(resume_from_checkpoint=checkpoint)
+        require(self.steps.is_sound, self.steps.fault())
+
+    @property
+    def adapter_step(self) -> int:
+        """The step whose adapter the model has: the last one, or the best."""
+        return int(self.state.global_step if self.best_step is None else self.best_step)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Trainer's; batches without a finite loss are noted, as Trainer reports another."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        is_finite = bool(loss.isfinite())
+        self.steps.batches.append((inputs, is_finite))
+        self.logs_nan |= not is_finite
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with the mean loss since the last log as NaN if one was not finite."""
+        if "loss" in logs and self.logs_nan:
+            logs["loss"], self.logs_nan = math.nan, False
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Trainer's, but not of an adapter whose last loss was not finite; whole or not at all."""
+        step, output = self.state.global_step, Path(str(self.args.output_dir))
+        try:
+            if self.steps.is_sound:
+                super()._save_checkpoint(model, trial)
+        finally:
+            if step not in complete_checkpoints(output):
+                shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
 
     def compute_loss_context_manager(self) -> ExitStack:
         """The context of every forward pass: Trainer's, and offloading."""
@@ -252,24 +355,16 @@ class AdapterTrainer(Trainer):
         return prepared
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)
-        if self.args.train_sampling_strategy == "group_by_length":
-            sampler = self.sampler = ResumableSampler(sampler, self.epoch_state)
+        sampler, seed = super()._get_train_sampler(train_dataset), self.args.data_seed
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler = SeededGroups(sampler, self.args.seed if seed is None else seed)
         return sampler
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.sampler is not None:
-            torch.save(self.sampler.drawn_from, Path(output_dir) / EPOCH_STATE)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Trainer's, called before the draw of a new epoch but after that of a resumed one."""
-        super()._load_rng_state(checkpoint)
-        if self.sampler is not None:
-            self.sampler.draw_from = None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = str(output_dir or self.args.output_dir)
+        parameters = self.model.named_parameters()
+        broken = [n for n, p in parameters if p.requires_grad and not p.isfinite().all()]
+        require(not broken, f"{some(broken)}: {self.steps.fault()}")
         save_adapter(self.model, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -279,7 +374,26 @@ class AdapterTrainer(Trainer):
         load_adapter_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        load_adapter_weights(self.model, self.state.best_model_checkpoint)
+        self.best_step = self.state.best_global_step
+        load_adapter_weights(self.model, f"{self.args.output_dir}/checkpoint-{self.best_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, at the learning rate that this run's schedule has at the checkpoint's step:
+        the checkpoint has that of its own, which is 0 at the end of a linear one."""
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.state.compute_steps(self.args, self.state.max_steps)  # logging_steps, ... of this run
+        schedule, groups = self.lr_scheduler, self.optimizer.param_groups
+        if not isinstance(schedule, LambdaLR):
+            return
+        before, schedule.base_lrs = groups[0]["lr"], rates
+        for group, rate, factor in zip(groups, rates, schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in groups]
+        if not math.isclose(before, groups[0]["lr"]):
+            steps = f"{self.state.max_steps} steps after step {self.state.global_step}"
+            rate = f"{groups[0]['lr']:.3g}, that of a run of {steps}"
+            print(f"the learning rate goes on at {rate}; it was {before:.3g}")
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's, with LoRA+ rates (arXiv:2402.12354) and fp32 masters of bf16 parameters."""
@@ -310,17 +424,27 @@ class AdapterTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The loss over all labels, where Trainer averages batches; a classifier's scores."""
         self.callback_handler.eval_dataloader = dataloader  # its length, for the progress bar
-        measured = measure(self.objective, self._results(dataloader), state_of(self.model).labels)
+        broken: list[Any] = []
+        results = self._results(dataloader, broken)
+        measured = measure(self.objective, results, state_of(self.model).labels)
+        if broken:
+            self.steps.is_sound &= len(broken) < len(dataloader)  # else the adapter is the cause
+            rows = show_rows(broken, dataloader.dataset, self.processing_class)
+            tqdm.write(f"step {self.state.global_step}: the evaluation loss is not finite{rows}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         size = self.num_examples(dataloader)
         return EvalLoopOutput(None, None, metrics, num_samples=size)  # type: ignore[arg-type]
 
-    def _results(self, dataloader: Any) -> Iterator[tuple[Any, Any, Any]]:
-        """Summed loss, outputs and labels of each evaluation batch."""
+    def _results(self, dataloader: Any, broken: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
+        """Summed loss, outputs and labels of each evaluation batch; without a finite loss it is
+        added to `broken`."""
         model, step_done = self.model.eval(), self.callback_handler.on_prediction_step
         one = torch.tensor(1, device=self.args.device)  # num_items=1 keeps the loss a sum
-        for batch in map(self._prepare_inputs, dataloader):
+        for inputs in dataloader:
+            batch = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(model, dict(batch), True, num_items_in_batch=one)
+            if not loss.isfinite():
+                broken.append(inputs)
             yield loss, outputs, batch["labels"]
             self.control = step_done(self.args, self.state, self.control)

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,15 @@ import pytest
 import torch
 import yaml
 from chunks import chunks_of
-from conftest import FP32, losses, quick_config, read_rows, require_same_adapter, tiny_tokenizer
+from conftest import (
+    FP32,
+    losses,
+    quick_config,
+    read_rows,
+    refuses,
+    require_same_adapter,
+    tiny_tokenizer,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,8 +30,7 @@ from qlora.adapters.format import read_adapter
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base
 from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig
-from qlora.data.rows import prepare_data
-from qlora.errors import UserError
+from qlora.data.rows import fingerprint, prepare_data
 from qlora.merge import merge
 from qlora.training.run import (
     check_arguments,
@@ -37,20 +42,6 @@ from qlora.training.run import (
 )
 
 LORA = LoraConfig(r=4, lora_alpha=8)
-
-
-@contextmanager
-def refuses(folder: Path, *words: str) -> Iterator[None]:
-    """The block raises a UserError with these words and leaves `folder` as it was."""
-
-    def files() -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    before, existed = files(), folder.exists()
-    with pytest.raises(UserError) as error:
-        yield
-    assert [word for word in words if word not in str(error.value)] == [], error.value
-    assert files() == before and folder.exists() == existed
 
 
 @pytest.fixture
@@ -78,9 +69,9 @@ def test_files_and_lines_of_a_run(quick_run, data):
 
     recorded = yaml.safe_load((folder / "run.yaml").read_text())
     assert recorded["config"]["learning_rate"] == 1e-2 and recorded["config"]["r"] == 4
-    _, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
+    rows, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
     counts = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
-    counts = {"source": str(data), **counts}
+    counts = {"source": str(data), **counts, "fingerprint": fingerprint(rows)}
     assert recorded["data"] == {"training": counts, "evaluation": counts}
     assert recorded["device"]["memory_bytes"] > 2**28
     assert recorded["base"]["fingerprint"]
@@ -267,7 +258,7 @@ def test_resuming_a_complete_run_adds_no_step(copied, quick_run, capsys):
 
 
 def test_resuming_with_another_rank_is_refused(copied):
-    with refuses(Path(copied.output_dir), "is no checkpoint of this run: r=4"):
+    with refuses(Path(copied.output_dir), "r 4, not 8", "lora_alpha 8, not 16"):
         train(replace(copied, lora=LoraConfig(r=8, lora_alpha=16)))
 
 

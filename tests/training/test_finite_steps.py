@@ -1,0 +1,146 @@
+"""Steps without a finite loss or gradient: said with their rows, skipped, few, and never saved."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from conftest import ROWS, adapted_model, quick_config, write_rows
+from safetensors.torch import load_file
+
+from qlora.config import DataConfig
+from qlora.errors import UserError
+from qlora.files import read_metrics
+from qlora.training.optimizers import FiniteSteps
+from qlora.training.run import train
+from qlora.training.trainer import AdapterTrainer
+
+
+@pytest.fixture
+def break_loss(monkeypatch):
+    """`break_loss(text)`: the loss of every batch with that text is NaN, or with `gradient=True`
+    only its gradient is."""
+
+    def break_it(wanted: str, *, gradient: bool = False, training: bool = True) -> None:
+        compute_loss = AdapterTrainer.compute_loss
+
+        def broken(self: Any, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+            text = self.processing_class.decode(inputs["input_ids"].flatten())
+            result = compute_loss(self, model, inputs, *rest, **options)
+            if wanted not in text or model.training != training:
+                return result
+            if gradient:  # the derivative of sqrt at 0 is infinite, and 0 * inf is NaN
+                return result + (result * 0).sqrt() * 0
+            return result * math.nan if training else (result[0] * math.nan, result[1])
+
+        monkeypatch.setattr(AdapterTrainer, "compute_loss", broken)
+
+    return break_it
+
+
+def strict_rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, read by a parser that knows no NaN, as jq and JavaScript do not."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_broken_step_is_said_with_its_rows_and_skipped(
+    gradient, packing, checkpoints, tmp_path, data, break_loss, capsys
+):
+    break_loss("7 times 7", gradient=gradient)
+    settings: Any = {"max_steps": -1, "per_device_train_batch_size": 1 if packing else 2}
+    settings |= {"gradient_accumulation_steps": 2, "save_steps": 100}
+    both = DataConfig(str(data), max_length=128, packing=packing)
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", data=both, **settings)
+    folder = train(config)
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "not finite" in line]
+    what = "gradient" if gradient else "loss"
+    assert f"the {what} is not finite" in line and "7 times 7" in line
+    assert gradient or packing or "row 8 (" in line
+    rows = strict_rows(folder)
+    (bad,) = [row for row in rows if None in row.values()]
+    assert line.startswith(f"step {bad['step']}:")
+    assert bad["loss"] is None or (gradient and bad["grad_norm"] is None)
+    assert ("loss nan" in said) == (not gradient)
+    assert [row["step"] for row in read_metrics(folder) if math.isnan(row["grad_norm"])]
+    saved = load_file(folder / "adapter_model.safetensors").values()
+    assert all(tensor.isfinite().all() for tensor in saved)
+    assert any(tensor.any() for tensor in saved)
+
+
+def test_a_run_stops_after_a_few_broken_steps(checkpoints, tmp_path, data, break_loss, capsys):
+    """The last good checkpoint is named, none is saved after it, and the adapter that a shorter
+    run had written stays."""
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", max_steps=3, save_steps=1)
+    folder = train(config)
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    break_loss(" times ")
+    from dataclasses import replace
+
+    with pytest.raises(UserError, match=r"5 steps were skipped.*good checkpoint is \S+-2\. Lower"):
+        train(replace(config, max_steps=20, resume=True))
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
+    assert [row["loss"] for row in strict_rows(folder)][3:] == [None] * 4
+    assert capsys.readouterr().out.count("the loss is not finite") == 5
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e39])
+def test_a_rate_that_breaks_the_adapter_ends_with_an_error(rate, checkpoints, tmp_path, data):
+    """Also if the run is over before a few steps were skipped, or the last update overflowed."""
+    settings: Any = {"learning_rate": rate, "max_steps": 3 if rate == 1e30 else 1, "save_steps": 9}
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", **settings)
+    with pytest.raises(UserError, match=r"not finite.*no good checkpoint"):
+        train(config)
+    assert not list((tmp_path / "run").rglob("adapter_model.safetensors"))
+
+
+def test_broken_evaluation_rows_are_named(checkpoints, tmp_path, data, break_loss, capsys):
+    """Some of them: the run goes on. All of them: the adapter is the cause, nothing is saved."""
+    break_loss("7 times 7", training=False)
+    few = write_rows(tmp_path / "few.jsonl", ROWS[7:8])
+    for eval_data, row in ((data, "row 8 ("), (few, "row 1 (")):
+        both = DataConfig(str(data), str(eval_data), max_length=128)
+        config = quick_config(checkpoints("llama"), data, tmp_path / row, data=both, max_steps=1)
+        config = replace(config, eval_steps=1)
+        if eval_data == data:
+            assert strict_rows(train(config))[-1]["eval_loss"] is None
+            assert "evaluation loss nan" in (tmp_path / row / "README.md").read_text()
+        else:
+            with pytest.raises(UserError, match="not finite"):
+                train(config)
+            assert not (tmp_path / row / "checkpoint-1").exists()
+        said = capsys.readouterr().out
+        assert "step 1: the evaluation loss is not finite: " in said and row in said
+        assert "evaluation loss nan" in said
+
+
+@pytest.mark.parametrize(("scale", "skipped"), [(65536.0, 0), (0.5, 1)])
+def test_overflows_of_a_scaled_fp16_loss_are_the_scalers(scale, skipped, checkpoints, capsys):
+    """It skips such a step itself and lowers the scale, as at the start of every fp16 run; below 1
+    the scale is not the reason."""
+    model = adapted_model(checkpoints("llama"))
+    scaler = SimpleNamespace(get_scale=lambda: scale)
+    trainer = Mock(model=model, accelerator=SimpleNamespace(scaler=scaler), train_dataset=[])
+    steps = FiniteSteps(trainer)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf) if parameter.requires_grad else None
+    steps.on_pre_optimizer_step(None, SimpleNamespace(global_step=3), None)
+    assert steps.skipped == skipped
+    assert ("step 4: the gradient is not finite" in capsys.readouterr().out) == bool(skipped)
+    assert any(p.grad is not None for p in model.parameters())  # the scaler counts on them

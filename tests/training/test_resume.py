@@ -1,0 +1,370 @@
+"""Resuming: the same rows in the same order, the settings of the run's start, whole checkpoints."""
+
+import errno
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import yaml
+from conftest import (
+    axis,
+    losses,
+    quick_config,
+    read_rows,
+    refuses,
+    require_same_adapter,
+    write_rows,
+)
+from safetensors import SafetensorError
+
+from qlora.config import DataConfig, LoraConfig, QuantConfig
+from qlora.errors import Interrupted, UserError
+from qlora.files import locked
+from qlora.training.run import train
+from qlora.training.trainer import AdapterTrainer
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[tuple[int, list[int]]]:
+    """(optimizer steps before it, token ids) of every batch that training reads."""
+    batches: list[tuple[int, list[int]]] = []
+    training_step = AdapterTrainer.training_step
+
+    def recorded(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        batches.append((self.state.global_step, inputs["input_ids"].flatten().tolist()))
+        return training_step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", recorded)
+    return batches
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["group_by_length", *axis("packing", "random", "batch_rebalance", "sequential")],
+)
+def test_resuming_reads_the_rows_of_the_whole_run(how, checkpoints, tmp_path, data, seen):
+    """Stopped in the second epoch, then in the first, with dropout and accumulation: every
+    batch that follows, and the adapter, are those of the run that was not stopped."""
+    packing = how == "packing"
+    settings: Any = {
+        "data": DataConfig(str(data), max_length=128, packing=packing), "num_train_epochs": 2,
+        "max_steps": -1, "per_device_train_batch_size": 1 if packing else 4, "save_steps": 1,
+        "gradient_accumulation_steps": 3, "lora": LoraConfig(r=4, lora_dropout=0.2),
+        "trainer": {"save_total_limit": 20},
+    }  # fmt: skip
+    if not packing:
+        settings["trainer"]["train_sampling_strategy"] = how
+    config = quick_config(checkpoints("llama"), data, tmp_path / "whole", **settings)
+    whole = train(config)
+    last, batches = max(step for step, _ in seen) + 1, list(seen)
+    parts = Path(shutil.copytree(whole, tmp_path / "parts"))
+    config = replace(config, output_dir=str(parts), resume=True)
+    for stopped_at in (last - 1, last // 2 - 1):
+        for step in range(stopped_at + 1, last + 1):
+            shutil.rmtree(parts / f"checkpoint-{step}")
+        seen.clear()
+        train(config)
+        assert seen == [batch for batch in batches if batch[0] >= stopped_at]
+        require_same_adapter(whole, parts)
+        assert losses(parts) == losses(whole)
+
+
+def test_order_depends_on_the_seed_and_the_epoch_alone(checkpoints, tmp_path, data, seen):
+    """Not on the random numbers drawn so far: dropout draws some on the CPU. Each epoch differs,
+    and the first is plain Trainer's."""
+    runs = []
+    for dropout, seed in ((0.0, 42), (0.2, 42), (0.0, 43)):
+        settings: Any = {"num_train_epochs": 2, "max_steps": -1, "seed": seed}
+        settings["lora"] = LoraConfig(r=4, lora_dropout=dropout)
+        folder = tmp_path / f"{dropout}-{seed}"
+        train(quick_config(checkpoints("llama"), data, folder, **settings))
+        runs.append([ids for _, ids in seen])
+        seen.clear()
+    first, dropped, other = runs
+    assert first == dropped != other
+    assert first[:10] != first[10:]
+
+
+# ---- settings
+
+
+@pytest.fixture
+def started(quick_run, tmp_path):
+    """The config of a copy of the quick run, stopped after step 2 of 4, to resume."""
+    folder = shutil.copytree(quick_run.folder, tmp_path / "copy")
+    shutil.rmtree(folder / "checkpoint-4")
+    return replace(quick_run.config, output_dir=str(folder), resume=True)
+
+
+OTHER_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"seed": 7}, "seed 42, not 7"),
+    ({"per_device_train_batch_size": 2}, "per_device_train_batch_size 4, not 2"),
+    ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1, not 2"),
+    ({"weight_decay": 0.1}, "weight_decay 0.0, not 0.1"),
+    ({"optim": "adamw_torch"}, "optim paged_adamw_8bit, not adamw_torch"),
+    ({"loraplus_lr_ratio": 4.0}, "loraplus_lr_ratio 1.0, not 4.0"),
+    ({"task": "seq2seq"}, "task causal-lm, not seq2seq"),
+    ({"lora": LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1)}, "lora_dropout 0.0, not 0.1"),
+    ({"lora": LoraConfig(r=4, lora_alpha=8, use_dora=True)}, "use_dora False, not True"),
+    ({"quant": QuantConfig(compute_dtype="fp32", blocksize=128)}, "blocksize 64, not 128"),
+    ({"trainer": {"adam_beta2": 0.9}}, "trainer.adam_beta2 None, not 0.9"),
+    (
+        {"trainer": {"train_sampling_strategy": "random"}},
+        "train_sampling_strategy None, not random",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), OTHER_SETTINGS, ids=[w for _, w in OTHER_SETTINGS])
+def test_resuming_with_other_settings_is_refused(settings, words, started):
+    """Before model and data are looked at: this model does not exist."""
+    settings |= {"model": "/nowhere", "learning_rate": 1e-5}
+    with refuses(Path(started.output_dir), words, "--config", "run.yaml", "new --output-dir"):
+        train(replace(started, **settings))
+
+
+@pytest.mark.parametrize("change", ["content", "order", "max_length", "fewer"])
+def test_resuming_on_other_rows_is_refused(change, started, data, tmp_path):
+    rows, length = read_rows(data), 128
+    if change == "content":
+        rows[5]["completion"] = "26 " + rows[5]["completion"][3:]  # of the same length
+    rows = {"order": rows[::-1], "fewer": rows[:-1]}.get(change, rows)
+    length = 40 if change == "max_length" else 128
+    other = write_rows(tmp_path / "other.jsonl", rows)
+    words = "max_length 128, not 40" if change == "max_length" else "other rows"
+    with refuses(Path(started.output_dir), words):
+        train(replace(started, data=DataConfig(str(other), str(data), max_length=length)))
+
+
+def test_what_may_change_is_said_and_recorded(started, data, tmp_path, capsys):
+    """The data elsewhere, another learning rate, more steps: all of them take effect."""
+    moved = str(shutil.copy(data, tmp_path / "moved.jsonl"))
+    settings: Any = {"max_steps": 6, "logging_steps": 2, "data": DataConfig(moved, max_length=128)}
+    settings |= {"eval_steps": None, "learning_rate": 1e-3, "samples": 0, "save_steps": 5}
+    folder = train(replace(started, **settings))
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.startswith("--resume, from step 2 on: ")]
+    for words in ("learning_rate 0.01 -> 0.001", "max_steps 4 -> 6", "logging_steps 1 -> 2"):
+        assert words in line
+    assert "learning rate goes on at 0.001" in said and "it was 0.01" in said
+    rates = {row["step"]: row["learning_rate"] for row in read_rows(folder / "metrics.jsonl")[3:]}
+    assert rates == {4: 1e-3, 6: 1e-3}
+    assert (folder / "checkpoint-5").exists() and not (folder / "checkpoint-4").exists()
+    recorded = yaml.safe_load((folder / "run.yaml").read_text())
+    assert recorded["config"]["learning_rate"] == 1e-3 and recorded["config"]["data"] == moved
+    (resumed,) = recorded["resumed"]
+    assert resumed["step"] == 2 and resumed["changed"]["learning_rate"] == [0.01, 0.001]
+    # The run is complete: nothing is trained with this rate, and run.yaml does not claim it.
+    train(replace(started, **settings | {"learning_rate": 5e-3}))
+    assert "All 6 steps are done" in capsys.readouterr().out
+    assert yaml.safe_load((folder / "run.yaml").read_text()) == recorded
+    assert "| learning rate | 0.001 |" in (folder / "README.md").read_text()
+
+
+def test_the_rate_that_is_not_given_is_the_starts(started):
+    folder = train(replace(started, learning_rate=None))
+    assert read_rows(folder / "metrics.jsonl")[-2]["learning_rate"] == 1e-2
+    assert "resumed" not in yaml.safe_load((folder / "run.yaml").read_text())
+
+
+def test_a_run_without_run_yaml_resumes(started, quick_run, capsys):
+    (Path(started.output_dir) / "run.yaml").unlink()
+    require_same_adapter(train(started), quick_run.folder)
+    assert "settings are not compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schedule", axis("linear", "cosine"))
+def test_more_steps_follow_the_schedule_of_the_longer_run(
+    schedule, checkpoints, tmp_path, data, capsys
+):
+    """A finished run of 2 steps, then 4 in all: the rates of steps 3 and 4 are those of a run of 4
+    steps, where the finished schedule has 0."""
+    settings: Any = {"lr_scheduler_type": schedule, "loraplus_lr_ratio": 4.0, "save_steps": 9}
+    config = quick_config(checkpoints("llama"), data, tmp_path / "parts", **settings)
+    folder = train(replace(config, max_steps=2))
+    train(replace(config, resume=True))
+    said = capsys.readouterr().out
+    whole = train(replace(config, output_dir=str(tmp_path / "whole")))
+    ours, wanted = (
+        [row["learning_rate"] for row in read_rows(run / "metrics.jsonl")][2:]
+        for run in (folder, whole)
+    )
+    assert ours == wanted and ours[0] > 0
+    assert f"the learning rate goes on at {ours[0]:.3g}, that of a run of 4 steps" in said
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_checkpoint_that_is_not_whole_is_refused(is_cut, name, started):
+    path = Path(started.output_dir) / "checkpoint-2" / name
+    content = path.read_bytes()
+    path.unlink()
+    if is_cut:
+        path.write_bytes(content[: len(content) // 2])
+    words = ("checkpoint-2 cannot be resumed from", f"{name} missing or damaged")
+    with refuses(Path(started.output_dir), *words, "save_only_model"):
+        train(started)
+
+
+def test_a_checkpoint_whose_state_is_cut_is_no_checkpoint(started, quick_run, capsys):
+    """As a full disk leaves it; the one before is resumed from."""
+    copy = Path(
+        shutil.copytree(
+            quick_run.folder / "checkpoint-4", tmp := Path(started.output_dir) / "checkpoint-4"
+        )
+    )
+    state = (copy / "trainer_state.json").read_text()
+    (tmp / "trainer_state.json").write_text(state[:200])
+    require_same_adapter(train(started), quick_run.folder)
+
+
+# ---- a run that is stopped
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """`stop(method, *signals, step=2)`: the process gets them in this method, after step 2."""
+
+    def stop_in(method: str, *signals: int, step: int = 2) -> None:
+        original, waiting = getattr(AdapterTrainer, method), list(signals)
+
+        def stopped(self: Any, *given: Any, **named: Any) -> Any:
+            while waiting and self.state.global_step == step:
+                os.kill(os.getpid(), waiting.pop())
+            return original(self, *given, **named)
+
+        monkeypatch.setattr(AdapterTrainer, method, stopped)
+
+    return stop_in
+
+
+@pytest.mark.parametrize(
+    ("method", "number", "settings"),
+    [
+        ("training_step", signal.SIGINT, {}),
+        ("training_step", signal.SIGTERM, {"trainer": {"save_only_model": True}}),
+        ("training_step", signal.SIGTERM, {"trainer": {"save_strategy": "no"}}),
+        ("evaluation_loop", signal.SIGINT, {"eval_steps": 3}),
+    ],
+)
+def test_a_signal_saves_a_checkpoint_and_resume_goes_on(
+    method, number, settings, checkpoints, tmp_path, data, stop, capsys, monkeypatch
+):
+    settings = {"gradient_accumulation_steps": 2, "save_steps": 9} | settings
+    both = DataConfig(str(data), str(data) if "eval_steps" in settings else None, max_length=128)
+    config = quick_config(checkpoints("llama"), data, tmp_path / "whole", data=both, **settings)
+    whole = train(config)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    stop(method, number, step=3 if method == "evaluation_loop" else 2)
+    config = replace(config, output_dir=str(tmp_path / "parts"))
+    with pytest.raises(Interrupted, match=r"parts/checkpoint-3 is saved.*--resume") as stopped:
+        train(config)
+    assert stopped.value.exit_code == 128 + number
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert ("stopping after this step" in capsys.readouterr().out) == (method == "training_step")
+    monkeypatch.undo()
+    parts = train(replace(config, resume=True))
+    require_same_adapter(whole, parts)
+    assert losses(parts) == losses(whole)
+
+
+def test_a_second_signal_stops_at_once(checkpoints, tmp_path, data, stop):
+    """Before the first checkpoint: the folder is then free for a new start."""
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run")
+    stop("training_step", signal.SIGINT, signal.SIGTERM, step=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_run_without_a_checkpoint_does_not_block_a_new_start(
+    checkpoints, tmp_path, data, quick_run
+):
+    """Its rows, cut ones too, and its half-written checkpoint do not become the new run's."""
+    folder = tmp_path / "run"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / "adapter_config.json").write_text("{}")
+    (folder / "run.yaml").write_text("config: {}\n")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "lo')
+    (folder / "samples.jsonl").write_text('{"prompt": "a"')
+    config = quick_config(checkpoints("llama"), data, folder, samples=1, max_steps=1)
+    (folder / "notes.txt").write_text("mine")
+    with refuses(folder, "already holds a run"):
+        train(config)
+    (folder / "notes.txt").unlink()
+    with locked(folder), refuses(folder, "in use by another run"):
+        train(config)
+    train(config)
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [1]
+    assert not (folder / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        (
+            "qlora.training.trainer.save_adapter",
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+        ),
+        ("tokenizers.Tokenizer.save", Exception("No space left on device (os error 28)")),
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")),
+        ("qlora.training.outputs.files.metrics_line", OSError(errno.ENOSPC, "No space left")),
+        ("transformers.TrainerState.save_to_json", OSError(errno.EDQUOT, "Disk quota exceeded")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoints(
+    where, error, started, quick_run, monkeypatch
+):
+    """What each library raises on a tmpfs that is full; the half-written checkpoint is removed."""
+    folder = Path(started.output_dir)
+    before = {path: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(where, Mock(side_effect=error))
+        with pytest.raises(UserError, match=r"cannot be written: .*-2 is saved.*--resume"):
+            train(started)
+    assert before == {path: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()}
+    assert not (folder / "checkpoint-4").exists()
+    require_same_adapter(train(started), quick_run.folder)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["", "two", "1.5"])
+def test_process_numbers_that_are_none_are_refused(value, name, started, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with refuses(Path(started.output_dir), f"{name} must be a whole number, got {value!r}: unset"):
+        train(started)
+
+
+# ---- the best checkpoint
+
+
+def test_card_and_lines_state_the_evaluation_of_the_saved_checkpoint(
+    checkpoints, tmp_path, data, capsys
+):
+    """The best is the first of four here, as greater is better; also when the adapter is written by
+    a later --resume."""
+    trainer = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    settings: Any = {"trainer": {**trainer, "greater_is_better": True}, "eval_steps": 1}
+    both = DataConfig(str(data), str(data), max_length=128)
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", data=both, **settings)
+    for resume in (False, True):
+        folder = train(replace(config, save_steps=1, resume=resume))
+        said, card = capsys.readouterr().out, (folder / "README.md").read_text()
+        require_same_adapter(folder, folder / "checkpoint-1")
+        rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] == 1]
+        measured = (
+            f"training loss {rows[0]['loss']:.4f}, evaluation loss {rows[1]['eval_loss']:.4f}"
+        )
+        assert f"| after these steps | {measured} |" in card
+        assert "| optimizer steps | 1, the best of 4 |" in card
+        assert f"The best checkpoint is that of step 1: {measured}." in said
+        (folder / "adapter_model.safetensors").unlink()
