@@ -200,13 +200,14 @@ def publishing(folder: Path) -> Iterator[Path]:
     """`with publishing(folder) as partial`: write a folder atomically.
 
     `folder` must not exist, or be empty; a link to a folder is followed. The partial folder is
-    beside it, renamed when the block ends, and removed if the block raises. (It is inside a mount
-    point, which cannot be replaced.) Partial folders of killed runs are removed. Files get the mode
-    of the umask.
+    beside it, renamed when the block ends, and removed if the block raises, as are those of killed
+    runs. It is inside a folder that cannot be replaced: a mount point, the working directory. Files
+    get the mode of the umask.
     """
     require_new(folder)
     folder = folder.resolve()
-    is_kept = folder.exists() and (os.path.ismount(folder) or not is_writable(folder.parent))
+    is_fixed = os.path.ismount(folder) or folder == Path.cwd() or not is_writable(folder.parent)
+    is_kept = folder.exists() and is_fixed
     parent = folder if is_kept else folder.parent
     for leftover in parent.glob(f".{glob.escape(folder.name)}.partial-*"):
         pid = leftover.name.rpartition("-")[2]

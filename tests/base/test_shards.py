@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,16 +168,18 @@ def test_a_link_to_nothing_is_refused(tmp_path):
             require_new(folder)
 
 
-@pytest.mark.parametrize("cause", ["mount", "parent"])
+@pytest.mark.parametrize("cause", ["mount", "parent", "working directory"])
 def test_an_empty_folder_that_cannot_be_replaced_is_filled(cause, tmp_path, monkeypatch):
     out, access = tmp_path / "out", os.access
     out.mkdir()
     if cause == "mount":
         monkeypatch.setattr(os.path, "ismount", lambda folder: folder == out)
+    elif cause == "working directory":
+        monkeypatch.chdir(out)
     else:
         monkeypatch.setattr(os, "access", lambda p, mode: p != tmp_path and access(p, mode))
     inode = out.stat().st_ino
-    with publishing(out) as partial:
+    with publishing(Path() if cause == "working directory" else out) as partial:
         (partial / "a").write_text("1")
         (partial / "deep").mkdir()
         assert not (out / "a").exists()
