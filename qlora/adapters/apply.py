@@ -26,6 +26,7 @@ from qlora.base.modules import (
     state_of,
     task_of,
     tied_modules,
+    use_codes_as_stored,
     was_conv1d,
 )
 from qlora.cli import Progress
@@ -63,6 +64,7 @@ def apply_lora(
         saved = dict.fromkeys([*config.modules_to_save, *heads(model)])  # as in PEFT
         config = replace(config, modules_to_save=tuple(saved))
     require_new_name(model, adapter_name)
+    use_codes_as_stored(model)
     chosen = targets(model, config)
     state, asked = state_of(model), config.revision
     message = f"revision={asked!r}, and the base was loaded at {state.revision or 'its default'}"

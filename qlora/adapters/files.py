@@ -53,7 +53,14 @@ from qlora.adapters.wrappers import (
     remove_adapter,
     separate_embeddings,
 )
-from qlora.base.modules import is_quantized, matrix_shape, state_of, task_of, was_conv1d
+from qlora.base.modules import (
+    is_quantized,
+    matrix_shape,
+    state_of,
+    task_of,
+    use_codes_as_stored,
+    was_conv1d,
+)
 from qlora.config import LoraConfig
 from qlora.files import ids_in, replacing
 
@@ -140,6 +147,7 @@ def load_adapter(
     """
     adapter = read_adapter(folder)
     apply.require_new_name(model, adapter_name)
+    use_codes_as_stored(model)
     apply.require_only_biases(model, adapter.config.bias)
     if adapter.subtracted:
         rebase.require_alone(model, f"adapter {adapter.folder}")

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qlora.base.modules import (
+    CASTS,
     auto_class,
     heads,
     is_in,
@@ -274,6 +275,9 @@ def model_config(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    settings = getattr(config, "quantization_config", {})
+    if not any((settings or {}).get(key) for key in ("quant_method", "load_in_4bit")):
+        vars(config).pop("quantization_config", None)  # an empty one, which transformers refuses
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
@@ -402,7 +406,14 @@ def not_as_linear(model: nn.Module) -> list[str]:
 
 
 def kept_dense(model: nn.Module) -> list[str]:
-    """Linear layers that transformers never quantizes: T5's `wo`, which overflows in fp16."""
+    """Linear layers that are never quantized: those kept in fp32, and those to whose dtype the
+    model casts their input, which codes would turn into bytes."""
+    dense = {*kept_in_fp32(model), *read_directly(dict(model.named_modules()), CASTS)}
+    return [name for name in linear_layers(model) if name in dense]
+
+
+def kept_in_fp32(model: nn.Module) -> list[str]:
+    """Linear layers that overflow in fp16, says transformers: T5's `wo`."""
     suffixes = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     return [name for name in linear_layers(model) if suffixes and name.endswith(suffixes)]
 

@@ -35,12 +35,22 @@ from qlora.base.checkpoint import (
     disk_names,
     is_skipped,
     kept_dense,
+    kept_in_fp32,
     linear_layers,
     not_as_linear,
     quantized_layers,
     skeleton,
 )
-from qlora.base.modules import ModelState, auto_class, heads, is_in, is_linear, state_of, task_of
+from qlora.base.modules import (
+    ModelState,
+    auto_class,
+    heads,
+    is_in,
+    is_linear,
+    state_of,
+    task_of,
+    use_codes_as_stored,
+)
 from qlora.config import QuantConfig
 from qlora.config.tasks import Task, task_named
 from qlora.errors import UserError, first_line, require, some
@@ -244,23 +254,25 @@ def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
     Raises UserError for widths at which bitsandbytes' CPU kernel silently uses wrong weights.
     """
     model.requires_grad_(False)
-    overflows = kept_dense(model) if dtype == torch.float16 else []
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():  # a 4-bit checkpoint's norms are loaded as stored
-            needs_fp32 = name.rpartition(".")[0] in overflows
-            parameter.data = parameter.data.to(torch.float32 if needs_fp32 else dtype)
+    use_codes_as_stored(model)
+    overflows = kept_in_fp32(model) if dtype == torch.float16 else []
     wrong = {}  # in_features -> name and blocksize of such a layer
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
-            # In eval mode on a CPU with bf16 units bitsandbytes would repack the weight in place,
-            # its absmax rounded to bf16, in a form that has no backward pass.
-            module.support_avx512bf16_for_cpu = False
             weight: Any = module.weight
+            weight.data = nf4.as_bytes(weight.data)  # those of FSDP are stored as a float dtype
+            weight.quant_storage = module.quant_storage = torch.uint8
             width, blocksize = module.in_features, weight.quant_state.blocksize
             if model.device.type == "cpu" and not nf4.kernel_is_right(width, blocksize):
                 wrong[width] = (name, blocksize)
+    if settings := getattr(model.config, "quantization_config", None):
+        settings.bnb_4bit_quant_storage = torch.uint8
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():  # a 4-bit checkpoint's norms are loaded as stored
+            needs_fp32 = name.rpartition(".")[0] in overflows
+            parameter.data = parameter.data.to(torch.float32 if needs_fp32 else dtype)
     if wrong:
         width, (name, blocksize) = next(iter(wrong.items()))
         raise UserError(

@@ -15,12 +15,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.config import LoraConfig, QuantConfig
 from qlora.config.tasks import TASKS, Task
-from qlora.ops.nf4 import Quantized, dequantize
+from qlora.ops.nf4 import Quantized, as_bytes, dequantize
 
 if TYPE_CHECKING:
     from qlora.base.checkpoint import OriginalWeights
@@ -205,7 +207,12 @@ def _computes_as_linear(layer: nn.Linear) -> bool:
     return isinstance(y, Tensor) and y.shape == wanted.shape and torch.allclose(y, wanted)
 
 
-def read_directly(modules: Mapping[str, nn.Module]) -> set[str]:
+# uses of a child's weight in a class's source: of its values, and of its dtype to cast inputs to
+VALUES = r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim)\b)"
+CASTS = r"\.to\((?:dtype=)?self\.(\w+)\.weight\.dtype\)"
+
+
+def read_directly(modules: Mapping[str, nn.Module], use: str = VALUES) -> set[str]:
     """Those of a model's `modules` whose weight the module above uses in code of its own.
 
     An adapter there has no effect and codes cannot be read: Mamba's dt_proj in each pass, and
@@ -214,22 +221,42 @@ def read_directly(modules: Mapping[str, nn.Module]) -> set[str]:
     names = (
         f"{name}.{leaf}".lstrip(".")
         for name, module in modules.items()
-        for leaf in _weights_used(type(module))  # type: ignore[arg-type]  # types are hashable
+        for leaf in _weights_used(type(module), use)  # type: ignore[arg-type]  # types are hashable
     )
     return {name for name in names if name in modules}
 
 
 @cache
-def _weights_used(kind: type) -> frozenset[str]:
-    """The children whose weight a class uses, by its source; reading a dtype is no use."""
-    used = r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim)\b)"
+def _weights_used(kind: type, use: str) -> frozenset[str]:
+    """The children whose weight the methods of a class use, but for those that initialise."""
     leaves: set[str] = set()
     for name, value in inspect.getmembers_static(kind, inspect.isfunction):
         method = inspect.unwrap(value)
         if "weight" in method.__code__.co_names and "init" not in name:
             with suppress(OSError):  # there is no source
-                leaves.update(re.findall(used, inspect.getsource(method)))
+                source = inspect.getsource(method)
+                found = re.findall(use, source)
+                leaves.update(
+                    n for n in found if f"self.{n}.weight.dtype != torch.uint8" not in source
+                )
     return frozenset(leaves)
+
+
+def use_codes_as_stored(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking weights, or undo it.
+
+    In eval mode on a CPU with bf16 units it does so in place, with absmax rounded to bf16, to a
+    form that has no backward pass and that nothing else reads.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+            weight: Any = layer.weight
+            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+                weight.data, state = _convert_weight_packed_for_cpu_inverse(
+                    weight.data, weight.quant_state
+                )
+                weight.quant_state = layer.quant_state = state
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -274,7 +301,7 @@ def dense_weight(layer: Any) -> Tensor:
     """A copy of its weight as an fp32 matrix (out, in)."""
     weight: Tensor = layer.weight.detach()
     if is_quantized(layer):
-        return dequantize(Quantized(weight, layer.weight.quant_state))
+        return dequantize(Quantized(as_bytes(weight), layer.weight.quant_state))
     dense = weight.to(torch.float32, copy=True)
     if _stores_transposed(layer):
         return dense.T.contiguous()

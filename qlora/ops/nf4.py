@@ -47,6 +47,11 @@ class Quantized(NamedTuple):
     state: bnb.QuantState
 
 
+def as_bytes(packed: Tensor) -> Tensor:
+    """Packed codes as uint8 (n/2, 1); for FSDP the same bytes are stored as a float dtype."""
+    return packed.reshape(-1).view(torch.uint8).view(-1, 1)
+
+
 def quantize(weight: Tensor, quant: QuantConfig) -> Quantized:
     """4-bit codes of `weight` (out, in), any float dtype, on its own device."""
     weight = weight.contiguous()
@@ -189,7 +194,7 @@ def from_record(record: Mapping[str, Tensor], device: torch.device | str = "cpu"
     """Inverse of `to_record`."""
     stats = {suffix: tensor for suffix, tensor in record.items() if suffix}
     state = bnb.QuantState.from_dict(stats, device=torch.device(device))
-    return Quantized(record[""].to(device), state)
+    return Quantized(as_bytes(record[""]).to(device), state)
 
 
 def codebook(quant_type: str) -> Tensor:
@@ -253,7 +258,7 @@ def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:
     weight, state = layer.weight.detach(), getattr(layer.weight, "quant_state", None)
     if state is None:
         return torch.as_tensor(weight.to(dtype))
-    quantized, decode = Quantized(weight, state), decoder(weight.device, dtype)
+    quantized, decode = Quantized(as_bytes(weight), state), decoder(weight.device, dtype)
     if decode is None:
         return dequantize(quantized, dtype)
     return into_scratch(quantized, dtype, slot, decode)

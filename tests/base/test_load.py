@@ -9,17 +9,22 @@ import reference
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
-from conftest import FP32, axis, on_gpu, tiny_model, token_ids
+from conftest import FP32, axis, on_gpu, randomize_adapter, tiny_model, token_ids
+from merging import require_logits, run_merge
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora.adapters.apply import apply_lora
+from qlora.adapters.files import save_adapter
+from qlora.adapters.fuse import merge_and_unload
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import compute_dtype, load_base, load_tokenizer
 from qlora.base.modules import output_head, state_of
-from qlora.config import QuantConfig
+from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.ops import nf4
+from qlora.training import prepare_for_training
 
 EACH_FAMILY = ["llama", *axis("gpt2", "qwen2", "qwen3", "mistral", "gemma", "phi")]
 LAYERS = {"gpt2": 8, "phi": 12}  # others: 14
@@ -209,6 +214,47 @@ def test_a_4_bit_model_of_transformers_has_the_same_logits(checkpoints, tmp_path
     assert four_bit_layers(ours).keys() == four_bit_layers(theirs).keys()
     # in train mode bitsandbytes does not repack; 1e-5: fp32 rounding, another compute path
     assert torch.allclose(logits(ours), logits(theirs.train()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, *axis(torch.float16, torch.float32)])
+def test_codes_stored_as_a_float_dtype(checkpoints, tmp_path, storage):
+    """As FSDP needs them: loaded here or by transformers, trained, saved, merged and fused."""
+    base, saved = checkpoints("llama"), tmp_path / "base"
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=storage, **options)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=settings
+    )
+    theirs.save_pretrained(saved)
+    logits(theirs)  # on some CPUs bitsandbytes now repacks the weights
+    ours, plain = load(saved), load(base)
+    assert torch.equal(logits(ours), logits(plain))
+    assert {layer.weight.dtype for layer in four_bit_layers(ours).values()} == {torch.uint8}
+    for model in (ours, theirs, plain):
+        apply_lora(
+            model, LoraConfig(r=2, use_dora=True), generator=torch.Generator().manual_seed(0)
+        )
+        randomize_adapter(model)
+        prepare_for_training(model.train())
+        model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    live = logits(plain.eval())
+    # 1 %: of theirs absmax may be rounded to bf16
+    for model, most in ((ours, 1e-5), (theirs, 0.01)):
+        assert reference.relative_rms(logits(model.eval()), live) < most
+    save_adapter(ours, tmp_path / "adapter")
+    run_merge(tmp_path / "adapter", tmp_path / "out", format="fp32")
+    require_logits(tmp_path / "out", live)
+    assert reference.relative_rms(logits(merge_and_unload(theirs)), live) < 0.01
+
+
+@pytest.mark.parametrize("empty", [{}, None])
+def test_an_empty_quantization_config_is_none(checkpoints, tmp_path, empty):
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    values = json.loads((folder / "config.json").read_text()) | {"quantization_config": empty}
+    (folder / "config.json").write_text(json.dumps(values))
+    model = load(folder)
+    assert len(four_bit_layers(model)) == 14
+    assert model.config.quantization_config.load_in_4bit
 
 
 def test_a_4_bit_checkpoint_keeps_all_but_the_compute_dtype(checkpoints, tmp_path, capsys):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.lora import lora_layers
-from qlora.base.checkpoint import kept_dense, skeleton
+from qlora.base.checkpoint import kept_dense, quantized_layers, skeleton
 from qlora.base.load import load_base
 from qlora.base.modules import auto_class, heads, is_in, is_linear, read_directly, state_of, task_of
 from qlora.config import LoraConfig, QuantConfig
@@ -200,3 +200,23 @@ def test_weights_that_the_model_reads_itself():
     for target in (("c",), r"0\.[ac]"):
         with pytest.raises(UserError, match=r"0\.c, whose weight the model reads past the layer"):
             apply_lora(nn.Sequential(Mixer()), LoraConfig(r=2, target_modules=target))
+
+
+class Casting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in "abc")
+
+    def forward(self, x):
+        if self.b.weight.dtype != torch.uint8:
+            x = x.to(self.b.weight.dtype)
+        return self.a(x.to(dtype=self.a.weight.dtype)) + self.b(x) + self.c(x)
+
+
+def test_layers_to_whose_dtype_the_model_casts_are_dense_and_adapted():
+    """Codes would make bytes of their input."""
+    model = nn.Sequential(Casting())
+    assert kept_dense(model) == ["0.a"]
+    assert set(quantized_layers(model, QuantConfig())) == {"0.b", "0.c"}
+    apply_lora(model, LoraConfig(r=2))
+    assert set(lora_layers(model)) == {"0.a", "0.b", "0.c"}
