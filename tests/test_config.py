@@ -96,6 +96,7 @@ def refuses(make, words, *more):
     ("make", "settings", "words"),
     [
         (LoraConfig, {"target_modules": ()}, "target_modules is empty"),
+        (LoraConfig, {"target_modules": ("all-linear", "lm_head")}, "beside lm_head: leave lm_"),
         (LoraConfig, {"rank_pattern": {"q": 0}}, "q in rank_pattern whole above 0"),
         (LoraConfig, {"rank_pattern": {"(": 4}}, "'(' rank_pattern regular expression"),
         (LoraConfig, {"layers_pattern": ("h",)}, "layers_pattern layers_to_transform give both"),

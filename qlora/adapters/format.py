@@ -200,7 +200,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         **vars(contents),
         folder=folder,
         config=config,
-        base_model=values.get("base_model_name_or_path"),
+        base_model=_base_model(values, folder),
         revision=values.get("revision"),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
         targets=tuple(targets),
@@ -209,6 +209,16 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         stop_ids=read_stop_ids(folder),
         base=base,
     )
+
+
+def _base_model(values: Mapping[str, Any], folder: Path) -> str | None:
+    """The base's name in adapter_config.json. A relative path that leads nowhere from the working
+    directory is looked up from the parents of the adapter's `folder`."""
+    name: str | None = values.get("base_model_name_or_path")
+    if name and not values.get("revision") and not Path(name).expanduser().exists():
+        near = (parent / name for parent in folder.absolute().parents)
+        return next((str(path) for path in near if (path / "config.json").is_file()), name)
+    return name
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
@@ -226,9 +236,12 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return values, tensors, file.metadata() or {}
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
+    narrow = [n for n, t in tensors.items() if t.is_floating_point() and t.element_size() == 1]
+    tensors |= {name: tensors[name].float() for name in narrow}  # torch has no fp8 arithmetic
+    return values, tensors, metadata
 
 
 def contents_of(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel
 
 from qlora.adapters.files import attach, check_fits
@@ -36,7 +37,7 @@ from qlora.base.load import (
 from qlora.base.modules import auto_class
 from qlora.config import ModelChoice, QuantConfig
 from qlora.config.tasks import TASKS, task_named
-from qlora.errors import UserError, require
+from qlora.errors import UserError, require, some
 
 
 def load_live(
@@ -92,7 +93,8 @@ class ResolvedModel:
     def labels(self) -> tuple[str, ...]:
         if self.adapter:
             return self.adapter.labels
-        return self.checkpoint.labels if task_named(self.task).trains_head else ()
+        named = self.checkpoint.labels or ("LABEL_0", "LABEL_1")  # transformers' default
+        return named if task_named(self.task).trains_head else ()
 
     @property
     def quantization(self) -> QuantConfig:
@@ -124,7 +126,12 @@ class ResolvedModel:
         else:
             placed = {"dtype": compute_dtype(quant, device), "device_map": {"": device}}
             kind = auto_class(task_named(self.task))
-            model = kind.from_pretrained(checkpoint.folder, **placed, **trusted)
+            options: Any = {"output_loading_info": True, **placed, **trusted}
+            model, info = kind.from_pretrained(checkpoint.folder, **options)
+            lacks = sorted(info["missing_keys"])
+            fault = f"{self.what} lacks {len(lacks)} tensors of a {type(model).__name__}: "
+            fix = "Give a complete model, such as a merged one"
+            require(not lacks, f"{fault}{some(lacks)}. {fix}")
         model.eval()
         return model
 
@@ -136,7 +143,9 @@ def resolve_model(choice: ModelChoice) -> ResolvedModel:
         name = str(choice.model)
         is_adapter = (Path(name).expanduser() / CONFIG).is_file()
         require(not is_adapter, f"{name} is an adapter, not a whole model: give it as --adapter")
-        return ResolvedModel(choice, name, Checkpoint.open(name), None)
+        checkpoint = Checkpoint.open(name)
+        require_task(checkpoint, task_in(checkpoint.config))
+        return ResolvedModel(choice, name, checkpoint, None)
     folder = Path(choice.adapter).expanduser()
     if not (folder / CONFIG).is_file():
         is_model = (folder / "config.json").is_file()
@@ -163,6 +172,18 @@ def resolve_model(choice: ModelChoice) -> ResolvedModel:
         known: Any = {"task": task, "labels": adapter.labels, "trust_remote_code": trusted}
         check_fits(skeleton(checkpoint.folder, **known), adapter)
     return ResolvedModel(choice, name, checkpoint, adapter)
+
+
+def require_task(checkpoint: Checkpoint, task: str) -> None:
+    """Refuse a checkpoint as a causal language model if its class generates no text: BERT's encoder
+    would be loaded, with attention in both directions. A bare `...Model` may lack only the head."""
+    for found in checkpoint.config.get("architectures") or ():
+        known = None if found.endswith("Model") else getattr(transformers, found, None)
+        if task == "causal-lm" and known is not None and not known.can_generate():
+            raise UserError(
+                f"model {checkpoint.origin} is a {found}, which generates no text: give a "
+                "language model, causal or encoder-decoder, or a classifier"
+            )
 
 
 def task_in(config: Mapping[str, Any]) -> str:

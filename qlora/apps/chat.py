@@ -27,6 +27,7 @@ from qlora.adapters.apply import disable_adapter, mixed_batch
 from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import SideBySide, printable
 from qlora.config import ChatConfig
+from qlora.config.tasks import task_named
 from qlora.data import generation
 from qlora.errors import UserError, require
 
@@ -112,7 +113,8 @@ class ChatSession:
 
     def __init__(self, config: ChatConfig, resolved: ResolvedModel) -> None:
         positions = resolved.checkpoint.max_positions
-        fault = f"{resolved.what} is for {resolved.task}: chat needs a causal language model"
+        kind = f"a {task_named(resolved.task).kind}"
+        fault = f"{resolved.what} is {kind}: chat needs a causal language model. Use qlora.evaluate"
         require(resolved.task == "causal-lm", fault)
         if positions is not None and config.max_new_tokens >= positions:
             raise UserError(

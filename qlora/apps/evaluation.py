@@ -48,6 +48,7 @@ from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import printable
 from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, EvaluateConfig
+from qlora.config.tasks import task_named
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
 from qlora.data.records import chat_of, load_records
@@ -93,7 +94,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     max_length = _max_length(config, resolved)
     task: Any = {"task": resolved.task, "classes": resolved.labels}
     limits: Any = {"max_length": max_length, "limit": config.limit, "new_classes": False}
-    rows, stats = prepare_data(config.data, tokenizer, **limits, **task)
+    try:
+        rows, stats = prepare_data(config.data, tokenizer, **limits, **task)
+    except UserError as error:
+        kind = task_named(resolved.task).kind
+        raise UserError(f"{error} ({resolved.what} is a {kind})") from error
     print(describe(stats, name=config.data))
     generates = config.generate and not OBJECTIVES[resolved.task].classifies
     questions = _questions(config, resolved, tokenizer) if generates else []

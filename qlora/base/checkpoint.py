@@ -146,8 +146,10 @@ class Checkpoint:
 
     @property
     def origin(self) -> str:
-        """The name or path that loads it again; for a .gguf file the converted folder."""
-        return self.name if self.name and not self.name.endswith(".gguf") else str(self.folder)
+        """The hub name or the absolute path that loads it again, from any working directory; for a
+        .gguf file that of the converted folder."""
+        is_hub_name = self.name and not Path(self.name).expanduser().exists()
+        return str(self.name if is_hub_name else self.folder.absolute())
 
     @cached_property
     def config(self) -> dict[str, Any]:

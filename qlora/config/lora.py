@@ -154,6 +154,10 @@ class LoraConfig(Settings):
                     yield f"{key!r} in {name} is no regular expression ({error})"
         if not (self.target_modules or self.target_parameters):
             yield "target_modules is empty: name at least one module"
+        named = () if isinstance(self.target_modules, str) else self.target_modules
+        if ALL_LINEAR in named and (more := ", ".join(n for n in named if n != ALL_LINEAR)):
+            fix = f"leave {more} out, or list all layers by name"
+            yield f"target_modules has {ALL_LINEAR} beside {more}: {fix}"
         if self.layers_pattern and not self.layers_to_transform:
             yield "layers_pattern needs layers_to_transform: give both"
         is_regex = isinstance(self.target_modules, str) and not self.targets_all_linear

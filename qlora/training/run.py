@@ -24,6 +24,7 @@ from transformers.integrations import integration_utils as loggers
 from qlora.adapters.apply import active_adapters, apply_lora, print_trainable_parameters
 from qlora.adapters.files import load_adapter_weights, save_adapter
 from qlora.adapters.format import read_adapter
+from qlora.adapters.live import require_task
 from qlora.adapters.wrappers import remove_wrappers
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
@@ -112,6 +113,7 @@ def train(config: TrainConfig) -> Path:
 
     checkpoint = Checkpoint.open(config.model, revision=config.revision)
     task, trusted = config.task, config.trust_remote_code
+    require_task(checkpoint, task)
     tokenizer = load_tokenizer(checkpoint, task=task, trust_remote_code=trusted)
     data = prepare_rows(config, checkpoint, tokenizer)
     require_same_rows(config, data.counts, recorded)

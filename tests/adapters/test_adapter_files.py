@@ -188,6 +188,15 @@ def test_the_smallest_config_that_peft_loads_is_enough(adapter, copy):
         assert read_adapter(copy).config.r == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_files_hold_the_values_of_their_casts(dtype, copy, adapter):
+    tensors = {name: t.to(dtype) for name, t in load_file(adapter / WEIGHTS).items()}
+    save_file(tensors, copy / WEIGHTS)
+    read = read_adapter(copy).tensors
+    assert all(torch.equal(read[name], tensors[name].float()) for name in tensors)
+    assert logits(load_adapter(tiny_model("llama"), copy)).isfinite().all()
+
+
 def pickled(folder):
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()

@@ -3,15 +3,17 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from adapter_kinds import logits
 from bitsandbytes.nn import Linear4bit
 from conftest import FP32, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 
-from qlora import UserError, load_adapter, load_base
+from qlora import UserError, load_adapter, load_base, save_adapter
 from qlora.adapters import live
 from qlora.adapters.live import resolve_model
 from qlora.config import ModelChoice
@@ -41,6 +43,33 @@ def test_a_model_without_an_adapter_is_loaded_in_16_or_4_bits(adapters, checkpoi
     resolved = resolve_model(ModelChoice(model=str(tmp_path)))
     assert any(isinstance(module, Linear4bit) for module in resolved.load().modules())
     assert resolved.describe().startswith(f"{tmp_path} (4-bit NF4, computed in ")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "bert without prefix", "bare"])
+def test_models_that_generate_no_text_are_refused(family, checkpoints, tmp_path):
+    if family == "bare":
+        LlamaModel(conftest.CONFIGS["llama"]()).save_pretrained(tmp_path)
+    else:
+        tiny_model(family).save_pretrained(tmp_path)
+    refusal = r"is a \w+, which generates no text|lacks \d+ tensors of a \w+"
+    with pytest.raises(UserError, match=refusal):
+        resolve_model(ModelChoice(model=str(tmp_path))).load()
+
+
+def test_a_base_is_found_from_another_folder(checkpoints, tmp_path, monkeypatch):
+    """By its absolute path; a relative one, of an older adapter, from the adapter's parents."""
+    shutil.copytree(checkpoints("llama"), tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path / "models")
+    save_adapter(conftest.adapted_model(Path("base")), "out")
+    config = Path("out/adapter_config.json").resolve()
+    written = json.loads(config.read_text())
+    assert written["base_model_name_or_path"] == str(tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(ModelChoice(adapter="models/out")).adapter
+    config.write_text(json.dumps(written | {"base_model_name_or_path": "base"}))
+    (tmp_path / "models").rename(tmp_path / "moved")
+    resolved = resolve_model(ModelChoice(adapter="moved/out"))
+    assert resolved.checkpoint.folder == tmp_path / "moved" / "base"
 
 
 WRONG = [

@@ -205,7 +205,7 @@ def test_what_cannot_chat(talk, tmp_path, checkpoints):
         talk("hi", max_new_tokens=512)
     base = load_base(str(checkpoints("llama")), FP32, task="seq-cls", labels=("a", "b"))
     base.save_pretrained(tmp_path / "classifier")
-    with pytest.raises(UserError, match="classifier is for seq-cls: chat needs a causal"):
+    with pytest.raises(UserError, match="classifier is a classifier of texts: chat needs a causal"):
         talk("hi", adapter=None, model=str(tmp_path / "classifier"))
 
 
