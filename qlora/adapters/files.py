@@ -53,6 +53,7 @@ from qlora.adapters.wrappers import (
     remove_adapter,
     separate_embeddings,
 )
+from qlora.base.load import share_pad
 from qlora.base.modules import (
     is_quantized,
     matrix_shape,
@@ -190,6 +191,7 @@ def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default"
         _place(model, adapter, adapter_name)
         apply.set_adapter(model, adapter_name)
         model.requires_grad_(False)
+    share_pad(model, adapter.base.get("pad_token_id"))
 
 
 def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:

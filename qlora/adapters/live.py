@@ -32,7 +32,6 @@ from qlora.base.load import (
     default_device,
     load_base,
     load_tokenizer,
-    share_pad,
 )
 from qlora.base.modules import auto_class
 from qlora.config import ModelChoice, QuantConfig
@@ -54,7 +53,6 @@ def load_live(
     quant, trusted = quant or adapter.quantization, trust_remote_code
     model = load_base(base, quant, **known, trust_remote_code=trusted)
     attach(model, adapter)
-    share_pad(model, adapter.base.get("pad_token_id"))
     model.eval()
     return model
 

@@ -46,6 +46,7 @@ from transformers import PreTrainedModel
 from qlora.adapters.apply import disable_adapter
 from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import printable
+from qlora.base.load import share_pad
 from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, EvaluateConfig
 from qlora.config.tasks import task_named
@@ -182,6 +183,7 @@ def _measure(
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, str]]]:
     """The scores of each state of the model, and for each question the answers of all states."""
     model = resolved.load()
+    share_pad(model, tokenizer.pad_token_id)  # of a whole model; an adapter has it
     states: dict[str, Callable[[], AbstractContextManager[None]]] = {"model": nullcontext}
     if resolved.adapter:
         states = {"base": partial(disable_adapter, model), "adapter": nullcontext}

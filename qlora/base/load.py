@@ -12,6 +12,7 @@ A classifier's head that the checkpoint lacks, or has for other labels, is initi
 as is a pooler that it lacks. Any other missing tensor raises; transformers would initialise it.
 """
 
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -134,10 +135,15 @@ def load_tokenizer(
         raise UserError(f"{folder} holds no tokenizer to load: {first_line(error)}") from error
 
 
-def share_pad(model: PreTrainedModel, pad_token_id: int | None) -> None:
-    """Set and record the pad token of a classifier without one, which finds a row's end by it."""
-    text, task = model.config.get_text_config(), task_of(model)
-    if task is not None and task.trains_head and text.pad_token_id is None:
+def share_pad(model: nn.Module, pad_token_id: int | None) -> None:
+    """Set and record the tokenizer's pad in a classifier that has none, or another one by which it
+    finds a row's end. Encoders keep theirs: RoBERTa's positions are counted from it."""
+    task = task_of(model)
+    if task is None or not task.trains_head or pad_token_id is None:
+        return
+    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    finds_end = "pad_token_id" in inspect.unwrap(type(model).forward).__code__.co_names
+    if text.pad_token_id is None or (finds_end and text.pad_token_id != pad_token_id):
         text.pad_token_id = state_of(model).pad_token_id = pad_token_id
 
 

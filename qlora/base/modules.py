@@ -38,7 +38,7 @@ class ModelState:
     task: str | None = None
     heads: tuple[str, ...] = ()  # modules of a classifier that are trained in full
     labels: tuple[str, ...] = ()  # class names of a classifier
-    pad_token_id: int | None = None  # of a classifier whose checkpoint has none
+    pad_token_id: int | None = None  # of a classifier whose checkpoint has none or another one
     original_weights: "OriginalWeights | None" = None  # if the checkpoint has 16-bit weights
     lora_configs: dict[str, LoraConfig] = field(default_factory=dict)  # of its adapters, by name
 

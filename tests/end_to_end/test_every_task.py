@@ -12,14 +12,27 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import FP32, axis, losses, quick_config, require_same_adapter, token_ids, write_rows
+from conftest import (
+    FP32,
+    axis,
+    losses,
+    quick_config,
+    require_same_adapter,
+    tiny_tokenizer,
+    token_ids,
+    write_rows,
+)
 from merging import refused, run_merge
 from safetensors.torch import load_file
 
 from qlora import load_adapter, load_base
+from qlora.adapters.live import resolve_model
+from qlora.apps.evaluation import evaluate
+from qlora.base.load import share_pad
 from qlora.base.modules import auto_class, state_of
-from qlora.config import DataConfig, LoraConfig
+from qlora.config import ChatConfig, DataConfig, EvaluateConfig, LoraConfig
 from qlora.config.tasks import TASKS
+from qlora.data import collator
 from qlora.errors import UserError
 from qlora.files import read_metrics
 from qlora.training import train
@@ -138,6 +151,52 @@ def test_train_open_merge(family, task, trained, checkpoints, tmp_path, capsys):
     if in_full:
         assert list(merged.config.id2label.values()) == LABELS[task]
     assert (logits(merged, task) - expected).abs().max() <= TOLERANCE
+
+
+def with_pad(base: Path, folder: Path, pad: int | None) -> Path:
+    """A copy of the checkpoint, whose config.json names another pad than its tokenizer (0)."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    return folder
+
+
+@pytest.mark.parametrize(("family", "pad"), [("llama", -1), ("llama", 2), ("gpt2", None)])
+def test_a_classifier_reads_no_padding(family, pad, checkpoints, tmp_path):
+    """A text alone has the logits that it has beside a longer one, wherever the model is opened."""
+    base = with_pad(checkpoints(family), tmp_path / "base", pad)
+    adapter = run(base, "seq-cls", tmp_path, max_steps=1)
+    live = load_adapter(
+        load_base(str(base), FP32, task="seq-cls", labels=LABELS["seq-cls"]), adapter
+    )
+    resolved = resolve_model(ChatConfig(adapter=str(adapter), compute_dtype="fp32"))
+    merged = merged_model(adapter, tmp_path / "merged", "seq-cls")
+    rows = [{"input_ids": [5, 6, 7], "labels": 0}, {"input_ids": [8] * 12, "labels": 1}]
+    collate = collator(tiny_tokenizer(), "seq-cls")
+    for model in (live, resolved.load(), merged):
+        assert model.config.pad_token_id == 0
+        with torch.no_grad():
+            alone = model.eval()(input_ids=torch.tensor([[5, 6, 7]])).logits[0]
+            both = model(**collate(rows)).logits[0]
+        torch.testing.assert_close(alone, both)
+
+
+def test_evaluation_of_a_whole_classifier_reads_no_padding(checkpoints, tmp_path):
+    adapter = run(checkpoints("llama"), "seq-cls", tmp_path, max_steps=1)
+    run_merge(adapter, tmp_path / "merged", format="fp32")
+    other = with_pad(tmp_path / "merged", tmp_path / "other", -1)
+    data = str(tmp_path / "data.jsonl")
+    losses = [
+        evaluate(EvaluateConfig(data=data, model=str(folder)))["scores"]["model"]["loss"]
+        for folder in (tmp_path / "merged", other)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_encoders_keep_the_pad_from_which_they_count_positions(checkpoints):
+    model = load_base(str(checkpoints("roberta")), FP32, task="seq-cls", labels=["a", "b"])
+    share_pad(model, 0)
+    assert model.config.pad_token_id == 1 and state_of(model).pad_token_id is None
 
 
 def test_micro_batches_are_one_step(checkpoints, tmp_path):
