@@ -114,6 +114,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+def larger_tokenizer(folder: Path) -> Path:
+    """Save a tokenizer with 70 tokens more, <t0> to <t69>, of which the last are beyond VOCAB."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<t{i}>" for i in range(70)])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def tiny_model(
     family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool | None = None
 ) -> nn.Module:

@@ -26,9 +26,11 @@ from transformers.generation.streamers import BaseStreamer
 from qlora.adapters.apply import disable_adapter, mixed_batch
 from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import SideBySide, printable
+from qlora.base.modules import embedding_rows
 from qlora.config import ChatConfig
 from qlora.config.tasks import task_named
 from qlora.data import generation
+from qlora.data.rows import require_vocabulary
 from qlora.errors import UserError, require
 
 Context = Callable[[], AbstractContextManager[None]]
@@ -176,6 +178,7 @@ class ChatSession:
         ask = partial(stream, self.model, self.tokenizer, settings=self.settings)
         for conversation in self.conversations:
             ids, dropped = conversation.prompt(self.tokenizer, question, self.longest)
+            require_vocabulary([ids], self.tokenizer, embedding_rows(self.model))
             prompts.append(ids)
             if dropped:
                 name = f" ({conversation.name})" if compares else ""

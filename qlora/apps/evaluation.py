@@ -36,6 +36,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,20 @@ from qlora.adapters.apply import disable_adapter
 from qlora.adapters.live import ResolvedModel, resolve_model
 from qlora.apps.terminal import printable
 from qlora.base.load import share_pad
+from qlora.base.modules import embedding_rows
 from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, EvaluateConfig
 from qlora.config.tasks import task_named
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
 from qlora.data.records import chat_of, load_records
-from qlora.data.rows import describe, length_batches, prepare_data, prepare_tokenizer
+from qlora.data.rows import (
+    describe,
+    length_batches,
+    prepare_data,
+    prepare_tokenizer,
+    require_vocabulary,
+)
 from qlora.errors import UserError, require
 from qlora.fast.head import put_language_head
 from qlora.files import RUN, replace_text
@@ -191,6 +199,9 @@ def _measure(
         states.pop("base", None)
     else:
         put_language_head(model)  # loss without logits
+    vocabulary = embedding_rows(model)
+    used = chain(rows["input_ids"], (question.prompt for question in questions))
+    require_vocabulary(chain(used, [[tokenizer.pad_token_id]]), tokenizer, vocabulary)
     scores: dict[str, dict[str, float]] = {}
     task: Any = {"task": resolved.task, "classes": resolved.labels}
     settings = generation_settings(model, tokenizer, config.max_new_tokens) if questions else {}

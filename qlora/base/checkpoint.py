@@ -212,6 +212,11 @@ class Checkpoint:
         return tuple(names[i] for i in sorted(names, key=int))
 
     @property
+    def vocab_size(self) -> int | None:
+        """The rows of the model's embedding, if config.json tells."""
+        return (self.config.get("text_config") or self.config).get("vocab_size")
+
+    @property
     def max_positions(self) -> int | None:
         """The longest row that the model accepts, if config.json limits it."""
         text = self.config.get("text_config") or self.config

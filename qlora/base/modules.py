@@ -170,6 +170,11 @@ def can_untie(config: Any) -> bool:
     return not untied.tie_word_embeddings
 
 
+def embedding_rows(model: Any) -> int:
+    """The number of tokens that the embedding of `model` has rows for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def was_conv1d(layer: nn.Module) -> bool:
     """Whether it is GPT-2's Conv1D or a Linear4bit made of one: (in, out) in the checkpoint."""
     return getattr(layer, "source_cls", type(layer)).__name__ == "Conv1D"

@@ -86,13 +86,14 @@ def generation_settings(
     model: PreTrainedModel, tokenizer: Tokenizer, max_new_tokens: int, temperature: float = 0.0
 ) -> dict[str, Any]:
     """Arguments of `model.generate`; the model's generation_config sets the others."""
-    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # pads are masked: any id is fine
+    embedding: Any = model.get_input_embeddings()
+    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # pads are masked
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": temperature > 0,
         "use_cache": True,  # training turns it off in the config
         "eos_token_id": stop_ids(model, tokenizer) or None,
-        "pad_token_id": next(i for i in pad_ids if i is not None),
+        "pad_token_id": next(i for i in pad_ids if i is not None and i < embedding.weight.shape[0]),
     }
     return settings | ({"temperature": temperature} if temperature > 0 else {})
 

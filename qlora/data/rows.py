@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def prepare_data(
     classes: Sequence[str] = (),
     new_classes: bool = True,
     limit: int | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Dataset, DataStats]:
     """Rows of `source` as input_ids, labels and length, cut to max_length tokens; and counts.
 
@@ -83,6 +85,7 @@ def prepare_data(
         classes: a classifier's class names.
         new_classes: use the class names of the data where `classes` lacks some of them.
         limit: read only the first records, at most so many.
+        vocabulary: the rows of the model's embedding; UserError if a token has no row in it.
     """
     objective = OBJECTIVES[task]
     records = load_records(source, objective.kinds, limit=limit)
@@ -115,6 +118,11 @@ def prepare_data(
     _require_answers(source, full, supervised, max_length)
     keep = [i for i, labels in enumerate(supervised) if labels]
     rows = encoded if len(keep) == len(full) else encoded.select(keep)
+    if vocabulary is not None:
+        targets = rows["labels"] if task == "seq2seq" else ()
+        pads = [[i for i in [tokenizer.pad_token_id] if i is not None]]
+        with _errors_in(source):
+            require_vocabulary(chain(rows["input_ids"], targets, pads), tokenizer, vocabulary)
     stats = DataStats(
         rows=len(keep),
         tokens=sum(rows["length"]),
@@ -161,6 +169,22 @@ def _require_answers(source: str, full: list[int], supervised: list[int], max_le
         raise UserError(
             f"{source}: cut to {max_length} tokens, no row has an answer left (its {len(full)} "
             f"rows have {min(full)} to {max(full)} tokens): raise --max-length"
+        )
+
+
+def require_vocabulary(rows: Iterable[Sequence[int]], tokenizer: Tokenizer, size: int) -> None:
+    """Raise if a row of token ids, or of padding, has one without a row in an embedding of `size`.
+
+    A tokenizer may be larger than the embedding as long as the others are not used.
+    """
+    beyond = {i for ids in rows if max(ids, default=0) >= size for i in ids if i >= size}
+    if beyond:
+        tokens = [repr(token) for token in tokenizer.convert_ids_to_tokens(sorted(beyond))]
+        raise UserError(
+            f"the model's embedding has {size:,} rows, the tokenizer {len(tokenizer):,} tokens, of "
+            f"which these are used: {some(tokens, 8)}. Grow the model, in Python with "
+            f"model.resize_token_embeddings({len(tokenizer)}), save it and the tokenizer with "
+            "save_pretrained and give that folder as --model; or take the tokens out"
         )
 
 

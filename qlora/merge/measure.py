@@ -78,12 +78,13 @@ def read_examples(
     tokenizer_folder: Path,
     max_tokens: int = MAX_TOKENS,
     *,
+    vocabulary: int | None = None,
     trust_remote_code: bool = False,
 ) -> list[Any]:
     """Batches of the first rows of `data`, up to `max_tokens` supervised tokens, on the CPU."""
     tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
     prepare_tokenizer(tokenizer)
-    rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH)
+    rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH, vocabulary=vocabulary)
     chosen: list[Any] = []
     tokens = 0
     for row in rows:
@@ -204,12 +205,14 @@ def calibrate(
     tokenizer_folder: Path,
     *,
     device: str,
+    vocabulary: int | None = None,
     trust_remote_code: bool = False,
 ) -> SecondMoments:
     """Second moments of `adapter`'s layers, live on `base`, over rows spread over `data`.
 
     Args:
         data: sources for `prepare_data`, each for an equal share of tokens; or OWN_TEXT.
+        vocabulary: the rows of the model's embedding, for `prepare_data`.
 
     Raises:
         UserError: the data cannot be read, or the adapter does not fit.
@@ -218,7 +221,8 @@ def calibrate(
     if not samples_text:  # read first: loading the model takes longer
         tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
         prepare_tokenizer(tokenizer)
-        sources = [prepare_data(source, tokenizer, max_length=MAX_LENGTH) for source in data]
+        limits: Any = {"max_length": MAX_LENGTH, "vocabulary": vocabulary}
+        sources = [prepare_data(source, tokenizer, **limits) for source in data]
     model = load_live(base, adapter, device=device, trust_remote_code=trust_remote_code)
     layers = {n: layer for n, layer in lora_layers(model).items() if isinstance(layer, LoRALinear)}
     widest = max(layer.shape[1] for layer in layers.values())

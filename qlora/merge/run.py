@@ -147,18 +147,20 @@ def _prepare(config: MergeConfig) -> _Job:
     tokenizer_folder = adapter.folder if adapter.has_tokenizer else checkpoint.folder
     generation = _generation(adapter, checkpoint, tokenizer_folder, config.trust_remote_code)
     running: Any = {"device": config.device, "trust_remote_code": config.trust_remote_code}
+    reading: Any = {"vocabulary": plan.config_changes.get("vocab_size", checkpoint.vocab_size)}
     verifier = moments = None
     if config.verify:
         from qlora.merge.measure import Verifier, read_examples
 
+        trusted = config.trust_remote_code
         examples = read_examples(
-            config.verify, tokenizer_folder, trust_remote_code=config.trust_remote_code
+            config.verify, tokenizer_folder, trust_remote_code=trusted, **reading
         )
         verifier = Verifier(adapter, checkpoint, examples, **running)
     if data := _calibration_data(config, adapter):
         from qlora.merge.measure import calibrate
 
-        moments = calibrate(adapter, checkpoint, data, tokenizer_folder, **running).of
+        moments = calibrate(adapter, checkpoint, data, tokenizer_folder, **running, **reading).of
     return _Job(
         config, adapter, base_model, checkpoint, plan, tokenizer_folder, generation, verifier,
         moments,

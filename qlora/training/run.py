@@ -318,6 +318,7 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
                 task=task.name,
                 classes=classes,
                 new_classes=part == "training",  # evaluation data has the same classes
+                vocabulary=checkpoint.vocab_size,
             )
             print(data_rows.describe(stats, name=source))
             numbers = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}

@@ -9,7 +9,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import FP32, one_by_one, tiny_model, tiny_tokenizer
+from conftest import FP32, larger_tokenizer, one_by_one, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from qlora import disable_adapter, load_adapter, load_base
@@ -207,6 +207,13 @@ def test_what_cannot_chat(talk, tmp_path, checkpoints):
     base.save_pretrained(tmp_path / "classifier")
     with pytest.raises(UserError, match="classifier is a classifier of texts: chat needs a causal"):
         talk("hi", adapter=None, model=str(tmp_path / "classifier"))
+
+
+def test_tokens_beyond_the_embedding_are_refused(talk, checkpoints, tmp_path):
+    base = larger_tokenizer(shutil.copytree(checkpoints("llama"), tmp_path / "base"))
+    assert talk("<t0>", adapter=None, model=str(base)).out
+    with pytest.raises(UserError, match=r"these are used: '<t69>'\."):
+        talk("<t69>", adapter=None, model=str(base))
 
 
 def test_base_without_a_template_is_noted(talk, checkpoints, tmp_path):

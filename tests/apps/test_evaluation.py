@@ -12,7 +12,16 @@ from unittest.mock import Mock
 import pytest
 import sacrebleu
 import torch
-from conftest import FP32, ROWS, axis, one_by_one, quick_config, tiny_model, write_rows
+from conftest import (
+    FP32,
+    ROWS,
+    axis,
+    larger_tokenizer,
+    one_by_one,
+    quick_config,
+    tiny_model,
+    write_rows,
+)
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -51,6 +60,14 @@ def evaluated(adapters, tmp_path):
 def logged(folder: Path) -> dict:
     """The last evaluation that training logged."""
     return [row for row in read_metrics(folder) if "eval_loss" in row][-1]
+
+
+def test_tokens_beyond_the_embedding_are_refused(evaluated, checkpoints, tmp_path):
+    base = larger_tokenizer(shutil.copytree(checkpoints("llama"), tmp_path / "base"))
+    pairs = [("a", "<t69>"), ("<t69>", "b")]
+    for rows in ([{"prompt": p, "completion": c}] for p, c in pairs):
+        with pytest.raises(UserError, match=r"these are used: '<t69>'\."):
+            evaluated(rows, adapter=None, model=str(base))
 
 
 def test_loss_and_answers_of_base_and_adapter(evaluated, quick_run, checkpoints, tmp_path, capsys):

@@ -1,12 +1,13 @@
 """Verification, --min-kept, --onto auto, and calibration."""
 
+import shutil
 from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from chunks import Sizes, chunks_of
-from conftest import FP32, tiny_tokenizer, write_rows
+from conftest import FP32, larger_tokenizer, tiny_tokenizer, write_rows
 from merging import merged, refused, report_of, rows_file, run_merge, trained
 from merging import trained_on as trained_on
 from transformers import AutoModelForCausalLM
@@ -132,6 +133,17 @@ def test_a_failing_verification_keeps_the_merge(adapter, tmp_path, monkeypatch):
         run_merge(adapter, tmp_path / "out", verify=rows_file(tmp_path))
     assert (tmp_path / "out" / "merge_report.json").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("settings", [{}, {"format": "nf4"}])
+def test_tokens_beyond_the_embedding_are_refused_before_a_merge(adapter, tmp_path, settings):
+    larger = larger_tokenizer(shutil.copytree(adapter, tmp_path / "adapter"))
+    rows = [{"prompt": "a", "completion": "<t69>"}]
+    data = str(write_rows(tmp_path / "rows.jsonl", rows))
+    settings |= {"calibration" if settings else "verify": data}
+    with pytest.raises(UserError, match=r"has 320 rows, .* these are used: '<t69>'\."):
+        run_merge(larger, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_calibration_spreads_over_all_files(adapter, checkpoints, tmp_path, monkeypatch):

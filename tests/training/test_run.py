@@ -14,12 +14,14 @@ import yaml
 from chunks import chunks_of
 from conftest import (
     FP32,
+    larger_tokenizer,
     losses,
     quick_config,
     read_rows,
     refuses,
     require_same_adapter,
     tiny_tokenizer,
+    write_rows,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -351,6 +353,22 @@ def test_settings_that_do_not_fit_the_data_are_refused(
     with refuses(tmp_path, *words):
         base, output = checkpoints("llama"), tmp_path / "run"
         train(quick_config(base, data, output, data=both, trainer=trainer, **settings))
+
+
+def test_tokens_beyond_the_embedding_are_refused_before_a_run(checkpoints, tmp_path):
+    """A larger tokenizer is fine as long as the data has none of them, as is a smaller one."""
+    base = larger_tokenizer(shutil.copytree(checkpoints("llama"), tmp_path / "base"))
+    rows = [{"prompt": "a", "completion": f"<t{i}>"} for i in (0, 69, 68)]
+    train(quick_config(base, write_rows(tmp_path / "a.jsonl", rows[:1]), tmp_path / "run"))
+    message = (
+        r"b\.jsonl: .* has 320 rows, the tokenizer 330 .*: '<t68>', '<t69>'\. .*embeddings\(330\)"
+    )
+    bad = write_rows(tmp_path / "b.jsonl", rows)
+    both = DataConfig(str(tmp_path / "a.jsonl"), str(bad), max_length=128)
+    for data in ({}, {"data": both}):
+        with refuses(message):
+            train(quick_config(base, bad, tmp_path / "new", **data))
+    assert not (tmp_path / "new").exists()
 
 
 def test_words_of_yaml_get_the_type_of_the_argument(checkpoints, data, tmp_path):
