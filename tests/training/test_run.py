@@ -360,15 +360,12 @@ def test_tokens_beyond_the_embedding_are_refused_before_a_run(checkpoints, tmp_p
     base = larger_tokenizer(shutil.copytree(checkpoints("llama"), tmp_path / "base"))
     rows = [{"prompt": "a", "completion": f"<t{i}>"} for i in (0, 69, 68)]
     train(quick_config(base, write_rows(tmp_path / "a.jsonl", rows[:1]), tmp_path / "run"))
-    message = (
-        r"b\.jsonl: .* has 320 rows, the tokenizer 330 .*: '<t68>', '<t69>'\. .*embeddings\(330\)"
-    )
+    words = "b.jsonl: ", "has 320 rows, the tokenizer 330", "'<t68>', '<t69>'. ", "embeddings(330)"
     bad = write_rows(tmp_path / "b.jsonl", rows)
     both = DataConfig(str(tmp_path / "a.jsonl"), str(bad), max_length=128)
     for data in ({}, {"data": both}):
-        with refuses(message):
+        with refuses(tmp_path / "new", *words):
             train(quick_config(base, bad, tmp_path / "new", **data))
-    assert not (tmp_path / "new").exists()
 
 
 def test_words_of_yaml_get_the_type_of_the_argument(checkpoints, data, tmp_path):
