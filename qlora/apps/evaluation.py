@@ -52,6 +52,7 @@ from qlora.base.modules import embedding_rows
 from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, EvaluateConfig
 from qlora.config.tasks import task_named
+from qlora.data.chat_template import learned_turns
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
 from qlora.data.records import chat_of, load_records
@@ -104,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     task: Any = {"task": resolved.task, "classes": resolved.labels}
     limits: Any = {"max_length": max_length, "limit": config.limit, "new_classes": False}
     try:
-        rows, stats = prepare_data(config.data, tokenizer, **limits, **task)
+        rows, stats = prepare_data(config.data, tokenizer, split="evaluation", **limits, **task)
     except UserError as error:
         kind = task_named(resolved.task).kind
         raise UserError(f"{error} ({resolved.what} is a {kind})") from error
@@ -153,7 +154,8 @@ def _max_length(config: EvaluateConfig, resolved: ResolvedModel) -> int:
 
 def _questions(config: EvaluateConfig, resolved: ResolvedModel, tokenizer: Any) -> list[Question]:
     """The questions in the data that fit into the model's context together with an answer."""
-    records = load_records(config.data, OBJECTIVES[resolved.task].kinds, limit=config.limit)
+    kinds = OBJECTIVES[resolved.task].kinds
+    records = load_records(config.data, kinds, split="evaluation", limit=config.limit)
     questions = list(questions_in(records, tokenizer, resolved.task))
     positions = resolved.checkpoint.max_positions
     longest = NO_LIMIT if positions is None else positions - config.max_new_tokens
@@ -176,8 +178,8 @@ def questions_in(records: Any, tokenizer: Any, task: str) -> Iterator[Question]:
         question = question_of(OBJECTIVES[task].encode(record, tokenizer, NO_LIMIT, ()), task)
         request = decode(tokenizer, question.prompt)
         if question.prompt and task == "causal-lm" and (chat := chat_of(record)):
-            turns = [i for i, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
-            request = str(chat.messages[turns[-1] - 1].get("content", "")) if turns[-1] else ""
+            turn = learned_turns(chat)[-1]
+            request = str(chat.messages[turn - 1].get("content", "")) if turn else ""
         if question.prompt:
             yield question._replace(request=request)
 

@@ -214,7 +214,7 @@ class Rendering:
         """
         text, messages, spans = self.full, self.messages, []
         for i in range(self.chat.first, len(messages)):
-            if not is_answer(messages[i]):
+            if i in self.chat.no_loss or not is_answer(messages[i]):
                 continue
             span, word = self._span(i), _last_word(messages[i])
             if span is None:
@@ -274,6 +274,12 @@ def _last_word(message: Mapping[str, Any]) -> str:
     if words := str(message.get("content") or "").split():
         return words[-1]
     return _name(message["tool_calls"][-1])
+
+
+def learned_turns(chat: Chat) -> list[int]:
+    """Indices of the messages with loss."""
+    turns = range(chat.first, len(chat.messages))
+    return [i for i in turns if i not in chat.no_loss and is_answer(chat.messages[i])]
 
 
 def is_answer(message: Mapping[str, Any]) -> bool:

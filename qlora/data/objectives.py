@@ -18,13 +18,12 @@ Left out: regression, several labels per row, question answering.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import transformers
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -33,31 +32,43 @@ from qlora.data.chat_template import (
     NO_LOSS,
     Rendering,
     ending_of,
-    is_answer,
+    learned_turns,
     reasoning_in,
     tokenize,
 )
-from qlora.data.records import KINDS, chat_of, kind_of, string_of
+from qlora.data.records import (
+    KINDS,
+    Kinds,
+    Record,
+    Records,
+    alpaca_prompt,
+    chat_of,
+    kind_of,
+    string_of,
+)
 from qlora.errors import UserError, did_you_mean, require, some
 
-Record = Mapping[str, Any]
 Row = dict[str, Any]
 Names = Sequence[str]  # of a classifier's classes, by their number
 Pieces = Iterable[tuple[str, bool]]  # text, and whether it has loss
 ClassRows = Sequence[tuple[list[int], list[int]]]  # predicted and expected numbers of each row
 
-SEQ2SEQ_KINDS = (("prompt", "completion"), ("input", "target"), ("instruction", "output"))
+SEQ2SEQ_KINDS: Kinds = {
+    ("prompt", "completion"): (),
+    ("input", "target"): (),
+    ("instruction", "output"): ("input",),
+}
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
-TEXT_KINDS = tuple((*texts, "label") for texts in (*PAIRS, ("text",), ("sentence",)))
-WORD_KINDS = (("tokens", "tags"), ("tokens", "ner_tags"))
+TEXT_KINDS: Kinds = {(*texts, "label"): () for texts in (*PAIRS, ("text",), ("sentence",))}
+WORD_KINDS: Kinds = {("tokens", "tags"): (), ("tokens", "ner_tags"): ()}
 
 
 @dataclass(frozen=True)
 class Objective:
     """The data functions and the loss of one task."""
 
-    # the columns of each kind of record; the last one holds a classifier's label
-    kinds: tuple[tuple[str, ...], ...]
+    # the columns of each kind of record, of which the last one holds a classifier's label
+    kinds: Kinds
     # (record, tokenizer, max_length, class names) -> row, as `_row` returns it
     encode: Callable[[Record, Tokenizer, int, Names], Row]
     # (row, tokenizer, class names) -> its decoded text in pieces
@@ -99,11 +110,11 @@ def encode_chat(record: Record, tokenizer: Tokenizer, max_length: int, names: Na
     chat, rendering = chat_of(record), None
     if chat is None:
         labels = ids = text_ids(string_of(record["text"]), tokenizer)
-    elif not any(map(is_answer, chat.messages[chat.first :])):
+    elif not learned_turns(chat):
         ids = labels = []
     elif (text_and_spans := (rendering := Rendering(tokenizer, chat)).with_spans()) is not None:
         ids, labels = tokenize(tokenizer, *text_and_spans)
-    elif re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
+    elif not chat.no_loss and re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
         marked: Any = tokenizer.apply_chat_template(
             rendering.messages,
             tools=chat.tools,
@@ -162,9 +173,9 @@ def _chat_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
 def encode_answer(record: Record, tokenizer: Tokenizer, max_length: int, names: Names = ()) -> Row:
     """Ids of the prompt, and ids of the answer as labels, both with the tokenizer's end token."""
     kind = kind_of(record, kinds=SEQ2SEQ_KINDS)
-    prompt, answer = string_of(record[kind[0]]), string_of(record[kind[-1]])
-    if kind[0] == "instruction" and string_of(record.get("input")).strip():
-        prompt = f"{prompt}\n\n{string_of(record['input'])}"
+    prompt, answer = (string_of(record[column], column) for column in (kind[0], kind[-1]))
+    if kind[0] == "instruction":
+        prompt = alpaca_prompt(record)
     if not answer.strip():
         return _row([], [], 0, 0)
     source, source_length = _encode(tokenizer, max_length, _bare(prompt, tokenizer))
@@ -209,7 +220,7 @@ def encode_text(record: Record, tokenizer: Tokenizer, max_length: int, names: Na
     """Ids of a text or a pair of texts, and the number of its class."""
     *columns, column = kind_of(record, kinds=TEXT_KINDS)
     require(record[column] is not None, f"{column} is missing: fill it, or remove the row")
-    texts = [_bare(string_of(record[name]), tokenizer) for name in columns]
+    texts = [_bare(string_of(record[name], name), tokenizer) for name in columns]
     encoded, full_length = _encode(tokenizer, max_length, *texts)
     row = _row(encoded["input_ids"], class_number(record[column], names), full_length, 1)
     return row | {key: encoded[key] for key in ("token_type_ids",) if key in encoded}
@@ -242,7 +253,7 @@ def _word_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
         yield " ", False
 
 
-def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tuple[str, ...]:
+def class_names(records: Records, column: str, known: Sequence[str] = ()) -> tuple[str, ...]:
     """The names of the classes in a column of labels, or of lists of labels.
 
     `known`, the model's class names, are returned if they include all names in the column.
@@ -250,9 +261,9 @@ def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tup
     Raises:
         UserError: a label is neither a name nor a whole number from 0, or all are the same.
     """
-    feature = records.features[column]
-    given = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel
-    items = (item if isinstance(item, list) else [item] for item in records[column])
+    given = next((part.classes[column] for part in records.parts if column in part.classes), None)
+    labels = (record[column] for record in records)
+    items = (label if isinstance(label, list) else [label] for label in labels)
     values = {label for item in items for label in item if label is not None}
     require(bool(values), f"{column} is empty in every row: a classifier needs labels")
     if given:
@@ -261,7 +272,7 @@ def class_names(records: Dataset, column: str, known: Sequence[str] = ()) -> tup
         count = max(values) + 1
         names = tuple(known) if len(known) >= count else tuple(f"LABEL_{i}" for i in range(count))
     elif all(isinstance(value, str | bool) for value in values):
-        names = tuple(sorted(map(str, values)))
+        names = tuple(sorted(map(string_of, values)))
     else:
         bad = next(value for value in values if type(value) is not int or value < 0)
         wanted = f"{column} must hold names, or whole numbers from 0"
@@ -279,10 +290,13 @@ def class_number(label: Any, names: Names) -> int:
         if 0 <= label < len(names):
             return label
         raise UserError(f"label {label} is not one of the training data: 0 to {len(names) - 1}")
-    if str(label) not in names:
-        hint = did_you_mean(str(label), names)
-        raise UserError(f"label {str(label)[:60]!r} is not one of {some(names, 12)}.{hint}")
-    return names.index(str(label))
+    name = string_of(label)
+    if isinstance(label, bool) and name not in names:
+        name = name.title()  # as bool labels were called once
+    if name not in names:
+        hint = did_you_mean(name, names)
+        raise UserError(f"label {name[:60]!r} is not one of {some(names, 12)}.{hint}")
+    return names.index(name)
 
 
 # ---- loss and scores over rows

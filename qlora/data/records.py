@@ -1,76 +1,171 @@
-"""Files and hub data sets -> records -> chat messages.
+"""Files, folders and hub data sets -> records -> chat messages.
 
 The columns of a record determine its kind, the first match of: `messages` (roles system, user,
 assistant, tool), ShareGPT `conversations`, `prompt` + `completion` (strings or lists of messages),
-Alpaca `instruction` + `input` + `output`, and `text`. `datasets` reads the files; errors name the
-file and the line.
+Alpaca `instruction` + `input` + `output`, and `text`.
 
-Left out: images and sound in messages, weights per message.
-Sources: Alpaca (tatsu-lab/stanford_alpaca), ShareGPT as LLaMA-Factory and axolotl read it.
+Values reach the model as the file has them: `datasets`, that is Arrow, reads only what is Arrow's,
+since it turns dates into timestamps and 5 beside 6.5 or null into 5.0. Each pass reads the files
+anew, row by row: none stays in memory (of a .json file, its text does). Errors name file and line.
+The names of files and folders name splits: of train.jsonl and valid.jsonl, training reads one.
+
+Left out: images and sound in messages, weights of a message other than 0 and 1, the spelling of
+numbers inside tool calls (templates write 1.10 as 1.1).
+Sources: Alpaca (tatsu-lab/stanford_alpaca), ShareGPT and `history` as LLaMA-Factory reads them.
 """
 
-import json
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from datasets.utils import logging as datasets_logging
+from pyarrow import parquet
 
-from qlora.errors import UserError, did_you_mean, first_line
+from qlora.errors import UserError, did_you_mean, first_line, some
+from qlora.files import JSON, Written, csv_rows, json_rows, text_rows
 
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-ENDINGS = " ".join(LOADERS)
-KINDS = (  # the columns of each kind of record; the first match wins
-    ("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"),
-    ("text",),
-)  # fmt: skip
-TEXTS = (  # columns that a .csv file keeps as they are written
-    "prompt", "completion", "instruction", "input", "output", "target", "text", "text_pair",
-    "system",
-)  # fmt: skip
+Record = Mapping[str, Any]
+Kind = tuple[str, ...]
+Kinds = Mapping[Kind, Sequence[str]]  # the columns of each kind of record, and its optional ones
+
+ENDINGS = ".jsonl .json .csv .parquet .txt"
+SOURCES = f"a {ENDINGS} file, a folder of them or of save_to_disk, or a dataset's hub name"
+CHAT = ("system", "tools")
+KINDS: Kinds = {  # the first match wins
+    ("messages",): CHAT, ("conversations",): CHAT, ("prompt", "completion"): CHAT,
+    ("instruction", "output"): ("input", "history", *CHAT), ("text",): (),
+}  # fmt: skip
+SPLITS = {  # split: the words for it in a file's name
+    "train": "train(ing)?",
+    "validation": "val(id(ation)?)?|dev|eval(uation)?|held.?out",
+    "test": "test(ing)?",
+}
+WANTED = {"training": ("train", ""), "evaluation": ("validation", "test", "")}  # "": no split named
 ROLES = {"system": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "observation", "function_response"), "tool")
-EXPECTED_JSON = "expected one JSON object per line (or, in .json, a list of them)"
+LOSS_SWITCHES = ("weight", "train", "training", "loss", "train_detail")  # of a message
+SHORT_FLOATS = (Value("float16"), Value("float32"))  # Python prints 0.10000000149011612
+ARROW_ROWS = 1000  # that are Python objects at a time
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file, or a split of a dataset."""
+
+    name: str
+    columns: Sequence[str]
+    size: int  # rows
+    rows: Callable[[Sequence[str]], Iterable[Record]]  # anew at each call; Arrow: these columns
+    classes: Mapping[str, Sequence[str]]  # names of the classes in ClassLabel columns
+
+
+@dataclass(frozen=True)
+class Records:
+    """Records of one kind, as dictionaries of `columns`; each pass reads the files anew."""
+
+    parts: Sequence[Part]
+    kind: Kind
+    columns: Sequence[str]  # that are used: those of the kind, and optional ones
+    limit: int | None
+    notes: tuple[str, ...] = ()  # what was left out: files, columns
+
+    def __iter__(self) -> Iterator[Record]:
+        return (record for _, record in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[str, Record]]:
+        """Records with their row's number, `3` or, with several files, `3 of b.jsonl`.
+
+        Blank rows of `text` are skipped.
+        """
+        rows = (
+            (f"{number} of {part.name}" if len(self.parts) > 1 else str(number), row)
+            for part in self.parts
+            for number, row in enumerate(part.rows(self.columns), start=1)
+            if self.kind != ("text",) or string_of(row.get("text")).strip()
+        )
+        for number, row in islice(rows, self.limit):
+            yield number, {column: row.get(column) for column in self.columns}
 
 
 def load_records(
-    source: str, kinds: Sequence[tuple[str, ...]] = KINDS, *, limit: int | None = None
-) -> Dataset:
-    """Records of a local file, of a folder of files of one kind, or of a hub dataset's train split.
+    source: str, kinds: Kinds = KINDS, *, split: str = "training", limit: int | None = None
+) -> Records:
+    """Records of a file, of a folder (files of one kind, or save_to_disk's), or of the hub.
 
-    A local file is read again at each call, past datasets' cache, and leaves nothing on disk.
-    Blank rows of `text` are skipped. `kinds` are the columns of each kind of record that the task
-    accepts; `limit` is the number of records to return at most.
+    Args:
+        kinds: the columns of each kind of record that the task accepts.
+        split: "training" or "evaluation": what to read of a source with several splits.
+        limit: the number of records to return at most.
+
+    Raises:
+        UserError: the source cannot be read, is empty, or has no such split or kind of record.
     """
+    parts, notes = _parts(source, split, limit)
+    columns = list(dict.fromkeys(column for part in parts for column in part.columns))
+    empty = f"{source} has no rows: add at least one record, or pass another file"
+    if not columns:
+        raise UserError(empty)
+    kind = kind_of(columns, source, kinds)
+    used = [column for column in (*kind, *kinds[kind]) if column in columns]
+    if unused := [_visible(column) for column in columns if column not in used]:
+        notes += (f"{source}: columns that are not used: {some(unused, 12)}",)
+    records = Records(parts, kind, used, limit, notes)
+    if next(iter(records), None) is None:
+        raise UserError(empty)
+    present = [other for other in kinds if set(other) <= set(columns)]
+    if len(present) > 1:
+        _require_one_kind(records, present, source)
+    return records
+
+
+def _require_one_kind(records: Records, kinds: Sequence[Kind], source: str) -> None:
+    """Raise if rows lack the first column of the records' kind and are of another of `kinds`."""
+    found: dict[Kind, list[str]] = defaultdict(list)
+    columns = [column for kind in kinds for column in kind]
+    for number, row in replace(records, columns=columns).numbered():
+        filled = {column for column in columns if row[column] not in (None, "")}
+        others = [kind for kind in kinds if set(kind) <= filled]
+        found[others[0] if others and records.kind[0] not in filled else records.kind] += [number]
+    if len(found) > 1:
+        kinds_found = (f"{' + '.join(kind)} (row {some(rows)})" for kind, rows in found.items())
+        fault = f"{source} has rows of several kinds: {'; '.join(kinds_found)}"
+        raise UserError(f"{fault}. Put each kind into a file of its own, or convert the rows")
+
+
+# ---- sources -> parts
+
+
+def _parts(source: str, split: str, limit: int | None) -> tuple[list[Part], tuple[str, ...]]:
+    """The parts of a source that `split` reads, and notes on those left out."""
     path = Path(source).expanduser()
+    if any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
+        return _dataset_parts(_dataset(load_from_disk, str(path), "is not whole"), source, split)
     if path.exists():
-        records = _load_files(path, source)
-    elif _names_a_path(source):
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(
-            f"{source} does not exist: pass a {ENDINGS} file, a folder of them, or a dataset's hub "
-            f"name.{did_you_mean(path.name, siblings)}"
-        )
-    else:
-        try:
-            records = load_dataset(source, split="train")
-        except (DatasetsError, ValueError, OSError) as error:  # the hub's, httpx's are OSErrors
-            raise UserError(
-                f"{source!r} is no local file or folder, and cannot be loaded from the hub: "
-                f"{first_line(error)} Pass a {ENDINGS} file, a folder of them, or the hub name of "
-                "a dataset with a train split"
-            ) from error
-    if records and kind_of(records.column_names, source, kinds) == ("text",):
-        filled = [i for i, text in enumerate(records["text"]) if string_of(text).strip()]
-        records = records.select(filled)
-    if not records:
-        raise UserError(f"{source} has no rows: add at least one record, or pass another file")
-    return records if limit is None else records.select(range(min(limit, len(records))))
+        files, notes = _folder(path, source, split) if path.is_dir() else ([path], ())
+        return [_file_part(file, limit) for file in files], notes
+    if not _names_a_path(source):
+        fault = "is no local file or folder, and cannot be loaded from the hub"
+        return _dataset_parts(_dataset(load_dataset, source, fault), source, split)
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = did_you_mean(path.name, siblings)
+    raise UserError(f"{source} does not exist: pass {SOURCES}.{hint}")
+
+
+def _dataset(load: Callable[[str], Any], source: str, fault: str) -> Any:
+    try:
+        return load(source)
+    except (DatasetsError, ValueError, OSError, KeyError) as error:  # httpx's are OSErrors
+        words = str(error.__cause__ or error).split()  # the names to choose from are at the end
+        reason = " ".join(words[:100]).rstrip(".") + (" …" if len(words) > 100 else ".")
+        raise UserError(f"{source!r} {fault}: {reason} Pass {SOURCES}") from error
 
 
 def _names_a_path(source: str) -> bool:
@@ -80,97 +175,148 @@ def _names_a_path(source: str) -> bool:
         source.startswith((".", "/", "~"))
         or "\\" in source
         or source.count("/") > 1
-        or Path(source).suffix.lower() in LOADERS
+        or Path(source).suffix.lower() in PARTS
         or bool(slash and Path(folder).is_dir())
     )
 
 
-def _load_files(path: Path, source: str) -> Dataset | None:
-    """Records of a file, or of a folder's files, which must be of one kind; None if it has none."""
-    files = [path]
-    if path.is_dir():
-        known = (p for p in path.iterdir() if p.suffix.lower() in LOADERS)
-        files = sorted(p for p in known if not p.name.startswith("."))
-    endings = sorted({p.suffix.lower() for p in files})
-    kinds = {LOADERS.get(ending) for ending in endings}
-    if len(kinds) != 1:
+def _dataset_parts(
+    data: Dataset | DatasetDict, source: str, split: str
+) -> tuple[list[Part], tuple[str, ...]]:
+    """One split of a dataset; a dataset without splits is whole, as is one with only `train`."""
+    if isinstance(data, Dataset) or list(data) == ["train"]:
+        return [dataset_part(source, data if isinstance(data, Dataset) else data["train"])], ()
+    names, notes = _choose(list(data), source, split)
+    if len(names) > 1:
+        fault = f"{source} has several splits for {split}: {', '.join(names)}"
+        raise UserError(f"{fault}. Save one with save_to_disk or to_json, and pass that")
+    return [dataset_part(names[0], data[names[0]])], notes
+
+
+def _folder(path: Path, source: str, split: str) -> tuple[list[Path], tuple[str, ...]]:
+    """The files of a folder and its subfolders that `split` reads, which must be of one kind."""
+    every = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
+    visible = [p for p in every if not any(part.startswith((".", "__")) for part in p.parts)]
+    known = [p.as_posix() for p in visible if p.suffix.lower() in PARTS]
+    names, notes = _choose(known, source, split) if known else ([], ())
+    endings = sorted({Path(name).suffix.lower() for name in names or map(str, visible)} - {""})
+    if not names or len(endings) > 1:
         raise UserError(
             f"{path} must contain data files of one kind ({ENDINGS}), got "
             f"{' and '.join(endings) or 'none'}: pass one of its files, or move the others out"
         )
-    kind = kinds.pop()
-    if kind is None:
-        hint = did_you_mean(path.suffix, LOADERS)
-        raise UserError(f"{path} is not a {ENDINGS} file: convert it, to .jsonl for example.{hint}")
-    if kind != "parquet" and not _have_text(files):
-        return None
-    options: dict[str, Any] = {"split": "train", "keep_in_memory": True}
-    if kind == "csv":
-        # pandas would read the answers "None" and "N/A" as missing, and "007" and "1.50" as numbers
-        options |= {"keep_default_na": False, "converters": dict.fromkeys(TEXTS, str)}
-    data_files, verbosity = [str(file) for file in files], datasets_logging.get_verbosity()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # the error below explains it
+    return [path / name for name in names], notes
+
+
+def _choose(names: Sequence[str], source: str, split: str) -> tuple[Sequence[str], tuple[str, ...]]:
+    """Those of `names`, of files or splits, that `split` reads, and a note that tells the others.
+
+    Files without the name of a split are read where no file has the right one: those in subfolders
+    where there are no others.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[_split_in(name)].append(name)
+    groups[""] = [name for name in groups[""] if "/" not in name] or groups[""]
+    listed = [f"{s or 'no split'}: {some(group)}" for s, group in groups.items() if group]
+    wanted = next((name for name in WANTED[split] if groups[name]), None)
+    if wanted is None:
+        fault = f"{source} has no data for {split}, but {'; '.join(listed)}"
+        raise UserError(f"{fault}. Pass the one to read, or name one of them {WANTED[split][0]}")
+    read = groups.pop(wanted)
+    if len(read) == len(names):
+        return read, ()
+    others = [name for name in names if name not in read]
+    return read, (f"{source}: for {split}, reads {some(read)}; leaves out {some(others, 8)}",)
+
+
+def _split_in(name: str) -> str:
+    """The split that a file's name has a word for, or else its folder's; "" without one."""
+    file, *folders = reversed(name.lower().split("/"))
+    for part in (re.sub(r"\.[^.]*$", "", file), *folders):
+        found = {
+            match.start(): split
+            for split, words in SPLITS.items()
+            if (match := re.search(rf"(?<![a-z])({words})(set|data)?(?![a-z])", part))
+        }
+        if found:
+            return found[min(found)]
+    return ""
+
+
+def _file_part(file: Path, limit: int | None) -> Part:
+    ending = file.suffix.lower()
+    if ending not in PARTS:
+        hint = did_you_mean(file.suffix, PARTS)
+        raise UserError(f"{file} is not a {ENDINGS} file: convert it, to .jsonl for example.{hint}")
     try:
-        # datasets identifies a file by name and mtime: its cache would return an edited file's old
-        # content
-        with tempfile.TemporaryDirectory() as cache:
-            records = load_dataset(kind, data_files=data_files, cache_dir=cache, **options)
-    except (DatasetsError, ValueError, OSError, StopIteration) as error:
-        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            return None
-        for file in files if kind == "json" else ():
-            _json_rows(file)  # names the file and the line, which datasets' message lacks
-        reason = first_line(error.__cause__ or error)
-        fault = f"{source} cannot be read as {kind}: {reason} Fix the file, or save it as .jsonl"
-        raise UserError(fault) from error
-    finally:
-        datasets_logging.set_verbosity(verbosity)
-    return _restore_dates(records, files) if kind == "json" else records
+        return PARTS[ending](file, limit)
+    except (ValueError, OSError) as error:  # Arrow's errors are these
+        if isinstance(error, UserError):
+            raise
+        fault = f"{file} cannot be read as {ending[1:]}: {first_line(error)}"
+        raise UserError(f"{fault} Fix the file, or save it as .jsonl") from error
 
 
-def _have_text(files: Sequence[Path]) -> bool:
-    """Whether a file is not blank; raises for encodings other than UTF-8: datasets accepts them."""
-    filled = False
-    for file in files:
-        with file.open("rb") as lines:  # line by line: a file may not fit into memory
-            for number, line in enumerate(lines, start=1):
-                try:
-                    filled |= bool(line.decode().strip())
-                except UnicodeDecodeError as error:
-                    fault = f"{file}, line {number} is not UTF-8: save the file as UTF-8"
-                    raise UserError(fault) from error
-    return filled
+# ---- files -> rows
 
 
-def _restore_dates(records: Dataset, files: Sequence[Path]) -> Dataset:
-    """Restore the text of columns of dates: datasets reads "2024-05-01" as a timestamp, and the
-    model would be trained on "2024-05-01 00:00:00"."""
-    types = {name: getattr(value, "dtype", "") for name, value in records.features.items()}
-    dates = [name for name, dtype in types.items() if dtype.startswith("timestamp")]
-    rows = [row for file in files for row in _json_rows(file)] if dates else []
-    for name in dates:
-        written = [row.get(name) for row in rows]
-        records = records.remove_columns(name).add_column(name, written)
-    return records
+def _row_part(read: Callable[[Path], Iterator[Record]], file: Path, limit: int | None) -> Part:
+    columns: dict[str, int] = {}  # and the number of the last row that has it
+    for number, row in enumerate(islice(read(file), limit), start=1):
+        columns |= dict.fromkeys(row, number)
+    size = max(columns.values(), default=0)
+    return Part(file.name, tuple(columns), size, lambda _: read(file), {})
 
 
-def _json_rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON file, one per line or in a list; raises for any other value."""
-    text = file.read_text("utf-8-sig")
-    is_list = text.lstrip().startswith("[")
-    rows: list[Any] = []
-    for number, part in enumerate([text] if is_list else text.split("\n"), start=1):
-        if part.strip():
-            try:
-                values = json.loads(part) if is_list else [json.loads(part)]
-            except json.JSONDecodeError as error:
-                problem = f"line {number + error.lineno - 1}: {error.msg}"
-                raise UserError(f"{file}, {problem}: {EXPECTED_JSON}") from error
-            if odd := [type(row).__name__ for row in values if not isinstance(row, dict)]:
-                problem = f"line {number}: got a {odd[0]}, not an object"
-                raise UserError(f"{file}, {problem}: {EXPECTED_JSON}")
-            rows += values
-    return rows
+def _parquet_part(file: Path, limit: int | None) -> Part:
+    with parquet.ParquetFile(file) as head:
+        features, size = Features.from_arrow_schema(head.schema_arrow), head.metadata.num_rows
+
+    def rows(columns: Sequence[str]) -> Iterator[Record]:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(ARROW_ROWS, columns=columns):
+                yield from map(features.decode_example, batch.to_pylist())
+
+    return _arrow_part(file.name, features, size, rows)
+
+
+def dataset_part(name: str, data: Dataset) -> Part:
+    """A dataset without splits."""
+    plain = data.with_format(None)  # a saved one may have torch's
+    return _arrow_part(name, data.features, len(data), plain.select_columns)
+
+
+def _arrow_part(
+    name: str, features: Features, size: int, read: Callable[[list[str]], Iterable[Record]]
+) -> Part:
+    """`read` with the columns that exist, without None, and with float32 as it prints: 0.1."""
+    inner = {column: getattr(item, "feature", item) for column, item in features.items()}
+    classes = {column: x.names for column, x in inner.items() if isinstance(x, ClassLabel)}
+    short = {column for column, item in features.items() if item in SHORT_FLOATS}
+
+    def value_of(column: str, value: Any) -> Any:
+        return Written(str(np.float32(value))) if column in short else _without_none(value)
+
+    def rows(columns: Sequence[str]) -> Iterator[Record]:
+        for row in read([column for column in columns if column in features]):
+            yield {c: value_of(c, value) for c, value in row.items() if value is not None}
+
+    return Part(name, tuple(features), size, rows, classes)
+
+
+def _without_none(value: Any) -> Any:
+    """Drop keys whose value is None, at any depth: Arrow adds the keys of other rows."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+PARTS: dict[str, Callable[[Path, int | None], Part]] = {
+    ".jsonl": partial(_row_part, json_rows), ".json": partial(_row_part, json_rows),
+    ".csv": partial(_row_part, csv_rows), ".parquet": _parquet_part,
+    ".txt": partial(_row_part, text_rows),
+}  # fmt: skip
 
 
 # ---- records -> messages
@@ -183,11 +329,12 @@ class Chat:
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     first: int  # index of the first message that may have loss; those before it are a `prompt`
+    no_loss: frozenset[int] = frozenset()  # indices of messages whose weight is 0
 
 
 def kind_of(
-    columns: Iterable[str], source: str = "the record", kinds: Sequence[tuple[str, ...]] = KINDS
-) -> tuple[str, ...]:
+    columns: Iterable[str], source: str = "the record", kinds: Iterable[Kind] = KINDS
+) -> Kind:
     """The first of `kinds` whose columns are all in `columns`."""
     columns = list(columns)
     for kind in kinds:
@@ -197,11 +344,17 @@ def kind_of(
     known = [column for kind in kinds for column in kind]
     missing = [column for column in known if column not in columns]
     hints = (did_you_mean(column, missing) for column in columns if column not in known)
-    fault = f"{source} has the columns {', '.join(columns)}; expected one of: {expected}."
+    shown = ", ".join(map(_visible, columns))
+    fault = f"{source} has the columns {shown}; expected one of: {expected}."
     raise UserError(f"{fault} Rename them.{next(filter(None, hints), '')}")
 
 
-def chat_of(record: Mapping[str, Any]) -> Chat | None:
+def _visible(column: str) -> str:
+    """The name of a column, in quotes where white space in it would not be seen."""
+    return column if column.split() == [column] else repr(column)
+
+
+def chat_of(record: Record) -> Chat | None:
     """The record as a chat; None for a `text` record."""
     kind, first = kind_of(record), 0
     if kind == ("text",):
@@ -211,15 +364,30 @@ def chat_of(record: Mapping[str, Any]) -> Chat | None:
         first = len(prompt)
         messages = prompt + _messages(record["completion"], "assistant", "completion")
     elif kind == ("instruction", "output"):
-        parts = (string_of(record["instruction"]), string_of(record.get("input")))
-        user = "\n\n".join(part for part in parts if part.strip())
-        messages = _messages(user, "user", "") + _messages(record["output"], "assistant", "output")
+        history = _parsed(record.get("history"), "history") or []
+        last = [alpaca_prompt(record), string_of(record["output"], "output")]
+        messages = _turns([*history, last])
     else:
         messages = _messages(_parsed(record[kind[0]], kind[0]) or [], None, kind[0])
-    system = string_of(record.get("system"))
+    system = string_of(record.get("system"), "system")
     if system.strip() and not (messages and messages[0]["role"] == "system"):
         messages, first = [{"role": "system", "content": system}, *messages], first + 1
-    return Chat(messages, _without_none(_parsed(record.get("tools"), "tools")) or None, first)
+    no_loss = frozenset(i for i, message in enumerate(messages) if message.pop("no_loss", False))
+    return Chat(messages, _parsed(record.get("tools"), "tools") or None, first, no_loss)
+
+
+def alpaca_prompt(record: Record) -> str:
+    """`instruction` and `input`, as far as they are not blank, with a blank line between them."""
+    parts = (string_of(record.get(column), column) for column in ("instruction", "input"))
+    return "\n\n".join(part for part in parts if part.strip())
+
+
+def _turns(pairs: list[Any]) -> list[dict[str, Any]]:
+    """Messages of LLaMA-Factory's [question, answer]; those of `history` are learned too."""
+    if odd := [pair for pair in pairs if not isinstance(pair, list) or len(pair) != 2]:
+        raise UserError(f"history must hold [question, answer] lists, got {str(odd[0])[:60]!r}")
+    turns = zip(cycle(("user", "assistant")), chain.from_iterable(pairs), strict=False)
+    return [{"role": role, "content": string_of(text, "history")} for role, text in turns]
 
 
 def _messages(value: Any, role: str | None, column: str) -> list[dict[str, Any]]:
@@ -228,14 +396,15 @@ def _messages(value: Any, role: str | None, column: str) -> list[dict[str, Any]]
         return [_message(turn) for turn in value]
     if role is None or isinstance(value, Mapping):
         raise UserError(f"{column} must be a list of messages, got a {type(value).__name__}")
-    return [{"role": role, "content": string_of(value)}]
+    return [{"role": role, "content": string_of(value, column)}]
 
 
 def _message(turn: Any) -> dict[str, Any]:
-    """`role` and `content`, also from ShareGPT's from/value; other keys stay for the template."""
+    """`role`, `content`, also from ShareGPT's from/value, and `no_loss` if the message's weight is
+    0; other keys stay for the template."""
     if not isinstance(turn, Mapping):
         raise UserError(f'a message must be {{"role": …, "content": …}}, got {str(turn)[:60]!r}')
-    rest: dict[str, Any] = _without_none(turn)
+    rest = {key: value for key, value in turn.items() if value is not None}
     sender, value = rest.pop("from", None), rest.pop("value", None)
     role, content = rest.pop("role", None) or sender, rest.pop("content", value)
     if role not in ROLES:
@@ -244,17 +413,17 @@ def _message(turn: Any) -> dict[str, Any]:
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         if any("text" not in part for part in content):
             raise UserError("a message has parts that are not text: only text can be trained on")
-        content = "".join(part["text"] for part in content)
+        content = "".join(string_of(part["text"]) for part in content)
     if not all(isinstance(call, Mapping) for call in rest.get("tool_calls", ())):
         raise UserError(f"tool_calls must be a list of calls, got {str(rest['tool_calls'])[:60]!r}")
-    return {"role": ROLES[role]} | ({} if content is None else {"content": str(content)}) | rest
-
-
-def _without_none(value: Any) -> Any:
-    """Drop keys whose value is None, at any depth: datasets adds the keys of other rows."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+    switches = {key: rest.pop(key) for key in LOSS_SWITCHES if key in rest}
+    for key, switch in switches.items():
+        if not isinstance(switch, int | float) or switch not in (0, 1):
+            wanted = f"{key} of a message must be 0 or 1, or false or true"
+            raise UserError(f"{wanted}, got {str(switch)[:60]}: a loss is whole or left out")
+    rest |= {} if all(switches.values()) else {"no_loss": True}
+    text = {} if content is None else {"content": string_of(content, "the content of a message")}
+    return {"role": ROLES[role]} | text | rest
 
 
 def _parsed(value: Any, column: str) -> Any:
@@ -262,11 +431,19 @@ def _parsed(value: Any, column: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return JSON.decode(value)
+    except ValueError as error:
         raise UserError(f"{column} must be a list, or JSON of one, got {value[:60]!r}") from error
 
 
-def string_of(value: Any) -> str:
-    """A cell as text, empty if it is missing."""
-    return "" if value is None else str(value)
+def string_of(value: Any, name: str = "the value") -> str:
+    """A cell as the text that JSON has for it, empty if it is missing; a list or object raises."""
+    if value is None or value != value:  # NaN, of a .parquet file
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple | Mapping | bytes):
+        kind = "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+        fault = f"{name} must be text, got {kind}, {str(value)[:60]!r}"
+        raise UserError(f"{fault}: write it as one string")
+    return str(value)

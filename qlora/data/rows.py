@@ -1,7 +1,7 @@
 """Records -> rows of token ids with labels -> batches, padded or packed.
 
 A row is a record as its task encodes it (qlora.data.objectives): `input_ids` (T,), `labels` with
--100 where there is no loss, and `length`, T. Records and tokens (8 bytes each) stay in memory.
+-100 where there is no loss, and `length`, T. Tokens (8 bytes each) stay in memory, records do not.
 
 A pack is several rows, of up to max_length tokens together, concatenated without padding:
 
@@ -29,22 +29,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, concatenate_datasets
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from qlora.cli import Progress
 from qlora.data.chat_template import NO_LOSS, fallback_template
 from qlora.data.objectives import OBJECTIVES, class_names
-from qlora.data.records import kind_of, load_records
+from qlora.data.records import Record, Records, load_records
 from qlora.errors import UserError, require, some
 
 Collator = Callable[[list[Any]], Any]
 MOST_PIECES = 40  # of a row that is shown
+CHUNK_ROWS = 1000
 BATCH_TOKENS = 2048  # without gradients: their logits over a vocabulary of 128k take 0.5 GB in bf16
 
 
@@ -63,6 +65,7 @@ class DataStats:
         default_factory=dict
     )  # what the template leaves out: in how many rows
     special: int | None = None  # the first row with tool calls or reasoning
+    notes: tuple[str, ...] = ()  # what of the source was not used
 
 
 def prepare_data(
@@ -73,6 +76,7 @@ def prepare_data(
     task: str = "causal-lm",
     classes: Sequence[str] = (),
     new_classes: bool = True,
+    split: str = "training",
     limit: int | None = None,
     vocabulary: int | None = None,
 ) -> tuple[Dataset, DataStats]:
@@ -84,38 +88,24 @@ def prepare_data(
     Args:
         classes: a classifier's class names.
         new_classes: use the class names of the data where `classes` lacks some of them.
+        split: "training" or "evaluation": what to read of a source with several splits.
         limit: read only the first records, at most so many.
         vocabulary: the rows of the model's embedding; UserError if a token has no row in it.
     """
     objective = OBJECTIVES[task]
-    records = load_records(source, objective.kinds, limit=limit)
-    kind = kind_of(records.column_names, kinds=objective.kinds)
+    records = load_records(source, objective.kinds, split=split, limit=limit)
     if objective.classifies and new_classes:
         with _errors_in(source):
-            classes = class_names(records, kind[-1], classes)
-
-    def encode(record: dict[str, Any], index: int) -> dict[str, Any]:
-        with _errors_in(f"{source}, row {index + 1}"):
-            return objective.encode(record, tokenizer, max_length, classes)
-
-    ids, count = [Value("int32")], Value("int64")
+            classes = class_names(records, records.kind[-1], classes)
+    ids = [Value("int32")]
     columns: dict[str, Any] = {"input_ids": ids, "labels": ids[0] if objective.one_label else ids}
     if objective.one_label and "token_type_ids" in tokenizer.model_input_names:
         columns["token_type_ids"] = ids
-    others: dict[str, Any] = dict.fromkeys(("length", "full_length", "supervised"), count)
-    others |= {"lost": [Value("string")], "special": Value("bool")}
-    encoded = records.map(
-        encode,
-        with_indices=True,
-        remove_columns=records.column_names,
-        features=Features(columns | others),
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint="qlora-data",  # or else datasets hashes the tokenizer for its cache
-        desc="tokenizing",
+    encoded = _encoded(
+        source, records, columns, lambda row: objective.encode(row, tokenizer, max_length, classes)
     )
     full, supervised = list(encoded["full_length"]), list(encoded["supervised"])
-    _require_answers(source, full, supervised, max_length)
+    _require_answers(source, encoded, max_length)
     keep = [i for i, labels in enumerate(supervised) if labels]
     rows = encoded if len(keep) == len(full) else encoded.select(keep)
     if vocabulary is not None:
@@ -130,9 +120,10 @@ def prepare_data(
         cut_rows=sum(length > max_length for length in full),
         dropped_rows=len(full) - len(keep),
         classes=tuple(classes),
-        chats=task == "causal-lm" and kind != ("text",),
+        chats=task == "causal-lm" and records.kind != ("text",),
         lost=dict(Counter(what for names in rows["lost"] for what in names)),
         special=next((i for i, special in enumerate(rows["special"]) if special), None),
+        notes=records.notes,
     )
     return rows.select_columns([*columns, "length"]), stats
 
@@ -150,6 +141,31 @@ def fingerprint(rows: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
+def _encoded(
+    source: str,
+    records: Records,
+    columns: Mapping[str, Any],
+    encode: Callable[[Record], dict[str, Any]],
+) -> Dataset:
+    """The encoded records in memory; no more than CHUNK_ROWS are Python objects at a time."""
+    others: dict[str, Any] = dict.fromkeys(("length", "full_length", "supervised"), Value("int64"))
+    others |= {"lost": [Value("string")], "special": Value("bool"), "number": Value("string")}
+    features = Features({**columns, **others})
+
+    def rows() -> Iterator[dict[str, Any]]:
+        total = sum(part.size for part in records.parts)
+        for number, record in Progress(records.numbered(), desc="Tokenizing", total=total):
+            with _errors_in(f"{source}, row {number}"):
+                row = encode(record) | {"number": number}
+            yield {name: row[name] for name in features}
+
+    parts = [Dataset.from_dict({name: [] for name in features}, features=features)]
+    encoded = rows()
+    while chunk := list(islice(encoded, CHUNK_ROWS)):
+        parts.append(Dataset.from_list(chunk, features=features))
+    return concatenate_datasets(parts)
+
+
 @contextmanager
 def _errors_in(place: str) -> Iterator[None]:
     try:
@@ -158,14 +174,16 @@ def _errors_in(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}") from error
 
 
-def _require_answers(source: str, full: list[int], supervised: list[int], max_length: int) -> None:
-    if unanswered := [str(row) for row, length in enumerate(full, start=1) if not length]:
+def _require_answers(source: str, encoded: Dataset, max_length: int) -> None:
+    full = list(encoded["full_length"])
+    numbers = zip(encoded["number"], full, strict=True)
+    if unanswered := [number for number, length in numbers if not length]:
         raise UserError(
             f"{source}: {len(unanswered)} of {len(full)} rows have no answer (row "
             f"{some(unanswered)}): each needs a non-empty assistant turn, completion or output; "
             "fill or remove these rows"
         )
-    if not any(supervised):
+    if not any(encoded["supervised"]):
         raise UserError(
             f"{source}: cut to {max_length} tokens, no row has an answer left (its {len(full)} "
             f"rows have {min(full)} to {max(full)} tokens): raise --max-length"
@@ -210,7 +228,7 @@ def prepare_tokenizer(tokenizer: Tokenizer, *, chats: bool = False) -> tuple[str
 
 
 def describe(stats: DataStats, *, name: str) -> str:
-    """One line of counts, and a second line if rows were cut or dropped."""
+    """One line of counts, one if rows were cut or dropped, and those on what was not used."""
     line = f"{name}: {stats.rows:,} rows, {stats.tokens:,} tokens, {stats.supervised_tokens:,} "
     if stats.classes:
         line += f"labels of {len(stats.classes)} classes: {some(stats.classes, 8)}"
@@ -226,7 +244,7 @@ def describe(stats: DataStats, *, name: str) -> str:
             f"\n{name}: the model's chat template leaves out {' and '.join(lost)}: write them as "
             "text, or use a template that renders them"
         )
-    return line
+    return "\n".join((line, *stats.notes))
 
 
 def show_example(

@@ -84,7 +84,10 @@ def read_examples(
     """Batches of the first rows of `data`, up to `max_tokens` supervised tokens, on the CPU."""
     tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
     prepare_tokenizer(tokenizer)
-    rows, _ = prepare_data(data, tokenizer, max_length=MAX_LENGTH, vocabulary=vocabulary)
+    options: Any = {"max_length": MAX_LENGTH, "vocabulary": vocabulary}
+    rows, stats = prepare_data(data, tokenizer, split="evaluation", **options)
+    for note in stats.notes:
+        print(note)
     chosen: list[Any] = []
     tokens = 0
     for row in rows:
@@ -223,6 +226,8 @@ def calibrate(
         prepare_tokenizer(tokenizer)
         limits: Any = {"max_length": MAX_LENGTH, "vocabulary": vocabulary}
         sources = [prepare_data(source, tokenizer, **limits) for source in data]
+        for note in (note for _, stats in sources for note in stats.notes):
+            print(note)
     model = load_live(base, adapter, device=device, trust_remote_code=trust_remote_code)
     layers = {n: layer for n, layer in lora_layers(model).items() if isinstance(layer, LoRALinear)}
     widest = max(layer.shape[1] for layer in layers.values())

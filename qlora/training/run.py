@@ -319,9 +319,12 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
                 classes=classes,
                 new_classes=part == "training",  # evaluation data has the same classes
                 vocabulary=checkpoint.vocab_size,
+                split=part,
             )
             print(data_rows.describe(stats, name=source))
-            numbers = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
+            numbers = {
+                k: n for k, n in asdict(stats).items() if k not in ("classes", "chats", "notes")
+            }
             numbers["fingerprint"] = data_rows.fingerprint(rows[part])
             counts[part] = {"source": source, **numbers}
             classes, chats = stats.classes, chats or stats.chats

@@ -11,6 +11,7 @@ from transformers import BertTokenizer
 
 from qlora.data import objectives
 from qlora.data.objectives import OBJECTIVES, class_names, class_number, measure
+from qlora.data.records import Records, dataset_part
 from qlora.data.rows import collator, describe, prepare_data, show_example
 from qlora.errors import UserError
 
@@ -51,6 +52,7 @@ def prepare(tmp_path):
         ({"input": "say one", "target": "one"}, "say one"),
         ({"instruction": "say one", "output": "one", "input": ""}, "say one"),
         ({"instruction": "say", "output": "one", "input": "1 2"}, "say\n\n1 2"),
+        ({"instruction": " ", "output": "one", "input": "1 2"}, "1 2"),
     ],
 )
 def test_answer_is_the_decoders_labels(record, prompt, prepare):
@@ -140,7 +142,9 @@ def test_words_that_were_cut_off_have_no_label(prepare):
 def names(values, known=(), feature=None):
     features = datasets.Features({"label": feature}) if feature else None
     data = datasets.Dataset.from_dict({"label": values}, features=features)
-    return class_names(data, "label", known)
+    part = dataset_part("data", data)
+    records = Records([part], ("label",), ["label"], None)
+    return class_names(records, "label", known)
 
 
 def test_class_names_and_numbers():
@@ -150,7 +154,7 @@ def test_class_names_and_numbers():
     for found, expected in (
         (names(["pos", "neg", "pos"]), ("neg", "pos")),
         (names([0, 2, 2]), numbered[:3]),
-        (names([True, False]), ("False", "True")),
+        (names([True, False]), ("false", "true")),
         (names([["O", "B-PER"], ["O"]]), ("B-PER", "O")),
         (names([[0, 1], []]), numbered[:2]),
         (names([1, 1], feature=feature), ("world", "sport")),

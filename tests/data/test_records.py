@@ -50,28 +50,85 @@ def test_all_file_kinds_have_the_same_rows(tmp_path):
     datasets.Dataset.from_list(rows).to_csv(tmp_path / "a.csv")
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     for kind in ("jsonl", "json", "csv", "parquet"):
-        assert load_records(str(tmp_path / f"a.{kind}")).to_list() == rows
+        assert [*load_records(str(tmp_path / f"a.{kind}"))] == rows
 
 
-def test_dates_and_numbers_are_text_as_they_are_in_the_file(tmp_path):
-    first = {"completion": "2024-05-01", "label": "2024-05-01T07:30:00Z"}
-    second = {"completion": "1990-07-04"}
-    write_rows(tmp_path / "a.jsonl", [first, second])
-    (tmp_path / "a.json").write_text(json.dumps([first, second], indent=1))
+VALUES = (  # as they are in a file, and are learned
+    "2025-08-01", "2025-08-01T07:30:00Z", "5", "6.5", "1.10", "1e5", "-0", "007", "true", "null",
+    "123456789012345678901", "12345678.123456789123",
+)  # fmt: skip
+JSON_VALUES = [v if v[0] in "56t" or v[0] == "1" else json.dumps(v) for v in VALUES]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+def test_values_are_learned_as_the_file_writes_them(tmp_path, ending):
+    file = tmp_path / f"a.{ending}"
+    if ending == "csv":
+        file.write_text("prompt,completion\n" + "".join(f"a,{v}\n" for v in VALUES))
+    else:
+        rows = [f'{{"prompt": "a", "completion": {v}}}' for v in JSON_VALUES]
+        file.write_text("\n".join(rows) if ending == "jsonl" else f"[\n{', '.join(rows)}]")
+    assert [chat_of(row).messages[1]["content"] for row in load_records(str(file))] == [*VALUES]
+    assert len([*load_records(str(file), limit=3)]) == 3
+
+
+def test_values_inside_messages_and_tools_stay(tmp_path):
+    """Dates, mixed types, null and large numbers, beside rows with other keys."""
+    arguments = [{"on": "2025-08-01", "n": 5}, {"n": 6.5}, {"n": None, "big": 2**70, "yes": True}]
+    rows = []
+    for value in arguments:
+        call = {"type": "function", "function": {"name": "f", "arguments": value}}
+        talk = [USER, {"role": "assistant", "tool_calls": [call], "name": None}]
+        rows.append({"messages": talk, "tools": [{"default": value}]})
     for name in ("a.jsonl", "a.json"):
-        found = load_records(str(tmp_path / name), [("completion",)])
-        assert found.to_list() == [first, {**second, "label": None}]
-    (tmp_path / "a.csv").write_text("prompt,completion,label\n1,007,3\n2,1.50,4\n3,1e5,5\n")
-    records = load_records(str(tmp_path / "a.csv"), limit=9)
-    assert records["completion"][:] == ["007", "1.50", "1e5"]
-    assert records["label"][:] == [3, 4, 5]  # of a classifier, a number
+        write_rows(tmp_path / name, rows)
+        chats = [chat_of(row) for row in load_records(str(tmp_path / name))]
+        calls = [chat.messages[1]["tool_calls"][0]["function"]["arguments"] for chat in chats]
+        assert str(calls) == str(arguments)  # 5 is not 5.0
+        assert str([chat.tools[0]["default"] for chat in chats]) == str(arguments)
+        assert [*chats[0].messages[1]] == ["role", "tool_calls"]
+    mixed = datasets.Dataset.from_list([rows[0], {"messages": [USER, ANSWER]}])
+    mixed.to_parquet(tmp_path / "a.parquet")  # has each key in each row
+    found = [chat_of(row).messages for row in load_records(str(tmp_path / "a.parquet"))]
+    assert found == [chat_of(rows[0]).messages, [USER, ANSWER]]
+
+
+def test_numbers_of_parquet_files(tmp_path):
+    features = datasets.Features({"instruction": datasets.Value("float32")})
+    features |= {"input": datasets.Value("float64"), "output": datasets.Value("bool")}
+    columns = {"instruction": [0.1, None], "input": [5.0, float("nan")], "output": [True, False]}
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    data.to_parquet(tmp_path / "a.parquet")
+    found = [chat_of(row).messages for row in load_records(str(tmp_path / "a.parquet"))]
+    assert [turn["content"] for turns in found for turn in turns] == [
+        "0.1\n\n5.0",
+        "true",
+        "",
+        "false",
+    ]
+
+
+def test_labels_of_a_csv_file_are_numbers_where_all_are(tmp_path):
+    kinds = {("text", "label"): ()}
+    for cells, labels in (
+        ("3 4 5", [3, 4, 5]), ("1 2 x", ["1", "2", "x"]), ("01 2", ["01", "2"]),
+        ("True False", ["True", "False"]), ("1.0 2", [1.0, 2]),
+    ):  # fmt: skip
+        rows = "".join(f"a,{cell}\n" for cell in cells.split())
+        (tmp_path / "a.csv").write_text(f"text,label\n{rows}a,\n")
+        found = [row["label"] for row in load_records(str(tmp_path / "a.csv"), kinds)]
+        assert found == [*labels, None]
+
+
+def texts(path, split="training"):
+    return [row["text"] for row in load_records(str(path), split=split)]
 
 
 def test_folder_of_one_kind_is_read_in_order_of_names(tmp_path):
     for name in ("b.jsonl", "a.jsonl"):
         write_rows(tmp_path / name, [{"text": name}])
     (tmp_path / "README.md").write_text("no data")
-    assert load_records(str(tmp_path))["text"][:] == ["a.jsonl", "b.jsonl"]
+    assert texts(tmp_path) == ["a.jsonl", "b.jsonl"]
     (tmp_path / "c.csv").write_text("text\nx\n")
     with pytest.raises(UserError, match=r"one kind \(.*\), got \.csv and \.jsonl: pass one"):
         load_records(str(tmp_path))
@@ -80,14 +137,107 @@ def test_folder_of_one_kind_is_read_in_order_of_names(tmp_path):
         load_records(str(tmp_path / "empty"))
 
 
+def test_names_of_splits_mean_splits(tmp_path):
+    for name in ("train", "valid", "test"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
+    (tmp_path / "notes.txt").write_text("no data")
+    assert (texts(tmp_path), texts(tmp_path, "evaluation")) == (["train"], ["valid"])
+    (note,) = load_records(str(tmp_path)).notes
+    others = "notes.txt, test.jsonl, valid.jsonl"
+    assert note == f"{tmp_path}: for training, reads train.jsonl; leaves out {others}"
+    (tmp_path / "valid.jsonl").unlink()
+    assert texts(tmp_path, "evaluation") == ["test"]
+    assert texts(tmp_path / "test.jsonl") == ["test"]  # a file is what it is
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "notes.txt").unlink()
+    with pytest.raises(UserError, match=r"no data for training, but test: test\.jsonl\. Pass"):
+        load_records(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "training", "evaluation"),
+    [
+        ("data/train-00000-of-00002 data/train-00001-of-00002 data/test-00000-of-00001", "01", "2"),
+        ("train/a train/b dev/a test/a", "01", "2"),
+        ("my_trainset a-dev-b unit", "0", "1"),
+        ("a b held_out.v2", "01", "2"),
+        ("mine Evaluation old/mine", "0", "1"),  # subfolders: where there is nothing else
+        ("x/a y/b", "01", "01"),
+        (".cache/a train .train", "1", None),
+        ("contest latest", "01", "01"),  # no words for test
+    ],
+)
+def test_splits_of_folders(tmp_path, files, training, evaluation):
+    for i, name in enumerate(files.split()):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        data = datasets.Dataset.from_dict({"text": [str(i)]})
+        data.to_parquet(tmp_path / f"{name}.parquet")
+    assert texts(tmp_path) == [*training]
+    if evaluation:
+        assert texts(tmp_path, "evaluation") == [*evaluation]
+    else:
+        with pytest.raises(UserError, match=r"no data for evaluation, but train: train\.parquet"):
+            load_records(str(tmp_path), split="evaluation")
+
+
+def test_dataset_saved_to_disk_and_splits_of_the_hub(tmp_path, monkeypatch):
+    one, two = (datasets.Dataset.from_dict({"text": [name], "n": [1]}) for name in "ab")
+    one.with_format("torch").save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=one, validation=two).save_to_disk(tmp_path / "both")
+    for name, training, evaluation in (
+        ("one", "a", "a"),
+        ("both", "a", "b"),
+        ("both/train", "a", "a"),
+    ):
+        path = tmp_path / name
+        assert (texts(path), texts(path, "evaluation")) == ([training], [evaluation])
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"one' is not whole: .* Pass a \.jsonl"):
+        load_records(str(tmp_path / "one"))
+    splits = datasets.DatasetDict(train=one)
+    monkeypatch.setattr("qlora.data.records.load_dataset", lambda name: splits)
+    assert texts("a/b", "evaluation") == ["a"]  # the only one
+    splits["test_matched"] = two
+    assert texts("a/b", "evaluation") == ["b"]
+    splits["train_sft"] = two
+    with pytest.raises(
+        UserError, match=r"several splits for training: train, train_sft\. Save one"
+    ):
+        load_records("a/b")
+    splits = datasets.DatasetDict(test=one)
+    with pytest.raises(UserError, match=r"a/b has no data for training, but test: test\. Pass"):
+        load_records("a/b")
+
+
 def test_edited_file_is_read_again(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": "old"}])
     stamp = path.stat()
-    assert load_records(str(path))["text"][:] == ["old"]
+    assert texts(path) == ["old"]
     write_rows(path, [{"text": "new"}])
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # only the content differs
-    assert load_records(str(path))["text"][:] == ["new"]
+    assert texts(path) == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_weight_0_and_train_false_turn_the_loss_of_a_turn_off():
+    for switch, off in (
+        ({"weight": 0}, True), ({"train": False}, True), ({"training": 0.0}, True),
+        ({"loss": False, "weight": 1}, True), ({"weight": 1}, False), ({"train": None}, False),
+    ):  # fmt: skip
+        chat = chat_of({"messages": [USER, {**ANSWER, **switch}, USER, ANSWER], "system": "s"})
+        assert chat.messages == [SYSTEM, USER, ANSWER, USER, ANSWER]
+        assert chat.no_loss == ({2} if off else set())
+
+
+def test_history_comes_before_the_instruction():
+    chat = chat_of({**ALPACA, "history": [["q", "r"]], "system": "s"})
+    asked, said = {**USER, "content": "q"}, {**ANSWER, "content": "r"}
+    assert chat.messages == [SYSTEM, asked, said, USER, ANSWER]
+
+
+def test_unused_columns_are_named(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{**ALPACA, "id": 1}, {**ALPACA, " tools": []}])
+    assert load_records(str(path)).notes == (f"{path}: columns that are not used: id, ' tools'",)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +253,19 @@ def test_edited_file_is_read_again(tmp_path):
         ("a.jsonl", '{"text": "a"}\n["b"]\n', r"a\.jsonl, line 2: got a list, not an object"),
         ("a.json", '[\n{"text": "a"},\n{"text" "b"}]', r"a\.json, line 3: Expecting ':' delimiter"),
         ("a.json", '{"text": "a"}\n{"text": \n', r"a\.json, line 2"),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", "cannot be read as csv: .*line 3.* Fix the file"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "csv: line 3: 3 cells for 2 columns. Fix the file"),
+        ("a.csv", 'a,b\n1,"2\n1,2\n', "csv: line 3: unexpected end of data. Fix the file"),
+        ("a.csv", "a,b,a\n1,2,3\n", "csv: line 1: two columns have one name"),
+        ("a.csv", "prompt, completion\na,b\n", "columns prompt, ' completion'; .* mean completion"),
+        ("a.jsonl", '{"text": NaN}', r"a\.jsonl, line 1: NaN is no JSON number, write null"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}', r"line 2: .*surrogates not allowed"),
+        ("a.json", '[{"text": "a"}\n', r"a\.json, line 1: Expecting ',' delimiter"),
+        ("a.json", '[{"text": "a"}]\n{"text": "a"}', "line 1: expected the end of the list"),
+        (
+            "a.jsonl",
+            '{"messages": []}\n{"prompt": "a", "completion": "b"}\n{"messages": []}',
+            r"several kinds: messages \(row 1, 3\); prompt \+ completion \(row 2\)\. Put each kind",
+        ),
         ("a.parquet", "x", "cannot be read as parquet: .* Fix the file"),
         ("a.csv", "text\ncaf\xe9\n", r"a\.csv, line 2 is not UTF-8: save the file as UTF-8"),
     ],
@@ -129,7 +291,10 @@ def test_hub_name_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("qlora.data.records.load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"'a/b' is no local file .* Couldn't reach .* Pass a"):
         load_records("a/b")
-    load_dataset.assert_called_once_with("a/b", split="train")
+    load_dataset.assert_called_once_with("a/b")
+    load_dataset.side_effect = ValueError("Config name is missing.\nPick one of: ['one', 'two']\n")
+    with pytest.raises(UserError, match=r"missing\. Pick one of: \['one', 'two'\]\. Pass a"):
+        load_records("a/b")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +310,12 @@ def test_hub_name_that_cannot_be_reached(monkeypatch):
         ({"messages": "hello"}, "messages must be a list, or JSON of one, got 'hello'"),
         ({"messages": {"role": "user"}}, "messages must be a list of messages, got a dict"),
         ({"messages": [{**USER, "content": [{"type": "image"}]}]}, "parts that are not text"),
+        ({"messages": [{**USER, "content": ["a"]}]}, r"must be text, got a list, .* one string"),
+        ({"messages": [{**USER, "content": {"a": 1}}]}, "must be text, got an object"),
+        ({"instruction": "a", "output": ["b"]}, "output must be text, got a list"),
+        ({**ALPACA, "history": [["q"]]}, r"history must hold \[question, answer\] lists, got"),
+        ({"messages": [{**ANSWER, "weight": 0.5}]}, "weight of a message must be 0 or 1.*got 0.5"),
+        ({"messages": [{**ANSWER, "train": "no"}]}, "train of a message must be 0 or 1.*got no"),
     ],
 )
 def test_bad_records(record, message):

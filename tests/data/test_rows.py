@@ -84,6 +84,19 @@ def test_show_example_shows_the_longest_and_a_special_row(tmp_path):
     )
 
 
+def test_turns_of_weight_0_have_no_loss(tmp_path):
+    tokenizer, last = tiny_tokenizer(), {**TALK[3], "weight": 1}
+    rows, stats = prepare(
+        tmp_path, [{"messages": [TALK[0], {**TALK[1], "weight": 0}, TALK[2], last]}], tokenizer
+    )
+    expected, _ = prepare(tmp_path, [CHAT], tokenizer)
+    assert rows[0]["input_ids"] == expected[0]["input_ids"]
+    assert tokenizer.decode([i for i in rows[0]["labels"] if i != -100]) == "3<|im_end|>"
+    _, stats = prepare(tmp_path, [{**SHORT, "id": 1}], tokenizer)
+    note = f"{tmp_path / 'rows.jsonl'}: columns that are not used: id"
+    assert data.describe(stats, name="x").endswith(f"\n{note}")
+
+
 @pytest.mark.parametrize(
     ("good", "bad"),
     [
@@ -92,6 +105,7 @@ def test_show_example_shows_the_longest_and_a_special_row(tmp_path):
         ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}),
         (CHAT, {"messages": TALK[:1]}),
         (CHAT, {"messages": None}),
+        (CHAT, {"messages": [TALK[0], {**TALK[1], "weight": 0}]}),
         (CHAT, {"messages": [TALK[0], {"role": "assistant", "content": None}]}),
     ],
 )

@@ -72,7 +72,7 @@ def test_files_and_lines_of_a_run(quick_run, data):
     recorded = yaml.safe_load((folder / "run.yaml").read_text())
     assert recorded["config"]["learning_rate"] == 1e-2 and recorded["config"]["r"] == 4
     rows, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
-    counts = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats")}
+    counts = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats", "notes")}
     counts = {"source": str(data), **counts, "fingerprint": fingerprint(rows)}
     assert recorded["data"] == {"training": counts, "evaluation": counts}
     assert recorded["device"]["memory_bytes"] > 2**28
