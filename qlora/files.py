@@ -252,6 +252,8 @@ def csv_rows(file: Path) -> Iterator[dict[str, Any]]:
     texts: set[str] = set()  # columns
     for row in _cells(file):
         texts |= {name for name in row.keys() - texts if isinstance(_number_in(row[name]), str)}
+        if len(texts) == len(row):
+            break
     for row in _cells(file):
         yield {name: cell if name in texts else _number_in(cell) for name, cell in row.items()}
 
