@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -255,37 +256,47 @@ def _require_all_quantized(model: nn.Module, layers: Iterable[str], quant: Quant
 
 
 def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Freeze all parameters; `dtype` for those without codes, and for the Linear4bit products.
-
-    Raises UserError for widths at which bitsandbytes' CPU kernel silently uses wrong weights.
-    """
+    """Freeze all parameters; `dtype` for those without codes, and for the Linear4bit products."""
     model.requires_grad_(False)
     use_codes_as_stored(model)
     overflows = kept_in_fp32(model) if dtype == torch.float16 else []
-    wrong = {}  # in_features -> name and blocksize of such a layer
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
             weight: Any = module.weight
             weight.data = nf4.as_bytes(weight.data)  # those of FSDP are stored as a float dtype
             weight.quant_storage = module.quant_storage = torch.uint8
-            width, blocksize = module.in_features, weight.quant_state.blocksize
-            if model.device.type == "cpu" and not nf4.kernel_is_right(width, blocksize):
-                wrong[width] = (name, blocksize)
+            form = module.in_features, weight.quant_state.blocksize
+            if model.device.type == "cpu" and not nf4.kernel_is_right(*form):
+                module.__class__ = Decoded4bit
     if settings := getattr(model.config, "quantization_config", None):
         settings.bnb_4bit_quant_storage = torch.uint8
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # a 4-bit checkpoint's norms are loaded as stored
             needs_fp32 = name.rpartition(".")[0] in overflows
             parameter.data = parameter.data.to(torch.float32 if needs_fp32 else dtype)
-    if wrong:
-        width, (name, blocksize) = next(iter(wrong.items()))
-        raise UserError(
-            f"blocksize {blocksize} does not divide the {width} inputs of {name}, and "
-            "bitsandbytes computes such layers wrongly on this CPU: use a GPU, or a --blocksize "
-            f"that divides {', '.join(map(str, wrong))}"
-        )
+
+
+class Decoded4bit(Linear4bit):
+    """A Linear4bit with a weight decoded by `nf4`, for widths at which bitsandbytes' CPU kernel
+    silently uses a wrong one. The backward pass decodes it again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype."""
+        y: Tensor = _DecodedProduct.apply(x.to(self.compute_dtype), self)  # type: ignore[no-untyped-call]
+        return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
+
+
+class _DecodedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, nf4.decoded(layer, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return dy @ nf4.decoded(ctx.layer, dy.dtype), None  # (..., out) @ (out, in) -> (..., in)
 
 
 # ---- bitsandbytes through transformers, with a blocksize ----

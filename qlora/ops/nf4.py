@@ -154,8 +154,9 @@ def in_rows(quantized: Quantized, values: int) -> Iterator[tuple[slice, Tensor]]
 @cache
 def kernel_is_right(in_features: int, blocksize: int) -> bool:
     """Whether bitsandbytes' own layers compute with the right weights on this CPU: not its AVX-512
-    kernel (0.50), where a block crosses rows of `in_features`."""
-    weight = torch.linspace(-1, 1, math.lcm(in_features, blocksize)).view(-1, in_features)
+    kernel (0.50), where a block crosses rows of `in_features`, or holds several."""
+    values = 8 * math.lcm(in_features, blocksize)  # several blocks, each with another absmax
+    weight = torch.arange(1.0, values + 1).view(-1, in_features)
     quantized = quantize(weight, QuantConfig(blocksize=blocksize, double_quant=False))
     return agrees(bnb.dequantize_4bit, lambda *_: dequantize(quantized), *quantized, tolerance=0)
 
