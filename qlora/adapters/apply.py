@@ -27,6 +27,7 @@ from qlora.base.modules import (
     task_of,
     tied_modules,
     use_codes_as_stored,
+    vocabulary,
     was_conv1d,
 )
 from qlora.cli import Progress
@@ -236,6 +237,19 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     names = [name for name in adapter_configs(model) if name in names]
     for _, wrapper in wrappers.adapted(model):
         wrapper.active_adapters = tuple(name for name in names if name in wrapper.adapters)
+    set_vocab_size(model)
+
+
+def set_vocab_size(model: nn.Module) -> None:
+    """Set config.vocab_size, by which a loss is computed, to the rows of the active embedding."""
+    embedding, config = vocabulary(model)[0], getattr(model, "config", None)
+    if embedding is None or config is None:
+        return
+    for wrapper in wrappers.wrappers(model.get_submodule(embedding)):
+        if isinstance(wrapper, TrainedModule):
+            active = [wrapper.copies[name] for name in wrapper.active_adapters]
+            weight = next((c["weight"] for c in active if "weight" in c), wrapper.plain.weight)
+            config.get_text_config().vocab_size = len(weight)
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:

@@ -19,13 +19,14 @@ the changed base.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils.hub import cached_file
 
 from qlora.adapters import apply, rebase
 from qlora.adapters.apply import Model, adapter_configs
@@ -36,7 +37,9 @@ from qlora.adapters.format import (
     peft_values,
     raise_faults,
     read_adapter,
+    require_one_size,
     require_same_base,
+    with_tied,
     without_rebase,
 )
 from qlora.adapters.fuse import require_unfused
@@ -55,15 +58,18 @@ from qlora.adapters.wrappers import (
 )
 from qlora.base.load import share_pad
 from qlora.base.modules import (
+    is_in,
     is_quantized,
     matrix_shape,
     state_of,
     task_of,
+    tied_modules,
     use_codes_as_stored,
+    vocabulary,
     was_conv1d,
 )
 from qlora.config import LoraConfig
-from qlora.files import ids_in, replacing
+from qlora.files import ids_in, read_json, replacing
 
 # ---- save ----
 
@@ -85,6 +91,7 @@ def save_adapter(
     folder = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
     parameters = parameters_by_file_name(model, adapter_name)
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+    tensors |= resized_vocabulary(model, tensors)
     config, base = adapter_configs(model)[adapter_name], state_of(model).record()
     if subtracted := rebase.subtracted_parts(model):
         for name, part in subtracted.items():
@@ -121,6 +128,24 @@ def parameters_by_file_name(model: nn.Module, adapter_name: str) -> dict[str, nn
         for ending, parameter in wrapper.parameters_of(adapter_name).items():
             parameters[f"{PREFIX}{name}{infix}.{ending}"] = parameter
     return parameters
+
+
+def resized_vocabulary(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The embedding and head, by name in the files, if their rows are not those of the model on
+    disk and `tensors` lacks them; as PEFT saves them. One of two that are tied."""
+    name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
+    quiet: Any = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    path = cached_file(name_or_path, "config.json", **quiet) if name_or_path else None
+    if path is None:
+        return {}
+    values, added = read_json(Path(path)), dict[Any, str]()
+    size = (values.get("text_config") or values).get("vocab_size")
+    for name in filter(None, vocabulary(model)):
+        module, is_adapted = plain(model.get_submodule(name)), f"{PREFIX}{name}.lora_"
+        keys = [f"{PREFIX}{name}{infix}.weight" for infix in ("", ".base_layer")]
+        if size and has_rows(module) and len(module.weight) != size and not {*keys} & {*tensors}:
+            added.setdefault(module.weight, keys[any(is_adapted in key for key in tensors)])
+    return {key: weight.detach().cpu().contiguous() for weight, key in added.items()}
 
 
 def target_suffixes(model: nn.Module, layers: list[str]) -> list[str]:
@@ -196,13 +221,15 @@ def attach(model: nn.Module, adapter: AdapterFile, adapter_name: str = "default"
 
 def _place(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
     """Wrap the modules that `adapter` changes, with its values."""
-    adapter = without_rebase(adapter)
+    adapter = _with_tied(model, without_rebase(adapter))
     config = adapter.config
     in_full: dict[str, dict[str, Tensor]] = {}
     for name, value in adapter.full_params.items():
         module, _, leaf = name.rpartition(".")
         # PEFT saves an embedding's weight beside its A and B, unchanged
-        if module in adapter.pairs and torch.equal(value, model.get_parameter(name).to(value)):
+        base = getattr(plain(model.get_submodule(module)), leaf)
+        is_base = module in adapter.pairs or is_in(module, vocabulary(model))
+        if is_base and not adapter.trains(name) and torch.equal(value, base.to(value)):
             continue
         in_full.setdefault(module, {})[leaf] = value
     for name, values in in_full.items():
@@ -278,7 +305,7 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     state = state_of(model)
     require_same_base(adapter, state.fingerprint, "this model")
     modules: dict[str, Any] = {name: plain(module) for name, module in base_modules(model).items()}
-    faults = []
+    adapter, faults = _with_tied(model, adapter), []
     if state.labels and adapter.labels and state.labels != adapter.labels:
         ours, theirs = ", ".join(state.labels), ", ".join(adapter.labels)
         faults.append(f"its labels are {theirs}, those of the model {ours}")
@@ -286,7 +313,19 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     faults += adapter.missing(name for name, layer in modules.items() if lora_class(layer))
     what = f"adapter {adapter.folder} does not fit this model"
     raise_faults(what, faults, fix="Load the base it was trained on")
+    full = adapter.full_params
+    if any(f"{name}.weight" in full for name in vocabulary(model)):
+        found = {name: modules[name] for name in vocabulary(model) if name in modules}
+        sizes = {n: len(full.get(f"{n}.weight", m.weight)) for n, m in found.items()}
+        require_one_size(adapter, sizes, "this model")
     rebase.require_originals(model, adapter.subtracted)
+
+
+def _with_tied(model: nn.Module, adapter: AdapterFile) -> AdapterFile:
+    """The adapter with a resized embedding also for the head that is tied to it."""
+    modules = {name: plain(module) for name, module in base_modules(model).items()}
+    tied = tied_modules(modules)
+    return with_tied(adapter, {n: len(modules[n].weight) for group in tied for n in group}, tied)
 
 
 def _misfits(modules: dict[str, Any], adapter: AdapterFile) -> Iterator[str]:
@@ -297,8 +336,10 @@ def _misfits(modules: dict[str, Any], adapter: AdapterFile) -> Iterator[str]:
             yield f"{name} is no layer of this model that supports A and B"
         elif (name in adapter.embeddings) != isinstance(layer, nn.Embedding):
             yield f"{name} is a {type(layer).__name__}, which the adapter's tensors do not fit"
-        elif factors.shape != (shape := matrix_shape(layer)):
+        elif factors.shape != (shape := _matrix_shape(name, layer, adapter)):
             yield f"{name} is {shape} in this model, the adapter wants {factors.shape}"
+        elif factors.magnitude is not None and shape != matrix_shape(layer):
+            yield f"{name} has DoRA's magnitudes over a resized vocabulary, which only a merge has"
     for name, value in adapter.full_params.items():
         module, _, leaf = name.rpartition(".")
         parameter = getattr(modules.get(module), leaf, None)
@@ -330,6 +371,20 @@ def _misfits(modules: dict[str, Any], adapter: AdapterFile) -> Iterator[str]:
         layer, last = modules.get(name), int(ids.max())
         if layer is None or not has_rows(layer):
             yield f"{name} is no embedding or head of this model"
-        elif last >= len(layer.weight) or rows.shape[1] != layer.weight.shape[1]:
+        elif (
+            last >= len(adapter.full_params.get(f"{name}.weight", layer.weight))
+            or rows.shape[1] != layer.weight.shape[1]
+        ):
             row = f"row {last} of {rows.shape[1]} values"
             yield f"{name} is {tuple(layer.weight.shape)}, the adapter wants {row}"
+
+
+def _matrix_shape(name: str, layer: nn.Module, adapter: AdapterFile) -> tuple[int, int]:
+    """(out, in) of a layer, with the rows of a resized weight in the adapter."""
+    full, (out_features, in_features) = (
+        adapter.full_params.get(f"{name}.weight"),
+        matrix_shape(layer),
+    )
+    if full is None or not has_rows(layer):
+        return out_features, in_features
+    return (out_features, len(full)) if name in adapter.embeddings else (len(full), in_features)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora.adapters.lora import Factors
-from qlora.adapters.tensors import PREFIX, Contents, matches_any, sort_tensors
+from qlora.adapters.tensors import PREFIX, Contents, ends_in, matches_any, sort_tensors
 from qlora.base.checkpoint import Checkpoint
 from qlora.config import LoraConfig, QuantConfig
 from qlora.config.lora import REBASING_INITS
@@ -164,6 +164,10 @@ class AdapterFile(Contents):
         recorded = {f.name: self.base[f.name] for f in fields(QuantConfig) if f.name in self.base}
         return QuantConfig(**recorded | {"skip_modules": tuple(self.base.get("skip_modules", ()))})
 
+    def trains(self, param: str) -> bool:
+        """Whether its config names the module of that parameter in modules_to_save."""
+        return ends_in(param.rpartition(".")[0], self.config.modules_to_save)
+
     @property
     def bias_changes(self) -> dict[str, Tensor]:
         """Of each module with lora_bias: the change of its bias (out,), in fp32."""
@@ -175,6 +179,26 @@ class AdapterFile(Contents):
         known = {*self.pairs, *self.parameters, *in_full}
         absent = [n for n in layers if n not in known and matches_any(n, self.targets)]
         return [f"{n} is in target_modules, but the files have no A and B for it" for n in absent]
+
+
+def with_tied(adapter: AdapterFile, rows: Mapping[str, int], tied: list[list[str]]) -> AdapterFile:
+    """The adapter with the resized base weight that it has of one module also for those `tied` to
+    it (groups); `rows`: of the base's own, by module. Such a weight is no trained one."""
+    full = dict(adapter.full_params)
+    for group in tied:
+        params = [f"{module}.weight" for module in group if module in rows]
+        base = [p for p in params if p in full and not adapter.trains(p)]
+        if base and len(full[base[0]]) != rows[base[0].removesuffix(".weight")]:
+            full |= {param: full[base[0]] for param in params if param not in full}
+    return replace(adapter, full_params=full)
+
+
+def require_one_size(adapter: AdapterFile, sizes: Mapping[str, int], where: str) -> None:
+    """Raise unless embedding and head, `sizes` by name, have as many rows with the adapter."""
+    listed = " and ".join(f"{name} {size}" for name, size in sizes.items())
+    fix = "its vocabulary was resized before training: save that model, and give it as the base"
+    message = f"adapter {adapter.folder} does not fit {where}: rows of {listed}; {fix}"
+    require(len({*sizes.values()}) < 2, message)
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:

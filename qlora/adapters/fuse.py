@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from qlora.adapters import wrappers
 from qlora.adapters.apply import (
     Model,
+    activate,
     active_adapters,
     adapter_configs,
     known_adapters,
@@ -112,6 +113,7 @@ def merge_and_unload(model: Model, adapter_names: str | Iterable[str] | None = N
         unfit = [n for n, layer in biased.items() if getattr(layer, "bias", None) is None]
         why = f"adapter {adapter!r} has lora_bias, and {some(unfit)} have no bias to fold it into"
         require(not unfit, f"{why}: use merge_adapter, which keeps it beside the layer")
+    activate(model, names)  # sets config.vocab_size
     modules = wrappers.base_modules(model)
     tied = tied_modules({name: wrappers.plain(module) for name, module in modules.items()})
     for name, module in modules.items():
@@ -148,6 +150,7 @@ def unload(model: Model) -> Model:
     """Remove every adapter: `model` is its frozen base again. Raises UserError if the base was
     changed for its adapter, and its checkpoint is gone."""
     restore(model)
+    activate(model, ())
     wrappers.remove_wrappers(model, lambda _: True)
     adapter_configs(model).clear()
     return model

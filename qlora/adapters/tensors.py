@@ -36,8 +36,13 @@ PARTS = {  # ending of a tensor's name: its kind (E: an embedding's)
     "lora_B.bias": "lora_bias",
     "token_adapter.trainable_tokens_delta": "rows",
 }
+PEFT_COPIES = ("modules_to_save", "original_module")
 PEFT_HEADS = ("classifier", "score")  # PEFT lists both; a classifier has one of them
-VOCABULARY = ("embed_tokens", "lm_head")  # PEFT saves these in full where they were resized
+VOCABULARY = (  # PEFT saves these in full where they were resized
+    "embed_tokens", "lm_head", "shared", "wte", "word_embeddings", "embed_in", "embed_out",
+)  # fmt: skip
+# within names of such weights: around one that is adapted, and beside one that is trained in full
+INFIXES = r"\.(token_adapter\.base_layer|base_layer|modules_to_save|original_module)$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +112,13 @@ class _Sorter:
         full_params = {}
         for name, tensor in self.others.items():
             module, _, leaf = name.rpartition(".")
-            module = module.removesuffix(".base_layer")
+            infix = re.search(INFIXES, module)
+            module = re.sub(INFIXES, "", module)
+            # a copy of what was trained, and the base's, beside the one without an infix
+            if infix and infix[1] in PEFT_COPIES and f"{module}.{leaf}" in self.others:
+                continue
             is_expected = (
-                _ends_in(module, (*saved, *VOCABULARY))
+                ends_in(module, (*saved, *VOCABULARY))
                 or (leaf == "bias" and self.values.get("bias", "none") != "none")
                 or (".base_layer." in name and module in self.parts)
             )
@@ -117,7 +126,7 @@ class _Sorter:
                 self.faults.append(f"unexpected {PREFIX}{name}")
             full_params[f"{module}.{leaf}"] = tensor
         modules = {name.rpartition(".")[0] for name in full_params}
-        missing = [entry for entry in saved if not any(_ends_in(m, (entry,)) for m in modules)]
+        missing = [entry for entry in saved if not any(ends_in(m, (entry,)) for m in modules)]
         if modules and TASKS[task_typed(self.values.get("task_type"))].trains_head:
             missing = [entry for entry in missing if entry not in PEFT_HEADS]
         self.faults += [f"missing {e}, which its config says was trained in full" for e in missing]
@@ -201,7 +210,7 @@ class _Sorter:
         for module, tensors in self.parts.items():
             ids = indices
             if isinstance(indices, dict):
-                ids = next((v for k, v in indices.items() if _ends_in(module, (k,))), None)
+                ids = next((v for k, v in indices.items() if ends_in(module, (k,))), None)
             for tensor in (t for part, t in tensors.items() if PARTS[part] == "rows"):
                 if isinstance(ids, list) and len(ids) == len(tensor):
                     rows[module] = torch.tensor(ids, dtype=torch.long), tensor
@@ -221,7 +230,7 @@ def matches_any(name: str, targets: str | Iterable[str]) -> bool:
     return any(matches(name, target) for target in targets)
 
 
-def _ends_in(module: str, entries: Iterable[str]) -> bool:
+def ends_in(module: str, entries: Iterable[str]) -> bool:
     """PEFT's rule for modules_to_save: a suffix, which may begin within a word; or a parent."""
     return any(module.endswith(entry) or f"{entry}." in module for entry in entries)
 

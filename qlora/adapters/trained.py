@@ -149,9 +149,10 @@ class TokenRows(AdapterModule):
             bias = getattr(self.plain, "bias", None)
             logits = F.linear(x, own, bias if bias is None else bias[ids])  # (..., n)
             return y.index_copy(-1, ids, logits.to(y.dtype))
-        index = x.new_full((len(self.plain.weight),), -1)  # (vocab,): of a token's row in `own`
+        # (n,): of a token's row in `own`; the last is that of tokens beyond, of a grown vocabulary
+        index = x.new_full((max(len(self.plain.weight), int(ids.max()) + 1) + 1,), -1)
         index = index.index_copy(0, ids, torch.arange(len(ids), device=x.device).to(index.dtype))
-        row = index[x]
+        row = index[x.clamp_max(len(index) - 1)]
         values = scaled_as(self.plain, F.embedding(row.clamp_min(0), own))  # (..., dim)
         return torch.where((row >= 0)[..., None], values.to(y.dtype), y)
 

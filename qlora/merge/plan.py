@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from bitsandbytes.utils import unpack_tensor_to_dict
 
-from qlora.adapters.format import AdapterFile, raise_faults, require_same_base, require_same_codes
+from qlora.adapters.format import (
+    AdapterFile,
+    raise_faults,
+    require_one_size,
+    require_same_base,
+    require_same_codes,
+    with_tied,
+)
 from qlora.base.checkpoint import (
     Checkpoint,
     disk_name,
@@ -64,6 +71,7 @@ class Plan:
     config_changes: dict[str, Any]  # entries of the base's config.json that the merge changes
     task: str
     tied: list[list[str]]  # names of modules that share one weight of the base
+    adapter: AdapterFile  # with a resized embedding also for the head that is tied to it
 
     @property
     def in_4_bits(self) -> set[str]:
@@ -130,6 +138,10 @@ class _Planner:
         self.model: Any = skeleton(
             checkpoint.folder, task=self.task, labels=labels, trust_remote_code=trusted
         )
+        self.tied = tied_on_disk(checkpoint, self.model)
+        tied = {name for group in self.tied for name in group}
+        rows = {name: len(self.model.get_parameter(f"{name}.weight")) for name in tied}
+        self.adapter = adapter = with_tied(adapter, rows, self.tied)
         is_conv1d = quantized_layers(self.model, self.quant)  # of layers that training quantized
         self.quantized = {m for m in is_conv1d if f"{m}.weight" not in adapter.full_params}
         # whether these are quantized and dequantized; a 4-bit base already holds the codes
@@ -159,7 +171,6 @@ class _Planner:
         self.embedding, self.head = vocabulary(self.model)
         # parameter -> the adapter's name of what it becomes: another one, where it follows that
         self.changes = {param: param for param in params}
-        self.tied = tied_on_disk(checkpoint, self.model)
         self.unties = False
         self.classifier: set[str] = set()  # parameters of its head, which the adapter brings
 
@@ -189,7 +200,7 @@ class _Planner:
         order = {place: i for i, place in enumerate(self.places.values())}
         ops.sort(key=lambda op: order.get(op.name, -1))
         formats = self.quant, self.out_quant, self.out_dtype
-        return Plan(ops, *formats, linear, entries, adapter.task, self.tied)
+        return Plan(ops, *formats, linear, entries, adapter.task, self.tied, adapter)
 
     def _follow(self) -> None:
         """The parameters that follow a changed embedding, as in a live model."""
@@ -199,19 +210,32 @@ class _Planner:
             has_rows = module in adapter.rows
             for peer in followers(model, modules, self.tied, module, rows=has_rows):
                 follower = f"{peer}.weight"
+                if has_rows and self._is_equal(peer, module):
+                    self.changes.pop(follower, None)
                 if has_rows and follower in self.changes:
                     self.faults.append(f"it has token rows of {module}, and changes {peer} apart")
                 self.changes.setdefault(follower, param)
                 place = disk_name(self.checkpoint, model, follower)
                 self.places.setdefault(follower, place)
 
+    def _is_equal(self, module: str, other: str) -> bool:
+        """Whether the adapter has the same whole weight and token rows of both, and no A and B."""
+        full, rows = self.adapter.full_params, self.adapter.rows
+        pairs = [(full.get(f"{module}.weight"), full.get(f"{other}.weight"))]
+        pairs += zip(rows.get(module, ()), rows.get(other, ()), strict=False)
+        same = [
+            one is two or (one is not None and two is not None and torch.equal(one, two))
+            for one, two in pairs
+        ]
+        return all(same) and module not in self.adapter.pairs
+
     def _tie_or_untie(self, params: list[str]) -> None:
         """Write one weight for `params`, which share one in the base; or one for each, where the
         adapter changes them differently."""
         changes = [self.changes.get(param) for param in params]
-        full = [self.adapter.full_params.get(change or "") for change in changes]
-        first, *others = full
-        is_same = first is not None and all(t is not None and torch.equal(t, first) for t in others)
+        full, modules = self.adapter.full_params, [p.removesuffix(".weight") for p in params]
+        is_same = params[0] in full and not {*modules} & {*self.adapter.pairs, *self.adapter.rows}
+        is_same = is_same and all(self._is_equal(module, modules[0]) for module in modules)
         if is_same or len({*changes}) == 1:
             for param in params:
                 if self.places.get(param) is None:
@@ -290,12 +314,16 @@ class _Planner:
         """Entries of config.json for an untied head, a grown vocabulary and a classifier."""
         unties = self.unties and can_untie(self.model.config)
         changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
-        ends = (f"{self.embedding}.weight", f"{self.head}.weight")
-        sizes = {op.entries[0].shape[0] for op in ops if op.param in ends}
-        if len(sizes) > 1:
-            self.faults.append(f"embedding and output head have different numbers of rows, {sizes}")
-        elif sizes and ends[0] in self.adapter.full_params:
-            changes["vocab_size"] = sizes.pop()
+        ends = [f"{module}.weight" for module in (self.embedding, self.head) if module]
+        if self.adapter.full_params.keys() & ends:
+            places = {
+                self.places.get(end) or disk_name(self.checkpoint, self.model, end): end
+                for end in ends
+            }
+            rows = {op.name: op.entries[0].shape[0] for op in ops if op.name in places}
+            sizes = {str(places[name]).removesuffix(".weight"): size for name, size in rows.items()}
+            require_one_size(self.adapter, sizes, str(self.checkpoint.folder))
+            changes["vocab_size"] = next(iter(sizes.values()))
         if self.task.trains_head:
             names = {str(i): label for i, label in self.model.config.id2label.items()}
             changes["architectures"] = [type(self.model).__name__]

@@ -393,7 +393,7 @@ def _adapted_weight(job: _Job, op: MergeOp) -> AdaptedWeight:
 
 def _read(job: _Job, op: MergeOp) -> Tensor:
     """The tensor of `op`, with the adapter's full parameters, bias changes and token rows."""
-    adapter = job.adapter
+    adapter = job.plan.adapter
     value = adapter.full_params.get(op.param) if op.param else None
     if value is None:
         value = job.checkpoint.read(op.source)
