@@ -415,7 +415,8 @@ def not_as_linear(model: nn.Module) -> list[str]:
 def kept_dense(model: nn.Module) -> list[str]:
     """Linear layers that are never quantized: those kept in fp32, and those to whose dtype the
     model casts their input, which codes would turn into bytes."""
-    dense = {*kept_in_fp32(model), *read_directly(dict(model.named_modules()), CASTS)}
+    cast, left_out = read_directly(dict(model.named_modules()), CASTS), heads(model)
+    dense = {*kept_in_fp32(model), *(name for name in cast if not is_in(name, left_out))}
     return [name for name in linear_layers(model) if name in dense]
 
 

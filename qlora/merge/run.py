@@ -355,11 +355,11 @@ def apply_op(job: _Job, op: MergeOp, moments: Tensor | None) -> tuple[list[Tenso
         return [record[suffix].cpu() for suffix in suffixes], facts
     (entry,) = op.entries
     if op.kind is Kind.COPY:
-        tensor, facts = _read(job, op), {}
-    else:
-        # (out, in); of a convolution (out, in * kernel)
-        weight, facts = fold(_adapted_weight(job, op), entry.dtype)
-        tensor = weight.T if op.transposed else weight.view(entry.shape)
+        tensor = _read(job, op)
+        return [_finite(tensor.to("cpu", entry.dtype), entry.name, base=tensor)], {}
+    # (out, in); of a convolution (out, in * kernel)
+    weight, facts = fold(_adapted_weight(job, op), entry.dtype)
+    tensor = weight.T if op.transposed else weight.view(entry.shape)
     return [_finite(tensor.to("cpu", entry.dtype), entry.name)], facts
 
 
@@ -406,9 +406,11 @@ def _read(job: _Job, op: MergeOp) -> Tensor:
     return value
 
 
-def _finite(tensor: Tensor, name: str) -> Tensor:
-    """`tensor`; raises if it holds NaN or infinity."""
-    if tensor.is_floating_point() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+def _finite(tensor: Tensor, name: str, *, base: Tensor | None = None) -> Tensor:
+    """`tensor`; raises if it holds NaN, or infinity where `base` does not: Gemma 4's bounds do."""
+    if not tensor.is_floating_point() or all(map(torch.isfinite, torch.aminmax(tensor))):
+        return tensor
+    if base is None or not torch.equal(~tensor.isfinite(), base.isinf().cpu()):
         raise UserError(
             f"{name} has NaN, or values beyond the range of {tensor.dtype}: use --format bf16 or "
             "fp32; if the base itself has NaN, download it again"

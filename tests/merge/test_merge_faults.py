@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from merging import refused, run_merge, trained
+from merging import merged, refused, run_merge, trained
 from safetensors.torch import load_file, save_file
 
 from qlora.base.shards import INDEX, SINGLE
@@ -52,6 +52,17 @@ def test_one_line_and_nothing_is_left(name, value, settings, match, adapter, tmp
         tensors[name].view(-1)[0] = value
         save_file(tensors, shard, metadata={"format": "pt"})
     refused(adapter, tmp_path / "out", match, **settings)
+
+
+def test_an_infinity_of_the_base_is_copied(adapter, tmp_path):
+    """As the bounds of Gemma 4's clipped layers are."""
+    base = tmp_path / "base"
+    shard = base / json.loads((base / INDEX).read_text())["weight_map"]["lm_head.weight"]
+    tensors = load_file(shard)
+    tensors["lm_head.weight"].view(-1)[:2] = torch.tensor([torch.inf, -torch.inf])
+    save_file(tensors, shard, metadata={"format": "pt"})
+    head = merged(adapter, tmp_path / "out")["lm_head.weight"]
+    assert head.view(-1)[:2].tolist() == [torch.inf, -torch.inf]
 
 
 def test_settings_and_outputs(adapter, tmp_path, monkeypatch):
