@@ -45,7 +45,6 @@ from qlora.base.checkpoint import (
 )
 from qlora.base.modules import (
     ModelState,
-    auto_class,
     heads,
     is_in,
     is_linear,
@@ -58,6 +57,13 @@ from qlora.config.tasks import Task, task_named
 from qlora.errors import UserError, first_line, require, some
 from qlora.ops import nf4
 
+# model type -> why an adapter over 4-bit weights cannot be trained and merged
+UNFIT = {
+    "reformer": "its reversible layers pass no gradient to an adapter",
+    "rwkv": "it rescales its own weights when it changes between training and evaluation",
+    "zamba": "its layers share weights, which would get an adapter in each layer",
+    "zamba2": "its layers share weights, which would get an adapter in each layer",
+}
 DTYPE_NAMES: dict[Any, Any] = {dtype: name for name, dtype in nf4.DTYPES.items()}
 
 
@@ -91,8 +97,8 @@ def load_base(
     trusted: Any = {"trust_remote_code": trust_remote_code}
     checkpoint = Checkpoint.open(model, revision=revision) if isinstance(model, str) else model
     kind = task_named(task)
-    empty = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
-    config: Any = empty.config
+    empty: Any = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
+    config = empty.config
     in_full = classifier_modules(checkpoint, empty, kind)
     quant, bnb_config = _quantization(checkpoint, empty, config, quant, in_full)
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
@@ -100,7 +106,7 @@ def load_base(
         if in_full:  # `initialise_missing` reports a missing head
             stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
             transformers_logging.set_verbosity_error()
-        loaded, info = auto_class(kind).from_pretrained(
+        loaded, info = type(empty).from_pretrained(
             checkpoint.folder,
             config=config,
             output_loading_info=True,
@@ -177,6 +183,11 @@ def _quantization(
 
     In the `config` of a 4-bit checkpoint, `in_full` is added to the modules without codes.
     """
+    if why := UNFIT.get(config.model_type):
+        raise UserError(
+            f"{checkpoint.origin} is of type {config.model_type}, which is not supported: {why}. "
+            "Use another model"
+        )
     if not checkpoint.is_quantized:
         if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
             raise UserError(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import cache
+from pathlib import Path
 
 import pytest
 import reference
@@ -14,7 +15,7 @@ from merging import require_logits, run_merge
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.files import save_adapter
@@ -375,3 +376,31 @@ def test_a_damaged_tokenizer_file_is_one_line(text, checkpoints, tmp_path):
     (folder / "tokenizer.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="base holds no tokenizer to load: "):
         load_tokenizer(folder)
+
+
+@pytest.fixture
+def family_config(monkeypatch):
+    """`tiny_config` of benchmarks/family_sizes.py."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from family_sizes import tiny_config
+
+    return tiny_config
+
+
+def test_the_language_model_of_a_checkpoint_with_images_loads(family_config, tmp_path):
+    # AutoModelForCausalLM has a model for the whole config, and none for its text_config
+    config = family_config("mllama")
+    whole = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    whole.save_pretrained(tmp_path)
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    model = load(tmp_path, skip_modules=tuple(dict(wanted.named_children())))
+    ids = token_ids() % config.text_config.vocab_size
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, wanted(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["reformer", "rwkv", "zamba", "zamba2"])
+def test_a_family_that_cannot_be_trained_is_refused_by_name(kind, family_config, tmp_path):
+    AutoModelForCausalLM.from_config(family_config(kind)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"is of type {kind}, which is not supported: its?"):
+        load(tmp_path)
