@@ -407,7 +407,12 @@ def prepare_for_training(
 
     transformers' Trainer and TRL's SFTTrainer then accept the model: `model.save_pretrained`, which
     they call, writes the active adapter as long as the model has one.
+
+    Raises UserError if the family has no gradient checkpointing.
     """
+    supported = not gradient_checkpointing or model.supports_gradient_checkpointing
+    family = type(model).__name__
+    require(supported, f"{family} has no gradient checkpointing: use --no-gradient-checkpointing")
     model._hf_peft_config_loaded = False  # with it, checkpointing computes gradients of embeddings
     model.config.use_cache = False
     if fast_path:

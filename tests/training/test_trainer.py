@@ -161,6 +161,16 @@ def test_checkpointing_saves_memory_and_changes_nothing(checkpoints):
     assert saved_on < saved_off / 2
 
 
+def test_a_family_without_checkpointing_is_refused_before_a_change(checkpoints, monkeypatch):
+    model = adapted_model(checkpoints("llama"))
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    modules = dict(model.named_modules())
+    with pytest.raises(UserError, match="has no gradient checkpointing: use --no-gradient-check"):
+        prepare_for_training(model)
+    assert dict(model.named_modules()) == modules
+    prepare_for_training(model, gradient_checkpointing=False)
+
+
 def test_offloaded_layer_inputs_train_the_same_adapter(quick_run, tmp_path, monkeypatch):
     monkeypatch.setattr("qlora.training.run.require_gpu", lambda what: None)
     copies = LateCopies()
