@@ -34,7 +34,7 @@ from qlora.adapters.lora import LoRALayer
 from qlora.adapters.wrappers import base_modules, plain
 from qlora.base import modules
 from qlora.base.load import load_base
-from qlora.base.modules import is_quantized, is_tied
+from qlora.base.modules import is_quantized
 from qlora.config import LoraConfig, QuantConfig
 from qlora.errors import UserError
 from qlora.fast import head, layers
@@ -145,7 +145,7 @@ def widen(model: Any, large: dict[str, Any], r: int) -> None:
                 own._parameters[key] = _frozen(made)
         for key, buffer in own._buffers.items():
             own._buffers[key] = empty(buffer.shape, buffer.dtype)
-    if is_tied(large[""]):
+    if large[""].config.tie_word_embeddings:
         plain(model.get_output_embeddings()).weight = plain(model.get_input_embeddings()).weight
     model.config.vocab_size = model.vocab_size = large[""].vocab_size
 

@@ -32,7 +32,7 @@ from qlora.adapters.lora import LoRALinear
 from qlora.adapters.targets import target_layers
 from qlora.adapters.wrappers import base_modules, put_module
 from qlora.base.load import load_base
-from qlora.base.modules import as_dense, dense_weight, is_quantized, is_tied
+from qlora.base.modules import as_dense, dense_weight, is_quantized
 from qlora.config import LoraConfig, QuantConfig
 from qlora.fast.head import put_language_head
 from qlora.fast.layers import MLPBlock, SharedInput, put_norms, use_fast_path
@@ -137,7 +137,7 @@ def ours(setup: Setup, left_out: Collection[str] = ()) -> Side:
 def offloading(setup: Setup) -> Side:
     """Ours with activations and embedding in host memory; needs a GPU."""
     model = ours(setup).model
-    if not is_tied(model):
+    if not model.config.tie_word_embeddings:
         offload_embedding(model)
     if not setup.checkpointing:
         return plain(model)
