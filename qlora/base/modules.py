@@ -233,17 +233,15 @@ def read_directly(modules: Mapping[str, nn.Module], use: str = VALUES) -> set[st
 
 @cache
 def _weights_used(kind: type, use: str) -> frozenset[str]:
-    """The children whose weight the methods of a class use, but for those that initialise."""
-    leaves: set[str] = set()
-    for name, value in inspect.getmembers_static(kind, inspect.isfunction):
-        method = inspect.unwrap(value)
-        if "weight" in method.__code__.co_names and "init" not in name:
-            with suppress(OSError):  # there is no source
-                source = inspect.getsource(method)
-                found = re.findall(use, source)
-                leaves.update(
-                    n for n in found if f"self.{n}.weight.dtype != torch.uint8" not in source
-                )
+    """The children whose weight a class uses in `forward` and the methods that it names."""
+    methods = dict(inspect.getmembers_static(kind, inspect.isfunction))
+    leaves, names = set[str](), ["forward"]
+    for name in names:
+        with suppress(KeyError, OSError):  # no method, or one without source
+            source = inspect.getsource(inspect.unwrap(methods[name]))
+            names += [n for n in re.findall(r"\bself\.(\w+)", source) if n not in names]
+            guarded = "self.{}.weight.dtype != torch.uint8"  # as NLLB-MoE's is
+            leaves |= {n for n in re.findall(use, source) if guarded.format(n) not in source}
     return frozenset(leaves)
 
 
