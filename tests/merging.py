@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters.files import save_adapter
-from qlora.config import LoraConfig, MergeConfig, QuantConfig
-from qlora.errors import UserError
+from qlora import LoraConfig, MergeConfig, QuantConfig, UserError, save_adapter
 from qlora.merge import merge
 
 

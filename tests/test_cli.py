@@ -12,9 +12,8 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from qlora import __main__, __version__, cli
-from qlora.config import DataConfig, TrainConfig, build, flat, settings_of
-from qlora.errors import UserError
+from qlora import DataConfig, TrainConfig, UserError, __main__, __version__, cli
+from qlora.config import build, flat, settings_of
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = "--model base --output-dir out --data rows.jsonl "

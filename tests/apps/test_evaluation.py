@@ -18,12 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from qlora import disable_adapter, load_adapter, load_base
+from qlora import DataConfig, MergeConfig, UserError, disable_adapter, load_adapter, load_base
 from qlora.apps import evaluation
 from qlora.apps.evaluation import compare_answers, evaluate
-from qlora.config import DataConfig, EvaluateConfig, MergeConfig
+from qlora.config import EvaluateConfig
 from qlora.data.rows import prepare_data
-from qlora.errors import UserError
 from qlora.files import read_metrics
 from qlora.merge import merge
 from qlora.training import train

@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig
 
+from qlora import QuantConfig, UserError, load_base
 from qlora.base.checkpoint import Checkpoint
-from qlora.base.load import compute_dtype, load_base
+from qlora.base.load import compute_dtype
 from qlora.base.modules import output_head, state_of
-from qlora.config import QuantConfig
-from qlora.errors import UserError
 from qlora.ops import nf4
 
 EACH_FAMILY = ["llama", *axis("gpt2", "qwen2", "qwen3", "mistral", "gemma", "phi")]

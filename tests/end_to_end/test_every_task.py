@@ -16,11 +16,9 @@ from conftest import FP32, axis, losses, quick_config, require_same_adapter, tok
 from merging import refused, run_merge
 from safetensors.torch import load_file
 
-from qlora import load_adapter, load_base
+from qlora import DataConfig, LoraConfig, UserError, load_adapter, load_base
 from qlora.base.modules import auto_class, state_of
-from qlora.config import DataConfig, LoraConfig
 from qlora.config.tasks import TASKS
-from qlora.errors import UserError
 from qlora.files import read_metrics
 from qlora.training import train
 

@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters.apply import apply_lora
-from qlora.adapters.files import save_adapter
-from qlora.base.load import load_base
-from qlora.config import LoraConfig
-from qlora.errors import UserError
+from qlora import LoraConfig, UserError, apply_lora, load_base, save_adapter
 from qlora.fast import layers, offload
 from qlora.fast.offload import Buffers, Saved, offload_activations, offload_embedding
 from qlora.training import prepare_for_training

@@ -16,9 +16,7 @@ import pytest
 import torch
 from conftest import FP32, ROWS, axis, quick_config, read_rows, tiny_tokenizer, write_rows
 
-from qlora.adapters.files import load_adapter
-from qlora.base.load import load_base
-from qlora.config import LoraConfig
+from qlora import LoraConfig, load_adapter, load_base
 from qlora.data.rows import prepare_data
 from qlora.training import outputs, train
 from qlora.training.outputs import PlainProgress, choose_samples, show_bytes, write_answers
