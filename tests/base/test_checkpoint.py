@@ -19,7 +19,6 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 @pytest.fixture
 def copy(checkpoints, tmp_path):
-    """A copy of a llama checkpoint, to damage."""
     return shutil.copytree(checkpoints("llama"), tmp_path / "copy")
 
 

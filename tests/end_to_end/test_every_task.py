@@ -12,7 +12,16 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import FP32, axis, losses, quick_config, require_same_adapter, token_ids, write_rows
+from conftest import (
+    FP32,
+    RECORDS,
+    axis,
+    losses,
+    quick_config,
+    require_same_adapter,
+    token_ids,
+    write_rows,
+)
 from merging import refused, run_merge
 from safetensors.torch import load_file
 
@@ -41,17 +50,7 @@ LABELS = {"seq2seq": [], "seq-cls": ["neg", "pos"], "token-cls": ["B-L", "B-P", 
 TEN_STEPS = {"max_steps": 10, "gradient_accumulation_steps": 2, "samples": 1}
 
 
-WORDS, TAGS = ["I", "met", "Ann", "Lee", "in", "Rome"], ["O", "O", "B-P", "I-P", "O", "B-L"]
-RECORDS = {  # of different lengths, which a tiny model learns within a few steps
-    "seq2seq": lambda i: {"prompt": f"say {i % 3}", "completion": "one two three"[: 3 + i % 9]},
-    "seq-cls": lambda i: {"text": ("good " if i % 2 else "bad ") * (1 + i % 4),
-                          "label": "pos" if i % 2 else "neg"},
-    "token-cls": lambda i: {"tokens": WORDS[: 3 + i % 4], "tags": TAGS[: 3 + i % 4]},
-}  # fmt: skip
-
-
 def run(base: Path, task: str, folder: Path, **settings: Any) -> Path:
-    """A short run on a few records, written into `folder`."""
     folder.mkdir(exist_ok=True)
     data = write_rows(folder / "data.jsonl", map(RECORDS[task], range(24)))
     both = DataConfig(str(data), eval_data=str(data), max_length=64)

@@ -40,7 +40,6 @@ def edit(adapter: Path, change: Any = dict, **config: Any) -> None:
 
 @pytest.fixture
 def plain(adapter_build, tmp_path):
-    """PEFT's files of a plain adapter, to change."""
     return shutil.copytree(adapter_build("lora").peft_folder, tmp_path / "adapter")
 
 
