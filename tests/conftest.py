@@ -86,7 +86,6 @@ def axis(*values: Any) -> list[Any]:
 
 
 def on_gpu(test: Any) -> Any:
-    """Decorates a test that needs a GPU."""
     return pytest.mark.gpu(NEEDS_GPU(test))
 
 
@@ -209,14 +208,21 @@ ROWS = [{"prompt": f"{i} times {i}", "completion": f"{i * i} " * (1 + i % 5)} fo
 """Of different lengths, so that means over tokens and over rows differ."""
 
 
+WORDS, TAGS = ["I", "met", "Ann", "Lee", "in", "Rome"], ["O", "O", "B-P", "I-P", "O", "B-L"]
+RECORDS: dict[str, Callable[[int], dict[str, Any]]] = {  # which a model learns within a few steps
+    "seq2seq": lambda i: {"prompt": f"say {i % 3}", "completion": "one two three"[: 3 + i % 9]},
+    "seq-cls": lambda i: {"text": ("good " if i % 2 else "bad ") * (1 + i % 4),
+                          "label": "pos" if i % 2 else "neg"},
+    "token-cls": lambda i: {"tokens": WORDS[: 3 + i % 4], "tags": TAGS[: 3 + i % 4]},
+}  # fmt: skip
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """A .jsonl file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -233,7 +239,6 @@ def quick_config(base: Path, rows: Path, output: Path, **settings: Any) -> Train
 
 
 def losses(folder: Path) -> list[float]:
-    """The training losses of a run."""
     return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 
 
@@ -268,7 +273,6 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """ROWS in a file."""
     return write_rows(tmp_path_factory.mktemp("data") / "data.jsonl", ROWS)
 
 

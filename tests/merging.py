@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters.files import save_adapter
-from qlora.config import LoraConfig, MergeConfig, QuantConfig
-from qlora.errors import UserError
+from qlora import LoraConfig, MergeConfig, QuantConfig, UserError, save_adapter
 from qlora.merge import merge
 
 
@@ -29,7 +27,6 @@ class Trained(NamedTuple):
 
 
 def trained(base: Path, folder: Path, quant: QuantConfig = FP32, **lora: Any) -> Trained:
-    """An adapter over `base`, in `folder`."""
     model = adapted_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8} | lora), quant)
     save_adapter(model, folder)
     return Trained(model.eval(), folder)
@@ -53,7 +50,6 @@ def run_merge(
 
 
 def merged(adapter: Path, output: Path, **settings: Any) -> dict[str, Tensor]:
-    """Merge, and read the tensors of the checkpoint."""
     run_merge(adapter, output, **settings)
     files = output.glob("*.safetensors")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -73,7 +69,6 @@ def refused(adapter: Path, output: Path, match: str, **settings: Any) -> None:
 
 
 def rows_file(folder: Path) -> str:
-    """Twelve rows for calibration and verification."""
     rows = [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(12)]
     return str(write_rows(folder / "rows.jsonl", rows))
 

@@ -102,7 +102,6 @@ def pack(indices: np.ndarray) -> Tensor:
 
 
 def unpack(packed: Tensor) -> np.ndarray:
-    """Inverse of `pack`."""
     pairs = packed.detach().cpu().flatten().numpy()
     return np.stack([pairs // 16, pairs % 16], axis=1).reshape(-1)
 
@@ -131,7 +130,6 @@ def lora_forward(
 
 
 def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """scaling B A, float64."""
     return scaling * lora_B.detach().double() @ lora_A.detach().double()
 
 

@@ -21,13 +21,11 @@ REQUIRED = "--model base --output-dir out --data rows.jsonl "
 
 
 def parse(line, command="train", *, required=REQUIRED):
-    """The config of a command line, as a shell splits it."""
     words = shlex.split((required if command == "train" else "") + line)
     return cli.parse(__main__.COMMANDS[command][0], words, prog="it")
 
 
 def refused(line, command="train", **settings):
-    """The error message for a command line."""
     with pytest.raises(UserError) as error:
         parse(line, command, **settings)
     return str(error.value)
@@ -35,7 +33,6 @@ def refused(line, command="train", **settings):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """Writes recipe.yaml into the working directory."""
     monkeypatch.chdir(tmp_path)
     return (tmp_path / "recipe.yaml").write_text
 

@@ -81,8 +81,8 @@ def load_base(
     """A frozen model with 4-bit linear layers, for causal-lm, seq2seq, seq-cls or token-cls.
 
     Args:
-        model: local folder, hub name, .gguf file, or an opened `Checkpoint`. A bitsandbytes 4-bit
-            checkpoint keeps its quantization; of `quant` only the compute dtype is used.
+        model: local folder, hub name (at `revision`), .gguf file, or an opened `Checkpoint`. A
+            4-bit checkpoint keeps its quantization; of `quant` only the compute dtype is used.
         labels: class names of a classifier, by default those of the checkpoint.
         seed: for a classifier's head that the checkpoint lacks.
         device: by default the GPU where there is one.
@@ -91,9 +91,8 @@ def load_base(
         UserError: the model cannot be loaded, or linear weights would stay unquantized.
     """
     device = torch.device(device or default_device())
-    quant = quant or QuantConfig()
-    dtype = compute_dtype(quant, device)
-    quant = replace(quant, compute_dtype=DTYPE_NAMES[dtype])
+    dtype = compute_dtype(quant or QuantConfig(), device)
+    quant = replace(quant or QuantConfig(), compute_dtype=DTYPE_NAMES[dtype])
     trusted: Any = {"trust_remote_code": trust_remote_code}
     checkpoint = Checkpoint.open(model, revision=revision) if isinstance(model, str) else model
     kind = task_named(task)

@@ -64,7 +64,6 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]}
 
 
 def peft_files(folder):
-    """adapter_config.json and the tensors."""
     return read_files(folder)[:2]
 
 
@@ -346,7 +345,6 @@ def test_all_reasons_are_named_by_remedy(adapter_build, tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """rsLoRA with an alpha_pattern."""
     config = LoraConfig(r=4, use_rslora=True, alpha_pattern={"v_proj": 3})
     return save_adapter(apply_lora(tiny_model("llama"), config), tmp_path / "in")
 

@@ -69,7 +69,6 @@ def rebased(checkpoints, tmp_path_factory):
 
 
 def started(base, *, quant=FP32, task="causal-lm", **settings):
-    """A model from `base` with a new adapter."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 12, **settings})
     generator, model = torch.Generator().manual_seed(0), load_base(str(base), quant, task=task)
     return apply_lora(model, config, generator=generator).eval()

@@ -68,7 +68,6 @@ def inputs(model, name):
 
 @pytest.fixture(scope="module")
 def base(checkpoints):
-    """A 4-bit llama, not to be changed."""
     return load_base(str(checkpoints("llama")), FP32)
 
 

@@ -4,19 +4,11 @@ import copy
 from typing import Any
 from unittest.mock import DEFAULT, Mock
 
+import adapter_kinds as kinds
 import peft
 import pytest
 import torch
-from adapter_kinds import (
-    ADAPTER_KINDS,
-    OUR_KINDS,
-    QV,
-    gradients_of,
-    logits,
-    new_base,
-    refused,
-    trained,
-)
+from adapter_kinds import ADAPTER_KINDS, OUR_KINDS, QV, gradients_of, logits, new_base
 from conftest import on_gpu, require_same_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -57,7 +49,6 @@ def build(kind, adapter_build):
 
 @pytest.fixture
 def fresh(kind, checkpoints):
-    """The base of a kind, anew at each call."""
     family, tied = ADAPTER_KINDS[kind[0]][1:3]
     return lambda: new_base(*kind, checkpoints(family, tied))
 
@@ -88,7 +79,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(kind, fresh, build, tmp_path
     assert torch.equal(logits(loaded), logits(build.model))
     save_adapter(loaded, tmp_path)
     require_same_adapter(build.folder, tmp_path)
-    resumed = trained(unload(loaded), kind[0], seed=8)
+    resumed = kinds.trained(unload(loaded), kind[0], seed=8)
     load_adapter_weights(resumed, build.folder)
     assert torch.equal(logits(resumed), logits(build.model))
 
@@ -114,7 +105,7 @@ def test_two_of_a_kind_live_side_by_side(kind, build, tmp_path):
         pytest.skip("one adapter with biases is enough for a model: another is refused")
     model = copy.deepcopy(build.model)
     first = logits(model)
-    second = logits(trained(model, kind[0], name="two", seed=4))
+    second = logits(kinds.trained(model, kind[0], name="two", seed=4))
     assert (first - second).abs().max() > 1e-3
     set_adapter(model, "default")
     assert torch.equal(logits(model), first)
@@ -141,7 +132,7 @@ def test_every_kind_in_bf16_on_a_gpu(kind, checkpoints, tmp_path):
         quant = QuantConfig(compute_dtype="bf16", allow_unquantized=True)
         return load_base(str(checkpoints(family, tied)), quant, device="cuda").eval()
 
-    model, before = trained(new(), kind), logits(new())
+    model, before = kinds.trained(new(), kind), logits(new())
     for gradient in gradients_of(model, parameters_by_file_name(model, "default")).values():
         assert torch.isfinite(gradient).all()
     live = logits(model)
@@ -154,18 +145,20 @@ def test_every_kind_in_bf16_on_a_gpu(kind, checkpoints, tmp_path):
 
 
 def test_only_one_adapter_trains_biases(checkpoints, tmp_path):
-    model = trained(new_base("all biases", "4-bit", checkpoints("qwen2", False)), "all biases")
+    model = kinds.trained(
+        new_base("all biases", "4-bit", checkpoints("qwen2", False)), "all biases"
+    )
     save_adapter(model, tmp_path)
     again = LoraConfig(target_modules=QV, bias="lora_only")
     for put, asked in ((apply_lora, again), (load_adapter, tmp_path)):
-        with refused(model, "'default' trains biases already, and only one"):
+        with kinds.refused(model, "'default' trains biases already, and only one"):
             put(model, asked, adapter_name="other")
 
 
 def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(checkpoints):
     model = new_base("lora_bias", "4-bit", checkpoints("llama", False))
     apply_lora(model, LoraConfig(r=2, target_modules=("v_proj", "k_proj"), lora_bias=True))
-    with refused(model, r"'default' has lora_bias, and .*k_proj, .*no bias to"):
+    with kinds.refused(model, r"'default' has lora_bias, and .*k_proj, .*no bias to"):
         merge_and_unload(model)
     merge_adapter(model)
 
@@ -176,10 +169,10 @@ def test_lora_bias_is_not_folded_into_a_layer_without_a_bias(checkpoints):
     ("lora on the head", "token rows, tied", True),
 ])  # fmt: skip
 def test_two_that_own_the_same_part_are_not_active_together(checkpoints, one, two, tied):
-    model = trained(new_base(one, "4-bit", checkpoints("llama", tied)), one, name="one")
-    trained(model, two, name="two", seed=4)
+    model = kinds.trained(new_base(one, "4-bit", checkpoints("llama", tied)), one, name="one")
+    kinds.trained(model, two, name="two", seed=4)
     for call in (set_adapter, merge_adapter, merge_and_unload):
-        with refused(model, "'one' and 'two' cannot be active together: each has"):
+        with kinds.refused(model, "'one' and 'two' cannot be active together: each has"):
             call(model, ["one", "two"])
 
 
@@ -187,9 +180,9 @@ def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(checkpoints, tmp_
     def base():
         return new_base("experts", "4-bit", checkpoints("mixtral", False))
 
-    model, path = trained(base(), "experts"), tmp_path / WEIGHTS
+    model, path = kinds.trained(base(), "experts"), tmp_path / WEIGHTS
     save_adapter(model, tmp_path)
-    swapped = swap_adapter(trained(base(), "one of experts"), tmp_path)
+    swapped = swap_adapter(kinds.trained(base(), "one of experts"), tmp_path)
     assert not any(p.requires_grad for p in swapped.parameters())
     tensors = load_file(path)
     inner = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_"
@@ -202,14 +195,16 @@ def test_experts_are_swapped_in_frozen_and_whole_or_not_at_all(checkpoints, tmp_
     ):
         save_file(changed, path)
         for target, put in ((base(), load_adapter), (model, swap_adapter)):
-            with refused(target, message):
+            with kinds.refused(target, message):
                 put(target, tmp_path)
 
 
 def test_an_error_halfway_leaves_no_half_adapter(checkpoints, monkeypatch):
-    model = trained(new_base("norms", "4-bit", checkpoints("llama", False)), "norms", name="one")
+    model = kinds.trained(
+        new_base("norms", "4-bit", checkpoints("llama", False)), "norms", name="one"
+    )
     calls = [DEFAULT, DEFAULT, UserError("no more")]
     third_fails = Mock(wraps=lora.adapter_dtype, side_effect=calls)
     monkeypatch.setattr(lora, "adapter_dtype", third_fails)
-    with refused(model, "no more"):
+    with kinds.refused(model, "no more"):
         apply_lora(model, LoraConfig(r=2, modules_to_save=("lm_head",)), adapter_name="two")

@@ -9,7 +9,7 @@ from conftest import FP32, randomize_adapter, require_same_adapter, token_ids
 from torch import nn
 
 from qlora import LoraConfig, apply_lora, disable_adapter, load_adapter, load_base, save_adapter
-from qlora.adapters import delete_adapter, merge_and_unload, unload
+from qlora.adapters import delete_adapter, unload
 from qlora.adapters.lora import LoRALinear
 from qlora.adapters.trained import TrainedModule
 from qlora.adapters.wrappers import Wrapper, base_modules, plain, put_module, wrappers
@@ -76,12 +76,3 @@ def test_removing_an_adapter_keeps_other_wrappers(plain_model, tmp_path):
     unload(model)
     assert not any(isinstance(module, Same) for module in model.modules())
     assert torch.equal(logits(model), before)
-
-
-def test_merge_and_unload_removes_all_wrappers(plain_model):
-    model = apply_lora(wrap(plain_model), LoraConfig(r=4))
-    randomize_adapter(model)
-    wanted = logits(model)
-    merge_and_unload(model)
-    assert not any("base_layer" in name for name, _ in model.named_modules())
-    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)

@@ -12,13 +12,12 @@ import torch
 from conftest import FP32, larger_tokenizer, one_by_one, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from qlora import disable_adapter, load_adapter, load_base
+from qlora import UserError, disable_adapter, load_adapter, load_base
 from qlora.apps import chat
 from qlora.apps.chat import AnswerStreamer, Conversation, stream
 from qlora.apps.terminal import printable
 from qlora.config import ChatConfig
 from qlora.data.generation import answers, generation_settings, prompt_ids
-from qlora.errors import UserError
 
 QUESTIONS = ["hi", "what is it?"]
 TURNS = [("one", "1"), ("two", "2"), ("three", "3")]

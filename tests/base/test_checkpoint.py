@@ -9,18 +9,16 @@ from conftest import CONFIGS, axis, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Model
 
-from qlora.base import Checkpoint, load_base, resolve
+from qlora import QuantConfig, UserError, load_base
+from qlora.base import Checkpoint, resolve
 from qlora.base.checkpoint import disk_name, is_skipped, quantized_layers, skeleton
 from qlora.base.shards import INDEX, SINGLE
-from qlora.config import QuantConfig
-from qlora.errors import UserError
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
 def copy(checkpoints, tmp_path):
-    """A copy of a llama checkpoint, to damage."""
     return shutil.copytree(checkpoints("llama"), tmp_path / "copy")
 
 

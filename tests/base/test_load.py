@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from adapter_kinds import logits
 from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from conftest import FP32, axis, on_gpu, randomize_adapter, tiny_model, token_ids
@@ -34,11 +35,6 @@ LAYERS = {"gpt2": 8, "phi": 12}  # others: 14
 
 def four_bit_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=token_ids()).logits
 
 
 def load(folder, **settings):
@@ -168,15 +164,10 @@ def test_an_opened_checkpoint_loads_like_its_name_and_describes_itself(checkpoin
     assert state_of(tiny_model("llama")).record() == {}
     assert state_of(model).record() == state_of(named).record()
     assert state_of(model).record() == {
-        "fingerprint": Checkpoint(base).fingerprint,
-        "quant_type": "nf4",
-        "blocksize": 64,
-        "double_quant": True,
-        "compute_dtype": "fp32",
-        "skip_modules": [],
-        "revision": None,
+        "fingerprint": Checkpoint(base).fingerprint, "quant_type": "nf4", "blocksize": 64,
+        "double_quant": True, "compute_dtype": "fp32", "skip_modules": [], "revision": None,
         "task": "causal-lm",
-    }
+    }  # fmt: skip
     settings = model.config.quantization_config  # Trainer reads it before it trains an adapter
     assert model.is_loaded_in_4bit
     assert (settings.quant_method, settings.bnb_4bit_quant_type) == ("bitsandbytes", "nf4")

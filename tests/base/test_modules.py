@@ -7,14 +7,11 @@ from conftest import ENCODER, FP32, axis, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
-from qlora.adapters.apply import apply_lora
+from qlora import LoraConfig, QuantConfig, UserError, apply_lora, load_base
 from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import kept_dense, quantized_layers, skeleton
-from qlora.base.load import load_base
 from qlora.base.modules import auto_class, heads, is_in, is_linear, read_directly, state_of, task_of
-from qlora.config import LoraConfig, QuantConfig
 from qlora.config.tasks import TASKS, task_named, task_typed
-from qlora.errors import UserError
 from qlora.ops import nf4
 
 LABELS = ("a", "b", "c")

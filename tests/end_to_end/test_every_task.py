@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import (
     FP32,
+    RECORDS,
     axis,
     losses,
     quick_config,
@@ -25,15 +26,14 @@ from conftest import (
 from merging import refused, run_merge
 from safetensors.torch import load_file
 
-from qlora import load_adapter, load_base
+from qlora import DataConfig, LoraConfig, UserError, load_adapter, load_base
 from qlora.adapters.live import resolve_model
 from qlora.apps.evaluation import evaluate
 from qlora.base.load import share_pad
 from qlora.base.modules import auto_class, state_of
-from qlora.config import ChatConfig, DataConfig, EvaluateConfig, LoraConfig
+from qlora.config import ChatConfig, EvaluateConfig
 from qlora.config.tasks import TASKS
 from qlora.data import collator
-from qlora.errors import UserError
 from qlora.files import read_metrics
 from qlora.training import train
 
@@ -59,17 +59,7 @@ TEN_STEPS = {
 }  # fmt: skip
 
 
-WORDS, TAGS = ["I", "met", "Ann", "Lee", "in", "Rome"], ["O", "O", "B-P", "I-P", "O", "B-L"]
-RECORDS = {  # of different lengths, which a tiny model learns within a few steps
-    "seq2seq": lambda i: {"prompt": f"say {i % 3}", "completion": "one two three"[: 3 + i % 9]},
-    "seq-cls": lambda i: {"text": ("good " if i % 2 else "bad ") * (1 + i % 4),
-                          "label": "pos" if i % 2 else "neg"},
-    "token-cls": lambda i: {"tokens": WORDS[: 3 + i % 4], "tags": TAGS[: 3 + i % 4]},
-}  # fmt: skip
-
-
 def run(base: Path, task: str, folder: Path, **settings: Any) -> Path:
-    """A short run on a few records, written into `folder`."""
     folder.mkdir(exist_ok=True)
     data = write_rows(folder / "data.jsonl", map(RECORDS[task], range(24)))
     both = DataConfig(str(data), eval_data=str(data), max_length=64)

@@ -51,7 +51,6 @@ def dense_model(config: Any = None, target: Any = "all-linear") -> Any:
 
 
 def gradients(model: Any, **inputs: Any) -> dict[str, Tensor]:
-    """The loss and every gradient, by name."""
     ids = token_ids(rows=3, length=16).to(model.device)
     model.zero_grad()
     torch.manual_seed(0)  # of the model's own dropout

@@ -11,10 +11,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from qlora.adapters.apply import apply_lora
-from qlora.adapters.fuse import unload
-from qlora.base.load import load_base
-from qlora.config import LoraConfig
+from qlora import LoraConfig, apply_lora, load_base, unload
 from qlora.fast import layers
 from qlora.fast.layers import RMSNorm, put_norms, rms_norm_form
 from qlora.training import prepare_for_training

@@ -12,9 +12,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlora.config import DataConfig, TrainConfig
+from qlora import DataConfig, TrainConfig, UserError
 from qlora.data.rows import FlatCollator, PackCollator, PackedRows
-from qlora.errors import UserError
 from qlora.fast.attention import ROWS, VARLEN, rows_attention, rows_collator, varlen_attention
 from qlora.training import prepare_for_training
 from qlora.training.trainer import make_trainer
@@ -62,7 +61,6 @@ def random_model(config: Any) -> Any:
 
 
 def model_of(make: Any, folder: Path) -> Any:
-    """A 4-bit model with a random adapter."""
     random_model(make()).save_pretrained(folder)
     return prepare_for_training(adapted_model(folder), gradient_checkpointing=False)
 
@@ -96,7 +94,6 @@ def alone(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def together(trainer: Any, model: Any, batches: list[Any]) -> tuple[float, Any]:
-    """Loss and gradients of a step of the trainer."""
     count, total = trainer._get_num_items_in_batch(batches, torch.device("cpu")), 0.0
     assert int(count) == sum((torch.tensor(row["labels"][1:]) != -100).sum() for row in rows())
     for batch in batches:
@@ -241,7 +238,6 @@ def test_usual_batches_are_computed_as_before_and_padding_is_refused(family, tmp
 
 
 def on_ampere(test: Any) -> Any:
-    """Decorates a test of torch's FlashAttention."""
     has_it = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     skip = pytest.mark.skipif(not has_it, reason="needs a GPU of compute capability 8.0")
     return pytest.mark.gpu(skip(test))

@@ -12,12 +12,10 @@ from transformers import (
     HrmTextConfig,
 )
 
+from qlora import QuantConfig, UserError, load_base
 from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import Checkpoint
-from qlora.base.load import load_base
 from qlora.base.modules import is_quantized
-from qlora.config import QuantConfig
-from qlora.errors import UserError
 
 FP32 = QuantConfig(compute_dtype="fp32", allow_unquantized=True)  # fused experts
 SIZES = {

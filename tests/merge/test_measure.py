@@ -12,10 +12,9 @@ from merging import merged, refused, report_of, rows_file, run_merge, trained
 from merging import trained_on as trained_on
 from transformers import AutoModelForCausalLM
 
+from qlora import UserError, load_base
 from qlora.adapters.format import read_adapter
 from qlora.adapters.lora import lora_layers
-from qlora.base.load import load_base
-from qlora.errors import UserError
 from qlora.merge import measure
 from qlora.merge.measure import (
     SecondMoments,

@@ -15,10 +15,9 @@ from reference import NF4, round_trip
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora import QuantConfig, load_base
 from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import Checkpoint
-from qlora.base.load import load_base
-from qlora.config import QuantConfig
 from qlora.merge import measure
 from qlora.ops import nf4
 

@@ -12,12 +12,10 @@ from conftest import FP32, VOCAB, axis
 from merging import merged, refused, report_of, require_logits, run_merge, trained
 from safetensors.torch import load_file, save_file
 
-from qlora.adapters.files import load_adapter
+from qlora import UserError, load_adapter, load_base
 from qlora.adapters.format import combine, read_adapter
 from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import Checkpoint
-from qlora.base.load import load_base
-from qlora.errors import UserError
 
 KINDS = [
     kind
@@ -42,7 +40,6 @@ def edit(adapter: Path, change: Any = dict, **config: Any) -> None:
 
 @pytest.fixture
 def plain(adapter_build, tmp_path):
-    """PEFT's files of a plain adapter, to change."""
     return shutil.copytree(adapter_build("lora").peft_folder, tmp_path / "adapter")
 
 

@@ -16,10 +16,9 @@ from merging import refused, run_merge
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from qlora import apply_lora, load_adapter, load_base, merge_and_unload, save_adapter
+from qlora import LoraConfig, apply_lora, load_adapter, load_base, merge_and_unload, save_adapter
 from qlora.adapters.files import parameters_by_file_name
 from qlora.base.checkpoint import Checkpoint
-from qlora.config import LoraConfig
 from qlora.merge import plan
 
 T5, BART = (OTHERS[name][1] for name in ("t5", "bart"))

@@ -48,25 +48,16 @@ def with_gradient(loss: Tensor, hidden: Tensor, by: float = 1.0) -> tuple[Tensor
 @settings(deadline=None, max_examples=60)
 @given(
     inputs=st.builds(
-        case,
-        tokens=st.integers(0, 13),
-        dim=st.integers(1, 9),
-        vocab=st.integers(2, 40),
-        masked=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
-        size=st.sampled_from([0.1, 1.0, 10.0]),
-        seed=st.integers(0, 99),
-        dtype=st.sampled_from([torch.float32, torch.float64]),
+        case, tokens=st.integers(0, 13), dim=st.integers(1, 9), vocab=st.integers(2, 40),
+        masked=st.sampled_from([0.0, 0.5, 0.9, 1.0]), size=st.sampled_from([0.1, 1.0, 10.0]),
+        seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.float64]),
     ),
     how=st.builds(
-        dict,
-        scale=st.sampled_from([1.0, 0.0625, 1.7]),
-        softcap=st.sampled_from([None, 2.0, 30.0]),
-        label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
-        ignore_index=st.sampled_from([-100, 1]),
+        dict, scale=st.sampled_from([1.0, 0.0625, 1.7]), softcap=st.sampled_from([None, 2.0, 30.0]),
+        label_smoothing=st.sampled_from([0.0, 0.1, 1.0]), ignore_index=st.sampled_from([-100, 1]),
     ),
-    has_bias=st.booleans(),
-    chunk_rows=st.integers(1, 14),
-)
+    has_bias=st.booleans(), chunk_rows=st.integers(1, 14),
+)  # fmt: skip
 def test_loss_and_gradient_equal_the_reference(inputs, how, has_bias, chunk_rows):
     hidden, weight, bias, labels = inputs
     labels[labels == -100] = how["ignore_index"]

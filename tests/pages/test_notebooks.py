@@ -14,7 +14,6 @@ EACH = pytest.mark.parametrize("source", sources(), ids=lambda path: path.stem)
 
 
 def written(source: Path):
-    """The committed notebook."""
     path = source.with_suffix(".ipynb")
     assert path.is_file(), f"{path.name} is missing: make notebooks"
     notebook = nbformat.read(path, as_version=4)
@@ -23,13 +22,11 @@ def written(source: Path):
 
 
 def outputs(notebook):
-    """Every output, with the number of its cell."""
     cells = enumerate(notebook.cells, start=1)
     return [(n, o) for n, cell in cells for o in cell.get("outputs", [])]
 
 
 def text_of(output) -> str:
-    """The text of an output, without pictures."""
     data = output.get("data", {})
     seen = [output.get("text", ""), *(v for kind, v in data.items() if kind.startswith("text/"))]
     return "\n".join("".join(text) for text in seen)

@@ -49,7 +49,7 @@ NOT_RUN = {  # start of a command -> why it is not run
     "python -m demo": "minutes: `make demo`",
     "python -m pytest": "is running already: the files it names are looked up",
     "python benchmarks/": "minutes to hours: its flags are looked up",
-    "python docs/api.py": "tests/pages/test_api_pages.py runs it",
+    "python docs/api.py": "tests/pages/test_docs.py runs it",
     "vllm serve": "another program, needs a GPU",
     "python convert_hf_to_gguf.py": "another program, llama.cpp",
     "llama-quantize": "another program, llama.cpp",
@@ -69,7 +69,6 @@ TYPED = "What is the capital of France?\n"  # on standard input
 
 
 def tokens(page: Path) -> Iterator[Token]:
-    """All tokens of a page, inline ones included."""
     for token in MarkdownIt("commonmark").enable("table").parse(page.read_text("utf-8")):
         yield token
         yield from token.children or ()
@@ -93,7 +92,6 @@ def commands(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The names GitHub gives to headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -121,7 +119,6 @@ def all_commands(*, run: bool) -> list:
 
 
 def why_not(command: str) -> str | None:
-    """The entry of NOT_RUN for this command, if any."""
     return next((start for start in NOT_RUN if f"{command} ".startswith(start)), None)
 
 
@@ -151,7 +148,6 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(world, tmp_path, monkeypatch) -> Path:
-    """A copy of that folder as the working directory."""
     shutil.copytree(world, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -217,7 +213,6 @@ def test_files_and_flags_of_other_commands_exist(page, command, world):
 
 
 def flags_of(program: str) -> set[str]:
-    """The flags that a program's help lists."""
     about, said = "--help" if program.startswith("benchmarks/") else "--help-all", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setenv("COLUMNS", "200")
@@ -233,7 +228,6 @@ def flags(page: Path) -> list[str]:
 
 @cache
 def known_flags() -> set[str]:
-    """All flags of all programs."""
     return set(FOREIGN).union(*map(flags_of, PROGRAMS))
 
 
@@ -246,7 +240,6 @@ def test_flag_exists(page, flag):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")],
                          ids=lambda page: page.name)  # fmt: skip
 def test_python_runs(page, here):
-    """The blocks of a page, one after the other."""
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         said = [line for code, line in NEEDS_A_GPU.items() if code in block]

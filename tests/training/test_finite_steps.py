@@ -13,8 +13,7 @@ import torch
 from conftest import ROWS, adapted_model, quick_config, write_rows
 from safetensors.torch import load_file
 
-from qlora.config import DataConfig
-from qlora.errors import UserError
+from qlora import DataConfig, UserError
 from qlora.files import read_metrics
 from qlora.training.optimizers import FiniteSteps
 from qlora.training.run import train

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from transformers.optimization import Adafactor
 
-from qlora.training import optimizers
 from qlora.training.optimizers import MasterWeights, join, keep_updates, loses_updates, split
 
 RATE = 3e-4
@@ -96,7 +95,6 @@ def require_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def bits(count: int = 1 << 18) -> Tensor:
-    """fp32 numbers of every kind."""
     edges = [0x7FFFFFFF, -1, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, -(2**31), 0, 1, 0x8000, 0x18000]
     edges += [0x3F808000, 0x3F818000, 0x3F7F8000, 0x3F807FFF, 0x3F808001]  # ties, and beside them
     drawn = np.random.default_rng(0).integers(-(2**31), 2**31, count)
@@ -232,15 +230,6 @@ def test_overwritten_parameter_loses_its_lower_half():
     named["A"].grad = torch.zeros_like(named["A"])
     optimizer.step()
     assert torch.equal(masters_of(named, optimizer)["A"], torch.ones(SHAPES["A"]))
-
-
-def test_bundles_hold_all_in_order():
-    most = optimizers.BUNDLE
-    sizes = [most - 1, 1, 1, 2 * most, 5]
-    parameters = [torch.empty(size, dtype=torch.bool, device="meta") for size in sizes]
-    held = [[p.numel() for p in bundle] for bundle in optimizers.bundles(parameters)]
-    assert held == [[most - 1, 1], [1], [2 * most], [5]]
-    assert list(optimizers.bundles([])) == []
 
 
 @on_gpu

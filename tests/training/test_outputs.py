@@ -16,9 +16,7 @@ import pytest
 import torch
 from conftest import FP32, ROWS, axis, quick_config, read_rows, tiny_tokenizer, write_rows
 
-from qlora.adapters.files import load_adapter
-from qlora.base.load import load_base
-from qlora.config import LoraConfig
+from qlora import LoraConfig, load_adapter, load_base
 from qlora.data.rows import prepare_data
 from qlora.training import outputs, train
 from qlora.training.outputs import PlainProgress, choose_samples, show_bytes, write_answers
@@ -34,11 +32,8 @@ def shown_on(terminal: bool, monkeypatch: Any, *, begin: int = 0) -> str:
     monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", "100")
-    progress, state = (
-        PlainProgress(),
-        SimpleNamespace(max_steps=10, is_world_process_zero=True),
-    )
-    state.global_step = begin
+    progress = PlainProgress()
+    state = SimpleNamespace(max_steps=10, is_world_process_zero=True, global_step=begin)
     progress.on_train_begin(None, state, None)
     for state.global_step in range(begin + 1, 11):
         progress.on_step_end(None, state, None)
@@ -100,7 +95,6 @@ def turn(role: str, text: str) -> str:
 
 
 def chat(*texts: str) -> dict[str, Any]:
-    """The record of an exchange, with or without a system message."""
     roles = ("system", "user", "assistant")[-len(texts) :]
     turns = zip(roles, texts, strict=True)
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
@@ -112,7 +106,6 @@ def rows_of(path: Path, records: list[dict[str, Any]], *, task="causal-lm", leng
 
 
 def generated(model: Any, tokenizer: Any, record: dict[str, Any]) -> str:
-    """The answer of transformers alone."""
     model.eval().generation_config.max_length = None
     count = 2 * len(tokenizer(record["completion"] + "<|im_end|>")["input_ids"])
     user = [{"role": "user", "content": record["prompt"]}]

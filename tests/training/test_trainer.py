@@ -18,13 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from qlora.adapters.files import load_adapter, parameters_by_file_name, save_adapter
-from qlora.adapters.fuse import merge_and_unload
+from qlora import LoraConfig, UserError, load_adapter, load_base, merge_and_unload, save_adapter
+from qlora.adapters.files import parameters_by_file_name
 from qlora.adapters.lora import lora_layers
-from qlora.base.load import load_base
-from qlora.config import LoraConfig
 from qlora.data.rows import collator, prepare_data
-from qlora.errors import UserError
 from qlora.fast.head import LazyLogits
 from qlora.fast.offload import offload_activations
 from qlora.training.optimizers import MasterWeights

@@ -1,20 +1,53 @@
-"""The README's figures and its picture match the records in benchmarks/results."""
+"""The API reference builds, README's figures match the records, and the wheel trains and merges."""
 
 import json
 import re
+import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+
+import qlora
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8").replace("\u00a0", " ")
 
 
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    """Make the benchmarks importable."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("api")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        import api
+
+        api.write_pages(folder)
+    files = folder.rglob("*.html")
+    return {".".join(f.relative_to(folder).with_suffix("").parts): f.read_text() for f in files}
+
+
+def test_names_in_the_docs_have_an_entry(pages):
+    """Names like `qlora.training.keep_updates`, and imports from qlora's packages."""
+    text = "\n".join(p.read_text() for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    named = {*re.findall(r"`(qlora\.\w+\.\w+)", text), *(f"qlora.{name}" for name in qlora.__all__)}
+    for module, names in re.findall(r"from (qlora\.\w+) import ([\w, ]+)", text):
+        named |= {f"{module}.{name}" for name in names.split(", ")}
+    assert len(named) > 20
+    for name in named:
+        module, _, member = name.rpartition(".")
+        assert f'id="{member}"' in pages.get(module, ""), f"{name} has no entry"
+
+
+def test_docstrings_render(pages):
+    """No section is plain text, no formula in italics, no list or table inside a paragraph."""
+    for name, page in pages.items():
+        for said in re.findall(r'<div class="docstring">(.*?)</section>', page, re.S):
+            assert not re.search(r"<p>(Args|Returns|Raises|Yields):", said), (name, said)
+            assert not re.search(r"<em>|<strong>(?!\w+:</strong>)", said), (name, said)
+            for text in re.findall(r"<p>(.*?)</p>", said, re.S):
+                assert not re.search(r" {3}|\n *[-•] ", text), (name, text)
 
 
 def latest(name: str, *keys: str) -> dict:
@@ -61,7 +94,8 @@ def figures_of_the_readme(step_table) -> Iterator[str]:
     yield f"| {100 * (ours - 1):.0f} % | PEFT {100 * (peft - 1):.0f} % |"
 
 
-def test_table_matches_the_records():
+def test_table_matches_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import step_table
 
     assert not [figure for figure in figures_of_the_readme(step_table) if figure not in README]
@@ -77,7 +111,8 @@ def test_memory_matches_the_notebook():
         assert f"Computed peak: {size} " in (ROOT / f"configs/{recipe}").read_text("utf-8")
 
 
-def test_picture_matches_the_records():
+def test_picture_matches_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import merge_picture
 
     said = merge_picture.in_words(merge_picture.kept(ROOT / "benchmarks/results/merge.jsonl"))
@@ -86,3 +121,16 @@ def test_picture_matches_the_records():
     (for_the_blind,) = re.findall(r"!\[(.*?)\]\(docs/merge.svg\)", README, re.S)
     for share in re.findall(r"[\d.]+ %", said):
         assert share in for_the_blind
+
+
+def test_the_wheel_trains_and_merges(tmp_path):
+    done = subprocess.run([ROOT / ".ci/dist", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "  train " in done.stdout and "  portable " in done.stdout
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    names = ZipFile(wheel).namelist()
+    assert "qlora/apps/report.html" in names and "qlora/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"qlora"}
+    with tarfile.open(sdist) as archive:
+        assert any(name.endswith("/LICENSE") for name in archive.getnames())
