@@ -241,15 +241,17 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def set_vocab_size(model: nn.Module) -> None:
-    """Set config.vocab_size, by which a loss is computed, to the rows of the active embedding."""
-    embedding, config = vocabulary(model)[0], getattr(model, "config", None)
+    """Set config.vocab_size, by which a loss is computed, to the rows of the head with those that
+    the active embedding has more than the base's."""
+    (embedding, head), config = vocabulary(model), getattr(model, "config", None)
     if embedding is None or config is None:
         return
     for wrapper in wrappers.wrappers(model.get_submodule(embedding)):
         if isinstance(wrapper, TrainedModule):
             active = [wrapper.copies[name] for name in wrapper.active_adapters]
             weight = next((c["weight"] for c in active if "weight" in c), wrapper.plain.weight)
-            config.get_text_config().vocab_size = len(weight)
+            rows = len(wrappers.plain(model.get_submodule(head or embedding)).weight)
+            config.get_text_config().vocab_size = rows + len(weight) - len(wrapper.plain.weight)
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:

@@ -133,6 +133,8 @@ def parameters_by_file_name(model: nn.Module, adapter_name: str) -> dict[str, nn
 def resized_vocabulary(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The embedding and head, by name in the files, if their rows are not those of the model on
     disk and `tensors` lacks them; as PEFT saves them. One of two that are tied."""
+    named = {name: plain(model.get_submodule(name)) for name in filter(None, vocabulary(model))}
+    named = {name: module for name, module in named.items() if has_rows(module)}
     name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
     quiet: Any = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
     path = cached_file(name_or_path, "config.json", **quiet) if name_or_path else None
@@ -140,10 +142,15 @@ def resized_vocabulary(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[
         return {}
     values, added = read_json(Path(path)), dict[Any, str]()
     size = (values.get("text_config") or values).get("vocab_size")
-    for name in filter(None, vocabulary(model)):
-        module, is_adapted = plain(model.get_submodule(name)), f"{PREFIX}{name}.lora_"
+    if size is None or all(len(module.weight) == size for module in named.values()):
+        return {}
+    config: Any = model.config
+    with torch.device("meta"):  # other numbers of rows may be the family's, such as Mllama's
+        on_disk = type(model)(type(config).from_pretrained(Path(path).parent))
+    for name, module in named.items():
+        is_adapted, rows = f"{PREFIX}{name}.lora_", len(on_disk.get_parameter(f"{name}.weight"))
         keys = [f"{PREFIX}{name}{infix}.weight" for infix in ("", ".base_layer")]
-        if size and has_rows(module) and len(module.weight) != size and not {*keys} & {*tensors}:
+        if len(module.weight) != rows and not {*keys} & {*tensors}:
             added.setdefault(module.weight, keys[any(is_adapted in key for key in tensors)])
     return {key: weight.detach().cpu().contiguous() for weight, key in added.items()}
 
@@ -317,7 +324,8 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     if any(f"{name}.weight" in full for name in vocabulary(model)):
         found = {name: modules[name] for name in vocabulary(model) if name in modules}
         sizes = {n: len(full.get(f"{n}.weight", m.weight)) for n, m in found.items()}
-        require_one_size(adapter, sizes, "this model")
+        if sizes != {name: len(module.weight) for name, module in found.items()}:
+            require_one_size(adapter, sizes, "this model")
     rebase.require_originals(model, adapter.subtracted)
 
 

@@ -1,5 +1,6 @@
 """Adapters of a model whose vocabulary was enlarged by resize_token_embeddings, PEFT's and ours."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from adapter_kinds import logits, move
 from conftest import FP32, VOCAB, adapted_model, pefts_parameters, tiny_model
 from merging import refused, require_logits, run_merge
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qlora import (
     LoraConfig,
@@ -118,3 +119,27 @@ def test_no_vocabulary_is_saved_with_an_adapter_of_the_base_s_size(base, tmp_pat
     save_adapter(adapted_model(base(False)), tmp_path)
     names = load_file(tmp_path / "adapter_model.safetensors")
     assert not [name for name in names if "embed_tokens" in name or "lm_head" in name]
+
+
+@pytest.mark.parametrize("saved", [(), ("embed_tokens",)])
+def test_a_family_whose_embedding_has_more_rows_than_its_head_was_not_resized(
+    saved, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from family_sizes import tiny_config
+
+    base, quant = tmp_path / "base", replace(FP32, skip_modules=saved)
+    AutoModelForImageTextToText.from_config(tiny_config("mllama")).save_pretrained(base)
+    model = apply_lora(load_base(str(base), quant), LoraConfig(r=4, modules_to_save=saved)).eval()
+    assert len(model.get_input_embeddings().weight) > model.config.vocab_size == 256
+    move({name: p for name, p in model.named_parameters() if p.requires_grad})
+    ids = torch.tensor([[5, 9, 7, 8]])
+    wanted = model(ids, labels=ids)
+    save_adapter(model, tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum("embed_tokens" in name for name in names) == len(saved)
+    again = load_adapter(load_base(str(base), quant), tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(ids).logits, wanted.logits, atol=1e-5, rtol=1e-5)
+    run_merge(tmp_path / "adapter", tmp_path / "merged", format="fp32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, wanted.logits, atol=1e-5, rtol=1e-5)
