@@ -8,7 +8,7 @@ embedding is a layer from vocab to dim.
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -215,6 +215,8 @@ def _computes_as_linear(layer: nn.Linear) -> bool:
 # uses of a child's weight in a class's source: of its values, and of its dtype to cast inputs to
 VALUES = r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim)\b)"
 CASTS = r"\.to\((?:dtype=)?self\.(\w+)\.weight\.dtype\)"
+# methods of a child that the module above calls, which are no `forward`: those of Gemma 3n's altup
+CALLS = r"\bself\.\w+\.(\w+)\("
 
 
 def read_directly(modules: Mapping[str, nn.Module], use: str = VALUES) -> set[str]:
@@ -223,26 +225,36 @@ def read_directly(modules: Mapping[str, nn.Module], use: str = VALUES) -> set[st
     An adapter there has no effect and codes cannot be read: Mamba's dt_proj in each pass, and
     out_proj where its fused kernel is installed.
     """
+    kinds: Any = {type(module) for module in modules.values()}
+    forward = frozenset(["forward"])
+    calls = (re.findall(CALLS, source) for kind in kinds for source in _sources(kind, forward))
+    entries = forward.union(*calls)
+    used = {kind: _weights_used(_sources(kind, entries), use) for kind in kinds}
     names = (
         f"{name}.{leaf}".lstrip(".")
         for name, module in modules.items()
-        for leaf in _weights_used(type(module), use)  # type: ignore[arg-type]  # types are hashable
+        for leaf in used[type(module)]
     )
     return {name for name in names if name in modules}
 
 
+def _weights_used(sources: Iterable[str], use: str) -> set[str]:
+    """The children whose weight the methods use, but for those that look for codes first."""
+    guarded = "self.{}.weight.dtype != torch.uint8"  # as NLLB-MoE's is
+    found = ((leaf, source) for source in sources for leaf in re.findall(use, source))
+    return {leaf for leaf, source in found if guarded.format(leaf) not in source}
+
+
 @cache
-def _weights_used(kind: type, use: str) -> frozenset[str]:
-    """The children whose weight a class uses in `forward` and the methods that it names."""
+def _sources(kind: type, entries: frozenset[str]) -> tuple[str, ...]:
+    """The sources of those methods of a class, and of all its methods that they name."""
     methods = dict(inspect.getmembers_static(kind, inspect.isfunction))
-    leaves, names = set[str](), ["forward"]
+    sources, names = list[str](), sorted(entries)
     for name in names:
         with suppress(KeyError, OSError):  # no method, or one without source
-            source = inspect.getsource(inspect.unwrap(methods[name]))
-            names += [n for n in re.findall(r"\bself\.(\w+)", source) if n not in names]
-            guarded = "self.{}.weight.dtype != torch.uint8"  # as NLLB-MoE's is
-            leaves |= {n for n in re.findall(use, source) if guarded.format(n) not in source}
-    return frozenset(leaves)
+            sources.append(inspect.getsource(inspect.unwrap(methods[name])))
+            names += [n for n in re.findall(r"\bself\.(\w+)", sources[-1]) if n not in names]
+    return tuple(sources)
 
 
 def use_codes_as_stored(model: nn.Module) -> None:

@@ -199,6 +199,34 @@ def test_weights_that_the_model_reads_itself():
             apply_lora(nn.Sequential(Mixer()), LoraConfig(r=2, target_modules=target))
 
 
+class Helper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def correct(self, x):
+        return self._clamped() @ x
+
+    def _clamped(self):
+        return self.a.weight.clamp(-1, 1)
+
+    def fuse(self):  # that nothing here calls
+        return self.b.weight.T
+
+
+class Caller(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.helper = Helper()
+
+    def forward(self, x):
+        return self.helper.correct(x)
+
+
+def test_weights_that_methods_read_which_another_module_calls():
+    assert read_directly(dict(Caller().named_modules())) == {"helper.a"}
+
+
 class Casting(nn.Module):
     def __init__(self):
         super().__init__()
