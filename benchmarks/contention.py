@@ -10,8 +10,8 @@ The load average at the start is printed too: it must be near 0 for the rows "al
 
     default      threads spin at barriers before they sleep (GOMP_SPINCOUNT 300,000 in libgomp)
     passive      OMP_WAIT_POLICY=PASSIVE: they sleep at once
-    short spin   GOMP_SPINCOUNT=10000: they spin for some microseconds
     one fewer    OMP_NUM_THREADS one below the number of cores
+    free cores   as `train` does: as many threads as other processes leave cores free
 """
 
 import argparse
@@ -22,13 +22,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 CORES = len(os.sched_getaffinity(0))
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "short spin": {"GOMP_SPINCOUNT": "10000"},
     "one fewer": {"OMP_NUM_THREADS": str(max(1, CORES - 1))},
+    "free cores": {"FREE_CORES": "1"},
 }
 ROWS, TOKENS = 2, 128  # of a batch
 
@@ -50,11 +51,14 @@ def tokens_per_second(base: str, seconds: float) -> float:
 
     from qlora import LoraConfig, QuantConfig, apply_lora, load_base
     from qlora.training import prepare_for_training
+    from qlora.training.threads import FreeCores
 
     model = apply_lora(load_base(base, QuantConfig(compute_dtype="fp32")), LoraConfig())
     prepare_for_training(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(4096, (ROWS, TOKENS))
+    callback, args = FreeCores(), SimpleNamespace(device=model.device)
+    callback.on_train_begin(args, None, None)
     steps, started = -2, 0.0
     while steps < 1 or time.perf_counter() - started < seconds:
         if steps == 0:
@@ -63,6 +67,8 @@ def tokens_per_second(base: str, seconds: float) -> float:
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
+        if "FREE_CORES" in os.environ:
+            callback.on_step_end(args, None, None)
     return ROWS * TOKENS * steps / (time.perf_counter() - started)
 
 

@@ -50,6 +50,7 @@ from qlora.training.outputs import (
     write_run_file,
     writing_to,
 )
+from qlora.training.threads import FreeCores
 from qlora.training.trainer import AdapterTrainer, make_trainer, training_arguments
 
 # TrainingArguments that `--trainer.NAME` refuses, and why: names, or beginnings that end in `_`.
@@ -133,6 +134,7 @@ def train(config: TrainConfig) -> Path:
     config = replace(config, learning_rate=rate, resume=False)
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
     trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows)
+    trainer.add_callback(FreeCores())
     if resume_from:  # Trainer loads it again; this raises before anything is written
         load_adapter_weights(model, resume_from)
 
