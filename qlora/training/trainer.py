@@ -414,10 +414,10 @@ class AdapterTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """Trainer's; paged optimizers run unpaged on a CPU."""
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if args.use_cpu and "is_paged" in kwargs:
-            kwargs["is_paged"] = False
-        return optimizer, kwargs
+        unpaged = {"is_paged": False} if args.use_cpu and "is_paged" in kwargs else {}
+        return optimizer, kwargs | unpaged
 
     def evaluation_loop(
         self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any
