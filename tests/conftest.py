@@ -85,6 +85,12 @@ def axis(*values: Any) -> list[Any]:
     return [values[0], *(pytest.param(value, marks=pytest.mark.full) for value in values[1:])]
 
 
+def with_folders(*folders: Path) -> dict[str, str]:
+    """The environment of a process that also imports from these folders, first of all."""
+    before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    return os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, folders), *before])}
+
+
 def on_gpu(test: Any) -> Any:
     return pytest.mark.gpu(NEEDS_GPU(test))
 

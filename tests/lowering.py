@@ -3,9 +3,10 @@
     python tests/lowering.py "one card" | "all cards"
 
 A separate process, since that of the tests runs the kernels through Triton's interpreter. Prints
-{kernel: {"ptx": assembly, "registers": per thread, "spills": bytes}} as JSON.
+{kernel: {"ptx": assembly, "registers": per thread, "stack": bytes, of spilled registers}} as JSON.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -22,11 +23,15 @@ from qlora.ops import kernels
 from qlora.ops.gated import ACTS
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-CARDS = {"T4": 75, "A100": 80, "H200": 90, "RTX 5090": 120}
+CARDS = {
+    "T4": 75, "A100": 80, "RTX 3090": 86, "RTX 4090": 89, "H200": 90, "B200": 100, "RTX 5090": 120,
+}  # fmt: skip
 FLOATS = ["bf16", "fp16", "fp32"]
 
 
-def lowered(kernel: Any, types: list[str], constants: dict[str, Any], card: str) -> dict[str, Any]:
+def lowered(
+    kernel: Any, types: list[str], constants: dict[str, Any], card: str, **limits: int
+) -> dict[str, Any]:
     """Compile for arguments that are multiples of 16, as pointers and the sizes of weights are."""
     names = kernel.arg_names
     source = ASTSource(
@@ -35,32 +40,33 @@ def lowered(kernel: Any, types: list[str], constants: dict[str, Any], card: str)
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(types))},
     )
-    options = {"enable_fp_fusion": kernel is not kernels._decode}
+    options = {"enable_fp_fusion": kernel is not kernels._decode, **limits}
     code = triton.compile(source, target=GPUTarget("cuda", CARDS[card], 32), options=options).asm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code["cubin"])
         file.flush()
         command = [BIN / "cuobjdump", "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"\b(REG|LOCAL):(\d+)", text))
-    return {"ptx": code["ptx"], "registers": int(usage["REG"]), "spills": int(usage["LOCAL"])}
+    usage = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
+    return {"ptx": code["ptx"], "registers": int(usage["REG"]), "stack": int(usage["STACK"])}
 
 
 def main(which: str) -> None:
     """Compile one decode and one gated kernel, or all, for all cards and dtypes."""
     compiled = {}
-    decoded, gated = [("H200", "bf16")], [("silu", "bf16")]
+    decoded, gated = [("H200", "bf16")], [("H200", "silu", "bf16")]
     if which == "all cards":
-        decoded = [(card, name) for card in ("A100", "H200") for name in FLOATS]
-        decoded += [("T4", "fp16"), ("RTX 5090", "bf16")]
-        gated = list(zip(ACTS, FLOATS, strict=True))
+        decoded = list(itertools.product(CARDS, FLOATS))
+        gated = list(itertools.product(CARDS, ACTS, FLOATS))
     constants: dict[str, Any] = {"BLOCKSIZE": 64, "DOUBLE": True, "GROUPS": kernels.GROUPS}
     for card, name in decoded:
         types = ["*u8"] * 2 + ["*fp32"] * 4 + [f"*{name}", "i32", "i32"]
         compiled[f"decode {name} {card}"] = lowered(kernels._decode, types, constants, card)
-    for act, name in gated:
+    for card, act, name in gated:
         types, constants = [f"*{name}"] * 6 + ["i32"], {"ACT": act, "BLOCK": kernels.BLOCK}
-        compiled[f"gated {act} {name}"] = lowered(kernels._gated, types, constants, "H200")
+        compiled[f"gated {act} {name} {card}"] = lowered(kernels._gated, types, constants, card)
+    # with too few registers, which shows that the count of spilled ones works
+    compiled["starved"] = lowered(kernels._gated, types, constants, "H200", maxnreg=16)
     print(json.dumps(compiled))
 
 

@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 
 import pytest
 import yaml
+from conftest import with_folders
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -312,7 +313,7 @@ def test_errors_do_not_import_torch(script, tmp_path):
     start = [ROOT / script] if (ROOT / script).is_file() else ["-m", script]
     done = subprocess.run(
         [sys.executable, *start, "--zzz"], capture_output=True, text=True, cwd=tmp_path,
-        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        env=with_folders(tmp_path, ROOT),
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: unknown flag --zzz.") and done.stderr.count("\n") == 1

@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from conftest import axis, pefts_parameters, randomize_adapter, require_same_adapter
-from diffusers import UNet2DModel
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,7 +46,8 @@ def segformer() -> tuple[nn.Module, dict[str, Any]]:
 
 def unet() -> tuple[nn.Module, dict[str, Any]]:
     """Diffusion: a noisy image and its time step -> the noise (arXiv:2006.11239)."""
-    model = UNet2DModel(
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    model = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4,
         block_out_channels=(32, 64), attention_head_dim=16,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),

@@ -1,7 +1,6 @@
 """The benchmarks: both sides take the same steps, no run is repeated, pages have the figures."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import on_gpu
+from conftest import on_gpu, with_folders
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora.adapters.apply import apply_lora, trainable_parameters
@@ -188,9 +187,12 @@ LLAMA_8B = "llama3.1-8b --r 32 --offload"
 )
 def test_page_has_the_counted_memory_and_it_fits(card, flags, tokens):
     command = [sys.executable, str(ROOT / "benchmarks" / "step_memory.py"), *flags.split()]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
-        [*command, "--seq", str(tokens)], env=env, capture_output=True, text=True, check=False
+        [*command, "--seq", str(tokens)],
+        env=with_folders(ROOT),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
     counted = json.loads(ran.stdout.splitlines()[-1])

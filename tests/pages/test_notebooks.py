@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
 
-from notebooks.generate import read_source, run, sources
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+generate = pytest.importorskip("notebooks.generate", reason="nbclient is not installed")
+read_source, run, sources = generate.read_source, generate.run, generate.sources
 
 COMPLAINT = re.compile(r"warning|traceback|deprecated", re.IGNORECASE)
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|var|opt|usr|work|Users|private)/|\b[A-Z]:\\")
