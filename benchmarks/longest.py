@@ -6,7 +6,7 @@ runs in a fresh process. Positions past the model's limit cost the same, so the 
 them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from step_runner import Runner
@@ -55,14 +55,13 @@ class Tries:
         self._side = None
 
 
-def find_longest(names: Sequence[str], setup: Setup, unit: int) -> dict[str, int]:
-    """Tokens of the longest row for each side; 0 where the model itself does not fit."""
-    found = {}
+def find_longest(names: Sequence[str], setup: Setup, unit: int) -> Iterator[tuple[str, int]]:
+    """Each side and the tokens of its longest row; 0 where the model itself does not fit."""
     for name in tqdm(names, desc="Longest row", leave=False):
         tries = Tries(name, replace(setup, seq=unit))
         try:
-            found[name] = longest(tries, unit=unit)
+            found = longest(tries, unit=unit)
         finally:
             tries.close()
-        tqdm.write(f"{name:28}{found[name]:>10,} tokens")
-    return found
+        tqdm.write(f"{name:28}{found:>10,} tokens")
+        yield name, found

@@ -1,6 +1,7 @@
 """Records of benchmarks: JSON lines with the measurement, device, versions and command."""
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -27,7 +28,7 @@ def small_model() -> Path:
 
 
 def record(name: str, row: Mapping[str, Any]) -> None:
-    """Append `row` to results/NAME.jsonl."""
+    """Append `row` to NAME.jsonl in results/, or in the folder that $BENCHMARK_RESULTS names."""
     script = Path(sys.argv[0]).name
     facts = {
         "date": time.strftime("%Y-%m-%d"),
@@ -35,8 +36,9 @@ def record(name: str, row: Mapping[str, Any]) -> None:
         "versions": {p: version(p) for p in ("torch", "transformers", "bitsandbytes")},
         "command": shlex.join(["python", f"benchmarks/{script}", *map(_plain, sys.argv[1:])]),
     }
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+    folder = Path(os.environ.get("BENCHMARK_RESULTS", RESULTS))
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({**row, **facts}) + "\n")
 
 

@@ -211,8 +211,10 @@ def run(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         setup = make_setup(given, base_folder(given, temporary))
         if given.longest:
-            tokens = find_longest(names, setup, given.unit)
-            record("step_longest", {**facts(given, setup), "seq": None, "tokens": tokens})
+            row = {**facts(given, setup), "seq": None, "unit": given.unit, "tokens": {}}
+            for name, tokens in find_longest(names, setup, given.unit):
+                row["tokens"][name] = tokens
+                record("step_longest", row)  # the last record of a setting counts
             return
         if given.count:
             with runners(names, setup, here=given.one_process) as sides:

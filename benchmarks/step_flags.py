@@ -96,8 +96,9 @@ def side_names(given: argparse.Namespace) -> list[str]:
             f"--sides {', '.join(unknown)} is not known.{did_you_mean(unknown[0], SIDES)} Known "
             f"are: {', '.join(SIDES)}"
         )
-    if "ours-offloading" in names and not torch.cuda.is_available():
-        raise UserError("--sides ours-offloading moves what a GPU holds, and there is none here")
+    only_there = [name for name in ("ours-offloading", "ours-triton") if name in names]
+    if only_there and not torch.cuda.is_available():
+        raise UserError(f"--sides {only_there[0]} needs a GPU, and there is none here")
     lacking = {name: missing(name) for name in names if missing(name)}
     if lacking:
         told = (f"{name} (pip install {' '.join(packages)})" for name, packages in lacking.items())

@@ -31,6 +31,7 @@ from transformers.utils import logging
 from qlora.base.load import compute_dtype
 from qlora.config import TrainConfig
 from qlora.ops.lora import linear
+from qlora.training import keep_updates
 
 MAX_GRAD_NORM = TrainConfig.max_grad_norm
 LEARNING_RATE = 1e-3
@@ -51,6 +52,8 @@ class Runner:
         self.model, self.forward = make_side(name, setup)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.trained, on_gpu=self.is_gpu) if self.trained else None
+        if self.optimizer is not None and name.startswith("ours"):
+            self.optimizer = keep_updates(self.optimizer)  # as Trainer does with bf16 adapters
         self.ids = self._batch(setup.seq)
         self.loaded = self._settle()
 

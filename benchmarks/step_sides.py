@@ -6,6 +6,7 @@ optimizer) is the same for all: benchmarks/step_runner.py.
 
     ours             load_base, apply_lora, prepare_for_training
     ours-offloading  the same, with the embedding and the checkpoints in host memory
+    ours-triton      the same as ours, with Triton's decoding where ours has bitsandbytes'
     peft             get_peft_model on the same base; in 16 bits under autocast with fp32 adapters,
                      which is what Trainer does with bf16=True
     trl              TRL's SFTTrainer on the same base: its loss without logits, its bf16 adapters
@@ -37,6 +38,7 @@ from qlora.config import LoraConfig, QuantConfig
 from qlora.fast.head import put_language_head
 from qlora.fast.layers import MLPBlock, SharedInput, put_norms, use_fast_path
 from qlora.fast.offload import offload_activations, offload_embedding
+from qlora.ops import nf4
 from qlora.training import prepare_for_training
 
 
@@ -143,6 +145,12 @@ def offloading(setup: Setup) -> Side:
         return plain(model)
     offload = offload_activations()
     return plain(model, lambda: offload)
+
+
+def decoding_by_triton(setup: Setup) -> Side:
+    """Ours with weights decoded by Triton's kernel; needs a GPU."""
+    nf4.GPU_DECODER = "triton"  # of all that is in this process
+    return ours(setup)
 
 
 def without(part: str) -> str:
@@ -281,6 +289,7 @@ def dense(setup: Setup) -> Side:
 SIDES: dict[str, Callable[[Setup], Side]] = {
     "ours": ours,
     "ours-offloading": offloading,
+    "ours-triton": decoding_by_triton,
     "peft": peft,
     "dense": dense,
     "trl": trl,
