@@ -1,5 +1,6 @@
-"""Master weights in fp32 for bf16 parameters, at 2 bytes a parameter; and FiniteSteps, which skips
-the steps of a loss or gradient that is not finite.
+"""Master weights in fp32 for bf16 parameters, at 2 bytes a parameter; steps of bitsandbytes'
+optimizers without a wait for the GPU; and FiniteSteps, which skips the steps of a loss or gradient
+that is not finite.
 
 A bf16 number has 8 bits of mantissa, so an update below 2^-9 of it is rounded away: a fifth of the
 updates of a LoRA's A at a rate of 3e-4, most as the rate falls (benchmarks/adapter_dtype.py). The
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
+from bitsandbytes.utils import sync_gpu
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
@@ -40,6 +42,7 @@ BY_PARAMETER = (Adafactor, Adagrad, Adam, AdamW, Optimizer8bit, RMSprop, SGD)
 MAX_SKIPPED = 5  # steps without a finite loss or gradient, after which a run stops
 BUNDLE = 1 << 21  # numbers in fp32 at once: about 16 bytes each, with their gradients
 LOWER = "lower_halves"
+SLOW_ON = "cuda"  # bitsandbytes' steps
 
 
 def join(parameter: Tensor, lower: Tensor) -> Tensor:
@@ -57,9 +60,14 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_updates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """`optimizer` with master weights for its bf16 parameters; unchanged if it has none, or is not
-    one of BY_PARAMETER (`loses_updates` tells the two apart)."""
-    if loses_updates(optimizer) and isinstance(optimizer, BY_PARAMETER):
+    """`optimizer` with master weights for its bf16 parameters, if it is one of BY_PARAMETER.
+
+    bitsandbytes' optimizers are wrapped without bf16 parameters too, on a GPU: for their speed.
+    Any other is returned as it is; `loses_updates` tells whether it should have master weights.
+    """
+    is_there = any(p.device.type == SLOW_ON for p in _parameters(optimizer))
+    is_slow = is_there and isinstance(optimizer, Optimizer8bit)
+    if is_slow or (loses_updates(optimizer) and isinstance(optimizer, BY_PARAMETER)):
         return MasterWeights(optimizer)
     return optimizer
 
@@ -97,24 +105,26 @@ class MasterWeights(torch.optim.Optimizer):
             for p in in_bf16:
                 p.grad = None
             if others:
-                self.optimizer.step()
+                step_inner(self.optimizer)
             for p in others:
                 p.grad = None
             for bundle in bundles(in_bf16):
                 sizes = [p.numel() for p in bundle]
                 lower = torch.cat([self._lower_of(p) for p in bundle])
                 master = join(torch.cat([p.data.reshape(-1) for p in bundle]), lower)  # (N,)
+                in_fp32 = torch.cat([gradients[p].reshape(-1) for p in bundle]).float()
                 with _with_data(dict(zip(bundle, master.split(sizes), strict=True))):
-                    for p in bundle:
-                        p.grad = gradients[p].float()
-                    self.optimizer.step()
-                    master = torch.cat([p.data.reshape(-1) for p in bundle])
+                    for p, gradient in zip(bundle, in_fp32.split(sizes), strict=True):
+                        p.grad = gradient.view(p.shape)
+                    step_inner(self.optimizer)
                 upper, lower = split(master)
-                halves = zip(upper.split(sizes), lower.split(sizes), strict=True)
-                for p, (high, low) in zip(bundle, halves, strict=True):
+                highs = [h.view(p.shape) for p, h in zip(bundle, upper.split(sizes), strict=True)]
+                torch._foreach_copy_(bundle, highs)
+                for p, low in zip(bundle, lower.split(sizes), strict=True):
                     p.grad = None
-                    p.copy_(high.view(p.shape))
                     self.lower[p] = low, p._version
+            if getattr(self.optimizer, "is_paged", False) and gradients:
+                sync_gpu(next(iter(gradients)))  # its state is in memory that the host shares
         finally:
             for p, gradient in gradients.items():
                 p.grad = gradient
@@ -144,6 +154,24 @@ class MasterWeights(torch.optim.Optimizer):
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         saved = zip(_parameters(self), state_dict.get(LOWER, ()), strict=False)
         self.lower = {p: (low.to(p.device), None) for p, low in saved if low is not None}
+
+
+def step_inner(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()`; of bitsandbytes' without its wait for the GPU after each parameter."""
+    if not isinstance(optimizer, Optimizer8bit):
+        optimizer.step()
+        return
+    if not optimizer.initialized:
+        optimizer.check_overrides()
+        optimizer.to_gpu()
+        optimizer.initialized = True
+    for i, group in enumerate(optimizer.param_groups):
+        for j, p in enumerate(group["params"]):
+            if p.grad is not None:
+                if not optimizer.state[p]:
+                    optimizer.init_state(group, p, i, j)
+                optimizer.prefetch_state(p)
+                optimizer.update_step(group, p, i, j)
 
 
 @contextmanager

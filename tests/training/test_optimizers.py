@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from transformers.optimization import Adafactor
 
+from qlora.training import optimizers
 from qlora.training.optimizers import MasterWeights, join, keep_updates, loses_updates, split
 
 RATE = 3e-4
@@ -164,6 +165,23 @@ def test_step_keeps_gradients_and_storage_and_evaluates_a_closure():
         address, gradient, version = before[n]
         assert p.data_ptr() == address and p.grad is gradient
         assert (p._version > version) == (n != "idle")  # autograd sees the change
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "lion_8bit", "ademamix", "paged_adamw_8bit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_bitsandbytes_waits_for_the_gpu_once_a_step(name, dtype, monkeypatch):
+    waits: list[Any] = []
+    for module in (bnb.optim.optimizer, optimizers):
+        monkeypatch.setattr(module, "sync_gpu", waits.append)
+    # those of a GPU are wrapped in any dtype
+    monkeypatch.setattr(optimizers, "SLOW_ON", "cpu")
+    named = {n: nn.Parameter(p.detach().to(dtype)) for n, p in start().items()}
+    optimizer = keep_updates({**OPTIMIZERS, **PAGED}[name](list(named.values())))
+    before = {n: p.detach().clone() for n, p in named.items()}
+    train(named, optimizer, range(3))
+    assert len(waits) == (3 if name.startswith("paged") else 0)
+    assert [n for n in named if torch.equal(named[n], before[n])] == ["idle"]
 
 
 def test_error_within_a_step_changes_nothing():
