@@ -36,7 +36,7 @@ from qlora.base.load import load_base
 from qlora.base.modules import as_dense, dense_weight, is_quantized
 from qlora.config import LoraConfig, QuantConfig
 from qlora.fast.head import put_language_head
-from qlora.fast.layers import MLPBlock, SharedInput, put_norms, use_fast_path
+from qlora.fast.layers import MLPBlock, Rotary, SharedInput, put_norms, use_fast_path
 from qlora.fast.offload import offload_activations, offload_embedding
 from qlora.ops import nf4
 from qlora.training import prepare_for_training
@@ -113,6 +113,8 @@ def prepared(model: Any, setup: Setup, *, left_out: Collection[str] = ()) -> Any
     for name, module in base_modules(model).items():
         if "MLP blocks" in left_out and isinstance(module, MLPBlock):
             put_module(model, name, module.base_layer)
+        if "rotary" in left_out and isinstance(module, Rotary):
+            put_module(model, name, module.base_layer)
         if "groups" in left_out and isinstance(module, LoRALinear):
             module.fast = SharedInput([module])
     return model
@@ -125,6 +127,7 @@ PARTS = (
     "MLP blocks",
     "loss without logits",
     "norms",
+    "rotary",
     "oneDNN",
     "checkpointing",
 )

@@ -65,6 +65,12 @@ def main(which: str) -> None:
     for card, act, name in gated:
         types, constants = [f"*{name}"] * 6 + ["i32"], {"ACT": act, "BLOCK": kernels.BLOCK}
         compiled[f"gated {act} {name} {card}"] = lowered(kernels._gated, types, constants, card)
+    rotated = list(itertools.product(CARDS, FLOATS)) if which == "all cards" else [("H200", "bf16")]
+    for card, name in rotated:
+        strides = ["i32"] * 11
+        sizes = {"HALF": 64, "HEADS": kernels.HEADS, "BACKWARD": True}
+        code = lowered(kernels._rotate, [f"*{name}"] * 6 + strides, sizes, card, num_warps=2)
+        compiled[f"rotate {name} {card}"] = code
     # with too few registers, which shows that the count of spilled ones works
     compiled["starved"] = lowered(kernels._gated, types, constants, "H200", maxnreg=16)
     print(json.dumps(compiled))

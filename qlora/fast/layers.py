@@ -1,12 +1,17 @@
-"""LoRA layers, gated MLPs and RMSNorms as functions that keep less for the backward pass.
+"""LoRA layers, gated MLPs, rotary embeddings and RMSNorms as functions that keep less for backward.
 
     SharedInput   LoRA layers called one after another with one tensor (q, k, v): one lora_linear
     MLPBlock      a gated MLP, down(act(gate(x)) * up(x)): one qlora.ops.lora.lora_mlp
+    Rotary        an attention whose q and k are rotated by qlora.ops.rotary.rotate
     RMSNorm       y = xhat * w, xhat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps) (arXiv:1910.07467)
 
 Layers that share an input are found by one run of a few tokens; a gated MLP by the names of its
 children, a norm by its parameters, and both must agree numerically with their function. A call
 that the function does not support falls back to the layer's, or the model's own, forward.
+
+An attention of transformers calls the function apply_rotary_pos_emb of its module. Rotary runs the
+attention's own forward, a copy of the function in whose globals that name is another function; the
+model's class and module stay as they are.
 
 Models write RMSNorm out in fp32: six kernels, and autograd keeps x in fp32, twice the bytes of a
 16-bit x. On a GPU torch.nn.functional.rms_norm is one kernel, keeps x in its own dtype and one
@@ -25,8 +30,9 @@ import inspect
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -37,14 +43,16 @@ from torch.nn import functional as F
 from qlora.adapters.lora import LoRALayer, LoRALinear, lora_layers
 from qlora.adapters.wrappers import Wrapper, base_modules, plain, put_module, remove_wrappers
 from qlora.base.modules import computes_in, has_hooks, is_quantized, product_dtype, shallow_copy
-from qlora.ops import agrees
+from qlora.ops import agrees, rotary
 from qlora.ops.gated import ACTS, gated_forward
 from qlora.ops.lora import LayerSpec, lora_linear, lora_mlp
+from qlora.ops.rotary import rotate
 
 # gate, up and down: the names in transformers, and InternLM2's
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 # of the check: gelu and its tanh form differ below 8; DeepSeek-V4 clamps gate and up at 10
 GATE_RANGES = (8.0, 200.0)
+ROTATION = "apply_rotary_pos_emb"  # of transformers' modules
 HAS_KERNEL = ("cuda",)  # devices on which F.rms_norm is one kernel
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")  # in transformers' norms
 
@@ -74,6 +82,9 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
             is_read = any(x is calls[module][1] for x, _ in calls.values())
             block.recompute = recompute and not is_read
             put_module(model, name, block)
+    for name, module in base_modules(model).items():
+        if rotating_forward(type(plain(module)).forward):
+            put_module(model, name, Rotary(module))
     reasons: Counter[str] = Counter()
     for layer in layers.values():
         dtype, reason = computes_in(layer.base_layer), why_plain(layer)
@@ -86,11 +97,11 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
 
 
 def remove_fast_path(model: nn.Module) -> None:
-    """Undo use_fast_path: every LoRA layer and MLP computes by its own forward."""
+    """Undo use_fast_path: every LoRA layer, MLP and attention computes by its own forward."""
     for layer in lora_layers(model).values():
         if isinstance(layer, LoRALinear):
             layer.fast = None
-    remove_wrappers(model, lambda wrapper: isinstance(wrapper, MLPBlock))
+    remove_wrappers(model, lambda wrapper: isinstance(wrapper, MLPBlock | Rotary))
 
 
 class SharedInput:
@@ -238,6 +249,51 @@ def _agrees_with_gated(mlp: Any, names: tuple[str, str, str], activation: str) -
     try:
         return all(agrees(forward, gated, size * x, tolerance=tolerance) for size in GATE_RANGES)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # it needs more than features
+        return False
+
+
+class Rotary(Wrapper):
+    """An attention whose forward rotates q and k by qlora.ops.rotary."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the attention's."""
+        forward = rotating_forward(type(self.base_layer).forward)
+        if forward is None or not torch.is_grad_enabled() or has_hooks(self.base_layer):
+            return self.base_layer(*args, **kwargs)
+        return forward(self.base_layer, *args, **kwargs)
+
+
+@cache
+def rotating_forward(forward: Any) -> Any:
+    """A copy of an attention's forward that rotates by qlora.ops.rotary; None where it calls no
+    apply_rotary_pos_emb, or one that rotates in another way."""
+    own = getattr(forward, "__globals__", {}).get(ROTATION)
+    if own is None or ROTATION not in forward.__code__.co_names or not _rotates_halves(own):
+        return None
+
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_usual = not args and not kwargs and q.ndim == k.ndim == 4 and cos.ndim == 3
+        alike = {(x.dtype, x.device, x.shape[-1]) for x in (q, k, cos, sin)}
+        if is_usual and len(alike) == 1 and cos.shape[1] == q.shape[2] == k.shape[2]:
+            return rotate(q, k, cos, sin)
+        return own(q, k, cos, sin, *args, **kwargs)
+
+    names = {**forward.__globals__, ROTATION: apply}
+    made = FunctionType(
+        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+def _rotates_halves(function: Any) -> bool:
+    """Whether it rotates as qlora.ops.rotary does."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(*s, 3, 8, generator=draw) for s in ((2, 2), (2, 1), (2,), (2,)))
+    ours = partial(rotary.plain, backward=False)
+    try:
+        return agrees(ours, function, q, k, cos, sin, tolerance=1e-6)
+    except (IndexError, RuntimeError, TypeError, ValueError):  # it wants other arguments
         return False
 
 

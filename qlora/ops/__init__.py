@@ -3,6 +3,7 @@
 - `nf4`: the 4-bit codec, and its decoding inside a forward pass
 - `lora`: forward and backward of W x + scaling * B A x, and of a gated MLP of such layers
 - `gated`: the elementwise part of a gated MLP, act(gate) * up
+- `rotary`: rotary position embedding of queries and keys
 - `loss`: cross-entropy from hidden states, without logits
 - `kernels`: the Triton kernels; imported only where one is used
 

@@ -1,4 +1,4 @@
-"""Triton kernels: decoding 4-bit weights, and the elementwise part of a gated MLP.
+"""Triton kernels: decoding 4-bit weights, the elementwise part of a gated MLP, rotary embedding.
 
 Importing this module imports Triton: qlora.ops.nf4 and qlora.ops.gated, whose plain-torch functions
 are the oracles, do so where they use a kernel. Decoding (layout: see qlora.ops.nf4):
@@ -22,6 +22,9 @@ Gated MLP (see qlora.ops.gated): both kinds of sigmoid gates are g * sigmoid(v),
 and, since (1 + tanh u) / 2 = sigmoid(2 u), v = 2 sqrt(2/pi) (g + 0.044715 g^3) for tanh's GELU.
 Each value is read once and each result written once, 6 bytes per value in bf16 forward and 12
 backward, in accesses of 16 bytes if their number is a multiple of 16; memory bounds the speed.
+
+Rotary embedding (see qlora.ops.rotary): a program rotates HEADS heads of one token, those of q and
+then those of k, so that one launch does both; each value is read and written once.
 """
 
 from typing import Any
@@ -32,8 +35,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from qlora.ops.rotary import empty_like_heads
+
 GROUPS = 512  # of 8 values, in a program of 128 threads
 BLOCK = 1024  # values of a gated program: 4 warps, 16 bytes a thread in 16 bits
+HEADS = 8  # of a program of rotary embedding
 
 
 def decode(packed: Tensor, state: Any, out: Tensor) -> None:
@@ -70,6 +76,24 @@ def gated_backward(
     with torch.cuda.device_of(gate):
         _gated[grid](gate, up, dh, h, dgate, dup, values, act, BLOCK)
     _mark_written(h, dgate, dup)
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool
+) -> tuple[Tensor, Tensor]:
+    """q (batch, heads, tokens, dim) and k rotated, with cos and sin (batch or 1, tokens, dim)."""
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    (batch, q_heads, tokens, dim), k_heads = q.shape, k.shape[1]
+    y, z = empty_like_heads(q), empty_like_heads(k)
+    groups = triton.cdiv(q_heads, HEADS) + triton.cdiv(k_heads, HEADS)
+    with torch.cuda.device_of(q):
+        _rotate[(batch * tokens, groups)](
+            q, k, cos, sin, y, z, *q.stride()[:3], *k.stride()[:3], tokens, q_heads, k_heads,
+            tokens * dim * (len(cos) > 1), dim // 2, triton.next_power_of_2(dim // 2), HEADS,
+            backward, num_warps=2,  # 16 bytes a thread in 16 bits, of heads of 128 values
+        )  # fmt: skip
+    return y, z
 
 
 def _mark_written(*tensors: Tensor) -> None:
@@ -132,3 +156,44 @@ def _gated(gate, up, dh, h, dgate, dup, values, ACT: tl.constexpr, BLOCK: tl.con
     if dh is not None:
         tl.store(dgate + at, (d * u * slope).to(dgate.dtype.element_ty), mask=inside)
         tl.store(dup + at, (d * a).to(dup.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    q, k, cos, sin, y, z, q_batch, q_head, q_token, k_batch, k_head, k_token, tokens, q_heads,
+    k_heads, cos_batch, half, HALF: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // tokens, row % tokens
+    group = tl.program_id(1)
+    q_groups = tl.cdiv(q_heads, HEADS)
+    i = tl.arange(0, HALF)
+    inside = i < half
+    angle = batch * cos_batch + token * 2 * half + i
+    c1 = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+    c2 = tl.load(cos + angle + half, mask=inside, other=0.0).to(tl.float32)
+    s1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+    s2 = tl.load(sin + angle + half, mask=inside, other=0.0).to(tl.float32)
+    if BACKWARD:
+        s1, s2 = -s2, -s1
+    if group < q_groups:
+        head = group * HEADS + tl.arange(0, HEADS)
+        source = q + batch * q_batch + token * q_token + head * q_head
+        _rotate_heads(source, y + row * q_heads * 2 * half, head, q_heads, i, half, c1, c2, s1, s2)
+    else:
+        head = (group - q_groups) * HEADS + tl.arange(0, HEADS)
+        source = k + batch * k_batch + token * k_token + head * k_head
+        _rotate_heads(source, z + row * k_heads * 2 * half, head, k_heads, i, half, c1, c2, s1, s2)
+
+
+@triton.jit
+def _rotate_heads(source, target, head, heads, i, half, c1, c2, s1, s2):
+    """The heads of one token, of addresses `source` (HEADS,), to `target`, where they are dense."""
+    inside = (head < heads)[:, None] & (i < half)[None, :]
+    x1 = tl.load(source[:, None] + i[None, :], mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(source[:, None] + i[None, :] + half, mask=inside, other=0.0).to(tl.float32)
+    to = target + head[:, None] * 2 * half + i[None, :]
+    y1 = x1 * c1[None, :] - x2 * s1[None, :]
+    y2 = x2 * c2[None, :] + x1 * s2[None, :]
+    tl.store(to, y1.to(target.dtype.element_ty), mask=inside)
+    tl.store(to + half, y2.to(target.dtype.element_ty), mask=inside)

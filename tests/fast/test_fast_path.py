@@ -13,16 +13,19 @@ import transformers as hf
 from conftest import CONFIGS, DEVICES, SIZES, adapted_model, axis, randomize_adapter, token_ids
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.llama4.modeling_llama4 import Llama4TextMLP
 
 from qlora.adapters.apply import apply_lora, disable_adapter, mixed_batch, set_adapter
 from qlora.adapters.fuse import delete_adapter, merge_adapter, unload, unmerge_adapter
 from qlora.adapters.lora import lora_layers
-from qlora.adapters.wrappers import base_modules
+from qlora.adapters.wrappers import base_modules, plain
 from qlora.config import LoraConfig, QuantConfig
 from qlora.fast import layers as fast_layers
-from qlora.fast.layers import MLPBlock, remove_fast_path, use_fast_path
+from qlora.fast.layers import MLPBlock, Rotary, remove_fast_path, use_fast_path
 from qlora.ops import lora as lora_function
+from qlora.ops import rotary
 from qlora.training import prepare_for_training
 
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -84,6 +87,46 @@ def fast_parts(model: nn.Module) -> tuple[int, list[int]]:
     """The number of blocks, and the sizes of groups of one of two equal layers."""
     groups = {id(layer.fast): layer.fast for layer in lora_layers(model).values()}
     return len(blocks_of(model)), sorted(len(group.layers) for group in groups.values())[::2]
+
+
+def test_attention_rotates_by_the_function_and_its_class_stays_as_it_is(monkeypatch):
+    own = LlamaAttention.forward, vars(modeling_llama)["apply_rotary_pos_emb"]
+    calls: list[Any] = []
+    monkeypatch.setattr(fast_layers, "rotate", lambda *x: calls.append(x) or rotary.rotate(*x))
+    fast_layers.rotating_forward.cache_clear()
+    model = dense_model()
+    wanted = gradients(model)
+    use_fast_path(model)
+    attention = base_modules(model)["model.layers.0.self_attn"]
+    assert isinstance(attention, Rotary) and not calls
+    assert_same(gradients(model), wanted)
+    assert len(calls) == 1
+    gradients(copy.deepcopy(model))
+    assert len(calls) == 2
+    with torch.no_grad():
+        model(token_ids(rows=1, length=4))
+    with plain(attention).register_forward_hook(lambda *_: None):
+        gradients(model)
+    assert len(calls) == 2  # neither is computed by the function
+    remove_fast_path(model)
+    assert base_modules(model)["model.layers.0.self_attn"] is plain(attention)
+    assert own == (LlamaAttention.forward, vars(modeling_llama)["apply_rotary_pos_emb"])
+    fast_layers.rotating_forward.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "attention, rotates",
+    [
+        (hf.models.qwen3.modeling_qwen3.Qwen3Attention, True),
+        (hf.models.phi.modeling_phi.PhiAttention, True),  # a part of each head
+        (hf.models.cohere.modeling_cohere.CohereAttention, False),  # pairs side by side
+        (hf.models.gemma3n.modeling_gemma3n.Gemma3nTextAttention, False),  # q and k one by one
+        (hf.models.gpt2.modeling_gpt2.GPT2Attention, False),
+        (nn.Linear, False),
+    ],
+)
+def test_attentions_that_rotate_halves(attention, rotates):
+    assert (fast_layers.rotating_forward(attention.forward) is not None) == rotates
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
