@@ -11,8 +11,8 @@ qlora.ops.nf4.dequantize's is an error.
 Products are of 1 to 256 tokens: with a weight decoded before, and by bitsandbytes' own layer, which
 for few tokens multiplies without storing the weight.
 
-The last line says what qlora.ops.nf4.GPU_DECODER should be on this card: the decoder that takes the
-least time for all layers of all models, if it takes 3 % less than bitsandbytes' kernel.
+The last line says which decoder takes the least time for all layers of all models, if it takes 3 %
+less than bitsandbytes' kernel, and which one qlora.ops.nf4.fastest_decoder has found.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from qlora.ops.nf4 import (
     DTYPES,
     Quantized,
     dequantize,
+    fastest_decoder,
     into_scratch,
     quantize,
     triton_decodes,
@@ -168,7 +169,13 @@ def main() -> None:
     if totals[best] > GAIN * totals["bitsandbytes"]:
         best = "bitsandbytes"
     shown = ", ".join(f"{name} {took * 1e3:.2f} ms" for name, took in totals.items())
-    print(f'qlora.ops.nf4.GPU_DECODER = "{best}": a block of each model takes {shown}')
+    found = fastest_decoder(torch.device("cuda", torch.cuda.current_device()), dtype)
+    lines = [
+        f"fastest: {best}; found at the start: {found}",
+        f"a block of each model takes {shown}",
+    ]
+    print("\n".join(lines))
+    facts |= {"found": found, "shown": lines}
     record("decode", {"what": "verdict", "way": best, "seconds": totals, **facts})
 
 

@@ -207,16 +207,39 @@ def _record_calls(model: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
         if len(args) == 1 and isinstance(y, Tensor):
             calls.setdefault(module, []).append((args[0], y))
 
-    ids = torch.arange(8, device=model.device)[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
     with ExitStack() as undo:
         undo.callback(model.train, model.training)
         for module in {*lora_layers(model).values(), *base_modules(model).values()}:
             undo.enter_context(module.register_forward_hook(record))
-        model.eval().base_model(**inputs)
+        model.eval().base_model(**_few_tokens(model))
     return {module: records[0] for module, records in calls.items() if len(records) == 1}
+
+
+def _few_tokens(model: Any) -> dict[str, Tensor]:
+    """A batch of one short row."""
+    ids = torch.arange(8, device=model.device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+
+
+@torch.no_grad()
+def draws_numbers(model: Any) -> bool:
+    """Whether a forward pass in training mode draws random numbers, as dropout does; also where
+    that cannot be tried."""
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return True
+    generators = [torch.default_generator]
+    if model.device.type == "cuda":
+        generators.append(torch.cuda.default_generators[model.device.index or 0])
+    before, was_training = [g.get_state() for g in generators], model.training
+    try:
+        model.train().base_model(**_few_tokens(model))
+        changed = [not g.get_state().equal(s) for g, s in zip(generators, before, strict=True)]
+    finally:
+        model.train(was_training)
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+    return any(changed)
 
 
 def _mlp_block(module: nn.Module) -> MLPBlock | None:

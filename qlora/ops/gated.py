@@ -71,15 +71,17 @@ def implementation(device: torch.device, dtype: torch.dtype, act: str) -> Implem
     from qlora.ops import kernels
 
     fast = kernels.gated_forward, kernels.gated_backward
-    gate = torch.linspace(-9, 9, 4099, device=device).to(dtype)  # the last block is not full
-    up, dh = gate.flip(0), gate.roll(7)
 
     def outputs(functions: Implementation) -> list[Tensor]:
-        tensors = [torch.empty_like(gate) for _ in range(4)]
-        functions[0](gate, up, tensors[0], act)
-        functions[1](gate, up, dh, *tensors[1:], act)
-        # the few values of the last block are compared on their own, else they would hardly count
-        return [part for tensor in tensors for part in tensor.split(4096)]
+        parts = list[Tensor]()
+        for size in 4096, 4099:  # Triton compiles another kernel for sizes that 16 divides
+            gate = torch.linspace(-9, 9, size, device=device).to(dtype)
+            up, dh, tensors = gate.flip(0), gate.roll(7), [torch.empty_like(gate) for _ in range(4)]
+            functions[0](gate, up, tensors[0], act)
+            functions[1](gate, up, dh, *tensors[1:], act)
+            # the few values of the last block are compared on their own, else they hardly count
+            parts += [part for tensor in tensors for part in tensor.split(4096)]
+        return parts
 
     # one rounding, and exponentials that may differ by several roundings of fp32
     tolerance = torch.finfo(dtype).eps + 1e-5

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from qlora.config import QuantConfig
 from qlora.ops import agrees, may_use_triton
@@ -217,6 +218,8 @@ def _by_bitsandbytes(quantized: Quantized, out: Tensor) -> None:
     torch.ops.bitsandbytes.dequantize_4bit.out(
         packed, absmax(quantized), state.blocksize, state.quant_type, out.shape, out.dtype, out=out
     )
+    if not out.is_inference():
+        increment_version(out)  # which that operator does not: autograd raises on stale values
 
 
 def _by_triton(quantized: Quantized, out: Tensor) -> None:
@@ -226,16 +229,36 @@ def _by_triton(quantized: Quantized, out: Tensor) -> None:
 
 
 DECODERS: dict[str, Decoder] = {"bitsandbytes": _by_bitsandbytes, "triton": _by_triton}
-# The one used on a GPU: the most widely used, until benchmarks/decode.py has compared both on one.
-GPU_DECODER = "bitsandbytes"
+GPU_DECODER: str | None = None  # one of DECODERS, to use on a GPU, however fast another is
 
 
 def decoder(device: torch.device, dtype: torch.dtype) -> Decoder | None:
     """The function that decodes into a buffer on `device`, or None: each weight is a new tensor."""
     if device.type != "cuda":
         return None
-    is_usable = GPU_DECODER != "triton" or triton_decodes(device, dtype)
-    return DECODERS[GPU_DECODER if is_usable else "bitsandbytes"]
+    name = GPU_DECODER or fastest_decoder(device, dtype)
+    is_usable = name != "triton" or triton_decodes(device, dtype)
+    return DECODERS[name if is_usable else "bitsandbytes"]
+
+
+@cache
+def fastest_decoder(device: torch.device, dtype: torch.dtype) -> str:
+    """The one of DECODERS that takes the least time on this GPU, measured once: Triton's kernel if
+    it is right. The weights are larger than the GPU's caches together."""
+    if not triton_decodes(device, dtype):
+        return "bitsandbytes"
+    shape, took = (4096, 4096), dict[str, float]()
+    weights = [quantize(torch.randn(shape, device=device), QuantConfig()) for _ in range(4)]
+    outs = [torch.empty(shape, dtype=dtype, device=device) for _ in weights]
+    for name in [*DECODERS] * 3:  # the first time compiles; the last counts
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for weight, out in zip(weights, outs, strict=True):
+            DECODERS[name](weight, out)
+        end.record()
+        end.synchronize()
+        took[name] = start.elapsed_time(end)
+    return min(took, key=took.__getitem__)
 
 
 @cache

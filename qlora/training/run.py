@@ -34,8 +34,8 @@ from qlora.config.tasks import task_named
 from qlora.data import rows as data_rows
 from qlora.data.generation import describe_stops, taught_stop_ids
 from qlora.errors import UserError, did_you_mean, require
+from qlora.fast import layers
 from qlora.fast.head import LanguageHead, put_language_head
-from qlora.fast.layers import RMSNorm, put_norms, remove_fast_path, use_fast_path
 from qlora.fast.offload import offload_embedding, require_gpu
 from qlora.files import RUN, ids_in, read_metrics, read_samples, require_new
 from qlora.training.outputs import (
@@ -419,19 +419,20 @@ def prepare_for_training(
     model.config.use_cache = False
     if fast_path:
         put_language_head(model)
-        put_norms(model)
+        layers.put_norms(model)
     else:
-        remove_fast_path(model)
-        remove_wrappers(model, lambda wrapper: isinstance(wrapper, LanguageHead | RMSNorm))
+        layers.remove_fast_path(model)
+        remove_wrappers(model, lambda wrapper: isinstance(wrapper, LanguageHead | layers.RMSNorm))
     # "activation" since transformers 5.2x
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if gradient_checkpointing:
-        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        settings = {"use_reentrant": False, "preserve_rng_state": layers.draws_numbers(model)}
+        getattr(model, f"{kind}_checkpointing_enable")(settings)
     elif getattr(model, f"is_{kind}_checkpointing"):
         getattr(model, f"{kind}_checkpointing_disable")()
     model.train()
     if fast_path:
-        use_fast_path(model, recompute=gradient_checkpointing)
+        layers.use_fast_path(model, recompute=gradient_checkpointing)
     model._hf_peft_config_loaded = True  # PEFT's mark: Trainer refuses a 4-bit model without it
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     return model

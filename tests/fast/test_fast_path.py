@@ -430,3 +430,21 @@ def test_layers_that_share_an_input(monkeypatch):
         k.lora_B["default"].add_(1)
         check(k, x)  # another mode than that of the first call
     check(v, x)
+
+
+@pytest.mark.parametrize("lora_dropout, attention_dropout", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
+def test_random_states_are_kept_for_recomputation_where_numbers_are_drawn(
+    lora_dropout, attention_dropout
+):
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**ONE_LAYER | {"attention_dropout": attention_dropout})
+    model = hf.AutoModelForCausalLM.from_config(config)
+    apply_lora(model.requires_grad_(False), LoraConfig(r=4, lora_dropout=lora_dropout))
+    randomize_adapter(model)
+    state = torch.get_rng_state()
+    prepare_for_training(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    kept = model.model.layers[0]._gradient_checkpointing_func.keywords["preserve_rng_state"]
+    assert kept == bool(lora_dropout or attention_dropout)
+    wanted = gradients(prepare_for_training(model, gradient_checkpointing=False))
+    assert_same(gradients(prepare_for_training(model)), wanted)

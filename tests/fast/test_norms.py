@@ -15,7 +15,6 @@ from qlora import LoraConfig, apply_lora, load_base, unload
 from qlora.fast import layers
 from qlora.fast.layers import RMSNorm, put_norms, rms_norm_form
 from qlora.training import prepare_for_training
-from qlora.training import run as training
 
 IDS = token_ids(rows=2, length=16)
 DTYPES = axis(torch.float32, torch.bfloat16, torch.float16)
@@ -146,7 +145,7 @@ def test_a_model_keeps_less_by_the_inputs_of_norms(family, checkpoints, monkeypa
         prepare_for_training(model, gradient_checkpointing=False)
         totals.append(kept(lambda m=model: m(input_ids=IDS, labels=IDS).loss))
         gradients.append(gradients_of(model))
-        monkeypatch.setattr(training, "put_norms", lambda _: None)
+        monkeypatch.setattr(layers, "put_norms", lambda _: None)
     # Two of each of two layers; but the first one's x is the embedding's and has no gradient. What
     # is behind q_norm and k_norm, and Gemma's norms after a block, keeps no y: x and y are even.
     assert totals[1] - totals[0] == 3 * 4 * IDS.numel() * model.config.hidden_size

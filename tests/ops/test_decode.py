@@ -70,6 +70,28 @@ def test_which_decoder_is_used(name, agrees, monkeypatch):
     assert used == [DECODERS[name if agrees else "bitsandbytes"], None, None]
 
 
+@on_gpu
+def test_the_fastest_decoder_is_one_that_is_right():
+    device = torch.device("cuda", 0)
+    assert nf4.fastest_decoder(device, torch.bfloat16) in DECODERS
+    assert nf4.fastest_decoder(device, torch.float64) == "bitsandbytes"  # has no kernel
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(nf4, "triton_decodes", lambda *_: False)
+    fastest = nf4.fastest_decoder.__wrapped__
+    assert fastest(torch.device("cuda"), torch.bfloat16) == "bitsandbytes"
+
+
+@on_gpu
+def test_bitsandbytes_decoding_into_a_tensor_is_a_change_that_autograd_sees():
+    quantized = nf4.quantize(torch.randn(48, 64, device="cuda"), QuantConfig())
+    out = torch.empty(48, 64, device="cuda")
+    version = out._version
+    DECODERS["bitsandbytes"](quantized, out)
+    assert out._version > version and torch.equal(out, nf4.dequantize(quantized))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_slots_threads_and_streams_have_buffers_that_grow(device):
     small, large = torch.Size((3, 5)), torch.Size((30, 50))
