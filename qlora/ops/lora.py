@@ -222,10 +222,10 @@ class _Layer(NamedTuple):
         y.view(-1, y.shape[-1]).addmm_(low, self.B.T, alpha=self.scaling)
         return y
 
-    def low_gradient(self, dy: Tensor) -> Tensor:
-        """s dy B, the gradient of x A': (n, out) @ (out, r) -> (n, r)."""
+    def low_gradient(self, dy: Tensor, out: Tensor) -> Tensor:
+        """s dy B, the gradient of x A': (n, out) @ (out, r) -> (n, r), into `out`."""
         gain = 1.0 if self.dropout is None else self.dropout.gain
-        return linear(dy, self.B.T).mul_(self.scaling * gain)
+        return product(dy, self.B, self.scaling * gain, out)
 
     def add_input_gradient(self, dx: Tensor, dlow: Tensor, mask: Tensor | None) -> Tensor:
         """dx += dlow A, the gradient through A: (n, r) @ (r, in) -> (n, in)."""
@@ -233,12 +233,13 @@ class _Layer(NamedTuple):
             return dx.addmm_(dlow, self.A)
         return dx.add_((dlow @ self.A).mul_(mask))
 
-    def factor_gradients(
-        self, x: Tensor, dy: Tensor, low: Tensor, dlow: Tensor, mask: Tensor | None
-    ) -> list[Tensor]:
-        """dA = dlow' x (r, in) and dB = s dy' (x A') (out, r)."""
-        x = x if mask is None else x * mask
-        return [inner(dlow, x), inner(dy, low).mul_(self.scaling)]
+    def A_gradient(self, x: Tensor, dlow: Tensor, mask: Tensor | None) -> Tensor:
+        """dA = dlow' x: (r, n) @ (n, in) -> (r, in)."""
+        return inner(dlow, x if mask is None else x * mask)
+
+    def B_gradient(self, dy: Tensor, low: Tensor) -> Tensor:
+        """dB = s dy' (x A'): (out, n) @ (n, r) -> (out, r)."""
+        return inner(dy, low, self.scaling)
 
 
 def _layers(specs: Specs, matrices: Sequence[Tensor], dtype: torch.dtype) -> list[_Layer]:
@@ -273,24 +274,29 @@ def _gradients(
 ) -> tuple[Tensor | None, list[Any]]:
     """dx (n, in), in `out` if it is given, and dA, dB of each layer, None where its dy is None."""
     dx: Tensor | None = None
-    gradients: list[Any] = []
+    gradients: list[Any] = [None] * (2 * len(layers))  # dA, dB, dA, dB, …
     is_stacked = not any(layer.dropout for layer in layers)
-    dlow = torch.zeros_like(low)  # (n, sum of r)
+    dlow = torch.empty_like(low)  # (n, sum of r)
     ranks = [len(layer.A) for layer in layers]
     parts = zip(layers, dys, low.split(ranks, dim=1), dlow.split(ranks, dim=1), strict=True)
-    for layer, dy, own_low, own_dlow in parts:
+    for i, (layer, dy, own_low, own_dlow) in enumerate(parts):
         if dy is None:
-            gradients += [None, None]
+            own_dlow.zero_()
             continue
         dy = dy.reshape(-1, dy.shape[-1])  # (..., out) -> (n, out)
-        own_dlow.copy_(layer.low_gradient(dy))
+        layer.low_gradient(dy, own_dlow)
+        gradients[2 * i + 1] = layer.B_gradient(dy, own_low)
         mask = layer.mask(x)
-        gradients += layer.factor_gradients(x, dy, own_low, own_dlow, mask)
+        if not is_stacked:
+            gradients[2 * i] = layer.A_gradient(x, own_dlow, mask)
         if needs_dx:
             weight = layer.weight().T  # (n, out) @ (out, in) -> (n, in)
             dx = linear(dy, weight, out=out) if dx is None else add_linear(dx, dy, weight)
             if not is_stacked:
                 layer.add_input_gradient(dx, own_dlow, mask)
+    if is_stacked:  # one read of x for all dA: (sum of r, n) @ (n, in) -> (sum of r, in)
+        every_dA = inner(dlow, x).split(ranks)
+        gradients[::2] = [None if dy is None else dA for dA, dy in zip(every_dA, dys, strict=True)]
     if needs_dx and dx is None:
         dx = torch.zeros_like(x) if out is None else out.zero_()
     if dx is not None and is_stacked:
@@ -303,7 +309,7 @@ def _mlp_gradients(
 ) -> tuple[Tensor | None, list[Any]]:
     """dx (n, in), in `out` if it is given, and the gradients of the six factors, of dy (n, out)."""
     *gate_up, down = layers
-    down_dlow = down.low_gradient(dy)
+    down_dlow = down.low_gradient(dy, dy.new_empty(len(dy), len(down.A)))
     dh = linear(dy, down.weight().T)  # (n, out) @ (out, intermediate) -> (n, intermediate)
     mask = down.mask(dh)
     dh = down.add_input_gradient(dh, down_dlow, mask)
@@ -312,8 +318,8 @@ def _mlp_gradients(
     low, gate, up = saved or _outputs(x, gate_up)
     h, dgate, dup = gated_backward(gate, up, dh, ctx.activation, in_place=ctx.recompute)
     dx, gradients = _gradients(x, low, gate_up, [dgate, dup], ctx.needs_input_grad[0], out)
-    gradients += down.factor_gradients(h, dy, down.project(h, mask), down_dlow, mask)
-    return dx, gradients
+    down_dA, down_low = down.A_gradient(h, down_dlow, mask), down.project(h, mask)
+    return dx, [*gradients, down_dA, down.B_gradient(dy, down_low)]
 
 
 def _tiles(ctx: Any, x: Tensor, matrices: Sequence[Tensor]) -> list[tuple[slice, list[_Layer]]]:
@@ -362,13 +368,20 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return total.addmm_(x, weight.T)
 
 
-def inner(x: Tensor, y: Tensor) -> Tensor:
-    """x' y: (p, n) @ (n, q) -> (p, q)."""
+def inner(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+    """scale x' y: (p, n) @ (n, q) -> (p, q)."""
     if not by_onednn(x):
-        return x.T @ y
+        return product(x.T, y, scale, x.new_empty(x.shape[1], y.shape[1]))
     if x.shape[1] > y.shape[1]:  # oneDNN has a tenth of the speed this way round if y is narrow
-        return inner(y, x).T.contiguous()
-    return linear(x.T, y.T)
+        return inner(y, x, scale).T.contiguous()
+    return linear(x.T, y.T).mul_(scale)
+
+
+def product(x: Tensor, y: Tensor, scale: float, out: Tensor) -> Tensor:
+    """scale x y, (p, n) @ (n, q) -> (p, q), into `out`, of which only the rows need be dense."""
+    if by_onednn(x):
+        return out.copy_(linear(x, y.T).mul_(scale))
+    return out.addmm_(x, y, beta=0, alpha=scale)
 
 
 def by_onednn(x: Tensor) -> bool:
