@@ -311,6 +311,10 @@ def quantized_by_gptq(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def stops(text):
+    return lambda folder: (folder / "generation_config.json").write_text(text)
+
+
 CLASSIFIER = {"task": "seq-cls", "labels": ("a", "b", "c")}
 NORM, MATRIX = "model.layers.1.input_layernorm.weight", "bert.encoder.layer.0.output.dense.weight"
 
@@ -321,6 +325,8 @@ NORM, MATRIX = "model.layers.1.input_layernorm.weight", "bert.encoder.layer.0.ou
         ("llama", without(NORM), {}, f"lacks 1 tensors of its model.*: {NORM}"),
         ("bert", without(MATRIX), CLASSIFIER, f"lacks 1 tensors of its model.*: {MATRIX}"),
         ("llama", quantized_by_gptq, {}, "already quantized, with gptq: give its 16-bit model"),
+        ("llama", stops("[1, 2]"), {}, "generation_config.json is not a JSON object: got a list"),
+        ("llama", stops('"2"'), {}, "generation_config.json is not a JSON object: got a str"),
     ],
 )
 def test_checkpoints_that_are_refused(checkpoints, tmp_path, family, change, settings, match):
