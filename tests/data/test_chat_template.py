@@ -308,6 +308,18 @@ def test_missing_text_is_empty_where_the_template_reads_a_text(tmp_path, role):
     assert learned(rows[0], tokenizer)[0] == "rain<|im_end|>"
 
 
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_null_text_where_the_template_tests_for_it(tmp_path, content):
+    """As R1-Distill's, which has calls only where `content is none`: apply_chat_template drops it."""
+    calls = "{% for call in m.tool_calls %}{{ call | tojson }}{% endfor %}"
+    text = "{% if m.content is none %}" + calls + "{% else %}{{ m.content }}{% endif %}</s>"
+    call = {"name": "rain", "arguments": {"n": 1}}
+    turns = [{"role": "assistant", "tool_calls": [call], **content}, {"role": "tool"}]
+    tokenizer = byte_level(loop("<|{{ m.role }}|>" + text, "<|assistant|>"))
+    rows, _ = prepare(tmp_path, [{"messages": [TALK[0], *turns, TALK[1]]}], tokenizer)
+    assert learned(rows[0], tokenizer) == [json.dumps(call) + "</s>", "two 😀</s>"]
+
+
 def test_tool_calls_beside_text_are_not_left_out(tmp_path):
     turn = {**TALK[1], "tool_calls": [{"function": {"name": "rain", "arguments": {}}}]}
     with pytest.raises(
