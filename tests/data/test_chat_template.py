@@ -310,7 +310,7 @@ def test_missing_text_is_empty_where_the_template_reads_a_text(tmp_path, role):
 
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
 def test_null_text_where_the_template_tests_for_it(tmp_path, content):
-    """As R1-Distill's, which has calls only where `content is none`: apply_chat_template drops it."""
+    """As R1-Distill's: calls only where `content is none`, which apply_chat_template drops."""
     calls = "{% for call in m.tool_calls %}{{ call | tojson }}{% endfor %}"
     text = "{% if m.content is none %}" + calls + "{% else %}{{ m.content }}{% endif %}</s>"
     call = {"name": "rain", "arguments": {"n": 1}}
@@ -364,8 +364,10 @@ def test_text_rows_have_no_special_token_twice(tmp_path, added, text):
     assert rows[0]["labels"] == rows[0]["input_ids"]
 
 
-def test_text_of_a_rendered_chat_is_the_chat(tmp_path):
-    tokenizer = byte_level(LLAMA3)
+@pytest.mark.parametrize("template", [LLAMA3, ALWAYS["llama3"], ALWAYS["command-r7b"]])
+def test_text_of_a_rendered_chat_is_the_chat(tmp_path, template):
+    """Without the turn that a template opens at its end."""
+    tokenizer = byte_level(template)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
