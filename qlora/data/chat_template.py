@@ -111,9 +111,9 @@ def _rendered(
 ) -> str:
     options: Any = {"add_generation_prompt": prompt, "tools": tools, "chat_template": template}
     if any(None in message.values() for message in messages):  # which apply_chat_template drops
+        options |= tokenizer.special_tokens_map
         options["chat_template"] = tokenizer.get_chat_template(template, tools)
-        [text], _ = render_jinja_template([messages], **options, **tokenizer.special_tokens_map)
-        return str(text)
+        return str(render_jinja_template([messages], **options)[0][0])
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
