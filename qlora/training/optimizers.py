@@ -189,7 +189,7 @@ class FiniteSteps(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.batches: list[tuple[Any, bool]] = []  # of this step, and whether their loss is finite
+        self.batches: list[tuple[Any, Tensor]] = []  # of this step, and whether the loss is finite
         self.skipped, self.sound_step, self.is_sound = 0, 0, True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -201,13 +201,20 @@ class FiniteSteps(TrainerCallback):
         # a loss scale above 1 makes fp16 gradients overflow: its scaler skips the step, lowers it
         is_scaled = scaler is not None and scaler.get_scale() > 1
         batches, self.batches = self.batches, []
-        broken = [inputs for inputs, is_finite in batches if not is_finite]
-        if not broken and (is_scaled or get_total_norm(gradients).isfinite()):
+        norm = get_total_norm(gradients)
+        tests = [norm.isfinite(), *(is_finite.to(norm.device) for _, is_finite in batches)]
+        has_norm, *finite = torch.stack(tests).tolist()  # a GPU is waited for once per step
+        broken = [inputs for (inputs, _), ok in zip(batches, finite, strict=True) if not ok]
+        if not broken and (is_scaled or has_norm):
             self.sound_step, self.is_sound = state.global_step, True
             return
         if scaler is None:
             model.zero_grad()  # optimizers skip parameters without a gradient
-        self.skipped, self.is_sound = self.skipped + 1, False
+        self.skipped, self.is_sound = self.skipped + 1, bool(broken) and any(finite)
+        if self.is_sound:  # of the other batches: the rows are the cause, not the adapter
+            self.sound_step = state.global_step
+        if broken:
+            self.trainer.logs_nan = True
         step, what = state.global_step + 1, "loss" if broken else "gradient"
         shown = broken or [inputs for inputs, _ in batches]
         rows = show_rows(shown, self.trainer.train_dataset, self.trainer.processing_class)

@@ -88,6 +88,7 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         "train_sampling_strategy": "random" if config.data.packing else "group_by_length",
         "length_column_name": "length",
         "include_num_input_tokens_seen": "non_padding",
+        "logging_nan_inf_filter": False,  # it waits for a GPU; AdapterTrainer's costs nothing
         "label_names": ["labels"],
     }
     settings |= config.trainer
@@ -317,12 +318,11 @@ class AdapterTrainer(Trainer):
         return int(self.state.global_step if self.best_step is None else self.best_step)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's; batches without a finite loss are noted, as Trainer reports another."""
+        """Trainer's, with 0 for a loss that is not finite, which FiniteSteps notes: the sum that
+        Trainer logs would stay NaN."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        is_finite = bool(loss.isfinite())
-        self.steps.batches.append((inputs, is_finite))
-        self.logs_nan |= not is_finite
-        return loss
+        self.steps.batches.append((inputs, loss.isfinite()))
+        return loss.nan_to_num(0, 0, 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the mean loss since the last log as NaN if one was not finite."""
