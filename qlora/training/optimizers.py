@@ -18,8 +18,10 @@ only on average; fp32 parameters, which with their gradients take 4 bytes more a
 forward pass.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ BY_PARAMETER = (Adafactor, Adagrad, Adam, AdamW, Optimizer8bit, RMSprop, SGD)
 MAX_SKIPPED = 5  # steps without a finite loss or gradient, after which a run stops
 BUNDLE = 1 << 21  # numbers in fp32 at once: about 16 bytes each, with their gradients
 LOWER = "lower_halves"
+NOT_FINITE = "not-finite-"  # before the name of a checkpoint whose adapter gives no finite loss
 
 
 def join(parameter: Tensor, lower: Tensor) -> Tensor:
@@ -222,12 +225,31 @@ class FiniteSteps(TrainerCallback):
         if self.skipped == MAX_SKIPPED:
             raise UserError(self.fault())
 
+    def passes_again(self) -> bool:
+        """Whether one of MAX_SKIPPED batches has a finite loss: those of the last step had not."""
+        trainer, one = self.trainer, torch.tensor(1, device=self.trainer.args.device)
+        if not self.skipped:  # an evaluation had not
+            return False
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # as in check_data
+            for inputs in islice(trainer.get_train_dataloader(), MAX_SKIPPED):
+                batch = trainer._prepare_inputs(inputs)
+                if trainer.compute_loss(trainer.model, batch, num_items_in_batch=one).isfinite():
+                    return True
+        return False
+
     def fault(self) -> str:
-        """What went wrong, the last good checkpoint, and how to mend it."""
+        """What went wrong, the last good checkpoint, and how to mend it. Later checkpoints are
+        renamed, so that --resume goes on from the good one."""
         output = Path(str(self.trainer.args.output_dir))
-        good = [n for n in complete_checkpoints(output) if n <= self.sound_step]
+        checkpoints = complete_checkpoints(output)
+        good = [n for n in checkpoints if n <= self.sound_step]
         last = f"The last good checkpoint is {output}/checkpoint-{max(good, default='')}"
         last = last if good else "There is no good checkpoint"
+        for folder in (checkpoints[n] for n in checkpoints.keys() - set(good)):
+            aside = folder.with_name(f"{NOT_FINITE}{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            last += f", {folder.name} is now {aside.name}"
         return (
             f"the loss or its gradient was not finite ({self.skipped} steps were skipped), so "
             f"training has ended and no adapter was written. {last}. Lower --learning-rate, remove "

@@ -8,8 +8,7 @@ differs from Trainer in:
     steps         skipped if the loss or the gradient is not finite; after MAX_SKIPPED the run stops
     rows          ordered by the seed and the epoch alone, so that a resumed epoch goes on
     checkpoints   hold the adapter, not the model
-    optimizer     LoRA+ learning rates; fp32 master weights of bf16 adapters
-                  (qlora.training.optimizers); paged optimizers run unpaged on a CPU
+    optimizer     LoRA+ rates; fp32 masters of bf16 parameters (optimizers.py); unpaged on a CPU
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
 
@@ -310,7 +309,8 @@ class AdapterTrainer(Trainer):
             return
         with self.on_signal:
             self.train(resume_from_checkpoint=checkpoint)
-        require(self.steps.is_sound, self.steps.fault())
+        if not (self.steps.is_sound or self.steps.passes_again()):
+            raise UserError(self.steps.fault())
 
     @property
     def adapter_step(self) -> int:
@@ -318,8 +318,7 @@ class AdapterTrainer(Trainer):
         return int(self.state.global_step if self.best_step is None else self.best_step)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's, with 0 for a loss that is not finite, which FiniteSteps notes: the sum that
-        Trainer logs would stay NaN."""
+        """Trainer's; 0 for a loss that is not finite, which FiniteSteps notes: sums stay finite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.steps.batches.append((inputs, loss.isfinite()))
         return loss.nan_to_num(0, 0, 0)
@@ -364,7 +363,8 @@ class AdapterTrainer(Trainer):
         folder = str(output_dir or self.args.output_dir)
         parameters = self.model.named_parameters()
         broken = [n for n, p in parameters if p.requires_grad and not p.isfinite().all()]
-        require(not broken, f"{some(broken)}: {self.steps.fault()}")
+        if broken:
+            raise UserError(f"{some(broken)}: {self.steps.fault()}")
         save_adapter(self.model, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
