@@ -45,9 +45,10 @@ KINDS: Kinds = {  # the first match wins
 }  # fmt: skip
 SPLITS = {  # split: the words for it in a file's name
     "train": "train(ing)?",
-    "validation": "val(id(ation)?)?|dev|eval(uation)?|held.?out",
+    "validation": "val(id(ation)?)?|dev|eval(uation)?|h[eo]ld.?out",
     "test": "test(ing)?",
 }
+INFOS = ("dataset_info", "dataset_infos")  # .json files beside data
 WANTED = {"training": ("train", ""), "evaluation": ("validation", "test", "")}  # "": no split named
 ROLES = {"system": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
@@ -192,7 +193,8 @@ def _folder(path: Path, source: str, split: str) -> tuple[list[Path], tuple[str,
     """The files of a folder and its subfolders that `split` reads, which must be of one kind."""
     every = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
     visible = [p for p in every if not any(part.startswith((".", "__")) for part in p.parts)]
-    known = [p.as_posix() for p in visible if p.suffix.lower() in PARTS]
+    data = [p for p in visible if p.suffix.lower() in PARTS and p.stem not in INFOS]
+    known = [p.as_posix() for p in data]
     names, notes = _choose(known, source, split) if known else ([], ())
     endings = sorted({Path(name).suffix.lower() for name in names or map(str, visible)} - {""})
     if not names or len(endings) > 1:
@@ -227,7 +229,7 @@ def _choose(names: Sequence[str], source: str, split: str) -> tuple[Sequence[str
 
 def _split_in(name: str) -> str:
     """The split that a file's name has a word for, or else its folder's; "" without one."""
-    file, *folders = reversed(name.lower().split("/"))
+    file, *folders = reversed(re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower().split("/"))
     for part in (re.sub(r"\.[^.]*$", "", file), *folders):
         found = {
             match.start(): split
@@ -309,11 +311,9 @@ def _as_json(value: Any, feature: Any) -> Any:
     return value if isinstance(value, str | int | float | bytes | None) else str(value)  # a date
 
 
-PARTS: dict[str, Callable[[Path, int | None], Part]] = {
-    ".jsonl": partial(_row_part, json_rows), ".json": partial(_row_part, json_rows),
-    ".csv": partial(_row_part, csv_rows), ".parquet": _parquet_part,
-    ".txt": partial(_row_part, text_rows),
-}  # fmt: skip
+READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".txt": text_rows}
+PARTS: dict[str, Callable[[Path, int | None], Part]] = {".parquet": _parquet_part}
+PARTS |= {ending: partial(_row_part, read) for ending, read in READERS.items()}
 
 
 # ---- records -> messages

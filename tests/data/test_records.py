@@ -181,6 +181,8 @@ def test_names_of_splits_mean_splits(tmp_path):
         ("train/a train/b dev/a test/a", "01", "2"),
         ("my_trainset a-dev-b unit", "0", "1"),
         ("a b held_out.v2", "01", "2"),
+        ("myTrain myTest trainData dataset_info", "02", "1"),
+        ("mine holdout", "0", "1"),
         ("mine Evaluation old/mine", "0", "1"),  # subfolders: where there is nothing else
         ("x/a y/b", "01", "01"),
         (".cache/a train .train", "1", None),
