@@ -395,7 +395,7 @@ def _probed(
     def probed(call: Mapping[str, Any]) -> dict[str, Any]:
         changes: dict[str, Any] = {"name": probe(TOOL_CALLS)}
         given = _function(call).get("arguments")
-        if _arguments(call) and isinstance(_arguments(call), Mapping):
+        if isinstance(_arguments(call), Mapping):
             arguments = {probe(TOOL_CALLS, ARGUMENT): "a"}
             changes["arguments"] = json.dumps(arguments) if isinstance(given, str) else arguments
         return _replaced(call, **changes)

@@ -48,11 +48,10 @@ SPLITS = {  # split: the words for it in a file's name
     "validation": "val(id(ation)?)?|dev|eval(uation)?|h[eo]ld.?out",
     "test": "test(ing)?",
 }
-INFOS = ("dataset_info", "dataset_infos")  # .json files beside data
 WANTED = {"training": ("train", ""), "evaluation": ("validation", "test", "")}  # "": no split named
 ROLES = {"system": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
-ROLES |= dict.fromkeys(("tool", "observation", "function_response"), "tool")
+ROLES |= dict.fromkeys(("tool", "observation", "function_response", "function"), "tool")
 LOSS_SWITCHES = ("weight", "train", "training", "loss", "train_detail")  # of a message
 MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # as text in a cell
 ARROW_ROWS = 1000  # that are Python objects at a time
@@ -83,10 +82,7 @@ class Records:
         return (record for _, record in self.numbered())
 
     def numbered(self) -> Iterator[tuple[str, Record]]:
-        """Records with their row's number, `3` or, with several files, `3 of b.jsonl`.
-
-        Blank rows of `text` are skipped.
-        """
+        """Records, but blank `text`, with their row's number: `3`, or `3 of b.jsonl` of several."""
         rows = (
             (f"{number} of {part.name}" if len(self.parts) > 1 else str(number), row)
             for part in self.parts
@@ -172,8 +168,7 @@ def _names_a_path(source: str) -> bool:
     """Whether a missing `source` looks like a path; a hub name is `owner/name`."""
     folder, slash, _ = source.partition("/")
     is_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
-    is_path |= Path(source).suffix.lower() in PARTS
-    return is_path or bool(slash and Path(folder).is_dir())
+    return is_path or Path(source).suffix.lower() in PARTS or bool(slash and Path(folder).is_dir())
 
 
 def _dataset_parts(
@@ -193,7 +188,7 @@ def _folder(path: Path, source: str, split: str) -> tuple[list[Path], tuple[str,
     """The files of a folder and its subfolders that `split` reads, which must be of one kind."""
     every = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
     visible = [p for p in every if not any(part.startswith((".", "__")) for part in p.parts)]
-    data = [p for p in visible if p.suffix.lower() in PARTS and p.stem not in INFOS]
+    data = [p for p in visible if p.suffix.lower() in PARTS and not p.match("dataset_info*.json")]
     known = [p.as_posix() for p in data]
     names, notes = _choose(known, source, split) if known else ([], ())
     endings = sorted({Path(name).suffix.lower() for name in names or map(str, visible)} - {""})
@@ -279,9 +274,8 @@ def _parquet_part(file: Path, limit: int | None) -> Part:
 
 
 def dataset_part(name: str, data: Dataset) -> Part:
-    """A dataset without splits."""
-    plain = data.with_format(None)  # a saved one may have torch's
-    return _arrow_part(name, data.features, len(data), plain.select_columns)
+    """A dataset without splits, which may have the format of torch."""
+    return _arrow_part(name, data.features, len(data), data.with_format(None).select_columns)
 
 
 def _arrow_part(
@@ -370,7 +364,10 @@ def chat_of(record: Record) -> Chat | None:
     if system.strip() and not (messages and messages[0]["role"] == "system"):
         messages, first = [{"role": "system", "content": system}, *messages], first + 1
     no_loss = frozenset(i for i, message in enumerate(messages) if message.pop("no_loss", False))
-    return Chat(messages, _parsed(record.get("tools"), "tools") or None, first, no_loss)
+    tools = _parsed(record.get("tools"), "tools") or []
+    is_list = isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    require(is_list, f"tools must be a list of objects, got {str(tools)[:60]!r}")
+    return Chat(messages, tools or None, first, no_loss)
 
 
 def alpaca_prompt(record: Record) -> str:
@@ -417,6 +414,8 @@ def _message(turn: Any) -> dict[str, Any]:
         content = "".join(string_of(part["text"]) for part in content)
     if not all(isinstance(call, Mapping) for call in rest.get("tool_calls", ())):
         raise UserError(f"tool_calls must be a list of calls, got {str(rest['tool_calls'])[:60]!r}")
+    if call := rest.pop("function_call", None):  # OpenAI's older form
+        rest.setdefault("tool_calls", [{"type": "function", "function": call}])
     switches = {key: rest.pop(key) for key in LOSS_SWITCHES if key in rest}
     for key, switch in switches.items():
         if not isinstance(switch, int | float) or switch not in (0, 1):

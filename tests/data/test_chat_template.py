@@ -275,6 +275,7 @@ def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "let me see", None])
 @pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("given", [{"city": "Rome", "n": [1]}, {}])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -285,15 +286,15 @@ def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
     ],
 )
 def test_arguments_are_learned_once_whatever_form_the_template_reads(
-    tmp_path, text, as_json, arguments
+    tmp_path, text, as_json, given, arguments
 ):
     """Where the template has `tojson`, an object; where it prints them, JSON of it."""
-    given = {"city": "Rome", "n": [1]}
     call = {"name": "rain", "arguments": json.dumps(given) if as_json else given}
     turn = {"role": "assistant", "content": text, "tool_calls": [{"function": call}]}
     tokenizer = byte_level(CALLS.replace("ARGUMENTS", f"({arguments}) | string"))
     rows, _ = prepare(tmp_path, [{"messages": [TALK[0], turn]}], tokenizer)
-    shown = '["city", "Rome"]["n", [1]]' if "items" in arguments else json.dumps(given)
+    pairs = "".join(json.dumps(pair) for pair in given.items())
+    shown = pairs if "items" in arguments else json.dumps(given)
     assert learned(rows[0], tokenizer) == [f"{text or ''}<call>rain {shown}<|im_end|>"]
 
 

@@ -19,12 +19,14 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 SYSTEM = {"role": "system", "content": "s"}
 ALPACA = {"instruction": "a", "input": "", "output": "b"}
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+CALLS = [{"type": "function", "function": {"name": "f"}}]
 OBJECTS = '[{"content": 1}, {"role": "x"}]'  # an answer that is no list of messages
 PARTS = [{"type": "text", "text": "a"}]
 KINDS = [  # record, its messages
     ({"messages": [{**USER, "name": None, "tool_calls": None}, ANSWER]}, [USER, ANSWER]),
     ({"messages": json.dumps([USER, ANSWER]), "text": "t"}, [USER, ANSWER]),
     ({"messages": [{"role": "user", "content": PARTS}]}, [USER]),
+    ({"messages": [{**ANSWER, "function_call": {"name": "f"}}]}, [{**ANSWER, "tool_calls": CALLS}]),
     ({"conversations": SHAREGPT}, [USER, ANSWER]),
     ({"conversations": [USER, ANSWER], "system": "s"}, [SYSTEM, USER, ANSWER]),
     ({"prompt": "a", "completion": "b"}, [USER, ANSWER]),
@@ -37,7 +39,7 @@ KINDS = [  # record, its messages
 ]
 ROLES = {  # role: the names that it has
     "user": ("human", "user"), "assistant": ("gpt", "bing", "chatgpt", "function_call"),
-    "tool": ("tool", "observation", "function_response"), "system": ("system",),
+    "tool": ("tool", "observation", "function_response", "function"), "system": ("system",),
 }  # fmt: skip
 
 
@@ -328,6 +330,8 @@ def test_hub_name_that_cannot_be_reached(monkeypatch):
         ({"messages": [{**ANSWER, "role": "assistent"}]}, "'assistent'.* Did you mean assistant"),
         ({"messages": [{"content": "a"}]}, "unknown role None"),
         ({"messages": [{**ANSWER, "tool_calls": "f(1)"}]}, r"a list of calls, got 'f\(1\)'"),
+        ({"messages": [], "tools": {"name": "f"}}, "tools must be a list of objects, got"),
+        ({"messages": [], "tools": '["f"]'}, "tools must be a list of objects, got"),
         ({"messages": ["a"]}, "a message must be .* got 'a'"),
         ({"messages": "hello"}, "messages must be a list, or JSON of one, got 'hello'"),
         ({"messages": {"role": "user"}}, "messages must be a list of messages, got a dict"),
