@@ -330,7 +330,8 @@ def choose_samples(
         return []
     rows, kind = (rows, "training") if eval_rows is None else (eval_rows, "evaluation")
     count = min(count, len(rows))
-    print(f"{files.SAMPLES}: answers to {count} rows of the {kind} data, before and after training")
+    of = f"{count} row{'s' * (count != 1)} of the {kind} data"
+    print(f"{files.SAMPLES}: answers to {of}, before and after training")
     samples = []
     for row in (rows[i * len(rows) // count] for i in range(count)):
         question = generation.question_of(row, task)
