@@ -189,11 +189,7 @@ def _quantization(
             "Use another model"
         )
     if not checkpoint.is_quantized:
-        if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
-            raise UserError(
-                f"{checkpoint.origin} is already quantized, with {method}: give its 16-bit model, "
-                "or a bitsandbytes 4-bit one"
-            )
+        require_unquantized(checkpoint)
         quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
         layers = quantized_layers(model, quant)
         _require_own_weights(checkpoint, model, layers)
@@ -222,6 +218,15 @@ def _quantization(
         skipped = [*(entries.get("llm_int8_skip_modules") or []), *in_full]
         config.quantization_config = {**entries, "llm_int8_skip_modules": skipped}
     return replace(stored, skip_modules=tuple(in_full)), None
+
+
+def require_unquantized(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint without 4-bit codes whose config.json says that it is quantized."""
+    settings = checkpoint.config.get("quantization_config") or {}
+    loads = any(settings.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+    method = settings.get("quant_method") or ("bitsandbytes" if loads else None)
+    fault = f"{checkpoint.origin} is already quantized, with {method}"
+    require(not method, f"{fault}: give its 16-bit model, or a bitsandbytes 4-bit one")
 
 
 def require_plain_layers(model: nn.Module, layers: Iterable[str], what: str, fix: str) -> None:

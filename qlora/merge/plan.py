@@ -28,7 +28,7 @@ from qlora.base.checkpoint import (
     skeleton,
     tied_on_disk,
 )
-from qlora.base.load import require_plain_layers
+from qlora.base.load import require_plain_layers, require_unquantized
 from qlora.base.modules import can_untie, followers, heads, is_in, vocabulary
 from qlora.base.shards import Entry
 from qlora.config import MergeConfig, QuantConfig
@@ -98,6 +98,8 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model, or merge "
             "--onto nf4"
         )
+    if not checkpoint.is_quantized:
+        require_unquantized(checkpoint)
     require_same_codes(checkpoint, adapter)
     if adapter.parameters:
         raise UserError(

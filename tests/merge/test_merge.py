@@ -260,6 +260,15 @@ def test_a_merged_model_stops_where_training_taught(
     assert loaded.generation_config.eos_token_id == stops
 
 
+def test_a_base_quantized_by_another_program_is_refused(trained_on, checkpoints, tmp_path):
+    base = shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (base / "config.json").write_text(json.dumps(config))
+    match = "already quantized, with fp8: give its 16-bit model"
+    refused(trained_on("llama").adapter, tmp_path / "out", match, base_model=str(base))
+
+
 def test_model_types_that_allow_one_stop_token_keep_that_of_their_config(tmp_path):
     for kind, allowed in (("llama", True), ("chinese_clip_text_model", False)):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
