@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-IN_PARALLEL := --numprocesses logical --maxprocesses 4
+IN_PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help

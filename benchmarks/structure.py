@@ -3,6 +3,8 @@
     python benchmarks/structure.py            a table; exits with 1 where a limit is passed
     python benchmarks/structure.py --hops     also the way of train.py's config to the first step
 
+Limits are raised by the commit that adds what needs the lines, and says so.
+
 Lines are raw lines, as `wc -l` counts them. A function is measured with decorators and docstring.
 
 `--hops` runs train.py on a tiny random model and stops it at the first training step. It lists the
@@ -55,14 +57,14 @@ def figures() -> Iterator[tuple[str, int, int, str]]:
     package = sorted((ROOT / "qlora").rglob("*.py"))
     longest_function = max(entry for path in package for entry in functions(path))
     longest_file = max((lines_of([path]), str(path.relative_to(ROOT))) for path in package)
-    yield "lines in qlora/", lines_of(package), 13_000, ""
-    yield ".py files in qlora/", len(package), 66, ""
+    yield "lines in qlora/", lines_of(package), 16_500, ""
+    yield ".py files in qlora/", len(package), 68, ""
     yield "of them outside a package", sum(p.parent.name == "qlora" for p in package), 10, ""
     yield "lines of import contract", contract_lines(), 20, ""
     yield "longest function", longest_function[0], 60, longest_function[1]
     yield "longest file", longest_file[0], 450, longest_file[1]
     yield "lines of qlora/cli.py", lines_of([ROOT / "qlora/cli.py"]), 280, ""
-    yield "lines in tests/", lines_of((ROOT / "tests").rglob("*.py")), 12_500, ""
+    yield "lines in tests/", lines_of((ROOT / "tests").rglob("*.py")), 16_000, ""
 
 
 # ---- the way of the config

@@ -119,6 +119,7 @@ config = TrainConfig(
     gradient_checkpointing=False,  # with so small a model, memory is no concern
     optim="adamw_torch",  # nor is that of the optimizer, Adam
     logging_steps=5,
+    samples=1,  # one answer before and after training, in samples.jsonl
 )
 adapter = train(config)
 

@@ -26,6 +26,7 @@ output head tied to its embedding (llama.cpp refuses it), an added_tokens.json b
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ from qlora.adapters.tensors import PARTS, PREFIX
 from qlora.config import PortableConfig
 from qlora.config.lora import pattern_key
 from qlora.errors import UserError, require, some
-from qlora.files import publishing, require_new
+from qlora.files import GENERATION, publishing, require_new
 
 # ---- the portable adapter ----
 
@@ -120,6 +121,8 @@ def make_portable(config: PortableConfig) -> None:
             save_file(tensors, partial / WEIGHTS, metadata=metadata)
             text = json.dumps(values, indent=2) + "\n"
             (partial / CONFIG).write_text(text, encoding="utf-8")
+            if (folder / GENERATION).is_file():  # the tokens that end an answer
+                shutil.copyfile(folder / GENERATION, partial / GENERATION)
         print(f"\nThe same function, in {output}:\n{_table(values, tensors)}")
     elif (baked := findings(values, tensors, BAKED)) and not findings(values, tensors, LOST):
         print(f"\n--output-dir DIR writes it without {', '.join(what for _, what in baked)}.")

@@ -34,14 +34,13 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel
 
 from qlora.adapters.apply import disable_adapter
@@ -65,7 +64,7 @@ from qlora.data.rows import (
 )
 from qlora.errors import UserError, require
 from qlora.fast.head import put_language_head
-from qlora.files import RUN, replace_text
+from qlora.files import read_run_file, replace_text
 
 RESULTS = "evaluation.json"
 NO_LIMIT = 1 << 40  # tokens
@@ -146,8 +145,7 @@ def _max_length(config: EvaluateConfig, resolved: ResolvedModel) -> int:
     if length is None and resolved.adapter:
         folder = resolved.adapter.folder
         folder = folder.parent if folder.name.startswith("checkpoint-") else folder
-        with suppress(OSError, ValueError, yaml.YAMLError, TypeError, KeyError):  # not train.py's
-            length = yaml.safe_load((folder / RUN).read_text("utf-8"))["config"]["max_length"]
+        length = read_run_file(folder).get("config", {}).get("max_length")
     length = length if isinstance(length, int) else MAX_LENGTH
     return int(min(length, resolved.checkpoint.max_positions or length))
 

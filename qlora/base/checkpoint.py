@@ -36,8 +36,8 @@ from qlora.base.modules import (
 from qlora.base.shards import DTYPE_CODES, INDEX, SINGLE
 from qlora.config import QuantConfig
 from qlora.config.tasks import CAUSAL_LM, Task
-from qlora.errors import UserError, first_line
-from qlora.files import publishing, read_json
+from qlora.errors import UserError, first_line, require
+from qlora.files import publishing, read_json, read_stop_ids
 from qlora.ops.nf4 import RECORD_MARK
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
@@ -142,7 +142,12 @@ class Checkpoint:
     @classmethod
     def open(cls, model: str, *, revision: str | None = None) -> "Checkpoint":
         """The checkpoint in `resolve(model)`."""
-        return cls(resolve(model, revision=revision), model, revision)
+        folder = resolve(model, revision=revision)
+        values = read_json(folder / "config.json").get("quantization_config") or {}
+        fault = f"quantization_config must be an object, got a {type(values).__name__}"
+        require(isinstance(values, dict), f"{folder / 'config.json'}: {fault}")
+        read_stop_ids(folder)  # of a file that is no JSON object transformers has a traceback
+        return cls(folder, model, revision)
 
     @property
     def origin(self) -> str:

@@ -97,9 +97,9 @@ def load_base(
     checkpoint = Checkpoint.open(model, revision=revision) if isinstance(model, str) else model
     kind = task_named(task)
     empty: Any = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
-    config = empty.config
     in_full = classifier_modules(checkpoint, empty, kind)
-    quant, bnb_config = _quantization(checkpoint, empty, config, quant, in_full)
+    names = tuple(name for _, name in sorted((empty.config.id2label or {}).items()))
+    quant, bnb_config = _quantization(checkpoint, empty, quant, in_full)
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
     with ExitStack() as stack:
         if in_full:  # `initialise_missing` reports a missing head
@@ -107,7 +107,7 @@ def load_base(
             transformers_logging.set_verbosity_error()
         loaded, info = type(empty).from_pretrained(
             checkpoint.folder,
-            config=config,
+            config=empty.config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `initialise_missing` refuses them, except in a head
             **args,
@@ -123,7 +123,7 @@ def load_base(
         revision=checkpoint.revision,
         task=task,
         heads=tuple(in_full),
-        labels=tuple(config.id2label[i] for i in range(config.num_labels)) if in_full else (),
+        labels=names if in_full else (),
         original_weights=OriginalWeights(checkpoint, empty, dtype) if bnb_config else None,
     )
     return loaded  # type: ignore[no-any-return]
@@ -176,30 +176,31 @@ def compute_dtype(quant: QuantConfig, device: torch.device) -> torch.dtype:
 
 
 def _quantization(
-    checkpoint: Checkpoint, model: nn.Module, config: Any, quant: QuantConfig, in_full: list[str]
+    checkpoint: Checkpoint, model: nn.Module, quant: QuantConfig, in_full: list[str]
 ) -> tuple[QuantConfig, "_Bnb4BitConfig | None"]:
     """How `model` is quantized, and transformers' settings; None for a 4-bit checkpoint.
 
-    In the `config` of a 4-bit checkpoint, `in_full` is added to the modules without codes.
+    In the config of a 4-bit `model`, `in_full` is added to the modules without codes.
     """
+    config: Any = model.config
     if why := UNFIT.get(config.model_type):
         raise UserError(
             f"{checkpoint.origin} is of type {config.model_type}, which is not supported: {why}. "
             "Use another model"
         )
     if not checkpoint.is_quantized:
-        if method := (checkpoint.config.get("quantization_config") or {}).get("quant_method"):
-            raise UserError(
-                f"{checkpoint.origin} is already quantized, with {method}: give its 16-bit model, "
-                "or a bitsandbytes 4-bit one"
-            )
+        require_unquantized(checkpoint)
         quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
         layers = quantized_layers(model, quant)
         _require_own_weights(checkpoint, model, layers)
         _require_all_quantized(model, layers, quant)
         skip = [f"{re.escape(name)}$" for name in linear_layers(model) if name not in layers]
         return quant, _Bnb4BitConfig(quant, skip)
-    name = next(n.partition(".quant_state.")[0] for n in checkpoint.tensors if ".quant_state." in n)
+    names = [n.partition(".quant_state.")[0] for n in checkpoint.tensors if ".quant_state." in n]
+    places = {n: disk_name(checkpoint, model, f"{n}.weight") for n in linear_layers(model)}
+    in_4_bits = [layer for layer, place in places.items() if place in names]
+    require_plain_layers(model, in_4_bits, f"{checkpoint.origin} is 4-bit", "give its 16-bit model")
+    name = names[0]
     record: Any = checkpoint.record(name)
     state = nf4.from_record(record).state
     default = QuantConfig(compute_dtype=quant.compute_dtype)
@@ -217,6 +218,22 @@ def _quantization(
         skipped = [*(entries.get("llm_int8_skip_modules") or []), *in_full]
         config.quantization_config = {**entries, "llm_int8_skip_modules": skipped}
     return replace(stored, skip_modules=tuple(in_full)), None
+
+
+def require_unquantized(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint without 4-bit codes whose config.json says that it is quantized."""
+    settings = checkpoint.config.get("quantization_config") or {}
+    loads = any(settings.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+    method = settings.get("quant_method") or ("bitsandbytes" if loads else None)
+    fault = f"{checkpoint.origin} is already quantized, with {method}"
+    require(not method, f"{fault}: give its 16-bit model, or a bitsandbytes 4-bit one")
+
+
+def require_plain_layers(model: nn.Module, layers: Iterable[str], what: str, fix: str) -> None:
+    """Refuse 4-bit `layers` of classes of the model's own (Falcon's): transformers opens none."""
+    own = {type(model.get_submodule(name)).__name__ for name in layers} - {"Linear", "Conv1D"}
+    fault = f"{what}: transformers opens no 4-bit {', '.join(sorted(own))}, of which this model is"
+    require(not own, f"{fault} made: {fix}")
 
 
 def _require_own_weights(checkpoint: Checkpoint, model: nn.Module, layers: Iterable[str]) -> None:

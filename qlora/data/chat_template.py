@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora.data.records import Chat
 from qlora.errors import UserError, first_line
@@ -108,9 +109,12 @@ def _ending(tokenizer: Tokenizer, template: str | None, own: str, size: int) -> 
 def _rendered(
     tokenizer: Tokenizer, template: str | None, messages: Any, tools: Any, prompt: bool
 ) -> str:
-    options: Any = {"tokenize": False, "add_generation_prompt": prompt}
-    options |= {"tools": tools, "chat_template": template}
-    return str(tokenizer.apply_chat_template(messages, **options))
+    options: Any = {"add_generation_prompt": prompt, "tools": tools, "chat_template": template}
+    if any(None in message.values() for message in messages):  # which apply_chat_template drops
+        options |= tokenizer.special_tokens_map
+        options["chat_template"] = tokenizer.get_chat_template(template, tools)
+        return str(render_jinja_template([messages], **options)[0][0])
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 class Rendering:
@@ -340,24 +344,28 @@ def _last_reasoning(messages: Sequence[Mapping[str, Any]]) -> int:
 def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """The messages as given, and then in the other forms that templates read.
 
-    - missing text: no `content`, or "" (transformers drops None)
+    - missing text: no `content` or "", and None beside tool calls
     - reasoning under its own or each of its names
     - arguments of tool calls as an object or as JSON of it
     """
 
-    def changed(message: dict[str, Any], types: Any, names: bool, text: bool) -> dict[str, Any]:
+    def changed(
+        message: dict[str, Any], types: Any, names: bool, text: str | None
+    ) -> dict[str, Any]:
         calls, thought = message.get("tool_calls"), reasoning_in(message)
-        message = dict(message)
+        message = {key: value for key, value in message.items() if value is not None}
         if names and any(name in message for name in REASONING_KEYS):
             message |= dict.fromkeys(REASONING_KEYS, thought)
-        if text:
+        if text != "as given":
             message.setdefault("content", "")
+        if calls and text is None:
+            message["content"] = message["content"] or None
         if calls and types:
             message["tool_calls"] = [_with_arguments(call, types) for call in calls]
         return message
 
     seen: list[list[dict[str, Any]]] = []
-    for change in product((None, dict, str), (False, True), (False, True)):
+    for change in product((None, dict, str), (False, True), ("as given", "", None)):
         form = [changed(message, *change) for message in messages]
         if form not in seen:
             seen.append(form)
@@ -387,7 +395,7 @@ def _probed(
     def probed(call: Mapping[str, Any]) -> dict[str, Any]:
         changes: dict[str, Any] = {"name": probe(TOOL_CALLS)}
         given = _function(call).get("arguments")
-        if _arguments(call) and isinstance(_arguments(call), Mapping):
+        if isinstance(_arguments(call), Mapping):
             arguments = {probe(TOOL_CALLS, ARGUMENT): "a"}
             changes["arguments"] = json.dumps(arguments) if isinstance(given, str) else arguments
         return _replaced(call, **changes)

@@ -142,13 +142,17 @@ def encode_chat(record: Record, tokenizer: Tokenizer, max_length: int, names: Na
 def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of a text between the tokenizer's special tokens and eos, of which none comes twice.
 
-    A rendered chat may begin with BOS, and end in the end token of its last turn and a line break.
+    A rendered chat may begin with BOS, and end in the end token of its last turn and a line break,
+    or in a turn that its template opens unasked, which is left out.
     """
+    ending = ending_of(tokenizer)
+    if (opened := ending.opened.rstrip()) and text.rstrip().endswith(opened):
+        text = text.rstrip().removesuffix(opened)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     before, after = _special_ids(tokenizer)
     if tokenizer.eos_token_id is not None and [*ids, *after][-1:] != [tokenizer.eos_token_id]:
         after = [*after, tokenizer.eos_token_id]
-    ends = tuple(end for end in (tokenizer.eos_token, *ending_of(tokenizer).tokens) if end)
+    ends = tuple(end for end in (tokenizer.eos_token, *ending.tokens) if end)
     is_ended = bool(ends) and text.rstrip().endswith(ends)
     return [*([] if ids[: len(before)] == before else before), *ids, *([] if is_ended else after)]
 

@@ -5,7 +5,7 @@ assistant, tool), ShareGPT `conversations`, `prompt` + `completion` (strings or 
 Alpaca `instruction` + `input` + `output`, and `text`.
 
 Values reach the model as the file has them: `datasets`, that is Arrow, reads only what is Arrow's,
-since it turns dates into timestamps and 5 beside 6.5 or null into 5.0. Each pass reads the files
+since it turns dates into timestamps, and 5 beside 6.5 or null into 5.0. Each pass reads the files
 anew, row by row: none stays in memory (of a .json file, its text does). Errors name file and line.
 The names of files and folders name splits: of train.jsonl and valid.jsonl, training reads one.
 
@@ -18,17 +18,18 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from pyarrow import parquet
 
-from qlora.errors import UserError, did_you_mean, first_line, some
+from qlora.errors import UserError, did_you_mean, first_line, require, some
 from qlora.files import JSON, Written, csv_rows, json_rows, text_rows
 
 Record = Mapping[str, Any]
@@ -44,15 +45,15 @@ KINDS: Kinds = {  # the first match wins
 }  # fmt: skip
 SPLITS = {  # split: the words for it in a file's name
     "train": "train(ing)?",
-    "validation": "val(id(ation)?)?|dev|eval(uation)?|held.?out",
+    "validation": "val(id(ation)?)?|dev|eval(uation)?|h[eo]ld.?out",
     "test": "test(ing)?",
 }
 WANTED = {"training": ("train", ""), "evaluation": ("validation", "test", "")}  # "": no split named
 ROLES = {"system": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
-ROLES |= dict.fromkeys(("tool", "observation", "function_response"), "tool")
+ROLES |= dict.fromkeys(("tool", "observation", "function_response", "function"), "tool")
 LOSS_SWITCHES = ("weight", "train", "training", "loss", "train_detail")  # of a message
-SHORT_FLOATS = (Value("float16"), Value("float32"))  # Python prints 0.10000000149011612
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # as text in a cell
 ARROW_ROWS = 1000  # that are Python objects at a time
 
 
@@ -81,10 +82,7 @@ class Records:
         return (record for _, record in self.numbered())
 
     def numbered(self) -> Iterator[tuple[str, Record]]:
-        """Records with their row's number, `3` or, with several files, `3 of b.jsonl`.
-
-        Blank rows of `text` are skipped.
-        """
+        """Records, but blank `text`, with their row's number: `3`, or `3 of b.jsonl` of several."""
         rows = (
             (f"{number} of {part.name}" if len(self.parts) > 1 else str(number), row)
             for part in self.parts
@@ -111,15 +109,13 @@ def load_records(
     parts, notes = _parts(source, split, limit)
     columns = list(dict.fromkeys(column for part in parts for column in part.columns))
     empty = f"{source} has no rows: add at least one record, or pass another file"
-    if not columns:
-        raise UserError(empty)
+    require(bool(columns), empty)
     kind = kind_of(columns, source, kinds)
     used = [column for column in (*kind, *kinds[kind]) if column in columns]
     if unused := [_visible(column) for column in columns if column not in used]:
         notes += (f"{source}: columns that are not used: {some(unused, 12)}",)
     records = Records(parts, kind, used, limit, notes)
-    if next(iter(records), None) is None:
-        raise UserError(empty)
+    require(next(iter(records), None) is not None, empty)
     present = [other for other in kinds if set(other) <= set(columns)]
     if len(present) > 1:
         _require_one_kind(records, present, source)
@@ -171,13 +167,8 @@ def _dataset(load: Callable[[str], Any], source: str, fault: str) -> Any:
 def _names_a_path(source: str) -> bool:
     """Whether a missing `source` looks like a path; a hub name is `owner/name`."""
     folder, slash, _ = source.partition("/")
-    return (
-        source.startswith((".", "/", "~"))
-        or "\\" in source
-        or source.count("/") > 1
-        or Path(source).suffix.lower() in PARTS
-        or bool(slash and Path(folder).is_dir())
-    )
+    is_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
+    return is_path or Path(source).suffix.lower() in PARTS or bool(slash and Path(folder).is_dir())
 
 
 def _dataset_parts(
@@ -197,7 +188,8 @@ def _folder(path: Path, source: str, split: str) -> tuple[list[Path], tuple[str,
     """The files of a folder and its subfolders that `split` reads, which must be of one kind."""
     every = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
     visible = [p for p in every if not any(part.startswith((".", "__")) for part in p.parts)]
-    known = [p.as_posix() for p in visible if p.suffix.lower() in PARTS]
+    data = [p for p in visible if p.suffix.lower() in PARTS and not p.match("dataset_info*.json")]
+    known = [p.as_posix() for p in data]
     names, notes = _choose(known, source, split) if known else ([], ())
     endings = sorted({Path(name).suffix.lower() for name in names or map(str, visible)} - {""})
     if not names or len(endings) > 1:
@@ -232,7 +224,7 @@ def _choose(names: Sequence[str], source: str, split: str) -> tuple[Sequence[str
 
 def _split_in(name: str) -> str:
     """The split that a file's name has a word for, or else its folder's; "" without one."""
-    file, *folders = reversed(name.lower().split("/"))
+    file, *folders = reversed(re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower().split("/"))
     for part in (re.sub(r"\.[^.]*$", "", file), *folders):
         found = {
             match.start(): split
@@ -282,41 +274,40 @@ def _parquet_part(file: Path, limit: int | None) -> Part:
 
 
 def dataset_part(name: str, data: Dataset) -> Part:
-    """A dataset without splits."""
-    plain = data.with_format(None)  # a saved one may have torch's
-    return _arrow_part(name, data.features, len(data), plain.select_columns)
+    """A dataset without splits, which may have the format of torch."""
+    return _arrow_part(name, data.features, len(data), data.with_format(None).select_columns)
 
 
 def _arrow_part(
     name: str, features: Features, size: int, read: Callable[[list[str]], Iterable[Record]]
 ) -> Part:
-    """`read` with the columns that exist, without None, and with float32 as it prints: 0.1."""
+    """`read` with the columns that exist, and values as JSON has them."""
     inner = {column: getattr(item, "feature", item) for column, item in features.items()}
     classes = {column: x.names for column, x in inner.items() if isinstance(x, ClassLabel)}
-    short = {column for column, item in features.items() if item in SHORT_FLOATS}
 
-    def value_of(column: str, value: Any) -> Any:
-        return Written(str(np.float32(value))) if column in short else _without_none(value)
-
-    def rows(columns: Sequence[str]) -> Iterator[Record]:
-        for row in read([column for column in columns if column in features]):
-            yield {c: value_of(c, value) for c, value in row.items() if value is not None}
+    def rows(columns: Sequence[str]) -> Iterable[Record]:
+        return (_as_json(row, features) for row in read([c for c in columns if c in features]))
 
     return Part(name, tuple(features), size, rows, classes)
 
 
-def _without_none(value: Any) -> Any:
-    """Drop keys whose value is None, at any depth: Arrow adds the keys of other rows."""
+def _as_json(value: Any, feature: Any) -> Any:
+    """A value without None, which Arrow has for the keys of other rows, and with float32 as 0.1."""
     if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+        inner = feature if isinstance(feature, Mapping) else {}
+        return {k: _as_json(x, inner.get(k)) for k, x in value.items() if x is not None}
+    if isinstance(value, list):
+        return [_as_json(item, getattr(feature, "feature", None)) for item in value]
+    if isinstance(value, datetime):  # `datasets` makes them of strings in JSON files
+        raise UserError(f"{value} is a timestamp: cast it to a string, or give its JSON file")
+    if (dtype := getattr(feature, "dtype", "")) in ("float16", "float32"):
+        return Written(str(np.dtype(dtype).type(value)))
+    return value if isinstance(value, str | int | float | bytes | None) else str(value)  # a date
 
 
-PARTS: dict[str, Callable[[Path, int | None], Part]] = {
-    ".jsonl": partial(_row_part, json_rows), ".json": partial(_row_part, json_rows),
-    ".csv": partial(_row_part, csv_rows), ".parquet": _parquet_part,
-    ".txt": partial(_row_part, text_rows),
-}  # fmt: skip
+READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".txt": text_rows}
+PARTS: dict[str, Callable[[Path, int | None], Part]] = {".parquet": _parquet_part}
+PARTS |= {ending: partial(_row_part, read) for ending, read in READERS.items()}
 
 
 # ---- records -> messages
@@ -373,7 +364,10 @@ def chat_of(record: Record) -> Chat | None:
     if system.strip() and not (messages and messages[0]["role"] == "system"):
         messages, first = [{"role": "system", "content": system}, *messages], first + 1
     no_loss = frozenset(i for i, message in enumerate(messages) if message.pop("no_loss", False))
-    return Chat(messages, _parsed(record.get("tools"), "tools") or None, first, no_loss)
+    tools = _parsed(record.get("tools"), "tools") or []
+    is_list = isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    require(is_list, f"tools must be a list of objects, got {str(tools)[:60]!r}")
+    return Chat(messages, tools or None, first, no_loss)
 
 
 def alpaca_prompt(record: Record) -> str:
@@ -391,7 +385,11 @@ def _turns(pairs: list[Any]) -> list[dict[str, Any]]:
 
 
 def _messages(value: Any, role: str | None, column: str) -> list[dict[str, Any]]:
-    """A list of messages as it is, or text as one message of `role`."""
+    """A list of messages as it is, also as JSON, or text as one message of `role`."""
+    if isinstance(value, str) and MESSAGES.match(value):
+        turns = _parsed(value, column)  # raises for Python's own form, as pandas writes it to csv
+        is_chat = all(isinstance(turn, Mapping) and turn.get("role") in ROLES for turn in turns)
+        value = turns if is_chat else value
     if isinstance(value, (list, tuple)):
         return [_message(turn) for turn in value]
     if role is None or isinstance(value, Mapping):
@@ -411,11 +409,13 @@ def _message(turn: Any) -> dict[str, Any]:
         hint = did_you_mean(str(role), ROLES)
         raise UserError(f"unknown role {role!r}, expected one of {', '.join(ROLES)}.{hint}")
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
-        if any("text" not in part for part in content):
-            raise UserError("a message has parts that are not text: only text can be trained on")
+        bad = str([part for part in content if "text" not in part][:1])
+        require(bad == "[]", f"a message has a part without text: {bad[:80]}")
         content = "".join(string_of(part["text"]) for part in content)
     if not all(isinstance(call, Mapping) for call in rest.get("tool_calls", ())):
         raise UserError(f"tool_calls must be a list of calls, got {str(rest['tool_calls'])[:60]!r}")
+    if call := rest.pop("function_call", None):  # OpenAI's older form
+        rest.setdefault("tool_calls", [{"type": "function", "function": call}])
     switches = {key: rest.pop(key) for key in LOSS_SWITCHES if key in rest}
     for key, switch in switches.items():
         if not isinstance(switch, int | float) or switch not in (0, 1):

@@ -28,6 +28,7 @@ from qlora.base.checkpoint import (
     skeleton,
     tied_on_disk,
 )
+from qlora.base.load import require_plain_layers, require_unquantized
 from qlora.base.modules import can_untie, followers, heads, is_in, vocabulary
 from qlora.base.shards import Entry
 from qlora.config import MergeConfig, QuantConfig
@@ -97,6 +98,8 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model, or merge "
             "--onto nf4"
         )
+    if not checkpoint.is_quantized:
+        require_unquantized(checkpoint)
     require_same_codes(checkpoint, adapter)
     if adapter.parameters:
         raise UserError(
@@ -104,12 +107,8 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             "store in another form: use load_adapter, merge_and_unload and save_pretrained instead"
         )
     planner = _Planner(checkpoint, adapter, config)
-    kinds = {type(planner.model.get_submodule(name)).__name__ for name in planner.quantized}
-    if config.format == "nf4" and (own := kinds - {"Linear", "Conv1D"}):
-        raise UserError(
-            f"--format nf4: transformers opens no 4-bit {', '.join(own)}, of which this model is "
-            "made: use --format bf16"
-        )
+    if config.format == "nf4":
+        require_plain_layers(planner.model, planner.quantized, "--format nf4", "use --format bf16")
     return planner.plan()
 
 

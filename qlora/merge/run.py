@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
@@ -227,10 +228,13 @@ def _write(job: _Job, folder: Path) -> MergeReport:
     left_out = ("quantization_config", "torch_dtype")
     values = {key: value for key, value in checkpoint.config.items() if key not in left_out}
     values["dtype"] = str(plan.out_dtype).removeprefix("torch.")
+    stops = job.generation.get("eos_token_id")
+    if not allows_stops(checkpoint, stops, job.config.trust_remote_code):
+        stops = None
     for part in (values, values.get("text_config") or {}):
         part.update(plan.config_changes)
-        if job.generation and part.get("eos_token_id") is not None:  # some servers read this one
-            part["eos_token_id"] = job.generation["eos_token_id"]
+        if stops and part.get("eos_token_id") is not None:  # some servers read this one
+            part["eos_token_id"] = stops
     if job.config.format == "nf4":
         from transformers import BitsAndBytesConfig
 
@@ -252,6 +256,16 @@ def _write(job: _Job, folder: Path) -> MergeReport:
     _require_loadable(folder, job)
     report.write(folder)
     return report
+
+
+def allows_stops(checkpoint: Checkpoint, stops: Any, trust_remote_code: bool = False) -> bool:
+    """Whether config.json may have this eos_token_id; some model types allow one int only."""
+    config = model_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+    try:
+        config.get_text_config().eos_token_id = stops
+    except StrictDataclassError:
+        return False
+    return True
 
 
 def _write_better(job: _Job, folder: Path) -> MergeReport:

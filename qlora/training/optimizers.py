@@ -19,8 +19,10 @@ only on average; fp32 parameters, which with their gradients take 4 bytes more a
 forward pass.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ MAX_SKIPPED = 5  # steps without a finite loss or gradient, after which a run st
 BUNDLE = 1 << 21  # numbers in fp32 at once: about 16 bytes each, with their gradients
 LOWER = "lower_halves"
 SLOW_ON = "cuda"  # bitsandbytes' steps
+NOT_FINITE = "not-finite-"  # before the name of a checkpoint whose adapter gives no finite loss
 
 
 def join(parameter: Tensor, lower: Tensor) -> Tensor:
@@ -217,7 +220,7 @@ class FiniteSteps(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.batches: list[tuple[Any, bool]] = []  # of this step, and whether their loss is finite
+        self.batches: list[tuple[Any, Tensor]] = []  # of this step, and whether the loss is finite
         self.skipped, self.sound_step, self.is_sound = 0, 0, True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -229,13 +232,20 @@ class FiniteSteps(TrainerCallback):
         # a loss scale above 1 makes fp16 gradients overflow: its scaler skips the step, lowers it
         is_scaled = scaler is not None and scaler.get_scale() > 1
         batches, self.batches = self.batches, []
-        broken = [inputs for inputs, is_finite in batches if not is_finite]
-        if not broken and (is_scaled or get_total_norm(gradients).isfinite()):
+        norm = get_total_norm(gradients)
+        tests = [norm.isfinite(), *(is_finite.to(norm.device) for _, is_finite in batches)]
+        has_norm, *finite = torch.stack(tests).tolist()  # a GPU is waited for once per step
+        broken = [inputs for (inputs, _), ok in zip(batches, finite, strict=True) if not ok]
+        if not broken and (is_scaled or has_norm):
             self.sound_step, self.is_sound = state.global_step, True
             return
         if scaler is None:
             model.zero_grad()  # optimizers skip parameters without a gradient
-        self.skipped, self.is_sound = self.skipped + 1, False
+        self.skipped, self.is_sound = self.skipped + 1, bool(broken) and any(finite)
+        if self.is_sound:  # of the other batches: the rows are the cause, not the adapter
+            self.sound_step = state.global_step
+        if broken:
+            self.trainer.logs_nan = True
         step, what = state.global_step + 1, "loss" if broken else "gradient"
         shown = broken or [inputs for inputs, _ in batches]
         rows = show_rows(shown, self.trainer.train_dataset, self.trainer.processing_class)
@@ -243,12 +253,31 @@ class FiniteSteps(TrainerCallback):
         if self.skipped == MAX_SKIPPED:
             raise UserError(self.fault())
 
+    def passes_again(self) -> bool:
+        """Whether one of MAX_SKIPPED batches has a finite loss: those of the last step had not."""
+        trainer, one = self.trainer, torch.tensor(1, device=self.trainer.args.device)
+        if not self.skipped:  # an evaluation had not
+            return False
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # as in check_data
+            for inputs in islice(trainer.get_train_dataloader(), MAX_SKIPPED):
+                batch = trainer._prepare_inputs(inputs)
+                if trainer.compute_loss(trainer.model, batch, num_items_in_batch=one).isfinite():
+                    return True
+        return False
+
     def fault(self) -> str:
-        """What went wrong, the last good checkpoint, and how to mend it."""
+        """What went wrong, the last good checkpoint, and how to mend it. Later checkpoints are
+        renamed, so that --resume goes on from the good one."""
         output = Path(str(self.trainer.args.output_dir))
-        good = [n for n in complete_checkpoints(output) if n <= self.sound_step]
+        checkpoints = complete_checkpoints(output)
+        good = [n for n in checkpoints if n <= self.sound_step]
         last = f"The last good checkpoint is {output}/checkpoint-{max(good, default='')}"
         last = last if good else "There is no good checkpoint"
+        for folder in (checkpoints[n] for n in checkpoints.keys() - set(good)):
+            aside = folder.with_name(f"{NOT_FINITE}{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            last += f", {folder.name} is now {aside.name}"
         return (
             f"the loss or its gradient was not finite ({self.skipped} steps were skipped), so "
             f"training has ended and no adapter was written. {last}. Lower --learning-rate, remove "

@@ -43,12 +43,14 @@ from qlora.data import generation
 from qlora.data.chat_template import PROBE
 from qlora.data.generation import Question
 from qlora.data.objectives import OBJECTIVES
-from qlora.errors import UserError, require, some
+from qlora.errors import UserError, first_line, require, some
 from qlora.pictures import draw_run, save_png
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 # What a run leaves that failed before its first checkpoint; "runs" is TensorBoard's folder.
-LEFTOVERS = re.compile(r"run\.yaml|metrics\.jsonl|samples\.jsonl|runs|checkpoint-\d+|\..*\.partial")
+LEFTOVERS = re.compile(
+    r"run\.yaml|metrics\.jsonl|samples\.jsonl|runs|(not-finite-)?checkpoint-\d+|\..*\.partial"
+)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
 MAX_NEW_TOKENS = 128
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left{postfix}"
@@ -187,16 +189,29 @@ def peak_resident_bytes() -> int:
 
 
 def complete_checkpoints(output: Path) -> dict[int, Path]:
-    """Step -> folder of the checkpoints whose last file, Trainer's state, is there and readable."""
+    """Step -> folder of the checkpoints whose last file, Trainer's state, is there and whole."""
     checkpoints = {}
-    for state in output.glob("checkpoint-*/trainer_state.json"):
+    for folder in output.glob("checkpoint-*"):
+        step = folder.name.removeprefix("checkpoint-")
         with suppress(UserError):
-            checkpoints[int(files.read_json(state)["global_step"])] = state.parent
+            if step.isdecimal() and state_at(folder).global_step == int(step):
+                checkpoints[int(step)] = folder
     return checkpoints
 
 
-def require_whole(checkpoint: Path) -> None:
-    """Refuse a checkpoint without the files that training goes on with."""
+def checkpoint_to_resume(output: Path) -> Path:
+    """The last complete checkpoint; prints which are damaged. Raises UserError without one, or if
+    it lacks files that training goes on with."""
+    steps = complete_checkpoints(output)
+    cut = sorted(
+        {path.name for path in output.glob("checkpoint-*")} - {f.name for f in steps.values()}
+    )
+    damaged = f"{some(cut)} of {output} has no whole trainer_state.json" if cut else ""
+    lacks = damaged or f"{output} holds no checkpoint-N"
+    require(bool(steps), f"{lacks} to resume from: drop --resume, which starts again")
+    checkpoint = steps[max(steps)]
+    if damaged:
+        print(f"{damaged}: {checkpoint.name} is resumed from")
     names = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # zip files: the index is at the end
     if missing := [name for name in names if not is_zipfile(checkpoint / name)]:
         raise UserError(
@@ -204,12 +219,16 @@ def require_whole(checkpoint: Path) -> None:
             "(--trainer.save_only_model leaves them out). Remove that folder to resume from an "
             "earlier one, or give a new --output-dir"
         )
+    return checkpoint
 
 
-def state_at(checkpoint: str) -> TrainerState:
-    """Trainer's state in a checkpoint."""
-    state: TrainerState = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-    return state
+def state_at(checkpoint: str | Path) -> TrainerState:
+    """Trainer's state in a checkpoint; UserError for another file of that name."""
+    path = Path(checkpoint, "trainer_state.json")
+    try:
+        return TrainerState(**files.read_json(path))
+    except TypeError as error:
+        raise UserError(f"{path} is not a state of Trainer: {first_line(error)}") from error
 
 
 def last_checkpoint(output: Path) -> str:
@@ -258,20 +277,17 @@ def remove_leftovers(output: Path) -> None:
     """Remove the files that the next run would read or keep; the others it writes anew."""
     for name in (files.METRICS, files.SAMPLES):
         (output / name).unlink(missing_ok=True)
-    for folder in output.glob("checkpoint-*"):
+    for folder in output.glob("*checkpoint-*"):
         shutil.rmtree(folder)
 
 
 def read_run(output: Path) -> dict[str, Any]:
     """The contents of run.yaml; empty, and said so, if there is none."""
-    path = output / files.RUN
-    if not path.is_file():
+    recorded = files.read_run_file(output)
+    if not recorded:
+        path = output / files.RUN
         print(f"there is no {path}: the settings are not compared with those of the run's start")
-        return {}
-    recorded = files.read_yaml(str(path), path.read_text(encoding="utf-8"))
-    whole = isinstance(recorded, dict) and isinstance(recorded.get("config"), dict)
-    require(whole, f"{path} is damaged: wanted the config of the run. Remove it to resume anyway")
-    return dict(recorded)
+    return recorded
 
 
 # ---- what a run shows and writes
@@ -314,7 +330,8 @@ def choose_samples(
         return []
     rows, kind = (rows, "training") if eval_rows is None else (eval_rows, "evaluation")
     count = min(count, len(rows))
-    print(f"{files.SAMPLES}: answers to {count} rows of the {kind} data, before and after training")
+    of = f"{count} row{'s' * (count != 1)} of the {kind} data"
+    print(f"{files.SAMPLES}: answers to {of}, before and after training")
     samples = []
     for row in (rows[i * len(rows) // count] for i in range(count)):
         question = generation.question_of(row, task)

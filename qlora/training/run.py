@@ -39,12 +39,12 @@ from qlora.fast.head import LanguageHead, put_language_head
 from qlora.fast.offload import offload_embedding, require_gpu
 from qlora.files import RUN, ids_in, read_metrics, read_samples, require_new
 from qlora.training.outputs import (
+    checkpoint_to_resume,
     choose_samples,
     complete_checkpoints,
     is_left_over,
     read_run,
     remove_leftovers,
-    require_whole,
     write_answers,
     write_results,
     write_run_file,
@@ -184,21 +184,20 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
     """Refuse settings that cannot be trained with, and an `output` that cannot be written to.
     Returns the checkpoint to resume from; None for a new run."""
     require_one_process()
-    steps = complete_checkpoints(output)
-    if config.resume:
-        require(bool(steps), f"{output} holds no checkpoint-N to resume from: drop --resume")
-        require_whole(steps[max(steps)])
+    checkpoint = checkpoint_to_resume(output) if config.resume else None
+    if checkpoint:
         read_metrics(output)  # these two are read again in the run: a damaged file raises now
         read_samples(output)
     elif not is_left_over(output):
         dead = "remove it: it has no checkpoint to resume from"
-        fix = f"give a new --output-dir, or {'--resume to continue it' if steps else dead}"
+        is_dead = not complete_checkpoints(output)
+        fix = f"give a new --output-dir, or {dead if is_dead else '--resume to continue it'}"
         require(not (output / RUN).exists(), f"{output} already holds a run: {fix}")
         require_new(output)
     for name in ("offload_activations", "offload_embedding"):
         if getattr(config, name):
             require_gpu(f"--{name.replace('_', '-')}")
-    return str(steps[max(steps)]) if config.resume else None
+    return str(checkpoint) if checkpoint else None
 
 
 def require_one_process() -> None:

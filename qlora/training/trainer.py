@@ -8,8 +8,7 @@ differs from Trainer in:
     steps         skipped if the loss or the gradient is not finite; after MAX_SKIPPED the run stops
     rows          ordered by the seed and the epoch alone, so that a resumed epoch goes on
     checkpoints   hold the adapter, not the model
-    optimizer     LoRA+ learning rates; fp32 master weights of bf16 adapters
-                  (qlora.training.optimizers); paged optimizers run unpaged on a CPU
+    optimizer     LoRA+ rates; fp32 masters of bf16 parameters (optimizers.py); unpaged on a CPU
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
 
@@ -88,6 +87,7 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         "train_sampling_strategy": "random" if config.data.packing else "group_by_length",
         "length_column_name": "length",
         "include_num_input_tokens_seen": "non_padding",
+        "logging_nan_inf_filter": False,  # it waits for a GPU; AdapterTrainer's costs nothing
         "label_names": ["labels"],
     }
     settings |= config.trainer
@@ -309,7 +309,8 @@ class AdapterTrainer(Trainer):
             return
         with self.on_signal:
             self.train(resume_from_checkpoint=checkpoint)
-        require(self.steps.is_sound, self.steps.fault())
+        if not (self.steps.is_sound or self.steps.passes_again()):
+            raise UserError(self.steps.fault())
 
     @property
     def adapter_step(self) -> int:
@@ -317,12 +318,10 @@ class AdapterTrainer(Trainer):
         return int(self.state.global_step if self.best_step is None else self.best_step)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's; batches without a finite loss are noted, as Trainer reports another."""
+        """Trainer's; 0 for a loss that is not finite, which FiniteSteps notes: sums stay finite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        is_finite = bool(loss.isfinite())
-        self.steps.batches.append((inputs, is_finite))
-        self.logs_nan |= not is_finite
-        return loss
+        self.steps.batches.append((inputs, loss.isfinite()))
+        return loss.nan_to_num(0, 0, 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the mean loss since the last log as NaN if one was not finite."""
@@ -364,7 +363,8 @@ class AdapterTrainer(Trainer):
         folder = str(output_dir or self.args.output_dir)
         parameters = self.model.named_parameters()
         broken = [n for n, p in parameters if p.requires_grad and not p.isfinite().all()]
-        require(not broken, f"{some(broken)}: {self.steps.fault()}")
+        if broken:
+            raise UserError(f"{some(broken)}: {self.steps.fault()}")
         save_adapter(self.model, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)

@@ -22,6 +22,7 @@ from qlora.adapters.lora import lora_layers
 from qlora.adapters.portable import CONSUMERS, make_portable, portable_subset, problems
 from qlora.config import PortableConfig
 from qlora.config.lora import pattern_key
+from qlora.files import GENERATION, read_stop_ids
 
 # transformers deprecates what PEFT 0.21 reads; PEFT warns of full modules and unexpected layers.
 pytestmark = [
@@ -362,10 +363,12 @@ def test_the_command_prints_each_verdict_and_writes_the_files(adapter, tmp_path,
         "",
         f"--output-dir DIR writes it without {rs}, {alphas}.",
     ]
+    (adapter / GENERATION).write_text('{"eos_token_id": [0, 2]}')
     folder = tmp_path / "new" / "out"
     make_portable(PortableConfig(str(adapter), str(folder)))
     assert capsys.readouterr().out.count("accepts it") == 3 + len(CONSUMERS)
-    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS, GENERATION]
+    assert read_stop_ids(folder) == {0, 2}
     assert [p.name for p in folder.parent.iterdir()] == ["out"]
     assert read_files(folder)[2] == read_files(adapter)[2]  # the metadata
 

@@ -200,6 +200,9 @@ def test_mistakes_are_found_before_the_model_is_loaded(evaluated, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["config: [", "config:", "- a", "\xff"])
-def test_damaged_run_file_is_ignored(text, evaluated, tmp_path):
+def test_a_damaged_run_file_is_refused(text, evaluated, tmp_path):
+    """Its max_length is not known; the rows would be cut elsewhere than in training."""
     (tmp_path / "adapter" / "run.yaml").write_text(text, encoding="latin-1")
-    assert evaluated(ROWS[:1], generate=False)["max_length"] == 512  # all that the model takes
+    with pytest.raises(UserError, match=r"run\.yaml is not a run file of train.py, or damaged"):
+        evaluated(ROWS[:1], generate=False)
+    assert evaluated(ROWS[:1], generate=False, max_length=100)["max_length"] == 100

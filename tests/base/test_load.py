@@ -305,10 +305,17 @@ def without(tensor):
     return change
 
 
-def quantized_by_gptq(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
-    (folder / "config.json").write_text(json.dumps(config))
+def quantized(settings):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = settings
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def stops(text):
+    return lambda folder: (folder / "generation_config.json").write_text(text)
 
 
 CLASSIFIER = {"task": "seq-cls", "labels": ("a", "b", "c")}
@@ -320,7 +327,16 @@ NORM, MATRIX = "model.layers.1.input_layernorm.weight", "bert.encoder.layer.0.ou
     [
         ("llama", without(NORM), {}, f"lacks 1 tensors of its model.*: {NORM}"),
         ("bert", without(MATRIX), CLASSIFIER, f"lacks 1 tensors of its model.*: {MATRIX}"),
-        ("llama", quantized_by_gptq, {}, "already quantized, with gptq: give its 16-bit model"),
+        (
+            "llama",
+            quantized({"quant_method": "gptq"}),
+            {},
+            "already quantized, with gptq: give its 16-bit model",
+        ),
+        ("llama", quantized({"load_in_4bit": True}), {}, "already quantized, with bitsandbytes"),
+        ("llama", quantized(["fp8"]), {}, "quantization_config must be an object, got a list"),
+        ("llama", stops("[1, 2]"), {}, "generation_config.json is not a JSON object: got a list"),
+        ("llama", stops('"2"'), {}, "generation_config.json is not a JSON object: got a str"),
     ],
 )
 def test_checkpoints_that_are_refused(checkpoints, tmp_path, family, change, settings, match):

@@ -275,6 +275,7 @@ def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "let me see", None])
 @pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("given", [{"city": "Rome", "n": [1]}, {}])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -285,15 +286,15 @@ def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
     ],
 )
 def test_arguments_are_learned_once_whatever_form_the_template_reads(
-    tmp_path, text, as_json, arguments
+    tmp_path, text, as_json, given, arguments
 ):
     """Where the template has `tojson`, an object; where it prints them, JSON of it."""
-    given = {"city": "Rome", "n": [1]}
     call = {"name": "rain", "arguments": json.dumps(given) if as_json else given}
     turn = {"role": "assistant", "content": text, "tool_calls": [{"function": call}]}
     tokenizer = byte_level(CALLS.replace("ARGUMENTS", f"({arguments}) | string"))
     rows, _ = prepare(tmp_path, [{"messages": [TALK[0], turn]}], tokenizer)
-    shown = '["city", "Rome"]["n", [1]]' if "items" in arguments else json.dumps(given)
+    pairs = "".join(json.dumps(pair) for pair in given.items())
+    shown = pairs if "items" in arguments else json.dumps(given)
     assert learned(rows[0], tokenizer) == [f"{text or ''}<call>rain {shown}<|im_end|>"]
 
 
@@ -306,6 +307,18 @@ def test_missing_text_is_empty_where_the_template_reads_a_text(tmp_path, role):
     tokenizer = byte_level(CHATML.replace("{{ m.content }}", text))
     rows, _ = prepare(tmp_path, [{"messages": [TALK[0], *turns[role]]}], tokenizer)
     assert learned(rows[0], tokenizer)[0] == "rain<|im_end|>"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_null_text_where_the_template_tests_for_it(tmp_path, content):
+    """As R1-Distill's: calls only where `content is none`, which apply_chat_template drops."""
+    calls = "{% for call in m.tool_calls %}{{ call | tojson }}{% endfor %}"
+    text = "{% if m.content is none %}" + calls + "{% else %}{{ m.content }}{% endif %}</s>"
+    call = {"name": "rain", "arguments": {"n": 1}}
+    turns = [{"role": "assistant", "tool_calls": [call], **content}, {"role": "tool"}]
+    tokenizer = byte_level(loop("<|{{ m.role }}|>" + text, "<|assistant|>"))
+    rows, _ = prepare(tmp_path, [{"messages": [TALK[0], *turns, TALK[1]]}], tokenizer)
+    assert learned(rows[0], tokenizer) == [json.dumps(call) + "</s>", "two 😀</s>"]
 
 
 def test_tool_calls_beside_text_are_not_left_out(tmp_path):
@@ -352,8 +365,10 @@ def test_text_rows_have_no_special_token_twice(tmp_path, added, text):
     assert rows[0]["labels"] == rows[0]["input_ids"]
 
 
-def test_text_of_a_rendered_chat_is_the_chat(tmp_path):
-    tokenizer = byte_level(LLAMA3)
+@pytest.mark.parametrize("template", [LLAMA3, ALWAYS["llama3"], ALWAYS["command-r7b"]])
+def test_text_of_a_rendered_chat_is_the_chat(tmp_path, template):
+    """Without the turn that a template opens at its end."""
+    tokenizer = byte_level(template)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )

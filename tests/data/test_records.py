@@ -2,11 +2,15 @@
 
 import json
 import os
+from datetime import date, datetime
 from unittest.mock import Mock
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import write_rows
+from pyarrow import parquet
 
 from qlora.data.records import chat_of, load_records
 from qlora.errors import UserError
@@ -15,22 +19,27 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 SYSTEM = {"role": "system", "content": "s"}
 ALPACA = {"instruction": "a", "input": "", "output": "b"}
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+CALLS = [{"type": "function", "function": {"name": "f"}}]
+OBJECTS = '[{"content": 1}, {"role": "x"}]'  # an answer that is no list of messages
 PARTS = [{"type": "text", "text": "a"}]
 KINDS = [  # record, its messages
     ({"messages": [{**USER, "name": None, "tool_calls": None}, ANSWER]}, [USER, ANSWER]),
     ({"messages": json.dumps([USER, ANSWER]), "text": "t"}, [USER, ANSWER]),
     ({"messages": [{"role": "user", "content": PARTS}]}, [USER]),
+    ({"messages": [{**ANSWER, "function_call": {"name": "f"}}]}, [{**ANSWER, "tool_calls": CALLS}]),
     ({"conversations": SHAREGPT}, [USER, ANSWER]),
     ({"conversations": [USER, ANSWER], "system": "s"}, [SYSTEM, USER, ANSWER]),
     ({"prompt": "a", "completion": "b"}, [USER, ANSWER]),
     ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, [SYSTEM, USER, ANSWER]),
+    ({"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}, [USER, ANSWER]),
+    ({"prompt": "a", "completion": OBJECTS}, [USER, {**ANSWER, "content": OBJECTS}]),
     (ALPACA, [USER, ANSWER]),
     ({**ALPACA, "input": "c", "system": "s"}, [SYSTEM, {**USER, "content": "a\n\nc"}, ANSWER]),
     ({"instruction": "a", "output": 3}, [USER, {**ANSWER, "content": "3"}]),
 ]
 ROLES = {  # role: the names that it has
     "user": ("human", "user"), "assistant": ("gpt", "bing", "chatgpt", "function_call"),
-    "tool": ("tool", "observation", "function_response"), "system": ("system",),
+    "tool": ("tool", "observation", "function_response", "function"), "system": ("system",),
 }  # fmt: skip
 
 
@@ -100,12 +109,25 @@ def test_numbers_of_parquet_files(tmp_path):
     data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     data.to_parquet(tmp_path / "a.parquet")
     found = [chat_of(row).messages for row in load_records(str(tmp_path / "a.parquet"))]
-    assert [turn["content"] for turns in found for turn in turns] == [
-        "0.1\n\n5.0",
-        "true",
-        "",
-        "false",
-    ]
+    texts_found = [turn["content"] for turns in found for turn in turns]
+    assert texts_found == ["0.1\n\n5.0", "true", "", "false"]
+
+
+def test_values_of_parquet_files_inside_messages(tmp_path):
+    """Dates and float32 as text and as they print; timestamps have no text as written."""
+    arguments = {"n": np.float32(0.1), "on": date(2025, 8, 1), "no": None}
+    number = pa.struct([("n", pa.float32()), ("on", pa.date32()), ("no", pa.string())])
+    column = pa.array([[{"role": "assistant", "arguments": arguments}]])
+    kind = pa.list_(pa.struct([("role", pa.string()), ("arguments", number)]))
+    parquet.write_table(pa.table({"messages": column.cast(kind)}), tmp_path / "a.parquet")
+    (row,) = load_records(str(tmp_path / "a.parquet"))
+    assert str(row["messages"][0]["arguments"]) == "{'n': 0.1, 'on': '2025-08-01'}"
+    stamps = {"text": ["a"], "messages": [[{**USER, "content": datetime(2025, 8, 1)}]]}
+    parquet.write_table(pa.table(stamps), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="2025-08-01 00:00:00 is a timestamp: cast it"):
+        load_records(str(tmp_path / "b.parquet"))
+    kinds = {("text",): ()}
+    assert [*load_records(str(tmp_path / "b.parquet"), kinds)] == [{"text": "a"}]  # is not used
 
 
 def test_labels_of_a_csv_file_are_numbers_where_all_are(tmp_path):
@@ -161,6 +183,8 @@ def test_names_of_splits_mean_splits(tmp_path):
         ("train/a train/b dev/a test/a", "01", "2"),
         ("my_trainset a-dev-b unit", "0", "1"),
         ("a b held_out.v2", "01", "2"),
+        ("myTrain myTest trainData dataset_info", "02", "1"),
+        ("mine holdout", "0", "1"),
         ("mine Evaluation old/mine", "0", "1"),  # subfolders: where there is nothing else
         ("x/a y/b", "01", "01"),
         (".cache/a train .train", "1", None),
@@ -306,12 +330,19 @@ def test_hub_name_that_cannot_be_reached(monkeypatch):
         ({"messages": [{**ANSWER, "role": "assistent"}]}, "'assistent'.* Did you mean assistant"),
         ({"messages": [{"content": "a"}]}, "unknown role None"),
         ({"messages": [{**ANSWER, "tool_calls": "f(1)"}]}, r"a list of calls, got 'f\(1\)'"),
+        ({"messages": [], "tools": {"name": "f"}}, "tools must be a list of objects, got"),
+        ({"messages": [], "tools": '["f"]'}, "tools must be a list of objects, got"),
         ({"messages": ["a"]}, "a message must be .* got 'a'"),
         ({"messages": "hello"}, "messages must be a list, or JSON of one, got 'hello'"),
         ({"messages": {"role": "user"}}, "messages must be a list of messages, got a dict"),
-        ({"messages": [{**USER, "content": [{"type": "image"}]}]}, "parts that are not text"),
+        ({"messages": [{**USER, "content": [{"type": "image"}]}]}, "part without text: .*image"),
         ({"messages": [{**USER, "content": ["a"]}]}, r"must be text, got a list, .* one string"),
         ({"messages": [{**USER, "content": {"a": 1}}]}, "must be text, got an object"),
+        ({"messages": [{**USER, "content": [{"type": "text", "value": "a"}]}]}, "'value': 'a'"),
+        (
+            {"prompt": "[{'role': 'user', 'content': 'a'}]", "completion": "b"},
+            "or JSON of one, got",
+        ),
         ({"instruction": "a", "output": ["b"]}, "output must be text, got a list"),
         ({**ALPACA, "history": [["q"]]}, r"history must hold \[question, answer\] lists, got"),
         ({"messages": [{**ANSWER, "weight": 0.5}]}, "weight of a message must be 0 or 1.*got 0.5"),

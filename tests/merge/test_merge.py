@@ -19,6 +19,7 @@ from qlora import QuantConfig, load_base
 from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import Checkpoint
 from qlora.merge import measure
+from qlora.merge.run import allows_stops
 from qlora.ops import nf4
 
 EACH_FAMILY = ["llama", *axis("gpt2", "qwen2", "qwen3", "mistral", "gemma", "phi")]
@@ -257,6 +258,22 @@ def test_a_merged_model_stops_where_training_taught(
     assert "answers end at <|im_end|>" in capsys.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(output)
     assert loaded.generation_config.eos_token_id == stops
+
+
+def test_a_base_quantized_by_another_program_is_refused(trained_on, checkpoints, tmp_path):
+    base = shutil.copytree(checkpoints("llama"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (base / "config.json").write_text(json.dumps(config))
+    match = "already quantized, with fp8: give its 16-bit model"
+    refused(trained_on("llama").adapter, tmp_path / "out", match, base_model=str(base))
+
+
+def test_model_types_that_allow_one_stop_token_keep_that_of_their_config(tmp_path):
+    for kind, allowed in (("llama", True), ("chinese_clip_text_model", False)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert allows_stops(Checkpoint(tmp_path), [0, 2]) == allowed
+        assert allows_stops(Checkpoint(tmp_path), 2)
 
 
 def test_generation_settings_that_need_no_change_are_copied(

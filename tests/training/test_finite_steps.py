@@ -25,7 +25,9 @@ def break_loss(monkeypatch):
     """`break_loss(text)`: the loss of every batch with that text is NaN, or with `gradient=True`
     only its gradient is."""
 
-    def break_it(wanted: str, *, gradient: bool = False, training: bool = True) -> None:
+    def break_it(
+        wanted: str, *, gradient: bool = False, training: bool = True, patch: Any = monkeypatch
+    ) -> None:
         compute_loss = AdapterTrainer.compute_loss
 
         def broken(self: Any, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
@@ -37,7 +39,7 @@ def break_loss(monkeypatch):
                 return result + (result * 0).sqrt() * 0
             return result * math.nan if training else (result[0] * math.nan, result[1])
 
-        monkeypatch.setattr(AdapterTrainer, "compute_loss", broken)
+        patch.setattr(AdapterTrainer, "compute_loss", broken)
 
     return break_it
 
@@ -79,24 +81,27 @@ def test_a_broken_step_is_said_with_its_rows_and_skipped(
     assert any(tensor.any() for tensor in saved)
 
 
-def test_a_run_stops_after_a_few_broken_steps(checkpoints, tmp_path, data, break_loss, capsys):
-    """The last good checkpoint is named, none is saved after it, and the adapter that a shorter
-    run had written stays."""
+def test_a_run_stops_after_a_few_broken_steps(
+    checkpoints, tmp_path, data, break_loss, capsys, monkeypatch
+):
+    """The last good checkpoint is named and resumed from, none is saved after it, and the adapter
+    that a shorter run had written stays."""
     config = quick_config(checkpoints("llama"), data, tmp_path / "run", max_steps=3, save_steps=1)
     folder = train(config)
     before = (folder / "adapter_model.safetensors").read_bytes()
-    break_loss(" times ")
-    from dataclasses import replace
-
-    with pytest.raises(UserError, match=r"5 steps were skipped.*good checkpoint is \S+-2\. Lower"):
-        train(replace(config, max_steps=20, resume=True))
+    config = replace(config, max_steps=20, resume=True)
+    with monkeypatch.context() as patch:
+        break_loss(" times ", patch=patch)
+        words = r"5 steps were skipped.*good checkpoint is \S+-2, checkpoint-3 is now not-finite-"
+        with pytest.raises(UserError, match=words):
+            train(config)
     assert (folder / "adapter_model.safetensors").read_bytes() == before
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
-        "checkpoint-2",
-        "checkpoint-3",
-    ]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert (folder / "not-finite-checkpoint-3").is_dir()
     assert [row["loss"] for row in strict_rows(folder)][3:] == [None] * 4
     assert capsys.readouterr().out.count("the loss is not finite") == 5
+    train(replace(config, max_steps=3))
+    assert (folder / "checkpoint-3").is_dir()
 
 
 @pytest.mark.parametrize("rate", [1e30, 1e39])
@@ -107,6 +112,17 @@ def test_a_rate_that_breaks_the_adapter_ends_with_an_error(rate, checkpoints, tm
     with pytest.raises(UserError, match=r"not finite.*no good checkpoint"):
         train(config)
     assert not list((tmp_path / "run").rglob("adapter_model.safetensors"))
+
+
+def test_a_broken_row_in_the_last_step_costs_that_step_only(checkpoints, tmp_path, break_loss):
+    """Other rows show that the adapter gives a finite loss; it is written."""
+    rows = write_rows(tmp_path / "rows.jsonl", [ROWS[7], *ROWS[:3]])
+    break_loss("7 times 7")
+    settings: Any = {"per_device_train_batch_size": 1, "max_steps": 5}
+    settings["trainer"] = {"train_sampling_strategy": "sequential"}
+    base, folder = checkpoints("llama"), tmp_path / "run"
+    train(quick_config(base, rows, folder, **settings))
+    assert (folder / "adapter_model.safetensors").exists()
 
 
 def test_broken_evaluation_rows_are_named(checkpoints, tmp_path, data, break_loss, capsys):
