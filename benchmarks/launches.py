@@ -16,8 +16,7 @@ host      CPU time of a layer with tensors so small that computing takes none: t
           replaced by one. PEFT's side has its autocast.
 waits     of the host for the GPU in an optimizer step: benchmarks/waits.py
 
-PEFT's adapters are in bf16 as well. Meta tensors know no autocast, which would add casts to its
-launches.
+PEFT's adapters are in bf16 too. Meta tensors know no autocast, which would add casts to its side.
 """
 
 import argparse
@@ -53,6 +52,7 @@ from transformers import PretrainedConfig
 from waits import count_waits
 
 from qlora.errors import UserError
+from qlora.ops import nf4
 
 NAMES = ("ours", "peft")
 PARTS = ("launches", "host", "waits")
@@ -127,11 +127,15 @@ def count_launches(
     """By side, the launches of a layer forward and backward, and what makes them."""
     stand_ins()
     found: dict[tuple[str, int], list[Counter[str]]] = {}
+    ids = empty((1, seq), torch.int64)
     for (name, n), side in sides.items():
         widen(side.model, on_meta(with_layers(config, n)), Setup(base="", seq=seq).r)
-        found[name, n] = launches_of(side, empty((1, seq), torch.int64))
+        found[name, n] = launches_of(side, ids)
+        if name == "ours":
+            with patch.object(nf4, "GPU_DECODER", "triton"):
+                found["ours-triton", n] = launches_of(side, ids)
     rows = {}
-    for name in NAMES:
+    for name in ("ours", "ours-triton", "peft"):
         forward, back = (b - a for a, b in zip(found[name, 1], found[name, 2], strict=True))
         made_by = {"forward": dict(forward.most_common()), "backward": dict(back.most_common())}
         rows[name] = {"forward": forward.total(), "backward": back.total(), "made_by": made_by}
@@ -195,18 +199,24 @@ def _seconds(side: Side, ids: Tensor) -> tuple[float, float]:
 def table(row: Mapping[str, Any]) -> str:
     """The record as a table in Markdown, and a line for each place that waits."""
     lines = ["| of a decoder layer | ours | PEFT | ratio |", "|---|---|---|---|"]
-    for part, unit in (("launches", "launches, {}"), ("host", "host time, {}, us")):
-        for key, name in (("forward", "forward"), ("backward", "backward and recomputation")):
-            if part in row:
-                key = key if part == "launches" else f"{key}_us"
-                ours, pefts = (row[part][side][key] for side in NAMES)
-                lines.append(f"| {unit.format(name)} | {ours} | {pefts} | {ours / pefts:.2f} |")
+    passes = (("forward", "forward"), ("backward", "backward and recomputation"))
+    for side, how in (("ours", "bitsandbytes"), ("ours-triton", "Triton")):
+        for key, name in passes if "launches" in row else ():
+            ours, pefts = (row["launches"][s][key] for s in (side, "peft"))
+            lines.append(_line(f"launches, {name}, decoded by {how}", ours, pefts))
+    for key, name in passes if "host" in row else ():
+        ours, pefts = (row["host"][side][f"{key}_us"] for side in NAMES)
+        lines.append(_line(f"host time, {name}, us", ours, pefts))
     if "waits" in row:
         own = sum(count for place, count in row["waits"].items() if "qlora/" in place)
         total = sum(row["waits"].values())
         lines += ["", f"waits in an optimizer step of 2 micro-batches: {total}, {own} in qlora/"]
         lines += [f"{count:4} {place}" for place, count in row["waits"].items()]
     return "\n".join(lines)
+
+
+def _line(name: str, ours: int, pefts: int) -> str:
+    return f"| {name} | {ours:,} | {pefts:,} | {ours / pefts:.2f} |"
 
 
 def main() -> None:
@@ -233,11 +243,9 @@ def main() -> None:
         row["host"] = measure_host(tiny_sides, given.rounds)
     if "launches" in given.parts:
         row["launches"] = count_launches(sides, config, given.seq)
-    if given.json:
-        print(json.dumps(row))
-        return
-    print(table(row))
-    record("launches", row)
+    print(json.dumps(row) if given.json else table(row))
+    if not given.json:
+        record("launches", row)
 
 
 if __name__ == "__main__":

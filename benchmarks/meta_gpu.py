@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -177,6 +178,11 @@ def replace(module: Any, name: str, value: Any) -> None:
     setattr(module, name, value)
 
 
+def on_cpu(implementation: Callable[..., Any], _: torch.device, *args: Any) -> Any:
+    """The choice of an operation's implementation, whose check then runs on a CPU."""
+    return implementation(torch.device("cpu"), *args)
+
+
 def choose_as_on_gpu(decode: nf4.Decoder) -> None:
     """Make our code choose a GPU's functions on any device, in this process, permanently; Triton's
     kernels only count their launches, and `decode` is bitsandbytes'."""
@@ -184,11 +190,15 @@ def choose_as_on_gpu(decode: nf4.Decoder) -> None:
         for name, value in (("may_use_triton", lambda *_: True), ("agrees", lambda *_, **__: True)):
             if name in vars(module):  # it has imported the function
                 replace(module, name, value)
+        if "implementation" in vars(module):
+            fresh = module.implementation.__wrapped__  # without what it has cached
+            replace(module, "implementation", cache(partial(on_cpu, fresh)))
     for name, value in list(vars(kernels).items()):
         if isinstance(value, KernelInterface):
             replace(kernels, name, Kernel(name))
     replace(nf4, "decoder", lambda _, dtype: _decoder(torch.device("cuda"), dtype))
     replace(nf4, "triton_decodes", lambda *_: True)
+    replace(nf4, "GPU_DECODER", "bitsandbytes")
     nf4.DECODERS["bitsandbytes"] = decode
     replace(layers, "HAS_KERNEL", ("cpu", "meta"))
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from conftest import with_folders
 
 ROOT = Path(__file__).parents[2]
-FORWARD, BACKWARD = 57, 158  # launches of a layer of Llama-2-7B, with bitsandbytes' decoding
+# launches of a layer of Llama-2-7B, forward and backward, by the decoder
+LIMITS = {"ours": (48, 108), "ours-triton": (34, 86)}
 WAITS = 6  # of our own code in an optimizer step of 2 micro-batches
 
 
@@ -20,10 +21,12 @@ def test_launches_and_waits_do_not_grow():
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     counted = json.loads(ran.stdout.splitlines()[-1])
-    ours, pefts = counted["launches"]["ours"], counted["launches"]["peft"]
-    assert 20 < ours["forward"] <= FORWARD, ours["made_by"]
-    assert 60 < ours["backward"] <= BACKWARD, ours["made_by"]
-    # seven products with a frozen weight, as many with A and with B, at least
+    for side, (forward, backward) in LIMITS.items():
+        ours = counted["launches"][side]
+        assert 20 < ours["forward"] <= forward, ours["made_by"]["forward"]
+        assert 60 < ours["backward"] <= backward, ours["made_by"]["backward"]
+    pefts = counted["launches"]["peft"]
+    # seven products with a frozen weight, as many with A and with B
     assert pefts["made_by"]["forward"]["bitsandbytes::gemm_4bit"] == 7 * 4
     assert pefts["made_by"]["forward"]["aten::mm"] == 14
     assert all(us > 0 for side in counted["host"].values() for us in side.values())
