@@ -1,6 +1,7 @@
-"""Launches and waits of a training step, counted by benchmarks/launches.py, do not grow."""
+"""Launches and waits of a training step are no more than docs/measured.md has."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,8 @@ from pathlib import Path
 from conftest import with_folders
 
 ROOT = Path(__file__).parents[2]
-# launches of a layer of Llama-2-7B, forward and backward, by the decoder
-LIMITS = {"ours": (48, 108), "ours-triton": (34, 86)}
-WAITS = 6  # of our own code in an optimizer step of 2 micro-batches
+PAGE = ROOT / "docs" / "measured.md"
+DECODERS = {"bitsandbytes": "ours", "Triton": "ours-triton"}
 
 
 def test_launches_and_waits_do_not_grow():
@@ -21,10 +21,12 @@ def test_launches_and_waits_do_not_grow():
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     counted = json.loads(ran.stdout.splitlines()[-1])
-    for side, (forward, backward) in LIMITS.items():
-        ours = counted["launches"][side]
-        assert 20 < ours["forward"] <= forward, ours["made_by"]["forward"]
-        assert 60 < ours["backward"] <= backward, ours["made_by"]["backward"]
+    page = PAGE.read_text("utf-8")
+    limits = re.findall(r"\| launches, (forward|backward).*by (\w+) \| (\d+) \|", page)
+    assert len(limits) == 4
+    for way, decoder, most in limits:
+        ours = counted["launches"][DECODERS[decoder]]
+        assert int(most) / 3 < ours[way] <= int(most), ours["made_by"][way]
     pefts = counted["launches"]["peft"]
     # seven products with a frozen weight, as many with A and with B
     assert pefts["made_by"]["forward"]["bitsandbytes::gemm_4bit"] == 7 * 4
@@ -32,4 +34,5 @@ def test_launches_and_waits_do_not_grow():
     assert all(us > 0 for side in counted["host"].values() for us in side.values())
     waits = counted["waits"]
     assert sum(waits.values()) > 0  # transformers has some of its own
-    assert sum(n for place, n in waits.items() if "qlora/" in place) <= WAITS, waits
+    (most,) = re.findall(r"(\d+) of them in this library", page)
+    assert sum(n for place, n in waits.items() if "qlora/" in place) <= int(most), waits
