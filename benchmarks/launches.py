@@ -85,9 +85,11 @@ class Launches(TorchDispatchMode):
 
 
 def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The config with another number of layers."""
+    """The config with fewer layers."""
     made = copy.deepcopy(config)
     made.num_hidden_layers = layers
+    if getattr(made, "layer_types", None):
+        made.layer_types = made.layer_types[:layers]
     return made
 
 
@@ -222,7 +224,9 @@ def _line(name: str, ours: int, pefts: int) -> str:
 def main() -> None:
     """The command; a user's error is one line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shape", default="llama2-7b", help="of benchmarks/shapes.py")
+    parser.add_argument(
+        "--shape", default="llama2-7b", help="one without a softcap in its attention"
+    )
     parser.add_argument("--seq", type=int, default=2048, help="tokens of the counted micro-batch")
     parser.add_argument("--rounds", type=int, default=15, help="of the host's time")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
