@@ -11,6 +11,8 @@ import conftest
 import pytest
 import torch
 import yaml
+from accelerate.utils import convert_outputs_to_fp32
+from bitsandbytes.optim import AdamW8bit
 from chunks import chunks_of
 from conftest import (
     FP32,
@@ -34,6 +36,7 @@ from qlora.base.load import load_base
 from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig
 from qlora.data.rows import fingerprint, prepare_data
 from qlora.merge import merge
+from qlora.training import prepare_for_training
 from qlora.training.run import (
     check_arguments,
     check_settings,
@@ -404,6 +407,45 @@ def test_bf16_run_on_a_gpu(optim, checkpoints, tmp_path, data):
     assert losses(folder)[-1] < losses(folder)[0] - 0.1
     A, *_ = next(iter(read_adapter(folder).pairs.values()))
     assert A.dtype == torch.bfloat16
+
+
+@conftest.on_gpu
+@pytest.mark.parametrize("offload", [False, True])
+def test_fp16_run_on_a_gpu(offload, checkpoints, tmp_path, data):
+    """As on a T4 or V100: scaled losses, fp32 adapters, a paged optimizer."""
+    config = quick_config(
+        checkpoints("llama", False), data, tmp_path / "run", max_steps=20, save_steps=10,
+        quant=QuantConfig(compute_dtype="fp16"), optim="paged_adamw_8bit",
+        offload_activations=offload,
+    )  # fmt: skip
+    folder = train(config)
+    train(replace(config, max_steps=22, resume=True))
+    assert losses(folder)[-1] < losses(folder)[0] - 0.1
+    assert (folder / "checkpoint-20" / "scaler.pt").is_file()
+    A, *_ = next(iter(read_adapter(folder).pairs.values()))
+    assert A.dtype == torch.float32 and A.isfinite().all()
+
+
+def test_fp16_steps_with_a_scaled_loss(checkpoints):
+    """What of an fp16 run a CPU can compute: every step but the kernels."""
+    base = load_base(str(checkpoints("llama")), QuantConfig(compute_dtype="fp16"), device="cpu")
+    model = prepare_for_training(apply_lora(base, LoraConfig(r=4)))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert model.dtype == torch.float16 and {p.dtype for p in trained} == {torch.float32}
+    optimizer, scaler = AdamW8bit(trained, 3e-3), torch.amp.GradScaler("cpu")
+    # accelerate wraps the forward of an fp16 model so; logits that are made lazily stay so
+    forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.float16)(model.forward))
+    ids, found = conftest.token_ids(rows=2, length=16), []
+    for _ in range(12):
+        loss = forward(input_ids=ids, labels=ids).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(trained, 0.3)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    assert found[-1] < found[0] - 0.1 and all(p.isfinite().all() for p in trained)
 
 
 def test_a_run_records_where_answers_end(base_with_another_eos, data, tmp_path, capsys):
