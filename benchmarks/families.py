@@ -210,6 +210,7 @@ class Case:
 
     def backward(self, model: Any) -> Tensor:
         """Compute gradients anew; the loss."""
+        model.config.use_cache = False  # as in training: xLSTM writes its cache in place
         model.zero_grad()
         torch.manual_seed(0)  # of routers with noise
         loss: Tensor = model(**self.inputs).loss

@@ -83,7 +83,7 @@ OWN: dict[str, dict[str, Any]] = {
     "inkling2_text": SMALL_SWA,
     "inkling_text": SMALL_SWA,
     "kimi_linear": HYBRID | {"linear_head_dim": 64, "linear_num_heads": 2},
-    "lfm3": HYBRID,
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"zero_expert_num": 2, "expert_ffn_hidden_size": 64, "ffn_hidden_size": 128},
     "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 16},

@@ -178,7 +178,8 @@ def eps_outside(self: Any, x: Tensor) -> Any:
 def test_other_norms_are_not_wrapped(dtype):
     centred = other(lambda self, x: LlamaRMSNorm.forward(self, x - x.mean(-1, keepdim=True)))
     gated = other(lambda self, x, gate=None: LlamaRMSNorm.forward(self, x))  # as Mamba's
-    others = [centred, gated, other(eps_outside), nn.LayerNorm(64, bias=False),
+    of_heads = other(lambda self, x: LlamaRMSNorm.forward(self, x.unflatten(-1, (x.shape[2], 16))))
+    others = [centred, gated, of_heads, other(eps_outside), nn.LayerNorm(64, bias=False),
               nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 64)]  # fmt: skip
     for module in others:
         assert rms_norm_form(module.to(dtype).requires_grad_(False)) is None, module

@@ -47,3 +47,12 @@ def test_sweep_has_every_decoder_that_it_does_not_leave_out(families):
     decoders = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_RUN)
     assert set(kinds) == decoders | set(ENCODER_DECODERS)
     assert {kinds[kind] for kind in ENCODER_DECODERS} == {len(families.ADAPTERS)}
+
+
+def test_page_has_the_table_of_the_last_sweep_and_what_is_left_out(families):
+    from family_sizes import NOT_RUN
+
+    text = families.PAGE.read_text("utf-8")
+    rewritten = families.with_table(text)
+    assert text == rewritten, "python benchmarks/families.py --page rewrites the table"
+    assert not [kind for kind in NOT_RUN if kind not in text.partition("Not run: ")[2]]
