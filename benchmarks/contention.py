@@ -11,7 +11,8 @@ The load average at the start is printed too: it must be near 0 for the rows "al
     default      threads spin at barriers before they sleep (GOMP_SPINCOUNT 300,000 in libgomp)
     passive      OMP_WAIT_POLICY=PASSIVE: they sleep at once
     one fewer    OMP_NUM_THREADS one below the number of cores
-    free cores   as `train` does: as many threads as other processes leave cores free
+    as train     passive if others are busy at the start; in training, as many threads as they leave
+                 cores free
 """
 
 import argparse
@@ -24,12 +25,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from qlora.__main__ import _wait_passively_beside_others
+
 CORES = len(os.sched_getaffinity(0))
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one fewer": {"OMP_NUM_THREADS": str(max(1, CORES - 1))},
-    "free cores": {"FREE_CORES": "1"},
+    "as train": {"AS_TRAIN": "1"},
 }
 ROWS, TOKENS = 2, 128  # of a batch
 
@@ -47,6 +50,8 @@ def make_base(folder: Path) -> None:
 
 def tokens_per_second(base: str, seconds: float) -> float:
     """Of training steps in this process, after two to warm up."""
+    if "AS_TRAIN" in os.environ:
+        _wait_passively_beside_others()
     import torch
 
     from qlora import LoraConfig, QuantConfig, apply_lora, load_base
@@ -67,7 +72,7 @@ def tokens_per_second(base: str, seconds: float) -> float:
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
-        if "FREE_CORES" in os.environ:
+        if "AS_TRAIN" in os.environ:
             callback.on_step_end(args, None, None)
     return ROWS * TOKENS * steps / (time.perf_counter() - started)
 

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+from psutil import cpu_percent
+
 from qlora import __version__, config
 from qlora.cli import flag_of, parse
 from qlora.errors import Interrupted, UserError, did_you_mean
 
 # Bars of huggingface_hub and transformers, and of datasets: no lines in a log.
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+LOOK_SECONDS, BUSY_PERCENT = 0.1, 50  # of the load at the start: half a core of others
 SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # settings of GPU memory
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, message after Ctrl-C
     "train": (
@@ -65,6 +68,7 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
             os.environ.setdefault(variable, "1")
     try:
         settings = parse(config_class, words, prog=prog)
+        _wait_passively_beside_others()
         resolve_name(function)(settings)
         sys.stdout.flush()
     except UserError as error:
@@ -81,6 +85,16 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
         lower = [flag_of(name) for name in SIZES if name in config.settings_of(config_class)]
         fix = " or ".join([f"lower {', '.join(lower)}"] * bool(lower) + ["use a smaller model"])
         _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {fix}")
+
+
+def _wait_passively_beside_others() -> None:
+    """Let OpenMP's threads sleep, not spin, at the end of a product if other processes use cores.
+
+    A thread whose core another process holds keeps all others waiting (benchmarks/contention.py);
+    alone, spinning is faster. OpenMP reads the variable when torch is imported.
+    """
+    if "torch" not in sys.modules and sum(cpu_percent(LOOK_SECONDS, percpu=True)) > BUSY_PERCENT:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

@@ -184,7 +184,8 @@ def _value(source: str, hint: Any, given: Any) -> Any:
             if str in parts and (text == ALL_LINEAR or re.search(r"[\\*+?()\[\]{}|^$]", text)):
                 return text
             words = [given] if isinstance(given, str) else given
-            split = (re.split(",", w) if re.fullmatch(r"[\w.,+-]+", w) else [w] for w in words)
+            are_names = r"[\w.,;\s+-]+"  # not paths
+            split = (re.split(r"[,;]\s*", w) if re.fullmatch(are_names, w) else [w] for w in words)
             given = tuple(word for part in split for word in part if word)
         if not all(isinstance(word, str) for word in given):
             raise UserError(f"{source}: wanted a list of plain values, got {list(given)}")

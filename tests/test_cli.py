@@ -50,6 +50,9 @@ def recipe(tmp_path, monkeypatch):
         ("--no_double_quant --double_quant", {"double_quant": True}),
         ("--target-modules q_proj v_proj", {"target_modules": ["q_proj", "v_proj"]}),
         ("--target-modules q_proj,v_proj", {"target_modules": ["q_proj", "v_proj"]}),
+        ("--target-modules 'q_proj, v_proj'", {"target_modules": ["q_proj", "v_proj"]}),
+        ("--modules-to-save 'a;b' c", {"modules_to_save": ["a", "b", "c"]}),
+        ("--layers-to-transform '1, 3'", {"layers_to_transform": [1, 3]}),
         ("--target-modules '[q_proj, v_proj]'", {"target_modules": ["q_proj", "v_proj"]}),
         ("--target-modules q_proj", {"target_modules": ["q_proj"]}),
         ("--target-modules '[\"q_proj\"]'", {"target_modules": ["q_proj"]}),
@@ -280,6 +283,19 @@ def test_a_command_stops_with_one_line(raised, code, line, capfd, monkeypatch):
     assert all(os.environ[variable] == "1" for variable in __main__.NO_BARS)
     said = capfd.readouterr().err
     assert said.startswith(line) and said.count("\n") == bool(line)
+
+
+@pytest.mark.parametrize("load, is_passive", [([100.0, 3.0], True), ([20.0, 20.0], False)])
+def test_threads_wait_passively_beside_other_processes(load, is_passive, monkeypatch):
+    monkeypatch.setattr(__main__, "cpu_percent", lambda *_, **__: load)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # restored after the test
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    __main__._wait_passively_beside_others()  # torch is loaded, and with it OpenMP
+    assert "OMP_WAIT_POLICY" not in os.environ
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "modules", {})
+        __main__._wait_passively_beside_others()
+    assert os.environ.get("OMP_WAIT_POLICY") == ("PASSIVE" if is_passive else None)
 
 
 def test_the_console_command(capsys, monkeypatch):

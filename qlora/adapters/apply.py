@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -176,7 +177,19 @@ def wrap(model: nn.Module, name: str, kind: type[WrapperKind]) -> WrapperKind:
         present[-1].base_layer = wrapper
     else:
         wrappers.put_module(model, name, wrapper)
+    model.resize_token_embeddings = MethodType(resize_token_embeddings, model)  # type: ignore[assignment]
     return wrapper
+
+
+def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, **options: Any) -> Any:
+    """transformers' method for a model with adapters. It cannot replace a wrapped head, and would
+    raise after it has replaced the embedding: UserError before."""
+    modules = {name: model.get_submodule(name) for name in vocabulary(model) if name}
+    wrapped = [name for name, module in modules.items() if isinstance(module, wrappers.Wrapper)]
+    fix = "resize the vocabulary after load_base, before apply_lora and prepare_for_training"
+    fault = f"{' and '.join(wrapped)} cannot be resized, as an adapter or the fast path wraps it"
+    require(not wrapped or (new_num_tokens is None and not options), f"{fault}: {fix}")
+    return type(model).resize_token_embeddings(model, new_num_tokens, **options)
 
 
 # ---- names and configs ----

@@ -100,6 +100,8 @@ def _hits(
     if idle := [entry for entry, found in hits.items() if not found]:
         leaves = sorted({name.rpartition(".")[2] for name in known} - {""})
         near = did_you_mean(idle[0], [*leaves, *known])
+        if re.fullmatch(r"[\w.]+([,;\s]+[\w.]+)+", idle[0]):
+            near = " Put spaces between names, outside of quotes; in Python, give a list."
         matched = f"{field} {', '.join(map(repr, idle))} matches no {kind}.{near}"
         raise UserError(f"{matched} Choose from: {', '.join(leaves)}.")
     return hits

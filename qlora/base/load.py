@@ -226,6 +226,10 @@ def require_unquantized(checkpoint: Checkpoint) -> None:
     loads = any(settings.get(key) for key in ("load_in_4bit", "load_in_8bit"))
     method = settings.get("quant_method") or ("bitsandbytes" if loads else None)
     fault = f"{checkpoint.origin} is already quantized, with {method}"
+    if settings.get("load_in_4bit"):
+        fault = (
+            f"{checkpoint.origin}: config.json says bitsandbytes 4-bit, its tensors have no codes"
+        )
     require(not method, f"{fault}: give its 16-bit model, or a bitsandbytes 4-bit one")
 
 

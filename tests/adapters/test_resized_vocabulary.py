@@ -115,6 +115,20 @@ def test_a_vocabulary_resized_in_python_is_saved_with_ours(kind, tied, base, tmp
     assert Checkpoint(tmp_path / "merged").config["vocab_size"] == GROWN
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_a_resize_after_the_adapter_is_refused_before_it_changes_the_model(saved, tied, base):
+    model = load_base(str(base(tied)), FP32)
+    apply_lora(model, LoraConfig(r=4, modules_to_save=(saved,)))
+    wanted = logits(model)
+    with pytest.raises(UserError, match=f"{saved}.* cannot be resized.*: resize the voc.*before"):
+        model.resize_token_embeddings(GROWN)
+    assert torch.equal(logits(model), wanted)
+    assert len(model.resize_token_embeddings().weight) == VOCAB  # without arguments: a look
+    unload(model).resize_token_embeddings(GROWN, mean_resizing=False)
+    assert logits(model).shape[-1] == GROWN
+
+
 def test_no_vocabulary_is_saved_with_an_adapter_of_the_base_s_size(base, tmp_path):
     save_adapter(adapted_model(base(False)), tmp_path)
     names = load_file(tmp_path / "adapter_model.safetensors")

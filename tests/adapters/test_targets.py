@@ -129,6 +129,8 @@ REFUSED = {
         ({"target_modules": ("proj",)}, "'proj' matches no layer"),  # part of a name is no ending
         ({"target_modules": r".*mlp\.up"}, "matches no layer"),  # the whole name is matched
         ({"target_modules": "q_proj"}, "'q_proj' matches no layer"),  # likewise
+        ({"target_modules": "q_proj,v_proj"}, "layer. Put spaces .*in Python, give a list. Choose"),
+        ({"modules_to_save": ("norm lm_head",)}, "'norm lm_head' matches no module. Put spaces"),
         ({"target_modules": "*q_proj"}, r"'\*q_proj' is no regular .* endings give a list"),
         ({"target_modules": ("norm",)}, r"or embedding: model\.norm\. .* linear layers: down_proj"),
         ({"target_modules": ".*"}, r"convolution or embedding: .* and \d+ more\. This"),

@@ -34,7 +34,7 @@ def test_family_trains_saves_loads_and_merges(kind, adapter, families):
 
 
 def test_sweep_reports_a_fault_and_a_time_limit(families, monkeypatch):
-    assert families.attempt("llama", "default", limit=0.001)["note"].startswith("TimeoutError")
+    assert families.attempt("llama", "default", limit=0.001)["note"].startswith("OutOfTime")
     monkeypatch.setattr(families, "CLOSE", 0.0)
     row = families.attempt("llama", "default", limit=60)
     assert row["trains"] == "FAILS" and "off" in row["note"]
