@@ -41,7 +41,9 @@ from qlora.training.outputs import complete_checkpoints, show_rows
 
 # Optimizers whose update of a parameter depends only on its own gradient and state.
 BY_PARAMETER = (Adafactor, Adagrad, Adam, AdamW, Optimizer8bit, RMSprop, SGD)
-MAX_SKIPPED = 5  # steps without a finite loss or gradient, after which a run stops
+# A run stops after so many steps in a row without a finite loss or gradient; not in a row, after as
+# many and more than a tenth of its steps, so that one bad row does not end a run of many epochs.
+MAX_SKIPPED = 5
 BUNDLE = 1 << 21  # numbers in fp32 at once: about 16 bytes each, with their gradients
 LOWER = "lower_halves"
 SLOW_ON = "cuda"  # bitsandbytes' steps
@@ -221,10 +223,13 @@ class FiniteSteps(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.batches: list[tuple[Any, Tensor]] = []  # of this step, and whether the loss is finite
-        self.skipped, self.sound_step, self.is_sound = 0, 0, True
+        self.skipped, self.in_a_row, self.most = 0, 0, float(MAX_SKIPPED)  # steps
+        self.sound_step, self.is_sound = 0, True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.sound_step = state.global_step - 1  # a checkpoint is saved after a finite loss
+        steps = state.max_steps - state.global_step
+        self.most = max(MAX_SKIPPED - 1, steps / 10)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         model, scaler = self.trainer.model, getattr(self.trainer.accelerator, "scaler", None)
@@ -237,11 +242,12 @@ class FiniteSteps(TrainerCallback):
         has_norm, *finite = torch.stack(tests).tolist()  # a GPU is waited for once per step
         broken = [inputs for (inputs, _), ok in zip(batches, finite, strict=True) if not ok]
         if not broken and (is_scaled or has_norm):
-            self.sound_step, self.is_sound = state.global_step, True
+            self.sound_step, self.is_sound, self.in_a_row = state.global_step, True, 0
             return
         if scaler is None:
             model.zero_grad()  # optimizers skip parameters without a gradient
-        self.skipped, self.is_sound = self.skipped + 1, bool(broken) and any(finite)
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.is_sound = bool(broken) and any(finite)
         if self.is_sound:  # of the other batches: the rows are the cause, not the adapter
             self.sound_step = state.global_step
         if broken:
@@ -250,7 +256,7 @@ class FiniteSteps(TrainerCallback):
         shown = broken or [inputs for inputs, _ in batches]
         rows = show_rows(shown, self.trainer.train_dataset, self.trainer.processing_class)
         tqdm.write(f"step {step}: the {what} is not finite, the adapter stays as it was{rows}")
-        if self.skipped == MAX_SKIPPED:
+        if self.in_a_row == MAX_SKIPPED or self.skipped > self.most:
             raise UserError(self.fault())
 
     def passes_again(self) -> bool:

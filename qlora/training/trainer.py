@@ -5,7 +5,7 @@ differs from Trainer in:
 
     loss          summed over supervised tokens or labels and divided once: in training per
                   optimizer step, in evaluation per data set (qlora.data.objectives)
-    steps         skipped if the loss or the gradient is not finite; after MAX_SKIPPED the run stops
+    steps         skipped if the loss or gradient is not finite; after MAX_SKIPPED a run stops
     rows          ordered by the seed and the epoch alone, so that a resumed epoch goes on
     checkpoints   hold the adapter, not the model
     optimizer     LoRA+ rates; fp32 masters of bf16 parameters (optimizers.py); unpaged on a CPU

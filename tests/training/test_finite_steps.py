@@ -104,6 +104,41 @@ def test_a_run_stops_after_a_few_broken_steps(
     assert (folder / "checkpoint-3").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("steps", "bad", "stops_after"),
+    [
+        (200, range(0, 200, 10), None),  # one row of a tenth of an epoch, in each epoch
+        (60, range(0, 60, 12), None),
+        (20, range(0, 20, 4), 16),  # more than a tenth
+        (200, range(0, 200, 4), 80),
+        (1000, range(7, 1000), 11),
+        (8, range(0, 8, 2), None),  # fewer than five
+    ],
+)
+def test_a_run_stops_after_five_broken_steps_in_a_row_or_a_tenth_of_its_steps(
+    steps, bad, stops_after, checkpoints, tmp_path
+):
+    model = adapted_model(checkpoints("llama"))
+    trainer = Mock(model=model, accelerator=SimpleNamespace(scaler=None), train_dataset=[])
+    trainer.args.output_dir = tmp_path
+    finite = FiniteSteps(trainer)
+    begin = 100  # of a resumed run: its own steps count
+    state = SimpleNamespace(global_step=begin, max_steps=begin + steps)
+    finite.on_train_begin(None, state, None)
+    ended = None
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    for step in range(steps):
+        state.global_step = begin + step
+        parameter.grad = torch.full_like(parameter, math.nan if step in bad else 1.0)
+        try:
+            finite.on_pre_optimizer_step(None, state, None)
+        except UserError as error:
+            ended = step
+            assert f"({finite.skipped} steps were skipped)" in str(error)
+            break
+    assert ended == stops_after
+
+
 @pytest.mark.parametrize("rate", [1e30, 1e39])
 def test_a_rate_that_breaks_the_adapter_ends_with_an_error(rate, checkpoints, tmp_path, data):
     """Also if the run is over before a few steps were skipped, or the last update overflowed."""
