@@ -213,8 +213,15 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 # ---- steps without a finite loss or gradient
 
 
+def tokens_of(batch: Any) -> Tensor:
+    """The number of tokens in a batch without padding, on its device."""
+    mask = batch.get("attention_mask")
+    return torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
+
+
 class FiniteSteps(TrainerCallback):
-    """Skips the steps whose loss or gradient is not finite, and prints their rows.
+    """Skips the steps whose loss or gradient is not finite, and prints their rows. It counts
+    the tokens of each step as well, where a GPU is waited for anyway.
 
     A step is also the test of the adapter that it begins with: `sound_step` is the last one at
     whose end the adapter was known to give a finite loss; `is_sound`, whether the last test passed.
@@ -238,8 +245,13 @@ class FiniteSteps(TrainerCallback):
         is_scaled = scaler is not None and scaler.get_scale() > 1
         batches, self.batches = self.batches, []
         norm = get_total_norm(gradients)
-        tests = [norm.isfinite(), *(is_finite.to(norm.device) for _, is_finite in batches)]
-        has_norm, *finite = torch.stack(tests).tolist()  # a GPU is waited for once per step
+        tests = [norm.isfinite(), *(is_finite for _, is_finite in batches)]
+        is_counted = self.trainer.args.include_num_input_tokens_seen == "non_padding"
+        counts = [tokens_of(inputs) for inputs, _ in batches] if is_counted else []
+        read = torch.stack([n.to(norm.device, torch.int64) for n in (*tests, *counts)])
+        has_norm, *numbers = read.tolist()  # a GPU is waited for once per step
+        finite = numbers[: len(batches)]
+        state.num_input_tokens_seen += sum(numbers[len(batches) :])
         broken = [inputs for (inputs, _), ok in zip(batches, finite, strict=True) if not ok]
         if not broken and (is_scaled or has_norm):
             self.sound_step, self.is_sound, self.in_a_row = state.global_step, True, 0

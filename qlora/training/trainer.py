@@ -26,14 +26,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -350,8 +345,13 @@ class AdapterTrainer(Trainer):
         """Trainer's, without the mask where position_ids delimit the rows: it would hide them."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         if "position_ids" in prepared:
-            prepared.pop("attention_mask", None)  # Trainer has counted its tokens by now
+            prepared.pop("attention_mask", None)
         return prepared
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Trainer's, which waits for a GPU at each batch: FiniteSteps counts, once per step."""
+        if self.args.include_num_input_tokens_seen != "non_padding":
+            super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler, seed = super()._get_train_sampler(train_dataset), self.args.data_seed

@@ -123,7 +123,7 @@ def test_a_run_stops_after_five_broken_steps_in_a_row_or_a_tenth_of_its_steps(
     trainer.args.output_dir = tmp_path
     finite = FiniteSteps(trainer)
     begin = 100  # of a resumed run: its own steps count
-    state = SimpleNamespace(global_step=begin, max_steps=begin + steps)
+    state = SimpleNamespace(global_step=begin, max_steps=begin + steps, num_input_tokens_seen=0)
     finite.on_train_begin(None, state, None)
     ended = None
     parameter = next(p for p in model.parameters() if p.requires_grad)
@@ -190,7 +190,7 @@ def test_overflows_of_a_scaled_fp16_loss_are_the_scalers(scale, skipped, checkpo
     steps = FiniteSteps(trainer)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, math.inf) if parameter.requires_grad else None
-    steps.on_pre_optimizer_step(None, SimpleNamespace(global_step=3), None)
+    steps.on_pre_optimizer_step(None, SimpleNamespace(global_step=3, num_input_tokens_seen=0), None)
     assert steps.skipped == skipped
     assert ("step 4: the gradient is not finite" in capsys.readouterr().out) == bool(skipped)
     assert any(p.grad is not None for p in model.parameters())  # the scaler counts on them

@@ -121,6 +121,36 @@ def test_transformers_trainer_saves_the_adapter(fast, checkpoints, tmp_path):
         torch.testing.assert_close(whole(ids).logits, plain.eval()(ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["non_padding", "all", "no"])
+def test_tokens_are_counted_as_trainer_does_without_waiting_for_each_batch(
+    kind, checkpoints, tmp_path, rows, monkeypatch
+):
+    """`item` waits for a GPU: as often in steps of four batches as in steps of one."""
+    model, waits, items = adapted_model(checkpoints("llama")), [], Mock()
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: (items(), item(self))[1])
+    for trainer_class, batches in ((AdapterTrainer, 1), (AdapterTrainer, 4), (Trainer, 4)):
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=batches,
+            max_steps=2, logging_steps=9, save_strategy="no", report_to="none", use_cpu=True,
+            include_num_input_tokens_seen=kind, optim="sgd", dataloader_pin_memory=False,
+            label_names=["labels"], logging_nan_inf_filter=False,
+        )  # fmt: skip
+        model._hf_peft_config_loaded = True  # or else plain Trainer refuses a 4-bit model
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collator(tiny_tokenizer()),
+        )
+        items.reset_mock()
+        trainer.train()
+        waits.append((items.call_count, trainer.state.num_input_tokens_seen))
+    (once, _), (four, ours), (_, plain) = waits
+    assert ours == plain and (ours > 0) == (kind != "no")
+    assert kind == "all" or four == once
+
+
 def test_model_without_adapters_is_refused(checkpoints):
     with pytest.raises(UserError, match="no adapter to train"):
         AdapterTrainer(model=load_base(str(checkpoints("llama")), FP32))
