@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as REPLACED
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationMethod
@@ -234,8 +235,10 @@ def require_unquantized(checkpoint: Checkpoint) -> None:
 
 
 def require_plain_layers(model: nn.Module, layers: Iterable[str], what: str, fix: str) -> None:
-    """Refuse 4-bit `layers` of classes of the model's own (Falcon's): transformers opens none."""
+    """Refuse 4-bit `layers` of classes of the model's own (Falcon's), and modules that transformers
+    replaces in a quantized model, with other names (Llama 4's experts): it opens neither."""
     own = {type(model.get_submodule(name)).__name__ for name in layers} - {"Linear", "Conv1D"}
+    own |= {type(module).__name__ for module in model.modules()} & REPLACED.keys()
     fault = f"{what}: transformers opens no 4-bit {', '.join(sorted(own))}, of which this model is"
     require(not own, f"{fault} made: {fix}")
 

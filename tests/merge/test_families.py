@@ -100,6 +100,8 @@ def test_what_computes_as_a_linear_layer_is_quantized_adapted_and_merged(
 def test_4_bits_that_transformers_does_not_open_are_refused(base, tmp_path):
     live = trained(base("falcon"), tmp_path / "adapter", FP32)
     refused(live.adapter, tmp_path / "out", "no 4-bit FalconLinear.*use --format", format="nf4")
+    experts = trained(base("llama4_text"), tmp_path / "other", FP32)  # which transformers renames
+    refused(experts.adapter, tmp_path / "out", "no 4-bit Llama4TextExperts", format="nf4")
     load_base(str(base("falcon")), FP32).save_pretrained(tmp_path / "4 bits")  # as transformers 4
     with pytest.raises(UserError, match=r"no 4-bit FalconLinear.*: give its 16-bit model"):
         load_base(str(tmp_path / "4 bits"), FP32)
