@@ -56,7 +56,7 @@ def tokens_per_second(base: str, seconds: float) -> float:
 
     from qlora import LoraConfig, QuantConfig, apply_lora, load_base
     from qlora.training import prepare_for_training
-    from qlora.training.threads import FreeCores
+    from qlora.training.callbacks import FreeCores
 
     model = apply_lora(load_base(base, QuantConfig(compute_dtype="fp32")), LoraConfig())
     prepare_for_training(model)

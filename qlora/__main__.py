@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from psutil import cpu_percent
 
 from qlora import __version__, config
-from qlora.cli import flag_of, parse
-from qlora.errors import Interrupted, UserError, did_you_mean
+from qlora.cli import drop_lost_output, flag_of, parse
+from qlora.errors import STOPS, Interrupted, UserError, did_you_mean, ignore_hangups
 
 # Bars of huggingface_hub and transformers, and of datasets: no lines in a log.
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -58,11 +58,14 @@ def main() -> None:
 def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
     """Parse the command line and call the command's function with the config.
 
-    A UserError or an out-of-memory error exits with 2 and one line `error: …`; Ctrl-C exits with
-    130, SIGTERM with 143, and one line. Any other exception is a bug and keeps its traceback.
+    A UserError or an out-of-memory error exits with 2 and one line `error: …`; Ctrl-C, SIGTERM and
+    SIGHUP with 128 + their number and one line. Any other exception is a bug and keeps its
+    traceback.
     """
     config_class, function, interrupted = COMMANDS[name]
-    signal.signal(signal.SIGTERM, _terminate)  # what Python ends on without removing partial files
+    for number in STOPS:  # what Python ends on without removing partial files
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(number, _terminate)
     if not sys.stderr.isatty():  # the packages read these as they are imported
         for variable in NO_BARS:
             os.environ.setdefault(variable, "1")
@@ -98,10 +101,12 @@ def _wait_passively_beside_others() -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
+    ignore_hangups()
     raise Interrupted(number=number)
 
 
 def _stop(code: int, line: str) -> NoReturn:
+    drop_lost_output()
     print(line, file=sys.stderr)
     sys.exit(code)
 

@@ -10,7 +10,9 @@ that errors appear at once. `Progress` shows how far a long job is.
 
 import argparse
 import math
+import os
 import re
+import select
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -249,3 +251,13 @@ def _read_recipe(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise UserError(f"{path}: {' '.join(unknown)}")
     return values
+
+
+def drop_lost_output() -> None:
+    """Discard what is still printed where nobody reads it: the terminal was closed, or the reader
+    of the pipe ended on the same signal, as `| tee` does."""
+    for number in (1, 2) if hasattr(select, "poll") else ():
+        poll = select.poll()
+        poll.register(number, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)

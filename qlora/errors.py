@@ -4,6 +4,9 @@ import signal
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+# Ends a process, as does Ctrl-C. SIGHUP: its terminal was closed; not on Windows.
+STOPS = tuple(each for each in signal.Signals if each.name in ("SIGTERM", "SIGHUP"))
+
 
 class UserError(ValueError):
     """An error in one line: what was wanted, what came, how to fix it."""
@@ -18,6 +21,12 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+def ignore_hangups() -> None:
+    """Ignore SIGHUP from now on: a terminal that is closed sends it more than once."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def require(ok: bool, message: str) -> None:

@@ -112,7 +112,12 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError):
         values = None
-    if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+    parts = {"base": dict, "data": dict, "resumed": list}  # of their type, if they are there
+    if (
+        not isinstance(values, dict)
+        or not isinstance(values.get("config"), dict)
+        or not all(isinstance(values.get(name, kind()), kind) for name, kind in parts.items())
+    ):
         raise UserError(f"{path} is not a run file of train.py, or damaged: restore or remove it")
     return values
 

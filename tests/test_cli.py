@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from qlora import __main__, __version__, cli
 from qlora.config import DataConfig, TrainConfig, build, flat, settings_of
-from qlora.errors import Interrupted, UserError
+from qlora.errors import STOPS, Interrupted, UserError
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = "--model base --output-dir out --data rows.jsonl "
@@ -259,6 +260,8 @@ class OutOfMemoryError(RuntimeError):
         (UserError("wanted this,\ngot that"), 2, "error: wanted this, got that\n"),
         (KeyboardInterrupt(), 130, "interrupted: --resume continues from the last checkpoint"),
         (Interrupted("saved", 15), 143, "interrupted: saved"),
+        (signal.SIGTERM, 143, "interrupted: --resume continues from the last checkpoint"),
+        (signal.SIGHUP, 129, "interrupted: --resume continues from the last checkpoint"),
         (OutOfMemoryError(), 2, "error: the GPU's memory ran out after 0.00 GiB: lower --max-len"),
         (BrokenPipeError(), 1, ""),
         (ZeroDivisionError(), None, ""),
@@ -269,8 +272,11 @@ def test_a_command_stops_with_one_line(raised, code, line, capfd, monkeypatch):
 
     def train(config):
         assert config == parse("")
+        if isinstance(raised, signal.Signals):
+            os.kill(os.getpid(), raised)
         raise raised
 
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPS}
     monkeypatch.setattr(qlora.training, "train", train)
     monkeypatch.setattr(__main__.os, "dup2", lambda *_: None)
     for variable in __main__.NO_BARS:  # restored after the test
@@ -279,6 +285,8 @@ def test_a_command_stops_with_one_line(raised, code, line, capfd, monkeypatch):
     stops = pytest.raises(SystemExit if code else ZeroDivisionError)
     with stops as stop:
         __main__.run("train", prog="train.py", words=REQUIRED.split())
+    for number, handler in before.items():
+        signal.signal(number, handler)
     assert getattr(stop.value, "code", None) == code
     assert all(os.environ[variable] == "1" for variable in __main__.NO_BARS)
     said = capfd.readouterr().err

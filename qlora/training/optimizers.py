@@ -1,6 +1,5 @@
-"""Master weights in fp32 for bf16 parameters, at 2 bytes a parameter; steps of bitsandbytes'
-optimizers without a wait for the GPU; and FiniteSteps, which skips the steps of a loss or gradient
-that is not finite.
+"""Master weights in fp32 for bf16 parameters, at 2 bytes a parameter; and steps of bitsandbytes'
+optimizers without a wait for the GPU.
 
 A bf16 number has 8 bits of mantissa, so an update below 2^-9 of it is rounded away: a fifth of the
 updates of a LoRA's A at a rate of 3e-4, most as the rate falls (benchmarks/adapter_dtype.py). The
@@ -19,35 +18,22 @@ only on average; fp32 parameters, which with their gradients take 4 bytes more a
 forward pass.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from bitsandbytes.utils import sync_gpu
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
-from tqdm.auto import tqdm
-from transformers import TrainerCallback
 from transformers.optimization import Adafactor
-
-from qlora.errors import UserError
-from qlora.training.outputs import complete_checkpoints, show_rows
 
 # Optimizers whose update of a parameter depends only on its own gradient and state.
 BY_PARAMETER = (Adafactor, Adagrad, Adam, AdamW, Optimizer8bit, RMSprop, SGD)
-# A run stops after so many steps in a row without a finite loss or gradient; not in a row, after as
-# many and more than a tenth of its steps, so that one bad row does not end a run of many epochs.
-MAX_SKIPPED = 5
 BUNDLE = 1 << 21  # numbers in fp32 at once: about 16 bytes each, with their gradients
 LOWER = "lower_halves"
 SLOW_ON = "cuda"  # bitsandbytes' steps
-NOT_FINITE = "not-finite-"  # before the name of a checkpoint whose adapter gives no finite loss
 
 
 def join(parameter: Tensor, lower: Tensor) -> Tensor:
@@ -208,96 +194,3 @@ def bundles(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-# ---- steps without a finite loss or gradient
-
-
-def tokens_of(batch: Any) -> Tensor:
-    """The number of tokens in a batch without padding, on its device."""
-    mask = batch.get("attention_mask")
-    return torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
-
-
-class FiniteSteps(TrainerCallback):
-    """Skips the steps whose loss or gradient is not finite, and prints their rows. It counts
-    the tokens of each step as well, where a GPU is waited for anyway.
-
-    A step is also the test of the adapter that it begins with: `sound_step` is the last one at
-    whose end the adapter was known to give a finite loss; `is_sound`, whether the last test passed.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.batches: list[tuple[Any, Tensor]] = []  # of this step, and whether the loss is finite
-        self.skipped, self.in_a_row, self.most = 0, 0, float(MAX_SKIPPED)  # steps
-        self.sound_step, self.is_sound = 0, True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.sound_step = state.global_step - 1  # a checkpoint is saved after a finite loss
-        steps = state.max_steps - state.global_step
-        self.most = max(MAX_SKIPPED - 1, steps / 10)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        model, scaler = self.trainer.model, getattr(self.trainer.accelerator, "scaler", None)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        # a loss scale above 1 makes fp16 gradients overflow: its scaler skips the step, lowers it
-        is_scaled = scaler is not None and scaler.get_scale() > 1
-        batches, self.batches = self.batches, []
-        norm = get_total_norm(gradients)
-        tests = [norm.isfinite(), *(is_finite for _, is_finite in batches)]
-        is_counted = self.trainer.args.include_num_input_tokens_seen == "non_padding"
-        counts = [tokens_of(inputs) for inputs, _ in batches] if is_counted else []
-        read = torch.stack([n.to(norm.device, torch.int64) for n in (*tests, *counts)])
-        has_norm, *numbers = read.tolist()  # a GPU is waited for once per step
-        finite = numbers[: len(batches)]
-        state.num_input_tokens_seen += sum(numbers[len(batches) :])
-        broken = [inputs for (inputs, _), ok in zip(batches, finite, strict=True) if not ok]
-        if not broken and (is_scaled or has_norm):
-            self.sound_step, self.is_sound, self.in_a_row = state.global_step, True, 0
-            return
-        if scaler is None:
-            model.zero_grad()  # optimizers skip parameters without a gradient
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        self.is_sound = bool(broken) and any(finite)
-        if self.is_sound:  # of the other batches: the rows are the cause, not the adapter
-            self.sound_step = state.global_step
-        if broken:
-            self.trainer.logs_nan = True
-        step, what = state.global_step + 1, "loss" if broken else "gradient"
-        shown = broken or [inputs for inputs, _ in batches]
-        rows = show_rows(shown, self.trainer.train_dataset, self.trainer.processing_class)
-        tqdm.write(f"step {step}: the {what} is not finite, the adapter stays as it was{rows}")
-        if self.in_a_row == MAX_SKIPPED or self.skipped > self.most:
-            raise UserError(self.fault())
-
-    def passes_again(self) -> bool:
-        """Whether one of MAX_SKIPPED batches has a finite loss: those of the last step had not."""
-        trainer, one = self.trainer, torch.tensor(1, device=self.trainer.args.device)
-        if not self.skipped:  # an evaluation had not
-            return False
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # as in check_data
-            for inputs in islice(trainer.get_train_dataloader(), MAX_SKIPPED):
-                batch = trainer._prepare_inputs(inputs)
-                if trainer.compute_loss(trainer.model, batch, num_items_in_batch=one).isfinite():
-                    return True
-        return False
-
-    def fault(self) -> str:
-        """What went wrong, the last good checkpoint, and how to mend it. Later checkpoints are
-        renamed, so that --resume goes on from the good one."""
-        output = Path(str(self.trainer.args.output_dir))
-        checkpoints = complete_checkpoints(output)
-        good = [n for n in checkpoints if n <= self.sound_step]
-        last = f"The last good checkpoint is {output}/checkpoint-{max(good, default='')}"
-        last = last if good else "There is no good checkpoint"
-        for folder in (checkpoints[n] for n in checkpoints.keys() - set(good)):
-            aside = folder.with_name(f"{NOT_FINITE}{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            last += f", {folder.name} is now {aside.name}"
-        return (
-            f"the loss or its gradient was not finite ({self.skipped} steps were skipped), so "
-            f"training has ended and no adapter was written. {last}. Lower --learning-rate, remove "
-            "the rows named above, or give --compute-dtype fp32"
-        )

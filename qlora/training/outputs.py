@@ -207,8 +207,10 @@ def checkpoint_to_resume(output: Path) -> Path:
         {path.name for path in output.glob("checkpoint-*")} - {f.name for f in steps.values()}
     )
     damaged = f"{some(cut)} of {output} has no whole trainer_state.json" if cut else ""
-    lacks = damaged or f"{output} holds no checkpoint-N"
-    require(bool(steps), f"{lacks} to resume from: drop --resume, which starts again")
+    lacks = damaged or f"{output} holds no checkpoint-N to resume from"
+    again = f"drop --resume, which starts again{', and removes them' if cut else ''}"
+    fix = again if is_left_over(output) or not output.exists() else "give a new --output-dir"
+    require(bool(steps), f"{lacks}: {fix}")
     checkpoint = steps[max(steps)]
     if damaged:
         print(f"{damaged}: {checkpoint.name} is resumed from")

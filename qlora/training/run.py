@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import integration_utils as loggers
 
 from qlora.adapters.apply import active_adapters, apply_lora, print_trainable_parameters
-from qlora.adapters.files import load_adapter_weights, save_adapter
+from qlora.adapters.files import save_adapter
 from qlora.adapters.format import read_adapter
 from qlora.adapters.live import require_task
 from qlora.adapters.wrappers import remove_wrappers
@@ -38,6 +38,7 @@ from qlora.fast import layers
 from qlora.fast.head import LanguageHead, put_language_head
 from qlora.fast.offload import offload_embedding, require_gpu
 from qlora.files import RUN, ids_in, read_metrics, read_samples, require_new
+from qlora.training.callbacks import FreeCores
 from qlora.training.outputs import (
     checkpoint_to_resume,
     choose_samples,
@@ -50,7 +51,6 @@ from qlora.training.outputs import (
     write_run_file,
     writing_to,
 )
-from qlora.training.threads import FreeCores
 from qlora.training.trainer import AdapterTrainer, make_trainer, training_arguments
 
 # TrainingArguments that `--trainer.NAME` refuses, and why: names, or beginnings that end in `_`.
@@ -135,8 +135,8 @@ def train(config: TrainConfig) -> Path:
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
     trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows)
     trainer.add_callback(FreeCores())
-    if resume_from:  # Trainer loads it again; this raises before anything is written
-        load_adapter_weights(model, resume_from)
+    if resume_from:
+        trainer.check_checkpoint(resume_from)
 
     with writing_to(output):
         run_and_write(config, trainer, data, resume_from, recorded, changed)
@@ -253,6 +253,9 @@ def check_arguments(config: TrainConfig) -> TrainConfig:
             is_refused = any(name == n or (n[-1] == "_" and name.startswith(n)) for n in names)
             require(not is_refused, f"--trainer.{name} {reason}")
     typed = {name: typed_argument(known[name], value) for name, value in config.trainer.items()}
+    for name in ("adam_epsilon", "neftune_noise_alpha"):  # else the first step fails
+        is_positive = typed.get(name) is None or typed[name] > 0
+        require(is_positive, f"--trainer.{name} must be above 0, got {typed.get(name)}")
     config = replace(config, trainer=typed)
     check_loggers(config)
     training_arguments(config, fp16=False, on_cpu=not torch.cuda.is_available())

@@ -14,8 +14,6 @@ differs from Trainer in:
 
 import math
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -26,11 +24,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import OptimizerNames
 
 from qlora.adapters.files import load_adapter_weights, save_adapter
 from qlora.adapters.lora import lora_layers
@@ -38,15 +37,15 @@ from qlora.base.modules import state_of
 from qlora.config import TrainConfig
 from qlora.data.objectives import OBJECTIVES, Objective, measure
 from qlora.data.rows import collator
-from qlora.errors import Interrupted, UserError, first_line, require, some
+from qlora.errors import UserError, first_line, require, some
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
-from qlora.training.optimizers import FiniteSteps, keep_updates, loses_updates
+from qlora.training.callbacks import FiniteSteps, SaveOnSignal
+from qlora.training.optimizers import keep_updates, loses_updates
 from qlora.training.outputs import (
     MetricsWriter,
     PlainProgress,
     complete_checkpoints,
-    last_checkpoint,
     show_rows,
     state_at,
     write_stops,
@@ -130,16 +129,15 @@ def make_trainer(
 ) -> "AdapterTrainer":
     """The Trainer of one run, with metrics.jsonl and progress lines as callbacks.
 
-    Raises UserError if Trainer, an optimizer or a data loader refuses the settings; nothing was
-    written then.
+    Raises UserError, before anything is written, if Trainer or what it builds refuses the settings.
     """
     if model.dtype == torch.float16 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
         raise UserError("fp16 compute needs fp32 adapters: drop --adapter-dtype, or give fp32")
     collate = collator(tokenizer, config.task, model)
     if config.task == "causal-lm":
         packing, fast, pad = config.data.packing, config.fast_path, tokenizer.pad_token_id
-        unpadded = rows_collator(model, packing=packing, fast_path=fast, pad_token_id=pad)
-        collate = unpadded or collate
+        flat = rows_collator(model, packing=packing, fast_path=fast, pad_token_id=pad)
+        collate = flat or collate
     on_cpu = model.device.type == "cpu"
     arguments = training_arguments(config, fp16=model.dtype == torch.float16, on_cpu=on_cpu)
     if on_cpu and "paged" in config.optim:
@@ -173,49 +171,6 @@ def make_trainer(
     trainer.callback_handler.callbacks.insert(0, MetricsWriter(Path(config.output_dir)))
     trainer.add_callback(PlainProgress())
     return trainer
-
-
-class SaveOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM save a checkpoint after the current step and raise Interrupted; a second
-    signal ends the run at once."""
-
-    def __init__(self, trainer: "AdapterTrainer") -> None:
-        self.trainer, self.number, self.before = trainer, 0, dict[int, Any]()
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other can handle signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self._note)
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: Any) -> None:
-        self.number = number
-        self.__exit__()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.number and not control.should_save:
-            control.should_save = True  # after the last substep
-            tqdm.write("stopping after this step, to save a checkpoint; once more stops at once")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.number:
-            control.should_log, control.should_evaluate, control.should_save = True, False, True
-            args.save_only_model = False  # or else the checkpoint could not be resumed from
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.number:  # the step before the evaluation is whole
-            if self.trainer.is_in_train and state.global_step:
-                args.save_only_model = False
-                self.trainer._save_checkpoint(self.trainer.model)
-            self.on_save(args, state, control)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.number:
-            raise Interrupted(last_checkpoint(Path(str(args.output_dir))), self.number)
 
 
 class SeededGroups(Sampler[int]):
@@ -293,6 +248,29 @@ class AdapterTrainer(Trainer):
         measured = measure(self.objective, (), state_of(self.model).labels)
         fault = f"--trainer.metric_for_best_model must be {' or '.join(measured)}, got {metric!r}"
         require(metric in measured, fault)
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Load everything in `checkpoint` that training goes on with: what is damaged raises now.
+        Trainer loads it again when training starts."""
+        load_adapter_weights(self.model, checkpoint)
+        best = state_at(checkpoint).best_global_step
+        if self.args.load_best_model_at_end and best:
+            folder = Path(str(self.args.output_dir), f"checkpoint-{best}")
+            fix = "restore it, or give --trainer.load_best_model_at_end false"
+            require(folder.is_dir(), f"{folder}, the best so far, is missing: {fix}")
+        self.create_optimizer_and_scheduler(num_training_steps=10)
+        try:
+            state = torch.load(Path(checkpoint, "optimizer.pt"), map_location="cpu")
+            saved, own = (set(o["param_groups"][0]) for o in (state, self.optimizer.state_dict()))
+            name = OptimizerNames(self.args.optim).value
+            require(saved == own, f"optimizer.pt is of another optimizer than --optim {name}")
+            super()._load_optimizer_and_scheduler(checkpoint)
+            self._load_rng_state(checkpoint)
+        except Exception as error:  # whatever the packages raise for a damaged file
+            fix = "Remove that folder to resume from an earlier one, or give a new --output-dir"
+            fault = f"{checkpoint} cannot be resumed from: {first_line(error)} {fix}"
+            raise UserError(fault) from error
+        self.optimizer = self.lr_scheduler = None
 
     def fit(self, checkpoint: str | None) -> None:
         """Train, from `checkpoint` if given: not at all if it has all steps (Trainer adds one)."""
@@ -436,8 +414,7 @@ class AdapterTrainer(Trainer):
         return EvalLoopOutput(None, None, metrics, num_samples=size)  # type: ignore[arg-type]
 
     def _results(self, dataloader: Any, broken: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
-        """Summed loss, outputs and labels of each evaluation batch; without a finite loss it is
-        added to `broken`."""
+        """Summed loss, outputs, labels of each evaluation batch; `broken` gets those not finite."""
         model, step_done = self.model.eval(), self.callback_handler.on_prediction_step
         one = torch.tensor(1, device=self.args.device)  # num_items=1 keeps the loss a sum
         for inputs in dataloader:

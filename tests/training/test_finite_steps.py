@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from qlora import DataConfig, UserError
 from qlora.files import read_metrics
-from qlora.training.optimizers import FiniteSteps
+from qlora.training.callbacks import FiniteSteps
 from qlora.training.run import train
 from qlora.training.trainer import AdapterTrainer
 

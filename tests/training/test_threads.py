@@ -6,8 +6,8 @@ import psutil
 import pytest
 import torch
 
-from qlora.training import threads
-from qlora.training.threads import FreeCores
+from qlora.training import callbacks
+from qlora.training.callbacks import FreeCores
 
 ON_CPU = SimpleNamespace(device=torch.device("cpu"))
 
@@ -15,8 +15,8 @@ ON_CPU = SimpleNamespace(device=torch.device("cpu"))
 @pytest.fixture
 def load(monkeypatch):
     """Sets the percents that psutil reports: of each of four cores, and of this process."""
-    monkeypatch.setattr(threads, "SECONDS", 0)
-    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(callbacks, "SECONDS", 0)
+    monkeypatch.setattr(callbacks.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     used = []

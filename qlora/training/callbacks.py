@@ -1,0 +1,211 @@
+"""Callbacks that steer a run between its steps.
+
+SaveOnSignal  a signal ends it, with a checkpoint
+FiniteSteps   a loss or gradient that is not finite is named, and changes nothing
+FreeCores     it uses the CPU cores that other processes leave free
+"""
+
+import os
+import shutil
+import signal
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from qlora.cli import drop_lost_output
+from qlora.errors import STOPS, Interrupted, UserError, ignore_hangups
+from qlora.training.outputs import complete_checkpoints, last_checkpoint, show_rows
+
+# A run stops after so many steps in a row without a finite loss or gradient; not in a row, after as
+# many and more than a tenth of its steps, so that one bad row does not end a run of many epochs.
+MAX_SKIPPED = 5
+NOT_FINITE = "not-finite-"  # before the name of a checkpoint whose adapter gives no finite loss
+SECONDS = 2.0  # from one look at the load of the CPU to the next
+
+
+class SaveOnSignal(TrainerCallback):
+    """Ctrl-C, SIGTERM and SIGHUP save a checkpoint after the current step and raise Interrupted; a
+    second signal ends the run at once, but for SIGHUP."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.number, self.before = trainer, 0, dict[int, Any]()
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other can handle signals
+            for number in (signal.SIGINT, *STOPS):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.number = number
+        self.__exit__()
+        ignore_hangups()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.number and not control.should_save:
+            control.should_save = True  # after the last substep
+            drop_lost_output()
+            tqdm.write("stopping after this step, to save a checkpoint; once more stops at once")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.number:
+            drop_lost_output()
+            control.should_log, control.should_evaluate, control.should_save = True, False, True
+            args.save_only_model = False  # or else the checkpoint could not be resumed from
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.number:  # the step before the evaluation is whole
+            if self.trainer.is_in_train and state.global_step:
+                args.save_only_model = False
+                self.trainer._save_checkpoint(self.trainer.model)
+            self.on_save(args, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.number:
+            raise Interrupted(last_checkpoint(Path(str(args.output_dir))), self.number)
+
+
+def tokens_of(batch: Any) -> Tensor:
+    """The number of tokens in a batch without padding, on its device."""
+    mask = batch.get("attention_mask")
+    return torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
+
+
+class FiniteSteps(TrainerCallback):
+    """Skips the steps whose loss or gradient is not finite, and prints their rows. It counts
+    the tokens of each step as well, where a GPU is waited for anyway.
+
+    A step is also the test of the adapter that it begins with: `sound_step` is the last one at
+    whose end the adapter was known to give a finite loss; `is_sound`, whether the last test passed.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.batches: list[tuple[Any, Tensor]] = []  # of this step, and whether the loss is finite
+        self.skipped, self.in_a_row, self.most = 0, 0, float(MAX_SKIPPED)  # steps
+        self.sound_step, self.is_sound = 0, True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sound_step = state.global_step - 1  # a checkpoint is saved after a finite loss
+        steps = state.max_steps - state.global_step
+        self.most = max(MAX_SKIPPED - 1, steps / 10)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        model, scaler = self.trainer.model, getattr(self.trainer.accelerator, "scaler", None)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        # a loss scale above 1 makes fp16 gradients overflow: its scaler skips the step, lowers it
+        is_scaled = scaler is not None and scaler.get_scale() > 1
+        batches, self.batches = self.batches, []
+        norm = get_total_norm(gradients)
+        tests = [norm.isfinite(), *(is_finite for _, is_finite in batches)]
+        is_counted = self.trainer.args.include_num_input_tokens_seen == "non_padding"
+        counts = [tokens_of(inputs) for inputs, _ in batches] if is_counted else []
+        read = torch.stack([n.to(norm.device, torch.int64) for n in (*tests, *counts)])
+        has_norm, *numbers = read.tolist()  # a GPU is waited for once per step
+        finite = numbers[: len(batches)]
+        state.num_input_tokens_seen += sum(numbers[len(batches) :])
+        broken = [inputs for (inputs, _), ok in zip(batches, finite, strict=True) if not ok]
+        if not broken and (is_scaled or has_norm):
+            self.sound_step, self.is_sound, self.in_a_row = state.global_step, True, 0
+            return
+        if scaler is None:
+            model.zero_grad()  # optimizers skip parameters without a gradient
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.is_sound = bool(broken) and any(finite)
+        if self.is_sound:  # of the other batches: the rows are the cause, not the adapter
+            self.sound_step = state.global_step
+        if broken:
+            self.trainer.logs_nan = True
+        step, what = state.global_step + 1, "loss" if broken else "gradient"
+        shown = broken or [inputs for inputs, _ in batches]
+        rows = show_rows(shown, self.trainer.train_dataset, self.trainer.processing_class)
+        tqdm.write(f"step {step}: the {what} is not finite, the adapter stays as it was{rows}")
+        if self.in_a_row == MAX_SKIPPED or self.skipped > self.most:
+            raise UserError(self.fault())
+
+    def passes_again(self) -> bool:
+        """Whether one of MAX_SKIPPED batches has a finite loss: those of the last step had not."""
+        trainer, one = self.trainer, torch.tensor(1, device=self.trainer.args.device)
+        if not self.skipped:  # an evaluation had not
+            return False
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # as in check_data
+            for inputs in islice(trainer.get_train_dataloader(), MAX_SKIPPED):
+                batch = trainer._prepare_inputs(inputs)
+                if trainer.compute_loss(trainer.model, batch, num_items_in_batch=one).isfinite():
+                    return True
+        return False
+
+    def fault(self) -> str:
+        """What went wrong, the last good checkpoint, and how to mend it. Later checkpoints are
+        renamed, so that --resume goes on from the good one."""
+        output = Path(str(self.trainer.args.output_dir))
+        checkpoints = complete_checkpoints(output)
+        good = [n for n in checkpoints if n <= self.sound_step]
+        last = f"The last good checkpoint is {output}/checkpoint-{max(good, default='')}"
+        last = last if good else "There is no good checkpoint"
+        for folder in (checkpoints[n] for n in checkpoints.keys() - set(good)):
+            aside = folder.with_name(f"{NOT_FINITE}{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            last += f", {folder.name} is now {aside.name}"
+        return (
+            f"the loss or its gradient was not finite ({self.skipped} steps were skipped), so "
+            f"training has ended and no adapter was written. {last}. Lower --learning-rate, remove "
+            "the rows named above, or give --compute-dtype fp32"
+        )
+
+
+class FreeCores(TrainerCallback):
+    """Sets torch's threads, between steps, to the number of cores that other processes leave free.
+
+    The threads that compute a product wait for each other at its end. A thread whose core another
+    process holds keeps all of them waiting: with one busy process on two cores, steps of two
+    threads take three times as long as steps of one (benchmarks/contention.py).
+
+    The number is at least one, and never above that at the start. Sums by another number of threads
+    differ in their last digits: a run under OMP_NUM_THREADS keeps that number.
+    """
+
+    def __init__(self) -> None:
+        self.most, self.is_told = torch.get_num_threads(), False
+        self.process, self.looked_at = psutil.Process(), 0.0
+        every = range(psutil.cpu_count() or 1)
+        # macOS binds no process to cores
+        self.cores = [*getattr(os, "sched_getaffinity", lambda _: every)(0)]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._cores_of_others()  # psutil measures from here
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        is_set = args.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
+        if is_set or time.perf_counter() - self.looked_at < SECONDS:
+            return
+        others = self._cores_of_others()
+        threads = min(self.most, max(1, round(len(self.cores) - others)))
+        if threads < self.most and not self.is_told:
+            self.is_told = True
+            tqdm.write(
+                f"Other processes use {others:.1f} of {len(self.cores)} cores: training goes on "
+                f"with {threads} of {self.most} threads, and with more when cores are free. "
+                "OMP_NUM_THREADS sets a number that stays"
+            )
+        torch.set_num_threads(threads)
+
+    def _cores_of_others(self) -> float:
+        """The cores that other processes have used since the last call."""
+        self.looked_at = time.perf_counter()
+        busy, own = psutil.cpu_percent(percpu=True), self.process.cpu_percent()
+        return max(0.0, float(sum(busy[core] for core in self.cores) - own)) / 100
