@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 from conftest import (
     axis,
@@ -229,7 +230,54 @@ def test_a_checkpoint_with_a_damaged_state_is_no_checkpoint(state, started, caps
     assert check_settings(started, folder) == str(folder / "checkpoint-2")
     assert "checkpoint-4, checkpoint-old of" in capsys.readouterr().out
     (folder / "checkpoint-2" / "trainer_state.json").write_text(state)
-    with refuses(folder, "checkpoint-2, checkpoint-4, checkpoint-old of", "drop --resume"):
+    with refuses(folder, "checkpoint-2, checkpoint-4, checkpoint-old of", "new --output-dir"):
+        train(started)
+    for path in folder.iterdir():
+        if path.is_file() and path.name != "run.yaml":
+            path.unlink()
+    (folder / "checkpoint-old" / "trainer_state.json").parent.rename(folder / "checkpoint-3")
+    with refuses(folder, "checkpoint-2, checkpoint-3, checkpoint-4", "and removes them"):
+        train(started)
+
+
+def other_parts(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """File of a checkpoint -> what another program may have written under its name, and the words
+    of the refusal."""
+    optimizer = torch.load(folder / "optimizer.pt")
+    fewer = {**optimizer["param_groups"][0], "params": [0]}
+    return {
+        "optimizer.pt": ({"epoch": 3}, "param_groups"),
+        "./optimizer.pt": (optimizer | {"param_groups": [fewer]}, "param"),
+        "scheduler.pt": ({"state": [1]}, "cannot be resumed from"),
+        "rng_state.pth": ({"python": 7, "cpu": None}, "cannot be resumed from"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "./optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+def test_a_checkpoint_with_other_contents_is_refused_before_the_run(name, started):
+    folder = Path(started.output_dir) / "checkpoint-2"
+    content, words = other_parts(folder)[name]
+    torch.save(content, folder / name)
+    with refuses(folder.parent, "checkpoint-2 cannot be resumed from", words, "Remove that folder"):
+        train(started)
+
+
+def test_another_optimizer_is_refused_without_run_yaml_too(started):
+    (Path(started.output_dir) / "run.yaml").unlink()
+    with refuses(Path(started.output_dir), "of another optimizer than --optim adamw_torch"):
+        train(replace(started, optim="adamw_torch"))
+
+
+@pytest.mark.parametrize("part", ["data: null", "base: [1]", "resumed: {}", "config: 3"])
+def test_a_run_file_with_other_contents_is_refused(part, started):
+    path = Path(started.output_dir) / "run.yaml"
+    name, _, value = part.partition(": ")
+    path.write_text(
+        yaml.safe_dump(yaml.safe_load(path.read_text()) | {name: yaml.safe_load(value)})
+    )
+    with refuses(path.parent, "run.yaml is not a run file of train.py, or damaged"):
         train(started)
 
 
@@ -258,7 +306,7 @@ def stop(monkeypatch):
     [
         ("training_step", signal.SIGINT, {}),
         ("training_step", signal.SIGTERM, {"trainer": {"save_only_model": True}}),
-        ("training_step", signal.SIGTERM, {"trainer": {"save_strategy": "no"}}),
+        ("training_step", signal.SIGHUP, {"trainer": {"save_strategy": "no"}}),
         ("evaluation_loop", signal.SIGINT, {"eval_steps": 3}),
     ],
 )
@@ -269,13 +317,15 @@ def test_a_signal_saves_a_checkpoint_and_resume_goes_on(
     both = DataConfig(str(data), str(data) if "eval_steps" in settings else None, max_length=128)
     config = quick_config(checkpoints("llama"), data, tmp_path / "whole", data=both, **settings)
     whole = train(config)
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    stop(method, number, step=3 if method == "evaluation_loop" else 2)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(each) for each in signals]
+    numbers = [number] * (2 if number == signal.SIGHUP else 1)  # a closed terminal sends two
+    stop(method, *numbers, step=3 if method == "evaluation_loop" else 2)
     config = replace(config, output_dir=str(tmp_path / "parts"))
     with pytest.raises(Interrupted, match=r"parts/checkpoint-3 is saved.*--resume") as stopped:
         train(config)
     assert stopped.value.exit_code == 128 + number
-    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.getsignal(each) for each in signals]
     assert ("stopping after this step" in capsys.readouterr().out) == (method == "training_step")
     monkeypatch.undo()
     parts = train(replace(config, resume=True))
@@ -372,3 +422,8 @@ def test_card_and_lines_state_the_evaluation_of_the_saved_checkpoint(
         assert "| optimizer steps | 1, the best of 4 |" in card
         assert f"The best checkpoint is that of step 1: {measured}." in said
         (folder / "adapter_model.safetensors").unlink()
+    shutil.rmtree(folder / "checkpoint-1")
+    with refuses(
+        folder, "checkpoint-1, the best so far, is missing", "load_best_model_at_end false"
+    ):
+        train(replace(config, save_steps=1, resume=True))
