@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-IN_PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
+IN_PARALLEL := --numprocesses logical --maxprocesses 4
 INSTALL := $(PIP) install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -17,13 +17,13 @@ demo: $(VENV)/.installed $(VENV)/.small-model  ## train, compare and merge a sma
 	$(BIN)/python -m demo
 
 test: $(VENV)/.installed $(VENV)/.small-model  ## the test suite; tests that need a GPU skip themselves
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --ignore tests/pages $(IN_PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --ignore tests/pages $(IN_PARALLEL) --dist worksteal
 
 test-full: $(VENV)/.installed $(VENV)/.small-model  ## every combination too, for a nightly run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'full or not full' $(IN_PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'full or not full' $(IN_PARALLEL) --dist worksteal
 
 check-pages: $(VENV)/.installed $(VENV)/.small-model  ## commands, figures and links of the pages; notebooks; benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pages $(IN_PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pages $(IN_PARALLEL) --dist load --maxschedchunk 1
 
 check: $(VENV)/.installed  ## format, lint, types and the import contract
 	$(BIN)/ruff format --check .

@@ -196,7 +196,7 @@ except UserError as error:
 # %%
 flags = """
     --data mine.jsonl --eval-data held_out.jsonl --output-dir out/mine
-    --max-steps 30 --logging-steps 5 --eval-steps 15 --save-steps 15 --samples 1
+    --max-steps 20 --logging-steps 5 --eval-steps 10 --save-steps 10 --samples 1
     --trainer.train_sampling_strategy random
 """
 config = parse(TrainConfig, [*recipe, *flags.split()], prog="train.py")
@@ -216,8 +216,8 @@ import time
 
 
 def press_stop():
-    """Wait until the checkpoint of step 15 is whole, then interrupt."""
-    while not Path("out/mine/checkpoint-15/trainer_state.json").exists():
+    """Wait until the checkpoint of step 10 is whole, then interrupt."""
+    while not Path("out/mine/checkpoint-10/trainer_state.json").exists():
         time.sleep(0.1)
     time.sleep(1)
     _thread.interrupt_main()

@@ -50,7 +50,7 @@ print(f"{base_bytes / 1e6:.0f} MB")
 # ## 2. Two tasks
 #
 # **home** turns a smart-home request into a command: the lights, timers and text messages among the
-# examples of `make demo`, 192 for training and 12 others for testing.
+# examples of `make demo`, 128 for training and 12 others for testing.
 
 # %%
 import json
@@ -71,7 +71,7 @@ def home_rows(file):
             yield chat(request["content"], answer["content"])
 
 
-rows = {"home": [*home_rows("train.jsonl")][:192], "home_exam": [*home_rows("test.jsonl")][:12]}
+rows = {"home": [*home_rows("train.jsonl")][:128], "home_exam": [*home_rows("test.jsonl")][:12]}
 for row in rows["home"][:3]:
     print(f"{row[1]['content']}\n    {row[2]['content']}")
 
@@ -93,7 +93,7 @@ def date_row(random):
 
 random = Random(5)
 rows |= {
-    "dates": [date_row(random) for _ in range(192)],
+    "dates": [date_row(random) for _ in range(128)],
     "dates_exam": [date_row(random) for _ in range(12)],
 }
 for row in rows["dates"][:3]:
