@@ -10,6 +10,7 @@ the .ipynb is one that someone made. The tests run the sources by the same funct
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent
 CELL_SECONDS = 1200
 LIVE = "application/vnd.jupyter.widget-view+json"  # a progress bar: empty, once its kernel is gone
+PROGRESS = re.compile(r"^.*: \d+% of .* left\n?", re.MULTILINE)  # qlora's lines, LINE_SECONDS apart
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -69,8 +71,14 @@ def run(notebook: Any, root: Path) -> Any:
     notebook.metadata = nbformat.from_dict(METADATA)  # without the versions of this machine
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if LIVE not in o.get("data", {})]
+            cell.outputs = [o for o in cell.outputs if not _is_progress(o)]
     return notebook
+
+
+def _is_progress(output: Any) -> bool:
+    """Whether an output says only how far a job was: a bar, or lines that a slow machine adds."""
+    is_line = output.get("name") == "stderr" and not PROGRESS.sub("", output.text)
+    return is_line or LIVE in output.get("data", {})
 
 
 def _environment(root: Path) -> dict[str, str]:
