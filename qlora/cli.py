@@ -14,6 +14,7 @@ import os
 import re
 import select
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -35,18 +36,24 @@ class Progress(tqdm):  # type: ignore[type-arg]
     """tqdm's bar on a terminal; elsewhere, as in a log, plain lines LINE_SECONDS apart."""
 
     def __init__(self, items: Any = None, **settings: Any) -> None:
-        self.has_bar = sys.stderr.isatty()
+        self.has_bar, self.shown_at = sys.stderr.isatty(), time.perf_counter()
         if not self.has_bar:
             settings |= dict.fromkeys(("mininterval", "maxinterval", "delay"), LINE_SECONDS)
             settings["bar_format"] = "{desc}: {percentage:.0f}% of {total_fmt}, {remaining} left"
         super().__init__(items, leave=False, **settings)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Redraw the bar, or print a line."""
+        """Redraw the bar, or print a line: not each time that tqdm.write redraws all bars."""
         if self.has_bar:
             super().display(msg, pos)
-        else:
+        elif time.perf_counter() - self.shown_at >= LINE_SECONDS:
+            self.shown_at = time.perf_counter()
             print(self, file=sys.stderr, flush=True)
+
+    def clear(self, nolock: bool = False) -> None:
+        """Remove the bar for a line of tqdm.write."""
+        if self.has_bar:
+            super().clear(nolock)
 
     def close(self) -> None:
         """Remove the bar; there is none in a log."""
