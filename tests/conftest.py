@@ -54,6 +54,14 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+LONGEST = ("test_notebook_runs", "test_a_dry_day", "test_the_wheel", "test_page_has_the_counted")
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """The longest tests first: none begins when the other processes are done."""
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+
+
 # the classes of pretrained checkpoints, and their sizes
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "t5": (transformers.T5ForConditionalGeneration, {
