@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 IN_PARALLEL := --numprocesses logical --maxprocesses 4
-INSTALL := $(PIP) install --constraint constraints.txt
+INSTALL := $(PIP) install --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
