@@ -293,7 +293,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 def computes_in(layer: Any) -> torch.dtype:
     """The dtype a Linear4bit or plain layer computes in."""
-    return getattr(layer, "compute_dtype", layer.weight.dtype)  # type: ignore[no-any-return]
+    dtype = getattr(layer, "compute_dtype", None)
+    return layer.weight.dtype if dtype is None else dtype  # type: ignore[no-any-return]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -125,9 +125,12 @@ class SharedInput:
         is_same = self._input is not None and self._input[0] is x and self._input[1] == x._version
         if not (is_same and layer in self._waiting and torch.is_grad_enabled()):
             self._input, self._waiting = None, {}
-            if not is_fast(layer, x):
+            if all(is_fast(other, x) for other in self.layers):
+                group = self.layers
+            elif is_fast(layer, x):
+                group = (layer,)
+            else:
                 return None
-            group = self.layers if all(is_fast(other, x) for other in self.layers) else (layer,)
             outputs = lora_linear(x, *_arguments(group))
             self._input, self._waiting = (x, x._version), dict(zip(group, outputs, strict=True))
         y = self._waiting.pop(layer)
@@ -142,13 +145,14 @@ class MLPBlock(Wrapper):
     def __init__(self, base_layer: nn.Module, layers: Sequence[LoRALayer], activation: str) -> None:
         super().__init__(base_layer)
         self.layers = tuple(layers)  # gate, up and down, which are base_layer's children
+        # what the function does not call, so that its hooks would not run
+        self.inside = [m for m in base_layer.modules() if not isinstance(m, nn.ParameterDict)]
         self.activation = activation
         self.recompute = False  # keep x alone for the backward pass
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(..., in) -> (..., in)."""
-        # the function does not call the modules inside, so their hooks would not run
-        falls_back = args or kwargs or any(map(has_hooks, self.base_layer.modules()))
+        falls_back = args or kwargs or any(map(has_hooks, self.inside))
         if falls_back or not all(is_fast(layer, x) for layer in self.layers):
             return self.base_layer(x, *args, **kwargs)
         specs, factors = _arguments(self.layers)
@@ -170,8 +174,9 @@ def _arguments(layers: Sequence[LoRALayer]) -> tuple[list[LayerSpec], list[tuple
 
 def is_fast(layer: LoRALayer, x: Tensor) -> bool:
     """Whether the functions support this call; without gradients they save nothing."""
-    in_dtype = x.dtype == computes_in(layer.base_layer) == product_dtype(x)
-    return torch.is_grad_enabled() and in_dtype and why_plain(layer) is None
+    if not torch.is_grad_enabled() or why_plain(layer) is not None:
+        return False
+    return x.dtype == computes_in(layer.base_layer) == product_dtype(x)  # type: ignore[no-any-return]
 
 
 def why_plain(layer: LoRALayer) -> str | None:
@@ -180,17 +185,18 @@ def why_plain(layer: LoRALayer) -> str | None:
     # a subclass of nn.Linear may compute something else
     if not isinstance(layer, LoRALinear) or not (type(base) is nn.Linear or is_quantized(base)):
         return "no plain linear layer of its own"
-    is_mixed = layer.fused_adapters or layer.adapter_of_row is not None
-    adapters, parameters = layer.active_adapters, [base.weight, base.bias]
-    reasons = {
-        "merged, or a batch of several adapters": is_mixed,
-        "not one adapter": len(adapters) != 1,
-        "DoRA": any(name in layer.lora_magnitude_vector for name in adapters),
-        "lora_bias": any(name in layer.lora_bias for name in adapters),
-        "a base that is trained": any(p is not None and p.requires_grad for p in parameters),
-        "a base with hooks": has_hooks(base),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    if layer.fused_adapters or layer.adapter_of_row is not None:
+        return "merged, or a batch of several adapters"
+    if len(layer.active_adapters) != 1:
+        return "not one adapter"
+    name, bias = layer.active_adapters[0], base.bias
+    if name in layer.lora_magnitude_vector:
+        return "DoRA"
+    if name in layer.lora_bias:
+        return "lora_bias"
+    if base.weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "a base that is trained"
+    return "a base with hooks" if has_hooks(base) else None
 
 
 @torch.no_grad()
@@ -344,6 +350,8 @@ class RMSNorm(Wrapper):
             is_wide = limits.bits >= 32
             weight: Tensor = norm.weight + offset if offset else norm.weight
             if x.device.type in HAS_KERNEL and (is_wide or not offset):
+                if not torch.is_autocast_enabled(x.device.type):
+                    return F.rms_norm(x, weight.shape, weight, eps)
                 with torch.autocast(x.device.type, enabled=False):
                     return F.rms_norm(x, weight.shape, weight, eps)
             # xhat = y / w: a y below the normal numbers is off by up to `tiny`, which must stay

@@ -102,33 +102,47 @@ def lora_mlp(
     matrices = list(itertools.chain(*factors))
     input_node = None
     if recompute and torch.is_grad_enabled() and x.requires_grad:
-        x = _SaveInput.apply(x, *matrices)  # type: ignore[no-untyped-call]
+        x = _SaveInput.apply(x)  # type: ignore[no-untyped-call]
         input_node = x.grad_fn
     settings = tuple(specs), activation, recompute, input_node
     return _LoRAMLP.apply(x, settings, *matrices)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Held:
+    """Factors that a function holds for its backward pass: as many tensors in save_for_backward
+    would cost host time, of checkpointing's hooks, and are parameters in any case."""
+
+    def __init__(self, matrices: tuple[Tensor, ...]) -> None:
+        self.matrices, self.versions = matrices, [matrix._version for matrix in matrices]
+
+    def unchanged(self) -> tuple[Tensor, ...]:
+        """They; raises RuntimeError, as autograd does, if one was changed in place since."""
+        if self.versions != [matrix._version for matrix in self.matrices]:
+            raise RuntimeError("a LoRA factor was modified in place before its backward pass")
+        return self.matrices
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, specs: Any, *matrices: Tensor) -> tuple[Tensor, ...]:
         low, *ys = _outputs(x, _layers(specs, matrices, x.dtype))
-        ctx.save_for_backward(x, low, *matrices)
-        ctx.specs = specs
+        ctx.save_for_backward(x, low)
+        ctx.specs, ctx.factors = specs, _Held(matrices)
         ctx.set_materialize_grads(False)  # None for an output that the loss does not use
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
-        x, low, *matrices = ctx.saved_tensors
+        x, low = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (n, in)
-        layers = _layers(ctx.specs, matrices, x.dtype)
+        layers = _layers(ctx.specs, ctx.factors.unchanged(), x.dtype)
         dx, gradients = _gradients(rows, low, layers, dys, ctx.needs_input_grad[0])
         return None if dx is None else dx.view(x.shape), None, *gradients
 
 
 class _SaveInput(torch.autograd.Function):
-    """The identity; it saves the MLP's input and factors on the MLP's behalf.
+    """The identity; it saves the MLP's input on the MLP's behalf.
 
     torch's checkpointing runs a layer's forward again in the backward pass, and stops when all that
     the first run saved is there. A function's save_for_backward takes effect at its end, so the
@@ -137,14 +151,14 @@ class _SaveInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *matrices: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *matrices)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> Any:
-        return dx, *[None for _ in ctx.needs_input_grad[1:]]
+        return dx
 
 
 class _LoRAMLP(torch.autograd.Function):
@@ -164,15 +178,16 @@ class _LoRAMLP(torch.autograd.Function):
             if ctx.recompute:
                 saved = ()  # freed before the next tile is computed
         if ctx.input_node is None:
-            ctx.save_for_backward(x, *matrices, *saved)
+            ctx.save_for_backward(x, *saved)
+        ctx.factors = _Held(matrices)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         # first, because under checkpointing this runs the forward pass up to _SaveInput again
-        x, *others = (ctx.input_node or ctx).saved_tensors
-        matrices, saved = others[:6], others[6:]
+        x, *saved = (ctx.input_node or ctx).saved_tensors
+        matrices = ctx.factors.unchanged()
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         tiles = _tiles(ctx, rows, matrices)
         if len(tiles) == 1:
@@ -345,8 +360,12 @@ def linear(
 
     The result has no gradient, and is no view, so that it may be changed in place.
     """
+    is_onednn = by_onednn(x)
+    # autocast would cast its arguments where this runs in a backward pass
+    if out is None and bias is None and not (is_onednn or torch.is_autocast_enabled(x.device.type)):
+        return F.linear(x, weight)
     rows, shape = x.reshape(-1, x.shape[-1]), [*x.shape[:-1], len(weight)]
-    if by_onednn(x):
+    if is_onednn:
         y = _onednn_linear(rows, weight, bias)
         if out is not None:
             return out.copy_(y.view(shape))

@@ -50,6 +50,8 @@ class Quantized(NamedTuple):
 
 def as_bytes(packed: Tensor) -> Tensor:
     """Packed codes as uint8 (n/2, 1); for FSDP the same bytes are stored as a float dtype."""
+    if packed.dtype == torch.uint8 and packed.ndim == 2 and packed.shape[1] == 1:
+        return packed
     return packed.reshape(-1).view(torch.uint8).view(-1, 1)
 
 
@@ -279,10 +281,11 @@ def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:
     The next call with this slot on this thread may overwrite it; autograd then raises if it was
     saved for the backward pass.
     """
-    weight, state = layer.weight.detach(), getattr(layer.weight, "quant_state", None)
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None)
     if state is None:
-        return torch.as_tensor(weight.to(dtype))
-    quantized, decode = Quantized(as_bytes(weight), state), decoder(weight.device, dtype)
+        return torch.as_tensor(weight.detach().to(dtype))
+    quantized, decode = Quantized(as_bytes(weight.detach()), state), decoder(weight.device, dtype)
     if decode is None:
         return dequantize(quantized, dtype)
     return into_scratch(quantized, dtype, slot, decode)
@@ -305,15 +308,19 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: i
     has its own, and each thread (autograd's backward thread is one), because two threads may take
     turns on one stream. A captured CUDA graph gets new memory, as it may outlive the buffer.
     """
-    size, stream = shape.numel() * dtype.itemsize, 0
+    stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.empty(shape, dtype=dtype, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
-    buffers: dict[Any, Tensor] = vars(_thread).setdefault("buffers", {})
-    key = device, stream, slot
-    with torch.inference_mode(False):  # else autograd could not see that it was changed
-        if key not in buffers or len(buffers[key]) < size:
-            buffers.pop(key, None)  # the old one is freed before the new one is allocated
-            buffers[key] = torch.empty(size, dtype=torch.uint8, device=device)
-        return buffers[key][:size].view(dtype).view(shape)
+    buffers: dict[Any, dict[Any, Tensor]] = vars(_thread).setdefault("buffers", {})
+    views = buffers.setdefault((device, stream, slot), {})  # of one buffer, which is that of None
+    view = views.get((shape, dtype))
+    if view is None:
+        size = shape.numel() * dtype.itemsize
+        with torch.inference_mode(False):  # else autograd could not see that it was changed
+            if None not in views or len(views[None]) < size:
+                views.clear()  # the old one is freed before the new one is allocated
+                views[None] = torch.empty(size, dtype=torch.uint8, device=device)
+            view = views[shape, dtype] = views[None][:size].view(dtype).view(shape)
+    return view
