@@ -27,8 +27,9 @@ GPU, where F.rms_norm would need a rounded 1 + w.
 """
 
 import inspect
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache, partial
 from itertools import groupby
@@ -46,6 +47,7 @@ from qlora.base.modules import computes_in, has_hooks, is_quantized, product_dty
 from qlora.ops import agrees, rotary
 from qlora.ops.gated import ACTS, gated_forward
 from qlora.ops.lora import LayerSpec, lora_linear, lora_mlp
+from qlora.ops.nf4 import KEPT_SLOTS
 from qlora.ops.rotary import rotate
 
 # gate, up and down: the names in transformers, and InternLM2's
@@ -82,6 +84,11 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
             is_read = any(x is calls[module][1] for x, _ in calls.values())
             block.recompute = recompute and not is_read
             put_module(model, name, block)
+    if recompute:
+        in_blocks = {
+            layer for m in model.modules() if isinstance(m, MLPBlock) for layer in m.layers
+        }
+        _keep_weights({layer: linear[layer] for layer in parents if layer not in in_blocks})
     for name, module in base_modules(model).items():
         if rotating_forward(type(plain(module)).forward):
             put_module(model, name, Rotary(module))
@@ -94,6 +101,16 @@ def use_fast_path(model: Any, *, recompute: bool = False) -> None:
             reasons[reason] += 1
     for reason, count in reasons.items():
         print(f"{count} of {len(layers)} layers compute the plain way: {reason}")
+
+
+def _keep_weights(names: Mapping[LoRALayer, str]) -> None:
+    """Give slots for their decoded weights to the first layers, by name, of each decoder layer, as
+    q, k, v and o: a decoder layer is recomputed as a whole."""
+    free: dict[str, list[int]] = {}
+    for layer, name in names.items():
+        if isinstance(layer.fast, SharedInput) and (block := re.match(r"\D*\d+\.", name)):
+            slots = free.setdefault(block[0], [*KEPT_SLOTS])
+            layer.fast.slots[layer] = slots.pop(0) if slots else 0
 
 
 def remove_fast_path(model: nn.Module) -> None:
@@ -113,12 +130,13 @@ class SharedInput:
 
     def __init__(self, layers: Sequence[LoRALayer]) -> None:
         self.layers = tuple(layers)
+        self.slots: dict[LoRALayer, int] = {}  # as of LayerSpec
         self._input: tuple[Tensor, int] | None = None  # and its version
         self._waiting: dict[LoRALayer, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without waiting outputs, for copies of a model after an interrupted forward pass."""
-        return {"layers": self.layers, "_input": None, "_waiting": {}}
+        return {**vars(self), "_input": None, "_waiting": {}}
 
     def __call__(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
         """The output of `layer` for x (..., in), or None: the layer falls back."""
@@ -131,7 +149,7 @@ class SharedInput:
                 group = (layer,)
             else:
                 return None
-            outputs = lora_linear(x, *_arguments(group))
+            outputs = lora_linear(x, *_arguments(group, self.slots))
             self._input, self._waiting = (x, x._version), dict(zip(group, outputs, strict=True))
         y = self._waiting.pop(layer)
         if not self._waiting:
@@ -162,12 +180,15 @@ class MLPBlock(Wrapper):
         return f"activation={self.activation}, recompute={self.recompute}"
 
 
-def _arguments(layers: Sequence[LoRALayer]) -> tuple[list[LayerSpec], list[tuple[Tensor, Tensor]]]:
+def _arguments(
+    layers: Sequence[LoRALayer], slots: Mapping[LoRALayer, int] = {}
+) -> tuple[list[LayerSpec], list[tuple[Tensor, Tensor]]]:
     """The arguments of lora_linear and lora_mlp, for layers that are fast."""
     specs, factors = [], []
     for layer in layers:
         name = layer.active_adapters[0]
-        specs.append(LayerSpec(layer.base_layer, layer.scaling[name], layer.drawn_dropout(name)))
+        dropout, slot = layer.drawn_dropout(name), slots.get(layer, 0)
+        specs.append(LayerSpec(layer.base_layer, layer.scaling[name], dropout, slot))
         factors.append((layer.lora_A[name], layer.lora_B[name]))
     return specs, factors
 
@@ -176,7 +197,7 @@ def is_fast(layer: LoRALayer, x: Tensor) -> bool:
     """Whether the functions support this call; without gradients they save nothing."""
     if not torch.is_grad_enabled() or why_plain(layer) is not None:
         return False
-    return x.dtype == computes_in(layer.base_layer) == product_dtype(x)  # type: ignore[no-any-return]
+    return x.dtype == computes_in(layer.base_layer) == product_dtype(x)
 
 
 def why_plain(layer: LoRALayer) -> str | None:

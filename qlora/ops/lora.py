@@ -22,6 +22,7 @@ B, several adapters at once.
 
 import itertools
 import math
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple, Self
@@ -33,11 +34,12 @@ from torch.nn import functional as F
 
 from qlora.ops import agrees
 from qlora.ops.gated import gated_backward, gated_forward
-from qlora.ops.nf4 import decoded
+from qlora.ops.nf4 import decoded, keep, kept
 
 # Of each of the four tensors (tile, intermediate) of a backward pass: 6,000 tokens of Llama-2-7B in
 # 16 bits, more than a matrix product needs for full speed.
 TILE_BYTES = 128 << 20
+GAIN = 0.8
 
 
 class Dropout(NamedTuple):
@@ -75,6 +77,7 @@ class LayerSpec(NamedTuple):
     layer: nn.Module  # a frozen Linear4bit or nn.Linear
     scaling: float
     dropout: Dropout | None = None
+    slot: int = 0  # where a forward pass that is run again keeps its weight for dx; 0: nowhere
 
 
 Specs = Sequence[LayerSpec]
@@ -118,7 +121,7 @@ class _Held:
     def unchanged(self) -> tuple[Tensor, ...]:
         """They; raises RuntimeError, as autograd does, if one was changed in place since."""
         if self.versions != [matrix._version for matrix in self.matrices]:
-            raise RuntimeError("a LoRA factor was modified in place before its backward pass")
+            raise RuntimeError("a LoRA factor has been modified by an inplace operation")
         return self.matrices
 
 
@@ -210,6 +213,7 @@ class _Layer(NamedTuple):
     layer: Any
     scaling: float
     dropout: Dropout | None
+    slot: int
     A: Tensor  # (r, in)
     B: Tensor  # (out, r)
     dense: Tensor | None = None  # W (out, in), if it was decoded for more than one product
@@ -232,7 +236,8 @@ class _Layer(NamedTuple):
     def forward(self, x: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
         """y (..., out), of x (..., in) and low = x A' (n, r), in `out` if it is given."""
         bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
-        y = linear(x, self.weight(), bias, out)
+        weight = keep(self.layer, x.dtype, self.slot) if self.slot else self.weight()
+        y = linear(x, weight, bias, out)
         # (n, r) @ (r, out) -> (n, out)
         y.view(-1, y.shape[-1]).addmm_(low, self.B.T, alpha=self.scaling)
         return y
@@ -305,7 +310,8 @@ def _gradients(
         if not is_stacked:
             gradients[2 * i] = layer.A_gradient(x, own_dlow, mask)
         if needs_dx:
-            weight = layer.weight().T  # (n, out) @ (out, in) -> (n, in)
+            weight = kept(layer.layer, x.dtype, layer.slot) if layer.slot else layer.weight()
+            weight = weight.T  # (n, out) @ (out, in) -> (n, in)
             dx = linear(dy, weight, out=out) if dx is None else add_linear(dx, dy, weight)
             if not is_stacked:
                 layer.add_input_gradient(dx, own_dlow, mask)
@@ -412,17 +418,26 @@ def by_onednn(x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
         return False
-    return bool(torch.backends.mkldnn.enabled) and _has_onednn()
+    return bool(torch.backends.mkldnn.enabled) and _onednn_is_faster()
 
 
 @cache
-def _has_onednn() -> bool:
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if not (has_avx512 and torch.backends.mkldnn.is_available()):
+def _onednn_is_faster() -> bool:
+    """Whether oneDNN's product is right, and takes less than GAIN of the time of torch's: measured
+    once. At about the same speed it is torch's in every run, so that runs are equal bit for bit."""
+    if not torch.backends.mkldnn.is_available():
         return False
     x, weight = torch.linspace(-1, 1, 64).view(4, 16), torch.linspace(-1, 2, 128).view(8, 16)
     log_as = "oneDNN's fp32 product"
-    return agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, log_as=log_as)
+    if not agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, log_as=log_as):
+        return False
+    x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
+    took = {_onednn_linear: math.inf, F.linear: math.inf}
+    for function in [*took] * 6:  # by turns, as other processes may use the cores
+        start = time.perf_counter()
+        function(x, weight)
+        took[function] = min(took[function], time.perf_counter() - start)
+    return took[_onednn_linear] < GAIN * took[F.linear]
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -231,6 +231,8 @@ def _by_triton(quantized: Quantized, out: Tensor) -> None:
 
 
 DECODERS: dict[str, Decoder] = {"bitsandbytes": _by_bitsandbytes, "triton": _by_triton}
+KEPT_SLOTS = range(3, 7)  # of weights kept for the gradient, as of q, k, v, o; see `keep`
+SPARE = 0.15  # of a GPU's memory, free in the first backward pass beside what is kept
 GPU_DECODER: str | None = None  # one of DECODERS, to use on a GPU, however fast another is
 
 
@@ -289,6 +291,40 @@ def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:
     if decode is None:
         return dequantize(quantized, dtype)
     return into_scratch(quantized, dtype, slot, decode)
+
+
+def keep(layer: Any, dtype: torch.dtype, slot: int) -> Tensor:
+    """`decoded` in a forward pass that a backward pass runs again, for `kept` in the same backward
+    pass: in a buffer of its own, if the GPU has memory for it."""
+    state, device = getattr(layer.weight, "quant_state", None), layer.weight.device
+    task = torch._C._current_graph_task_id()  # -1 outside of backward passes
+    if not slot or task == -1 or state is None or decoder(device, dtype) is None:
+        return decoded(layer, dtype)
+    if not _has_room(slot, state.shape.numel() * dtype.itemsize, device):
+        return decoded(layer, dtype)
+    out = decoded(layer, dtype, slot)
+    vars(_thread).setdefault("kept", {})[slot] = task, id(layer.weight), out, out._version
+    return out
+
+
+def kept(layer: Any, dtype: torch.dtype, slot: int) -> Tensor:
+    """`decoded`, or what `keep` has decoded into that slot, if it is still there."""
+    task, weight, out, version = vars(_thread).get("kept", {}).get(slot, (-1, 0, None, 0))
+    is_same = (task, weight) == (torch._C._current_graph_task_id(), id(layer.weight))
+    is_same = is_same and out is not None and out._version == version
+    # and the buffer of this stream and dtype
+    is_here = is_same and scratch(out.shape, dtype, out.device, slot) is out
+    return torch.as_tensor(out) if is_here else decoded(layer, dtype)
+
+
+def _has_room(slot: int, size: int, device: torch.device) -> bool:
+    """Whether a buffer of `size` bytes leaves SPARE of the GPU's memory free: asked once."""
+    room: dict[int, bool] = vars(_thread).setdefault("room", {})
+    if slot not in room:
+        free, total = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room[slot] = free + cached - size >= SPARE * total
+    return room[slot]
 
 
 def into_scratch(quantized: Quantized, dtype: torch.dtype, slot: int, decode: Decoder) -> Tensor:

@@ -109,8 +109,36 @@ def test_slots_threads_and_streams_have_buffers_that_grow(device):
     assert (grown.shape, grown.dtype) == (large, torch.float32)
     assert get(small, dtype=torch.float16).data_ptr() == grown.data_ptr()
     # the other thread's has gone
-    held = sum(map(len, nf4._thread.buffers.values()))
+    held = sum(len(views[None]) for views in nf4._thread.buffers.values())
     assert held == 30 * 50 * 4 + (2 if device == "cuda" else 1) * 3 * 5 * 4
+
+
+@on_gpu
+def test_a_weight_is_kept_where_the_gpu_has_room(monkeypatch):
+    layer, found = linear4bit(64, 96, "cuda"), []
+    x = torch.ones(1, requires_grad=True, device="cuda")
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            found.append(nf4.keep(layer, torch.bfloat16, 3).clone())
+            found.append(nf4.kept(layer, torch.bfloat16, 3))
+            found.append(nf4._thread.room[3])
+            vars(nf4._thread).clear()
+            return dx
+
+    for spare, has_room in ((0.0, True), (1.0, False)):
+        monkeypatch.setattr(nf4, "SPARE", spare)
+        found.clear()
+        Twice.apply(x).backward()
+        assert torch.equal(found[0], dense(layer, torch.bfloat16))
+        assert torch.equal(found[0], found[1]) and found[2] is has_room
+    assert torch.equal(nf4.keep(layer, torch.bfloat16, 3), found[0])  # outside: decoded
+    assert torch.equal(nf4.kept(layer, torch.bfloat16, 3), found[0])
 
 
 @pytest.mark.parametrize("modes", [(False, False), (True, True), (True, False)])

@@ -3,8 +3,10 @@
 import math
 import re
 import sys
+import time
 from pathlib import Path
-from unittest.mock import Mock
+from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -88,15 +90,17 @@ def close(values: Tensor, exact: Tensor, terms: Tensor) -> None:
     flipped=st.tuples(st.booleans(), st.booleans()),
     bias=st.booleans(),
     into=st.booleans(),
+    onednn=st.booleans(),
 )
-def test_linear(first, sizes, flipped, bias, into):
+def test_linear(first, sizes, flipped, bias, into, onednn):
     torch.manual_seed(0)
     rows, inputs, outputs = sizes
     x = strided(*first, rows, inputs, transposed=flipped[0])
     weight = strided(outputs, inputs, transposed=flipped[1])
     added = torch.randn(outputs) if bias else None
     out = torch.full((*first, rows, outputs), torch.nan) if into else None
-    y = linear(x, weight, added, out)
+    with patch.object(lora, "_onednn_is_faster", lambda: onednn):
+        y = linear(x, weight, added, out)
     assert y is out if into else not y._is_view()
     wide = [t if t is None else t.double() for t in (x, weight, added)]
     close(y, F.linear(*wide), F.linear(*(t if t is None else t.abs() for t in wide)))
@@ -118,9 +122,9 @@ def test_inner_and_add_linear(rows, columns, flipped):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_onednn_is_for_fp32_and_can_be_switched_off(dtype, monkeypatch):
+    monkeypatch.setattr(lora, "_onednn_is_faster", lambda: True)
     x, weight = torch.randn(40, 64, dtype=dtype), torch.randn(48, 64, dtype=dtype)
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    assert by_onednn(x) == (has_avx512 and dtype == torch.float32)
+    assert by_onednn(x) == (dtype == torch.float32)
     assert linear(x[:0], weight).shape == (0, 48)
     assert torch.equal(inner(x[:0], x[:0, :8]), torch.zeros(64, 8, dtype=dtype))
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", dtype != torch.float32)
@@ -129,12 +133,30 @@ def test_onednn_is_for_fp32_and_can_be_switched_off(dtype, monkeypatch):
     assert torch.equal(inner(x, x), x.T @ x)
 
 
-@pytest.mark.skipif(not by_onednn(torch.ones(1)), reason="no oneDNN, or no AVX-512")
-def test_onednn_is_not_used_if_its_operator_fails(monkeypatch, caplog):
+@pytest.fixture
+def choose():
+    """The choice between oneDNN's product and torch's, made anew."""
+    lora._onednn_is_faster.cache_clear()
+    yield lora._onednn_is_faster
+    lora._onednn_is_faster.cache_clear()
+
+
+@pytest.mark.parametrize("slow", ["_onednn_linear", "linear"])
+def test_the_faster_product_is_used(slow, choose, monkeypatch):
+    owner = lora if slow == "_onednn_linear" else F
+    function = getattr(owner, slow)
+
+    def slowly(*given: Any) -> Tensor:
+        time.sleep(0.05)
+        return function(*given)
+
+    monkeypatch.setattr(owner, slow, slowly)
+    assert choose() == (slow == "linear")
+
+
+def test_onednn_is_not_used_if_its_operator_fails(choose, monkeypatch, caplog):
     monkeypatch.setattr(lora, "_onednn_linear", Mock(side_effect=RuntimeError("no such operator")))
-    lora._has_onednn.cache_clear()
     x, weight = torch.randn(4, 64), torch.randn(48, 64)
     for _ in range(2):
         assert torch.equal(linear(x, weight), F.linear(x, weight))
     assert [r.getMessage().count("no such operator") for r in caplog.records] == [1]
-    lora._has_onednn.cache_clear()
