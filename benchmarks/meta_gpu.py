@@ -199,6 +199,7 @@ def choose_as_on_gpu(decode: nf4.Decoder) -> None:
     replace(nf4, "decoder", lambda _, dtype: _decoder(torch.device("cuda"), dtype))
     replace(nf4, "triton_decodes", lambda *_: True)
     replace(nf4, "GPU_DECODER", "bitsandbytes")
+    replace(nf4, "_has_room", lambda *_: False)  # a full GPU
     nf4.DECODERS["bitsandbytes"] = decode
     replace(layers, "HAS_KERNEL", ("cpu", "meta"))
 

@@ -136,8 +136,11 @@ def absmax(quantized: Quantized) -> Tensor:
     state = quantized.state
     if not state.nested:
         return torch.as_tensor(state.absmax)
-    first = bnb.dequantize_blockwise(state.absmax, state.state2).float()
-    return torch.as_tensor(first + state.offset)
+    second = state.state2
+    first = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        state.absmax, second.absmax, second.code, second.blocksize, second.dtype
+    )
+    return torch.as_tensor(first.float() + state.offset)
 
 
 def in_rows(quantized: Quantized, values: int) -> Iterator[tuple[slice, Tensor]]:
@@ -287,7 +290,8 @@ def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:
     state = getattr(weight, "quant_state", None)
     if state is None:
         return torch.as_tensor(weight.detach().to(dtype))
-    quantized, decode = Quantized(as_bytes(weight.detach()), state), decoder(weight.device, dtype)
+    quantized = Quantized(as_bytes(weight.detach()), state)
+    decode = decoder(quantized.packed.device, dtype)
     if decode is None:
         return dequantize(quantized, dtype)
     return into_scratch(quantized, dtype, slot, decode)
@@ -296,11 +300,12 @@ def decoded(layer: Any, dtype: torch.dtype, slot: int = 0) -> Tensor:
 def keep(layer: Any, dtype: torch.dtype, slot: int) -> Tensor:
     """`decoded` in a forward pass that a backward pass runs again, for `kept` in the same backward
     pass: in a buffer of its own, if the GPU has memory for it."""
-    state, device = getattr(layer.weight, "quant_state", None), layer.weight.device
+    state = getattr(layer.weight, "quant_state", None)
     task = torch._C._current_graph_task_id()  # -1 outside of backward passes
-    if not slot or task == -1 or state is None or decoder(device, dtype) is None:
+    if task == -1 or state is None:
         return decoded(layer, dtype)
-    if not _has_room(slot, state.shape.numel() * dtype.itemsize, device):
+    size, device = state.shape.numel() * dtype.itemsize, layer.weight.device
+    if decoder(device, dtype) is None or not _has_room(slot, size, device):
         return decoded(layer, dtype)
     out = decoded(layer, dtype, slot)
     vars(_thread).setdefault("kept", {})[slot] = task, id(layer.weight), out, out._version
