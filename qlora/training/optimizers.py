@@ -1,5 +1,5 @@
 """Master weights in fp32 for bf16 parameters, at 2 bytes a parameter; and steps of bitsandbytes'
-optimizers without a wait for the GPU.
+optimizers in few launches, without waits for the GPU.
 
 A bf16 number has 8 bits of mantissa, so an update below 2^-9 of it is rounded away: a fifth of the
 updates of a LoRA's A at a rate of 3e-4, most as the rate falls (benchmarks/adapter_dtype.py). The
@@ -18,20 +18,22 @@ only on average; fp32 parameters, which with their gradients take 4 bytes more a
 forward pass.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from bitsandbytes.utils import sync_gpu
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 from transformers.optimization import Adafactor
 
 # Optimizers whose update of a parameter depends only on its own gradient and state.
 BY_PARAMETER = (Adafactor, Adagrad, Adam, AdamW, Optimizer8bit, RMSprop, SGD)
 BUNDLE = 1 << 21  # numbers in fp32 at once: about 16 bytes each, with their gradients
+BLOCK = 256  # values of a block of bitsandbytes' 8-bit states
 LOWER = "lower_halves"
 SLOW_ON = "cuda"  # bitsandbytes' steps
 
@@ -84,42 +86,54 @@ class MasterWeights(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update every parameter that has a gradient; gradients stay as they were.
 
-        The wrapped optimizer steps once for the other parameters and once per bundle of bf16 ones:
-        it skips parameters whose gradient is None.
+        bf16 parameters, and all of bitsandbytes' optimizers, are updated a bundle at a time; the
+        wrapped optimizer steps once for the others. It skips parameters whose gradient is None.
         """
         with torch.enable_grad():
             loss = closure() if closure else None
         gradients = {p: p.grad for p in _parameters(self) if p.grad is not None}
-        in_bf16 = [p for p in gradients if p.dtype == torch.bfloat16]
-        others = gradients.keys() - set(in_bf16)
+        is_bnb = isinstance(self.optimizer, Optimizer8bit)
+        others = [p for p in gradients if p.dtype != torch.bfloat16 and not is_bnb]
+        bundled = gradients.keys() - set(others)
         try:
-            for p in in_bf16:
+            for p in bundled:
                 p.grad = None
             if others:
-                step_inner(self.optimizer)
+                self.optimizer.step()
             for p in others:
                 p.grad = None
-            for bundle in bundles(in_bf16):
-                sizes = [p.numel() for p in bundle]
-                lower = torch.cat([self._lower_of(p) for p in bundle])
-                master = join(torch.cat([p.data.reshape(-1) for p in bundle]), lower)  # (N,)
-                in_fp32 = torch.cat([gradients[p].reshape(-1) for p in bundle]).float()
-                with _with_data(dict(zip(bundle, master.split(sizes), strict=True))):
-                    for p, gradient in zip(bundle, in_fp32.split(sizes), strict=True):
-                        p.grad = gradient.view(p.shape)
-                    step_inner(self.optimizer)
-                upper, lower = split(master)
-                highs = [h.view(p.shape) for p, h in zip(bundle, upper.split(sizes), strict=True)]
-                torch._foreach_copy_(bundle, highs)
-                for p, low in zip(bundle, lower.split(sizes), strict=True):
-                    p.grad = None
-                    self.lower[p] = low, p._version
+            for group in self.param_groups:
+                for bundle in bundles(p for p in group["params"] if p in bundled):
+                    self._update(bundle, gradients)
             if getattr(self.optimizer, "is_paged", False) and gradients:
                 sync_gpu(next(iter(gradients)))  # its state is in memory that the host shares
         finally:
             for p, gradient in gradients.items():
                 p.grad = gradient
         return loss
+
+    def _update(self, bundle: list[Tensor], gradients: dict[Tensor, Tensor]) -> None:
+        """Update the parameters of a bundle, all of one dtype, as one fp32 vector (N,)."""
+        sizes, is_split = [p.numel() for p in bundle], bundle[0].dtype == torch.bfloat16
+        master = torch.cat([p.data.reshape(-1) for p in bundle])
+        if is_split:
+            master = join(master, torch.cat([self._lower_of(p) for p in bundle]))
+        in_fp32 = torch.cat([gradients[p].reshape(-1) for p in bundle]).float()
+        with _with_data(dict(zip(bundle, master.split(sizes), strict=True))):
+            for p, gradient in zip(bundle, in_fp32.split(sizes), strict=True):
+                p.grad = gradient.view(p.shape)
+            if isinstance(self.optimizer, Optimizer8bit):
+                step_bitsandbytes(self.optimizer, bundle, master, in_fp32)
+            else:
+                self.optimizer.step()
+        upper, lower = split(master) if is_split else (master, None)
+        values = [h.view(p.shape) for p, h in zip(bundle, upper.split(sizes), strict=True)]
+        torch._foreach_copy_(bundle, values)
+        for p in bundle:
+            p.grad = None
+        if lower is not None:
+            for p, low in zip(bundle, lower.split(sizes), strict=True):
+                self.lower[p] = low, p._version
 
     def _lower_of(self, parameter: Tensor) -> Tensor:
         """Zeros if the parameter was overwritten since, as load_adapter_weights does."""
@@ -147,22 +161,79 @@ class MasterWeights(torch.optim.Optimizer):
         self.lower = {p: (low.to(p.device), None) for p, low in saved if low is not None}
 
 
-def step_inner(optimizer: torch.optim.Optimizer) -> None:
-    """`optimizer.step()`; of bitsandbytes' without its wait for the GPU after each parameter."""
-    if not isinstance(optimizer, Optimizer8bit):
-        optimizer.step()
-        return
+def step_bitsandbytes(
+    optimizer: Any, bundle: list[Tensor], whole: Tensor, gradient: Tensor
+) -> None:
+    """`optimizer.step()` for parameters of one group, which are slices of `whole` (N,) as their
+    gradients are of `gradient` (N,): one launch for successive ones whose states can lie together,
+    and no wait for the GPU, where bitsandbytes has one of each for every parameter."""
     if not optimizer.initialized:
         optimizer.check_overrides()
         optimizer.to_gpu()
         optimizer.initialized = True
-    for i, group in enumerate(optimizer.param_groups):
-        for j, p in enumerate(group["params"]):
-            if p.grad is not None:
-                if not optimizer.state[p]:
-                    optimizer.init_state(group, p, i, j)
-                optimizer.prefetch_state(p)
-                optimizer.update_step(group, p, i, j)
+    groups = enumerate(optimizer.param_groups)
+    i, group = next((i, g) for i, g in groups if any(p is bundle[0] for p in g["params"]))
+    place = {p: j for j, p in enumerate(group["params"])}
+    special, end = optimizer.mng.index2config, 0
+    for p in bundle:
+        if not optimizer.state[p]:
+            optimizer.init_state(group, p, i, place[p])
+    kinds = {p: id(p) if (i, place[p]) in special else _kind(optimizer.state[p], p) for p in bundle}
+    for _, run in groupby(bundle, key=kinds.__getitem__):
+        parameters = list(run)
+        start, end = end, end + sum(p.numel() for p in parameters)
+        vector: Any = parameters[0]
+        if len(parameters) > 1:
+            vector = nn.Parameter(whole[start:end], requires_grad=False)
+            vector.grad = gradient[start:end]
+            _put_together(optimizer, vector, [optimizer.state[p] for p in parameters])
+        optimizer.prefetch_state(vector)
+        optimizer.update_step(group, vector, i, place[parameters[0]])
+        if len(parameters) > 1:
+            step = optimizer.state.pop(vector)["step"]
+            for p in parameters:
+                optimizer.state[p]["step"] = step
+
+
+def _kind(state: Mapping[str, Any], parameter: Tensor) -> Any:
+    """Equal for parameters whose states can be updated as those of one vector."""
+    first, size = state["state1"], parameter.numel()
+    is_whole_blocks = first.dtype != torch.uint8 or size % BLOCK == 0
+    # AdEMAMix has two in state1; unorm_vec is of the norm of one parameter
+    if first.numel() != size or not is_whole_blocks or "unorm_vec" in state:
+        return id(parameter)
+    return first.dtype, state["step"], *state
+
+
+def _put_together(optimizer: Any, vector: Tensor, states: Sequence[dict[str, Any]]) -> None:
+    """Make `states` slices of the state of `vector`, which has all their parameters."""
+    optimizer.state[vector] = {
+        name: _together(optimizer, vector, states, name) for name in states[0]
+    }
+
+
+def _together(optimizer: Any, vector: Tensor, states: Sequence[dict[str, Any]], name: str) -> Any:
+    """One value of a state of `vector`; those of `states` are, or become, its slices."""
+    parts = [state[name] for state in states]
+    if name in ("step", "qmap1", "qmap2"):
+        return parts[0]
+    sizes = [part.numel() for part in parts]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    whole = parts[0]._base
+    are_slices = whole is not None and len(whole) == sum(sizes)
+    if are_slices and all(
+        part._base is whole and part.storage_offset() == start
+        for part, start in zip(parts, starts, strict=True)
+    ):
+        return whole
+    if name.startswith("state"):
+        whole = optimizer.get_state_buffer(vector, dtype=parts[0].dtype)  # paged where it is large
+    else:
+        whole = parts[0].new_empty(sum(sizes))
+    torch.cat([part.reshape(-1) for part in parts], out=whole)
+    for state, part, own in zip(states, parts, whole.split(sizes), strict=True):
+        state[name] = own.view(part.shape)
+    return whole
 
 
 @contextmanager
@@ -179,11 +250,13 @@ def _with_data(values: dict[Tensor, Tensor]) -> Iterator[None]:
 
 
 def bundles(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Successive parameters of one device with at most BUNDLE numbers; a larger one is alone."""
+    """Successive parameters of one device and dtype with at most BUNDLE numbers; a larger one is
+    alone."""
     bundle: list[Tensor] = []
     size = 0
     for p in parameters:
-        if bundle and (size + p.numel() > BUNDLE or p.device != bundle[0].device):
+        is_alike = bool(bundle) and (p.device, p.dtype) == (bundle[0].device, bundle[0].dtype)
+        if bundle and (not is_alike or size + p.numel() > BUNDLE):
             yield bundle
             bundle, size = [], 0
         bundle.append(p)

@@ -37,7 +37,7 @@ PAGED: dict[str, Make] = {
     "paged_adamw_32bit": lambda ps: bnb.optim.PagedAdamW32bit(ps, RATE),
     "paged_lion_8bit": lambda ps: bnb.optim.PagedLion8bit(ps, RATE),
 }
-SHAPES = {"A": (8, 700), "B": (650, 8), "small": (5, 3), "gain": (650,), "idle": (4, 4)}
+SHAPES = {"A": (8, 704), "B": (640, 8), "small": (5, 3), "gain": (640,), "idle": (4, 4)}
 
 
 def start(device: str = "cpu", scale: int = 1) -> dict[str, nn.Parameter]:
@@ -119,10 +119,12 @@ def test_halves_are_exact_and_the_upper_is_the_nearest():
     assert tie.sum() >= 4 and torch.equal(upper[~tie], master.bfloat16()[~tie])
 
 
+@pytest.mark.parametrize("size", [5500, 1 << 21])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_is_that_of_fp32_weights_and_resumes(name, monkeypatch, tmp_path):
-    """Bit for bit, in several bundles: of fewer numbers than A, and more than B and "small"."""
-    monkeypatch.setattr("qlora.training.optimizers.BUNDLE", 5500)
+def test_training_is_that_of_fp32_weights_and_resumes(name, size, monkeypatch, tmp_path):
+    """Bit for bit, in several bundles, of fewer numbers than A and more than B and "small"; and in
+    one, where bitsandbytes updates A and B together."""
+    monkeypatch.setattr("qlora.training.optimizers.BUNDLE", size)
     make, named = OPTIMIZERS[name], start()
     in_fp32 = train_in_fp32(named, make, 25)
     optimizer = keep_updates(make(list(named.values())))
@@ -182,6 +184,46 @@ def test_bitsandbytes_waits_for_the_gpu_once_a_step(name, dtype, monkeypatch):
     train(named, optimizer, range(3))
     assert len(waits) == (3 if name.startswith("paged") else 0)
     assert [n for n in named if torch.equal(named[n], before[n])] == ["idle"]
+
+
+@pytest.mark.parametrize(("name", "updates"), [("adamw_8bit", [2, 1, 1]), ("adamw_bnb", [3, 1]),
+                                               ("ademamix", [1, 1, 1, 1])])  # fmt: skip
+def test_bitsandbytes_updates_a_bundle_in_one_launch(name, updates, monkeypatch):
+    """A and B have 8-bit states, "small" has one in fp32."""
+    named = start()
+    optimizer = keep_updates(OPTIMIZERS[name](list(named.values())))
+    update, seen = type(optimizer.optimizer).update_step, list[int]()
+
+    def counted(self: Any, group: Any, p: Any, *rest: int) -> None:
+        seen.append(p.numel())
+        update(self, group, p, *rest)
+
+    monkeypatch.setattr(type(optimizer.optimizer), "update_step", counted)
+    train(named, optimizer, range(2))
+    sizes = iter(p.numel() for n, p in named.items() if n != "idle")
+    assert seen == 2 * [sum(next(sizes) for _ in range(count)) for count in updates]
+
+
+def test_bundles_keep_overrides_and_parameters_without_a_gradient(monkeypatch):
+    """The states of A and C lie together until C, as an expert without tokens, has no gradient in a
+    step; B's is in fp32. Bit for bit as those of single parameters."""
+    trained = []
+    for size in (1, 1 << 21):
+        monkeypatch.setattr("qlora.training.optimizers.BUNDLE", size)
+        named = start()
+        named = {"A": named.pop("A"), "C": nn.Parameter(named["B"].detach().T.clone()), **named}
+        optimizer = keep_updates(bnb.optim.AdamW8bit(list(named.values()), RATE))
+        monkeypatch.setitem(optimizer.optimizer.mng.index2config, (0, 2), {"optim_bits": 32})
+        for step in range(5):
+            named["C"].requires_grad_(step != 3)
+            (loss(named, step) + named["C"].float().square().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(masters_of(named, optimizer))
+        states = [optimizer.state[named[name]] for name in ("A", "C", "B")]
+        assert [state["step"] for state in states] == [5, 4, 5]
+        assert [state["state1"].element_size() for state in states] == [1, 1, 4]
+    require_equal(*trained)
 
 
 def test_error_within_a_step_changes_nothing():
