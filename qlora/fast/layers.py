@@ -321,12 +321,14 @@ def rotating_forward(forward: Any) -> Any:
     if own is None or ROTATION not in forward.__code__.co_names or not _rotates_halves(own):
         return None
 
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        is_usual = not args and not kwargs and q.ndim == k.ndim == 4 and cos.ndim == 3
-        alike = {(x.dtype, x.device, x.shape[-1]) for x in (q, k, cos, sin)}
-        if is_usual and len(alike) == 1 and cos.shape[1] == q.shape[2] == k.shape[2]:
-            return rotate(q, k, cos, sin)
-        return own(q, k, cos, sin, *args, **kwargs)
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == 4 and not kwargs:  # some rotate one tensor, or keep some features
+            q, k, cos, sin = args
+            alike = {(x.dtype, x.device, x.shape[-1]) for x in args}
+            is_usual = len(alike) == 1 and q.ndim == k.ndim == 4 and cos.ndim == 3
+            if is_usual and cos.shape[1] == q.shape[2] == k.shape[2]:
+                return rotate(q, k, cos, sin)
+        return own(*args, **kwargs)
 
     names = {**forward.__globals__, ROTATION: apply}
     made = FunctionType(

@@ -114,6 +114,26 @@ def test_attention_rotates_by_the_function_and_its_class_stays_as_it_is(monkeypa
     fast_layers.rotating_forward.cache_clear()
 
 
+def test_other_calls_of_the_rotation_are_the_models_own(monkeypatch):
+    """By name, of parts, or of another number of tensors, as Qwen4's."""
+    monkeypatch.setattr(fast_layers, "rotate", Mock(side_effect=AssertionError))
+    apply = fast_layers.rotating_forward(LlamaAttention.forward).__globals__["apply_rotary_pos_emb"]
+    own = modeling_llama.apply_rotary_pos_emb
+    q, k, cos, sin = (
+        torch.randn(shape) for shape in ((2, 4, 3, 8), (2, 1, 3, 8)) + 2 * ((2, 3, 8),)
+    )
+    for args, named in [
+        ((q, k), {"cos": cos, "sin": sin}),
+        ((q, k, cos, sin), {"unsqueeze_dim": 1}),
+        ((q.transpose(1, 2), k.transpose(1, 2), cos, sin, 2), {}),
+        ((q[:, 0], k[:, 0], cos[:, None][:, 0], sin), {}),
+    ]:
+        for got, wanted in zip(apply(*args, **named), own(*args, **named), strict=True):
+            assert torch.equal(got, wanted)
+    with pytest.raises(TypeError, match="apply_rotary_pos_emb"):
+        apply(q)
+
+
 @pytest.mark.parametrize(
     "attention, rotates",
     [
