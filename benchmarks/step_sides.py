@@ -117,6 +117,8 @@ def prepared(model: Any, setup: Setup, *, left_out: Collection[str] = ()) -> Any
             put_module(model, name, module.base_layer)
         if "groups" in left_out and isinstance(module, LoRALinear):
             module.fast = SharedInput([module])
+        if "kept weights" in left_out and isinstance(getattr(module, "fast", None), SharedInput):
+            module.fast.slots.clear()
     return model
 
 
@@ -128,6 +130,7 @@ PARTS = (
     "loss without logits",
     "norms",
     "rotary",
+    "kept weights",
     "oneDNN",
     "checkpointing",
 )
