@@ -286,7 +286,10 @@ def test_a_run_file_with_other_contents_is_refused(part, started):
 
 @pytest.fixture
 def stop(monkeypatch):
-    """`stop(method, *signals, step=2)`: the process gets them in this method, after step 2."""
+    """`stop(method, *signals, step=2)`: the process gets them in this method, after step 2. None
+    of them is ignored, as a shell or nohup ignores some for what it starts."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
 
     def stop_in(method: str, *signals: int, step: int = 2) -> None:
         original, waiting = getattr(AdapterTrainer, method), list(signals)
@@ -298,7 +301,9 @@ def stop(monkeypatch):
 
         monkeypatch.setattr(AdapterTrainer, method, stopped)
 
-    return stop_in
+    yield stop_in
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
