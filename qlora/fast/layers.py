@@ -55,7 +55,7 @@ PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 # of the check: gelu and its tanh form differ below 8; DeepSeek-V4 clamps gate and up at 10
 GATE_RANGES = (8.0, 200.0)
 ROTATION = "apply_rotary_pos_emb"  # of transformers' modules
-HAS_KERNEL = ("cuda",)  # devices on which F.rms_norm is one kernel
+HAS_KERNEL = ("cuda", "meta")  # devices on which F.rms_norm is one kernel
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")  # in transformers' norms
 
 

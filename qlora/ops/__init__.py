@@ -65,6 +65,12 @@ def relative_error(values: Tensors, expected: Tensors) -> float:
     return max(errors)
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether a step on `device` is computed as on a GPU: also on meta tensors, whose sizes alone
+    matter (qlora.plan)."""
+    return device.type in ("cuda", "meta")
+
+
 def may_use_triton(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether to try qlora.ops.kernels on such tensors; Triton is missing on Windows and macOS."""
     known = dtype in (torch.float32, torch.float16, torch.bfloat16)

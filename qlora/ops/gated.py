@@ -66,6 +66,8 @@ def gated_backward(
 def implementation(device: torch.device, dtype: torch.dtype, act: str) -> Implementation:
     """Triton's kernels, if they run on `device` and agree with torch, checked once; or torch."""
     plain = plain_forward, plain_backward
+    if device.type == "meta":  # no values: as a kernel, it allocates nothing
+        return _without_values, _without_values
     if not may_use_triton(device, dtype):
         return plain
     from qlora.ops import kernels
@@ -88,6 +90,10 @@ def implementation(device: torch.device, dtype: torch.dtype, act: str) -> Implem
     name = f"Triton's kernel of {act} over {dtype} on {device}"
     right = agrees(lambda: outputs(fast), lambda: outputs(plain), tolerance=tolerance, log_as=name)
     return fast if right else plain
+
+
+def _without_values(*_: Any) -> None:
+    pass
 
 
 def _checked(act: str, *tensors: Tensor) -> list[Tensor]:

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora.errors import UserError
+from qlora.ops import is_gpu
 from qlora.ops.lora import linear
 
 # fp32 logits of a chunk. Each reads all of W, 1 FLOP per byte and token in 16 bits; cards have 165
@@ -162,7 +163,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _input_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     """(rows, vocab) @ (vocab, dim) -> (rows, dim), of 16-bit factors in fp32 on a GPU."""
-    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+    if is_gpu(weight.device) and weight.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(dz, weight, out_dtype=torch.float32)
     return linear(dz, weight.T)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from qlora.config import QuantConfig
-from qlora.ops import agrees, may_use_triton
+from qlora.ops import agrees, is_gpu, may_use_triton
 
 RECORD_MARK = ".quant_state.bitsandbytes__"
 STATE_BYTES = 256  # of a record's JSON, padded
@@ -227,6 +227,10 @@ def _by_bitsandbytes(quantized: Quantized, out: Tensor) -> None:
         increment_version(out)  # which that operator does not: autograd raises on stale values
 
 
+def _without_values(quantized: Quantized, out: Tensor) -> None:
+    absmax(quantized)  # which bitsandbytes allocates; no operator writes into meta tensors
+
+
 def _by_triton(quantized: Quantized, out: Tensor) -> None:
     from qlora.ops import kernels
 
@@ -241,8 +245,10 @@ GPU_DECODER: str | None = None  # one of DECODERS, to use on a GPU, however fast
 
 def decoder(device: torch.device, dtype: torch.dtype) -> Decoder | None:
     """The function that decodes into a buffer on `device`, or None: each weight is a new tensor."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         return None
+    if device.type == "meta":
+        return _without_values
     name = GPU_DECODER or fastest_decoder(device, dtype)
     is_usable = name != "triton" or triton_decodes(device, dtype)
     return DECODERS[name if is_usable else "bitsandbytes"]

@@ -51,6 +51,8 @@ class _Rotate(torch.autograd.Function):
 @cache
 def implementation(device: torch.device, dtype: torch.dtype) -> Rotation:
     """Triton's kernel, if it runs on `device` and agrees with torch, checked once; or torch."""
+    if device.type == "meta":
+        return _without_values
     if not may_use_triton(device, dtype):
         return plain
     from qlora.ops import kernels
@@ -69,6 +71,10 @@ def implementation(device: torch.device, dtype: torch.dtype) -> Rotation:
         lambda: both(kernels.rotate), lambda: both(plain), tolerance=tolerance, log_as=name
     )
     return kernels.rotate if right else plain
+
+
+def _without_values(q: Tensor, k: Tensor, *_: Tensor, backward: bool) -> Pair:
+    return empty_like_heads(q), empty_like_heads(k)
 
 
 def empty_like_heads(x: Tensor) -> Tensor:

@@ -1,0 +1,347 @@
+"""The memory of a training step of a large model on a GPU, counted without a GPU or weights.
+
+Our own step runs: `load_base`, `apply_lora` and `prepare_for_training` on a narrow checkpoint on the
+CPU, which `widen` then turns into the large model without memory; two micro-batches run under a
+`Meter`, of which the second counts. Only the first layers of a model run. `Sample.count` notes the
+bytes of each kind at the start, peak and end of each layer's forward and backward pass, and adds
+those of all layers: one of the same kind stands for each that did not run.
+"""
+
+import contextlib
+import io
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from qlora.adapters.apply import apply_lora
+from qlora.base.load import load_base
+from qlora.base.modules import auto_class, is_quantized, state_of, vocabulary
+from qlora.config import TrainConfig
+from qlora.config.tasks import task_named
+from qlora.data.objectives import OBJECTIVES
+from qlora.data.rows import FlatCollator, PackCollator
+from qlora.fast.attention import VARLEN, rows_collator
+from qlora.fast.head import LazyLogits
+from qlora.fast.offload import offload_activations
+from qlora.plan.meta import Kernels, as_on_gpu, backward, empty, forget_buffers, widen
+from qlora.plan.meter import Bytes, Meter, Segment, difference
+from qlora.plan.shrink import first_layers, layer_count, narrow, text_of
+from qlora.training.run import prepare_for_training
+
+LINEAR, EMBEDDING, HEAD, OTHER = "linear weights", "embedding", "output head", "norms and others"
+ADAPTERS, GRADIENTS, SAVED = "adapters", "gradients", "saved activations"
+WORKING, LOSS, SCRATCH = "working set of a layer", "loss", "buffers for decoded weights"
+EDGES = 1  # first and last layers that differ from those between
+OFFLOAD_EDGES = 5  # with activations in host memory, of which the newest stay
+
+
+class HostMemory:
+    """Copies to host memory, whose bytes count apart."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.device = torch.device("meta")
+        self.meter, self.bytes = meter, 0
+
+    def allocate(self, size: int) -> Tensor:
+        """Memory that the meter leaves out."""
+        self.meter.paused = True
+        made = empty((size,), torch.uint8)
+        self.meter.paused = False
+        self.bytes += size
+        return made
+
+    def start(self, target: Tensor, source: Tensor) -> None:
+        """No values, no copy."""
+
+    def finish(self, started: Any) -> None:
+        """Nothing was started."""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what loading prints: it describes the narrow model."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+# ---- which layers run ----
+
+
+def layer_list(model: Any) -> nn.ModuleList | None:
+    """The decoder layers of a model: the first list of modules as long as its config says."""
+    count = layer_count(model.config)
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return next(lists, None)
+
+
+def kind_of(layer: nn.Module) -> tuple[Any, ...]:
+    """What makes two layers take the same memory: classes, shapes and numbers."""
+    parts: list[Any] = []
+    for name, module in layer.named_modules():
+        numbers = {k: v for k, v in vars(module).items() if type(v) in (int, float, str)}
+        numbers.pop("layer_idx", None)
+        shapes = [tuple(p.shape) for p in module.parameters(recurse=False)]
+        parts.append((name, type(module).__name__, str(sorted(numbers.items())), *shapes))
+    return tuple(parts)
+
+
+def stand_in(kinds: Sequence[Any], count: int, edges: int) -> list[int]:
+    """For each layer, one of the first `count` that takes as much memory."""
+    total, found = len(kinds), []
+    for i, kind in enumerate(kinds):
+        at_edge = i if i < edges else count - (total - i) if total - i <= edges else None
+        if at_edge is not None and at_edge < count and kinds[at_edge] == kind:
+            found.append(at_edge)
+            continue
+        between = [j for j in range(edges, count - edges) if kinds[j] == kind]
+        found.append(between[0] if between else kinds[:count].index(kind))
+    return found
+
+
+def enough_layers(kinds: Sequence[Any], edges: int) -> int:
+    """The least number of first layers with one of each kind between the edges."""
+    total = len(kinds)
+    wanted = {*kinds[edges : total - edges]}
+    counts = range(2 * edges + 1, total)
+    return next((n for n in counts if wanted <= {*kinds[edges : n - edges]}), total)
+
+
+# ---- the model ----
+
+
+def as_on_16_bit_gpu(config: TrainConfig) -> TrainConfig:
+    """`config` with what a GPU chooses for `auto`, and no start that needs weights or data."""
+    dtype = "bf16" if config.quant.compute_dtype == "auto" else config.quant.compute_dtype
+    lora, skip = config.lora, (*config.quant.skip_modules, *config.lora.modules_to_save)
+    settings: Any = {"init_lora_weights": True, "loftq_config": {}, "eva_config": {}}
+    has_own = config.lora.modules_to_save or config.lora.trainable_token_indices
+    if dtype == "bf16" and lora.adapter_dtype == "auto" and not has_own:
+        settings["adapter_dtype"] = "bf16"
+    quant = replace(config.quant, compute_dtype=dtype, skip_modules=skip)
+    return replace(config, lora=replace(lora, **settings), quant=quant)
+
+
+def load_narrow(config: TrainConfig, large: PreTrainedConfig) -> Any:
+    """The narrow model of `large`, in 4 bits with adapters on the CPU, prepared for training."""
+    task = task_named(config.task)
+    with tempfile.TemporaryDirectory() as folder:
+        made = auto_class(task).from_config(narrow(large), dtype=torch.bfloat16)
+        made.save_pretrained(folder)
+        model = load_base(folder, config.quant, task=config.task, device="cpu")
+    apply_lora(model, config.lora)
+    settings: Any = {"fast_path": config.fast_path}
+    return prepare_for_training(model, config.gradient_checkpointing, **settings)
+
+
+def on_meta(config: TrainConfig, large: PreTrainedConfig) -> Any:
+    """The model without memory, not quantized."""
+    with torch.device("meta"):
+        return auto_class(task_named(config.task)).from_config(large)
+
+
+class Sample:
+    """The first layers of a large model on the meta device, to count steps of."""
+
+    def __init__(self, config: TrainConfig, source: PreTrainedConfig, *, direct: bool = False):
+        self.config = config = as_on_16_bit_gpu(config)
+        self.edges = OFFLOAD_EDGES if config.offload_activations else EDGES
+        with quietly():
+            whole = on_meta(config, source)
+            layers = layer_list(whole)
+            by_index = config.lora.layers_to_transform or config.lora.rank_pattern
+            kinds = [kind_of(layer) for layer in layers or ()]
+            few = enough_layers(kinds, self.edges)
+            if direct or by_index or config.task == "seq2seq" or layers is None:
+                few = len(kinds) or layer_count(source)
+            self.stands_in = stand_in(kinds, few, self.edges)
+            large_config = first_layers(source, few)
+            self.model = load_narrow(config, large_config)
+            self.collate = self._collator()
+            large = on_meta(config, large_config)
+            state_of(large).task, state_of(large).heads = config.task, state_of(self.model).heads
+            apply_lora(large, config.lora)
+        self.meter = Meter(OTHER)
+        forget_buffers()
+        with self.meter:
+            widen(self.model, large)
+        self.parts = self._tag_parameters()
+        self._watch_layers()
+
+    def _collator(self) -> Any:
+        """The collator of a run on a GPU; None where rows are padded. Sets the attention."""
+        model, config = self.model, self.config
+        if config.task != "causal-lm":
+            return None
+        settings: Any = {"packing": config.data.packing, "fast_path": config.fast_path}
+        collate = rows_collator(model, pad_token_id=0, **settings)
+        if isinstance(collate, FlatCollator) and model.dtype != torch.float32:
+            model.set_attn_implementation(VARLEN)
+        return collate
+
+    def _tag_parameters(self) -> list[Bytes]:
+        """Name the kind of each parameter; the bytes of each layer, and last of all others."""
+        embedding, head = vocabulary(self.model)
+        layers = layer_list(self.model) if self.stands_in else None
+        place = {m: i for i, layer in enumerate(layers or ()) for m in layer.modules()}
+        parts = [Counter[str]() for _ in range(len(layers or ()) + 1)]
+        seen = set()
+        for name, module in self.model.named_modules():
+            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            for tensor in (t for t in tensors if id(t) not in seen):
+                seen.add(id(tensor))
+                kind = OTHER
+                if tensor.requires_grad:
+                    kind = ADAPTERS
+                elif is_quantized(module):
+                    kind = LINEAR
+                elif tensor.ndim > 1:
+                    clean = name.replace("base_layer", "").rstrip(".")
+                    kind = {embedding: EMBEDDING, head: HEAD}.get(clean, LINEAR)
+                held = [tensor]
+                if kind == LINEAR and is_quantized(module) and tensor is module.weight:
+                    held += _of_state(module.weight.quant_state)
+                self.meter.retag(kind, held)
+                size = sum(t.untyped_storage().nbytes() for t in held)
+                parts[place.get(module, -1)][kind] += size
+        return parts
+
+    def _watch_layers(self) -> None:
+        """Begin a segment of the meter where a layer's forward or backward pass begins."""
+        self.is_counting = False
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._tag_gradient)
+        if self.stands_in:
+            for i, layer in enumerate(layer_list(self.model) or ()):
+                layer.register_forward_pre_hook(partial(self._before, i))
+                layer.register_forward_hook(partial(self._after, i))
+
+    def _tag_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.meter.retag(GRADIENTS, [parameter.grad])
+
+    def _before(self, i: int, *_: Any) -> None:
+        if self.is_counting:
+            self.meter.begin(f"forward {i}", WORKING)
+
+    def _after(self, i: int, layer: Any, args: Any, output: Any) -> None:
+        if self.is_counting:
+            self.meter.retag(SAVED)
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: self.meter.begin(f"backward {i}", WORKING))
+            self.meter.begin("loss", LOSS)
+
+    # ---- a step ----
+
+    def batch(self, rows: int, length: int) -> dict[str, Any]:
+        """A batch of equal rows, as the run's collator makes it, on the meta device."""
+        like = [0] * length
+        items: Any = [{"input_ids": like, "labels": like} for _ in range(rows)]
+        if self.collate is not None:
+            if self.config.data.packing:
+                items = [[item] for item in items]
+            made = dict(self.collate(items))
+            if isinstance(self.collate, FlatCollator):
+                made.pop("attention_mask", None)  # as AdapterTrainer does
+        else:
+            length = -(-length // 8) * 8
+            made = dict.fromkeys(("input_ids", "labels"), torch.zeros(rows, length).long())
+            if rows > 1 or self.config.task != "causal-lm":  # rows of other lengths
+                made["attention_mask"] = made["input_ids"]
+            if self.config.task == "seq-cls":
+                made["labels"] = torch.zeros(rows).long()
+            if self.config.task == "seq2seq":
+                made["decoder_input_ids"] = made["labels"]
+        return {k: empty(v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in made.items()}
+
+    def segments(self, rows: int, length: int, *, accumulates: bool) -> tuple[list[Segment], int]:
+        """The segments of a micro-batch of the layers that run, and bytes in host memory."""
+        meter, objective = self.meter, OBJECTIVES[self.config.task]
+        packed = isinstance(self.collate, PackCollator)
+        host = HostMemory(meter)
+        offload = offload_activations(copies=host) if self.config.offload_activations else None  # type: ignore[arg-type]
+        with as_on_gpu(packed=packed):
+            for self.is_counting in (False, True):
+                if not (self.is_counting and accumulates):
+                    self.model.zero_grad(set_to_none=True)
+                meter.segments.clear()
+                if self.is_counting:
+                    meter.retag(SCRATCH, [])
+                    meter.begin("embedding", WORKING)
+                else:
+                    meter.kind, meter.without = SCRATCH, 0
+                with meter, Kernels(), offload or ExitStack():
+                    inputs = self.batch(rows, length)
+                    labels = inputs.pop("labels")
+                    count = empty((), torch.int64)
+                    outputs = self.model(**inputs)
+                    lazy = isinstance(outputs.logits, LazyLogits) and outputs.logits.value is None
+                    loss = objective.loss(outputs, labels, count)
+                    del outputs
+                if self.is_counting:
+                    meter.begin("backward of the loss", LOSS)
+                backward(loss, meter, Kernels())
+                del loss, inputs, labels, count
+                vocab = self.model.config.get_text_config().vocab_size
+                meter.without = rows * (-(-length // 8) * 8 if self.collate is None else length)
+                meter.without *= vocab if lazy else 0
+            meter.begin("end", WORKING)
+        self.is_counting = False
+        found, meter.segments = meter.segments[:-1], []
+        return found, host.bytes
+
+    def count(self, rows: int, length: int, *, accumulates: bool) -> tuple[list[Segment], int]:
+        """The segments of a micro-batch of the whole model, and bytes in host memory."""
+        found, host = self.segments(rows, length, accumulates=accumulates)
+        *layers, _ = self.parts
+        if not self.stands_in:
+            return found, host
+        own = [b.copy() for b in layers]
+        if accumulates:
+            for b in own:
+                b[GRADIENTS] += b[ADAPTERS]
+        start = found[0].start.copy()
+        for b in own:
+            start = difference(start, b)
+        for i in self.stands_in:
+            start.update(own[i])
+        names = {segment.name: segment for segment in found}
+        every = [found[0]]
+        every += [names[f"forward {i}"] for i in self.stands_in]
+        every += [names["loss"], names["backward of the loss"]]
+        every += [names[f"backward {i}"] for i in reversed(self.stands_in)]
+        return joined(every, start), host * len(self.stands_in) // len(layers)
+
+
+def joined(segments: Sequence[Segment], start: Bytes) -> list[Segment]:
+    """The segments one after another, from `start` on."""
+    made, now = [], start.copy()
+    for segment in segments:
+        peak, end = now.copy(), now.copy()
+        peak.update(segment.rise)
+        end.update(segment.change)
+        made.append(Segment(segment.name, now, peak, end))
+        now = end
+    return made
+
+
+def _of_state(state: Any) -> list[Tensor]:
+    """The tensors of a quantization state."""
+    held = [state.absmax, state.code]
+    return held + ([state.offset, state.state2.absmax, state.state2.code] if state.nested else [])
