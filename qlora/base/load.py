@@ -194,7 +194,7 @@ def _quantization(
         quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
         layers = quantized_layers(model, quant)
         _require_own_weights(checkpoint, model, layers)
-        _require_all_quantized(model, layers, quant)
+        require_all_quantized(model, layers, quant)
         skip = [f"{re.escape(name)}$" for name in linear_layers(model) if name not in layers]
         return quant, _Bnb4BitConfig(quant, skip)
     names = [n.partition(".quant_state.")[0] for n in checkpoint.tensors if ".quant_state." in n]
@@ -254,7 +254,7 @@ def _require_own_weights(checkpoint: Checkpoint, model: nn.Module, layers: Itera
     require(not places, message)
 
 
-def _require_all_quantized(model: nn.Module, layers: Iterable[str], quant: QuantConfig) -> None:
+def require_all_quantized(model: nn.Module, layers: Iterable[str], quant: QuantConfig) -> None:
     """Print which layers the family never quantizes; raise for matrices that no setting explains.
 
     Plain matrices are ignored if they are less than 1 % of the model in all: routers.

@@ -11,7 +11,7 @@ import contextlib
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from qlora.adapters.apply import apply_lora
-from qlora.base.load import load_base
+from qlora.base.checkpoint import quantized_layers
+from qlora.base.load import load_base, require_all_quantized
 from qlora.base.modules import auto_class, is_quantized, state_of, vocabulary
 from qlora.config import TrainConfig
 from qlora.config.tasks import task_named
@@ -162,6 +163,8 @@ class Sample:
         self.edges = OFFLOAD_EDGES if config.offload_activations else EDGES
         with quietly():
             whole = on_meta(config, source)
+            require_all_quantized(whole, quantized_layers(whole, config.quant), config.quant)
+            self.parameters = sum(p.numel() for p in whole.parameters())
             layers = layer_list(whole)
             by_index = config.lora.layers_to_transform or config.lora.rank_pattern
             kinds = [kind_of(layer) for layer in layers or ()]
@@ -237,6 +240,8 @@ class Sample:
 
     def _before(self, i: int, *_: Any) -> None:
         if self.is_counting:
+            if i == 0:
+                self.meter.retag(SAVED)  # the embeddings, its input
             self.meter.begin(f"forward {i}", WORKING)
 
     def _after(self, i: int, layer: Any, args: Any, output: Any) -> None:
@@ -246,6 +251,14 @@ class Sample:
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: self.meter.begin(f"backward {i}", WORKING))
             self.meter.begin("loss", LOSS)
+
+    def trained(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of every trained parameter of the whole model."""
+        layers = list(layer_list(self.model) or ()) if self.stands_in else []
+        found = [_trained(layers[i].parameters()) for i in self.stands_in]
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        others = _trained(p for p in self.model.parameters() if id(p) not in inside)
+        return [kind for kinds in (others, *found) for kind in kinds]
 
     # ---- a step ----
 
@@ -339,6 +352,10 @@ def joined(segments: Sequence[Segment], start: Bytes) -> list[Segment]:
         made.append(Segment(segment.name, now, peak, end))
         now = end
     return made
+
+
+def _trained(parameters: Iterable[Tensor]) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    return [(p.dtype, tuple(p.shape)) for p in parameters if p.requires_grad]
 
 
 def _of_state(state: Any) -> list[Tensor]:

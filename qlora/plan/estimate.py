@@ -1,0 +1,173 @@
+"""`plan(config)`: the memory that a run will need, from config.json alone.
+
+What a step allocates is counted (qlora.plan.step, qlora.plan.optimizer). Two parts are not, and
+are assumed: the CUDA context, and an allowance for what the allocator rounds up and cannot reuse.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from qlora.base.shards import parse_size
+from qlora.config import TrainConfig
+from qlora.errors import UserError, require
+from qlora.plan.meter import Segment
+from qlora.plan.optimizer import STATE, STEP, OptimizerBytes, optimizer_bytes
+from qlora.plan.source import Source, read_source
+from qlora.plan.step import EMBEDDING, Sample, joined
+
+CONTEXT, ALLOWANCE = "CUDA context (assumed)", "fragmentation (assumed)"
+CONTEXT_BYTES = 512 << 20
+ALLOWED_SHARE = 0.03  # of what is counted
+CHECKPOINTS = 3  # while the third is written; then the last two are kept
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of a run, in bytes."""
+
+    config: TrainConfig
+    rows: int
+    """rows of a micro-batch"""
+    length: int
+    """tokens of a row"""
+    segments: list[Segment]
+    """of a micro-batch and the optimizer's step, in their order"""
+    parts: dict[str, int]
+    """by kind, at the peak"""
+    peak_at: str
+    """the part of the step with the peak"""
+    host: dict[str, int]
+    disk: dict[str, int]
+    budget_bytes: int | None = None
+    """of the card, if it is known"""
+    model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """None without a budget."""
+        return None if self.budget_bytes is None else self.peak_bytes <= self.budget_bytes
+
+    def record(self) -> dict[str, Any]:
+        """The object of --json."""
+        return {
+            "peak_bytes": self.peak_bytes, "budget_bytes": self.budget_bytes, "fits": self.fits,
+            "parts": self.parts, "peak_at": self.peak_at, "rows": self.rows,
+            "tokens_per_row": self.length, "host": self.host, "disk": self.disk,
+        }  # fmt: skip
+
+
+class Planner:
+    """Plans of one model with one set of adapters and layers: rows and lengths may vary."""
+
+    def __init__(self, config: TrainConfig, source: Source | None = None, *, direct: bool = False):
+        self.config, self.source = config, source or read_source(config)
+        config = replace(config, quant=self.source.quant)
+        try:
+            self.sample = Sample(config, self.source.config, direct=direct)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{config.model} cannot be planned: {_described(error)}") from error
+        self.trained = self.sample.trained()
+        self._optimizer: dict[str, OptimizerBytes] = {}
+
+    def optimizer(self, optim: str) -> OptimizerBytes:
+        """Of the optimizer of that name, counted once."""
+        if optim not in self._optimizer:
+            settings = replace(self.config, optim=optim)
+            self._optimizer[optim] = optimizer_bytes(settings, self.trained)
+        return self._optimizer[optim]
+
+    def plan(
+        self, *, rows: int | None = None, length: int | None = None, optim: str | None = None,
+        steps: int | None = None,
+    ) -> Plan:  # fmt: skip
+        """The plan of a run with these rows, tokens, optimizer and micro-batches of a step."""
+        config, longest = self.config, self.source.longest
+        rows = rows or config.per_device_train_batch_size
+        length = length or min(config.data.max_length, longest or config.data.max_length)
+        steps = steps or config.gradient_accumulation_steps
+        own = self.optimizer(optim or config.optim)
+        segments, activations = self.sample.count(rows, length, accumulates=steps > 1)
+        segments = _with_optimizer(segments, own)
+        host = {"offloaded activations": activations} if activations else {}
+        if config.offload_embedding:
+            host["embedding"] = _without_embedding(segments, self.sample.is_tied)
+        peak = max(segments, key=lambda segment: sum(segment.peak.values()))
+        parts = {kind: size for kind, size in peak.peak.items() if size}
+        counted = sum(parts.values())
+        parts |= {CONTEXT: CONTEXT_BYTES, ALLOWANCE: int(counted * ALLOWED_SHARE)}
+        return Plan(
+            config, rows, length, segments, parts, _place(segments, peak), host,
+            self._disk(own), budget(config), {"parameters": self.sample.parameters},
+        )  # fmt: skip
+
+    def _disk(self, own: OptimizerBytes) -> dict[str, int]:
+        adapter = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.trained)
+        files: dict[str, int] = {"adapter": adapter}
+        files["checkpoints"] = CHECKPOINTS * (adapter + own.state)
+        if self.source.file_bytes is not None:
+            files["model files"] = self.source.file_bytes
+        return files | {"merged model in 16 bits": 2 * self.sample.parameters}
+
+
+def plan(config: TrainConfig) -> Plan:
+    """What a run of `config` needs. Raises UserError for a model that cannot be planned."""
+    return Planner(config).plan()
+
+
+def budget(config: TrainConfig) -> int | None:
+    """The bytes of `gpu_memory`, or of the card that is there; None without either."""
+    if config.gpu_memory is not None:
+        try:
+            return parse_size(config.gpu_memory)
+        except UserError as error:
+            raise UserError(f"--gpu-memory: {error}") from None
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+
+
+def _with_optimizer(segments: list[Segment], own: OptimizerBytes) -> list[Segment]:
+    """The segments with the optimizer's state, and its step after them."""
+    start = segments[0].start.copy()
+    start[STATE] += own.state
+    step = Segment("optimizer step", Counter(), Counter({STEP: own.step}), Counter())
+    return joined([*segments, step], start)
+
+
+def _without_embedding(segments: list[Segment], is_tied: bool) -> int:
+    """Take the embedding out of every segment; its bytes."""
+    fix = "its embedding is tied to the output head, and then needed on the GPU: leave it out"
+    require(not is_tied, f"--offload-embedding: {fix}")
+    size = segments[0].start[EMBEDDING]
+    for segment in segments:
+        for held in (segment.start, segment.peak, segment.end):
+            held.pop(EMBEDDING, None)
+    return size
+
+
+def _place(segments: list[Segment], peak: Segment) -> str:
+    """Where in the step the peak is, in words."""
+    name, _, index = peak.name.partition(" ")
+    if not index.isdigit():
+        return peak.name
+    same = [s for s in segments if s.name.startswith(f"{name} ") and s.name[-1].isdigit()]
+    number = next(i for i, s in enumerate(same) if s is peak)
+    layer = number if name == "forward" else len(same) - 1 - number
+    return f"{name} pass of layer {layer + 1} of {len(same)}"
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def share(parts: Mapping[str, int], total: int) -> dict[str, float]:
+    """Each part over the total."""
+    return {name: size / total for name, size in parts.items()}

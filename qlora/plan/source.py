@@ -1,0 +1,117 @@
+"""What a plan knows of a model before anything large is downloaded: config.json, and the headers of
+the safetensors files or their index, where there are any."""
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from qlora.base.checkpoint import Checkpoint, model_config
+from qlora.base.shards import INDEX, SINGLE
+from qlora.config import QuantConfig, TrainConfig
+from qlora.errors import UserError, first_line, require
+from qlora.files import read_json
+from qlora.plan.shrink import text_of
+
+SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's config, how it is quantized, and the bytes of its files if they are known."""
+
+    config: PreTrainedConfig
+    quant: QuantConfig
+    file_bytes: int | None
+    longest: int | None
+    """tokens of a row, if config.json limits them"""
+
+
+def read_source(config: TrainConfig) -> Source:
+    """The model that `config` names. Raises UserError for one that cannot be planned."""
+    folder = _folder(config)
+    values = read_json(folder / "config.json")
+    fault = f"{config.model}: config.json"
+    require(isinstance(values, dict), f"{fault} is no JSON object")
+    require_sizes(values, fault)
+    require_sizes(values.get("text_config") or {}, fault)
+    try:
+        made = model_config(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers has one for each damaged file
+        message = f"{fault} is of no model that this transformers knows: {first_line(error)}"
+        raise UserError(message) from error
+    quant = _stored(values.get("quantization_config") or {}, config, Checkpoint(folder))
+    vars(made).pop("quantization_config", None)
+    size = _file_bytes(folder)
+    return Source(made, quant, size, Checkpoint(folder).max_positions)
+
+
+def _folder(config: TrainConfig) -> Path:
+    """The folder with config.json, of a hub model in its cache."""
+    folder = Path(config.model).expanduser()
+    if folder.suffix == ".gguf":
+        fix = "give the folder or hub name of its safetensors"
+        raise UserError(f"--plan reads config.json, and a .gguf file has none: {fix}")
+    if folder.exists():
+        known = (folder / "config.json").is_file()
+        require(known, f"{folder} is no model: it holds no config.json. Give a folder with one")
+        return folder
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = hf_hub_download(config.model, "config.json", revision=config.revision)
+        with suppress(Exception):  # a model of one file has no index
+            hf_hub_download(config.model, INDEX, revision=config.revision)
+    except Exception as error:  # offline, gated, misspelt: the hub has an error for each
+        raise UserError(
+            f"model {config.model} is no local folder and its config.json cannot be downloaded: "
+            f"{first_line(error)} Check the name, the network, and that you are logged in if the "
+            "model is gated"
+        ) from error
+    return Path(found).parent
+
+
+def require_sizes(values: dict[str, Any], fault: str) -> None:
+    """Refuse sizes that no model has."""
+    for name in SIZES:
+        size = values.get(name)
+        is_size = size is None or (type(size) is int and size > 0)
+        require(is_size, f"{fault}: {name} must be a whole number above 0, got {size!r}")
+    hidden, heads, keys = (
+        values.get(n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    if heads and keys:
+        message = f"num_attention_heads {heads} must be a multiple of num_key_value_heads {keys}"
+        require(heads % keys == 0, f"{fault}: {message}")
+    if hidden and heads and not values.get("head_dim") and "num_hidden_layers" in values:
+        message = f"hidden_size {hidden} must be a multiple of num_attention_heads {heads}"
+        require(hidden % heads == 0, f"{fault}: {message}")
+
+
+def _stored(settings: dict[str, Any], config: TrainConfig, checkpoint: Checkpoint) -> QuantConfig:
+    """How the model will be quantized: as asked, or as a 4-bit checkpoint already is."""
+    if not any(settings.get(key) for key in ("quant_method", "load_in_4bit", "load_in_8bit")):
+        return config.quant
+    method = settings.get("quant_method") or "bitsandbytes"
+    message = f"{config.model} is already quantized, with {method}: give its 16-bit model, or a "
+    require(bool(settings.get("load_in_4bit")), message + "bitsandbytes 4-bit one")
+    stored: dict[str, Any] = {"quant_type": settings.get("bnb_4bit_quant_type", "fp4")}
+    stored["double_quant"] = bool(settings.get("bnb_4bit_use_double_quant"))
+    skipped = settings.get("llm_int8_skip_modules") or ()
+    stored["skip_modules"] = (*config.quant.skip_modules, *skipped)
+    return replace(config.quant, **stored)
+
+
+def _file_bytes(folder: Path) -> int | None:
+    """The bytes of the weights on disk, of the files or by their index."""
+    with suppress(OSError, json.JSONDecodeError, KeyError, TypeError, ValueError):
+        if (folder / SINGLE).is_file():
+            return (folder / SINGLE).stat().st_size
+        return int(json.loads((folder / INDEX).read_text("utf-8"))["metadata"]["total_size"])
+    return None
