@@ -1,5 +1,6 @@
 """The commands: `qlora COMMAND ...`; train.py, merge_dequant.py, qlora/chat.py … run one each."""
 
+import gc
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, messag
         config.TrainConfig, "qlora.training:train",
         "--resume continues from the last checkpoint, if there is one",
     ),
+    "plan": (config.TrainConfig, "qlora.plan.command:run", "nothing was written"),
     "merge": (
         config.MergeConfig, "qlora.merge:merge",
         "no merged checkpoint was written, the adapter is unchanged",
@@ -72,7 +74,9 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
     try:
         settings = parse(config_class, words, prog=prog)
         _wait_passively_beside_others()
-        resolve_name(function)(settings)
+        if getattr(settings, "plan", False):
+            function = COMMANDS["plan"][1]
+        _imported(function)(settings)
         sys.stdout.flush()
     except UserError as error:
         _stop(2, f"error: {error}")
@@ -88,6 +92,16 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
         lower = [flag_of(name) for name in SIZES if name in config.settings_of(config_class)]
         fix = " or ".join([f"lower {', '.join(lower)}"] * bool(lower) + ["use a smaller model"])
         _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {fix}")
+
+
+def _imported(function: str) -> Any:
+    """The function of that name. Its packages leave nothing to collect while they are imported:
+    looking for it would take a second of five."""
+    gc.disable()
+    try:
+        return resolve_name(function)
+    finally:
+        gc.enable()
 
 
 def _wait_passively_beside_others() -> None:

@@ -47,7 +47,7 @@ MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "run_name",
     "skip_memory",
 )
-NOT_COMPARED = ("output_dir", "resume", "plan", "gpu_memory")
+NOT_COMPARED = ("output_dir", "resume", "plan", "gpu_memory", "json", "fit")
 OLD_NAMES = {"loss_without_logits": "fast_path"}
 """old names of settings, accepted in recipes and run.yaml"""
 
@@ -151,9 +151,13 @@ class TrainConfig(Settings):
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """other transformers.TrainingArguments, as --trainer.NAME VALUE"""
     plan: bool = False
-    """print the memory needed (not supported yet)"""
+    """print the memory that the run needs, and do not train"""
     gpu_memory: str | None = None
-    """budget, like 8GB (not supported yet)"""
+    """for plan: the memory of a card, like 8GiB; by default that of the GPU that is there"""
+    json: bool = field(default=False, metadata=RARE)
+    """for plan: print a JSON object"""
+    fit: bool = field(default=False, metadata=RARE)
+    """for plan: print the cheapest flags with which the run fits"""
 
     def faults(self) -> Iterator[str]:
         if self.data.packing and self.task != CAUSAL_LM.name:
@@ -164,8 +168,9 @@ class TrainConfig(Settings):
             yield "offload_activations needs gradient_checkpointing: turn both on, or both off"
         if self.eval_steps is not None and self.data.eval_data is None:
             yield "eval_steps needs eval_data: give both"
-        if self.plan or self.gpu_memory is not None:
-            yield "--plan and --gpu-memory are not supported yet: leave them out"
+        for name in ("gpu_memory", "json", "fit"):
+            if getattr(self, name) and not self.plan:
+                yield f"{name} needs plan: give both, or leave it out"
 
 
 @dataclass(frozen=True)

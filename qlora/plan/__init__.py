@@ -2,9 +2,22 @@
 
 `estimate`: the plan. `step`: a counted training step. `meta`: the model without memory. `meter`:
 the bytes by kind. `shrink`: small configs. `source`: what is known of a model. `optimizer`: its
-state. `command`: `train.py --plan`. `fit`: what would make it fit.
+state. `fit`: what would make it fit. `command`: `train.py --plan`, which prepares the imports.
 """
 
-from qlora.plan.estimate import Plan, Planner, plan
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora.plan.estimate import Plan as Plan
+    from qlora.plan.estimate import Planner as Planner
+    from qlora.plan.estimate import plan as plan
 
 __all__ = ["Plan", "Planner", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'qlora.plan' has no attribute {name!r}")
+    from qlora.plan import estimate
+
+    return getattr(estimate, name)

@@ -178,6 +178,9 @@ class Sample:
             large = on_meta(config, large_config)
             state_of(large).task, state_of(large).heads = config.task, state_of(self.model).heads
             apply_lora(large, config.lora)
+            names = vocabulary(self.model)
+            modules = [self.model.get_submodule(name) for name in names if name]
+            self.is_tied = len(modules) == 2 and modules[0].weight is modules[1].weight
         self.meter = Meter(OTHER)
         forget_buffers()
         with self.meter:

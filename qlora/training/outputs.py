@@ -44,7 +44,6 @@ from qlora.data.chat_template import PROBE
 from qlora.data.generation import Question
 from qlora.data.objectives import OBJECTIVES
 from qlora.errors import UserError, first_line, require, some
-from qlora.pictures import draw_run, save_png
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 # What a run leaves that failed before its first checkpoint; "runs" is TensorBoard's folder.
@@ -386,6 +385,8 @@ def write_results(
     """
     metrics = files.read_metrics(folder)
     per = "label" if "labels" in base else "supervised token"
+    from qlora.pictures import draw_run, save_png  # matplotlib, which takes a while to import
+
     save_png(draw_run(metrics, per=per, total_bytes=device()[1]), folder / "loss.png")
     step, all_steps = steps
     is_best = step < all_steps
