@@ -45,6 +45,7 @@ def main() -> None:
     """`qlora COMMAND ...`, the console command."""
     name, *words = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
+        words += ["--plan"] * (name == "plan")
         run(name, prog=f"qlora {name}", words=words)
     elif name in ("-h", "--help"):
         print("usage: qlora COMMAND [FLAGS]\n       qlora COMMAND --help\n")

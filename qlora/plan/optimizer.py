@@ -5,17 +5,19 @@ qlora.training.optimizers wraps it. Paged state counts as if it were all on the 
 host memory where the GPU has no more.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.config import TrainConfig
 from qlora.plan.meta import as_on_gpu, empty
 from qlora.plan.meter import Meter
-from qlora.training.optimizers import keep_updates
+from qlora.training.optimizers import BUNDLE, MasterWeights, keep_updates
 from qlora.training.trainer import AdapterTrainer, training_arguments
 
 STATE, STEP, GIVEN = "optimizer state", "optimizer step", "parameters and gradients"
@@ -29,22 +31,48 @@ class OptimizerBytes(NamedTuple):
     step: int
 
 
-def optimizer_bytes(config: TrainConfig, parameters: Iterable[Kind]) -> OptimizerBytes:
-    """Of the optimizer that `config` names, for parameters of these dtypes and shapes."""
+def optimizer_bytes(config: TrainConfig, parameters: Sequence[Kind]) -> OptimizerBytes:
+    """Of the optimizer that `config` names, for parameters of these dtypes and shapes.
+
+    The state of a parameter depends on its dtype and shape alone. A step with master weights takes
+    a bundle at a time, any other all parameters at once.
+    """
+    counts, few = Counter(parameters), _few(parameters)
     meter = Meter(GIVEN)
     with as_on_gpu(), meter:
-        trained = [nn.Parameter(empty(shape, dtype)) for dtype, shape in parameters]
+        trained = {nn.Parameter(empty(shape, dtype)): (dtype, shape) for dtype, shape in few}
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-        optimizer = _optimizer(config, trained)
-        given = sum(meter.now.values())
-        meter.kind = STATE
+        optimizer = _optimizer(config, list(trained))
         optimizer.step()
-        state = sum(meter.now.values()) - given
         meter.begin(STEP, STEP)
         optimizer.step()
         (segment,) = meter.segments
-    return OptimizerBytes(state, sum(segment.rise.values()))
+    sizes = {kind: _state_of(optimizer, p) for p, kind in reversed(trained.items())}
+    step = sum(segment.rise.values())
+    if not (isinstance(optimizer, MasterWeights) and torch.bfloat16 in {kind[0] for kind in few}):
+        step = step * _numbers(parameters) // max(1, _numbers(few))
+    return OptimizerBytes(sum(sizes[kind] * count for kind, count in counts.items()), step)
+
+
+def _few(parameters: Sequence[Kind]) -> list[Kind]:
+    """The first parameters: some bundles, with one of each kind."""
+    for end in range(1, len(parameters) + 1):
+        few = parameters[:end]
+        if _numbers(few) > 2 * BUNDLE and {*few} == {*parameters}:
+            return list(few)
+    return list(parameters)
+
+
+def _numbers(parameters: Sequence[Kind]) -> int:
+    return sum(math.prod(shape) for _, shape in parameters)
+
+
+def _state_of(optimizer: Any, parameter: nn.Parameter) -> int:
+    """The bytes of a parameter's state, its lower half included; not of tables that all share."""
+    held = [t for name, t in optimizer.state[parameter].items() if not name.startswith("qmap")]
+    held += [low for low, _ in [getattr(optimizer, "lower", {}).get(parameter, (None, None))]]
+    return sum(t.nbytes for t in held if isinstance(t, Tensor) and t.is_meta)
 
 
 def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> Any:

@@ -2,6 +2,7 @@
 the safetensors files or their index, where there are any."""
 
 import json
+import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,8 @@ def _folder(config: TrainConfig) -> Path:
         known = (folder / "config.json").is_file()
         require(known, f"{folder} is no model: it holds no config.json. Give a folder with one")
         return folder
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model)
+    require(bool(is_hub_name), f"model {config.model} does not exist: give a folder or a hub name")
     from huggingface_hub import hf_hub_download
 
     try:

@@ -31,6 +31,7 @@ from qlora.config import TrainConfig
 from qlora.config.tasks import task_named
 from qlora.data.objectives import OBJECTIVES
 from qlora.data.rows import FlatCollator, PackCollator
+from qlora.errors import UserError
 from qlora.fast.attention import VARLEN, rows_collator
 from qlora.fast.head import LazyLogits
 from qlora.fast.offload import offload_activations
@@ -163,7 +164,6 @@ class Sample:
         self.edges = OFFLOAD_EDGES if config.offload_activations else EDGES
         with quietly():
             whole = on_meta(config, source)
-            require_all_quantized(whole, quantized_layers(whole, config.quant), config.quant)
             self.parameters = sum(p.numel() for p in whole.parameters())
             layers = layer_list(whole)
             by_index = config.lora.layers_to_transform or config.lora.rank_pattern
@@ -173,7 +173,11 @@ class Sample:
                 few = len(kinds) or layer_count(source)
             self.stands_in = stand_in(kinds, few, self.edges)
             large_config = first_layers(source, few)
-            self.model = load_narrow(config, large_config)
+            try:
+                self.model = load_narrow(config, large_config)
+            except UserError:  # with the sizes of the whole model, if they are the reason
+                require_all_quantized(whole, quantized_layers(whole, config.quant), config.quant)
+                raise
             self.collate = self._collator()
             large = on_meta(config, large_config)
             state_of(large).task, state_of(large).heads = config.task, state_of(self.model).heads
