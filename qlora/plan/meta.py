@@ -32,6 +32,7 @@ from qlora.ops import nf4
 WRAPPED = "base_layer."  # in names of what is behind wrappers
 # Attributes of modules that loading and the preparation for training set.
 KEPT = ("training", "gradient_checkpointing", "name_or_path", "is_loaded_in_4bit")
+READ = (Tensor.__bool__, Tensor.__contains__)
 PLAIN = (int, float, str, tuple, list, torch.Size, Tensor, PreTrainedConfig)
 
 
@@ -48,7 +49,7 @@ def widen(model: Any, large: nn.Module) -> None:
     meta device. Dtypes stay, and so does what is quantized."""
     every: Any = {"remove_duplicate": False}
     twins = {
-        name.replace(WRAPPED, ""): module
+        f"{name}.".replace(WRAPPED, "").rstrip("."): module
         for name, module in large.named_modules(**every)
         if not isinstance(module, Wrapper)
     }
@@ -116,18 +117,18 @@ def _copy_numbers(module: nn.Module, twin: nn.Module) -> None:
 # ---- what stands in for a GPU ----
 
 
-class Kernels(TorchFunctionMode):
-    """Calls the kernels that torch has for CUDA: on meta tensors it composes others."""
+class Unread(TorchFunctionMode):
+    """Answers no where a model asks for values: is nothing masked? is a pad among the tokens?"""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return attention(*args, **kwargs)
-        if func in (F.rms_norm, torch.rms_norm) and args[0].is_meta:
-            return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]
-        if func is Tensor.__bool__ and args[0].is_meta:  # such as "is nothing masked?"
+        if func in READ and args[0].is_meta:
             return False
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    """torch's kernel, which a GPU has."""
+    return torch.ops.aten._fused_rms_norm(x, list(shape), weight, eps)[0]  # type: ignore[no-any-return]
 
 
 def attention(
@@ -161,6 +162,8 @@ def as_on_gpu(*, packed: bool = False) -> Iterator[None]:
         return kind != ("meta",) and is_enabled(*kind)
 
     with ExitStack() as stack:
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(patch.object(F, "rms_norm", rms_norm))
         stack.enter_context(patch.object(torch, "autocast", of_cpu))
         stack.enter_context(patch.object(torch, "is_autocast_enabled", is_on))
         masks = transformers.masking_utils

@@ -6,6 +6,7 @@ and to run on a CPU. Both work on the config of any model type, by the names tha
 """
 
 import copy
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -77,11 +78,12 @@ def _make_narrow(config: Any) -> None:
         return
     keys = getattr(config, "num_key_value_heads", None)
     hidden, size = config.hidden_size, getattr(config, "head_dim", None)
-    few = min(heads, 2)
+    size = size or hidden // heads
+    few = min(heads, 64 // math.gcd(size, 64))  # bitsandbytes quantizes rows in blocks of 64
+    few = max(few, min(heads, 2))
     if type(keys) is int:
         config.num_key_value_heads = few if keys == heads else 1
     config.num_attention_heads = few
-    size = size or hidden // heads
     config.hidden_size = few * size
     if hasattr(config, "word_embed_proj_dim"):  # OPT's
         config.word_embed_proj_dim = config.hidden_size

@@ -35,7 +35,7 @@ from qlora.errors import UserError
 from qlora.fast.attention import VARLEN, rows_collator
 from qlora.fast.head import LazyLogits
 from qlora.fast.offload import offload_activations
-from qlora.plan.meta import Kernels, as_on_gpu, backward, empty, forget_buffers, widen
+from qlora.plan.meta import Unread, as_on_gpu, backward, empty, forget_buffers, widen
 from qlora.plan.meter import Bytes, Meter, Segment, difference
 from qlora.plan.shrink import first_layers, layer_count, narrow, text_of
 from qlora.training.run import prepare_for_training
@@ -306,7 +306,7 @@ class Sample:
                     meter.begin("embedding", WORKING)
                 else:
                     meter.kind, meter.without = SCRATCH, 0
-                with meter, Kernels(), offload or ExitStack():
+                with meter, Unread(), offload or ExitStack():
                     inputs = self.batch(rows, length)
                     labels = inputs.pop("labels")
                     count = empty((), torch.int64)
@@ -316,7 +316,7 @@ class Sample:
                     del outputs
                 if self.is_counting:
                     meter.begin("backward of the loss", LOSS)
-                backward(loss, meter, Kernels())
+                backward(loss, meter)
                 del loss, inputs, labels, count
                 vocab = self.model.config.get_text_config().vocab_size
                 meter.without = rows * (-(-length // 8) * 8 if self.collate is None else length)
