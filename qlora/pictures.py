@@ -21,6 +21,7 @@ INK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
     "#24292f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c959f",
 )  # fmt: skip
 LINES = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, INK)
+AREAS = (*LINES, "#f0e442", "#a6761d", GREY)
 MARKERS = "os^vDPX*"  # 8 markers for 7 colours: the first 56 lines differ
 PANELS = {
     "learning_rate": "learning rate",
@@ -210,6 +211,44 @@ def draw_merge(report: Mapping[str, Any]) -> Figure:
         axes.bar_label(bars, fmt="%.4f", fontsize=9, color=INK)
         share = "no gain" if verify["kept"] is None else f"{verify['kept']:.2%} of the gain kept"
         axes.set_title(f"{share}\nKL to live {verify['kl']:.4f}", fontsize=10, color=INK)
+    return figure
+
+
+def draw_memory(
+    moments: Sequence[tuple[str, Mapping[str, int]]], total_bytes: int | None = None
+) -> Figure:
+    """Memory over a training step, stacked by kind: (part of the step, bytes by kind) in order.
+
+    The kinds that are largest at the peak have an area each, the smallest share one."""
+    sums = [sum(held.values()) for _, held in moments]
+    at_peak = moments[int(np.argmax(sums))][1]
+    every = {kind for _, held in moments for kind in held}
+    largest = sorted(every, key=lambda kind: -max(held.get(kind, 0) for _, held in moments))
+    shown, rest = largest[: len(AREAS) - 1], largest[len(AREAS) - 1 :]
+    rows = [[held.get(kind, 0) / GIB for _, held in moments] for kind in shown]
+    rows.append([sum(held.get(kind, 0) for kind in rest) / GIB for _, held in moments])
+    names = [*shown, "others"]
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes, y="GiB", ticks=0)
+    order = sorted(range(len(rows)), key=lambda i: float(np.ptp(rows[i])))  # constant ones below
+    axes.stackplot(
+        range(len(moments)), [rows[i] for i in order], labels=[names[i] for i in order],
+        colors=[AREAS[i] for i in order], linewidth=0,
+    )  # fmt: skip
+    starts = [i for i, (name, _) in enumerate(moments) if i == 0 or moments[i - 1][0] != name]
+    axes.set_xticks(starts, [moments[i][0] for i in starts], rotation=20, ha="left", fontsize=8)
+    if total_bytes:
+        axes.axhline(total_bytes / GIB, color=INK, linewidth=1, linestyle="--")
+    axes.set_xlim(0, len(moments) - 1)
+    axes.set_ylim(0, 1.08 * max(max(sums), total_bytes or 0) / GIB)
+    axes.set_title(
+        f"peak {sum(at_peak.values()) / GIB:.2f} GiB"
+        + (f" of {total_bytes / GIB:.1f} GiB" if total_bytes else ""),
+        fontsize=10, loc="left", color=INK,
+    )  # fmt: skip
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right", frameon=False, fontsize=8)
     return figure
 
 

@@ -47,7 +47,7 @@ MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "run_name",
     "skip_memory",
 )
-NOT_COMPARED = ("output_dir", "resume", "plan", "gpu_memory", "json", "fit")
+NOT_COMPARED = ("output_dir", "resume", "plan", "gpu_memory", "json", "fit", "plan_picture")
 OLD_NAMES = {"loss_without_logits": "fast_path"}
 """old names of settings, accepted in recipes and run.yaml"""
 
@@ -157,7 +157,9 @@ class TrainConfig(Settings):
     json: bool = field(default=False, metadata=RARE)
     """for plan: print a JSON object"""
     fit: bool = field(default=False, metadata=RARE)
-    """for plan: print the cheapest flags with which the run fits"""
+    """for plan: print the cheapest flags with which the run fits, or those that use what is free"""
+    plan_picture: str | None = field(default=None, metadata=RARE)
+    """for plan: a file for the picture of the memory over a step, such as plan.png"""
 
     def faults(self) -> Iterator[str]:
         if self.data.packing and self.task != CAUSAL_LM.name:
@@ -168,7 +170,7 @@ class TrainConfig(Settings):
             yield "offload_activations needs gradient_checkpointing: turn both on, or both off"
         if self.eval_steps is not None and self.data.eval_data is None:
             yield "eval_steps needs eval_data: give both"
-        for name in ("gpu_memory", "json", "fit"):
+        for name in ("gpu_memory", "json", "fit", "plan_picture"):
             if getattr(self, name) and not self.plan:
                 yield f"{name} needs plan: give both, or leave it out"
 

@@ -18,9 +18,9 @@ with patch.object(torch, "compile", lambda function=None, **_: function or (lamb
     import bitsandbytes  # noqa: F401
 
 from qlora.config import TrainConfig
-from qlora.plan.estimate import Plan, Planner
+from qlora.plan.estimate import CONTEXT, Plan, Planner
+from qlora.plan.fit import Fitter, Option, changed, flags_of
 
-PICTURE = "plan.png"
 GIB = 1 << 30
 
 
@@ -33,10 +33,60 @@ def run(config: TrainConfig) -> None:
 
 
 def show_plan(config: TrainConfig) -> Plan:
-    """Print the plan of `config`."""
-    made = Planner(config).plan()
-    print(json.dumps(made.record()) if config.json else table(made))
+    """Print the plan of `config`, and what would make it fit; with --fit, the flags that do."""
+    planner = Planner(config)
+    made = planner.plan()
+    record: dict[str, Any] = made.record()
+    lines = [table(made)]
+    if made.budget_bytes is not None and (config.fit or not made.fits):
+        fitter = Fitter(planner)
+        options = [] if made.fits else fitter.options(made)
+        lines += ["", *_option_rows(options)]
+        record["options"] = [
+            {"flags": o.flags, "saved_bytes": o.saved_bytes, "cost": o.cost} for o in options
+        ]
+        rows, tokens = fitter.largest_batch(), fitter.longest_row()
+        record |= {"largest_batch": rows, "longest_row": tokens}
+        lines.append(f"With the settings given, at most {rows} rows of {made.length:,} tokens fit, "
+                     f"or one row of {tokens:,}.")  # fmt: skip
+        if config.fit:
+            fitting = fitter.fill(made) if made.fits else fitter.cheapest(made, options)
+            lines.append(_choice(made, fitting))
+            if fitting is not None:
+                record["fit"] = {"flags": flags_of(changed(made.config, fitting.config)),
+                                 "peak_bytes": fitting.peak_bytes}  # fmt: skip
+                made = fitting
+    if config.plan_picture:
+        from qlora.pictures import draw_memory, save_png  # matplotlib takes a while to import
+
+        save_png(draw_memory(moments(made), made.budget_bytes), Path(config.plan_picture))
+    print(json.dumps(record) if config.json else "\n".join(lines))
     return made
+
+
+def _option_rows(options: list[Option]) -> list[str]:
+    return ["What takes less, each alone:"] * bool(options) + [
+        f"  {option.flags}: {show(option.saved_bytes)} less; {option.cost}" for option in options
+    ]
+
+
+def _choice(before: Plan, after: Plan | None) -> str:
+    """What --fit chose."""
+    if after is None:
+        return "No combination of these fits: take a smaller model or a larger card."
+    flags = flags_of(changed(before.config, after.config))
+    return f"It fits with: {flags}" if flags else "Nothing else makes better use of the card."
+
+
+def moments(plan: Plan) -> list[tuple[str, dict[str, int]]]:
+    """The bytes by kind at the start, peak and end of each part of the step, and its name."""
+    held: dict[str, int] = {k: v for k, v in plan.parts.items() if k == CONTEXT}
+    return [
+        (segment.name.partition(" ")[0] if segment.name[-1].isdigit() else segment.name,
+         {**held, **at})
+        for segment in plan.segments
+        for at in (segment.start, segment.peak, segment.end)
+    ]  # fmt: skip
 
 
 def table(plan: Plan) -> str:

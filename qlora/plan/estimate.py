@@ -5,8 +5,7 @@ are assumed: the CUDA context, and an allowance for what the allocator rounds up
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +43,6 @@ class Plan:
     disk: dict[str, int]
     budget_bytes: int | None = None
     """of the card, if it is known"""
-    model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -86,17 +84,20 @@ class Planner:
             self._optimizer[optim] = optimizer_bytes(settings, self.trained)
         return self._optimizer[optim]
 
-    def plan(
-        self, *, rows: int | None = None, length: int | None = None, optim: str | None = None,
-        steps: int | None = None,
-    ) -> Plan:  # fmt: skip
-        """The plan of a run with these rows, tokens, optimizer and micro-batches of a step."""
-        config, longest = self.config, self.source.longest
-        rows = rows or config.per_device_train_batch_size
-        length = length or min(config.data.max_length, longest or config.data.max_length)
-        steps = steps or config.gradient_accumulation_steps
-        own = self.optimizer(optim or config.optim)
-        segments, activations = self.sample.count(rows, length, accumulates=steps > 1)
+    def plan(self, config: TrainConfig | None = None) -> Plan:
+        """The plan of the run, or of another `config` that differs in rows, tokens, optimizer and
+        whether the embedding is in host memory."""
+        config, longest = config or self.config, self.source.longest
+        rows = config.per_device_train_batch_size
+        length = min(config.data.max_length, longest or config.data.max_length)
+        own = self.optimizer(config.optim)
+        accumulates = config.gradient_accumulation_steps > 1
+        try:
+            segments, activations = self.sample.count(rows, length, accumulates=accumulates)
+        except UserError:
+            raise
+        except Exception as error:  # of a model's code that reads values
+            raise UserError(f"{config.model} cannot be planned: {_described(error)}") from error
         segments = _with_optimizer(segments, own)
         host = {"offloaded activations": activations} if activations else {}
         if config.offload_embedding:
@@ -106,8 +107,8 @@ class Planner:
         counted = sum(parts.values())
         parts |= {CONTEXT: CONTEXT_BYTES, ALLOWANCE: int(counted * ALLOWED_SHARE)}
         return Plan(
-            config, rows, length, segments, parts, _place(segments, peak), host,
-            self._disk(own), budget(config), {"parameters": self.sample.parameters},
+            config, rows, length, segments, parts, _place(segments, peak), host, self._disk(own),
+            budget(config),
         )  # fmt: skip
 
     def _disk(self, own: OptimizerBytes) -> dict[str, int]:
@@ -166,8 +167,3 @@ def _place(segments: list[Segment], peak: Segment) -> str:
 
 def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def share(parts: Mapping[str, int], total: int) -> dict[str, float]:
-    """Each part over the total."""
-    return {name: size / total for name, size in parts.items()}

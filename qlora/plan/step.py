@@ -199,8 +199,14 @@ class Sample:
             return None
         settings: Any = {"packing": config.data.packing, "fast_path": config.fast_path}
         collate = rows_collator(model, pad_token_id=0, **settings)
-        if isinstance(collate, FlatCollator) and model.dtype != torch.float32:
-            model.set_attn_implementation(VARLEN)
+        if not isinstance(collate, FlatCollator):
+            return collate
+        text = text_of(model.config)
+        keys, values = getattr(text, "qk_head_dim", None), getattr(text, "v_head_dim", None)
+        if model.dtype == torch.float32 or keys != values:  # rows in turn, whose lengths are read:
+            model.set_attn_implementation("sdpa")  # counted as one kernel for all
+            return None
+        model.set_attn_implementation(VARLEN)
         return collate
 
     def _tag_parameters(self) -> list[Bytes]:
