@@ -248,7 +248,7 @@ def draw_memory(
         fontsize=10, loc="left", color=INK,
     )  # fmt: skip
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right", frameon=False, fontsize=8)
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -33,7 +34,8 @@ def run(config: TrainConfig) -> None:
 
 
 def show_plan(config: TrainConfig) -> Plan:
-    """Print the plan of `config`, and what would make it fit; with --fit, the flags that do."""
+    """Print the plan of `config`, and what would make it fit; with --fit, the flags that do, and
+    return their plan."""
     planner = Planner(config)
     made = planner.plan()
     record: dict[str, Any] = made.record()
@@ -41,21 +43,12 @@ def show_plan(config: TrainConfig) -> Plan:
     if made.budget_bytes is not None and (config.fit or not made.fits):
         fitter = Fitter(planner)
         options = [] if made.fits else fitter.options(made)
-        lines += ["", *_option_rows(options)]
-        record["options"] = [
-            {"flags": o.flags, "saved_bytes": o.saved_bytes, "cost": o.cost} for o in options
-        ]
-        rows, tokens = fitter.largest_batch(), fitter.longest_row()
-        record |= {"largest_batch": rows, "longest_row": tokens}
-        lines.append(f"With the settings given, at most {rows} rows of {made.length:,} tokens fit, "
-                     f"or one row of {tokens:,}.")  # fmt: skip
+        rows = [{"flags": o.flags, "saved_bytes": o.saved_bytes, "cost": o.cost} for o in options]
+        record["options"] = rows
+        lines += ["", "What takes less, each alone:"] * bool(options)
+        lines += [f"  {o.flags}: {show(o.saved_bytes)} less; {o.cost}" for o in options]
         if config.fit:
-            fitting = fitter.fill(made) if made.fits else fitter.cheapest(made, options)
-            lines.append(_choice(made, fitting))
-            if fitting is not None:
-                record["fit"] = {"flags": flags_of(changed(made.config, fitting.config)),
-                                 "peak_bytes": fitting.peak_bytes}  # fmt: skip
-                made = fitting
+            made = _fit(fitter, made, options, record, lines)
     if config.plan_picture:
         from qlora.pictures import draw_memory, save_png  # matplotlib takes a while to import
 
@@ -64,35 +57,40 @@ def show_plan(config: TrainConfig) -> Plan:
     return made
 
 
-def _option_rows(options: list[Option]) -> list[str]:
-    return ["What takes less, each alone:"] * bool(options) + [
-        f"  {option.flags}: {show(option.saved_bytes)} less; {option.cost}" for option in options
-    ]
-
-
-def _choice(before: Plan, after: Plan | None) -> str:
-    """What --fit chose."""
-    if after is None:
-        return "No combination of these fits: take a smaller model or a larger card."
-    flags = flags_of(changed(before.config, after.config))
-    return f"It fits with: {flags}" if flags else "Nothing else makes better use of the card."
+def _fit(
+    fitter: Fitter, made: Plan, options: list[Option], record: dict[str, Any], lines: list[str]
+) -> Plan:
+    """The plan that fits, or makes better use of the card; `made` if there is none."""
+    rows, tokens = fitter.largest_batch(), fitter.longest_row()
+    record |= {"largest_batch": rows, "longest_row": tokens}
+    lines += ["", f"The largest micro-batch of {made.length:,} tokens a row has {rows} rows;"]
+    lines[-1] += f" the longest row alone has {tokens:,} tokens."
+    fitting = fitter.fill(made) if made.fits else fitter.cheapest(made, options)
+    if fitting is None:
+        lines.append("No combination of these fits: take a smaller model or a larger card.")
+        return made
+    flags = flags_of(changed(made.config, fitting.config))
+    record["fit"] = {"flags": flags, "peak_bytes": fitting.peak_bytes}
+    with_flags = f"{show(fitting.peak_bytes)} with: {flags}"
+    lines.append(with_flags if flags else "Nothing makes better use of the card.")
+    return fitting
 
 
 def moments(plan: Plan) -> list[tuple[str, dict[str, int]]]:
     """The bytes by kind at the start, peak and end of each part of the step, and its name."""
-    held: dict[str, int] = {k: v for k, v in plan.parts.items() if k == CONTEXT}
-    return [
-        (segment.name.partition(" ")[0] if segment.name[-1].isdigit() else segment.name,
-         {**held, **at})
-        for segment in plan.segments
-        for at in (segment.start, segment.peak, segment.end)
-    ]  # fmt: skip
+    context, found = {CONTEXT: plan.parts[CONTEXT]}, []
+    for segment in plan.segments:
+        name = segment.name.partition(" ")[0] if segment.name[-1].isdigit() else segment.name
+        name = {"embedding": "forward", "backward of the loss": "loss"}.get(name, name)
+        found += [(name, {**context, **at}) for at in (segment.start, segment.peak, segment.end)]
+    return found
 
 
 def table(plan: Plan) -> str:
     """The plan for a terminal."""
     tokens = f"{plan.rows} × {plan.length:,} tokens"
-    lines = [f"{plan.config.model}: a micro-batch of {tokens}", "", *_rows("GPU memory", plan.parts)]
+    lines = [f"{plan.config.model}: a micro-batch of {tokens}", ""]
+    lines += _rows("GPU memory", plan.parts)
     lines += [_row("peak", plan.peak_bytes), f"The peak is in the {plan.peak_at}.", ""]
     if plan.host:
         lines += [*_rows("host memory, besides the process", plan.host), ""]

@@ -10,12 +10,13 @@ from typing import Any
 
 from qlora.config import TrainConfig, flat
 from qlora.errors import UserError
-from qlora.plan.estimate import Plan, Planner
+from qlora.plan.estimate import Plan, Planner, budget
 
 PAGED = "paged_adamw_8bit"
 LEAST_RANK, LEAST_LENGTH = 4, 256
 MOST_ROWS, MOST_LENGTH = 1024, 1 << 22
 UNIT = 64  # of the longest row, in tokens
+SHARP = 32  # of the largest batch and row, one part in so many
 ONE_MODEL = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim")
 """settings that need no other model to be counted"""
 
@@ -82,6 +83,7 @@ class Fitter:
 
     def __init__(self, planner: Planner) -> None:
         self.config, self.source = planner.config, planner.source
+        self.budget = budget(planner.config) or 0
         self._planners = {self._key(planner.config): planner}
 
     def _key(self, config: TrainConfig) -> str:
@@ -112,9 +114,8 @@ class Fitter:
 
     def cheapest(self, before: Plan, options: list[Option]) -> Plan | None:
         """The plan of the cheapest options that suffice; None if all together do not."""
-        budget = before.budget_bytes or 0
         for option in options:
-            if option.peak_bytes <= budget:
+            if option.peak_bytes <= self.budget:
                 return self.plan(option.settings)
         settings: dict[str, Any] = {}
         for option in options:
@@ -146,35 +147,42 @@ class Fitter:
         """The most tokens of a row that fit, a multiple of UNIT; 0 if none do."""
         most = min(self.source.longest or MOST_LENGTH, MOST_LENGTH) // UNIT
 
-        def fits(units: int) -> bool:
+        def peak(units: int) -> int:
             settings = {"per_device_train_batch_size": rows, "max_length": units * UNIT}
-            made = self.plan(settings)
-            return made is not None and bool(made.fits)
+            return self._peak(settings)
 
-        return UNIT * largest(fits, most)
+        return UNIT * largest(peak, self.budget, most, self.config.data.max_length // UNIT)
 
     def largest_batch(self) -> int:
         """The most rows of a micro-batch that fit; 0 if none do."""
 
-        def fits(rows: int) -> bool:
-            made = self.plan({"per_device_train_batch_size": rows})
-            return made is not None and bool(made.fits)
+        def peak(rows: int) -> int:
+            return self._peak({"per_device_train_batch_size": rows})
 
-        return largest(fits, MOST_ROWS)
+        rows = self.config.per_device_train_batch_size
+        return largest(peak, self.budget, MOST_ROWS, rows)
+
+    def _peak(self, settings: dict[str, Any]) -> int:
+        made = self.plan(settings)
+        return self.budget + 1 if made is None else made.peak_bytes
 
 
-def largest(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` for which `holds` is true, 0 if it is for none: by doubling
-    and then bisection to a sixteenth."""
-    if most < 1 or not holds(1):
-        return 0
-    low, high = 1, 2
-    while high <= most and holds(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > max(1, low // 16):
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+def largest(peak: Callable[[int], int], budget: int, most: int, first: int) -> int:
+    """The largest number up to `most` whose peak is within the budget, to a part in SHARP; 0 if
+    there is none. A bisection, at the place where a line through the last two peaks meets it."""
+    low, high, at = 0, most + 1, max(1, min(first, most))
+    points: list[tuple[int, int]] = []
+    while high - low > max(1, low // SHARP):
+        points.append((at, peak(at)))
+        if points[-1][1] <= budget:
+            low = at
+        else:
+            high = at
+        (x, y), (x0, y0) = points[-1], points[-2] if len(points) > 1 else (0, 0)
+        guess = x + (budget - y) * (x - x0) // (y - y0) if y > y0 and len(points) > 1 else 0
+        if len(points) % 4 == 0 or not guess:  # a line that leads nowhere must not stop it
+            guess = 2 * low if high > most and low else (low + high) // 2 if low else high // 2
+        at = max(low + 1, min(guess, high - 1))
     return low
 
 

@@ -194,6 +194,6 @@ def backward(loss: Tensor, *modes: AbstractContextManager[Any]) -> None:
         with ExitStack() as stack:
             for mode in modes:
                 stack.enter_context(mode)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     _autograd.submit(run).result()

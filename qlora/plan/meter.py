@@ -53,7 +53,7 @@ class Meter(TorchDispatchMode):
     """Bytes of all storages on the meta device that operators allocate, while they are alive."""
 
     def __init__(self, kind: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind = kind
         self.now: Bytes = Counter()
         self.segments: list[Segment] = []

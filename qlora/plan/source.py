@@ -15,7 +15,6 @@ from qlora.base.shards import INDEX, SINGLE
 from qlora.config import QuantConfig, TrainConfig
 from qlora.errors import UserError, first_line, require
 from qlora.files import read_json
-from qlora.plan.shrink import text_of
 
 SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

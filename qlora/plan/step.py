@@ -1,7 +1,7 @@
 """The memory of a training step of a large model on a GPU, counted without a GPU or weights.
 
-Our own step runs: `load_base`, `apply_lora` and `prepare_for_training` on a narrow checkpoint on the
-CPU, which `widen` then turns into the large model without memory; two micro-batches run under a
+Our own step runs: `load_base`, `apply_lora` and `prepare_for_training` on a narrow checkpoint on
+the CPU, which `widen` turns into the large model without memory; two micro-batches run under a
 `Meter`, of which the second counts. Only the first layers of a model run. `Sample.count` notes the
 bytes of each kind at the start, peak and end of each layer's forward and backward pass, and adds
 those of all layers: one of the same kind stands for each that did not run.
@@ -13,9 +13,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,14 +51,14 @@ class HostMemory:
 
     def __init__(self, meter: Meter) -> None:
         self.device = torch.device("meta")
-        self.meter, self.bytes = meter, 0
+        self.meter, self.sizes = meter, [0]
 
     def allocate(self, size: int) -> Tensor:
         """Memory that the meter leaves out."""
         self.meter.paused = True
         made = empty((size,), torch.uint8)
         self.meter.paused = False
-        self.bytes += size
+        self.sizes.append(size)
         return made
 
     def start(self, target: Tensor, source: Tensor) -> None:
@@ -296,11 +295,14 @@ class Sample:
                 made["decoder_input_ids"] = made["labels"]
         return {k: empty(v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in made.items()}
 
-    def segments(self, rows: int, length: int, *, accumulates: bool) -> tuple[list[Segment], int]:
-        """The segments of a micro-batch of the layers that run, and bytes in host memory."""
+    def segments(
+        self, rows: int, length: int, *, accumulates: bool
+    ) -> tuple[list[Segment], list[int]]:
+        """The segments of a micro-batch of the layers that run, and the sizes in host memory."""
         meter, objective = self.meter, OBJECTIVES[self.config.task]
         packed = isinstance(self.collate, PackCollator)
         host = HostMemory(meter)
+        forget_buffers()
         offload = offload_activations(copies=host) if self.config.offload_activations else None  # type: ignore[arg-type]
         with as_on_gpu(packed=packed):
             for self.is_counting in (False, True):
@@ -330,12 +332,13 @@ class Sample:
             meter.begin("end", WORKING)
         self.is_counting = False
         found, meter.segments = meter.segments[:-1], []
-        return found, host.bytes
+        return found, host.sizes
 
     def count(self, rows: int, length: int, *, accumulates: bool) -> tuple[list[Segment], int]:
         """The segments of a micro-batch of the whole model, and bytes in host memory."""
-        found, host = self.segments(rows, length, accumulates=accumulates)
+        found, sizes = self.segments(rows, length, accumulates=accumulates)
         *layers, _ = self.parts
+        host = sum(sizes) + max(sizes) * (len(self.stands_in) - len(layers))
         if not self.stands_in:
             return found, host
         own = [b.copy() for b in layers]
@@ -352,7 +355,7 @@ class Sample:
         every += [names[f"forward {i}"] for i in self.stands_in]
         every += [names["loss"], names["backward of the loss"]]
         every += [names[f"backward {i}"] for i in reversed(self.stands_in)]
-        return joined(every, start), host * len(self.stands_in) // len(layers)
+        return joined(every, start), host
 
 
 def joined(segments: Sequence[Segment], start: Bytes) -> list[Segment]:

@@ -1,0 +1,164 @@
+"""`train.py --plan`: its table, JSON, picture and exit codes; what would make a run fit; refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import SIZES, with_folders
+
+from qlora import __main__ as commands
+from qlora.cli import parse
+from qlora.config import TrainConfig
+from qlora.errors import UserError
+from qlora.plan.command import show_plan
+from qlora.plan.fit import flags_of, largest
+
+ROOT = Path(__file__).parents[2]
+FLAGS = "--data rows.jsonl --output-dir out --plan"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A folder with nothing but a config.json."""
+    folder = tmp_path_factory.mktemp("model")
+    sizes = SIZES | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+    transformers.LlamaConfig(**sizes, max_position_embeddings=65536).save_pretrained(folder)
+    return folder
+
+
+def said(model: Path, flags: str, capsys) -> str:
+    words = f"--model {model} {FLAGS} {flags}".split()
+    show_plan(parse(TrainConfig, words, prog="train.py"))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("card, code", [("8GiB", 0), ("300MiB", 1)])
+def test_exit_code_says_whether_it_fits(card, code, model):
+    flags = f"train.py --model {model} {FLAGS} --gpu-memory {card} --json".split()
+    ran = subprocess.run(
+        [sys.executable, *flags], cwd=ROOT, env=with_folders(ROOT), capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr) == (code, "")
+    record = json.loads(ran.stdout)
+    assert record["fits"] is (code == 0)
+    assert record["peak_bytes"] == sum(record["parts"].values())
+    assert (record["peak_bytes"] <= record["budget_bytes"]) == record["fits"]
+
+
+def test_table_has_the_parts_and_the_verdict(model, capsys):
+    table = said(model, "--gpu-memory 8GiB", capsys)
+    for part in (
+        "linear weights",
+        "adapters",
+        "optimizer state",
+        "saved activations",
+        "checkpoints",
+    ):
+        assert part in table
+    assert "It fits into 8.00 GiB" in table and "The peak is in the" in table
+    assert "--gpu-memory 8GiB, say" in said(model, "", capsys)
+
+
+def test_options_say_what_they_save(model, capsys):
+    flags = "--gpu-memory 600MiB --max-length 8192 --no-gradient-checkpointing --json"
+    record = json.loads(said(model, flags, capsys))
+    assert not record["fits"]
+    saved = {option["flags"]: option["saved_bytes"] for option in record["options"]}
+    assert "--gradient-checkpointing" in saved and min(saved.values()) > 0
+    halved = saved["--per-device-train-batch-size 1 --gradient-accumulation-steps 16"]
+    again = json.loads(said(model, f"{flags} --per-device-train-batch-size 1", capsys))
+    assert record["peak_bytes"] - again["peak_bytes"] == pytest.approx(halved, rel=0.01)
+
+
+def test_fit_chooses_flags_that_fit(model, capsys):
+    flags = "--max-length 8192 --r 8 --no-gradient-checkpointing"
+    peak = json.loads(said(model, f"{flags} --json", capsys))["peak_bytes"]
+    card = f"{peak * 2 // 3}B"
+    record = json.loads(said(model, f"{flags} --gpu-memory {card} --fit --json", capsys))
+    chosen = record["fit"]["flags"].replace("--gradient-checkpointing", "")
+    kept = flags if chosen == record["fit"]["flags"] else flags.rpartition(" ")[0]
+    words = f"{kept} {chosen} --gpu-memory {card}"
+    again = json.loads(said(model, f"{words} --json", capsys))
+    assert again["fits"] and again["peak_bytes"] == record["fit"]["peak_bytes"]
+    longest = record["longest_row"]
+    one = (
+        flags.replace("8192", str(longest))
+        + f" --per-device-train-batch-size 1 --gpu-memory {card}"
+    )
+    assert json.loads(said(model, f"{one} --json", capsys))["fits"]
+
+
+def test_fit_uses_what_is_free(model, capsys):
+    record = json.loads(said(model, "--gpu-memory 80GiB --max-length 512 --fit --json", capsys))
+    assert record["fits"] and record["fit"]["peak_bytes"] > record["peak_bytes"]
+    assert "--no-gradient-checkpointing" in record["fit"]["flags"]
+    assert "--per-device-train-batch-size 16" in record["fit"]["flags"]
+
+
+def test_picture_of_the_step(model, capsys, tmp_path):
+    said(model, f"--gpu-memory 8GiB --plan-picture {tmp_path / 'plan.png'}", capsys)
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 5, 63, 1000, 10**6])
+def test_search_finds_the_largest(threshold):
+    found = largest(lambda n: 7 * n + 3, 7 * threshold + 3, 2048, 8)
+    assert found <= min(threshold, 2048) <= found * (1 + 1 / 32) + 1
+
+
+def test_flags_of_settings():
+    assert flags_of({"r": 8, "offload_activations": True, "gradient_checkpointing": False}) == (
+        "--r 8 --offload-activations --no-gradient-checkpointing"
+    )
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"model_type": "no_such_model"},
+            "config.json is of no model that this transformers knows",
+        ),
+        ({"hidden_size": -64}, "hidden_size must be a whole number above 0, got -64"),
+        ({"num_attention_heads": 7}, "num_attention_heads 7 must be a multiple of num_key_value"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers must be a whole number above 0"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is already quantized, with gptq"),
+    ],
+)
+def test_a_config_that_no_model_has_is_refused(change, words, model, tmp_path, capsys):
+    values = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=words):
+        said(tmp_path, "", capsys)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("no/such/folder", "model no/such/folder does not exist"),
+        ("model.gguf", "a .gguf file has none"),
+        (".", "is no model: it holds no config.json"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused(name, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        said(Path(name) if name != "." else tmp_path, "", capsys)
+
+
+def test_a_hub_name_without_network_is_refused(monkeypatch, capsys):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(UserError, match="cannot be downloaded: .*no network.* Check the name"):
+        said(Path("someone/model"), "", capsys)
+
+
+def test_plan_is_a_command_of_its_own():
+    assert commands.COMMANDS["plan"][0] is TrainConfig

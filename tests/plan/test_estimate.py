@@ -1,0 +1,194 @@
+"""The plan: extrapolated as counted directly, the same as the benchmark's, sizes by arithmetic."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import SIZES, axis, with_folders
+
+from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
+from qlora.errors import UserError
+from qlora.plan.estimate import ALLOWANCE, CONTEXT, Plan, Planner, budget
+from qlora.plan.meter import WORKSPACES
+from qlora.plan.optimizer import STATE, optimizer_bytes
+from qlora.plan.step import ADAPTERS, EMBEDDING, GRADIENTS, HEAD, LINEAR, SAVED
+
+ROOT = Path(__file__).parents[2]
+LAYERS = 7
+# 64 values a head, as large models have; layers of several kinds in turn
+WIDE: dict[str, Any] = {
+    **SIZES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": LAYERS,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+IN_TURN = ["sliding_attention", "full_attention", "sliding_attention"] * 3
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+CONFIGS: dict[str, Any] = {
+    "llama": transformers.LlamaConfig(**WIDE),
+    "mistral": transformers.MistralConfig(**WIDE),
+    "qwen2": transformers.Qwen2Config(**WIDE),
+    "qwen3": transformers.Qwen3Config(**WIDE, head_dim=64),
+    "gemma2": transformers.Gemma2Config(**WIDE, head_dim=64),
+    "gemma3": transformers.Gemma3TextConfig(**WIDE, head_dim=64, layer_types=IN_TURN[:LAYERS]),
+    "phi3": transformers.Phi3Config(**WIDE),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=320, n_embd=256, n_layer=LAYERS, n_head=4, n_positions=4096,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=2,
+    ),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**WIDE, **EXPERTS, head_dim=64),
+    "falcon": transformers.FalconConfig(
+        vocab_size=320, hidden_size=256, num_hidden_layers=LAYERS, num_attention_heads=4
+    ),
+}  # fmt: skip
+LENGTHS = (64, 256, 1000)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one row": {"per_device_train_batch_size": 1},
+    "one micro-batch": {"gradient_accumulation_steps": 1},
+    "no checkpointing": {"gradient_checkpointing": False},
+    "plain": {"fast_path": False},
+    "activations in host memory": {"offload_activations": True},
+    "packing": {"data": DataConfig("rows.jsonl", packing=True)},
+    "adapter in fp32": {"lora": LoraConfig(r=8, adapter_dtype="fp32")},
+    "attention alone": {"lora": LoraConfig(r=32, target_modules=("q_proj", "v_proj"))},
+    "DoRA": {"lora": LoraConfig(r=8, use_dora=True)},
+    "trained head": {"lora": LoraConfig(r=8, modules_to_save=("lm_head",))},
+    "dropout": {"lora": LoraConfig(r=8, lora_dropout=0.1)},
+    "one layer": {"lora": LoraConfig(r=8, layers_to_transform=(3,))},
+    "no double quantization": {"quant": QuantConfig(double_quant=False)},
+    "classifier": {"task": "seq-cls"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`folder(name)`: a folder with nothing but the config.json of one of CONFIGS."""
+
+    @cache
+    def written(name: str) -> Path:
+        path = tmp_path_factory.mktemp("config") / name
+        CONFIGS[name].save_pretrained(path)
+        return path
+
+    return written
+
+
+def config_of(model: Path, **settings: Any) -> TrainConfig:
+    known: Any = {"model": str(model), "output_dir": "out", "data": DataConfig("rows.jsonl")}
+    known |= {"lora": LoraConfig(r=8), "quant": QuantConfig(allow_unquantized=True)}
+    return TrainConfig(**(known | settings))
+
+
+def with_length(config: TrainConfig, tokens: int) -> TrainConfig:
+    return replace(config, data=replace(config.data, max_length=tokens))
+
+
+def counted(plan: Plan) -> int:
+    return plan.peak_bytes - plan.parts[CONTEXT] - plan.parts[ALLOWANCE] - plan.parts[WORKSPACES]
+
+
+def require_equal_plans(config: TrainConfig, lengths: tuple[int, ...]) -> None:
+    """A plan of a few layers is that of a direct count of all."""
+    some, every = Planner(config), Planner(config, direct=True)
+    assert len(some.sample.parts) <= len(every.sample.parts)
+    for tokens in lengths:
+        ours, direct = (p.plan(with_length(config, tokens)) for p in (some, every))
+        assert counted(ours) == pytest.approx(counted(direct), rel=0.02)
+        assert (ours.peak_at, ours.disk) == (direct.peak_at, direct.disk)
+        assert counted(ours) > sum(ours.parts[kind] for kind in (LINEAR, ADAPTERS))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_few_layers_count_as_all(name, folder):
+    require_equal_plans(config_of(folder(name)), LENGTHS)
+
+
+@pytest.mark.parametrize("name", axis("llama", "gemma3"))
+@pytest.mark.parametrize("option", OPTIONS)
+def test_few_layers_count_as_all_with_each_option(option, name, folder):
+    require_equal_plans(config_of(folder(name), **OPTIONS[option]), LENGTHS[1:2])
+
+
+def test_the_count_is_that_of_the_benchmark(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from shapes import shape
+
+    sys.path.pop(0)
+    shape("llama3.1-8b").save_pretrained(tmp_path)
+    flags = "benchmarks/step_memory.py llama3.1-8b --seq 2048".split()
+    ran = subprocess.run(
+        [sys.executable, *flags], env=with_folders(ROOT), cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    wanted = json.loads(ran.stdout.splitlines()[-1])["peak"]
+    one: Any = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    plan = Planner(config_of(tmp_path, lora=LoraConfig(r=16), **one)).plan()
+    without_state = sum(plan.parts.values()) - plan.parts[STATE]
+    without_state -= plan.parts[CONTEXT] + plan.parts[ALLOWANCE]
+    assert without_state == pytest.approx(wanted, rel=0.02)
+
+
+def test_weights_and_adapters_are_those_of_the_sizes(folder):
+    plan = Planner(config_of(folder("llama"))).plan()
+    hidden, inner, heads, keys, r = 256, 512, 4, 2, 8
+    shapes = [(hidden, hidden), (hidden * keys // heads, hidden), (hidden * keys // heads, hidden)]
+    shapes += [(hidden, hidden), (inner, hidden), (inner, hidden), (hidden, inner)]
+    weights = LAYERS * sum(out * width for out, width in shapes)
+    # 4 bits, a byte a block, fp32 for 256 blocks; two tables and a mean for each weight
+    codes = weights / 2 + weights / 64 + 4 * weights / 64 / 256
+    tables = LAYERS * len(shapes) * 4 * (16 + 256 + 1)
+    assert plan.parts[LINEAR] == pytest.approx(codes + tables, rel=1e-3)
+    adapters = 2 * LAYERS * sum(r * (out + width) for out, width in shapes)
+    assert plan.parts[ADAPTERS] == plan.parts[GRADIENTS] == plan.disk["adapter"] == adapters
+    assert plan.parts[EMBEDDING] == plan.parts[HEAD] == 2 * 320 * hidden
+    assert plan.disk["merged model in 16 bits"] == 2 * (weights + 2 * 320 * hidden + 15 * hidden)
+    assert plan.peak_at
+
+
+def test_checkpointing_saves_the_input_of_each_layer(folder):
+    config = config_of(folder("llama"))
+    rows, tokens = 2, 1000
+    plan = Planner(with_length(config, tokens)).plan()
+    saved = max(segment.end[SAVED] for segment in plan.segments)
+    assert saved == pytest.approx((LAYERS + 1) * rows * tokens * 256 * 2, rel=0.05)
+
+
+def test_embedding_in_host_memory(folder):
+    config = config_of(folder("llama"))
+    before, after = (
+        Planner(replace(config, offload_embedding=there)).plan() for there in (False, True)
+    )
+    assert after.host == {"embedding": before.parts[EMBEDDING]}
+    assert before.peak_bytes - after.peak_bytes == pytest.approx(2 * 320 * 256 * 1.03, rel=1e-3)
+    with pytest.raises(UserError, match="tied to the output head"):
+        Planner(replace(config, model=str(folder("gemma2")), offload_embedding=True)).plan()
+
+
+@pytest.mark.parametrize(
+    "optim, dtype, a_number",
+    [
+        # 2 states of a byte or 4, and the lower half of the master weight
+        ("paged_adamw_8bit", torch.bfloat16, 2 + 2),
+        ("paged_adamw_32bit", torch.bfloat16, 8 + 2),
+        ("adamw_torch", torch.bfloat16, 8 + 2),
+        ("adamw_torch", torch.float32, 8),
+        ("adamw_torch_fused", torch.float32, 8),
+        ("sgd", torch.float32, 0),
+    ],
+)
+def test_state_of_an_optimizer(optim, dtype, a_number, tmp_path):
+    config = config_of(tmp_path, optim=optim)
+    found = optimizer_bytes(config, [(dtype, (16, 4096))] * 100)
+    assert found.state == pytest.approx(a_number * 100 * 16 * 4096, rel=0.02)
+
+
+def test_budget_of_a_card():
+    config = config_of(Path("model"), plan=True)
+    assert budget(replace(config, gpu_memory="8GiB")) == 8 << 30
+    with pytest.raises(UserError, match="--gpu-memory: size must look like 5GB .* got 'much'"):
+        budget(replace(config, gpu_memory="much"))
