@@ -153,10 +153,13 @@ def attention(
 def as_on_gpu(*, packed: bool = False) -> Iterator[None]:
     """Within the block, models of meta tensors run, and choose what they choose on a GPU. `packed`:
     positions begin again within a row, which models find in their values."""
-    autocast, is_enabled = torch.autocast, torch.is_autocast_enabled
+    autocast, is_enabled, generator = torch.autocast, torch.is_autocast_enabled, torch.Generator
 
     def of_cpu(kind: str, *args: Any, **settings: Any) -> Any:
         return autocast("cpu" if kind == "meta" else kind, *args, **settings)
+
+    def on_cpu(device: torch.device | str = "cpu") -> torch.Generator:
+        return generator("cpu" if torch.device(device).type == "meta" else device)
 
     def is_on(*kind: str) -> bool:
         return kind != ("meta",) and is_enabled(*kind)
@@ -165,6 +168,7 @@ def as_on_gpu(*, packed: bool = False) -> Iterator[None]:
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(patch.object(F, "rms_norm", rms_norm))
         stack.enter_context(patch.object(torch, "autocast", of_cpu))
+        stack.enter_context(patch.object(torch, "Generator", on_cpu))
         stack.enter_context(patch.object(torch, "is_autocast_enabled", is_on))
         masks = transformers.masking_utils
         found = (lambda positions: positions) if packed else (lambda _: None)

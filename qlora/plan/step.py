@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from qlora.config.tasks import task_named
 from qlora.data.objectives import OBJECTIVES
 from qlora.data.rows import FlatCollator, PackCollator
 from qlora.errors import UserError
+from qlora.fast import layers
 from qlora.fast.attention import VARLEN, rows_collator
 from qlora.fast.head import LazyLogits
 from qlora.fast.offload import offload_activations
@@ -103,7 +105,9 @@ def kind_of(layer: nn.Module) -> tuple[Any, ...]:
 
 def stand_in(kinds: Sequence[Any], count: int, edges: int) -> list[int]:
     """For each layer, one of the first `count` that takes as much memory."""
-    total, found = len(kinds), []
+    total, found = len(kinds), list[int]()
+    if count == total:
+        return list(range(total))
     for i, kind in enumerate(kinds):
         at_edge = i if i < edges else count - (total - i) if total - i <= edges else None
         if at_edge is not None and at_edge < count and kinds[at_edge] == kind:
@@ -145,8 +149,11 @@ def load_narrow(config: TrainConfig, large: PreTrainedConfig) -> Any:
         made.save_pretrained(folder)
         model = load_base(folder, config.quant, task=config.task, device="cpu")
     apply_lora(model, config.lora)
-    settings: Any = {"fast_path": config.fast_path}
-    return prepare_for_training(model, config.gradient_checkpointing, **settings)
+    # the states of generators that checkpointing keeps are in host memory, and meta has none
+    with patch.object(layers, "draws_numbers", lambda _: False):
+        return prepare_for_training(
+            model, config.gradient_checkpointing, fast_path=config.fast_path
+        )
 
 
 def on_meta(config: TrainConfig, large: PreTrainedConfig) -> Any:

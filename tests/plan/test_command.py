@@ -1,4 +1,4 @@
-"""`train.py --plan`: its table, JSON, picture and exit codes; what would make a run fit; refusals."""
+"""`train.py --plan`: its table, JSON, picture and exit codes; what makes a run fit; refusals."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def model(tmp_path_factory) -> Path:
     """A folder with nothing but a config.json."""
     folder = tmp_path_factory.mktemp("model")
     sizes = SIZES | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
-    transformers.LlamaConfig(**sizes, max_position_embeddings=65536).save_pretrained(folder)
+    transformers.LlamaConfig(**sizes | {"max_position_embeddings": 65536}).save_pretrained(folder)
     return folder
 
 
@@ -156,7 +156,7 @@ def test_a_hub_name_without_network_is_refused(monkeypatch, capsys):
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(UserError, match="cannot be downloaded: .*no network.* Check the name"):
+    with pytest.raises(UserError, match=r"cannot be downloaded: .*no network.* Check the name"):
         said(Path("someone/model"), "", capsys)
 
 
