@@ -58,7 +58,7 @@ class Meter(TorchDispatchMode):
         self.now: Bytes = Counter()
         self.segments: list[Segment] = []
         self.without = 0  # values of the logits, if these have a shape only
-        self.paused = False
+        self.is_host = False  # whether what is allocated is in host memory
         self._total = self._peak = 0
         self._threads: set[int] = set()  # those that have a workspace
         self._live: dict[int, tuple[str, int, int]] = {}  # kind, bytes, index of the segment
@@ -76,9 +76,10 @@ class Meter(TorchDispatchMode):
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live or self.paused:
+        if key in self._live:
             return
-        size = 0 if tensor.numel() == self.without else storage.nbytes()
+        is_left_out = self.is_host or tensor.numel() == self.without
+        size = 0 if is_left_out else storage.nbytes()
         self._live[key] = self.kind, size, len(self.segments)
         self._add(self.kind, size)
         weakref.finalize(storage, self._gone, key)

@@ -57,9 +57,9 @@ class HostMemory:
 
     def allocate(self, size: int) -> Tensor:
         """Memory that the meter leaves out."""
-        self.meter.paused = True
+        self.meter.is_host = True
         made = empty((size,), torch.uint8)
-        self.meter.paused = False
+        self.meter.is_host = False
         self.sizes.append(size)
         return made
 
@@ -317,7 +317,6 @@ class Sample:
                     self.model.zero_grad(set_to_none=True)
                 meter.segments.clear()
                 if self.is_counting:
-                    meter.retag(SCRATCH, [])
                     meter.begin("embedding", WORKING)
                 else:
                     meter.kind, meter.without = SCRATCH, 0
