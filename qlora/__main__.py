@@ -23,7 +23,6 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, messag
         config.TrainConfig, "qlora.training:train",
         "--resume continues from the last checkpoint, if there is one",
     ),
-    "plan": (config.TrainConfig, "qlora.plan.command:run", "nothing was written"),
     "merge": (
         config.MergeConfig, "qlora.merge:merge",
         "no merged checkpoint was written, the adapter is unchanged",
@@ -38,7 +37,9 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, messag
         config.PortableConfig, "qlora.adapters.portable:make_portable",
         "nothing was written, the adapter is unchanged",
     ),
+    "plan": (config.TrainConfig, "qlora.plan.command:run", "nothing was written"),
 }  # fmt: skip
+PLANS = "Print the memory that a training run needs, from config.json alone"
 
 
 def main() -> None:
@@ -50,7 +51,8 @@ def main() -> None:
     elif name in ("-h", "--help"):
         print("usage: qlora COMMAND [FLAGS]\n       qlora COMMAND --help\n")
         for name, (config_class, _, _) in COMMANDS.items():
-            print(f"  {name:<10} {config.docs_of(config_class)['']}")
+            docs = PLANS if name == "plan" else config.docs_of(config_class)[""]
+            print(f"  {name:<10} {docs}")
     elif name == "--version":
         print(f"qlora {__version__}")
     else:
