@@ -22,7 +22,7 @@
 
 A package imports only from the packages to its left:
 
-    ops -> base -> adapters -> fast -> training | merge | apps
+    ops -> base -> adapters -> fast -> training | merge | apps -> plan
 
 `data` imports none of these; all may import `errors`, `config`, `files`, `pictures` and `cli`. The
 names below are imported on first use, so that `import qlora.config` does not import torch.
