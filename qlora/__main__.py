@@ -76,9 +76,10 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
             os.environ.setdefault(variable, "1")
     try:
         settings = parse(config_class, words, prog=prog)
-        _wait_passively_beside_others()
-        if getattr(settings, "plan", False):
+        if getattr(settings, "plan", False):  # it computes nothing
             function = COMMANDS["plan"][1]
+        else:
+            _wait_passively_beside_others()
         _imported(function)(settings)
         sys.stdout.flush()
     except UserError as error:

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from qlora.adapters.apply import apply_lora
+from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import quantized_layers
 from qlora.base.load import load_base, require_all_quantized
 from qlora.base.modules import auto_class, is_quantized, state_of, vocabulary
@@ -134,9 +135,6 @@ def as_on_16_bit_gpu(config: TrainConfig) -> TrainConfig:
     dtype = "bf16" if config.quant.compute_dtype == "auto" else config.quant.compute_dtype
     lora, skip = config.lora, (*config.quant.skip_modules, *config.lora.modules_to_save)
     settings: Any = {"init_lora_weights": True, "loftq_config": {}, "eva_config": {}}
-    has_own = config.lora.modules_to_save or config.lora.trainable_token_indices
-    if dtype == "bf16" and lora.adapter_dtype == "auto" and not has_own:
-        settings["adapter_dtype"] = "bf16"
     quant = replace(config.quant, compute_dtype=dtype, skip_modules=skip)
     return replace(config, lora=replace(lora, **settings), quant=quant)
 
@@ -149,6 +147,10 @@ def load_narrow(config: TrainConfig, large: PreTrainedConfig) -> Any:
         made.save_pretrained(folder)
         model = load_base(folder, config.quant, task=config.task, device="cpu")
     apply_lora(model, config.lora)
+    if config.lora.adapter_dtype == "auto" and model.dtype == torch.bfloat16:  # as on a GPU
+        for layer in lora_layers(model).values():
+            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                matrix.data = matrix.data.bfloat16()
     # the states of generators that checkpointing keeps are in host memory, and meta has none
     with patch.object(layers, "draws_numbers", lambda _: False):
         return prepare_for_training(

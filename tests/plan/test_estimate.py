@@ -127,6 +127,13 @@ def test_weights_and_adapters_are_those_of_the_sizes(folder):
     assert plan.peak_at
 
 
+def test_what_is_trained_in_full_is_in_fp32(folder):
+    config = config_of(folder("llama"))
+    whole = replace(config, lora=LoraConfig(r=8, modules_to_save=("lm_head",)))
+    plain, with_head = (Planner(c).plan() for c in (config, whole))
+    assert with_head.disk["adapter"] - plain.disk["adapter"] == 4 * 320 * 256
+
+
 def test_checkpointing_saves_the_input_of_each_layer(folder):
     config = config_of(folder("llama"))
     rows, tokens = 2, 1000
