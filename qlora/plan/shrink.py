@@ -7,6 +7,7 @@ and to run on a CPU. Both work on the config of any model type, by the names tha
 
 import copy
 import math
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -63,30 +64,36 @@ def narrow(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _make_narrow(config: Any) -> None:
-    known = {name: getattr(config, name, None) for name in SMALL}
-    for name, value in known.items():
-        if type(value) is int and value > SMALL[name]:
-            setattr(config, name, SMALL[name])
+    for name, most in SMALL.items():
+        size = _number(config, name)
+        if size is not None and size > most:
+            setattr(config, name, most)
     for name in TOKENS:
         token = getattr(config, name, None)
         if type(token) is int and token >= VOCAB:
             setattr(config, name, 0)
         elif isinstance(token, list):
             setattr(config, name, [min(id_, VOCAB - 1) for id_ in token])
-    heads = getattr(config, "num_attention_heads", None)
-    if type(heads) is not int:
+    heads, keys = (_number(config, f"num_{kind}_heads") for kind in ("attention", "key_value"))
+    if heads is None:
         return
-    keys = getattr(config, "num_key_value_heads", None)
-    hidden, size = config.hidden_size, getattr(config, "head_dim", None)
-    size = size or hidden // heads
-    few = min(heads, 64 // math.gcd(size, 64))  # bitsandbytes quantizes rows in blocks of 64
-    few = max(few, min(heads, 2))
-    if type(keys) is int:
-        config.num_key_value_heads = few if keys == heads else 1
-    config.num_attention_heads = few
+    size = _number(config, "head_dim") or config.hidden_size // heads
+    is_grouped = keys is not None and 1 < keys < heads
+    few = max(64 // math.gcd(size, 64), 4 if is_grouped else 2)  # rows of whole blocks of 64
+    config.num_attention_heads = few = min(heads, few)
+    if keys is not None:
+        config.num_key_value_heads = few if keys == heads else 2 if is_grouped else 1
     config.hidden_size = few * size
     if hasattr(config, "word_embed_proj_dim"):  # OPT's
         config.word_embed_proj_dim = config.hidden_size
+
+
+def _number(config: Any, name: str) -> int | None:
+    """A whole number of the config; None if it has none, or another for each layer."""
+    with suppress(Exception):  # transformers raises for the latter
+        value = getattr(config, name, None)
+        return value if type(value) is int else None
+    return None
 
 
 def _with_text(config: Any, text: PreTrainedConfig) -> PreTrainedConfig:

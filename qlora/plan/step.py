@@ -89,7 +89,9 @@ def quietly() -> Iterator[None]:
 def layer_list(model: Any) -> nn.ModuleList | None:
     """The decoder layers of a model: the first list of modules as long as its config says."""
     count = layer_count(model.config)
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # not of pictures
+    modules = (*(decoder.modules() if decoder is not None else ()), *model.modules())
+    lists = (m for m in modules if isinstance(m, nn.ModuleList) and len(m) == count)
     return next(lists, None)
 
 
@@ -145,7 +147,10 @@ def load_narrow(config: TrainConfig, large: PreTrainedConfig) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         made = auto_class(task).from_config(narrow(large), dtype=torch.bfloat16)
         made.save_pretrained(folder)
-        model = load_base(folder, config.quant, task=config.task, device="cpu")
+        try:
+            model = load_base(folder, config.quant, task=config.task, device="cpu")
+        except UserError as error:  # which names the folder
+            raise UserError(str(error).replace(folder, config.model)) from error
     apply_lora(model, config.lora)
     if config.lora.adapter_dtype == "auto" and model.dtype == torch.bfloat16:  # as on a GPU
         for layer in lora_layers(model).values():
