@@ -28,7 +28,10 @@ GIB = 1 << 30
 def run(config: TrainConfig) -> None:
     """The command: `show_plan`, and the exit code 0 or 1, without a second of tearing down."""
     gc.freeze()  # the imported packages, in which nothing is to be collected
-    made = show_plan(config)
+    try:
+        made = show_plan(config)
+    finally:
+        gc.unfreeze()
     sys.stdout.flush()
     os._exit(int(made.fits is False))
 

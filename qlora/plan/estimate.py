@@ -66,6 +66,7 @@ class Planner:
     """Plans of one model with one set of adapters and layers: rows and lengths may vary."""
 
     def __init__(self, config: TrainConfig, source: Source | None = None, *, direct: bool = False):
+        budget(config)  # refuses one that is no size, before anything is counted
         self.config, self.source = config, source or read_source(config)
         config = replace(config, quant=self.source.quant)
         try:

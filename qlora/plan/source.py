@@ -64,12 +64,17 @@ def _folder(config: TrainConfig) -> Path:
         return folder
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model)
     require(bool(is_hub_name), f"model {config.model} does not exist: give a folder or a hub name")
-    from huggingface_hub import hf_hub_download
+    import huggingface_hub as hub
 
+    at: Any = {"repo_id": config.model, "revision": config.revision}
+    with suppress(Exception):  # not in the cache
+        return Path(hub.hf_hub_download(**at, filename="config.json", local_files_only=True)).parent
     try:
-        found = hf_hub_download(config.model, "config.json", revision=config.revision)
+        # which fails at once without network; the download would try again for half a minute
+        hub.get_hf_file_metadata(hub.hf_hub_url(**at, filename="config.json"))
+        found = hub.hf_hub_download(**at, filename="config.json")
         with suppress(Exception):  # a model of one file has no index
-            hf_hub_download(config.model, INDEX, revision=config.revision)
+            hub.hf_hub_download(**at, filename=INDEX)
     except Exception as error:  # offline, gated, misspelt: the hub has an error for each
         raise UserError(
             f"model {config.model} is no local folder and its config.json cannot be downloaded: "

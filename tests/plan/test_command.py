@@ -155,7 +155,8 @@ def test_a_hub_name_without_network_is_refused(monkeypatch, capsys):
     def offline(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    for name in ("hf_hub_download", "get_hf_file_metadata"):
+        monkeypatch.setattr(huggingface_hub, name, offline)
     with pytest.raises(UserError, match=r"cannot be downloaded: .*no network.* Check the name"):
         said(Path("someone/model"), "", capsys)
 
