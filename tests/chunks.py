@@ -3,12 +3,14 @@
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora.fast.head import LazyLogits
 from qlora.ops import loss
+from qlora.ops.lora import by_onednn
 
 
 def is_lazy(logits: Any) -> bool:
@@ -21,6 +23,7 @@ class Sizes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        by_onednn(torch.ones(1))  # which is measured once, on products of a fixed size
         self.seen: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

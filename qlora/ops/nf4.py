@@ -329,7 +329,10 @@ def kept(layer: Any, dtype: torch.dtype, slot: int) -> Tensor:
 
 
 def _has_room(slot: int, size: int, device: torch.device) -> bool:
-    """Whether a buffer of `size` bytes leaves SPARE of the GPU's memory free: asked once."""
+    """Whether a buffer of `size` bytes leaves SPARE of the GPU's memory free: asked once. A plan
+    on meta tensors is of a GPU that is full."""
+    if device.type == "meta":
+        return False
     room: dict[int, bool] = vars(_thread).setdefault("room", {})
     if slot not in room:
         free, total = torch.cuda.mem_get_info(device)
