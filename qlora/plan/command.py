@@ -19,7 +19,7 @@ with patch.object(torch, "compile", lambda function=None, **_: function or (lamb
     import bitsandbytes  # noqa: F401
 
 from qlora.config import TrainConfig
-from qlora.plan.estimate import CONTEXT, Plan, Planner
+from qlora.plan.estimate import ALLOWANCE, CONTEXT, Plan, Planner
 from qlora.plan.fit import Fitter, Option, changed, flags_of
 
 GIB = 1 << 30
@@ -81,7 +81,7 @@ def _fit(
 
 def moments(plan: Plan) -> list[tuple[str, dict[str, int]]]:
     """The bytes by kind at the start, peak and end of each part of the step, and its name."""
-    context, found = {CONTEXT: plan.parts[CONTEXT]}, []
+    context, found = {kind: plan.parts[kind] for kind in (CONTEXT, ALLOWANCE)}, []
     for segment in plan.segments:
         name = segment.name.partition(" ")[0] if segment.name[-1].isdigit() else segment.name
         name = {"embedding": "forward", "backward of the loss": "loss"}.get(name, name)

@@ -50,6 +50,7 @@ NOT_RUN = {  # start of a command -> why it is not run
     "python -m pytest": "is running already: the files it names are looked up",
     "python benchmarks/": "minutes to hours: its flags are looked up",
     "python docs/api.py": "tests/pages/test_docs.py runs it",
+    "python train.py --plan": "exits at once: tests/plan/test_command.py runs it",
     "vllm serve": "another program, needs a GPU",
     "python convert_hf_to_gguf.py": "another program, llama.cpp",
     "llama-quantize": "another program, llama.cpp",
