@@ -189,8 +189,8 @@ def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer of any kind, by what it computes."""
     if not isinstance(module, nn.Linear):
         return was_conv1d(module)
-    is_known = type(module) is nn.Linear or type(module).__module__.startswith("bitsandbytes.")
-    return is_known or _computes_as_linear(module)
+    is_bnb = is_quantized(module) or type(module).__module__.startswith("bitsandbytes.")
+    return type(module) is nn.Linear or is_bnb or _computes_as_linear(module)
 
 
 def _computes_as_linear(layer: nn.Linear) -> bool:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Bits
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.files import save_adapter
 from qlora.adapters.fuse import merge_and_unload
+from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import Decoded4bit, compute_dtype, load_base, load_tokenizer
 from qlora.base.modules import dense_weight, output_head, state_of
@@ -376,6 +377,14 @@ def test_layers_of_these_widths_are_decoded_by_nf4(family, checkpoints, monkeypa
         (layer(ours) * y).sum().backward()
         (wanted * y).sum().backward()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_layers_decoded_by_nf4_get_adapters(dtype, checkpoints, monkeypatch):
+    monkeypatch.setattr("qlora.ops.nf4.kernel_is_right", lambda *_: False)
+    model = load(checkpoints("llama"), compute_dtype=dtype)
+    adapted = lora_layers(apply_lora(model, LoraConfig(r=2))).values()
+    assert len(adapted) == 14 and all(type(layer.base_layer) is Decoded4bit for layer in adapted)
 
 
 @pytest.mark.parametrize("text", ['{"a": ', "{}", "[1]", "\xff"])
