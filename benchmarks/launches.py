@@ -33,7 +33,6 @@ from unittest.mock import patch
 import torch
 from meta_gpu import (
     KERNELS,
-    backward,
     choose_as_on_gpu,
     decode_on_cpu,
     empty,
@@ -54,6 +53,7 @@ from waits import count_waits
 
 from qlora.errors import UserError
 from qlora.ops import nf4
+from qlora.plan.meta import backward
 
 NAMES = ("ours", "peft")
 PARTS = ("launches", "host", "waits")

@@ -5,7 +5,7 @@ then `widen` replaces each of its tensors by one of the large model's size witho
 `stand_ins` makes the code choose what it chooses on a GPU. What stands in: torch's kernels that
 exist for CUDA alone (norm, FlashAttention, a 16-bit product in fp32), Triton's launches and
 checks, one operator of bitsandbytes (its others have versions for meta tensors), and the checks of
-a device or of autocast. `backward` runs on a second thread, as autograd's does for a GPU.
+a device or of autocast.
 
 Not fake tensors of device cuda: a build of torch without CUDA refuses to run their backward pass.
 Use a separate process: the replacements are permanent.
@@ -15,8 +15,6 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
 from functools import cache, partial
 from typing import Any
 
@@ -199,7 +197,6 @@ def choose_as_on_gpu(decode: nf4.Decoder) -> None:
     replace(nf4, "decoder", lambda _, dtype: _decoder(torch.device("cuda"), dtype))
     replace(nf4, "triton_decodes", lambda *_: True)
     replace(nf4, "GPU_DECODER", "bitsandbytes")
-    replace(nf4, "_has_room", lambda *_: False)  # a full GPU
     nf4.DECODERS["bitsandbytes"] = decode
     replace(layers, "HAS_KERNEL", ("cpu", "meta"))
 
@@ -219,18 +216,3 @@ def stand_ins() -> None:
     here.autocast = lambda _, *given, **how: real("cpu", *given, **how)
     transformers.masking_utils.find_packed_sequence_indices = lambda _: None
     fx_config.meta_nonzero_assume_all_nonzero = True  # type: ignore[attr-defined]
-
-
-_autograd = ThreadPoolExecutor(max_workers=1)
-
-
-def backward(loss: Tensor, *modes: AbstractContextManager[Any]) -> None:
-    """`loss.backward()` on a thread of its own, always the same, within `modes`."""
-
-    def run() -> None:
-        with ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
-            loss.backward()
-
-    _autograd.submit(run).result()

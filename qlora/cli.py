@@ -3,7 +3,7 @@
 Flags, recipe keys and help are derived from the dataclasses: names, types, defaults, docstrings.
 Flags override the recipe. Its scalars are read as text: `revision: 1.10` stays 1.10. Abbreviated
 flags are refused, since a new setting could make one ambiguous. Heavy packages are not imported, so
-that errors appear at once. `Progress` shows how far a long job is.
+that errors appear at once.
 
 `Progress` shows how far a long job is: a bar on a terminal, else a line now and then.
 """
