@@ -119,7 +119,7 @@ def test_several_adapters_with_weights_or_one_by_its_place():
         ("--r 0", ["r must be a whole number above 0, got 0"]),
         ("--learning-rate -1e-4", ["learning_rate", "above 0", "-0.0001"]),
         ("--config no.yaml", ["no.yaml: No such file or directory"]),
-        ("--fit", ["fit needs plan"]),
+        ("--fit", ["--fit needs --plan"]),
     ],
 )
 def test_an_invalid_flag_is_refused(line, parts):

@@ -116,7 +116,7 @@ def refuses(make, words, *more):
         (trains, {"eval_steps": 5}, "eval_steps eval_data give both"),
         (packed, {"task": "seq2seq"}, "packing seq2seq"),
         (offloading, {"gradient_checkpointing": False}, "offload_ gradient_checkpointing"),
-        (trains, {"gpu_memory": "8GB"}, "gpu_memory needs plan"),
+        (trains, {"gpu_memory": "8GB"}, "--gpu-memory needs --plan"),
         (merge_config, {"onto": "auto"}, "onto auto verify"),
         (merge_config, {"calibration": "rows.jsonl"}, "calibration nf4 bf16"),
         (merge_config, {"min_kept": 0.9}, "min_kept verify"),

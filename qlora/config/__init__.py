@@ -172,7 +172,8 @@ class TrainConfig(Settings):
             yield "eval_steps needs eval_data: give both"
         for name in ("gpu_memory", "json", "fit", "plan_picture"):
             if getattr(self, name) and not self.plan:
-                yield f"{name} needs plan: give both, or leave it out"
+                flag = f"--{name.replace('_', '-')}"
+                yield f"{flag} needs --plan: give both, or leave it out"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ with patch.object(torch, "compile", lambda function=None, **_: function or (lamb
     import bitsandbytes  # noqa: F401
 
 from qlora.config import TrainConfig
+from qlora.errors import require
 from qlora.plan.estimate import ALLOWANCE, CONTEXT, Plan, Planner
 from qlora.plan.fit import Fitter, Option, changed, flags_of
 
@@ -39,6 +40,9 @@ def run(config: TrainConfig) -> None:
 def show_plan(config: TrainConfig) -> Plan:
     """Print the plan of `config`, and what would make it fit; with --fit, the flags that do, and
     return their plan."""
+    if config.plan_picture:
+        folder = Path(config.plan_picture).parent
+        require(folder.is_dir(), f"--plan-picture: {folder} is no folder: create it")
     planner = Planner(config)
     made = planner.plan()
     record: dict[str, Any] = made.record()
