@@ -77,7 +77,7 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
     try:
         settings = parse(config_class, words, prog=prog)
         if getattr(settings, "plan", False):  # it computes nothing
-            function = COMMANDS["plan"][1]
+            _, function, interrupted = COMMANDS["plan"]
         else:
             _wait_passively_beside_others()
         _imported(function)(settings)

@@ -101,7 +101,7 @@ def test_fit_uses_what_is_free(model, capsys):
 def test_picture_of_the_step(model, capsys, tmp_path):
     said(model, f"--gpu-memory 8GiB --plan-picture {tmp_path / 'plan.png'}", capsys)
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="--plan-picture: .*missing is no folder"):
+    with pytest.raises(UserError, match=r"--plan-picture: .*missing is no folder"):
         said(model, f"--plan-picture {tmp_path / 'missing' / 'plan.png'}", capsys)
 
 
