@@ -141,6 +141,29 @@ def test_a_weight_is_kept_where_the_gpu_has_room(monkeypatch):
     assert torch.equal(nf4.kept(layer, torch.bfloat16, 3), found[0])
 
 
+def test_a_kept_weight_is_that_of_its_layer(monkeypatch):
+    """Another layer may have overwritten it, or written over its buffer."""
+    layers, found = [linear4bit(64, 96, "cpu"), linear4bit(64, 96, "cpu", "fp4")], []
+    monkeypatch.setattr(nf4, "decoder", lambda *_: lambda q, out: out.copy_(dequantize(q, out)))
+    monkeypatch.setattr(nf4, "_has_room", lambda *_: True)
+
+    def dequantize(quantized, out):
+        return nf4.dequantize(quantized, out.dtype)
+
+    def in_backward(dx):
+        nf4.keep(layers[0], torch.float32, 3)
+        nf4.keep(layers[1], torch.float32, 3)
+        found.append(nf4.kept(layers[0], torch.float32, 3).clone())
+        nf4.keep(layers[0], torch.float32, 3)
+        decoded(layers[1], torch.float32, 3)
+        found.append(nf4.kept(layers[0], torch.float32, 3).clone())
+
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(in_backward)
+    x.sum().backward()
+    assert len(found) == 2 and all(torch.equal(w, dense(layers[0], w.dtype)) for w in found)
+
+
 @pytest.mark.parametrize("modes", [(False, False), (True, True), (True, False)])
 def test_decoding_overwrites_scratch_and_autograd_reports_it(kernel_device, modes):
     """Buffers made and overwritten in inference mode are watched, too."""
