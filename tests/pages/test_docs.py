@@ -108,7 +108,7 @@ def test_memory_matches_the_notebook():
     assert len(sums) == 4
     for recipe, size in sums.items():
         assert re.search(rf"`configs/{recipe}` .*\| {size} \|", README)
-        assert f"Computed peak: {size} " in (ROOT / f"configs/{recipe}").read_text("utf-8")
+        assert f"Planned peak: {size} " in (ROOT / f"configs/{recipe}").read_text("utf-8")
 
 
 def test_picture_matches_the_records(monkeypatch):
