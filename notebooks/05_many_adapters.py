@@ -71,7 +71,7 @@ def home_rows(file):
             yield chat(request["content"], answer["content"])
 
 
-rows = {"home": [*home_rows("train.jsonl")][:128], "home_exam": [*home_rows("test.jsonl")][:12]}
+rows = {"home": [*home_rows("train.jsonl")][:104], "home_exam": [*home_rows("test.jsonl")][:12]}
 for row in rows["home"][:3]:
     print(f"{row[1]['content']}\n    {row[2]['content']}")
 

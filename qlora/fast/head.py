@@ -38,7 +38,9 @@ from qlora.base.modules import (
     shallow_copy,
     vocabulary,
 )
+from qlora.ops import is_gpu
 from qlora.ops.loss import Head, chunk_rows, head_cross_entropy, linear_cross_entropy
+from qlora.ops.nf4 import free_scratch
 
 
 def put_language_head(model: nn.Module) -> None:
@@ -267,6 +269,8 @@ def _cross_entropy(
     else:
         weight, bias = recipe.frozen
         settings |= {"bias": bias, "softcap": head.softcap, "scale": head.scale}
+        if is_gpu(target.device):  # the layers have run, and their backward pass has a thread
+            free_scratch()
         loss = linear_cross_entropy(recipe.rows, weight.to(recipe.dtype), target, **settings)
     if reduction == "mean":
         loss = loss / (target != ignore_index).sum()

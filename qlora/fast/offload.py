@@ -41,6 +41,9 @@ from qlora.adapters.wrappers import AdapterModule
 from qlora.base.modules import vocabulary
 from qlora.errors import require
 
+WASTED = 10
+ALIGNED = 256  # bytes, as torch aligns what it allocates
+
 
 def require_gpu(setting: str) -> None:
     """Raise a UserError on a machine without a GPU, naming the setting that needs one."""
@@ -229,20 +232,35 @@ def _view_of(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.storage_offset(), tensor.shape, tensor.dtype, tensor._version
 
 
+def _pinned(size: int) -> int:
+    """What torch pins for `size` bytes: the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
 class Buffers:
-    """Host memory that is allocated once and reused, since pinning is slow."""
+    """Host memory that is allocated once and reused, since pinning is slow. Torch pins powers of
+    two: a block has as many buffers as leave at most one part in WASTED of it unused."""
 
     def __init__(self, allocate: Callable[[int], Tensor]) -> None:
         self.allocate = allocate
         self.free: list[Tensor] = []  # the smallest first
 
     def acquire(self, size: int) -> Tensor:
-        """At least `size` bytes. A new buffer replaces one that is free and too small, if any."""
+        """At least `size` bytes. New buffers replace free ones that are too small, if any."""
         index = bisect_left(self.free, size, key=len)
         if index < len(self.free):
             return self.free.pop(index)
-        del self.free[:1]
-        return self.allocate(1 << (size - 1).bit_length())  # as torch rounds up what it pins
+        size = -(-size // ALIGNED) * ALIGNED
+        count = next(
+            n for n in range(1, 32) if WASTED * n * size >= (WASTED - 1) * _pinned(n * size)
+        )
+        del self.free[:count]
+        block = self.allocate(_pinned(count * size))
+        each = len(block) // count // ALIGNED * ALIGNED
+        first, *others = block.split(each)[:count]
+        for buffer in others:
+            self.release(buffer)
+        return first
 
     def release(self, buffer: Tensor) -> None:
         """Keep `buffer` for the next acquire."""

@@ -351,6 +351,12 @@ def into_scratch(quantized: Quantized, dtype: torch.dtype, slot: int, decode: De
 _thread = threading.local()  # its dictionary is the thread's own
 
 
+def free_scratch() -> None:
+    """Free this thread's buffers for decoded weights. Computation under way may still use them:
+    their memory is reused in the order of the stream."""
+    vars(_thread).pop("buffers", None)
+
+
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device, slot: int) -> Tensor:
     """Uninitialized memory of that shape, which the next call with this slot returns again.
 

@@ -44,6 +44,15 @@ def test_a_4_bit_layer(quant_type, dtype, device):
         assert type(weight) is torch.Tensor and not weight.requires_grad
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_freed_buffers_are_made_anew(device):
+    layer = linear4bit(64, 64, device)
+    for _ in range(2):
+        assert torch.equal(decoded(layer, torch.float32), dense(layer, torch.float32))
+        nf4.free_scratch()
+        assert "buffers" not in vars(nf4._thread)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_layer_that_is_not_quantized(dtype):
     layer = nn.Linear(5, 3)
