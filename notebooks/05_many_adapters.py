@@ -50,7 +50,7 @@ print(f"{base_bytes / 1e6:.0f} MB")
 # ## 2. Two tasks
 #
 # **home** turns a smart-home request into a command: the lights, timers and text messages among the
-# examples of `make demo`, 128 for training and 12 others for testing.
+# examples of `make demo`, 104 for training and 12 others for testing.
 
 # %%
 import json
@@ -93,7 +93,7 @@ def date_row(random):
 
 random = Random(5)
 rows |= {
-    "dates": [date_row(random) for _ in range(128)],
+    "dates": [date_row(random) for _ in range(104)],
     "dates_exam": [date_row(random) for _ in range(12)],
 }
 for row in rows["dates"][:3]:

@@ -257,10 +257,9 @@ class Buffers:
         del self.free[:count]
         block = self.allocate(_pinned(count * size))
         each = len(block) // count // ALIGNED * ALIGNED
-        first, *others = block.split(each)[:count]
-        for buffer in others:
+        for buffer in block.split(each)[:count]:
             self.release(buffer)
-        return first
+        return self.acquire(size)
 
     def release(self, buffer: Tensor) -> None:
         """Keep `buffer` for the next acquire."""
