@@ -37,9 +37,8 @@ from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig
 from qlora.data.rows import fingerprint, prepare_data
 from qlora.merge import merge
 from qlora.training import prepare_for_training
+from qlora.training.checks import check_arguments, check_settings
 from qlora.training.run import (
-    check_arguments,
-    check_settings,
     default_learning_rate,
     load_model,
     prepare_rows,
@@ -329,7 +328,7 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
 def test_settings_that_are_refused(settings, words, checkpoints, data, tmp_path, monkeypatch):
     """Before anything is written; most before anything is loaded: model and data do not exist."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    loggers = "qlora.training.run.loggers.get_available_reporting_integrations"
+    loggers = "qlora.training.checks.loggers.get_available_reporting_integrations"
     monkeypatch.setattr(loggers, lambda: ["tensorboard"])
     base, rows = tmp_path / "base", tmp_path / "data"
     if settings.keys() & {"lora", "optim"}:
