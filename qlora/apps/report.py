@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from qlora import files
+from qlora.cli import show_seconds
 from qlora.config import ReportConfig
 from qlora.errors import UserError, require
 from qlora.pictures import GIB, as_svg, by_kind, draw_merge, draw_run
@@ -152,14 +153,6 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
         note = f"of {total / GIB:.1f} GiB, {peak / total:.0%}" if total else ""
         figures.append(("peak memory", f"{peak / GIB:.2f} GiB", note))
     return figures
-
-
-def show_seconds(seconds: float) -> str:
-    """`45 s`, `12 min 5 s` or `3 h 20 min`"""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def remarks(run: Run) -> list[str]:

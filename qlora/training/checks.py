@@ -1,8 +1,10 @@
-"""The checks of a run's settings, before anything is loaded: the output folder, the machine, the
-arguments of Trainer and the loggers."""
+"""The checks of a run's settings, before anything is loaded: the output folder, the machine and the
+loggers; and Trainer's arguments."""
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import Field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -15,11 +17,10 @@ from transformers import TrainingArguments
 from transformers.integrations import integration_utils as loggers
 
 from qlora.config import TrainConfig
-from qlora.errors import UserError, did_you_mean, require
+from qlora.errors import UserError, did_you_mean, first_line, require
 from qlora.fast.offload import require_gpu
 from qlora.files import RUN, read_metrics, read_samples, require_new
 from qlora.training.outputs import checkpoint_to_resume, complete_checkpoints, is_left_over
-from qlora.training.trainer import training_arguments
 
 # TrainingArguments that `--trainer.NAME` refuses, and why: names, or beginnings that end in `_`.
 REFUSED_ARGUMENTS = {
@@ -45,12 +46,23 @@ REFUSED_ARGUMENTS = {
     "is not supported: upload the folder after training, `hf upload NAME FOLDER`": (
         "hub_", "push_to_hub",
     ),
+    "is not needed, a batch that does not fit is split and the loss stays the same: leave it out": (
+        "auto_find_batch_size",
+    ),
     "is not supported: --resume continues from the last checkpoint": ("resume_from_checkpoint",),
 }  # fmt: skip
 WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a word",
           dict: "{NAME: VALUE}", list: "a list"}  # fmt: skip
 # Logger -> package to install; the others have one name for both.
 LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
+# Settings with the same name and meaning in TrainConfig and TrainingArguments.
+SHARED_ARGUMENTS = (
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "num_train_epochs", "max_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
+    "seed", "logging_steps", "eval_steps", "save_steps",
+)  # fmt: skip
+# Arguments that need evaluation, besides the strategies.
+NEED_EVALUATION = ("load_best_model_at_end", "metric_for_best_model", "eval_on_start")
 
 
 def check_settings(config: TrainConfig, output: Path) -> str | None:
@@ -147,3 +159,69 @@ def check_loggers(config: TrainConfig) -> None:
         needs = f"--report-to {' '.join(missing)} needs a package that is not installed"
         packages = [LOGGER_PACKAGES.get(name, name) for name in missing]
         raise UserError(f"{needs}: pip install {' '.join(packages)}")
+
+
+# ---- Trainer's arguments
+
+
+def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> TrainingArguments:
+    """transformers' arguments for `config`; `--trainer.NAME` overrides them."""
+    eval_strategy = ("steps" if config.eval_steps else "epoch") if config.data.eval_data else "no"
+    settings: dict[str, Any] = {name: getattr(config, name) for name in SHARED_ARGUMENTS}
+    settings |= {
+        "learning_rate": config.learning_rate or 1e-4,  # none yet before the model is known
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "warmup_steps": config.warmup_ratio,  # below 1: a fraction of the steps
+        "logging_first_step": True,
+        "eval_strategy": eval_strategy,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "report_to": list(config.report_to) or "none",
+        "fp16": fp16,  # T4 and older: loss scaling, fp32 adapters
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        # group_by_length as in QLoRA: less padding; packs have nearly one length
+        "train_sampling_strategy": "random" if config.data.packing else "group_by_length",
+        "length_column_name": "length",
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_nan_inf_filter": False,  # it waits for a GPU; AdapterTrainer's costs nothing
+        "label_names": ["labels"],
+    }
+    settings |= config.trainer
+    _require_evaluations(settings, config.data.eval_data)
+    with refusals():
+        arguments = TrainingArguments(**settings)
+        arguments.get_process_log_level()  # Trainer's first use of log_level
+    # One GPU even where more are visible: no setting turns off Trainer's DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _require_evaluations(settings: dict[str, Any], eval_data: str | None) -> None:
+    """Refuse settings that need an evaluation where there is none, or at other steps."""
+    evaluated, saved = settings["eval_strategy"], settings["save_strategy"]
+    needing = [f"--trainer.{name}" for name in NEED_EVALUATION if settings.get(name)]
+    needing += ["--trainer.save_strategy best"] * (saved == "best")
+    if eval_data is None:
+        needing += [f"--trainer.eval_strategy {evaluated}"] * (evaluated != "no")
+        require(not needing, f"{', '.join(needing)} needs evaluation data: give --eval-data")
+    elif evaluated == "no":
+        needing = [name for name in needing if not name.endswith("eval_on_start")]
+        require(not needing, f"{', '.join(needing)} needs evaluations: drop eval_strategy no")
+    if settings.get("load_best_model_at_end") and saved != "best":
+        every = settings["eval_steps"] or settings["logging_steps"]
+        agree = evaluated == saved and (saved != "steps" or settings["save_steps"] % every == 0)
+        fault = f"needs every checkpoint evaluated; evaluation is by {evaluated}, saving by {saved}"
+        fix = "give --eval-steps N, and N or a multiple of it as --save-steps"
+        require(agree, f"--trainer.load_best_model_at_end {fault}: {fix}")
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns transformers' exceptions about settings into UserErrors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, ImportError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error

@@ -1,6 +1,7 @@
 """`train(config)`: a config becomes a trained adapter, with transformers' Trainer.
 
     checks -> checkpoint -> tokenizer -> rows -> 4-bit base -> adapter -> fast path -> Trainer
+    -> dry step -> training
 
 Nothing is written before Trainer is built. Trainer has the loop, optimizers, schedules, checkpoints
 and loggers (qlora.training.trainer); qlora.training.checks refuses settings, and
@@ -33,18 +34,21 @@ from qlora.errors import UserError, require
 from qlora.fast import layers
 from qlora.fast.head import LanguageHead, put_language_head
 from qlora.fast.offload import offload_embedding
-from qlora.files import RUN, ids_in
+from qlora.files import RUN, SAMPLES, ids_in
 from qlora.training.callbacks import FreeCores
 from qlora.training.checks import check_arguments, check_settings
+from qlora.training.dry_step import before_training
+from qlora.training.memory import free_unused, is_out_of_memory, out_of_memory_in
 from qlora.training.outputs import (
-    choose_samples,
+    no_empty_folder,
     read_run,
     remove_leftovers,
-    write_answers,
+    state_at,
     write_results,
     write_run_file,
     writing_to,
 )
+from qlora.training.samples import choose_samples, write_answers
 from qlora.training.trainer import AdapterTrainer, make_trainer
 
 EVA_TOKENS = 1 << 13  # tokens that EVA reads: many more than the directions of a layer
@@ -61,11 +65,13 @@ class PreparedData(NamedTuple):
     counts: dict[str, Any]  # "training", "evaluation" -> source, rows, tokens, ...
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     """Train the adapter that `config` describes; returns the folder with its files.
 
-    Raises UserError if settings, data, model or machine do not work together. Unless training has
-    begun, nothing was written then.
+    `planned_bytes`: the peak memory of a plan, which is logged beside the measured one.
+
+    Raises UserError if settings, data, model or machine do not work together, or memory runs out.
+    Unless training has begun, nothing was written then.
     """
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
@@ -97,10 +103,12 @@ def train(config: TrainConfig) -> Path:
     rate = config.learning_rate or rate_from_rule(model)
     config = replace(config, learning_rate=rate, resume=False)
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
-    trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows)
-    trainer.add_callback(FreeCores())
-    if resume_from:
-        trainer.check_checkpoint(resume_from)
+    with no_empty_folder(output):
+        trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows, planned_bytes)
+        trainer.add_callback(FreeCores())
+        if resume_from:
+            trainer.check_checkpoint(resume_from)
+        before_training(trainer, state_at(resume_from).global_step if resume_from else 0)
 
     with writing_to(output):
         run_and_write(config, trainer, data, resume_from, recorded, changed)
@@ -132,13 +140,27 @@ def run_and_write(
     parts = (data.rows, data.eval_rows, data.max_length)
     samples = choose_samples(config.task, config.samples, *parts)
     if samples and not resume_from:
-        write_answers(output, "before", samples, model, tokenizer)
+        answer_if_memory_suffices(output, "before", samples, model, tokenizer)
     trainer.fit(resume_from)
-    trainer.save_model(str(output))  # before the answers, which may fail or be interrupted
+    with out_of_memory_in(trainer, "saving the adapter"):
+        trainer.save_model(str(output))  # before the answers, which may fail or be interrupted
     if samples:
-        write_answers(output, "after", samples, model, tokenizer)
+        answer_if_memory_suffices(output, "after", samples, model, tokenizer)
     steps = (trainer.adapter_step, trainer.state.global_step)
     write_results(output, settings, base, rows=len(data.rows), steps=steps)
+
+
+def answer_if_memory_suffices(output: Path, when: str, *rest: Any) -> None:
+    """`write_answers`, or a line that memory ran out."""
+    try:
+        write_answers(output, when, *rest)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return
+    free_unused()  # here, as the error holds the tensors of its frames
+    print(f"{SAMPLES}: no answers {when} training, as memory ran out; training is not affected")
 
 
 # ---- a resumed run against its start
