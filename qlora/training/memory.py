@@ -59,43 +59,38 @@ class Rewind:
     with buffers the buffers and plain values, as a batch norm or RoPE of dynamic length has."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.versions = model, dict[Tensor, int]()
+        device = next(model.parameters()).device
+        self.generators = [torch.default_generator]
+        if device.type == "cuda":
+            self.generators.append(torch.cuda.default_generators[device.index or 0])
+        self.modules = [module for module in model.modules() if module._buffers]
 
     def mark(self) -> None:
-        """Remember the values of now. Buffers are copied the first time, later those that have
-        changed since."""
-        device = next(self.model.parameters()).device
-        own = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
-        generators = [g for g in (torch.default_generator, own) if g is not None]
+        """Remember the values of now."""
         self.random = random.getstate(), np.random.get_state()
-        self.generators = [(g, g.get_state()) for g in generators]
-        self.values, self.copies = list[Any](), list[tuple[Tensor, int, Tensor]]()
-        is_first = not self.versions
-        for module in self.model.modules():
+        self.states = [generator.get_state() for generator in self.generators]
+        self.values: list[tuple[nn.Module, dict[str, Any], dict[str, Tensor]]] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        for module in self.modules:
             buffers = {name: b for name, b in module._buffers.items() if b is not None}
-            if not buffers:
-                continue
-            plain = {name: v for name, v in vars(module).items() if isinstance(v, PLAIN)}
-            self.values.append((module, plain, buffers))
-            for buffer in buffers.values():
-                version = buffer._version
-                if is_first or self.versions.get(buffer) != version:
-                    self.copies.append((buffer, version, buffer.detach().clone()))
-                self.versions.setdefault(buffer, version)
+            if buffers:
+                plain = {name: v for name, v in vars(module).items() if isinstance(v, PLAIN)}
+                self.values.append((module, plain, buffers))
+                # not only those of another _version: a batch norm does not count its changes
+                self.copies += [(b, b.detach().clone()) for b in buffers.values()]
 
     @torch.no_grad()
     def back(self) -> None:
         """Put the values of `mark` back."""
         random.setstate(self.random[0])
         np.random.set_state(self.random[1])
-        for generator, state in self.generators:
+        for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_state(state)
         for module, plain, buffers in self.values:
             module._buffers.update(buffers)
             vars(module).update(plain)
-        for buffer, version, copy in self.copies:
-            if buffer._version != version:
-                buffer.copy_(copy)
+        for buffer, copy in self.copies:
+            buffer.copy_(copy)
 
 
 # ---- a batch in parts

@@ -29,7 +29,7 @@ FACTS = {
 }  # fmt: skip
 LOGGED = [
     {"step": i, "epoch": i / 10, "loss": 3 / i, "tokens_per_second": 900.0,
-     "peak_bytes": 4 * 2**30, "seconds": 61.0 * i}
+     "peak_bytes": 4 * 2**30, "planned_bytes": 5 * 2**30, "seconds": 61.0 * i}
     for i in range(1, 11)
 ] + [{"step": 5, "eval_loss": 0.5}, {"step": 10, "eval_loss": 0.4, "epoch": 1.0}]  # fmt: skip
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 \"'"
