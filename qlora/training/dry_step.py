@@ -45,7 +45,8 @@ def before_training(trainer: Any, done: int) -> None:
     seconds, peak = dry_step(trainer, batch)
     own = int(tokens_of(batch))
     takes = show_seconds(seconds / own * tokens * steps)
-    shown = f"{rows_in(batch)} rows, {own:,} tokens"
+    rows = rows_in(batch)
+    shown = f"{rows} row{'s' * (rows != 1)}, {own:,} tokens"
     print(f"dry step, {shown}: peak memory {show_bytes(peak)}; training takes about {takes}")
 
 

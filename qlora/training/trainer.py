@@ -379,7 +379,8 @@ class AdapterTrainer(Trainer):
             batch = self._prepare_inputs(part)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(model, dict(batch), True, num_items_in_batch=one)
-            return loss, outputs, batch["labels"]
+            # logits of all parts at once may not fit
+            return loss, outputs if self.objective.classifies else None, batch["labels"]
 
         for inputs in dataloader:
             (results,) = self.eval_parts.run([inputs], compute)
