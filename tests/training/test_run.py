@@ -297,6 +297,7 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
         ({"trainer": {"fsdp_config": {}}}, ["fsdp_config is not supported", "one GPU"]),
         ({"trainer": {"prediction_loss_only": True}}, ["prediction_loss_only has no effect"]),
         ({"trainer": {"resume_from_checkpoint": "x"}}, ["--resume continues"]),
+        ({"trainer": {"auto_find_batch_size": True}}, ["is not needed", "is split"]),
         ({"trainer": {"adam_beta2": "high"}}, ["adam_beta2 must be a number, got 'high'"]),
         ({"trainer": {"dataloader_num_workers": 1.5}}, ["must be a whole number, got 1.5"]),
         ({"trainer": {"dataloader_drop_last": 1}}, ["must be true or false, got 1"]),
