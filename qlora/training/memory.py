@@ -36,13 +36,14 @@ T = TypeVar("T")
 Batch = Mapping[str, Any]
 # Errors of an allocation that are no torch.OutOfMemoryError.
 PHRASES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: ")
+ONEDNN = "could not create a primitive"  # on a CPU, in a product; the whole message
 PLAIN = (bool, int, float, str, NoneType)
 OFFLOADS_FROM = "cuda"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a tensor could not be allocated."""
-    is_phrase = any(phrase in str(error) for phrase in PHRASES)
+    is_phrase = any(phrase in str(error) for phrase in PHRASES) or str(error) == ONEDNN
     is_error = isinstance(error, RuntimeError) and is_phrase
     return isinstance(error, torch.OutOfMemoryError) or is_error
 
