@@ -20,7 +20,7 @@ LOOK_SECONDS, BUSY_PERCENT = 0.1, 50  # of the load at the start: half a core of
 SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # settings of GPU memory
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, message after Ctrl-C
     "train": (
-        config.TrainConfig, "qlora.training:train",
+        config.TrainConfig, "qlora.plan.run:run",
         "--resume continues from the last checkpoint, if there is one",
     ),
     "merge": (

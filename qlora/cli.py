@@ -268,3 +268,11 @@ def drop_lost_output() -> None:
         poll.register(number, 0)
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def show_seconds(seconds: float) -> str:
+    """`45 s`, `12 min 5 s` or `3 h 20 min`"""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -60,8 +60,13 @@ def draw_run(
             axes.plot(steps[shown], gib[shown], color=BLUE, linewidth=1.6)
             if total:
                 axes.axhline(total, color=INK, linewidth=1, linestyle="--")
-            axes.set_ylim(0, 1.12 * (total or float(gib.max())) or 1)
+            planned = _series(rows, "planned_bytes")[1] / GIB
+            if len(planned):
+                axes.axhline(planned[-1], color=VERMILION, linewidth=1.2, linestyle=":")
+            highest = max([total or float(gib.max()), *planned[-1:]])
+            axes.set_ylim(0, 1.12 * highest or 1)
             title = f"memory: {gib[-1]:.1f}{f' of {total:.0f}' if total else ''} GiB"
+            title += f", planned {planned[-1]:.1f}" if len(planned) else ""
         else:
             _draw_curve(axes, steps, values, smooth=key != "learning_rate")
         if key == "learning_rate":

@@ -272,7 +272,7 @@ class OutOfMemoryError(RuntimeError):
 def test_a_command_stops_with_one_line(raised, code, line, capfd, monkeypatch):
     import qlora.training
 
-    def train(config):
+    def train(config, *, planned_bytes):
         assert config == parse("")
         if isinstance(raised, signal.Signals):
             os.kill(os.getpid(), raised)

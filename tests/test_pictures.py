@@ -77,6 +77,10 @@ def test_panels_below_the_loss():
     below = ["learning rate", "gradient norm", "tokens per second", "memory: 1.8 of 16 GiB"]
     assert titles(run_of(4), total_bytes=2**34) == below
     assert titles(run_of(4))[-1] == "memory: 1.8 GiB"
+    planned = [row | {"planned_bytes": 5 * 2**29} for row in run_of(4)]
+    assert titles(planned)[-1] == "memory: 1.8 GiB, planned 2.5"
+    memory = draw_run(planned).axes[-1]
+    assert list(memory.lines[-1].get_ydata()) == [2.5, 2.5] and memory.get_ylim()[1] > 2.5
     assert titles([{"step": 1, "loss": 2.0, "grad_norm": 1.0}]) == ["gradient norm"]
     assert titles([{"step": 1, "loss": 2.0, "grad_norm": None}]) == []
     lines = draw_run(run_of(4), total_bytes=2**34).axes[-1].lines

@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from qlora import files
+from qlora.cli import show_seconds
 from qlora.config import ReportConfig
 from qlora.errors import UserError, require
 from qlora.pictures import GIB, as_svg, by_kind, draw_merge, draw_run
@@ -52,6 +53,11 @@ class Run:
         device = self.facts.get("device") or {}
         peaks = [peak for _, peak in self.values("peak_bytes")]
         return max(peaks, default=0), device.get("memory_bytes")
+
+    def planned(self) -> str:
+        """The planned peak, `1.23 GiB`; empty if the run has no plan."""
+        plans = self.values("planned_bytes")
+        return f"{plans[-1][1] / GIB:.2f} GiB" if plans else ""
 
 
 def report(config: ReportConfig) -> None:
@@ -110,6 +116,7 @@ def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
     versions = {f"version of {k}": v for k, v in (run.facts.get("versions") or {}).items()}
     memory = {"device": device["name"]} if device.get("name") else {}
     memory["peak"] = f"{peak / GIB:.2f} GiB"
+    memory |= {"planned peak": run.planned()} if run.planned() else {}
     memory["available"] = f"{total / GIB:.1f} GiB" if total else "not known"
     curves = as_svg(draw_run(run.rows, per=per, total_bytes=total), "Curves of the run")
     template = resources.files("qlora.apps").joinpath(REPORT).read_text(encoding="utf-8")
@@ -150,16 +157,9 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     peak, total = run.memory()
     if peak:
         note = f"of {total / GIB:.1f} GiB, {peak / total:.0%}" if total else ""
+        note += f"; planned {run.planned()}" if run.planned() else ""
         figures.append(("peak memory", f"{peak / GIB:.2f} GiB", note))
     return figures
-
-
-def show_seconds(seconds: float) -> str:
-    """`45 s`, `12 min 5 s` or `3 h 20 min`"""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def remarks(run: Run) -> list[str]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from qlora.config import TrainConfig
 from qlora.plan.meta import as_on_gpu, empty
 from qlora.plan.meter import Meter
+from qlora.training.checks import training_arguments
 from qlora.training.optimizers import BUNDLE, MasterWeights, keep_updates
-from qlora.training.trainer import AdapterTrainer, training_arguments
+from qlora.training.trainer import AdapterTrainer
 
 STATE, STEP, GIVEN = "optimizer state", "optimizer step", "parameters and gradients"
 Kind = tuple[torch.dtype, tuple[int, ...]]

@@ -94,7 +94,7 @@ class FiniteSteps(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.batches: list[tuple[Any, Tensor]] = []  # of this step, and whether the loss is finite
+        self.batches: list[tuple[Any, Tensor]] = []  # of this step, with their losses
         self.skipped, self.in_a_row, self.most = 0, 0, float(MAX_SKIPPED)  # steps
         self.sound_step, self.is_sound = 0, True
 
@@ -110,7 +110,7 @@ class FiniteSteps(TrainerCallback):
         is_scaled = scaler is not None and scaler.get_scale() > 1
         batches, self.batches = self.batches, []
         norm = get_total_norm(gradients)
-        tests = [norm.isfinite(), *(is_finite for _, is_finite in batches)]
+        tests = [norm.isfinite(), *(loss.isfinite() for _, loss in batches)]
         is_counted = self.trainer.args.include_num_input_tokens_seen == "non_padding"
         counts = [tokens_of(inputs) for inputs, _ in batches] if is_counted else []
         read = torch.stack([n.to(norm.device, torch.int64) for n in (*tests, *counts)])

@@ -1,16 +1,10 @@
 """The lines that a run prints, and the files that it writes beside the adapter and checkpoints.
 
-    run.yaml        config, versions, base, counts of the data and device, before the first step
-    metrics.jsonl   a row per log: loss, learning rate, tokens/s, peak memory; or evaluation's
-    samples.jsonl   answers to a few rows of the data, before and after training
-    loss.png        the curves of metrics.jsonl
-    README.md       the model card
-
-Samples are evenly spaced rows of the evaluation data, or else of the training data. The prompt is a
-row up to its last answer (of plain text the first half); the model generates greedily, at most
-twice the answer's length and MAX_NEW_TOKENS. No random number is drawn: training is bit for bit the
-same without samples. Prompts are generated one at a time, as training's attention takes no padding
-(qlora.fast.attention).
+run.yaml        config, versions, base, counts of the data and device, before the first step
+metrics.jsonl   a row per log: loss, learning rate, tokens/s, peak memory; or evaluation's
+samples.jsonl   answers to a few rows of the data, before and after training
+loss.png        the curves of metrics.jsonl
+README.md       the model card
 """
 
 import errno
@@ -40,9 +34,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qlora import __version__, files
 from qlora.cli import Progress
 from qlora.data import generation
-from qlora.data.chat_template import PROBE
-from qlora.data.generation import Question
-from qlora.data.objectives import OBJECTIVES
 from qlora.errors import UserError, first_line, require, some
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
@@ -51,7 +42,6 @@ LEFTOVERS = re.compile(
     r"run\.yaml|metrics\.jsonl|samples\.jsonl|runs|(not-finite-)?checkpoint-\d+|\..*\.partial"
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
-MAX_NEW_TOKENS = 128
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left{postfix}"
 # Trainer's key -> name on the terminal
 EVALUATED = {"eval_loss": "evaluation loss", "eval_accuracy": "accuracy", "eval_f1": "F1"}
@@ -88,8 +78,9 @@ def write_stops(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> N
 class MetricsWriter(TrainerCallback):
     """Appends a row to metrics.jsonl at each log, and adds speed, memory and seconds to the log."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, planned_bytes: int | None = None) -> None:
         self.path, self.tokens = folder / files.METRICS, 0  # seen at the last log
+        self.planned_bytes = planned_bytes  # the plan's peak, beside the measured one
         self.logged_at = self.started_at = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -109,8 +100,8 @@ class MetricsWriter(TrainerCallback):
             row = {name: logs[name] for name in EVALUATED if name in logs}
         else:
             return
-        on_gpu = torch.cuda.is_available()
-        row["peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes()
+        row["peak_bytes"] = peak_bytes()
+        row |= {"planned_bytes": self.planned_bytes} if self.planned_bytes else {}
         row["seconds"] = time.perf_counter() - self.started_at
         logs.update(row)
         at = {"step": state.global_step, "epoch": logs.get("epoch")}
@@ -169,6 +160,12 @@ def device() -> tuple[str, int]:
         gpu: Any = torch.cuda.get_device_properties()
         return str(gpu.name), int(gpu.total_memory)
     return "CPU", int(psutil.virtual_memory().total)
+
+
+def peak_bytes() -> int:
+    """Peak of the GPU's allocated memory; without one, of this process's resident memory."""
+    on_gpu = torch.cuda.is_available()
+    return int(torch.cuda.max_memory_allocated()) if on_gpu else peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
@@ -256,6 +253,17 @@ def writing_to(output: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def no_empty_folder(output: Path) -> Iterator[None]:
+    """Remove `output`, which Trainer creates, if the block fails and it is empty."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            output.rmdir()
+        raise
+
+
 def _disk_error(error: Exception) -> str:
     """Why a file could not be written, whichever library wrote it; empty for other errors."""
     number = getattr(error, "errno", None)
@@ -320,60 +328,6 @@ def _rows_of(batch: Any) -> Iterator[list[int]]:
 def show_bytes(count: int) -> str:
     """`1.23 GiB`, or MiB below one."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def choose_samples(
-    task: str, count: int, rows: Any, eval_rows: Any | None, max_length: int
-) -> list[Question]:
-    """Up to `count` evenly spaced rows, of `eval_rows` if given, as questions to a model that takes
-    `max_length` tokens; none for a classifier, whose accuracy evaluation reports."""
-    if not count or OBJECTIVES[task].classifies:
-        return []
-    rows, kind = (rows, "training") if eval_rows is None else (eval_rows, "evaluation")
-    count = min(count, len(rows))
-    of = f"{count} row{'s' * (count != 1)} of the {kind} data"
-    print(f"{files.SAMPLES}: answers to {of}, before and after training")
-    samples = []
-    for row in (rows[i * len(rows) // count] for i in range(count)):
-        question = generation.question_of(row, task)
-        if not question.prompt:  # plain text
-            half = (len(question.answer) + 1) // 2
-            question = Question(question.answer[:half], question.answer[half:])
-        positions = max_length if task == "seq2seq" else max_length - len(question.prompt)
-        max_new_tokens = min(MAX_NEW_TOKENS, 2 * len(question.answer), positions)
-        samples.append(question._replace(max_new_tokens=max_new_tokens))
-    return samples
-
-
-def write_answers(
-    folder: Path, when: str, samples: list[Question], model: PreTrainedModel, tokenizer: Tokenizer
-) -> None:
-    """Generate answers into column `when` of samples.jsonl, "before" or "after"; keep the other."""
-    earlier = {(row["prompt"], row["wanted"]): row for row in files.read_samples(folder)}
-    rows = []
-    for question in samples:
-        prompt = _without_template(tokenizer, question.prompt)
-        wanted = generation.decode(tokenizer, question.answer)
-        row = {"prompt": prompt, "wanted": wanted, "before": None, "after": None}
-        settings = generation.generation_settings(model, tokenizer, question.max_new_tokens)
-        (generated,) = generation.generate(model, tokenizer, [question.prompt], settings)
-        rows.append(row | earlier.get((prompt, wanted), {}) | {when: generated})
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    files.replace_text(folder / files.SAMPLES, "".join(lines))
-
-
-def _without_template(tokenizer: Tokenizer, prompt: list[int]) -> str:
-    """The content of a prompt that is a single user turn in the chat template; else its text."""
-    text = str(tokenizer.decode(prompt, skip_special_tokens=False))
-    if not tokenizer.chat_template:
-        return text
-    try:
-        probe = generation.prompt_ids(tokenizer, [{"role": "user", "content": PROBE}])
-    except UserError:  # the template needs more than a user turn
-        return text
-    begin, _, end = str(tokenizer.decode(probe, skip_special_tokens=False)).partition(PROBE)
-    content = text.removeprefix(begin).removesuffix(end)
-    return content if begin + content + end == text else text
 
 
 def write_results(

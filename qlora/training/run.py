@@ -1,25 +1,22 @@
 """`train(config)`: a config becomes a trained adapter, with transformers' Trainer.
 
     checks -> checkpoint -> tokenizer -> rows -> 4-bit base -> adapter -> fast path -> Trainer
+    -> dry step -> training
 
 Nothing is written before Trainer is built. Trainer has the loop, optimizers, schedules, checkpoints
-and loggers (qlora.training.trainer); qlora.training.outputs writes the other files.
+and loggers (qlora.training.trainer); qlora.training.checks refuses settings, and
+qlora.training.outputs writes the other files.
 """
 
-import os
-import re
 import sys
 from collections.abc import Mapping
-from dataclasses import Field, asdict, fields, replace
-from enum import Enum
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import MethodType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
-import yaml
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.integrations import integration_utils as loggers
+from transformers import PreTrainedModel
 
 from qlora.adapters.apply import active_adapters, apply_lora, print_trainable_parameters
 from qlora.adapters.files import save_adapter
@@ -33,56 +30,27 @@ from qlora.config import TrainConfig, changed_settings, differences, flat
 from qlora.config.tasks import task_named
 from qlora.data import rows as data_rows
 from qlora.data.generation import describe_stops, taught_stop_ids
-from qlora.errors import UserError, did_you_mean, require
+from qlora.errors import UserError, require
 from qlora.fast import layers
 from qlora.fast.head import LanguageHead, put_language_head
-from qlora.fast.offload import offload_embedding, require_gpu
-from qlora.files import RUN, ids_in, read_metrics, read_samples, require_new
+from qlora.fast.offload import offload_embedding
+from qlora.files import RUN, SAMPLES, ids_in
 from qlora.training.callbacks import FreeCores
+from qlora.training.checks import check_arguments, check_settings
+from qlora.training.dry_step import before_training
+from qlora.training.memory import free_unused, is_out_of_memory, out_of_memory_in
 from qlora.training.outputs import (
-    checkpoint_to_resume,
-    choose_samples,
-    complete_checkpoints,
-    is_left_over,
+    no_empty_folder,
     read_run,
     remove_leftovers,
-    write_answers,
+    state_at,
     write_results,
     write_run_file,
     writing_to,
 )
-from qlora.training.trainer import AdapterTrainer, make_trainer, training_arguments
+from qlora.training.samples import choose_samples, write_answers
+from qlora.training.trainer import AdapterTrainer, make_trainer
 
-# TrainingArguments that `--trainer.NAME` refuses, and why: names, or beginnings that end in `_`.
-REFUSED_ARGUMENTS = {
-    "follows from the other settings: leave it out": (
-        "activation_checkpointing", "activation_checkpointing_kwargs", "bf16", "bf16_full_eval",
-        "do_eval", "do_predict", "do_train", "fp16", "fp16_full_eval",
-        "gradient_checkpointing_kwargs", "include_num_input_tokens_seen", "label_names",
-        "label_smoothing_factor", "length_column_name", "remove_unused_columns", "use_cache",
-        "use_cpu",
-    ),
-    "is not supported, training runs on one GPU: leave it out": (
-        "accelerator_config", "average_tokens_across_devices", "ddp_", "deepspeed", "fsdp",
-        "fsdp_", "local_rank", "log_level_replica", "log_on_each_node", "parallelism_config",
-        "save_on_each_node",
-    ),
-    "is not supported, 4-bit layers have faster versions here (--fast-path): leave it out": (
-        "liger_", "torch_compile", "torch_compile_", "use_liger_kernel",
-    ),
-    "has no effect here: leave it out": (
-        "batch_eval_metrics", "disable_tqdm", "eval_accumulation_steps", "eval_do_concat_batches",
-        "eval_use_gather_object", "include_for_metrics", "prediction_loss_only",
-    ),
-    "is not supported: upload the folder after training, `hf upload NAME FOLDER`": (
-        "hub_", "push_to_hub",
-    ),
-    "is not supported: --resume continues from the last checkpoint": ("resume_from_checkpoint",),
-}  # fmt: skip
-WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a word",
-          dict: "{NAME: VALUE}", list: "a list"}  # fmt: skip
-# Logger -> package to install; the others have one name for both.
-LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 EVA_TOKENS = 1 << 13  # tokens that EVA reads: many more than the directions of a layer
 
 
@@ -97,11 +65,13 @@ class PreparedData(NamedTuple):
     counts: dict[str, Any]  # "training", "evaluation" -> source, rows, tokens, ...
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     """Train the adapter that `config` describes; returns the folder with its files.
 
-    Raises UserError if settings, data, model or machine do not work together. Unless training has
-    begun, nothing was written then.
+    `planned_bytes`: the peak memory of a plan, which is logged beside the measured one.
+
+    Raises UserError if settings, data, model or machine do not work together, or memory runs out.
+    Unless training has begun, nothing was written then.
     """
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
@@ -133,10 +103,12 @@ def train(config: TrainConfig) -> Path:
     rate = config.learning_rate or rate_from_rule(model)
     config = replace(config, learning_rate=rate, resume=False)
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
-    trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows)
-    trainer.add_callback(FreeCores())
-    if resume_from:
-        trainer.check_checkpoint(resume_from)
+    with no_empty_folder(output):
+        trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows, planned_bytes)
+        trainer.add_callback(FreeCores())
+        if resume_from:
+            trainer.check_checkpoint(resume_from)
+        before_training(trainer, state_at(resume_from).global_step if resume_from else 0)
 
     with writing_to(output):
         run_and_write(config, trainer, data, resume_from, recorded, changed)
@@ -168,112 +140,27 @@ def run_and_write(
     parts = (data.rows, data.eval_rows, data.max_length)
     samples = choose_samples(config.task, config.samples, *parts)
     if samples and not resume_from:
-        write_answers(output, "before", samples, model, tokenizer)
+        answer_if_memory_suffices(output, "before", samples, model, tokenizer)
     trainer.fit(resume_from)
-    trainer.save_model(str(output))  # before the answers, which may fail or be interrupted
+    with out_of_memory_in(trainer, "saving the adapter"):
+        trainer.save_model(str(output))  # before the answers, which may fail or be interrupted
     if samples:
-        write_answers(output, "after", samples, model, tokenizer)
+        answer_if_memory_suffices(output, "after", samples, model, tokenizer)
     steps = (trainer.adapter_step, trainer.state.global_step)
     write_results(output, settings, base, rows=len(data.rows), steps=steps)
 
 
-# ---- checks, before anything is loaded ----
-
-
-def check_settings(config: TrainConfig, output: Path) -> str | None:
-    """Refuse settings that cannot be trained with, and an `output` that cannot be written to.
-    Returns the checkpoint to resume from; None for a new run."""
-    require_one_process()
-    checkpoint = checkpoint_to_resume(output) if config.resume else None
-    if checkpoint:
-        read_metrics(output)  # these two are read again in the run: a damaged file raises now
-        read_samples(output)
-    elif not is_left_over(output):
-        dead = "remove it: it has no checkpoint to resume from"
-        is_dead = not complete_checkpoints(output)
-        fix = f"give a new --output-dir, or {dead if is_dead else '--resume to continue it'}"
-        require(not (output / RUN).exists(), f"{output} already holds a run: {fix}")
-        require_new(output)
-    for name in ("offload_activations", "offload_embedding"):
-        if getattr(config, name):
-            require_gpu(f"--{name.replace('_', '-')}")
-    return str(checkpoint) if checkpoint else None
-
-
-def require_one_process() -> None:
-    """Refuse a process of several, and the variables that libraries read as numbers if they are
-    none."""
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        value = os.environ.get(name, "1")
-        wanted = f"the environment variable {name} must be a whole number, got {value!r}: unset it"
-        require(bool(re.fullmatch(r"\s*-?\d+\s*", value)), wanted)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several GPUs are not supported yet: start one process on one GPU")
-
-
-def typed_argument(argument: Field[Any], value: Any) -> Any:
-    """A value of `--trainer.NAME` in the type that TrainingArguments has for it: `no`, a word, is
-    false for a switch. Raises UserError for another type, and for a word that is no choice."""
-    hint, given = get_type_hints(TrainingArguments)[argument.name], value
-    hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    kinds = [get_origin(kind) or kind for kind in hints]
-    kinds = [bool if kind is Literal else kind for kind in kinds]  # Literal[False]
-    value = _switched(value) if bool in kinds else value
-    if isinstance(value, dict):
-        value = {key: _switched(item) for key, item in value.items()}
-    if type(value) not in (*kinds, *[int] * (float in kinds)):
-        wanted = " or ".join(dict.fromkeys(WANTED[kind] for kind in kinds if kind in WANTED))
-        fix = f": write '{given}' in quotes" if str in kinds else ""
-        raise UserError(f"--trainer.{argument.name} must be {wanted}, got {given!r}{fix}")
-    words = [choice.value for kind in kinds if issubclass(kind, Enum) for choice in kind]
-    words = words or list(argument.metadata.get("choices") or ())
-    is_choice = not words or value is None or value in words
-    message = f"--trainer.{argument.name} must be one of {', '.join(words)}, got {given!r}"
-    require(is_choice, message)
-    return value
-
-
-def _switched(value: Any) -> Any:
-    """YAML 1.1's booleans, `no` and others, as such; any other value as it is."""
-    is_word = isinstance(value, str)
-    return yaml.SafeLoader.bool_values.get(value.lower(), value) if is_word else value
-
-
-def check_arguments(config: TrainConfig) -> TrainConfig:
-    """`config` with the values of `trainer` in their types. Refuses a `--trainer.NAME` that is
-    unknown, has its own flag, is derived, or has a value that Trainer refuses; and a logger that
-    transformers does not know, or whose package is not installed."""
-    known = {field.name: field for field in fields(TrainingArguments) if field.init}
-    flags = {field.name for field in fields(config)}
-    for name in config.trainer:
-        unknown = f"is no argument of transformers.TrainingArguments.{did_you_mean(name, known)}"
-        require(name in known, f"--trainer.{name} {unknown}")
-        require(name not in flags, f"--trainer.{name} has a flag of its own: give --{name}")
-        for reason, names in REFUSED_ARGUMENTS.items():
-            is_refused = any(name == n or (n[-1] == "_" and name.startswith(n)) for n in names)
-            require(not is_refused, f"--trainer.{name} {reason}")
-    typed = {name: typed_argument(known[name], value) for name, value in config.trainer.items()}
-    for name in ("adam_epsilon", "neftune_noise_alpha"):  # else the first step fails
-        is_positive = typed.get(name) is None or typed[name] > 0
-        require(is_positive, f"--trainer.{name} must be above 0, got {typed.get(name)}")
-    config = replace(config, trainer=typed)
-    check_loggers(config)
-    training_arguments(config, fp16=False, on_cpu=not torch.cuda.is_available())
-    return config
-
-
-def check_loggers(config: TrainConfig) -> None:
-    """Refuse a logger that is unknown, or whose package is not installed."""
-    installed = {*loggers.get_available_reporting_integrations(), "flyte"}  # never listed
-    named = [name for name in config.report_to if name not in ("all", "none")]
-    if strange := [name for name in named if name not in loggers.INTEGRATION_TO_CALLBACK]:
-        names = sorted(loggers.INTEGRATION_TO_CALLBACK)
-        wanted = f"--report-to must be among {', '.join(names)}; got {', '.join(strange)}"
-        raise UserError(f"{wanted}.{did_you_mean(strange[0], names)}")
-    if missing := [name for name in named if name not in installed]:
-        needs = f"--report-to {' '.join(missing)} needs a package that is not installed"
-        packages = [LOGGER_PACKAGES.get(name, name) for name in missing]
-        raise UserError(f"{needs}: pip install {' '.join(packages)}")
+def answer_if_memory_suffices(output: Path, when: str, *rest: Any) -> None:
+    """`write_answers`, or a line that memory ran out."""
+    try:
+        write_answers(output, when, *rest)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return
+    free_unused()  # here, as the error holds the tensors of its frames
+    print(f"{SAMPLES}: no answers {when} training, as memory ran out; training is not affected")
 
 
 # ---- a resumed run against its start

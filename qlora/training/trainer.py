@@ -9,13 +9,15 @@ differs from Trainer in:
     rows          ordered by the seed and the epoch alone, so that a resumed epoch goes on
     checkpoints   hold the adapter, not the model
     optimizer     LoRA+ rates; fp32 masters of bf16 parameters (optimizers.py); unpaged on a CPU
+    memory        micro-batches are split where it runs out (memory.py)
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
 
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ from qlora.errors import UserError, first_line, require, some
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
 from qlora.training.callbacks import FiniteSteps, SaveOnSignal
+from qlora.training.checks import refusals, training_arguments
+from qlora.training.memory import Parts, out_of_memory_in
 from qlora.training.optimizers import keep_updates, loses_updates
 from qlora.training.outputs import (
     MetricsWriter,
@@ -51,81 +55,14 @@ from qlora.training.outputs import (
     write_stops,
 )
 
-# Settings with the same name and meaning in TrainConfig and TrainingArguments.
-SHARED_ARGUMENTS = (
-    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "num_train_epochs", "max_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
-    "seed", "logging_steps", "eval_steps", "save_steps",
-)  # fmt: skip
-# Arguments that need evaluation, besides the strategies.
-NEED_EVALUATION = ("load_best_model_at_end", "metric_for_best_model", "eval_on_start")
-
-
-def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> TrainingArguments:
-    """transformers' arguments for `config`; `--trainer.NAME` overrides them."""
-    eval_strategy = ("steps" if config.eval_steps else "epoch") if config.data.eval_data else "no"
-    settings: dict[str, Any] = {name: getattr(config, name) for name in SHARED_ARGUMENTS}
-    settings |= {
-        "learning_rate": config.learning_rate or 1e-4,  # none yet before the model is known
-        "per_device_eval_batch_size": config.per_device_train_batch_size,
-        "warmup_steps": config.warmup_ratio,  # below 1: a fraction of the steps
-        "logging_first_step": True,
-        "eval_strategy": eval_strategy,
-        "save_strategy": "steps",
-        "save_total_limit": 2,
-        "report_to": list(config.report_to) or "none",
-        "fp16": fp16,  # T4 and older: loss scaling, fp32 adapters
-        "use_cpu": on_cpu,
-        "dataloader_pin_memory": not on_cpu,
-        # group_by_length as in QLoRA: less padding; packs have nearly one length
-        "train_sampling_strategy": "random" if config.data.packing else "group_by_length",
-        "length_column_name": "length",
-        "include_num_input_tokens_seen": "non_padding",
-        "logging_nan_inf_filter": False,  # it waits for a GPU; AdapterTrainer's costs nothing
-        "label_names": ["labels"],
-    }
-    settings |= config.trainer
-    _require_evaluations(settings, config.data.eval_data)
-    with refusals():
-        arguments = TrainingArguments(**settings)
-        arguments.get_process_log_level()  # Trainer's first use of log_level
-    # One GPU even where more are visible: no setting turns off Trainer's DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-def _require_evaluations(settings: dict[str, Any], eval_data: str | None) -> None:
-    """Refuse settings that need an evaluation where there is none, or at other steps."""
-    evaluated, saved = settings["eval_strategy"], settings["save_strategy"]
-    needing = [f"--trainer.{name}" for name in NEED_EVALUATION if settings.get(name)]
-    needing += ["--trainer.save_strategy best"] * (saved == "best")
-    if eval_data is None:
-        needing += [f"--trainer.eval_strategy {evaluated}"] * (evaluated != "no")
-        require(not needing, f"{', '.join(needing)} needs evaluation data: give --eval-data")
-    elif evaluated == "no":
-        needing = [name for name in needing if not name.endswith("eval_on_start")]
-        require(not needing, f"{', '.join(needing)} needs evaluations: drop eval_strategy no")
-    if settings.get("load_best_model_at_end") and saved != "best":
-        every = settings["eval_steps"] or settings["logging_steps"]
-        agree = evaluated == saved and (saved != "steps" or settings["save_steps"] % every == 0)
-        fault = f"needs every checkpoint evaluated; evaluation is by {evaluated}, saving by {saved}"
-        fix = "give --eval-steps N, and N or a multiple of it as --save-steps"
-        require(agree, f"--trainer.load_best_model_at_end {fault}: {fix}")
-
-
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Turns transformers' exceptions about settings into UserErrors."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, RuntimeError, ImportError, TypeError, KeyError, OSError) as error:
-        raise UserError(f"Trainer refuses these settings: {first_line(error)}") from error
-
 
 def make_trainer(
-    config: TrainConfig, model: PreTrainedModel, tokenizer: Any, rows: Any, eval_rows: Any
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Any,
+    eval_rows: Any,
+    planned_bytes: int | None = None,
 ) -> "AdapterTrainer":
     """The Trainer of one run, with metrics.jsonl and progress lines as callbacks.
 
@@ -142,33 +79,29 @@ def make_trainer(
     arguments = training_arguments(config, fp16=model.dtype == torch.float16, on_cpu=on_cpu)
     if on_cpu and "paged" in config.optim:
         print(f"{config.optim} runs unpaged: this machine has no GPU memory to page from")
-    try:
-        with refusals():
-            trainer = AdapterTrainer(
-                model=model,
-                args=arguments,
-                train_dataset=rows,
-                eval_dataset=eval_rows,
-                data_collator=collate,
-                processing_class=tokenizer,
-                objective=OBJECTIVES[config.task],
-                loraplus_lr_ratio=config.loraplus_lr_ratio,
-                offload=offload_activations() if config.offload_activations else None,
-            )
-            # A check before anything is written: 10 for the number of steps, not known yet.
-            trainer.create_optimizer_and_scheduler(num_training_steps=10)
-            trainer.check_data()
-    except UserError:
-        with suppress(OSError):
-            Path(config.output_dir).rmdir()  # Trainer has created it; removed only if empty
-        raise
+    with refusals():
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            data_collator=collate,
+            processing_class=tokenizer,
+            objective=OBJECTIVES[config.task],
+            loraplus_lr_ratio=config.loraplus_lr_ratio,
+            offload=offload_activations() if config.offload_activations else None,
+        )
+        # A check before anything is written: 10 for the number of steps, not known yet.
+        trainer.create_optimizer_and_scheduler(num_training_steps=10)
+        trainer.check_data()
     if loses_updates(trainer.optimizer):
         print(f"{config.optim} loses small updates of bf16 adapters: give --adapter-dtype fp32")
     trainer.optimizer = trainer.lr_scheduler = None
     for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # a notebook has another default
         trainer.remove_callback(callback)
+    writer = MetricsWriter(Path(config.output_dir), planned_bytes)
     # first, as it adds values to the logs that the loggers receive
-    trainer.callback_handler.callbacks.insert(0, MetricsWriter(Path(config.output_dir)))
+    trainer.callback_handler.callbacks.insert(0, writer)
     trainer.add_callback(PlainProgress())
     return trainer
 
@@ -225,15 +158,20 @@ class AdapterTrainer(Trainer):
         finally:
             model._hf_peft_config_loaded = is_marked
         self.steps, self.on_signal = FiniteSteps(self), SaveOnSignal(self)
+        self.parts, self.eval_parts = Parts(self, trains=True), Parts(self, trains=False)
         self.callback_handler.callbacks += [self.steps, self.on_signal]
 
-    def is_done(self, checkpoint: str) -> bool:
-        """Whether `checkpoint` has all steps of this run."""
+    def lengths_of_run(self) -> tuple[int, int]:
+        """Optimizer steps of the run, and micro-batches of an epoch."""
         with torch.random.fork_rng(devices=[]):  # as in check_data
             batches = len(self.get_train_dataloader())
         steps, per_epoch = self.args.max_steps, -(-batches // self.args.gradient_accumulation_steps)
         steps = steps if steps > 0 else math.ceil(self.args.num_train_epochs * per_epoch)
-        return state_at(checkpoint).global_step >= steps
+        return steps, batches
+
+    def is_done(self, checkpoint: str) -> bool:
+        """Whether `checkpoint` has all steps of this run."""
+        return state_at(checkpoint).global_step >= self.lengths_of_run()[0]
 
     def check_data(self) -> None:
         """Refuse data that fill no batch, and a metric for the best model that none measures."""
@@ -280,7 +218,8 @@ class AdapterTrainer(Trainer):
             if self.args.load_best_model_at_end and self.state.best_global_step:
                 self._load_best_model()
             return
-        with self.on_signal:
+        # evaluating and saving have messages of their own
+        with self.on_signal, out_of_memory_in(self, "the optimizer's step"):
             self.train(resume_from_checkpoint=checkpoint)
         if not (self.steps.is_sound or self.steps.passes_again()):
             raise UserError(self.steps.fault())
@@ -291,10 +230,27 @@ class AdapterTrainer(Trainer):
         return int(self.state.global_step if self.best_step is None else self.best_step)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's; 0 for a loss that is not finite, which FiniteSteps notes: sums stay finite."""
+        """Trainer's, in parts where memory runs out; 0 for a loss that is not finite, which
+        FiniteSteps finds: sums stay finite."""
+        before = self.steps.batches  # of this optimizer step
+        if not before:
+            self.parts.rewind.mark()
+        batches = [*(batch for batch, _ in before), inputs]
+        one_pass = partial(self.one_pass, model, num_items_in_batch=num_items_in_batch)
+        losses = [sum(parts[1:], parts[0]) for parts in self.parts.run(batches, one_pass)]
+        if len(losses) > 1:  # the step was begun again: these replace the losses so far
+            for (_, old), new in zip(before, losses, strict=False):
+                self._tr_loss += new.nan_to_num(0, 0, 0) - old.nan_to_num(0, 0, 0)
+            before.clear()
+            before.extend(zip(batches, losses, strict=True))
+        else:
+            before.append((inputs, losses[0]))
+        return losses[-1].nan_to_num(0, 0, 0)
+
+    def one_pass(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        """Trainer's forward and backward pass; the loss."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.steps.batches.append((inputs, loss.isfinite()))
-        return loss.nan_to_num(0, 0, 0)
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the mean loss since the last log as NaN if one was not finite."""
@@ -307,7 +263,8 @@ class AdapterTrainer(Trainer):
         step, output = self.state.global_step, Path(str(self.args.output_dir))
         try:
             if self.steps.is_sound:
-                super()._save_checkpoint(model, trial)
+                with out_of_memory_in(self, f"saving checkpoint-{step}"):
+                    super()._save_checkpoint(model, trial)
         finally:
             if step not in complete_checkpoints(output):
                 shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
@@ -417,11 +374,17 @@ class AdapterTrainer(Trainer):
         """Summed loss, outputs, labels of each evaluation batch; `broken` gets those not finite."""
         model, step_done = self.model.eval(), self.callback_handler.on_prediction_step
         one = torch.tensor(1, device=self.args.device)  # num_items=1 keeps the loss a sum
-        for inputs in dataloader:
-            batch = self._prepare_inputs(inputs)
+
+        def compute(part: Any) -> tuple[Any, Any, Any]:
+            batch = self._prepare_inputs(part)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(model, dict(batch), True, num_items_in_batch=one)
-            if not loss.isfinite():
+            # logits of all parts at once may not fit
+            return loss, outputs if self.objective.classifies else None, batch["labels"]
+
+        for inputs in dataloader:
+            (results,) = self.eval_parts.run([inputs], compute)
+            if not all(loss.isfinite() for loss, _, _ in results):
                 broken.append(inputs)
-            yield loss, outputs, batch["labels"]
+            yield from results
             self.control = step_done(self.args, self.state, self.control)

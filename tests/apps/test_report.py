@@ -29,7 +29,7 @@ FACTS = {
 }  # fmt: skip
 LOGGED = [
     {"step": i, "epoch": i / 10, "loss": 3 / i, "tokens_per_second": 900.0,
-     "peak_bytes": 4 * 2**30, "seconds": 61.0 * i}
+     "peak_bytes": 4 * 2**30, "planned_bytes": 5 * 2**30, "seconds": 61.0 * i}
     for i in range(1, 11)
 ] + [{"step": 5, "eval_loss": 0.5}, {"step": 10, "eval_loss": 0.4, "epoch": 1.0}]  # fmt: skip
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 \"'"
@@ -88,7 +88,8 @@ def test_page_says(folder):
     found = Page(page(read_run(folder), MERGE))
     for said in (
         "my run", "base, fine-tuned on mine.jsonl", "NVIDIA T4", "of 16.0 GiB, 25%",
-        "4.00 GiB", "10 min 10 s", "900 tokens a second", "0.3000", "3.0000 at the start",
+        "4.00 GiB", "; planned 5.00 GiB", "10 min 10 s", "900 tokens a second", "0.3000",
+        "3.0000 at the start",
         "0.4000", "lowest 0.4000, at step 10", "1 × the data", "28,008", "10,220",
         "q_proj, v_proj", "0.00132", "version of torch", "after: ✓ as wanted",
         "(not asked)", "(not asked yet)", "3 training rows had more than 256 tokens",

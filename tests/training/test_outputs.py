@@ -19,7 +19,8 @@ from conftest import FP32, ROWS, axis, quick_config, read_rows, tiny_tokenizer, 
 from qlora import LoraConfig, load_adapter, load_base
 from qlora.data.rows import prepare_data
 from qlora.training import outputs, train
-from qlora.training.outputs import PlainProgress, choose_samples, show_bytes, write_answers
+from qlora.training.outputs import PlainProgress, show_bytes
+from qlora.training.samples import choose_samples, write_answers
 
 LOGS = {"loss": 0.51234, "tokens_per_second": 1234.5, "peak_bytes": 3 * 2**29}
 LINE = "loss 0.5123  1,234 tokens/s  peak 1.50 GiB"

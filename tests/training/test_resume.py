@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from qlora.config import DataConfig, LoraConfig, QuantConfig
 from qlora.errors import Interrupted, UserError
 from qlora.files import locked
-from qlora.training.run import check_settings, train
+from qlora.training.checks import check_settings
+from qlora.training.run import train
 from qlora.training.trainer import AdapterTrainer
 
 

@@ -37,9 +37,8 @@ from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig
 from qlora.data.rows import fingerprint, prepare_data
 from qlora.merge import merge
 from qlora.training import prepare_for_training
+from qlora.training.checks import check_arguments, check_settings
 from qlora.training.run import (
-    check_arguments,
-    check_settings,
     default_learning_rate,
     load_model,
     prepare_rows,
@@ -298,6 +297,7 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
         ({"trainer": {"fsdp_config": {}}}, ["fsdp_config is not supported", "one GPU"]),
         ({"trainer": {"prediction_loss_only": True}}, ["prediction_loss_only has no effect"]),
         ({"trainer": {"resume_from_checkpoint": "x"}}, ["--resume continues"]),
+        ({"trainer": {"auto_find_batch_size": True}}, ["is not needed", "is split"]),
         ({"trainer": {"adam_beta2": "high"}}, ["adam_beta2 must be a number, got 'high'"]),
         ({"trainer": {"dataloader_num_workers": 1.5}}, ["must be a whole number, got 1.5"]),
         ({"trainer": {"dataloader_drop_last": 1}}, ["must be true or false, got 1"]),
@@ -329,7 +329,7 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
 def test_settings_that_are_refused(settings, words, checkpoints, data, tmp_path, monkeypatch):
     """Before anything is written; most before anything is loaded: model and data do not exist."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    loggers = "qlora.training.run.loggers.get_available_reporting_integrations"
+    loggers = "qlora.training.checks.loggers.get_available_reporting_integrations"
     monkeypatch.setattr(loggers, lambda: ["tensorboard"])
     base, rows = tmp_path / "base", tmp_path / "data"
     if settings.keys() & {"lora", "optim"}:

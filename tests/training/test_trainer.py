@@ -201,7 +201,7 @@ def test_a_family_without_checkpointing_is_refused_before_a_change(checkpoints, 
 
 
 def test_offloaded_layer_inputs_train_the_same_adapter(quick_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora.training.run.require_gpu", lambda what: None)
+    monkeypatch.setattr("qlora.training.checks.require_gpu", lambda what: None)
     copies = LateCopies()
     offload = offload_activations(copies=copies, min_bytes=1, keep=1)
     monkeypatch.setattr("qlora.training.trainer.offload_activations", lambda: offload)

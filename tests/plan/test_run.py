@@ -1,0 +1,41 @@
+"""The plan that `python train.py` makes before a run."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import conftest
+import pytest
+
+from qlora.files import read_metrics
+from qlora.plan import estimate
+from qlora.plan import run as planned
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """A GPU is there, for the question whether a run is planned."""
+    there = SimpleNamespace(
+        cuda=SimpleNamespace(is_available=lambda: True), random=planned.torch.random
+    )
+    monkeypatch.setattr(planned, "torch", there)
+
+
+def test_a_run_logs_its_planned_peak_and_is_the_same(quick_run, tmp_path, capsys):
+    settings = {"output_dir": str(tmp_path / "run"), "samples": 0, "report_to": ()}
+    folder = planned.run(replace(quick_run.config, **settings))
+    conftest.require_same_adapter(folder, quick_run.folder)
+    peak = estimate.plan(quick_run.config).peak_bytes
+    rows = read_metrics(folder)
+    assert {row["planned_bytes"] for row in rows} == {peak} and len(rows) == 6
+    assert "planned_bytes" not in read_metrics(quick_run.folder)[0]
+    assert capsys.readouterr().out.startswith(f"plan: peak memory {peak / 2**20:.0f} MiB\n")
+
+
+def test_a_plan_is_one_line_and_never_an_error(quick_run, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "budget", lambda config: 100 << 20)
+    assert planned.planned_bytes(quick_run.config) > 100 << 20
+    line = " MiB of 100 MiB, it may not fit: --plan --fit tells what would\n"
+    assert capsys.readouterr().out.endswith(line)
+    config = replace(quick_run.config, model="/nowhere/at all")
+    assert planned.planned_bytes(config) is None
+    assert capsys.readouterr().out.startswith("plan: none for this run: model /nowhere/at all does")
