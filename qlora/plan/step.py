@@ -40,6 +40,7 @@ from qlora.fast.offload import offload_activations
 from qlora.plan.meta import Unread, as_on_gpu, backward, empty, forget_buffers, widen
 from qlora.plan.meter import Bytes, Meter, Segment, difference
 from qlora.plan.shrink import first_layers, layer_count, narrow, text_of
+from qlora.plan.work import kernels_counted
 from qlora.training.run import prepare_for_training
 
 LINEAR, EMBEDDING, HEAD, OTHER = "linear weights", "embedding", "output head", "norms and others"
@@ -318,7 +319,7 @@ class Sample:
         host = HostMemory(meter)
         forget_buffers()
         offload = offload_activations(copies=host) if self.config.offload_activations else None  # type: ignore[arg-type]
-        with as_on_gpu(packed=packed):
+        with as_on_gpu(packed=packed), kernels_counted(meter.add_work):
             for self.is_counting in (False, True):
                 if not (self.is_counting and accumulates):
                     self.model.zero_grad(set_to_none=True)
@@ -378,7 +379,7 @@ def joined(segments: Sequence[Segment], start: Bytes) -> list[Segment]:
         peak, end = now.copy(), now.copy()
         peak.update(segment.rise)
         end.update(segment.change)
-        made.append(Segment(segment.name, now, peak, end))
+        made.append(Segment(segment.name, now, peak, end, segment.work))
         now = end
     return made
 
