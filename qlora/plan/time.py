@@ -20,7 +20,10 @@ synchronizations, experts that get no token, and `--compute-dtype fp32`, whose p
 import re
 from typing import NamedTuple
 
-from qlora.plan.estimate import Plan
+import torch
+
+from qlora.config import TrainConfig
+from qlora.plan.estimate import Plan, budget
 from qlora.plan.optimizer import STATE
 from qlora.plan.step import ADAPTERS
 from qlora.plan.work import ATTENTION, DECODED, LAUNCHES, LOOKED_UP, PRODUCTS, TRAFFIC, Work
@@ -77,6 +80,15 @@ def card_of_size(memory: int) -> Card:
     """A typical card with so many bytes."""
     large = (name for name in TYPICAL if CARDS[name].gib << 30 >= memory)
     return CARDS[next(large, TYPICAL[-1])]
+
+
+def card_of(config: TrainConfig) -> Card | None:
+    """The card that is there, or a typical one of the size of `gpu_memory`; None without either."""
+    memory = budget(config)
+    if memory is None:
+        return None
+    name = torch.cuda.get_device_name() if config.gpu_memory is None else ""
+    return card_named(name) or card_of_size(memory)
 
 
 def step_seconds(plan: Plan, card: Card) -> float:
