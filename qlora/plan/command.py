@@ -48,6 +48,9 @@ def show_plan(config: TrainConfig) -> Plan:
     made = planner.plan()
     record: dict[str, Any] = made.record()
     lines = [table(made)]
+    if config.lora.init_lora_weights not in (True, False, "gaussian"):
+        start = f"{config.lora.init_lora_weights}, before training"
+        lines.append(f"Not counted: what the start by {start}, takes for a matrix at a time.")
     _time(made, record, lines)
     if made.budget_bytes is not None and (config.fit or not made.fits):
         fitter = Fitter(planner)

