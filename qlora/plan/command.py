@@ -28,7 +28,9 @@ GIB = 1 << 30
 
 
 def run(config: TrainConfig) -> None:
-    """The command: `show_plan`, and the exit code 0 or 1, without a second of tearing down."""
+    """The command: `show_plan`, and the exit code 0 or 1. It ends without tearing the interpreter
+    and its libraries down, which took 1.4 s of processor time of 11 s (measured, a 1B model): all
+    that a plan writes is closed by then."""
     gc.freeze()  # the imported packages, in which nothing is to be collected
     try:
         made = show_plan(config)
