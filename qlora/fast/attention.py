@@ -142,7 +142,8 @@ def _refuse_unsupported(options: dict[str, Any]) -> None:
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **sizes: Any) -> None:
     """For transformers: none. So the last key must be the last query's: no static cache."""
     queries, keys = (int(sizes.get(f"{x}_offset", 0)) + sizes[f"{x}_length"] for x in ("q", "kv"))
-    is_padded = attention_mask is not None and not bool(attention_mask.all())
+    is_padded = attention_mask is not None and not attention_mask.is_meta  # a plan's has no values
+    is_padded = is_padded and not bool(torch.as_tensor(attention_mask).all())
     reason = "these have some" if is_padded else "this cache has space for more tokens"
     require(
         not is_padded and keys == queries,

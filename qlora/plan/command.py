@@ -21,13 +21,16 @@ with patch.object(torch, "compile", lambda function=None, **_: function or (lamb
 from qlora.config import TrainConfig
 from qlora.errors import require
 from qlora.plan.estimate import ALLOWANCE, CONTEXT, Plan, Planner
-from qlora.plan.fit import Fitter, Option, changed, flags_of
+from qlora.plan.fit import Fitter, changed, flags_of
+from qlora.plan.time import card_of, step_seconds
 
 GIB = 1 << 30
 
 
 def run(config: TrainConfig) -> None:
-    """The command: `show_plan`, and the exit code 0 or 1, without a second of tearing down."""
+    """The command: `show_plan`, and the exit code 0 or 1. It ends without tearing the interpreter
+    and its libraries down, which took 1.4 s of processor time of 11 s (measured, a 1B model): all
+    that a plan writes is closed by then."""
     gc.freeze()  # the imported packages, in which nothing is to be collected
     try:
         made = show_plan(config)
@@ -47,15 +50,19 @@ def show_plan(config: TrainConfig) -> Plan:
     made = planner.plan()
     record: dict[str, Any] = made.record()
     lines = [table(made)]
+    if config.lora.init_lora_weights not in (True, False, "gaussian"):
+        start = f"{config.lora.init_lora_weights}, before training"
+        lines.append(f"Not counted: what the start by {start}, takes for a matrix at a time.")
+    _time(made, record, lines)
     if made.budget_bytes is not None and (config.fit or not made.fits):
         fitter = Fitter(planner)
-        options = [] if made.fits else fitter.options(made)
-        rows = [{"flags": o.flags, "saved_bytes": o.saved_bytes, "cost": o.cost} for o in options]
-        record["options"] = rows
+        options = [] if made.fits else fitter.options()
+        record["options"] = [option.record() for option in options]
         lines += ["", "What takes less, each alone:"] * bool(options)
-        lines += [f"  {o.flags}: {show(o.saved_bytes)} less; {o.cost}" for o in options]
+        lines += [f"  {o.flags}: {show(o.saved_bytes)} less, {pace(o.slower)}; {o.cost}"
+                  for o in options]  # fmt: skip
         if config.fit:
-            made = _fit(fitter, made, options, record, lines)
+            made = _fit(fitter, made, record, lines)
     if config.plan_picture:
         from qlora.pictures import draw_memory, save_png  # matplotlib takes a while to import
 
@@ -64,23 +71,52 @@ def show_plan(config: TrainConfig) -> Plan:
     return made
 
 
-def _fit(
-    fitter: Fitter, made: Plan, options: list[Option], record: dict[str, Any], lines: list[str]
-) -> Plan:
+def _fit(fitter: Fitter, made: Plan, record: dict[str, Any], lines: list[str]) -> Plan:
     """The plan that fits, or makes better use of the card; `made` if there is none."""
     rows, tokens = fitter.largest_batch(), fitter.longest_row()
     record |= {"largest_batch": rows, "longest_row": tokens}
     lines += ["", f"The largest micro-batch of {made.length:,} tokens a row has {rows} rows;"]
     lines[-1] += f" the longest row alone has {tokens:,} tokens."
-    fitting = fitter.fill(made) if made.fits else fitter.cheapest(made, options)
+    fitting = fitter.fill() if made.fits else fitter.cheapest()
     if fitting is None:
         lines.append("No combination of these fits: take a smaller model or a larger card.")
         return made
     flags = flags_of(changed(made.config, fitting.config))
-    record["fit"] = {"flags": flags, "peak_bytes": fitting.peak_bytes}
-    with_flags = f"{show(fitting.peak_bytes)} with: {flags}"
+    slower = fitter.slower(fitting)
+    record["fit"] = {"flags": flags, "peak_bytes": fitting.peak_bytes, "slower": slower}
+    with_flags = f"{show(fitting.peak_bytes)}, {pace(slower)}, with: {flags}"
     lines.append(with_flags if flags else "Nothing makes better use of the card.")
+    if kept := fitter.kept_weights(fitting):
+        record["kept_weights"] = kept.record()
+        lines.append(
+            f"Of the memory that is free, the run itself takes {show(-kept.saved_bytes)}: "
+            f"{kept.cost}, {pace(kept.slower)}."
+        )
     return fitting
+
+
+def _time(plan: Plan, record: dict[str, Any], lines: list[str]) -> None:
+    """The time of a step, and the card that it is of; null where none is known."""
+    card = card_of(plan.config)
+    seconds = None if card is None else step_seconds(plan, card)
+    record |= {"card": card and card.name, "step_seconds": seconds}
+    if card is not None and seconds is not None:
+        rows = plan.config.per_device_train_batch_size * plan.config.gradient_accumulation_steps
+        assumed = ", assumed by its memory" if plan.config.gpu_memory else ""
+        lines += [
+            f"A step of {rows} rows takes about {_seconds(seconds)} on a {card.name}{assumed}: an",
+            "estimate by arithmetic, which no GPU has checked.",
+        ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def pace(slower: float) -> str:
+    """A ratio of times in words."""
+    percent = round(100 * (max(slower, 1 / slower) - 1))
+    return f"about {percent} % {'slower' if slower > 1 else 'faster'}" if percent else "as fast"
 
 
 def moments(plan: Plan) -> list[tuple[str, dict[str, int]]]:

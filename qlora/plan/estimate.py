@@ -4,6 +4,7 @@ What a step allocates is counted (qlora.plan.step, qlora.plan.optimizer). Two pa
 are assumed: the CUDA context, and an allowance for what the allocator rounds up and cannot reuse.
 """
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,9 +75,10 @@ class Planner:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{config.model} cannot be planned: {_described(error)}") from error
+            raise UserError(f"{config.model} {_described(error)}") from error
         self.trained = self.sample.trained()
         self._optimizer: dict[str, OptimizerBytes] = {}
+        self._counts: dict[tuple[int, int, bool], tuple[list[Segment], int]] = {}
 
     def optimizer(self, optim: str) -> OptimizerBytes:
         """Of the optimizer of that name, counted once."""
@@ -94,11 +96,11 @@ class Planner:
         own = self.optimizer(config.optim)
         accumulates = config.gradient_accumulation_steps > 1
         try:
-            segments, activations = self.sample.count(rows, length, accumulates=accumulates)
+            segments, activations = self._count(rows, length, accumulates)
         except UserError:
             raise
         except Exception as error:  # of a model's code that reads values
-            raise UserError(f"{config.model} cannot be planned: {_described(error)}") from error
+            raise UserError(f"{config.model} {_described(error)}") from error
         segments = _with_optimizer(segments, own)
         host = {"offloaded activations": activations} if activations else {}
         if config.offload_embedding:
@@ -111,6 +113,19 @@ class Planner:
             config, rows, length, segments, parts, _place(segments, peak), host, self._disk(own),
             budget(config),
         )  # fmt: skip
+
+    def anew(self) -> "Planner":
+        """A planner of the same model that has counted nothing."""
+        made = copy.copy(self)
+        made._counts = {}
+        return made
+
+    def _count(self, rows: int, length: int, accumulates: bool) -> tuple[list[Segment], int]:
+        """Of a micro-batch, counted once."""
+        key = rows, length, accumulates
+        if key not in self._counts:
+            self._counts[key] = self.sample.count(rows, length, accumulates=accumulates)
+        return self._counts[key]
 
     def _disk(self, own: OptimizerBytes) -> dict[str, int]:
         adapter = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.trained)
@@ -167,4 +182,11 @@ def _place(segments: list[Segment], peak: Segment) -> str:
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    """Why a model cannot be planned."""
+    said = str(error).strip().partition("\n")[0]
+    if "meta tensor" in said or "data-independent" in said:
+        why = "its code computes with values, such as the tokens of an expert, and a plan has none"
+        return f"cannot be planned: {why}. Try a run with --max-steps 1"
+    if "same dtype" in said:
+        return f"cannot be planned in 16 bits: {said}. Try --compute-dtype fp32"
+    return f"cannot be planned: {type(error).__name__}: {said}"

@@ -188,9 +188,14 @@ def as_on_gpu(*, packed: bool = False) -> Iterator[None]:
         masks = transformers.masking_utils
         found = (lambda positions: positions) if packed else (lambda _: None)
         stack.enter_context(patch.object(masks, "find_packed_sequence_indices", found))
-        every: Any = {"meta_nonzero_assume_all_nonzero": True}  # all tokens have a label
-        stack.enter_context(fx_config.patch(**every))  # type: ignore[attr-defined]
+        stack.enter_context(all_nonzero())
         yield
+
+
+def all_nonzero() -> AbstractContextManager[Any]:
+    """Within the block, on this thread, a nonzero of meta tensors finds all: tokens have labels."""
+    settings: Any = {"meta_nonzero_assume_all_nonzero": True}
+    return fx_config.patch(**settings)  # type: ignore[no-any-return, attr-defined]
 
 
 _autograd = ThreadPoolExecutor(max_workers=1)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora.plan.work import Work, work_of
+
 # torch gives each thread a handle of cuBLAS with a workspace: 32 MiB on Hopper, 8 on other cards
 WORKSPACE = 32 << 20
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
@@ -32,6 +34,7 @@ class Segment:
     start: Bytes
     peak: Bytes = field(default_factory=Counter)
     end: Bytes = field(default_factory=Counter)
+    work: Work = field(default_factory=Counter)
 
     @property
     def rise(self) -> Bytes:
@@ -68,10 +71,16 @@ class Meter(TorchDispatchMode):
         if func._schema.name in PRODUCTS and threading.get_ident() not in self._threads:
             self._threads.add(threading.get_ident())
             self._add(WORKSPACES, WORKSPACE)
+        self.add_work(work_of(func, args, made))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._note(tensor)
         return made
+
+    def add_work(self, work: Work) -> None:
+        """Of this segment."""
+        if self.segments:
+            self.segments[-1].work.update(work)
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -49,6 +49,8 @@ def first_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     for name, value in values.items():
         if isinstance(value, list) and len(value) == before:
             values[name] = value[:count]
+        elif name == "per_layer_config" and isinstance(value, dict):
+            values[name] = {i: own for i, own in value.items() if int(i) < count}
     name = text_of(made).attribute_map.get(LAYERS, LAYERS)
     values[name] = count
     return _with_text(made, type(text_of(made)).from_dict(values))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from qlora.base.checkpoint import Checkpoint, model_config
 from qlora.base.shards import INDEX, SINGLE
@@ -35,6 +35,8 @@ class Source:
 
 def read_source(config: TrainConfig) -> Source:
     """The model that `config` names. Raises UserError for one that cannot be planned."""
+    if Path(config.model).suffix == ".gguf":
+        return _of_gguf(Path(config.model).expanduser(), config)
     folder = _folder(config)
     values = read_json(folder / "config.json")
     fault = f"{config.model}: config.json"
@@ -52,12 +54,24 @@ def read_source(config: TrainConfig) -> Source:
     return Source(made, quant, size, Checkpoint(folder).max_positions)
 
 
+def _of_gguf(path: Path, config: TrainConfig) -> Source:
+    """The model of a .gguf file, by its header. Training converts it to 16 bits and quantizes."""
+    require(
+        path.is_file(), f"model {path} does not exist: give a folder, a .gguf file or a hub name"
+    )
+    try:
+        made = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # transformers passes on whatever its parser raises
+        fix = "download it again, or give its safetensors checkpoint"
+        fault = f"{path} cannot be read as a GGUF model ({first_line(error)}): {fix}"
+        raise UserError(fault) from error
+    longest = getattr(made, "max_position_embeddings", None)
+    return Source(made, config.quant, path.stat().st_size, longest)
+
+
 def _folder(config: TrainConfig) -> Path:
     """The folder with config.json, of a hub model in its cache."""
     folder = Path(config.model).expanduser()
-    if folder.suffix == ".gguf":
-        fix = "give the folder or hub name of its safetensors"
-        raise UserError(f"--plan reads config.json, and a .gguf file has none: {fix}")
     if folder.exists():
         known = (folder / "config.json").is_file()
         require(known, f"{folder} is no model: it holds no config.json. Give a folder with one")
@@ -88,7 +102,8 @@ def require_sizes(values: dict[str, Any], fault: str) -> None:
     """Refuse sizes that no model has."""
     for name in SIZES:
         size = values.get(name)
-        is_size = size is None or (type(size) is int and size > 0)
+        each = size if isinstance(size, list) and name == "intermediate_size" else [size]  # a layer
+        is_size = size is None or all(type(n) is int and n > 0 for n in each)
         require(is_size, f"{fault}: {name} must be a whole number above 0, got {size!r}")
     hidden, heads, keys = (
         values.get(n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads")

@@ -37,9 +37,10 @@ from qlora.fast import layers
 from qlora.fast.attention import VARLEN, rows_collator
 from qlora.fast.head import LazyLogits
 from qlora.fast.offload import offload_activations
-from qlora.plan.meta import Unread, as_on_gpu, backward, empty, forget_buffers, widen
+from qlora.plan.meta import Unread, all_nonzero, as_on_gpu, backward, empty, forget_buffers, widen
 from qlora.plan.meter import Bytes, Meter, Segment, difference
 from qlora.plan.shrink import first_layers, layer_count, narrow, text_of
+from qlora.plan.work import kernels_counted
 from qlora.training.run import prepare_for_training
 
 LINEAR, EMBEDDING, HEAD, OTHER = "linear weights", "embedding", "output head", "norms and others"
@@ -184,15 +185,18 @@ class Sample:
             few = enough_layers(kinds, self.edges)
             if direct or by_index or config.task == "seq2seq" or layers is None:
                 few = len(kinds) or layer_count(source)
+            try:
+                large_config = first_layers(source, few)
+                large = on_meta(config, large_config)
+            except ValueError:  # a config that ties layers to their place: count them all
+                few, large_config, large = len(kinds), source, on_meta(config, source)
             self.stands_in = stand_in(kinds, few, self.edges)
-            large_config = first_layers(source, few)
             try:
                 self.model = load_narrow(config, large_config)
             except UserError:  # with the sizes of the whole model, if they are the reason
                 require_all_quantized(whole, quantized_layers(whole, config.quant), config.quant)
                 raise
             self.collate = self._collator()
-            large = on_meta(config, large_config)
             state_of(large).task, state_of(large).heads = config.task, state_of(self.model).heads
             apply_lora(large, config.lora)
             names = vocabulary(self.model)
@@ -273,7 +277,7 @@ class Sample:
     def _after(self, i: int, layer: Any, args: Any, output: Any) -> None:
         if self.is_counting:
             self.meter.retag(SAVED)
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = output[0] if isinstance(output, (tuple, list)) else output
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: self.meter.begin(f"backward {i}", WORKING))
             self.meter.begin("loss", LOSS)
@@ -318,7 +322,7 @@ class Sample:
         host = HostMemory(meter)
         forget_buffers()
         offload = offload_activations(copies=host) if self.config.offload_activations else None  # type: ignore[arg-type]
-        with as_on_gpu(packed=packed):
+        with as_on_gpu(packed=packed), kernels_counted(meter.add_work):
             for self.is_counting in (False, True):
                 if not (self.is_counting and accumulates):
                     self.model.zero_grad(set_to_none=True)
@@ -337,7 +341,7 @@ class Sample:
                     del outputs
                 if self.is_counting:
                     meter.begin("backward of the loss", LOSS)
-                backward(loss, meter)
+                backward(loss, meter, Unread(), all_nonzero())
                 del loss, inputs, labels, count
                 vocab = self.model.config.get_text_config().vocab_size
                 meter.without = rows * (-(-length // 8) * 8 if self.collate is None else length)
@@ -378,7 +382,7 @@ def joined(segments: Sequence[Segment], start: Bytes) -> list[Segment]:
         peak, end = now.copy(), now.copy()
         peak.update(segment.rise)
         end.update(segment.change)
-        made.append(Segment(segment.name, now, peak, end))
+        made.append(Segment(segment.name, now, peak, end, segment.work))
         now = end
     return made
 

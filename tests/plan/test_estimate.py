@@ -10,12 +10,13 @@ import torch
 import transformers
 from conftest import SIZES, axis
 
+from qlora.base import load_base
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
 from qlora.errors import UserError
 from qlora.plan.estimate import ALLOWANCE, CONTEXT, Plan, Planner, budget
 from qlora.plan.meter import WORKSPACES
 from qlora.plan.optimizer import optimizer_bytes
-from qlora.plan.step import ADAPTERS, EMBEDDING, GRADIENTS, HEAD, LINEAR, SAVED
+from qlora.plan.step import ADAPTERS, EMBEDDING, GRADIENTS, HEAD, LINEAR, OTHER, SAVED
 
 LAYERS = 7
 # 64 values a head, as large models have; layers of several kinds in turn
@@ -108,6 +109,27 @@ def test_few_layers_count_as_all(name, folder):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_few_layers_count_as_all_with_each_option(option, name, folder):
     require_equal_plans(config_of(folder(name), **OPTIONS[option]), LENGTHS[1:2])
+
+
+def test_weights_of_an_encoder_decoder_are_those_that_are_loaded(tmp_path):
+    sizes: dict[str, Any] = {"d_model": 128, "d_ff": 256, "d_kv": 64, "num_heads": 2}
+    t5 = transformers.T5Config(vocab_size=320, num_layers=3, **sizes, decoder_start_token_id=0)
+    transformers.T5ForConditionalGeneration(t5).bfloat16().save_pretrained(tmp_path)
+    config = config_of(tmp_path, task="seq2seq")
+    planner = Planner(config)
+    plan = planner.plan(with_length(config, 64))
+    quant = QuantConfig(compute_dtype="bf16", allow_unquantized=True)
+    model = load_base(str(tmp_path), quant, task="seq2seq")
+    held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    for state in (getattr(p, "quant_state", None) for p in model.parameters()):
+        if state is not None:
+            parts = (state.absmax, state.code, state.offset)
+            held |= {id(t): t.nbytes for t in (*parts, state.state2.absmax, state.state2.code)}
+    kinds = (LINEAR, EMBEDDING, HEAD, OTHER)
+    assert sum(plan.parts.get(kind, 0) for kind in kinds) == pytest.approx(
+        sum(held.values()), rel=0.01
+    )
+    assert planner.plan(with_length(config, 512)).peak_bytes > plan.peak_bytes
 
 
 def test_weights_and_adapters_are_those_of_the_sizes(folder):
