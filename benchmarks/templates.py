@@ -1,12 +1,12 @@
 """Loss masks over a folder of chat templates, against copies of them with generation marks.
 
-    python benchmarks/templates.py FOLDER                     a table; exit code 1 if a mask is wrong
-    python benchmarks/templates.py FOLDER --chats DATA …      also each row of these data sets
-    python benchmarks/templates.py FOLDER --output FILE.md    write the table to a file, too
+    python benchmarks/templates.py FOLDER                   a table; exit code 1 if a mask is wrong
+    python benchmarks/templates.py FOLDER --chats DATA …    also each row of these data sets
+    python benchmarks/templates.py FOLDER --output FILE.md  write the table to a file, too
 
 `NAME.jinja` is a template; `NAME_training.jinja`, where there is one, is the same with generation
-marks around what is learned: the oracle. Each template is combined with small chats. A mask is right
-if, for every assistant turn,
+marks around what is learned: the oracle. Each template is combined with small chats. A mask is
+right if, for every assistant turn,
 
 - the learned text equals the oracle's, but for differences with a reason (REASONS);
 - all words of the answers are in it, and none of the user, of the system, or of a tool;
@@ -14,8 +14,8 @@ if, for every assistant turn,
 - it follows the ids with which `prompt_ids` prompts, for the last turn of each row.
 
 A combination may be refused if no form of the chat is shown whole by the template itself, which is
-tested here with transformers alone. No network, no weights: the tokenizer encodes bytes, and has the
-special tokens of the template.
+tested here with transformers alone. No network, no weights: the tokenizer encodes bytes, and has
+the special tokens of the template.
 """
 
 import argparse
@@ -35,9 +35,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qlora.data.chats import chat_of
 from qlora.data.generation import prompt_ids, taught_stop_ids
-from qlora.data.records import chat_of
 from qlora.data.rows import prepare_data
+from qlora.data.templates import common_length, set_switches
 from qlora.errors import UserError
 
 # beginning of a template's name: bos, eos, and the other tokens of eos_token_id in the model's
@@ -63,9 +64,10 @@ WORDS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # added, but not
 REASONS = {
     "header": "the oracle also learns what the generation prompt has already",
     "break": "the oracle also learns the line break after the end token",
-    "empty": "an empty <think> block that the template writes itself, at other turns than the oracle",
+    "empty": "an empty <think> block, which the template writes at other turns than the oracle",
     "end": "another end token: the one at which generation stops",
-    "thought": "the prompt opens a thought, so it is learned; the oracle drops it",
+    "own header": "after a tool's result, the prompt lacks the header that the template writes",
+    "thought": "reasoning is learned, where the turn is the last; the oracle's template drops it",
     "unread": "the template reads no reasoning; the count of such rows is printed",
 }
 TOOL = {
@@ -157,7 +159,7 @@ def shown(template: str, tokenizer: Any, chat: dict[str, Any]) -> tuple[str, lis
 
     None if every form is rejected or lacks a word of a message other than reasoning.
     """
-    wanted = {word for word in re.findall(rf"{LEARNED}|{OTHERS}", json.dumps(chat["messages"]))}
+    wanted = set(re.findall(rf"{LEARNED}|{OTHERS}", json.dumps(chat["messages"])))
     needed = {word for word in wanted if not word.startswith(("thought", "callthought"))}
     best: tuple[int, str, list[str]] | None = None
     for messages in forms(chat):
@@ -203,31 +205,38 @@ def prepared(chat: dict[str, Any], tokenizer: Any) -> Any:
 def difference(ours: str, oracle: str, prompt: str, stops: Sequence[str]) -> list[str] | None:
     """The names of the reasons why the two texts differ; None if there is another difference."""
     reasons = []
-    header = next((n for n in range(len(prompt), 0, -1) if oracle.startswith(prompt[-n:])), 0)
-    if header and not ours.startswith(prompt[-header:]):
+    if header := _header(oracle, prompt):
         oracle = oracle[header:]
         reasons.append("header")
+    if (own := re.match(r"<\|turn>model\n", ours)) and not prompt.endswith(own[0]):
+        ours = ours[own.end() :]
+        reasons.append("own header")
     ends = [next((s for s in stops if t.rstrip().endswith(s)), "") for t in (ours, oracle)]
     if ends[0] and ends[0] != ends[1]:
-        last = re.search(rf"({SPECIAL}|)\s*$", oracle)
-        oracle = oracle[: last.start()] + ends[0] if last else oracle
+        oracle = re.sub(r"<\|end\|>\s*$", "", oracle).rstrip() + ends[0]
         reasons.append("end")
-    if ours.rstrip() != ours or oracle.rstrip() != oracle:
-        if ours.rstrip() == oracle.rstrip() and ours != oracle:
-            reasons.append("break")
-        ours, oracle = ours.rstrip(), oracle.rstrip()
-    if ours == oracle:
-        return reasons
-    block = r"(?:<think>)?\s*</think>\s*"
-    bare = [re.sub(rf"^\s*{block}", "", text).strip() for text in (ours, oracle)]
+    if ours.rstrip() == oracle.rstrip():
+        return reasons + (["break"] if ours != oracle else [])
+    block = re.compile(r"^\s*(?:<think>)?\s*</think>\s*")
+    bare = [" ".join(block.sub("", text).split()) for text in (ours, oracle)]
     if bare[0] == bare[1]:
         return [*reasons, "empty"]
-    thought = re.sub(r"^(?:<think>)?\s*\w*thought\w* is meant\s*</think>\s*", "", ours).strip()
-    if prompt.rstrip().endswith("<think>") and thought == bare[1]:
+    meant = r"(?:<think>|<\|channel\|?>\w+\s*(?:<\|message\|>)?)?\s*\w*thought\w* is meant\s*"
+    thought = re.sub(rf"^\s*{meant}(?:</think>|<channel\|>|<\|end\|><\|start\|>\w+)\s*", "", ours)
+    if thought != ours and " ".join(thought.split()) == bare[1]:
         return [*reasons, "thought"]
-    if [t.split() for t in bare][0] == [t.split() for t in bare][1]:
-        return [*reasons, "break"]
     return None
+
+
+def _header(oracle: str, prompt: str) -> int:
+    """How many characters of the oracle's text end the prompt, apart from a block of reasoning."""
+    for start in range(max(0, len(prompt) - 60), len(prompt)):
+        length = common_length(oracle, prompt[start:])
+        length -= oracle[:length].endswith("<")
+        rest = prompt[start + length :]
+        if length and re.fullmatch(r"\s*(<think>\s*(</think>\s*)?)?", rest):
+            return length
+    return 0
 
 
 def judged(name: str, template: str, oracle: str | None, chat: dict[str, Any]) -> Mark:
@@ -243,6 +252,8 @@ def judged(name: str, template: str, oracle: str | None, chat: dict[str, Any]) -
     if whole is None:
         return Mark("WRONG", ["trained, though the template leaves out a part of the chat"])
     texts = [stretches(row, tokenizer) for row in rows]
+    if stats.thinks:  # as training does with the tokenizer that it saves
+        set_switches(tokenizer, {"enable_thinking": True})
     faults = list(_faults(chat, rows, texts, tokenizer, stops, stats.lost))
     marked = (shown(oracle, tokenizer, chat) or ("", []))[1] if oracle else []
     notes = ["unread"] if "reasoning" in stats.lost else []

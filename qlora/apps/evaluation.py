@@ -52,9 +52,10 @@ from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, EvaluateConfig
 from qlora.config.tasks import task_named
 from qlora.data.chat_template import learned_turns
+from qlora.data.chats import AS_IT_IS, Reading, chat_of
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
-from qlora.data.records import chat_of, load_records
+from qlora.data.records import load_records
 from qlora.data.rows import (
     describe,
     length_batches,
@@ -170,12 +171,15 @@ def _questions(config: EvaluateConfig, resolved: ResolvedModel, tokenizer: Any) 
     return fitting
 
 
-def questions_in(records: Any, tokenizer: Any, task: str) -> Iterator[Question]:
+def questions_in(
+    records: Any, tokenizer: Any, task: str, reading: Reading = AS_IT_IS
+) -> Iterator[Question]:
     """Split each record before its last part with loss; `text` records are skipped."""
     for record in records:
-        question = question_of(OBJECTIVES[task].encode(record, tokenizer, NO_LIMIT, ()), task)
+        *_, row = OBJECTIVES[task].encode(record, tokenizer, NO_LIMIT, (), reading)
+        question = question_of(row, task)
         request = decode(tokenizer, question.prompt)
-        if question.prompt and task == "causal-lm" and (chat := chat_of(record)):
+        if question.prompt and task == "causal-lm" and (chat := chat_of(record, reading)):
             turn = learned_turns(chat)[-1]
             request = str(chat.messages[turn - 1].get("content", "")) if turn else ""
         if question.prompt:

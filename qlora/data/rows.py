@@ -39,9 +39,11 @@ from transformers import DataCollatorWithFlattening
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.cli import Progress
-from qlora.data.chat_template import NO_LOSS, fallback_template
+from qlora.data.chat_template import NO_LOSS
+from qlora.data.chats import AS_IT_IS, Reading
 from qlora.data.objectives import OBJECTIVES, class_names
 from qlora.data.records import Record, Records, load_records
+from qlora.data.templates import fallback_template
 from qlora.errors import UserError, require, some
 
 Collator = Callable[[list[Any]], Any]
@@ -66,6 +68,8 @@ class DataStats:
     )  # what the template leaves out: in how many rows
     special: int | None = None  # the first row with tool calls or reasoning
     notes: tuple[str, ...] = ()  # what of the source was not used
+    own_rows: int = 0  # rows more than records, of turns that need their own
+    thinks: int = 0  # rows rendered with the template's enable_thinking
 
 
 def prepare_data(
@@ -79,6 +83,7 @@ def prepare_data(
     split: str = "training",
     limit: int | None = None,
     vocabulary: int | None = None,
+    reading: Reading = AS_IT_IS,
 ) -> tuple[Dataset, DataStats]:
     """Rows of `source` as input_ids, labels and length, cut to max_length tokens; and counts.
 
@@ -91,9 +96,10 @@ def prepare_data(
         split: "training" or "evaluation": what to read of a source with several splits.
         limit: read only the first records, at most so many.
         vocabulary: the rows of the model's embedding; UserError if a token has no row in it.
+        reading: how chats are read from records.
     """
     objective = OBJECTIVES[task]
-    records = load_records(source, objective.kinds, split=split, limit=limit)
+    records = load_records(source, reading.kinds(objective.kinds), split=split, limit=limit)
     if objective.classifies and new_classes:
         with _errors_in(source):
             classes = class_names(records, records.kind[-1], classes)
@@ -102,7 +108,10 @@ def prepare_data(
     if objective.one_label and "token_type_ids" in tokenizer.model_input_names:
         columns["token_type_ids"] = ids
     encoded = _encoded(
-        source, records, columns, lambda row: objective.encode(row, tokenizer, max_length, classes)
+        source,
+        records,
+        columns,
+        lambda row: objective.encode(row, tokenizer, max_length, classes, reading),
     )
     full, supervised = list(encoded["full_length"]), list(encoded["supervised"])
     _require_answers(source, encoded, max_length)
@@ -124,6 +133,8 @@ def prepare_data(
         lost=dict(Counter(what for names in rows["lost"] for what in names)),
         special=next((i for i, special in enumerate(rows["special"]) if special), None),
         notes=records.notes,
+        own_rows=len(full) - len(set(encoded["number"])),
+        thinks=sum(rows["thinks"]),
     )
     return rows.select_columns([*columns, "length"]), stats
 
@@ -145,23 +156,24 @@ def _encoded(
     source: str,
     records: Records,
     columns: Mapping[str, Any],
-    encode: Callable[[Record], dict[str, Any]],
+    encode: Callable[[Record], list[dict[str, Any]]],
 ) -> Dataset:
     """The encoded records in memory; no more than CHUNK_ROWS are Python objects at a time."""
     others: dict[str, Any] = dict.fromkeys(("length", "full_length", "supervised"), Value("int64"))
     others |= {"lost": [Value("string")], "special": Value("bool"), "number": Value("string")}
+    others |= {"thinks": Value("bool")}
     features = Features({**columns, **others})
 
     def rows() -> Iterator[dict[str, Any]]:
         total = sum(part.size for part in records.parts)
         for number, record in Progress(records.numbered(), desc="Tokenizing", total=total):
             with _errors_in(f"{source}, row {number}"):
-                row = encode(record) | {"number": number}
-            yield {name: row[name] for name in features}
+                encoded = [row | {"number": number} for row in encode(record)]
+            yield from ({name: row[name] for name in features} for row in encoded)
 
     parts = [Dataset.from_dict({name: [] for name in features}, features=features)]
-    encoded = rows()
-    while chunk := list(islice(encoded, CHUNK_ROWS)):
+    every = rows()
+    while chunk := list(islice(every, CHUNK_ROWS)):
         parts.append(Dataset.from_list(chunk, features=features))
     return concatenate_datasets(parts)
 
@@ -243,6 +255,11 @@ def describe(stats: DataStats, *, name: str) -> str:
         line += (
             f"\n{name}: the model's chat template leaves out {' and '.join(lost)}: write them as "
             "text, or use a template that renders them"
+        )
+    if stats.own_rows:
+        line += (
+            f"\n{name}: {stats.own_rows:,} rows more than chats: a turn whose reasoning or end the "
+            "chat template shows only where it is the last has its own"
         )
     return "\n".join((line, *stats.notes))
 

@@ -40,9 +40,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qlora import __version__, files
 from qlora.cli import Progress
 from qlora.data import generation
-from qlora.data.chat_template import PROBE
 from qlora.data.generation import Question
 from qlora.data.objectives import OBJECTIVES
+from qlora.data.templates import PROBE
 from qlora.errors import UserError, first_line, require, some
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")

@@ -159,16 +159,18 @@ ROWS = {  # template, record, what is learned
     "qwen3": (
         QWEN3, CHAT, ["two 😀<|im_end|>", "<think>\n\n</think>\n\nthree, not  two<|im_end|>"],
     ),
-    "thinker": (THINKER, CHAT, ["two 😀</s>", "three, not  two</s>"]),
+    "thinker": (THINKER, CHAT, ["two 😀</s>", "\n</think>\n\nthree, not  two</s>"]),
     "phi3": (PHI3, CHAT, ["two 😀<|end|>", "three, not  two<|end|>\n</s>"]),
-    "bare": (BARE, CHAT, [" two 😀", " three, not  two</s>"]),  # an end token is inserted
-    "thoughts, where the template shows them": (
+    "bare": (BARE, CHAT, [" two 😀</s>", " three, not  two</s>"]),  # an end token is inserted
+    "thoughts, each where the template shows it": (
         QWEN3,
         {"messages": [TALK[0], {**TALK[1], "content": THOUGHTS[0]}, TALK[2],
                       {**TALK[3], "content": THOUGHTS[1]}]},
-        ["two<|im_end|>", THOUGHTS[1] + "<|im_end|>"],
+        [THOUGHTS[0] + "<|im_end|>", THOUGHTS[1] + "<|im_end|>"],
     ),
-    "an answer that begins like <think>": (THINKER, asked("<the answer>"), ["<the answer></s>"]),
+    "an answer that begins like <think>": (
+        THINKER, asked("<the answer>"), ["\n</think>\n\n<the answer></s>"]
+    ),
     "not the space that ends the prompt": (
         BARE.replace("assistant:", "assistant: "), asked("😀"), ["😀</s>"]
     ),
@@ -199,7 +201,7 @@ ROWS = {  # template, record, what is learned
         ALWAYS["phi3"], CHAT, ["two 😀<|end|>", "three, not  two<|end|>"],
     ),
     "a turn opened unasked, words": (
-        ALWAYS["words"], CHAT, [" two 😀", " three, not  two</s>"],
+        ALWAYS["words"], CHAT, [" two 😀</s>", " three, not  two</s>"],
     ),
     "reasoning that the template cuts off": (
         QWQ, {"messages": [*TALK[:3], {**TALK[3], "content": THOUGHTS[1]}]},
@@ -227,12 +229,12 @@ ROWS = {  # template, record, what is learned
 def test_only_answers_and_their_end_have_loss(tmp_path, template, record, expected, trim):
     tokenizer = byte_level(template, trim=trim)
     rows, stats = prepare(tmp_path, [record], tokenizer)
-    assert learned(rows[0], tokenizer) == expected
-    if record is CHAT and template not in (BARE, *ALWAYS.values()):
+    assert [text for row in rows for text in learned(row, tokenizer)] == expected
+    if record is CHAT and template not in (BARE, THINKER, *ALWAYS.values()):
         reference = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)
         assert rows[0]["input_ids"] == reference["input_ids"]
-    assert stats.tokens == rows[0]["length"] == len(rows[0]["input_ids"])
-    assert stats.supervised_tokens == sum(label != -100 for label in rows[0]["labels"])
+    assert stats.tokens == sum(rows["length"]) == sum(map(len, rows["input_ids"]))
+    assert stats.supervised_tokens == sum(i != -100 for row in rows for i in row["labels"])
 
 
 @pytest.mark.parametrize("template", [LLAMA2, MISTRAL], ids=["llama2", "mistral"])
@@ -253,7 +255,10 @@ def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
     tokenizer.chat_template = BARE
     rows, _ = prepare(tmp_path, [CHAT], tokenizer)
     assert not tokenizer.is_fast
-    assert learned(rows[0], tokenizer) == [" two 😀", " three, not  two</s>"]
+    assert [*learned(rows[0], tokenizer), *learned(rows[1], tokenizer)] == [
+        " two 😀</s>",
+        " three, not  two</s>",
+    ]
 
 
 def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 from conftest import write_rows
 from pyarrow import parquet
 
-from qlora.data.records import chat_of, load_records
+from qlora.data.chats import chat_of
+from qlora.data.records import load_records
 from qlora.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -338,7 +339,7 @@ def test_hub_name_that_cannot_be_reached(monkeypatch):
         ({"messages": [{**USER, "content": [{"type": "image"}]}]}, "part without text: .*image"),
         ({"messages": [{**USER, "content": ["a"]}]}, r"must be text, got a list, .* one string"),
         ({"messages": [{**USER, "content": {"a": 1}}]}, "must be text, got an object"),
-        ({"messages": [{**USER, "content": [{"type": "text", "value": "a"}]}]}, "'value': 'a'"),
+        ({"messages": [{**USER, "content": [{"type": "text", "name": "a"}]}]}, "'name': 'a'"),
         (
             {"prompt": "[{'role': 'user', 'content': 'a'}]", "completion": "b"},
             "or JSON of one, got",
