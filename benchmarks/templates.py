@@ -37,6 +37,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora.data.chats import chat_of
 from qlora.data.generation import prompt_ids, taught_stop_ids
+from qlora.data.objectives import encode_chat
+from qlora.data.records import load_records
 from qlora.data.rows import prepare_data
 from qlora.data.templates import common_length, set_switches
 from qlora.errors import UserError
@@ -313,25 +315,34 @@ def _faults(
 
 
 def rows_of(path: Path, name: str, template: str) -> tuple[Counter[str], list[str]]:
-    """Of a data set's rows, how many are trained and refused; and refusals without a row."""
+    """Of a data set's rows, how many are trained and refused, and why; and what is wrong."""
     tokenizer, counts, faults = tokenizer_for(name, template), Counter[str](), []
-    data = path.read_text(encoding="utf-8")
-    records = json.loads(data) if path.suffix == ".json" else map(json.loads, data.splitlines())
-    for record in records:
+    first = ""  # the number of the first row that is refused
+    for number, record in load_records(str(path)).numbered():
         try:
-            chat = chat_of(record)
-            rows, _ = prepared(record, tokenizer)
-            learned = "".join(text for row in rows for text in stretches(row, tokenizer))
-            others = [m for m in chat.messages if m["role"] != "assistant"] if chat else []
-            texts = [str(m.get("content")) for m in others]
-            if any(text in learned for text in texts if len(text) > 200):
-                faults.append(f"{path.name} x {name}: a text of the user or of a tool is learned")
-            counts["trained"] += 1
+            rows = encode_chat(record, tokenizer, 1 << 40)
         except UserError as error:
+            first = first or number
             counts["refused"] += 1
-            counts[re.sub(r"\(.*?\)|'.*?'", "…", str(error).partition("row 1: ")[2])[:90]] += 1
-            if "row 1: " not in str(error):
-                faults.append(f"{path.name} x {name}: refused without a row: {error}")
+            counts[re.sub(r"\(.*?\)|'.*?'", "…", str(error))[:90]] += 1
+            continue
+        counts["trained"] += 1
+        chat = chat_of(record)
+        learned = "".join(text for row in rows for text in stretches(row, tokenizer))
+        for message in chat.messages if chat else ():
+            text = str(message.get("content") or message.get("value") or "").strip()
+            is_learned = text[:200] in learned
+            if text and is_learned != (message["role"] == "assistant") and len(text) > 60:
+                faults.append(
+                    f"{path.name} x {name}, row {number}: {message['role']} {text[:40]!r}"
+                )
+    try:
+        prepare_data(str(path), tokenizer, max_length=100_000)
+        told = ""
+    except UserError as error:
+        told = (re.findall(r", row (\d+): ", str(error)) or ["none"])[0]
+    if told != first:
+        faults.append(f"{path.name} x {name}: row {first} is refused, {told or 'none'} is named")
     return counts, faults
 
 

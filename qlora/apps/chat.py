@@ -31,6 +31,7 @@ from qlora.config import ChatConfig
 from qlora.config.tasks import task_named
 from qlora.data import generation
 from qlora.data.rows import require_vocabulary
+from qlora.data.templates import apply_settings
 from qlora.errors import UserError, require
 
 Context = Callable[[], AbstractContextManager[None]]
@@ -125,6 +126,7 @@ class ChatSession:
             )
         self.longest = None if positions is None else positions - config.max_new_tokens  # prompt
         self.tokenizer = resolved.load_tokenizer()
+        apply_settings(self.tokenizer, config)
         if not self.tokenizer.chat_template:
             note("The model has no chat template: turns are written as `### User:` and so on.")
         self.model = resolved.load()

@@ -25,6 +25,7 @@ Source: transformers' apply_chat_template (https://huggingface.co/docs/transform
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -40,6 +41,7 @@ from qlora.data.templates import (
     SYSTEM,
     TEXT,
     TOOL_CALLS,
+    TOOLS,
     common_length,
     ending_of,
     fallback_template,
@@ -55,6 +57,7 @@ from qlora.data.templates import (
     text_of,
     with_content,
     without_reasoning,
+    wrappings,
 )
 from qlora.errors import UserError, first_line
 
@@ -82,6 +85,7 @@ class Rendering:
     def __init__(self, tokenizer: Tokenizer, chat: Chat, *, prompt: bool = False) -> None:
         self.tokenizer, self.chat = tokenizer, chat
         self.template, self.ending = fallback_template(tokenizer), ending_of(tokenizer)
+        self.tools = chat.tools
         self.switches: dict[str, Any] = {}  # for the template
         self.marked: tuple[Any, dict[str, Any], str] | None = None  # message, with MARK, its text
         self._spans: dict[int, Span | None] = {}
@@ -113,27 +117,31 @@ class Rendering:
         """The messages in the form of which most is shown, their text, and what is not shown."""
         failed: Exception | None = None
         found: list[Any] = []
+        best: Any = None
         given = [self._without_end(message) for message in self.chat.messages]
         as_texts = [False, True] if any(AS_TEXT in message for message in given) else [False]
-        for as_text, parts in ((a, p) for a in as_texts for p in (False, True)):
+        for as_text, parts, tools in product(as_texts, (False, True), wrappings(self.chat.tools)):
+            self.tools = tools
             for messages in forms(given, parts, as_text):
                 try:
                     text = self._render(messages, prompt)
-                    found.append((messages, text, self._probes_lost(messages, text, prompt)))
+                    lost = self._probes_lost(messages, text, prompt)
+                    found.append((messages, text, lost, tools))
                 except REJECTIONS as error:
                     failed = failed or error
                     continue
-                if not found[-1][-1]:
-                    return found[-1]  # type: ignore[no-any-return]
-            best = min(found, key=lambda form: len(form[-1]), default=None)
-            if best and not {what for what, _ in best[-1]}.intersection(FAULTS):
+                if not lost:
+                    return messages, text, lost
+            best = min(found, key=lambda form: len(form[2]), default=None)
+            if best and not {what for what, _ in best[2]}.intersection((*FAULTS, TOOLS)):
                 break
-        if not found:
+        if best is None:
             raise UserError(
                 f"the model's chat template rejects the chat: {first_line(failed or TypeError())} "
                 "Change its messages to ones that the template accepts"
             ) from failed
-        return best  # type: ignore[return-value]
+        messages, text, lost, self.tools = best
+        return messages, text, lost
 
     def _render(
         self, messages: list[dict[str, Any]], prompt: bool = False, tools: Any = None
@@ -142,7 +150,7 @@ class Rendering:
         if self.marked:
             message, marked, text = self.marked
             messages = [marked if m is message else m for m in messages]
-        tools = tools or self.chat.tools
+        tools = tools or self.tools
         full = rendered(
             self.tokenizer, self.template, messages, tools, prompt, **self.switches
         ).replace(MARK, text)
@@ -169,7 +177,7 @@ class Rendering:
             for i, m in texts
             if m["role"] in words and last_word(m) not in full
         }
-        changed, tools, probes = probed(messages, self.chat.tools)
+        changed, tools, probes = probed(messages, self.tools)
         text = self._part(changed, prompt=prompt, tools=tools) if probes else None
         if text is None:
             return lost

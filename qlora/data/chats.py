@@ -14,11 +14,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain, cycle
+from pathlib import Path
 from typing import Any
 
 from qlora.data.records import Kinds, Record, kind_of, string_of
 from qlora.errors import UserError, did_you_mean, require
-from qlora.files import JSON
+from qlora.files import JSON, read_run_file
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
@@ -41,6 +42,11 @@ class Reading:
     reasoning_content: str = REASONING_KEYS[0]
     """the column with the reasoning of a record's last answer"""
 
+    def __post_init__(self) -> None:
+        if odd := {name: role for name, role in self.roles.items() if role not in ROLES.values()}:
+            wanted = ", ".join(dict.fromkeys(ROLES.values()))
+            raise UserError(f"roles must map names to {wanted}, got {odd}")
+
     @staticmethod
     def of(values: Any) -> "Reading":
         """From an object or a mapping (of run.yaml) with attributes of these names."""
@@ -55,6 +61,12 @@ class Reading:
 
 
 AS_IT_IS = Reading()
+
+
+def reading_in(adapter: Path) -> Reading:
+    """How the run that wrote an adapter's folder, or a checkpoint-N of it, read chats."""
+    folder = adapter.parent if adapter.name.startswith("checkpoint-") else adapter
+    return Reading.of(read_run_file(folder).get("config", {}))
 
 
 @dataclass(frozen=True)

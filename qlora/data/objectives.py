@@ -125,7 +125,7 @@ def _chat_row(rendering: Rendering, max_length: int) -> Row:
     elif not chat.no_loss and re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
         marked: Any = tokenizer.apply_chat_template(
             rendering.messages,
-            tools=chat.tools,
+            tools=rendering.tools,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )

@@ -27,7 +27,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -43,7 +43,7 @@ from qlora.data.chat_template import NO_LOSS
 from qlora.data.chats import AS_IT_IS, Reading
 from qlora.data.objectives import OBJECTIVES, class_names
 from qlora.data.records import Record, Records, load_records
-from qlora.data.templates import fallback_template
+from qlora.data.templates import fallback_template, set_switches
 from qlora.errors import UserError, require, some
 
 Collator = Callable[[list[Any]], Any]
@@ -70,6 +70,11 @@ class DataStats:
     notes: tuple[str, ...] = ()  # what of the source was not used
     own_rows: int = 0  # rows more than records, of turns that need their own
     thinks: int = 0  # rows rendered with the template's enable_thinking
+
+    def counts(self) -> dict[str, Any]:
+        """The counts, by name."""
+        others = ("classes", "chats", "notes")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
 
 def prepare_data(
@@ -113,30 +118,35 @@ def prepare_data(
         columns,
         lambda row: objective.encode(row, tokenizer, max_length, classes, reading),
     )
-    full, supervised = list(encoded["full_length"]), list(encoded["supervised"])
+    supervised = list(encoded["supervised"])
     _require_answers(source, encoded, max_length)
     keep = [i for i, labels in enumerate(supervised) if labels]
-    rows = encoded if len(keep) == len(full) else encoded.select(keep)
+    rows = encoded if len(keep) == len(encoded) else encoded.select(keep)
     if vocabulary is not None:
         targets = rows["labels"] if task == "seq2seq" else ()
         pads = [[i for i in [tokenizer.pad_token_id] if i is not None]]
         with _errors_in(source):
             require_vocabulary(chain(rows["input_ids"], targets, pads), tokenizer, vocabulary)
-    stats = DataStats(
-        rows=len(keep),
+    chats = task == "causal-lm" and records.kind != ("text",)
+    stats = replace(_stats(encoded, rows, max_length), classes=tuple(classes), chats=chats)
+    stats = replace(stats, notes=records.notes)
+    return rows.select_columns([*columns, "length"]), stats
+
+
+def _stats(encoded: Dataset, rows: Dataset, max_length: int) -> DataStats:
+    """The counts of all encoded rows, and of `rows`, those that are kept."""
+    full = list(encoded["full_length"])
+    return DataStats(
+        rows=len(rows),
         tokens=sum(rows["length"]),
-        supervised_tokens=sum(supervised),
+        supervised_tokens=sum(rows["supervised"]),
         cut_rows=sum(length > max_length for length in full),
-        dropped_rows=len(full) - len(keep),
-        classes=tuple(classes),
-        chats=task == "causal-lm" and records.kind != ("text",),
+        dropped_rows=len(full) - len(rows),
         lost=dict(Counter(what for names in rows["lost"] for what in names)),
         special=next((i for i, special in enumerate(rows["special"]) if special), None),
-        notes=records.notes,
         own_rows=len(full) - len(set(encoded["number"])),
         thinks=sum(rows["thinks"]),
     )
-    return rows.select_columns([*columns, "length"]), stats
 
 
 def fingerprint(rows: Dataset) -> str:
@@ -218,11 +228,14 @@ def require_vocabulary(rows: Iterable[Sequence[int]], tokenizer: Tokenizer, size
         )
 
 
-def prepare_tokenizer(tokenizer: Tokenizer, *, chats: bool = False) -> tuple[str, ...]:
+def prepare_tokenizer(
+    tokenizer: Tokenizer, *, chats: bool = False, thinks: bool = False
+) -> tuple[str, ...]:
     """Set a missing `pad_token` to eos, or else unk; returns the names of the attributes set.
 
     With `chats`, also set a missing `chat_template` to the fallback template that `prepare_data`
-    uses: saved with the tokenizer, it renders the same prompts in generation.
+    uses: saved with the tokenizer, it renders the same prompts in generation. With `thinks`, its
+    enable_thinking is on by default.
 
     Raises:
         UserError: the tokenizer has neither.
@@ -236,6 +249,8 @@ def prepare_tokenizer(tokenizer: Tokenizer, *, chats: bool = False) -> tuple[str
     if chats and (template := fallback_template(tokenizer)):
         tokenizer.chat_template = template
         changed.append("chat_template")
+    if thinks:
+        set_switches(tokenizer, {"enable_thinking": True})
     return tuple(changed)
 
 
@@ -255,6 +270,12 @@ def describe(stats: DataStats, *, name: str) -> str:
         line += (
             f"\n{name}: the model's chat template leaves out {' and '.join(lost)}: write them as "
             "text, or use a template that renders them"
+        )
+    if stats.thinks:
+        line += (
+            f"\n{name}: {stats.thinks:,} rows have reasoning, which the chat template's prompt "
+            "forbids: they are rendered with enable_thinking, as prompts will be "
+            "(--no-enable-thinking leaves the reasoning out)"
         )
     if stats.own_rows:
         line += (

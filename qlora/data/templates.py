@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import product, takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora.data.chats import AS_TEXT, REASONING_KEYS
+from qlora.errors import UserError, did_you_mean, require, some
 
 PROBE = "QloraProbe7f3a"  # replaces a turn's text; no white space for templates to trim
 ARGUMENT = "QloraArgument7f3a"  # the same
@@ -133,6 +135,17 @@ def _with_arguments(call: Message, types: Any) -> dict[str, Any]:
     if types is str and isinstance(arguments, Mapping):
         arguments = json.dumps(arguments, ensure_ascii=False)
     return replaced(call, arguments=arguments)
+
+
+def wrappings(tools: list[Any] | None) -> list[list[Any] | None]:
+    """Tools as given, and with or without `function` around each."""
+    if not tools or not all(isinstance(tool, Mapping) for tool in tools):
+        return [tools]
+    others = [
+        function_of(tool) if tool.get("function") else {"type": "function", "function": tool}
+        for tool in tools
+    ]
+    return [tools, others]
 
 
 def with_content(message: Message, text: str) -> dict[str, Any]:
@@ -316,6 +329,7 @@ def rendered(
 
 # ---- switches
 
+GIVEN = ("messages", "tools", "add_generation_prompt", "message")  # not to be set
 SWITCH = "{{%- set {0} = {0} if {0} is defined else "  # a default that a caller may override
 
 
@@ -334,6 +348,41 @@ def set_switches(tokenizer: Tokenizer, switches: Mapping[str, Any]) -> None:
         tokenizer.chat_template = {name: with_defaults(text) for name, text in own.items()}
     elif own and switches:
         tokenizer.chat_template = with_defaults(own)
+
+
+def apply_settings(tokenizer: Tokenizer, settings: Any) -> None:
+    """Apply `chat_template`, a file, and `enable_thinking` and `template`, values of its variables.
+
+    Raises:
+        UserError: the file is no template, or the template has no such variable.
+    """
+    if file := settings.chat_template:
+        try:
+            tokenizer.chat_template = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", error)
+            raise UserError(f"--chat-template {file} cannot be read: {reason}") from error
+        try:
+            rendered(tokenizer, None, [{"role": "user", "content": "a"}], None, True)
+        except TemplateSyntaxError as error:
+            place = f"--chat-template {file}, line {error.lineno}"
+            raise UserError(f"{place}: {error.message}. Give a Jinja template") from error
+        except REJECTIONS:  # it may accept real chats
+            pass
+    switches = dict(settings.template)
+    if settings.enable_thinking is not None:
+        switches["enable_thinking"] = settings.enable_thinking
+    text = str(tokenizer.chat_template or "")
+    for name in switches:
+        fault = f"--template.{name} is given by the data or the tokenizer: leave it out"
+        require(name not in GIVEN and not name.endswith("_token"), fault)
+        known = set(re.findall(r"(\w+) is (?:not )?(?:defined|none)|(\w+) \| ?default", text))
+        names = sorted({n for pair in known for n in pair if n} - set(GIVEN))
+        flag = "--enable-thinking" if name == "enable_thinking" else f"--template.{name}"
+        fault = f"{flag}: the model's chat template has no variable {name}; it has "
+        fault += f"{some(names, 12) if names else 'none'}.{did_you_mean(name, names)}"
+        require(bool(re.search(rf"\b{re.escape(name)}\b", text)), fault)
+    set_switches(tokenizer, switches)
 
 
 def _literal(value: Any) -> str:
