@@ -330,12 +330,13 @@ def rows_of(path: Path, name: str, template: str) -> tuple[Counter[str], list[st
         chat = chat_of(record)
         learned = "".join(text for row in rows for text in stretches(row, tokenizer))
         for message in chat.messages if chat else ():
-            text = str(message.get("content") or message.get("value") or "").strip()
-            is_learned = text[:200] in learned
-            if text and is_learned != (message["role"] == "assistant") and len(text) > 60:
-                faults.append(
-                    f"{path.name} x {name}, row {number}: {message['role']} {text[:40]!r}"
-                )
+            text, is_answer = str(message.get("content") or ""), message["role"] == "assistant"
+            text = text.rpartition("</think>")[2].strip()[:200] if is_answer else text.strip()[:200]
+            calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            if is_answer and not all(part in learned for part in (text, *calls)):
+                faults.append(f"{path.name} x {name}, row {number}: {text or calls} is not learned")
+            elif not is_answer and len(text) > 60 and text in learned:
+                faults.append(f"{path.name} x {name}, row {number}: {text} is learned")
     try:
         prepare_data(str(path), tokenizer, max_length=100_000)
         told = ""

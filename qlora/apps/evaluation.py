@@ -34,7 +34,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -103,8 +103,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer = resolved.load_tokenizer()
     apply_settings(tokenizer, config)
     prepare_tokenizer(tokenizer)
-    reading = reading_in(resolved.adapter.folder) if resolved.adapter else AS_IT_IS
-    max_length = _max_length(config, resolved)
+    max_length, reading = _max_length(config, resolved), AS_IT_IS
+    if resolved.adapter:
+        with suppress(UserError):  # of a damaged run.yaml, if --max-length is given
+            reading = reading_in(resolved.adapter.folder)
     task: Any = {"task": resolved.task, "classes": resolved.labels}
     limits: Any = {"max_length": max_length, "limit": config.limit, "new_classes": False}
     limits["reading"] = reading

@@ -248,11 +248,17 @@ def ending_of(tokenizer: Tokenizer) -> Ending:
 
 @lru_cache(maxsize=4)  # the last two arguments stand for what may change in the tokenizer
 def _ending(tokenizer: Tokenizer, template: str | None, own: str, size: int) -> Ending:
-    talk = [
+    talk: list[dict[str, Any]] = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": PROBE},
         {"role": "user", "content": "b"},
     ]
+
+    with suppress(*REJECTIONS):
+        in_parts = [with_content({**m, "content": []}, m["content"]) for m in talk]
+        whole = (rendered(tokenizer, template, chat, None, False) for chat in (talk, in_parts))
+        is_shown, is_shown_in_parts = (PROBE in text for text in whole)
+        talk = in_parts if is_shown_in_parts and not is_shown else talk
 
     def render(count: int, prompt: bool = False) -> str:
         return rendered(tokenizer, template, talk[:count], None, prompt)
@@ -376,7 +382,8 @@ def apply_settings(tokenizer: Tokenizer, settings: Any) -> None:
     for name in switches:
         fault = f"--template.{name} is given by the data or the tokenizer: leave it out"
         require(name not in GIVEN and not name.endswith("_token"), fault)
-        known = set(re.findall(r"(\w+) is (?:not )?(?:defined|none)|(\w+) \| ?default", text))
+        tested = r"(?<![.\w])([a-z]\w+)(?: is (?:not )?defined| ?\| ?default)"
+        known = re.findall(rf"{tested}|if (?:not )?(\w+)\b(?![.(\[])", text)
         names = sorted({n for pair in known for n in pair if n} - set(GIVEN))
         flag = "--enable-thinking" if name == "enable_thinking" else f"--template.{name}"
         fault = f"{flag}: the model's chat template has no variable {name}; it has "

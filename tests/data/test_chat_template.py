@@ -1,15 +1,22 @@
 """Which tokens of a chat have loss: texts by hand, ids from transformers' apply_chat_template."""
 
 import json
+import re
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import axis, write_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from qlora.data.chats import Reading
+from qlora.data.objectives import encode_chat
 from qlora.data.rows import describe, prepare_data, prepare_tokenizer
+from qlora.data.templates import apply_settings
 from qlora.errors import UserError
 
 
@@ -95,6 +102,16 @@ QWQ = loop(  # as of R1-Distill: the reasoning of every turn is cut off
     "<|im_start|>assistant\n<think>\n",
 )
 BARE = loop("{{ m.role }}: {{ m.content }}\n", "assistant:")
+GLM = loop("<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>")  # the next turn ends one
+GPT_OSS = loop(  # another end inside a chat, at which generation does not stop
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}"
+    "{{ eos_token if loop.last and m.role == 'assistant' else '<|end|>' }}",
+    "<|start_header_id|>assistant",
+)
+PARTS = CHATML.replace("m.content }}", "m.content | map(attribute='text') | join }}")
+NO_THINK = QWEN3.replace("if '</think>'", "if enable_thinking and '</think>'").replace(
+    "assistant\n{%", "assistant\n<think>\n{{ '' if enable_thinking else '\n</think>\n\n' }}{%"
+)
 SPECIAL = [
     *["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"],
     *["<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"],
@@ -187,22 +204,15 @@ ROWS = {  # template, record, what is learned
     "an answer with eos where a turn ends in another token": (
         CHATML, asked("two<|im_end|></s>"), ["two<|im_end|>"],
     ),
-    "a turn opened unasked, chatml": (
-        ALWAYS["chatml"], CHAT, ["two 😀<|im_end|>", "three, not  two<|im_end|>"],
-    ),
-    "a turn opened unasked, llama3": (
-        ALWAYS["llama3"], CHAT, ["two 😀<|eot_id|>", "three, not  two<|eot_id|>"],
-    ),
-    "a turn opened unasked, command-r7b": (
-        ALWAYS["command-r7b"], CHAT,
-        ["two 😀<|end|><|eot_id|>", "three, not  two<|end|><|eot_id|>"],
-    ),
-    "a turn opened unasked, phi3": (
-        ALWAYS["phi3"], CHAT, ["two 😀<|end|>", "three, not  two<|end|>"],
-    ),
-    "a turn opened unasked, words": (
-        ALWAYS["words"], CHAT, [" two 😀</s>", " three, not  two</s>"],
-    ),
+    **{
+        f"a turn opened unasked, {name}": (
+            ALWAYS[name], CHAT, [f"{space}two 😀{end}", f"{space}three, not  two{end}"],
+        )
+        for name, space, end in (
+            ("chatml", "", "<|im_end|>"), ("llama3", "", "<|eot_id|>"), ("phi3", "", "<|end|>"),
+            ("command-r7b", "", "<|end|><|eot_id|>"), ("words", " ", "</s>"),
+        )
+    },
     "reasoning that the template cuts off": (
         QWQ, {"messages": [*TALK[:3], {**TALK[3], "content": THOUGHTS[1]}]},
         ["two 😀<|im_end|>", "two and\n</think>\n\nthree<|im_end|>"],
@@ -220,6 +230,16 @@ ROWS = {  # template, record, what is learned
         CHATML, {"prompt": TALK[:3], "completion": TALK[3:], "system": "s"},
         ["three, not  two<|im_end|>"],
     ),
+    "an answer that the next turn ends": (
+        GLM, CHAT, ["\ntwo 😀<|user|>", "\nthree, not  two<|user|>"],
+    ),
+    "another end inside a chat": (
+        GPT_OSS, CHAT, ["<|end_header_id|>two 😀</s>", "<|end_header_id|>three, not  two</s>"],
+    ),
+    "content in parts": (PARTS, CHAT, ["two 😀<|im_end|>", "three, not  two<|im_end|>"]),
+    "reasoning after a prompt that forbids it": (
+        NO_THINK, asked(THOUGHTS[1]), ["two and\n</think>\n\nthree<|im_end|>"],
+    ),
     "by generation marks, where nothing else tells": (MARKED, asked("two"), ["3OWT</s>"]),
 }  # fmt: skip
 
@@ -230,7 +250,7 @@ def test_only_answers_and_their_end_have_loss(tmp_path, template, record, expect
     tokenizer = byte_level(template, trim=trim)
     rows, stats = prepare(tmp_path, [record], tokenizer)
     assert [text for row in rows for text in learned(row, tokenizer)] == expected
-    if record is CHAT and template not in (BARE, THINKER, *ALWAYS.values()):
+    if record is CHAT and template not in (BARE, THINKER, GLM, GPT_OSS, PARTS, *ALWAYS.values()):
         reference = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)
         assert rows[0]["input_ids"] == reference["input_ids"]
     assert stats.tokens == sum(rows["length"]) == sum(map(len, rows["input_ids"]))
@@ -255,10 +275,8 @@ def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
     tokenizer.chat_template = BARE
     rows, _ = prepare(tmp_path, [CHAT], tokenizer)
     assert not tokenizer.is_fast
-    assert [*learned(rows[0], tokenizer), *learned(rows[1], tokenizer)] == [
-        " two 😀</s>",
-        " three, not  two</s>",
-    ]
+    texts = [*learned(rows[0], tokenizer), *learned(rows[1], tokenizer)]
+    assert texts == [" two 😀</s>", " three, not  two</s>"]
 
 
 def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
@@ -399,6 +417,69 @@ def test_fallback_template(tmp_path, adds_bos):
     assert prepare_tokenizer(tokenizer, chats=stats.chats) == ("pad_token", "chat_template")
     assert prepare_tokenizer(tokenizer, chats=True) == ()
     assert prepare(tmp_path, [asked("two")], tokenizer)[0][0] == rows[0]
+
+
+@pytest.mark.parametrize("added", ["<s> $A </s>", "<s> $A", "$A </s>", "$A"])
+@pytest.mark.parametrize("template", [MISTRAL, "{{ bos_token }}" + BARE, None])
+@pytest.mark.parametrize("record", [CHAT, asked("two")])
+def test_bos_and_eos_once(tmp_path, added, template, record):
+    """Whatever the tokenizer adds, and whether a template writes BOS itself."""
+    tokenizer = byte_level(template)
+    specials = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=added, special_tokens=specials
+    )
+    for row in prepare(tmp_path, [record], tokenizer)[0]:
+        text = tokenizer.decode(row["input_ids"])
+        assert text.count("<s>") == bool(template or added.startswith("<s>"))
+        assert text.rstrip().endswith("</s>") and "</s></s>" not in text
+
+
+ANY = [CHATML, LLAMA3, LLAMA2, MISTRAL, GEMMA, QWEN3, PHI3, BARE, GLM, GPT_OSS, PARTS]
+BOTH = st.booleans()
+ASKS, TELLS = (st.text(letters, min_size=1).filter(str.strip) for letters in ("αβ γ\n.", "жш щ\n!"))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(ASKS, TELLS), min_size=1, max_size=3), st.sampled_from(ANY), st.booleans()
+)
+def test_of_any_chat_the_answers_are_learned_and_nothing_else(pairs, template, last):
+    roles, tokenizer = ("user", "assistant"), byte_level(template)
+    messages = [{"role": roles[i], "content": pair[i]} for pair in pairs for i in (0, 1)]
+    reading = Reading("last" if last else "all")
+    rows = encode_chat({"messages": messages}, tokenizer, 10_000, (), reading)
+    texts = [text for row in rows for text in learned(row, tokenizer)]
+    tells = [re.sub("[^жшщ!]", "", text) for text in texts]
+    assert tells == [re.sub("[^жшщ!]", "", pair[1]) for pair in (pairs[-1:] if last else pairs)]
+    assert not re.search("[αβγ]", "".join(texts))
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+    assert template is PARTS or tokenizer.decode(rows[-1]["input_ids"]).startswith(rendered)
+
+
+WRONG = {  # setting -> value, message
+    "template": ({"enable_thinkin": 1}, "no variable enable_thinkin; it has enable_thinking. Did"),
+    "chat_template": ("gone.jinja", "gone.jinja cannot be read: No such file"),
+    "enable_thinking": (True, None),
+}
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_switches_are_the_template_s_defaults_and_must_be_in_it(tmp_path, setting):
+    tokenizer, (value, message) = byte_level(NO_THINK), WRONG[setting]
+    unset = {"chat_template": None, "enable_thinking": None, "template": {}}
+    given = SimpleNamespace(**unset | {setting: value})
+    if message:
+        with pytest.raises(UserError, match=message):
+            apply_settings(tokenizer, given)
+        return
+    apply_settings(tokenizer, given)
+    talk = {"tokenize": False, "add_generation_prompt": True}
+    assert tokenizer.apply_chat_template(TALK[:1], **talk).endswith("assistant\n<think>\n")
+    forbidden = tokenizer.apply_chat_template(TALK[:1], enable_thinking=False, **talk)
+    assert forbidden.endswith("</think>\n\n")  # a caller's own wins
+    rows, _ = prepare(tmp_path, [asked("two")], tokenizer)
+    assert learned(rows[0], tokenizer) == ["\n</think>\n\ntwo<|im_end|>"]
 
 
 @pytest.mark.parametrize(
