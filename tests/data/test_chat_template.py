@@ -121,8 +121,9 @@ TALK = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in e
 CHAT = {"messages": TALK}
 
 
-def byte_level(template: str | None = CHATML, *, trim: bool = True):
-    """A byte-level BPE like Llama-3's: it encodes any text without loss."""
+def byte_level(template: str | None = CHATML, *, trim: bool = True, added: str = ""):
+    """A byte-level BPE like Llama-3's: it encodes any text without loss; `added` are the special
+    tokens around a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -130,6 +131,10 @@ def byte_level(template: str | None = CHATML, *, trim: bool = True):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = trained(tokenizer, words, SPECIAL, template, initial_alphabet=alphabet)
     fast.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    if added:
+        specials = [("<s>", fast.bos_token_id), ("</s>", fast.eos_token_id)]
+        processor = processors.TemplateProcessing(single=added, special_tokens=specials)
+        fast.backend_tokenizer.post_processor = processor
     return fast
 
 
@@ -378,10 +383,7 @@ ENDED = {  # text -> ids decoded; BOS and eos are added by the tokenizer, or onl
 @pytest.mark.parametrize("added", ["<s> $A </s>", "<s> $A", "$A"])
 @pytest.mark.parametrize("text", ENDED)
 def test_text_rows_have_no_special_token_twice(tmp_path, added, text):
-    tokenizer = byte_level(CHATML)
-    specials = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
-    processor = processors.TemplateProcessing(single=added, special_tokens=specials)
-    tokenizer.backend_tokenizer.post_processor = processor
+    tokenizer = byte_level(CHATML, added=added)
     rows, _ = prepare(tmp_path, [{"text": text}], tokenizer)
     bos = "<s>" if added.startswith("<s>") or text.startswith("<s>") else ""
     assert tokenizer.decode(rows[0]["input_ids"]) == bos + ENDED[text].removeprefix("<s>")
@@ -391,10 +393,7 @@ def test_text_rows_have_no_special_token_twice(tmp_path, added, text):
 @pytest.mark.parametrize("template", [LLAMA3, ALWAYS["llama3"], ALWAYS["command-r7b"]])
 def test_text_of_a_rendered_chat_is_the_chat(tmp_path, template):
     """Without the turn that a template opens at its end."""
-    tokenizer = byte_level(template)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
+    tokenizer = byte_level(template, added="<s> $A")
     text = tokenizer.apply_chat_template(TALK, tokenize=False)
     rows, _ = prepare(tmp_path, [{"text": text}], tokenizer)
     chats, _ = prepare(tmp_path, [CHAT], tokenizer)
@@ -404,11 +403,7 @@ def test_text_of_a_rendered_chat_is_the_chat(tmp_path, template):
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_fallback_template(tmp_path, adds_bos):
     """Rendered without a change to the tokenizer, which prepare_tokenizer makes and reports."""
-    tokenizer = byte_level(None)
-    if adds_bos:
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-        )
+    tokenizer = byte_level(None, added="<s> $A" * adds_bos)
     rows, stats = prepare(tmp_path, [asked("two")], tokenizer)
     text = "<s>" * adds_bos + "### User:\none?\n\n### Assistant:\ntwo</s>\n\n"
     assert tokenizer.decode(rows[0]["input_ids"]) == text
@@ -424,11 +419,7 @@ def test_fallback_template(tmp_path, adds_bos):
 @pytest.mark.parametrize("record", [CHAT, asked("two")])
 def test_bos_and_eos_once(tmp_path, added, template, record):
     """Whatever the tokenizer adds, and whether a template writes BOS itself."""
-    tokenizer = byte_level(template)
-    specials = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=added, special_tokens=specials
-    )
+    tokenizer = byte_level(template, added=added)
     for row in prepare(tmp_path, [record], tokenizer)[0]:
         text = tokenizer.decode(row["input_ids"])
         assert text.count("<s>") == bool(template or added.startswith("<s>"))
