@@ -47,7 +47,7 @@ from qlora.errors import UserError
 # generation_config
 TOKENS = {
     "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
-    "deepseekv3": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "deepseekv3": ("<\uff5cbegin▁of▁sentence\uff5c>", "<\uff5cend▁of▁sentence\uff5c>"),
     "diffusion_gemma": ("<bos>", "<eos>", "<turn|>", "<|tool_response>"),
     "gemma": ("<bos>", "<eos>", "<end_of_turn>"),
     "glm": ("", "<|endoftext|>", "<|user|>", "<|observation|>"),
@@ -60,8 +60,8 @@ TOKENS = {
     "phi": ("<s>", "<|endoftext|>", "<|end|>"),
     "qwen": ("", "<|im_end|>", "<|endoftext|>"),
 }
-SPECIAL = r"<\|[^<>|\s'\"]+\|>|<｜[^<>\s]+?｜>|<\|[a-z_]+>|<[a-z_]+\|>|<(?:start|end)_of_\w+>"
-SPECIAL += r"|\[/?INST\]|\[gMASK\]|<sop>"
+SPECIAL = r"<\|[^<>|\s'\"]+\|>|<\uff5c[^<>\s]+?\uff5c>|<\|[a-z_]+>|<[a-z_]+\|>"
+SPECIAL += r"|<(?:start|end)_of_\w+>|\[/?INST\]|\[gMASK\]|<sop>"
 WORDS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # added, but not special
 REASONS = {
     "header": "the oracle also learns what the generation prompt has already",
@@ -324,7 +324,7 @@ def rows_of(path: Path, name: str, template: str) -> tuple[Counter[str], list[st
         except UserError as error:
             first = first or number
             counts["refused"] += 1
-            counts[re.sub(r"\(.*?\)|'.*?'", "…", str(error))[:90]] += 1
+            counts[re.sub(r" \('.*?'\)", "", str(error))[:100]] += 1
             continue
         counts["trained"] += 1
         chat = chat_of(record)

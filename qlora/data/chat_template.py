@@ -189,35 +189,40 @@ class Rendering:
     def _follow_prompt(self, i: int) -> None:
         """Render the last turn so that it follows the generation prompt, if it does not."""
         message, prompt = self.messages[i], self._part(self.messages[:i], prompt=True)
-        thought, end = reasoning_in(message), (prompt or "").rstrip()
+        thought = reasoning_in(message)
         if prompt is None or (self.full.startswith(prompt) and i not in self.hidden):
             return
-        if thought and end.endswith("</think>") and self._can_think():
-            self.switches["enable_thinking"] = True
-            self.full = self._render(self.messages)
-            prompt = self._part(self.messages[:i], prompt=True) or prompt
+        if thought and prompt.rstrip().endswith("</think>") and self._can_think():
+            self.switches = {"enable_thinking": True}
+            opened = self._part(self.messages[:i], prompt=True) or prompt
+            if opened == prompt:
+                self.switches = {}
+            self.full, prompt = self._render(self.messages), opened
             if self.full.startswith(prompt):
                 return
-            end = prompt.rstrip()
-        if end.endswith("<think>"):
-            answer = text_of(message).rpartition("</think>")[2].strip()
-            bare, whole = without_reasoning(message), f"<think>\n{thought}\n</think>\n\n{answer}"
-            own = {**bare, **dict.fromkeys(REASONING_KEYS, MARK)}
-            for marked, text in ((own, thought), (with_content(bare, MARK), whole)):
-                self.marked = message, marked, text
-                full = self._part(self.messages) or ""
-                if full.startswith(prompt):
-                    self.full, self.hidden = full, self.hidden - {i}
-                    return
-            self.marked = None
-        elif thought and not self.full.startswith(prompt):  # the prompt closes the thought
-            messages = [*self.messages[:i], without_reasoning(message)]
-            if (full := self._part(messages) or "").startswith(prompt):
-                self.messages, self.full, self.hidden = messages, full, self.hidden | {i}
-        if not self.full.startswith(prompt) and self.marked is None:
-            # once a call is answered, gpt-oss drops the reasoning before it, which the prompt has
+        bare, answer = (
+            without_reasoning(message),
+            text_of(message).rpartition("</think>")[2].strip(),
+        )
+        ways = [({**bare, **dict.fromkeys(REASONING_KEYS, MARK)}, thought)]
+        if prompt.rstrip().endswith("<think>"):
+            whole = f"<think>\n{thought}\n</think>\n\n{answer.strip()}"
+            ways.append((with_content(bare, MARK), whole))
+        for marked, text in ways:
+            self.marked = message, marked, text
+            full = self._part(self.messages) or ""
+            if full.startswith(prompt) and thought in full:
+                self.full, self.hidden = full, self.hidden - {i}
+                return
+        self.marked = None
+        if not self.full.startswith(prompt):
+            messages = [*self.messages[:i], bare]
+            full = self._part(messages) or ""
             start = self._start(i, prompt)
-            if start and self.full[:start].endswith(prompt[-8:]):
+            if thought and full.startswith(prompt):  # the prompt closes the thought
+                self.messages, self.full, self.hidden = messages, full, self.hidden | {i}
+            elif start and self.full[:start].endswith(prompt[-8:]):
+                # once a call is answered, gpt-oss drops the reasoning before it: the prompt has it
                 self.full = prompt + self.full[start:]
 
     def _can_think(self) -> bool:

@@ -103,11 +103,16 @@ def chat_of(record: Record, reading: Reading = AS_IT_IS) -> Chat | None:
         messages[answers[-1]] = {REASONING_KEYS[0]: thought, **messages[answers[-1]]}
     no_loss = frozenset(i for i, message in enumerate(messages) if message.pop("no_loss", False))
     if reading.train_on == "last":
-        no_loss |= frozenset(answers[:-1])
+        learned = [i for i in answers if i not in no_loss and _says(messages[i])]
+        no_loss |= frozenset(learned[:-1])
     tools = _parsed(record.get("tools"), "tools") or []
     is_list = isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
     require(is_list, f"tools must be a list of objects, got {str(tools)[:60]!r}")
     return Chat(messages, tools or None, first, no_loss)
+
+
+def _says(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("content", "").strip() or message.get("tool_calls"))
 
 
 def alpaca_prompt(record: Record) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qlora.cli import Progress
 from qlora.data.chat_template import NO_LOSS, Rendering
 from qlora.data.chats import Chat
-from qlora.data.templates import PROBE, ending_of
+from qlora.data.templates import PROBE, ending_of, special_tokens
 from qlora.errors import UserError
 from qlora.files import GENERATION, ids_in
 
@@ -116,6 +116,18 @@ def taught_stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
         ids |= {i for i in first if i in tokenizer.added_tokens_decoder}
     stops = ending_of(tokenizer).stops.values()
     return ids | {i for i, t in tokenizer.added_tokens_decoder.items() if t.content in stops}
+
+
+def in_history(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """A generated answer as the content of a message: without its reasoning, which templates leave
+    out of earlier turns, and without special tokens."""
+    begins, text = ending_of(tokenizer).begins, str(tokenizer.decode(list(ids)))
+    if not begins or begins not in text:
+        return decode(tokenizer, ids)
+    text = text.rpartition(begins)[2]
+    for token in special_tokens(tokenizer):
+        text = text.replace(token, "")
+    return text
 
 
 def describe_stops(

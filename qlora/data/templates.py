@@ -237,6 +237,9 @@ class Ending(NamedTuple):
     """whether it ends an answer with anything"""
     stops: Mapping[str, str] = {}
     """the tokens at which generation stops: "text", after an answer; "call", after tool calls"""
+    begins: str = ""
+    """what it writes between the reasoning of an answer and its text, as far as it also stands
+    before a text without reasoning"""
 
 
 def ending_of(tokenizer: Tokenizer) -> Ending:
@@ -254,11 +257,12 @@ def _ending(tokenizer: Tokenizer, template: str | None, own: str, size: int) -> 
         {"role": "user", "content": "b"},
     ]
 
-    with suppress(*REJECTIONS):
-        in_parts = [with_content({**m, "content": []}, m["content"]) for m in talk]
-        whole = (rendered(tokenizer, template, chat, None, False) for chat in (talk, in_parts))
-        is_shown, is_shown_in_parts = (PROBE in text for text in whole)
-        talk = in_parts if is_shown_in_parts and not is_shown else talk
+    in_parts = [with_content({**m, "content": []}, m["content"]) for m in talk]
+    for chat in (talk, in_parts):
+        with suppress(*REJECTIONS):
+            if PROBE in rendered(tokenizer, template, chat, None, False):
+                talk = chat
+                break
 
     def render(count: int, prompt: bool = False) -> str:
         return rendered(tokenizer, template, talk[:count], None, prompt)
@@ -283,7 +287,15 @@ def _ending(tokenizer: Tokenizer, template: str | None, own: str, size: int) -> 
     tail = tail.removesuffix(opened)
     marks = rejected or bool(tail.strip())
     stops = _stops(tokenizer, template, talk, marks)
-    return Ending(tuple(token for token in added if token in tail), opened, marks, stops)
+    answers = ""
+    with suppress(*REJECTIONS):
+        thought = {**talk[1], **dict.fromkeys(REASONING_KEYS, ARGUMENT)}
+        text = rendered(tokenizer, template, [talk[0], thought], None, False)
+        between = text.partition(ARGUMENT)[2].partition(PROBE)[0]
+        head = render(2).partition(PROBE)[0].removeprefix(render(1, prompt=True))
+        answers = between[len(between) - common_length(between[::-1], head[::-1]) :]
+        answers = answers if answers.strip() else between
+    return Ending(tuple(t for t in added if t in tail), opened, marks, stops, answers)
 
 
 def _stops(tokenizer: Tokenizer, template: str | None, talk: Any, marks: bool) -> dict[str, str]:
