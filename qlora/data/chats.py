@@ -186,7 +186,10 @@ def _joined(parts: list[Any]) -> tuple[str | None, dict[str, Any]]:
         if kind == "tool_call" and (found := _calls(text)):
             calls += found
             continue
-        require(isinstance(text, str | int | float), f"a message has a part without text: {part}")
+        require(
+            isinstance(text, str | int | float),
+            f"a message has a part without text: {str(part)[:80]}",
+        )
         (thoughts if kind in REASONING_KEYS else texts).append(string_of(text))
     others: dict[str, Any] = {REASONING_KEYS[0]: "\n".join(thoughts)} if thoughts else {}
     others |= {"tool_calls": calls} if calls else {}
