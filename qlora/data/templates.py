@@ -395,7 +395,7 @@ def apply_settings(tokenizer: Tokenizer, settings: Any) -> None:
         fault = f"--template.{name} is given by the data or the tokenizer: leave it out"
         require(name not in GIVEN and not name.endswith("_token"), fault)
         tested = r"(?<![.\w])([a-z]\w+)(?: is (?:not )?defined| ?\| ?default)"
-        known = re.findall(rf"{tested}|if (?:not )?(\w+)\b(?![.(\[])", text)
+        known = re.findall(rf"{tested}|if (?:not )?(?!not\b)(\w+)\b(?![.(\[])", text)
         names = sorted({n for pair in known for n in pair if n} - set(GIVEN))
         flag = "--enable-thinking" if name == "enable_thinking" else f"--template.{name}"
         fault = f"{flag}: the model's chat template has no variable {name}; it has "

@@ -380,7 +380,7 @@ ENDED = {  # text -> ids decoded; BOS and eos are added by the tokenizer, or onl
 }
 
 
-@pytest.mark.parametrize("added", ["<s> $A </s>", "<s> $A", "$A"])
+@pytest.mark.parametrize("added", ["<s> $A </s>", "<s> $A", "$A </s>", "$A"])
 @pytest.mark.parametrize("text", ENDED)
 def test_text_rows_have_no_special_token_twice(tmp_path, added, text):
     tokenizer = byte_level(CHATML, added=added)
@@ -416,11 +416,10 @@ def test_fallback_template(tmp_path, adds_bos):
 
 @pytest.mark.parametrize("added", ["<s> $A </s>", "<s> $A", "$A </s>", "$A"])
 @pytest.mark.parametrize("template", [MISTRAL, "{{ bos_token }}" + BARE, None])
-@pytest.mark.parametrize("record", [CHAT, asked("two")])
-def test_bos_and_eos_once(tmp_path, added, template, record):
+def test_bos_and_eos_once(tmp_path, added, template):
     """Whatever the tokenizer adds, and whether a template writes BOS itself."""
     tokenizer = byte_level(template, added=added)
-    for row in prepare(tmp_path, [record], tokenizer)[0]:
+    for row in prepare(tmp_path, [CHAT, {"messages": TALK[:2]}], tokenizer)[0]:
         text = tokenizer.decode(row["input_ids"])
         assert text.count("<s>") == bool(template or added.startswith("<s>"))
         assert text.rstrip().endswith("</s>") and "</s></s>" not in text
@@ -448,29 +447,20 @@ def test_of_any_chat_the_answers_are_learned_and_nothing_else(pairs, template, l
     assert template is PARTS or tokenizer.decode(rows[-1]["input_ids"]).startswith(rendered)
 
 
-WRONG = {  # setting -> value, message
-    "template": ({"enable_thinkin": 1}, "no variable enable_thinkin; it has enable_thinking. Did"),
-    "chat_template": ("gone.jinja", "gone.jinja cannot be read: No such file"),
-    "enable_thinking": (True, None),
-}
-
-
-@pytest.mark.parametrize("setting", WRONG)
-def test_switches_are_the_template_s_defaults_and_must_be_in_it(tmp_path, setting):
-    tokenizer, (value, message) = byte_level(NO_THINK), WRONG[setting]
-    unset = {"chat_template": None, "enable_thinking": None, "template": {}}
-    given = SimpleNamespace(**unset | {setting: value})
-    if message:
-        with pytest.raises(UserError, match=message):
-            apply_settings(tokenizer, given)
-        return
-    apply_settings(tokenizer, given)
+def test_switches_are_the_template_s_defaults_and_must_be_in_it(tmp_path):
+    tokenizer, unset = byte_level(NO_THINK), {"chat_template": None, "template": {}}
+    apply_settings(tokenizer, SimpleNamespace(enable_thinking=True, **unset))
     talk = {"tokenize": False, "add_generation_prompt": True}
     assert tokenizer.apply_chat_template(TALK[:1], **talk).endswith("assistant\n<think>\n")
     forbidden = tokenizer.apply_chat_template(TALK[:1], enable_thinking=False, **talk)
     assert forbidden.endswith("</think>\n\n")  # a caller's own wins
     rows, _ = prepare(tmp_path, [asked("two")], tokenizer)
     assert learned(rows[0], tokenizer) == ["\n</think>\n\ntwo<|im_end|>"]
+    unset |= {"enable_thinking": None, "template": {"enable_thinkin": 1}}
+    with pytest.raises(UserError, match=r"it has enable_thinking\. Did you"):
+        apply_settings(tokenizer, SimpleNamespace(**unset))
+    with pytest.raises(UserError, match=r"gone\.jinja cannot be read: No such"):
+        apply_settings(tokenizer, SimpleNamespace(**unset | {"chat_template": "gone.jinja"}))
 
 
 @pytest.mark.parametrize(
