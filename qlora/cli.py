@@ -29,6 +29,7 @@ from qlora.config.lora import ALL_LINEAR
 from qlora.errors import UserError, did_you_mean
 from qlora.files import AsWritten, read_yaml
 
+DOTTED = ("trainer", "template")  # settings whose entries have flags: --trainer.NAME
 LINE_SECONDS = 30  # between the lines of a job where there is no terminal
 
 
@@ -77,12 +78,12 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
     required = [name for name, member in settings.items() if is_required(member)]
     if missing := [flag_of(name) for name in required if name not in flags | recipe]:
         raise UserError(f"missing {', '.join(missing)}: pass them, or set them in a --config file")
-    given = [(where + n, n, v) for n, v in recipe.items() if n == "trainer" or n not in flags]
+    given = [(where + n, n, v) for n, v in recipe.items() if n in DOTTED or n not in flags]
     given += [(flag_of(n), n, v) for n, v in flags.items()]
     values: dict[str, Any] = {}
     for source, name, value in given:
         name, _, key = name.partition(".")
-        if name == "trainer":  # merges the recipe's, --trainer's and each --trainer.NAME
+        if name in DOTTED:  # merges the recipe's, --trainer's and each --trainer.NAME
             new = {key: read_yaml(source, value)} if key else _value(source, Mapping, value)
             values[name] = values.get(name, {}) | new
         else:
@@ -129,9 +130,9 @@ def _parser(config_class: Any, words: Sequence[str], prog: str) -> _Parser:
         for member in (m for m in fields(owner) if settings.get(m.name) is m):
             is_hidden = "rare" in member.metadata and not all_flags
             _add_flag(group, member, "" if is_hidden else docs[member.name])
-    if "trainer" in settings:
-        for flag in {w.partition("=")[0] for w in words if w.startswith("--trainer.")}:
-            parser.add_argument(flag, dest=flag[2:].replace("-", "_"), help=argparse.SUPPRESS)
+    starts = tuple(f"--{name}." for name in DOTTED if name in settings)
+    for flag in {w.partition("=")[0] for w in words if w.startswith(starts)}:
+        parser.add_argument(flag, dest=flag[2:].replace("-", "_"), help=argparse.SUPPRESS)
     return parser
 
 
@@ -141,8 +142,9 @@ def _add_flag(group: Any, member: Field[Any], doc: str) -> None:
     note = "" if default in (None, False, (), MISSING) else f" (default {default})"
     note = " (required)" if is_required(member) else note
     text = doc.replace("%", "%%") + note if doc else argparse.SUPPRESS
-    if member.type is bool:
-        add(flag, dest=member.name, action="store_const", const="true", help=text)
+    if member.type in (bool, bool | None):  # the latter may also be given as true or false
+        count: Any = {"nargs": "?"} if member.type is not bool else {"action": "store_const"}
+        add(flag, dest=member.name, const="true", metavar="false", help=text, **count)
         off = flag_of(f"no_{member.name}")
         add(off, dest=member.name, action="store_const", const="false", help=argparse.SUPPRESS)
         return
@@ -157,7 +159,10 @@ def _add_flag(group: Any, member: Field[Any], doc: str) -> None:
 
 def _read_flags(words: Sequence[str], settings: Any, parser: _Parser) -> dict[str, Any]:
     """The flags in `words`: name -> text or list of texts."""
-    words = [re.sub(r"^--(?!trainer\.)[^=]+", lambda m: m[0].replace("_", "-"), w) for w in words]
+    words = [
+        re.sub(r"^--(?!(trainer|template)\.)[^=]+", lambda m: m[0].replace("_", "-"), w)
+        for w in words
+    ]
     positional = [flag_of(name) for name, m in settings.items() if "positional" in m.metadata]
     if positional and words and not words[0].startswith("-"):
         words = [positional[0], *words]
@@ -205,8 +210,9 @@ def _value(source: str, hint: Any, given: Any) -> Any:
         return None
     if number := next((kind for kind in (int, float) if kind in parts), None):
         return _number(source, number, text)
-    if hint is bool or not isinstance(given, str):
-        wanted = "true or false" if hint is bool else "one value"
+    is_switch = set(parts) <= {bool, NoneType}
+    if is_switch or not isinstance(given, str):
+        wanted = "true or false" if is_switch else "one value"
         raise UserError(f"{source}: wanted {wanted}, got {text!r}")
     return text
 

@@ -31,6 +31,7 @@ from qlora.config import ChatConfig
 from qlora.config.tasks import task_named
 from qlora.data import generation
 from qlora.data.rows import require_vocabulary
+from qlora.data.templates import apply_settings
 from qlora.errors import UserError, require
 
 Context = Callable[[], AbstractContextManager[None]]
@@ -125,6 +126,7 @@ class ChatSession:
             )
         self.longest = None if positions is None else positions - config.max_new_tokens  # prompt
         self.tokenizer = resolved.load_tokenizer()
+        apply_settings(self.tokenizer, config)
         if not self.tokenizer.chat_template:
             note("The model has no chat template: turns are written as `### User:` and so on.")
         self.model = resolved.load()
@@ -240,6 +242,10 @@ class AnswerStreamer(BaseStreamer):
                 self.texts[row] = text.rstrip("\ufffd")  # of an incomplete character
         self._show(self.texts, self.ended)
 
+    def answers(self) -> list[str]:
+        """Each answer as the content of a message in a history."""
+        return [generation.in_history(self.tokenizer, ids) for ids in self.ids]
+
     def end(self) -> None:
         """Called after the last token; also after Ctrl-C."""
         self.ended = [True] * len(self.ended)
@@ -255,7 +261,8 @@ def stream(
     settings: Mapping[str, Any],
     show: Show,
 ) -> tuple[list[str], bool]:
-    """The model's answer to each prompt, shown as it grows, and whether Ctrl-C cut them short."""
+    """The model's answer to each prompt, shown as it grows, as a history has it; and whether Ctrl-C
+    cut them short."""
     inputs = generation.left_padded(prompts, settings["pad_token_id"], model.device)
     streamer = AnswerStreamer(tokenizer, len(prompts), settings["eos_token_id"] or (), show)
     try:
@@ -263,10 +270,10 @@ def stream(
             model.generate(**inputs, **settings, streamer=streamer)  # type: ignore[operator]
     except KeyboardInterrupt:
         streamer.end()
-        return streamer.texts, True
+        return streamer.answers(), True
     except torch.OutOfMemoryError as error:  # an interactive chat continues
         raise UserError(
             "the GPU's memory ran out: /reset clears the conversation, and a lower "
             "--max-new-tokens needs less"
         ) from error
-    return streamer.texts, False
+    return streamer.answers(), False

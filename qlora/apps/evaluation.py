@@ -34,7 +34,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -52,9 +52,10 @@ from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, EvaluateConfig
 from qlora.config.tasks import task_named
 from qlora.data.chat_template import learned_turns
+from qlora.data.chats import AS_IT_IS, Reading, chat_of, reading_in
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
-from qlora.data.records import chat_of, load_records
+from qlora.data.records import load_records
 from qlora.data.rows import (
     describe,
     length_batches,
@@ -62,6 +63,7 @@ from qlora.data.rows import (
     prepare_tokenizer,
     require_vocabulary,
 )
+from qlora.data.templates import apply_settings
 from qlora.errors import UserError, require
 from qlora.fast.head import put_language_head
 from qlora.files import read_run_file, replace_text
@@ -99,10 +101,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         fault = f"no write permission for {folder}: choose another file with --output"
         require(os.access(folder, os.W_OK), fault)
     tokenizer = resolved.load_tokenizer()
+    apply_settings(tokenizer, config)
     prepare_tokenizer(tokenizer)
-    max_length = _max_length(config, resolved)
+    max_length, reading = _max_length(config, resolved), AS_IT_IS
+    if resolved.adapter:
+        with suppress(UserError):  # of a damaged run.yaml, if --max-length is given
+            reading = reading_in(resolved.adapter.folder)
     task: Any = {"task": resolved.task, "classes": resolved.labels}
     limits: Any = {"max_length": max_length, "limit": config.limit, "new_classes": False}
+    limits["reading"] = reading
     try:
         rows, stats = prepare_data(config.data, tokenizer, split="evaluation", **limits, **task)
     except UserError as error:
@@ -110,7 +117,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(f"{error} ({resolved.what} is a {kind})") from error
     print(describe(stats, name=config.data))
     generates = config.generate and not OBJECTIVES[resolved.task].classifies
-    questions = _questions(config, resolved, tokenizer) if generates else []
+    questions = _questions(config, resolved, tokenizer, reading) if generates else []
     if questions:
         require_scorers()
     scores, answers = _measure(config, resolved, tokenizer, rows, questions)
@@ -150,11 +157,13 @@ def _max_length(config: EvaluateConfig, resolved: ResolvedModel) -> int:
     return int(min(length, resolved.checkpoint.max_positions or length))
 
 
-def _questions(config: EvaluateConfig, resolved: ResolvedModel, tokenizer: Any) -> list[Question]:
+def _questions(
+    config: EvaluateConfig, resolved: ResolvedModel, tokenizer: Any, reading: Reading
+) -> list[Question]:
     """The questions in the data that fit into the model's context together with an answer."""
-    kinds = OBJECTIVES[resolved.task].kinds
+    kinds = reading.kinds(OBJECTIVES[resolved.task].kinds)
     records = load_records(config.data, kinds, split="evaluation", limit=config.limit)
-    questions = list(questions_in(records, tokenizer, resolved.task))
+    questions = list(questions_in(records, tokenizer, resolved.task, reading))
     positions = resolved.checkpoint.max_positions
     longest = NO_LIMIT if positions is None else positions - config.max_new_tokens
     fitting = [question for question in questions if len(question.prompt) <= longest]
@@ -170,12 +179,15 @@ def _questions(config: EvaluateConfig, resolved: ResolvedModel, tokenizer: Any) 
     return fitting
 
 
-def questions_in(records: Any, tokenizer: Any, task: str) -> Iterator[Question]:
+def questions_in(
+    records: Any, tokenizer: Any, task: str, reading: Reading = AS_IT_IS
+) -> Iterator[Question]:
     """Split each record before its last part with loss; `text` records are skipped."""
     for record in records:
-        question = question_of(OBJECTIVES[task].encode(record, tokenizer, NO_LIMIT, ()), task)
+        *_, row = OBJECTIVES[task].encode(record, tokenizer, NO_LIMIT, (), reading)
+        question = question_of(row, task)
         request = decode(tokenizer, question.prompt)
-        if question.prompt and task == "causal-lm" and (chat := chat_of(record)):
+        if question.prompt and task == "causal-lm" and (chat := chat_of(record, reading)):
             turn = learned_turns(chat)[-1]
             request = str(chat.messages[turn - 1].get("content", "")) if turn else ""
         if question.prompt:

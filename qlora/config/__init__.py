@@ -82,6 +82,18 @@ class DataConfig(Settings):
     """maximum tokens per row; longer rows are truncated and counted"""
     packing: bool = False
     """pack several rows into one, up to max_length"""
+    train_on: Literal["all", "last"] = field(default="all", metadata=RARE)
+    """turns of the assistant that are learned in a chat; weight or train of a message, 0 or 1"""
+    roles: Mapping[str, str] = field(default_factory=dict, metadata=RARE)
+    """other names of roles: {bot: assistant}"""
+    reasoning_content: str | None = field(default=None, metadata=RARE)
+    """column with the reasoning of a row's last answer; by default reasoning_content"""
+    chat_template: str | None = field(default=None, metadata=RARE)
+    """file with a chat template, in place of the model's; saved with the adapter"""
+    enable_thinking: bool | None = field(default=None, metadata=RARE)
+    """the chat template's variable, saved with it; by default on where rows have reasoning"""
+    template: Mapping[str, Any] = field(default_factory=dict, metadata=RARE)
+    """other variables of the chat template, as --template.NAME VALUE"""
 
 
 @dataclass(frozen=True)
@@ -272,6 +284,12 @@ class ModelChoice(Settings):
     """auto: as in training, if this machine supports it"""
     trust_remote_code: bool = False
     """run the code in the model's repository"""
+    chat_template: str | None = field(default=None, metadata=RARE)
+    """file with a chat template; by default the one of training"""
+    enable_thinking: bool | None = field(default=None, metadata=RARE)
+    """the chat template's variable; by default as in training"""
+    template: Mapping[str, Any] = field(default_factory=dict, metadata=RARE)
+    """other variables of the chat template, as --template.NAME VALUE"""
 
     def faults(self) -> Iterator[str]:
         if (self.adapter is None) == (self.model is None):

@@ -1,171 +1,160 @@
 """A chat -> its text as the template renders it, spans with loss, and token ids with labels.
 
 Loss is on all that the model has to generate for each assistant turn: from the end of the
-generation prompt up to and including the turn's end token, so that it learns to stop.
+generation prompt up to and including the token at which generation stops.
 
 Most templates have no {% generation %} marks, from which transformers computes a mask. So the whole
 chat is rendered once, as a string; turn i starts where the rendering of the messages before it,
 with a generation prompt, ends. That fails if a template renders a turn differently depending on
-what follows (Qwen3 strips the thinking of earlier turns; Mistral moves the tools to the last user
-turn). Then the turn's text is replaced by a probe, and the turn lies between the parts before and
-after the probe. The string is tokenized once, and spans of characters become spans of tokens by
-their offsets: tokenized piece by piece, the ids at the boundaries would differ.
+what follows (Qwen3.5's prompt opens a thought that earlier turns lack; Mistral moves the tools to
+the last user turn). Then the turn's text is replaced by a probe, and the turn lies between the
+parts before and after the probe. The string is tokenized once, and spans of characters become
+spans of tokens by their offsets: tokenized piece by piece, the ids at the boundaries would differ.
 
-Templates read different forms of tool calls, reasoning and missing text, and leave out the others
-without a word: probes tell in which form a chat is shown whole.
+A turn gets a row of its own, which ends with it, where the rest of the chat changes what is
+learned: its reasoning is left out (Qwen3), or it ends in a token at which generation does not stop
+(gpt-oss writes <|end|> for <|return|>). Without an end token (GLM-4.5), the special token that
+begins the next turn ends it.
+
+The last turn follows the generation prompt. Where that opens a thought which the rendered turn
+lacks (DeepSeek-R1), the thought is put in, empty if there is none; where it closes the thought, and
+the turn has reasoning, the template's `enable_thinking` is turned on.
 
 Source: transformers' apply_chat_template (https://huggingface.co/docs/transformers/chat_templating).
 """
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import lru_cache
-from itertools import product, takewhile
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora.data.records import Chat
+from qlora.data.chats import AS_TEXT, REASONING_KEYS, Chat
+from qlora.data.templates import (
+    ARGUMENT,
+    PROBE,
+    REASONING,
+    REJECTIONS,
+    RESULTS,
+    SWITCH,
+    SYSTEM,
+    TEXT,
+    TOOL_CALLS,
+    TOOLS,
+    common_length,
+    ending_of,
+    fallback_template,
+    forms,
+    is_answer,
+    last_word,
+    name_of,
+    probed,
+    reasoning_in,
+    rendered,
+    replaced,
+    special_tokens,
+    text_of,
+    with_content,
+    without_reasoning,
+    wrappings,
+)
 from qlora.errors import UserError, first_line
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores
-FALLBACK_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
-    "{{ eos_token or '' if message['role'] == 'assistant' else '' }}{{ '\\n\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
-PROBE = "QloraProbe7f3a"  # replaces a turn's text; no white space for templates to trim
-ARGUMENT, MARK = "QloraArgument7f3a", "QloraMark7f3a"  # the same
-TOOL_CALLS, TOOLS, REASONING = "tool calls", "tools", "reasoning"  # of `Rendering.lost`
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages
+MARK = "QloraMark7f3a"  # replaces a text that a template would change
+FAULTS = (TEXT, TOOL_CALLS, RESULTS)  # without these a chat is not trained on
 
 Span = tuple[int, int]  # [start, end)
 
 
-def fallback_template(tokenizer: Tokenizer) -> str | None:
-    """A plain chat template for a tokenizer without one; None if it has one.
-
-    It renders `### User:\\n…\\n\\n### Assistant:\\n…<eos>`, after BOS if the tokenizer adds one.
-    """
-    if tokenizer.chat_template:
-        return None
-    starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return ("{{ bos_token }}" if starts_with_bos else "") + FALLBACK_CHAT_TEMPLATE
-
-
-class Ending(NamedTuple):
-    """What a chat template writes after the last answer."""
-
-    tokens: tuple[str, ...] = ()
-    """the added tokens in it, such as the one that ends a turn"""
-    opened: str = ""
-    """a generation prompt that it writes without being asked for one"""
-
-
-def ending_of(tokenizer: Tokenizer) -> Ending:
-    """The ending of the tokenizer's chat template or the fallback template."""
-    return _ending(
-        tokenizer, fallback_template(tokenizer), str(tokenizer.chat_template), len(tokenizer)
-    )
-
-
-@lru_cache(maxsize=4)  # the last two arguments stand for what may change in the tokenizer
-def _ending(tokenizer: Tokenizer, template: str | None, own: str, size: int) -> Ending:
-    talk = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": PROBE},
-        {"role": "user", "content": "b"},
-    ]
-
-    def render(count: int, prompt: bool = False) -> str:
-        return _rendered(tokenizer, template, talk[:count], None, prompt)
-
-    added = [token for token in tokenizer.get_added_vocab() if token.strip()]
-    either = "|".join(map(re.escape, added))
-    tail = opened = ""
-    with suppress(TemplateError, TypeError):  # one that rejects this chat may accept real ones
-        tail = render(2).partition(PROBE)[2]
-        if render(2) == render(2, prompt=True):
-            # in parts, each of a token or line: it begins where the tail differs from what stands
-            # there before a user's turn, or one before, if both have a token that begins turns
-            parts, others = (
-                re.split(rf"(?={either})|(?<=\n)" if added else r"(?<=\n)", text)
-                for text in (tail, render(3).partition(PROBE)[2])
-            )
-            shared = _common_length(parts, others)
-            begins = [t for t in re.findall(either, render(1)) if t != tokenizer.bos_token][:1]
-            shared -= parts[:shared][-1:] == begins
-            opened = "".join(parts[shared:])
-            opened = opened if render(1, prompt=True).endswith(opened) else ""
-    tail = tail.removesuffix(opened)
-    return Ending(tuple(token for token in added if token in tail), opened)
-
-
-def _rendered(
-    tokenizer: Tokenizer, template: str | None, messages: Any, tools: Any, prompt: bool
-) -> str:
-    options: Any = {"add_generation_prompt": prompt, "tools": tools, "chat_template": template}
-    if any(None in message.values() for message in messages):  # which apply_chat_template drops
-        options |= tokenizer.special_tokens_map
-        options["chat_template"] = tokenizer.get_chat_template(template, tools)
-        return str(render_jinja_template([messages], **options)[0][0])
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+# ---- a chat as its template renders it
 
 
 class Rendering:
     """A chat rendered by the tokenizer's template or the fallback template, which may reject it.
 
-    `messages` are the chat's, in the one of their `_forms` of which the template shows most;
-    `lost` names what it leaves out: "tools", "reasoning". `full` is the text of all messages;
-    with `prompt` it ends in the generation prompt, otherwise it does not.
+    `messages` are the chat's, in the one of their `forms` of which the template shows most;
+    `hidden` are the turns whose reasoning it leaves out. `full` is the text of all messages; with
+    `prompt` it ends in the generation prompt, otherwise it does not.
 
     Raises:
-        UserError: the template rejects every form, or leaves out a tool call.
+        UserError: the template rejects every form, or leaves out a tool call or result.
     """
 
     def __init__(self, tokenizer: Tokenizer, chat: Chat, *, prompt: bool = False) -> None:
         self.tokenizer, self.chat = tokenizer, chat
         self.template, self.ending = fallback_template(tokenizer), ending_of(tokenizer)
-        self.thought: Mapping[str, Any] | None = None  # the message that _keep_reasoning rewrote
+        self.tools = chat.tools
+        self.switches: dict[str, Any] = {}  # for the template
+        self.marked: tuple[Any, dict[str, Any], str] | None = None  # message, with MARK, its text
+        self._spans: dict[int, Span | None] = {}
+        self.unprompted: set[int] = set()  # turns after another text than their open prompt
+        self.messages, self.full, probes = self._best_form(prompt)
+        self.hidden = {i for what, i in probes if what == REASONING}
+        self.left_out = {what for what, _ in probes if what not in (TEXT, REASONING, "JSON")}
+        if fault := next((what for what in FAULTS[1:] if what in self.left_out), None):
+            # trained on such a turn, the model would learn silence, or to invent the result
+            calls = [call for message in self.messages for call in message.get("tool_calls") or ()]
+            name = name_of(calls[-1]) if fault == TOOL_CALLS else "its result"
+            raise UserError(
+                f"the model's chat template leaves out an answer ({name!r}), the call "
+                "of a tool: write it as text, or use a template that renders it"
+                if fault == TOOL_CALLS
+                else "the model's chat template leaves out a tool's result: write it as a user's "
+                "message, or use a template that renders it"
+            )
+        if not prompt and (turns := learned_turns(chat)) and turns[-1] == len(self.messages) - 1:
+            self._follow_prompt(turns[-1])
+
+    @property
+    def lost(self) -> set[str]:
+        """What the template leaves out: "tools", "system message", "reasoning"."""
+        thoughts = self.hidden.intersection(learned_turns(self.chat))
+        return self.left_out | ({REASONING} if thoughts else set())
+
+    def _best_form(self, prompt: bool) -> tuple[list[dict[str, Any]], str, set[tuple[str, int]]]:
+        """The messages in the form of which most is shown, their text, and what is not shown."""
         failed: Exception | None = None
-        forms = []
-        for messages in _forms([self._without_end(message) for message in chat.messages]):
-            try:
-                forms.append((messages, self._render(messages, prompt), self._lost(messages)))
-            except (TemplateError, TypeError) as error:
-                failed = failed or error
-                continue
-            if not forms[-1][-1]:
+        found: list[Any] = []
+        best: Any = None
+        given = [self._without_end(message) for message in self.chat.messages]
+        as_texts = [False, True] if any(AS_TEXT in message for message in given) else [False]
+        for as_text, parts, tools in product(as_texts, (False, True), wrappings(self.chat.tools)):
+            self.tools = tools
+            for messages in forms(given, parts, as_text):
+                try:
+                    text = self._render(messages, prompt)
+                    lost = self._probes_lost(messages, text, prompt)
+                    found.append((messages, text, lost, tools))
+                except REJECTIONS as error:
+                    failed = failed or error
+                    continue
+                if not lost:
+                    return messages, text, lost
+            best = min(found, key=lambda form: len(form[2]), default=None)
+            if best and not {what for what, _ in best[2]}.intersection((*FAULTS, TOOLS)):
                 break
-        if not forms:
+        if best is None:
             raise UserError(
                 f"the model's chat template rejects the chat: {first_line(failed or TypeError())} "
                 "Change its messages to ones that the template accepts"
             ) from failed
-        self.messages, self.full, self.lost = min(forms, key=lambda form: len(form[-1]))
-        if TOOL_CALLS in self.lost:
-            # trained on such a turn, the model would learn silence
-            calls = [call for message in self.messages for call in message.get("tool_calls") or ()]
-            raise UserError(
-                f"the model's chat template leaves out an answer ({_name(calls[-1])!r}), the call "
-                "of a tool: write it as text, or use a template that renders it"
-            )
-        if REASONING in self.lost:
-            self._keep_reasoning(prompt)
+        messages, text, lost, self.tools = best
+        return messages, text, lost
 
     def _render(
         self, messages: list[dict[str, Any]], prompt: bool = False, tools: Any = None
     ) -> str:
-        if thought := self.thought:
-            messages = [{**m, "content": MARK} if m is thought else m for m in messages]
-        text = _rendered(self.tokenizer, self.template, messages, tools or self.chat.tools, prompt)
-        text = text.replace(MARK, thought["content"]) if thought else text
-        return text if prompt else text.removesuffix(self.ending.opened)
+        text = ""
+        if self.marked:
+            message, marked, text = self.marked
+            messages = [marked if m is message else m for m in messages]
+        tools = tools or self.tools
+        full = rendered(
+            self.tokenizer, self.template, messages, tools, prompt, **self.switches
+        ).replace(MARK, text)
+        return full if prompt else full.removesuffix(self.ending.opened)
 
     def _without_end(self, message: dict[str, Any]) -> dict[str, Any]:
         """An answer without the end token that the template writes after it."""
@@ -176,31 +165,70 @@ class Rendering:
             return message
         return self._without_end({**message, "content": text.removesuffix(end).rstrip()})
 
-    def _lost(self, messages: list[dict[str, Any]]) -> set[str]:
-        """What the template leaves out of `messages`, found by rendering probes in its place."""
-        probed, tools, probes = _probed(messages, self.chat.tools)
-        text = self._part(probed, tools=tools) if probes else None
+    def _probes_lost(
+        self, messages: list[dict[str, Any]], full: str, prompt: bool
+    ) -> set[tuple[str, int]]:
+        """What the template leaves out of `messages`, found by rendering probes in its place; and
+        the index of the message."""
+        texts = [(i, m) for i, m in enumerate(messages) if text_of(m).strip()]
+        words = {"user": TEXT, "assistant": TEXT, "system": SYSTEM}
+        lost = {
+            (words[m["role"]], i)
+            for i, m in texts
+            if m["role"] in words and last_word(m) not in full
+        }
+        changed, tools, probes = probed(messages, self.tools)
+        text = self._part(changed, prompt=prompt, tools=tools) if probes else None
         if text is None:
-            return set()
-        lost = {what for probe, what in probes.items() if probe not in text}
+            return lost
+        lost |= {what for probe, what in probes.items() if probe not in text}
         # JSON within a string, or Python's repr of a mapping
         quoted = any(mark in text for mark in (f'\\"{ARGUMENT}', f"{{'{ARGUMENT}"))
-        return lost | {"JSON"} if quoted else lost
+        return lost | {("JSON", -1)} if quoted else lost
 
-    def _keep_reasoning(self, prompt: bool) -> None:
-        """Render the last reasoning as the model generates it, where the template of a reasoning
-        model (DeepSeek-R1, QwQ) cuts it off every answer: the answer's text is put in afterwards.
-        """
-        last = _last_reasoning(self.messages)
-        message = self.messages[last]
-        content = str(message.get("content") or "")
-        thought, answer = reasoning_in(message), content.rpartition("</think>")[2]
-        thought = f"<think>\n{thought}\n</think>\n\n"
-        before = self._part(self.messages[:last], prompt=True) or ""
-        if before.rstrip().endswith("<think>"):
-            self.thought = {**message, "content": thought + answer.strip()}
-            self.messages = [*self.messages[:last], self.thought, *self.messages[last + 1 :]]
-            self.full, self.lost = self._render(self.messages, prompt), self.lost - {REASONING}
+    def _follow_prompt(self, i: int) -> None:
+        """Render the last turn so that it follows the generation prompt, if it does not."""
+        message, prompt = self.messages[i], self._part(self.messages[:i], prompt=True)
+        thought = reasoning_in(message)
+        if prompt is None or (self.full.startswith(prompt) and i not in self.hidden):
+            return
+        if thought and prompt.rstrip().endswith("</think>") and self._can_think():
+            self.switches = {"enable_thinking": True}
+            opened = self._part(self.messages[:i], prompt=True) or prompt
+            if opened == prompt:
+                self.switches = {}
+            self.full, prompt = self._render(self.messages), opened
+            if self.full.startswith(prompt):
+                return
+        bare, answer = (
+            without_reasoning(message),
+            text_of(message).rpartition("</think>")[2].strip(),
+        )
+        ways = [({**bare, **dict.fromkeys(REASONING_KEYS, MARK)}, thought)]
+        if prompt.rstrip().endswith("<think>"):
+            whole = f"<think>\n{thought}\n</think>\n\n{answer.strip()}"
+            ways.append((with_content(bare, MARK), whole))
+        for marked, text in ways:
+            self.marked = message, marked, text
+            full = self._part(self.messages) or ""
+            if full.startswith(prompt) and thought in full:
+                self.full, self.hidden = full, self.hidden - {i}
+                return
+        self.marked = None
+        if not self.full.startswith(prompt):
+            messages = [*self.messages[:i], bare]
+            full = self._part(messages) or ""
+            start = self._start(i, prompt)
+            if thought and full.startswith(prompt):  # the prompt closes the thought
+                self.messages, self.full, self.hidden = messages, full, self.hidden | {i}
+            elif start and self.full[:start].endswith(prompt[-8:]):
+                # once a call is answered, gpt-oss drops the reasoning before it: the prompt has it
+                self.full = prompt + self.full[start:]
+
+    def _can_think(self) -> bool:
+        """Whether the template has a switch for reasoning that nobody has set."""
+        template = str(self.tokenizer.chat_template)
+        return "enable_thinking" in template and SWITCH.format("enable_thinking") not in template
 
     def _part(
         self, messages: list[dict[str, Any]], prompt: bool = False, tools: Any = None
@@ -208,19 +236,19 @@ class Rendering:
         """Some messages, rendered; None if there are none or the template rejects them."""
         try:
             return self._render(messages, prompt, tools) if messages else None
-        except (TemplateError, TypeError):
+        except REJECTIONS:
             return None
+
+    # ---- spans
 
     def with_spans(self) -> tuple[str, list[Span]] | None:
         """The text to tokenize and its spans with loss, in characters; None if one is not found.
 
-        If the last turn has no end token, eos is inserted.
+        If the last turn has no end token, the one at which generation stops is inserted.
         """
         text, messages, spans = self.full, self.messages, []
-        for i in range(self.chat.first, len(messages)):
-            if i in self.chat.no_loss or not is_answer(messages[i]):
-                continue
-            span, word = self._span(i), _last_word(messages[i])
+        for i in learned_turns(self.chat):
+            span, word = self.span(i), last_word(messages[i])
             if span is None:
                 return None
             if word not in text[slice(*span)]:
@@ -230,54 +258,120 @@ class Rendering:
                     "text that the template renders, or fix the template"
                 )
             spans.append(span)
-        (start, end), eos = spans[-1], self.tokenizer.eos_token
-        if eos and word and text[start:end].endswith(word) and not word.endswith(eos):
-            text = text[:end] + eos + text[end:]
-            spans[-1] = (start, end + len(eos))
+        if (stop := self._missing_stop(i, spans[-1])) is not None:
+            start, end = spans[-1]
+            text, spans[-1] = text[:end] + stop + text[end:], (start, end + len(stop))
         return text, spans
 
+    def _missing_stop(self, i: int, span: Span) -> str | None:
+        """The token to insert after turn i; None if it ends in one, or the tokenizer has none."""
+        text, eos = self.full[slice(*span)], self.tokenizer.eos_token or ""
+        if self.ending.marks and not text.endswith(last_word(self.messages[i])):
+            return None
+        stop = self.ending.stops.get("call" if self.messages[i].get("tool_calls") else "text")
+        ends = (*filter(None, [eos, stop]), *special_tokens(self.tokenizer))
+        stop = eos if self.ending.marks else stop or eos
+        return None if text.rstrip().endswith(ends) or not stop else stop
+
+    def is_as_generated(self, i: int) -> bool:
+        """Whether turn i is what the model has to generate when the chat ends with it."""
+        return bool(self.span(i)) and i not in self.hidden | self.unprompted
+
+    def span(self, i: int) -> Span | None:
+        """The characters of `full` that the model has to generate in turn i; None if not found, or
+        if they are not what it generates when the turn is the last."""
+        if i not in self._spans:
+            self._spans[i] = self._span(i)
+        return self._spans[i]
+
     def _span(self, i: int) -> Span | None:
-        """The characters of `full` that the model has to generate in turn i; None if not found."""
         messages, full = self.messages, self.full
         prompt = self._part(messages[:i], prompt=True)
-        if prompt is not None and not full.startswith(prompt):
-            prompt = None
+        follows = prompt is not None and full.startswith(prompt)
+        is_history = any(message["role"] == "user" for message in messages[i:])
+        if not follows and not is_history and (prompt or "").rstrip().endswith("<think>"):
+            self.unprompted.add(i)
         turn = full if i + 1 == len(messages) else self._part(messages[: i + 1])
-        if prompt is not None and turn is not None and full.startswith(turn.rstrip()):
-            return len(prompt), len(turn.rstrip())
-        # the turn renders differently inside the chat and at its end: replace its text by the probe
-        probe = {**messages[i], "content": PROBE}
+        if prompt is not None and follows and turn and full.startswith(turn.rstrip()):
+            return self._ended(i, len(prompt), len(turn.rstrip()))
+        start = len(prompt) if prompt is not None and follows else self._start(i, prompt)
+        end = self._end(i)
+        return None if start is None or end is None else self._ended(i, start, end)
+
+    def _start(self, i: int, prompt: str | None = None) -> int | None:
+        """Where turn i begins if no prompt tells: its text and reasoning are replaced by probes."""
+        messages, full = self.messages, self.full
+        probe = with_content(messages[i], PROBE)
+        history = self._part(messages[:i]) or ""
+        if (prompt or "").startswith(history):  # behind the last header before the first difference
+            header = (prompt or "").removeprefix(history)
+            others = probe | {k: PROBE for k in REASONING_KEYS if k in probe}
+            probed = self._part([*messages[:i], others, *messages[i + 1 :]]) or ""
+            same = full[: common_length(probed, full)]
+            if header and header in same:
+                return same.rindex(header) + len(header)
         probed = self._part([*messages[:i], probe, *messages[i + 1 :]]) or ""
-        before, probe_text, after = probed.partition(PROBE)
-        if not probe_text or not full.endswith(after):
+        before, found, _ = probed.partition(PROBE)
+        # `before` may depend on the text (empty think tags): start where the two differ
+        start = common_length(before, full)
+        if not found or (start < len(before) and not full[:start].startswith(history)):
             return None
-        if prompt is not None:
-            start = len(prompt)
-        else:  # `before` may depend on the text (empty think tags): start where the two differ
-            start, history = _common_length(before, full), self._part(messages[:i]) or ""
-            if start < len(before) and not full[:start].startswith(history):
-                return None
-        # the turn's end token is what follows the text if no message follows the turn
-        end = len(full) - len(after)
+        return start
+
+    def _end(self, i: int) -> int | None:
+        """Where turn i ends: after its end token, which follows the text if no message follows."""
+        messages: Sequence[dict[str, Any]] = self.messages
+        probe: dict[str, Any] = with_content(messages[i], PROBE)
+        if messages[i].get("tool_calls") and not text_of(messages[i]).strip():
+            *calls, last = messages[i]["tool_calls"]
+            probe = {**messages[i], "tool_calls": [*calls, replaced(last, name=PROBE)]}
+        probed = self._part([*messages[:i], probe, *messages[i + 1 :]]) or ""
+        _, found, after = probed.partition(PROBE)
+        if not found or not self.full.endswith(after):
+            return None
+        end = len(self.full) - len(after)
         tail = (self._part([*messages[:i], probe]) or "").partition(PROBE)[2].rstrip()
-        if not after.startswith(tail):  # Phi-3 ends the whole chat with eos: keep the turn's own
-            blanks = len(tail) - len(tail.lstrip())
-            tokens = self.tokenizer.get_added_vocab()
-            ends = [token for token in tokens if tail.startswith(token, blanks)]
-            tail = tail[:blanks] + max(ends, key=len, default="")
-        return start, end + (len(tail) if after.startswith(tail) else 0)
+        if after.startswith(tail):
+            return end + len(tail)
+        # Phi-3 ends the whole chat with eos: keep the turn's own
+        blanks = len(tail) - len(tail.lstrip())
+        tokens = self.tokenizer.get_added_vocab()
+        ends = [token for token in tokens if tail.startswith(token, blanks)]
+        tail = tail[:blanks] + max(ends, key=len, default="")
+        return end + len(tail) if after.startswith(tail) else None
+
+    def _ended(self, i: int, start: int, end: int) -> Span | None:
+        """The span with the token that begins the next turn, if the template ends turns with none;
+        None if that is no token, and so the turn has no end here."""
+        rest, eos = self.full[end:], self.tokenizer.eos_token
+        is_last = i + 1 == len(self.messages)
+        if self.ending.marks or is_last or self.full[start:end].rstrip().endswith(eos or "\0"):
+            return start, end
+        blanks = len(rest) - len(rest.lstrip())
+        nexts = [t for t in special_tokens(self.tokenizer) if rest.startswith(t, blanks)]
+        if nexts:
+            return start, end + blanks + len(max(nexts, key=len))
+        return None if eos else (start, end)
 
 
-def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the longest common prefix."""
-    return sum(takewhile(bool, (x == y for x, y in zip(a, b, strict=False))))
-
-
-def _last_word(message: Mapping[str, Any]) -> str:
-    """The last word of a turn's text; without text, the name of the last tool called."""
-    if words := str(message.get("content") or "").split():
-        return words[-1]
-    return _name(message["tool_calls"][-1])
+def renderings(tokenizer: Tokenizer, chat: Chat) -> list[Rendering]:
+    """The chat in one rendering, or in several that each learn some of its turns: where the rest of
+    the chat changes what is learned of a turn, one ends after it."""
+    whole, messages = Rendering(tokenizer, chat), chat.messages
+    for i in reversed(learned_turns(chat)):
+        if whole.is_as_generated(i):
+            continue
+        users = (k for k in range(i, len(messages)) if messages[k]["role"] == "user")
+        for end in dict.fromkeys((next(users, len(messages)), i + 1)):
+            if end == len(messages):
+                continue
+            first = replace(chat, messages=messages[:end])
+            head = Rendering(tokenizer, first)
+            if head.is_as_generated(i) or (head.span(i) and not whole.span(i)):
+                rest = replace(chat, first=max(chat.first, end))
+                others = renderings(tokenizer, rest) if learned_turns(rest) else []
+                return [*renderings(tokenizer, first), *others]
+    return [whole]
 
 
 def learned_turns(chat: Chat) -> list[int]:
@@ -286,136 +380,7 @@ def learned_turns(chat: Chat) -> list[int]:
     return [i for i in turns if i not in chat.no_loss and is_answer(chat.messages[i])]
 
 
-def is_answer(message: Mapping[str, Any]) -> bool:
-    """Whether a message is the assistant's, with text or tool calls."""
-    content = (message.get("content") or "").strip() or message.get("tool_calls")
-    return message["role"] == "assistant" and bool(content)
-
-
-# ---- what templates read: tool calls, tools and reasoning
-
-
-def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The name and arguments of a tool call or tool, which may be wrapped as a `function`."""
-    return call.get("function") or call
-
-
-def _name(call: Mapping[str, Any]) -> str:
-    return str(_function(call).get("name", ""))
-
-
-def _replaced(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """A tool call or tool with changes in its function."""
-    function = {**_function(call), **changes}
-    return {**call, "function": function} if call.get("function") else function
-
-
-def _arguments(call: Mapping[str, Any]) -> Any:
-    """The arguments of a call, as an object if they are one or JSON of one."""
-    given = _function(call).get("arguments")
-    with suppress(ValueError):
-        parsed = json.loads(given or "{}") if isinstance(given, str) else given
-        given = parsed if isinstance(parsed, Mapping) else given
-    return given
-
-
-def reasoning_in(message: Mapping[str, Any]) -> str:
-    """The reasoning of an answer: under a key of its own, or in its text before `</think>`."""
-    given = (message.get(name) for name in REASONING_KEYS)
-    if thought := next((text for text in given if isinstance(text, str) and text.strip()), ""):
-        return thought.strip()
-    head, _, _ = str(message.get("content") or "").rpartition("</think>")
-    return head.strip().removeprefix("<think>").strip()
-
-
-def _last_reasoning(messages: Sequence[Mapping[str, Any]]) -> int:
-    """The index of the last answer with reasoning, -1 if a user's turn follows it or none has one.
-
-    Templates leave out the reasoning before the last user's turn, as the model will not see it.
-    """
-    for i in reversed(range(len(messages))):
-        if messages[i]["role"] == "user":
-            break
-        if messages[i]["role"] == "assistant" and reasoning_in(messages[i]):
-            return i
-    return -1
-
-
-def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The messages as given, and then in the other forms that templates read.
-
-    - missing text: no `content` or "", and None beside tool calls
-    - reasoning under its own or each of its names
-    - arguments of tool calls as an object or as JSON of it
-    """
-
-    def changed(
-        message: dict[str, Any], types: Any, names: bool, text: str | None
-    ) -> dict[str, Any]:
-        calls, thought = message.get("tool_calls"), reasoning_in(message)
-        message = {key: value for key, value in message.items() if value is not None}
-        if names and any(name in message for name in REASONING_KEYS):
-            message |= dict.fromkeys(REASONING_KEYS, thought)
-        if text != "as given":
-            message.setdefault("content", "")
-        if calls and text is None:
-            message["content"] = message["content"] or None
-        if calls and types:
-            message["tool_calls"] = [_with_arguments(call, types) for call in calls]
-        return message
-
-    seen: list[list[dict[str, Any]]] = []
-    for change in product((None, dict, str), (False, True), ("as given", "", None)):
-        form = [changed(message, *change) for message in messages]
-        if form not in seen:
-            seen.append(form)
-            yield form
-
-
-def _with_arguments(call: Mapping[str, Any], types: Any) -> dict[str, Any]:
-    if "arguments" not in _function(call):
-        return dict(call)
-    arguments = _arguments(call)
-    if types is str and isinstance(arguments, Mapping):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return _replaced(call, arguments=arguments)
-
-
-def _probed(
-    messages: list[dict[str, Any]], tools: list[Any] | None
-) -> tuple[list[dict[str, Any]], list[Any] | None, dict[str, str]]:
-    """Messages and tools with probes in place of names, arguments and the last reasoning; and of
-    each probe what it stands for."""
-    probes: dict[str, str] = {}
-
-    def probe(what: str, text: str = PROBE) -> str:
-        probes[name := f"{text}{len(probes)}x"] = what
-        return name
-
-    def probed(call: Mapping[str, Any]) -> dict[str, Any]:
-        changes: dict[str, Any] = {"name": probe(TOOL_CALLS)}
-        given = _function(call).get("arguments")
-        if isinstance(_arguments(call), Mapping):
-            arguments = {probe(TOOL_CALLS, ARGUMENT): "a"}
-            changes["arguments"] = json.dumps(arguments) if isinstance(given, str) else arguments
-        return _replaced(call, **changes)
-
-    messages = [
-        {**m, "tool_calls": list(map(probed, m["tool_calls"]))} if m.get("tool_calls") else m
-        for m in messages
-    ]
-    if (last := _last_reasoning(messages)) >= 0:
-        message, name = messages[last], probe(REASONING)
-        head, end, tail = str(message.get("content") or "").rpartition("</think>")
-        texts = {key: name for key in REASONING_KEYS if key in message}
-        if end:
-            texts["content"] = (
-                head.replace(reasoning_in({"content": head + end}), name) + end + tail
-            )
-        messages[last] = {**message, **texts}
-    if tools and all(isinstance(tool, Mapping) for tool in tools):
-        tools = [_replaced(tool, name=probe(TOOLS)) for tool in tools]
-    return messages, tools, probes
+# ---- tokens
 
 
 def tokenize(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
@@ -435,6 +400,6 @@ def tokenize(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[li
     else:  # no offsets: a boundary is where the ids of the text up to it differ from `ids`
         for span in spans:
             before = [tokenizer(text[:end], **options)["input_ids"] for end in span]
-            first, last = (_common_length(ids, part) for part in before)
+            first, last = (common_length(ids, part) for part in before)
             has_loss[first:last] = [True] * (last - first)
     return ids, [i if on else NO_LOSS for i, on in zip(ids, has_loss, strict=True)]

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.cli import Progress
-from qlora.data.chat_template import NO_LOSS, PROBE, Rendering
-from qlora.data.records import Chat
+from qlora.data.chat_template import NO_LOSS, Rendering
+from qlora.data.chats import Chat
+from qlora.data.templates import PROBE, ending_of, special_tokens
 from qlora.errors import UserError
 from qlora.files import GENERATION, ids_in
 
@@ -106,14 +107,27 @@ def stop_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
 
 def taught_stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of the tokens that training teaches to end an answer with: the tokenizer's eos, and the
-    token that its chat template writes after an answer."""
+    tokens with which its chat template ends an answer and a tool call, or begins the next turn."""
     ids = ids_in(tokenizer.eos_token_id)
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     with suppress(UserError):  # a template that rejects this chat may accept real ones
-        after = Rendering(tokenizer, Chat(turn, None, 0)).full.partition(PROBE)[2].lstrip()
+        after = Rendering(tokenizer, Chat(turn, None, len(turn))).full.partition(PROBE)[2].lstrip()
         first = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"][:1]
         ids |= {i for i in first if i in tokenizer.added_tokens_decoder}
-    return ids
+    stops = ending_of(tokenizer).stops.values()
+    return ids | {i for i, t in tokenizer.added_tokens_decoder.items() if t.content in stops}
+
+
+def in_history(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """A generated answer as the content of a message: without its reasoning, which templates leave
+    out of earlier turns, and without special tokens."""
+    begins, text = ending_of(tokenizer).begins, str(tokenizer.decode(list(ids)))
+    if not begins or begins not in text:
+        return decode(tokenizer, ids)
+    text = text.rpartition(begins)[2]
+    for token in special_tokens(tokenizer):
+        text = text.replace(token, "")
+    return text
 
 
 def describe_stops(

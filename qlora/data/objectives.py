@@ -28,24 +28,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qlora.data.chat_template import (
-    NO_LOSS,
-    Rendering,
-    ending_of,
-    learned_turns,
-    reasoning_in,
-    tokenize,
-)
+from qlora.data.chat_template import NO_LOSS, Rendering, learned_turns, renderings, tokenize
+from qlora.data.chats import AS_IT_IS, Reading, alpaca_prompt, chat_of
 from qlora.data.records import (
     KINDS,
     Kinds,
     Record,
     Records,
-    alpaca_prompt,
-    chat_of,
     kind_of,
     string_of,
 )
+from qlora.data.templates import ending_of, reasoning_in
 from qlora.errors import UserError, did_you_mean, require, some
 
 Row = dict[str, Any]
@@ -69,8 +62,8 @@ class Objective:
 
     # the columns of each kind of record, of which the last one holds a classifier's label
     kinds: Kinds
-    # (record, tokenizer, max_length, class names) -> row, as `_row` returns it
-    encode: Callable[[Record, Tokenizer, int, Names], Row]
+    # (record, tokenizer, max_length, class names, reading of chats) -> rows, as `_row` returns them
+    encode: Callable[[Record, Tokenizer, int, Names, Reading], list[Row]]
     # (row, tokenizer, class names) -> its decoded text in pieces
     pieces: Callable[[Row, Tokenizer, Names], Pieces]
     collator: Any  # transformers' class
@@ -97,27 +90,42 @@ class Objective:
 def _row(ids: list[int], labels: Any, full_length: int, supervised: int) -> Row:
     """Ids and labels, cut; `full_length`, in tokens before the cut, 0 without an answer;
     `supervised`, the number of labels with loss; `lost`, what a chat template leaves out;
-    `special`, whether the chat has tools or reasoning."""
+    `special`, whether the chat has tools or reasoning; `thinks`, whether it is rendered with the
+    template's enable_thinking."""
     counts = {"length": len(ids), "full_length": full_length, "supervised": supervised}
-    return {"input_ids": ids, "labels": labels, **counts, "lost": [], "special": False}
+    others = {"lost": [], "special": False, "thinks": False}
+    return {"input_ids": ids, "labels": labels, **counts, **others}
 
 
 # ---- causal language models
 
 
-def encode_chat(record: Record, tokenizer: Tokenizer, max_length: int, names: Names = ()) -> Row:
-    """Ids of a chat or text; labels are the same ids in the answers, NO_LOSS elsewhere."""
-    chat, rendering = chat_of(record), None
+def encode_chat(
+    record: Record,
+    tokenizer: Tokenizer,
+    max_length: int,
+    names: Names = (),
+    reading: Reading = AS_IT_IS,
+) -> list[Row]:
+    """Ids of a text or chat, in several rows where a chat's turns need them; labels are the same
+    ids in the answers, NO_LOSS elsewhere."""
+    chat = chat_of(record, reading)
     if chat is None:
-        labels = ids = text_ids(string_of(record["text"]), tokenizer)
-    elif not learned_turns(chat):
-        ids = labels = []
-    elif (text_and_spans := (rendering := Rendering(tokenizer, chat)).with_spans()) is not None:
+        ids = text_ids(string_of(record["text"]), tokenizer)
+        return [_cut_row(ids, ids, max_length)]
+    if not learned_turns(chat):
+        return [_row([], [], 0, 0)]
+    return [_chat_row(rendering, max_length) for rendering in renderings(tokenizer, chat)]
+
+
+def _chat_row(rendering: Rendering, max_length: int) -> Row:
+    tokenizer, chat = rendering.tokenizer, rendering.chat
+    if (text_and_spans := rendering.with_spans()) is not None:
         ids, labels = tokenize(tokenizer, *text_and_spans)
     elif not chat.no_loss and re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
         marked: Any = tokenizer.apply_chat_template(
             rendering.messages,
-            tools=chat.tools,
+            tools=rendering.tools,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
@@ -129,14 +137,17 @@ def encode_chat(record: Record, tokenizer: Tokenizer, max_length: int, names: Na
             "put {% generation %} marks around them in the template, or render the rows to a text "
             "column"
         )
+    special = any(m.get("tool_calls") or reasoning_in(m) for m in rendering.messages)
+    thinks = "enable_thinking" in rendering.switches
+    row = _cut_row(ids, labels, max_length)
+    return row | {"lost": sorted(rendering.lost), "special": special, "thinks": thinks}
+
+
+def _cut_row(ids: list[int], labels: list[int], max_length: int) -> Row:
     kept = labels[:max_length]
     # the first token is never predicted, so a label there alone teaches nothing
     supervised = sum(i != NO_LOSS for i in kept) * any(i != NO_LOSS for i in kept[1:])
-    row = _row(ids[:max_length], kept, len(ids), supervised)
-    if rendering:
-        row["lost"] = sorted(rendering.lost)
-        row["special"] = any(m.get("tool_calls") or reasoning_in(m) for m in rendering.messages)
-    return row
+    return _row(ids[:max_length], kept, len(ids), supervised)
 
 
 def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -174,21 +185,23 @@ def _chat_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
 # ---- encoder-decoder language models
 
 
-def encode_answer(record: Record, tokenizer: Tokenizer, max_length: int, names: Names = ()) -> Row:
+def encode_answer(
+    record: Record, tokenizer: Tokenizer, max_length: int, names: Names, reading: Reading = AS_IT_IS
+) -> list[Row]:
     """Ids of the prompt, and ids of the answer as labels, both with the tokenizer's end token."""
     kind = kind_of(record, kinds=SEQ2SEQ_KINDS)
     prompt, answer = (string_of(record[column], column) for column in (kind[0], kind[-1]))
     if kind[0] == "instruction":
         prompt = alpaca_prompt(record)
     if not answer.strip():
-        return _row([], [], 0, 0)
+        return [_row([], [], 0, 0)]
     source, source_length = _encode(tokenizer, max_length, _bare(prompt, tokenizer))
     target, target_length = _encode(
         tokenizer, max_length, None, text_target=_bare(answer, tokenizer)
     )
     ids, labels = source["input_ids"], target["input_ids"]
     row = _row(ids, labels, max(source_length, target_length), len(labels))
-    return row | {"length": len(ids) + len(labels)}
+    return [row | {"length": len(ids) + len(labels)}]
 
 
 def _bare(text: str, tokenizer: Tokenizer) -> str:
@@ -220,17 +233,21 @@ def _answer_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
 # ---- classifiers
 
 
-def encode_text(record: Record, tokenizer: Tokenizer, max_length: int, names: Names) -> Row:
+def encode_text(
+    record: Record, tokenizer: Tokenizer, max_length: int, names: Names, reading: Reading = AS_IT_IS
+) -> list[Row]:
     """Ids of a text or a pair of texts, and the number of its class."""
     *columns, column = kind_of(record, kinds=TEXT_KINDS)
     require(record[column] is not None, f"{column} is missing: fill it, or remove the row")
     texts = [_bare(string_of(record[name], name), tokenizer) for name in columns]
     encoded, full_length = _encode(tokenizer, max_length, *texts)
     row = _row(encoded["input_ids"], class_number(record[column], names), full_length, 1)
-    return row | {key: encoded[key] for key in ("token_type_ids",) if key in encoded}
+    return [row | {key: encoded[key] for key in ("token_type_ids",) if key in encoded}]
 
 
-def encode_words(record: Record, tokenizer: Tokenizer, max_length: int, names: Names) -> Row:
+def encode_words(
+    record: Record, tokenizer: Tokenizer, max_length: int, names: Names, reading: Reading = AS_IT_IS
+) -> list[Row]:
     """Ids of a list of words; labels are the number of a word's class at its first token."""
     kind = kind_of(record, kinds=WORD_KINDS)
     words, tags = (record[column] for column in kind)
@@ -246,7 +263,7 @@ def encode_words(record: Record, tokenizer: Tokenizer, max_length: int, names: N
         for before, word in zip([None, *positions], positions, strict=False)
     ]
     supervised = sum(label != NO_LOSS for label in labels)
-    return _row(encoded["input_ids"], labels, full_length, supervised)
+    return [_row(encoded["input_ids"], labels, full_length, supervised)]
 
 
 def _word_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:

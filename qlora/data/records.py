@@ -1,4 +1,4 @@
-"""Files, folders and hub data sets -> records -> chat messages.
+"""Files, folders and hub data sets -> records.
 
 The columns of a record determine its kind, the first match of: `messages` (roles system, user,
 assistant, tool), ShareGPT `conversations`, `prompt` + `completion` (strings or lists of messages),
@@ -9,9 +9,7 @@ since it turns dates into timestamps, and 5 beside 6.5 or null into 5.0. Each pa
 anew, row by row: none stays in memory (of a .json file, its text does). Errors name file and line.
 The names of files and folders name splits: of train.jsonl and valid.jsonl, training reads one.
 
-Left out: images and sound in messages, weights of a message other than 0 and 1, the spelling of
-numbers inside tool calls (templates write 1.10 as 1.1).
-Sources: Alpaca (tatsu-lab/stanford_alpaca), ShareGPT and `history` as LLaMA-Factory reads them.
+Sources: Alpaca (tatsu-lab/stanford_alpaca), ShareGPT. Messages are read by qlora.data.chats.
 """
 
 import re
@@ -20,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from itertools import chain, cycle, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from datasets.exceptions import DatasetsError
 from pyarrow import parquet
 
 from qlora.errors import UserError, did_you_mean, first_line, require, some
-from qlora.files import JSON, Written, csv_rows, json_rows, text_rows
+from qlora.files import Written, csv_rows, json_rows, text_rows
 
 Record = Mapping[str, Any]
 Kind = tuple[str, ...]
@@ -49,11 +47,6 @@ SPLITS = {  # split: the words for it in a file's name
     "test": "test(ing)?",
 }
 WANTED = {"training": ("train", ""), "evaluation": ("validation", "test", "")}  # "": no split named
-ROLES = {"system": "system", "user": "user", "human": "user"}
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")
-ROLES |= dict.fromkeys(("tool", "observation", "function_response", "function"), "tool")
-LOSS_SWITCHES = ("weight", "train", "training", "loss", "train_detail")  # of a message
-MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # as text in a cell
 ARROW_ROWS = 1000  # that are Python objects at a time
 
 
@@ -310,17 +303,7 @@ PARTS: dict[str, Callable[[Path, int | None], Part]] = {".parquet": _parquet_par
 PARTS |= {ending: partial(_row_part, read) for ending, read in READERS.items()}
 
 
-# ---- records -> messages
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A record as messages for a chat template."""
-
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
-    first: int  # index of the first message that may have loss; those before it are a `prompt`
-    no_loss: frozenset[int] = frozenset()  # indices of messages whose weight is 0
+# ---- columns and cells
 
 
 def kind_of(
@@ -343,97 +326,6 @@ def kind_of(
 def _visible(column: str) -> str:
     """The name of a column, in quotes where white space in it would not be seen."""
     return column if column.split() == [column] else repr(column)
-
-
-def chat_of(record: Record) -> Chat | None:
-    """The record as a chat; None for a `text` record."""
-    kind, first = kind_of(record), 0
-    if kind == ("text",):
-        return None
-    if kind == ("prompt", "completion"):
-        prompt = _messages(record["prompt"], "user", "prompt")
-        first = len(prompt)
-        messages = prompt + _messages(record["completion"], "assistant", "completion")
-    elif kind == ("instruction", "output"):
-        history = _parsed(record.get("history"), "history") or []
-        last = [alpaca_prompt(record), string_of(record["output"], "output")]
-        messages = _turns([*history, last])
-    else:
-        messages = _messages(_parsed(record[kind[0]], kind[0]) or [], None, kind[0])
-    system = string_of(record.get("system"), "system")
-    if system.strip() and not (messages and messages[0]["role"] == "system"):
-        messages, first = [{"role": "system", "content": system}, *messages], first + 1
-    no_loss = frozenset(i for i, message in enumerate(messages) if message.pop("no_loss", False))
-    tools = _parsed(record.get("tools"), "tools") or []
-    is_list = isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
-    require(is_list, f"tools must be a list of objects, got {str(tools)[:60]!r}")
-    return Chat(messages, tools or None, first, no_loss)
-
-
-def alpaca_prompt(record: Record) -> str:
-    """`instruction` and `input`, as far as they are not blank, with a blank line between them."""
-    parts = (string_of(record.get(column), column) for column in ("instruction", "input"))
-    return "\n\n".join(part for part in parts if part.strip())
-
-
-def _turns(pairs: list[Any]) -> list[dict[str, Any]]:
-    """Messages of LLaMA-Factory's [question, answer]; those of `history` are learned too."""
-    if odd := [pair for pair in pairs if not isinstance(pair, list) or len(pair) != 2]:
-        raise UserError(f"history must hold [question, answer] lists, got {str(odd[0])[:60]!r}")
-    turns = zip(cycle(("user", "assistant")), chain.from_iterable(pairs), strict=False)
-    return [{"role": role, "content": string_of(text, "history")} for role, text in turns]
-
-
-def _messages(value: Any, role: str | None, column: str) -> list[dict[str, Any]]:
-    """A list of messages as it is, also as JSON, or text as one message of `role`."""
-    if isinstance(value, str) and MESSAGES.match(value):
-        turns = _parsed(value, column)  # raises for Python's own form, as pandas writes it to csv
-        is_chat = all(isinstance(turn, Mapping) and turn.get("role") in ROLES for turn in turns)
-        value = turns if is_chat else value
-    if isinstance(value, (list, tuple)):
-        return [_message(turn) for turn in value]
-    if role is None or isinstance(value, Mapping):
-        raise UserError(f"{column} must be a list of messages, got a {type(value).__name__}")
-    return [{"role": role, "content": string_of(value, column)}]
-
-
-def _message(turn: Any) -> dict[str, Any]:
-    """`role`, `content`, also from ShareGPT's from/value, and `no_loss` if the message's weight is
-    0; other keys stay for the template."""
-    if not isinstance(turn, Mapping):
-        raise UserError(f'a message must be {{"role": …, "content": …}}, got {str(turn)[:60]!r}')
-    rest = {key: value for key, value in turn.items() if value is not None}
-    sender, value = rest.pop("from", None), rest.pop("value", None)
-    role, content = rest.pop("role", None) or sender, rest.pop("content", value)
-    if role not in ROLES:
-        hint = did_you_mean(str(role), ROLES)
-        raise UserError(f"unknown role {role!r}, expected one of {', '.join(ROLES)}.{hint}")
-    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
-        bad = str([part for part in content if "text" not in part][:1])
-        require(bad == "[]", f"a message has a part without text: {bad[:80]}")
-        content = "".join(string_of(part["text"]) for part in content)
-    if not all(isinstance(call, Mapping) for call in rest.get("tool_calls", ())):
-        raise UserError(f"tool_calls must be a list of calls, got {str(rest['tool_calls'])[:60]!r}")
-    if call := rest.pop("function_call", None):  # OpenAI's older form
-        rest.setdefault("tool_calls", [{"type": "function", "function": call}])
-    switches = {key: rest.pop(key) for key in LOSS_SWITCHES if key in rest}
-    for key, switch in switches.items():
-        if not isinstance(switch, int | float) or switch not in (0, 1):
-            wanted = f"{key} of a message must be 0 or 1, or false or true"
-            raise UserError(f"{wanted}, got {str(switch)[:60]}: a loss is whole or left out")
-    rest |= {} if all(switches.values()) else {"no_loss": True}
-    text = {} if content is None else {"content": string_of(content, "the content of a message")}
-    return {"role": ROLES[role]} | text | rest
-
-
-def _parsed(value: Any, column: str) -> Any:
-    """The value, parsed as JSON if it is a string, as the lists of a .csv file are."""
-    if not isinstance(value, str) or not value.strip():
-        return value or None
-    try:
-        return JSON.decode(value)
-    except ValueError as error:
-        raise UserError(f"{column} must be a list, or JSON of one, got {value[:60]!r}") from error
 
 
 def string_of(value: Any, name: str = "the value") -> str:

@@ -27,7 +27,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -39,9 +39,11 @@ from transformers import DataCollatorWithFlattening
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.cli import Progress
-from qlora.data.chat_template import NO_LOSS, fallback_template
+from qlora.data.chat_template import NO_LOSS
+from qlora.data.chats import AS_IT_IS, Reading
 from qlora.data.objectives import OBJECTIVES, class_names
 from qlora.data.records import Record, Records, load_records
+from qlora.data.templates import fallback_template, set_switches
 from qlora.errors import UserError, require, some
 
 Collator = Callable[[list[Any]], Any]
@@ -66,6 +68,13 @@ class DataStats:
     )  # what the template leaves out: in how many rows
     special: int | None = None  # the first row with tool calls or reasoning
     notes: tuple[str, ...] = ()  # what of the source was not used
+    own_rows: int = 0  # rows more than records, of turns that need their own
+    thinks: int = 0  # rows rendered with the template's enable_thinking
+
+    def counts(self) -> dict[str, Any]:
+        """The counts, by name."""
+        others = ("classes", "chats", "notes")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
 
 def prepare_data(
@@ -79,6 +88,7 @@ def prepare_data(
     split: str = "training",
     limit: int | None = None,
     vocabulary: int | None = None,
+    reading: Reading = AS_IT_IS,
 ) -> tuple[Dataset, DataStats]:
     """Rows of `source` as input_ids, labels and length, cut to max_length tokens; and counts.
 
@@ -91,9 +101,10 @@ def prepare_data(
         split: "training" or "evaluation": what to read of a source with several splits.
         limit: read only the first records, at most so many.
         vocabulary: the rows of the model's embedding; UserError if a token has no row in it.
+        reading: how chats are read from records.
     """
     objective = OBJECTIVES[task]
-    records = load_records(source, objective.kinds, split=split, limit=limit)
+    records = load_records(source, reading.kinds(objective.kinds), split=split, limit=limit)
     if objective.classifies and new_classes:
         with _errors_in(source):
             classes = class_names(records, records.kind[-1], classes)
@@ -102,30 +113,40 @@ def prepare_data(
     if objective.one_label and "token_type_ids" in tokenizer.model_input_names:
         columns["token_type_ids"] = ids
     encoded = _encoded(
-        source, records, columns, lambda row: objective.encode(row, tokenizer, max_length, classes)
+        source,
+        records,
+        columns,
+        lambda row: objective.encode(row, tokenizer, max_length, classes, reading),
     )
-    full, supervised = list(encoded["full_length"]), list(encoded["supervised"])
+    supervised = list(encoded["supervised"])
     _require_answers(source, encoded, max_length)
     keep = [i for i, labels in enumerate(supervised) if labels]
-    rows = encoded if len(keep) == len(full) else encoded.select(keep)
+    rows = encoded if len(keep) == len(encoded) else encoded.select(keep)
     if vocabulary is not None:
         targets = rows["labels"] if task == "seq2seq" else ()
         pads = [[i for i in [tokenizer.pad_token_id] if i is not None]]
         with _errors_in(source):
             require_vocabulary(chain(rows["input_ids"], targets, pads), tokenizer, vocabulary)
-    stats = DataStats(
-        rows=len(keep),
+    chats = task == "causal-lm" and records.kind != ("text",)
+    stats = replace(_stats(encoded, rows, max_length), classes=tuple(classes), chats=chats)
+    stats = replace(stats, notes=records.notes)
+    return rows.select_columns([*columns, "length"]), stats
+
+
+def _stats(encoded: Dataset, rows: Dataset, max_length: int) -> DataStats:
+    """The counts of all encoded rows, and of `rows`, those that are kept."""
+    full = list(encoded["full_length"])
+    return DataStats(
+        rows=len(rows),
         tokens=sum(rows["length"]),
-        supervised_tokens=sum(supervised),
+        supervised_tokens=sum(rows["supervised"]),
         cut_rows=sum(length > max_length for length in full),
-        dropped_rows=len(full) - len(keep),
-        classes=tuple(classes),
-        chats=task == "causal-lm" and records.kind != ("text",),
+        dropped_rows=len(full) - len(rows),
         lost=dict(Counter(what for names in rows["lost"] for what in names)),
         special=next((i for i, special in enumerate(rows["special"]) if special), None),
-        notes=records.notes,
+        own_rows=len(full) - len(set(encoded["number"])),
+        thinks=sum(rows["thinks"]),
     )
-    return rows.select_columns([*columns, "length"]), stats
 
 
 def fingerprint(rows: Dataset) -> str:
@@ -145,23 +166,24 @@ def _encoded(
     source: str,
     records: Records,
     columns: Mapping[str, Any],
-    encode: Callable[[Record], dict[str, Any]],
+    encode: Callable[[Record], list[dict[str, Any]]],
 ) -> Dataset:
     """The encoded records in memory; no more than CHUNK_ROWS are Python objects at a time."""
     others: dict[str, Any] = dict.fromkeys(("length", "full_length", "supervised"), Value("int64"))
     others |= {"lost": [Value("string")], "special": Value("bool"), "number": Value("string")}
+    others |= {"thinks": Value("bool")}
     features = Features({**columns, **others})
 
     def rows() -> Iterator[dict[str, Any]]:
         total = sum(part.size for part in records.parts)
         for number, record in Progress(records.numbered(), desc="Tokenizing", total=total):
             with _errors_in(f"{source}, row {number}"):
-                row = encode(record) | {"number": number}
-            yield {name: row[name] for name in features}
+                encoded = [row | {"number": number} for row in encode(record)]
+            yield from ({name: row[name] for name in features} for row in encoded)
 
     parts = [Dataset.from_dict({name: [] for name in features}, features=features)]
-    encoded = rows()
-    while chunk := list(islice(encoded, CHUNK_ROWS)):
+    every = rows()
+    while chunk := list(islice(every, CHUNK_ROWS)):
         parts.append(Dataset.from_list(chunk, features=features))
     return concatenate_datasets(parts)
 
@@ -206,11 +228,14 @@ def require_vocabulary(rows: Iterable[Sequence[int]], tokenizer: Tokenizer, size
         )
 
 
-def prepare_tokenizer(tokenizer: Tokenizer, *, chats: bool = False) -> tuple[str, ...]:
+def prepare_tokenizer(
+    tokenizer: Tokenizer, *, chats: bool = False, thinks: bool = False
+) -> tuple[str, ...]:
     """Set a missing `pad_token` to eos, or else unk; returns the names of the attributes set.
 
     With `chats`, also set a missing `chat_template` to the fallback template that `prepare_data`
-    uses: saved with the tokenizer, it renders the same prompts in generation.
+    uses: saved with the tokenizer, it renders the same prompts in generation. With `thinks`, its
+    enable_thinking is on by default.
 
     Raises:
         UserError: the tokenizer has neither.
@@ -224,6 +249,8 @@ def prepare_tokenizer(tokenizer: Tokenizer, *, chats: bool = False) -> tuple[str
     if chats and (template := fallback_template(tokenizer)):
         tokenizer.chat_template = template
         changed.append("chat_template")
+    if thinks:
+        set_switches(tokenizer, {"enable_thinking": True})
     return tuple(changed)
 
 
@@ -243,6 +270,17 @@ def describe(stats: DataStats, *, name: str) -> str:
         line += (
             f"\n{name}: the model's chat template leaves out {' and '.join(lost)}: write them as "
             "text, or use a template that renders them"
+        )
+    if stats.thinks:
+        line += (
+            f"\n{name}: {stats.thinks:,} rows have reasoning, which the chat template's prompt "
+            "forbids: they are rendered with enable_thinking, as prompts will be "
+            "(--no-enable-thinking leaves the reasoning out)"
+        )
+    if stats.own_rows:
+        line += (
+            f"\n{name}: {stats.own_rows:,} rows more than chats: a turn whose reasoning or end the "
+            "chat template shows only where it is the last has its own"
         )
     return "\n".join((line, *stats.notes))
 

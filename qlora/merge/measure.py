@@ -35,6 +35,7 @@ from qlora.base.modules import output_head, vocabulary
 from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, QuantConfig
 from qlora.data.chat_template import NO_LOSS
+from qlora.data.chats import AS_IT_IS, reading_in
 from qlora.data.rows import length_batches, prepare_data, prepare_tokenizer
 from qlora.fast.head import put_language_head, rows_and_head
 from qlora.ops.loss import Head, chunk_rows
@@ -80,11 +81,16 @@ def read_examples(
     *,
     vocabulary: int | None = None,
     trust_remote_code: bool = False,
+    adapter: Path | None = None,
 ) -> list[Any]:
-    """Batches of the first rows of `data`, up to `max_tokens` supervised tokens, on the CPU."""
+    """Batches of the first rows of `data`, up to `max_tokens` supervised tokens, on the CPU.
+
+    `adapter` is the folder of one whose run.yaml tells how chats are read.
+    """
+    reading = reading_in(adapter) if adapter else AS_IT_IS
     tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
     prepare_tokenizer(tokenizer)
-    options: Any = {"max_length": MAX_LENGTH, "vocabulary": vocabulary}
+    options: Any = {"max_length": MAX_LENGTH, "vocabulary": vocabulary, "reading": reading}
     rows, stats = prepare_data(data, tokenizer, split="evaluation", **options)
     for note in stats.notes:
         print(note)
@@ -225,6 +231,7 @@ def calibrate(
         tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
         prepare_tokenizer(tokenizer)
         limits: Any = {"max_length": MAX_LENGTH, "vocabulary": vocabulary}
+        limits["reading"] = reading_in(adapter.folder)
         sources = [prepare_data(source, tokenizer, **limits) for source in data]
         for note in (note for _, stats in sources for note in stats.notes):
             print(note)

@@ -154,9 +154,8 @@ def _prepare(config: MergeConfig) -> _Job:
         from qlora.merge.measure import Verifier, read_examples
 
         trusted = config.trust_remote_code
-        examples = read_examples(
-            config.verify, tokenizer_folder, trust_remote_code=trusted, **reading
-        )
+        reads: Any = {"trust_remote_code": trusted, "adapter": adapter.folder}
+        examples = read_examples(config.verify, tokenizer_folder, **reads, **reading)
         verifier = Verifier(adapter, checkpoint, examples, **running)
     if data := _calibration_data(config, adapter):
         from qlora.merge.measure import calibrate

@@ -10,7 +10,7 @@ qlora.training.outputs writes the other files.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -29,7 +29,9 @@ from qlora.base.modules import state_of
 from qlora.config import TrainConfig, changed_settings, differences, flat
 from qlora.config.tasks import task_named
 from qlora.data import rows as data_rows
+from qlora.data.chats import Reading
 from qlora.data.generation import describe_stops, taught_stop_ids
+from qlora.data.templates import apply_settings
 from qlora.errors import UserError, require
 from qlora.fast import layers
 from qlora.fast.head import LanguageHead, put_language_head
@@ -86,9 +88,11 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     task, trusted = config.task, config.trust_remote_code
     require_task(checkpoint, task)
     tokenizer = load_tokenizer(checkpoint, task=task, trust_remote_code=trusted)
+    apply_settings(tokenizer, config.data)
     data = prepare_rows(config, checkpoint, tokenizer)
     require_same_rows(config, data.counts, recorded)
-    if "chat_template" in data_rows.prepare_tokenizer(tokenizer, chats=data.chats):
+    thinks = data.counts["training"]["thinks"] > 0
+    if "chat_template" in data_rows.prepare_tokenizer(tokenizer, chats=data.chats, thinks=thinks):
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
     show, colour = data_rows.show_example, sys.stdout.isatty()
@@ -200,27 +204,18 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
     is_classifier = task.trains_head and any(name.endswith(task.class_ending) for name in models)
     classes = checkpoint.labels if is_classifier else ()  # kept where the data has no others
     rows, counts, chats = {}, {}, False
+    same: Any = {"max_length": max_length, "vocabulary": checkpoint.vocab_size, "task": task.name}
+    same["reading"] = Reading.of(config.data)
     for part, source in (("training", config.data.data), ("evaluation", config.data.eval_data)):
         if source:
-            rows[part], stats = data_rows.prepare_data(
-                source,
-                tokenizer,
-                max_length=max_length,
-                task=task.name,
-                classes=classes,
-                new_classes=part == "training",  # evaluation data has the same classes
-                vocabulary=checkpoint.vocab_size,
-                split=part,
-            )
+            same |= {"classes": classes, "new_classes": part == "training", "split": part}
+            rows[part], stats = data_rows.prepare_data(source, tokenizer, **same)
             print(data_rows.describe(stats, name=source))
-            numbers = {
-                k: n for k, n in asdict(stats).items() if k not in ("classes", "chats", "notes")
-            }
-            numbers["fingerprint"] = data_rows.fingerprint(rows[part])
-            counts[part] = {"source": source, **numbers}
+            hashed = data_rows.fingerprint(rows[part])
+            counts[part] = {"source": source, **stats.counts(), "fingerprint": hashed}
             classes, chats = stats.classes, chats or stats.chats
-    train_rows, eval_rows = rows["training"], rows.get("evaluation")
-    return PreparedData(train_rows, eval_rows, classes, chats, max_length, counts)
+    sets = rows["training"], rows.get("evaluation")
+    return PreparedData(*sets, classes, chats, max_length, counts)
 
 
 def load_model(

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora import files
 from qlora.data import generation
-from qlora.data.chat_template import PROBE
 from qlora.data.generation import Question
 from qlora.data.objectives import OBJECTIVES
+from qlora.data.templates import PROBE
 from qlora.errors import UserError
 
 MAX_NEW_TOKENS = 128

@@ -1,15 +1,22 @@
 """Which tokens of a chat have loss: texts by hand, ids from transformers' apply_chat_template."""
 
 import json
+import re
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import axis, write_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from qlora.data.chats import Reading
+from qlora.data.objectives import encode_chat
 from qlora.data.rows import describe, prepare_data, prepare_tokenizer
+from qlora.data.templates import apply_settings
 from qlora.errors import UserError
 
 
@@ -95,6 +102,16 @@ QWQ = loop(  # as of R1-Distill: the reasoning of every turn is cut off
     "<|im_start|>assistant\n<think>\n",
 )
 BARE = loop("{{ m.role }}: {{ m.content }}\n", "assistant:")
+GLM = loop("<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>")  # the next turn ends one
+GPT_OSS = loop(  # another end inside a chat, at which generation does not stop
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}"
+    "{{ eos_token if loop.last and m.role == 'assistant' else '<|end|>' }}",
+    "<|start_header_id|>assistant",
+)
+PARTS = CHATML.replace("m.content }}", "m.content | map(attribute='text') | join }}")
+NO_THINK = QWEN3.replace("if '</think>'", "if enable_thinking and '</think>'").replace(
+    "assistant\n{%", "assistant\n<think>\n{{ '' if enable_thinking else '\n</think>\n\n' }}{%"
+)
 SPECIAL = [
     *["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"],
     *["<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"],
@@ -104,8 +121,9 @@ TALK = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in e
 CHAT = {"messages": TALK}
 
 
-def byte_level(template: str | None = CHATML, *, trim: bool = True):
-    """A byte-level BPE like Llama-3's: it encodes any text without loss."""
+def byte_level(template: str | None = CHATML, *, trim: bool = True, added: str = ""):
+    """A byte-level BPE like Llama-3's: it encodes any text without loss; `added` are the special
+    tokens around a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -113,6 +131,10 @@ def byte_level(template: str | None = CHATML, *, trim: bool = True):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = trained(tokenizer, words, SPECIAL, template, initial_alphabet=alphabet)
     fast.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    if added:
+        specials = [("<s>", fast.bos_token_id), ("</s>", fast.eos_token_id)]
+        processor = processors.TemplateProcessing(single=added, special_tokens=specials)
+        fast.backend_tokenizer.post_processor = processor
     return fast
 
 
@@ -159,16 +181,18 @@ ROWS = {  # template, record, what is learned
     "qwen3": (
         QWEN3, CHAT, ["two 😀<|im_end|>", "<think>\n\n</think>\n\nthree, not  two<|im_end|>"],
     ),
-    "thinker": (THINKER, CHAT, ["two 😀</s>", "three, not  two</s>"]),
+    "thinker": (THINKER, CHAT, ["two 😀</s>", "\n</think>\n\nthree, not  two</s>"]),
     "phi3": (PHI3, CHAT, ["two 😀<|end|>", "three, not  two<|end|>\n</s>"]),
-    "bare": (BARE, CHAT, [" two 😀", " three, not  two</s>"]),  # an end token is inserted
-    "thoughts, where the template shows them": (
+    "bare": (BARE, CHAT, [" two 😀</s>", " three, not  two</s>"]),  # an end token is inserted
+    "thoughts, each where the template shows it": (
         QWEN3,
         {"messages": [TALK[0], {**TALK[1], "content": THOUGHTS[0]}, TALK[2],
                       {**TALK[3], "content": THOUGHTS[1]}]},
-        ["two<|im_end|>", THOUGHTS[1] + "<|im_end|>"],
+        [THOUGHTS[0] + "<|im_end|>", THOUGHTS[1] + "<|im_end|>"],
     ),
-    "an answer that begins like <think>": (THINKER, asked("<the answer>"), ["<the answer></s>"]),
+    "an answer that begins like <think>": (
+        THINKER, asked("<the answer>"), ["\n</think>\n\n<the answer></s>"]
+    ),
     "not the space that ends the prompt": (
         BARE.replace("assistant:", "assistant: "), asked("😀"), ["😀</s>"]
     ),
@@ -185,22 +209,15 @@ ROWS = {  # template, record, what is learned
     "an answer with eos where a turn ends in another token": (
         CHATML, asked("two<|im_end|></s>"), ["two<|im_end|>"],
     ),
-    "a turn opened unasked, chatml": (
-        ALWAYS["chatml"], CHAT, ["two 😀<|im_end|>", "three, not  two<|im_end|>"],
-    ),
-    "a turn opened unasked, llama3": (
-        ALWAYS["llama3"], CHAT, ["two 😀<|eot_id|>", "three, not  two<|eot_id|>"],
-    ),
-    "a turn opened unasked, command-r7b": (
-        ALWAYS["command-r7b"], CHAT,
-        ["two 😀<|end|><|eot_id|>", "three, not  two<|end|><|eot_id|>"],
-    ),
-    "a turn opened unasked, phi3": (
-        ALWAYS["phi3"], CHAT, ["two 😀<|end|>", "three, not  two<|end|>"],
-    ),
-    "a turn opened unasked, words": (
-        ALWAYS["words"], CHAT, [" two 😀", " three, not  two</s>"],
-    ),
+    **{
+        f"a turn opened unasked, {name}": (
+            ALWAYS[name], CHAT, [f"{space}two 😀{end}", f"{space}three, not  two{end}"],
+        )
+        for name, space, end in (
+            ("chatml", "", "<|im_end|>"), ("llama3", "", "<|eot_id|>"), ("phi3", "", "<|end|>"),
+            ("command-r7b", "", "<|end|><|eot_id|>"), ("words", " ", "</s>"),
+        )
+    },
     "reasoning that the template cuts off": (
         QWQ, {"messages": [*TALK[:3], {**TALK[3], "content": THOUGHTS[1]}]},
         ["two 😀<|im_end|>", "two and\n</think>\n\nthree<|im_end|>"],
@@ -218,6 +235,16 @@ ROWS = {  # template, record, what is learned
         CHATML, {"prompt": TALK[:3], "completion": TALK[3:], "system": "s"},
         ["three, not  two<|im_end|>"],
     ),
+    "an answer that the next turn ends": (
+        GLM, CHAT, ["\ntwo 😀<|user|>", "\nthree, not  two<|user|>"],
+    ),
+    "another end inside a chat": (
+        GPT_OSS, CHAT, ["<|end_header_id|>two 😀</s>", "<|end_header_id|>three, not  two</s>"],
+    ),
+    "content in parts": (PARTS, CHAT, ["two 😀<|im_end|>", "three, not  two<|im_end|>"]),
+    "reasoning after a prompt that forbids it": (
+        NO_THINK, asked(THOUGHTS[1]), ["two and\n</think>\n\nthree<|im_end|>"],
+    ),
     "by generation marks, where nothing else tells": (MARKED, asked("two"), ["3OWT</s>"]),
 }  # fmt: skip
 
@@ -227,12 +254,12 @@ ROWS = {  # template, record, what is learned
 def test_only_answers_and_their_end_have_loss(tmp_path, template, record, expected, trim):
     tokenizer = byte_level(template, trim=trim)
     rows, stats = prepare(tmp_path, [record], tokenizer)
-    assert learned(rows[0], tokenizer) == expected
-    if record is CHAT and template not in (BARE, *ALWAYS.values()):
+    assert [text for row in rows for text in learned(row, tokenizer)] == expected
+    if record is CHAT and template not in (BARE, THINKER, GLM, GPT_OSS, PARTS, *ALWAYS.values()):
         reference = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)
         assert rows[0]["input_ids"] == reference["input_ids"]
-    assert stats.tokens == rows[0]["length"] == len(rows[0]["input_ids"])
-    assert stats.supervised_tokens == sum(label != -100 for label in rows[0]["labels"])
+    assert stats.tokens == sum(rows["length"]) == sum(map(len, rows["input_ids"]))
+    assert stats.supervised_tokens == sum(i != -100 for row in rows for i in row["labels"])
 
 
 @pytest.mark.parametrize("template", [LLAMA2, MISTRAL], ids=["llama2", "mistral"])
@@ -253,7 +280,8 @@ def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
     tokenizer.chat_template = BARE
     rows, _ = prepare(tmp_path, [CHAT], tokenizer)
     assert not tokenizer.is_fast
-    assert learned(rows[0], tokenizer) == [" two 😀", " three, not  two</s>"]
+    texts = [*learned(rows[0], tokenizer), *learned(rows[1], tokenizer)]
+    assert texts == [" two 😀</s>", " three, not  two</s>"]
 
 
 def test_tool_calls_have_loss_and_answers_without_text_do_not(tmp_path):
@@ -352,13 +380,10 @@ ENDED = {  # text -> ids decoded; BOS and eos are added by the tokenizer, or onl
 }
 
 
-@pytest.mark.parametrize("added", ["<s> $A </s>", "<s> $A", "$A"])
+@pytest.mark.parametrize("added", ["<s> $A </s>", "<s> $A", "$A </s>", "$A"])
 @pytest.mark.parametrize("text", ENDED)
 def test_text_rows_have_no_special_token_twice(tmp_path, added, text):
-    tokenizer = byte_level(CHATML)
-    specials = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
-    processor = processors.TemplateProcessing(single=added, special_tokens=specials)
-    tokenizer.backend_tokenizer.post_processor = processor
+    tokenizer = byte_level(CHATML, added=added)
     rows, _ = prepare(tmp_path, [{"text": text}], tokenizer)
     bos = "<s>" if added.startswith("<s>") or text.startswith("<s>") else ""
     assert tokenizer.decode(rows[0]["input_ids"]) == bos + ENDED[text].removeprefix("<s>")
@@ -368,10 +393,7 @@ def test_text_rows_have_no_special_token_twice(tmp_path, added, text):
 @pytest.mark.parametrize("template", [LLAMA3, ALWAYS["llama3"], ALWAYS["command-r7b"]])
 def test_text_of_a_rendered_chat_is_the_chat(tmp_path, template):
     """Without the turn that a template opens at its end."""
-    tokenizer = byte_level(template)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
+    tokenizer = byte_level(template, added="<s> $A")
     text = tokenizer.apply_chat_template(TALK, tokenize=False)
     rows, _ = prepare(tmp_path, [{"text": text}], tokenizer)
     chats, _ = prepare(tmp_path, [CHAT], tokenizer)
@@ -381,11 +403,7 @@ def test_text_of_a_rendered_chat_is_the_chat(tmp_path, template):
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_fallback_template(tmp_path, adds_bos):
     """Rendered without a change to the tokenizer, which prepare_tokenizer makes and reports."""
-    tokenizer = byte_level(None)
-    if adds_bos:
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-        )
+    tokenizer = byte_level(None, added="<s> $A" * adds_bos)
     rows, stats = prepare(tmp_path, [asked("two")], tokenizer)
     text = "<s>" * adds_bos + "### User:\none?\n\n### Assistant:\ntwo</s>\n\n"
     assert tokenizer.decode(rows[0]["input_ids"]) == text
@@ -394,6 +412,55 @@ def test_fallback_template(tmp_path, adds_bos):
     assert prepare_tokenizer(tokenizer, chats=stats.chats) == ("pad_token", "chat_template")
     assert prepare_tokenizer(tokenizer, chats=True) == ()
     assert prepare(tmp_path, [asked("two")], tokenizer)[0][0] == rows[0]
+
+
+@pytest.mark.parametrize("added", ["<s> $A </s>", "<s> $A", "$A </s>", "$A"])
+@pytest.mark.parametrize("template", [MISTRAL, "{{ bos_token }}" + BARE, None])
+def test_bos_and_eos_once(tmp_path, added, template):
+    """Whatever the tokenizer adds, and whether a template writes BOS itself."""
+    tokenizer = byte_level(template, added=added)
+    for row in prepare(tmp_path, [CHAT, {"messages": TALK[:2]}], tokenizer)[0]:
+        text = tokenizer.decode(row["input_ids"])
+        assert text.count("<s>") == bool(template or added.startswith("<s>"))
+        assert text.rstrip().endswith("</s>") and "</s></s>" not in text
+
+
+ANY = [CHATML, LLAMA3, LLAMA2, MISTRAL, GEMMA, QWEN3, PHI3, BARE, GLM, GPT_OSS, PARTS]
+BOTH = st.booleans()
+ASKS, TELLS = (st.text(letters, min_size=1).filter(str.strip) for letters in ("αβ γ\n.", "жш щ\n!"))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(ASKS, TELLS), min_size=1, max_size=3), st.sampled_from(ANY), st.booleans()
+)
+def test_of_any_chat_the_answers_are_learned_and_nothing_else(pairs, template, last):
+    roles, tokenizer = ("user", "assistant"), byte_level(template)
+    messages = [{"role": roles[i], "content": pair[i]} for pair in pairs for i in (0, 1)]
+    reading = Reading("last" if last else "all")
+    rows = encode_chat({"messages": messages}, tokenizer, 10_000, (), reading)
+    texts = [text for row in rows for text in learned(row, tokenizer)]
+    tells = [re.sub("[^жшщ!]", "", text) for text in texts]
+    assert tells == [re.sub("[^жшщ!]", "", pair[1]) for pair in (pairs[-1:] if last else pairs)]
+    assert not re.search("[αβγ]", "".join(texts))
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+    assert template is PARTS or tokenizer.decode(rows[-1]["input_ids"]).startswith(rendered)
+
+
+def test_switches_are_the_template_s_defaults_and_must_be_in_it(tmp_path):
+    tokenizer, unset = byte_level(NO_THINK), {"chat_template": None, "template": {}}
+    apply_settings(tokenizer, SimpleNamespace(enable_thinking=True, **unset))
+    talk = {"tokenize": False, "add_generation_prompt": True}
+    assert tokenizer.apply_chat_template(TALK[:1], **talk).endswith("assistant\n<think>\n")
+    forbidden = tokenizer.apply_chat_template(TALK[:1], enable_thinking=False, **talk)
+    assert forbidden.endswith("</think>\n\n")  # a caller's own wins
+    rows, _ = prepare(tmp_path, [asked("two")], tokenizer)
+    assert learned(rows[0], tokenizer) == ["\n</think>\n\ntwo<|im_end|>"]
+    unset |= {"enable_thinking": None, "template": {"enable_thinkin": 1}}
+    with pytest.raises(UserError, match=r"it has enable_thinking\. Did you"):
+        apply_settings(tokenizer, SimpleNamespace(**unset))
+    with pytest.raises(UserError, match=r"gone\.jinja cannot be read: No such"):
+        apply_settings(tokenizer, SimpleNamespace(**unset | {"chat_template": "gone.jinja"}))
 
 
 @pytest.mark.parametrize(

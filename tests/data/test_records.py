@@ -12,7 +12,8 @@ import pytest
 from conftest import write_rows
 from pyarrow import parquet
 
-from qlora.data.records import chat_of, load_records
+from qlora.data.chats import Reading, chat_of
+from qlora.data.records import load_records
 from qlora.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -22,11 +23,21 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 CALLS = [{"type": "function", "function": {"name": "f"}}]
 OBJECTS = '[{"content": 1}, {"role": "x"}]'  # an answer that is no list of messages
 PARTS = [{"type": "text", "text": "a"}]
+THOUGHT = [{"type": "reasoning", "value": "c"}, {"type": "text", "value": "b"}]
+CALL = '{"name": "f", "arguments": {"x": 1}}'
+CALLED = [{"type": "function", "function": json.loads(CALL)}]
 KINDS = [  # record, its messages
     ({"messages": [{**USER, "name": None, "tool_calls": None}, ANSWER]}, [USER, ANSWER]),
     ({"messages": json.dumps([USER, ANSWER]), "text": "t"}, [USER, ANSWER]),
     ({"messages": [{"role": "user", "content": PARTS}]}, [USER]),
     ({"messages": [{**ANSWER, "function_call": {"name": "f"}}]}, [{**ANSWER, "tool_calls": CALLS}]),
+    ({"messages": [{**ANSWER, "content": THOUGHT}]}, [{**ANSWER, "reasoning_content": "c"}]),
+    (
+        {"conversations": [{"from": "function_call", "value": CALL}]},
+        [
+            {"role": "assistant", "tool_calls": CALLED, "value": CALL},
+        ],
+    ),
     ({"conversations": SHAREGPT}, [USER, ANSWER]),
     ({"conversations": [USER, ANSWER], "system": "s"}, [SYSTEM, USER, ANSWER]),
     ({"prompt": "a", "completion": "b"}, [USER, ANSWER]),
@@ -50,6 +61,18 @@ def test_every_kind_of_record_becomes_messages():
     for role, names in ROLES.items():
         talk = [{"from": name, "value": "a"} for name in names]
         assert chat_of({"conversations": talk}).messages == [{**USER, "role": role}] * len(names)
+
+
+def test_chats_are_read_as_training_was_told():
+    """Settings as run.yaml has them: other roles, the last turn, a column of reasoning."""
+    given = {"roles": {"bot": "assistant"}, "train_on": "last", "reasoning_content": "why"}
+    bot = {"role": "bot", "content": "b"}
+    record = {"messages": [USER, bot, USER, bot], "why": "c"}
+    chat = chat_of(record, Reading.of(given))
+    assert chat.messages == [USER, ANSWER, USER, {**ANSWER, "reasoning_content": "c"}]
+    assert chat.no_loss == {1}
+    with pytest.raises(UserError, match="roles must map names to system, user, assistant, tool, g"):
+        Reading.of({"roles": {"bot": "robot"}})
 
 
 def test_all_file_kinds_have_the_same_rows(tmp_path):
@@ -338,7 +361,7 @@ def test_hub_name_that_cannot_be_reached(monkeypatch):
         ({"messages": [{**USER, "content": [{"type": "image"}]}]}, "part without text: .*image"),
         ({"messages": [{**USER, "content": ["a"]}]}, r"must be text, got a list, .* one string"),
         ({"messages": [{**USER, "content": {"a": 1}}]}, "must be text, got an object"),
-        ({"messages": [{**USER, "content": [{"type": "text", "value": "a"}]}]}, "'value': 'a'"),
+        ({"messages": [{**USER, "content": [{"type": "text", "name": "a"}]}]}, "'name': 'a'"),
         (
             {"prompt": "[{'role': 'user', 'content': 'a'}]", "completion": "b"},
             "or JSON of one, got",

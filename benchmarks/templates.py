@@ -1,0 +1,413 @@
+"""Loss masks over a folder of chat templates, against copies of them with generation marks.
+
+    python benchmarks/templates.py FOLDER                   a table; exit code 1 if a mask is wrong
+    python benchmarks/templates.py FOLDER --chats DATA …    also each row of these data sets
+    python benchmarks/templates.py FOLDER --output FILE.md  write the table to a file, too
+
+`NAME.jinja` is a template; `NAME_training.jinja`, where there is one, is the same with generation
+marks around what is learned: the oracle. Each template is combined with small chats. A mask is
+right if, for every assistant turn,
+
+- the learned text equals the oracle's, but for differences with a reason (REASONS);
+- all words of the answers are in it, and none of the user, of the system, or of a tool;
+- it ends in a token at which the model's generation_config stops (TOKENS, from the models' files);
+- it follows the ids with which `prompt_ids` prompts, for the last turn of each row.
+
+A combination may be refused if no form of the chat is shown whole by the template itself, which is
+tested here with transformers alone. No network, no weights: the tokenizer encodes bytes, and has
+the special tokens of the template.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from qlora.data.chats import chat_of
+from qlora.data.generation import prompt_ids, taught_stop_ids
+from qlora.data.objectives import encode_chat
+from qlora.data.records import load_records
+from qlora.data.rows import prepare_data
+from qlora.data.templates import common_length, set_switches
+from qlora.errors import UserError
+
+# beginning of a template's name: bos, eos, and the other tokens of eos_token_id in the model's
+# generation_config
+TOKENS = {
+    "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
+    "deepseekv3": ("<\uff5cbegin▁of▁sentence\uff5c>", "<\uff5cend▁of▁sentence\uff5c>"),
+    "diffusion_gemma": ("<bos>", "<eos>", "<turn|>", "<|tool_response>"),
+    "gemma": ("<bos>", "<eos>", "<end_of_turn>"),
+    "glm": ("", "<|endoftext|>", "<|user|>", "<|observation|>"),
+    "gptoss": ("<|startoftext|>", "<|return|>", "<|endoftext|>", "<|call|>"),
+    "idefics": ("<|begin_of_text|>", "<|end_of_text|>", "<end_of_utterance>"),
+    "lfm": ("<|startoftext|>", "<|im_end|>"),
+    "llama": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),
+    "llava": ("<s>", "</s>"),
+    "nemotron": ("<s>", "<|im_end|>"),
+    "phi": ("<s>", "<|endoftext|>", "<|end|>"),
+    "qwen": ("", "<|im_end|>", "<|endoftext|>"),
+}
+SPECIAL = r"<\|[^<>|\s'\"]+\|>|<\uff5c[^<>\s]+?\uff5c>|<\|[a-z_]+>|<[a-z_]+\|>"
+SPECIAL += r"|<(?:start|end)_of_\w+>|\[/?INST\]|\[gMASK\]|<sop>"
+WORDS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # added, but not special
+REASONS = {
+    "header": "the oracle also learns what the generation prompt has already",
+    "break": "the oracle also learns the line break after the end token",
+    "empty": "an empty <think> block, which the template writes at other turns than the oracle",
+    "end": "another end token: the one at which generation stops",
+    "own header": "after a tool's result, the prompt lacks the header that the template writes",
+    "thought": "reasoning is learned, where the turn is the last; the oracle's template drops it",
+    "unread": "the template reads no reasoning; the count of such rows is printed",
+}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "rain",
+        "description": "toolword",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+USER = [{"role": "user", "content": f"userword{i} asks"} for i in range(2)]
+ANSWER = [{"role": "assistant", "content": f"answerword{i} is said"} for i in range(2)]
+THOUGHT = [{**a, "reasoning_content": f"thoughtword{i} is meant"} for i, a in enumerate(ANSWER)]
+CALL = {"type": "function", "id": "call00001"}
+CALL |= {"function": {"name": "rain", "arguments": {"city": "callword"}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "resultword", "name": "rain", "tool_call_id": "call00001"}
+CHATS: dict[str, dict[str, Any]] = {
+    "one turn": {"messages": [USER[0], ANSWER[0]]},
+    "two turns": {"messages": [USER[0], ANSWER[0], USER[1], ANSWER[1]]},
+    "system": {"messages": [{"role": "system", "content": "systemword"}, USER[0], ANSWER[0]]},
+    "thinking": {"messages": [USER[0], THOUGHT[0]]},
+    "thinking twice": {"messages": [USER[0], THOUGHT[0], USER[1], THOUGHT[1]]},
+    "tools": {"messages": [USER[0], CALLS, RESULT, ANSWER[0]], "tools": [TOOL]},
+    "tools with thinking": {
+        "messages": [
+            USER[0], {**CALLS, "reasoning_content": "callthought is meant"}, RESULT, THOUGHT[0],
+        ],
+        "tools": [TOOL],
+    },
+}  # fmt: skip
+LEARNED = r"(?:answer|thought|call)word\d?|callthought"
+OTHERS = r"(?:user|system|tool|result)word\d?"
+OF_CHATS = ("llama3_1", "qwen2_5", "qwen3", "qwen3_5_think", "glm4moe", "gptoss", "deepseekv3",
+            "nemotron_3_nano", "diffusion_gemma", "gemma3")  # fmt: skip
+
+
+@dataclass
+class Mark:
+    """The result for a template and a chat."""
+
+    kind: str  # right, refused, WRONG
+    notes: list[str] = field(default_factory=list)
+
+
+def names_of(name: str) -> tuple[str, ...]:
+    """bos, eos and other stop tokens of the models with the template `name`."""
+    keys = [key for key in TOKENS if name.startswith(key)]
+    return TOKENS[max(keys, key=len)] if keys else ("<s>", "</s>")
+
+
+def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and each special token of the template as one token."""
+    bos, eos, *stops = names_of(name)
+    specials = dict.fromkeys([eos, *stops, *([bos] if bos else []), *re.findall(SPECIAL, template)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in WORDS])
+    named = {"bos_token": bos or None, "eos_token": eos, "pad_token": eos}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
+
+
+# ---- transformers alone: the forms of a chat, and the oracle
+
+
+def forms(chat: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """A chat's messages in the forms that templates read."""
+    for parts, text, missing in product((False, True), (False, True), ("", None)):
+        messages = []
+        for message in chat["messages"]:
+            message = dict(message)
+            if message["content"] == "":
+                message["content"] = missing
+            elif parts:
+                message["content"] = [{"type": "text", "text": message["content"]}]
+            if text and "tool_calls" in message:
+                function = {**CALL["function"], "arguments": json.dumps({"city": "callword"})}
+                message["tool_calls"] = [{**CALL, "function": function}]
+            messages.append(message)
+        yield messages
+
+
+def shown(template: str, tokenizer: Any, chat: dict[str, Any]) -> tuple[str, list[str]] | None:
+    """The chat with most of its words, as a template renders it, and its marked parts.
+
+    None if every form is rejected or lacks a word of a message other than reasoning.
+    """
+    wanted = set(re.findall(rf"{LEARNED}|{OTHERS}", json.dumps(chat["messages"])))
+    needed = {word for word in wanted if not word.startswith(("thought", "callthought"))}
+    best: tuple[int, str, list[str]] | None = None
+    for messages in forms(chat):
+        try:
+            texts, indices = render_jinja_template(
+                [messages], tools=chat.get("tools"), chat_template=template,
+                return_assistant_tokens_mask="generation" in template,
+                **tokenizer.special_tokens_map,
+            )  # fmt: skip
+        except (TemplateError, TypeError, AttributeError):
+            continue
+        found = {word for word in wanted if word in texts[0]}
+        spans: list[tuple[int, int]] = []
+        for start, end in indices[0] if indices else ():
+            if spans and start == spans[-1][1]:
+                spans[-1] = (spans[-1][0], end)
+            else:
+                spans.append((start, end))
+        marked = [texts[0][start:end] for start, end in spans if texts[0][start:end]]
+        if needed <= found and (best is None or len(found) > best[0]):
+            best = len(found), texts[0], marked
+    return best and (best[1], best[2])
+
+
+# ---- the mask of this library
+
+
+def stretches(row: Any, tokenizer: Any) -> list[str]:
+    """The learned parts of a row, decoded."""
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    groups = groupby(pairs, key=lambda pair: pair[1] != -100)
+    return [tokenizer.decode([i for i, _ in group]) for learned, group in groups if learned]
+
+
+def prepared(chat: dict[str, Any], tokenizer: Any) -> Any:
+    """The rows of a chat."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.jsonl"
+        path.write_text(json.dumps(chat) + "\n")
+        return prepare_data(str(path), tokenizer, max_length=100_000)
+
+
+def difference(ours: str, oracle: str, prompt: str, stops: Sequence[str]) -> list[str] | None:
+    """The names of the reasons why the two texts differ; None if there is another difference."""
+    reasons = []
+    if header := _header(oracle, prompt):
+        oracle = oracle[header:]
+        reasons.append("header")
+    if (own := re.match(r"<\|turn>model\n", ours)) and not prompt.endswith(own[0]):
+        ours = ours[own.end() :]
+        reasons.append("own header")
+    ends = [next((s for s in stops if t.rstrip().endswith(s)), "") for t in (ours, oracle)]
+    if ends[0] and ends[0] != ends[1]:
+        oracle = re.sub(r"<\|end\|>\s*$", "", oracle).rstrip() + ends[0]
+        reasons.append("end")
+    if ours.rstrip() == oracle.rstrip():
+        return reasons + (["break"] if ours != oracle else [])
+    block = re.compile(r"^\s*(?:<think>)?\s*</think>\s*")
+    bare = [" ".join(block.sub("", text).split()) for text in (ours, oracle)]
+    if bare[0] == bare[1]:
+        return [*reasons, "empty"]
+    meant = r"(?:<think>|<\|channel\|?>\w+\s*(?:<\|message\|>)?)?\s*\w*thought\w* is meant\s*"
+    thought = re.sub(rf"^\s*{meant}(?:</think>|<channel\|>|<\|end\|><\|start\|>\w+)\s*", "", ours)
+    if thought != ours and " ".join(thought.split()) == bare[1]:
+        return [*reasons, "thought"]
+    return None
+
+
+def _header(oracle: str, prompt: str) -> int:
+    """How many characters of the oracle's text end the prompt, apart from a block of reasoning."""
+    for start in range(max(0, len(prompt) - 60), len(prompt)):
+        length = common_length(oracle, prompt[start:])
+        length -= oracle[:length].endswith("<")
+        rest = prompt[start + length :]
+        if length and re.fullmatch(r"\s*(<think>\s*(</think>\s*)?)?", rest):
+            return length
+    return 0
+
+
+def judged(name: str, template: str, oracle: str | None, chat: dict[str, Any]) -> Mark:
+    """Whether the mask of a chat is right."""
+    tokenizer = tokenizer_for(name, template)
+    stops = [token for token in names_of(name)[1:] if token]
+    whole = shown(template, tokenizer, chat)
+    try:
+        rows, stats = prepared(chat, tokenizer)
+    except UserError as error:
+        reason = str(error).partition("row 1: ")[2]
+        return Mark("refused" if whole is None else "WRONG", [f"refused: {reason}"])
+    if whole is None:
+        return Mark("WRONG", ["trained, though the template leaves out a part of the chat"])
+    texts = [stretches(row, tokenizer) for row in rows]
+    if stats.thinks:  # as training does with the tokenizer that it saves
+        set_switches(tokenizer, {"enable_thinking": True})
+    faults = list(_faults(chat, rows, texts, tokenizer, stops, stats.lost))
+    marked = (shown(oracle, tokenizer, chat) or ("", []))[1] if oracle else []
+    notes = ["unread"] if "reasoning" in stats.lost else []
+    flat = [text for row in texts for text in row]
+    turns = [i for i, m in enumerate(chat["messages"]) if m["role"] == "assistant"]
+    if marked and len(marked) != len(flat):
+        faults.append(f"{len(flat)} learned parts, the oracle has {len(marked)}")
+    elif marked:
+        for i, ours, theirs in zip(turns, flat, marked, strict=True):
+            prompt = tokenizer.decode(
+                prompt_ids(tokenizer, chat["messages"][:i], chat.get("tools"))
+            )
+            found = difference(ours, theirs, prompt, stops)
+            if found is None:
+                faults.append(f"learned {ours!r}, the oracle {theirs!r}")
+            notes += found or []
+    return Mark("WRONG" if faults else "right", faults or list(dict.fromkeys(notes)))
+
+
+def _faults(
+    chat: Any, rows: Any, texts: Any, tokenizer: Any, stops: Sequence[str], lost: Any
+) -> Iterator[str]:
+    learned = "".join(text for row in texts for text in row)
+    if inside := set(re.findall(OTHERS, learned)):
+        yield f"learns {', '.join(sorted(inside))}"
+    wanted = re.findall(LEARNED, json.dumps(chat["messages"]))
+    if "reasoning" in lost:
+        wanted = [word for word in wanted if "thought" not in word]
+    if missing := [word for word in wanted if word not in learned]:
+        yield f"does not learn {', '.join(missing)}"
+    if twice := [word for word in wanted if learned.count(word) > 1]:
+        yield f"learns {', '.join(twice)} twice"
+    taught = {tokenizer.convert_ids_to_tokens(i) for i in taught_stop_ids(tokenizer)}
+    for text in (text for row in texts for text in row):
+        end = next((token for token in stops if text.rstrip().endswith(token)), None)
+        if end is None:
+            yield f"a turn's end is not learned: {text[-30:]!r}"
+        elif end not in taught and end not in stops:
+            yield f"generation would not stop at {end}"
+    for row, parts in zip(rows, texts, strict=True):
+        words = re.findall(LEARNED, parts[-1])
+        told = [i for i, m in enumerate(chat["messages"]) if words and words[-1] in json.dumps(m)]
+        prompt = (
+            prompt_ids(tokenizer, chat["messages"][: told[0]], chat.get("tools")) if told else []
+        )
+        ids, labels = row["input_ids"], row["labels"]
+        end = max(i for i, label in enumerate(labels) if label != -100)
+        start = max((i for i in range(end) if labels[i] == -100), default=-1) + 1
+        if ids[:start] != prompt:
+            yield (
+                f"trained after {tokenizer.decode(ids[:start])[-40:]!r}, prompted with "
+                f"{tokenizer.decode(prompt)[-40:]!r}"
+            )
+
+
+# ---- data sets
+
+
+def rows_of(path: Path, name: str, template: str) -> tuple[Counter[str], list[str]]:
+    """Of a data set's rows, how many are trained and refused, and why; and what is wrong."""
+    tokenizer, counts, faults = tokenizer_for(name, template), Counter[str](), []
+    first = ""  # the number of the first row that is refused
+    for number, record in load_records(str(path)).numbered():
+        try:
+            rows = encode_chat(record, tokenizer, 1 << 40)
+        except UserError as error:
+            first = first or number
+            counts["refused"] += 1
+            counts[re.sub(r" \('.*?'\)", "", str(error))[:100]] += 1
+            continue
+        counts["trained"] += 1
+        chat = chat_of(record)
+        learned = "".join(text for row in rows for text in stretches(row, tokenizer))
+        for message in chat.messages if chat else ():
+            text, is_answer = str(message.get("content") or ""), message["role"] == "assistant"
+            text = text.rpartition("</think>")[2].strip()[:200] if is_answer else text.strip()[:200]
+            calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            if is_answer and not all(part in learned for part in (text, *calls)):
+                faults.append(f"{path.name} x {name}, row {number}: {text or calls} is not learned")
+            elif not is_answer and len(text) > 60 and text in learned:
+                faults.append(f"{path.name} x {name}, row {number}: {text} is learned")
+    try:
+        prepare_data(str(path), tokenizer, max_length=100_000)
+        told = ""
+    except UserError as error:
+        told = (re.findall(r", row (\d+): ", str(error)) or ["none"])[0]
+    if told != first:
+        faults.append(f"{path.name} x {name}: row {first} is refused, {told or 'none'} is named")
+    return counts, faults
+
+
+# ---- the tables
+
+
+def table(results: dict[str, dict[str, Mark]]) -> str:
+    """Templates by chats, and what differs from the oracle."""
+    lines = [f"| template | {' | '.join(CHATS)} |", "|---" * (len(CHATS) + 1) + "|"]
+    for name, marks in results.items():
+        cells = [" ".join([m.kind, *(n for n in m.notes if n in REASONS)]) for m in marks.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    kinds = Counter(mark.kind for marks in results.values() for mark in marks.values())
+    total = sum(kinds.values())
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    lines += ["", f"{total} combinations: {counts}.", "", "Differences from the oracle:", ""]
+    lines += [f"- {name}: {reason}" for name, reason in REASONS.items()]
+    told = [
+        f"- {name}, {chat}: {note}"
+        for name, marks in results.items()
+        for chat, mark in marks.items()
+        for note in mark.notes
+        if note not in REASONS
+    ]
+    return "\n".join([*lines, "", "Refused, and wrong:", "", *told])
+
+
+def main() -> int:
+    """Print the tables; 1 if a mask is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--chats", type=Path, nargs="*", default=[], help="data sets")
+    parser.add_argument("--only", default="", help="templates whose name contains it")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    files = {path.stem: path for path in sorted(given.folder.glob("*.jinja"))}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    results: dict[str, dict[str, Mark]] = {}
+    for name, text in texts.items():
+        if name.endswith("_training") or given.only not in name:
+            continue
+        own = text if re.search(r"\{%-?\s*generation", text) else None
+        oracle = texts.get(f"{name}_training", own)
+        results[name] = {c: judged(name, text, oracle, chat) for c, chat in CHATS.items()}
+    page = f"# Loss masks\n\nMade by `benchmarks/templates.py`.\n\n{table(results)}\n"
+    faults = []
+    if given.chats:
+        page += "\n| data | template | trained | refused | of them |\n|---|---|---|---|---|\n"
+        for path, name in product(given.chats, [n for n in OF_CHATS if n in results]):
+            counts, more = rows_of(path, name, texts[name])
+            faults += more
+            why = "; ".join(
+                f"{v} {k}" for k, v in counts.items() if k not in ("trained", "refused")
+            )
+            page += (
+                f"| {path.name} | {name} | {counts['trained']} | {counts['refused']} | {why} |\n"
+            )
+        page += "".join(f"\n- {fault}" for fault in faults)
+    print(page)
+    if given.output:
+        given.output.write_text(page, encoding="utf-8")
+    wrong = any(mark.kind == "WRONG" for marks in results.values() for mark in marks.values())
+    return int(wrong or bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
