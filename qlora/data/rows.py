@@ -30,10 +30,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, Features, Value, concatenate_datasets
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -43,6 +42,9 @@ from qlora.data.chat_template import NO_LOSS, fallback_template
 from qlora.data.objectives import OBJECTIVES, class_names
 from qlora.data.records import Record, Records, load_records
 from qlora.errors import UserError, require, some
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Collator = Callable[[list[Any]], Any]
 MOST_PIECES = 40  # of a row that is shown
@@ -79,7 +81,7 @@ def prepare_data(
     split: str = "training",
     limit: int | None = None,
     vocabulary: int | None = None,
-) -> tuple[Dataset, DataStats]:
+) -> "tuple[Dataset, DataStats]":
     """Rows of `source` as input_ids, labels and length, cut to max_length tokens; and counts.
 
     The tokenizer is not changed: where it has no chat template, chats are rendered with the
@@ -92,6 +94,8 @@ def prepare_data(
         limit: read only the first records, at most so many.
         vocabulary: the rows of the model's embedding; UserError if a token has no row in it.
     """
+    from datasets import Value
+
     objective = OBJECTIVES[task]
     records = load_records(source, objective.kinds, split=split, limit=limit)
     if objective.classifies and new_classes:
@@ -128,7 +132,7 @@ def prepare_data(
     return rows.select_columns([*columns, "length"]), stats
 
 
-def fingerprint(rows: Dataset) -> str:
+def fingerprint(rows: "Dataset") -> str:
     """A hash of the rows' token ids and labels, in their order."""
     digest = hashlib.sha256()
     columns = rows.select_columns(["input_ids", "labels"]).with_format("arrow")
@@ -146,8 +150,10 @@ def _encoded(
     records: Records,
     columns: Mapping[str, Any],
     encode: Callable[[Record], dict[str, Any]],
-) -> Dataset:
+) -> "Dataset":
     """The encoded records in memory; no more than CHUNK_ROWS are Python objects at a time."""
+    from datasets import Dataset, Features, Value, concatenate_datasets
+
     others: dict[str, Any] = dict.fromkeys(("length", "full_length", "supervised"), Value("int64"))
     others |= {"lost": [Value("string")], "special": Value("bool"), "number": Value("string")}
     features = Features({**columns, **others})
@@ -174,7 +180,7 @@ def _errors_in(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}") from error
 
 
-def _require_answers(source: str, encoded: Dataset, max_length: int) -> None:
+def _require_answers(source: str, encoded: "Dataset", max_length: int) -> None:
     full = list(encoded["full_length"])
     numbers = zip(encoded["number"], full, strict=True)
     if unanswered := [number for number, length in numbers if not length]:
@@ -248,7 +254,7 @@ def describe(stats: DataStats, *, name: str) -> str:
 
 
 def show_example(
-    dataset: Dataset,
+    dataset: "Dataset",
     tokenizer: Tokenizer,
     *,
     colour: bool,
@@ -346,7 +352,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 class PackedRows(torch.utils.data.Dataset[list[dict[str, list[int]]]]):
     """Packs of the rows of a data set, each a list of rows; tokens are not copied."""
 
-    def __init__(self, rows: Dataset, max_length: int) -> None:
+    def __init__(self, rows: "Dataset", max_length: int) -> None:
         self.rows, self.max_length = rows, max_length
         self.packs = best_fit_decreasing(list(rows["length"]), max_length)
 

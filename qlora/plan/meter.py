@@ -52,9 +52,9 @@ def difference(one: Bytes, other: Bytes) -> Bytes:
 class Meter(TorchDispatchMode):
     """Bytes of all storages on the meta device that operators allocate, while they are alive."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, workspace: int = WORKSPACE) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kind = kind
+        self.kind, self.workspace = kind, workspace
         self.now: Bytes = Counter()
         self.segments: list[Segment] = []
         self.without = 0  # values of the logits, if these have a shape only
@@ -67,7 +67,7 @@ class Meter(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if func._schema.name in PRODUCTS and threading.get_ident() not in self._threads:
             self._threads.add(threading.get_ident())
-            self._add(WORKSPACES, WORKSPACE)
+            self._add(WORKSPACES, self.workspace)
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._note(tensor)

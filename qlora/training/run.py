@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, fields, replace
 from enum import Enum
 from pathlib import Path
-from types import MethodType, UnionType
+from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -21,11 +21,9 @@ import yaml
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import integration_utils as loggers
 
-from qlora.adapters.apply import active_adapters, apply_lora, print_trainable_parameters
-from qlora.adapters.files import save_adapter
+from qlora.adapters.apply import apply_lora, print_trainable_parameters
 from qlora.adapters.format import read_adapter
 from qlora.adapters.live import require_task
-from qlora.adapters.wrappers import remove_wrappers
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
@@ -34,11 +32,9 @@ from qlora.config.tasks import task_named
 from qlora.data import rows as data_rows
 from qlora.data.generation import describe_stops, taught_stop_ids
 from qlora.errors import UserError, did_you_mean, require
-from qlora.fast import layers
-from qlora.fast.head import LanguageHead, put_language_head
 from qlora.fast.offload import offload_embedding, require_gpu
 from qlora.files import RUN, ids_in, read_metrics, read_samples, require_new
-from qlora.training.callbacks import FreeCores
+from qlora.training.callbacks import FreeCores, return_freed_memory
 from qlora.training.outputs import (
     checkpoint_to_resume,
     choose_samples,
@@ -51,6 +47,7 @@ from qlora.training.outputs import (
     write_run_file,
     writing_to,
 )
+from qlora.training.prepare import prepare_for_training
 from qlora.training.trainer import AdapterTrainer, make_trainer, training_arguments
 
 # TrainingArguments that `--trainer.NAME` refuses, and why: names, or beginnings that end in `_`.
@@ -103,6 +100,8 @@ def train(config: TrainConfig) -> Path:
     Raises UserError if settings, data, model or machine do not work together. Unless training has
     begun, nothing was written then.
     """
+    if not torch.cuda.is_available():
+        return_freed_memory()
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
     resume_from = check_settings(config, output)
@@ -398,53 +397,3 @@ def rate_from_rule(model: PreTrainedModel) -> float:
         f"model of hidden size {text.hidden_size}; --learning-rate overrides it"
     )
     return rate
-
-
-def prepare_for_training(
-    model: PreTrainedModel, gradient_checkpointing: bool = True, *, fast_path: bool = True
-) -> PreTrainedModel:
-    """Prepare a model with adapters for a training loop, in place.
-
-    Sets training mode, no key-value cache and, if asked, non-reentrant gradient checkpointing.
-    `fast_path`: layers, norms (qlora.fast.layers) and a loss (qlora.fast.head) that compute the
-    same numbers in less memory. Generation works as before. A later call overrides an earlier one.
-
-    transformers' Trainer and TRL's SFTTrainer then accept the model: `model.save_pretrained`, which
-    they call, writes the active adapter as long as the model has one.
-
-    Raises UserError if the family has no gradient checkpointing.
-    """
-    supported = not gradient_checkpointing or model.supports_gradient_checkpointing
-    family = type(model).__name__
-    require(supported, f"{family} has no gradient checkpointing: use --no-gradient-checkpointing")
-    model._hf_peft_config_loaded = False  # with it, checkpointing computes gradients of embeddings
-    model.config.use_cache = False
-    if fast_path:
-        put_language_head(model)
-        layers.put_norms(model)
-    else:
-        layers.remove_fast_path(model)
-        remove_wrappers(model, lambda wrapper: isinstance(wrapper, LanguageHead | layers.RMSNorm))
-    # "activation" since transformers 5.2x
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if gradient_checkpointing:
-        settings = {"use_reentrant": False, "preserve_rng_state": layers.draws_numbers(model)}
-        getattr(model, f"{kind}_checkpointing_enable")(settings)
-    elif getattr(model, f"is_{kind}_checkpointing"):
-        getattr(model, f"{kind}_checkpointing_disable")()
-    model.train()
-    if fast_path:
-        layers.use_fast_path(model, recompute=gradient_checkpointing)
-    model._hf_peft_config_loaded = True  # PEFT's mark: Trainer refuses a 4-bit model without it
-    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
-    return model
-
-
-def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
-    """The adapter of `model` in PEFT's format; transformers' method once it has none."""
-    if active := active_adapters(model):
-        for name in active:
-            save_adapter(model, save_directory, adapter_name=name)
-        return
-    model._hf_peft_config_loaded = False
-    type(model).save_pretrained(model, save_directory, **options)
