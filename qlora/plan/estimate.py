@@ -158,9 +158,10 @@ class Planner:
         return files | {"merged model in 16 bits": 2 * self.sample.parameters}
 
 
-def plan(config: TrainConfig) -> Plan:
-    """What a run of `config` needs. Raises UserError for a model that cannot be planned."""
-    return Planner(config).plan()
+def plan(config: TrainConfig, device: str = "cuda") -> Plan:
+    """What a run of `config` needs on a GPU, or on the `cpu` of this machine. Raises UserError for a
+    model that cannot be planned."""
+    return Planner(config, device=device).plan()
 
 
 def budget(config: TrainConfig) -> int | None:

@@ -80,7 +80,7 @@ def _wide(module: Any, key: str, narrow: nn.Parameter, size: Any, twin: Any) -> 
     """The parameter of that size that stands for one of the narrow model."""
     if key == "weight" and is_quantized(module):
         out_first = size[::-1] if twin is not None and was_conv1d(twin) else size
-        made = _coded(narrow, torch.Size(out_first))
+        made = coded(narrow, torch.Size(out_first))
         module.quant_state = made.quant_state  # type: ignore[attr-defined]
     else:
         made = empty(size, narrow.dtype)
@@ -89,7 +89,7 @@ def _wide(module: Any, key: str, narrow: nn.Parameter, size: Any, twin: Any) -> 
     return parameter
 
 
-def _coded(weight: Any, size: torch.Size) -> Tensor:
+def coded(weight: Any, size: torch.Size) -> Tensor:
     """4-bit codes of that size, with their quantization state."""
     state = copy.copy(weight.quant_state)
     state.shape = size
@@ -120,7 +120,7 @@ def _copy_numbers(module: nn.Module, twin: nn.Module) -> None:
 
 
 def unread(name: str, answer: Any) -> AbstractContextManager[Any]:
-    """A method of tensors that gives `answer` for those on the meta device, which have no values."""
+    """A method of tensors that gives `answer` for those on the meta device: they have no values."""
     own = getattr(Tensor, name)
 
     def read(self: Tensor, *args: Any) -> Any:
