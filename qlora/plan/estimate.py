@@ -159,7 +159,7 @@ class Planner:
 
 
 def plan(config: TrainConfig, device: str = "cuda") -> Plan:
-    """What a run of `config` needs on a GPU, or on the `cpu` of this machine. Raises UserError for a
+    """What a run of `config` needs on a GPU, or on this machine's `cpu`. Raises UserError for a
     model that cannot be planned."""
     return Planner(config, device=device).plan()
 
