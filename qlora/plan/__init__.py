@@ -2,7 +2,7 @@
 
 `estimate`: the plan. `step`: a counted training step. `meta`: the model without memory. `meter`:
 the bytes by kind. `shrink`: small configs. `source`: what is known of a model. `optimizer`: its
-state. `fit`: what would make it fit. `command`: `train.py --plan`, which prepares the imports.
+state. `fit`: what would make it fit. `command`: `train.py --plan`; `start`: its imports.
 """
 
 from typing import TYPE_CHECKING, Any
