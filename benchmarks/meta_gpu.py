@@ -30,6 +30,7 @@ from qlora.base import modules
 from qlora.base.modules import is_quantized
 from qlora.fast import head, layers
 from qlora.ops import kernels, loss, nf4
+from qlora.plan.meta import attention, coded
 
 DTYPE = torch.bfloat16
 KERNELS: Counter[str] = Counter()
@@ -78,7 +79,7 @@ def widen(model: Any, large: nn.Module, r: int) -> None:
                 module._parameters[key] = nn.Parameter(empty(size))
             else:
                 is_coded = key == "weight" and is_quantized(module)
-                made = _coded(parameter, sizes[full]) if is_coded else empty(sizes[full])
+                made = coded(parameter, sizes[full]) if is_coded else empty(sizes[full])
                 module._parameters[key] = _frozen(made)
         for key, buffer in module._buffers.items():
             if buffer is not None:
@@ -92,22 +93,6 @@ def widen(model: Any, large: nn.Module, r: int) -> None:
 def _frozen(tensor: Tensor) -> nn.Parameter:
     made = nn.Parameter(tensor, requires_grad=False)
     made.__dict__.update(tensor.__dict__)
-    return made
-
-
-def _coded(weight: Any, size: torch.Size) -> Tensor:
-    """4-bit codes of that size, with their quantization state."""
-    state = copy.copy(weight.quant_state)
-    state.state2 = copy.copy(state.state2)
-    state.shape = size
-    blocks = size.numel() // state.blocksize
-    state.absmax, state.offset = empty((blocks,), torch.uint8), empty((), torch.float32)
-    state.state2.absmax = empty((blocks // state.state2.blocksize,), torch.float32)
-    state.code, state.state2.code = (
-        empty(code.shape, torch.float32) for code in (state.code, state.state2.code)
-    )
-    made: Any = empty((size.numel() // 2, 1), torch.uint8)
-    made.quant_state = state
     return made
 
 
@@ -130,14 +115,6 @@ class Norm(torch.autograd.Function):
         KERNELS["rms_norm_backward"] += 1
         x, *_ = ctx.saved_tensors
         return empty(x.shape, x.dtype), None
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **how: Any) -> Tensor:
-    """FlashAttention, which SDPA uses where rows need no mask."""
-    assert attn_mask is None
-    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-    first: Tensor = found[0]
-    return first
 
 
 class Kernel:

@@ -25,7 +25,8 @@ from qlora.base.load import compute_dtype, load_base
 from qlora.base.modules import ModelState
 from qlora.config import DataConfig, QuantConfig, TrainConfig
 from qlora.data.rows import prepare_data, prepare_tokenizer
-from qlora.training.run import prepare_for_training, rate_from_rule
+from qlora.training import prepare_for_training
+from qlora.training.run import rate_from_rule
 from qlora.training.trainer import make_trainer
 
 MAX_LENGTH = 256

@@ -38,7 +38,8 @@ from qlora.base.modules import output_head
 from qlora.config import LoraConfig
 from qlora.data.rows import collator, prepare_tokenizer
 from qlora.files import read_rows
-from qlora.training.run import default_learning_rate, prepare_for_training
+from qlora.training import prepare_for_training
+from qlora.training.run import default_learning_rate
 
 FILE = RESULTS / "quality.jsonl"
 TEST_ROWS = 64

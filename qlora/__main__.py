@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, messag
         config.PortableConfig, "qlora.adapters.portable:make_portable",
         "nothing was written, the adapter is unchanged",
     ),
-    "plan": (config.TrainConfig, "qlora.plan.command:run", "nothing was written"),
+    "plan": (config.TrainConfig, "qlora.plan.start:run", "nothing was written"),
 }  # fmt: skip
 PLANS = "Print the memory that a training run needs, from config.json alone"
 

@@ -301,15 +301,20 @@ def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
             weight: Any = module.weight
             weight.data = nf4.as_bytes(weight.data)  # those of FSDP are stored as a float dtype
             weight.quant_storage = module.quant_storage = torch.uint8
-            form = module.in_features, weight.quant_state.blocksize
-            if model.device.type == "cpu" and not nf4.kernel_is_right(*form):
-                module.__class__ = Decoded4bit
+            if model.device.type == "cpu":
+                own_kernel(module)
     if settings := getattr(model.config, "quantization_config", None):
         settings.bnb_4bit_quant_storage = torch.uint8
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # a 4-bit checkpoint's norms are loaded as stored
             needs_fp32 = name.rpartition(".")[0] in overflows
             parameter.data = parameter.data.to(torch.float32 if needs_fp32 else dtype)
+
+
+def own_kernel(module: Any) -> None:
+    """Let a Linear4bit on a CPU decode its weight by `nf4` where bitsandbytes' kernel is wrong."""
+    if not nf4.kernel_is_right(module.in_features, module.weight.quant_state.blocksize):
+        module.__class__ = Decoded4bit
 
 
 class Decoded4bit(Linear4bit):

@@ -20,15 +20,15 @@ from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
-from pyarrow import parquet
 
 from qlora.errors import UserError, did_you_mean, first_line, require, some
 from qlora.files import Written, csv_rows, json_rows, text_rows
+
+if TYPE_CHECKING:  # half a second, which a plan of a run does without
+    from datasets import Dataset, DatasetDict, Features
 
 Record = Mapping[str, Any]
 Kind = tuple[str, ...]
@@ -134,21 +134,27 @@ def _require_one_kind(records: Records, kinds: Sequence[Kind], source: str) -> N
 
 def _parts(source: str, split: str, limit: int | None) -> tuple[list[Part], tuple[str, ...]]:
     """The parts of a source that `split` reads, and notes on those left out."""
+    import datasets
+
     path = Path(source).expanduser()
     if any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
-        return _dataset_parts(_dataset(load_from_disk, str(path), "is not whole"), source, split)
+        return _dataset_parts(
+            _dataset(datasets.load_from_disk, str(path), "is not whole"), source, split
+        )
     if path.exists():
         files, notes = _folder(path, source, split) if path.is_dir() else ([path], ())
         return [_file_part(file, limit) for file in files], notes
     if not _names_a_path(source):
         fault = "is no local file or folder, and cannot be loaded from the hub"
-        return _dataset_parts(_dataset(load_dataset, source, fault), source, split)
+        return _dataset_parts(_dataset(datasets.load_dataset, source, fault), source, split)
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, siblings)
     raise UserError(f"{source} does not exist: pass {SOURCES}.{hint}")
 
 
 def _dataset(load: Callable[[str], Any], source: str, fault: str) -> Any:
+    from datasets.exceptions import DatasetsError
+
     try:
         return load(source)
     except (DatasetsError, ValueError, OSError, KeyError) as error:  # httpx's are OSErrors
@@ -165,9 +171,11 @@ def _names_a_path(source: str) -> bool:
 
 
 def _dataset_parts(
-    data: Dataset | DatasetDict, source: str, split: str
+    data: "Dataset | DatasetDict", source: str, split: str
 ) -> tuple[list[Part], tuple[str, ...]]:
     """One split of a dataset; a dataset without splits is whole, as is one with only `train`."""
+    from datasets import Dataset
+
     if isinstance(data, Dataset) or list(data) == ["train"]:
         return [dataset_part(source, data if isinstance(data, Dataset) else data["train"])], ()
     names, notes = _choose(list(data), source, split)
@@ -255,6 +263,9 @@ def _row_part(read: Callable[[Path], Iterator[Record]], file: Path, limit: int |
 
 
 def _parquet_part(file: Path, limit: int | None) -> Part:
+    from datasets import Features
+    from pyarrow import parquet
+
     with parquet.ParquetFile(file) as head:
         features, size = Features.from_arrow_schema(head.schema_arrow), head.metadata.num_rows
 
@@ -266,15 +277,17 @@ def _parquet_part(file: Path, limit: int | None) -> Part:
     return _arrow_part(file.name, features, size, rows)
 
 
-def dataset_part(name: str, data: Dataset) -> Part:
+def dataset_part(name: str, data: "Dataset") -> Part:
     """A dataset without splits, which may have the format of torch."""
     return _arrow_part(name, data.features, len(data), data.with_format(None).select_columns)
 
 
 def _arrow_part(
-    name: str, features: Features, size: int, read: Callable[[list[str]], Iterable[Record]]
+    name: str, features: "Features", size: int, read: Callable[[list[str]], Iterable[Record]]
 ) -> Part:
     """`read` with the columns that exist, and values as JSON has them."""
+    from datasets import ClassLabel
+
     inner = {column: getattr(item, "feature", item) for column, item in features.items()}
     classes = {column: x.names for column, x in inner.items() if isinstance(x, ClassLabel)}
 

@@ -30,10 +30,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, Features, Value, concatenate_datasets
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -45,6 +44,9 @@ from qlora.data.objectives import OBJECTIVES, class_names
 from qlora.data.records import Record, Records, load_records
 from qlora.data.templates import fallback_template, set_switches
 from qlora.errors import UserError, require, some
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Collator = Callable[[list[Any]], Any]
 MOST_PIECES = 40  # of a row that is shown
@@ -89,7 +91,7 @@ def prepare_data(
     limit: int | None = None,
     vocabulary: int | None = None,
     reading: Reading = AS_IT_IS,
-) -> tuple[Dataset, DataStats]:
+) -> "tuple[Dataset, DataStats]":
     """Rows of `source` as input_ids, labels and length, cut to max_length tokens; and counts.
 
     The tokenizer is not changed: where it has no chat template, chats are rendered with the
@@ -103,6 +105,8 @@ def prepare_data(
         vocabulary: the rows of the model's embedding; UserError if a token has no row in it.
         reading: how chats are read from records.
     """
+    from datasets import Value
+
     objective = OBJECTIVES[task]
     records = load_records(source, reading.kinds(objective.kinds), split=split, limit=limit)
     if objective.classifies and new_classes:
@@ -133,7 +137,7 @@ def prepare_data(
     return rows.select_columns([*columns, "length"]), stats
 
 
-def _stats(encoded: Dataset, rows: Dataset, max_length: int) -> DataStats:
+def _stats(encoded: "Dataset", rows: "Dataset", max_length: int) -> DataStats:
     """The counts of all encoded rows, and of `rows`, those that are kept."""
     full = list(encoded["full_length"])
     return DataStats(
@@ -149,7 +153,7 @@ def _stats(encoded: Dataset, rows: Dataset, max_length: int) -> DataStats:
     )
 
 
-def fingerprint(rows: Dataset) -> str:
+def fingerprint(rows: "Dataset") -> str:
     """A hash of the rows' token ids and labels, in their order."""
     digest = hashlib.sha256()
     columns = rows.select_columns(["input_ids", "labels"]).with_format("arrow")
@@ -167,8 +171,10 @@ def _encoded(
     records: Records,
     columns: Mapping[str, Any],
     encode: Callable[[Record], list[dict[str, Any]]],
-) -> Dataset:
+) -> "Dataset":
     """The encoded records in memory; no more than CHUNK_ROWS are Python objects at a time."""
+    from datasets import Dataset, Features, Value, concatenate_datasets
+
     others: dict[str, Any] = dict.fromkeys(("length", "full_length", "supervised"), Value("int64"))
     others |= {"lost": [Value("string")], "special": Value("bool"), "number": Value("string")}
     others |= {"thinks": Value("bool")}
@@ -196,7 +202,7 @@ def _errors_in(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}") from error
 
 
-def _require_answers(source: str, encoded: Dataset, max_length: int) -> None:
+def _require_answers(source: str, encoded: "Dataset", max_length: int) -> None:
     full = list(encoded["full_length"])
     numbers = zip(encoded["number"], full, strict=True)
     if unanswered := [number for number, length in numbers if not length]:
@@ -286,7 +292,7 @@ def describe(stats: DataStats, *, name: str) -> str:
 
 
 def show_example(
-    dataset: Dataset,
+    dataset: "Dataset",
     tokenizer: Tokenizer,
     *,
     colour: bool,
@@ -384,7 +390,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 class PackedRows(torch.utils.data.Dataset[list[dict[str, list[int]]]]):
     """Packs of the rows of a data set, each a list of rows; tokens are not copied."""
 
-    def __init__(self, rows: Dataset, max_length: int) -> None:
+    def __init__(self, rows: "Dataset", max_length: int) -> None:
         self.rows, self.max_length = rows, max_length
         self.packs = best_fit_decreasing(list(rows["length"]), max_length)
 

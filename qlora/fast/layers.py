@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from qlora.adapters.lora import LoRALayer, LoRALinear, lora_layers
 from qlora.adapters.wrappers import Wrapper, base_modules, plain, put_module, remove_wrappers
 from qlora.base.modules import computes_in, has_hooks, is_quantized, product_dtype, shallow_copy
-from qlora.ops import agrees, rotary
+from qlora.ops import agrees, computing_device, rotary
 from qlora.ops.gated import ACTS, gated_forward
 from qlora.ops.lora import LayerSpec, lora_linear, lora_mlp
 from qlora.ops.nf4 import KEPT_SLOTS
@@ -372,14 +372,14 @@ class RMSNorm(Wrapper):
             limits = torch.finfo(x.dtype)
             is_wide = limits.bits >= 32
             weight: Tensor = norm.weight + offset if offset else norm.weight
-            if x.device.type in HAS_KERNEL and (is_wide or not offset):
+            if computing_device(x.device).type in HAS_KERNEL and (is_wide or not offset):
                 if not torch.is_autocast_enabled(x.device.type):
                     return F.rms_norm(x, weight.shape, weight, eps)
                 with torch.autocast(x.device.type, enabled=False):
                     return F.rms_norm(x, weight.shape, weight, eps)
             # xhat = y / w: a y below the normal numbers is off by up to `tiny`, which must stay
             # within the rounding of an xhat of 1: |w| >= tiny / eps, 1e-31 in fp32
-            if is_wide and bool(weight.abs().min() >= limits.tiny / limits.eps):
+            if is_wide and not bool((weight.abs() < limits.tiny / limits.eps).any()):
                 return _FromOutput.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
         return norm(x)  # type: ignore[no-any-return]
 

@@ -16,7 +16,8 @@ Callers check a fast version once, on a few values, and use the plain one where 
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -65,10 +66,29 @@ def relative_error(values: Tensors, expected: Tensors) -> float:
     return max(errors)
 
 
+_meta_stands_for = torch.device("meta")
+
+
+@contextmanager
+def meta_as_cpu() -> Iterator[None]:
+    """Within the block, meta tensors take the steps that a CPU's take, not a GPU's."""
+    global _meta_stands_for
+    before, _meta_stands_for = _meta_stands_for, torch.device("cpu")
+    try:
+        yield
+    finally:
+        _meta_stands_for = before
+
+
+def computing_device(device: torch.device) -> torch.device:
+    """The device whose functions are chosen for tensors on `device`. Of meta tensors sizes alone
+    matter (qlora.plan): they count as a GPU's, and as the CPU's within `meta_as_cpu`."""
+    return _meta_stands_for if device.type == "meta" else device
+
+
 def is_gpu(device: torch.device) -> bool:
-    """Whether a step on `device` is computed as on a GPU: also on meta tensors, whose sizes alone
-    matter (qlora.plan)."""
-    return device.type in ("cuda", "meta")
+    """Whether a step on `device` is computed as on a GPU: also on meta tensors."""
+    return computing_device(device).type in ("cuda", "meta")
 
 
 def may_use_triton(device: torch.device, dtype: torch.dtype) -> bool:

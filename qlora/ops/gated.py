@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora.ops import agrees, may_use_triton
+from qlora.ops import agrees, computing_device, may_use_triton
 
 _ATEN: Any = torch.ops.aten
 _TANH: Any = {"approximate": "tanh"}
@@ -43,7 +43,7 @@ def gated_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """
     gate, up = _checked(act, gate, up)
     h = torch.empty_like(gate)
-    implementation(gate.device, gate.dtype, act)[0](gate, up, h, act)
+    implementation(computing_device(gate.device), gate.dtype, act)[0](gate, up, h, act)
     return h
 
 
@@ -58,7 +58,9 @@ def gated_backward(
     """
     gate, up, dh = _checked(act, gate, up, dh)
     h, dgate, dup = (dh, gate, up) if in_place else (torch.empty_like(gate) for _ in range(3))
-    implementation(gate.device, gate.dtype, act)[1](gate, up, dh, h, dgate, dup, act)
+    implementation(computing_device(gate.device), gate.dtype, act)[1](
+        gate, up, dh, h, dgate, dup, act
+    )
     return h, dgate, dup
 
 
@@ -128,7 +130,7 @@ def plain_backward(
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    size = CHUNK.get(tensors[0].device.type, GPU_CHUNK)
+    size = CHUNK.get(computing_device(tensors[0].device).type, GPU_CHUNK)
     return zip(*(t.view(-1).split(size) for t in tensors), strict=True)
 
 

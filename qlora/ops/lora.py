@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qlora.ops import agrees
+from qlora.ops import agrees, computing_device
 from qlora.ops.gated import gated_backward, gated_forward
 from qlora.ops.nf4 import decoded, keep, kept
 
@@ -416,7 +416,7 @@ def by_onednn(x: Tensor) -> bool:
     GFLOP/s on two cores of an AMD EPYC, where oneDNN reaches 400 (benchmarks/products.py).
     torch.backends.mkldnn.enabled = False turns it off.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
+    if computing_device(x.device).type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
         return False
     return bool(torch.backends.mkldnn.enabled) and _onednn_is_faster()
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora.errors import UserError
-from qlora.ops import is_gpu
+from qlora.ops import computing_device, is_gpu
 from qlora.ops.lora import linear
 
 # fp32 logits of a chunk. Each reads all of W, 1 FLOP per byte and token in 16 bits; cards have 165
@@ -64,7 +64,7 @@ class Head(NamedTuple):
 
 def chunk_rows(weight: Tensor) -> int:
     """The number of tokens in a chunk, for a head of this shape (vocab, dim), dtype and device."""
-    chunk_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
+    chunk_bytes = CHUNK_BYTES.get(computing_device(weight.device).type, GPU_CHUNK_BYTES)
     itemsize = torch.promote_types(weight.dtype, torch.float32).itemsize
     return max(1, chunk_bytes // (len(weight) * itemsize))
 

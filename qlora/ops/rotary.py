@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora.ops import agrees, may_use_triton
+from qlora.ops import agrees, computing_device, may_use_triton
 
 Pair = tuple[Tensor, Tensor]
 Rotation = Callable[..., Pair]  # of q, k, cos, sin; keyword backward
@@ -39,12 +39,12 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair:
         ctx.save_for_backward(cos, sin)
-        return implementation(q.device, q.dtype)(q, k, cos, sin, backward=False)
+        return implementation(computing_device(q.device), q.dtype)(q, k, cos, sin, backward=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
-        rotation = implementation(dq.device, dq.dtype)
+        rotation = implementation(computing_device(dq.device), dq.dtype)
         return *rotation(dq, dk, *ctx.saved_tensors, backward=True), None, None
 
 

@@ -3,20 +3,10 @@
 Exit code 0: the run fits, or no card is known; 1: it does not fit; 2: bad input.
 """
 
-import gc
 import json
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
-
-import torch
-
-# bitsandbytes compiles its operators for a CPU at import, which takes a second: none runs here
-with patch.object(torch, "compile", lambda function=None, **_: function or (lambda own: own)):
-    import bitsandbytes  # noqa: F401
 
 from qlora.config import TrainConfig
 from qlora.errors import require
@@ -25,19 +15,6 @@ from qlora.plan.fit import Fitter, changed, flags_of
 from qlora.plan.time import card_of, step_seconds
 
 GIB = 1 << 30
-
-
-def run(config: TrainConfig) -> None:
-    """The command: `show_plan`, and the exit code 0 or 1. It ends without tearing the interpreter
-    and its libraries down, which took 1.4 s of processor time of 11 s (measured, a 1B model): all
-    that a plan writes is closed by then."""
-    gc.freeze()  # the imported packages, in which nothing is to be collected
-    try:
-        made = show_plan(config)
-    finally:
-        gc.unfreeze()
-    sys.stdout.flush()
-    os._exit(int(made.fits is False))
 
 
 def show_plan(config: TrainConfig) -> Plan:

@@ -2,6 +2,12 @@
 
 What a step allocates is counted (qlora.plan.step, qlora.plan.optimizer). Two parts are not, and
 are assumed: the CUDA context, and an allowance for what the allocator rounds up and cannot reuse.
+
+On a CPU the peak is of resident memory above that at the process's start, its packages imported.
+Assumed are there what tokenizer, data and Trainer take, and the allocator. Loading may be the peak:
+the files of weights are mapped, and their pages are resident until the model is loaded; the system
+may take them back, which it does where memory is short. On a GPU loading is none: weights are
+quantized one after another, and one in 16 bits is less than a step takes.
 """
 
 import copy
@@ -9,18 +15,24 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
+from qlora.base.modules import is_quantized
 from qlora.base.shards import parse_size
 from qlora.config import TrainConfig
 from qlora.errors import UserError, require
 from qlora.plan.meter import Segment
 from qlora.plan.optimizer import STATE, STEP, OptimizerBytes, optimizer_bytes
 from qlora.plan.source import Source, read_source
-from qlora.plan.step import EMBEDDING, Sample, joined
+from qlora.plan.step import EMBEDDING, HEAD, LINEAR, OTHER, Sample, joined
 
 CONTEXT, ALLOWANCE = "CUDA context (assumed)", "fragmentation (assumed)"
 CONTEXT_BYTES = 512 << 20
+PROCESS, FILES, LOADING = "tokenizer, data, Trainer (assumed)", "mapped files", "loading"
+# bitsandbytes' operator holds a weight's values, their quotients and the clamped ones, in fp32
+QUANTIZING, QUANTIZING_BYTES = "quantization of a weight", 12
+DATA_BYTES, TRAINER_BYTES = 56 << 20, 64 << 20  # of PROCESS, before loading and after it
 ALLOWED_SHARE = 0.03  # of what is counted
 CHECKPOINTS = 3  # while the third is written; then the last two are kept
 
@@ -66,12 +78,19 @@ class Plan:
 class Planner:
     """Plans of one model with one set of adapters and layers: rows and lengths may vary."""
 
-    def __init__(self, config: TrainConfig, source: Source | None = None, *, direct: bool = False):
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: Source | None = None,
+        *,
+        device: str = "cuda",
+        direct: bool = False,
+    ) -> None:
         budget(config)  # refuses one that is no size, before anything is counted
-        self.config, self.source = config, source or read_source(config)
+        self.config, self.source, self.device = config, source or read_source(config), device
         config = replace(config, quant=self.source.quant)
         try:
-            self.sample = Sample(config, self.source.config, direct=direct)
+            self.sample = Sample(config, self.source.config, device=device, direct=direct)
         except UserError:
             raise
         except Exception as error:
@@ -84,7 +103,7 @@ class Planner:
         """Of the optimizer of that name, counted once."""
         if optim not in self._optimizer:
             settings = replace(self.config, optim=optim)
-            self._optimizer[optim] = optimizer_bytes(settings, self.trained)
+            self._optimizer[optim] = optimizer_bytes(settings, self.trained, self.device)
         return self._optimizer[optim]
 
     def plan(self, config: TrainConfig | None = None) -> Plan:
@@ -105,13 +124,20 @@ class Planner:
         host = {"offloaded activations": activations} if activations else {}
         if config.offload_embedding:
             host["embedding"] = _without_embedding(segments, self.sample.is_tied)
+        if self.device == "cpu":
+            loading = self._loading(segments[0])
+            for held in (h for s in segments for h in (s.start, s.peak, s.end)):
+                held[PROCESS] = DATA_BYTES + TRAINER_BYTES
+            segments = [loading, *segments]
         peak = max(segments, key=lambda segment: sum(segment.peak.values()))
         parts = {kind: size for kind, size in peak.peak.items() if size}
-        counted = sum(parts.values())
-        parts |= {CONTEXT: CONTEXT_BYTES, ALLOWANCE: int(counted * ALLOWED_SHARE)}
+        allowed = int(sum(parts.values()) * ALLOWED_SHARE)
+        if self.device == "cuda":
+            parts[CONTEXT] = CONTEXT_BYTES
+        parts[ALLOWANCE] = allowed
         return Plan(
             config, rows, length, segments, parts, _place(segments, peak), host, self._disk(own),
-            budget(config),
+            budget(config) if self.device == "cuda" else psutil.virtual_memory().available,
         )  # fmt: skip
 
     def anew(self) -> "Planner":
@@ -127,6 +153,17 @@ class Planner:
             self._counts[key] = self.sample.count(rows, length, accumulates=accumulates)
         return self._counts[key]
 
+    def _loading(self, first: Segment) -> Segment:
+        """Loading of the model, whose parts are there when the `first` segment begins. The peak is
+        at its end: then all pages of the files are mapped."""
+        end = Counter({kind: first.start[kind] for kind in (LINEAR, EMBEDDING, HEAD, OTHER)})
+        end[PROCESS] = DATA_BYTES
+        modules = [m for m in self.sample.model.modules() if is_quantized(m)]
+        most: int = max((m.weight.quant_state.shape.numel() for m in modules), default=0)
+        peak = end + Counter({QUANTIZING: QUANTIZING_BYTES * most})
+        peak[FILES] = self.source.file_bytes or 2 * self.sample.parameters
+        return Segment(LOADING, Counter({PROCESS: DATA_BYTES}), peak, end)
+
     def _disk(self, own: OptimizerBytes) -> dict[str, int]:
         adapter = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.trained)
         files: dict[str, int] = {"adapter": adapter}
@@ -136,9 +173,10 @@ class Planner:
         return files | {"merged model in 16 bits": 2 * self.sample.parameters}
 
 
-def plan(config: TrainConfig) -> Plan:
-    """What a run of `config` needs. Raises UserError for a model that cannot be planned."""
-    return Planner(config).plan()
+def plan(config: TrainConfig, device: str = "cuda") -> Plan:
+    """What a run of `config` needs on a GPU, or on this machine's `cpu`. Raises UserError for a
+    model that cannot be planned."""
+    return Planner(config, device=device).plan()
 
 
 def budget(config: TrainConfig) -> int | None:

@@ -1,16 +1,16 @@
-"""A model on the meta device, where it takes the steps that it takes on a GPU.
+"""A model on the meta device, where it takes the steps that it takes on a GPU, or on a CPU.
 
 `widen` turns a narrow model, loaded and prepared on the CPU so that every check ran on values, into
 the large model: parameters and buffers of its sizes without memory, and its modules' numbers.
-`as_on_gpu` replaces what meta tensors lack, and puts it back: torch's kernels that exist for CUDA
-alone (RMSNorm, attention), autocast's checks of a device, and two checks that read values.
+`as_on` replaces what meta tensors lack, and puts it back: torch's kernels for CUDA alone (RMSNorm,
+attention), a CPU's attention, autocast's checks of a device, and methods that read values.
 
 Not fake tensors of device cuda: a build of torch without CUDA refuses to run their backward pass.
 `backward` runs on a second thread, as autograd's does for a GPU: buffers count once a thread.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -22,17 +22,17 @@ import transformers.masking_utils
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from qlora.adapters.wrappers import Wrapper
+from qlora.base.load import own_kernel
 from qlora.base.modules import is_quantized, was_conv1d
-from qlora.ops import nf4
+from qlora.ops import meta_as_cpu, nf4
 
 WRAPPED = "base_layer."  # in names of what is behind wrappers
 # Attributes of modules that loading and the preparation for training set.
 KEPT = ("training", "gradient_checkpointing", "name_or_path", "is_loaded_in_4bit")
-READ = (Tensor.__bool__, Tensor.__contains__)
+QUESTIONS = ("__bool__", "__contains__")  # is nothing masked? is a pad among the tokens? No
 PLAIN = (int, float, str, tuple, list, torch.Size, Tensor, PreTrainedConfig)
 
 
@@ -44,7 +44,7 @@ def empty(size: Any, dtype: torch.dtype) -> Tensor:
 # ---- the model ----
 
 
-def widen(model: Any, large: nn.Module) -> None:
+def widen(model: Any, large: nn.Module, device: str = "cuda") -> None:
     """Give `model` the sizes of `large`, in place: the same modules with the same adapters, on the
     meta device. Dtypes stay, and so does what is quantized."""
     every: Any = {"remove_duplicate": False}
@@ -68,17 +68,19 @@ def widen(model: Any, large: nn.Module) -> None:
             if buffer is not None:
                 size = sizes.get(prefix + key, buffer.shape)
                 module._buffers[key] = empty(size, buffer.dtype)
-        if isinstance(module, Linear4bit):
-            module.__class__ = Linear4bit  # not the one for a CPU whose kernel is wrong
         if twin is not None:
             _copy_numbers(module, twin)
+        if isinstance(module, Linear4bit):  # on a CPU, of the class for the large width
+            module.__class__ = Linear4bit
+            if device == "cpu":
+                own_kernel(module)
 
 
 def _wide(module: Any, key: str, narrow: nn.Parameter, size: Any, twin: Any) -> nn.Parameter:
     """The parameter of that size that stands for one of the narrow model."""
     if key == "weight" and is_quantized(module):
         out_first = size[::-1] if twin is not None and was_conv1d(twin) else size
-        made = _coded(narrow, torch.Size(out_first))
+        made = coded(narrow, torch.Size(out_first))
         module.quant_state = made.quant_state  # type: ignore[attr-defined]
     else:
         made = empty(size, narrow.dtype)
@@ -87,7 +89,7 @@ def _wide(module: Any, key: str, narrow: nn.Parameter, size: Any, twin: Any) -> 
     return parameter
 
 
-def _coded(weight: Any, size: torch.Size) -> Tensor:
+def coded(weight: Any, size: torch.Size) -> Tensor:
     """4-bit codes of that size, with their quantization state."""
     state = copy.copy(weight.quant_state)
     state.shape = size
@@ -117,13 +119,14 @@ def _copy_numbers(module: nn.Module, twin: nn.Module) -> None:
 # ---- what stands in for a GPU ----
 
 
-class Unread(TorchFunctionMode):
-    """Answers no where a model asks for values: is nothing masked? is a pad among the tokens?"""
+def unread(name: str, answer: Any) -> AbstractContextManager[Any]:
+    """A method of tensors that gives `answer` for those on the meta device: they have no values."""
+    own = getattr(Tensor, name)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in READ and args[0].is_meta:
-            return False
-        return func(*args, **(kwargs or {}))
+    def read(self: Tensor, *args: Any) -> Any:
+        return answer if self.is_meta else own(self, *args)
+
+    return patch.object(Tensor, name, read)
 
 
 class Norm(torch.autograd.Function):
@@ -164,10 +167,31 @@ def attention(
     return found[0]  # type: ignore[no-any-return]
 
 
+def attention_of_cpu(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """What scaled_dot_product_attention calls on a CPU: its FlashAttention, which wants a mask in
+    q's dtype; with dropout, or values of another size than keys, products and a softmax."""
+    if dropout_p or q.shape[-1] != v.shape[-1]:
+        settings: Any = {"scale": scale, "enable_gqa": enable_gqa}
+        return _attention(q, k, v, attn_mask, dropout_p, is_causal, **settings)
+    if enable_gqa and (groups := q.shape[1] // k.shape[1]) > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    mask = None if attn_mask is None else attn_mask.to(q.dtype)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found = flash(q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale)
+    return found[0]  # type: ignore[no-any-return]
+
+
+_attention = F.scaled_dot_product_attention
+
+
 @contextmanager
-def as_on_gpu(*, packed: bool = False) -> Iterator[None]:
-    """Within the block, models of meta tensors run, and choose what they choose on a GPU. `packed`:
-    positions begin again within a row, which models find in their values."""
+def as_on(device: str, *, packed: bool = False, lengths: Sequence[int] = ()) -> Iterator[None]:
+    """Within the block, models of meta tensors run, and choose what they choose on a `device`: cuda
+    or cpu. `packed`: positions begin again within a row, which models find in their values; those
+    of the `lengths` of rows are read by qlora.fast.attention."""
     autocast, is_enabled, generator = torch.autocast, torch.is_autocast_enabled, torch.Generator
 
     def of_cpu(kind: str, *args: Any, **settings: Any) -> Any:
@@ -180,8 +204,15 @@ def as_on_gpu(*, packed: bool = False) -> Iterator[None]:
         return kind != ("meta",) and is_enabled(*kind)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
-        stack.enter_context(patch.object(F, "rms_norm", rms_norm))
+        for name in QUESTIONS:
+            stack.enter_context(unread(name, False))
+        stack.enter_context(unread("tolist", [*lengths]))
+        if device == "cpu":
+            stack.enter_context(meta_as_cpu())
+        else:
+            stack.enter_context(patch.object(F, "rms_norm", rms_norm))
+        own = attention_of_cpu if device == "cpu" else attention
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", own))
         stack.enter_context(patch.object(torch, "autocast", of_cpu))
         stack.enter_context(patch.object(torch, "Generator", on_cpu))
         stack.enter_context(patch.object(torch, "is_autocast_enabled", is_on))

@@ -53,11 +53,11 @@ def difference(one: Bytes, other: Bytes) -> Bytes:
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of all storages on the meta device that operators allocate, while they are alive."""
+    """Bytes of all storages on one device that operators allocate, while they are alive."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, workspace: int = WORKSPACE, device: str = "meta") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kind = kind
+        self.kind, self.workspace, self.device = kind, workspace, device
         self.now: Bytes = Counter()
         self.segments: list[Segment] = []
         self.without = 0  # values of the logits, if these have a shape only
@@ -70,10 +70,10 @@ class Meter(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if func._schema.name in PRODUCTS and threading.get_ident() not in self._threads:
             self._threads.add(threading.get_ident())
-            self._add(WORKSPACES, WORKSPACE)
+            self._add(WORKSPACES, self.workspace)
         self.add_work(work_of(func, args, made))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
                 self._note(tensor)
         return made
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.config import TrainConfig
-from qlora.plan.meta import as_on_gpu, empty
+from qlora.plan.meta import as_on, empty
 from qlora.plan.meter import Meter
 from qlora.training.checks import training_arguments
 from qlora.training.optimizers import BUNDLE, MasterWeights, keep_updates
@@ -32,26 +32,29 @@ class OptimizerBytes(NamedTuple):
     step: int
 
 
-def optimizer_bytes(config: TrainConfig, parameters: Sequence[Kind]) -> OptimizerBytes:
+def optimizer_bytes(
+    config: TrainConfig, parameters: Sequence[Kind], device: str = "cuda"
+) -> OptimizerBytes:
     """Of the optimizer that `config` names, for parameters of these dtypes and shapes.
 
     The state of a parameter depends on its dtype and shape alone. A step with master weights takes
-    a bundle at a time, any other all parameters at once.
+    a bundle at a time, any other all parameters at once, and on a CPU one.
     """
     counts, few = Counter(parameters), _few(parameters)
     meter = Meter(GIVEN)
-    with as_on_gpu(), meter:
+    with as_on(device), meter:
         trained = {nn.Parameter(empty(shape, dtype)): (dtype, shape) for dtype, shape in few}
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-        optimizer = _optimizer(config, list(trained))
+        optimizer = _optimizer(config, list(trained), device)
         optimizer.step()
         meter.begin(STEP, STEP)
         optimizer.step()
         (segment,) = meter.segments
     sizes = {kind: _state_of(optimizer, p) for p, kind in reversed(trained.items())}
     step = sum(segment.rise.values())
-    if not (isinstance(optimizer, MasterWeights) and torch.bfloat16 in {kind[0] for kind in few}):
+    is_bundled = isinstance(optimizer, MasterWeights) and torch.bfloat16 in {k[0] for k in few}
+    if device == "cuda" and not is_bundled:
         step = step * _numbers(parameters) // max(1, _numbers(few))
     return OptimizerBytes(sum(sizes[kind] * count for kind, count in counts.items()), step)
 
@@ -76,13 +79,13 @@ def _state_of(optimizer: Any, parameter: nn.Parameter) -> int:
     return sum(t.nbytes for t in held if isinstance(t, Tensor) and t.is_meta)
 
 
-def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> Any:
+def _optimizer(config: TrainConfig, parameters: list[nn.Parameter], device: str) -> Any:
     arguments = training_arguments(config, fp16=False, on_cpu=True)
     kind, settings = AdapterTrainer.get_optimizer_cls_and_kwargs(arguments)
     if settings.pop("fused", False):
         settings["foreach"] = False  # as a fused step, it allocates next to nothing
     elif kind.__module__.startswith("torch.optim"):
-        settings["foreach"] = True  # as on a GPU
+        settings["foreach"] = device == "cuda"  # as torch does by itself
     optimizer: Any = None
     with suppress(TypeError):
         optimizer = kind(parameters, lr=1e-4, **_without_rate(settings))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import torch
 
 import qlora.training
@@ -16,18 +17,21 @@ def run(config: TrainConfig) -> Path:
 
 
 def planned_bytes(config: TrainConfig) -> int | None:
-    """The planned peak memory, which is printed; None where there is no plan, which is no error."""
-    if not torch.cuda.is_available():  # the plan is of a GPU
-        return None
-    from qlora.plan.estimate import plan  # takes a moment to import
+    """The planned peak memory, which is printed; None where there is no plan, which is no error.
+    On a CPU it is resident memory, with what this process has before it loads the model."""
+    from qlora.plan.estimate import Planner  # takes a moment to import
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = psutil.Process().memory_info().rss if device == "cpu" else 0
     try:
         with torch.random.fork_rng(devices=[]):  # the run draws the same numbers without a plan
-            made = plan(config)
+            made = Planner(config, device=device).plan()
     except Exception as error:  # of a model's code, too
         print(f"plan: none for this run: {first_line(error)}")
         return None
     of = f" of {show_bytes(made.budget_bytes)}" if made.budget_bytes else ""
     fits = {None: "", True: ", it fits", False: ", it may not fit: --plan --fit tells what would"}
-    print(f"plan: peak memory {show_bytes(made.peak_bytes)}{of}{fits[made.fits]}")
-    return made.peak_bytes
+    if device == "cpu":
+        of, fits[False] = "", f", more than the {of.removeprefix(' of ')} that are free"
+    print(f"plan: peak memory {show_bytes(before + made.peak_bytes)}{of}{fits[made.fits]}")
+    return before + made.peak_bytes

@@ -1,4 +1,4 @@
-"""The memory of a training step of a large model on a GPU, counted without a GPU or weights.
+"""The memory of a training step of a large model on a GPU or a CPU, counted without its weights.
 
 Our own step runs: `load_base`, `apply_lora` and `prepare_for_training` on a narrow checkpoint on
 the CPU, which `widen` turns into the large model without memory; two micro-batches run under a
@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from qlora.adapters.apply import apply_lora
 from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import quantized_layers
-from qlora.base.load import load_base, require_all_quantized
+from qlora.base.load import DTYPE_NAMES, compute_dtype, load_base, require_all_quantized
 from qlora.base.modules import auto_class, is_quantized, state_of, vocabulary
 from qlora.config import TrainConfig
 from qlora.config.tasks import task_named
@@ -37,11 +37,11 @@ from qlora.fast import layers
 from qlora.fast.attention import VARLEN, rows_collator
 from qlora.fast.head import LazyLogits
 from qlora.fast.offload import offload_activations
-from qlora.plan.meta import Unread, all_nonzero, as_on_gpu, backward, empty, forget_buffers, widen
-from qlora.plan.meter import Bytes, Meter, Segment, difference
+from qlora.plan.meta import all_nonzero, as_on, backward, empty, forget_buffers, widen
+from qlora.plan.meter import WORKSPACE, Bytes, Meter, Segment, difference
 from qlora.plan.shrink import first_layers, layer_count, narrow, text_of
 from qlora.plan.work import kernels_counted
-from qlora.training.run import prepare_for_training
+from qlora.training.prepare import prepare_for_training
 
 LINEAR, EMBEDDING, HEAD, OTHER = "linear weights", "embedding", "output head", "norms and others"
 ADAPTERS, GRADIENTS, SAVED = "adapters", "gradients", "saved activations"
@@ -133,16 +133,19 @@ def enough_layers(kinds: Sequence[Any], edges: int) -> int:
 # ---- the model ----
 
 
-def as_on_16_bit_gpu(config: TrainConfig) -> TrainConfig:
-    """`config` with what a GPU chooses for `auto`, and no start that needs weights or data."""
+def as_chosen_on(device: str, config: TrainConfig) -> TrainConfig:
+    """`config` with what a 16-bit GPU or this CPU chooses for `auto`, and no start that needs
+    weights or data."""
     dtype = "bf16" if config.quant.compute_dtype == "auto" else config.quant.compute_dtype
+    if device == "cpu":
+        dtype = DTYPE_NAMES[compute_dtype(config.quant, torch.device(device))]
     lora, skip = config.lora, (*config.quant.skip_modules, *config.lora.modules_to_save)
     settings: Any = {"init_lora_weights": True, "loftq_config": {}, "eva_config": {}}
     quant = replace(config.quant, compute_dtype=dtype, skip_modules=skip)
     return replace(config, lora=replace(lora, **settings), quant=quant)
 
 
-def load_narrow(config: TrainConfig, large: PreTrainedConfig) -> Any:
+def load_narrow(config: TrainConfig, large: PreTrainedConfig, device: str = "cuda") -> Any:
     """The narrow model of `large`, in 4 bits with adapters on the CPU, prepared for training."""
     task = task_named(config.task)
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +156,8 @@ def load_narrow(config: TrainConfig, large: PreTrainedConfig) -> Any:
         except UserError as error:  # which names the folder
             raise UserError(str(error).replace(folder, config.model)) from error
     apply_lora(model, config.lora)
-    if config.lora.adapter_dtype == "auto" and model.dtype == torch.bfloat16:  # as on a GPU
+    is_16_bit = device == "cuda" and model.dtype == torch.bfloat16
+    if config.lora.adapter_dtype == "auto" and is_16_bit:
         for layer in lora_layers(model).values():
             for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
                 matrix.data = matrix.data.bfloat16()
@@ -173,8 +177,16 @@ def on_meta(config: TrainConfig, large: PreTrainedConfig) -> Any:
 class Sample:
     """The first layers of a large model on the meta device, to count steps of."""
 
-    def __init__(self, config: TrainConfig, source: PreTrainedConfig, *, direct: bool = False):
-        self.config = config = as_on_16_bit_gpu(config)
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: PreTrainedConfig,
+        *,
+        device: str = "cuda",
+        direct: bool = False,
+    ) -> None:
+        self.device = device
+        self.config = config = as_chosen_on(device, config)
         self.edges = OFFLOAD_EDGES if config.offload_activations else EDGES
         with quietly():
             whole = on_meta(config, source)
@@ -192,7 +204,7 @@ class Sample:
                 few, large_config, large = len(kinds), source, on_meta(config, source)
             self.stands_in = stand_in(kinds, few, self.edges)
             try:
-                self.model = load_narrow(config, large_config)
+                self.model = load_narrow(config, large_config, device)
             except UserError:  # with the sizes of the whole model, if they are the reason
                 require_all_quantized(whole, quantized_layers(whole, config.quant), config.quant)
                 raise
@@ -202,21 +214,21 @@ class Sample:
             names = vocabulary(self.model)
             modules = [self.model.get_submodule(name) for name in names if name]
             self.is_tied = len(modules) == 2 and modules[0].weight is modules[1].weight
-        self.meter = Meter(OTHER)
+        self.meter = Meter(OTHER, workspace=WORKSPACE if device == "cuda" else 0)
         forget_buffers()
         with self.meter:
-            widen(self.model, large)
+            widen(self.model, large, device)
         self.parts = self._tag_parameters()
         self._watch_layers()
 
     def _collator(self) -> Any:
-        """The collator of a run on a GPU; None where rows are padded. Sets the attention."""
+        """The run's collator; None where rows are padded. Sets the attention."""
         model, config = self.model, self.config
         if config.task != "causal-lm":
             return None
         settings: Any = {"packing": config.data.packing, "fast_path": config.fast_path}
         collate = rows_collator(model, pad_token_id=0, **settings)
-        if not isinstance(collate, FlatCollator):
+        if not isinstance(collate, FlatCollator) or self.device == "cpu":
             return collate
         text = text_of(model.config)
         keys, values = getattr(text, "qk_head_dim", None), getattr(text, "v_head_dim", None)
@@ -322,7 +334,8 @@ class Sample:
         host = HostMemory(meter)
         forget_buffers()
         offload = offload_activations(copies=host) if self.config.offload_activations else None  # type: ignore[arg-type]
-        with as_on_gpu(packed=packed), kernels_counted(meter.add_work):
+        counted = kernels_counted(meter.add_work)
+        with as_on(self.device, packed=packed, lengths=[length] * rows), counted:
             for self.is_counting in (False, True):
                 if not (self.is_counting and accumulates):
                     self.model.zero_grad(set_to_none=True)
@@ -331,7 +344,7 @@ class Sample:
                     meter.begin("embedding", WORKING)
                 else:
                     meter.kind, meter.without = SCRATCH, 0
-                with meter, Unread(), offload or ExitStack():
+                with meter, offload or ExitStack():
                     inputs = self.batch(rows, length)
                     labels = inputs.pop("labels")
                     count = empty((), torch.int64)
@@ -341,7 +354,7 @@ class Sample:
                     del outputs
                 if self.is_counting:
                     meter.begin("backward of the loss", LOSS)
-                backward(loss, meter, Unread(), all_nonzero())
+                backward(loss, meter, all_nonzero())
                 del loss, inputs, labels, count
                 vocab = self.model.config.get_text_config().vocab_size
                 meter.without = rows * (-(-length // 8) * 8 if self.collate is None else length)

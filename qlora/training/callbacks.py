@@ -5,11 +5,13 @@ FiniteSteps   a loss or gradient that is not finite is named, and changes nothin
 FreeCores     it uses the CPU cores that other processes leave free
 """
 
+import ctypes
 import os
 import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,21 @@ from qlora.training.outputs import complete_checkpoints, last_checkpoint, show_r
 # many and more than a tenth of its steps, so that one bad row does not end a run of many epochs.
 MAX_SKIPPED = 5
 NOT_FINITE = "not-finite-"  # before the name of a checkpoint whose adapter gives no finite loss
+MMAP_THRESHOLD = -3  # glibc's name of the setting
+WHILE_LOADING, WHILE_TRAINING = 1 << 17, 4 << 20  # its values, in bytes
 SECONDS = 2.0  # from one look at the load of the CPU to the next
+
+
+def return_freed_memory(least: int) -> None:
+    """Let glibc return freed tensors of `least` bytes or more to the system, for a run on a CPU.
+
+    By itself it keeps up to 32 MiB of each, and can hardly use them again, as tensors are aligned
+    and of many sizes: a run on four rows of 512 tokens with 6 layers of SmolLM2-135M then has 436
+    MiB above its start, and 347 with WHILE_TRAINING, where the tensors take 234. New pages cost
+    system time: the least of five steps took 3.42 s of CPU time instead of 3.41, 3.59 with 1 MiB.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, least)
 
 
 class SaveOnSignal(TrainerCallback):

@@ -12,17 +12,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from qlora.adapters.apply import active_adapters, apply_lora, print_trainable_parameters
-from qlora.adapters.files import save_adapter
+from qlora.adapters.apply import apply_lora, print_trainable_parameters
 from qlora.adapters.format import read_adapter
 from qlora.adapters.live import require_task
-from qlora.adapters.wrappers import remove_wrappers
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
@@ -32,12 +29,15 @@ from qlora.data import rows as data_rows
 from qlora.data.chats import Reading
 from qlora.data.generation import describe_stops, taught_stop_ids
 from qlora.data.templates import apply_settings
-from qlora.errors import UserError, require
-from qlora.fast import layers
-from qlora.fast.head import LanguageHead, put_language_head
+from qlora.errors import UserError
 from qlora.fast.offload import offload_embedding
 from qlora.files import RUN, SAMPLES, ids_in
-from qlora.training.callbacks import FreeCores
+from qlora.training.callbacks import (
+    WHILE_LOADING,
+    WHILE_TRAINING,
+    FreeCores,
+    return_freed_memory,
+)
 from qlora.training.checks import check_arguments, check_settings
 from qlora.training.dry_step import before_training
 from qlora.training.memory import free_unused, is_out_of_memory, out_of_memory_in
@@ -50,6 +50,7 @@ from qlora.training.outputs import (
     write_run_file,
     writing_to,
 )
+from qlora.training.prepare import prepare_for_training
 from qlora.training.samples import choose_samples, write_answers
 from qlora.training.trainer import AdapterTrainer, make_trainer
 
@@ -75,6 +76,9 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     Raises UserError if settings, data, model or machine do not work together, or memory runs out.
     Unless training has begun, nothing was written then.
     """
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        return_freed_memory(WHILE_LOADING)
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
     resume_from = check_settings(config, output)
@@ -104,6 +108,8 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
         print(rows.describe())
 
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
+    if on_cpu:
+        return_freed_memory(WHILE_TRAINING)
     rate = config.learning_rate or rate_from_rule(model)
     config = replace(config, learning_rate=rate, resume=False)
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
@@ -280,53 +286,3 @@ def rate_from_rule(model: PreTrainedModel) -> float:
         f"model of hidden size {text.hidden_size}; --learning-rate overrides it"
     )
     return rate
-
-
-def prepare_for_training(
-    model: PreTrainedModel, gradient_checkpointing: bool = True, *, fast_path: bool = True
-) -> PreTrainedModel:
-    """Prepare a model with adapters for a training loop, in place.
-
-    Sets training mode, no key-value cache and, if asked, non-reentrant gradient checkpointing.
-    `fast_path`: layers, norms (qlora.fast.layers) and a loss (qlora.fast.head) that compute the
-    same numbers in less memory. Generation works as before. A later call overrides an earlier one.
-
-    transformers' Trainer and TRL's SFTTrainer then accept the model: `model.save_pretrained`, which
-    they call, writes the active adapter as long as the model has one.
-
-    Raises UserError if the family has no gradient checkpointing.
-    """
-    supported = not gradient_checkpointing or model.supports_gradient_checkpointing
-    family = type(model).__name__
-    require(supported, f"{family} has no gradient checkpointing: use --no-gradient-checkpointing")
-    model._hf_peft_config_loaded = False  # with it, checkpointing computes gradients of embeddings
-    model.config.use_cache = False
-    if fast_path:
-        put_language_head(model)
-        layers.put_norms(model)
-    else:
-        layers.remove_fast_path(model)
-        remove_wrappers(model, lambda wrapper: isinstance(wrapper, LanguageHead | layers.RMSNorm))
-    # "activation" since transformers 5.2x
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if gradient_checkpointing:
-        settings = {"use_reentrant": False, "preserve_rng_state": layers.draws_numbers(model)}
-        getattr(model, f"{kind}_checkpointing_enable")(settings)
-    elif getattr(model, f"is_{kind}_checkpointing"):
-        getattr(model, f"{kind}_checkpointing_disable")()
-    model.train()
-    if fast_path:
-        layers.use_fast_path(model, recompute=gradient_checkpointing)
-    model._hf_peft_config_loaded = True  # PEFT's mark: Trainer refuses a 4-bit model without it
-    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
-    return model
-
-
-def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
-    """The adapter of `model` in PEFT's format; transformers' method once it has none."""
-    if active := active_adapters(model):
-        for name in active:
-            save_adapter(model, save_directory, adapter_name=name)
-        return
-    model._hf_peft_config_loaded = False
-    type(model).save_pretrained(model, save_directory, **options)

@@ -242,7 +242,7 @@ def test_dataset_saved_to_disk_and_splits_of_the_hub(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"one' is not whole: .* Pass a \.jsonl"):
         load_records(str(tmp_path / "one"))
     splits = datasets.DatasetDict(train=one)
-    monkeypatch.setattr("qlora.data.records.load_dataset", lambda name: splits)
+    monkeypatch.setattr("datasets.load_dataset", lambda name: splits)
     assert texts("a/b", "evaluation") == ["a"]  # the only one
     splits["test_matched"] = two
     assert texts("a/b", "evaluation") == ["b"]
@@ -335,7 +335,7 @@ def test_missing_path_is_no_hub_name(tmp_path, monkeypatch):
 
 def test_hub_name_that_cannot_be_reached(monkeypatch):
     load_dataset = Mock(side_effect=ConnectionError("Couldn't reach 'a/b' on the Hub"))
-    monkeypatch.setattr("qlora.data.records.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"'a/b' is no local file .* Couldn't reach .* Pass a"):
         load_records("a/b")
     load_dataset.assert_called_once_with("a/b")

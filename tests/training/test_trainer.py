@@ -24,8 +24,8 @@ from qlora.adapters.lora import lora_layers
 from qlora.data.rows import collator, prepare_data
 from qlora.fast.head import LazyLogits
 from qlora.fast.offload import offload_activations
+from qlora.training import prepare_for_training, train
 from qlora.training.optimizers import MasterWeights
-from qlora.training.run import prepare_for_training, train
 from qlora.training.trainer import AdapterTrainer, make_trainer
 
 

@@ -1,0 +1,64 @@
+"""`prepare_for_training(model)`: checkpointing and the fast path, for any training loop."""
+
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from qlora.adapters.apply import active_adapters
+from qlora.adapters.files import save_adapter
+from qlora.adapters.wrappers import remove_wrappers
+from qlora.errors import require
+from qlora.fast import layers
+from qlora.fast.head import LanguageHead, put_language_head
+
+
+def prepare_for_training(
+    model: PreTrainedModel, gradient_checkpointing: bool = True, *, fast_path: bool = True
+) -> PreTrainedModel:
+    """Prepare a model with adapters for a training loop, in place.
+
+    Sets training mode, no key-value cache and, if asked, non-reentrant gradient checkpointing.
+    `fast_path`: layers, norms (qlora.fast.layers) and a loss (qlora.fast.head) that compute the
+    same numbers in less memory. Generation works as before. A later call overrides an earlier one.
+
+    transformers' Trainer and TRL's SFTTrainer then accept the model: `model.save_pretrained`, which
+    they call, writes the active adapter as long as the model has one.
+
+    Raises UserError if the family has no gradient checkpointing.
+    """
+    supported = not gradient_checkpointing or model.supports_gradient_checkpointing
+    family = type(model).__name__
+    require(supported, f"{family} has no gradient checkpointing: use --no-gradient-checkpointing")
+    model._hf_peft_config_loaded = False  # with it, checkpointing computes gradients of embeddings
+    model.config.use_cache = False
+    if fast_path:
+        put_language_head(model)
+        layers.put_norms(model)
+    else:
+        layers.remove_fast_path(model)
+        remove_wrappers(model, lambda wrapper: isinstance(wrapper, LanguageHead | layers.RMSNorm))
+    # "activation" since transformers 5.2x
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if gradient_checkpointing:
+        settings = {"use_reentrant": False, "preserve_rng_state": layers.draws_numbers(model)}
+        getattr(model, f"{kind}_checkpointing_enable")(settings)
+    elif getattr(model, f"is_{kind}_checkpointing"):
+        getattr(model, f"{kind}_checkpointing_disable")()
+    model.train()
+    if fast_path:
+        layers.use_fast_path(model, recompute=gradient_checkpointing)
+    model._hf_peft_config_loaded = True  # PEFT's mark: Trainer refuses a 4-bit model without it
+    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+    return model
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
+    """The adapter of `model` in PEFT's format; transformers' method once it has none."""
+    if active := active_adapters(model):
+        for name in active:
+            save_adapter(model, save_directory, adapter_name=name)
+        return
+    model._hf_peft_config_loaded = False
+    type(model).save_pretrained(model, save_directory, **options)
