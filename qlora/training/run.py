@@ -34,12 +34,7 @@ from qlora.data.generation import describe_stops, taught_stop_ids
 from qlora.errors import UserError, did_you_mean, require
 from qlora.fast.offload import offload_embedding, require_gpu
 from qlora.files import RUN, ids_in, read_metrics, read_samples, require_new
-from qlora.training.callbacks import (
-    WHILE_LOADING,
-    WHILE_TRAINING,
-    FreeCores,
-    return_freed_memory,
-)
+from qlora.training.callbacks import FreeCores, return_freed_memory
 from qlora.training.outputs import (
     checkpoint_to_resume,
     choose_samples,
@@ -105,9 +100,8 @@ def train(config: TrainConfig) -> Path:
     Raises UserError if settings, data, model or machine do not work together. Unless training has
     begun, nothing was written then.
     """
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        return_freed_memory(WHILE_LOADING)
+    if not torch.cuda.is_available():
+        return_freed_memory()
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
     resume_from = check_settings(config, output)
@@ -135,8 +129,6 @@ def train(config: TrainConfig) -> Path:
         print(rows.describe())
 
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
-    if on_cpu:
-        return_freed_memory(WHILE_TRAINING)
     rate = config.learning_rate or rate_from_rule(model)
     config = replace(config, learning_rate=rate, resume=False)
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
