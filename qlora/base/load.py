@@ -308,7 +308,11 @@ def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # a 4-bit checkpoint's norms are loaded as stored
             needs_fp32 = name.rpartition(".")[0] in overflows
-            parameter.data = parameter.data.to(torch.float32 if needs_fp32 else dtype)
+            values = parameter.data.to(torch.float32 if needs_fp32 else dtype)
+            if values.device.type == "cpu" and values.itemsize == 2:
+                # as the file has it, maybe: all pages of the mapped file would stay resident
+                values = values.clone()
+            parameter.data = values
 
 
 def own_kernel(module: Any) -> None:

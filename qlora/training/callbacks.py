@@ -31,21 +31,20 @@ from qlora.training.outputs import complete_checkpoints, last_checkpoint, show_r
 # many and more than a tenth of its steps, so that one bad row does not end a run of many epochs.
 MAX_SKIPPED = 5
 NOT_FINITE = "not-finite-"  # before the name of a checkpoint whose adapter gives no finite loss
-MMAP_THRESHOLD = -3  # glibc's name of the setting
-WHILE_LOADING, WHILE_TRAINING = 1 << 17, 4 << 20  # its values, in bytes
+MMAP_THRESHOLD, LARGE = -3, 1 << 20  # glibc's name of the setting, and its value in bytes
 SECONDS = 2.0  # from one look at the load of the CPU to the next
 
 
-def return_freed_memory(least: int) -> None:
-    """Let glibc return freed tensors of `least` bytes or more to the system, for a run on a CPU.
+def return_freed_memory() -> None:
+    """Let glibc return freed tensors of LARGE bytes or more to the system, for a run on a CPU.
 
-    By itself it keeps up to 32 MiB of each, and can hardly use them again, as tensors are aligned
-    and of many sizes: a run on four rows of 512 tokens with 6 layers of SmolLM2-135M then has 436
-    MiB above its start, and 347 with WHILE_TRAINING, where the tensors take 234. New pages cost
-    system time: the least of five steps took 3.42 s of CPU time instead of 3.41, 3.59 with 1 MiB.
+    By itself it keeps those up to 32 MiB, and can hardly use them again, as tensors are aligned and
+    of many sizes: four rows of 1,024 tokens of SmolLM2-135M took 1,988 MiB above the process's
+    start, where the tensors take 624. New pages cost system time: of 6 layers and four rows of 256
+    tokens, the least of five steps took 3.59 s of CPU time instead of 3.41.
     """
     with suppress(OSError, AttributeError, TypeError):  # not glibc
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, least)
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
 
 
 class SaveOnSignal(TrainerCallback):

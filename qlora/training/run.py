@@ -32,12 +32,7 @@ from qlora.data.templates import apply_settings
 from qlora.errors import UserError
 from qlora.fast.offload import offload_embedding
 from qlora.files import RUN, SAMPLES, ids_in
-from qlora.training.callbacks import (
-    WHILE_LOADING,
-    WHILE_TRAINING,
-    FreeCores,
-    return_freed_memory,
-)
+from qlora.training.callbacks import FreeCores, return_freed_memory
 from qlora.training.checks import check_arguments, check_settings
 from qlora.training.dry_step import before_training
 from qlora.training.memory import free_unused, is_out_of_memory, out_of_memory_in
@@ -76,9 +71,8 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     Raises UserError if settings, data, model or machine do not work together, or memory runs out.
     Unless training has begun, nothing was written then.
     """
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        return_freed_memory(WHILE_LOADING)
+    if not torch.cuda.is_available():
+        return_freed_memory()
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
     resume_from = check_settings(config, output)
@@ -108,8 +102,6 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
         print(rows.describe())
 
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
-    if on_cpu:
-        return_freed_memory(WHILE_TRAINING)
     rate = config.learning_rate or rate_from_rule(model)
     config = replace(config, learning_rate=rate, resume=False)
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
