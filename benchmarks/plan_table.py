@@ -1,7 +1,7 @@
 """The memory that ten often tuned models take, by `train.py --plan`, without a GPU or weights.
 
     python benchmarks/plan_table.py [MODEL ...]     prints their rows
-    python benchmarks/plan_table.py --write         writes the table into docs/training.md
+    python benchmarks/plan_table.py --write         writes the table into README.md
 
 The settings are train.py's defaults with one row a micro-batch and gradient accumulation: rank 16
 on all linear layers, bf16 adapter, paged 8-bit AdamW, gradient checkpointing. Sizes are those of
@@ -22,7 +22,7 @@ from qlora.config import DataConfig, TrainConfig
 from qlora.plan.estimate import Planner
 from qlora.plan.fit import Fitter
 
-PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+PAGE = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks/plan_table.py -->", "<!-- end of plan_table -->"
 LENGTHS, CARDS = (1024, 2048, 4096), (8, 12, 16, 24)
 GIB = 1 << 30
@@ -74,9 +74,7 @@ def main() -> None:
     """Print the rows, or write all into the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {json.dumps([*MODELS])}")
-    parser.add_argument(
-        "--write", action="store_true", help="write the table into docs/training.md"
-    )
+    parser.add_argument("--write", action="store_true", help="write the table into README.md")
     given = parser.parse_args()
     if unknown := {*given.models} - {*MODELS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(MODELS)}")

@@ -1,4 +1,4 @@
-"""The table of ten models in docs/training.md is what the planner counts."""
+"""The table of ten models in README.md is what the planner counts."""
 
 from pathlib import Path
 
