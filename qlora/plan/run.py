@@ -23,12 +23,16 @@ def planned_bytes(config: TrainConfig) -> int | None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = psutil.Process().memory_info().rss if device == "cpu" else 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of tiny tensors: threads would wait for each other
     try:
         with torch.random.fork_rng(devices=[]):  # the run draws the same numbers without a plan
             made = Planner(config, device=device).plan()
     except Exception as error:  # of a model's code, too
         print(f"plan: none for this run: {first_line(error)}")
         return None
+    finally:
+        torch.set_num_threads(threads)
     of = f" of {show_bytes(made.budget_bytes)}" if made.budget_bytes else ""
     fits = {None: "", True: ", it fits", False: ", it may not fit: --plan --fit tells what would"}
     if device == "cpu":

@@ -180,7 +180,7 @@ LLAMA_8B = "llama3.1-8b --r 32 --offload"
     "card, flags, tokens",
     [
         (6, "llama2-7b", 2048),
-        (8, LLAMA_8B, 8192),
+        pytest.param(8, LLAMA_8B, 8192, marks=pytest.mark.full),
         pytest.param(12, LLAMA_8B, 24576, marks=pytest.mark.full),
         pytest.param(24, LLAMA_8B, 86016, marks=pytest.mark.full),
     ],

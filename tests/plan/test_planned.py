@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import conftest
+import psutil
 import pytest
 
 from qlora.files import read_metrics
@@ -14,10 +15,8 @@ from qlora.plan import run as planned
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     """A GPU is there, for the question whether a run is planned."""
-    there = SimpleNamespace(
-        cuda=SimpleNamespace(is_available=lambda: True), random=planned.torch.random
-    )
-    monkeypatch.setattr(planned, "torch", there)
+    cuda = SimpleNamespace(is_available=lambda: True)
+    monkeypatch.setattr(planned, "torch", SimpleNamespace(**vars(planned.torch) | {"cuda": cuda}))
 
 
 def test_a_run_logs_its_planned_peak_and_is_the_same(quick_run, tmp_path, capsys):
@@ -39,3 +38,11 @@ def test_a_plan_is_one_line_and_never_an_error(quick_run, monkeypatch, capsys):
     config = replace(quick_run.config, model="/nowhere/at all")
     assert planned.planned_bytes(config) is None
     assert capsys.readouterr().out.startswith("plan: none for this run: model /nowhere/at all does")
+
+
+def test_on_a_cpu_the_planned_peak_is_of_the_process(quick_run, monkeypatch, capsys):
+    monkeypatch.setattr(planned.torch.cuda, "is_available", lambda: False)
+    above = estimate.Planner(quick_run.config, device="cpu").plan().peak_bytes
+    before = psutil.Process().memory_info().rss
+    assert before + above <= planned.planned_bytes(quick_run.config) < before + above + (64 << 20)
+    assert capsys.readouterr().out.endswith(", it fits\n")
