@@ -79,7 +79,9 @@ class DataConfig(Settings):
     eval_data: str | None = None
     """evaluation data, in the same formats"""
     max_length: int = field(default=MAX_LENGTH, metadata=at_least(8))
-    """maximum tokens per row; longer rows are truncated and counted"""
+    """maximum tokens per row"""
+    long_rows: Literal["error", "truncate", "drop", "split"] = "error"
+    """what longer rows become; error: truncated, unless over 1 % of the tokens would be lost"""
     packing: bool = False
     """pack several rows into one, up to max_length"""
     train_on: Literal["all", "last"] = field(default="all", metadata=RARE)
@@ -176,6 +178,8 @@ class TrainConfig(Settings):
     def faults(self) -> Iterator[str]:
         if self.data.packing and self.task != CAUSAL_LM.name:
             yield f"packing needs task {CAUSAL_LM.name}, got {self.task}: turn it off"
+        if self.data.long_rows == "split" and self.task != CAUSAL_LM.name:
+            yield f"long_rows split needs task {CAUSAL_LM.name}, got {self.task}: drop or truncate"
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield f"num_train_epochs must be above 0, got {self.num_train_epochs}"
         if self.offload_activations and not self.gradient_checkpointing:

@@ -32,8 +32,10 @@ from qlora.base.modules import state_of
 from qlora.config import TrainConfig, changed_settings, differences, flat
 from qlora.config.tasks import task_named
 from qlora.data import rows as data_rows
+from qlora.data.batches import PackedRows, length_batches
 from qlora.data.chats import Reading
 from qlora.data.generation import describe_stops, taught_stop_ids
+from qlora.data.inspection import show_example
 from qlora.data.templates import apply_settings
 from qlora.errors import UserError, did_you_mean, require
 from qlora.fast import layers
@@ -125,12 +127,12 @@ def train(config: TrainConfig) -> Path:
     if "chat_template" in data_rows.prepare_tokenizer(tokenizer, chats=data.chats, thinks=thinks):
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
-    show, colour = data_rows.show_example, sys.stdout.isatty()
+    colour = sys.stdout.isatty()
     shown: Any = {"classes": data.classes, "special": data.counts["training"]["special"]}
-    print(show(data.rows, tokenizer, colour=colour, task=task, **shown))
+    print(show_example(data.rows, tokenizer, colour=colour, task=task, **shown))
     rows: Any = data.rows
     if config.data.packing:
-        rows = data_rows.PackedRows(rows, data.max_length)
+        rows = PackedRows(rows, data.max_length)
         print(rows.describe())
 
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
@@ -318,7 +320,7 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
     classes = checkpoint.labels if is_classifier else ()  # kept where the data has no others
     rows, counts, chats = {}, {}, False
     same: Any = {"max_length": max_length, "vocabulary": checkpoint.vocab_size, "task": task.name}
-    same["reading"] = Reading.of(config.data)
+    same |= {"reading": Reading.of(config.data), "long_rows": config.data.long_rows}
     for part, source in (("training", config.data.data), ("evaluation", config.data.eval_data)):
         if source:
             same |= {"classes": classes, "new_classes": part == "training", "split": part}
@@ -360,7 +362,7 @@ def load_model(
     elif lora.init_lora_weights == "eva":
         every = max(1, sum(map(len, data.rows["input_ids"])) // EVA_TOKENS)
         spaced = (data.rows[i] for i in range(0, len(data.rows), every))
-        eva_batches = data_rows.length_batches(spaced, tokenizer, task=config.task, model=model)
+        eva_batches = length_batches(spaced, tokenizer, task=config.task, model=model)
     generator = torch.Generator().manual_seed(config.seed)
     apply_lora(model, lora, generator=generator, data=eva_batches)
     if config.offload_embedding:
