@@ -32,6 +32,7 @@ except ImportError:
 RUN = "run.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+INSPECTION = "inspect.html"
 MERGE_REPORT = "merge_report.json"
 GENERATION = "generation_config.json"
 EXPECTED_JSON = "expected one JSON object per line (or, in .json, a list of them)"

@@ -10,6 +10,8 @@ A row longer than `max_length` tokens is
 A row without a supervised token after that is left out; if all are, that is an error.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ from qlora.errors import UserError, require, some
 MOST_LOST = 0.01  # of the tokens
 CHUNK_ROWS = 1000  # that are Python objects at a time
 NO_LIMIT = 1 << 40
+SELECTING = ("supervised", "key")  # columns by which rows are counted and chosen
 SHOWN = 4  # row numbers in a message
 
 
@@ -106,7 +109,7 @@ class Encoder:
         columns["labels"] = ids[0] if self.objective.one_label else ids
         if self.objective.one_label and "token_type_ids" in self.tokenizer.model_input_names:
             columns["token_type_ids"] = ids
-        return Features({**columns, "length": Value("int64"), "supervised": Value("int64")})
+        return Features(columns | dict.fromkeys(("length", *SELECTING), Value("int64")))
 
     def rows_of(self, record: Record) -> list[dict[str, Any]]:
         """The rows of a record, with all that `objectives` says of them."""
@@ -124,6 +127,7 @@ class Encoder:
         for number, record in numbered:
             with errors_in(f"{self.source}, row {number}"):
                 rows = self.rows_of(record)
+            key = record_key(record)
             own = [row for row in rows if row.get("piece", 0) == 0]
             tally.own_rows += len(own) - 1
             for row in own:
@@ -134,7 +138,7 @@ class Encoder:
                     continue
                 if row["supervised"]:
                     _count_kept(tally, row, self.task)
-                    kept.append(row)
+                    kept.append(row | {"key": key})
                 elif row["full_length"]:
                     tally.dropped.add(number)
         arrays = {name: [row[name] for row in kept] for name in names}
@@ -152,6 +156,12 @@ class Encoder:
             is_split = self.long_rows == "split"
             is_dropped = self.long_rows == "drop"
             tally.cut_tokens += 0 if is_split else length - self.max_length * (not is_dropped)
+
+
+def record_key(record: Record) -> int:
+    """A number of 63 bits that depends on the contents of a record only."""
+    text = json.dumps(record, sort_keys=True, default=str, ensure_ascii=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 def _count_kept(tally: Tally, row: dict[str, Any], task: str) -> None:

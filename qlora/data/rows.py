@@ -15,7 +15,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.data.chats import AS_IT_IS, Reading
-from qlora.data.encoding import Encoder, Tally, encode_records, errors_in, require_vocabulary
+from qlora.data.encoding import (
+    SELECTING,
+    Encoder,
+    Tally,
+    encode_records,
+    errors_in,
+    require_vocabulary,
+)
 from qlora.data.objectives import OBJECTIVES, class_names
 from qlora.data.records import load_records
 from qlora.data.templates import fallback_template, set_switches
@@ -63,6 +70,7 @@ def prepare_data(
     vocabulary: int | None = None,
     reading: Reading = AS_IT_IS,
     long_rows: str = "truncate",
+    selecting: bool = False,
 ) -> tuple[Dataset, DataStats]:
     """Rows of `source` as input_ids, labels and length, of at most max_length tokens; and counts.
 
@@ -77,6 +85,7 @@ def prepare_data(
         vocabulary: the rows of the model's embedding; UserError if a token has no row in it.
         reading: how chats are read from records.
         long_rows: "truncate", "drop", "split" or "error" (qlora.data.encoding).
+        selecting: with the columns by which qlora.data.mixing chooses rows.
     """
     objective = OBJECTIVES[task]
     records = load_records(source, reading.kinds(objective.kinds), split=split, limit=limit)
@@ -94,7 +103,7 @@ def prepare_data(
     stats = _stats(
         tally, classes, chats, long_rows == "drop", (*_notes(encoder, tally), *records.notes)
     )
-    return rows.remove_columns("supervised"), stats
+    return rows if selecting else rows.remove_columns(list(SELECTING)), stats
 
 
 def _stats(

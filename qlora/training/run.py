@@ -31,6 +31,7 @@ from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
 from qlora.config import TrainConfig, changed_settings, differences, flat
 from qlora.config.tasks import task_named
+from qlora.data import mixing
 from qlora.data import rows as data_rows
 from qlora.data.batches import PackedRows, length_batches
 from qlora.data.chats import Reading
@@ -293,7 +294,7 @@ def require_same_rows(config: TrainConfig, counts: Any, recorded: Mapping[str, A
     if differ := differences(before, now):
         shown = ", ".join(f"{name} {old}, not {new}" for name, (old, new) in differ.items())
         raise UserError(
-            f"--resume: {config.data.data} has other rows than the run's start had ({shown}): give "
+            f"--resume: {config.data.name} has other rows than the run's start had ({shown}): give "
             "the same data, or a new --output-dir"
         )
 
@@ -318,19 +319,26 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
     task, models = task_named(config.task), checkpoint.config.get("architectures") or ()
     is_classifier = task.trains_head and any(name.endswith(task.class_ending) for name in models)
     classes = checkpoint.labels if is_classifier else ()  # kept where the data has no others
-    rows, counts, chats = {}, {}, False
     same: Any = {"max_length": max_length, "vocabulary": checkpoint.vocab_size, "task": task.name}
     same |= {"reading": Reading.of(config.data), "long_rows": config.data.long_rows}
-    for part, source in (("training", config.data.data), ("evaluation", config.data.eval_data)):
-        if source:
-            same |= {"classes": classes, "new_classes": part == "training", "split": part}
-            rows[part], stats = data_rows.prepare_data(source, tokenizer, **same)
-            print(data_rows.describe(stats, name=source))
-            hashed = data_rows.fingerprint(rows[part])
-            counts[part] = {"source": source, **stats.counts(), "fingerprint": hashed}
-            classes, chats = stats.classes, chats or stats.chats
-    sets = rows["training"], rows.get("evaluation")
-    return PreparedData(*sets, classes, chats, max_length, counts)
+    training, held_out = mixing.prepare_training(
+        config.data, tokenizer, seed=config.seed, classes=classes, **same
+    )
+    parts = {"training": (config.data.name, *training)}
+    if held_out:
+        parts["evaluation"] = (config.data.name, *held_out)
+    elif source := config.data.eval_data:
+        known: Any = {"classes": training[1].classes, "new_classes": False, "split": "evaluation"}
+        parts["evaluation"] = source, *data_rows.prepare_data(source, tokenizer, **same, **known)
+    counts = {}
+    for part, (name, rows, stats) in parts.items():
+        print(data_rows.describe(stats, name=name))
+        hashed = data_rows.fingerprint(rows)
+        counts[part] = {"source": name, **stats.counts(), "fingerprint": hashed}
+    eval_rows = parts["evaluation"][1] if "evaluation" in parts else None
+    *_, stats = parts["evaluation" if "evaluation" in parts else "training"]
+    classes, chats = stats.classes, any(stats.chats for *_, stats in parts.values())
+    return PreparedData(training[0], eval_rows, classes, chats, max_length, counts)
 
 
 def load_model(
