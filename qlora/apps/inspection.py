@@ -23,7 +23,7 @@ from qlora.data.chats import Reading
 from qlora.data.encoding import Encoder
 from qlora.data.inspection import Token, View, views
 from qlora.data.objectives import OBJECTIVES, class_names
-from qlora.data.records import load_records
+from qlora.data.records import Chosen, load_records
 from qlora.data.templates import apply_settings
 from qlora.errors import UserError, require
 from qlora.files import INSPECTION, replace_text
@@ -66,16 +66,18 @@ def views_of(config: TrainConfig) -> Iterable[View]:
         longest = Checkpoint(folder).max_positions
     max_length = min(config.data.max_length, longest or config.data.max_length)
     reading, objective = Reading.of(config.data), OBJECTIVES[config.task]
+    chosen = Chosen(config.data.data_config or "", config.data.data_split or "")
     count = None if config.inspect_rows else config.inspect
     for source in config.data.sources:
         last = count or max(config.inspect_rows)
         names: Any = ()
         if objective.classifies:
-            records = load_records(source, objective.kinds)
+            records = load_records(source, objective.kinds, chosen=chosen)
             names = class_names(records, records.kind[-1])
-        records = load_records(source, reading.kinds(objective.kinds), limit=last)
-        long_rows = config.data.long_rows
-        encoder = Encoder(source, config.task, tokenizer, max_length, names, reading, long_rows)
+        kinds = reading.kinds(objective.kinds)
+        records = load_records(source, kinds, limit=last, chosen=chosen)
+        how: Any = (reading, config.data.long_rows, records)
+        encoder = Encoder(source, config.task, tokenizer, max_length, names, *how)
         yield from views(encoder, records, count=count, chosen=config.inspect_rows)
 
 

@@ -95,6 +95,7 @@ class Encoder:
     classes: Sequence[str] = ()
     reading: Reading = AS_IT_IS
     long_rows: str = "truncate"
+    records: Records | None = None  # to name places in
 
     @property
     def objective(self) -> Objective:
@@ -111,11 +112,15 @@ class Encoder:
             columns["token_type_ids"] = ids
         return Features(columns | dict.fromkeys(("length", *SELECTING), Value("int64")))
 
-    def rows_of(self, record: Record) -> list[dict[str, Any]]:
-        """The rows of a record, with all that `objectives` says of them."""
+    def rows_of(self, number: str, record: Record) -> list[dict[str, Any]]:
+        """The rows of a record, with all that `objectives` says of them. Errors name its place."""
         limit = NO_LIMIT if self.long_rows == "split" else self.max_length
         args = (self.tokenizer, limit, self.classes, self.reading)
-        rows = self.objective.encode(record, *args)
+        try:
+            rows = self.objective.encode(record, *args)
+        except UserError as error:
+            place = self.records.place(number) if self.records else f"row {number}"
+            raise UserError(f"{self.source}, {place}: {error}") from error
         if self.long_rows == "split":
             rows = [piece for row in rows for piece in split_row(row, self.max_length)]
         return rows
@@ -125,8 +130,7 @@ class Encoder:
         tally, names = Tally(), list(self.features)
         kept: list[dict[str, Any]] = []
         for number, record in numbered:
-            with errors_in(f"{self.source}, row {number}"):
-                rows = self.rows_of(record)
+            rows = self.rows_of(number, record)
             key = record_key(record)
             own = [row for row in rows if row.get("piece", 0) == 0]
             tally.own_rows += len(own) - 1

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.data.chat_template import NO_LOSS
-from qlora.data.encoding import Encoder, errors_in
+from qlora.data.encoding import Encoder
 from qlora.data.objectives import OBJECTIVES
 from qlora.data.records import Records
 from qlora.errors import require, some
@@ -104,9 +104,7 @@ def views(
         if chosen and number not in left:
             continue
         left.discard(number)
-        with errors_in(f"{encoder.source}, row {name}"):
-            rows = encoder.rows_of(record)
-        yield from (_view(encoder, number, row) for row in rows)
+        yield from (_view(encoder, number, row) for row in encoder.rows_of(name, record))
     missing = [str(number) for number in sorted(left)]
     fault = f"--inspect-rows: {encoder.source} has {number} rows, but no row {some(missing)}"
     require(not left, fault)

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qlora.config import DataConfig
 from qlora.data.encoding import SELECTING
 from qlora.data.objectives import OBJECTIVES
+from qlora.data.records import Chosen
 from qlora.data.rows import DataStats, prepare_data
 from qlora.errors import require
 
@@ -43,7 +44,8 @@ def prepare_training(
     """
     is_one_kind = len(data.sources) == 1 or not OBJECTIVES[options["task"]].classifies
     require(is_one_kind, "several data need the task causal-lm or seq2seq: give one data set")
-    places: Any = {"selecting": True, "split": "training"}
+    chosen = Chosen(data.data_config or "", data.data_split or "")
+    places: Any = {"selecting": True, "split": "training", "chosen": chosen}
     parts = [prepare_data(source, tokenizer, **places, **options) for source in data.sources]
     if data.data_weights:
         parts = weighted(parts, data, seed)

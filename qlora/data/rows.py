@@ -24,7 +24,7 @@ from qlora.data.encoding import (
     require_vocabulary,
 )
 from qlora.data.objectives import OBJECTIVES, class_names
-from qlora.data.records import load_records
+from qlora.data.records import ANY, Chosen, load_records
 from qlora.data.templates import fallback_template, set_switches
 from qlora.errors import require, some
 
@@ -71,6 +71,7 @@ def prepare_data(
     reading: Reading = AS_IT_IS,
     long_rows: str = "truncate",
     selecting: bool = False,
+    chosen: Chosen = ANY,
 ) -> tuple[Dataset, DataStats]:
     """Rows of `source` as input_ids, labels and length, of at most max_length tokens; and counts.
 
@@ -85,14 +86,16 @@ def prepare_data(
         vocabulary: the rows of the model's embedding; UserError if a token has no row in it.
         reading: how chats are read from records.
         long_rows: "truncate", "drop", "split" or "error" (qlora.data.encoding).
+        chosen: the configuration and the split of the source that the user named.
         selecting: with the columns by which qlora.data.mixing chooses rows.
     """
     objective = OBJECTIVES[task]
-    records = load_records(source, reading.kinds(objective.kinds), split=split, limit=limit)
+    kinds = reading.kinds(objective.kinds)
+    records = load_records(source, kinds, split=split, limit=limit, chosen=chosen)
     if objective.classifies and new_classes:
         with errors_in(source):
             classes = class_names(records, records.kind[-1], classes)
-    encoder = Encoder(source, task, tokenizer, max_length, classes, reading, long_rows)
+    encoder = Encoder(source, task, tokenizer, max_length, classes, reading, long_rows, records)
     rows, tally = encode_records(encoder, records)
     if vocabulary is not None and max(tally.largest_id, tokenizer.pad_token_id or 0) >= vocabulary:
         used = [*rows["input_ids"], *(rows["labels"] if task == "seq2seq" else ())]

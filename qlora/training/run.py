@@ -37,6 +37,7 @@ from qlora.data.batches import PackedRows, length_batches
 from qlora.data.chats import Reading
 from qlora.data.generation import describe_stops, taught_stop_ids
 from qlora.data.inspection import show_example
+from qlora.data.records import Chosen
 from qlora.data.templates import apply_settings
 from qlora.errors import UserError, did_you_mean, require
 from qlora.fast import layers
@@ -329,6 +330,8 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
         parts["evaluation"] = (config.data.name, *held_out)
     elif source := config.data.eval_data:
         known: Any = {"classes": training[1].classes, "new_classes": False, "split": "evaluation"}
+        if source in config.data.sources and config.data.data_config:
+            known["chosen"] = Chosen(config.data.data_config)
         parts["evaluation"] = source, *data_rows.prepare_data(source, tokenizer, **same, **known)
     counts = {}
     for part, (name, rows, stats) in parts.items():

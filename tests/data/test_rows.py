@@ -142,6 +142,14 @@ def test_rows_without_an_answer_are_dropped_by_number(tmp_path, good, bad):
         prepare(tmp_path, [bad, bad], tiny_tokenizer())
 
 
+def test_errors_name_the_line_where_it_is_not_the_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"prompt": "a", "completion": "b"}\n\n{"prompt": "a", "completion": [1]}')
+    message = r"a\.jsonl, row 2 \(line 4\): a message must be"
+    with pytest.raises(UserError, match=message):
+        prepare_data(str(path), tiny_tokenizer(), max_length=64)
+
+
 def test_pads_have_no_loss_and_the_answers_eos_has(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token, tokenizer.padding_side = None, "left"
