@@ -32,7 +32,8 @@ from qlora.adapters.lora import LoRALinear
 from qlora.base.checkpoint import resolve
 from qlora.base.load import load_base
 from qlora.config import LoraConfig, QuantConfig
-from qlora.data.rows import collator, length_batches, prepare_data, prepare_tokenizer
+from qlora.data.batches import collator, length_batches
+from qlora.data.rows import prepare_data, prepare_tokenizer
 from qlora.training import prepare_for_training
 from qlora.training.optimizers import join, keep_updates
 

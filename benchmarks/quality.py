@@ -36,7 +36,8 @@ from qlora.adapters.apply import apply_lora, trainable_parameters
 from qlora.base.checkpoint import resolve
 from qlora.base.modules import output_head
 from qlora.config import LoraConfig
-from qlora.data.rows import collator, prepare_tokenizer
+from qlora.data.batches import collator
+from qlora.data.rows import prepare_tokenizer
 from qlora.files import read_rows
 from qlora.training import prepare_for_training
 from qlora.training.run import default_learning_rate

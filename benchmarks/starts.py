@@ -28,7 +28,8 @@ from qlora.adapters.format import read_adapter
 from qlora.base.checkpoint import resolve
 from qlora.base.load import load_base
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
-from qlora.data.rows import length_batches, prepare_data, prepare_tokenizer
+from qlora.data.batches import length_batches
+from qlora.data.rows import prepare_data, prepare_tokenizer
 from qlora.training import train
 
 DATA = Path(__file__).parent.parent / "demo"

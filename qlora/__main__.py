@@ -38,8 +38,12 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, messag
         "nothing was written, the adapter is unchanged",
     ),
     "plan": (config.TrainConfig, "qlora.plan.start:run", "nothing was written"),
+    "inspect": (config.TrainConfig, "qlora.apps.inspection:inspect", "nothing was written"),
 }  # fmt: skip
-PLANS = "Print the memory that a training run needs, from config.json alone"
+DOCS = {  # of the commands that have no config of their own
+    "plan": "Print the memory that a training run needs, from config.json alone",
+    "inspect": "Show rows of the training data token by token, with what is learned of them",
+}
 
 
 def main() -> None:
@@ -47,11 +51,13 @@ def main() -> None:
     name, *words = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         words += ["--plan"] * (name == "plan")
+        if name == "inspect" and not any(w.startswith("--inspect") for w in words):
+            words += ["--inspect", "3"]
         run(name, prog=f"qlora {name}", words=words)
     elif name in ("-h", "--help"):
         print("usage: qlora COMMAND [FLAGS]\n       qlora COMMAND --help\n")
         for name, (config_class, _, _) in COMMANDS.items():
-            docs = PLANS if name == "plan" else config.docs_of(config_class)[""]
+            docs = DOCS.get(name) or config.docs_of(config_class)[""]
             print(f"  {name:<10} {docs}")
     elif name == "--version":
         print(f"qlora {__version__}")
@@ -78,6 +84,8 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
         settings = parse(config_class, words, prog=prog)
         if getattr(settings, "plan", False):  # it computes nothing
             _, function, interrupted = COMMANDS["plan"]
+        elif getattr(settings, "inspects", False):
+            _, function, interrupted = COMMANDS["inspect"]
         else:
             _wait_passively_beside_others()
         _imported(function)(settings)

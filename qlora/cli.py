@@ -76,6 +76,8 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
     where = f"{recipes[0]}: " if recipes else ""
     recipe = _read_recipe(recipes[0], settings) if recipes else {}
     required = [name for name, member in settings.items() if is_required(member)]
+    if {"inspect", "inspect_rows"} & (flags.keys() | recipe.keys()):
+        flags = {"output_dir": "."} | flags if "output_dir" not in recipe else flags
     if missing := [flag_of(name) for name in required if name not in flags | recipe]:
         raise UserError(f"missing {', '.join(missing)}: pass them, or set them in a --config file")
     given = [(where + n, n, v) for n, v in recipe.items() if n in DOTTED or n not in flags]
@@ -86,6 +88,9 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
         if name in DOTTED:  # merges the recipe's, --trainer's and each --trainer.NAME
             new = {key: read_yaml(source, value)} if key else _value(source, Mapping, value)
             values[name] = values.get(name, {}) | new
+        elif "paths" in settings[name].metadata:
+            words = (value,) if isinstance(value, str) else tuple(map(str, value))
+            values[name] = words[0] if len(words) == 1 else words
         else:
             values[name] = _value(source, settings[name].type, value)
     try:

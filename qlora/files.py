@@ -6,14 +6,17 @@ files, are read one by one, with values as they are written. Heavy packages are 
 
 import csv
 import glob
+import gzip
+import io
 import json
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import zlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -32,9 +35,11 @@ except ImportError:
 RUN = "run.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+INSPECTION = "inspect.html"
 MERGE_REPORT = "merge_report.json"
 GENERATION = "generation_config.json"
 EXPECTED_JSON = "expected one JSON object per line (or, in .json, a list of them)"
+COMPRESSED = (".gz", ".zst")
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # of an escaped emoji, or alone
 csv.field_size_limit(sys.maxsize)
 
@@ -187,9 +192,38 @@ def _not_json(name: str) -> None:
 JSON = json.JSONDecoder(parse_float=Written, parse_constant=_not_json)
 
 
+def data_ending(file: Path) -> str:
+    """The ending of a file's name in lower case, without that of its compression."""
+    ending = file.suffix.lower()
+    inner = Path(file.stem).suffix.lower()
+    return (
+        inner if ending in COMPRESSED and inner in (".jsonl", ".json", ".csv", ".txt") else ending
+    )
+
+
+def _opened(file: Path) -> Any:
+    """A file's bytes, decompressed."""
+    ending = file.suffix.lower()
+    if ending == ".zst":  # Python has it since 3.14; Arrow, which `datasets` brings, has it too
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(str(file), "zstd"))
+    return gzip.open(file) if ending == ".gz" else file.open("rb")
+
+
+def _lines(file: Path) -> Generator[bytes, None, None]:
+    with _opened(file) as lines:
+        try:
+            yield from lines
+        except (OSError, EOFError, zlib.error) as error:
+            fault = f"{file} is cut short, or not compressed as {file.suffix} ({error})"
+            raise UserError(f"{fault}: copy it again, or decompress it") from error
+
+
 def text_lines(file: Path) -> Iterator[str]:
-    """The lines of a text file with their ends; raises for encodings other than UTF-8."""
-    with file.open("rb") as lines:
+    """The lines of a text file with their ends, also of a .gz or .zst; raises for encodings other
+    than UTF-8."""
+    with closing(_lines(file)) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -203,7 +237,7 @@ def json_rows(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON file: one per line, or in .json one after the other or in a list."""
     filled = ((n, line) for n, line in enumerate(text_lines(file), start=1) if line.strip())
     for count, (number, line) in enumerate(filled):
-        if file.suffix.lower() == ".json" or (count == 0 and line.lstrip().startswith("[")):
+        if data_ending(file) == ".json" or (count == 0 and line.lstrip().startswith("[")):
             yield from _objects("".join(text_lines(file)), file)
             return
         yield from _objects(line, file, number)
@@ -220,7 +254,8 @@ def _objects(text: str, file: Path, line: int | None = None) -> Iterator[dict[st
             start = at
             value, at = JSON.raw_decode(text, at)
             if not isinstance(value, dict):
-                raise fault(f"got a {type(value).__name__}, not an object", pos=start)
+                kind = "null" if value is None else f"a {type(value).__name__}"
+                raise fault(f"got {kind}, not an object", pos=start)
             if HALF_PAIR.search(text, start, at):
                 json.dumps(value, ensure_ascii=False).encode()  # raises if one half is missing
             yield value

@@ -330,7 +330,7 @@ def test_the_console_command(capsys, monkeypatch):
     assert qlora("merge", "--adaptr") == (2, said)
 
 
-OTHERS = [name for name in __main__.COMMANDS if name not in ("train", "merge", "plan")]
+OTHERS = [name for name in __main__.COMMANDS if name not in ("train", "merge", "plan", "inspect")]
 SCRIPTS = ["train.py", "merge_dequant.py", *(f"qlora.{name}" for name in OTHERS)]
 
 

@@ -30,7 +30,7 @@ from qlora.base.modules import embedding_rows
 from qlora.config import ChatConfig
 from qlora.config.tasks import task_named
 from qlora.data import generation
-from qlora.data.rows import require_vocabulary
+from qlora.data.encoding import require_vocabulary
 from qlora.data.templates import apply_settings
 from qlora.errors import UserError, require
 

@@ -51,18 +51,14 @@ from qlora.base.modules import embedding_rows
 from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, EvaluateConfig
 from qlora.config.tasks import task_named
+from qlora.data.batches import length_batches
 from qlora.data.chat_template import learned_turns
 from qlora.data.chats import AS_IT_IS, Reading, chat_of, reading_in
+from qlora.data.encoding import require_vocabulary
 from qlora.data.generation import Question, decode, generate, generation_settings, question_of
 from qlora.data.objectives import OBJECTIVES, measure
 from qlora.data.records import load_records
-from qlora.data.rows import (
-    describe,
-    length_batches,
-    prepare_data,
-    prepare_tokenizer,
-    require_vocabulary,
-)
+from qlora.data.rows import describe, prepare_data, prepare_tokenizer
 from qlora.data.templates import apply_settings
 from qlora.errors import UserError, require
 from qlora.fast.head import put_language_head

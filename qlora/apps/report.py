@@ -112,6 +112,8 @@ def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
     """The HTML of the page."""
     settings, device = dict(run.facts["config"]), run.facts.get("device") or {}
     peak, total = run.memory()
+    data = settings.get("data")
+    sources = data if isinstance(data, list) else [data]
     per = "label" if "labels" in (run.facts.get("base") or {}) else "supervised token"
     versions = {f"version of {k}": v for k, v in (run.facts.get("versions") or {}).items()}
     memory = {"device": device["name"]} if device.get("name") else {}
@@ -125,7 +127,7 @@ def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
         name=run.folder.resolve().name,
         folder=run.folder,
         base=Path(str(settings.get("model"))).name,
-        data_name=Path(str(settings.get("data"))).name,
+        data_name=", ".join(Path(str(name)).name for name in sources),
         date=date.fromtimestamp((run.folder / files.METRICS).stat().st_mtime),
         tiles=tiles(run),
         remarks=remarks(run),

@@ -51,8 +51,10 @@ DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 COPY_AGAIN = "download or copy it again"
 
 
-def resolve(model: str, *, revision: str | None = None) -> Path:
+def resolve(model: str, *, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder with config.json and safetensors of a folder, .gguf file or hub name.
+
+    Without `weights`, none are downloaded, and a folder may lack them and config.json.
 
     Raises:
         UserError: it does not exist, has no safetensors, or cannot be downloaded.
@@ -69,7 +71,8 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
     if not folder.exists():
         from huggingface_hub import snapshot_download
 
-        patterns: Any = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_COPIES}
+        names = HUB_FILES[0 if weights else 1 :]
+        patterns: Any = {"allow_patterns": names, "ignore_patterns": HUB_COPIES}
         try:
             folder = Path(snapshot_download(model, revision=revision, **patterns))
         except Exception as error:  # offline, gated, misspelt: the hub has an error for each
@@ -77,6 +80,8 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
                 f"model {model} is no local folder and cannot be downloaded: {first_line(error)} "
                 "Check the name, the network, and that you are logged in if the model is gated"
             ) from error
+    if not weights:
+        return folder
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is no model: it holds no config.json. Give a folder with config.json and "

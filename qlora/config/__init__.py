@@ -18,7 +18,17 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from inspect import getsource
 from typing import Any, Literal, TypeVar
 
-from qlora.config.lora import POSITIONAL, RARE, SHARE, Settings, above, at_least, one_of, rule
+from qlora.config.lora import (
+    PATHS,
+    POSITIONAL,
+    RARE,
+    SHARE,
+    Settings,
+    above,
+    at_least,
+    one_of,
+    rule,
+)
 from qlora.config.lora import LoraConfig as LoraConfig
 from qlora.config.tasks import CAUSAL_LM, TASKS
 from qlora.errors import require
@@ -26,6 +36,7 @@ from qlora.errors import require
 Config = TypeVar("Config")
 MAX_LENGTH = 2048  # tokens per row
 STEPS = rule("above 0, or -1 for num_train_epochs", lambda steps: steps == -1 or steps > 0)
+PART = rule("above 0 and below 1", lambda share: 0 < share < 1)
 KEPT = rule("above 0 and at most 1", lambda share: 0 < share <= 1)
 BLOCKSIZE = one_of(32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Settings that may differ when a run is resumed; the others shape what was already trained.
@@ -47,7 +58,17 @@ MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "run_name",
     "skip_memory",
 )
-NOT_COMPARED = ("output_dir", "resume", "plan", "gpu_memory", "json", "fit", "plan_picture")
+NOT_COMPARED = (
+    "output_dir",
+    "resume",
+    "plan",
+    "gpu_memory",
+    "json",
+    "fit",
+    "plan_picture",
+    "inspect",
+    "inspect_rows",
+)
 OLD_NAMES = {"loss_without_logits": "fast_path"}
 """old names of settings, accepted in recipes and run.yaml"""
 
@@ -74,12 +95,22 @@ class QuantConfig(Settings):
 class DataConfig(Settings):
     """Training data, and how a record becomes tokens."""
 
-    data: str
-    """training data: .jsonl .json .csv .parquet .txt, a folder of them, or a hub dataset"""
+    data: str | tuple[str, ...] = field(metadata=PATHS)
+    """training data: .jsonl .json .csv .parquet .txt, a folder, or a hub dataset; several mix"""
     eval_data: str | None = None
     """evaluation data, in the same formats"""
+    data_weights: tuple[float, ...] = field(default=(), metadata=RARE)
+    """share of the rows from each of several data, like 0.7 0.3; by default all rows of each"""
+    data_config: str | None = field(default=None, metadata=RARE)
+    """configuration of a hub dataset"""
+    data_split: str | None = field(default=None, metadata=RARE)
+    """split of data to train on; by default train"""
+    eval_share: float | None = field(default=None, metadata=RARE | PART)
+    """share of the training data to evaluate on, where there is no eval_data"""
     max_length: int = field(default=MAX_LENGTH, metadata=at_least(8))
-    """maximum tokens per row; longer rows are truncated and counted"""
+    """maximum tokens per row"""
+    long_rows: Literal["error", "truncate", "drop", "split"] = "error"
+    """longer rows; error: truncate, unless 1 % of tokens would be lost"""
     packing: bool = False
     """pack several rows into one, up to max_length"""
     train_on: Literal["all", "last"] = field(default="all", metadata=RARE)
@@ -94,6 +125,37 @@ class DataConfig(Settings):
     """the chat template's variable, saved with it; by default on where rows have reasoning"""
     template: Mapping[str, Any] = field(default_factory=dict, metadata=RARE)
     """other variables of the chat template, as --template.NAME VALUE"""
+
+    def faults(self) -> Iterator[str]:
+        sources, weights = self.sources, self.data_weights
+        if not sources or "" in sources:
+            yield "data names nothing"
+        if len(set(sources)) < len(sources):
+            yield "data names one source twice: give it once, with a weight"
+        if weights and len(weights) != len(sources):
+            got = f"{len(sources)} data, {len(weights)} weights"
+            yield f"data_weights must have one number per data: {got}"
+        if bad := [weight for weight in weights if weight <= 0]:
+            yield f"data_weights must be above 0, got {bad[0]}"
+        if self.eval_share is not None and self.eval_data is not None:
+            yield "eval_share is for runs without eval_data: give one of them"
+        if len(sources) > 1 and (self.data_config or self.data_split):
+            yield "data_config and data_split are for one data set: give one, or leave them out"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source of training data."""
+        return (self.data,) if isinstance(self.data, str) else self.data
+
+    @property
+    def name(self) -> str:
+        """The sources, for a message."""
+        return ", ".join(self.sources)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is evaluation data."""
+        return self.eval_data is not None or self.eval_share is not None
 
 
 @dataclass(frozen=True)
@@ -162,12 +224,16 @@ class TrainConfig(Settings):
     """loggers: tensorboard, wandb, trackio, mlflow"""
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """other transformers.TrainingArguments, as --trainer.NAME VALUE"""
+    inspect: int | None = field(default=None, metadata=at_least(1))
+    """show rows token by token; do not train"""
+    inspect_rows: tuple[int, ...] = field(default=(), metadata=RARE)
+    """for inspect: the numbers of the rows to show, like 3,17"""
     plan: bool = False
-    """print the memory that the run needs, and do not train"""
+    """print the memory it needs; do not train"""
     gpu_memory: str | None = None
     """for plan: the memory of a card, like 8GiB; by default that of the GPU that is there"""
     json: bool = field(default=False, metadata=RARE)
-    """for plan: print a JSON object"""
+    """for plan and inspect: print JSON"""
     fit: bool = field(default=False, metadata=RARE)
     """for plan: print the cheapest flags with which the run fits, or those that use what is free"""
     plan_picture: str | None = field(default=None, metadata=RARE)
@@ -176,16 +242,27 @@ class TrainConfig(Settings):
     def faults(self) -> Iterator[str]:
         if self.data.packing and self.task != CAUSAL_LM.name:
             yield f"packing needs task {CAUSAL_LM.name}, got {self.task}: turn it off"
+        if self.data.long_rows == "split" and self.task != CAUSAL_LM.name:
+            yield f"long_rows split needs task {CAUSAL_LM.name}, got {self.task}: drop or truncate"
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield f"num_train_epochs must be above 0, got {self.num_train_epochs}"
         if self.offload_activations and not self.gradient_checkpointing:
             yield "offload_activations needs gradient_checkpointing: turn both on, or both off"
-        if self.eval_steps is not None and self.data.eval_data is None:
-            yield "eval_steps needs eval_data: give both"
+        if self.eval_steps is not None and not self.data.evaluates:
+            yield "eval_steps needs eval_data or eval_share: give both"
+        if bad := [number for number in self.inspect_rows if number < 1]:
+            yield f"inspect_rows must be whole numbers above 0, got {bad[0]}"
+        if self.plan and self.inspects:
+            yield "plan and inspect are two commands: give one of them"
         for name in ("gpu_memory", "json", "fit", "plan_picture"):
-            if getattr(self, name) and not self.plan:
+            if getattr(self, name) and not (self.plan or (name == "json" and self.inspects)):
                 flag = f"--{name.replace('_', '-')}"
                 yield f"{flag} needs --plan: give both, or leave it out"
+
+    @property
+    def inspects(self) -> bool:
+        """Whether rows are shown, and nothing is trained."""
+        return self.inspect is not None or bool(self.inspect_rows)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ NUMBERS = {int: ("a whole number", (int,)), float: ("a number", (int, float))}
 
 RARE: dict[str, Any] = {"rare": True}  # shown by --help-all only
 NO_FLAG: dict[str, Any] = {"no_flag": True}
+PATHS: dict[str, Any] = {"paths": True}  # names that are not split at commas
 POSITIONAL: dict[str, Any] = {"positional": True}  # the flag's name may be omitted
 
 

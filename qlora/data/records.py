@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlora.errors import UserError, did_you_mean, first_line, require, some
-from qlora.files import Written, csv_rows, json_rows, text_rows
+from qlora.files import Written, csv_rows, data_ending, json_rows, text_lines, text_rows
 
 if TYPE_CHECKING:  # half a second, which a plan of a run does without
     from datasets import Dataset, DatasetDict, Features
@@ -35,7 +35,9 @@ Kind = tuple[str, ...]
 Kinds = Mapping[Kind, Sequence[str]]  # the columns of each kind of record, and its optional ones
 
 ENDINGS = ".jsonl .json .csv .parquet .txt"
-SOURCES = f"a {ENDINGS} file, a folder of them or of save_to_disk, or a dataset's hub name"
+SOURCES = (
+    f"a {ENDINGS} file (.gz, .zst), a folder of them or of save_to_disk, or a dataset's hub name"
+)
 CHAT = ("system", "tools")
 KINDS: Kinds = {  # the first match wins
     ("messages",): CHAT, ("conversations",): CHAT, ("prompt", "completion"): CHAT,
@@ -51,6 +53,17 @@ ARROW_ROWS = 1000  # that are Python objects at a time
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """What a user named of a source; empty for what is read by default."""
+
+    config: str = ""
+    split_name: str = ""
+
+
+ANY = Chosen()
+
+
+@dataclass(frozen=True)
 class Part:
     """A file, or a split of a dataset."""
 
@@ -59,6 +72,7 @@ class Part:
     size: int  # rows
     rows: Callable[[Sequence[str]], Iterable[Record]]  # anew at each call; Arrow: these columns
     classes: Mapping[str, Sequence[str]]  # names of the classes in ClassLabel columns
+    file: Path | None = None  # a text file
 
 
 @dataclass(frozen=True)
@@ -85,9 +99,24 @@ class Records:
         for number, row in islice(rows, self.limit):
             yield number, {column: row.get(column) for column in self.columns}
 
+    def place(self, number: str) -> str:
+        """`row 3`, with its line in a .jsonl file that has empty ones before it."""
+        count, _, name = number.partition(" of ")
+        part = next((p for p in self.parts if p.name == name or not name), None)
+        if part and part.file and data_ending(part.file) == ".jsonl":
+            filled = (n for n, line in enumerate(text_lines(part.file), start=1) if line.strip())
+            line = next(islice(filled, int(count) - 1, None), int(count))
+            return f"row {number}" + f" (line {line})" * (line != int(count))
+        return f"row {number}"
+
 
 def load_records(
-    source: str, kinds: Kinds = KINDS, *, split: str = "training", limit: int | None = None
+    source: str,
+    kinds: Kinds = KINDS,
+    *,
+    split: str = "training",
+    limit: int | None = None,
+    chosen: Chosen = ANY,
 ) -> Records:
     """Records of a file, of a folder (files of one kind, or save_to_disk's), or of the hub.
 
@@ -95,11 +124,12 @@ def load_records(
         kinds: the columns of each kind of record that the task accepts.
         split: "training" or "evaluation": what to read of a source with several splits.
         limit: the number of records to return at most.
+        chosen: the configuration and the split that the user named.
 
     Raises:
         UserError: the source cannot be read, is empty, or has no such split or kind of record.
     """
-    parts, notes = _parts(source, split, limit)
+    parts, notes = _parts(source, split, limit, chosen)
     columns = list(dict.fromkeys(column for part in parts for column in part.columns))
     empty = f"{source} has no rows: add at least one record, or pass another file"
     require(bool(columns), empty)
@@ -132,24 +162,41 @@ def _require_one_kind(records: Records, kinds: Sequence[Kind], source: str) -> N
 # ---- sources -> parts
 
 
-def _parts(source: str, split: str, limit: int | None) -> tuple[list[Part], tuple[str, ...]]:
+def _parts(
+    source: str, split: str, limit: int | None, chosen: Chosen
+) -> tuple[list[Part], tuple[str, ...]]:
     """The parts of a source that `split` reads, and notes on those left out."""
-    import datasets
+    from datasets import load_from_disk
 
     path = Path(source).expanduser()
+    if chosen.config and (path.exists() or _names_a_path(source)):
+        raise UserError(f"--data-config is for datasets of the hub, {source} is local: drop it")
+    if chosen.split_name and path.is_file():
+        raise UserError(f"--data-split is for data with several splits, {source} is one: drop it")
     if any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
-        return _dataset_parts(
-            _dataset(datasets.load_from_disk, str(path), "is not whole"), source, split
-        )
+        saved = _dataset(load_from_disk, str(path), "is not whole")
+        return _dataset_parts(saved, source, split, chosen.split_name)
     if path.exists():
-        files, notes = _folder(path, source, split) if path.is_dir() else ([path], ())
+        whole = [path], ()
+        files, notes = _folder(path, source, split, chosen.split_name) if path.is_dir() else whole
         return [_file_part(file, limit) for file in files], notes
     if not _names_a_path(source):
         fault = "is no local file or folder, and cannot be loaded from the hub"
-        return _dataset_parts(_dataset(datasets.load_dataset, source, fault), source, split)
+        names = [chosen.config] if chosen.config else []
+        options: Any = {"split": chosen.split_name} if chosen.split_name else {}
+        load = partial(_from_hub, *names, **options)
+        return _dataset_parts(_dataset(load, source, fault), source, split, "")
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, siblings)
     raise UserError(f"{source} does not exist: pass {SOURCES}.{hint}")
+
+
+def _from_hub(*names: str, **options: Any) -> Any:
+    """The data set of a name, which comes last, of a configuration and a split if given."""
+    import datasets
+
+    *configs, name = names
+    return datasets.load_dataset(name, *configs, **options)
 
 
 def _dataset(load: Callable[[str], Any], source: str, fault: str) -> Any:
@@ -160,6 +207,7 @@ def _dataset(load: Callable[[str], Any], source: str, fault: str) -> Any:
     except (DatasetsError, ValueError, OSError, KeyError) as error:  # httpx's are OSErrors
         words = str(error.__cause__ or error).split()  # the names to choose from are at the end
         reason = " ".join(words[:100]).rstrip(".") + (" …" if len(words) > 100 else ".")
+        reason += " Choose with --data-config." * reason.startswith("Config name is missing")
         raise UserError(f"{source!r} {fault}: {reason} Pass {SOURCES}") from error
 
 
@@ -167,32 +215,38 @@ def _names_a_path(source: str) -> bool:
     """Whether a missing `source` looks like a path; a hub name is `owner/name`."""
     folder, slash, _ = source.partition("/")
     is_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
-    return is_path or Path(source).suffix.lower() in PARTS or bool(slash and Path(folder).is_dir())
+    return is_path or data_ending(Path(source)) in PARTS or bool(slash and Path(folder).is_dir())
 
 
 def _dataset_parts(
-    data: "Dataset | DatasetDict", source: str, split: str
+    data: "Dataset | DatasetDict", source: str, split: str, named: str
 ) -> tuple[list[Part], tuple[str, ...]]:
     """One split of a dataset; a dataset without splits is whole, as is one with only `train`."""
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
+    if named and isinstance(data, DatasetDict):
+        fault = f"{source} has no split {named}, but {', '.join(data)}"
+        require(named in data, f"{fault}.{did_you_mean(named, data)}")
+        return [dataset_part(named, data[named])], ()
     if isinstance(data, Dataset) or list(data) == ["train"]:
         return [dataset_part(source, data if isinstance(data, Dataset) else data["train"])], ()
-    names, notes = _choose(list(data), source, split)
+    names, notes = _choose(list(data), source, split, "")
     if len(names) > 1:
         fault = f"{source} has several splits for {split}: {', '.join(names)}"
-        raise UserError(f"{fault}. Save one with save_to_disk or to_json, and pass that")
+        raise UserError(
+            f"{fault}. Choose one with --data-split, or save it with to_json and pass that"
+        )
     return [dataset_part(names[0], data[names[0]])], notes
 
 
-def _folder(path: Path, source: str, split: str) -> tuple[list[Path], tuple[str, ...]]:
+def _folder(path: Path, source: str, split: str, named: str) -> tuple[list[Path], tuple[str, ...]]:
     """The files of a folder and its subfolders that `split` reads, which must be of one kind."""
     every = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
     visible = [p for p in every if not any(part.startswith((".", "__")) for part in p.parts)]
-    data = [p for p in visible if p.suffix.lower() in PARTS and not p.match("dataset_info*.json")]
+    data = [p for p in visible if data_ending(p) in PARTS and not p.match("dataset_info*.json")]
     known = [p.as_posix() for p in data]
-    names, notes = _choose(known, source, split) if known else ([], ())
-    endings = sorted({Path(name).suffix.lower() for name in names or map(str, visible)} - {""})
+    names, notes = _choose(known, source, split, named) if known else ([], ())
+    endings = sorted({data_ending(Path(name)) for name in names or map(str, visible)} - {""})
     if not names or len(endings) > 1:
         raise UserError(
             f"{path} must contain data files of one kind ({ENDINGS}), got "
@@ -201,8 +255,11 @@ def _folder(path: Path, source: str, split: str) -> tuple[list[Path], tuple[str,
     return [path / name for name in names], notes
 
 
-def _choose(names: Sequence[str], source: str, split: str) -> tuple[Sequence[str], tuple[str, ...]]:
+def _choose(
+    names: Sequence[str], source: str, split: str, named: str
+) -> tuple[Sequence[str], tuple[str, ...]]:
     """Those of `names`, of files or splits, that `split` reads, and a note that tells the others.
+    `named` is the split that the user named, of a word in the names, or empty.
 
     Files without the name of a split are read where no file has the right one: those in subfolders
     where there are no others.
@@ -213,8 +270,11 @@ def _choose(names: Sequence[str], source: str, split: str) -> tuple[Sequence[str
     groups[""] = [name for name in groups[""] if "/" not in name] or groups[""]
     listed = [f"{s or 'no split'}: {some(group)}" for s, group in groups.items() if group]
     wanted = next((name for name in WANTED[split] if groups[name]), None)
-    if wanted is None:
-        fault = f"{source} has no data for {split}, but {'; '.join(listed)}"
+    if named:
+        wanted, groups[named] = named, _named(names, named)
+    if wanted is None or not groups[wanted]:
+        what = f"split {named}" if named else f"data for {split}"
+        fault = f"{source} has no {what}, but {'; '.join(listed)}"
         raise UserError(f"{fault}. Pass the one to read, or name one of them {WANTED[split][0]}")
     read = groups.pop(wanted)
     if len(read) == len(names):
@@ -223,10 +283,17 @@ def _choose(names: Sequence[str], source: str, split: str) -> tuple[Sequence[str
     return read, (f"{source}: for {split}, reads {some(read)}; leaves out {some(others, 8)}",)
 
 
+def _named(names: Sequence[str], split: str) -> list[str]:
+    """The files of a split: of that name, in a folder of it, or with the word for it."""
+    words = {name: (Path(name).name.partition(".")[0], *Path(name).parts[:-1]) for name in names}
+    exact = [name for name in names if split in words[name]]
+    return exact or [name for name in names if _split_in(name) == split]
+
+
 def _split_in(name: str) -> str:
     """The split that a file's name has a word for, or else its folder's; "" without one."""
     file, *folders = reversed(re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower().split("/"))
-    for part in (re.sub(r"\.[^.]*$", "", file), *folders):
+    for part in (re.sub(r"(\.(gz|zst))?$", "", file).rpartition(".")[0] or file, *folders):
         found = {
             match.start(): split
             for split, words in SPLITS.items()
@@ -238,7 +305,7 @@ def _split_in(name: str) -> str:
 
 
 def _file_part(file: Path, limit: int | None) -> Part:
-    ending = file.suffix.lower()
+    ending = data_ending(file)
     if ending not in PARTS:
         hint = did_you_mean(file.suffix, PARTS)
         raise UserError(f"{file} is not a {ENDINGS} file: convert it, to .jsonl for example.{hint}")
@@ -259,7 +326,7 @@ def _row_part(read: Callable[[Path], Iterator[Record]], file: Path, limit: int |
     for number, row in enumerate(islice(read(file), limit), start=1):
         columns |= dict.fromkeys(row, number)
     size = max(columns.values(), default=0)
-    return Part(file.name, tuple(columns), size, lambda _: read(file), {})
+    return Part(file.name, tuple(columns), size, lambda _: read(file), {}, file)
 
 
 def _parquet_part(file: Path, limit: int | None) -> Part:

@@ -1,7 +1,7 @@
 """Attention within each of several rows that are concatenated to one, without padding or a mask.
 
 A batch is one row of n_1 + n_2 + … tokens whose position_ids begin again with each row
-(qlora.data.rows). The first of these attentions with which the model keeps rows apart is set, by
+(qlora.data.batches). The first of these attentions with which the model keeps rows apart is set, by
 name, through transformers' AttentionInterface:
 
     qlora_varlen        torch.nn.attention.varlen, torch's FlashAttention for rows of any length:
@@ -31,7 +31,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from qlora.data.rows import FlatCollator, PackCollator
+from qlora.data.batches import FlatCollator, PackCollator
 from qlora.errors import first_line, require
 from qlora.ops import relative_error
 

@@ -34,9 +34,10 @@ from qlora.base.load import load_base, load_tokenizer
 from qlora.base.modules import output_head, vocabulary
 from qlora.cli import Progress
 from qlora.config import MAX_LENGTH, QuantConfig
+from qlora.data.batches import length_batches
 from qlora.data.chat_template import NO_LOSS
 from qlora.data.chats import AS_IT_IS, reading_in
-from qlora.data.rows import length_batches, prepare_data, prepare_tokenizer
+from qlora.data.rows import prepare_data, prepare_tokenizer
 from qlora.fast.head import put_language_head, rows_and_head
 from qlora.ops.loss import Head, chunk_rows
 

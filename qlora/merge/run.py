@@ -205,9 +205,11 @@ def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
     runs = [Path(adapter).expanduser() / RUN for adapter in config.adapters]
     data: dict[str, None] = {}
     for run in runs:
-        source = read_run_file(run.parent).get("config", {}).get("data")
-        if isinstance(source, str) and Path(source).expanduser().exists():  # no hub names
-            data[source] = None
+        found = read_run_file(run.parent).get("config", {}).get("data")
+        sources = found if isinstance(found, list) else [found]
+        named = [source for source in sources if isinstance(source, str)]
+        exist = [source for source in named if Path(source).expanduser().exists()]  # no hub names
+        data |= dict.fromkeys(exist)
     if not data:
         print(f"No calibration data: {' and '.join(map(str, runs))} names no existing file. The")
         print("model calibrates on text that it generates; --calibration DATA keeps more.")

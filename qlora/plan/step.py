@@ -30,8 +30,8 @@ from qlora.base.load import DTYPE_NAMES, compute_dtype, load_base, require_all_q
 from qlora.base.modules import auto_class, is_quantized, state_of, vocabulary
 from qlora.config import TrainConfig
 from qlora.config.tasks import task_named
+from qlora.data.batches import FlatCollator, PackCollator
 from qlora.data.objectives import OBJECTIVES
-from qlora.data.rows import FlatCollator, PackCollator
 from qlora.errors import UserError
 from qlora.fast import layers
 from qlora.fast.attention import VARLEN, rows_collator

@@ -166,7 +166,7 @@ def check_loggers(config: TrainConfig) -> None:
 
 def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> TrainingArguments:
     """transformers' arguments for `config`; `--trainer.NAME` overrides them."""
-    eval_strategy = ("steps" if config.eval_steps else "epoch") if config.data.eval_data else "no"
+    eval_strategy = ("steps" if config.eval_steps else "epoch") if config.data.evaluates else "no"
     settings: dict[str, Any] = {name: getattr(config, name) for name in SHARED_ARGUMENTS}
     settings |= {
         "learning_rate": config.learning_rate or 1e-4,  # none yet before the model is known
@@ -188,7 +188,7 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         "label_names": ["labels"],
     }
     settings |= config.trainer
-    _require_evaluations(settings, config.data.eval_data)
+    _require_evaluations(settings, config.data.evaluates)
     with refusals():
         arguments = TrainingArguments(**settings)
         arguments.get_process_log_level()  # Trainer's first use of log_level
@@ -197,12 +197,12 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
     return arguments
 
 
-def _require_evaluations(settings: dict[str, Any], eval_data: str | None) -> None:
+def _require_evaluations(settings: dict[str, Any], evaluates: bool) -> None:
     """Refuse settings that need an evaluation where there is none, or at other steps."""
     evaluated, saved = settings["eval_strategy"], settings["save_strategy"]
     needing = [f"--trainer.{name}" for name in NEED_EVALUATION if settings.get(name)]
     needing += ["--trainer.save_strategy best"] * (saved == "best")
-    if eval_data is None:
+    if not evaluates:
         needing += [f"--trainer.eval_strategy {evaluated}"] * (evaluated != "no")
         require(not needing, f"{', '.join(needing)} needs evaluation data: give --eval-data")
     elif evaluated == "no":

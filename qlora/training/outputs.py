@@ -39,7 +39,8 @@ from qlora.errors import UserError, first_line, require, some
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 # What a run leaves that failed before its first checkpoint; "runs" is TensorBoard's folder.
 LEFTOVERS = re.compile(
-    r"run\.yaml|metrics\.jsonl|samples\.jsonl|runs|(not-finite-)?checkpoint-\d+|\..*\.partial"
+    r"run\.yaml|inspect\.html|metrics\.jsonl|samples\.jsonl|runs|(not-finite-)?checkpoint-\d+|"
+    r"\..*\.partial"
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left{postfix}"
@@ -279,7 +280,8 @@ def is_left_over(output: Path) -> bool:
     """Whether a folder has only what a run leaves that failed before its first checkpoint."""
     names = [path.name for path in output.iterdir()] if output.is_dir() else []
     is_known = all(map(LEFTOVERS.fullmatch, names))
-    return files.RUN in names and is_known and not complete_checkpoints(output)
+    is_begun = files.RUN in names or names == [files.INSPECTION]
+    return is_begun and is_known and not complete_checkpoints(output)
 
 
 def remove_leftovers(output: Path) -> None:
@@ -366,6 +368,8 @@ def write_adapter_card(
     """Write README.md of an adapter; `measured` are its losses and scores."""
     name, task, targets = str(base["resolved"]), settings["task"], settings["target_modules"]
     targets = targets if isinstance(targets, str) else ", ".join(targets)
+    data = settings["data"]
+    sources = [data] if isinstance(data, str) else data
     double = " with double quantization" if base["double_quant"] else ""
     quoted = json.dumps(name, ensure_ascii=False)
     arguments, head = "" if task == "causal-lm" else f', task="{task}"', ""
@@ -381,7 +385,7 @@ Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()},
 
 | | |
 |---|---|
-| data | {settings["data"]} ({rows} rows) |
+| data | {", ".join(sources)} ({rows} rows) |
 | learning rate | {settings["learning_rate"]:.3g} |
 | optimizer steps | {steps} |
 | after these steps | {measured} |

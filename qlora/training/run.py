@@ -25,9 +25,13 @@ from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
 from qlora.config import TrainConfig, changed_settings, differences, flat
 from qlora.config.tasks import task_named
+from qlora.data import mixing
 from qlora.data import rows as data_rows
+from qlora.data.batches import PackedRows, length_batches
 from qlora.data.chats import Reading
 from qlora.data.generation import describe_stops, taught_stop_ids
+from qlora.data.inspection import show_example
+from qlora.data.records import Chosen
 from qlora.data.templates import apply_settings
 from qlora.errors import UserError
 from qlora.fast.offload import offload_embedding
@@ -93,12 +97,12 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     if "chat_template" in data_rows.prepare_tokenizer(tokenizer, chats=data.chats, thinks=thinks):
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
-    show, colour = data_rows.show_example, sys.stdout.isatty()
+    colour = sys.stdout.isatty()
     shown: Any = {"classes": data.classes, "special": data.counts["training"]["special"]}
-    print(show(data.rows, tokenizer, colour=colour, task=task, **shown))
+    print(show_example(data.rows, tokenizer, colour=colour, task=task, **shown))
     rows: Any = data.rows
     if config.data.packing:
-        rows = data_rows.PackedRows(rows, data.max_length)
+        rows = PackedRows(rows, data.max_length)
         print(rows.describe())
 
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
@@ -176,7 +180,7 @@ def require_same_rows(config: TrainConfig, counts: Any, recorded: Mapping[str, A
     if differ := differences(before, now):
         shown = ", ".join(f"{name} {old}, not {new}" for name, (old, new) in differ.items())
         raise UserError(
-            f"--resume: {config.data.data} has other rows than the run's start had ({shown}): give "
+            f"--resume: {config.data.name} has other rows than the run's start had ({shown}): give "
             "the same data, or a new --output-dir"
         )
 
@@ -201,19 +205,28 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
     task, models = task_named(config.task), checkpoint.config.get("architectures") or ()
     is_classifier = task.trains_head and any(name.endswith(task.class_ending) for name in models)
     classes = checkpoint.labels if is_classifier else ()  # kept where the data has no others
-    rows, counts, chats = {}, {}, False
     same: Any = {"max_length": max_length, "vocabulary": checkpoint.vocab_size, "task": task.name}
-    same["reading"] = Reading.of(config.data)
-    for part, source in (("training", config.data.data), ("evaluation", config.data.eval_data)):
-        if source:
-            same |= {"classes": classes, "new_classes": part == "training", "split": part}
-            rows[part], stats = data_rows.prepare_data(source, tokenizer, **same)
-            print(data_rows.describe(stats, name=source))
-            hashed = data_rows.fingerprint(rows[part])
-            counts[part] = {"source": source, **stats.counts(), "fingerprint": hashed}
-            classes, chats = stats.classes, chats or stats.chats
-    sets = rows["training"], rows.get("evaluation")
-    return PreparedData(*sets, classes, chats, max_length, counts)
+    same |= {"reading": Reading.of(config.data), "long_rows": config.data.long_rows}
+    training, held_out = mixing.prepare_training(
+        config.data, tokenizer, seed=config.seed, classes=classes, **same
+    )
+    parts = {"training": (config.data.name, *training)}
+    if held_out:
+        parts["evaluation"] = (config.data.name, *held_out)
+    elif source := config.data.eval_data:
+        known: Any = {"classes": training[1].classes, "new_classes": False, "split": "evaluation"}
+        if source in config.data.sources and config.data.data_config:
+            known["chosen"] = Chosen(config.data.data_config)
+        parts["evaluation"] = source, *data_rows.prepare_data(source, tokenizer, **same, **known)
+    counts = {}
+    for part, (name, rows, stats) in parts.items():
+        print(data_rows.describe(stats, name=name))
+        hashed = data_rows.fingerprint(rows)
+        counts[part] = {"source": name, **stats.counts(), "fingerprint": hashed}
+    eval_rows = parts["evaluation"][1] if "evaluation" in parts else None
+    *_, stats = parts["evaluation" if "evaluation" in parts else "training"]
+    classes, chats = stats.classes, any(stats.chats for *_, stats in parts.values())
+    return PreparedData(training[0], eval_rows, classes, chats, max_length, counts)
 
 
 def load_model(
@@ -245,7 +258,7 @@ def load_model(
     elif lora.init_lora_weights == "eva":
         every = max(1, sum(map(len, data.rows["input_ids"])) // EVA_TOKENS)
         spaced = (data.rows[i] for i in range(0, len(data.rows), every))
-        eva_batches = data_rows.length_batches(spaced, tokenizer, task=config.task, model=model)
+        eva_batches = length_batches(spaced, tokenizer, task=config.task, model=model)
     generator = torch.Generator().manual_seed(config.seed)
     apply_lora(model, lora, generator=generator, data=eva_batches)
     if config.offload_embedding:

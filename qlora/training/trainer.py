@@ -37,8 +37,8 @@ from qlora.adapters.files import load_adapter_weights, save_adapter
 from qlora.adapters.lora import lora_layers
 from qlora.base.modules import state_of
 from qlora.config import TrainConfig
+from qlora.data.batches import collator
 from qlora.data.objectives import OBJECTIVES, Objective, measure
-from qlora.data.rows import collator
 from qlora.errors import UserError, first_line, require, some
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations

@@ -20,7 +20,7 @@ from qlora.adapters.apply import adapter_configs
 from qlora.adapters.format import read_adapter
 from qlora.adapters.lora import lora_layers
 from qlora.adapters.starts import SecondMoments, best_rank, loftq, olora, pissa
-from qlora.data.rows import length_batches
+from qlora.data.batches import length_batches
 
 R, SCALING = 4, 3.0
 # 64 roundings of 6e-8 in a product of values around 1; a direction's error is that times its

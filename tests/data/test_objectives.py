@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from transformers import BertTokenizer
 
 from qlora.data import objectives
+from qlora.data.batches import collator
+from qlora.data.inspection import show_example
 from qlora.data.objectives import OBJECTIVES, class_names, class_number, measure
 from qlora.data.records import Records, dataset_part
-from qlora.data.rows import collator, describe, prepare_data, show_example
+from qlora.data.rows import describe, prepare_data
 from qlora.errors import UserError
 
 

@@ -1,5 +1,6 @@
 """Files and hub names -> records -> messages."""
 
+import gzip
 import json
 import os
 from datetime import date, datetime
@@ -13,7 +14,7 @@ from conftest import write_rows
 from pyarrow import parquet
 
 from qlora.data.chats import Reading, chat_of
-from qlora.data.records import load_records
+from qlora.data.records import Chosen, load_records
 from qlora.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -165,8 +166,65 @@ def test_labels_of_a_csv_file_are_numbers_where_all_are(tmp_path):
         assert found == [*labels, None]
 
 
-def texts(path, split="training"):
-    return [row["text"] for row in load_records(str(path), split=split)]
+def texts(path, split="training", **chosen):
+    return [row["text"] for row in load_records(str(path), split=split, chosen=Chosen(**chosen))]
+
+
+def zst(content):
+    return pa.Codec("zstd").compress(content, asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'\xef\xbb\xbf\r\n{"text": "a"}\r\n\r\n \r\n{"text": "b", "id": null}\r\n'),
+        ("a.jsonl", b'[\n{"text": "a"},\n{"text": "b"}\n]\n'),
+        ("a.csv", b"\xef\xbb\xbftext,label\r\na,\r\n\r\nb,1\r\n"),
+        ("a.txt", b"\xef\xbb\xbfa\r\n\r\nb\r\n"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n', mtime=0) + gzip.compress(b'{"text": "b"}', mtime=0),
+        ),
+        ("a.jsonl.zst", zst(b'{"text": "a"}\n') + zst(b'{"text": "b"}')),
+        ("a.JSON.GZ", gzip.compress(b'[{"text": "a"}, {"text": "b"}]', mtime=0)),
+        ("a.csv.zst", zst(b"text\na\nb")),
+    ],
+)
+def test_files_as_people_have_them(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert texts(tmp_path / name) == texts(tmp_path) == ["a", "b"]
+
+
+def test_a_chosen_split_or_configuration(tmp_path, monkeypatch):
+    for name in ("train", "test", "train_sft"):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(
+            gzip.compress(b'{"text": "%b"}' % name.encode(), mtime=0)
+        )
+    assert texts(tmp_path, split_name="test") == ["test"]
+    assert texts(tmp_path, split_name="train") == ["train"]
+    assert texts(tmp_path, split_name="train_sft") == ["train_sft"]
+    with pytest.raises(
+        UserError, match=r"has no split tset, but test: .*; train: train\.jsonl\.gz, train_sft"
+    ):
+        texts(tmp_path, split_name="tset")
+    for chosen, flag in (
+        ({"config": "c"}, "config is for"),
+        ({"split_name": "test"}, "split is for"),
+    ):
+        with pytest.raises(UserError, match=f"--data-{flag} .*: drop it"):
+            texts(tmp_path / "train.jsonl.gz", **chosen)
+    both = datasets.DatasetDict({n: datasets.Dataset.from_dict({"text": [n]}) for n in "ab"})
+    both.save_to_disk(tmp_path / "both")
+    assert texts(tmp_path / "both", split_name="b") == ["b"]
+    with pytest.raises(UserError, match="both has no split c, but a, b"):
+        texts(tmp_path / "both", split_name="c")
+    load_dataset = Mock(return_value=both["a"])
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert texts("a/b", config="c", split_name="s[:9]") == ["a"]
+    load_dataset.assert_called_once_with("a/b", "c", split="s[:9]")
+    load_dataset.side_effect = ValueError("Config name is missing.\nPick one of: ['one', 'two']")
+    with pytest.raises(UserError, match=r"\['one', 'two'\]\. Choose with --data-config\. Pass a"):
+        texts("a/b")
 
 
 def test_folder_of_one_kind_is_read_in_order_of_names(tmp_path):
@@ -242,13 +300,14 @@ def test_dataset_saved_to_disk_and_splits_of_the_hub(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"one' is not whole: .* Pass a \.jsonl"):
         load_records(str(tmp_path / "one"))
     splits = datasets.DatasetDict(train=one)
-    monkeypatch.setattr("datasets.load_dataset", lambda name: splits)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, *_, **__: splits)
     assert texts("a/b", "evaluation") == ["a"]  # the only one
     splits["test_matched"] = two
     assert texts("a/b", "evaluation") == ["b"]
     splits["train_sft"] = two
     with pytest.raises(
-        UserError, match=r"several splits for training: train, train_sft\. Save one"
+        UserError,
+        match=r"several splits for training: train, train_sft\. Choose one with --data-split",
     ):
         load_records("a/b")
     splits = datasets.DatasetDict(test=one)
@@ -313,6 +372,9 @@ def test_unused_columns_are_named(tmp_path):
             '{"messages": []}\n{"prompt": "a", "completion": "b"}\n{"messages": []}',
             r"several kinds: messages \(row 1, 3\); prompt \+ completion \(row 2\)\. Put each kind",
         ),
+        ("a.jsonl.gz", "x", r"cut short, or not compressed as \.gz \(Not a gzipped file"),
+        ("a.txt.zst", "x", r"cut short, or not compressed as \.zst \(.*: copy it again"),
+        ("a.jsonl", '{"text": "a"}\nnull', r"a\.jsonl, line 2: got null, not an object"),
         ("a.parquet", "x", "cannot be read as parquet: .* Fix the file"),
         ("a.csv", "text\ncaf\xe9\n", r"a\.csv, line 2 is not UTF-8: save the file as UTF-8"),
     ],
@@ -340,7 +402,7 @@ def test_hub_name_that_cannot_be_reached(monkeypatch):
         load_records("a/b")
     load_dataset.assert_called_once_with("a/b")
     load_dataset.side_effect = ValueError("Config name is missing.\nPick one of: ['one', 'two']\n")
-    with pytest.raises(UserError, match=r"missing\. Pick one of: \['one', 'two'\]\. Pass a"):
+    with pytest.raises(UserError, match=r"missing\. Pick one of: \['one', 'two'\]\. Choose with"):
         load_records("a/b")
 
 

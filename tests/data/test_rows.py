@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
-from qlora.data import collator, prepare_data, prepare_tokenizer
+from qlora.data import batches, collator, prepare_data, prepare_tokenizer
 from qlora.data import rows as data
+from qlora.data.inspection import show_example
 from qlora.errors import UserError
 
 TURNS = [("user", "1+1?"), ("assistant", "two"), ("user", "+1?"), ("assistant", "3")]
@@ -24,9 +25,9 @@ ROWS = [
 CAPACITY = 24  # of a pack
 
 
-def prepare(path, records, tokenizer, max_length=4096):
+def prepare(path, records, tokenizer, max_length=4096, **options):
     source = str(write_rows(path / "rows.jsonl", records))
-    return prepare_data(source, tokenizer, max_length=max_length)
+    return prepare_data(source, tokenizer, max_length=max_length, **options)
 
 
 def test_rows_are_cut_and_counted(tmp_path):
@@ -37,13 +38,36 @@ def test_rows_are_cut_and_counted(tmp_path):
     assert list(rows["length"]) == [length, length - 5]
     learned = [label for label in rows[0]["labels"] if label != -100]
     assert tokenizer.decode(learned) == "b" * 8  # 5 more than b, <|im_end|>, \n
-    counts = {"rows": 2, "tokens": 2 * length - 5, "supervised_tokens": 8 + 2}
-    assert stats == data.DataStats(**counts, cut_rows=2, dropped_rows=1, chats=True)
-    first, second = data.describe(stats, name="train").split("\n")
+    assert (stats.rows, stats.tokens, stats.supervised_tokens) == (2, 2 * length - 5, 8 + 2)
+    assert (stats.cut_rows, stats.dropped_rows, stats.cut_tokens) == (2, 1, 44 + 194)
+    first, cut, dropped = data.describe(stats, name="train").split("\n")
     assert first.startswith(f"train: 2 rows, {2 * length - 5} tokens, 10 of them supervised")
-    assert "2 rows cut" in second and "1 rows dropped" in second
+    assert cut.endswith("2 rows cut at max_length (row 1, 2), 75.08% of the tokens left out")
+    assert dropped.endswith("1 rows dropped because no answer was left (row 2)")
     with pytest.raises(UserError, match=r"cut to 12 tokens, no row .* 2\d\d tokens.*--max-length"):
         prepare(tmp_path, [hopeless], tokenizer, max_length=12)
+
+
+def test_long_rows_are_refused_dropped_or_split(tmp_path):
+    tokenizer, long = tiny_tokenizer(), {"prompt": "a", "completion": "0123456789" * 12}
+    options = {"tokenizer": tokenizer, "max_length": 64}
+    whole = prepare(tmp_path, [SHORT, long], tokenizer)[0]
+    wanted = r"1 rows are longer than 64 tokens \(row 2\), the longest has 142; .* 47\.3% of all .*"
+    with pytest.raises(UserError, match=wanted + "--long-rows truncate, drop or split"):
+        prepare(tmp_path, [SHORT, long], **options, long_rows="error")
+    rows, stats = prepare(tmp_path, [long, *[SHORT] * 400], **options, long_rows="error")
+    assert (stats.rows, stats.cut_rows) == (401, 1) and rows[0]["length"] == 64  # below 1 %
+    rows, stats = prepare(tmp_path, [SHORT, long], **options, long_rows="drop")
+    assert (stats.rows, stats.dropped_rows) == (1, 1)
+    assert "dropped, longer than max_length (row 2)" in stats.notes[0]
+    rows, stats = prepare(tmp_path, [SHORT, long], **options, long_rows="split")
+    assert list(rows["length"])[1:] == [64, 64, 16] and stats.cut_tokens == 0
+    pieces = [dict(row) for row in rows][1:]
+    joined = pieces[0]["input_ids"] + [i for piece in pieces[1:] for i in piece["input_ids"][1:]]
+    assert joined == whole[1]["input_ids"]
+    learned = [i for piece in pieces for i in piece["labels"][1:]]  # each is predicted once
+    assert learned == whole[1]["labels"][1:]
+    assert stats.supervised_tokens == sum(i != -100 for row in whole for i in row["labels"])
 
 
 def test_text_is_learned_whole_and_ended(tmp_path):
@@ -63,10 +87,10 @@ def test_text_is_learned_whole_and_ended(tmp_path):
 def test_show_example_marks_what_is_learned(tmp_path):
     tokenizer = tiny_tokenizer()
     rows, _ = prepare(tmp_path, [CHAT], tokenizer)
-    legend, text = data.show_example(rows, tokenizer, colour=False).split("\n", 1)
+    legend, text = show_example(rows, tokenizer, colour=False).split("\n", 1)
     assert legend == "An example row; loss is on the text between ⟦ and ⟧:"
     assert text.count("⟦") == 2 and text.endswith("⟦3<|im_end|>⟧\n")
-    assert "\x1b[32m3<|im_end|>\x1b[0m" in data.show_example(rows, tokenizer, colour=True)
+    assert "\x1b[32m3<|im_end|>\x1b[0m" in show_example(rows, tokenizer, colour=True)
 
 
 def test_show_example_shows_the_longest_and_a_special_row(tmp_path):
@@ -75,7 +99,7 @@ def test_show_example_shows_the_longest_and_a_special_row(tmp_path):
     thought = {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nyes"}
     records = [CHAT, {"messages": many}, {"messages": [TALK[0], thought]}, {"messages": TALK[:2]}]
     rows, stats = prepare(tmp_path, records, tokenizer)
-    shown = data.show_example(rows, tokenizer, colour=False, special=stats.special)
+    shown = show_example(rows, tokenizer, colour=False, special=stats.special)
     assert "(0)" in shown and "⟦(59)<|im_end|>⟧" in shown and "(31)" not in shown
     assert "One with tool calls or reasoning, row 3:" in shown and "why" in shown
     assert shown.endswith(
@@ -109,10 +133,21 @@ def test_turns_of_weight_0_have_no_loss(tmp_path):
         (CHAT, {"messages": [TALK[0], {"role": "assistant", "content": None}]}),
     ],
 )
-def test_rows_without_an_answer_are_named(tmp_path, good, bad):
-    message = r"7 of 9 rows have no answer \(row 2, 3, 4, 5 and 3 more\): each needs .* fill or"
+def test_rows_without_an_answer_are_dropped_by_number(tmp_path, good, bad):
+    rows, stats = prepare(tmp_path, [good, *[bad] * 7, good], tiny_tokenizer())
+    assert (len(rows), stats.unanswered_rows) == (2, 7)
+    note = "7 rows dropped because they have no answer (row 2, 3, 4, 5 and 3 more)"
+    assert stats.notes[0].endswith(note)
+    with pytest.raises(UserError, match=r"2 of 2 rows have no answer \(row 1, 2\), .*: each needs"):
+        prepare(tmp_path, [bad, bad], tiny_tokenizer())
+
+
+def test_errors_name_the_line_where_it_is_not_the_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"prompt": "a", "completion": "b"}\n\n{"prompt": "a", "completion": [1]}')
+    message = r"a\.jsonl, row 2 \(line 4\): a message must be"
     with pytest.raises(UserError, match=message):
-        prepare(tmp_path, [good, *[bad] * 7, good], tiny_tokenizer())
+        prepare_data(str(path), tiny_tokenizer(), max_length=64)
 
 
 def test_pads_have_no_loss_and_the_answers_eos_has(tmp_path):
@@ -152,21 +187,21 @@ def test_packing_is_best_fit_decreasing(lengths):
             free[min(fitting, key=free.__getitem__)] -= length
         else:
             free.append(CAPACITY - length)
-    packs = data.best_fit_decreasing(lengths, CAPACITY)
+    packs = batches.best_fit_decreasing(lengths, CAPACITY)
     assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
     sums = sorted(sum(lengths[i] for i in pack) for pack in packs)
     assert sums == sorted(CAPACITY - space for space in free)
-    assert packs == data.best_fit_decreasing(lengths, CAPACITY)
+    assert packs == batches.best_fit_decreasing(lengths, CAPACITY)
 
 
 @pytest.mark.parametrize("as_packs", [True, False], ids=["packs", "rows"])
 def test_flat_batches_are_those_of_transformers(as_packs):
     flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     expected = flatten([ROWS[i] for i in ([0, 2, 1] if as_packs else [0, 1, 2])])
-    packed = data.PackedRows(Dataset.from_list(ROWS), 8)
+    packed = batches.PackedRows(Dataset.from_list(ROWS), 8)
     assert packed.describe().startswith("packing: 3 rows in 2 packs of up to 8 tokens, 62.5% full")
     assert [*packed] == [[ROWS[0], ROWS[2]], [ROWS[1]]]
-    batch = data.FlatCollator()([*packed] if as_packs else ROWS)
+    batch = batches.FlatCollator()([*packed] if as_packs else ROWS)
     assert batch.pop("attention_mask").tolist() == [[1] * 10]
     assert batch.keys() == expected.keys()
     for name, value in expected.items():
@@ -176,7 +211,10 @@ def test_flat_batches_are_those_of_transformers(as_packs):
 
 
 def test_padded_packs_end_with_a_row_of_pads():
-    packed, collate = data.PackedRows(Dataset.from_list([*ROWS, ROWS[0]]), 10), data.PackCollator(0)
+    packed, collate = (
+        batches.PackedRows(Dataset.from_list([*ROWS, ROWS[0]]), 10),
+        batches.PackCollator(0),
+    )
     assert packed.packs == [[0, 3], [2, 1]]
     batch = collate([*packed])
     assert batch["input_ids"].tolist()[1] == [25, 26, 27, 15, 16] + [0] * 11

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora import DataConfig, TrainConfig, UserError
-from qlora.data.rows import FlatCollator, PackCollator, PackedRows
+from qlora.data.batches import FlatCollator, PackCollator, PackedRows
 from qlora.fast.attention import ROWS, VARLEN, rows_attention, rows_collator, varlen_attention
 from qlora.training import prepare_for_training
 from qlora.training.trainer import make_trainer

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,7 @@ def test_files_and_lines_of_a_run(quick_run, data):
     recorded = yaml.safe_load((folder / "run.yaml").read_text())
     assert recorded["config"]["learning_rate"] == 1e-2 and recorded["config"]["r"] == 4
     rows, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
-    counts = {k: n for k, n in asdict(stats).items() if k not in ("classes", "chats", "notes")}
-    counts = {"source": str(data), **counts, "fingerprint": fingerprint(rows)}
+    counts = {"source": str(data), **stats.counts(), "fingerprint": fingerprint(rows)}
     assert recorded["data"] == {"training": counts, "evaluation": counts}
     assert recorded["device"]["memory_bytes"] > 2**28
     assert recorded["base"]["fingerprint"]
@@ -127,7 +126,7 @@ def test_rows_are_cut_at_the_models_positions(checkpoints, tmp_path, capsys):
     """This GPT-2 has 512 positions; a longer row would be an index error."""
     long = conftest.write_rows(tmp_path / "long.jsonl", [{"text": "a" * 900}])
     config = quick_config(checkpoints("gpt2"), long, tmp_path / "run")
-    config = replace(config, data=DataConfig(str(long), max_length=1024))
+    config = replace(config, data=DataConfig(str(long), max_length=1024, long_rows="truncate"))
     prepared = prepare_rows(config, Checkpoint.open(config.model), tiny_tokenizer())
     assert prepared.max_length == 512 and list(prepared.rows["length"]) == [512]
     said = capsys.readouterr().out

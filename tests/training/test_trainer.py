@@ -21,7 +21,8 @@ from transformers.trainer_utils import set_seed
 from qlora import LoraConfig, UserError, load_adapter, load_base, merge_and_unload, save_adapter
 from qlora.adapters.files import parameters_by_file_name
 from qlora.adapters.lora import lora_layers
-from qlora.data.rows import collator, prepare_data
+from qlora.data.batches import collator
+from qlora.data.rows import prepare_data
 from qlora.fast.head import LazyLogits
 from qlora.fast.offload import offload_activations
 from qlora.training import prepare_for_training, train
