@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_steps", "num_train_epochs",
     "max_grad_norm", "gradient_checkpointing", "offload_activations", "offload_embedding",
     "fast_path", "samples", "report_to", "eval_data", "eval_steps", "logging_steps", "save_steps",
+    "save_total_limit",
 )  # fmt: skip
 MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "eval",
@@ -141,7 +142,9 @@ class TrainConfig(Settings):
     eval_steps: int | None = field(default=None, metadata=at_least(1))
     """steps between evaluations; by default one epoch"""
     save_steps: int = field(default=100, metadata=at_least(1))
-    """steps between checkpoints; the last two are kept"""
+    """steps between checkpoints"""
+    save_total_limit: int = field(default=2, metadata=at_least(1))
+    """checkpoints to keep, besides the best and the last good one"""
     resume: bool = False
     """continue from the last checkpoint in output_dir"""
     samples: int = field(default=3, metadata=at_least(0))

@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 
 from qlora.cli import drop_lost_output
 from qlora.errors import STOPS, Interrupted, UserError, ignore_hangups
-from qlora.training.outputs import complete_checkpoints, last_checkpoint, show_rows
+from qlora.training.checkpoints import complete_checkpoints, last_checkpoint
+from qlora.training.outputs import show_rows
 
 # A run stops after so many steps in a row without a finite loss or gradient; not in a row, after as
 # many and more than a tenth of its steps, so that one bad row does not end a run of many epochs.

@@ -20,7 +20,8 @@ from qlora.config import TrainConfig
 from qlora.errors import UserError, did_you_mean, first_line, require
 from qlora.fast.offload import require_gpu
 from qlora.files import RUN, read_metrics, read_samples, require_new
-from qlora.training.outputs import checkpoint_to_resume, complete_checkpoints, is_left_over
+from qlora.training.checkpoints import complete_checkpoints
+from qlora.training.outputs import checkpoint_to_resume, is_left_over
 
 # TrainingArguments that `--trainer.NAME` refuses, and why: names, or beginnings that end in `_`.
 REFUSED_ARGUMENTS = {
@@ -59,7 +60,7 @@ LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 SHARED_ARGUMENTS = (
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "num_train_epochs", "max_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
-    "seed", "logging_steps", "eval_steps", "save_steps",
+    "seed", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
 )  # fmt: skip
 # Arguments that need evaluation, besides the strategies.
 NEED_EVALUATION = ("load_best_model_at_end", "metric_for_best_model", "eval_on_start")
@@ -175,7 +176,6 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         "logging_first_step": True,
         "eval_strategy": eval_strategy,
         "save_strategy": "steps",
-        "save_total_limit": 2,
         "report_to": list(config.report_to) or "none",
         "fp16": fp16,  # T4 and older: loss scaling, fp32 adapters
         "use_cpu": on_cpu,

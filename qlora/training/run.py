@@ -36,6 +36,7 @@ from qlora.fast.head import LanguageHead, put_language_head
 from qlora.fast.offload import offload_embedding
 from qlora.files import RUN, SAMPLES, ids_in
 from qlora.training.callbacks import FreeCores
+from qlora.training.checkpoints import set_aside, state_at
 from qlora.training.checks import check_arguments, check_settings
 from qlora.training.dry_step import before_training
 from qlora.training.memory import free_unused, is_out_of_memory, out_of_memory_in
@@ -43,7 +44,6 @@ from qlora.training.outputs import (
     no_empty_folder,
     read_run,
     remove_leftovers,
-    state_at,
     write_results,
     write_run_file,
     writing_to,
@@ -128,6 +128,8 @@ def run_and_write(
     output, model, tokenizer = Path(config.output_dir), trainer.model, trainer.processing_class
     settings = flat(config)
     base = {"resolved": str(model.config._name_or_path), **state_of(model).record()}
+    if resume_from:
+        set_aside(output, state_at(resume_from).global_step)
     if resume_from and trainer.is_done(resume_from):
         settings = recorded.get("config", settings)  # with which it was trained
     elif resume_from:

@@ -7,14 +7,13 @@ differs from Trainer in:
                   optimizer step, in evaluation per data set (qlora.data.objectives)
     steps         skipped if the loss or gradient is not finite; after MAX_SKIPPED a run stops
     rows          ordered by the seed and the epoch alone, so that a resumed epoch goes on
-    checkpoints   hold the adapter, not the model
+    checkpoints   hold the adapter, not the model; no pickles (checkpoints.py)
     optimizer     LoRA+ rates; fp32 masters of bf16 parameters (optimizers.py); unpaged on a CPU
     memory        micro-batches are split where it runs out (memory.py)
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
 
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -43,15 +42,25 @@ from qlora.errors import UserError, first_line, require, some
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
 from qlora.training.callbacks import FiniteSteps, SaveOnSignal
+from qlora.training.checkpoints import (
+    OPTIMIZER,
+    RANDOM,
+    SCALER,
+    new_checkpoint,
+    random_states,
+    read_state,
+    remove_old,
+    set_random_states,
+    state_at,
+    write_state,
+)
 from qlora.training.checks import refusals, training_arguments
 from qlora.training.memory import Parts, out_of_memory_in
 from qlora.training.optimizers import keep_updates, loses_updates
 from qlora.training.outputs import (
     MetricsWriter,
     PlainProgress,
-    complete_checkpoints,
     show_rows,
-    state_at,
     write_stops,
 )
 
@@ -136,6 +145,7 @@ class AdapterTrainer(Trainer):
     state: Any
     optimizer: Any
     best_step: int | None = None  # of the adapter, if the best checkpoint was loaded at the end
+    saves_to: str | None = None  # the folder that Trainer writes the present checkpoint into
     logs_nan = False  # whether a loss since the last log was not finite
 
     def __init__(
@@ -198,11 +208,11 @@ class AdapterTrainer(Trainer):
             require(folder.is_dir(), f"{folder}, the best so far, is missing: {fix}")
         self.create_optimizer_and_scheduler(num_training_steps=10)
         try:
-            state = torch.load(Path(checkpoint, "optimizer.pt"), map_location="cpu")
+            state = read_state(Path(checkpoint, OPTIMIZER))["optimizer"]
             saved, own = (set(o["param_groups"][0]) for o in (state, self.optimizer.state_dict()))
             name = OptimizerNames(self.args.optim).value
-            require(saved == own, f"optimizer.pt is of another optimizer than --optim {name}")
-            super()._load_optimizer_and_scheduler(checkpoint)
+            require(saved == own, f"{OPTIMIZER} is of another optimizer than --optim {name}")
+            self._load_states(checkpoint)
             self._load_rng_state(checkpoint)
         except Exception as error:  # whatever the packages raise for a damaged file
             fix = "Remove that folder to resume from an earlier one, or give a new --output-dir"
@@ -260,14 +270,54 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Trainer's, but not of an adapter whose last loss was not finite; whole or not at all."""
-        step, output = self.state.global_step, Path(str(self.args.output_dir))
-        try:
-            if self.steps.is_sound:
-                with out_of_memory_in(self, f"saving checkpoint-{step}"):
-                    super()._save_checkpoint(model, trial)
-        finally:
-            if step not in complete_checkpoints(output):
-                shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
+        if not self.steps.is_sound:
+            return
+        state, output = self.state, Path(str(self.args.output_dir))
+        step, best = state.global_step, state.best_global_step
+        if best:  # Trainer looks for its folder beside the new one
+            is_there = best == step or (output / f"checkpoint-{best}").is_dir()
+            state.best_model_checkpoint = f"{output}/checkpoint-{best}" if is_there else None
+        with (
+            out_of_memory_in(self, f"saving checkpoint-{step}"),
+            new_checkpoint(output, step) as at,
+        ):
+            self.saves_to = str(at)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.saves_to = None
+        if limit := self.args.save_total_limit:
+            remove_old(output, limit, {best} if best else set(), self.steps.sound_step)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer writes a checkpoint, and removes others."""
+        return self.saves_to or str(self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        states = {n: getattr(self, n).state_dict() for n in ("optimizer", "lr_scheduler")}
+        write_state(Path(output_dir, OPTIMIZER), states)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
+            write_state(Path(output_dir, SCALER), scaler.state_dict())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        write_state(Path(output_dir, RANDOM), random_states())
+
+    def _load_states(self, checkpoint: str) -> None:
+        """The states of the optimizer and schedule."""
+        states = read_state(Path(checkpoint, OPTIMIZER))
+        for name in ("optimizer", "lr_scheduler"):
+            getattr(self, name).load_state_dict(states[name])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if checkpoint and scaler is not None and (path := Path(checkpoint, SCALER)).is_file():
+            scaler.load_state_dict(read_state(path))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            set_random_states(read_state(Path(checkpoint, RANDOM)))
 
     def compute_loss_context_manager(self) -> ExitStack:
         """The context of every forward pass: Trainer's, and offloading."""
@@ -315,8 +365,10 @@ class AdapterTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's, at the learning rate that this run's schedule has at the checkpoint's step:
         the checkpoint has that of its own, which is 0 at the end of a linear one."""
+        if checkpoint is None:
+            return
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        self._load_states(checkpoint)
         self.state.compute_steps(self.args, self.state.max_steps)  # logging_steps, ... of this run
         schedule, groups = self.lr_scheduler, self.optimizer.param_groups
         if not isinstance(schedule, LambdaLR):
