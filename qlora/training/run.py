@@ -26,7 +26,7 @@ from qlora.adapters.wrappers import remove_wrappers
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
-from qlora.config import TrainConfig, changed_settings, differences, flat
+from qlora.config import TrainConfig, begins_anew, changed_settings, differences, flat
 from qlora.config.tasks import task_named
 from qlora.data import rows as data_rows
 from qlora.data.generation import describe_stops, taught_stop_ids
@@ -87,7 +87,7 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     require_task(checkpoint, task)
     tokenizer = load_tokenizer(checkpoint, task=task, trust_remote_code=trusted)
     data = prepare_rows(config, checkpoint, tokenizer)
-    require_same_rows(config, data.counts, recorded)
+    changed |= changed_rows(config, data.counts, recorded)
     if "chat_template" in data_rows.prepare_tokenizer(tokenizer, chats=data.chats):
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
@@ -101,7 +101,7 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
 
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
     rate = config.learning_rate or rate_from_rule(model)
-    config = replace(config, learning_rate=rate, resume=False)
+    config = replace(config, learning_rate=rate, resume=False, resume_anyway=False)
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
     with no_empty_folder(output):
         trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows, planned_bytes)
@@ -135,6 +135,7 @@ def run_and_write(
     elif resume_from:
         changed |= differences(recorded.get("base", {}), base, without=("resolved", "revision"))
         resumed = resumed_at(resume_from, changed, recorded)
+        trainer.rows_from = max((r["step"] for r in resumed if r.get("rows begin anew")), default=0)
         write_run_file(output, settings, base, data.counts, resumed)
     else:
         remove_leftovers(output)
@@ -168,28 +169,39 @@ def answer_if_memory_suffices(output: Path, when: str, *rest: Any) -> None:
 # ---- a resumed run against its start
 
 
-def require_same_rows(config: TrainConfig, counts: Any, recorded: Mapping[str, Any]) -> None:
-    """Refuse to resume on training rows other than those of run.yaml."""
+def changed_rows(
+    config: TrainConfig, counts: Any, recorded: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """What differs from the training rows of run.yaml, which --resume refuses."""
     before = recorded.get("data", {}).get("training", {})
     names = ("fingerprint", "rows", "tokens", "supervised_tokens")
     now = {name: counts["training"][name] for name in names}
-    if differ := differences(before, now):
+    differ = differences(before, now)
+    if differ and not config.resume_anyway:
         shown = ", ".join(f"{name} {old}, not {new}" for name, (old, new) in differ.items())
         raise UserError(
             f"--resume: {config.data.data} has other rows than the run's start had ({shown}): give "
-            "the same data, or a new --output-dir"
+            "the same data, --resume-anyway, or a new --output-dir"
         )
+    return {f"rows.{name}": values for name, values in differ.items()}
 
 
 def resumed_at(
     checkpoint: str, changed: dict[str, list[Any]], recorded: Mapping[str, Any]
 ) -> list[Any]:
-    """run.yaml's list of changes at each resuming, with those of this one, which are printed."""
+    """run.yaml's list of changes at each resuming, with those of this one, which are printed.
+
+    Where the rows begin anew, the step is the one that their order is counted from.
+    """
     step = int(Path(checkpoint).name.removeprefix("checkpoint-"))
     if changed:
         shown = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
         print(f"--resume, from step {step} on: {shown}")
-    return [*recorded.get("resumed", []), *[{"step": step, "changed": changed}] * bool(changed)]
+    this: dict[str, Any] = {"step": step, "changed": changed}
+    if begins_anew(changed):
+        print("the batches are others: their order begins anew, with rows that were seen already")
+        this["rows begin anew"] = True
+    return [*recorded.get("resumed", []), *[this] * bool(changed)]
 
 
 def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) -> PreparedData:

@@ -64,6 +64,8 @@ from qlora.training.outputs import (
     write_stops,
 )
 
+OWN_VALUES = {"weight_decay", "betas", "eps"}  # of an optimizer: this run's, not the checkpoint's
+
 
 def make_trainer(
     config: TrainConfig,
@@ -145,6 +147,7 @@ class AdapterTrainer(Trainer):
     state: Any
     optimizer: Any
     best_step: int | None = None  # of the adapter, if the best checkpoint was loaded at the end
+    rows_from = 0  # the step from which the order of the rows is counted, in a resumed run
     saves_to: str | None = None  # the folder that Trainer writes the present checkpoint into
     logs_nan = False  # whether a loss since the last log was not finite
 
@@ -362,13 +365,24 @@ class AdapterTrainer(Trainer):
         self.best_step = self.state.best_global_step
         load_adapter_weights(self.model, f"{self.args.output_dir}/checkpoint-{self.best_step}")
 
+    def _init_training_state(self, max_steps: int, per_epoch: int, *rest: Any) -> tuple[int, int]:
+        """Trainer's: epochs, and batches of the last one, that are done; since `rows_from`."""
+        epochs, batches = super()._init_training_state(max_steps, per_epoch, *rest)
+        if not self.rows_from:
+            return epochs, batches
+        epochs, steps = divmod(max(0, self.state.global_step - self.rows_from), per_epoch)
+        return epochs, steps * self.args.gradient_accumulation_steps
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's, at the learning rate that this run's schedule has at the checkpoint's step:
         the checkpoint has that of its own, which is 0 at the end of a linear one."""
         if checkpoint is None:
             return
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        own = [{n: g[n] for n in OWN_VALUES & g.keys()} for g in self.optimizer.param_groups]
         self._load_states(checkpoint)
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)
         self.state.compute_steps(self.args, self.state.max_steps)  # logging_steps, ... of this run
         schedule, groups = self.lr_scheduler, self.optimizer.param_groups
         if not isinstance(schedule, LambdaLR):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from qlora.config import DataConfig, LoraConfig, QuantConfig
 from qlora.errors import Interrupted, UserError
 from qlora.files import locked
-from qlora.training.checkpoints import OPTIMIZER, RANDOM, seal, write_state
+from qlora.training.checkpoints import OPTIMIZER, RANDOM, read_state, seal, write_state
 from qlora.training.checks import check_settings
 from qlora.training.run import train
 from qlora.training.trainer import AdapterTrainer
@@ -141,6 +141,68 @@ def test_resuming_on_other_rows_is_refused(change, started, data, tmp_path):
     words = "max_length 128, not 40" if change == "max_length" else "other rows"
     with refuses(Path(started.output_dir), words):
         train(replace(started, data=DataConfig(str(other), str(data), max_length=length)))
+
+
+ANYWAY: dict[str, dict[str, Any]] = {  # words of the refusal -> other settings
+    "per_device_train_batch_size 4, not 5": {"per_device_train_batch_size": 5},
+    "weight_decay 0.0, not 0.5": {"weight_decay": 0.5},
+    "other rows": {},
+    "seed 42, not 7": {"seed": 7},
+    "gradient_accumulation_steps 1, not 2": {"gradient_accumulation_steps": 2},
+    "max_length 128, not 40": {"data": {"max_length": 40}},
+    "packing False, not True": {"data": {"packing": True}},
+    "trainer.adam_beta2 None, not 0.9": {"trainer": {"adam_beta2": 0.9}},
+}
+
+
+@pytest.mark.parametrize("words", [*[*ANYWAY][:2], *axis(*[*ANYWAY][2:])])
+def test_resume_anyway_lets_the_rest_differ_from_the_next_step_on(
+    words, started, data, tmp_path, seen, capsys
+):
+    """Refused without it. The batches that follow are the first ones of a new run with these
+    settings, also where the resumed run is resumed again."""
+    settings, output = dict(ANYWAY[words]), Path(started.output_dir)
+    rows = write_rows(tmp_path / "other.jsonl", read_rows(data)[::-1]) if not settings else data
+    settings["data"] = replace(started.data, data=str(rows), **settings.pop("data", {}))
+    settings |= {"samples": 0, "max_steps": 5, "save_steps": 4}
+    other = replace(started, **settings)
+    with refuses(output, words, "--resume-anyway, or a new --output-dir"):
+        train(other)
+    train(replace(other, resume_anyway=True))
+    said, batches = capsys.readouterr().out, [ids for _, ids in seen]
+    adapter = (output / "adapter_model.safetensors").read_bytes()
+    recorded = yaml.safe_load((output / "run.yaml").read_text())["resumed"]
+    assert "--resume, from step 2 on: " in said and recorded[0]["step"] == 2
+    keeps = words.startswith(("weight", "trainer"))
+    assert ("order begins anew" in said) != keeps
+    shutil.rmtree(output / "checkpoint-5", ignore_errors=True)
+    seen.clear()
+    train(other)  # from checkpoint-4, as after a kill
+    assert (output / "adapter_model.safetensors").read_bytes() == adapter
+    assert [ids for _, ids in seen] == batches[-len(seen) :] and 0 < len(seen) < len(batches)
+    seen.clear()
+    train(replace(other, output_dir=str(tmp_path / "new"), resume=False))
+    new = [ids for _, ids in seen]
+    assert batches == (new[2:] if keeps else new[: len(batches)])
+    state = read_state(output / "checkpoint-4" / OPTIMIZER)["optimizer"]["param_groups"][0]
+    assert state["weight_decay"] == other.weight_decay
+    assert state["betas"][1] == other.trainer.get("adam_beta2", 0.999)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lora": LoraConfig(r=8, lora_alpha=8)}, "r 4, not 8"),
+        ({"optim": "adamw_torch"}, "optim paged_adamw_8bit, not adamw_torch"),
+        ({"quant": QuantConfig(compute_dtype="fp32", quant_type="fp4")}, "quant_type nf4, not fp4"),
+        ({"model": "qwen2"}, "another base"),
+    ],
+)
+def test_what_no_run_can_go_on_with_is_refused_anyway(settings, words, started, checkpoints):
+    if "model" in settings:
+        settings = {"model": str(checkpoints(settings["model"]))}
+    with refuses(Path(started.output_dir), words):
+        train(replace(started, resume_anyway=True, **settings))
 
 
 def test_what_may_change_is_said_and_recorded(started, data, tmp_path, capsys):
