@@ -116,6 +116,8 @@ class TrainConfig(Settings):
     """branch, tag or commit of a hub model"""
     trust_remote_code: bool = False
     """run the code in the model's repository"""
+    adapter: str | None = None
+    """folder of a saved adapter to start from"""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """the adapter"""
     quant: QuantConfig = QuantConfig()
@@ -159,7 +161,7 @@ class TrainConfig(Settings):
     save_steps: int = field(default=100, metadata=at_least(1))
     """steps between checkpoints"""
     save_total_limit: int = field(default=2, metadata=at_least(1))
-    """checkpoints to keep, besides the best and the last good one"""
+    """checkpoints to keep"""
     resume: bool = False
     """continue from the last checkpoint in output_dir"""
     resume_anyway: bool = field(default=False, metadata=RARE)

@@ -340,6 +340,7 @@ def write_adapter_card(
     if "labels" in base:
         arguments += f", labels={list(base['labels'])!r}"
         head = f" Trained in full beside it: {', '.join(base['heads'])}."
+    start = f"| started from | {settings['adapter']} |\n" if settings.get("adapter") else ""
     text = f"""{files.front_matter(name, "peft", "lora", "qlora")}
 # LoRA adapter for {Path(name).name}
 
@@ -350,7 +351,7 @@ Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()},
 | | |
 |---|---|
 | data | {settings["data"]} ({rows} rows) |
-| learning rate | {settings["learning_rate"]:.3g} |
+{start}| learning rate | {settings["learning_rate"]:.3g} |
 | optimizer steps | {steps} |
 | after these steps | {measured} |
 

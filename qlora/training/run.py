@@ -49,6 +49,7 @@ from qlora.training.outputs import (
     writing_to,
 )
 from qlora.training.samples import choose_samples, write_answers
+from qlora.training.start import put_saved_adapter, with_settings_of_adapter
 from qlora.training.trainer import AdapterTrainer, make_trainer
 
 EVA_TOKENS = 1 << 13  # tokens that EVA reads: many more than the directions of a layer
@@ -78,6 +79,7 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     resume_from = check_settings(config, output)
     config = check_arguments(config)
     recorded = read_run(output) if resume_from else {}
+    config = with_settings_of_adapter(config, recorded.get("config", {}))
     changed = changed_settings(config, recorded.get("config", {}), output / RUN)
     if resume_from and config.learning_rate is None:
         config = replace(config, learning_rate=recorded.get("config", {}).get("learning_rate"))
@@ -267,8 +269,11 @@ def load_model(
         every = max(1, sum(map(len, data.rows["input_ids"])) // EVA_TOKENS)
         spaced = (data.rows[i] for i in range(0, len(data.rows), every))
         eva_batches = data_rows.length_batches(spaced, tokenizer, task=config.task, model=model)
-    generator = torch.Generator().manual_seed(config.seed)
-    apply_lora(model, lora, generator=generator, data=eva_batches)
+    if config.adapter:
+        put_saved_adapter(model, resume_from or config.adapter, lora)
+    else:
+        generator = torch.Generator().manual_seed(config.seed)
+        apply_lora(model, lora, generator=generator, data=eva_batches)
     if config.offload_embedding:
         offload_embedding(model)
     print_trainable_parameters(model)
