@@ -34,7 +34,7 @@ MAY_CHANGE = (
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_steps", "num_train_epochs",
     "max_grad_norm", "gradient_checkpointing", "offload_activations", "offload_embedding",
     "fast_path", "samples", "report_to", "eval_data", "eval_steps", "logging_steps", "save_steps",
-    "save_total_limit",
+    "save_total_limit", "max_bad_steps", "early_stopping_patience",
 )  # fmt: skip
 MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "eval",
@@ -162,6 +162,10 @@ class TrainConfig(Settings):
     """steps between checkpoints"""
     save_total_limit: int = field(default=2, metadata=at_least(1))
     """checkpoints to keep"""
+    max_bad_steps: int = field(default=5, metadata=RARE | at_least(1))
+    """steps in a row without a finite loss and gradient after which the run stops"""
+    early_stopping_patience: int | None = field(default=None, metadata=RARE | at_least(1))
+    """evaluations without a new best after which the run stops, with the best adapter"""
     resume: bool = False
     """continue from the last checkpoint in output_dir"""
     resume_anyway: bool = field(default=False, metadata=RARE)
@@ -194,6 +198,8 @@ class TrainConfig(Settings):
             yield "--resume-anyway needs --resume: give both, or leave it out"
         if self.eval_steps is not None and self.data.eval_data is None:
             yield "eval_steps needs eval_data: give both"
+        if self.early_stopping_patience is not None and self.data.eval_data is None:
+            yield "early_stopping_patience needs eval_data: give both"
         for name in ("gpu_memory", "json", "fit", "plan_picture"):
             if getattr(self, name) and not self.plan:
                 flag = f"--{name.replace('_', '-')}"

@@ -176,6 +176,7 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         "logging_first_step": True,
         "eval_strategy": eval_strategy,
         "save_strategy": "steps",
+        "load_best_model_at_end": config.early_stopping_patience is not None,
         "report_to": list(config.report_to) or "none",
         "fp16": fp16,  # T4 and older: loss scaling, fp32 adapters
         "use_cpu": on_cpu,
@@ -188,7 +189,7 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         "label_names": ["labels"],
     }
     settings |= config.trainer
-    _require_evaluations(settings, config.data.eval_data)
+    _require_evaluations(settings, config.data.eval_data, config.early_stopping_patience)
     with refusals():
         arguments = TrainingArguments(**settings)
         arguments.get_process_log_level()  # Trainer's first use of log_level
@@ -197,7 +198,9 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
     return arguments
 
 
-def _require_evaluations(settings: dict[str, Any], eval_data: str | None) -> None:
+def _require_evaluations(
+    settings: dict[str, Any], eval_data: str | None, early: int | None
+) -> None:
     """Refuse settings that need an evaluation where there is none, or at other steps."""
     evaluated, saved = settings["eval_strategy"], settings["save_strategy"]
     needing = [f"--trainer.{name}" for name in NEED_EVALUATION if settings.get(name)]
@@ -213,7 +216,8 @@ def _require_evaluations(settings: dict[str, Any], eval_data: str | None) -> Non
         agree = evaluated == saved and (saved != "steps" or settings["save_steps"] % every == 0)
         fault = f"needs every checkpoint evaluated; evaluation is by {evaluated}, saving by {saved}"
         fix = "give --eval-steps N, and N or a multiple of it as --save-steps"
-        require(agree, f"--trainer.load_best_model_at_end {fault}: {fix}")
+        needing = ["--early-stopping-patience"] * bool(early) or needing
+        require(agree, f"{needing[0]} {fault}: {fix}")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ differs from Trainer in:
 
     loss          summed over supervised tokens or labels and divided once: in training per
                   optimizer step, in evaluation per data set (qlora.data.objectives)
-    steps         skipped if the loss or gradient is not finite; after MAX_SKIPPED a run stops
+    steps         skipped if the loss or gradient is not finite; after max_bad_steps a run stops
     rows          ordered by the seed and the epoch alone, so that a resumed epoch goes on
     checkpoints   hold the adapter, not the model; no pickles (checkpoints.py)
     optimizer     LoRA+ rates; fp32 masters of bf16 parameters (optimizers.py); unpaged on a CPU
@@ -41,7 +41,7 @@ from qlora.data.rows import collator
 from qlora.errors import UserError, first_line, require, some
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
-from qlora.training.callbacks import FiniteSteps, SaveOnSignal
+from qlora.training.callbacks import EarlyStop, FiniteSteps, SaveOnSignal, bad_evaluations
 from qlora.training.checkpoints import (
     OPTIMIZER,
     RANDOM,
@@ -100,6 +100,7 @@ def make_trainer(
             processing_class=tokenizer,
             objective=OBJECTIVES[config.task],
             loraplus_lr_ratio=config.loraplus_lr_ratio,
+            max_bad_steps=config.max_bad_steps,
             offload=offload_activations() if config.offload_activations else None,
         )
         # A check before anything is written: 10 for the number of steps, not known yet.
@@ -114,6 +115,8 @@ def make_trainer(
     # first, as it adds values to the logs that the loggers receive
     trainer.callback_handler.callbacks.insert(0, writer)
     trainer.add_callback(PlainProgress())
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStop(config.early_stopping_patience))
     return trainer
 
 
@@ -140,7 +143,8 @@ class SeededGroups(Sampler[int]):
 
 class AdapterTrainer(Trainer):
     """Trainer for a frozen quantized model with LoRA adapters. `offload` is a context around each
-    forward pass, `loraplus_lr_ratio` lora_B's learning rate over that of all other parameters."""
+    forward pass, `loraplus_lr_ratio` lora_B's learning rate over that of all other parameters,
+    `max_bad_steps` the steps in a row without a finite loss and gradient that end a run."""
 
     model: Any
     processing_class: Any
@@ -157,6 +161,7 @@ class AdapterTrainer(Trainer):
         *,
         objective: Objective = OBJECTIVES["causal-lm"],
         loraplus_lr_ratio: float = 1.0,
+        max_bad_steps: int = 5,
         offload: offload_activations | None = None,
         **kwargs: Any,
     ) -> None:
@@ -170,7 +175,7 @@ class AdapterTrainer(Trainer):
             super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
         finally:
             model._hf_peft_config_loaded = is_marked
-        self.steps, self.on_signal = FiniteSteps(self), SaveOnSignal(self)
+        self.steps, self.on_signal = FiniteSteps(self, max_bad_steps), SaveOnSignal(self)
         self.parts, self.eval_parts = Parts(self, trains=True), Parts(self, trains=False)
         self.callback_handler.callbacks += [self.steps, self.on_signal]
 
@@ -183,8 +188,11 @@ class AdapterTrainer(Trainer):
         return steps, batches
 
     def is_done(self, checkpoint: str) -> bool:
-        """Whether `checkpoint` has all steps of this run."""
-        return state_at(checkpoint).global_step >= self.lengths_of_run()[0]
+        """Whether `checkpoint` has all steps of this run, or those until it stopped early."""
+        state, callbacks = state_at(checkpoint), self.callback_handler.callbacks
+        early = [c.early_stopping_patience for c in callbacks if isinstance(c, EarlyStop)]
+        has_stopped = any(bad_evaluations(state) >= patience for patience in early)
+        return has_stopped or state.global_step >= self.lengths_of_run()[0]
 
     def check_data(self) -> None:
         """Refuse data that fill no batch, and a metric for the best model that none measures."""
@@ -227,7 +235,10 @@ class AdapterTrainer(Trainer):
         """Train, from `checkpoint` if given: not at all if it has all steps (Trainer adds one)."""
         if checkpoint and self.is_done(checkpoint):
             self.state = state_at(checkpoint)
-            print(f"All {self.state.global_step} steps are done; a larger --max-steps continues.")
+            step, until, flag = self.state.global_step, "", "--max-steps"
+            if step < self.lengths_of_run()[0]:
+                until, flag = " until it stopped", "--early-stopping-patience"
+            print(f"All {step} steps{until} are done; a larger {flag} continues.")
             if self.args.load_best_model_at_end and self.state.best_global_step:
                 self._load_best_model()
             return
