@@ -40,7 +40,7 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 # What a run leaves that failed before its first checkpoint; "runs" is TensorBoard's folder.
 LEFTOVERS = re.compile(
     r"run\.yaml|metrics\.jsonl|samples\.jsonl|runs|((not-finite|damaged)-)?checkpoint-\d+"
-    r"|\..*\.partial"
+    r"|\..*\.partial|\.lock"
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left{postfix}"

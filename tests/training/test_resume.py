@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import shutil
 import signal
 from dataclasses import replace
@@ -406,9 +407,12 @@ def test_a_run_without_a_checkpoint_does_not_block_a_new_start(
     with refuses(folder, "already holds a run"):
         train(config)
     (folder / "notes.txt").unlink()
-    with locked(folder), refuses(folder, "in use by another run"):
+    me = f"in use by another run, process {os.getpid()} on {platform.node()}: wait"
+    with locked(folder), refuses(folder, me):
         train(config)
+    (folder / ".lock").write_text('{"pid": 1, "host": "else", "started": 0.0}')  # was killed
     train(config)
+    assert not (folder / ".lock").exists()
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [1]
     assert not (folder / "checkpoint-2").exists()
 
