@@ -62,9 +62,10 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path):
     assert one.read_text() == two.read_text() == "new" and len([*tmp_path.iterdir()]) == 2
 
 
-HOLDS = (
-    "import sys, qlora.files as f, pathlib as p\nwith f.locked(p.Path(sys.argv[1])): input(print())"
-)
+HOLDS = """import sys, pathlib, qlora.files
+with qlora.files.locked(pathlib.Path(sys.argv[1])):
+    input(print())
+"""
 
 
 def test_a_second_process_is_told_and_a_dead_ones_lock_is_taken_over(tmp_path):
