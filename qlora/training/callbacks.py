@@ -72,7 +72,8 @@ class SaveOnSignal(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.number:  # the step before the evaluation is whole
-            if self.trainer.is_in_train and state.global_step:
+            is_saved = state.global_step in complete_checkpoints(Path(str(args.output_dir)))
+            if self.trainer.is_in_train and state.global_step and not is_saved:
                 args.save_only_model = False
                 self.trainer._save_checkpoint(self.trainer.model)
             self.on_save(args, state, control)

@@ -117,6 +117,53 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+class SafeStates:
+    """Trainer's methods that save and load states, which pickle them, without pickles.
+
+    A checkpoint that plain Trainer wrote is read by Trainer, whose `torch.load(weights_only=True)`
+    makes tensors and plain values only; train.py refuses it.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+    accelerator: Any
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        states = {n: getattr(self, n).state_dict() for n in ("optimizer", "lr_scheduler")}
+        write_state(Path(output_dir, OPTIMIZER), states)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
+            write_state(Path(output_dir, SCALER), scaler.state_dict())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        write_state(Path(output_dir, RANDOM), random_states())
+
+    def _load_states(self, checkpoint: str) -> None:
+        """The states of the optimizer and schedule."""
+        if _is_trainers(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        states = read_state(Path(checkpoint, OPTIMIZER))
+        for name in ("optimizer", "lr_scheduler"):
+            getattr(self, name).load_state_dict(states[name])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if checkpoint and scaler is not None and (path := Path(checkpoint, SCALER)).is_file():
+            scaler.load_state_dict(read_state(path))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint and _is_trainers(checkpoint):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        elif checkpoint:
+            set_random_states(read_state(Path(checkpoint, RANDOM)))
+
+
+def _is_trainers(checkpoint: str) -> bool:
+    return not Path(checkpoint, OPTIMIZER).exists() and Path(checkpoint, PICKLED[0]).exists()
+
+
 # ---- writing
 
 

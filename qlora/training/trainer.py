@@ -44,15 +44,11 @@ from qlora.fast.offload import offload_activations
 from qlora.training.callbacks import EarlyStop, FiniteSteps, SaveOnSignal, bad_evaluations
 from qlora.training.checkpoints import (
     OPTIMIZER,
-    RANDOM,
-    SCALER,
+    SafeStates,
     new_checkpoint,
-    random_states,
     read_state,
     remove_old,
-    set_random_states,
     state_at,
-    write_state,
 )
 from qlora.training.checks import refusals, training_arguments
 from qlora.training.memory import Parts, out_of_memory_in
@@ -141,7 +137,7 @@ class SeededGroups(Sampler[int]):
         return len(self.groups)
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(SafeStates, Trainer):
     """Trainer for a frozen quantized model with LoRA adapters. `offload` is a context around each
     forward pass, `loraplus_lr_ratio` lora_B's learning rate over that of all other parameters,
     `max_bad_steps` the steps in a row without a finite loss and gradient that end a run."""
@@ -306,32 +302,6 @@ class AdapterTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes a checkpoint, and removes others."""
         return self.saves_to or str(self.args.output_dir)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        states = {n: getattr(self, n).state_dict() for n in ("optimizer", "lr_scheduler")}
-        write_state(Path(output_dir, OPTIMIZER), states)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
-            write_state(Path(output_dir, SCALER), scaler.state_dict())
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        write_state(Path(output_dir, RANDOM), random_states())
-
-    def _load_states(self, checkpoint: str) -> None:
-        """The states of the optimizer and schedule."""
-        states = read_state(Path(checkpoint, OPTIMIZER))
-        for name in ("optimizer", "lr_scheduler"):
-            getattr(self, name).load_state_dict(states[name])
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        scaler = getattr(self.accelerator, "scaler", None)
-        if checkpoint and scaler is not None and (path := Path(checkpoint, SCALER)).is_file():
-            scaler.load_state_dict(read_state(path))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint:
-            set_random_states(read_state(Path(checkpoint, RANDOM)))
 
     def compute_loss_context_manager(self) -> ExitStack:
         """The context of every forward pass: Trainer's, and offloading."""
