@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -33,6 +34,7 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 RUN = "run.yaml"
+LOCK = ".lock"  # in the folder of a run
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 INSPECTION = "inspect.html"
@@ -357,21 +359,71 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another process has locked; the system unlocks that of a dead one."""
+    """Lock a folder for this process, and name it in the file LOCK, which is removed at the end.
+
+    The system unlocks the folder of a dead process, whose LOCK is replaced. On a file system
+    without locks LOCK decides alone: its owner is dead if its host is this one and has no such
+    process.
+
+    Raises:
+        UserError: another process has locked it, which is told.
+    """
+    path = folder / LOCK
     handle = os.open(folder, os.O_RDONLY) if fcntl else -1
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UserError(f"{folder} is in use by another run: give a new folder") from error
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
+        _lock(handle, folder)
+        replace_text(path, json.dumps(_this_process()) + "\n")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
         if fcntl:
             os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    """Lock the folder that is open as `handle`; UserError if another process has it."""
+    owner, fix = _owner(folder), "wait for its end, or give a new folder"
+    who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is in use by another run, {who}: {fix}") from error
+    except OSError:  # a file system without locks
+        pass
+    if owner and owner["host"] != platform.node():
+        fix = f"if that process has ended, remove {folder / LOCK}; else give a new folder"
+        raise UserError(f"{folder} is in use by another run, {who}: {fix}")
+    if owner and _is_alive(owner):
+        raise UserError(f"{folder} is in use by another run, {who}: {fix}")
+
+
+def _this_process() -> dict[str, Any]:
+    # the time tells a later process of the same number from this one
+    started = psutil.Process().create_time()
+    return {"pid": os.getpid(), "host": platform.node(), "started": started}
+
+
+def _owner(folder: Path) -> dict[str, Any] | None:
+    """What LOCK tells of its process; None without such a file, or if it is damaged."""
+    try:
+        owner = read_json(folder / LOCK)
+        types = (("pid", int), ("host", str), ("started", float))
+        return owner if all(isinstance(owner.get(name), kind) for name, kind in types) else None
+    except UserError:
+        return None
+
+
+def _is_alive(owner: Mapping[str, Any]) -> bool:
+    """Whether a process of this host runs."""
+    try:
+        begin = psutil.Process(owner["pid"]).create_time()
+    except (psutil.Error, ValueError, OverflowError):
+        return False
+    return bool(abs(begin - owner["started"]) < 1)  # seconds
 
 
 @contextmanager

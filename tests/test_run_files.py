@@ -1,11 +1,17 @@
 """JSON-lines and JSON files, and atomic writes."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
 
+import psutil
 import pytest
 
+from qlora import files
 from qlora.errors import UserError
-from qlora.files import read_json, read_rows, replace_text, replacing
+from qlora.files import locked, read_json, read_rows, replace_text, replacing
 
 
 def test_rows_are_read_back(tmp_path):
@@ -54,3 +60,46 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path):
         for partial in partials:
             partial.write_text("new")
     assert one.read_text() == two.read_text() == "new" and len([*tmp_path.iterdir()]) == 2
+
+
+HOLDS = """import sys, pathlib, qlora.files
+with qlora.files.locked(pathlib.Path(sys.argv[1])):
+    input(print())
+"""
+
+
+def test_a_second_process_is_told_and_a_dead_ones_lock_is_taken_over(tmp_path):
+    command, pipe = [sys.executable, "-c", HOLDS, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        words = rf"in use by another run, process {other.pid} on {platform.node()}: wait"
+        with pytest.raises(UserError, match=words), locked(tmp_path):
+            pass
+        other.kill()
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == other.pid
+    with locked(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "process 1 on .*: wait for its end"),
+        ({"host": "else"}, "process 1 on else: if that process has ended, remove .*lock; else"),
+        ({"pid": 1 << 22}, None),
+        ({"started": 1.0}, None),  # another process of that number
+        ({"pid": "damaged"}, None),
+    ],
+)
+def test_a_file_system_without_locks_has_those_of_the_file(changes, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    owner = {"pid": 1, "host": platform.node(), "started": psutil.Process(1).create_time()}
+    (tmp_path / ".lock").write_text(json.dumps(owner | changes))
+    if words:
+        with pytest.raises(UserError, match=words), locked(tmp_path):
+            pass
+    else:
+        with locked(tmp_path):
+            assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        assert not (tmp_path / ".lock").exists()

@@ -115,8 +115,22 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS, folder / CONFIG) as [weights, settings]:
         save_file(tensors, weights, metadata={"format": "pt", "qlora": json.dumps(base)})
+        sort_metadata(weights)
         settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place: safetensors writes them in random order,
+    and equal adapters shall be equal files, byte for byte."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the rest is padding
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def parameters_by_file_name(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

@@ -13,7 +13,7 @@ Sources of the defaults:
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from inspect import getsource
 from typing import Any, Literal, TypeVar
@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_steps", "num_train_epochs",
     "max_grad_norm", "gradient_checkpointing", "offload_activations", "offload_embedding",
     "fast_path", "samples", "report_to", "eval_data", "eval_steps", "logging_steps", "save_steps",
+    "save_total_limit", "max_bad_steps", "early_stopping_patience",
 )  # fmt: skip
 MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "eval",
@@ -58,9 +59,16 @@ MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "run_name",
     "skip_memory",
 )
+# Settings that may differ with --resume-anyway, too: beginnings, from the next step on.
+ANYWAY_WITH_OTHER_BATCHES = (  # the rows begin anew
+    "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing",
+    "rows", "trainer.train_sampling", "trainer.data_seed", "trainer.dataloader_drop",
+)  # fmt: skip
+ANYWAY = ("weight_decay", "lora_dropout", "trainer.adam_", "trainer.neftune")
 NOT_COMPARED = (
     "output_dir",
     "resume",
+    "resume_anyway",
     "plan",
     "gpu_memory",
     "json",
@@ -174,6 +182,8 @@ class TrainConfig(Settings):
     """branch, tag or commit of a hub model"""
     trust_remote_code: bool = False
     """run the code in the model's repository"""
+    adapter: str | None = None
+    """folder of a saved adapter to start from"""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """the adapter"""
     quant: QuantConfig = QuantConfig()
@@ -215,9 +225,17 @@ class TrainConfig(Settings):
     eval_steps: int | None = field(default=None, metadata=at_least(1))
     """steps between evaluations; by default one epoch"""
     save_steps: int = field(default=100, metadata=at_least(1))
-    """steps between checkpoints; the last two are kept"""
+    """steps between checkpoints"""
+    save_total_limit: int = field(default=2, metadata=at_least(1))
+    """checkpoints to keep"""
+    max_bad_steps: int = field(default=5, metadata=RARE | at_least(1))
+    """steps in a row without a finite loss and gradient after which the run stops"""
+    early_stopping_patience: int | None = field(default=None, metadata=RARE | at_least(1))
+    """evaluations without a new best after which the run stops, with the best adapter"""
     resume: bool = False
     """continue from the last checkpoint in output_dir"""
+    resume_anyway: bool = field(default=False, metadata=RARE)
+    """resume with other rows, seed, batch size or regularization too, from the next step on"""
     samples: int = field(default=3, metadata=at_least(0))
     """rows in samples.jsonl, answered before and after training; 0 for none"""
     report_to: tuple[str, ...] = ()
@@ -248,6 +266,10 @@ class TrainConfig(Settings):
             yield f"num_train_epochs must be above 0, got {self.num_train_epochs}"
         if self.offload_activations and not self.gradient_checkpointing:
             yield "offload_activations needs gradient_checkpointing: turn both on, or both off"
+        if self.resume_anyway and not self.resume:
+            yield "--resume-anyway needs --resume: give both, or leave it out"
+        if self.early_stopping_patience is not None and not self.data.evaluates:
+            yield "early_stopping_patience needs eval_data or eval_share: give both"
         if self.eval_steps is not None and not self.data.evaluates:
             yield "eval_steps needs eval_data or eval_share: give both"
         if bad := [number for number in self.inspect_rows if number < 1]:
@@ -494,12 +516,21 @@ def changed_settings(
     unset = ("learning_rate",) * (config.learning_rate is None)  # then that of the start
     changed = differences(before, now, without=(*NOT_COMPARED, *unset))
     free = tuple(f"trainer.{name}" for name in MAY_CHANGE_OF_TRAINER)
-    refused = [
-        f"{name} {old}, not {new}"
+    if config.resume_anyway:
+        free += (*ANYWAY, *ANYWAY_WITH_OTHER_BATCHES)
+    refused = {
+        name: f"{name} {old}, not {new}"
         for name, (old, new) in changed.items()
         if name not in MAY_CHANGE and not name.startswith(free)
-    ]
-    fix = f"give the settings of its start (--config {where} --resume does), or a new --output-dir"
-    fault = f"--resume continues the run of {where}, which has {'; '.join(refused)}: {fix}"
-    require(not refused, fault)
+    }
+    anyway = () if config.resume_anyway else (*ANYWAY, *ANYWAY_WITH_OTHER_BATCHES)
+    hint = all(name.startswith(anyway) for name in refused) * ", --resume-anyway"
+    fix = f"give the settings of its start (--config {where} --resume does){hint}"
+    fault = f"--resume continues the run of {where}, which has {'; '.join(refused.values())}: {fix}"
+    require(not refused, f"{fault}, or a new --output-dir")
     return changed
+
+
+def begins_anew(changed: Iterable[str]) -> bool:
+    """Whether a resumed run with these changes has other batches: its rows then begin anew."""
+    return any(name.startswith(ANYWAY_WITH_OTHER_BATCHES) for name in changed)

@@ -1,7 +1,8 @@
 """Callbacks that steer a run between its steps.
 
 SaveOnSignal  a signal ends it, with a checkpoint
-FiniteSteps   a loss or gradient that is not finite is named, and changes nothing
+FiniteSteps   a loss or gradient that is not finite is named, and changes nothing; spikes are named
+EarlyStop     the evaluations get no better
 FreeCores     it uses the CPU cores that other processes leave free
 """
 
@@ -9,8 +10,10 @@ import ctypes
 import os
 import shutil
 import signal
+import statistics
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -21,15 +24,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from qlora.cli import drop_lost_output
 from qlora.errors import STOPS, Interrupted, UserError, ignore_hangups
-from qlora.training.outputs import complete_checkpoints, last_checkpoint, show_rows
+from qlora.training.checkpoints import complete_checkpoints, last_checkpoint
+from qlora.training.outputs import show_rows
 
-# A run stops after so many steps in a row without a finite loss or gradient; not in a row, after as
-# many and more than a tenth of its steps, so that one bad row does not end a run of many epochs.
-MAX_SKIPPED = 5
+# A spike is a loss so many standard deviations above the mean of the last steps, and half above it:
+# losses of few rows differ much, those of a small model late in training hardly.
+SPIKE, SPIKE_SHARE, SPIKE_STEPS = 6.0, 1.5, range(10, 51)
 NOT_FINITE = "not-finite-"  # before the name of a checkpoint whose adapter gives no finite loss
 MMAP_THRESHOLD, LARGE = -3, 1 << 20  # glibc's name of the setting, and its value in bytes
 SECONDS = 2.0  # from one look at the load of the CPU to the next
@@ -83,7 +87,8 @@ class SaveOnSignal(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.number:  # the step before the evaluation is whole
-            if self.trainer.is_in_train and state.global_step:
+            is_saved = state.global_step in complete_checkpoints(Path(str(args.output_dir)))
+            if self.trainer.is_in_train and state.global_step and not is_saved:
                 args.save_only_model = False
                 self.trainer._save_checkpoint(self.trainer.model)
             self.on_save(args, state, control)
@@ -100,23 +105,27 @@ def tokens_of(batch: Any) -> Tensor:
 
 
 class FiniteSteps(TrainerCallback):
-    """Skips the steps whose loss or gradient is not finite, and prints their rows. It counts
-    the tokens of each step as well, where a GPU is waited for anyway.
+    """Skips the steps whose loss or gradient is not finite, and prints their rows, as it does for
+    spikes of the loss. It counts the tokens of each step as well, where a GPU is waited for anyway.
+
+    A run stops after `limit` such steps in a row; not in a row, after as many and more than a tenth
+    of its steps, so that one bad row does not end a run of many epochs.
 
     A step is also the test of the adapter that it begins with: `sound_step` is the last one at
     whose end the adapter was known to give a finite loss; `is_sound`, whether the last test passed.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Any, limit: int = 5) -> None:
+        self.trainer, self.limit = trainer, limit
         self.batches: list[tuple[Any, Tensor]] = []  # of this step, with their losses
-        self.skipped, self.in_a_row, self.most = 0, 0, float(MAX_SKIPPED)  # steps
+        self.losses = deque[float](maxlen=SPIKE_STEPS.stop - 1)  # of the last steps
+        self.skipped, self.in_a_row, self.most = 0, 0, float(limit)  # steps
         self.sound_step, self.is_sound = 0, True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.sound_step = state.global_step - 1  # a checkpoint is saved after a finite loss
         steps = state.max_steps - state.global_step
-        self.most = max(MAX_SKIPPED - 1, steps / 10)
+        self.most = max(self.limit - 1, steps / 10)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         model, scaler = self.trainer.model, getattr(self.trainer.accelerator, "scaler", None)
@@ -128,13 +137,15 @@ class FiniteSteps(TrainerCallback):
         tests = [norm.isfinite(), *(loss.isfinite() for _, loss in batches)]
         is_counted = self.trainer.args.include_num_input_tokens_seen == "non_padding"
         counts = [tokens_of(inputs) for inputs, _ in batches] if is_counted else []
-        read = torch.stack([n.to(norm.device, torch.int64) for n in (*tests, *counts)])
-        has_norm, *numbers = read.tolist()  # a GPU is waited for once per step
-        finite = numbers[: len(batches)]
-        state.num_input_tokens_seen += sum(numbers[len(batches) :])
+        losses = [loss for _, loss in batches]
+        read = [n.to(norm.device, torch.float64) for n in (*tests, *losses, *counts)]
+        has_norm, *numbers = torch.stack(read).tolist()  # a GPU is waited for once per step
+        finite, values = numbers[: len(batches)], numbers[len(batches) : 2 * len(batches)]
+        state.num_input_tokens_seen += int(sum(numbers[2 * len(batches) :]))
         broken = [inputs for (inputs, _), ok in zip(batches, finite, strict=True) if not ok]
         if not broken and (is_scaled or has_norm):
             self.sound_step, self.is_sound, self.in_a_row = state.global_step, True, 0
+            self._look_for_spike(sum(values), batches, state.global_step + 1)
             return
         if scaler is None:
             model.zero_grad()  # optimizers skip parameters without a gradient
@@ -148,16 +159,27 @@ class FiniteSteps(TrainerCallback):
         shown = broken or [inputs for inputs, _ in batches]
         rows = show_rows(shown, self.trainer.train_dataset, self.trainer.processing_class)
         tqdm.write(f"step {step}: the {what} is not finite, the adapter stays as it was{rows}")
-        if self.in_a_row == MAX_SKIPPED or self.skipped > self.most:
+        if self.in_a_row == self.limit or self.skipped > self.most:
             raise UserError(self.fault())
 
+    def _look_for_spike(self, loss: float, batches: list[Any], step: int) -> None:
+        """Print the rows of a step whose loss is far above that of the steps before."""
+        if len(self.losses) in SPIKE_STEPS:
+            mean, deviation = statistics.fmean(self.losses), statistics.pstdev(self.losses)
+            if loss > mean * SPIKE_SHARE and loss > mean + SPIKE * deviation:
+                shown = [inputs for inputs, _ in batches]
+                rows = show_rows(shown, self.trainer.train_dataset, self.trainer.processing_class)
+                before = f"{mean:.4f} in the last {len(self.losses)} steps"
+                tqdm.write(f"step {step}: the loss is {loss:.4f}, it was {before}{rows}")
+        self.losses.append(loss)
+
     def passes_again(self) -> bool:
-        """Whether one of MAX_SKIPPED batches has a finite loss: those of the last step had not."""
+        """Whether one of `limit` batches has a finite loss: those of the last step had not."""
         trainer, one = self.trainer, torch.tensor(1, device=self.trainer.args.device)
         if not self.skipped:  # an evaluation had not
             return False
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # as in check_data
-            for inputs in islice(trainer.get_train_dataloader(), MAX_SKIPPED):
+            for inputs in islice(trainer.get_train_dataloader(), self.limit):
                 batch = trainer._prepare_inputs(inputs)
                 if trainer.compute_loss(trainer.model, batch, num_items_in_batch=one).isfinite():
                     return True
@@ -181,6 +203,32 @@ class FiniteSteps(TrainerCallback):
             f"training has ended and no adapter was written. {last}. Lower --learning-rate, remove "
             "the rows named above, or give --compute-dtype fp32"
         )
+
+
+class EarlyStop(EarlyStoppingCallback):
+    """transformers' early stopping, said, and with its count kept in a resumed run."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        super().on_train_begin(args, state, control, **named)  # type: ignore[no-untyped-call]
+        self.early_stopping_patience_counter = bad_evaluations(state)
+        state.stateful_callbacks.setdefault(type(self).__name__, {})  # Trainer's save wants it
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = (), **named: Any
+    ) -> None:
+        super().on_evaluate(args, state, control, metrics, **named)  # type: ignore[no-untyped-call]
+        if control.should_training_stop:
+            count = self.early_stopping_patience_counter
+            tqdm.write(
+                f"step {state.global_step}: no new best in {count} evaluation{'s' * (count > 1)}, "
+                f"training stops; the best was at step {state.best_global_step}"
+            )
+
+
+def bad_evaluations(state: Any) -> int:
+    """The evaluations without a new best that a checkpoint's state has counted."""
+    saved = state.stateful_callbacks.get(EarlyStop.__name__) or {}
+    return int(saved.get("attributes", {}).get("early_stopping_patience_counter", 0))
 
 
 class FreeCores(TrainerCallback):

@@ -20,7 +20,8 @@ from qlora.config import TrainConfig
 from qlora.errors import UserError, did_you_mean, first_line, require
 from qlora.fast.offload import require_gpu
 from qlora.files import RUN, read_metrics, read_samples, require_new
-from qlora.training.outputs import checkpoint_to_resume, complete_checkpoints, is_left_over
+from qlora.training.checkpoints import complete_checkpoints
+from qlora.training.outputs import checkpoint_to_resume, is_left_over
 
 # TrainingArguments that `--trainer.NAME` refuses, and why: names, or beginnings that end in `_`.
 REFUSED_ARGUMENTS = {
@@ -59,7 +60,7 @@ LOGGER_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 SHARED_ARGUMENTS = (
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "num_train_epochs", "max_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
-    "seed", "logging_steps", "eval_steps", "save_steps",
+    "seed", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
 )  # fmt: skip
 # Arguments that need evaluation, besides the strategies.
 NEED_EVALUATION = ("load_best_model_at_end", "metric_for_best_model", "eval_on_start")
@@ -175,7 +176,7 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         "logging_first_step": True,
         "eval_strategy": eval_strategy,
         "save_strategy": "steps",
-        "save_total_limit": 2,
+        "load_best_model_at_end": config.early_stopping_patience is not None,
         "report_to": list(config.report_to) or "none",
         "fp16": fp16,  # T4 and older: loss scaling, fp32 adapters
         "use_cpu": on_cpu,
@@ -188,7 +189,7 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         "label_names": ["labels"],
     }
     settings |= config.trainer
-    _require_evaluations(settings, config.data.evaluates)
+    _require_evaluations(settings, config.data.evaluates, config.early_stopping_patience)
     with refusals():
         arguments = TrainingArguments(**settings)
         arguments.get_process_log_level()  # Trainer's first use of log_level
@@ -197,7 +198,7 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
     return arguments
 
 
-def _require_evaluations(settings: dict[str, Any], evaluates: bool) -> None:
+def _require_evaluations(settings: dict[str, Any], evaluates: bool, early: int | None) -> None:
     """Refuse settings that need an evaluation where there is none, or at other steps."""
     evaluated, saved = settings["eval_strategy"], settings["save_strategy"]
     needing = [f"--trainer.{name}" for name in NEED_EVALUATION if settings.get(name)]
@@ -213,7 +214,8 @@ def _require_evaluations(settings: dict[str, Any], evaluates: bool) -> None:
         agree = evaluated == saved and (saved != "steps" or settings["save_steps"] % every == 0)
         fault = f"needs every checkpoint evaluated; evaluation is by {evaluated}, saving by {saved}"
         fix = "give --eval-steps N, and N or a multiple of it as --save-steps"
-        require(agree, f"--trainer.load_best_model_at_end {fault}: {fix}")
+        needing = ["--early-stopping-patience"] * bool(early) or needing
+        require(agree, f"{needing[0]} {fault}: {fix}")
 
 
 @contextmanager

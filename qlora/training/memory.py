@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from qlora.errors import UserError
 from qlora.fast.offload import offload_activations
-from qlora.training.outputs import complete_checkpoints
+from qlora.training.checkpoints import complete_checkpoints
 
 T = TypeVar("T")
 Batch = Mapping[str, Any]

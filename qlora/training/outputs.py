@@ -22,25 +22,25 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import psutil
 import torch
 import yaml
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora import __version__, files
 from qlora.cli import Progress
 from qlora.data import generation
-from qlora.errors import UserError, first_line, require, some
+from qlora.errors import UserError, some
+from qlora.training.checkpoints import complete_checkpoints, last_checkpoint, resumable
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
 # What a run leaves that failed before its first checkpoint; "runs" is TensorBoard's folder.
 LEFTOVERS = re.compile(
-    r"run\.yaml|inspect\.html|metrics\.jsonl|samples\.jsonl|runs|(not-finite-)?checkpoint-\d+|"
-    r"\..*\.partial"
+    r"run\.yaml|inspect\.html|metrics\.jsonl|samples\.jsonl|runs|"
+    r"((not-finite|damaged)-)?checkpoint-\d+|\..*\.partial|\.lock"
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps  {remaining} left{postfix}"
@@ -182,60 +182,27 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
 
 
-# ---- checkpoints and the folder of a run
-
-
-def complete_checkpoints(output: Path) -> dict[int, Path]:
-    """Step -> folder of the checkpoints whose last file, Trainer's state, is there and whole."""
-    checkpoints = {}
-    for folder in output.glob("checkpoint-*"):
-        step = folder.name.removeprefix("checkpoint-")
-        with suppress(UserError):
-            if step.isdecimal() and state_at(folder).global_step == int(step):
-                checkpoints[int(step)] = folder
-    return checkpoints
+# ---- the folder of a run
 
 
 def checkpoint_to_resume(output: Path) -> Path:
-    """The last complete checkpoint; prints which are damaged. Raises UserError without one, or if
-    it lacks files that training goes on with."""
+    """The last whole checkpoint; prints which are damaged. Raises UserError without one, or if it
+    lacks files that training goes on with."""
     steps = complete_checkpoints(output)
     cut = sorted(
         {path.name for path in output.glob("checkpoint-*")} - {f.name for f in steps.values()}
     )
-    damaged = f"{some(cut)} of {output} has no whole trainer_state.json" if cut else ""
-    lacks = damaged or f"{output} holds no checkpoint-N to resume from"
-    again = f"drop --resume, which starts again{', and removes them' if cut else ''}"
-    fix = again if is_left_over(output) or not output.exists() else "give a new --output-dir"
-    require(bool(steps), f"{lacks}: {fix}")
-    checkpoint = steps[max(steps)]
-    if damaged:
-        print(f"{damaged}: {checkpoint.name} is resumed from")
-    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # zip files: the index is at the end
-    if missing := [name for name in names if not is_zipfile(checkpoint / name)]:
-        raise UserError(
-            f"{checkpoint} cannot be resumed from: {', '.join(missing)} missing or damaged "
-            "(--trainer.save_only_model leaves them out). Remove that folder to resume from an "
-            "earlier one, or give a new --output-dir"
-        )
+    checkpoint, faults = resumable(output)
+    if cut:
+        faults.append(f"{some(cut)} of {output} has no whole trainer_state.json")
+    lacks = "; ".join(faults) or f"{output} holds no checkpoint-N to resume from"
+    if checkpoint is None:
+        again = f"drop --resume, which starts again{', and removes them' if cut else ''}"
+        fix = again if is_left_over(output) or not output.exists() else "give a new --output-dir"
+        raise UserError(f"{lacks}: {fix}")
+    if faults:
+        print(f"warning: {lacks}: {checkpoint.name} is resumed from")
     return checkpoint
-
-
-def state_at(checkpoint: str | Path) -> TrainerState:
-    """Trainer's state in a checkpoint; UserError for another file of that name."""
-    path = Path(checkpoint, "trainer_state.json")
-    try:
-        return TrainerState(**files.read_json(path))
-    except TypeError as error:
-        raise UserError(f"{path} is not a state of Trainer: {first_line(error)}") from error
-
-
-def last_checkpoint(output: Path) -> str:
-    """A sentence: which checkpoint a run can be continued from."""
-    if checkpoints := complete_checkpoints(output):
-        last = checkpoints[max(checkpoints)]
-        return f"{last} is saved, the same command with --resume continues from it"
-    return "there is no checkpoint yet, the same command starts again"
 
 
 @contextmanager
@@ -376,6 +343,7 @@ def write_adapter_card(
     if "labels" in base:
         arguments += f", labels={list(base['labels'])!r}"
         head = f" Trained in full beside it: {', '.join(base['heads'])}."
+    start = f"| started from | {settings['adapter']} |\n" if settings.get("adapter") else ""
     text = f"""{files.front_matter(name, "peft", "lora", "qlora")}
 # LoRA adapter for {Path(name).name}
 
@@ -386,7 +354,7 @@ Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()},
 | | |
 |---|---|
 | data | {", ".join(sources)} ({rows} rows) |
-| learning rate | {settings["learning_rate"]:.3g} |
+{start}| learning rate | {settings["learning_rate"]:.3g} |
 | optimizer steps | {steps} |
 | after these steps | {measured} |
 

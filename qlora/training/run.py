@@ -23,7 +23,7 @@ from qlora.adapters.live import require_task
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
-from qlora.config import TrainConfig, changed_settings, differences, flat
+from qlora.config import TrainConfig, begins_anew, changed_settings, differences, flat
 from qlora.config.tasks import task_named
 from qlora.data import mixing
 from qlora.data import rows as data_rows
@@ -37,6 +37,7 @@ from qlora.errors import UserError
 from qlora.fast.offload import offload_embedding
 from qlora.files import RUN, SAMPLES, ids_in
 from qlora.training.callbacks import FreeCores, return_freed_memory
+from qlora.training.checkpoints import set_aside, state_at
 from qlora.training.checks import check_arguments, check_settings
 from qlora.training.dry_step import before_training
 from qlora.training.memory import free_unused, is_out_of_memory, out_of_memory_in
@@ -44,13 +45,13 @@ from qlora.training.outputs import (
     no_empty_folder,
     read_run,
     remove_leftovers,
-    state_at,
     write_results,
     write_run_file,
     writing_to,
 )
 from qlora.training.prepare import prepare_for_training
 from qlora.training.samples import choose_samples, write_answers
+from qlora.training.start import put_saved_adapter, with_settings_of_adapter
 from qlora.training.trainer import AdapterTrainer, make_trainer
 
 EVA_TOKENS = 1 << 13  # tokens that EVA reads: many more than the directions of a layer
@@ -82,6 +83,7 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     resume_from = check_settings(config, output)
     config = check_arguments(config)
     recorded = read_run(output) if resume_from else {}
+    config = with_settings_of_adapter(config, recorded.get("config", {}))
     changed = changed_settings(config, recorded.get("config", {}), output / RUN)
     if resume_from and config.learning_rate is None:
         config = replace(config, learning_rate=recorded.get("config", {}).get("learning_rate"))
@@ -92,7 +94,7 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     tokenizer = load_tokenizer(checkpoint, task=task, trust_remote_code=trusted)
     apply_settings(tokenizer, config.data)
     data = prepare_rows(config, checkpoint, tokenizer)
-    require_same_rows(config, data.counts, recorded)
+    changed |= changed_rows(config, data.counts, recorded)
     thinks = data.counts["training"]["thinks"] > 0
     if "chat_template" in data_rows.prepare_tokenizer(tokenizer, chats=data.chats, thinks=thinks):
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
@@ -107,7 +109,7 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
 
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
     rate = config.learning_rate or rate_from_rule(model)
-    config = replace(config, learning_rate=rate, resume=False)
+    config = replace(config, learning_rate=rate, resume=False, resume_anyway=False)
     prepare_for_training(model, config.gradient_checkpointing, fast_path=config.fast_path)
     with no_empty_folder(output):
         trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows, planned_bytes)
@@ -134,11 +136,14 @@ def run_and_write(
     output, model, tokenizer = Path(config.output_dir), trainer.model, trainer.processing_class
     settings = flat(config)
     base = {"resolved": str(model.config._name_or_path), **state_of(model).record()}
+    if resume_from:
+        set_aside(output, state_at(resume_from).global_step)
     if resume_from and trainer.is_done(resume_from):
         settings = recorded.get("config", settings)  # with which it was trained
     elif resume_from:
         changed |= differences(recorded.get("base", {}), base, without=("resolved", "revision"))
         resumed = resumed_at(resume_from, changed, recorded)
+        trainer.rows_from = max((r["step"] for r in resumed if r.get("rows begin anew")), default=0)
         write_run_file(output, settings, base, data.counts, resumed)
     else:
         remove_leftovers(output)
@@ -172,28 +177,39 @@ def answer_if_memory_suffices(output: Path, when: str, *rest: Any) -> None:
 # ---- a resumed run against its start
 
 
-def require_same_rows(config: TrainConfig, counts: Any, recorded: Mapping[str, Any]) -> None:
-    """Refuse to resume on training rows other than those of run.yaml."""
+def changed_rows(
+    config: TrainConfig, counts: Any, recorded: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """What differs from the training rows of run.yaml, which --resume refuses."""
     before = recorded.get("data", {}).get("training", {})
     names = ("fingerprint", "rows", "tokens", "supervised_tokens")
     now = {name: counts["training"][name] for name in names}
-    if differ := differences(before, now):
+    differ = differences(before, now)
+    if differ and not config.resume_anyway:
         shown = ", ".join(f"{name} {old}, not {new}" for name, (old, new) in differ.items())
         raise UserError(
             f"--resume: {config.data.name} has other rows than the run's start had ({shown}): give "
-            "the same data, or a new --output-dir"
+            "the same data, --resume-anyway, or a new --output-dir"
         )
+    return {f"rows.{name}": values for name, values in differ.items()}
 
 
 def resumed_at(
     checkpoint: str, changed: dict[str, list[Any]], recorded: Mapping[str, Any]
 ) -> list[Any]:
-    """run.yaml's list of changes at each resuming, with those of this one, which are printed."""
+    """run.yaml's list of changes at each resuming, with those of this one, which are printed.
+
+    Where the rows begin anew, the step is the one that their order is counted from.
+    """
     step = int(Path(checkpoint).name.removeprefix("checkpoint-"))
     if changed:
         shown = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
         print(f"--resume, from step {step} on: {shown}")
-    return [*recorded.get("resumed", []), *[{"step": step, "changed": changed}] * bool(changed)]
+    this: dict[str, Any] = {"step": step, "changed": changed}
+    if begins_anew(changed):
+        print("the batches are others: their order begins anew, with rows that were seen already")
+        this["rows begin anew"] = True
+    return [*recorded.get("resumed", []), *[this] * bool(changed)]
 
 
 def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) -> PreparedData:
@@ -259,8 +275,11 @@ def load_model(
         every = max(1, sum(map(len, data.rows["input_ids"])) // EVA_TOKENS)
         spaced = (data.rows[i] for i in range(0, len(data.rows), every))
         eva_batches = length_batches(spaced, tokenizer, task=config.task, model=model)
-    generator = torch.Generator().manual_seed(config.seed)
-    apply_lora(model, lora, generator=generator, data=eva_batches)
+    if config.adapter:
+        put_saved_adapter(model, resume_from or config.adapter, lora)
+    else:
+        generator = torch.Generator().manual_seed(config.seed)
+        apply_lora(model, lora, generator=generator, data=eva_batches)
     if config.offload_embedding:
         offload_embedding(model)
     print_trainable_parameters(model)

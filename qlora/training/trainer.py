@@ -5,16 +5,15 @@ differs from Trainer in:
 
     loss          summed over supervised tokens or labels and divided once: in training per
                   optimizer step, in evaluation per data set (qlora.data.objectives)
-    steps         skipped if the loss or gradient is not finite; after MAX_SKIPPED a run stops
+    steps         skipped if the loss or gradient is not finite; after max_bad_steps a run stops
     rows          ordered by the seed and the epoch alone, so that a resumed epoch goes on
-    checkpoints   hold the adapter, not the model
+    checkpoints   hold the adapter, not the model; no pickles (checkpoints.py)
     optimizer     LoRA+ rates; fp32 masters of bf16 parameters (optimizers.py); unpaged on a CPU
     memory        micro-batches are split where it runs out (memory.py)
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
 
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -42,18 +41,26 @@ from qlora.data.objectives import OBJECTIVES, Objective, measure
 from qlora.errors import UserError, first_line, require, some
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
-from qlora.training.callbacks import FiniteSteps, SaveOnSignal
+from qlora.training.callbacks import EarlyStop, FiniteSteps, SaveOnSignal, bad_evaluations
+from qlora.training.checkpoints import (
+    OPTIMIZER,
+    SafeStates,
+    new_checkpoint,
+    read_state,
+    remove_old,
+    state_at,
+)
 from qlora.training.checks import refusals, training_arguments
 from qlora.training.memory import Parts, out_of_memory_in
 from qlora.training.optimizers import keep_updates, loses_updates
 from qlora.training.outputs import (
     MetricsWriter,
     PlainProgress,
-    complete_checkpoints,
     show_rows,
-    state_at,
     write_stops,
 )
+
+OWN_VALUES = {"weight_decay", "betas", "eps"}  # of an optimizer: this run's, not the checkpoint's
 
 
 def make_trainer(
@@ -89,6 +96,7 @@ def make_trainer(
             processing_class=tokenizer,
             objective=OBJECTIVES[config.task],
             loraplus_lr_ratio=config.loraplus_lr_ratio,
+            max_bad_steps=config.max_bad_steps,
             offload=offload_activations() if config.offload_activations else None,
         )
         # A check before anything is written: 10 for the number of steps, not known yet.
@@ -103,6 +111,8 @@ def make_trainer(
     # first, as it adds values to the logs that the loggers receive
     trainer.callback_handler.callbacks.insert(0, writer)
     trainer.add_callback(PlainProgress())
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStop(config.early_stopping_patience))
     return trainer
 
 
@@ -127,15 +137,18 @@ class SeededGroups(Sampler[int]):
         return len(self.groups)
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(SafeStates, Trainer):
     """Trainer for a frozen quantized model with LoRA adapters. `offload` is a context around each
-    forward pass, `loraplus_lr_ratio` lora_B's learning rate over that of all other parameters."""
+    forward pass, `loraplus_lr_ratio` lora_B's learning rate over that of all other parameters,
+    `max_bad_steps` the steps in a row without a finite loss and gradient that end a run."""
 
     model: Any
     processing_class: Any
     state: Any
     optimizer: Any
     best_step: int | None = None  # of the adapter, if the best checkpoint was loaded at the end
+    rows_from = 0  # the step from which the order of the rows is counted, in a resumed run
+    saves_to: str | None = None  # the folder that Trainer writes the present checkpoint into
     logs_nan = False  # whether a loss since the last log was not finite
 
     def __init__(
@@ -144,6 +157,7 @@ class AdapterTrainer(Trainer):
         *,
         objective: Objective = OBJECTIVES["causal-lm"],
         loraplus_lr_ratio: float = 1.0,
+        max_bad_steps: int = 5,
         offload: offload_activations | None = None,
         **kwargs: Any,
     ) -> None:
@@ -157,7 +171,7 @@ class AdapterTrainer(Trainer):
             super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
         finally:
             model._hf_peft_config_loaded = is_marked
-        self.steps, self.on_signal = FiniteSteps(self), SaveOnSignal(self)
+        self.steps, self.on_signal = FiniteSteps(self, max_bad_steps), SaveOnSignal(self)
         self.parts, self.eval_parts = Parts(self, trains=True), Parts(self, trains=False)
         self.callback_handler.callbacks += [self.steps, self.on_signal]
 
@@ -170,8 +184,11 @@ class AdapterTrainer(Trainer):
         return steps, batches
 
     def is_done(self, checkpoint: str) -> bool:
-        """Whether `checkpoint` has all steps of this run."""
-        return state_at(checkpoint).global_step >= self.lengths_of_run()[0]
+        """Whether `checkpoint` has all steps of this run, or those until it stopped early."""
+        state, callbacks = state_at(checkpoint), self.callback_handler.callbacks
+        early = [c.early_stopping_patience for c in callbacks if isinstance(c, EarlyStop)]
+        has_stopped = any(bad_evaluations(state) >= patience for patience in early)
+        return has_stopped or state.global_step >= self.lengths_of_run()[0]
 
     def check_data(self) -> None:
         """Refuse data that fill no batch, and a metric for the best model that none measures."""
@@ -198,11 +215,11 @@ class AdapterTrainer(Trainer):
             require(folder.is_dir(), f"{folder}, the best so far, is missing: {fix}")
         self.create_optimizer_and_scheduler(num_training_steps=10)
         try:
-            state = torch.load(Path(checkpoint, "optimizer.pt"), map_location="cpu")
+            state = read_state(Path(checkpoint, OPTIMIZER))["optimizer"]
             saved, own = (set(o["param_groups"][0]) for o in (state, self.optimizer.state_dict()))
             name = OptimizerNames(self.args.optim).value
-            require(saved == own, f"optimizer.pt is of another optimizer than --optim {name}")
-            super()._load_optimizer_and_scheduler(checkpoint)
+            require(saved == own, f"{OPTIMIZER} is of another optimizer than --optim {name}")
+            self._load_states(checkpoint)
             self._load_rng_state(checkpoint)
         except Exception as error:  # whatever the packages raise for a damaged file
             fix = "Remove that folder to resume from an earlier one, or give a new --output-dir"
@@ -214,7 +231,10 @@ class AdapterTrainer(Trainer):
         """Train, from `checkpoint` if given: not at all if it has all steps (Trainer adds one)."""
         if checkpoint and self.is_done(checkpoint):
             self.state = state_at(checkpoint)
-            print(f"All {self.state.global_step} steps are done; a larger --max-steps continues.")
+            step, until, flag = self.state.global_step, "", "--max-steps"
+            if step < self.lengths_of_run()[0]:
+                until, flag = " until it stopped", "--early-stopping-patience"
+            print(f"All {step} steps{until} are done; a larger {flag} continues.")
             if self.args.load_best_model_at_end and self.state.best_global_step:
                 self._load_best_model()
             return
@@ -260,14 +280,28 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Trainer's, but not of an adapter whose last loss was not finite; whole or not at all."""
-        step, output = self.state.global_step, Path(str(self.args.output_dir))
-        try:
-            if self.steps.is_sound:
-                with out_of_memory_in(self, f"saving checkpoint-{step}"):
-                    super()._save_checkpoint(model, trial)
-        finally:
-            if step not in complete_checkpoints(output):
-                shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
+        if not self.steps.is_sound:
+            return
+        state, output = self.state, Path(str(self.args.output_dir))
+        step, best = state.global_step, state.best_global_step
+        if best:  # Trainer looks for its folder beside the new one
+            is_there = best == step or (output / f"checkpoint-{best}").is_dir()
+            state.best_model_checkpoint = f"{output}/checkpoint-{best}" if is_there else None
+        with (
+            out_of_memory_in(self, f"saving checkpoint-{step}"),
+            new_checkpoint(output, step) as at,
+        ):
+            self.saves_to = str(at)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.saves_to = None
+        if limit := self.args.save_total_limit:
+            remove_old(output, limit, {best} if best else set(), self.steps.sound_step)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer writes a checkpoint, and removes others."""
+        return self.saves_to or str(self.args.output_dir)
 
     def compute_loss_context_manager(self) -> ExitStack:
         """The context of every forward pass: Trainer's, and offloading."""
@@ -312,11 +346,24 @@ class AdapterTrainer(Trainer):
         self.best_step = self.state.best_global_step
         load_adapter_weights(self.model, f"{self.args.output_dir}/checkpoint-{self.best_step}")
 
+    def _init_training_state(self, max_steps: int, per_epoch: int, *rest: Any) -> tuple[int, int]:
+        """Trainer's: epochs, and batches of the last one, that are done; since `rows_from`."""
+        epochs, batches = super()._init_training_state(max_steps, per_epoch, *rest)
+        if not self.rows_from:
+            return epochs, batches
+        epochs, steps = divmod(max(0, self.state.global_step - self.rows_from), per_epoch)
+        return epochs, steps * self.args.gradient_accumulation_steps
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's, at the learning rate that this run's schedule has at the checkpoint's step:
         the checkpoint has that of its own, which is 0 at the end of a linear one."""
+        if checkpoint is None:
+            return
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        own = [{n: g[n] for n in OWN_VALUES & g.keys()} for g in self.optimizer.param_groups]
+        self._load_states(checkpoint)
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)
         self.state.compute_steps(self.args, self.state.max_steps)  # logging_steps, ... of this run
         schedule, groups = self.lr_scheduler, self.optimizer.param_groups
         if not isinstance(schedule, LambdaLR):

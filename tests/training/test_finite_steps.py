@@ -194,3 +194,61 @@ def test_overflows_of_a_scaled_fp16_loss_are_the_scalers(scale, skipped, checkpo
     assert steps.skipped == skipped
     assert ("step 4: the gradient is not finite" in capsys.readouterr().out) == bool(skipped)
     assert any(p.grad is not None for p in model.parameters())  # the scaler counts on them
+
+
+def test_max_bad_steps_is_the_users(checkpoints, tmp_path, data, break_loss):
+    break_loss(" times ")
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", max_bad_steps=2)
+    with pytest.raises(UserError, match=r"\(2 steps were skipped\)"):
+        train(config)
+
+
+def test_a_spike_of_the_loss_is_logged_with_its_rows(checkpoints, capsys):
+    """Not the first losses, nor those that differ as much as the ones before."""
+    model = adapted_model(checkpoints("llama"))
+    inputs = {"input_ids": torch.arange(4, 8)[None], "attention_mask": torch.ones(1, 4)}
+    trainer = Mock(model=model, accelerator=SimpleNamespace(scaler=None), processing_class=None)
+    trainer.train_dataset = [{"input_ids": [9]}, {"input_ids": [4, 5, 6, 7]}]
+    finite, said = FiniteSteps(trainer), dict[int, str]()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    for step in range(80):
+        loss = {2: 50.0, 60: 9.0, 70: 3.0}.get(step, 2.0 + 0.1 * (step % 3))
+        finite.batches = [(inputs, torch.tensor(loss / 2))] * 2
+        state = SimpleNamespace(global_step=step, num_input_tokens_seen=0)
+        finite.on_pre_optimizer_step(None, state, None)
+        said |= {step: line} if (line := capsys.readouterr().out) else {}
+    assert list(said) == [60]
+    assert "step 61: the loss is 9.0000, it was 2.1" in said[60]
+    assert "in the last 50 steps: row 2 ('(4, 5, 6, 7)')" in said[60]
+
+
+def test_a_run_stops_early_with_the_best_adapter_and_resumes_to_the_same(
+    checkpoints, tmp_path, data, capsys, monkeypatch
+):
+    """The evaluations get worse from step 2 on; the count goes on in a resumed run."""
+    measured = iter([3.0, 2.0, 2.5, 2.6, 2.5, 2.6, 2.7])
+    loop = AdapterTrainer.evaluation_loop
+
+    def worse(self: Any, *given: Any, **named: Any) -> Any:
+        output = loop(self, *given, **named)
+        output.metrics["eval_loss"] = next(measured)
+        return output
+
+    monkeypatch.setattr(AdapterTrainer, "evaluation_loop", worse)
+    settings: Any = {"early_stopping_patience": 2, "eval_steps": 1, "save_steps": 1}
+    settings |= {"max_steps": 9, "data": DataConfig(str(data), str(data), max_length=128)}
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", **settings)
+    folder = train(config)
+    said = capsys.readouterr().out
+    assert "step 4: no new best in 2 evaluations, training stops; the best was at step 2" in said
+    assert "The best checkpoint is that of step 2" in said
+    best = (folder / "adapter_model.safetensors").read_bytes()
+    assert best == (folder / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+    train(replace(config, resume=True))
+    assert "All 4 steps until it stopped are done; a larger --early" in capsys.readouterr().out
+    train(replace(config, resume=True, early_stopping_patience=3))
+    assert "step 5: no new best in 3 evaluations" in capsys.readouterr().out
+    config = replace(config, output_dir=str(tmp_path / "other"), save_steps=3)
+    with pytest.raises(UserError, match="--early-stopping-patience needs every checkpoint eval"):
+        train(replace(config, eval_steps=2))

@@ -31,7 +31,7 @@ from qlora.data import generation
 from qlora.errors import UserError
 from qlora.fast.offload import offload_activations
 from qlora.training import dry_step, memory, run
-from qlora.training.outputs import complete_checkpoints, state_at
+from qlora.training.checkpoints import complete_checkpoints, state_at
 from qlora.training.run import train
 from qlora.training.trainer import AdapterTrainer
 
@@ -200,7 +200,7 @@ def raise_in_turn(turn: int, function: Any = None) -> Any:
         (memory, "halves", 0, 1, r"in step 2, at 4 rows?, .* give --gradient-checkpointing, or"),
         (torch.optim.AdamW, "step", 3, 2, r"in the optimizer's step\. .*lower --max-length"),
         ("qlora.training.trainer", "save_adapter", 2, 1, r"in saving checkpoint-2\. "),
-        (torch, "save", 5, 1, r"in saving checkpoint-2\. "),
+        ("qlora.training.checkpoints", "write_state", 3, 1, r"in saving checkpoint-2\. "),
     ],
 )
 def test_where_nothing_helps_the_last_checkpoint_is_whole(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import shutil
 import signal
 from dataclasses import replace
@@ -10,7 +11,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 import yaml
 from conftest import (
     axis,
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from qlora.config import DataConfig, LoraConfig, QuantConfig
 from qlora.errors import Interrupted, UserError
 from qlora.files import locked
+from qlora.training.checkpoints import OPTIMIZER, RANDOM, read_state, seal, write_state
 from qlora.training.checks import check_settings
 from qlora.training.run import train
 from qlora.training.trainer import AdapterTrainer
@@ -57,10 +58,10 @@ def test_resuming_reads_the_rows_of_the_whole_run(how, checkpoints, tmp_path, da
         "data": DataConfig(str(data), max_length=128, packing=packing), "num_train_epochs": 2,
         "max_steps": -1, "per_device_train_batch_size": 1 if packing else 4, "save_steps": 1,
         "gradient_accumulation_steps": 3, "lora": LoraConfig(r=4, lora_dropout=0.2),
-        "trainer": {"save_total_limit": 20},
+        "save_total_limit": 20,
     }  # fmt: skip
     if not packing:
-        settings["trainer"]["train_sampling_strategy"] = how
+        settings["trainer"] = {"train_sampling_strategy": how}
     config = quick_config(checkpoints("llama"), data, tmp_path / "whole", **settings)
     whole = train(config)
     last, batches = max(step for step, _ in seen) + 1, list(seen)
@@ -143,6 +144,68 @@ def test_resuming_on_other_rows_is_refused(change, started, data, tmp_path):
         train(replace(started, data=DataConfig(str(other), str(data), max_length=length)))
 
 
+ANYWAY: dict[str, dict[str, Any]] = {  # words of the refusal -> other settings
+    "per_device_train_batch_size 4, not 5": {"per_device_train_batch_size": 5},
+    "weight_decay 0.0, not 0.5": {"weight_decay": 0.5},
+    "other rows": {},
+    "seed 42, not 7": {"seed": 7},
+    "gradient_accumulation_steps 1, not 2": {"gradient_accumulation_steps": 2},
+    "max_length 128, not 40": {"data": {"max_length": 40}},
+    "packing False, not True": {"data": {"packing": True}},
+    "trainer.adam_beta2 None, not 0.9": {"trainer": {"adam_beta2": 0.9}},
+}
+
+
+@pytest.mark.parametrize("words", [*[*ANYWAY][:2], *axis(*[*ANYWAY][2:])])
+def test_resume_anyway_lets_the_rest_differ_from_the_next_step_on(
+    words, started, data, tmp_path, seen, capsys
+):
+    """Refused without it. The batches that follow are the first ones of a new run with these
+    settings, also where the resumed run is resumed again."""
+    settings, output = dict(ANYWAY[words]), Path(started.output_dir)
+    rows = write_rows(tmp_path / "other.jsonl", read_rows(data)[::-1]) if not settings else data
+    settings["data"] = replace(started.data, data=str(rows), **settings.pop("data", {}))
+    settings |= {"samples": 0, "max_steps": 5, "save_steps": 4}
+    other = replace(started, **settings)
+    with refuses(output, words, "--resume-anyway, or a new --output-dir"):
+        train(other)
+    train(replace(other, resume_anyway=True))
+    said, batches = capsys.readouterr().out, [ids for _, ids in seen]
+    adapter = (output / "adapter_model.safetensors").read_bytes()
+    recorded = yaml.safe_load((output / "run.yaml").read_text())["resumed"]
+    assert "--resume, from step 2 on: " in said and recorded[0]["step"] == 2
+    keeps = words.startswith(("weight", "trainer"))
+    assert ("order begins anew" in said) != keeps
+    shutil.rmtree(output / "checkpoint-5", ignore_errors=True)
+    seen.clear()
+    train(other)  # from checkpoint-4, as after a kill
+    assert (output / "adapter_model.safetensors").read_bytes() == adapter
+    assert [ids for _, ids in seen] == batches[-len(seen) :] and 0 < len(seen) < len(batches)
+    seen.clear()
+    train(replace(other, output_dir=str(tmp_path / "new"), resume=False))
+    new = [ids for _, ids in seen]
+    assert batches == (new[2:] if keeps else new[: len(batches)])
+    state = read_state(output / "checkpoint-4" / OPTIMIZER)["optimizer"]["param_groups"][0]
+    assert state["weight_decay"] == other.weight_decay
+    assert state["betas"][1] == other.trainer.get("adam_beta2", 0.999)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lora": LoraConfig(r=8, lora_alpha=8)}, "r 4, not 8"),
+        ({"optim": "adamw_torch"}, "optim paged_adamw_8bit, not adamw_torch"),
+        ({"quant": QuantConfig(compute_dtype="fp32", quant_type="fp4")}, "quant_type nf4, not fp4"),
+        ({"model": "qwen2"}, "another base"),
+    ],
+)
+def test_what_no_run_can_go_on_with_is_refused_anyway(settings, words, started, checkpoints):
+    if "model" in settings:
+        settings = {"model": str(checkpoints(settings["model"]))}
+    with refuses(Path(started.output_dir), words):
+        train(replace(started, resume_anyway=True, **settings))
+
+
 def test_what_may_change_is_said_and_recorded(started, data, tmp_path, capsys):
     """The data elsewhere, another learning rate, more steps: all of them take effect."""
     moved = str(shutil.copy(data, tmp_path / "moved.jsonl"))
@@ -203,19 +266,6 @@ def test_more_steps_follow_the_schedule_of_the_longer_run(
 # ---- checkpoints
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-@pytest.mark.parametrize("is_cut", [False, True])
-def test_a_checkpoint_that_is_not_whole_is_refused(is_cut, name, started):
-    path = Path(started.output_dir) / "checkpoint-2" / name
-    content = path.read_bytes()
-    path.unlink()
-    if is_cut:
-        path.write_bytes(content[: len(content) // 2])
-    words = ("checkpoint-2 cannot be resumed from", f"{name} missing or damaged")
-    with refuses(Path(started.output_dir), *words, "save_only_model"):
-        train(started)
-
-
 DAMAGED = ["", '{"global_step": 4, "log', "[4]", "null", "{}", '{"global_step": null}', "\x00" * 9,
            '{"global_step": 4, "of_a_later_version": 1}']  # fmt: skip
 
@@ -241,27 +291,21 @@ def test_a_checkpoint_with_a_damaged_state_is_no_checkpoint(state, started, caps
         train(started)
 
 
-def other_parts(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
-    """File of a checkpoint -> what another program may have written under its name, and the words
-    of the refusal."""
-    optimizer = torch.load(folder / "optimizer.pt")
-    fewer = {**optimizer["param_groups"][0], "params": [0]}
-    return {
-        "optimizer.pt": ({"epoch": 3}, "param_groups"),
-        "./optimizer.pt": (optimizer | {"param_groups": [fewer]}, "param"),
-        "scheduler.pt": ({"state": [1]}, "cannot be resumed from"),
-        "rng_state.pth": ({"python": 7, "cpu": None}, "cannot be resumed from"),
-    }
-
-
 @pytest.mark.parametrize(
-    "name", ["optimizer.pt", "./optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    ("name", "content"),
+    [
+        (OPTIMIZER, {"epoch": 3}),
+        (OPTIMIZER, {"optimizer": {"param_groups": [{"params": [0]}]}}),
+        (RANDOM, {"python": 7, "cpu": None}),
+        (RANDOM, 3),
+    ],
 )
-def test_a_checkpoint_with_other_contents_is_refused_before_the_run(name, started):
+def test_a_checkpoint_with_other_contents_is_refused_before_the_run(name, content, started):
+    """Whose hashes are right: another program has written it."""
     folder = Path(started.output_dir) / "checkpoint-2"
-    content, words = other_parts(folder)[name]
-    torch.save(content, folder / name)
-    with refuses(folder.parent, "checkpoint-2 cannot be resumed from", words, "Remove that folder"):
+    write_state(folder / name, content)
+    seal(folder)
+    with refuses(folder.parent, "checkpoint-2 cannot be resumed from", "Remove that folder"):
         train(started)
 
 
@@ -363,9 +407,12 @@ def test_a_run_without_a_checkpoint_does_not_block_a_new_start(
     with refuses(folder, "already holds a run"):
         train(config)
     (folder / "notes.txt").unlink()
-    with locked(folder), refuses(folder, "in use by another run"):
+    me = f"in use by another run, process {os.getpid()} on {platform.node()}: wait"
+    with locked(folder), refuses(folder, me):
         train(config)
+    (folder / ".lock").write_text('{"pid": 1, "host": "else", "started": 0.0}')  # was killed
     train(config)
+    assert not (folder / ".lock").exists()
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [1]
     assert not (folder / "checkpoint-2").exists()
 
@@ -376,7 +423,7 @@ DISK_FULL: list[tuple[str, Exception]] = [  # what each library raises on a tmpf
         SafetensorError("I/O error: No space left on device (os error 28)"),
     ),
     ("tokenizers.Tokenizer.save", Exception("No space left on device (os error 28)")),
-    ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")),
+    ("qlora.training.checkpoints.os.fsync", OSError(errno.EIO, "Input/output error")),
     ("qlora.training.outputs.files.metrics_line", OSError(errno.ENOSPC, "No space left")),
     ("transformers.TrainerState.save_to_json", OSError(errno.EDQUOT, "Disk quota exceeded")),
 ]

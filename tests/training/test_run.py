@@ -37,6 +37,7 @@ from qlora.config import DataConfig, LoraConfig, MergeConfig, QuantConfig
 from qlora.data.rows import fingerprint, prepare_data
 from qlora.merge import merge
 from qlora.training import prepare_for_training
+from qlora.training.checkpoints import OPTIMIZER, read_state
 from qlora.training.checks import check_arguments, check_settings
 from qlora.training.run import (
     default_learning_rate,
@@ -221,7 +222,9 @@ def test_resumed_run_equals_the_whole_run_and_merges(name, checkpoints, tmp_path
     if "adapter_dtype" in settings:
         saved = load_file(whole / "adapter_model.safetensors").values()
         assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
-        states = [torch.load(run / "checkpoint-4" / "optimizer.pt") for run in (whole, parts)]
+        states = [
+            read_state(run / "checkpoint-4" / OPTIMIZER)["optimizer"] for run in (whole, parts)
+        ]
         halves = [state["lower_halves"] for state in states]
         assert len(halves[0]) == len(saved) and all(half.any() for half in halves[0])
         assert all(map(torch.equal, *halves))
@@ -402,7 +405,7 @@ def test_bf16_run_on_a_gpu(optim, checkpoints, tmp_path, data):
     settings |= offloads if optim == "paged_adamw_8bit" else {}
     config = quick_config(checkpoints("llama", False), data, tmp_path / "run", **settings)
     folder = train(config)
-    halves = torch.load(folder / "checkpoint-20" / "optimizer.pt")["lower_halves"]
+    halves = read_state(folder / "checkpoint-20" / OPTIMIZER)["optimizer"]["lower_halves"]
     assert all(half.any() for half in halves)
     train(replace(config, max_steps=22, resume=True))
     assert losses(folder)[-1] < losses(folder)[0] - 0.1
