@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_steps", "num_train_epochs",
     "max_grad_norm", "gradient_checkpointing", "offload_activations", "offload_embedding",
     "fast_path", "samples", "report_to", "eval_data", "eval_steps", "logging_steps", "save_steps",
+    "dataset_num_proc",
 )  # fmt: skip
 MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "eval",
@@ -113,6 +114,8 @@ class DataConfig(Settings):
     """longer rows; error: truncate, unless 1 % of tokens would be lost"""
     packing: bool = False
     """pack several rows into one, up to max_length"""
+    dataset_num_proc: int | None = field(default=None, metadata=RARE | at_least(1))
+    """processes that tokenize large data; by default one a core"""
     train_on: Literal["all", "last"] = field(default="all", metadata=RARE)
     """turns of the assistant that are learned in a chat; weight or train of a message, 0 or 1"""
     roles: Mapping[str, str] = field(default_factory=dict, metadata=RARE)

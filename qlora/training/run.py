@@ -322,6 +322,7 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
     classes = checkpoint.labels if is_classifier else ()  # kept where the data has no others
     same: Any = {"max_length": max_length, "vocabulary": checkpoint.vocab_size, "task": task.name}
     same |= {"reading": Reading.of(config.data), "long_rows": config.data.long_rows}
+    same["num_proc"] = config.data.dataset_num_proc
     training, held_out = mixing.prepare_training(
         config.data, tokenizer, seed=config.seed, classes=classes, **same
     )
