@@ -72,8 +72,9 @@ def cached(key: str) -> tuple[Dataset, dict[str, Any]] | None:
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         os.utime(folder / FACTS)
-        return Dataset.from_file(str(folder / ROWS)), facts
-    except (OSError, ValueError):  # Arrow's errors are these
+        rows = Dataset.from_file(str(folder / ROWS))
+        return (rows, facts) if len(rows) == facts["tally"]["rows"] else None
+    except (OSError, ValueError, KeyError):  # Arrow's errors are these
         return None
 
 

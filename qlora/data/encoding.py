@@ -19,8 +19,9 @@ from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-from datasets import Features, Value
+from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.cli import Progress
@@ -253,6 +254,11 @@ def require_rows(encoder: Encoder, tally: Tally) -> None:
         f"the longest has {(tally.largest or (0,))[0]:,}; cut, they would lose {share:.1%} of all "
         f"tokens. Raise --max-length, or give --long-rows {others}",
     )
+
+
+def column(rows: Dataset, name: str) -> np.ndarray[Any, Any]:
+    """A column of numbers; `rows[name]` has them one by one."""
+    return np.asarray(rows.select_columns([name]).with_format("numpy")[:][name])
 
 
 @contextmanager

@@ -372,7 +372,7 @@ def load_model(
             ranks: Any = {n: getattr(saved.config, n) for n in ("rank_pattern", "alpha_pattern")}
             lora = replace(lora, target_modules=tuple(saved.pairs), **ranks)
     elif lora.init_lora_weights == "eva":
-        every = max(1, sum(map(len, data.rows["input_ids"])) // EVA_TOKENS)
+        every = max(1, data.counts["training"]["tokens"] // EVA_TOKENS)
         spaced = (data.rows[i] for i in range(0, len(data.rows), every))
         eva_batches = length_batches(spaced, tokenizer, task=config.task, model=model)
     generator = torch.Generator().manual_seed(config.seed)
