@@ -6,12 +6,12 @@ import signal
 import pytest
 from conftest import tiny_tokenizer, write_rows
 
-from qlora.data import cache, prepare_data, workers
+from qlora.data import cache, encoding, prepare_data, workers
 from qlora.data.batches import PackedRows
 from qlora.data.rows import fingerprint
 from qlora.errors import UserError
 
-ANSWERS = [str(i) * (1 + i % 40) for i in range(2500)]
+ANSWERS = [str(i) * (1 + i % 40) for i in range(260)]
 RECORDS = [{"prompt": f"{i}?", "completion": a} for i, a in enumerate(ANSWERS)]
 
 
@@ -19,6 +19,7 @@ RECORDS = [{"prompt": f"{i}?", "completion": a} for i, a in enumerate(ANSWERS)]
 def prepare(tmp_path, monkeypatch):
     """Prepare records as a large data set would be; MIN_BYTES can be raised again."""
     monkeypatch.setattr(cache, "MIN_BYTES", 0)
+    monkeypatch.setattr(encoding, "CHUNK_ROWS", 100)
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
 
     def prepare(records, tokenizer=None, **options):
@@ -41,9 +42,9 @@ def test_rows_of_the_cache_are_those_in_memory(prepare, monkeypatch):
         again, counts = prepare(RECORDS)
     monkeypatch.setattr(cache, "MIN_BYTES", 1 << 40)
     in_memory, wanted = prepare(RECORDS)
-    assert not in_memory.cache_files and stats == counts == wanted and stats.cut_rows > 1000
+    assert not in_memory.cache_files and stats == counts == wanted and stats.cut_rows > 100
     assert fingerprint(rows) == fingerprint(again) == fingerprint(in_memory)
-    assert rows[2499] == in_memory[2499] and len(PackedRows(again, 64)) <= len(again)
+    assert rows[259] == in_memory[259] and len(PackedRows(again, 64)) <= len(again)
 
 
 def test_other_contents_or_settings_are_another_entry(prepare):
@@ -61,8 +62,8 @@ def test_other_contents_or_settings_are_another_entry(prepare):
 
 
 def test_errors_leave_no_entry_and_name_the_row(prepare):
-    with pytest.raises(UserError, match=r"rows\.jsonl, row 2200: completion must be a list"):
-        prepare([*RECORDS[:2199], {"prompt": "a", "completion": {}}, *RECORDS[2199:]])
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 220: completion must be a list"):
+        prepare([*RECORDS[:219], {"prompt": "a", "completion": {}}, *RECORDS[219:]])
     with pytest.raises(UserError, match="would lose"):
         prepare(RECORDS, long_rows="error")
     assert entries() == []
