@@ -190,7 +190,8 @@ class TrainConfig(Settings):
         for name in ("gpu_memory", "json", "fit", "plan_picture"):
             if getattr(self, name) and not (self.plan or (name == "json" and self.inspects)):
                 flag = f"--{name.replace('_', '-')}"
-                yield f"{flag} needs --plan: give both, or leave it out"
+                needs = "--plan or --inspect" if name == "json" else "--plan"
+                yield f"{flag} needs {needs}: give both, or leave it out"
 
     @property
     def inspects(self) -> bool:
