@@ -16,22 +16,22 @@ class DataConfig(Settings):
 
     data: str | tuple[str, ...] = field(metadata=PATHS)
     """training data: .jsonl .json .csv .parquet .txt, a folder, or a hub dataset; several mix"""
+    eval_data: str | None = None
+    """evaluation data, in the same formats"""
+    max_length: int = field(default=MAX_LENGTH, metadata=at_least(8))
+    """maximum tokens per row"""
+    packing: bool = False
+    """pack several rows into one, up to max_length"""
+    long_rows: Literal["error", "truncate", "drop", "split"] = "error"
+    """longer rows; error: truncate, unless 1 % of tokens would be lost"""
     data_weights: tuple[float, ...] = field(default=(), metadata=RARE)
     """share of the rows from each of several data, like 0.7 0.3; by default all rows of each"""
     data_config: str | None = field(default=None, metadata=RARE)
     """configuration of a hub dataset"""
     data_split: str | None = field(default=None, metadata=RARE)
     """split of data to train on; by default train"""
-    eval_data: str | None = None
-    """evaluation data, in the same formats"""
     eval_share: float | None = field(default=None, metadata=RARE | PART)
     """share of the training data to evaluate on, where there is no eval_data"""
-    max_length: int = field(default=MAX_LENGTH, metadata=at_least(8))
-    """maximum tokens per row"""
-    long_rows: Literal["error", "truncate", "drop", "split"] = "error"
-    """longer rows; error: truncate, unless 1 % of tokens would be lost"""
-    packing: bool = False
-    """pack several rows into one, up to max_length"""
     dataset_num_proc: int | None = field(default=None, metadata=RARE | at_least(1))
     """processes that tokenize large data; by default one a core"""
     train_on: Literal["all", "last"] = field(default="all", metadata=RARE)
