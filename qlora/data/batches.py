@@ -32,6 +32,7 @@ from transformers import DataCollatorWithFlattening
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.data.chat_template import NO_LOSS
+from qlora.data.encoding import column
 from qlora.data.objectives import OBJECTIVES
 from qlora.errors import UserError
 
@@ -113,7 +114,7 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, list[int]]]]):
 
     def __init__(self, rows: "Dataset", max_length: int) -> None:
         self.rows, self.max_length = rows, max_length
-        self.packs = best_fit_decreasing(list(rows["length"]), max_length)
+        self.packs = best_fit_decreasing(column(rows, "length").tolist(), max_length)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -123,7 +124,7 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, list[int]]]]):
 
     def describe(self) -> str:
         """One line: the numbers of rows and packs, and how full the packs are."""
-        share = sum(self.rows["length"]) / max(len(self) * self.max_length, 1)
+        share = int(column(self.rows, "length").sum()) / max(len(self) * self.max_length, 1)
         return (
             f"packing: {len(self.rows):,} rows in {len(self):,} packs of up to {self.max_length:,} "
             f"tokens, {share:.1%} full; --per-device-train-batch-size counts packs"

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -28,6 +29,7 @@ from qlora.data.chat_template import NO_LOSS
 from qlora.data.chats import AS_IT_IS, Reading
 from qlora.data.objectives import OBJECTIVES, Objective
 from qlora.data.records import Record, Records
+from qlora.data.workers import mapped
 from qlora.errors import UserError, require, some
 
 MOST_LOST = 0.01  # of the tokens
@@ -57,6 +59,9 @@ class Numbers:
         return f"row {some(self.first)}{more}"
 
 
+NUMBERS = {"count", "first"}
+
+
 @dataclass
 class Tally:
     """Counts over encoded records; two of different records add up."""
@@ -76,12 +81,23 @@ class Tally:
     largest: tuple[int, ...] = ()  # full lengths: of the longest row, and of minus the shortest
     largest_id: int = 0
 
-    def __add__(self, other: "Tally") -> "Tally":
+    def __iadd__(self, other: "Tally") -> "Tally":
         special = Numbers(0, [str(self.rows + int(i)) for i in other.special.first])
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         sums["largest"] = tuple(map(max, self.largest or other.largest, other.largest))
         sums["largest_id"] = max(self.largest_id, other.largest_id)
-        return Tally(**sums | {"special": self.special + special})
+        vars(self).update(sums | {"special": self.special + special})
+        return self
+
+    @staticmethod
+    def of(facts: dict[str, Any]) -> "Tally":
+        """The inverse of `dataclasses.asdict`, from JSON."""
+        values = {
+            k: Numbers(**v) if set(v) == NUMBERS else Counter(v)
+            for k, v in facts.items()
+            if isinstance(v, dict)
+        }
+        return Tally(**facts | values)
 
 
 @dataclass(frozen=True)
@@ -198,17 +214,20 @@ def split_row(row: dict[str, Any], max_length: int) -> list[dict[str, Any]]:
     return pieces
 
 
-def encode_records(encoder: Encoder, records: Records) -> tuple[Dataset, Tally]:
-    """The rows that are kept, and the counts. Raises UserError for rows that cannot be."""
+def tables_of(
+    encoder: Encoder, records: Records, tally: Tally, processes: int
+) -> Iterator[pa.Table]:
+    """The rows that are kept, a table for each chunk of records, while `tally` grows.
+
+    Raises UserError for a record that cannot be encoded, and at the end as `require_rows` does.
+    """
     total = sum(part.size for part in records.parts)
     numbered = iter(Progress(records.numbered(), desc="Tokenizing", total=total))
-    tables, tally = [encoder.features.arrow_schema.empty_table()], Tally()
-    while chunk := list(islice(numbered, CHUNK_ROWS)):
-        table, counts = encoder.chunk(chunk)
-        tables.append(table)
+    chunks = iter(lambda: list(islice(numbered, CHUNK_ROWS)), [])
+    for table, counts in mapped(encoder.chunk, chunks, processes):
         tally += counts
+        yield table
     require_rows(encoder, tally)
-    return Dataset(pa.concat_tables(tables)), tally
 
 
 def require_rows(encoder: Encoder, tally: Tally) -> None:
@@ -235,6 +254,11 @@ def require_rows(encoder: Encoder, tally: Tally) -> None:
         f"the longest has {(tally.largest or (0,))[0]:,}; cut, they would lose {share:.1%} of all "
         f"tokens. Raise --max-length, or give --long-rows {others}",
     )
+
+
+def column(rows: Dataset, name: str) -> np.ndarray[Any, Any]:
+    """A column of numbers; `rows[name]` has them one by one."""
+    return np.asarray(rows.select_columns([name]).with_format("numpy")[:][name])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.data.chat_template import NO_LOSS
-from qlora.data.encoding import Encoder
+from qlora.data.encoding import Encoder, column
 from qlora.data.objectives import OBJECTIVES
 from qlora.data.records import Records
 from qlora.errors import require, some
@@ -30,8 +30,8 @@ def show_example(
     special: int | None = None,
 ) -> str:
     """The longest row, the row `special`, and the shortest, decoded, with loss marked."""
-    lengths = list(dataset["length"])
-    longest, shortest = lengths.index(max(lengths)), lengths.index(min(lengths))
+    lengths = column(dataset, "length")
+    longest, shortest = int(lengths.argmax()), int(lengths.argmin())
     chosen = {longest: "", special: "One with tool calls or reasoning", shortest: "The shortest"}
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     text = f"An example row; loss is on the text {'in green' if colour else 'between ⟦ and ⟧'}:\n"

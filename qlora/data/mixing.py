@@ -17,7 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.config import DataConfig
-from qlora.data.encoding import SELECTING
+from qlora.data.encoding import SELECTING, column
 from qlora.data.objectives import OBJECTIVES
 from qlora.data.records import Chosen
 from qlora.data.rows import DataStats, prepare_data
@@ -131,11 +131,6 @@ def hashes(rows: Dataset, seed: int, purpose: int) -> np.ndarray[Any, np.dtype[n
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         value = (value ^ (value >> np.uint64(shift))) * np.uint64(factor)
     return value ^ (value >> np.uint64(31))
-
-
-def column(rows: Dataset, name: str) -> np.ndarray[Any, Any]:
-    """A column of numbers."""
-    return np.asarray(rows.select_columns([name]).with_format("numpy")[:][name])
 
 
 def _bare(rows: Dataset) -> Dataset:

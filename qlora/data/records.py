@@ -73,6 +73,7 @@ class Part:
     rows: Callable[[Sequence[str]], Iterable[Record]]  # anew at each call; Arrow: these columns
     classes: Mapping[str, Sequence[str]]  # names of the classes in ClassLabel columns
     file: Path | None = None  # a text file
+    fingerprint: str = ""  # of a data set's contents
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,8 @@ def _parquet_part(file: Path, limit: int | None) -> Part:
 
 def dataset_part(name: str, data: "Dataset") -> Part:
     """A dataset without splits, which may have the format of torch."""
-    return _arrow_part(name, data.features, len(data), data.with_format(None).select_columns)
+    read = data.with_format(None).select_columns
+    return replace(_arrow_part(name, data.features, len(data), read), fingerprint=data._fingerprint)
 
 
 def _arrow_part(

@@ -1,32 +1,37 @@
 """Sources of data -> rows of token ids with labels, and their counts.
 
 A row is a record as its task encodes it (qlora.data.objectives): `input_ids` (T,), `labels` with
--100 where there is no loss, and `length`, T. Tokens (8 bytes each) stay in memory, records do not.
+-100 where there is no loss, and `length`, T. Records do not stay in memory; tokens, 8 bytes each,
+do of small data only (qlora.data.cache).
 
 Left out: streaming.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from qlora.data import cache, workers
 from qlora.data.chats import AS_IT_IS, Reading
 from qlora.data.encoding import (
     SELECTING,
     Encoder,
     Tally,
-    encode_records,
     errors_in,
     require_vocabulary,
+    tables_of,
 )
-from qlora.data.objectives import OBJECTIVES, class_names
-from qlora.data.records import ANY, Chosen, load_records
+from qlora.data.objectives import class_names
+from qlora.data.records import ANY, Chosen, Records, load_records
 from qlora.data.templates import fallback_template, set_switches
 from qlora.errors import require, some
+
+LARGE_ROWS = 10_000  # of a hub data set, to be encoded on disk
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ def prepare_data(
     long_rows: str = "truncate",
     selecting: bool = False,
     chosen: Chosen = ANY,
+    num_proc: int | None = None,
 ) -> tuple[Dataset, DataStats]:
     """Rows of `source` as input_ids, labels and length, of at most max_length tokens; and counts.
 
@@ -87,26 +93,61 @@ def prepare_data(
         reading: how chats are read from records.
         long_rows: "truncate", "drop", "split" or "error" (qlora.data.encoding).
         chosen: the configuration and the split of the source that the user named.
+        num_proc: processes that tokenize large data; by default one a core.
         selecting: with the columns by which qlora.data.mixing chooses rows.
     """
-    objective = OBJECTIVES[task]
-    kinds = reading.kinds(objective.kinds)
-    records = load_records(source, kinds, split=split, limit=limit, chosen=chosen)
-    if objective.classifies and new_classes:
-        with errors_in(source):
-            classes = class_names(records, records.kind[-1], classes)
-    encoder = Encoder(source, task, tokenizer, max_length, classes, reading, long_rows, records)
-    rows, tally = encode_records(encoder, records)
+    settings = (source, task, max_length, classes, new_classes, split, reading, long_rows, chosen)
+    encoder = Encoder(source, task, tokenizer, max_length, classes, reading, long_rows)
+    contents = cache.contents_of(source) if limit is None else None
+    found = cache.cached(cache.key_of(contents, tokenizer, settings)) if contents else None
+    if found is None:
+        kinds = reading.kinds(encoder.objective.kinds)
+        records = load_records(source, kinds, split=split, limit=limit, chosen=chosen)
+        contents = contents or _fingerprints(records)
+        key = cache.key_of(contents, tokenizer, settings) if contents else None
+        found = cache.cached(key) if key else None
+        count = num_proc or workers.cores()
+        found = found or _encoded(encoder, records, key, new_classes, count)
+    rows, facts = found
+    tally, classes = Tally.of(facts["tally"]), facts["classes"]
     if vocabulary is not None and max(tally.largest_id, tokenizer.pad_token_id or 0) >= vocabulary:
         used = [*rows["input_ids"], *(rows["labels"] if task == "seq2seq" else ())]
         pads = [i for i in [tokenizer.pad_token_id] if i is not None]
         with errors_in(source):
             require_vocabulary([*used, pads], tokenizer, vocabulary)
-    chats = task == "causal-lm" and records.kind != ("text",)
-    stats = _stats(
-        tally, classes, chats, long_rows == "drop", (*_notes(encoder, tally), *records.notes)
-    )
+    notes = (*_notes(encoder, tally), *facts["notes"])
+    stats = _stats(tally, classes, facts["chats"], long_rows == "drop", notes)
     return rows if selecting else rows.remove_columns(list(SELECTING)), stats
+
+
+def _fingerprints(records: Records) -> str | None:
+    """What stands for the contents of a large data set of the hub."""
+    known = all(part.fingerprint for part in records.parts)
+    is_large = sum(part.size for part in records.parts) >= LARGE_ROWS and records.limit is None
+    return " ".join(part.fingerprint for part in records.parts) if known and is_large else None
+
+
+def _encoded(
+    encoder: Encoder, records: Records, key: str | None, new_classes: bool, processes: int
+) -> tuple[Dataset, dict[str, Any]]:
+    """The rows of the records, in memory or as the cache's entry `key`, and facts on them."""
+    if encoder.objective.classifies and new_classes:
+        with errors_in(encoder.source):
+            classes = class_names(records, records.kind[-1], encoder.classes)
+        encoder = replace(encoder, classes=classes)
+    encoder = replace(encoder, records=records)
+    tally, features = Tally(), encoder.features
+    tables = tables_of(encoder, records, tally, processes if key else 1)
+
+    def facts() -> dict[str, Any]:
+        chats = encoder.task == "causal-lm" and records.kind != ("text",)
+        others = {"classes": list(encoder.classes), "chats": chats, "notes": list(records.notes)}
+        return {"tally": asdict(tally), **others}
+
+    if key:
+        return cache.store(key, features, tables, facts), facts()
+    parts = [features.arrow_schema.empty_table(), *tables]
+    return Dataset(pa.concat_tables(parts)), facts()
 
 
 def _stats(

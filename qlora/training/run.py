@@ -223,6 +223,7 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
     classes = checkpoint.labels if is_classifier else ()  # kept where the data has no others
     same: Any = {"max_length": max_length, "vocabulary": checkpoint.vocab_size, "task": task.name}
     same |= {"reading": Reading.of(config.data), "long_rows": config.data.long_rows}
+    same["num_proc"] = config.data.dataset_num_proc
     training, held_out = mixing.prepare_training(
         config.data, tokenizer, seed=config.seed, classes=classes, **same
     )
@@ -272,7 +273,7 @@ def load_model(
             ranks: Any = {n: getattr(saved.config, n) for n in ("rank_pattern", "alpha_pattern")}
             lora = replace(lora, target_modules=tuple(saved.pairs), **ranks)
     elif lora.init_lora_weights == "eva":
-        every = max(1, sum(map(len, data.rows["input_ids"])) // EVA_TOKENS)
+        every = max(1, data.counts["training"]["tokens"] // EVA_TOKENS)
         spaced = (data.rows[i] for i in range(0, len(data.rows), every))
         eva_batches = length_batches(spaced, tokenizer, task=config.task, model=model)
     if config.adapter:

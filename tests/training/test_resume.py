@@ -480,3 +480,28 @@ def test_card_and_lines_state_the_evaluation_of_the_saved_checkpoint(
         folder, "checkpoint-1, the best so far, is missing", "load_best_model_at_end false"
     ):
         train(replace(config, save_steps=1, resume=True))
+
+
+def test_a_mixture_with_an_eval_share_is_resumed_on_the_same_rows(checkpoints, data, tmp_path):
+    """Also if its files have other places, and the rows of one another order."""
+    rows = read_rows(data)
+    paths = [write_rows(tmp_path / f"{name}.jsonl", rows[i::2]) for i, name in enumerate("ab")]
+    mixed = {"max_length": 128, "data_weights": (2.0, 1.0), "eval_share": 0.2}
+    config = quick_config(
+        checkpoints("llama"),
+        data,
+        tmp_path / "out",
+        data=DataConfig(tuple(map(str, paths)), **mixed),
+    )
+    train(config)
+    recorded = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    counts = {part: facts["rows"] for part, facts in recorded["data"].items()}
+    assert counts == {"training": 24, "evaluation": 6}  # of 20 and 10
+    assert any("eval_loss" in row for row in read_rows(tmp_path / "out" / "metrics.jsonl"))
+    longer = replace(config, resume=True, max_steps=6)
+    train(longer)
+    assert read_rows(tmp_path / "out" / "metrics.jsonl")[-1]["step"] == 6
+    moved = tuple(str(path.rename(path.with_name(f"moved-{path.name}"))) for path in paths)
+    train(replace(longer, max_steps=7, data=DataConfig(moved, **mixed)))
+    with pytest.raises(UserError, match=r"eval_share 0\.2, not 0\.3"):
+        train(replace(longer, data=DataConfig(moved, **mixed | {"eval_share": 0.3})))
