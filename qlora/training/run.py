@@ -143,7 +143,7 @@ def run_and_write(
     elif resume_from:
         changed |= differences(recorded.get("base", {}), base, without=("resolved", "revision"))
         resumed = resumed_at(resume_from, changed, recorded)
-        trainer.rows_from = max((r["step"] for r in resumed if r.get("rows begin anew")), default=0)
+        trainer.rows_from = max((r["step"] for r in resumed if r.get("rows_begin_anew")), default=0)
         write_run_file(output, settings, base, data.counts, resumed)
     else:
         remove_leftovers(output)
@@ -208,7 +208,7 @@ def resumed_at(
     this: dict[str, Any] = {"step": step, "changed": changed}
     if begins_anew(changed):
         print("the batches are others: their order begins anew, with rows that were seen already")
-        this["rows begin anew"] = True
+        this["rows_begin_anew"] = True
     return [*recorded.get("resumed", []), *[this] * bool(changed)]
 
 

@@ -109,24 +109,20 @@ def two(quick_run, tmp_path):
     return replace(quick_run.config, output_dir=str(folder), resume=True, max_steps=5)
 
 
-@pytest.mark.parametrize("how", ["missing", "empty", "cut", "flipped"])
-def test_a_damaged_checkpoint_is_not_used(how, two, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_not_used(two, capsys):
     """Whichever of its files: the one before is, with a warning."""
     output = Path(two.output_dir)
     folder = output / "checkpoint-4"
-    for name in sorted(path.name for path in folder.iterdir()):
-        content = (folder / name).read_bytes()
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        assert resumable(output)[0] == output / "checkpoint-2", path.name
         flipped = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
-        damaged = {"empty": b"", "cut": content[: len(content) // 2], "flipped": flipped}
-        (folder / name).unlink()
-        if how != "missing":
-            (folder / name).write_bytes(damaged[how])
-        used, _ = resumable(output)
-        assert used == output / "checkpoint-2", name
-        (folder / name).write_bytes(content)
+        for damaged in (b"", content[: len(content) // 2], flipped):
+            path.write_bytes(damaged)
+            assert resumable(output)[0] == output / "checkpoint-2", path.name
+        path.write_bytes(content)
     assert resumable(output) == (folder, [])
-    if how != "flipped":
-        return
     (folder / OPTIMIZER).unlink()
     train(two)
     said = capsys.readouterr().out

@@ -243,15 +243,22 @@ def test_a_run_without_run_yaml_resumes(started, quick_run, capsys):
     assert "settings are not compared" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("schedule", axis("linear", "cosine"))
+@pytest.mark.parametrize(
+    ("schedule", "by"),
+    [("linear", "steps"), pytest.param("cosine", "epochs", marks=pytest.mark.full)],
+)
 def test_more_steps_follow_the_schedule_of_the_longer_run(
-    schedule, checkpoints, tmp_path, data, capsys
+    schedule, by, checkpoints, tmp_path, data, capsys
 ):
     """A finished run of 2 steps, then 4 in all: the rates of steps 3 and 4 are those of a run of 4
     steps, where the finished schedule has 0."""
     settings: Any = {"lr_scheduler_type": schedule, "loraplus_lr_ratio": 4.0, "save_steps": 9}
+    shorter: Any = {"max_steps": 2}
+    if by == "epochs":  # of 2 steps
+        settings |= {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 20}
+        shorter = {"num_train_epochs": 1}
     config = quick_config(checkpoints("llama"), data, tmp_path / "parts", **settings)
-    folder = train(replace(config, max_steps=2))
+    folder = train(replace(config, **shorter))
     train(replace(config, resume=True))
     said = capsys.readouterr().out
     whole = train(replace(config, output_dir=str(tmp_path / "whole")))
