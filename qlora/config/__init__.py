@@ -159,7 +159,7 @@ class TrainConfig(Settings):
     """steps between evaluations; by default one epoch"""
     save_steps: int = field(default=100, metadata=at_least(1))
     """steps between checkpoints"""
-    save_total_limit: int = field(default=2, metadata=at_least(1))
+    save_total_limit: int = field(default=2, metadata=RARE | at_least(1))
     """checkpoints to keep"""
     max_bad_steps: int = field(default=5, metadata=RARE | at_least(1))
     """steps in a row without a finite loss and gradient after which the run stops"""
