@@ -156,7 +156,7 @@ ANYWAY: dict[str, dict[str, Any]] = {  # words of the refusal -> other settings
 }
 
 
-@pytest.mark.parametrize("words", [*[*ANYWAY][:2], *axis(*[*ANYWAY][2:])])
+@pytest.mark.parametrize("words", axis(*ANYWAY))
 def test_resume_anyway_lets_the_rest_differ_from_the_next_step_on(
     words, started, data, tmp_path, seen, capsys
 ):
