@@ -13,7 +13,7 @@ Sources of the defaults:
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from inspect import getsource
 from typing import Any, Literal, TypeVar
@@ -32,51 +32,11 @@ from qlora.config.lora import (
 )
 from qlora.config.lora import LoraConfig as LoraConfig
 from qlora.config.tasks import CAUSAL_LM, TASKS
-from qlora.errors import require
 
 Config = TypeVar("Config")
 STEPS = rule("above 0, or -1 for num_train_epochs", lambda steps: steps == -1 or steps > 0)
 KEPT = rule("above 0 and at most 1", lambda share: 0 < share <= 1)
 BLOCKSIZE = one_of(32, 64, 128, 256, 512, 1024, 2048, 4096)
-# Settings that may differ when a run is resumed; the others shape what was already trained.
-MAY_CHANGE = (
-    "model", "revision", "trust_remote_code", "data",  # places: their contents are compared
-    "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_steps", "num_train_epochs",
-    "max_grad_norm", "gradient_checkpointing", "offload_activations", "offload_embedding",
-    "fast_path", "samples", "report_to", "eval_data", "eval_steps", "logging_steps", "save_steps",
-    "save_total_limit", "max_bad_steps", "early_stopping_patience",
-    "dataset_num_proc",
-)  # fmt: skip
-MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
-    "eval",
-    "greater",
-    "load_best",
-    "log",
-    "metric",
-    "save",
-    "dataloader_num",
-    "dataloader_p",
-    "run_name",
-    "skip_memory",
-)
-# Settings that may differ with --resume-anyway, too: beginnings, from the next step on.
-ANYWAY_WITH_OTHER_BATCHES = (  # the rows begin anew
-    "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing",
-    "rows", "trainer.train_sampling", "trainer.data_seed", "trainer.dataloader_drop",
-)  # fmt: skip
-ANYWAY = ("weight_decay", "lora_dropout", "trainer.adam_", "trainer.neftune")
-NOT_COMPARED = (
-    "output_dir",
-    "resume",
-    "resume_anyway",
-    "plan",
-    "gpu_memory",
-    "json",
-    "fit",
-    "plan_picture",
-    "inspect",
-    "inspect_rows",
-)
 OLD_NAMES = {"loss_without_logits": "fast_path"}
 """old names of settings, accepted in recipes and run.yaml"""
 
@@ -421,50 +381,3 @@ def flat(config: TrainConfig | MergeConfig) -> dict[str, Any]:
         inner = settings_of(type(value)) if is_dataclass(value) else ()
         settings |= {name: getattr(value, name) for name in inner} or {member.name: value}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-
-
-# ---- a resumed run against its start
-
-
-def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, without: Sequence[str] = ()
-) -> dict[str, list[Any]]:
-    """Name -> [value before, value now] of the entries of both that differ."""
-    shared = before.keys() & now.keys() - set(without)
-    return {name: [before[name], now[name]] for name in sorted(shared) if before[name] != now[name]}
-
-
-def changed_settings(
-    config: TrainConfig, start: Mapping[str, Any], where: object
-) -> dict[str, list[Any]]:
-    """The settings that differ from `start`, those that the file `where` has of a run's start.
-
-    Raises:
-        UserError: some of them must not differ when the run is resumed.
-    """
-    before = {OLD_NAMES.get(name, name): value for name, value in start.items()}
-    now = flat(config)
-    trainer, given = before.pop("trainer", None) or {}, now.pop("trainer")
-    for name in {**trainer, **given} if start else ():
-        before[f"trainer.{name}"], now[f"trainer.{name}"] = trainer.get(name), given.get(name)
-    unset = ("learning_rate",) * (config.learning_rate is None)  # then that of the start
-    changed = differences(before, now, without=(*NOT_COMPARED, *unset))
-    free = tuple(f"trainer.{name}" for name in MAY_CHANGE_OF_TRAINER)
-    if config.resume_anyway:
-        free += (*ANYWAY, *ANYWAY_WITH_OTHER_BATCHES)
-    refused = {
-        name: f"{name} {old}, not {new}"
-        for name, (old, new) in changed.items()
-        if name not in MAY_CHANGE and not name.startswith(free)
-    }
-    anyway = () if config.resume_anyway else (*ANYWAY, *ANYWAY_WITH_OTHER_BATCHES)
-    hint = all(name.startswith(anyway) for name in refused) * ", --resume-anyway"
-    fix = f"give the settings of its start (--config {where} --resume does){hint}"
-    fault = f"--resume continues the run of {where}, which has {'; '.join(refused.values())}: {fix}"
-    require(not refused, f"{fault}, or a new --output-dir")
-    return changed
-
-
-def begins_anew(changed: Iterable[str]) -> bool:
-    """Whether a resumed run with these changes has other batches: its rows then begin anew."""
-    return any(name.startswith(ANYWAY_WITH_OTHER_BATCHES) for name in changed)

@@ -1,5 +1,6 @@
 """Records -> token ids with a loss mask -> batches; prompts -> answers. Independent of the model.
 
+- `readers`: files -> rows as they are written
 - `records`: a file, folder or hub name -> records
 - `chats`: records -> chat messages
 - `templates`: what chat templates read and how they end turns; their switches

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.data.chat_template import NO_LOSS
-from qlora.data.encoding import column
 from qlora.data.objectives import OBJECTIVES
 from qlora.errors import UserError
 
@@ -107,6 +107,11 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
         by_space[space - length].append(pack)
         spaces |= 1 << (space - length)
     return packs
+
+
+def column(rows: "Dataset", name: str) -> np.ndarray[Any, Any]:
+    """A column of numbers; `rows[name]` has them one by one."""
+    return np.asarray(rows.select_columns([name]).with_format("numpy")[:][name])
 
 
 class PackedRows(torch.utils.data.Dataset[list[dict[str, list[int]]]]):

@@ -17,9 +17,10 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
+from qlora.data.readers import JSON
 from qlora.data.records import Kinds, Record, kind_of, string_of
 from qlora.errors import UserError, did_you_mean, require
-from qlora.files import JSON, read_run_file
+from qlora.files import read_run_file
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "function_call"), "assistant")

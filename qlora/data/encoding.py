@@ -15,13 +15,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, Value
+from datasets import Features, Value
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.cli import Progress
@@ -89,9 +88,13 @@ class Tally:
         vars(self).update(sums | {"special": self.special + special})
         return self
 
+    def record(self) -> dict[str, Any]:
+        """As JSON has it; `asdict` counts a Counter's pairs."""
+        return asdict(replace(self, lost=Counter())) | {"lost": dict(self.lost)}
+
     @staticmethod
     def of(facts: dict[str, Any]) -> "Tally":
-        """The inverse of `dataclasses.asdict`, from JSON."""
+        """The inverse of `record`."""
         values = {
             k: Numbers(**v) if set(v) == NUMBERS else Counter(v)
             for k, v in facts.items()
@@ -254,11 +257,6 @@ def require_rows(encoder: Encoder, tally: Tally) -> None:
         f"the longest has {(tally.largest or (0,))[0]:,}; cut, they would lose {share:.1%} of all "
         f"tokens. Raise --max-length, or give --long-rows {others}",
     )
-
-
-def column(rows: Dataset, name: str) -> np.ndarray[Any, Any]:
-    """A column of numbers; `rows[name]` has them one by one."""
-    return np.asarray(rows.select_columns([name]).with_format("numpy")[:][name])
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from qlora.data.batches import column
 from qlora.data.chat_template import NO_LOSS
-from qlora.data.encoding import Encoder, column
+from qlora.data.encoding import Encoder
 from qlora.data.objectives import OBJECTIVES
 from qlora.data.records import Records
 from qlora.errors import require, some

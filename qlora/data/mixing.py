@@ -17,7 +17,8 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.config import DataConfig
-from qlora.data.encoding import SELECTING, column
+from qlora.data.batches import column
+from qlora.data.encoding import SELECTING
 from qlora.data.objectives import OBJECTIVES
 from qlora.data.records import Chosen
 from qlora.data.rows import DataStats, prepare_data

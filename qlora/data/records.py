@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora.data.readers import Written, csv_rows, data_ending, json_rows, text_lines, text_rows
 from qlora.errors import UserError, did_you_mean, first_line, require, some
-from qlora.files import Written, csv_rows, data_ending, json_rows, text_lines, text_rows
 
 if TYPE_CHECKING:  # half a second, which a plan of a run does without
     from datasets import Dataset, DatasetDict, Features

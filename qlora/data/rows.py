@@ -142,7 +142,7 @@ def _encoded(
     def facts() -> dict[str, Any]:
         chats = encoder.task == "causal-lm" and records.kind != ("text",)
         others = {"classes": list(encoder.classes), "chats": chats, "notes": list(records.notes)}
-        return {"tally": asdict(tally), **others}
+        return {"tally": tally.record(), **others}
 
     if key:
         return cache.store(key, features, tables, facts), facts()

@@ -23,7 +23,8 @@ from qlora.adapters.live import require_task
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
-from qlora.config import TrainConfig, begins_anew, changed_settings, differences, flat
+from qlora.config import TrainConfig, flat
+from qlora.config.resume import begins_anew, changed_settings, differences
 from qlora.config.tasks import task_named
 from qlora.data import mixing
 from qlora.data import rows as data_rows
