@@ -51,7 +51,7 @@ def row(name: str, cards: Sequence[int] = CARDS) -> str:
     with tempfile.TemporaryDirectory() as folder:
         MODELS[name].save_pretrained(folder)
         settings: dict[str, Any] = {"per_device_train_batch_size": 1, "plan": True}
-        config = TrainConfig(folder, "out", DataConfig(""), gpu_memory="8GiB", **settings)
+        config = TrainConfig(folder, "out", DataConfig("rows.jsonl"), gpu_memory="8GiB", **settings)
         fitter = Fitter(Planner(config))
     peaks = [fitter.plan({"max_length": tokens}) for tokens in LENGTHS]
     cells = [name, *(f"{p.peak_bytes / GIB:.1f}" if p is not None else "" for p in peaks)]

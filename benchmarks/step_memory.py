@@ -26,7 +26,7 @@ from qlora.plan.step import SCRATCH, Sample
 def count(name: str, *, seq: int, batch: int, r: int, offload: bool) -> dict[str, int]:
     """Bytes of the model with adapters, and the peak of a micro-batch."""
     settings = {"lora": LoraConfig(r=r, lora_alpha=2 * r), "offload_activations": offload}
-    config = TrainConfig(model=name, output_dir="", data=DataConfig(""), **settings)
+    config = TrainConfig(model=name, output_dir="", data=DataConfig("rows.jsonl"), **settings)
     segments, _ = Sample(config, shape(name)).count(batch, seq, accumulates=False)
     start = segments[0].start
     loaded = sum(start.values()) - start[SCRATCH] - start[WORKSPACES]

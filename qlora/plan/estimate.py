@@ -25,7 +25,8 @@ from qlora.errors import UserError, require
 from qlora.plan.meter import Segment
 from qlora.plan.optimizer import STATE, STEP, OptimizerBytes, optimizer_bytes
 from qlora.plan.source import Source, read_source
-from qlora.plan.step import EMBEDDING, HEAD, LINEAR, OTHER, Sample, joined
+from qlora.plan.step import EMBEDDING, HEAD, LINEAR, OTHER, Sample, joined, quietly
+from qlora.training.start import with_settings_of_adapter
 
 CONTEXT, ALLOWANCE = "CUDA context (assumed)", "fragmentation (assumed)"
 CONTEXT_BYTES = 512 << 20
@@ -87,6 +88,9 @@ class Planner:
         direct: bool = False,
     ) -> None:
         budget(config)  # refuses one that is no size, before anything is counted
+        if config.adapter is not None:
+            with quietly():
+                config = with_settings_of_adapter(config, {})
         self.config, self.source, self.device = config, source or read_source(config), device
         config = replace(config, quant=self.source.quant)
         try:

@@ -7,6 +7,7 @@ import conftest
 import psutil
 import pytest
 
+from qlora.config import LoraConfig
 from qlora.files import read_metrics
 from qlora.plan import estimate
 from qlora.plan import run as planned
@@ -46,3 +47,10 @@ def test_on_a_cpu_the_planned_peak_is_of_the_process(quick_run, monkeypatch, cap
     before = psutil.Process().memory_info().rss
     assert before + above <= planned.planned_bytes(quick_run.config) < before + above + (64 << 20)
     assert capsys.readouterr().out.endswith(", it fits\n")
+
+
+def test_a_run_from_an_adapter_is_planned_with_its_settings(quick_run):
+    config = replace(quick_run.config, adapter=str(quick_run.folder), lora=LoraConfig())
+    own = estimate.Planner(config).plan()
+    assert own.parts["adapters"] == estimate.plan(quick_run.config).parts["adapters"]
+    assert quick_run.config.lora.r != LoraConfig().r
