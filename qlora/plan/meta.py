@@ -207,6 +207,7 @@ def as_on(device: str, *, packed: bool = False, lengths: Sequence[int] = ()) -> 
         for name in QUESTIONS:
             stack.enter_context(unread(name, False))
         stack.enter_context(unread("tolist", [*lengths]))
+        stack.enter_context(unread("item", 0))  # the longest row, the expert of a token
         if device == "cpu":
             stack.enter_context(meta_as_cpu())
         else:
