@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pdoc
 
-import qlora
+import qlora.data
+import qlora.training
 
 PACKAGES = ("config", "base", "adapters", "fast", "data", "training", "merge")
 MODULES = (*PACKAGES, "ops.nf4", "ops.loss")
@@ -20,8 +21,9 @@ MODULES = (*PACKAGES, "ops.nf4", "ops.loss")
 
 def write_pages(folder: Path) -> None:
     """Write one page per package to `folder`, and one for the names in `qlora` itself."""
-    for name in qlora.__all__:  # loaded on first use; pdoc documents what is loaded
-        setattr(qlora, name, getattr(qlora, name))
+    for package in (qlora, qlora.data, qlora.training):  # names that are loaded on first use
+        for name in package.__all__:  # pdoc documents what is loaded
+            setattr(package, name, getattr(package, name))
     pdoc.render.configure(docformat="google", show_source=False, include_undocumented=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
