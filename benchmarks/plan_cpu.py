@@ -48,7 +48,7 @@ def settings_of(model: Path, folder: Path, rows: int, tokens: int, **how: Any) -
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {
         "model": str(model), "output_dir": str(folder / "out"),
-        "data": {"data": str(data), "max_length": tokens},
+        "data": {"data": str(data), "max_length": tokens, "long_rows": "truncate"},
         "quant": {"compute_dtype": how["dtype"]}, "gradient_checkpointing": how["checkpointing"],
         "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1,
         "max_steps": STEPS, "samples": 0, "learning_rate": 1e-4,
