@@ -7,7 +7,7 @@ import torch
 
 import qlora.training
 from qlora.config import TrainConfig
-from qlora.errors import first_line
+from qlora.errors import UserError, first_line
 from qlora.training.outputs import show_bytes
 
 
@@ -29,7 +29,8 @@ def planned_bytes(config: TrainConfig) -> int | None:
         with torch.random.fork_rng(devices=[]):  # the run draws the same numbers without a plan
             made = Planner(config, device=device).plan()
     except Exception as error:  # of a model's code, too
-        print(f"plan: none for this run: {first_line(error)}")
+        if not isinstance(error, UserError) or "planned" in str(error):  # else the run says it
+            print(f"plan: none for this run: {first_line(error)}")
         return None
     finally:
         torch.set_num_threads(threads)

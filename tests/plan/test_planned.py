@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import conftest
 import psutil
 import pytest
 
 from qlora.config import LoraConfig
+from qlora.errors import UserError
 from qlora.files import read_metrics
 from qlora.plan import estimate
 from qlora.plan import run as planned
@@ -38,7 +40,11 @@ def test_a_plan_is_one_line_and_never_an_error(quick_run, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith(line)
     config = replace(quick_run.config, model="/nowhere/at all")
     assert planned.planned_bytes(config) is None
-    assert capsys.readouterr().out.startswith("plan: none for this run: model /nowhere/at all does")
+    assert not capsys.readouterr().out  # the run itself says what is wrong
+    fault = Mock(side_effect=UserError("model cannot be planned: its code computes with values"))
+    monkeypatch.setattr(estimate, "Planner", fault)
+    assert planned.planned_bytes(config) is None
+    assert capsys.readouterr().out.startswith("plan: none for this run: model cannot be planned")
 
 
 def test_on_a_cpu_the_planned_peak_is_of_the_process(quick_run, monkeypatch, capsys):
