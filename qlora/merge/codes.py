@@ -31,7 +31,6 @@ without their sweep from left to right, which would move every weight off its gr
 
 import math
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +38,7 @@ from torch import Tensor
 
 from qlora.adapters.lora import Factors
 from qlora.config import QuantConfig
+from qlora.merge.grids import TINY, Grid, NF4Grid
 from qlora.ops import nf4
 from qlora.ops.nf4 import Quantized
 
@@ -124,8 +124,9 @@ def choose_codes(
     if moments is None:
         moments = torch.eye(target.shape[1], device=target.device)
     assert adapted.factors is not None
-    start = adapted.codes or nf4.quantize(target, quant)
-    return keep_adapter(start, target, *adapted.factors[:2], moments)
+    grid = NF4Grid(adapted.codes or nf4.quantize(target, quant))
+    keep_adapter(grid, target, *adapted.factors[:2], moments)
+    return grid.quantized()
 
 
 def _facts(weight_norm: float, delta_norm: float, kept: float, total: float) -> Facts:
@@ -152,28 +153,27 @@ MIN_GAIN = 0.05  # stop when a round corrects less than this share of the system
 BIAS = 100.0  # weight of the systematic error relative to noise
 PRINCIPAL = 64  # principal directions of the inputs
 PATIENCE, ENOUGH = 4, 0.98  # stop when that many rounds have not lowered the cost to this share
-CHUNK = 64  # columns at a time, where blocks cross rows
-TINY = torch.finfo(torch.float32).tiny
+PANEL = 256  # columns at a time, whole blocks
+COLUMNS = 8  # of these, one after the other
 
 
 def keep_adapter(
-    start: Quantized, target: Tensor, lora_A: Tensor, lora_B: Tensor, moments: Tensor
-) -> Quantized:
-    """Codes and absmax near `start` whose outputs are close to `target`'s on the layer's inputs.
+    grid: Grid, target: Tensor, lora_A: Tensor, lora_B: Tensor, moments: Tensor
+) -> None:
+    """Choose the values on the grid whose outputs are close to `target`'s on the layer's inputs.
 
     Args:
-        start: the 4-bit weight (out, in) to begin with; its second-level statistics are kept.
+        grid: with the choice to begin with.
         target: base + scaling * B A, fp32 (out, in).
         lora_A, lora_B: (r, in), (out, r).
         moments: sum of x x' over the layer's inputs, fp32 (in, in); its scale does not matter.
 
     All tensors are on one device. The cost, noise + BIAS * systematic error, is never higher than
-    that of `start`.
+    that of the first choice.
     """
-    grid = _Grid(start)
     descent = _Descent(grid, target, moments)
     responses = _Responses(lora_A.float(), lora_B.float(), moments)
-    best, best_cost = grid.snapshot(), descent.noise() + BIAS * responses.error(descent)
+    best, best_cost = grid.choice(), descent.noise() + BIAS * responses.error(descent)
     gain, costs = 1.0, [best_cost]
     for round_ in range(ROUNDS):
         damped = round_ < len(DAMPED)
@@ -182,23 +182,23 @@ def keep_adapter(
         descent.sweep(DAMPED[round_] if damped else DAMPING)
         cost = descent.noise() + BIAS * responses.error(descent)
         if cost < best_cost:
-            best, best_cost = grid.snapshot(), cost
+            best, best_cost = grid.choice(), cost
         elif not damped:  # the correction was too large
             gain /= 2
         costs.append(best_cost)
         if gain < MIN_GAIN or (len(costs) > PATIENCE and best_cost > ENOUGH * costs[-1 - PATIENCE]):
             break
-    return grid.quantized(*best)
+    grid.restore(best)
 
 
 class _Descent:
     """Coordinate descent of a weight on the grid toward the target plus a correction.
 
     All tensors are transposed, (in, out). `gradient`, moments @ error, is half the gradient of the
-    noise. It is updated with each change, as computing it costs in * in * out.
+    noise. It is updated with each panel's change, as computing it costs in * in * out.
     """
 
-    def __init__(self, grid: "_Grid", target: Tensor, moments: Tensor) -> None:
+    def __init__(self, grid: Grid, target: Tensor, moments: Tensor) -> None:
         self.grid, self.moments = grid, moments
         self.curvature = moments.diagonal()[:, None]  # (in, 1)
         self.target = target.T.contiguous()
@@ -217,99 +217,103 @@ class _Descent:
     def sweep(self, damping: float) -> None:
         """One pass over all columns, and over the scales of blocks."""
         grid = self.grid
-        inverse = (self.curvature[:, 0] * (1 + damping)).clamp_min(TINY).reciprocal().tolist()
-        for chunk, first in enumerate(range(0, len(grid.weight), grid.chunk)):
-            columns = slice(first, first + grid.chunk)  # c columns of the weight: (c, out) here
-            width = 1 if grid.aligned else grid.chunk
-            scale = grid.absmax[chunk * width : (chunk + 1) * width]  # (1, out) or (c, out)
-            before = grid.weight[columns]
+        width = math.ceil(PANEL / grid.block) * grid.block
+        for first in range(0, len(grid.weight), width):
+            columns = slice(first, first + width)  # c columns of the weight: (c, out) here
+            before = grid.weight[columns].clone()
             error = before - self.target[columns] - self.correction[columns]
             gradient = self.gradient[columns] - self.correction_gradient[columns]
             gradient.addcmul_(self.curvature[columns], error, value=damping)
             hessian = self.moments[columns, columns].clone()
             hessian.diagonal().mul_(1 + damping)
-            weight = grid.descend(before, gradient, hessian, inverse[first:], scale)
-            if grid.aligned:
-                level = weight / scale.clamp_min(TINY)
-                slope = (gradient * level).sum(0)  # (out,)
-                curvature = (level * (hessian @ level)).sum(0)  # (c, c) @ (c, out) -> (out,)
-                weight = level * grid.move_absmax(chunk, slope, curvature)
-            self.gradient.addmm_(self.moments[:, columns], weight - before)  # (in, c) @ (c, out)
-            grid.weight[columns] = weight
+            _Panel(grid, first, gradient, hessian).descend()
+            change = grid.weight[columns] - before
+            self.gradient.addmm_(self.moments[:, columns], change)  # (in, c) @ (c, out)
 
 
-class _Grid:
-    """The values that a 4-bit weight can have, and its current one; transposed, (in, out)."""
+class _Panel:
+    """Some columns of a weight, `first` and on. Only their own part of the gradient (c, out) is
+    kept up to date while they change; with `hessian` (c, c), it is half of that of the cost."""
 
-    def __init__(self, quantized: Quantized) -> None:
-        packed, self.state = quantized
-        rows, columns = self.state.shape
-        levels, order = nf4.codebook(self.state.quant_type).to(packed.device).sort(stable=True)
-        self.levels, self.order = levels, order.to(torch.uint8)  # ascending, and the code of each
-        self.bounds = (levels[1:] + levels[:-1]) / 2
-        self.weight = nf4.dequantize(quantized).T.contiguous()
-        # Blocks run along rows. If they cross rows, absmax is left unchanged.
-        self.aligned = columns % self.state.blocksize == 0
-        self.chunk = self.state.blocksize if self.aligned else CHUNK
-        absmax = nf4.absmax(quantized)
-        if not self.aligned:
-            absmax = absmax.repeat_interleave(self.state.blocksize)[: rows * columns]
-        elif self.state.nested:
-            second = self.state.state2  # the absmax of absmax, (blocks of a row, out)
-            each = second.absmax.repeat_interleave(second.blocksize)[: len(absmax)]
-            self.second = each.view(rows, -1).T.contiguous()
-        self.absmax = absmax.view(rows, -1).T.contiguous()  # (blocks of a row or in, out)
+    def __init__(self, grid: Grid, first: int, gradient: Tensor, hessian: Tensor) -> None:
+        self.grid, self.first, self.gradient, self.hessian = grid, first, gradient, hessian
+        self.weight = grid.weight[first : first + len(gradient)]  # a view, changed in place
+        self.inverse = hessian.diagonal().clamp_min(TINY).reciprocal().tolist()
 
-    def descend(
-        self, weight: Tensor, gradient: Tensor, hessian: Tensor, inverse: list[float], scale: Tensor
-    ) -> Tensor:
-        """The columns (c, out) at their best levels, found one after the other.
+    def descend(self) -> None:
+        """One block after the other: its codes, then its scale and shift."""
+        size = self.grid.block if self.grid.moves else len(self.weight)
+        for first in range(0, len(self.weight), size):
+            block = slice(first, first + size)
+            before, gradient = self.weight[block].clone(), self.gradient[block].clone()
+            self._move_codes(first, min(first + size, len(self.weight)))
+            if self.grid.moves:
+                gradient.addmm_(self.hessian[block, block], self.weight[block] - before)
+                self._move_scales(block, gradient)
+            rest = slice(first + size, None)
+            self.gradient[rest].addmm_(self.hessian[rest, block], self.weight[block] - before)
 
-        `gradient` (c, out), which is updated, and `hessian` (c, c) are half of them; `inverse` is
-        that of the diagonal; `scale` is (1, out) or (c, out).
-        """
-        rows = []
-        for j, (current, slope) in enumerate(zip(weight, gradient, strict=True)):
-            ideal = torch.sub(current, slope, alpha=inverse[j]).div_(scale[j % len(scale)])
-            level = self.levels.index_select(0, torch.bucketize(ideal, self.bounds))
-            rows.append(level.mul_(scale[j % len(scale)]))
-            gradient.addr_(hessian[j], rows[-1] - current)  # outer product (columns,) x (out,)
-        return torch.stack(rows)
+    def _move_codes(self, first: int, last: int) -> None:
+        """Columns at their best levels, each given those before it. Halves are taken in turn, so
+        that most of the gradient's updates are products of matrices."""
+        if last - first > COLUMNS:
+            middle = (first + last) // 2
+            before = self.weight[first:middle].clone()
+            self._move_codes(first, middle)
+            change = self.weight[first:middle] - before
+            self.gradient[middle:last].addmm_(self.hessian[middle:last, first:middle], change)
+            self._move_codes(middle, last)
+            return
+        grid = self.grid
+        for j in range(first, last):
+            current, block = self.weight[j], (self.first + j) // grid.block
+            ideal = torch.sub(current, self.gradient[j], alpha=self.inverse[j])
+            if grid.shift is not None:
+                ideal -= grid.shift[block]
+            value = grid.snap(ideal.div_(grid.scale[block])).mul_(grid.scale[block])
+            if grid.shift is not None:
+                value += grid.shift[block]
+            rest = slice(j + 1, last)  # outer product (columns,) x (out,)
+            self.gradient[rest].addr_(self.hessian[rest, j], value - current)
+            self.weight[j] = value
 
-    def move_absmax(self, block: int, slope: Tensor, curvature: Tensor) -> Tensor:
-        """Move absmax (out,) of a block where that lowers slope * step + curvature / 2 * step^2."""
-        current = self.absmax[block]
-        ideal = current - slope / curvature.clamp_min(TINY)
-        if self.state.nested:
-            code = self._encode(ideal, self.second[block])
-            ideal = self.state.state2.code[code] * self.second[block] + self.state.offset
-        step = ideal - current
-        better = (slope * step + curvature * step * step / 2 < 0) & (ideal > 0)
-        self.absmax[block] = torch.where(better, ideal, current)
-        return torch.as_tensor(self.absmax[block])
-
-    def _encode(self, absmax: Tensor, second: Tensor) -> Tensor:
-        """8-bit codes of absmax."""
-        levels = self.state.state2.code
-        bounds = (levels[1:] + levels[:-1]) / 2
-        return torch.bucketize((absmax - self.state.offset) / second.clamp_min(TINY), bounds)
-
-    def snapshot(self) -> tuple[Tensor, Tensor]:
-        """A copy of the current weight and absmax."""
-        return self.weight.clone(), self.absmax.clone()
-
-    def quantized(self, weight: Tensor, absmax: Tensor) -> Quantized:
-        """The 4-bit weight of a snapshot."""
-        scale = absmax.repeat_interleave(self.chunk if self.aligned else 1, 0)  # (in, out)
-        level = torch.bucketize((weight / scale).nan_to_num(), self.bounds)
-        codes = self.order[level].T.reshape(-1)  # (in, out) -> (out * in,)
-        packed = (codes[::2] << 4 | codes[1::2]).view(-1, 1)  # two a byte, first in the high half
-        state = copy(self.state)
-        if self.aligned and self.state.nested:
-            state.absmax = self._encode(absmax, self.second).T.to(torch.uint8).reshape(-1)
-        elif self.aligned:
-            state.absmax = absmax.T.reshape(-1)
-        return Quantized(packed, state)
+    def _move_scales(self, columns: slice, gradient: Tensor) -> None:
+        """A block's scale and shift, where others that can be stored lower the cost: the best ones
+        together, rounded, or another shift alone."""
+        grid, block = self.grid, (self.first + columns.start) // self.grid.block
+        scale, hessian = grid.scale[block].clone(), self.hessian[columns, columns]
+        shift = None if grid.shift is None else grid.shift[block].clone()
+        weight = self.weight[columns] if shift is None else self.weight[columns] - shift
+        level = (weight / scale).nan_to_num(0, 0, 0)  # (c, out)
+        # the cost of a step s: slope * s + bend / 2 * s^2, each (out,)
+        slope, bend = (gradient * level).sum(0), (level * (hessian @ level)).sum(0)
+        wanted = [scale - slope / bend.clamp_min(TINY)]
+        if (
+            shift is not None
+        ):  # and of a shift's step t: + slope_1 * t + bend_1 / 2 * t^2 + cross * s t
+            ones = hessian.sum(1)
+            slope_1, bend_1, cross = gradient.sum(0), ones.sum().clamp_min(TINY), ones @ level
+            bend_0 = (bend - cross * cross / bend_1).clamp_min(TINY)  # with the best t for each s
+            wanted = [scale - (slope - cross * slope_1 / bend_1) / bend_0, scale]
+        least = torch.zeros_like(scale)
+        for each in wanted:
+            new, low = grid.nearest(block, each, shift)
+            step = new - scale
+            if shift is not None:
+                new, low = grid.nearest(block, new, shift - (slope_1 + cross * step) / bend_1)
+                step = new - scale
+            cost = (slope + bend / 2 * step) * step
+            if shift is not None and low is not None:
+                move = low - shift
+                cost += (slope_1 + bend_1 / 2 * move + cross * step) * move
+            better = (cost < least) & (new * scale > 0)
+            least = torch.where(better, cost, least)
+            grid.scale[block] = torch.where(better, new, grid.scale[block])
+            if grid.shift is not None and low is not None:
+                grid.shift[block] = torch.where(better, low, grid.shift[block])
+        self.weight[columns] = level * grid.scale[block]
+        if grid.shift is not None:
+            self.weight[columns] += grid.shift[block]
 
 
 class _Responses:

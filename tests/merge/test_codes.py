@@ -9,6 +9,7 @@ from torch import Tensor
 from qlora.adapters.lora import delta_weight
 from qlora.config import QuantConfig
 from qlora.merge import codes
+from qlora.merge.grids import NF4Grid
 from qlora.ops import nf4
 
 PLAIN = QuantConfig(double_quant=False, blocksize=64)
@@ -27,6 +28,13 @@ def layer(
     x = torch.randn(1000, wide, generator=draw) * torch.logspace(0, -2.5, wide) @ rotation
     target = base + delta_weight(lora_A, lora_B, scaling)
     return start, target, lora_A, scaling * lora_B, x.T @ x
+
+
+def keep_adapter(start: nf4.Quantized, *weights: Tensor) -> nf4.Quantized:
+    """The 4-bit weight of the codes that are chosen from `start` on."""
+    grid = NF4Grid(start)
+    codes.keep_adapter(grid, *weights)
+    return grid.quantized()
 
 
 def product(a: Tensor, b: Tensor, moments: Tensor) -> float:
@@ -48,7 +56,7 @@ def test_the_adapter_survives_where_rounding_to_nearest_loses_it(ratio, least, d
         change = nf4.dequantize(quantized) - base
         return product(change, delta, moments) / product(delta, delta, moments)
 
-    assert least < kept(codes.keep_adapter(start, target, lora_A, lora_B, moments)) < 1.1
+    assert least < kept(keep_adapter(start, target, lora_A, lora_B, moments)) < 1.1
     assert kept(nf4.quantize(target, quant)) < least - 0.1
 
 
@@ -56,10 +64,8 @@ def test_a_sweep_moves_each_code_in_turn_to_the_best_of_the_sixteen_levels():
     """Against the same descent by brute force: each column in turn, every level tried."""
     start, target, _, _, moments = layer(3, 64)
     moments = moments / moments.diagonal().mean()
-    grid = codes._Grid(start)
-    grid.aligned = False  # codes alone: absmax stays
-    grid.chunk = 64
-    grid.absmax = grid.absmax.expand(64, 3)
+    grid = NF4Grid(start)
+    grid.moves = False  # codes alone: absmax stays
     codes._Descent(grid, target, moments).sweep(0.0)
     levels, scale = torch.tensor(reference.NF4).double(), nf4.absmax(start).double()
     for row in range(3):
@@ -74,12 +80,11 @@ def test_a_sweep_moves_each_code_in_turn_to_the_best_of_the_sixteen_levels():
 
 def test_absmax_moves_to_the_level_that_costs_least():
     start, target, _, _, moments = layer(8, 64, ratio=0.05, quant=QuantConfig())
-    grid = codes._Grid(start)
-    levels = grid.weight / grid.absmax
-    slope = (moments @ (grid.weight - target.T) * levels).sum(0)
-    bend = (levels * (moments @ levels)).sum(0)
-    before, state = grid.absmax[0].clone(), start.state
-    moved = grid.move_absmax(0, slope, bend)
+    grid = NF4Grid(start)
+    levels, before, state = grid.weight / grid.scale, grid.scale[0].clone(), start.state
+    gradient = moments @ (grid.weight - target.T)
+    codes._Panel(grid, 0, gradient, moments)._move_scales(slice(0, 64), gradient)
+    moved = grid.scale[0]
     choices = state.state2.code.double() * state.state2.absmax.double() + state.offset.double()
 
     def cost(row: int, absmax: Tensor) -> float:
@@ -101,12 +106,11 @@ def test_absmax_moves_to_the_level_that_costs_least():
 def test_chosen_codes_make_a_valid_record(quant, wide):
     quant = QuantConfig(**quant)
     start, target, lora_A, lora_B, moments = layer(16, wide, ratio=0.05, quant=quant)
-    grid = codes._Grid(start)
-    again = grid.quantized(*grid.snapshot())
+    again = NF4Grid(start).quantized()
     assert torch.equal(nf4.dequantize(again), nf4.dequantize(start))
     if quant.quant_type == "nf4":
         assert torch.equal(again.packed, start.packed)  # FP4 has two codes for zero
-    chosen = codes.keep_adapter(start, target, lora_A, lora_B, moments)
+    chosen = keep_adapter(start, target, lora_A, lora_B, moments)
     record, layout = nf4.to_record(chosen), nf4.record_layout((16, wide), quant)
     assert {k: (v.dtype, tuple(v.shape)) for k, v in record.items()} == layout
     assert torch.equal(nf4.dequantize(nf4.from_record(record)), nf4.dequantize(chosen))
@@ -120,7 +124,7 @@ def test_idle_adapters_and_unused_inputs_leave_the_codes_alone():
     idle = nf4.dequantize(start), lora_A, torch.zeros_like(lora_B), moments
     unused = target, lora_A, lora_B, torch.zeros_like(moments)
     for case in (idle, unused):
-        assert torch.equal(codes.keep_adapter(start, *case).packed, start.packed)
+        assert torch.equal(keep_adapter(start, *case).packed, start.packed)
 
 
 def test_the_systematic_error_is_corrected():
@@ -136,9 +140,9 @@ def test_the_systematic_error_is_corrected():
         y = x @ error.T @ torch.linalg.qr(lora_B).Q.double()  # (in, in) (in, out) (out, r)
         return float((seen @ torch.linalg.lstsq(seen, y).solution).square().sum())
 
-    descent = codes._Descent(codes._Grid(start), target, moments)
+    descent = codes._Descent(NF4Grid(start), target, moments)
     assert responses.error(descent) == pytest.approx(systematic(start), rel=1e-3)
-    chosen = codes.keep_adapter(start, target, lora_A, lora_B, moments)
+    chosen = keep_adapter(start, target, lora_A, lora_B, moments)
     assert systematic(chosen) < 0.03 * systematic(start)
 
 

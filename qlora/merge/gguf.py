@@ -1,0 +1,108 @@
+"""The bytes of llama.cpp's quantized tensors, of choices on the grids of `qlora.merge.grids`.
+
+A row of a tensor is stored block by block, each the scales first and then the levels' bits, as
+ggml-common.h declares them (block_q4_0, block_q4_K, ...). `gguf.dequantize` of the bytes gives the
+grid's values, bit for bit.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qlora.merge.grids import (
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q6_K,
+    Q8_0,
+    SUPERBLOCK,
+    Grid,
+)
+
+
+def to_bytes(grid: Grid) -> Tensor:
+    """The tensor (out, bytes of a row), uint8, of the current choice."""
+    pack, size = PACKERS[type(grid)]
+    columns, rows = grid.weight.shape
+    codes = grid.level_indices().to(torch.uint8).T.reshape(rows, columns // size, size)
+    packed = pack(grid, codes)  # (out, blocks, bytes)
+    return packed.reshape(rows, -1)
+
+
+def _fp16(values: Tensor) -> Tensor:
+    """Values (blocks, out), each exactly an fp16 number, as bytes (out, blocks, 2)."""
+    return values.T.contiguous().half().view(torch.uint8).view(*values.T.shape, 2)
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """4-bit codes (..., 32) -> bytes (..., 16): the first half in the low bits."""
+    low, high = codes.chunk(2, dim=-1)
+    return low | high << 4
+
+
+def _q4_0(grid: Grid, codes: Tensor) -> Tensor:
+    return torch.cat([_fp16(grid.scale), _nibbles(codes)], -1)
+
+
+def _q4_1(grid: Grid, codes: Tensor) -> Tensor:
+    assert grid.shift is not None
+    return torch.cat([_fp16(grid.scale), _fp16(grid.shift), _nibbles(codes)], -1)
+
+
+def _q5_0(grid: Grid, codes: Tensor) -> Tensor:
+    places = 1 << torch.arange(8, device=codes.device)
+    high = (codes >> 4).view(*codes.shape[:2], 4, 8)  # the fifth bits, eight a byte
+    bits = (high * places).sum(-1).to(torch.uint8)
+    return torch.cat([_fp16(grid.scale), bits, _nibbles(codes & 15)], -1)
+
+
+def _q8_0(grid: Grid, codes: Tensor) -> Tensor:
+    signed = (codes.short() + int(grid.levels[0])).to(torch.int8)
+    return torch.cat([_fp16(grid.scale), signed.view(torch.uint8)], -1)
+
+
+def _q4_k(grid: Grid, codes: Tensor) -> Tensor:
+    assert isinstance(grid, Q4_K) and grid.shift is not None
+    scale, shift = (
+        _multiples(grid, grid.scale, grid.unit),
+        _multiples(grid, -grid.shift, grid.shift_unit),
+    )
+    first, last = slice(0, 4), slice(4, 8)  # of the eight: 6 bits each, in 12 bytes
+    packed = [
+        scale[..., first] | scale[..., last] >> 4 << 6,
+        shift[..., first] | shift[..., last] >> 4 << 6,
+        scale[..., last] & 15 | (shift[..., last] & 15) << 4,
+    ]
+    pairs = codes.view(*codes.shape[:2], 4, 64)
+    units = [_fp16(unit[:: SUPERBLOCK // grid.size]) for unit in (grid.unit, grid.shift_unit)]
+    return torch.cat([*units, *packed, _nibbles(pairs).flatten(2)], -1)
+
+
+def _q6_k(grid: Grid, codes: Tensor) -> Tensor:
+    assert isinstance(grid, Q6_K)
+    quarters = codes.view(*codes.shape[:2], 2, 4, 32)  # of each half of a superblock
+    low, high = quarters & 15, quarters >> 4
+    low = torch.cat([low[..., :2, :].flatten(3) | low[..., 2:, :].flatten(3) << 4], -1).flatten(2)
+    high = high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4 | high[..., 3, :] << 6
+    scales = _multiples(grid, grid.scale, grid.unit)
+    unit = _fp16(grid.unit[:: SUPERBLOCK // grid.size])
+    return torch.cat([low, high.flatten(2), scales, unit], -1)
+
+
+def _multiples(grid: Q4_K | Q6_K, values: Tensor, unit: Tensor) -> Tensor:
+    """What to multiply `unit` with: uint8 (out, superblocks, blocks of one)."""
+    whole = (values / unit).nan_to_num(0, 0, 0).round().T
+    return whole.to(torch.int8).view(torch.uint8).reshape(len(whole), -1, SUPERBLOCK // grid.size)
+
+
+Packer = Callable[[Grid, Tensor], Tensor]
+PACKERS: dict[type[Grid], tuple[Packer, int]] = {  # and how many values are packed together
+    Q4_0: (_q4_0, 32),
+    Q4_1: (_q4_1, 32),
+    Q5_0: (_q5_0, 32),
+    Q8_0: (_q8_0, 32),
+    Q4_K: (_q4_k, SUPERBLOCK),
+    Q6_K: (_q6_k, SUPERBLOCK),
+}
