@@ -17,7 +17,7 @@ the size of a block, and in how scale and shift are stored:
 "n bits times fp16" is an integer times an fp16 number that a superblock of 256 values shares. A
 grid keeps these second-level scales as they were at the start.
 
-Q...: llama.cpp's (ggml-quants.c; qlora.merge.gguf has the bytes). int4: pack-quantized, of
+Q...: llama.cpp's (ggml-quants.c; qlora.merge.ggml has the bytes). int4: pack-quantized, of
 compressed-tensors. All tensors are transposed, (in, out), fp32, on one device.
 """
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora.merge import codes, grids
-from qlora.merge.gguf import PACKERS, to_bytes
+from qlora.merge.ggml import PACKERS, to_bytes
 from qlora.merge.grids import IntegerGrid
 
 GRIDS = [*PACKERS, grids.Int4, grids.Int4ZeroPoint]
