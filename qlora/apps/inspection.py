@@ -66,7 +66,8 @@ def views_of(config: TrainConfig) -> Iterable[View]:
         longest = Checkpoint(folder).max_positions
     max_length = min(config.data.max_length, longest or config.data.max_length)
     reading, objective = Reading.of(config.data), OBJECTIVES[config.task]
-    chosen = Chosen(config.data.data_config or "", config.data.data_split or "")
+    names_of = config.data.data_config or "", config.data.data_split or ""
+    chosen = Chosen(*names_of, streaming=config.data.streaming)
     count = None if config.inspect_rows else config.inspect
     for source in config.data.sources:
         last = count or max(config.inspect_rows)

@@ -31,7 +31,7 @@ from qlora.config.lora import (
     rule,
 )
 from qlora.config.lora import LoraConfig as LoraConfig
-from qlora.config.tasks import CAUSAL_LM, TASKS
+from qlora.config.tasks import CAUSAL_LM, SEQ2SEQ, TASKS
 
 Config = TypeVar("Config")
 STEPS = rule("above 0, or -1 for num_train_epochs", lambda steps: steps == -1 or steps > 0)
@@ -155,6 +155,11 @@ class TrainConfig(Settings):
             yield f"packing needs task {CAUSAL_LM.name}, got {self.task}: turn it off"
         if self.data.long_rows == "split" and self.task != CAUSAL_LM.name:
             yield f"long_rows split needs task {CAUSAL_LM.name}, got {self.task}: drop or truncate"
+        if self.data.streaming and self.max_steps <= 0 and not self.inspects:
+            yield "streaming needs max_steps, as the number of rows is not known: give both"
+        if self.data.streaming and self.task not in (CAUSAL_LM.name, SEQ2SEQ.name):
+            fault = f"streaming needs task causal-lm or seq2seq, got {self.task}: turn it off"
+            yield f"{fault}, class names are found by reading all rows"
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield f"num_train_epochs must be above 0, got {self.num_train_epochs}"
         if self.offload_activations and not self.gradient_checkpointing:

@@ -100,7 +100,8 @@ class Tally:
             for k, v in facts.items()
             if isinstance(v, dict)
         }
-        return Tally(**facts | values)
+        largest = tuple(facts.get("largest", ()))  # a list in JSON
+        return Tally(**facts | values | {"largest": largest})
 
 
 @dataclass(frozen=True)

@@ -143,16 +143,16 @@ def csv_rows(file: Path) -> Iterator[dict[str, Any]]:
     Cells are text, except in columns that have only numbers, such as a classifier's labels.
     """
     texts: set[str] = set()  # columns
-    for row in _cells(file):
+    for row in cell_rows(file):
         texts |= {name for name in row.keys() - texts if isinstance(_number_in(row[name]), str)}
         if len(texts) == len(row):
             break
-    for row in _cells(file):
+    for row in cell_rows(file):
         yield {name: cell if name in texts else _number_in(cell) for name, cell in row.items()}
 
 
-def _cells(file: Path) -> Iterator[dict[str, str | None]]:
-    """The rows of a .csv file as text."""
+def cell_rows(file: Path) -> Iterator[dict[str, str | None]]:
+    """The rows of a .csv file as text, without reading it to the end first."""
     reader = csv.reader(text_lines(file), strict=True)
     try:
         header = next((cells for cells in reader if cells), [])

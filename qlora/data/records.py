@@ -24,11 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora.data.readers import Written, csv_rows, data_ending, json_rows, text_lines, text_rows
+from qlora.data.readers import (
+    Written,
+    cell_rows,
+    csv_rows,
+    data_ending,
+    json_rows,
+    text_lines,
+    text_rows,
+)
 from qlora.errors import UserError, did_you_mean, first_line, require, some
 
 if TYPE_CHECKING:  # half a second, which a plan of a run does without
-    from datasets import Dataset, DatasetDict, Features
+    from datasets import Dataset, Features, IterableDataset
 
 Record = Mapping[str, Any]
 Kind = tuple[str, ...]
@@ -50,6 +58,7 @@ SPLITS = {  # split: the words for it in a file's name
 }
 WANTED = {"training": ("train", ""), "evaluation": ("validation", "test", "")}  # "": no split named
 ARROW_ROWS = 1000  # that are Python objects at a time
+FIRST_ROWS = 100  # of each file, whose columns are those of a source that is streamed
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Chosen:
 
     config: str = ""
     split_name: str = ""
+    streaming: bool = False  # nothing is read to the end, or downloaded, to know its columns
 
 
 ANY = Chosen()
@@ -69,7 +79,7 @@ class Part:
 
     name: str
     columns: Sequence[str]
-    size: int  # rows
+    size: int  # rows; of a source that is streamed, those that were looked at
     rows: Callable[[Sequence[str]], Iterable[Record]]  # anew at each call; Arrow: these columns
     classes: Mapping[str, Sequence[str]]  # names of the classes in ClassLabel columns
     file: Path | None = None  # a text file
@@ -135,14 +145,16 @@ def load_records(
     empty = f"{source} has no rows: add at least one record, or pass another file"
     require(bool(columns), empty)
     kind = kind_of(columns, source, kinds)
-    used = [column for column in (*kind, *kinds[kind]) if column in columns]
+    # later rows of a stream may have optional columns that the first ones lack
+    used = [c for c in (*kind, *kinds[kind]) if c in columns or chosen.streaming]
     if unused := [_visible(column) for column in columns if column not in used]:
         notes += (f"{source}: columns that are not used: {some(unused, 12)}",)
     records = Records(parts, kind, used, limit, notes)
     require(next(iter(records), None) is not None, empty)
     present = [other for other in kinds if set(other) <= set(columns)]
     if len(present) > 1:
-        _require_one_kind(records, present, source)
+        first = replace(records, limit=FIRST_ROWS) if chosen.streaming else records
+        _require_one_kind(first, present, source)
     return records
 
 
@@ -180,11 +192,13 @@ def _parts(
     if path.exists():
         whole = [path], ()
         files, notes = _folder(path, source, split, chosen.split_name) if path.is_dir() else whole
-        return [_file_part(file, limit) for file in files], notes
+        last = FIRST_ROWS if chosen.streaming else limit
+        return [_file_part(file, last, chosen.streaming) for file in files], notes
     if not _names_a_path(source):
         fault = "is no local file or folder, and cannot be loaded from the hub"
         names = [chosen.config] if chosen.config else []
         options: Any = {"split": chosen.split_name} if chosen.split_name else {}
+        options |= {"streaming": True} if chosen.streaming else {}
         load = partial(_from_hub, *names, **options)
         return _dataset_parts(_dataset(load, source, fault), source, split, "")
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -220,17 +234,15 @@ def _names_a_path(source: str) -> bool:
 
 
 def _dataset_parts(
-    data: "Dataset | DatasetDict", source: str, split: str, named: str
+    data: Any, source: str, split: str, named: str
 ) -> tuple[list[Part], tuple[str, ...]]:
     """One split of a dataset; a dataset without splits is whole, as is one with only `train`."""
-    from datasets import Dataset, DatasetDict
-
-    if named and isinstance(data, DatasetDict):
+    if named and isinstance(data, dict):
         fault = f"{source} has no split {named}, but {', '.join(data)}"
         require(named in data, f"{fault}.{did_you_mean(named, data)}")
         return [dataset_part(named, data[named])], ()
-    if isinstance(data, Dataset) or list(data) == ["train"]:
-        return [dataset_part(source, data if isinstance(data, Dataset) else data["train"])], ()
+    if not isinstance(data, dict) or list(data) == ["train"]:
+        return [dataset_part(source, data["train"] if isinstance(data, dict) else data)], ()
     names, notes = _choose(list(data), source, split, "")
     if len(names) > 1:
         fault = f"{source} has several splits for {split}: {', '.join(names)}"
@@ -305,13 +317,13 @@ def _split_in(name: str) -> str:
     return ""
 
 
-def _file_part(file: Path, limit: int | None) -> Part:
+def _file_part(file: Path, limit: int | None, streaming: bool = False) -> Part:
     ending = data_ending(file)
     if ending not in PARTS:
         hint = did_you_mean(file.suffix, PARTS)
         raise UserError(f"{file} is not a {ENDINGS} file: convert it, to .jsonl for example.{hint}")
     try:
-        return PARTS[ending](file, limit)
+        return (STREAMED if streaming else PARTS)[ending](file, limit)
     except (ValueError, OSError) as error:  # Arrow's errors are these
         if isinstance(error, UserError):
             raise
@@ -345,10 +357,26 @@ def _parquet_part(file: Path, limit: int | None) -> Part:
     return _arrow_part(file.name, features, size, rows)
 
 
-def dataset_part(name: str, data: "Dataset") -> Part:
-    """A dataset without splits, which may have the format of torch."""
+def dataset_part(name: str, data: "Dataset | IterableDataset") -> Part:
+    """A dataset without splits, which may have the format of torch, or be streamed."""
+    from datasets import Dataset
+
+    if not isinstance(data, Dataset):
+        return _stream_part(name, data)
     read = data.with_format(None).select_columns
     return replace(_arrow_part(name, data.features, len(data), read), fingerprint=data._fingerprint)
+
+
+def _stream_part(name: str, data: "IterableDataset") -> Part:
+    """A dataset that is streamed; what its rows have is not known before they are read."""
+    first = list(islice(data, FIRST_ROWS))
+    columns = dict.fromkeys(column for row in first for column in row)
+    features = data.features or {}
+
+    def rows(names: Sequence[str]) -> Iterator[Record]:
+        return (_as_json({n: row.get(n) for n in names}, features) for row in data)
+
+    return Part(name, tuple(columns), len(first), rows, {})
 
 
 def _arrow_part(
@@ -383,6 +411,7 @@ def _as_json(value: Any, feature: Any) -> Any:
 READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".txt": text_rows}
 PARTS: dict[str, Callable[[Path, int | None], Part]] = {".parquet": _parquet_part}
 PARTS |= {ending: partial(_row_part, read) for ending, read in READERS.items()}
+STREAMED = PARTS | {".csv": partial(_row_part, cell_rows)}
 
 
 # ---- columns and cells

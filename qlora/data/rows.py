@@ -2,9 +2,8 @@
 
 A row is a record as its task encodes it (qlora.data.objectives): `input_ids` (T,), `labels` with
 -100 where there is no loss, and `length`, T. Records do not stay in memory; tokens, 8 bytes each,
-do of small data only (qlora.data.cache).
-
-Left out: streaming.
+do of small data only (qlora.data.cache). Rows that are encoded while training runs: see
+qlora.data.streaming.
 """
 
 import hashlib
@@ -110,14 +109,20 @@ def prepare_data(
         found = found or _encoded(encoder, records, key, new_classes, count)
     rows, facts = found
     tally, classes = Tally.of(facts["tally"]), facts["classes"]
-    if vocabulary is not None and max(tally.largest_id, tokenizer.pad_token_id or 0) >= vocabulary:
-        used = [*rows["input_ids"], *(rows["labels"] if task == "seq2seq" else ())]
-        pads = [i for i in [tokenizer.pad_token_id] if i is not None]
-        with errors_in(source):
-            require_vocabulary([*used, pads], tokenizer, vocabulary)
-    notes = (*_notes(encoder, tally), *facts["notes"])
-    stats = _stats(tally, classes, facts["chats"], long_rows == "drop", notes)
+    require_known(encoder, rows, tally, vocabulary)
+    notes = (*notes_on(encoder, tally), *facts["notes"])
+    stats = stats_of(tally, classes, facts["chats"], long_rows == "drop", notes)
     return rows if selecting else rows.remove_columns(list(SELECTING)), stats
+
+
+def require_known(encoder: Encoder, rows: Dataset, tally: Tally, vocabulary: int | None) -> None:
+    """Raise if a token of the rows, or the pad, has no row in an embedding of that size."""
+    tokenizer = encoder.tokenizer
+    if vocabulary is not None and max(tally.largest_id, tokenizer.pad_token_id or 0) >= vocabulary:
+        used = [*rows["input_ids"], *(rows["labels"] if encoder.task == "seq2seq" else ())]
+        pads = [i for i in [tokenizer.pad_token_id] if i is not None]
+        with errors_in(encoder.source):
+            require_vocabulary([*used, pads], tokenizer, vocabulary)
 
 
 def _fingerprints(records: Records) -> str | None:
@@ -140,8 +145,8 @@ def _encoded(
     tables = tables_of(encoder, records, tally, processes if key else 1)
 
     def facts() -> dict[str, Any]:
-        chats = encoder.task == "causal-lm" and records.kind != ("text",)
-        others = {"classes": list(encoder.classes), "chats": chats, "notes": list(records.notes)}
+        others: dict[str, Any] = {"classes": list(encoder.classes), "notes": list(records.notes)}
+        others["chats"] = has_chats(encoder.task, records)
         return {"tally": tally.record(), **others}
 
     if key:
@@ -150,9 +155,15 @@ def _encoded(
     return Dataset(pa.concat_tables(parts)), facts()
 
 
-def _stats(
+def has_chats(task: str, records: Records) -> bool:
+    """Whether the chat template renders these records."""
+    return task == "causal-lm" and records.kind != ("text",)
+
+
+def stats_of(
     tally: Tally, classes: Sequence[str], chats: bool, drops: bool, notes: tuple[str, ...]
 ) -> DataStats:
+    """The counts of a tally; `drops`: rows that are too long are left out."""
     return DataStats(
         rows=tally.rows,
         tokens=tally.tokens,
@@ -172,7 +183,7 @@ def _stats(
     )
 
 
-def _notes(encoder: Encoder, tally: Tally) -> tuple[str, ...]:
+def notes_on(encoder: Encoder, tally: Tally) -> tuple[str, ...]:
     """What happened to long rows and to rows without an answer, with their numbers."""
     notes, name = [], encoder.source
     if tally.long.count and encoder.long_rows == "split":

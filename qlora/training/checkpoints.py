@@ -5,6 +5,7 @@
       optimizer.safetensors   states of the optimizer and of the schedule
       random.safetensors      states of the generators of Python, NumPy and torch
       scaler.safetensors      state of the loss scale, with fp16 only
+      stream.json             where a streamed run stands in its data, without it nothing
       trainer_state.json      Trainer's state
       checkpoint.json         SHA-256 of each file above; written last
 
@@ -39,6 +40,7 @@ from qlora.errors import UserError, first_line, require, some
 HASHES = "checkpoint.json"
 OPTIMIZER, RANDOM, SCALER = (f"{n}.safetensors" for n in ("optimizer", "random", "scaler"))
 PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # of Trainer, and of earlier versions
+STREAM = "stream.json"
 ASIDE = "damaged-"  # before the name of a checkpoint that is not resumed from
 
 
@@ -269,6 +271,12 @@ def state_at(checkpoint: str | Path) -> TrainerState:
         return TrainerState(**files.read_json(path))
     except TypeError as error:
         raise UserError(f"{path} is not a state of Trainer: {first_line(error)}") from error
+
+
+def read_stream(checkpoint: str | Path) -> dict[str, Any]:
+    """The place in the data that a checkpoint of a streamed run has; empty without one."""
+    path = Path(checkpoint, STREAM)
+    return files.read_json(path) if path.is_file() else {}
 
 
 def damage(folder: Path) -> str:

@@ -300,7 +300,7 @@ def show_bytes(count: int) -> str:
 
 
 def write_results(
-    folder: Path, settings: Values, base: Values, *, rows: int, steps: tuple[int, int]
+    folder: Path, settings: Values, base: Values, *, rows: str, steps: tuple[int, int]
 ) -> None:
     """Write loss.png and README.md from metrics.jsonl; print the next commands.
 
@@ -330,7 +330,7 @@ def write_results(
 
 
 def write_adapter_card(
-    folder: Path, settings: Values, base: Values, *, rows: int, steps: str, measured: str
+    folder: Path, settings: Values, base: Values, *, rows: str, steps: str, measured: str
 ) -> None:
     """Write README.md of an adapter; `measured` are its losses and scores."""
     name, task, targets = str(base["resolved"]), settings["task"], settings["target_modules"]
@@ -353,7 +353,7 @@ Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()},
 
 | | |
 |---|---|
-| data | {", ".join(sources)} ({rows} rows) |
+| data | {", ".join(sources)} ({rows}) |
 {start}| learning rate | {settings["learning_rate"]:.3g} |
 | optimizer steps | {steps} |
 | after these steps | {measured} |

@@ -13,6 +13,7 @@ differs from Trainer in:
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -32,19 +33,23 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
+from qlora import files
 from qlora.adapters.files import load_adapter_weights, save_adapter
 from qlora.adapters.lora import lora_layers
 from qlora.base.modules import state_of
 from qlora.config import TrainConfig
 from qlora.data.batches import collator
 from qlora.data.objectives import OBJECTIVES, Objective, measure
+from qlora.data.streaming import StreamedRows, StreamError
 from qlora.errors import UserError, first_line, require, some
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
 from qlora.training.callbacks import EarlyStop, FiniteSteps, SaveOnSignal, bad_evaluations
 from qlora.training.checkpoints import (
     OPTIMIZER,
+    STREAM,
     SafeStates,
+    last_checkpoint,
     new_checkpoint,
     read_state,
     remove_old,
@@ -240,7 +245,11 @@ class AdapterTrainer(SafeStates, Trainer):
             return
         # evaluating and saving have messages of their own
         with self.on_signal, out_of_memory_in(self, "the optimizer's step"):
-            self.train(resume_from_checkpoint=checkpoint)
+            try:
+                self.train(resume_from_checkpoint=checkpoint)
+            except StreamError as error:
+                saved = last_checkpoint(Path(str(self.args.output_dir)))
+                raise UserError(f"step {self.state.global_step + 1}: {error}; {saved}") from error
         if not (self.steps.is_sound or self.steps.passes_again()):
             raise UserError(self.steps.fault())
 
@@ -296,6 +305,11 @@ class AdapterTrainer(SafeStates, Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self.saves_to = None
+            if isinstance(self.train_dataset, StreamedRows):
+                steps = step - self.rows_from
+                batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+                place = json.dumps(self.train_dataset.place_of(steps * batch))
+                files.replace_text(at / f"checkpoint-{step}" / STREAM, place)
         if limit := self.args.save_total_limit:
             remove_old(output, limit, {best} if best else set(), self.steps.sound_step)
 
