@@ -177,7 +177,10 @@ def remarks(run: Run) -> list[str]:
     if evals and evals[-1][1] > 1.02 * best + 0.01:
         lowest = f"The evaluation loss was lowest at step {step:,} ({best:.4f})"
         lines.append(f"{lowest} and has risen since: train for fewer steps.")
-    if cut := (run.facts.get("data") or {}).get("training", {}).get("cut_rows", 0):
+    counts = (run.facts.get("data") or {}).get("training", {})
+    if counts.get("streamed"):
+        lines.append("The training data were streamed: their counts are those of the first rows.")
+    if cut := counts.get("cut_rows", 0):
         length = run.facts["config"].get("max_length")
         lines.append(f"{cut:,} training rows had more than {length} tokens and were cut.")
     return lines

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qlora import __version__, files
 from qlora.cli import Progress
 from qlora.data import generation
+from qlora.data.streaming import StreamedRows
 from qlora.errors import UserError, some
 from qlora.training.checkpoints import complete_checkpoints, last_checkpoint, resumable
 
@@ -83,8 +84,13 @@ class MetricsWriter(TrainerCallback):
         self.path, self.tokens = folder / files.METRICS, 0  # seen at the last log
         self.planned_bytes = planned_bytes  # the plan's peak, beside the measured one
         self.logged_at = self.started_at = 0.0
+        self.has_epochs = True
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        # that of a streamed run would be the share of the run
+        self.has_epochs = not isinstance(getattr(train_dataloader, "dataset", None), StreamedRows)
         # A resumed run logs the steps after its checkpoint again: their first rows are dropped.
         rows = [r for r in files.read_metrics(self.path.parent) if r["step"] <= state.global_step]
         files.replace_text(self.path, "".join(map(files.metrics_line, rows)))
@@ -105,7 +111,7 @@ class MetricsWriter(TrainerCallback):
         row |= {"planned_bytes": self.planned_bytes} if self.planned_bytes else {}
         row["seconds"] = time.perf_counter() - self.started_at
         logs.update(row)
-        at = {"step": state.global_step, "epoch": logs.get("epoch")}
+        at = {"step": state.global_step, "epoch": logs.get("epoch") if self.has_epochs else None}
         size = self.path.stat().st_size
         try:
             with self.path.open("a", encoding="utf-8") as file:

@@ -48,7 +48,7 @@ def seen(monkeypatch) -> list[tuple[int, list[int]]]:
 
 @pytest.mark.parametrize(
     "how",
-    ["group_by_length", *axis("packing", "random", "batch_rebalance", "sequential")],
+    ["group_by_length", "streaming", *axis("packing", "random", "batch_rebalance", "sequential")],
 )
 def test_resuming_reads_the_rows_of_the_whole_run(how, checkpoints, tmp_path, data, seen):
     """Stopped in the second epoch, then in the first, with dropout and accumulation: every
@@ -60,7 +60,10 @@ def test_resuming_reads_the_rows_of_the_whole_run(how, checkpoints, tmp_path, da
         "gradient_accumulation_steps": 3, "lora": LoraConfig(r=4, lora_dropout=0.2),
         "save_total_limit": 20,
     }  # fmt: skip
-    if not packing:
+    if how == "streaming":
+        streamed: Any = {"streaming": True, "shuffle_buffer": 9, "dataset_num_proc": 1}
+        settings |= {"data": replace(settings["data"], **streamed), "max_steps": 6}
+    elif not packing:
         settings["trainer"] = {"train_sampling_strategy": how}
     config = quick_config(checkpoints("llama"), data, tmp_path / "whole", **settings)
     whole = train(config)
