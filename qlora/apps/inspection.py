@@ -69,12 +69,12 @@ def views_of(config: TrainConfig) -> Iterable[View]:
     names_of = config.data.data_config or "", config.data.data_split or ""
     chosen = Chosen(*names_of, streaming=config.data.streaming)
     count = None if config.inspect_rows else config.inspect
+    names: Any = ()
+    if objective.classifies:
+        every = (load_records(s, objective.kinds, chosen=chosen) for s in config.data.sources)
+        names = class_names(*every)
     for source in config.data.sources:
         last = count or max(config.inspect_rows)
-        names: Any = ()
-        if objective.classifies:
-            records = load_records(source, objective.kinds, chosen=chosen)
-            names = class_names(records, records.kind[-1])
         kinds = reading.kinds(objective.kinds)
         records = load_records(source, kinds, limit=last, chosen=chosen)
         how: Any = (reading, config.data.long_rows, records)

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.config import DataConfig
 from qlora.data.batches import column
-from qlora.data.encoding import SELECTING
-from qlora.data.objectives import OBJECTIVES
-from qlora.data.records import Chosen
+from qlora.data.encoding import SELECTING, errors_in
+from qlora.data.objectives import OBJECTIVES, class_names
+from qlora.data.records import Chosen, load_records
 from qlora.data.rows import DataStats, prepare_data
 from qlora.errors import require
 
@@ -43,9 +43,13 @@ def prepare_training(
     Raises:
         UserError: a source cannot be used, or a share is less than a row.
     """
-    is_one_kind = len(data.sources) == 1 or not OBJECTIVES[options["task"]].classifies
-    require(is_one_kind, "several data need the task causal-lm or seq2seq: give one data set")
     chosen = Chosen(data.data_config or "", data.data_split or "")
+    objective = OBJECTIVES[options["task"]]
+    if objective.classifies and len(data.sources) > 1:
+        every = [load_records(source, objective.kinds) for source in data.sources]
+        with errors_in(data.name):
+            classes = class_names(*every, known=options.get("classes", ()))
+        options |= {"classes": classes, "new_classes": False}
     places: Any = {"selecting": True, "split": "training", "chosen": chosen}
     parts = [prepare_data(source, tokenizer, **places, **options) for source in data.sources]
     if data.data_weights:

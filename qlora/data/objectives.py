@@ -274,21 +274,29 @@ def _word_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
         yield " ", False
 
 
-def class_names(records: Records, column: str, known: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names of the classes in a column of labels, or of lists of labels.
+def class_names(*sources: Records, known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of the classes in the column of labels, or of lists of labels, of all sources.
 
     `known`, the model's class names, are returned if they include all names in the column.
 
     Raises:
-        UserError: a label is neither a name nor a whole number from 0, or all are the same.
+        UserError: a label is neither a name nor a whole number from 0, or all are the same; or two
+            sources have names of their own, which differ.
     """
-    given = next((part.classes[column] for part in records.parts if column in part.classes), None)
-    labels = (record[column] for record in records)
+    columns = [records.kind[-1] for records in sources]
+    column = some(list(dict.fromkeys(columns)))
+    parts = [(c, p) for c, r in zip(columns, sources, strict=True) for p in r.parts]
+    every_given = list(dict.fromkeys(tuple(p.classes[c]) for c, p in parts if c in p.classes))
+    given = every_given[0] if every_given else None
+    differ = " and ".join(some(names, 8) for names in every_given)
+    require(len(every_given) < 2, f"{column} has two numberings, {differ}: write names as text")
+    every = zip(columns, sources, strict=True)
+    labels = (record[c] for c, records in every for record in records)
     items = (label if isinstance(label, list) else [label] for label in labels)
     values = {label for item in items for label in item if label is not None}
     require(bool(values), f"{column} is empty in every row: a classifier needs labels")
     if given:
-        names = tuple(given)
+        names = given
     elif all(type(value) is int and value >= 0 for value in values):
         count = max(values) + 1
         names = tuple(known) if len(known) >= count else tuple(f"LABEL_{i}" for i in range(count))

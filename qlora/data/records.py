@@ -129,7 +129,7 @@ def load_records(
     limit: int | None = None,
     chosen: Chosen = ANY,
 ) -> Records:
-    """Records of a file, of a folder (files of one kind, or save_to_disk's), or of the hub.
+    """Records of a file, of a folder (data files, or save_to_disk's), or of the hub.
 
     Args:
         kinds: the columns of each kind of record that the task accepts.
@@ -145,6 +145,7 @@ def load_records(
     empty = f"{source} has no rows: add at least one record, or pass another file"
     require(bool(columns), empty)
     kind = kind_of(columns, source, kinds)
+    _require_one_kind_of_files(parts, kind, source)
     # later rows of a stream may have optional columns that the first ones lack
     used = [c for c in (*kind, *kinds[kind]) if c in columns or chosen.streaming]
     if unused := [_visible(column) for column in columns if column not in used]:
@@ -156,6 +157,14 @@ def load_records(
         first = replace(records, limit=FIRST_ROWS) if chosen.streaming else records
         _require_one_kind(first, present, source)
     return records
+
+
+def _require_one_kind_of_files(parts: Sequence[Part], kind: Kind, source: str) -> None:
+    """Raise if one of several formats lacks columns of the records' kind."""
+    others = [part.name for part in parts if not set(kind) <= set(part.columns)]
+    if others and len({data_ending(Path(part.name)) for part in parts}) > 1:
+        fault = f"{source} has files of several kinds: {some(others)} without {' and '.join(kind)}"
+        raise UserError(f"{fault}. Pass the files to train on, or move the others out")
 
 
 def _require_one_kind(records: Records, kinds: Sequence[Kind], source: str) -> None:
@@ -253,18 +262,21 @@ def _dataset_parts(
 
 
 def _folder(path: Path, source: str, split: str, named: str) -> tuple[list[Path], tuple[str, ...]]:
-    """The files of a folder and its subfolders that `split` reads, which must be of one kind."""
+    """The files of a folder and its subfolders that `split` reads, of one or several formats. Text
+    files beside others are documentation."""
     every = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
     visible = [p for p in every if not any(part.startswith((".", "__")) for part in p.parts)]
     data = [p for p in visible if data_ending(p) in PARTS and not p.match("dataset_info*.json")]
     known = [p.as_posix() for p in data]
     names, notes = _choose(known, source, split, named) if known else ([], ())
-    endings = sorted({data_ending(Path(name)) for name in names or map(str, visible)} - {""})
-    if not names or len(endings) > 1:
-        raise UserError(
-            f"{path} must contain data files of one kind ({ENDINGS}), got "
-            f"{' and '.join(endings) or 'none'}: pass one of its files, or move the others out"
-        )
+    if not names:
+        endings = sorted({data_ending(name) for name in visible} - {""})
+        fault = f"{path} must contain data files ({ENDINGS}), got {' and '.join(endings) or 'none'}"
+        raise UserError(f"{fault}: pass another folder, or a file")
+    is_text = {name: data_ending(Path(name)) == ".txt" for name in names}
+    if any(is_text.values()) and not all(is_text.values()):
+        texts, names = ([n for n in names if is_text[n] is wanted] for wanted in (True, False))
+        notes += (f"{source}: leaves out {some(texts, 8)}, text files beside others",)
     return [path / name for name in names], notes
 
 

@@ -138,7 +138,7 @@ def _encoded(
     """The rows of the records, in memory or as the cache's entry `key`, and facts on them."""
     if encoder.objective.classifies and new_classes:
         with errors_in(encoder.source):
-            classes = class_names(records, records.kind[-1], encoder.classes)
+            classes = class_names(records, known=encoder.classes)
         encoder = replace(encoder, classes=classes)
     encoder = replace(encoder, records=records)
     tally, features = Tally(), encoder.features

@@ -141,12 +141,15 @@ def test_words_that_were_cut_off_have_no_label(prepare):
     assert batch["labels"][1].tolist() == [-100, 1, *[-100] * 6]
 
 
-def names(values, known=(), feature=None):
+def labelled(values, feature=None):
     features = datasets.Features({"label": feature}) if feature else None
     data = datasets.Dataset.from_dict({"label": values}, features=features)
     part = dataset_part("data", data)
-    records = Records([part], ("label",), ["label"], None)
-    return class_names(records, "label", known)
+    return Records([part], ("label",), ["label"], None)
+
+
+def names(values, known=(), feature=None):
+    return class_names(labelled(values, feature), known=known)
 
 
 def test_class_names_and_numbers():
@@ -169,6 +172,12 @@ def test_class_names_and_numbers():
         assert found == expected
     assert [class_number(label, ("neg", "pos")) for label in ("pos", "neg", 1, 0)] == [1, 0, 1, 0]
     assert class_number(True, ("False", "True")) == 1
+    assert class_names(labelled(["pos"]), labelled(["neg"])) == ("neg", "pos")
+    assert class_names(labelled([0]), labelled([2])) == numbered[:3]
+    other = labelled([0], datasets.ClassLabel(names=["sport", "world"]))
+    assert class_names(labelled([0], feature), labelled(["sport"])) == ("world", "sport")
+    with pytest.raises(UserError, match="two numberings, world, sport and sport, world: write nam"):
+        class_names(labelled([0], feature), other)
 
 
 def texts(*labels):
