@@ -197,7 +197,8 @@ def _count_kept(tally: Tally, row: dict[str, Any], task: str) -> None:
     tally.lost.update(row["lost"])
     tally.thinks += row["thinks"]
     targets = row["labels"] if task == "seq2seq" else ()
-    tally.largest_id = max(tally.largest_id, *row["input_ids"], *targets)
+    largest = (max(ids, default=0) for ids in (row["input_ids"], targets))
+    tally.largest_id = max(tally.largest_id, *largest)
 
 
 def split_row(row: dict[str, Any], max_length: int) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ Left out: regression, several labels per row, question answering.
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -145,8 +146,10 @@ def _chat_row(rendering: Rendering, max_length: int) -> Row:
 
 def _cut_row(ids: list[int], labels: list[int], max_length: int) -> Row:
     kept = labels[:max_length]
+    supervised = len(kept) - kept.count(NO_LOSS)
     # the first token is never predicted, so a label there alone teaches nothing
-    supervised = sum(i != NO_LOSS for i in kept) * any(i != NO_LOSS for i in kept[1:])
+    if supervised == 1 and kept[0] != NO_LOSS:
+        supervised = 0
     return _row(ids[:max_length], kept, len(ids), supervised)
 
 
@@ -170,6 +173,13 @@ def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer adds before and after a text."""
+    if not tokenizer.is_fast:  # what it adds may depend on any of its attributes
+        return _added_ids.__wrapped__(tokenizer, "")
+    return _added_ids(tokenizer, repr(tokenizer.backend_tokenizer.post_processor))
+
+
+@lru_cache(maxsize=4)  # the last argument stands for what may change in the tokenizer
+def _added_ids(tokenizer: Tokenizer, processor: str) -> tuple[list[int], list[int]]:
     options = ({"add_special_tokens": added, "verbose": False} for added in (False, True))
     own, ids = (list(tokenizer("a", **option)["input_ids"]) for option in options)
     start = next((i for i in range(len(ids)) if ids[i : i + len(own)] == own), 0)
