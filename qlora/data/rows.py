@@ -54,6 +54,7 @@ class DataStats:
     special: int | None = None  # the first row with tool calls or reasoning
     notes: tuple[str, ...] = ()  # what of the source was not used, or cut
     own_rows: int = 0  # rows more than records, of turns that need their own
+    own_tokens: int = 0  # in these rows, before the cut
     thinks: int = 0  # rows rendered with the template's enable_thinking
 
     def counts(self) -> dict[str, Any]:
@@ -168,6 +169,7 @@ def _stats(
         special=next(map(int, tally.special.first), None),
         notes=notes,
         own_rows=tally.own_rows,
+        own_tokens=tally.own_tokens,
         thinks=tally.thinks,
     )
 
@@ -249,7 +251,8 @@ def describe(stats: DataStats, *, name: str) -> str:
         )
     if stats.own_rows:
         line += (
-            f"\n{name}: {stats.own_rows:,} rows more than chats: a turn whose reasoning or end the "
-            "chat template shows only where it is the last has its own"
+            f"\n{name}: {stats.own_rows:,} rows ({stats.own_tokens:,} tokens) more than chats: a "
+            "turn has its own where the chat template shows its prompt, reasoning or end only if it "
+            "is the last (--train-on last adds none)"
         )
     return "\n".join((line, *stats.notes))

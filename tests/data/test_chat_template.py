@@ -181,7 +181,9 @@ ROWS = {  # template, record, what is learned
     "qwen3": (
         QWEN3, CHAT, ["two 😀<|im_end|>", "<think>\n\n</think>\n\nthree, not  two<|im_end|>"],
     ),
-    "thinker": (THINKER, CHAT, ["two 😀</s>", "\n</think>\n\nthree, not  two</s>"]),
+    "thinker": (
+        THINKER, CHAT, ["\n</think>\n\ntwo 😀</s>", "\n</think>\n\nthree, not  two</s>"],
+    ),
     "phi3": (PHI3, CHAT, ["two 😀<|end|>", "three, not  two<|end|>\n</s>"]),
     "bare": (BARE, CHAT, [" two 😀</s>", " three, not  two</s>"]),  # an end token is inserted
     "thoughts, each where the template shows it": (
@@ -220,7 +222,7 @@ ROWS = {  # template, record, what is learned
     },
     "reasoning that the template cuts off": (
         QWQ, {"messages": [*TALK[:3], {**TALK[3], "content": THOUGHTS[1]}]},
-        ["two 😀<|im_end|>", "two and\n</think>\n\nthree<|im_end|>"],
+        ["\n</think>\n\ntwo 😀<|im_end|>", "two and\n</think>\n\nthree<|im_end|>"],
     ),
     "reasoning under a key that the template does not read": (
         QWQ, {"messages": [TALK[0], {**TALK[1], "reasoning_content": "one and"}]},
@@ -268,11 +270,14 @@ def test_token_with_the_space_before_the_answer_has_loss(tmp_path, template):
     talk = [{**turn, "content": turn["content"].replace(" 😀", "")} for turn in TALK]
     tools = [{"type": "function", "function": {"name": "one"}}]
     rows, _ = prepare(tmp_path, [{"messages": talk, "tools": tools}], tokenizer)
-    tokens = tokenizer.convert_ids_to_tokens([i for i in rows[0]["labels"] if i != -100])
+    labels = [i for row in rows for i in row["labels"] if i != -100]
     space = "▁" if template is LLAMA2 else ""
-    assert "".join(tokens) == f"▁two{space}</s>▁three,▁not▁▁two{space}</s>"
-    reference = tokenizer.apply_chat_template(talk, tools=tools, return_dict=True)
-    assert rows[0]["input_ids"] == reference["input_ids"]
+    answers = f"▁two{space}</s>▁three,▁not▁▁two{space}</s>"
+    assert "".join(tokenizer.convert_ids_to_tokens(labels)) == answers
+    assert len(rows) == (1 if template is LLAMA2 else 2)  # MISTRAL's first turn loses the tools
+    for row, turns in zip(reversed(rows), (talk, talk[:2]), strict=False):
+        reference = tokenizer.apply_chat_template(turns, tools=tools, return_dict=True)
+        assert row["input_ids"] == reference["input_ids"]
 
 
 def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
