@@ -252,7 +252,7 @@ def describe(stats: DataStats, *, name: str) -> str:
     if stats.own_rows:
         line += (
             f"\n{name}: {stats.own_rows:,} rows ({stats.own_tokens:,} tokens) more than chats: a "
-            "turn has its own where the chat template changes its prompt, reasoning or end once the "
-            "chat goes on (--train-on last adds none)"
+            "turn has its own where the chat template changes its prompt, reasoning or end once it "
+            "is not the last (--train-on last adds none)"
         )
     return "\n".join((line, *stats.notes))
