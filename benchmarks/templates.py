@@ -10,8 +10,9 @@ right if, for every assistant turn,
 
 - the learned text equals the oracle's, but for differences with a reason (REASONS);
 - all words of the answers are in it, and none of the user, of the system, or of a tool;
-- it ends in a token at which the model's generation_config stops (TOKENS, from the models' files);
-- it follows the ids with which `prompt_ids` prompts, for the last turn of each row.
+- it ends in a stop token: one with which the oracle ends a marked part, or one of SOURCED; and
+  chat and evaluation stop there;
+- it follows the text with which transformers prompts at that turn, and so do `prompt_ids`.
 
 A combination may be refused if no form of the chat is shown whole by the template itself, which is
 tested here with transformers alone. No network, no weights: the tokenizer encodes bytes, and has
@@ -25,7 +26,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -43,22 +46,42 @@ from qlora.data.rows import prepare_data
 from qlora.data.templates import common_length, set_switches
 from qlora.errors import UserError
 
-# beginning of a template's name: bos, eos, and the other tokens of eos_token_id in the model's
-# generation_config
+# beginning of a template's name: bos, eos, and other special tokens that it does not write
 TOKENS = {
     "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
     "deepseekv3": ("<\uff5cbegin▁of▁sentence\uff5c>", "<\uff5cend▁of▁sentence\uff5c>"),
-    "diffusion_gemma": ("<bos>", "<eos>", "<turn|>", "<|tool_response>"),
-    "gemma": ("<bos>", "<eos>", "<end_of_turn>"),
-    "glm": ("", "<|endoftext|>", "<|user|>", "<|observation|>"),
-    "gptoss": ("<|startoftext|>", "<|return|>", "<|endoftext|>", "<|call|>"),
+    "diffusion_gemma": ("<bos>", "<eos>"),
+    "gemma": ("<bos>", "<eos>"),
+    "glm": ("", "<|endoftext|>"),
+    "gptoss": ("<|startoftext|>", "<|return|>"),
     "idefics": ("<|begin_of_text|>", "<|end_of_text|>", "<end_of_utterance>"),
     "lfm": ("<|startoftext|>", "<|im_end|>"),
-    "llama": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),
+    "llama": ("<|begin_of_text|>", "<|eot_id|>"),
     "llava": ("<s>", "</s>"),
     "nemotron": ("<s>", "<|im_end|>"),
-    "phi": ("<s>", "<|endoftext|>", "<|end|>"),
-    "qwen": ("", "<|im_end|>", "<|endoftext|>"),
+    "phi": ("<s>", "<|endoftext|>"),
+    "qwen": ("", "<|im_end|>"),
+}
+LLAMA = (
+    ("<|eot_id|>", "<|eom_id|>"),
+    "transformers' convert_llama_weights_to_hf.py (01cc9cd): eos_token_id [128001, 128008, 128009]",
+)
+SOURCED = {  # stop tokens that no oracle marks
+    "diffusion_gemma": (
+        ("<|tool_response>",),
+        "eos_token_id [1, 106, 50] of Gemma 4's generation_config; the template writes it after a "
+        "call without a result",
+    ),
+    "llama3_1": LLAMA,
+    "llama3_2": LLAMA,
+}
+WITHIN = {  # ends of marked parts at which generation goes on
+    "diffusion_gemma": ("<tool_call|>", "<|tool_response> follows"),
+    "gptoss": (
+        "<|end|>",
+        "of a message within a turn: openai-harmony's stop_tokens_for_assistant_actions are "
+        "<|return|> and <|call|>",
+    ),
 }
 SPECIAL = r"<\|[^<>|\s'\"]+\|>|<\uff5c[^<>\s]+?\uff5c>|<\|[a-z_]+>|<[a-z_]+\|>"
 SPECIAL += r"|<(?:start|end)_of_\w+>|\[/?INST\]|\[gMASK\]|<sop>"
@@ -70,6 +93,7 @@ REASONS = {
     "end": "another end token: the one at which generation stops",
     "own header": "after a tool's result, the prompt lacks the header that the template writes",
     "thought": "reasoning is learned, where the turn is the last; the oracle's template drops it",
+    "own rows": "no difference: a turn that the rest of the chat changes is learned in its own row",
     "unread": "the template reads no reasoning; the count of such rows is printed",
 }
 TOOL = {
@@ -116,7 +140,7 @@ class Mark:
 
 
 def names_of(name: str) -> tuple[str, ...]:
-    """bos, eos and other stop tokens of the models with the template `name`."""
+    """bos, eos and other special tokens of the models with the template `name`."""
     keys = [key for key in TOKENS if name.startswith(key)]
     return TOKENS[max(keys, key=len)] if keys else ("<s>", "</s>")
 
@@ -186,6 +210,37 @@ def shown(template: str, tokenizer: Any, chat: dict[str, Any]) -> tuple[str, lis
     return best and (best[1], best[2])
 
 
+def prompts(template: str, chat: dict[str, Any], i: int, tokenizer: Any, **more: Any) -> set[str]:
+    """What transformers prompts with for message i, of each form of the messages before it."""
+    found = set()
+    for messages in forms({"messages": chat["messages"][:i]}):
+        with suppress(TemplateError, TypeError, AttributeError):
+            texts, _ = render_jinja_template(
+                [messages], tools=chat.get("tools"), chat_template=template,
+                add_generation_prompt=True, **tokenizer.special_tokens_map, **more,
+            )  # fmt: skip
+            found.add(texts[0])
+    return found
+
+
+def stops_of(name: str, template: str, oracle: str | None) -> tuple[list[str], str]:
+    """The tokens at which generation has to stop, and where that is known from."""
+    tokenizer, sourced, within = tokenizer_for(name, template), SOURCED.get(name), WITHIN.get(name)
+    special = [re.escape(token) for token in tokenizer.all_special_tokens]
+    special += [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    found: dict[str, None] = {}
+    for chat in CHATS.values() if oracle else ():
+        for text in (shown(str(oracle), tokenizer, chat) or ("", []))[1]:
+            end = re.search(rf"(?:{'|'.join(special)})$", text.rstrip())
+            found |= {end[0]: None} if end else {}
+    sources = ["ends of the oracle's marked parts"] if found else []
+    if within and found.pop(within[0], "") is None:
+        sources.append(f"but {within[0]}, {within[1]}")
+    for token in sourced[0] if sourced else ():
+        found[token] = None
+    return list(found), "; ".join([*sources, *([sourced[1]] if sourced else [])])
+
+
 # ---- the mask of this library
 
 
@@ -241,10 +296,11 @@ def _header(oracle: str, prompt: str) -> int:
     return 0
 
 
-def judged(name: str, template: str, oracle: str | None, chat: dict[str, Any]) -> Mark:
+def judged(
+    name: str, template: str, oracle: str | None, chat: dict[str, Any], stops: Sequence[str]
+) -> Mark:
     """Whether the mask of a chat is right."""
     tokenizer = tokenizer_for(name, template)
-    stops = [token for token in names_of(name)[1:] if token]
     whole = shown(template, tokenizer, chat)
     try:
         rows, stats = prepared(chat, tokenizer)
@@ -253,21 +309,25 @@ def judged(name: str, template: str, oracle: str | None, chat: dict[str, Any]) -
         return Mark("refused" if whole is None else "WRONG", [f"refused: {reason}"])
     if whole is None:
         return Mark("WRONG", ["trained, though the template leaves out a part of the chat"])
-    texts = [stretches(row, tokenizer) for row in rows]
-    if stats.thinks:  # as training does with the tokenizer that it saves
-        set_switches(tokenizer, {"enable_thinking": True})
-    faults = list(_faults(chat, rows, texts, tokenizer, stops, stats.lost))
+    switches = {"enable_thinking": True} if stats.thinks else {}
+    set_switches(tokenizer, switches)  # as training does with the tokenizer that it saves
+    turns = [turn for row in rows for turn in turns_of(row, tokenizer, chat)]
+    faults = list(_faults(chat, turns, tokenizer, stops, stats.lost))
+    for i, before, _ in turns:
+        told = tokenizer.decode(prompt_ids(tokenizer, chat["messages"][:i], chat.get("tools")))
+        ways = {"chat": {told}, "transformers": prompts(template, chat, i, tokenizer, **switches)}
+        faults += [
+            f"trained after {before[-40:]!r}, {who} prompts with {min(texts, default='')[-40:]!r}"
+            for who, texts in ways.items()
+            if before not in texts
+        ]
     marked = (shown(oracle, tokenizer, chat) or ("", []))[1] if oracle else []
     notes = ["unread"] if "reasoning" in stats.lost else []
-    flat = [text for row in texts for text in row]
-    turns = [i for i, m in enumerate(chat["messages"]) if m["role"] == "assistant"]
-    if marked and len(marked) != len(flat):
-        faults.append(f"{len(flat)} learned parts, the oracle has {len(marked)}")
+    notes += ["own rows"] if len(rows) > 1 else []
+    if marked and len(marked) != len(turns):
+        faults.append(f"{len(turns)} learned parts, the oracle has {len(marked)}")
     elif marked:
-        for i, ours, theirs in zip(turns, flat, marked, strict=True):
-            prompt = tokenizer.decode(
-                prompt_ids(tokenizer, chat["messages"][:i], chat.get("tools"))
-            )
+        for (_, prompt, ours), theirs in zip(turns, marked, strict=True):
             found = difference(ours, theirs, prompt, stops)
             if found is None:
                 faults.append(f"learned {ours!r}, the oracle {theirs!r}")
@@ -275,10 +335,24 @@ def judged(name: str, template: str, oracle: str | None, chat: dict[str, Any]) -
     return Mark("WRONG" if faults else "right", faults or list(dict.fromkeys(notes)))
 
 
+def turns_of(row: Any, tokenizer: Any, chat: dict[str, Any]) -> list[tuple[int, str, str]]:
+    """Of each learned part of a row: the index of its message, the text before it, and its own."""
+    found, ids, labels = [], row["input_ids"], row["labels"]
+    starts = [i for i, v in enumerate(labels) if v != -100 and (i == 0 or labels[i - 1] == -100)]
+    for start in starts:
+        end = next((i for i in range(start, len(ids)) if labels[i] == -100), len(ids))
+        text = tokenizer.decode(ids[start:end])
+        words = re.findall(LEARNED, text) or ["\0"]
+        told = [i for i, m in enumerate(chat["messages"]) if words[-1] in json.dumps(m)]
+        found.append((next(iter(told), 0), tokenizer.decode(ids[:start]), text))
+    return found
+
+
 def _faults(
-    chat: Any, rows: Any, texts: Any, tokenizer: Any, stops: Sequence[str], lost: Any
+    chat: Any, turns: Any, tokenizer: Any, stops: Sequence[str], lost: Any
 ) -> Iterator[str]:
-    learned = "".join(text for row in texts for text in row)
+    texts = [text for _, _, text in turns]
+    learned = "".join(texts)
     if inside := set(re.findall(OTHERS, learned)):
         yield f"learns {', '.join(sorted(inside))}"
     wanted = re.findall(LEARNED, json.dumps(chat["messages"]))
@@ -289,26 +363,12 @@ def _faults(
     if twice := [word for word in wanted if learned.count(word) > 1]:
         yield f"learns {', '.join(twice)} twice"
     taught = {tokenizer.convert_ids_to_tokens(i) for i in taught_stop_ids(tokenizer)}
-    for text in (text for row in texts for text in row):
+    for text in texts:
         end = next((token for token in stops if text.rstrip().endswith(token)), None)
         if end is None:
             yield f"a turn's end is not learned: {text[-30:]!r}"
-        elif end not in taught and end not in stops:
+        elif end not in taught:
             yield f"generation would not stop at {end}"
-    for row, parts in zip(rows, texts, strict=True):
-        words = re.findall(LEARNED, parts[-1])
-        told = [i for i, m in enumerate(chat["messages"]) if words and words[-1] in json.dumps(m)]
-        prompt = (
-            prompt_ids(tokenizer, chat["messages"][: told[0]], chat.get("tools")) if told else []
-        )
-        ids, labels = row["input_ids"], row["labels"]
-        end = max(i for i, label in enumerate(labels) if label != -100)
-        start = max((i for i in range(end) if labels[i] == -100), default=-1) + 1
-        if ids[:start] != prompt:
-            yield (
-                f"trained after {tokenizer.decode(ids[:start])[-40:]!r}, prompted with "
-                f"{tokenizer.decode(prompt)[-40:]!r}"
-            )
 
 
 # ---- data sets
@@ -382,13 +442,20 @@ def main() -> int:
     files = {path.stem: path for path in sorted(given.folder.glob("*.jinja"))}
     texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     results: dict[str, dict[str, Mark]] = {}
+    stops: dict[str, tuple[list[str], str]] = {}
     for name, text in texts.items():
         if name.endswith("_training") or given.only not in name:
             continue
         own = text if re.search(r"\{%-?\s*generation", text) else None
         oracle = texts.get(f"{name}_training", own)
-        results[name] = {c: judged(name, text, oracle, chat) for c, chat in CHATS.items()}
+        stops[name] = stops_of(name, text, oracle)
+        judge = partial(judged, name, text, oracle, stops=stops[name][0])
+        results[name] = {c: judge(chat) for c, chat in CHATS.items()}
     page = f"# Loss masks\n\nMade by `benchmarks/templates.py`.\n\n{table(results)}\n"
+    page += "\n| template | generation has to stop at | known from |\n|---|---|---|\n"
+    for name, (tokens, source) in stops.items():
+        cells = (name, " ".join(f"`{token}`" for token in tokens), source)
+        page += "".join(f"| {cell.replace('|', chr(92) + '|')} " for cell in cells) + "|\n"
     faults = []
     if given.chats:
         page += "\n| data | template | trained | refused | of them |\n|---|---|---|---|---|\n"
