@@ -165,7 +165,8 @@ def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
 
 def forms(chat: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
     """A chat's messages in the forms that templates read."""
-    for parts, text, missing in product((False, True), (False, True), ("", None)):
+    blank = ("", None, [{"type": "text", "text": ""}])
+    for parts, text, missing in product((False, True), (False, True), blank):
         messages = []
         for message in chat["messages"]:
             message = dict(message)
@@ -208,6 +209,27 @@ def shown(template: str, tokenizer: Any, chat: dict[str, Any]) -> tuple[str, lis
         if needed <= found and (best is None or len(found) > best[0]):
             best = len(found), texts[0], marked
     return best and (best[1], best[2])
+
+
+def cannot(template: str, tokenizer: Any, chat: dict[str, Any]) -> str:
+    """Why no form of a chat can be shown whole: the template's own sentence, or what it never
+    reads; "" if there is no such reason."""
+    raised: dict[str, None] = {}
+    for messages in forms(chat):
+        try:
+            text = render_jinja_template(
+                [messages], tools=chat.get("tools"), chat_template=template,
+                **tokenizer.special_tokens_map,
+            )[0][0]  # fmt: skip
+        except TemplateError as error:
+            raised |= {str(error): None} if str(error)[:20] in template else {}
+        except (TypeError, AttributeError):
+            pass
+        else:
+            no_call = "callword" in str(messages) and "callword" not in text
+            unread = no_call and "tool_calls" not in template
+            return "it has no `tool_calls`" if unread else ""
+    return f"it raises {next(iter(raised))!r}" if raised else ""
 
 
 def prompts(template: str, chat: dict[str, Any], i: int, tokenizer: Any, **more: Any) -> set[str]:
@@ -305,8 +327,9 @@ def judged(
     try:
         rows, stats = prepared(chat, tokenizer)
     except UserError as error:
-        reason = str(error).partition("row 1: ")[2]
-        return Mark("refused" if whole is None else "WRONG", [f"refused: {reason}"])
+        reason = cannot(template, tokenizer, chat) if whole is None else ""
+        told = f"{reason}; the message: {str(error).partition('row 1: ')[2]}"
+        return Mark("refused" if reason else "WRONG", [told])
     if whole is None:
         return Mark("WRONG", ["trained, though the template leaves out a part of the chat"])
     switches = {"enable_thinking": True} if stats.thinks else {}
@@ -428,7 +451,15 @@ def table(results: dict[str, dict[str, Mark]]) -> str:
         for note in mark.notes
         if note not in REASONS
     ]
-    return "\n".join([*lines, "", "Refused, and wrong:", "", *told])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Refused, since the template itself cannot show the chat, and wrong:",
+            "",
+            *told,
+        ]
+    )
 
 
 def main() -> int:

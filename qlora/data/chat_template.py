@@ -30,6 +30,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.data.chats import AS_TEXT, REASONING_KEYS, Chat
@@ -91,6 +92,7 @@ class Rendering:
         self.switches: dict[str, Any] = {}  # for the template
         self.marked: tuple[Any, dict[str, Any], str] | None = None  # message, with MARK, its text
         self._spans: dict[int, Span | None] = {}
+        self.not_found: int | None = None  # a turn without a span
         self.unprompted: set[int] = set()  # turns after another text than their prompt
         self.messages, self.full, probes = self._best_form(prompt)
         self.hidden = {i for what, i in probes if what == REASONING}
@@ -130,7 +132,9 @@ class Rendering:
                     lost = self._probes_lost(messages, text, prompt)
                     found.append((messages, text, lost, tools))
                 except REJECTIONS as error:
-                    failed = failed or error
+                    # the template's own words rather than those of an error in it
+                    said = type(error) is TemplateError and type(failed) is not TemplateError
+                    failed = error if failed is None or said else failed
                     continue
                 if not lost:
                     return messages, text, lost
@@ -226,6 +230,9 @@ class Rendering:
             elif start and self.full[:start].endswith(prompt[-8:]):
                 # once a call is answered, gpt-oss drops the reasoning before it: the prompt has it
                 self.full = prompt + self.full[start:]
+            elif start and self.ending.opens.strip() and prompt.endswith(self.ending.opens):
+                # after a tool's result, Gemma 4's prompt opens a thought: it is closed at once
+                self.full = prompt + self.ending.begins + self.full[start:]
 
     def _can_think(self) -> bool:
         """Whether the template has a switch for reasoning that nobody has set."""
@@ -252,6 +259,7 @@ class Rendering:
         for i in learned_turns(self.chat):
             span, word = self.span(i), last_word(messages[i])
             if span is None:
+                self.not_found = i
                 return None
             if word not in text[slice(*span)]:
                 # trained on such a turn, for example of tool calls, the model would learn silence

@@ -68,6 +68,10 @@ THINKER = loop(  # DeepSeek-R1: its prompt opens a thought that the rendered tur
     "{% else %}<|assistant|>{{ m.content.split('</think>')[-1] + eos_token }}{% endif %}",
     "<|assistant|><think>\n",
 )
+OPENED = loop(
+    "<|{{ m.role }}|>{{ '#thought\n' + m.reasoning + '\n##' if m.reasoning }}{{ m.content }}</s>",
+    "<|assistant|>#thought\n",
+)
 PHI3 = loop(
     "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n{% else %}{{ eos_token }}"
 )
@@ -184,6 +188,9 @@ ROWS = {  # template, record, what is learned
     "thinker": (
         THINKER, CHAT, ["\n</think>\n\ntwo 😀</s>", "\n</think>\n\nthree, not  two</s>"],
     ),
+    "a thought that the prompt opens in other words": (
+        OPENED, CHAT, ["\n##two 😀</s>", "\n##three, not  two</s>"],
+    ),
     "phi3": (PHI3, CHAT, ["two 😀<|end|>", "three, not  two<|end|>\n</s>"]),
     "bare": (BARE, CHAT, [" two 😀</s>", " three, not  two</s>"]),  # an end token is inserted
     "thoughts, each where the template shows it": (
@@ -257,7 +264,15 @@ def test_only_answers_and_their_end_have_loss(tmp_path, template, record, expect
     tokenizer = byte_level(template, trim=trim)
     rows, stats = prepare(tmp_path, [record], tokenizer)
     assert [text for row in rows for text in learned(row, tokenizer)] == expected
-    if record is CHAT and template not in (BARE, THINKER, GLM, GPT_OSS, PARTS, *ALWAYS.values()):
+    if record is CHAT and template not in (
+        BARE,
+        THINKER,
+        OPENED,
+        GLM,
+        GPT_OSS,
+        PARTS,
+        *ALWAYS.values(),
+    ):
         reference = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)
         assert rows[0]["input_ids"] == reference["input_ids"]
     assert stats.tokens == sum(rows["length"]) == sum(map(len, rows["input_ids"]))
