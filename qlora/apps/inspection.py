@@ -76,6 +76,7 @@ def views_of(config: TrainConfig) -> Iterable[View]:
             names = class_names(records, records.kind[-1])
         kinds = reading.kinds(objective.kinds)
         records = load_records(source, kinds, limit=last, chosen=chosen)
+        reading.require_column(records, source)
         how: Any = (reading, config.data.long_rows, records)
         encoder = Encoder(source, config.task, tokenizer, max_length, names, *how)
         yield from views(encoder, records, count=count, chosen=config.inspect_rows)

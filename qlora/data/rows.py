@@ -104,6 +104,8 @@ def prepare_data(
     if found is None:
         kinds = reading.kinds(encoder.objective.kinds)
         records = load_records(source, kinds, split=split, limit=limit, chosen=chosen)
+        if split == "training":
+            reading.require_column(records, source)
         contents = contents or _fingerprints(records)
         key = cache.key_of(contents, tokenizer, settings) if contents else None
         found = cache.cached(key) if key else None

@@ -384,6 +384,7 @@ def apply_settings(tokenizer: Tokenizer, settings: Any) -> None:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", error)
             raise UserError(f"--chat-template {file} cannot be read: {reason}") from error
+        require(bool(tokenizer.chat_template.strip()), f"--chat-template {file} is empty")
         try:
             rendered(tokenizer, None, [{"role": "user", "content": "a"}], None, True)
         except TemplateSyntaxError as error:

@@ -479,8 +479,11 @@ def test_switches_are_the_template_s_defaults_and_must_be_in_it(tmp_path):
     unset |= {"enable_thinking": None, "template": {"enable_thinkin": 1}}
     with pytest.raises(UserError, match=r"it has enable_thinking\. Did you"):
         apply_settings(tokenizer, SimpleNamespace(**unset))
-    with pytest.raises(UserError, match=r"gone\.jinja cannot be read: No such"):
-        apply_settings(tokenizer, SimpleNamespace(**unset | {"chat_template": "gone.jinja"}))
+    (tmp_path / "none.jinja").write_text("\n")
+    for name, fault in (("none", "is empty"), ("gone", "cannot be read: No such")):
+        unset["chat_template"] = str(tmp_path / f"{name}.jinja")
+        with pytest.raises(UserError, match=rf"{name}\.jinja {fault}"):
+            apply_settings(tokenizer, SimpleNamespace(**unset))
 
 
 @pytest.mark.parametrize(
