@@ -25,6 +25,7 @@ the turn has reasoning, the template's `enable_thinking` is turned on.
 Source: transformers' apply_chat_template (https://huggingface.co/docs/transformers/chat_templating).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -345,12 +346,16 @@ class Rendering:
         tail = (self._part([*messages[:i], probe]) or "").partition(PROBE)[2].rstrip()
         if after.startswith(tail):
             return end + len(tail)
-        # Phi-3 ends the whole chat with eos: keep the turn's own
-        blanks = len(tail) - len(tail.lstrip())
-        tokens = self.tokenizer.get_added_vocab()
-        ends = [token for token in tokens if tail.startswith(token, blanks)]
-        tail = tail[:blanks] + max(ends, key=len, default="")
-        return end + len(tail) if after.startswith(tail) else None
+        # Phi-3 ends the whole chat with eos, too: the turn ends in the first tokens of the tail, if
+        # nothing but tokens follows there (not the rest of a tool call)
+        either = "|".join(
+            map(re.escape, [t for t in self.tokenizer.get_added_vocab() if t in tail])
+        )
+        for token in reversed(list(re.finditer(either, tail)) if either else []):
+            own, others = tail[: token.end()], re.sub(either, "", tail[token.end() :])
+            if after.startswith(own) and not others.strip():
+                return end + len(own)
+        return None
 
     def _ended(self, i: int, start: int, end: int) -> Span | None:
         """The span with the token that begins the next turn, if the template ends turns with none;
