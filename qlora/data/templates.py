@@ -393,6 +393,8 @@ def apply_settings(tokenizer: Tokenizer, settings: Any) -> None:
         except REJECTIONS:  # it may accept real chats
             pass
     switches = dict(settings.template)
+    is_twice = settings.enable_thinking is not None and "enable_thinking" in switches
+    require(not is_twice, "enable_thinking is given twice, in template too: leave one of them out")
     if settings.enable_thinking is not None:
         switches["enable_thinking"] = settings.enable_thinking
     text = str(tokenizer.chat_template or "")

@@ -481,6 +481,9 @@ def test_switches_are_the_template_s_defaults_and_must_be_in_it(tmp_path):
     with pytest.raises(UserError, match=r"it has enable_thinking\. Did you"):
         apply_settings(tokenizer, SimpleNamespace(**unset))
     (tmp_path / "none.jinja").write_text("\n")
+    both = unset | {"enable_thinking": True, "template": {"enable_thinking": False}}
+    with pytest.raises(UserError, match="enable_thinking is given twice"):
+        apply_settings(tokenizer, SimpleNamespace(**both))
     for name, fault in (("none", "is empty"), ("gone", "cannot be read: No such")):
         unset["chat_template"] = str(tmp_path / f"{name}.jinja")
         with pytest.raises(UserError, match=rf"{name}\.jinja {fault}"):
