@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qlora.data.chat_template import learned_turns
 from qlora.data.chats import chat_of
 from qlora.data.generation import prompt_ids, taught_stop_ids
 from qlora.data.objectives import encode_chat
@@ -170,15 +171,24 @@ def forms(chat: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
         messages = []
         for message in chat["messages"]:
             message = dict(message)
-            if message["content"] == "":
+            if not message.get("content"):
                 message["content"] = missing
             elif parts:
                 message["content"] = [{"type": "text", "text": message["content"]}]
-            if text and "tool_calls" in message:
-                function = {**CALL["function"], "arguments": json.dumps({"city": "callword"})}
-                message["tool_calls"] = [{**CALL, "function": function}]
+            if "tool_calls" in message:
+                message["tool_calls"] = [written(call, text) for call in message["tool_calls"]]
             messages.append(message)
         yield messages
+
+
+def written(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    """A tool call with its arguments as JSON or as an object."""
+    arguments = call["function"]["arguments"]
+    if as_text and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        arguments = json.loads(arguments or "{}")
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def shown(template: str, tokenizer: Any, chat: dict[str, Any]) -> tuple[str, list[str]] | None:
@@ -232,17 +242,16 @@ def cannot(template: str, tokenizer: Any, chat: dict[str, Any]) -> str:
     return f"it raises {next(iter(raised))!r}" if raised else ""
 
 
-def prompts(template: str, chat: dict[str, Any], i: int, tokenizer: Any, **more: Any) -> set[str]:
+def prompts(
+    template: str, chat: dict[str, Any], i: int, tokenizer: Any, **more: Any
+) -> Iterator[str]:
     """What transformers prompts with for message i, of each form of the messages before it."""
-    found = set()
     for messages in forms({"messages": chat["messages"][:i]}):
         with suppress(TemplateError, TypeError, AttributeError):
-            texts, _ = render_jinja_template(
+            yield render_jinja_template(
                 [messages], tools=chat.get("tools"), chat_template=template,
                 add_generation_prompt=True, **tokenizer.special_tokens_map, **more,
-            )  # fmt: skip
-            found.add(texts[0])
-    return found
+            )[0][0]  # fmt: skip
 
 
 def stops_of(name: str, template: str, oracle: str | None) -> tuple[list[str], str]:
@@ -264,13 +273,6 @@ def stops_of(name: str, template: str, oracle: str | None) -> tuple[list[str], s
 
 
 # ---- the mask of this library
-
-
-def stretches(row: Any, tokenizer: Any) -> list[str]:
-    """The learned parts of a row, decoded."""
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
-    groups = groupby(pairs, key=lambda pair: pair[1] != -100)
-    return [tokenizer.decode([i for i, _ in group]) for learned, group in groups if learned]
 
 
 def prepared(chat: dict[str, Any], tokenizer: Any) -> Any:
@@ -334,23 +336,22 @@ def judged(
         return Mark("WRONG", ["trained, though the template leaves out a part of the chat"])
     switches = {"enable_thinking": True} if stats.thinks else {}
     set_switches(tokenizer, switches)  # as training does with the tokenizer that it saves
-    turns = [turn for row in rows for turn in turns_of(row, tokenizer, chat)]
+    turns = [turn for row in rows for turn in turns_of(row, tokenizer)]
     faults = list(_faults(chat, turns, tokenizer, stops, stats.lost))
-    for i, before, _ in turns:
+    answers = [i for i, m in enumerate(chat["messages"]) if m["role"] == "assistant"]
+    for i, (before, _) in zip(answers, turns, strict=False):
         told = tokenizer.decode(prompt_ids(tokenizer, chat["messages"][:i], chat.get("tools")))
-        ways = {"chat": {told}, "transformers": prompts(template, chat, i, tokenizer, **switches)}
-        faults += [
-            f"trained after {before[-40:]!r}, {who} prompts with {min(texts, default='')[-40:]!r}"
-            for who, texts in ways.items()
-            if before not in texts
-        ]
+        if told != before:
+            faults.append(f"trained after {before[-40:]!r}, chat prompts with {told[-40:]!r}")
+        if before not in prompts(template, chat, i, tokenizer, **switches):
+            faults.append(f"trained after {before[-40:]!r}, transformers prompts otherwise")
     marked = (shown(oracle, tokenizer, chat) or ("", []))[1] if oracle else []
     notes = ["unread"] if "reasoning" in stats.lost else []
     notes += ["own rows"] if len(rows) > 1 else []
     if marked and len(marked) != len(turns):
         faults.append(f"{len(turns)} learned parts, the oracle has {len(marked)}")
     elif marked:
-        for (_, prompt, ours), theirs in zip(turns, marked, strict=True):
+        for (prompt, ours), theirs in zip(turns, marked, strict=True):
             found = difference(ours, theirs, prompt, stops)
             if found is None:
                 faults.append(f"learned {ours!r}, the oracle {theirs!r}")
@@ -358,23 +359,20 @@ def judged(
     return Mark("WRONG" if faults else "right", faults or list(dict.fromkeys(notes)))
 
 
-def turns_of(row: Any, tokenizer: Any, chat: dict[str, Any]) -> list[tuple[int, str, str]]:
-    """Of each learned part of a row: the index of its message, the text before it, and its own."""
+def turns_of(row: Any, tokenizer: Any) -> list[tuple[str, str]]:
+    """Of each learned part of a row, the text before it and its own."""
     found, ids, labels = [], row["input_ids"], row["labels"]
     starts = [i for i, v in enumerate(labels) if v != -100 and (i == 0 or labels[i - 1] == -100)]
     for start in starts:
         end = next((i for i in range(start, len(ids)) if labels[i] == -100), len(ids))
-        text = tokenizer.decode(ids[start:end])
-        words = re.findall(LEARNED, text) or ["\0"]
-        told = [i for i, m in enumerate(chat["messages"]) if words[-1] in json.dumps(m)]
-        found.append((next(iter(told), 0), tokenizer.decode(ids[:start]), text))
+        found.append((tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:end])))
     return found
 
 
 def _faults(
     chat: Any, turns: Any, tokenizer: Any, stops: Sequence[str], lost: Any
 ) -> Iterator[str]:
-    texts = [text for _, _, text in turns]
+    texts = [text for _, text in turns]
     learned = "".join(texts)
     if inside := set(re.findall(OTHERS, learned)):
         yield f"learns {', '.join(sorted(inside))}"
@@ -411,8 +409,15 @@ def rows_of(path: Path, name: str, template: str) -> tuple[Counter[str], list[st
             continue
         counts["trained"] += 1
         chat = chat_of(record)
-        learned = "".join(text for row in rows for text in stretches(row, tokenizer))
-        for message in chat.messages if chat else ():
+        assert chat is not None
+        turns = [turn for row in rows for turn in turns_of(row, tokenizer)]
+        learned = "".join(text for _, text in turns)
+        given: Any = {"messages": chat.messages, "tools": chat.tools}
+        switches = {"enable_thinking": True} if any(row["thinks"] for row in rows) else {}
+        for i, (before, _) in zip(learned_turns(chat), turns, strict=True):
+            if before not in prompts(template, given, i, tokenizer, **switches):
+                faults.append(f"{path.name} x {name}, row {number}: message {i + 1}, its prompt")
+        for message in chat.messages:
             text, is_answer = str(message.get("content") or ""), message["role"] == "assistant"
             text = text.rpartition("</think>")[2].strip()[:200] if is_answer else text.strip()[:200]
             calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
