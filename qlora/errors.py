@@ -50,4 +50,5 @@ def some(names: Sequence[str], most: int = 4) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, for another message."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:200] + "."
+    line = text.splitlines()[0].rstrip(".")[:200]
+    return line if line.endswith(("!", "?")) else f"{line}."

@@ -189,6 +189,12 @@ def test_an_invalid_recipe_is_refused(recipe, text, parts):
     assert [part for part in parts if part not in line] == []
 
 
+def test_settings_do_not_stand_below_data(recipe):
+    recipe("data: {name: rows.jsonl}")
+    line = refused("--config recipe.yaml", required="--model base --output-dir out ")
+    assert line == "recipe.yaml: data: wanted a name or a list of names, got {'name': 'rows.jsonl'}"
+
+
 # ---- round trip ----
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(

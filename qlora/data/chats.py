@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.readers import JSON
-from qlora.data.records import Kinds, Record, kind_of, string_of
-from qlora.errors import UserError, did_you_mean, require
+from qlora.data.records import Kinds, Record, Records, kind_of, string_of
+from qlora.errors import UserError, did_you_mean, require, some
 from qlora.files import read_run_file
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
@@ -54,6 +54,13 @@ class Reading:
         get = values.get if isinstance(values, Mapping) else lambda name: getattr(values, name)
         given = {name: get(name) for name in ("train_on", "roles", "reasoning_content")}
         return Reading(**{name: value for name, value in given.items() if value})
+
+    def require_column(self, records: Records, source: str) -> None:
+        """Refuse records without the column of reasoning that the user named."""
+        column, known = self.reasoning_content, [c for part in records.parts for c in part.columns]
+        fault = f"--reasoning-content {column}: {source} has no such column; it has "
+        fault += f"{some(list(dict.fromkeys(known)), 12)}.{did_you_mean(column, known)}"
+        require(column == REASONING_KEYS[0] or column in known, fault)
 
     def kinds(self, kinds: Kinds) -> Kinds:
         """Kinds of records with the column of reasoning beside those of chats."""

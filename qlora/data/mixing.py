@@ -27,7 +27,7 @@ from qlora.errors import require
 Part = tuple[Dataset, DataStats]
 SUMMED = (
     "rows", "tokens", "supervised_tokens", "cut_rows", "dropped_rows", "unanswered_rows",
-    "own_rows", "thinks",
+    "own_rows", "own_tokens", "thinks",
 )  # fmt: skip
 WITHIN, ACROSS = 1, 2  # for two hashes: rows of a mixture, rows to evaluate on
 
@@ -115,7 +115,8 @@ def split_off(data: DataConfig, rows: Dataset, stats: DataStats, seed: int) -> t
     name = f"{data.name}: {len(held_out):,} rows are evaluated on and not trained on"
     counts = replace(counts, notes=(*counts.notes, name))
     nothing: Any = dict.fromkeys(("cut_rows", "dropped_rows", "cut_tokens", "unanswered_rows"), 0)
-    others = replace(others, **nothing, cut_share=0.0, notes=(), lost={}, own_rows=0, thinks=0)
+    others = replace(others, **nothing, cut_share=0.0, notes=(), lost={}, own_rows=0)
+    others = replace(others, own_tokens=0, thinks=0)
     return (training, counts), (held_out, others)
 
 

@@ -39,7 +39,7 @@ from qlora.data.records import (
     kind_of,
     string_of,
 )
-from qlora.data.templates import ending_of, reasoning_in
+from qlora.data.templates import ending_of, last_word, reasoning_in
 from qlora.errors import UserError, did_you_mean, require, some
 
 Row = dict[str, Any]
@@ -133,10 +133,12 @@ def _chat_row(rendering: Rendering, max_length: int) -> Row:
         ids, mask = marked["input_ids"], marked["assistant_masks"]
         labels = [i if on else NO_LOSS for i, on in zip(ids, mask, strict=True)]
     else:
+        turn = (rendering.not_found or 0) + 1
+        word = last_word(rendering.messages[turn - 1])
         raise UserError(
-            "the assistant's turns cannot be found in the chat as the model's template renders it: "
-            "put {% generation %} marks around them in the template, or render the rows to a text "
-            "column"
+            f"the assistant's turns cannot be found in the chat as the model's template renders it "
+            f"(message {turn}, which ends in {word[:40]!r}): put {{% generation %}} marks around "
+            "them in the template, or render the rows to a text column"
         )
     special = any(m.get("tool_calls") or reasoning_in(m) for m in rendering.messages)
     thinks = "enable_thinking" in rendering.switches

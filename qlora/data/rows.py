@@ -53,6 +53,7 @@ class DataStats:
     special: int | None = None  # the first row with tool calls or reasoning
     notes: tuple[str, ...] = ()  # what of the source was not used, or cut
     own_rows: int = 0  # rows more than records, of turns that need their own
+    own_tokens: int = 0  # in these rows, before the cut
     thinks: int = 0  # rows rendered with the template's enable_thinking
 
     def counts(self) -> dict[str, Any]:
@@ -102,6 +103,8 @@ def prepare_data(
     if found is None:
         kinds = reading.kinds(encoder.objective.kinds)
         records = load_records(source, kinds, split=split, limit=limit, chosen=chosen)
+        if split == "training":
+            reading.require_column(records, source)
         contents = contents or _fingerprints(records)
         key = cache.key_of(contents, tokenizer, settings) if contents else None
         found = cache.cached(key) if key else None
@@ -179,6 +182,7 @@ def stats_of(
         special=next(map(int, tally.special.first), None),
         notes=notes,
         own_rows=tally.own_rows,
+        own_tokens=tally.own_tokens,
         thinks=tally.thinks,
     )
 
@@ -260,7 +264,8 @@ def describe(stats: DataStats, *, name: str) -> str:
         )
     if stats.own_rows:
         line += (
-            f"\n{name}: {stats.own_rows:,} rows more than chats: a turn whose reasoning or end the "
-            "chat template shows only where it is the last has its own"
+            f"\n{name}: {stats.own_rows:,} rows ({stats.own_tokens:,} tokens) more than chats: a "
+            "turn has its own where the chat template changes its prompt, reasoning or end once it "
+            "is not the last (--train-on last adds none)"
         )
     return "\n".join((line, *stats.notes))

@@ -240,6 +240,8 @@ class Ending(NamedTuple):
     begins: str = ""
     """what it writes between the reasoning of an answer and its text, as far as it also stands
     before a text without reasoning"""
+    opens: str = ""
+    """what it writes before reasoning, and not before a text without any"""
 
 
 def ending_of(tokenizer: Tokenizer) -> Ending:
@@ -287,15 +289,17 @@ def _ending(tokenizer: Tokenizer, template: str | None, own: str, size: int) -> 
     tail = tail.removesuffix(opened)
     marks = rejected or bool(tail.strip())
     stops = _stops(tokenizer, template, talk, marks)
-    answers = ""
+    answers = opens = ""
     with suppress(*REJECTIONS):
         thought = {**talk[1], **dict.fromkeys(REASONING_KEYS, ARGUMENT)}
         text = rendered(tokenizer, template, [talk[0], thought], None, False)
         between = text.partition(ARGUMENT)[2].partition(PROBE)[0]
-        head = render(2).partition(PROBE)[0].removeprefix(render(1, prompt=True))
+        before, head = text.partition(ARGUMENT)[0], render(2).partition(PROBE)[0]
+        opens = before[common_length(before, head) :] if ARGUMENT in text else ""
+        head = head.removeprefix(render(1, prompt=True))
         answers = between[len(between) - common_length(between[::-1], head[::-1]) :]
         answers = answers if answers.strip() else between
-    return Ending(tuple(t for t in added if t in tail), opened, marks, stops, answers)
+    return Ending(tuple(t for t in added if t in tail), opened, marks, stops, answers, opens)
 
 
 def _stops(tokenizer: Tokenizer, template: str | None, talk: Any, marks: bool) -> dict[str, str]:
@@ -380,6 +384,7 @@ def apply_settings(tokenizer: Tokenizer, settings: Any) -> None:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", error)
             raise UserError(f"--chat-template {file} cannot be read: {reason}") from error
+        require(bool(tokenizer.chat_template.strip()), f"--chat-template {file} is empty")
         try:
             rendered(tokenizer, None, [{"role": "user", "content": "a"}], None, True)
         except TemplateSyntaxError as error:
@@ -388,6 +393,8 @@ def apply_settings(tokenizer: Tokenizer, settings: Any) -> None:
         except REJECTIONS:  # it may accept real chats
             pass
     switches = dict(settings.template)
+    is_twice = settings.enable_thinking is not None and "enable_thinking" in switches
+    require(not is_twice, "enable_thinking is given twice, in template too: leave one of them out")
     if settings.enable_thinking is not None:
         switches["enable_thinking"] = settings.enable_thinking
     text = str(tokenizer.chat_template or "")
