@@ -185,9 +185,14 @@ def peak_resident_bytes() -> int:
 # ---- the folder of a run
 
 
-def checkpoint_to_resume(output: Path) -> Path:
-    """The last whole checkpoint; prints which are damaged. Raises UserError without one, or if it
-    lacks files that training goes on with."""
+def checkpoint_to_resume(output: Path) -> Path | None:
+    """The last whole checkpoint; prints which are damaged. None for a run that has none yet, which
+    is printed: the command that is repeated after a crash is the same whenever that was.
+
+    Raises:
+        UserError: all checkpoints are damaged or lack files that training goes on with; or the
+            folder holds something else.
+    """
     steps = complete_checkpoints(output)
     cut = sorted(
         {path.name for path in output.glob("checkpoint-*")} - {f.name for f in steps.values()}
@@ -197,9 +202,12 @@ def checkpoint_to_resume(output: Path) -> Path:
         faults.append(f"{some(cut)} of {output} has no whole trainer_state.json")
     lacks = "; ".join(faults) or f"{output} holds no checkpoint-N to resume from"
     if checkpoint is None:
+        is_free = not (output.is_dir() and any(output.iterdir())) or is_left_over(output)
+        if is_free and not faults:
+            print(f"--resume: {output} has no checkpoint yet, the run starts from the beginning")
+            return None
         again = f"drop --resume, which starts again{', and removes them' if cut else ''}"
-        fix = again if is_left_over(output) or not output.exists() else "give a new --output-dir"
-        raise UserError(f"{lacks}: {fix}")
+        raise UserError(f"{lacks}: {again if is_free else 'give a new --output-dir'}")
     if faults:
         print(f"warning: {lacks}: {checkpoint.name} is resumed from")
     return checkpoint
@@ -245,9 +253,10 @@ def _disk_error(error: Exception) -> str:
 
 def is_left_over(output: Path) -> bool:
     """Whether a folder has only what a run leaves that failed before its first checkpoint."""
-    names = [path.name for path in output.iterdir()] if output.is_dir() else []
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     is_known = all(map(LEFTOVERS.fullmatch, names))
-    is_begun = files.RUN in names or names == [files.INSPECTION]
+    shown = {name for name in names if not name.startswith(".")}
+    is_begun = bool(names) and (files.RUN in names or shown <= {files.INSPECTION})
     return is_begun and is_known and not complete_checkpoints(output)
 
 

@@ -390,13 +390,17 @@ def test_a_signal_saves_a_checkpoint_and_resume_goes_on(
     assert losses(parts) == losses(whole)
 
 
-def test_a_second_signal_stops_at_once(checkpoints, tmp_path, data, stop):
-    """Before the first checkpoint: the folder is then free for a new start."""
+def test_a_second_signal_stops_at_once(checkpoints, tmp_path, data, stop, monkeypatch, capsys):
+    """Before the first checkpoint: --resume then starts from the beginning."""
     config = quick_config(checkpoints("llama"), data, tmp_path / "run")
     stop("training_step", signal.SIGINT, signal.SIGTERM, step=0)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+    monkeypatch.undo()
+    folder = train(replace(config, resume=True))
+    assert "has no checkpoint yet, the run starts from the beginning" in capsys.readouterr().out
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_a_run_without_a_checkpoint_does_not_block_a_new_start(
@@ -413,6 +417,8 @@ def test_a_run_without_a_checkpoint_does_not_block_a_new_start(
     (folder / "notes.txt").write_text("mine")
     with refuses(folder, "already holds a run"):
         train(config)
+    with refuses(folder, "no whole trainer_state.json", "give a new --output-dir"):
+        train(replace(config, resume=True))
     (folder / "notes.txt").unlink()
     me = f"in use by another run, process {os.getpid()} on {platform.node()}: wait"
     with locked(folder), refuses(folder, me):
