@@ -86,7 +86,12 @@ class MetricsWriter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run logs the steps after its checkpoint again: their first rows are dropped.
-        rows = [r for r in files.read_metrics(self.path.parent) if r["step"] <= state.global_step]
+        # So is an evaluation that the checkpoint lacks where the best is chosen: it is done again.
+        step, rows = state.global_step, files.read_metrics(self.path.parent)
+        known = [row["step"] for row in state.log_history if "eval_loss" in row]
+        if args.metric_for_best_model and step not in known:
+            rows = [r for r in rows if r["step"] < step or "eval_loss" not in r]
+        rows = [r for r in rows if r["step"] <= step]
         files.replace_text(self.path, "".join(map(files.metrics_line, rows)))
         self.tokens, self.logged_at = state.num_input_tokens_seen, time.perf_counter()
         self.started_at = self.logged_at - (rows[-1].get("seconds", 0) if rows else 0)

@@ -38,13 +38,22 @@ from qlora.base.modules import state_of
 from qlora.config import TrainConfig
 from qlora.data.batches import collator
 from qlora.data.objectives import OBJECTIVES, Objective, measure
-from qlora.errors import UserError, first_line, require, some
+from qlora.errors import Interrupted, UserError, first_line, require, some
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
-from qlora.training.callbacks import EarlyStop, FiniteSteps, SaveOnSignal, bad_evaluations
+from qlora.training.callbacks import (
+    EarlyStop,
+    FiniteSteps,
+    NothingLeft,
+    Owed,
+    SaveOnSignal,
+    bad_evaluations,
+    owes_evaluation,
+)
 from qlora.training.checkpoints import (
     OPTIMIZER,
     SafeStates,
+    last_checkpoint,
     new_checkpoint,
     read_state,
     remove_old,
@@ -113,6 +122,7 @@ def make_trainer(
     trainer.add_callback(PlainProgress())
     if config.early_stopping_patience is not None:
         trainer.add_callback(EarlyStop(config.early_stopping_patience))
+    trainer.add_callback(Owed(trainer))  # last: the others count what it evaluates
     return trainer
 
 
@@ -229,7 +239,8 @@ class AdapterTrainer(SafeStates, Trainer):
 
     def fit(self, checkpoint: str | None) -> None:
         """Train, from `checkpoint` if given: not at all if it has all steps (Trainer adds one)."""
-        if checkpoint and self.is_done(checkpoint):
+        is_done = checkpoint and self.is_done(checkpoint)
+        if checkpoint and is_done and not owes_evaluation(self, state_at(checkpoint)):
             self.state = state_at(checkpoint)
             step, until, flag = self.state.global_step, "", "--max-steps"
             if step < self.lengths_of_run()[0]:
@@ -239,8 +250,16 @@ class AdapterTrainer(SafeStates, Trainer):
                 self._load_best_model()
             return
         # evaluating and saving have messages of their own
+        self.args.eval_on_start &= checkpoint is None
         with self.on_signal, out_of_memory_in(self, "the optimizer's step"):
-            self.train(resume_from_checkpoint=checkpoint)
+            try:
+                self.train(resume_from_checkpoint=checkpoint)
+            except NothingLeft:
+                if self.args.load_best_model_at_end and self.state.best_global_step:
+                    self._load_best_model()
+                self.callback_handler.on_train_end(self.args, self.state, self.control)
+        if number := self.on_signal.number:  # that came after the last step
+            raise Interrupted(last_checkpoint(Path(str(self.args.output_dir))), number)
         if not (self.steps.is_sound or self.steps.passes_again()):
             raise UserError(self.steps.fault())
 
@@ -298,6 +317,14 @@ class AdapterTrainer(SafeStates, Trainer):
                 self.saves_to = None
         if limit := self.args.save_total_limit:
             remove_old(output, limit, {best} if best else set(), self.steps.sound_step)
+
+    def _finalize_training(self, *rest: Any) -> Any:
+        """Trainer's, which with a limit of one removes the last checkpoint beside the best."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*rest)
+        finally:
+            self.args.save_total_limit = limit
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes a checkpoint, and removes others."""
@@ -429,7 +456,11 @@ class AdapterTrainer(SafeStates, Trainer):
             # logits of all parts at once may not fit
             return loss, outputs if self.objective.classifies else None, batch["labels"]
 
+        before = torch.get_rng_state()
         for inputs in dataloader:
+            torch.set_rng_state(
+                before
+            )  # a DataLoader draws a seed: steps are as without evaluation
             (results,) = self.eval_parts.run([inputs], compute)
             if not all(loss.isfinite() for loss, _, _ in results):
                 broken.append(inputs)
