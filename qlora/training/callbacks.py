@@ -120,7 +120,7 @@ class Owed(TrainerCallback):
 
 
 def owes_evaluation(trainer: Any, state: Any) -> bool:
-    """Whether the evaluation after the last step of a checkpoint's state is due, but not in its log.
+    """Whether the evaluation after the last step of a checkpoint's state is due and not in its log.
     Where no best model is chosen, metrics.jsonl may have it."""
     args, step = trainer.args, state.global_step
     steps, batches = trainer.lengths_of_run()
