@@ -79,8 +79,11 @@ def write_stops(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> N
 class MetricsWriter(TrainerCallback):
     """Appends a row to metrics.jsonl at each log, and adds speed, memory and seconds to the log."""
 
-    def __init__(self, folder: Path, planned_bytes: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, planned_bytes: int | None = None, *, goes_on: bool = True
+    ) -> None:
         self.path, self.tokens = folder / files.METRICS, 0  # seen at the last log
+        self.goes_on, self.waiting = goes_on, ""  # lines for which the disk had no room
         self.planned_bytes = planned_bytes  # the plan's peak, beside the measured one
         self.logged_at = self.started_at = 0.0
 
@@ -111,17 +114,33 @@ class MetricsWriter(TrainerCallback):
         row["seconds"] = time.perf_counter() - self.started_at
         logs.update(row)
         at = {"step": state.global_step, "epoch": logs.get("epoch")}
-        size = self.path.stat().st_size
+        self._append(files.metrics_line(at | row))
+
+    def _append(self, line: str) -> None:
+        """Append a line; on a full disk, keep it for the next time, or raise OSError."""
+        lines, size = self.waiting + line, self.path.stat().st_size
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(files.metrics_line(at | row))
-        except OSError:  # on a full disk, half of the line
-            os.truncate(self.path, size)
-            raise
+                file.write(lines)
+            self.waiting = ""
+        except OSError as error:
+            os.truncate(self.path, size)  # half of a line
+            if not self.goes_on:
+                raise
+            if not self.waiting:
+                tqdm.write(
+                    f"error: {self.path} cannot be written: {error.strerror}. Make room: its rows "
+                    "are kept, and written with a later one"
+                )
+            self.waiting = lines
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last step is always logged
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.waiting:
+            self._append("")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.logged_at = time.perf_counter()  # evaluation is not training time
@@ -226,7 +245,7 @@ def writing_to(output: Path) -> Iterator[None]:
         with files.locked(output):
             yield
     except Exception as error:
-        if reason := _disk_error(error):
+        if reason := disk_error(error):
             fix = "Make room, or mend the cause"
             raise UserError(
                 f"{output} cannot be written: {reason}. {fix}: {last_checkpoint(output)}"
@@ -245,7 +264,7 @@ def no_empty_folder(output: Path) -> Iterator[None]:
         raise
 
 
-def _disk_error(error: Exception) -> str:
+def disk_error(error: Exception) -> str:
     """Why a file could not be written, whichever library wrote it; empty for other errors."""
     number = getattr(error, "errno", None)
     if in_rust := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers

@@ -155,7 +155,7 @@ def run_and_write(
         answer_if_memory_suffices(output, "before", samples, model, tokenizer)
     trainer.fit(resume_from)
     with out_of_memory_in(trainer, "saving the adapter"):
-        trainer.save_model(str(output))  # before the answers, which may fail or be interrupted
+        trainer.save_result(output)  # before the answers, which may fail or be interrupted
     if samples:
         answer_if_memory_suffices(output, "after", samples, model, tokenizer)
     steps = (trainer.adapter_step, trainer.state.global_step)

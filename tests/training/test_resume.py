@@ -8,7 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import yaml
@@ -23,6 +23,7 @@ from conftest import (
 )
 from safetensors import SafetensorError
 
+from qlora import save_adapter
 from qlora.config import DataConfig, LoraConfig, QuantConfig
 from qlora.errors import Interrupted, UserError
 from qlora.files import locked
@@ -436,7 +437,7 @@ def test_a_run_without_a_checkpoint_does_not_block_a_new_start(
 
 DISK_FULL: list[tuple[str, Exception]] = [  # what each library raises on a tmpfs that is full
     (
-        "qlora.training.trainer.save_adapter",
+        "qlora.training.saving.save_adapter",
         SafetensorError("I/O error: No space left on device (os error 28)"),
     ),
     ("tokenizers.Tokenizer.save", Exception("No space left on device (os error 28)")),
@@ -454,10 +455,41 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints(started, quick_run, 
         with monkeypatch.context() as patch:
             patch.setattr(where, Mock(side_effect=error))
             with pytest.raises(UserError, match=r"cannot be written: .*-2 is saved.*--resume"):
-                train(started)
+                train(replace(started, on_full_disk="stop"))
         assert before == {path: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()}
         assert not (folder / "checkpoint-4").exists(), where
     require_same_adapter(train(started), quick_run.folder)
+
+
+def test_a_run_goes_on_while_the_disk_is_full(checkpoints, tmp_path, data, monkeypatch, capsys):
+    """Without the best checkpoint, two logs and, at first, its result: what is lacking is told."""
+    writes, full = Path.open, OSError(errno.ENOSPC, "No space left on device")
+    both = DataConfig(str(data), str(data), max_length=128)
+    settings: Any = {"early_stopping_patience": 9, "eval_steps": 1, "save_steps": 1, "data": both}
+    config = quick_config(checkpoints("llama"), data, tmp_path / "whole", **settings)
+    whole = train(config)
+
+    def opened(path: Path, mode: str = "r", *given: Any, **named: Any) -> Any:
+        lines = path.read_bytes().count(b"\n") if (path.name, mode) == ("metrics.jsonl", "a") else 0
+        if lines == 2 and next(logs, None):
+            raise full
+        return writes(path, mode, *given, **named)
+
+    logs = iter("12")
+    failing = Mock(wraps=save_adapter, side_effect=[DEFAULT, full, DEFAULT, full, full, DEFAULT])
+    monkeypatch.setattr("qlora.training.saving.save_adapter", failing)
+    monkeypatch.setattr("qlora.training.saving.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(Path, "open", opened)
+    capsys.readouterr()
+    parts = train(replace(config, output_dir=str(tmp_path / "parts")))
+    said = capsys.readouterr().out
+    for step, last in ((2, 1), (4, 3)):
+        at = f"error: checkpoint-{step} cannot be written: No space left on device. Make room"
+        assert at in said and f"parts/checkpoint-{last} is saved" in said
+    assert "The adapter of step 4 is in memory only" in said and "metrics.jsonl cannot" in said
+    assert losses(parts) == losses(whole)
+    require_same_adapter(parts, parts / "checkpoint-3")  # the best of those that were written
+    assert "| optimizer steps | 3, the best of 4 |" in (parts / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
