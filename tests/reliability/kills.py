@@ -3,13 +3,12 @@
     PYTHONPATH=tests python tests/reliability/kills.py --kills 50 --seed 0 [--variant packed] ...
 
 A moment is a phase, one of the times that it begins, and a delay within its duration; each phase
-is drawn as often. A third of the runs are killed again when they are resumed. A run that has no
-checkpoint is started again, as its message says. Compared, byte for byte: the adapter, the states
-in the last checkpoint, the sample answers; and every value of metrics.jsonl but times and memory.
+is drawn as often. A third of the runs are killed again when they are resumed. Compared, byte for
+byte: the adapter, the states in the last checkpoint, the sample answers; and every value of
+metrics.jsonl but times and memory.
 """
 
 import argparse
-import os
 import random
 import shutil
 import signal
@@ -35,8 +34,8 @@ VARIANTS = {  # name -> flags beside COMMON
     "best": "--early-stopping-patience 2 --learning-rate 0.5 --save-total-limit 1 --max-steps 20",
     "bf16": "--adapter-dtype bf16 --optim adamw_torch --use-dora --eval-steps 3 --save-steps 3",
     "epochs": "--max-steps -1 --num-train-epochs 2 --dataset-num-proc 2 --loraplus-lr-ratio 4 "
-    "--lr-scheduler-type cosine --eval-steps 3 --save-steps 1 --save-total-limit 2 --init-lora-weights "
-    "pissa --logging-steps 2",
+    "--lr-scheduler-type cosine --eval-steps 3 --save-steps 1 --save-total-limit 2 "
+    "--init-lora-weights pissa --logging-steps 2",
 }
 
 
@@ -81,12 +80,7 @@ class Kills:
         if draw.random() < 1 / 3:
             moments.append(self.moment(draw.choice([*PHASES]), draw))
         for moment in (*moments, None):
-            while True:
-                ended = self.run(output, moment, sent, resume=resume)
-                again = resume and ended.code == 2 and "drop --resume" in ended.output
-                if not again:
-                    break
-                resume = False
+            ended = self.run(output, moment, sent, resume=resume)
             if ended.hit:
                 hits.append(ended.hit)
                 faults += misses_of(ended, sent)
@@ -144,11 +138,13 @@ def history(output: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in row if key not in MEASURED} for row in rows]
 
 
-def run_kills(kills: int, *, seed: int, variant: str, folder: Path, sent: int) -> list[Outcome]:
-    """`kills` runs that are killed; prints a line per fault and the phases of all."""
+def run_kills(
+    kills: int, *, seed: int, variant: str, folder: Path, sent: int, phases: list[str]
+) -> list[Outcome]:
+    """`kills` runs that are killed in `phases`; prints a line per fault and the phases of all."""
     runs = Runs(folder / "log")
     subject, draw, outcomes = Kills(folder, runs, variant), random.Random(seed), []
-    present = [phase for phase in PHASES if any(name == phase for name, _ in subject.phases)]
+    present = [phase for phase in phases if any(name == phase for name, _ in subject.phases)]
     for number in range(kills):
         phase = present[number % len(present)]
         outcome = subject.killed(f"{number}", phase, draw, sent=sent)
@@ -169,6 +165,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", nargs="+", default=["8-bit"], choices=[*VARIANTS])
+    parser.add_argument("--phase", nargs="+", default=[*PHASES], choices=[*PHASES])
     parser.add_argument("--signal", default="SIGKILL")
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
@@ -176,6 +173,7 @@ def main() -> None:
     outcomes = []
     for variant in given.variant:
         settings: Any = {"seed": given.seed, "variant": variant, "folder": folder}
+        settings["phases"] = given.phase
         outcomes += run_kills(given.kills, sent=signal.Signals[given.signal], **settings)
     if not given.folder:
         shutil.rmtree(folder)
@@ -183,5 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
     main()
