@@ -22,6 +22,7 @@ B, several adapters at once.
 
 import itertools
 import math
+import os
 import platform
 from collections.abc import Sequence
 from functools import cache
@@ -40,6 +41,9 @@ from qlora.ops.nf4 import decoded, keep, kept
 # Of each of the four tensors (tile, intermediate) of a backward pass: 6,000 tokens of Llama-2-7B in
 # 16 bits, more than a matrix product needs for full speed.
 TILE_BYTES = 128 << 20
+# oneDNN compiles a kernel for each shape, 0.6 MiB, in 0.3 ms: 20 for a number of tokens. It would
+# keep 1024, and torch's interface to it as many.
+KERNELS = 64
 
 
 class Dropout(NamedTuple):
@@ -433,6 +437,8 @@ def _onednn_is_faster() -> bool:
         return False
     if cpu.cpu.get_cpu_capability() != "AVX512" or is_intels():
         return False
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))  # read at the first product
     x, weight = torch.linspace(-1, 1, 64).view(4, 16), torch.linspace(-1, 2, 128).view(8, 16)
     log_as = "oneDNN's fp32 product"
     return agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, log_as=log_as)
