@@ -38,18 +38,7 @@ from qlora.training.outputs import show_rows
 SPIKE, SPIKE_SHARE, SPIKE_STEPS = 6.0, 1.5, range(10, 51)
 NOT_FINITE = "not-finite-"  # before the name of a checkpoint whose adapter gives no finite loss
 MMAP_THRESHOLD, LARGE = -3, 1 << 20  # glibc's name of the setting, and its value in bytes
-KERNELS = 128  # a step of a Llama has about 40 shapes
 SECONDS = 2.0  # from one look at the load of the CPU to the next
-
-
-def bound_kernel_caches() -> None:
-    """Let oneDNN and ideep, torch's layer above it, keep KERNELS compiled kernels each, not 1,024.
-
-    They compile one per shape, 0.6 MiB, and batches differ in their tokens: 200 steps of a model of
-    123,200 parameters took 660 MiB more than its first. They read the variables at their first use.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KERNELS))
 
 
 def return_freed_memory() -> None:
@@ -137,7 +126,8 @@ def owes_evaluation(trainer: Any, state: Any) -> bool:
     steps, batches = trainer.lengths_of_run()
     state.compute_steps(args, steps)
     if args.eval_strategy == "steps":
-        is_due = step % state.eval_steps == 0 and args.eval_delay <= step
+        is_due = step % state.eval_steps == 0 or step >= steps  # Trainer evaluates the last one
+        is_due &= args.eval_delay <= step
     else:
         per_epoch = -(-batches // args.gradient_accumulation_steps)
         is_end = (step - trainer.rows_from) % per_epoch == 0 or step >= steps

@@ -37,7 +37,7 @@ from qlora.data.templates import apply_settings
 from qlora.errors import UserError
 from qlora.fast.offload import offload_embedding
 from qlora.files import RUN, SAMPLES, ids_in
-from qlora.training.callbacks import FreeCores, bound_kernel_caches, return_freed_memory
+from qlora.training.callbacks import FreeCores, return_freed_memory
 from qlora.training.checkpoints import set_aside, state_at
 from qlora.training.checks import check_arguments, check_settings
 from qlora.training.dry_step import before_training
@@ -79,7 +79,6 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     """
     if not torch.cuda.is_available():
         return_freed_memory()
-        bound_kernel_caches()
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
     resume_from = check_settings(config, output)
