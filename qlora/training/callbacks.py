@@ -1,5 +1,6 @@
 """Callbacks that steer a run between its steps.
 
+ReturnMemory  freed memory goes back to the system
 SaveOnSignal  a signal ends it, with a checkpoint
 Owed          an evaluation that the run was stopped in is done when it is resumed
 FiniteSteps   a loss or gradient that is not finite is named, and changes nothing; spikes are named
@@ -51,6 +52,15 @@ def return_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
+
+
+class ReturnMemory(TrainerCallback):
+    """Lets glibc return its free pages to the system at each checkpoint of a run on a CPU: what
+    oneDNN's kernels leave between other memory grows by 2 MiB in 100 steps."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        with suppress(OSError, AttributeError, TypeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class SaveOnSignal(TrainerCallback):

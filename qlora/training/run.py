@@ -37,7 +37,7 @@ from qlora.data.templates import apply_settings
 from qlora.errors import UserError
 from qlora.fast.offload import offload_embedding
 from qlora.files import RUN, SAMPLES, ids_in
-from qlora.training.callbacks import FreeCores, return_freed_memory
+from qlora.training.callbacks import FreeCores, ReturnMemory, return_freed_memory
 from qlora.training.checkpoints import set_aside, state_at
 from qlora.training.checks import check_arguments, check_settings
 from qlora.training.dry_step import before_training
@@ -115,6 +115,8 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     with no_empty_folder(output):
         trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows, planned_bytes)
         trainer.add_callback(FreeCores())
+        if trainer.args.device.type == "cpu":
+            trainer.add_callback(ReturnMemory())
         if resume_from:
             trainer.check_checkpoint(resume_from)
         before_training(trainer, state_at(resume_from).global_step if resume_from else 0)
