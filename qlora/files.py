@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ except ImportError:
 
 RUN = "run.yaml"
 LOCK = ".lock"  # in the folder of a run
+CLAIM_SECONDS = 1.0  # from writing LOCK to reading it again, on a file system without locks
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 INSPECTION = "inspect.html"
@@ -193,7 +195,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     The system unlocks the folder of a dead process, whose LOCK is replaced. On a file system
     without locks LOCK decides alone: its owner is dead if its host is this one and has no such
-    process.
+    process; of two that begin at once, the last one to write it goes on.
 
     Raises:
         UserError: another process has locked it, which is told.
@@ -201,8 +203,14 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     handle = os.open(folder, os.O_RDONLY) if fcntl else -1
     try:
-        _lock(handle, folder)
-        replace_text(path, json.dumps(_this_process()) + "\n")
+        is_locked, this = _lock(handle, folder), _this_process()
+        partial = path.with_name(f"{LOCK}-{this['host']}-{this['pid']}.partial")
+        partial.write_text(json.dumps(this) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        if not is_locked:
+            time.sleep(CLAIM_SECONDS)
+            if (owner := _owner(folder)) and owner != this:
+                raise _in_use(folder, owner)
         try:
             yield
         finally:
@@ -212,23 +220,29 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _lock(handle: int, folder: Path) -> None:
-    """Lock the folder that is open as `handle`; UserError if another process has it."""
-    owner, fix = _owner(folder), "wait for its end, or give a new folder"
-    who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+def _lock(handle: int, folder: Path) -> bool:
+    """Lock the folder that is open as `handle`; UserError if another process has it. False on a
+    file system without locks, where no living process is known to have it."""
+    owner = _owner(folder)
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
     except BlockingIOError as error:
-        raise UserError(f"{folder} is in use by another run, {who}: {fix}") from error
-    except OSError:  # a file system without locks
+        raise _in_use(folder, owner) from error
+    except OSError:
         pass
+    if owner and (owner["host"] != platform.node() or _is_alive(owner)):
+        raise _in_use(folder, owner)
+    return False
+
+
+def _in_use(folder: Path, owner: Mapping[str, Any] | None) -> UserError:
+    who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+    fix = "wait for its end, or give a new folder"
     if owner and owner["host"] != platform.node():
         fix = f"if that process has ended, remove {folder / LOCK}; else give a new folder"
-        raise UserError(f"{folder} is in use by another run, {who}: {fix}")
-    if owner and _is_alive(owner):
-        raise UserError(f"{folder} is in use by another run, {who}: {fix}")
+    return UserError(f"{folder} is in use by another run, {who}: {fix}")
 
 
 def _this_process() -> dict[str, Any]:

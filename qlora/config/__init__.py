@@ -37,6 +37,7 @@ Config = TypeVar("Config")
 STEPS = rule("above 0, or -1 for num_train_epochs", lambda steps: steps == -1 or steps > 0)
 KEPT = rule("above 0 and at most 1", lambda share: 0 < share <= 1)
 BLOCKSIZE = one_of(32, 64, 128, 256, 512, 1024, 2048, 4096)
+GO_ON: Literal["go-on"] = "go-on"
 OLD_NAMES = {"loss_without_logits": "fast_path"}
 """old names of settings, accepted in recipes and run.yaml"""
 
@@ -121,6 +122,8 @@ class TrainConfig(Settings):
     """steps between checkpoints"""
     save_total_limit: int = field(default=2, metadata=RARE | at_least(1))
     """checkpoints to keep"""
+    on_full_disk: Literal["go-on", "stop"] = field(default=GO_ON, metadata=RARE)
+    """when a checkpoint cannot be written: train on until the next one, or stop"""
     max_bad_steps: int = field(default=5, metadata=RARE | at_least(1))
     """steps in a row without a finite loss and gradient after which the run stops"""
     early_stopping_patience: int | None = field(default=None, metadata=RARE | at_least(1))

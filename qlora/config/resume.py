@@ -13,7 +13,7 @@ MAY_CHANGE = (
     "max_grad_norm", "gradient_checkpointing", "offload_activations", "offload_embedding",
     "fast_path", "samples", "report_to", "eval_data", "eval_steps", "logging_steps", "save_steps",
     "save_total_limit", "max_bad_steps", "early_stopping_patience",
-    "dataset_num_proc",
+    "on_full_disk", "dataset_num_proc",
 )  # fmt: skip
 MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "eval",

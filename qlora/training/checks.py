@@ -79,7 +79,7 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
     if checkpoint:
         read_metrics(output)  # these two are read again in the run: a damaged file raises now
         read_samples(output)
-    elif not is_left_over(output):
+    if not checkpoint and not is_left_over(output):
         dead = "remove it: it has no checkpoint to resume from"
         is_dead = not complete_checkpoints(output)
         fix = f"give a new --output-dir, or {dead if is_dead else '--resume to continue it'}"

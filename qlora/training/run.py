@@ -39,7 +39,7 @@ from qlora.data.templates import apply_settings
 from qlora.errors import UserError, require
 from qlora.fast.offload import offload_embedding
 from qlora.files import RUN, SAMPLES, ids_in
-from qlora.training.callbacks import FreeCores, return_freed_memory
+from qlora.training.callbacks import FreeCores, ReturnMemory, return_freed_memory
 from qlora.training.checkpoints import read_stream, set_aside, state_at
 from qlora.training.checks import check_arguments, check_settings
 from qlora.training.dry_step import before_training
@@ -140,6 +140,8 @@ def load_and_train(
     with no_empty_folder(output):
         trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows, planned_bytes)
         trainer.add_callback(FreeCores())
+        if trainer.args.device.type == "cpu":
+            trainer.add_callback(ReturnMemory())
         if resume_from:
             trainer.check_checkpoint(resume_from)
         before_training(trainer, state_at(resume_from).global_step if resume_from else 0)
@@ -179,7 +181,7 @@ def run_and_write(
         answer_if_memory_suffices(output, "before", samples, model, tokenizer)
     trainer.fit(resume_from)
     with out_of_memory_in(trainer, "saving the adapter"):
-        trainer.save_model(str(output))  # before the answers, which may fail or be interrupted
+        trainer.save_result(output)  # before the answers, which may fail or be interrupted
     if samples:
         answer_if_memory_suffices(output, "after", samples, model, tokenizer)
     steps = (trainer.adapter_step, trainer.state.global_step)
