@@ -26,7 +26,7 @@ import copy
 import hashlib
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
@@ -233,7 +233,7 @@ class StreamedRows(torch.utils.data.Dataset[Any]):
             self.is_cut = True
             tqdm.write(f"warning: {name}: {share:.1%} of all tokens so far were cut")
 
-    def _windows(self, place: Place) -> Iterator[Window]:
+    def _windows(self, place: Place) -> Generator[Window, None, None]:
         """The windows from `place` on; the records of WINDOWS_AHEAD more are being encoded."""
         waiting: deque[tuple[Place, list[Future[tuple[pa.Table, Tally]]]]] = deque()
         every, items, ahead = self._records_from(place), place.items, 0  # the first one at once
@@ -252,7 +252,12 @@ class StreamedRows(torch.utils.data.Dataset[Any]):
                 at = replace(at, items=items, tally=tally.record() if tally.full_tokens else None)
                 window = self._window(at, [future.result() for future in encoded])
                 tally, items, ahead = window.tally, window.end, WINDOWS_AHEAD
-                yield window
+                try:
+                    yield window
+                except GeneratorExit:
+                    for future in chain.from_iterable(futures for _, futures in waiting):
+                        future.cancel()
+                    raise
         raise fault
 
     def _window(self, place: Place, encoded: Sequence[tuple[pa.Table, Tally]]) -> Window:
@@ -305,7 +310,7 @@ class StreamedRows(torch.utils.data.Dataset[Any]):
 class Ahead:
     """A thread that reads windows ahead, at most WINDOWS_AHEAD."""
 
-    def __init__(self, windows: Iterator[Window]) -> None:
+    def __init__(self, windows: Generator[Window, None, None]) -> None:
         self.windows, self.ends = windows, Event()
         self.fault: BaseException | None = None
         self.queue: Queue[Window | BaseException] = Queue(WINDOWS_AHEAD)
@@ -326,9 +331,10 @@ class Ahead:
         raise self.fault
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and leave out what is not encoded yet."""
         self.ends.set()
         self.thread.join()
+        self.windows.close()
 
     def _read(self) -> None:
         try:
