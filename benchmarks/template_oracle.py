@@ -191,11 +191,15 @@ def cannot(template: str, tokenizer: Any, chat: dict[str, Any]) -> str:
 def prompts(
     template: str, chat: dict[str, Any], i: int, tokenizer: Any, **more: Any
 ) -> Iterator[str]:
-    """What transformers prompts with for message i, of each form of the messages before it."""
-    for messages in forms({"messages": chat["messages"][:i]}):
+    """What transformers prompts with for message i, of each form of the messages before it, and of
+    tools with and without `function` around each."""
+    given = chat.get("tools") or []
+    whole = [t if "function" in t else {"type": "function", "function": t} for t in given]
+    all_forms = product(forms({"messages": chat["messages"][:i]}), (given, whole))
+    for messages, tools in all_forms:
         with suppress(TemplateError, TypeError, AttributeError):
             yield render_jinja_template(
-                [messages], tools=chat.get("tools"), chat_template=template,
+                [messages], tools=tools or None, chat_template=template,
                 add_generation_prompt=True, **tokenizer.special_tokens_map, **more,
             )[0][0]  # fmt: skip
 
