@@ -3,7 +3,8 @@
     checkpoint-N/
       adapter_config.json, adapter_model.safetensors, the tokenizer's files
       optimizer.safetensors   states of the optimizer and of the schedule
-      random.safetensors      states of the generators of Python, NumPy and torch
+      random.safetensors      states of the generators of Python, NumPy and torch; the sum of the
+                              losses since the last log
       scaler.safetensors      state of the loss scale, with fp16 only
       stream.json             where a streamed run stands in its data, without it nothing
       trainer_state.json      Trainer's state
@@ -41,6 +42,7 @@ HASHES = "checkpoint.json"
 OPTIMIZER, RANDOM, SCALER = (f"{n}.safetensors" for n in ("optimizer", "random", "scaler"))
 PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # of Trainer, and of earlier versions
 STREAM = "stream.json"
+LOG = ("_tr_loss", "_globalstep_last_logged", "logs_nan")  # AdapterTrainer's, of the next log
 ASIDE = "damaged-"  # before the name of a checkpoint that is not resumed from
 
 
@@ -126,6 +128,7 @@ class SafeStates:
     makes tensors and plain values only; train.py refuses it.
     """
 
+    args: Any
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
@@ -139,7 +142,8 @@ class SafeStates:
             write_state(Path(output_dir, SCALER), scaler.state_dict())
 
     def _save_rng_state(self, output_dir: str) -> None:
-        write_state(Path(output_dir, RANDOM), random_states())
+        log = (getattr(self, name) for name in LOG)
+        write_state(Path(output_dir, RANDOM), random_states() | {"log": tuple(log)})
 
     def _load_states(self, checkpoint: str) -> None:
         """The states of the optimizer and schedule."""
@@ -159,7 +163,12 @@ class SafeStates:
         if checkpoint and _is_trainers(checkpoint):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
         elif checkpoint:
-            set_random_states(read_state(Path(checkpoint, RANDOM)))
+            states = read_state(Path(checkpoint, RANDOM))
+            set_random_states(states)
+            # Trainer calls this before the first step, after it has set them to those of a start
+            for name, value in zip(LOG, states.get("log", ()), strict=False):
+                is_tensor = isinstance(value, Tensor)
+                setattr(self, name, value.to(self.args.device) if is_tensor else value)
 
 
 def _is_trainers(checkpoint: str) -> bool:

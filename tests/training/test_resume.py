@@ -59,7 +59,7 @@ def test_resuming_reads_the_rows_of_the_whole_run(how, checkpoints, tmp_path, da
         "data": DataConfig(str(data), max_length=128, packing=packing), "num_train_epochs": 2,
         "max_steps": -1, "per_device_train_batch_size": 1 if packing else 4, "save_steps": 1,
         "gradient_accumulation_steps": 3, "lora": LoraConfig(r=4, lora_dropout=0.2),
-        "save_total_limit": 20,
+        "save_total_limit": 20, "logging_steps": 2,
     }  # fmt: skip
     if how == "streaming":
         streamed: Any = {"streaming": True, "shuffle_buffer": 9, "dataset_num_proc": 1}
