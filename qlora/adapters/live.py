@@ -32,6 +32,7 @@ from qlora.base.load import (
     default_device,
     load_base,
     load_tokenizer,
+    require_on_disk,
 )
 from qlora.base.modules import auto_class
 from qlora.config import ModelChoice, QuantConfig
@@ -124,7 +125,10 @@ class ResolvedModel:
         else:
             placed = {"dtype": compute_dtype(quant, device), "device_map": {"": device}}
             kind = auto_class(task_named(self.task))
-            options: Any = {"output_loading_info": True, **placed, **trusted}
+            empty = skeleton(checkpoint.folder, task=task_named(self.task), **trusted)
+            require_on_disk(checkpoint, empty)
+            options: Any = {"output_loading_info": True, "use_safetensors": True}
+            options |= placed | trusted
             model, info = kind.from_pretrained(checkpoint.folder, **options)
             lacks = sorted(info["missing_keys"])
             fault = f"{self.what} lacks {len(lacks)} tensors of a {type(model).__name__}: "

@@ -13,6 +13,7 @@ as is a pooler that it lacks. Any other missing tensor raises; transformers woul
 """
 
 import inspect
+import math
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -56,6 +57,7 @@ from qlora.base.modules import (
 from qlora.config import QuantConfig
 from qlora.config.tasks import Task, task_named
 from qlora.errors import UserError, first_line, require, some
+from qlora.files import require_inside
 from qlora.ops import nf4
 
 # model type -> why an adapter over 4-bit weights cannot be trained and merged
@@ -100,6 +102,7 @@ def load_base(
     empty: Any = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
     in_full = classifier_modules(checkpoint, empty, kind)
     names = tuple(name for _, name in sorted((empty.config.id2label or {}).items()))
+    require_on_disk(checkpoint, empty, in_full)
     quant, bnb_config = _quantization(checkpoint, empty, quant, in_full)
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
     with ExitStack() as stack:
@@ -110,6 +113,7 @@ def load_base(
             checkpoint.folder,
             config=empty.config,
             output_loading_info=True,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,  # `initialise_missing` refuses them, except in a head
             **args,
         )
@@ -135,6 +139,7 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer of a checkpoint or adapter, with the options of `task`. UserError if none."""
     folder = source.folder if isinstance(source, Checkpoint) else source
+    require_inside(folder)
     options = dict(task_named(task).tokenizer_options)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
@@ -397,6 +402,39 @@ def _describe_as_bitsandbytes(model: Any, quant: QuantConfig, dtype: torch.dtype
     model.is_loaded_in_4bit = True
 
 
+# ---- parameters that the checkpoint lacks ----
+
+
+def require_on_disk(checkpoint: Checkpoint, model: nn.Module, in_full: Sequence[str] = ()) -> None:
+    """Raise, before memory is allocated, if the checkpoint has parameters of a skeleton in another
+    shape, or lacks more values than it has; those of the modules `in_full` may be missing."""
+    names, records = disk_names(checkpoint, model), checkpoint.records
+    shapes = {n: p.shape for n, p in model.named_parameters() if not is_in(n, in_full)}
+    places = {name: names.same.get(name) for name in shapes}
+    on_disk = {
+        name: records[place]["shape"] if place in records else checkpoint.tensors[place].shape
+        for name, place in places.items()
+        if place
+    }
+    lacks = [
+        name
+        for name, shape in on_disk.items()
+        if sorted(shape) != sorted(shapes[name])
+        or (places[name] not in records and shape != shapes[name])  # a Conv1D's is (out, in)
+    ]
+    missing = [n for n, place in places.items() if place is None and n not in names.converted]
+    size = sum(math.prod(header.shape) for header in checkpoint.tensors.values())
+    if sum(shapes[name].numel() for name in missing) > size:
+        lacks += missing
+    _refuse_lacks(checkpoint, lacks)
+
+
+def _refuse_lacks(checkpoint: Checkpoint, lacks: Sequence[str]) -> None:
+    fault = f"lacks {len(lacks)} tensors of its model, or has them in another shape"
+    message = f"{checkpoint.folder} {fault}: {some(lacks)}. Download or copy it again"
+    require(not lacks, message)
+
+
 # ---- a classifier's head ----
 
 
@@ -422,11 +460,7 @@ def initialise_missing(
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     # transformers 5.17 reports no mismatch if some of the model is quantized
     missing |= {n for n, shape in shapes.items() if model.get_parameter(n).shape != shape}
-    if lacks := sorted(name for name in missing if not is_in(name, modules)):
-        raise UserError(
-            f"{checkpoint.folder} lacks {len(lacks)} tensors of its model, or has them in "
-            f"another shape: {some(lacks)}. Download or copy it again"
-        )
+    _refuse_lacks(checkpoint, sorted(name for name in missing if not is_in(name, modules)))
     if missing:
         new = sorted({module for module in modules for name in missing if is_in(name, [module])})
         print(f"The checkpoint has no {', '.join(new)} of this shape: initialised with seed {seed}")
