@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qlora.base.gguf import check_header
 from qlora.base.inputs import read_config, read_record
 from qlora.base.modules import (
     CASTS,
@@ -90,8 +91,9 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
         )
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         raise UserError(
-            f"{folder} holds no {SINGLE} or {INDEX}. Pickled weights (.bin, .pt) are not opened: "
-            "save the model with save_pretrained first"
+            f"{folder} holds no {SINGLE} or {INDEX}. Pickled weights (.bin, .pt) can run code and "
+            "are not opened: if you trust them, write safetensors with transformers, as in "
+            f"AutoModelForCausalLM.from_pretrained({folder.name!r}).save_pretrained('new')"
         )
     return folder
 
