@@ -31,6 +31,20 @@ OTHER_FILES = (
     struct.pack("<Q", 2**62) + b"{}", b'{"a": 1, "a": 2}', b"9" * 10_000,
 )  # fmt: skip
 
+# ---- records of data
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOLS = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}], "weight": 0},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "1", "tool_call_id": "a"},
+        {"from": "gpt", "value": "<think>x</think>b"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+}
+ALPACA = {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]}
+
 
 def cut(good: bytes, count: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
     """The file cut short at `count` places, also right before its end."""

@@ -3,7 +3,8 @@
     pip install atheris
     PYTHONPATH=.:tests python tests/reliability/fuzz.py records CORPUS -max_total_time=1200
 
-The readers are adapter, settings and records. CORPUS is a folder, which gets good files at the start; anything but a UserError is a finding.
+The readers are adapter, settings and records. CORPUS is a folder, which gets good files at the
+start; anything but a UserError is a finding.
 Results: benchmarks/results/fuzzing.md.
 """
 
@@ -26,20 +27,9 @@ with atheris.instrument_imports(include=["qlora", "yaml", "json"]):
     from qlora.files import read_metrics, read_run_file
 
 from conftest import RECORDS, ROWS, tiny_model, tiny_tokenizer
+from damage import ALPACA, CHAT, TOOLS
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-TOOLS = {
-    "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "a"}], "weight": 0},
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "tool", "content": "1", "tool_call_id": "a"},
-        {"from": "gpt", "value": "<think>x</think>b"},
-    ],
-    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-}
-ALPACA = {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]}
 
 
 def adapter() -> tuple[dict[str, bytes], Callable[[str, bytes], None]]:

@@ -280,8 +280,9 @@ def show(outcomes: dict[str, Outcome], bad: dict[str, Outcome]) -> None:
             print(f"{kind} {what}: {text[:200]}")
 
 
+@pytest.mark.parametrize("count", [8, pytest.param(None, marks=pytest.mark.reliability)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_one_line(kind, checkpoints, tmp_path, monkeypatch):
+def test_a_damaged_file_is_one_line(kind, count, checkpoints, tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     make, file = KINDS[kind]
     folder = tmp_path / "folder"
@@ -289,6 +290,7 @@ def test_a_damaged_file_is_one_line(kind, checkpoints, tmp_path, monkeypatch):
     read = make(folder, checkpoints("llama"))
     rng = random.Random(0)
     contents = list(damaged((folder / file).read_bytes(), file, rng))
+    contents = contents if count is None else rng.sample(contents, count)
     outcomes = read_all(folder, file, read, contents)
     bad = {what: o for what, o in outcomes.items() if o.kind not in ("refused", "same", "other")}
     if os.environ.get("SHOW"):
