@@ -20,7 +20,7 @@ import psutil
 import yaml
 
 from qlora.config.types import described, fits, shown
-from qlora.errors import UserError, first_line, require
+from qlora.errors import UserError, first_line, require, some
 
 try:
     import fcntl
@@ -157,14 +157,18 @@ def read_run_file(folder: Path) -> dict[str, Any]:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The logged rows of a run; empty if there are none yet. What is not finite is read as NaN."""
-    rows = read_rows(folder / METRICS, {"step": int}, others=float | int | str | None)
-    return [
-        {
-            k: v if isinstance(v, int | str) or (v and math.isfinite(v)) else math.nan
-            for k, v in row.items()
-        }
-        for row in rows
-    ]
+    rows = read_rows(folder / METRICS, {"step": int})
+    for row in rows:
+        wrong = [
+            name for name, value in row.items() if not isinstance(value, int | float | str | None)
+        ]
+        fault = f"step {row['step']} has no number as {some(wrong)}: remove that line"
+        require(not wrong, f"{folder / METRICS}: {fault}")
+    return [{name: _finite(value) for name, value in row.items()} for row in rows]
+
+
+def _finite(value: Any) -> Any:
+    return math.nan if value is None or value in (math.inf, -math.inf) else value
 
 
 def metrics_line(row: Mapping[str, Any]) -> str:
@@ -175,12 +179,13 @@ def metrics_line(row: Mapping[str, Any]) -> str:
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """Sample answers of a run, before and after training; empty if there are none."""
-    return read_rows(folder / SAMPLES, dict.fromkeys(("prompt", "wanted", "before", "after"), str))
+    keys = ("prompt", "wanted", "before", "after")
+    return read_rows(folder / SAMPLES, dict.fromkeys(keys, str | None))
 
 
-def read_rows(path: Path, types: Mapping[str, Any] = {}, others: Any = Any) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, none without one; UserError for a line cut short, and for
-    values that are not of their `types`, those of other keys of `others`."""
+def read_rows(path: Path, types: Mapping[str, Any] = {}) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, none without one; UserError for a line cut short, and for one
+    that lacks a key of `types` or has a value of another type."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     rows = []
     # not splitlines: a JSON text may contain other line separators, such as U+2028
@@ -195,9 +200,8 @@ def read_rows(path: Path, types: Mapping[str, Any] = {}, others: Any = Any) -> l
             fault = f"wanted a JSON object, got {line[:40]!r}, which is cut short or damaged"
         elif missing := ", ".join(key for key in types if key not in row):
             fault = f"it has no {missing}"
-        elif wrong := [k for k, v in row.items() if not fits(v, types.get(k, others))]:
-            kind = described(types.get(wrong[0], others))
-            fault = f"{wrong[0]} must be {kind}, got {shown(row[wrong[0]])}"
+        elif wrong := [key for key, kind in types.items() if not fits(row[key], kind)]:
+            fault = f"{wrong[0]} must be {described(types[wrong[0]])}, got {shown(row[wrong[0]])}"
         else:
             rows.append(row)
             continue

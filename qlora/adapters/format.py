@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import psutil
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,6 +29,10 @@ from qlora.errors import UserError, require
 from qlora.files import read_json, read_stop_ids, require_inside
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONVERT = (  # weights_only: it unpickles tensors and plain values only
+    "convert it with: cd '{}' && python -c 'import torch; from safetensors.torch import save_file; "
+    'save_file(torch.load("adapter_model.bin", weights_only=True), "adapter_model.safetensors")\''
+)
 
 # ---- the keys of adapter_config.json ----
 
@@ -300,8 +305,11 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
     require(kind == "LORA", f"{folder / CONFIG} {wanted}")
     require_types(values, OTHERS, folder / CONFIG)
     has_pickle = (folder / "adapter_model.bin").exists()
-    pickled = " (adapter_model.bin is a pickle and is not opened: save it as safetensors)"
+    pickled = f" (adapter_model.bin is a pickle and is not opened: {CONVERT.format(folder)})"
     require(path.is_file(), f"{folder} holds no {WEIGHTS}{pickled * has_pickle}")
+    size, free = path.stat().st_size, psutil.virtual_memory().available
+    needs = f"{path} needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    require(size <= free, f"{needs}: is it an adapter?")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

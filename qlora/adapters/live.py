@@ -30,6 +30,7 @@ from qlora.base.load import (
     DTYPE_NAMES,
     compute_dtype,
     default_device,
+    from_pretrained,
     load_base,
     load_tokenizer,
     require_on_disk,
@@ -127,9 +128,7 @@ class ResolvedModel:
             kind = auto_class(task_named(self.task))
             empty = skeleton(checkpoint.folder, task=task_named(self.task), **trusted)
             require_on_disk(checkpoint, empty)
-            options: Any = {"output_loading_info": True, "use_safetensors": True}
-            options |= placed | trusted
-            model, info = kind.from_pretrained(checkpoint.folder, **options)
+            model, info = from_pretrained(kind, checkpoint, **placed, **trusted)
             lacks = sorted(info["missing_keys"])
             fault = f"{self.what} lacks {len(lacks)} tensors of a {type(model).__name__}: "
             fix = "Give a complete model, such as a merged one"

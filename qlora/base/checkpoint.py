@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qlora.base.gguf import check_header
-from qlora.base.inputs import read_config, read_record
+from qlora.base.inputs import read_config, read_record, why_not
 from qlora.base.modules import (
     CASTS,
     auto_class,
@@ -50,6 +50,10 @@ POSITIONS_AFTER_PAD = (
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+CONVERT = (  # transformers unpickles tensors and plain values only, torch.load's weights_only
+    "convert them with: python -c 'from transformers import AutoModelForCausalLM as M; "
+    'M.from_pretrained("{0}", dtype="auto").save_pretrained("{0}")\''
+)
 COPY_AGAIN = "download or copy it again"
 
 
@@ -66,6 +70,8 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
         return _convert_gguf(folder)
     if revision and folder.exists():
         raise UserError(f"--revision {revision} is for hub models, not for a local path: {model}")
+    is_revision = revision is None or re.fullmatch(r"(?!.*\.\.)[\w./-]+", revision)
+    require(bool(is_revision), f"revision must be a branch, tag or commit, got {revision!r}")
     is_hub_name = folder.suffix != ".gguf" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
     if folder.is_file() or not (folder.exists() or is_hub_name):
         fault = "is a file" if folder.is_file() else "does not exist"
@@ -91,9 +97,8 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
         )
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         raise UserError(
-            f"{folder} holds no {SINGLE} or {INDEX}. Pickled weights (.bin, .pt) can run code and "
-            "are not opened: if you trust them, write safetensors with transformers, as in "
-            f"AutoModelForCausalLM.from_pretrained({folder.name!r}).save_pretrained('new')"
+            f"{folder} holds no {SINGLE} or {INDEX}. Pickled weights (.bin, .pt) are not opened: "
+            f"{CONVERT.format(folder)}"
         )
     return folder
 
@@ -113,8 +118,10 @@ def _convert_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    source["trust_remote_code"] = False
     with publishing(folder) as partial:
         try:
+            check_header(path)
             model = AutoModelForCausalLM.from_pretrained(
                 **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
             )
@@ -337,7 +344,7 @@ def skeleton(
         raise
     except Exception as error:  # a model's code has one for each setting
         raise UserError(
-            f"{folder} is no {task.kind} that this transformers knows: {first_line(error)}"
+            f"{folder} is no {task.kind} that this transformers knows: {why_not(error)}"
         ) from error
     return model
 

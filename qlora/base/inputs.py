@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora.config.types import require_types, shown
-from qlora.errors import require
+from qlora.errors import first_line, require
 from qlora.files import read_json
 
 # ---- config.json ----
@@ -36,9 +36,9 @@ CONFIG_TYPES: dict[str, Any] = {
     "torch_dtype": str | None,
     "vocab_size": int | None,
 }
-MOST_MODULES, MOST_LABELS = 10_000, 1_000_000
+MOST_LAYERS, MOST_EXPERTS, MOST_LABELS = 1000, 10_000, 1_000_000
 MOST_OF_A_SIZE = 2**31
-COUNTS = re.compile(r"layer|block|depth|expert|stack|stage")  # of modules, in names of settings
+LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|stacks?)$|^depths?$")  # names of settings
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
@@ -62,12 +62,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def why_not(error: Exception) -> str:
+    """Why transformers loads something not, in a sentence."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is not run: if you trust it, --trust-remote-code."
+    return first_line(error)
+
+
 def _require_sizes(values: Mapping[str, Any], path: Path) -> None:
     """Raise for whole numbers at any depth that are no sizes of a model."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             _require_sizes(value, path)
-        most = MOST_MODULES if COUNTS.search(name) else MOST_OF_A_SIZE
+        most = MOST_LAYERS if LAYERS.search(name) else MOST_OF_A_SIZE
+        most = MOST_EXPERTS if "expert" in name else most
         most = MOST_LABELS if name == "num_labels" else most
         for number in value if isinstance(value, list) else [value]:
             is_size = type(number) is not int or abs(number) <= most

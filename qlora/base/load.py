@@ -45,6 +45,7 @@ from qlora.base.checkpoint import (
     quantized_layers,
     skeleton,
 )
+from qlora.base.inputs import why_not
 from qlora.base.modules import (
     ModelState,
     heads,
@@ -109,11 +110,10 @@ def load_base(
         if in_full:  # `initialise_missing` reports a missing head
             stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
             transformers_logging.set_verbosity_error()
-        loaded, info = type(empty).from_pretrained(
-            checkpoint.folder,
+        loaded, info = from_pretrained(
+            type(empty),
+            checkpoint,
             config=empty.config,
-            output_loading_info=True,
-            use_safetensors=True,
             ignore_mismatched_sizes=True,  # `initialise_missing` refuses them, except in a head
             **args,
         )
@@ -134,6 +134,20 @@ def load_base(
     return loaded  # type: ignore[no-any-return]
 
 
+def from_pretrained(model_class: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, Any]:
+    """transformers' model of safetensors, and its loading info; UserError for damaged files."""
+    options |= {"output_loading_info": True, "use_safetensors": True}
+    try:
+        return model_class.from_pretrained(checkpoint.folder, **options)  # type: ignore[no-any-return]
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # transformers has one for each setting and each damaged file
+        fault = (
+            f"{checkpoint.folder} cannot be loaded ({type(error).__name__}): {first_line(error)}"
+        )
+        raise UserError(f"{fault} Download or copy it again") from error
+
+
 def load_tokenizer(
     source: Checkpoint | Path, *, task: str = "causal-lm", trust_remote_code: bool = False
 ) -> Any:
@@ -144,7 +158,7 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # transformers and tokenizers have one for each damaged file
-        raise UserError(f"{folder} holds no tokenizer to load: {first_line(error)}") from error
+        raise UserError(f"{folder} holds no tokenizer to load: {why_not(error)}") from error
 
 
 def share_pad(model: nn.Module, pad_token_id: int | None) -> None:
@@ -304,6 +318,8 @@ def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
             module.compute_type_is_set = True
             weight: Any = module.weight
+            fault = "a linear layer has no 4-bit codes, which config.json says it has"
+            require(hasattr(weight, "quant_state"), f"{fault}: download or copy the model again")
             weight.data = nf4.as_bytes(weight.data)  # those of FSDP are stored as a float dtype
             weight.quant_storage = module.quant_storage = torch.uint8
             if model.device.type == "cpu":
