@@ -91,6 +91,7 @@ def chat_of(record: Record, reading: Reading = AS_IT_IS) -> Chat | None:
         messages = prompt + _messages(record["completion"], "assistant", "completion", names)
     elif kind == ("instruction", "output"):
         history = _parsed(record.get("history"), "history") or []
+        require(isinstance(history, list), f"history must be a list, got {str(history)[:60]!r}")
         last = [alpaca_prompt(record), string_of(record["output"], "output")]
         messages = _turns([*history, last])
     else:

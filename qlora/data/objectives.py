@@ -242,7 +242,8 @@ def encode_text(
     require(record[column] is not None, f"{column} is missing: fill it, or remove the row")
     texts = [_bare(string_of(record[name], name), tokenizer) for name in columns]
     encoded, full_length = _encode(tokenizer, max_length, *texts)
-    row = _row(encoded["input_ids"], class_number(record[column], names), full_length, 1)
+    ids = encoded["input_ids"]  # none, of an empty text
+    row = _row(ids, class_number(record[column], names), full_length, min(len(ids), 1))
     return [row | {key: encoded[key] for key in ("token_type_ids",) if key in encoded}]
 
 
