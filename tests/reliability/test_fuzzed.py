@@ -33,7 +33,7 @@ RECIPE = {
     "r": 8, "rank_pattern": {"q_proj": 4}, "trainer": {"adam_beta2": 0.9}, "roles": {"bot": "user"},
     "target_modules": ["q_proj"], "eval_share": 0.1, "trainable_token_indices": [1, 2],
 }  # fmt: skip
-COUNTS = [60, pytest.param(5000, marks=pytest.mark.reliability)]
+COUNTS = [25, pytest.param(5000, marks=pytest.mark.reliability)]
 
 
 @st.composite
