@@ -67,7 +67,10 @@ class _Header:
             ends.append(end)
         if alignment < 1 or -(-self.at // alignment) * alignment + max(ends) > len(self.data):
             raise ValueError("its tensors end after the file")
-        if sizes.get("block_count", 0) > tensors:
+        for name in ("block_count", "embedding_length"):  # transformers has defaults of 7B models
+            if name not in sizes:
+                raise ValueError(f"it has no {name}")
+        if sizes["block_count"] > tensors:
             raise ValueError(f"{sizes['block_count']} layers of {tensors} tensors")
         for name in WITHIN_TENSORS:
             if sizes.get(name, 0) > longest:

@@ -39,6 +39,7 @@ CONFIG_TYPES: dict[str, Any] = {
 MOST_LAYERS, MOST_EXPERTS, MOST_LABELS = 1000, 10_000, 1_000_000
 MOST_OF_A_SIZE = 2**31
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|stacks?)$|^depths?$")  # names of settings
+LAYERS = re.compile(r"(num|n)(_hidden|_encoder|_decoder)?_layers?")  # others count from the end
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
@@ -80,6 +81,8 @@ def _require_sizes(values: Mapping[str, Any], path: Path) -> None:
         for number in value if isinstance(value, list) else [value]:
             is_size = type(number) is not int or abs(number) <= most
             require(is_size, f"{path}: {name} must be at most {most:,}, got {shown(number)}")
+        is_negative = LAYERS.fullmatch(name) and type(value) is int and value < 0
+        require(not is_negative, f"{path}: {name} must be 0 or more, got {shown(value)}")
 
 
 # ---- records of 4-bit weights ----

@@ -156,7 +156,11 @@ def load_tokenizer(
     require_inside(folder)
     options = dict(task_named(task).tokenizer_options)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **options
+        )
+        _ = tokenizer.model_max_length > 0  # a TypeError now, not at the first text
+        return tokenizer
     except Exception as error:  # transformers and tokenizers have one for each damaged file
         raise UserError(f"{folder} holds no tokenizer to load: {why_not(error)}") from error
 
