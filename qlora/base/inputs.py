@@ -38,7 +38,6 @@ CONFIG_TYPES: dict[str, Any] = {
 }
 MOST_LAYERS, MOST_EXPERTS, MOST_LABELS = 1000, 10_000, 1_000_000
 MOST_OF_A_SIZE = 2**31
-LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|stacks?)$|^depths?$")  # names of settings
 LAYERS = re.compile(r"(num|n)(_hidden|_encoder|_decoder)?_layers?")  # others count from the end
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
