@@ -95,6 +95,9 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
             values[name] = words[0] if len(words) == 1 else words
         else:
             values[name] = _value(source, settings[name].type, value)
+    if values.get("trust_remote_code") and "trust_remote_code" not in flags:  # maybe a stranger's
+        what = "trust_remote_code, which runs the code of the model's repository"
+        raise UserError(f"{where}{what}, is not taken from a file: give --trust-remote-code")
     try:
         return build(config_class, values)
     except UserError as error:

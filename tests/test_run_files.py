@@ -27,13 +27,17 @@ def test_rows_are_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [(line, "wanted a JSON object") for line in ('{"step": 3, "lo', "[1]", "\x00\x00")]
-    + [('{"a": 1}', "it has no b, c")],
+    + [
+        ('{"a": 1}', "it has no b, c"),
+        ('{"a": 1e999, "b": 2, "c": 3}', "a must be a whole number, got inf"),
+        ("[" * 100_000, "wanted a JSON object"),
+    ],
 )
 def test_a_damaged_line_is_named(line, fault, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1, "b": 2, "c": null}\n\n' + line)
     with pytest.raises(UserError, match=rf"rows.jsonl, line 3: {fault}.*: remove that line"):
-        read_rows(path, ("a", "b", "c"))
+        read_rows(path, {"a": int, "b": int, "c": None | int})
 
 
 @pytest.mark.parametrize(

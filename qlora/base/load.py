@@ -13,6 +13,7 @@ as is a pooler that it lacks. Any other missing tensor raises; transformers woul
 """
 
 import inspect
+import math
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -44,6 +45,7 @@ from qlora.base.checkpoint import (
     quantized_layers,
     skeleton,
 )
+from qlora.base.inputs import why_not
 from qlora.base.modules import (
     ModelState,
     heads,
@@ -56,6 +58,7 @@ from qlora.base.modules import (
 from qlora.config import QuantConfig
 from qlora.config.tasks import Task, task_named
 from qlora.errors import UserError, first_line, require, some
+from qlora.files import require_inside
 from qlora.ops import nf4
 
 # model type -> why an adapter over 4-bit weights cannot be trained and merged
@@ -100,16 +103,17 @@ def load_base(
     empty: Any = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
     in_full = classifier_modules(checkpoint, empty, kind)
     names = tuple(name for _, name in sorted((empty.config.id2label or {}).items()))
+    require_on_disk(checkpoint, empty, in_full)
     quant, bnb_config = _quantization(checkpoint, empty, quant, in_full)
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
     with ExitStack() as stack:
         if in_full:  # `initialise_missing` reports a missing head
             stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
             transformers_logging.set_verbosity_error()
-        loaded, info = type(empty).from_pretrained(
-            checkpoint.folder,
+        loaded, info = from_pretrained(
+            type(empty),
+            checkpoint,
             config=empty.config,
-            output_loading_info=True,
             ignore_mismatched_sizes=True,  # `initialise_missing` refuses them, except in a head
             **args,
         )
@@ -130,16 +134,35 @@ def load_base(
     return loaded  # type: ignore[no-any-return]
 
 
+def from_pretrained(model_class: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, Any]:
+    """transformers' model of safetensors, and its loading info; UserError for damaged files."""
+    options |= {"output_loading_info": True, "use_safetensors": True}
+    try:
+        return model_class.from_pretrained(checkpoint.folder, **options)  # type: ignore[no-any-return]
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # transformers has one for each setting and each damaged file
+        fault = (
+            f"{checkpoint.folder} cannot be loaded ({type(error).__name__}): {first_line(error)}"
+        )
+        raise UserError(f"{fault} Download or copy it again") from error
+
+
 def load_tokenizer(
     source: Checkpoint | Path, *, task: str = "causal-lm", trust_remote_code: bool = False
 ) -> Any:
     """The tokenizer of a checkpoint or adapter, with the options of `task`. UserError if none."""
     folder = source.folder if isinstance(source, Checkpoint) else source
+    require_inside(folder)
     options = dict(task_named(task).tokenizer_options)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **options
+        )
+        _ = tokenizer.model_max_length > 0  # a TypeError now, not at the first text
+        return tokenizer
     except Exception as error:  # transformers and tokenizers have one for each damaged file
-        raise UserError(f"{folder} holds no tokenizer to load: {first_line(error)}") from error
+        raise UserError(f"{folder} holds no tokenizer to load: {why_not(error)}") from error
 
 
 def share_pad(model: nn.Module, pad_token_id: int | None) -> None:
@@ -299,6 +322,8 @@ def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
             module.compute_type_is_set = True
             weight: Any = module.weight
+            fault = "a linear layer has no 4-bit codes, which config.json says it has"
+            require(hasattr(weight, "quant_state"), f"{fault}: download or copy the model again")
             weight.data = nf4.as_bytes(weight.data)  # those of FSDP are stored as a float dtype
             weight.quant_storage = module.quant_storage = torch.uint8
             if model.device.type == "cpu":
@@ -397,6 +422,39 @@ def _describe_as_bitsandbytes(model: Any, quant: QuantConfig, dtype: torch.dtype
     model.is_loaded_in_4bit = True
 
 
+# ---- parameters that the checkpoint lacks ----
+
+
+def require_on_disk(checkpoint: Checkpoint, model: nn.Module, in_full: Sequence[str] = ()) -> None:
+    """Raise, before memory is allocated, if the checkpoint has parameters of a skeleton in another
+    shape, or lacks more values than it has; those of the modules `in_full` may be missing."""
+    names, records = disk_names(checkpoint, model), checkpoint.records
+    shapes = {n: p.shape for n, p in model.named_parameters() if not is_in(n, in_full)}
+    places = {name: names.same.get(name) for name in shapes}
+    on_disk = {
+        name: records[place]["shape"] if place in records else checkpoint.tensors[place].shape
+        for name, place in places.items()
+        if place
+    }
+    lacks = [
+        name
+        for name, shape in on_disk.items()
+        if sorted(shape) != sorted(shapes[name])
+        or (places[name] not in records and shape != shapes[name])  # a Conv1D's is (out, in)
+    ]
+    missing = [n for n, place in places.items() if place is None and n not in names.converted]
+    size = sum(math.prod(header.shape) for header in checkpoint.tensors.values())
+    if sum(shapes[name].numel() for name in missing) > size:
+        lacks += missing
+    _refuse_lacks(checkpoint, lacks)
+
+
+def _refuse_lacks(checkpoint: Checkpoint, lacks: Sequence[str]) -> None:
+    fault = f"lacks {len(lacks)} tensors of its model, or has them in another shape"
+    message = f"{checkpoint.folder} {fault}: {some(lacks)}. Download or copy it again"
+    require(not lacks, message)
+
+
 # ---- a classifier's head ----
 
 
@@ -422,11 +480,7 @@ def initialise_missing(
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     # transformers 5.17 reports no mismatch if some of the model is quantized
     missing |= {n for n, shape in shapes.items() if model.get_parameter(n).shape != shape}
-    if lacks := sorted(name for name in missing if not is_in(name, modules)):
-        raise UserError(
-            f"{checkpoint.folder} lacks {len(lacks)} tensors of its model, or has them in "
-            f"another shape: {some(lacks)}. Download or copy it again"
-        )
+    _refuse_lacks(checkpoint, sorted(name for name in missing if not is_in(name, modules)))
     if missing:
         new = sorted({module for module in modules for name in missing if is_in(name, [module])})
         print(f"The checkpoint has no {', '.join(new)} of this shape: initialised with seed {seed}")

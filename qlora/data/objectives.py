@@ -52,6 +52,7 @@ SEQ2SEQ_KINDS: Kinds = {
     ("input", "target"): (),
     ("instruction", "output"): ("input",),
 }
+MOST_CLASSES = 1_000_000  # of a classifier
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 TEXT_KINDS: Kinds = {(*texts, "label"): () for texts in (*PAIRS, ("text",), ("sentence",))}
 WORD_KINDS: Kinds = {("tokens", "tags"): (), ("tokens", "ner_tags"): ()}
@@ -253,7 +254,8 @@ def encode_text(
     require(record[column] is not None, f"{column} is missing: fill it, or remove the row")
     texts = [_bare(string_of(record[name], name), tokenizer) for name in columns]
     encoded, full_length = _encode(tokenizer, max_length, *texts)
-    row = _row(encoded["input_ids"], class_number(record[column], names), full_length, 1)
+    ids = encoded["input_ids"]  # none, of an empty text
+    row = _row(ids, class_number(record[column], names), full_length, min(len(ids), 1))
     return [row | {key: encoded[key] for key in ("token_type_ids",) if key in encoded}]
 
 
@@ -305,7 +307,7 @@ def class_names(*sources: Records, known: Sequence[str] = ()) -> tuple[str, ...]
     every = zip(columns, sources, strict=True)
     labels = (record[c] for c, records in every for record in records)
     items = (label if isinstance(label, list) else [label] for label in labels)
-    values = {label for item in items for label in item if label is not None}
+    values = {_label(label, column) for item in items for label in item if label is not None}
     require(bool(values), f"{column} is empty in every row: a classifier needs labels")
     if given:
         names = given
@@ -315,14 +317,25 @@ def class_names(*sources: Records, known: Sequence[str] = ()) -> tuple[str, ...]
     elif all(isinstance(value, str | bool) for value in values):
         names = tuple(sorted(map(string_of, values)))
     else:
-        bad = next(value for value in values if type(value) is not int or value < 0)
-        wanted = f"{column} must hold names, or whole numbers from 0"
-        raise UserError(f"{wanted}, got {bad!r}: change or remove it")
+        raise _no_label(next(v for v in values if type(v) is not int or v < 0), column)
     if set(names) <= set(known):
         return tuple(known)
     if len(names) < 2:
         raise UserError(f"{column} is {names[0]} in every row: a classifier needs two labels")
     return names
+
+
+def _label(value: Any, column: str) -> Any:
+    """A label that may be one: there are at most MOST_CLASSES."""
+    is_label = isinstance(value, str | float) or (type(value) is int and value < MOST_CLASSES)
+    if not (is_label or isinstance(value, bool)):
+        raise _no_label(value, column)
+    return value
+
+
+def _no_label(value: Any, column: str) -> UserError:
+    wanted = f"{column} must hold names, or whole numbers from 0, got {str(value)[:60]}"
+    return UserError(f"{wanted}: change or remove it; at most {MOST_CLASSES:,} classes are read")
 
 
 def class_number(label: Any, names: Names) -> int:

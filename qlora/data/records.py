@@ -15,6 +15,7 @@ Sources: Alpaca (tatsu-lab/stanford_alpaca), ShareGPT. Messages are read by qlor
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -334,12 +335,19 @@ def _file_part(file: Path, limit: int | None, streaming: bool = False) -> Part:
     if ending not in PARTS:
         hint = did_you_mean(file.suffix, PARTS)
         raise UserError(f"{file} is not a {ENDINGS} file: convert it, to .jsonl for example.{hint}")
-    try:
+    with _readable(file):
         return (STREAMED if streaming else PARTS)[ending](file, limit)
-    except (ValueError, OSError) as error:  # Arrow's errors are these
-        if isinstance(error, UserError):
-            raise
-        fault = f"{file} cannot be read as {ending[1:]}: {first_line(error)}"
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Name the file in what Arrow and `datasets` raise for a damaged one."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, MemoryError, TypeError, LookupError, AttributeError) as error:
+        fault = f"{file} cannot be read as {data_ending(file)[1:]}: {first_line(error)}"
         raise UserError(f"{fault} Fix the file, or save it as .jsonl") from error
 
 
@@ -362,7 +370,7 @@ def _parquet_part(file: Path, limit: int | None) -> Part:
         features, size = Features.from_arrow_schema(head.schema_arrow), head.metadata.num_rows
 
     def rows(columns: Sequence[str]) -> Iterator[Record]:
-        with parquet.ParquetFile(file) as table:
+        with _readable(file), parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(ARROW_ROWS, columns=columns):
                 yield from map(features.decode_example, batch.to_pylist())
 
@@ -401,9 +409,24 @@ def _arrow_part(
     classes = {column: x.names for column, x in inner.items() if isinstance(x, ClassLabel)}
 
     def rows(columns: Sequence[str]) -> Iterable[Record]:
-        return (_as_json(row, features) for row in read([c for c in columns if c in features]))
+        used = [column for column in columns if column in features]
+        for column in used:
+            media = _media_in(features[column])
+            fault = f"{name}: column {column} holds {media}, which may be of any path or address"
+            require(not media, f"{fault}: leave it out, or write its text")
+        return (_as_json(row, features) for row in read(used))
 
     return Part(name, tuple(features), size, rows, classes)
+
+
+def _media_in(feature: Any) -> str:
+    """The type of images, sounds and other files within a feature; `datasets` opens these."""
+    if isinstance(feature, Mapping):
+        return next(filter(None, map(_media_in, feature.values())), "")
+    if hasattr(feature, "feature"):
+        return _media_in(feature.feature)
+    kind = type(feature).__name__
+    return kind if hasattr(feature, "decode_example") and kind != "Json" else ""
 
 
 def _as_json(value: Any, feature: Any) -> Any:

@@ -23,7 +23,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from qlora import files
+from qlora.config.types import require_types
 from qlora.errors import UserError, first_line, require, some
 
 HASHES = "checkpoint.json"
@@ -43,6 +44,15 @@ OPTIMIZER, RANDOM, SCALER = (f"{n}.safetensors" for n in ("optimizer", "random",
 PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # of Trainer, and of earlier versions
 STREAM = "stream.json"
 LOG = ("_tr_loss", "_globalstep_last_logged", "logs_nan")  # AdapterTrainer's, of the next log
+STATE_TYPES: dict[str, Any] = {  # of Trainer's state
+    "best_global_step": int | None,
+    "best_model_checkpoint": str | None,
+    "epoch": float | None,
+    "global_step": int,
+    "log_history": list[Mapping[str, Any]],
+    "num_input_tokens_seen": int,
+    "stateful_callbacks": Mapping[str, Any],
+}
 ASIDE = "damaged-"  # before the name of a checkpoint that is not resumed from
 
 
@@ -276,8 +286,10 @@ def complete_checkpoints(output: Path) -> dict[int, Path]:
 def state_at(checkpoint: str | Path) -> TrainerState:
     """Trainer's state in a checkpoint; UserError for another file of that name."""
     path = Path(checkpoint, "trainer_state.json")
+    values = files.read_json(path)
+    require_types(values, STATE_TYPES, path)
     try:
-        return TrainerState(**files.read_json(path))
+        return TrainerState(**values)
     except TypeError as error:
         raise UserError(f"{path} is not a state of Trainer: {first_line(error)}") from error
 
