@@ -18,6 +18,10 @@ class UserError(ValueError):
         return plain_line(super().__str__())
 
 
+class StreamError(UserError):
+    """A fault of the data that was found while training ran."""
+
+
 def plain_line(text: str) -> str:
     """`text` in one line, with escapes for what a terminal would obey; a long one without its
     middle. Names and values from files come into messages."""

@@ -33,8 +33,8 @@ from qlora.base.load import (
     from_pretrained,
     load_base,
     load_tokenizer,
-    require_on_disk,
 )
+from qlora.base.missing import require_on_disk
 from qlora.base.modules import auto_class
 from qlora.config import ModelChoice, QuantConfig
 from qlora.config.tasks import TASKS, task_named

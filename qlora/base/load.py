@@ -13,7 +13,6 @@ as is a pooler that it lacks. Any other missing tensor raises; transformers woul
 """
 
 import inspect
-import math
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -46,6 +45,7 @@ from qlora.base.checkpoint import (
     skeleton,
 )
 from qlora.base.inputs import why_not
+from qlora.base.missing import classifier_modules, initialise_missing, require_on_disk
 from qlora.base.modules import (
     ModelState,
     heads,
@@ -56,7 +56,7 @@ from qlora.base.modules import (
     use_codes_as_stored,
 )
 from qlora.config import QuantConfig
-from qlora.config.tasks import Task, task_named
+from qlora.config.tasks import task_named
 from qlora.errors import UserError, first_line, require, some
 from qlora.files import require_inside
 from qlora.ops import nf4
@@ -90,7 +90,6 @@ def load_base(
         labels: class names of a classifier, by default those of the checkpoint.
         seed: for a classifier's head that the checkpoint lacks.
         device: by default the GPU where there is one.
-
     Raises:
         UserError: the model cannot be loaded, or linear weights would stay unquantized.
     """
@@ -420,77 +419,3 @@ def _describe_as_bitsandbytes(model: Any, quant: QuantConfig, dtype: torch.dtype
     model.config.quantization_config = model.hf_quantizer.quantization_config = plain
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
     model.is_loaded_in_4bit = True
-
-
-# ---- parameters that the checkpoint lacks ----
-
-
-def require_on_disk(checkpoint: Checkpoint, model: nn.Module, in_full: Sequence[str] = ()) -> None:
-    """Raise, before memory is allocated, if the checkpoint has parameters of a skeleton in another
-    shape, or lacks more values than it has; those of the modules `in_full` may be missing."""
-    names, records = disk_names(checkpoint, model), checkpoint.records
-    shapes = {n: p.shape for n, p in model.named_parameters() if not is_in(n, in_full)}
-    places = {name: names.same.get(name) for name in shapes}
-    on_disk = {
-        name: records[place]["shape"] if place in records else checkpoint.tensors[place].shape
-        for name, place in places.items()
-        if place
-    }
-    lacks = [
-        name
-        for name, shape in on_disk.items()
-        if sorted(shape) != sorted(shapes[name])
-        or (places[name] not in records and shape != shapes[name])  # a Conv1D's is (out, in)
-    ]
-    missing = [n for n, place in places.items() if place is None and n not in names.converted]
-    size = sum(math.prod(header.shape) for header in checkpoint.tensors.values())
-    if sum(shapes[name].numel() for name in missing) > size:
-        lacks += missing
-    _refuse_lacks(checkpoint, lacks)
-
-
-def _refuse_lacks(checkpoint: Checkpoint, lacks: Sequence[str]) -> None:
-    fault = f"lacks {len(lacks)} tensors of its model, or has them in another shape"
-    message = f"{checkpoint.folder} {fault}: {some(lacks)}. Download or copy it again"
-    require(not lacks, message)
-
-
-# ---- a classifier's head ----
-
-
-def classifier_modules(checkpoint: Checkpoint, model: nn.Module, task: Task) -> list[str]:
-    """A classifier's head, and its pooler if the checkpoint has none; both are trained in full."""
-    if not task.trains_head:
-        return []
-    pooler = f"{getattr(model, 'base_model_prefix', '')}.pooler"
-    layers = [name for name in linear_layers(model) if is_in(name, [pooler])]
-    lacks = any(disk_name(checkpoint, model, f"{name}.weight") is None for name in layers)
-    return [*heads(model), *([pooler] if lacks else [])]
-
-
-def initialise_missing(
-    model: Any, empty: nn.Module, checkpoint: Checkpoint, info: Any, modules: list[str], seed: int
-) -> None:
-    """Initialise parameters of `modules` that the checkpoint lacks; raise if it lacks any other.
-
-    Matrices are normal with the model's initializer_range, norm weights 1, biases 0; drawn on the
-    CPU, so that a seed gives the same values on every device. `empty` is the skeleton of `model`.
-    """
-    shapes = {n: p.shape for n, p in empty.named_parameters() if is_in(n, modules)}
-    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    # transformers 5.17 reports no mismatch if some of the model is quantized
-    missing |= {n for n, shape in shapes.items() if model.get_parameter(n).shape != shape}
-    _refuse_lacks(checkpoint, sorted(name for name in missing if not is_in(name, modules)))
-    if missing:
-        new = sorted({module for module in modules for name in missing if is_in(name, [module])})
-        print(f"The checkpoint has no {', '.join(new)} of this shape: initialised with seed {seed}")
-    generator = torch.Generator().manual_seed(seed)
-    std = getattr(model.config, "initializer_range", None) or 0.02
-    for name in sorted(missing):
-        values = torch.zeros(shapes[name])
-        if values.ndim > 1:
-            values.normal_(std=std, generator=generator)
-        elif name.endswith("weight"):  # of a norm
-            values.fill_(1)
-        parameter = model.get_parameter(name)
-        parameter.data = values.to(parameter)

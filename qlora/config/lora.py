@@ -276,12 +276,25 @@ def regex_fault(text: str) -> str:
         re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         return f"is no regular expression ({error})"
-    repeats = re.findall(r"(?<!\\)([*+]|\{\d*,?\d*\})", text)
-    most = 1 if re.search(r"\)[*+{]", text) else 4  # with a group that is repeated
-    optional = re.findall(r"(?<![\\(*+}])\?", text)
-    if len(repeats) > most or len(optional) > 8 or len(text) > 10_000:
-        return "repeats too often for a regular expression"
+    for part in _alternatives(text):
+        repeats = re.findall(r"(?<!\\)([*+]|\{\d*,?\d*\})", part)
+        optional = re.findall(r"(?<![\\(*+}])\?", part)
+        repeats_a_group = re.search(r"(?<!\\)\)[*+{]", part)
+        if repeats_a_group or len(repeats) > 4 or len(optional) > 8 or len(text) > 10_000:
+            return "repeats too often for a regular expression"
     return ""
+
+
+def _alternatives(text: str) -> list[str]:
+    """The parts of a regular expression between the | outside of its groups."""
+    parts, depth = [""], 0
+    for token in re.findall(r"\\.|.", text, re.DOTALL):
+        depth += (token == "(") - (token == ")")
+        if token == "|" and not depth:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
 
 
 def pattern_key(pattern: Iterable[str], module: str) -> str | None:

@@ -58,8 +58,9 @@ from qlora.data.encoding import (
 from qlora.data.objectives import OBJECTIVES
 from qlora.data.records import Chosen, Part, Record, Records, load_records
 from qlora.data.rows import DataStats, has_chats, notes_on, require_known, stats_of
+from qlora.data.templates import set_switches
 from qlora.data.workers import KILLED
-from qlora.errors import UserError, first_line
+from qlora.errors import StreamError, UserError, first_line
 
 WINDOW_ROWS = 1000  # records that are packed together
 PIECE_ROWS = 100  # records that a process encodes at a time
@@ -68,10 +69,6 @@ MOST_PROCESSES = 8  # unless --dataset-num-proc says otherwise
 KNOWN_PLACES = 1000  # windows that a checkpoint can begin in
 LOOK_SECONDS = 0.2  # from one look of the thread, whether it should end, to the next
 Numbered = tuple[str, Record]  # the number of a row, and its record
-
-
-class StreamError(UserError):
-    """A fault of the data that was found while training ran."""
 
 
 class OtherRecords(StreamError):
@@ -113,6 +110,7 @@ class StreamedRows(torch.utils.data.Dataset[Any]):
     """
 
     rows = ()  # those with a number in the data
+    has_epochs = False  # Trainer would count shares of the run
 
     def __init__(
         self,
@@ -138,6 +136,7 @@ class StreamedRows(torch.utils.data.Dataset[Any]):
             sources.append(_named(records, source) if len(data.sources) > 1 else records)
         self.sources: Sequence[Records] = sources
         every = replace(sources[0], parts=[part for records in sources for part in records.parts])
+        self.tokenizer = tokenizer
         own = copy.deepcopy(tokenizer)  # rows do not depend on what is set in the run's later
         self.encoder = Encoder(data.name, task, own, max_length, (), reading, data.long_rows, every)
         processes = data.dataset_num_proc or max(1, min(workers.cores() - 1, MOST_PROCESSES))
@@ -149,6 +148,7 @@ class StreamedRows(torch.utils.data.Dataset[Any]):
             self.submit = resources.enter_context(workers.started(self.encoder.chunk, processes))
             self.windows = self._windows(Place())
             self.window = self.head = next(self.windows)
+            self.thinks = self.head.tally.thinks > 0  # then the run sets it
             self.places.append(self.head.place)
             self.resources = resources.pop_all()
 
@@ -223,6 +223,9 @@ class StreamedRows(torch.utils.data.Dataset[Any]):
         if (place.number, place.window) == (1, 0):
             rows = Tally.of(dict(place.tally or {})).rows
             tqdm.write(f"{name}: all {rows:,} rows were read, the next pass over them begins")
+        if tally.thinks and not self.thinks:  # the first row with reasoning comes late
+            self.thinks = True
+            set_switches(self.tokenizer, {"enable_thinking": True})
         left_out = tally.long.count + tally.dropped.count + tally.unanswered.count
         if left_out >= max(1, 2 * self.told):
             self.told = left_out

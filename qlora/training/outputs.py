@@ -33,7 +33,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qlora import __version__, files
 from qlora.cli import Progress
 from qlora.data import generation
-from qlora.data.streaming import StreamedRows
 from qlora.errors import UserError, some
 from qlora.training.checkpoints import complete_checkpoints, last_checkpoint, resumable
 
@@ -93,7 +92,8 @@ class MetricsWriter(TrainerCallback):
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
     ) -> None:
         # that of a streamed run would be the share of the run
-        self.has_epochs = not isinstance(getattr(train_dataloader, "dataset", None), StreamedRows)
+        dataset = getattr(train_dataloader, "dataset", None)
+        self.has_epochs = getattr(dataset, "has_epochs", True)
         # A resumed run logs the steps after its checkpoint again: their first rows are dropped.
         # So is an evaluation that the checkpoint lacks where the best is chosen: it is done again.
         step, rows = state.global_step, files.read_metrics(self.path.parent)

@@ -14,7 +14,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from qlora.adapters.files import save_adapter
-from qlora.data.streaming import StreamedRows
 from qlora.errors import UserError, some
 from qlora.files import replace_text
 from qlora.training.checkpoints import (
@@ -88,7 +87,7 @@ class Saving(SafeStates):
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
             finally:
                 self.saves_to = None
-            if isinstance(self.train_dataset, StreamedRows):
+            if hasattr(self.train_dataset, "place_of"):  # a StreamedRows
                 steps = step - self.rows_from
                 batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
                 place = json.dumps(self.train_dataset.place_of(steps * batch))

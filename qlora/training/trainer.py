@@ -38,8 +38,7 @@ from qlora.base.modules import state_of
 from qlora.config import GO_ON, TrainConfig
 from qlora.data.batches import collator
 from qlora.data.objectives import OBJECTIVES, Objective, measure
-from qlora.data.streaming import StreamError
-from qlora.errors import Interrupted, UserError, first_line, require
+from qlora.errors import Interrupted, StreamError, UserError, first_line, require
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
 from qlora.training.callbacks import (

@@ -25,11 +25,21 @@ def stream(monkeypatch):
     monkeypatch.setattr(streaming, "PIECE_ROWS", 15)
     opened = []
 
-    def open_stream(*sources, seed=1, size=10_000, max_length=64, vocabulary=None, **settings):
+    def open_stream(
+        *sources,
+        seed=1,
+        size=10_000,
+        max_length=64,
+        vocabulary=None,
+        chat_template=None,
+        **settings,
+    ):
         settings = {"shuffle_buffer": 50, "dataset_num_proc": 2, "streaming": True} | settings
         data = DataConfig(tuple(map(str, sources)), max_length=max_length, **settings)
         how = {"task": "causal-lm", "max_length": max_length, "vocabulary": vocabulary}
-        opened.append(StreamedRows(data, tiny_tokenizer(), seed=seed, size=size, **how))
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = chat_template or tokenizer.chat_template
+        opened.append(StreamedRows(data, tokenizer, seed=seed, size=size, **how))
         return opened[-1]
 
     yield open_stream
@@ -163,3 +173,22 @@ def test_faults_of_the_data(stream, tmp_path):
         rows[250]
     with pytest.raises(UserError, match=r"the tokenizer 260 tokens, of which these are used: 'x'"):
         stream(source, vocabulary=90)
+
+
+def test_reasoning_that_comes_late_turns_thinking_on_in_the_saved_template(stream, tmp_path):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}"
+        "<think>{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}<|im_end|>"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>"
+        "{{ '' if enable_thinking else '</think>' }}{% endif %}"
+    )
+    turns = [{"role": "user", "content": "q?"}, {"role": "assistant", "content": "yes"}]
+    thinks = [turns[0], turns[1] | {"reasoning_content": "hm"}]
+    rows = [{"messages": thinks if i > 60 else turns} for i in range(120)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    rows = stream(source, shuffle_buffer=1, chat_template=template)
+    prompt = {"tokenize": False, "add_generation_prompt": True}
+    assert rows.tokenizer.apply_chat_template(turns[:1], **prompt).endswith("</think>")
+    rows[119]
+    assert rows.tokenizer.apply_chat_template(turns[:1], **prompt).endswith("<think>")
