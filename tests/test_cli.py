@@ -211,7 +211,7 @@ flat_settings = {
     | st.lists(plain_words, min_size=1).map(tuple),
     "compute_dtype": st.sampled_from(["auto", "bf16", "fp16", "fp32"]),
     "skip_modules": st.lists(names).map(tuple), "learning_rate": st.none() | positive,
-    "seed": st.integers(), "max_steps": st.integers(1, 10**9),
+    "seed": st.integers(-(2**63) + 1, 2**63 - 1), "max_steps": st.integers(1, 10**9),
     "report_to": st.lists(names).map(tuple),
     "trainer": st.dictionaries(plain_words, values, max_size=3),
 }  # fmt: skip

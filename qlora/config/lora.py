@@ -84,6 +84,7 @@ def _check(name: str, value: Any, kinds: Iterable[Any], metadata: Mapping[str, A
     wanted, holds = metadata.get("rule", ("", lambda value: True))
     is_finite = type(value) not in (int, float) or fits(value, float)
     if type(value) not in types or not is_finite or not holds(value):
+        number += " of 64 bits" * (type(value) is int and not is_finite)
         wanted = wanted if "choices" in metadata else f"{number} {wanted}".strip()
         raise UserError(f"{name} must be {wanted}, got {value!r}")
 

@@ -19,8 +19,8 @@ MOST = 2**63 - 1  # of a whole number, in torch and safetensors
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of type `hint`; numbers must be finite and fit 64 bits. A list is a tuple,
-    whose items are of one type."""
+    """Whether `value` is of type `hint`; numbers must be finite, whole ones of 64 bits. A list is a
+    tuple, whose items are of one type."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -35,9 +35,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Mapping:
         items = value.items() if isinstance(value, Mapping) else [(None, None)]
         return all(fits(key, args[0]) and fits(item, args[1]) for key, item in items)
+    if hint is float and type(value) is float:
+        return math.isfinite(value)
     if hint in (int, float):
-        is_number = type(value) is int or (hint is float and type(value) is float)
-        return is_number and -MOST <= value <= MOST and math.isfinite(value)
+        return type(value) is int and -MOST <= value <= MOST
     return isinstance(value, hint) and (hint is not int or type(value) is int)
 
 
