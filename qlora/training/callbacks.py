@@ -56,7 +56,7 @@ def return_freed_memory() -> None:
 
 class ReturnMemory(TrainerCallback):
     """Lets glibc return its free pages to the system at each checkpoint of a run on a CPU: what
-    oneDNN's kernels leave between other memory grows by 2 MiB in 100 steps."""
+    oneDNN's kernels leave between other memory grows with the steps."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         with suppress(OSError, AttributeError, TypeError):  # not glibc

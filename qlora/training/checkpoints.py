@@ -123,12 +123,15 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put all random generators into these states."""
-    random.setstate(states["python"])
-    numpy.random.set_state(states["numpy"])
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    """Put all random generators into these states; UserError for values that are none."""
+    try:
+        random.setstate(states["python"])
+        numpy.random.set_state(states["numpy"])
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{RANDOM} is damaged: {first_line(error)}") from error
 
 
 class SafeStates:
