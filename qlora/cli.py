@@ -90,7 +90,7 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
             values[name] = values.get(name, {}) | new
         elif "paths" in settings[name].metadata:
             fault = f"{source}: wanted a name or a list of names, got {str(value)[:60]}"
-            require(isinstance(value, str | list | tuple), fault)
+            require(isinstance(value, str | list | tuple), fault)  # a recipe's list is a tuple
             words = (value,) if isinstance(value, str) else tuple(map(str, value))
             values[name] = words[0] if len(words) == 1 else words
         else:

@@ -350,3 +350,10 @@ def test_errors_do_not_import_torch(script, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: unknown flag --zzz.") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["data: [a, b]", "data:\n- a\n- b"])
+def test_a_recipe_may_list_several_data(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"{text}\nmodel: m\noutput_dir: o\n")
+    config = cli.parse(TrainConfig, ["--config", str(tmp_path / "recipe.yaml")], prog="train.py")
+    assert config.data.sources == ("a", "b")
