@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-full check check-pages structure notebooks docs dist install clean help
+.PHONY: demo test test-full reliability check check-pages structure notebooks docs dist install clean help
 
 demo: $(VENV)/.installed $(VENV)/.small-model  ## train, compare and merge a small model, on any PC
 	$(BIN)/python -m demo
@@ -20,7 +20,10 @@ test: $(VENV)/.installed $(VENV)/.small-model  ## the test suite; tests that nee
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --ignore tests/pages $(IN_PARALLEL) --dist worksteal
 
 test-full: $(VENV)/.installed $(VENV)/.small-model  ## every combination too, for a nightly run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'full or not full' $(IN_PARALLEL) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not reliability' $(IN_PARALLEL) --dist worksteal
+
+reliability: $(VENV)/.installed  ## runs that are killed, damaged files, memory over 2,000 steps; an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m reliability tests/reliability $(IN_PARALLEL) --dist worksteal
 
 check-pages: $(VENV)/.installed $(VENV)/.small-model  ## commands, figures and links of the pages; notebooks; benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pages $(IN_PARALLEL) --dist load --maxschedchunk 1

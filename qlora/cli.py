@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from qlora.config import OLD_NAMES, Config, build, docs_of, is_required, settings_of
 from qlora.config.lora import ALL_LINEAR
-from qlora.errors import UserError, did_you_mean
+from qlora.errors import UserError, did_you_mean, require
 from qlora.files import AsWritten, read_yaml
 
 DOTTED = ("trainer", "template")  # settings whose entries have flags: --trainer.NAME
@@ -89,10 +89,15 @@ def parse(config_class: type[Config], words: Sequence[str] | None = None, *, pro
             new = {key: read_yaml(source, value)} if key else _value(source, Mapping, value)
             values[name] = values.get(name, {}) | new
         elif "paths" in settings[name].metadata:
+            fault = f"{source}: wanted a name or a list of names, got {str(value)[:60]}"
+            require(isinstance(value, str | list | tuple), fault)  # a recipe's list is a tuple
             words = (value,) if isinstance(value, str) else tuple(map(str, value))
             values[name] = words[0] if len(words) == 1 else words
         else:
             values[name] = _value(source, settings[name].type, value)
+    if values.get("trust_remote_code") and "trust_remote_code" not in flags:  # maybe a stranger's
+        what = "trust_remote_code, which runs the code of the model's repository"
+        raise UserError(f"{where}{what}, is not taken from a file: give --trust-remote-code")
     try:
         return build(config_class, values)
     except UserError as error:

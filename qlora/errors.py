@@ -8,11 +8,26 @@ from difflib import get_close_matches
 STOPS = tuple(each for each in signal.Signals if each.name in ("SIGTERM", "SIGHUP"))
 
 
+LONGEST_MESSAGE = 2000  # characters
+
+
 class UserError(ValueError):
     """An error in one line: what was wanted, what came, how to fix it."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        return plain_line(super().__str__())
+
+
+class StreamError(UserError):
+    """A fault of the data that was found while training ran."""
+
+
+def plain_line(text: str) -> str:
+    """`text` in one line, with escapes for what a terminal would obey; a long one without its
+    middle. Names and values from files come into messages."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    cut = f"{line[: LONGEST_MESSAGE - 400]} … {line[-390:]}"
+    return line if len(line) <= LONGEST_MESSAGE else cut
 
 
 class Interrupted(KeyboardInterrupt):
@@ -50,4 +65,5 @@ def some(names: Sequence[str], most: int = 4) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, for another message."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:200] + "."
+    line = text.splitlines()[0].rstrip(".")[:200]
+    return line if line.endswith(("!", "?")) else f"{line}."

@@ -10,7 +10,9 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from typing import Any
 import psutil
 import yaml
 
-from qlora.errors import UserError
+from qlora.config.types import described, fits, shown
+from qlora.errors import UserError, first_line, require, some
 
 try:
     import fcntl
@@ -27,19 +30,28 @@ except ImportError:
 
 RUN = "run.yaml"
 LOCK = ".lock"  # in the folder of a run
+CLAIM_SECONDS = 1.0  # from writing LOCK to reading it again, on a file system without locks
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 INSPECTION = "inspect.html"
 MERGE_REPORT = "merge_report.json"
 GENERATION = "generation_config.json"
+MOST_BYTES = 64 << 20  # of a JSON file of settings
+MOST_YAML, MOST_NODES = 1 << 20, 100_000  # characters, and values, of a YAML file
 
 
 def read_json(path: Path, *, fix: str = "") -> dict[str, Any]:
     """The JSON object in a file; the UserError for anything else ends with `fix`."""
     try:
+        size = path.stat().st_size
+        require(size <= MOST_BYTES, f"{path} has {size:,} bytes, too many for settings. {fix}")
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. {fix}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply. {fix}") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} is not a JSON object: {error}. {fix}") from error
     if not isinstance(values, dict):
@@ -59,17 +71,38 @@ def ids_in(eos_token_id: Any) -> frozenset[int]:
     return frozenset(i for i in ids if isinstance(i, int))
 
 
-class AsWritten(yaml.BaseLoader):
-    """Loads YAML with all scalars as text; refuses duplicate keys."""
+class Strict:
+    """Refuses YAML with duplicate keys, and with aliases that stand for more than MOST_NODES."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        _count_nodes(node, {})
+        return super().construct_document(node)  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [str(key.value).replace("-", "_") for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(problem=f"{twice[0]} is set twice")
-        return super().construct_mapping(node, deep)
+        keys = Counter(str(key.value).replace("-", "_") for key, _ in node.value)
+        if twice := next((key for key, count in keys.items() if count > 1), None):
+            raise yaml.constructor.ConstructorError(problem=f"{twice} is set twice")
+        return super().construct_mapping(node, deep)  # type: ignore[misc,no-any-return]
 
 
-class Loader(yaml.SafeLoader):
+def _count_nodes(node: yaml.Node, counts: dict[int, int]) -> int:
+    """The values in `node`, those of an alias each time; `counts`: of nodes, by id."""
+    if id(node) in counts:
+        return counts[id(node)]
+    counts[id(node)] = MOST_NODES  # of one that contains itself
+    items = node.value if isinstance(node, yaml.CollectionNode) else ()
+    inner = (each for item in items for each in (item if isinstance(item, tuple) else (item,)))
+    counts[id(node)] = count = 1 + sum(_count_nodes(each, counts) for each in inner)
+    if count > MOST_NODES:
+        raise yaml.constructor.ConstructorError(problem="its aliases stand for too many values")
+    return count
+
+
+class AsWritten(Strict, yaml.BaseLoader):
+    """Loads YAML with all scalars as text."""
+
+
+class Loader(Strict, yaml.SafeLoader):
     """Loads YAML, with 1e-4 as a number; only true and false are booleans: `no` and `on` are words,
     as in YAML 1.2."""
 
@@ -86,12 +119,17 @@ Loader.add_implicit_resolver(
 
 def read_yaml(where: str, text: str, loader: Any = Loader) -> Any:
     """The value of a YAML text; a UserError names `where` it is from."""
+    require(len(text) <= MOST_YAML, f"{where} has {len(text):,} characters, too many for settings")
     try:
         return yaml.load(text, loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line} is not YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply") from None
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+        raise UserError(f"{where} is not YAML: {first_line(error)}") from None  # of a tag's value
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
@@ -104,23 +142,35 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError):
+        values = read_yaml(str(path), path.read_text(encoding="utf-8"))
+    except (UserError, UnicodeDecodeError):
         values = None
-    parts = {"base": dict, "data": dict, "resumed": list}  # of their type, if they are there
+    # of their type, if they are there
+    parts: dict[str, Any] = {"config": dict, "base": dict, "data": dict, "resumed": list}
+    parts |= dict.fromkeys(("device", "versions"), dict | None)
     if (
         not isinstance(values, dict)
-        or not isinstance(values.get("config"), dict)
-        or not all(isinstance(values.get(name, kind()), kind) for name, kind in parts.items())
+        or "config" not in values
+        or not all(isinstance(values[n], kind) for n, kind in parts.items() if n in values)
     ):
         raise UserError(f"{path} is not a run file of train.py, or damaged: restore or remove it")
     return values
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The logged rows of a run; empty if there are none yet. null, not finite, is read as NaN."""
-    rows = read_rows(folder / METRICS, ("step",))
-    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    """The logged rows of a run; empty if there are none yet. What is not finite is read as NaN."""
+    rows = read_rows(folder / METRICS, {"step": int})
+    for row in rows:
+        wrong = [
+            name for name, value in row.items() if not isinstance(value, int | float | str | None)
+        ]
+        fault = f"step {row['step']} has no number as {some(wrong)}: remove that line"
+        require(not wrong, f"{folder / METRICS}: {fault}")
+    return [{name: _finite(value) for name, value in row.items()} for row in rows]
+
+
+def _finite(value: Any) -> Any:
+    return math.nan if value is None or value in (math.inf, -math.inf) else value
 
 
 def metrics_line(row: Mapping[str, Any]) -> str:
@@ -131,11 +181,13 @@ def metrics_line(row: Mapping[str, Any]) -> str:
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """Sample answers of a run, before and after training; empty if there are none."""
-    return read_rows(folder / SAMPLES, ("prompt", "wanted", "before", "after"))
+    keys = ("prompt", "wanted", "before", "after")
+    return read_rows(folder / SAMPLES, dict.fromkeys(keys, str | None))
 
 
-def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, none without one; UserError for a line cut short."""
+def read_rows(path: Path, types: Mapping[str, Any] = {}) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, none without one; UserError for a line cut short, and for one
+    that lacks a key of `types` or has a value of another type."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     rows = []
     # not splitlines: a JSON text may contain other line separators, such as U+2028
@@ -144,17 +196,34 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             fault = f"wanted a JSON object, got {line[:40]!r}, which is cut short or damaged"
-        elif missing := ", ".join(key for key in keys if key not in row):
+        elif missing := ", ".join(key for key in types if key not in row):
             fault = f"it has no {missing}"
+        elif wrong := [key for key, kind in types.items() if not fits(row[key], kind)]:
+            fault = f"{wrong[0]} must be {described(types[wrong[0]])}, got {shown(row[wrong[0]])}"
         else:
             rows.append(row)
             continue
         raise UserError(f"{path}, line {number}: {fault}: remove that line")
     return rows
+
+
+def require_inside(folder: Path) -> None:
+    """Raise if a file of `folder` is a link that leaves it. Those of the hub's cache lead from
+    snapshots/REVISION to blobs/ beside it.
+
+    A folder from outside could otherwise make a private file part of what is written.
+    """
+    places = [folder.resolve()]
+    places += [p.parent / "blobs" for p in places[0].parents if p.name == "snapshots"]
+    places = [place.resolve() for place in places]
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink() and not any(map(path.resolve().is_relative_to, places)):
+            target = f"{path} is a link to {os.readlink(path)}, which is outside of its folder"
+            raise UserError(f"{target}: if you trust it, put a copy in its place")
 
 
 # ---- writing
@@ -193,7 +262,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     The system unlocks the folder of a dead process, whose LOCK is replaced. On a file system
     without locks LOCK decides alone: its owner is dead if its host is this one and has no such
-    process.
+    process; of two that begin at once, the last one to write it goes on.
 
     Raises:
         UserError: another process has locked it, which is told.
@@ -201,8 +270,14 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     handle = os.open(folder, os.O_RDONLY) if fcntl else -1
     try:
-        _lock(handle, folder)
-        replace_text(path, json.dumps(_this_process()) + "\n")
+        is_locked, this = _lock(handle, folder), _this_process()
+        partial = path.with_name(f"{LOCK}-{this['host']}-{this['pid']}.partial")
+        partial.write_text(json.dumps(this) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        if not is_locked:
+            time.sleep(CLAIM_SECONDS)
+            if (owner := _owner(folder)) and owner != this:
+                raise _in_use(folder, owner)
         try:
             yield
         finally:
@@ -212,23 +287,29 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _lock(handle: int, folder: Path) -> None:
-    """Lock the folder that is open as `handle`; UserError if another process has it."""
-    owner, fix = _owner(folder), "wait for its end, or give a new folder"
-    who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+def _lock(handle: int, folder: Path) -> bool:
+    """Lock the folder that is open as `handle`; UserError if another process has it. False on a
+    file system without locks, where no living process is known to have it."""
+    owner = _owner(folder)
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
     except BlockingIOError as error:
-        raise UserError(f"{folder} is in use by another run, {who}: {fix}") from error
-    except OSError:  # a file system without locks
+        raise _in_use(folder, owner) from error
+    except OSError:
         pass
+    if owner and (owner["host"] != platform.node() or _is_alive(owner)):
+        raise _in_use(folder, owner)
+    return False
+
+
+def _in_use(folder: Path, owner: Mapping[str, Any] | None) -> UserError:
+    who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+    fix = "wait for its end, or give a new folder"
     if owner and owner["host"] != platform.node():
         fix = f"if that process has ended, remove {folder / LOCK}; else give a new folder"
-        raise UserError(f"{folder} is in use by another run, {who}: {fix}")
-    if owner and _is_alive(owner):
-        raise UserError(f"{folder} is in use by another run, {who}: {fix}")
+    return UserError(f"{folder} is in use by another run, {who}: {fix}")
 
 
 def _this_process() -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Sizes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        by_onednn(torch.ones(1))  # which is measured once, on products of a fixed size
+        by_onednn(torch.ones(1))  # tried once, on products of a fixed size
         self.seen: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

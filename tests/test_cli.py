@@ -189,6 +189,12 @@ def test_an_invalid_recipe_is_refused(recipe, text, parts):
     assert [part for part in parts if part not in line] == []
 
 
+def test_settings_do_not_stand_below_data(recipe):
+    recipe("data: {name: rows.jsonl}")
+    line = refused("--config recipe.yaml", required="--model base --output-dir out ")
+    assert line == "recipe.yaml: data: wanted a name or a list of names, got {'name': 'rows.jsonl'}"
+
+
 # ---- round trip ----
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(
@@ -205,7 +211,7 @@ flat_settings = {
     | st.lists(plain_words, min_size=1).map(tuple),
     "compute_dtype": st.sampled_from(["auto", "bf16", "fp16", "fp32"]),
     "skip_modules": st.lists(names).map(tuple), "learning_rate": st.none() | positive,
-    "seed": st.integers(), "max_steps": st.integers(1, 10**9),
+    "seed": st.integers(-(2**63) + 1, 2**63 - 1), "max_steps": st.integers(1, 10**9),
     "report_to": st.lists(names).map(tuple),
     "trainer": st.dictionaries(plain_words, values, max_size=3),
 }  # fmt: skip
@@ -344,3 +350,10 @@ def test_errors_do_not_import_torch(script, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: unknown flag --zzz.") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["data: [a, b]", "data:\n- a\n- b"])
+def test_a_recipe_may_list_several_data(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"{text}\nmodel: m\noutput_dir: o\n")
+    config = cli.parse(TrainConfig, ["--config", str(tmp_path / "recipe.yaml")], prog="train.py")
+    assert config.data.sources == ("a", "b")

@@ -1,10 +1,12 @@
 """JSON-lines and JSON files, and atomic writes."""
 
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -25,13 +27,17 @@ def test_rows_are_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [(line, "wanted a JSON object") for line in ('{"step": 3, "lo', "[1]", "\x00\x00")]
-    + [('{"a": 1}', "it has no b, c")],
+    + [
+        ('{"a": 1}', "it has no b, c"),
+        ('{"a": 1e999, "b": 2, "c": 3}', "a must be a whole number, got inf"),
+        ("[" * 100_000, "wanted a JSON object"),
+    ],
 )
 def test_a_damaged_line_is_named(line, fault, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1, "b": 2, "c": null}\n\n' + line)
     with pytest.raises(UserError, match=rf"rows.jsonl, line 3: {fault}.*: remove that line"):
-        read_rows(path, ("a", "b", "c"))
+        read_rows(path, {"a": int, "b": int, "c": None | int})
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,9 @@ def test_a_second_process_is_told_and_a_dead_ones_lock_is_taken_over(tmp_path):
     ],
 )
 def test_a_file_system_without_locks_has_those_of_the_file(changes, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "CLAIM_SECONDS", 0.0)
+    flock = Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr(files, "fcntl", Mock(flock=flock, LOCK_EX=2, LOCK_NB=4))
     owner = {"pid": 1, "host": platform.node(), "started": psutil.Process(1).create_time()}
     (tmp_path / ".lock").write_text(json.dumps(owner | changes))
     if words:
@@ -103,3 +111,15 @@ def test_a_file_system_without_locks_has_those_of_the_file(changes, words, tmp_p
         with locked(tmp_path):
             assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
         assert not (tmp_path / ".lock").exists()
+
+
+def test_of_two_processes_that_begin_at_once_the_last_to_write_the_lock_goes_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files, "fcntl", None)
+    other = {"pid": 7, "host": "else", "started": 1.0}
+    path = tmp_path / ".lock"
+    monkeypatch.setattr(files.time, "sleep", lambda _: path.write_text(json.dumps(other)))
+    with pytest.raises(UserError, match="in use by another run, process 7"), locked(tmp_path):
+        pass
+    assert json.loads(path.read_text()) == other

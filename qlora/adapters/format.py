@@ -12,9 +12,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from bitsandbytes.utils import unpack_tensor_to_dict
+import psutil
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -24,11 +24,15 @@ from qlora.base.checkpoint import Checkpoint
 from qlora.config import LoraConfig, QuantConfig
 from qlora.config.lora import REBASING_INITS
 from qlora.config.tasks import task_typed
+from qlora.config.types import require_types
 from qlora.errors import UserError, require
-from qlora.files import read_json, read_stop_ids
-from qlora.ops import nf4
+from qlora.files import read_json, read_stop_ids, require_inside
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONVERT = (  # weights_only: it unpickles tensors and plain values only
+    "convert it with: cd '{}' && python -c 'import torch; from safetensors.torch import save_file; "
+    'save_file(torch.load("adapter_model.bin", weights_only=True), "adapter_model.safetensors")\''
+)
 
 # ---- the keys of adapter_config.json ----
 
@@ -47,14 +51,14 @@ def _same(value: Any) -> Any:
 
 
 def _mapping(value: Any) -> Any:
-    return value or {}
+    return {} if value is None else value
 
 
 def _tuple(value: Any) -> Any:
     """A list, or each list in a mapping, as a tuple; a regular expression stays a string."""
     if isinstance(value, dict):
-        return {name: tuple(ids) for name, ids in value.items()}
-    return value if isinstance(value, str) else tuple(value or ())
+        return {name: _tuple(ids) for name, ids in value.items()}
+    return tuple(value or ()) if isinstance(value, list | set | None) else value
 
 
 KEYS: dict[str, Key] = {
@@ -115,6 +119,37 @@ def require_supported(values: Mapping[str, Any], folder: Path) -> None:
 
 
 # ---- an adapter as read ----
+
+# Types of what is read of the files without a field of LoraConfig.
+OTHERS = {
+    "base_model_name_or_path": str | None,
+    "eva_config": Mapping[str, Any] | None,
+    "exclude_modules": str | list[str] | None,
+    "fan_in_fan_out": bool | None,
+    "init_lora_weights": bool | str | None,
+    "layer_replication": list[Any] | None,
+    "layers_pattern": str | list[str] | None,
+    "layers_to_transform": int | list[int] | None,
+    "lora_bias": bool | None,
+    "peft_version": str | None,
+    "revision": str | None,
+    "use_dora": bool | None,
+    "use_rslora": bool | None,
+}
+RECORD = {  # of the base, in the metadata
+    "blocksize": int,
+    "compute_dtype": Literal["auto", "bf16", "fp16", "fp32"],
+    "double_quant": bool,
+    "fingerprint": str | None,
+    "heads": list[str],
+    "labels": list[str],
+    "pad_token_id": int | None,
+    "quant_type": str,
+    "rebased": Mapping[str, int],
+    "revision": str | None,
+    "skip_modules": list[str],
+    "task": Literal["causal-lm", "seq2seq", "seq-cls", "token-cls"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +236,22 @@ def require_one_size(adapter: AdapterFile, sizes: Mapping[str, int], where: str)
     require(len({*sizes.values()}) < 2, message)
 
 
+def _record(metadata: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """What the safetensors metadata tell of the base, as `ModelState.record` writes it."""
+    where = f"{folder / WEIGHTS}: its qlora metadata"
+    try:
+        base = json.loads(metadata.get("qlora", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not a JSON object") from error
+    require(isinstance(base, dict), f"{where} is not a JSON object")
+    require_types(base, RECORD, where)
+    try:
+        QuantConfig(**{name: base[name] for name in ("quant_type", "blocksize") if name in base})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return dict(base)
+
+
 def read_adapter(folder: str | Path) -> AdapterFile:
     """Read and check an adapter's two files.
 
@@ -212,10 +263,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     values, tensors, metadata = read_files(folder)
     require_supported(values, folder)
     config, contents = contents_of(values, tensors, folder)
-    try:
-        base = dict(json.loads(metadata.get("qlora", "{}")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / WEIGHTS}: its qlora metadata is not a JSON object") from error
+    base = _record(metadata, folder)
     targets = values.get("target_modules")
     narrowing = ("exclude_modules", "layers_to_transform", "eva_config")
     if not isinstance(targets, list) or any(values.get(key) for key in narrowing):
@@ -250,13 +298,18 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
     if not (folder / CONFIG).is_file():
         what = "does not exist" if not folder.is_dir() else f"holds no {CONFIG}"
         raise UserError(f"adapter {folder} {what}: give the folder with {CONFIG} and {WEIGHTS}")
+    require_inside(folder)
     values, path = read_json(folder / CONFIG, fix="Save the adapter again"), folder / WEIGHTS
     kind = values.get("peft_type")
     wanted = f"is no LoRA adapter: peft_type must be 'LORA', got {kind!r}"
     require(kind == "LORA", f"{folder / CONFIG} {wanted}")
+    require_types(values, OTHERS, folder / CONFIG)
     has_pickle = (folder / "adapter_model.bin").exists()
-    pickled = " (adapter_model.bin is a pickle and is not opened: save it as safetensors)"
+    pickled = f" (adapter_model.bin is a pickle and is not opened: {CONVERT.format(folder)})"
     require(path.is_file(), f"{folder} holds no {WEIGHTS}{pickled * has_pickle}")
+    size, free = path.stat().st_size, psutil.virtual_memory().available
+    needs = f"{path} needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    require(size <= free, f"{needs}: is it an adapter?")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -355,8 +408,7 @@ def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model"
         )
     if adapter.knows_quantization:
-        mark = next(name for name in checkpoint.tensors if nf4.RECORD_MARK in name)
-        state = unpack_tensor_to_dict(checkpoint.read(mark))
+        state = next(iter(checkpoint.records.values()))
         quant, words = adapter.quantization, "{} of blocksize {}, double_quant={}"
         is_nested = "nested_blocksize" in state
         stored = words.format(state["quant_type"].upper(), state["blocksize"], is_nested)

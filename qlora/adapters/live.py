@@ -30,9 +30,11 @@ from qlora.base.load import (
     DTYPE_NAMES,
     compute_dtype,
     default_device,
+    from_pretrained,
     load_base,
     load_tokenizer,
 )
+from qlora.base.missing import require_on_disk
 from qlora.base.modules import auto_class
 from qlora.config import ModelChoice, QuantConfig
 from qlora.config.tasks import TASKS, task_named
@@ -124,8 +126,9 @@ class ResolvedModel:
         else:
             placed = {"dtype": compute_dtype(quant, device), "device_map": {"": device}}
             kind = auto_class(task_named(self.task))
-            options: Any = {"output_loading_info": True, **placed, **trusted}
-            model, info = kind.from_pretrained(checkpoint.folder, **options)
+            empty = skeleton(checkpoint.folder, task=task_named(self.task), **trusted)
+            require_on_disk(checkpoint, empty)
+            model, info = from_pretrained(kind, checkpoint, **placed, **trusted)
             lacks = sorted(info["missing_keys"])
             fault = f"{self.what} lacks {len(lacks)} tensors of a {type(model).__name__}: "
             fix = "Give a complete model, such as a merged one"

@@ -21,7 +21,7 @@ from qlora.base.load import load_tokenizer
 from qlora.config import TrainConfig
 from qlora.data.chats import Reading
 from qlora.data.encoding import Encoder
-from qlora.data.inspection import Token, View, views
+from qlora.data.inspection import Piece, View, views
 from qlora.data.objectives import OBJECTIVES, class_names
 from qlora.data.records import Chosen, load_records
 from qlora.data.templates import apply_settings
@@ -66,16 +66,18 @@ def views_of(config: TrainConfig) -> Iterable[View]:
         longest = Checkpoint(folder).max_positions
     max_length = min(config.data.max_length, longest or config.data.max_length)
     reading, objective = Reading.of(config.data), OBJECTIVES[config.task]
-    chosen = Chosen(config.data.data_config or "", config.data.data_split or "")
+    names_of = config.data.data_config or "", config.data.data_split or ""
+    chosen = Chosen(*names_of, streaming=config.data.streaming)
     count = None if config.inspect_rows else config.inspect
+    names: Any = ()
+    if objective.classifies:
+        every = (load_records(s, objective.kinds, chosen=chosen) for s in config.data.sources)
+        names = class_names(*every)
     for source in config.data.sources:
         last = count or max(config.inspect_rows)
-        names: Any = ()
-        if objective.classifies:
-            records = load_records(source, objective.kinds, chosen=chosen)
-            names = class_names(records, records.kind[-1])
         kinds = reading.kinds(objective.kinds)
         records = load_records(source, kinds, limit=last, chosen=chosen)
+        reading.require_column(records, source)
         how: Any = (reading, config.data.long_rows, records)
         encoder = Encoder(source, config.task, tokenizer, max_length, names, *how)
         yield from views(encoder, records, count=count, chosen=config.inspect_rows)
@@ -106,11 +108,11 @@ def html(shown: list[View], config: TrainConfig) -> str:
     """The page of some rows."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(PAGE.read_text(encoding="utf-8"))
-    rows = [(heading(view), _stretches(view.tokens), view.tokens) for view in shown]
+    rows = [(heading(view), _stretches(view.pieces), view.tokens) for view in shown]
     return page.render(rows=rows, model=config.model, data=config.data.name)
 
 
-def _stretches(tokens: list[Token]) -> list[tuple[bool, list[Token]]]:
-    """Tokens in stretches with and without loss."""
-    groups = groupby(tokens, key=lambda token: token.label is not None)
+def _stretches(pieces: list[Piece]) -> list[tuple[bool, list[Piece]]]:
+    """Pieces in stretches with and without loss."""
+    groups = groupby(pieces, key=lambda piece: piece.tokens[0].label is not None)
     return [(learned, list(group)) for learned, group in groups]

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from qlora import files
 from qlora.cli import show_seconds
 from qlora.config import ReportConfig
-from qlora.errors import UserError, require
+from qlora.errors import UserError, first_line, require
 from qlora.pictures import GIB, as_svg, by_kind, draw_merge, draw_run
 
 REPORT = "report.html"
@@ -109,7 +109,17 @@ def _merge_report(path: Path) -> dict[str, Any] | None:
 
 
 def page(run: Run, merge: Mapping[str, Any] | None = None) -> str:
-    """The HTML of the page."""
+    """The HTML of the page; UserError for files with values that neither train.py nor a merge
+    writes."""
+    try:
+        return _page(run, merge)
+    except Exception as error:  # each value of each file has its own
+        kind = f"{type(error).__name__}: {first_line(error)}"
+        fault = f"{run.folder}: its files, or {files.MERGE_REPORT}, hold values of another kind"
+        raise UserError(f"{fault} than these commands write ({kind}) Restore them") from error
+
+
+def _page(run: Run, merge: Mapping[str, Any] | None) -> str:
     settings, device = dict(run.facts["config"]), run.facts.get("device") or {}
     peak, total = run.memory()
     data = settings.get("data")
@@ -177,7 +187,10 @@ def remarks(run: Run) -> list[str]:
     if evals and evals[-1][1] > 1.02 * best + 0.01:
         lowest = f"The evaluation loss was lowest at step {step:,} ({best:.4f})"
         lines.append(f"{lowest} and has risen since: train for fewer steps.")
-    if cut := (run.facts.get("data") or {}).get("training", {}).get("cut_rows", 0):
+    counts = (run.facts.get("data") or {}).get("training", {})
+    if counts.get("streamed"):
+        lines.append("The training data were streamed: their counts are those of the first rows.")
+    if cut := counts.get("cut_rows", 0):
         length = run.facts["config"].get("max_length")
         lines.append(f"{cut:,} training rows had more than {length} tokens and were cut.")
     return lines

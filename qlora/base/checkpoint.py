@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qlora.base.gguf import check_header
+from qlora.base.inputs import read_config, read_record, why_not
 from qlora.base.modules import (
     CASTS,
     auto_class,
@@ -37,7 +39,7 @@ from qlora.base.shards import DTYPE_CODES, INDEX, SINGLE
 from qlora.config import QuantConfig
 from qlora.config.tasks import CAUSAL_LM, Task
 from qlora.errors import UserError, first_line, require
-from qlora.files import publishing, read_json, read_stop_ids
+from qlora.files import publishing, read_json, read_stop_ids, require_inside
 from qlora.ops.nf4 import RECORD_MARK
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
@@ -48,6 +50,10 @@ POSITIONS_AFTER_PAD = (
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+CONVERT = (  # transformers unpickles tensors and plain values only, torch.load's weights_only
+    "convert them with: python -c 'from transformers import AutoModelForCausalLM as M; "
+    'M.from_pretrained("{0}", dtype="auto").save_pretrained("{0}")\''
+)
 COPY_AGAIN = "download or copy it again"
 
 
@@ -64,6 +70,8 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
         return _convert_gguf(folder)
     if revision and folder.exists():
         raise UserError(f"--revision {revision} is for hub models, not for a local path: {model}")
+    is_revision = revision is None or re.fullmatch(r"(?!.*\.\.)[\w./-]+", revision)
+    require(bool(is_revision), f"revision must be a branch, tag or commit, got {revision!r}")
     is_hub_name = folder.suffix != ".gguf" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
     if folder.is_file() or not (folder.exists() or is_hub_name):
         fault = "is a file" if folder.is_file() else "does not exist"
@@ -90,7 +98,7 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         raise UserError(
             f"{folder} holds no {SINGLE} or {INDEX}. Pickled weights (.bin, .pt) are not opened: "
-            "save the model with save_pretrained first"
+            f"{CONVERT.format(folder)}"
         )
     return folder
 
@@ -110,8 +118,10 @@ def _convert_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    source["trust_remote_code"] = False
     with publishing(folder) as partial:
         try:
+            check_header(path)
             model = AutoModelForCausalLM.from_pretrained(
                 **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
             )
@@ -148,9 +158,8 @@ class Checkpoint:
     def open(cls, model: str, *, revision: str | None = None) -> "Checkpoint":
         """The checkpoint in `resolve(model)`."""
         folder = resolve(model, revision=revision)
-        values = read_json(folder / "config.json").get("quantization_config") or {}
-        fault = f"quantization_config must be an object, got a {type(values).__name__}"
-        require(isinstance(values, dict), f"{folder / 'config.json'}: {fault}")
+        require_inside(folder)
+        read_config(folder)
         read_stop_ids(folder)  # of a file that is no JSON object transformers has a traceback
         return cls(folder, model, revision)
 
@@ -163,7 +172,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return read_json(self.folder / "config.json")
+        return read_config(self.folder)
 
     @cached_property
     def tensors(self) -> dict[str, Header]:
@@ -209,7 +218,22 @@ class Checkpoint:
         suffixes = [key[len(name) :] for key in self.tensors if key.startswith(f"{name}.")]
         if not any(suffix.startswith(RECORD_MARK) for suffix in suffixes):
             return None
+        require(name in self.records, f"{self.folder} has no 4-bit weight {name}: {COPY_AGAIN}")
         return {"": self.read(name), **{s[1:]: self.read(name + s) for s in suffixes}}
+
+    @cached_property
+    def records(self) -> dict[str, dict[str, Any]]:
+        """4-bit weight -> what its record tells: quant_type, blocksize, shape (out, in), and more.
+
+        Raises:
+            UserError: a record is damaged, or its tensors are not of the sizes that it tells.
+        """
+        marks = [name for name in self.tensors if RECORD_MARK in name]
+        return {
+            name: read_record(name, self.tensors, self.read(mark))
+            for mark in marks
+            for name in [mark.partition(RECORD_MARK)[0]]
+        }
 
     @cached_property
     def _names(self) -> "WeakKeyDictionary[nn.Module, DiskNames]":
@@ -288,9 +312,11 @@ class OriginalWeights:
 def model_config(
     folder: Path, *, labels: Sequence[str] = (), trust_remote_code: bool = False
 ) -> Any:
-    """transformers' config of `folder`, with the class names `labels` if there are any."""
+    """transformers' config of `folder`, with the class names `labels` if there are any. Raises
+    UserError for a damaged one, and transformers' own errors."""
     from transformers import AutoConfig
 
+    read_config(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     settings = getattr(config, "quantization_config", {})
     if not any((settings or {}).get(key) for key in ("quant_method", "load_in_4bit")):
@@ -314,9 +340,11 @@ def skeleton(
         config = model_config(folder, labels=labels, **trusted)
         with torch.device("meta"):
             model: nn.Module = auto_class(task).from_config(config, **trusted)
-    except (ValueError, KeyError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a model's code has one for each setting
         raise UserError(
-            f"{folder} is no {task.kind} that this transformers knows: {first_line(error)}"
+            f"{folder} is no {task.kind} that this transformers knows: {why_not(error)}"
         ) from error
     return model
 

@@ -44,6 +44,8 @@ from qlora.base.checkpoint import (
     quantized_layers,
     skeleton,
 )
+from qlora.base.inputs import why_not
+from qlora.base.missing import classifier_modules, initialise_missing, require_on_disk
 from qlora.base.modules import (
     ModelState,
     heads,
@@ -54,8 +56,9 @@ from qlora.base.modules import (
     use_codes_as_stored,
 )
 from qlora.config import QuantConfig
-from qlora.config.tasks import Task, task_named
+from qlora.config.tasks import task_named
 from qlora.errors import UserError, first_line, require, some
+from qlora.files import require_inside
 from qlora.ops import nf4
 
 # model type -> why an adapter over 4-bit weights cannot be trained and merged
@@ -87,7 +90,6 @@ def load_base(
         labels: class names of a classifier, by default those of the checkpoint.
         seed: for a classifier's head that the checkpoint lacks.
         device: by default the GPU where there is one.
-
     Raises:
         UserError: the model cannot be loaded, or linear weights would stay unquantized.
     """
@@ -100,16 +102,17 @@ def load_base(
     empty: Any = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
     in_full = classifier_modules(checkpoint, empty, kind)
     names = tuple(name for _, name in sorted((empty.config.id2label or {}).items()))
+    require_on_disk(checkpoint, empty, in_full)
     quant, bnb_config = _quantization(checkpoint, empty, quant, in_full)
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
     with ExitStack() as stack:
         if in_full:  # `initialise_missing` reports a missing head
             stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
             transformers_logging.set_verbosity_error()
-        loaded, info = type(empty).from_pretrained(
-            checkpoint.folder,
+        loaded, info = from_pretrained(
+            type(empty),
+            checkpoint,
             config=empty.config,
-            output_loading_info=True,
             ignore_mismatched_sizes=True,  # `initialise_missing` refuses them, except in a head
             **args,
         )
@@ -130,16 +133,35 @@ def load_base(
     return loaded  # type: ignore[no-any-return]
 
 
+def from_pretrained(model_class: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, Any]:
+    """transformers' model of safetensors, and its loading info; UserError for damaged files."""
+    options |= {"output_loading_info": True, "use_safetensors": True}
+    try:
+        return model_class.from_pretrained(checkpoint.folder, **options)  # type: ignore[no-any-return]
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # transformers has one for each setting and each damaged file
+        fault = (
+            f"{checkpoint.folder} cannot be loaded ({type(error).__name__}): {first_line(error)}"
+        )
+        raise UserError(f"{fault} Download or copy it again") from error
+
+
 def load_tokenizer(
     source: Checkpoint | Path, *, task: str = "causal-lm", trust_remote_code: bool = False
 ) -> Any:
     """The tokenizer of a checkpoint or adapter, with the options of `task`. UserError if none."""
     folder = source.folder if isinstance(source, Checkpoint) else source
+    require_inside(folder)
     options = dict(task_named(task).tokenizer_options)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **options
+        )
+        _ = tokenizer.model_max_length > 0  # a TypeError now, not at the first text
+        return tokenizer
     except Exception as error:  # transformers and tokenizers have one for each damaged file
-        raise UserError(f"{folder} holds no tokenizer to load: {first_line(error)}") from error
+        raise UserError(f"{folder} holds no tokenizer to load: {why_not(error)}") from error
 
 
 def share_pad(model: nn.Module, pad_token_id: int | None) -> None:
@@ -299,6 +321,8 @@ def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
             module.compute_type_is_set = True
             weight: Any = module.weight
+            fault = "a linear layer has no 4-bit codes, which config.json says it has"
+            require(hasattr(weight, "quant_state"), f"{fault}: download or copy the model again")
             weight.data = nf4.as_bytes(weight.data)  # those of FSDP are stored as a float dtype
             weight.quant_storage = module.quant_storage = torch.uint8
             if model.device.type == "cpu":
@@ -395,48 +419,3 @@ def _describe_as_bitsandbytes(model: Any, quant: QuantConfig, dtype: torch.dtype
     model.config.quantization_config = model.hf_quantizer.quantization_config = plain
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
     model.is_loaded_in_4bit = True
-
-
-# ---- a classifier's head ----
-
-
-def classifier_modules(checkpoint: Checkpoint, model: nn.Module, task: Task) -> list[str]:
-    """A classifier's head, and its pooler if the checkpoint has none; both are trained in full."""
-    if not task.trains_head:
-        return []
-    pooler = f"{getattr(model, 'base_model_prefix', '')}.pooler"
-    layers = [name for name in linear_layers(model) if is_in(name, [pooler])]
-    lacks = any(disk_name(checkpoint, model, f"{name}.weight") is None for name in layers)
-    return [*heads(model), *([pooler] if lacks else [])]
-
-
-def initialise_missing(
-    model: Any, empty: nn.Module, checkpoint: Checkpoint, info: Any, modules: list[str], seed: int
-) -> None:
-    """Initialise parameters of `modules` that the checkpoint lacks; raise if it lacks any other.
-
-    Matrices are normal with the model's initializer_range, norm weights 1, biases 0; drawn on the
-    CPU, so that a seed gives the same values on every device. `empty` is the skeleton of `model`.
-    """
-    shapes = {n: p.shape for n, p in empty.named_parameters() if is_in(n, modules)}
-    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    # transformers 5.17 reports no mismatch if some of the model is quantized
-    missing |= {n for n, shape in shapes.items() if model.get_parameter(n).shape != shape}
-    if lacks := sorted(name for name in missing if not is_in(name, modules)):
-        raise UserError(
-            f"{checkpoint.folder} lacks {len(lacks)} tensors of its model, or has them in "
-            f"another shape: {some(lacks)}. Download or copy it again"
-        )
-    if missing:
-        new = sorted({module for module in modules for name in missing if is_in(name, [module])})
-        print(f"The checkpoint has no {', '.join(new)} of this shape: initialised with seed {seed}")
-    generator = torch.Generator().manual_seed(seed)
-    std = getattr(model.config, "initializer_range", None) or 0.02
-    for name in sorted(missing):
-        values = torch.zeros(shapes[name])
-        if values.ndim > 1:
-            values.normal_(std=std, generator=generator)
-        elif name.endswith("weight"):  # of a norm
-            values.fill_(1)
-        parameter = model.get_parameter(name)
-        parameter.data = values.to(parameter)

@@ -31,12 +31,13 @@ from qlora.config.lora import (
     rule,
 )
 from qlora.config.lora import LoraConfig as LoraConfig
-from qlora.config.tasks import CAUSAL_LM, TASKS
+from qlora.config.tasks import CAUSAL_LM, SEQ2SEQ, TASKS
 
 Config = TypeVar("Config")
 STEPS = rule("above 0, or -1 for num_train_epochs", lambda steps: steps == -1 or steps > 0)
 KEPT = rule("above 0 and at most 1", lambda share: 0 < share <= 1)
 BLOCKSIZE = one_of(32, 64, 128, 256, 512, 1024, 2048, 4096)
+GO_ON: Literal["go-on"] = "go-on"
 OLD_NAMES = {"loss_without_logits": "fast_path"}
 """old names of settings, accepted in recipes and run.yaml"""
 
@@ -121,6 +122,8 @@ class TrainConfig(Settings):
     """steps between checkpoints"""
     save_total_limit: int = field(default=2, metadata=RARE | at_least(1))
     """checkpoints to keep"""
+    on_full_disk: Literal["go-on", "stop"] = field(default=GO_ON, metadata=RARE)
+    """when a checkpoint cannot be written: train on until the next one, or stop"""
     max_bad_steps: int = field(default=5, metadata=RARE | at_least(1))
     """steps in a row without a finite loss and gradient after which the run stops"""
     early_stopping_patience: int | None = field(default=None, metadata=RARE | at_least(1))
@@ -155,6 +158,11 @@ class TrainConfig(Settings):
             yield f"packing needs task {CAUSAL_LM.name}, got {self.task}: turn it off"
         if self.data.long_rows == "split" and self.task != CAUSAL_LM.name:
             yield f"long_rows split needs task {CAUSAL_LM.name}, got {self.task}: drop or truncate"
+        if self.data.streaming and self.max_steps <= 0 and not self.inspects:
+            yield "streaming needs max_steps, as the number of rows is not known: give both"
+        if self.data.streaming and self.task not in (CAUSAL_LM.name, SEQ2SEQ.name):
+            fault = f"streaming needs task causal-lm or seq2seq, got {self.task}: turn it off"
+            yield f"{fault}, class names are found by reading all rows"
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield f"num_train_epochs must be above 0, got {self.num_train_epochs}"
         if self.offload_activations and not self.gradient_checkpointing:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from qlora.config.lora import PATHS, RARE, Settings, at_least, rule
 
 MAX_LENGTH = 2048  # tokens per row
+SHUFFLE_BUFFER = 10_000  # records
 PART = rule("above 0 and below 1", lambda share: 0 < share < 1)
 
 
@@ -32,6 +33,10 @@ class DataConfig(Settings):
     """split of data to train on; by default train"""
     eval_share: float | None = field(default=None, metadata=RARE | PART)
     """share of the training data to evaluate on, where there is no eval_data"""
+    streaming: bool = field(default=False, metadata=RARE)
+    """read and tokenize the training data while training runs, for max_steps; nothing is cached"""
+    shuffle_buffer: int = field(default=SHUFFLE_BUFFER, metadata=RARE | at_least(1))
+    """for streaming: records among which the next one is drawn; 1 keeps their order"""
     dataset_num_proc: int | None = field(default=None, metadata=RARE | at_least(1))
     """processes that tokenize large data; by default one a core"""
     train_on: Literal["all", "last"] = field(default="all", metadata=RARE)
@@ -60,6 +65,10 @@ class DataConfig(Settings):
             yield f"data_weights must be above 0, got {bad[0]}"
         if self.eval_share is not None and self.eval_data is not None:
             yield "eval_share is for runs without eval_data: give one of them"
+        if self.eval_share is not None and self.streaming:
+            yield "eval_share needs all rows before training, unlike streaming: give eval_data"
+        if self.shuffle_buffer != SHUFFLE_BUFFER and not self.streaming:
+            yield "shuffle_buffer needs streaming, else all rows are shuffled: leave it out"
         if len(sources) > 1 and (self.data_config or self.data_split):
             yield "data_config and data_split are for one data set: give one, or leave them out"
 

@@ -8,9 +8,11 @@ the rules across fields.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from qlora.config.tasks import TASKS
+from qlora.config.types import described, fits, shown
 from qlora.errors import UserError, require
 
 ALL_LINEAR = "all-linear"
@@ -66,6 +68,8 @@ class Settings:
                     _check(f"{key} in {name}", number, kinds, member.metadata)
             elif (value is not None or type(None) not in kinds) and get_origin(hint) is not tuple:
                 _check(name, value, kinds, member.metadata)
+            is_fit = fits(value, hint) or isinstance(value, Path)
+            require(is_fit, f"{name} must be {described(hint)}, got {shown(value)}")
         for fault in self.faults():
             raise UserError(fault)
 
@@ -78,7 +82,9 @@ def _check(name: str, value: Any, kinds: Iterable[Any], metadata: Mapping[str, A
     """Check a value against the type of number among `kinds`, and its field's rule."""
     number, types = next((NUMBERS[kind] for kind in kinds if kind in NUMBERS), ("", (type(value),)))
     wanted, holds = metadata.get("rule", ("", lambda value: True))
-    if type(value) not in types or not holds(value):
+    is_finite = type(value) not in (int, float) or fits(value, float)
+    if type(value) not in types or not is_finite or not holds(value):
+        number += " of 64 bits" * (type(value) is int and not is_finite)
         wanted = wanted if "choices" in metadata else f"{number} {wanted}".strip()
         raise UserError(f"{name} must be {wanted}, got {value!r}")
 
@@ -147,12 +153,14 @@ class LoraConfig(Settings):
     """whether weights are stored as (in, out), as in GPT-2; detected, and checked if given"""
 
     def faults(self) -> Iterator[str]:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and (fault := regex_fault(value)):
+                yield f"{name} {value!r} {fault}; for name endings give a list"
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
-                try:
-                    re.compile(key)
-                except re.error as error:
-                    yield f"{key!r} in {name} is no regular expression ({error})"
+                if fault := regex_fault(key):
+                    yield f"{key!r} in {name} {fault}"
         if not (self.target_modules or self.target_parameters):
             yield "target_modules is empty: name at least one module"
         named = () if isinstance(self.target_modules, str) else self.target_modules
@@ -260,6 +268,34 @@ class LoraConfig(Settings):
     def scaling(self) -> float:
         """The factor of B A x: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
         return float(self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r))
+
+
+def regex_fault(text: str) -> str:
+    """Why a text is no regular expression to match names with; empty if it is one. Those whose time
+    may grow without bounds are none: adapters of strangers have regular expressions."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is no regular expression ({error})"
+    for part in _alternatives(text):
+        repeats = re.findall(r"(?<!\\)([*+]|\{\d*,?\d*\})", part)
+        optional = re.findall(r"(?<![\\(*+}])\?", part)
+        repeats_a_group = re.search(r"(?<!\\)\)[*+{]", part)
+        if repeats_a_group or len(repeats) > 4 or len(optional) > 8 or len(text) > 10_000:
+            return "repeats too often for a regular expression"
+    return ""
+
+
+def _alternatives(text: str) -> list[str]:
+    """The parts of a regular expression between the | outside of its groups."""
+    parts, depth = [""], 0
+    for token in re.findall(r"\\.|.", text, re.DOTALL):
+        depth += (token == "(") - (token == ")")
+        if token == "|" and not depth:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
 
 
 def pattern_key(pattern: Iterable[str], module: str) -> str | None:

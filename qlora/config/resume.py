@@ -13,7 +13,7 @@ MAY_CHANGE = (
     "max_grad_norm", "gradient_checkpointing", "offload_activations", "offload_embedding",
     "fast_path", "samples", "report_to", "eval_data", "eval_steps", "logging_steps", "save_steps",
     "save_total_limit", "max_bad_steps", "early_stopping_patience",
-    "dataset_num_proc",
+    "on_full_disk", "dataset_num_proc",
 )  # fmt: skip
 MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "eval",
@@ -30,7 +30,8 @@ MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
 # Settings that may differ with --resume-anyway, too: beginnings, from the next step on.
 ANYWAY_WITH_OTHER_BATCHES = (  # the rows begin anew
     "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing",
-    "rows", "trainer.train_sampling", "trainer.data_seed", "trainer.dataloader_drop",
+    "streaming", "shuffle_buffer", "rows", "trainer.train_sampling", "trainer.data_seed",
+    "trainer.dataloader_drop",
 )  # fmt: skip
 ANYWAY = ("weight_decay", "lora_dropout", "trainer.adam_", "trainer.neftune")
 NOT_COMPARED = (

@@ -12,9 +12,11 @@ parts before and after the probe. The string is tokenized once, and spans of cha
 spans of tokens by their offsets: tokenized piece by piece, the ids at the boundaries would differ.
 
 A turn gets a row of its own, which ends with it, where the rest of the chat changes what is
-learned: its reasoning is left out (Qwen3), or it ends in a token at which generation does not stop
-(gpt-oss writes <|end|> for <|return|>). Without an end token (GLM-4.5), the special token that
-begins the next turn ends it.
+learned: it does not follow its generation prompt (Qwen3.5, Mistral's tools), its reasoning is left
+out (Qwen3), or it ends in a token at which generation does not stop (gpt-oss writes <|end|> for
+<|return|>). So n turns may take n rows, whose tokens grow as n^2 / 2; the alternative, to learn the
+last turn only, is `train_on="last"`. Without an end token (GLM-4.5), the special token that begins
+the next turn ends it.
 
 The last turn follows the generation prompt. Where that opens a thought which the rendered turn
 lacks (DeepSeek-R1), the thought is put in, empty if there is none; where it closes the thought, and
@@ -23,11 +25,13 @@ the turn has reasoning, the template's `enable_thinking` is turned on.
 Source: transformers' apply_chat_template (https://huggingface.co/docs/transformers/chat_templating).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.data.chats import AS_TEXT, REASONING_KEYS, Chat
@@ -89,7 +93,8 @@ class Rendering:
         self.switches: dict[str, Any] = {}  # for the template
         self.marked: tuple[Any, dict[str, Any], str] | None = None  # message, with MARK, its text
         self._spans: dict[int, Span | None] = {}
-        self.unprompted: set[int] = set()  # turns after another text than their open prompt
+        self.not_found: int | None = None  # a turn without a span
+        self.unprompted: set[int] = set()  # turns after another text than their prompt
         self.messages, self.full, probes = self._best_form(prompt)
         self.hidden = {i for what, i in probes if what == REASONING}
         self.left_out = {what for what, _ in probes if what not in (TEXT, REASONING, "JSON")}
@@ -128,7 +133,9 @@ class Rendering:
                     lost = self._probes_lost(messages, text, prompt)
                     found.append((messages, text, lost, tools))
                 except REJECTIONS as error:
-                    failed = failed or error
+                    # the template's own words rather than those of an error in it
+                    said = type(error) is TemplateError and type(failed) is not TemplateError
+                    failed = error if failed is None or said else failed
                     continue
                 if not lost:
                     return messages, text, lost
@@ -224,6 +231,9 @@ class Rendering:
             elif start and self.full[:start].endswith(prompt[-8:]):
                 # once a call is answered, gpt-oss drops the reasoning before it: the prompt has it
                 self.full = prompt + self.full[start:]
+            elif start and self.ending.opens.strip() and prompt.endswith(self.ending.opens):
+                # after a tool's result, Gemma 4's prompt opens a thought: it is closed at once
+                self.full = prompt + self.ending.begins + self.full[start:]
 
     def _can_think(self) -> bool:
         """Whether the template has a switch for reasoning that nobody has set."""
@@ -250,6 +260,7 @@ class Rendering:
         for i in learned_turns(self.chat):
             span, word = self.span(i), last_word(messages[i])
             if span is None:
+                self.not_found = i
                 return None
             if word not in text[slice(*span)]:
                 # trained on such a turn, for example of tool calls, the model would learn silence
@@ -273,9 +284,12 @@ class Rendering:
         stop = eos if self.ending.marks else stop or eos
         return None if text.rstrip().endswith(ends) or not stop else stop
 
-    def is_as_generated(self, i: int) -> bool:
-        """Whether turn i is what the model has to generate when the chat ends with it."""
-        return bool(self.span(i)) and i not in self.hidden | self.unprompted
+    def fit(self, i: int) -> int:
+        """How far turn i is as generated: 0, it is not found; 1, it follows another text than its
+        generation prompt; 2, it follows that, and its reasoning is left out; 3, it is whole."""
+        if self.span(i) is None:
+            return 0
+        return 1 if i in self.unprompted else 3 - (i in self.hidden)
 
     def span(self, i: int) -> Span | None:
         """The characters of `full` that the model has to generate in turn i; None if not found, or
@@ -288,8 +302,7 @@ class Rendering:
         messages, full = self.messages, self.full
         prompt = self._part(messages[:i], prompt=True)
         follows = prompt is not None and full.startswith(prompt)
-        is_history = any(message["role"] == "user" for message in messages[i:])
-        if not follows and not is_history and (prompt or "").rstrip().endswith("<think>"):
+        if prompt is not None and not follows:
             self.unprompted.add(i)
         turn = full if i + 1 == len(messages) else self._part(messages[: i + 1])
         if prompt is not None and follows and turn and full.startswith(turn.rstrip()):
@@ -333,12 +346,16 @@ class Rendering:
         tail = (self._part([*messages[:i], probe]) or "").partition(PROBE)[2].rstrip()
         if after.startswith(tail):
             return end + len(tail)
-        # Phi-3 ends the whole chat with eos: keep the turn's own
-        blanks = len(tail) - len(tail.lstrip())
-        tokens = self.tokenizer.get_added_vocab()
-        ends = [token for token in tokens if tail.startswith(token, blanks)]
-        tail = tail[:blanks] + max(ends, key=len, default="")
-        return end + len(tail) if after.startswith(tail) else None
+        # Phi-3 ends the whole chat with eos, too: the turn ends in the first tokens of the tail, if
+        # nothing but tokens follows there (not the rest of a tool call)
+        either = "|".join(
+            map(re.escape, [t for t in self.tokenizer.get_added_vocab() if t in tail])
+        )
+        for token in reversed(list(re.finditer(either, tail)) if either else []):
+            own, others = tail[: token.end()], re.sub(either, "", tail[token.end() :])
+            if after.startswith(own) and not others.strip():
+                return end + len(own)
+        return None
 
     def _ended(self, i: int, start: int, end: int) -> Span | None:
         """The span with the token that begins the next turn, if the template ends turns with none;
@@ -359,7 +376,7 @@ def renderings(tokenizer: Tokenizer, chat: Chat) -> list[Rendering]:
     the chat changes what is learned of a turn, one ends after it."""
     whole, messages = Rendering(tokenizer, chat), chat.messages
     for i in reversed(learned_turns(chat)):
-        if whole.is_as_generated(i):
+        if whole.fit(i) == 3:
             continue
         users = (k for k in range(i, len(messages)) if messages[k]["role"] == "user")
         for end in dict.fromkeys((next(users, len(messages)), i + 1)):
@@ -367,7 +384,7 @@ def renderings(tokenizer: Tokenizer, chat: Chat) -> list[Rendering]:
                 continue
             first = replace(chat, messages=messages[:end])
             head = Rendering(tokenizer, first)
-            if head.is_as_generated(i) or (head.span(i) and not whole.span(i)):
+            if head.fit(i) > whole.fit(i):
                 rest = replace(chat, first=max(chat.first, end))
                 others = renderings(tokenizer, rest) if learned_turns(rest) else []
                 return [*renderings(tokenizer, first), *others]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.readers import JSON
-from qlora.data.records import Kinds, Record, kind_of, string_of
-from qlora.errors import UserError, did_you_mean, require
+from qlora.data.records import Kinds, Record, Records, kind_of, string_of
+from qlora.errors import UserError, did_you_mean, require, some
 from qlora.files import read_run_file
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
@@ -54,6 +54,13 @@ class Reading:
         get = values.get if isinstance(values, Mapping) else lambda name: getattr(values, name)
         given = {name: get(name) for name in ("train_on", "roles", "reasoning_content")}
         return Reading(**{name: value for name, value in given.items() if value})
+
+    def require_column(self, records: Records, source: str) -> None:
+        """Refuse records without the column of reasoning that the user named."""
+        column, known = self.reasoning_content, [c for part in records.parts for c in part.columns]
+        fault = f"--reasoning-content {column}: {source} has no such column; it has "
+        fault += f"{some(list(dict.fromkeys(known)), 12)}.{did_you_mean(column, known)}"
+        require(column == REASONING_KEYS[0] or column in known, fault)
 
     def kinds(self, kinds: Kinds) -> Kinds:
         """Kinds of records with the column of reasoning beside those of chats."""
@@ -91,6 +98,7 @@ def chat_of(record: Record, reading: Reading = AS_IT_IS) -> Chat | None:
         messages = prompt + _messages(record["completion"], "assistant", "completion", names)
     elif kind == ("instruction", "output"):
         history = _parsed(record.get("history"), "history") or []
+        require(isinstance(history, list), f"history must be a list, got {str(history)[:60]!r}")
         last = [alpaca_prompt(record), string_of(record["output"], "output")]
         messages = _turns([*history, last])
     else:
@@ -136,7 +144,9 @@ def _messages(
     """A list of messages as it is, also as JSON, or text as one message of `role`."""
     if isinstance(value, str) and MESSAGES.match(value):
         turns = _parsed(value, column)  # raises for Python's own form, as pandas writes it to csv
-        is_chat = all(isinstance(turn, Mapping) and turn.get("role") in names for turn in turns)
+        is_chat = all(
+            isinstance(turn, Mapping) and str(turn.get("role")) in names for turn in turns
+        )
         value = turns if is_chat else value
     if isinstance(value, (list, tuple)):
         return [_message(turn, names) for turn in value]
@@ -153,16 +163,17 @@ def _message(turn: Any, names: Mapping[str, str]) -> dict[str, Any]:
     rest = {key: value for key, value in turn.items() if value is not None}
     sender, value = rest.pop("from", None), rest.pop("value", None)
     role, content = rest.pop("role", None) or sender, rest.pop("content", value)
-    if role not in names:
+    if not isinstance(role, str) or role not in names:
         hint = did_you_mean(str(role), names) or " Give it a meaning with `roles:` in a recipe."
         raise UserError(f"unknown role {role!r}, expected one of {', '.join(names)}.{hint}")
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         content, found = _joined(content)
         rest = found | rest
-    if not all(isinstance(call, Mapping) for call in rest.get("tool_calls", ())):
-        raise UserError(f"tool_calls must be a list of calls, got {str(rest['tool_calls'])[:60]!r}")
     if call := rest.pop("function_call", None):  # OpenAI's older form
         rest.setdefault("tool_calls", [{"type": "function", "function": call}])
+    calls = rest.get("tool_calls", [])
+    if not (isinstance(calls, list) and all(map(_is_call, calls))):
+        raise UserError(f"tool_calls must be a list of calls, got {str(calls)[:60]!r}")
     if role == "function_call" and isinstance(content, str) and (calls := _calls(content)):
         rest |= {"tool_calls": calls, AS_TEXT: content}
         content = None
@@ -176,13 +187,17 @@ def _message(turn: Any, names: Mapping[str, str]) -> dict[str, Any]:
     return {"role": names[role]} | text | rest
 
 
+def _is_call(call: Any) -> bool:
+    return isinstance(call, Mapping) and isinstance(call.get("function") or {}, Mapping)
+
+
 def _joined(parts: list[Any]) -> tuple[str | None, dict[str, Any]]:
     """The text of a message's parts, None if no part is text; and its reasoning and tool calls."""
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     for part in parts:
-        kind = part.get("type")
+        kind = str(part.get("type"))
         text = next((part[key] for key in ("text", "value", kind) if key in part), None)
         if kind == "tool_call" and (found := _calls(text)):
             calls += found

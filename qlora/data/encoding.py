@@ -75,7 +75,8 @@ class Tally:
     unanswered: Numbers = field(default_factory=Numbers)  # rows that never had one
     lost: Counter[str] = field(default_factory=Counter)  # what the template leaves out: rows
     special: Numbers = field(default_factory=Numbers)  # the first kept row with tools or reasoning
-    own_rows: int = 0
+    own_rows: int = 0  # rows more than records, of turns that need their own
+    own_tokens: int = 0  # in these rows
     thinks: int = 0
     largest: tuple[int, ...] = ()  # full lengths: of the longest row, and of minus the shortest
     largest_id: int = 0
@@ -100,7 +101,8 @@ class Tally:
             for k, v in facts.items()
             if isinstance(v, dict)
         }
-        return Tally(**facts | values)
+        largest = tuple(facts.get("largest", ()))  # a list in JSON
+        return Tally(**facts | values | {"largest": largest})
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ class Encoder:
             rows = self.rows_of(number, record)
             key = record_key(record)
             own = [row for row in rows if row.get("piece", 0) == 0]
+            lengths = [row["full_length"] for row in own]
             tally.own_rows += len(own) - 1
+            tally.own_tokens += sum(lengths) - max(lengths)
             for row in own:
                 self._count(tally, number, row)
             for row in rows:
@@ -196,7 +200,8 @@ def _count_kept(tally: Tally, row: dict[str, Any], task: str) -> None:
     tally.lost.update(row["lost"])
     tally.thinks += row["thinks"]
     targets = row["labels"] if task == "seq2seq" else ()
-    tally.largest_id = max(tally.largest_id, *row["input_ids"], *targets)
+    largest = (max(ids, default=0) for ids in (row["input_ids"], targets))
+    tally.largest_id = max(tally.largest_id, *largest)
 
 
 def split_row(row: dict[str, Any], max_length: int) -> list[dict[str, Any]]:

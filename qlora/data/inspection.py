@@ -19,6 +19,7 @@ from qlora.data.records import Records
 from qlora.errors import require, some
 
 MOST_PIECES = 40  # of a row that is shown
+MOST_PARTS = 8  # tokens that are one character together
 
 
 def show_example(
@@ -62,6 +63,13 @@ class Token(NamedTuple):
     label: int | str | None
 
 
+class Piece(NamedTuple):
+    """A text and its tokens: one, or those that are a character only together."""
+
+    text: str
+    tokens: list[Token]
+
+
 @dataclass(frozen=True)
 class View:
     """A row of a source as it is trained on."""
@@ -76,6 +84,8 @@ class View:
     learned: list[str]
     """the stretches with loss, in their order"""
     tokens: list[Token]
+    pieces: list[Piece]
+    """the tokens in readable pieces"""
     full_length: int
     """tokens before the cut; 0 for a row without an answer"""
     note: str
@@ -121,22 +131,43 @@ def _view(encoder: Encoder, number: int, row: dict[str, Any]) -> View:
         Token(i, token_text(tokenizer, i), label_of.get(label, label))
         for i, label in zip(ids, of_tokens, strict=True)
     ]
+    pieces = list(_pieces(tokenizer, tokens))
     if isinstance(labels, int):
         learned = [names[labels]]
-        tokens.append(Token(labels, names[labels], names[labels]))
+        pieces.append(Piece(names[labels], [Token(labels, names[labels], names[labels])]))
     elif encoder.task == "seq2seq":
         learned = [decoded(tokenizer, labels)] if labels else []
-        tokens += [Token(i, token_text(tokenizer, i), i) for i in labels]
+        targets = [Token(i, token_text(tokenizer, i), i) for i in labels]
+        pieces += _pieces(tokenizer, targets)
     else:
-        pieces = encoder.objective.pieces(row, tokenizer, names)
-        learned = [text for text, has_loss in pieces if has_loss]
+        parts = encoder.objective.pieces(row, tokenizer, names)
+        learned = [text for text, has_loss in parts if has_loss]
     note = "" if row["supervised"] else "nothing of it is learned: training leaves it out"
     if length > encoder.max_length:
         done = {"split": "a piece of it", "drop": "training leaves it out"}
         note = done.get(encoder.long_rows, f"cut, {length - len(ids):,} tokens are left out")
         note = f"{length:,} tokens are more than {encoder.max_length:,}: {note}"
-    text = decoded(tokenizer, ids)
-    return View(encoder.source, number, ids, labels, text, learned, tokens, length, note)
+    tokens, text = [token for piece in pieces for token in piece.tokens], decoded(tokenizer, ids)
+    return View(encoder.source, number, ids, labels, text, learned, tokens, pieces, length, note)
+
+
+def _pieces(tokenizer: Tokenizer, tokens: Sequence[Token]) -> Iterator[Piece]:
+    """The tokens in readable pieces, none of which is learned in part."""
+    start = 0
+    while start < len(tokens):
+        end, text = start + 1, tokens[start].text
+        if "\ufffd" in decoded(tokenizer, [tokens[start].id]):
+            for stop in range(start + 2, min(start + MOST_PARTS, len(tokens)) + 1):
+                whole = decoded(tokenizer, [token.id for token in tokens[start:stop]])
+                if "\ufffd" not in whole:
+                    end, text = stop, whole
+                    break
+        part = tokens[start:end]
+        if len({token.label is None for token in part}) > 1:
+            yield from (Piece(token.text, [token]) for token in part)
+        else:
+            yield Piece(text, list(part))
+        start = end
 
 
 def decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -18,16 +18,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.config import DataConfig
 from qlora.data.batches import column
-from qlora.data.encoding import SELECTING
-from qlora.data.objectives import OBJECTIVES
-from qlora.data.records import Chosen
+from qlora.data.encoding import SELECTING, errors_in
+from qlora.data.objectives import OBJECTIVES, class_names
+from qlora.data.records import Chosen, load_records
 from qlora.data.rows import DataStats, prepare_data
 from qlora.errors import require
 
 Part = tuple[Dataset, DataStats]
 SUMMED = (
     "rows", "tokens", "supervised_tokens", "cut_rows", "dropped_rows", "unanswered_rows",
-    "own_rows", "thinks",
+    "own_rows", "own_tokens", "thinks",
 )  # fmt: skip
 WITHIN, ACROSS = 1, 2  # for two hashes: rows of a mixture, rows to evaluate on
 
@@ -43,9 +43,13 @@ def prepare_training(
     Raises:
         UserError: a source cannot be used, or a share is less than a row.
     """
-    is_one_kind = len(data.sources) == 1 or not OBJECTIVES[options["task"]].classifies
-    require(is_one_kind, "several data need the task causal-lm or seq2seq: give one data set")
     chosen = Chosen(data.data_config or "", data.data_split or "")
+    objective = OBJECTIVES[options["task"]]
+    if objective.classifies and len(data.sources) > 1:
+        every = [load_records(source, objective.kinds) for source in data.sources]
+        with errors_in(data.name):
+            classes = class_names(*every, known=options.get("classes", ()))
+        options |= {"classes": classes, "new_classes": False}
     places: Any = {"selecting": True, "split": "training", "chosen": chosen}
     parts = [prepare_data(source, tokenizer, **places, **options) for source in data.sources]
     if data.data_weights:
@@ -111,7 +115,8 @@ def split_off(data: DataConfig, rows: Dataset, stats: DataStats, seed: int) -> t
     name = f"{data.name}: {len(held_out):,} rows are evaluated on and not trained on"
     counts = replace(counts, notes=(*counts.notes, name))
     nothing: Any = dict.fromkeys(("cut_rows", "dropped_rows", "cut_tokens", "unanswered_rows"), 0)
-    others = replace(others, **nothing, cut_share=0.0, notes=(), lost={}, own_rows=0, thinks=0)
+    others = replace(others, **nothing, cut_share=0.0, notes=(), lost={}, own_rows=0)
+    others = replace(others, own_tokens=0, thinks=0)
     return (training, counts), (held_out, others)
 
 

@@ -20,6 +20,7 @@ Left out: regression, several labels per row, question answering.
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -38,7 +39,7 @@ from qlora.data.records import (
     kind_of,
     string_of,
 )
-from qlora.data.templates import ending_of, reasoning_in
+from qlora.data.templates import ending_of, last_word, reasoning_in
 from qlora.errors import UserError, did_you_mean, require, some
 
 Row = dict[str, Any]
@@ -51,6 +52,7 @@ SEQ2SEQ_KINDS: Kinds = {
     ("input", "target"): (),
     ("instruction", "output"): ("input",),
 }
+MOST_CLASSES = 1_000_000  # of a classifier
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 TEXT_KINDS: Kinds = {(*texts, "label"): () for texts in (*PAIRS, ("text",), ("sentence",))}
 WORD_KINDS: Kinds = {("tokens", "tags"): (), ("tokens", "ner_tags"): ()}
@@ -132,10 +134,12 @@ def _chat_row(rendering: Rendering, max_length: int) -> Row:
         ids, mask = marked["input_ids"], marked["assistant_masks"]
         labels = [i if on else NO_LOSS for i, on in zip(ids, mask, strict=True)]
     else:
+        turn = (rendering.not_found or 0) + 1
+        word = last_word(rendering.messages[turn - 1])
         raise UserError(
-            "the assistant's turns cannot be found in the chat as the model's template renders it: "
-            "put {% generation %} marks around them in the template, or render the rows to a text "
-            "column"
+            f"the assistant's turns cannot be found in the chat as the model's template renders it "
+            f"(message {turn}, which ends in {word[:40]!r}): put {{% generation %}} marks around "
+            "them in the template, or render the rows to a text column"
         )
     special = any(m.get("tool_calls") or reasoning_in(m) for m in rendering.messages)
     thinks = "enable_thinking" in rendering.switches
@@ -145,8 +149,10 @@ def _chat_row(rendering: Rendering, max_length: int) -> Row:
 
 def _cut_row(ids: list[int], labels: list[int], max_length: int) -> Row:
     kept = labels[:max_length]
+    supervised = len(kept) - kept.count(NO_LOSS)
     # the first token is never predicted, so a label there alone teaches nothing
-    supervised = sum(i != NO_LOSS for i in kept) * any(i != NO_LOSS for i in kept[1:])
+    if supervised == 1 and kept[0] != NO_LOSS:
+        supervised = 0
     return _row(ids[:max_length], kept, len(ids), supervised)
 
 
@@ -170,6 +176,13 @@ def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer adds before and after a text."""
+    if not tokenizer.is_fast:  # what it adds may depend on any of its attributes
+        return _added_ids.__wrapped__(tokenizer, "")
+    return _added_ids(tokenizer, repr(tokenizer.backend_tokenizer.post_processor))
+
+
+@lru_cache(maxsize=4)  # the last argument stands for what may change in the tokenizer
+def _added_ids(tokenizer: Tokenizer, processor: str) -> tuple[list[int], list[int]]:
     options = ({"add_special_tokens": added, "verbose": False} for added in (False, True))
     own, ids = (list(tokenizer("a", **option)["input_ids"]) for option in options)
     start = next((i for i in range(len(ids)) if ids[i : i + len(own)] == own), 0)
@@ -241,7 +254,8 @@ def encode_text(
     require(record[column] is not None, f"{column} is missing: fill it, or remove the row")
     texts = [_bare(string_of(record[name], name), tokenizer) for name in columns]
     encoded, full_length = _encode(tokenizer, max_length, *texts)
-    row = _row(encoded["input_ids"], class_number(record[column], names), full_length, 1)
+    ids = encoded["input_ids"]  # none, of an empty text
+    row = _row(ids, class_number(record[column], names), full_length, min(len(ids), 1))
     return [row | {key: encoded[key] for key in ("token_type_ids",) if key in encoded}]
 
 
@@ -274,35 +288,54 @@ def _word_pieces(row: Row, tokenizer: Tokenizer, names: Names) -> Pieces:
         yield " ", False
 
 
-def class_names(records: Records, column: str, known: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names of the classes in a column of labels, or of lists of labels.
+def class_names(*sources: Records, known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of the classes in the column of labels, or of lists of labels, of all sources.
 
     `known`, the model's class names, are returned if they include all names in the column.
 
     Raises:
-        UserError: a label is neither a name nor a whole number from 0, or all are the same.
+        UserError: a label is neither a name nor a whole number from 0, or all are the same; or two
+            sources have names of their own, which differ.
     """
-    given = next((part.classes[column] for part in records.parts if column in part.classes), None)
-    labels = (record[column] for record in records)
+    columns = [records.kind[-1] for records in sources]
+    column = some(list(dict.fromkeys(columns)))
+    parts = [(c, p) for c, r in zip(columns, sources, strict=True) for p in r.parts]
+    every_given = list(dict.fromkeys(tuple(p.classes[c]) for c, p in parts if c in p.classes))
+    given = every_given[0] if every_given else None
+    differ = " and ".join(some(names, 8) for names in every_given)
+    require(len(every_given) < 2, f"{column} has two numberings, {differ}: write names as text")
+    every = zip(columns, sources, strict=True)
+    labels = (record[c] for c, records in every for record in records)
     items = (label if isinstance(label, list) else [label] for label in labels)
-    values = {label for item in items for label in item if label is not None}
+    values = {_label(label, column) for item in items for label in item if label is not None}
     require(bool(values), f"{column} is empty in every row: a classifier needs labels")
     if given:
-        names = tuple(given)
+        names = given
     elif all(type(value) is int and value >= 0 for value in values):
         count = max(values) + 1
         names = tuple(known) if len(known) >= count else tuple(f"LABEL_{i}" for i in range(count))
     elif all(isinstance(value, str | bool) for value in values):
         names = tuple(sorted(map(string_of, values)))
     else:
-        bad = next(value for value in values if type(value) is not int or value < 0)
-        wanted = f"{column} must hold names, or whole numbers from 0"
-        raise UserError(f"{wanted}, got {bad!r}: change or remove it")
+        raise _no_label(next(v for v in values if type(v) is not int or v < 0), column)
     if set(names) <= set(known):
         return tuple(known)
     if len(names) < 2:
         raise UserError(f"{column} is {names[0]} in every row: a classifier needs two labels")
     return names
+
+
+def _label(value: Any, column: str) -> Any:
+    """A label that may be one: there are at most MOST_CLASSES."""
+    is_label = isinstance(value, str | float) or (type(value) is int and value < MOST_CLASSES)
+    if not (is_label or isinstance(value, bool)):
+        raise _no_label(value, column)
+    return value
+
+
+def _no_label(value: Any, column: str) -> UserError:
+    wanted = f"{column} must hold names, or whole numbers from 0, got {str(value)[:60]}"
+    return UserError(f"{wanted}: change or remove it; at most {MOST_CLASSES:,} classes are read")
 
 
 def class_number(label: Any, names: Names) -> int:

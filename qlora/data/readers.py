@@ -5,12 +5,11 @@ import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from functools import partial
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ from qlora.errors import UserError
 
 EXPECTED_JSON = "expected one JSON object per line (or, in .json, a list of them)"
 COMPRESSED = (".gz", ".zst")
+LONGEST_LINE = 64 << 20  # bytes; a small .gz may hold terabytes in one line
+LONGEST_JSON = 1 << 30  # bytes of a compressed .json file, which is read whole
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # of an escaped emoji, or alone
 
-csv.field_size_limit(sys.maxsize)
+csv.field_size_limit(LONGEST_LINE)
 
 
 class Written(float):
@@ -42,7 +43,15 @@ def _not_json(name: str) -> None:
     raise ValueError(f"{name} is no JSON number, write null or a string")
 
 
-JSON = json.JSONDecoder(parse_float=Written, parse_constant=_not_json)
+class _Decoder(json.JSONDecoder):
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        try:
+            return super().raw_decode(s, idx)
+        except RecursionError:
+            raise json.JSONDecodeError("nested too deep", s, idx) from None
+
+
+JSON = _Decoder(parse_float=Written, parse_constant=_not_json)
 
 
 def data_ending(file: Path) -> str:
@@ -65,9 +74,18 @@ def _opened(file: Path) -> Any:
 
 
 def _lines(file: Path) -> Generator[bytes, None, None]:
+    longest = LONGEST_LINE
+    if data_ending(file) == ".json":
+        longest = LONGEST_JSON if file.suffix.lower() in COMPRESSED else file.stat().st_size
     with _opened(file) as lines:
         try:
-            yield from lines
+            for number in count(1):
+                if not (line := lines.readline(longest + 1)):
+                    return
+                if len(line) > longest:
+                    fault = f"{file}, line {number} is longer than {longest >> 20} MiB"
+                    raise UserError(f"{fault}: make shorter rows of it, or a .json list")
+                yield line
         except (OSError, EOFError, zlib.error) as error:
             fault = f"{file} is cut short, or not compressed as {file.suffix} ({error})"
             raise UserError(f"{fault}: copy it again, or decompress it") from error
@@ -89,8 +107,8 @@ def text_lines(file: Path) -> Iterator[str]:
 def json_rows(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON file: one per line, or in .json one after the other or in a list."""
     filled = ((n, line) for n, line in enumerate(text_lines(file), start=1) if line.strip())
-    for count, (number, line) in enumerate(filled):
-        if data_ending(file) == ".json" or (count == 0 and line.lstrip().startswith("[")):
+    for index, (number, line) in enumerate(filled):
+        if data_ending(file) == ".json" or (index == 0 and line.lstrip().startswith("[")):
             yield from _objects("".join(text_lines(file)), file)
             return
         yield from _objects(line, file, number)
@@ -143,16 +161,16 @@ def csv_rows(file: Path) -> Iterator[dict[str, Any]]:
     Cells are text, except in columns that have only numbers, such as a classifier's labels.
     """
     texts: set[str] = set()  # columns
-    for row in _cells(file):
+    for row in cell_rows(file):
         texts |= {name for name in row.keys() - texts if isinstance(_number_in(row[name]), str)}
         if len(texts) == len(row):
             break
-    for row in _cells(file):
+    for row in cell_rows(file):
         yield {name: cell if name in texts else _number_in(cell) for name, cell in row.items()}
 
 
-def _cells(file: Path) -> Iterator[dict[str, str | None]]:
-    """The rows of a .csv file as text."""
+def cell_rows(file: Path) -> Iterator[dict[str, str | None]]:
+    """The rows of a .csv file as text, without reading it to the end first."""
     reader = csv.reader(text_lines(file), strict=True)
     try:
         header = next((cells for cells in reader if cells), [])

@@ -15,6 +15,7 @@ Sources: Alpaca (tatsu-lab/stanford_alpaca), ShareGPT. Messages are read by qlor
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -24,11 +25,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora.data.readers import Written, csv_rows, data_ending, json_rows, text_lines, text_rows
+from qlora.data.readers import (
+    Written,
+    cell_rows,
+    csv_rows,
+    data_ending,
+    json_rows,
+    text_lines,
+    text_rows,
+)
 from qlora.errors import UserError, did_you_mean, first_line, require, some
 
 if TYPE_CHECKING:  # half a second, which a plan of a run does without
-    from datasets import Dataset, DatasetDict, Features
+    from datasets import Dataset, Features, IterableDataset
 
 Record = Mapping[str, Any]
 Kind = tuple[str, ...]
@@ -50,6 +59,7 @@ SPLITS = {  # split: the words for it in a file's name
 }
 WANTED = {"training": ("train", ""), "evaluation": ("validation", "test", "")}  # "": no split named
 ARROW_ROWS = 1000  # that are Python objects at a time
+FIRST_ROWS = 100  # of each file, whose columns are those of a source that is streamed
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Chosen:
 
     config: str = ""
     split_name: str = ""
+    streaming: bool = False  # nothing is read to the end, or downloaded, to know its columns
 
 
 ANY = Chosen()
@@ -69,7 +80,7 @@ class Part:
 
     name: str
     columns: Sequence[str]
-    size: int  # rows
+    size: int  # rows; of a source that is streamed, those that were looked at
     rows: Callable[[Sequence[str]], Iterable[Record]]  # anew at each call; Arrow: these columns
     classes: Mapping[str, Sequence[str]]  # names of the classes in ClassLabel columns
     file: Path | None = None  # a text file
@@ -119,7 +130,7 @@ def load_records(
     limit: int | None = None,
     chosen: Chosen = ANY,
 ) -> Records:
-    """Records of a file, of a folder (files of one kind, or save_to_disk's), or of the hub.
+    """Records of a file, of a folder (data files, or save_to_disk's), or of the hub.
 
     Args:
         kinds: the columns of each kind of record that the task accepts.
@@ -135,15 +146,26 @@ def load_records(
     empty = f"{source} has no rows: add at least one record, or pass another file"
     require(bool(columns), empty)
     kind = kind_of(columns, source, kinds)
-    used = [column for column in (*kind, *kinds[kind]) if column in columns]
+    _require_one_kind_of_files(parts, kind, source)
+    # later rows of a stream may have optional columns that the first ones lack
+    used = [c for c in (*kind, *kinds[kind]) if c in columns or chosen.streaming]
     if unused := [_visible(column) for column in columns if column not in used]:
         notes += (f"{source}: columns that are not used: {some(unused, 12)}",)
     records = Records(parts, kind, used, limit, notes)
     require(next(iter(records), None) is not None, empty)
     present = [other for other in kinds if set(other) <= set(columns)]
     if len(present) > 1:
-        _require_one_kind(records, present, source)
+        first = replace(records, limit=FIRST_ROWS) if chosen.streaming else records
+        _require_one_kind(first, present, source)
     return records
+
+
+def _require_one_kind_of_files(parts: Sequence[Part], kind: Kind, source: str) -> None:
+    """Raise if one of several formats lacks columns of the records' kind."""
+    others = [part.name for part in parts if not set(kind) <= set(part.columns)]
+    if others and len({data_ending(Path(part.name)) for part in parts}) > 1:
+        fault = f"{source} has files of several kinds: {some(others)} without {' and '.join(kind)}"
+        raise UserError(f"{fault}. Pass the files to train on, or move the others out")
 
 
 def _require_one_kind(records: Records, kinds: Sequence[Kind], source: str) -> None:
@@ -180,11 +202,13 @@ def _parts(
     if path.exists():
         whole = [path], ()
         files, notes = _folder(path, source, split, chosen.split_name) if path.is_dir() else whole
-        return [_file_part(file, limit) for file in files], notes
+        last = FIRST_ROWS if chosen.streaming else limit
+        return [_file_part(file, last, chosen.streaming) for file in files], notes
     if not _names_a_path(source):
         fault = "is no local file or folder, and cannot be loaded from the hub"
         names = [chosen.config] if chosen.config else []
         options: Any = {"split": chosen.split_name} if chosen.split_name else {}
+        options |= {"streaming": True} if chosen.streaming else {}
         load = partial(_from_hub, *names, **options)
         return _dataset_parts(_dataset(load, source, fault), source, split, "")
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -220,17 +244,15 @@ def _names_a_path(source: str) -> bool:
 
 
 def _dataset_parts(
-    data: "Dataset | DatasetDict", source: str, split: str, named: str
+    data: Any, source: str, split: str, named: str
 ) -> tuple[list[Part], tuple[str, ...]]:
     """One split of a dataset; a dataset without splits is whole, as is one with only `train`."""
-    from datasets import Dataset, DatasetDict
-
-    if named and isinstance(data, DatasetDict):
+    if named and isinstance(data, dict):
         fault = f"{source} has no split {named}, but {', '.join(data)}"
         require(named in data, f"{fault}.{did_you_mean(named, data)}")
         return [dataset_part(named, data[named])], ()
-    if isinstance(data, Dataset) or list(data) == ["train"]:
-        return [dataset_part(source, data if isinstance(data, Dataset) else data["train"])], ()
+    if not isinstance(data, dict) or list(data) == ["train"]:
+        return [dataset_part(source, data["train"] if isinstance(data, dict) else data)], ()
     names, notes = _choose(list(data), source, split, "")
     if len(names) > 1:
         fault = f"{source} has several splits for {split}: {', '.join(names)}"
@@ -241,18 +263,21 @@ def _dataset_parts(
 
 
 def _folder(path: Path, source: str, split: str, named: str) -> tuple[list[Path], tuple[str, ...]]:
-    """The files of a folder and its subfolders that `split` reads, which must be of one kind."""
+    """The files of a folder and its subfolders that `split` reads, of one or several formats. Text
+    files beside others are documentation."""
     every = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
     visible = [p for p in every if not any(part.startswith((".", "__")) for part in p.parts)]
     data = [p for p in visible if data_ending(p) in PARTS and not p.match("dataset_info*.json")]
     known = [p.as_posix() for p in data]
     names, notes = _choose(known, source, split, named) if known else ([], ())
-    endings = sorted({data_ending(Path(name)) for name in names or map(str, visible)} - {""})
-    if not names or len(endings) > 1:
-        raise UserError(
-            f"{path} must contain data files of one kind ({ENDINGS}), got "
-            f"{' and '.join(endings) or 'none'}: pass one of its files, or move the others out"
-        )
+    if not names:
+        endings = sorted({data_ending(name) for name in visible} - {""})
+        fault = f"{path} must contain data files ({ENDINGS}), got {' and '.join(endings) or 'none'}"
+        raise UserError(f"{fault}: pass another folder, or a file")
+    is_text = {name: data_ending(Path(name)) == ".txt" for name in names}
+    if any(is_text.values()) and not all(is_text.values()):
+        texts, names = ([n for n in names if is_text[n] is wanted] for wanted in (True, False))
+        notes += (f"{source}: leaves out {some(texts, 8)}, text files beside others",)
     return [path / name for name in names], notes
 
 
@@ -305,17 +330,24 @@ def _split_in(name: str) -> str:
     return ""
 
 
-def _file_part(file: Path, limit: int | None) -> Part:
+def _file_part(file: Path, limit: int | None, streaming: bool = False) -> Part:
     ending = data_ending(file)
     if ending not in PARTS:
         hint = did_you_mean(file.suffix, PARTS)
         raise UserError(f"{file} is not a {ENDINGS} file: convert it, to .jsonl for example.{hint}")
+    with _readable(file):
+        return (STREAMED if streaming else PARTS)[ending](file, limit)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Name the file in what Arrow and `datasets` raise for a damaged one."""
     try:
-        return PARTS[ending](file, limit)
-    except (ValueError, OSError) as error:  # Arrow's errors are these
-        if isinstance(error, UserError):
-            raise
-        fault = f"{file} cannot be read as {ending[1:]}: {first_line(error)}"
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, MemoryError, TypeError, LookupError, AttributeError) as error:
+        fault = f"{file} cannot be read as {data_ending(file)[1:]}: {first_line(error)}"
         raise UserError(f"{fault} Fix the file, or save it as .jsonl") from error
 
 
@@ -338,17 +370,33 @@ def _parquet_part(file: Path, limit: int | None) -> Part:
         features, size = Features.from_arrow_schema(head.schema_arrow), head.metadata.num_rows
 
     def rows(columns: Sequence[str]) -> Iterator[Record]:
-        with parquet.ParquetFile(file) as table:
+        with _readable(file), parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(ARROW_ROWS, columns=columns):
                 yield from map(features.decode_example, batch.to_pylist())
 
     return _arrow_part(file.name, features, size, rows)
 
 
-def dataset_part(name: str, data: "Dataset") -> Part:
-    """A dataset without splits, which may have the format of torch."""
+def dataset_part(name: str, data: "Dataset | IterableDataset") -> Part:
+    """A dataset without splits, which may have the format of torch, or be streamed."""
+    from datasets import Dataset
+
+    if not isinstance(data, Dataset):
+        return _stream_part(name, data)
     read = data.with_format(None).select_columns
     return replace(_arrow_part(name, data.features, len(data), read), fingerprint=data._fingerprint)
+
+
+def _stream_part(name: str, data: "IterableDataset") -> Part:
+    """A dataset that is streamed; what its rows have is not known before they are read."""
+    first = list(islice(data, FIRST_ROWS))
+    columns = dict.fromkeys(column for row in first for column in row)
+    features = data.features or {}
+
+    def rows(names: Sequence[str]) -> Iterator[Record]:
+        return (_as_json({n: row.get(n) for n in names}, features) for row in data)
+
+    return Part(name, tuple(columns), len(first), rows, {})
 
 
 def _arrow_part(
@@ -361,9 +409,24 @@ def _arrow_part(
     classes = {column: x.names for column, x in inner.items() if isinstance(x, ClassLabel)}
 
     def rows(columns: Sequence[str]) -> Iterable[Record]:
-        return (_as_json(row, features) for row in read([c for c in columns if c in features]))
+        used = [column for column in columns if column in features]
+        for column in used:
+            media = _media_in(features[column])
+            fault = f"{name}: column {column} holds {media}, which may be of any path or address"
+            require(not media, f"{fault}: leave it out, or write its text")
+        return (_as_json(row, features) for row in read(used))
 
     return Part(name, tuple(features), size, rows, classes)
+
+
+def _media_in(feature: Any) -> str:
+    """The type of images, sounds and other files within a feature; `datasets` opens these."""
+    if isinstance(feature, Mapping):
+        return next(filter(None, map(_media_in, feature.values())), "")
+    if hasattr(feature, "feature"):
+        return _media_in(feature.feature)
+    kind = type(feature).__name__
+    return kind if hasattr(feature, "decode_example") and kind != "Json" else ""
 
 
 def _as_json(value: Any, feature: Any) -> Any:
@@ -383,6 +446,7 @@ def _as_json(value: Any, feature: Any) -> Any:
 READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".txt": text_rows}
 PARTS: dict[str, Callable[[Path, int | None], Part]] = {".parquet": _parquet_part}
 PARTS |= {ending: partial(_row_part, read) for ending, read in READERS.items()}
+STREAMED = PARTS | {".csv": partial(_row_part, cell_rows)}
 
 
 # ---- columns and cells

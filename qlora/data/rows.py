@@ -2,9 +2,8 @@
 
 A row is a record as its task encodes it (qlora.data.objectives): `input_ids` (T,), `labels` with
 -100 where there is no loss, and `length`, T. Records do not stay in memory; tokens, 8 bytes each,
-do of small data only (qlora.data.cache).
-
-Left out: streaming.
+do of small data only (qlora.data.cache). Rows that are encoded while training runs: see
+qlora.data.streaming.
 """
 
 import hashlib
@@ -54,6 +53,7 @@ class DataStats:
     special: int | None = None  # the first row with tool calls or reasoning
     notes: tuple[str, ...] = ()  # what of the source was not used, or cut
     own_rows: int = 0  # rows more than records, of turns that need their own
+    own_tokens: int = 0  # in these rows, before the cut
     thinks: int = 0  # rows rendered with the template's enable_thinking
 
     def counts(self) -> dict[str, Any]:
@@ -103,6 +103,8 @@ def prepare_data(
     if found is None:
         kinds = reading.kinds(encoder.objective.kinds)
         records = load_records(source, kinds, split=split, limit=limit, chosen=chosen)
+        if split == "training":
+            reading.require_column(records, source)
         contents = contents or _fingerprints(records)
         key = cache.key_of(contents, tokenizer, settings) if contents else None
         found = cache.cached(key) if key else None
@@ -110,14 +112,20 @@ def prepare_data(
         found = found or _encoded(encoder, records, key, new_classes, count)
     rows, facts = found
     tally, classes = Tally.of(facts["tally"]), facts["classes"]
-    if vocabulary is not None and max(tally.largest_id, tokenizer.pad_token_id or 0) >= vocabulary:
-        used = [*rows["input_ids"], *(rows["labels"] if task == "seq2seq" else ())]
-        pads = [i for i in [tokenizer.pad_token_id] if i is not None]
-        with errors_in(source):
-            require_vocabulary([*used, pads], tokenizer, vocabulary)
-    notes = (*_notes(encoder, tally), *facts["notes"])
-    stats = _stats(tally, classes, facts["chats"], long_rows == "drop", notes)
+    require_known(encoder, rows, tally, vocabulary)
+    notes = (*notes_on(encoder, tally), *facts["notes"])
+    stats = stats_of(tally, classes, facts["chats"], long_rows == "drop", notes)
     return rows if selecting else rows.remove_columns(list(SELECTING)), stats
+
+
+def require_known(encoder: Encoder, rows: Dataset, tally: Tally, vocabulary: int | None) -> None:
+    """Raise if a token of the rows, or the pad, has no row in an embedding of that size."""
+    tokenizer = encoder.tokenizer
+    if vocabulary is not None and max(tally.largest_id, tokenizer.pad_token_id or 0) >= vocabulary:
+        used = [*rows["input_ids"], *(rows["labels"] if encoder.task == "seq2seq" else ())]
+        pads = [i for i in [tokenizer.pad_token_id] if i is not None]
+        with errors_in(encoder.source):
+            require_vocabulary([*used, pads], tokenizer, vocabulary)
 
 
 def _fingerprints(records: Records) -> str | None:
@@ -133,15 +141,15 @@ def _encoded(
     """The rows of the records, in memory or as the cache's entry `key`, and facts on them."""
     if encoder.objective.classifies and new_classes:
         with errors_in(encoder.source):
-            classes = class_names(records, records.kind[-1], encoder.classes)
+            classes = class_names(records, known=encoder.classes)
         encoder = replace(encoder, classes=classes)
     encoder = replace(encoder, records=records)
     tally, features = Tally(), encoder.features
     tables = tables_of(encoder, records, tally, processes if key else 1)
 
     def facts() -> dict[str, Any]:
-        chats = encoder.task == "causal-lm" and records.kind != ("text",)
-        others = {"classes": list(encoder.classes), "chats": chats, "notes": list(records.notes)}
+        others: dict[str, Any] = {"classes": list(encoder.classes), "notes": list(records.notes)}
+        others["chats"] = has_chats(encoder.task, records)
         return {"tally": tally.record(), **others}
 
     if key:
@@ -150,9 +158,15 @@ def _encoded(
     return Dataset(pa.concat_tables(parts)), facts()
 
 
-def _stats(
+def has_chats(task: str, records: Records) -> bool:
+    """Whether the chat template renders these records."""
+    return task == "causal-lm" and records.kind != ("text",)
+
+
+def stats_of(
     tally: Tally, classes: Sequence[str], chats: bool, drops: bool, notes: tuple[str, ...]
 ) -> DataStats:
+    """The counts of a tally; `drops`: rows that are too long are left out."""
     return DataStats(
         rows=tally.rows,
         tokens=tally.tokens,
@@ -168,11 +182,12 @@ def _stats(
         special=next(map(int, tally.special.first), None),
         notes=notes,
         own_rows=tally.own_rows,
+        own_tokens=tally.own_tokens,
         thinks=tally.thinks,
     )
 
 
-def _notes(encoder: Encoder, tally: Tally) -> tuple[str, ...]:
+def notes_on(encoder: Encoder, tally: Tally) -> tuple[str, ...]:
     """What happened to long rows and to rows without an answer, with their numbers."""
     notes, name = [], encoder.source
     if tally.long.count and encoder.long_rows == "split":
@@ -249,7 +264,8 @@ def describe(stats: DataStats, *, name: str) -> str:
         )
     if stats.own_rows:
         line += (
-            f"\n{name}: {stats.own_rows:,} rows more than chats: a turn whose reasoning or end the "
-            "chat template shows only where it is the last has its own"
+            f"\n{name}: {stats.own_rows:,} rows ({stats.own_tokens:,} tokens) more than chats: a "
+            "turn has its own where the chat template changes its prompt, reasoning or end once it "
+            "is not the last (--train-on last adds none)"
         )
     return "\n".join((line, *stats.notes))

@@ -9,18 +9,21 @@ a template ends turns. `set_switches` changes a template's defaults.
 
 import json
 import re
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import product, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateError, TemplateRuntimeError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora.data.chats import AS_TEXT, REASONING_KEYS
+from qlora.data.readers import JSON
 from qlora.errors import UserError, did_you_mean, require, some
 
 PROBE = "QloraProbe7f3a"  # replaces a turn's text; no white space for templates to trim
@@ -34,6 +37,8 @@ FALLBACK_CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 REJECTIONS = (TemplateError, TypeError, AttributeError, ValueError)
+MAX_SECONDS = 20  # of the processor, for a rendering; a long chat takes milliseconds
+TOO_SLOW: set[str] = set()  # templates
 Message = Mapping[str, Any]
 
 
@@ -57,7 +62,7 @@ def _arguments(call: Message) -> Any:
     """The arguments of a call, as an object if they are one or JSON of one."""
     given = function_of(call).get("arguments")
     with suppress(ValueError):
-        parsed = json.loads(given or "{}") if isinstance(given, str) else given
+        parsed = JSON.decode(given or "{}") if isinstance(given, str) else given
         given = parsed if isinstance(parsed, Mapping) else given
     return given
 
@@ -240,6 +245,8 @@ class Ending(NamedTuple):
     begins: str = ""
     """what it writes between the reasoning of an answer and its text, as far as it also stands
     before a text without reasoning"""
+    opens: str = ""
+    """what it writes before reasoning, and not before a text without any"""
 
 
 def ending_of(tokenizer: Tokenizer) -> Ending:
@@ -287,15 +294,17 @@ def _ending(tokenizer: Tokenizer, template: str | None, own: str, size: int) -> 
     tail = tail.removesuffix(opened)
     marks = rejected or bool(tail.strip())
     stops = _stops(tokenizer, template, talk, marks)
-    answers = ""
+    answers = opens = ""
     with suppress(*REJECTIONS):
         thought = {**talk[1], **dict.fromkeys(REASONING_KEYS, ARGUMENT)}
         text = rendered(tokenizer, template, [talk[0], thought], None, False)
         between = text.partition(ARGUMENT)[2].partition(PROBE)[0]
-        head = render(2).partition(PROBE)[0].removeprefix(render(1, prompt=True))
+        before, head = text.partition(ARGUMENT)[0], render(2).partition(PROBE)[0]
+        opens = before[common_length(before, head) :] if ARGUMENT in text else ""
+        head = head.removeprefix(render(1, prompt=True))
         answers = between[len(between) - common_length(between[::-1], head[::-1]) :]
         answers = answers if answers.strip() else between
-    return Ending(tuple(t for t in added if t in tail), opened, marks, stops, answers)
+    return Ending(tuple(t for t in added if t in tail), opened, marks, stops, answers, opens)
 
 
 def _stops(tokenizer: Tokenizer, template: str | None, talk: Any, marks: bool) -> dict[str, str]:
@@ -338,11 +347,42 @@ def rendered(
     tokenizer's own. Raises REJECTIONS."""
     options: Any = {"add_generation_prompt": prompt, "tools": tools, "chat_template": template}
     options |= switches
-    if any(None in message.values() for message in messages):  # which apply_chat_template drops
-        options |= tokenizer.special_tokens_map
-        options["chat_template"] = tokenizer.get_chat_template(template, tools)
-        return str(render_jinja_template([messages], **options)[0][0])
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    with _bounded(str(template or tokenizer.chat_template)):
+        if any(None in message.values() for message in messages):  # apply_chat_template drops it
+            options |= tokenizer.special_tokens_map
+            options["chat_template"] = tokenizer.get_chat_template(template, tools)
+            return str(render_jinja_template([messages], **options)[0][0])
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+@contextmanager
+def _bounded(template: str) -> Iterator[None]:
+    """Reject a template that takes more than MAX_SECONDS of the processor, from then on, and for
+    whatever it raises. transformers renders in a sandbox, where a range has 100,000 numbers; loops
+    in loops are not bounded there. Nor are they here in threads other than the main one."""
+    fault = f"it takes more than {MAX_SECONDS} s"
+
+    def stop(*_: object) -> NoReturn:
+        TOO_SLOW.add(template)
+        raise TemplateRuntimeError(fault)
+
+    if template in TOO_SLOW:
+        raise TemplateRuntimeError(fault)
+    is_main = threading.current_thread() is threading.main_thread()
+    has_timer = is_main and hasattr(signal, "setitimer")
+    before: Any = has_timer and signal.signal(signal.SIGVTALRM, stop)
+    try:
+        if has_timer:
+            signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+        yield
+    except REJECTIONS:
+        raise
+    except Exception as error:  # such as OverflowError, KeyError and ZeroDivisionError
+        raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
+    finally:
+        if has_timer:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
 
 
 # ---- switches
@@ -380,6 +420,7 @@ def apply_settings(tokenizer: Tokenizer, settings: Any) -> None:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", error)
             raise UserError(f"--chat-template {file} cannot be read: {reason}") from error
+        require(bool(tokenizer.chat_template.strip()), f"--chat-template {file} is empty")
         try:
             rendered(tokenizer, None, [{"role": "user", "content": "a"}], None, True)
         except TemplateSyntaxError as error:
@@ -388,6 +429,8 @@ def apply_settings(tokenizer: Tokenizer, settings: Any) -> None:
         except REJECTIONS:  # it may accept real chats
             pass
     switches = dict(settings.template)
+    is_twice = settings.enable_thinking is not None and "enable_thinking" in switches
+    require(not is_twice, "enable_thinking is given twice, in template too: leave one of them out")
     if settings.enable_thinking is not None:
         switches["enable_thinking"] = settings.enable_thinking
     text = str(tokenizer.chat_template or "")

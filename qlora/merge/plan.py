@@ -9,7 +9,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-from bitsandbytes.utils import unpack_tensor_to_dict
 
 from qlora.adapters.format import (
     AdapterFile,
@@ -150,11 +149,7 @@ class _Planner:
         self.transposed = pairs | is_conv1d
 
         # 4-bit weight of the checkpoint -> quant_type, blocksize, shape (out, in), and more
-        self.records = {
-            name.partition(nf4.RECORD_MARK)[0]: unpack_tensor_to_dict(checkpoint.read(name))
-            for name in checkpoint.tensors
-            if nf4.RECORD_MARK in name
-        }
+        self.records = checkpoint.records
         # tensor of the output -> tensor of the checkpoint; the rest of a record has no entry
         self.sources = {
             name: name

@@ -22,9 +22,11 @@ B, several adapters at once.
 
 import itertools
 import math
-import time
+import os
+import platform
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -39,7 +41,9 @@ from qlora.ops.nf4 import decoded, keep, kept
 # Of each of the four tensors (tile, intermediate) of a backward pass: 6,000 tokens of Llama-2-7B in
 # 16 bits, more than a matrix product needs for full speed.
 TILE_BYTES = 128 << 20
-GAIN = 0.8
+# oneDNN compiles a kernel for each shape, 0.6 MiB, in 0.3 ms: 20 for a number of tokens. It would
+# keep 1024, and torch's interface to it as many.
+KERNELS = 64
 
 
 class Dropout(NamedTuple):
@@ -423,21 +427,28 @@ def by_onednn(x: Tensor) -> bool:
 
 @cache
 def _onednn_is_faster() -> bool:
-    """Whether oneDNN's product is right, and takes less than GAIN of the time of torch's: measured
-    once. At about the same speed it is torch's in every run, so that runs are equal bit for bit."""
-    if not torch.backends.mkldnn.is_available():
+    """Whether oneDNN's product is right, and torch's is MKL's without AVX-512.
+
+    By the processor, not by a measurement: beside other processes a measurement varies, and with it
+    the last digits of a resumed run.
+    """
+    cpu: Any = torch.backends
+    if not (cpu.mkldnn.is_available() and cpu.mkl.is_available()):
         return False
+    if cpu.cpu.get_cpu_capability() != "AVX512" or is_intels():
+        return False
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))  # read at the first product
     x, weight = torch.linspace(-1, 1, 64).view(4, 16), torch.linspace(-1, 2, 128).view(8, 16)
     log_as = "oneDNN's fp32 product"
-    if not agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, log_as=log_as):
-        return False
-    x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
-    took = {_onednn_linear: math.inf, F.linear: math.inf}
-    for function in [*took] * 6:  # by turns, as other processes may use the cores
-        start = time.perf_counter()
-        function(x, weight)
-        took[function] = min(took[function], time.perf_counter() - start)
-    return took[_onednn_linear] < GAIN * took[F.linear]
+    return agrees(_onednn_linear, F.linear, x, weight, tolerance=1e-5, log_as=log_as)
+
+
+def is_intels() -> bool:
+    """Whether the processor is made by Intel."""
+    listed = Path("/proc/cpuinfo")
+    names = listed.read_text(errors="replace") if listed.is_file() else platform.processor()
+    return "GenuineIntel" in names
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

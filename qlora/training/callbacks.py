@@ -1,6 +1,8 @@
 """Callbacks that steer a run between its steps.
 
+ReturnMemory  freed memory goes back to the system
 SaveOnSignal  a signal ends it, with a checkpoint
+Owed          an evaluation that the run was stopped in is done when it is resumed
 FiniteSteps   a loss or gradient that is not finite is named, and changes nothing; spikes are named
 EarlyStop     the evaluations get no better
 FreeCores     it uses the CPU cores that other processes leave free
@@ -28,6 +30,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from qlora.cli import drop_lost_output
 from qlora.errors import STOPS, Interrupted, UserError, ignore_hangups
+from qlora.files import read_metrics
 from qlora.training.checkpoints import complete_checkpoints, last_checkpoint
 from qlora.training.outputs import show_rows
 
@@ -49,6 +52,15 @@ def return_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
+
+
+class ReturnMemory(TrainerCallback):
+    """Lets glibc return its free pages to the system at each checkpoint of a run on a CPU: what
+    oneDNN's kernels leave between other memory grows with the steps."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        with suppress(OSError, AttributeError, TypeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class SaveOnSignal(TrainerCallback):
@@ -96,6 +108,44 @@ class SaveOnSignal(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.number:
             raise Interrupted(last_checkpoint(Path(str(args.output_dir))), self.number)
+
+
+class NothingLeft(Exception):
+    """A resumed run has no step to train."""
+
+
+class Owed(TrainerCallback):
+    """Does the evaluation that the run was stopped before or in, for metrics.jsonl, the best
+    checkpoint and early stopping. Raises NothingLeft if it then has no further step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        if state.global_step and owes_evaluation(trainer, state):
+            trainer._determine_best_metric(trainer._evaluate(None, None), None)
+            if control.should_training_stop or state.global_step >= state.max_steps:
+                raise NothingLeft
+
+
+def owes_evaluation(trainer: Any, state: Any) -> bool:
+    """Whether the evaluation after the last step of a checkpoint's state is due and not in its log.
+    Where no best model is chosen, metrics.jsonl may have it."""
+    args, step = trainer.args, state.global_step
+    steps, batches = trainer.lengths_of_run()
+    state.compute_steps(args, steps)
+    if args.eval_strategy == "steps":
+        is_due = step % state.eval_steps == 0 or step >= steps  # Trainer evaluates the last one
+        is_due &= args.eval_delay <= step
+    else:
+        per_epoch = -(-batches // args.gradient_accumulation_steps)
+        is_end = (step - trainer.rows_from) % per_epoch == 0 or step >= steps
+        is_due = args.eval_strategy == "epoch" and is_end and args.eval_delay <= state.epoch
+    logs = list(state.log_history)
+    if args.metric_for_best_model is None:
+        logs += read_metrics(Path(str(args.output_dir)))
+    return is_due and not any(row["step"] == step and "eval_loss" in row for row in logs)
 
 
 def tokens_of(batch: Any) -> Tensor:

@@ -3,8 +3,10 @@
     checkpoint-N/
       adapter_config.json, adapter_model.safetensors, the tokenizer's files
       optimizer.safetensors   states of the optimizer and of the schedule
-      random.safetensors      states of the generators of Python, NumPy and torch
+      random.safetensors      states of the generators of Python, NumPy and torch; the sum of the
+                              losses since the last log
       scaler.safetensors      state of the loss scale, with fp16 only
+      stream.json             where a streamed run stands in its data, without it nothing
       trainer_state.json      Trainer's state
       checkpoint.json         SHA-256 of each file above; written last
 
@@ -21,7 +23,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,23 @@ from torch import Tensor
 from transformers import TrainerState
 
 from qlora import files
+from qlora.config.types import require_types
 from qlora.errors import UserError, first_line, require, some
 
 HASHES = "checkpoint.json"
 OPTIMIZER, RANDOM, SCALER = (f"{n}.safetensors" for n in ("optimizer", "random", "scaler"))
 PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # of Trainer, and of earlier versions
+STREAM = "stream.json"
+LOG = ("_tr_loss", "_globalstep_last_logged", "logs_nan")  # AdapterTrainer's, of the next log
+STATE_TYPES: dict[str, Any] = {  # of Trainer's state
+    "best_global_step": int | None,
+    "best_model_checkpoint": str | None,
+    "epoch": float | None,
+    "global_step": int,
+    "log_history": list[Mapping[str, Any]],
+    "num_input_tokens_seen": int,
+    "stateful_callbacks": Mapping[str, Any],
+}
 ASIDE = "damaged-"  # before the name of a checkpoint that is not resumed from
 
 
@@ -109,12 +123,15 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put all random generators into these states."""
-    random.setstate(states["python"])
-    numpy.random.set_state(states["numpy"])
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    """Put all random generators into these states; UserError for values that are none."""
+    try:
+        random.setstate(states["python"])
+        numpy.random.set_state(states["numpy"])
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{RANDOM} is damaged: {first_line(error)}") from error
 
 
 class SafeStates:
@@ -124,6 +141,7 @@ class SafeStates:
     makes tensors and plain values only; train.py refuses it.
     """
 
+    args: Any
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
@@ -137,7 +155,8 @@ class SafeStates:
             write_state(Path(output_dir, SCALER), scaler.state_dict())
 
     def _save_rng_state(self, output_dir: str) -> None:
-        write_state(Path(output_dir, RANDOM), random_states())
+        log = (getattr(self, name) for name in LOG)
+        write_state(Path(output_dir, RANDOM), random_states() | {"log": tuple(log)})
 
     def _load_states(self, checkpoint: str) -> None:
         """The states of the optimizer and schedule."""
@@ -157,7 +176,12 @@ class SafeStates:
         if checkpoint and _is_trainers(checkpoint):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
         elif checkpoint:
-            set_random_states(read_state(Path(checkpoint, RANDOM)))
+            states = read_state(Path(checkpoint, RANDOM))
+            set_random_states(states)
+            # Trainer calls this before the first step, after it has set them to those of a start
+            for name, value in zip(LOG, states.get("log", ()), strict=False):
+                is_tensor = isinstance(value, Tensor)
+                setattr(self, name, value.to(self.args.device) if is_tensor else value)
 
 
 def _is_trainers(checkpoint: str) -> bool:
@@ -265,10 +289,18 @@ def complete_checkpoints(output: Path) -> dict[int, Path]:
 def state_at(checkpoint: str | Path) -> TrainerState:
     """Trainer's state in a checkpoint; UserError for another file of that name."""
     path = Path(checkpoint, "trainer_state.json")
+    values = files.read_json(path)
+    require_types(values, STATE_TYPES, path)
     try:
-        return TrainerState(**files.read_json(path))
+        return TrainerState(**values)
     except TypeError as error:
         raise UserError(f"{path} is not a state of Trainer: {first_line(error)}") from error
+
+
+def read_stream(checkpoint: str | Path) -> dict[str, Any]:
+    """The place in the data that a checkpoint of a streamed run has; empty without one."""
+    path = Path(checkpoint, STREAM)
+    return files.read_json(path) if path.is_file() else {}
 
 
 def damage(folder: Path) -> str:

@@ -62,6 +62,11 @@ SHARED_ARGUMENTS = (
     "num_train_epochs", "max_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
     "seed", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
 )  # fmt: skip
+# Arguments of rows that may be read in any order, and by several processes.
+OF_MAPPED_ROWS = (
+    "train_sampling_strategy", "dataloader_num_workers", "ignore_data_skip",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor",
+)  # fmt: skip
 # Arguments that need evaluation, besides the strategies.
 NEED_EVALUATION = ("load_best_model_at_end", "metric_for_best_model", "eval_on_start")
 
@@ -74,7 +79,7 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
     if checkpoint:
         read_metrics(output)  # these two are read again in the run: a damaged file raises now
         read_samples(output)
-    elif not is_left_over(output):
+    if not checkpoint and not is_left_over(output):
         dead = "remove it: it has no checkpoint to resume from"
         is_dead = not complete_checkpoints(output)
         fix = f"give a new --output-dir, or {dead if is_dead else '--resume to continue it'}"
@@ -139,6 +144,9 @@ def check_arguments(config: TrainConfig) -> TrainConfig:
             is_refused = any(name == n or (n[-1] == "_" and name.startswith(n)) for n in names)
             require(not is_refused, f"--trainer.{name} {reason}")
     typed = {name: typed_argument(known[name], value) for name, value in config.trainer.items()}
+    for name in OF_MAPPED_ROWS if config.data.streaming else ():
+        fault = f"--trainer.{name} is for rows that are all there, --streaming has them later"
+        require(name not in typed, f"{fault}: leave one of them out")
     for name in ("adam_epsilon", "neftune_noise_alpha"):  # else the first step fails
         is_positive = typed.get(name) is None or typed[name] > 0
         require(is_positive, f"--trainer.{name} must be above 0, got {typed.get(name)}")
@@ -183,6 +191,7 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         "dataloader_pin_memory": not on_cpu,
         # group_by_length as in QLoRA: less padding; packs have nearly one length
         "train_sampling_strategy": "random" if config.data.packing else "group_by_length",
+        **({"train_sampling_strategy": "sequential"} if config.data.streaming else {}),
         "length_column_name": "length",
         "include_num_input_tokens_seen": "non_padding",
         "logging_nan_inf_filter": False,  # it waits for a GPU; AdapterTrainer's costs nothing

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 
 from qlora.cli import show_seconds
+from qlora.data.streaming import StreamedRows
 from qlora.training.callbacks import tokens_of
 from qlora.training.memory import free_unused, out_of_memory_in, rows_in
 from qlora.training.outputs import peak_bytes, show_bytes
@@ -36,7 +37,10 @@ def before_training(trainer: Any, done: int) -> None:
     steps, accumulated = steps - done, min(trainer.args.gradient_accumulation_steps, batches)
     if steps <= 0:
         return
-    tokens = round(sum(lengths(trainer.train_dataset)) / batches * accumulated)
+    sizes = lengths(trainer.train_dataset)
+    if isinstance(trainer.train_dataset, StreamedRows):  # as the first rows are
+        batches = -(-len(sizes) // trainer.args.train_batch_size)
+    tokens = round(sum(sizes) / batches * accumulated)
     after = f" after step {done:,}" if done else ""
     print(f"training: {steps:,} step{'s' * (steps != 1)}{after}, about {tokens:,} tokens a step")
     if trainer.model.device.type == "cpu" and steps * accumulated < MIN_BATCHES:
@@ -51,7 +55,8 @@ def before_training(trainer: Any, done: int) -> None:
 
 
 def lengths(dataset: Any) -> Sequence[int]:
-    """Tokens of each row, or of each pack, of a training set."""
+    """Tokens of each row, or of each pack, of a training set; of a stream's first window."""
+    dataset = dataset.head.items if isinstance(dataset, StreamedRows) else dataset
     if isinstance(dataset, Dataset):
         return list(dataset["length"])
     own = list(dataset.rows["length"])
@@ -61,6 +66,7 @@ def lengths(dataset: Any) -> Sequence[int]:
 def heaviest(trainer: Any) -> Any:
     """The micro-batch of the rows, or packs, with most tokens, made by the run's collator."""
     dataset, sizes = trainer.train_dataset, lengths(trainer.train_dataset)
+    dataset = dataset.head.items if isinstance(dataset, StreamedRows) else dataset
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])  # stable: the first of equal ones
     if isinstance(dataset, Dataset):
         dataset = trainer._remove_unused_columns(dataset)  # as Trainer's loader does

@@ -79,14 +79,28 @@ def write_stops(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> N
 class MetricsWriter(TrainerCallback):
     """Appends a row to metrics.jsonl at each log, and adds speed, memory and seconds to the log."""
 
-    def __init__(self, folder: Path, planned_bytes: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, planned_bytes: int | None = None, *, goes_on: bool = True
+    ) -> None:
         self.path, self.tokens = folder / files.METRICS, 0  # seen at the last log
+        self.goes_on, self.waiting = goes_on, ""  # lines for which the disk had no room
         self.planned_bytes = planned_bytes  # the plan's peak, beside the measured one
         self.logged_at = self.started_at = 0.0
+        self.has_epochs = True
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        # that of a streamed run would be the share of the run
+        dataset = getattr(train_dataloader, "dataset", None)
+        self.has_epochs = getattr(dataset, "has_epochs", True)
         # A resumed run logs the steps after its checkpoint again: their first rows are dropped.
-        rows = [r for r in files.read_metrics(self.path.parent) if r["step"] <= state.global_step]
+        # So is an evaluation that the checkpoint lacks where the best is chosen: it is done again.
+        step, rows = state.global_step, files.read_metrics(self.path.parent)
+        known = [row["step"] for row in state.log_history if "eval_loss" in row]
+        if args.metric_for_best_model and step not in known:
+            rows = [r for r in rows if r["step"] < step or "eval_loss" not in r]
+        rows = [r for r in rows if r["step"] <= step]
         files.replace_text(self.path, "".join(map(files.metrics_line, rows)))
         self.tokens, self.logged_at = state.num_input_tokens_seen, time.perf_counter()
         self.started_at = self.logged_at - (rows[-1].get("seconds", 0) if rows else 0)
@@ -105,18 +119,34 @@ class MetricsWriter(TrainerCallback):
         row |= {"planned_bytes": self.planned_bytes} if self.planned_bytes else {}
         row["seconds"] = time.perf_counter() - self.started_at
         logs.update(row)
-        at = {"step": state.global_step, "epoch": logs.get("epoch")}
-        size = self.path.stat().st_size
+        at = {"step": state.global_step, "epoch": logs.get("epoch") if self.has_epochs else None}
+        self._append(files.metrics_line(at | row))
+
+    def _append(self, line: str) -> None:
+        """Append a line; on a full disk, keep it for the next time, or raise OSError."""
+        lines, size = self.waiting + line, self.path.stat().st_size
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(files.metrics_line(at | row))
-        except OSError:  # on a full disk, half of the line
-            os.truncate(self.path, size)
-            raise
+                file.write(lines)
+            self.waiting = ""
+        except OSError as error:
+            os.truncate(self.path, size)  # half of a line
+            if not self.goes_on:
+                raise
+            if not self.waiting:
+                tqdm.write(
+                    f"error: {self.path} cannot be written: {error.strerror}. Make room: its rows "
+                    "are kept, and written with a later one"
+                )
+            self.waiting = lines
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last step is always logged
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.waiting:
+            self._append("")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.logged_at = time.perf_counter()  # evaluation is not training time
@@ -185,9 +215,14 @@ def peak_resident_bytes() -> int:
 # ---- the folder of a run
 
 
-def checkpoint_to_resume(output: Path) -> Path:
-    """The last whole checkpoint; prints which are damaged. Raises UserError without one, or if it
-    lacks files that training goes on with."""
+def checkpoint_to_resume(output: Path) -> Path | None:
+    """The last whole checkpoint; prints which are damaged. None for a run that has none yet, which
+    is printed: the command that is repeated after a crash is the same whenever that was.
+
+    Raises:
+        UserError: all checkpoints are damaged or lack files that training goes on with; or the
+            folder holds something else.
+    """
     steps = complete_checkpoints(output)
     cut = sorted(
         {path.name for path in output.glob("checkpoint-*")} - {f.name for f in steps.values()}
@@ -197,9 +232,12 @@ def checkpoint_to_resume(output: Path) -> Path:
         faults.append(f"{some(cut)} of {output} has no whole trainer_state.json")
     lacks = "; ".join(faults) or f"{output} holds no checkpoint-N to resume from"
     if checkpoint is None:
+        is_free = not (output.is_dir() and any(output.iterdir())) or is_left_over(output)
+        if is_free and not faults:
+            print(f"--resume: {output} has no checkpoint yet, the run starts from the beginning")
+            return None
         again = f"drop --resume, which starts again{', and removes them' if cut else ''}"
-        fix = again if is_left_over(output) or not output.exists() else "give a new --output-dir"
-        raise UserError(f"{lacks}: {fix}")
+        raise UserError(f"{lacks}: {again if is_free else 'give a new --output-dir'}")
     if faults:
         print(f"warning: {lacks}: {checkpoint.name} is resumed from")
     return checkpoint
@@ -213,7 +251,7 @@ def writing_to(output: Path) -> Iterator[None]:
         with files.locked(output):
             yield
     except Exception as error:
-        if reason := _disk_error(error):
+        if reason := disk_error(error):
             fix = "Make room, or mend the cause"
             raise UserError(
                 f"{output} cannot be written: {reason}. {fix}: {last_checkpoint(output)}"
@@ -232,7 +270,7 @@ def no_empty_folder(output: Path) -> Iterator[None]:
         raise
 
 
-def _disk_error(error: Exception) -> str:
+def disk_error(error: Exception) -> str:
     """Why a file could not be written, whichever library wrote it; empty for other errors."""
     number = getattr(error, "errno", None)
     if in_rust := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
@@ -245,9 +283,10 @@ def _disk_error(error: Exception) -> str:
 
 def is_left_over(output: Path) -> bool:
     """Whether a folder has only what a run leaves that failed before its first checkpoint."""
-    names = [path.name for path in output.iterdir()] if output.is_dir() else []
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     is_known = all(map(LEFTOVERS.fullmatch, names))
-    is_begun = files.RUN in names or names == [files.INSPECTION]
+    shown = {name for name in names if not name.startswith(".")}
+    is_begun = bool(names) and (files.RUN in names or shown <= {files.INSPECTION})
     return is_begun and is_known and not complete_checkpoints(output)
 
 
@@ -300,7 +339,7 @@ def show_bytes(count: int) -> str:
 
 
 def write_results(
-    folder: Path, settings: Values, base: Values, *, rows: int, steps: tuple[int, int]
+    folder: Path, settings: Values, base: Values, *, rows: str, steps: tuple[int, int]
 ) -> None:
     """Write loss.png and README.md from metrics.jsonl; print the next commands.
 
@@ -330,7 +369,7 @@ def write_results(
 
 
 def write_adapter_card(
-    folder: Path, settings: Values, base: Values, *, rows: int, steps: str, measured: str
+    folder: Path, settings: Values, base: Values, *, rows: str, steps: str, measured: str
 ) -> None:
     """Write README.md of an adapter; `measured` are its losses and scores."""
     name, task, targets = str(base["resolved"]), settings["task"], settings["target_modules"]
@@ -353,7 +392,7 @@ Trained with QLoRA: the base was frozen in 4 bits ({base["quant_type"].upper()},
 
 | | |
 |---|---|
-| data | {", ".join(sources)} ({rows} rows) |
+| data | {", ".join(sources)} ({rows}) |
 {start}| learning rate | {settings["learning_rate"]:.3g} |
 | optimizer steps | {steps} |
 | after these steps | {measured} |

@@ -9,7 +9,8 @@ qlora.training.outputs writes the other files.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +34,13 @@ from qlora.data.chats import Reading
 from qlora.data.generation import describe_stops, taught_stop_ids
 from qlora.data.inspection import show_example
 from qlora.data.records import Chosen
+from qlora.data.streaming import StreamedRows
 from qlora.data.templates import apply_settings
-from qlora.errors import UserError
+from qlora.errors import UserError, require
 from qlora.fast.offload import offload_embedding
 from qlora.files import RUN, SAMPLES, ids_in
-from qlora.training.callbacks import FreeCores, return_freed_memory
-from qlora.training.checkpoints import set_aside, state_at
+from qlora.training.callbacks import FreeCores, ReturnMemory, return_freed_memory
+from qlora.training.checkpoints import read_stream, set_aside, state_at
 from qlora.training.checks import check_arguments, check_settings
 from qlora.training.dry_step import before_training
 from qlora.training.memory import free_unused, is_out_of_memory, out_of_memory_in
@@ -61,12 +63,13 @@ EVA_TOKENS = 1 << 13  # tokens that EVA reads: many more than the directions of 
 class PreparedData(NamedTuple):
     """Tokenized rows to train on and to evaluate."""
 
-    rows: Any
+    rows: Any  # of a stream, those of its first window
     eval_rows: Any  # None without evaluation data
     classes: tuple[str, ...]  # a classifier's class names, by number
     chats: bool  # whether records were rendered with a chat template
     max_length: int  # rows were cut at this many tokens
     counts: dict[str, Any]  # "training", "evaluation" -> source, rows, tokens, ...
+    stream: StreamedRows | None = None
 
 
 def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
@@ -95,18 +98,40 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     tokenizer = load_tokenizer(checkpoint, task=task, trust_remote_code=trusted)
     apply_settings(tokenizer, config.data)
     data = prepare_rows(config, checkpoint, tokenizer)
-    changed |= changed_rows(config, data.counts, recorded)
+    with closing(data.stream) if data.stream else nullcontext():
+        changed |= changed_rows(config, data.counts, recorded)
+        if data.stream and resume_from:
+            changed |= go_on(config, data.stream, resume_from, changed, recorded)
+        load_and_train(
+            config, checkpoint, tokenizer, data, resume_from, recorded, changed, planned_bytes
+        )
+    return output
+
+
+def load_and_train(
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    data: PreparedData,
+    resume_from: str | None,
+    recorded: dict[str, Any],
+    changed: dict[str, list[Any]],
+    planned_bytes: int | None,
+) -> None:
+    """Load the model, train it on these rows and write the run's files."""
+    output = Path(config.output_dir)
     thinks = data.counts["training"]["thinks"] > 0
     if "chat_template" in data_rows.prepare_tokenizer(tokenizer, chats=data.chats, thinks=thinks):
         print("The model has no chat template: chats are written as `### User:`, `### Assistant:`,")
         print("and the tokenizer saved with the adapter has this template.")
     colour = sys.stdout.isatty()
     shown: Any = {"classes": data.classes, "special": data.counts["training"]["special"]}
-    print(show_example(data.rows, tokenizer, colour=colour, task=task, **shown))
-    rows: Any = data.rows
+    print(show_example(data.rows, tokenizer, colour=colour, task=config.task, **shown))
+    rows: Any = data.stream or data.rows
     if config.data.packing:
-        rows = PackedRows(rows, data.max_length)
-        print(rows.describe())
+        packs = data.stream.head.items if data.stream else PackedRows(rows, data.max_length)
+        rows = data.stream or packs
+        print(packs.describe())
 
     model = load_model(config, checkpoint, tokenizer, data, resume_from)
     rate = config.learning_rate or rate_from_rule(model)
@@ -115,13 +140,14 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
     with no_empty_folder(output):
         trainer = make_trainer(config, model, tokenizer, rows, data.eval_rows, planned_bytes)
         trainer.add_callback(FreeCores())
+        if trainer.args.device.type == "cpu":
+            trainer.add_callback(ReturnMemory())
         if resume_from:
             trainer.check_checkpoint(resume_from)
         before_training(trainer, state_at(resume_from).global_step if resume_from else 0)
 
     with writing_to(output):
         run_and_write(config, trainer, data, resume_from, recorded, changed)
-    return output
 
 
 def run_and_write(
@@ -144,7 +170,7 @@ def run_and_write(
     elif resume_from:
         changed |= differences(recorded.get("base", {}), base, without=("resolved", "revision"))
         resumed = resumed_at(resume_from, changed, recorded)
-        trainer.rows_from = max((r["step"] for r in resumed if r.get("rows_begin_anew")), default=0)
+        trainer.rows_from = rows_from(resumed)
         write_run_file(output, settings, base, data.counts, resumed)
     else:
         remove_leftovers(output)
@@ -155,11 +181,14 @@ def run_and_write(
         answer_if_memory_suffices(output, "before", samples, model, tokenizer)
     trainer.fit(resume_from)
     with out_of_memory_in(trainer, "saving the adapter"):
-        trainer.save_model(str(output))  # before the answers, which may fail or be interrupted
+        trainer.save_result(output)  # before the answers, which may fail or be interrupted
     if samples:
         answer_if_memory_suffices(output, "after", samples, model, tokenizer)
     steps = (trainer.adapter_step, trainer.state.global_step)
-    write_results(output, settings, base, rows=len(data.rows), steps=steps)
+    count = f"{len(data.rows)} rows"
+    if data.stream:
+        count = f"streamed, {data.stream.rows_read} rows read"
+    write_results(output, settings, base, rows=count, steps=steps)
 
 
 def answer_if_memory_suffices(output: Path, when: str, *rest: Any) -> None:
@@ -195,6 +224,33 @@ def changed_rows(
     return {f"rows.{name}": values for name, values in differ.items()}
 
 
+def go_on(
+    config: TrainConfig,
+    stream: StreamedRows,
+    resume_from: str,
+    changed: dict[str, list[Any]],
+    recorded: Mapping[str, Any],
+) -> dict[str, list[Any]]:
+    """Read a stream up to the row after a checkpoint's; what differs in the rows before it."""
+    state = read_stream(resume_from)
+    begun = rows_from(recorded.get("resumed", []))
+    if begins_anew(changed) or not state:
+        return {}
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    items = (state_at(resume_from).global_step - begun) * batch
+    if stream.go_to(items, state):
+        return {}
+    fault = "has other rows than those that the run has read: give the same data"
+    anyway = f"--resume: {config.data.name} {fault}, --resume-anyway, or a new --output-dir"
+    require(config.resume_anyway, anyway)
+    return {"rows.read": [state["digest"], "other rows"]}
+
+
+def rows_from(resumed: Sequence[Mapping[str, Any]]) -> int:
+    """The step from which the order of the rows is counted, of run.yaml's `resumed`."""
+    return max((r["step"] for r in resumed if r.get("rows_begin_anew")), default=0)
+
+
 def resumed_at(
     checkpoint: str, changed: dict[str, list[Any]], recorded: Mapping[str, Any]
 ) -> list[Any]:
@@ -225,26 +281,60 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
     same: Any = {"max_length": max_length, "vocabulary": checkpoint.vocab_size, "task": task.name}
     same |= {"reading": Reading.of(config.data), "long_rows": config.data.long_rows}
     same["num_proc"] = config.data.dataset_num_proc
-    training, held_out = mixing.prepare_training(
-        config.data, tokenizer, seed=config.seed, classes=classes, **same
-    )
-    parts = {"training": (config.data.name, *training)}
-    if held_out:
-        parts["evaluation"] = (config.data.name, *held_out)
-    elif source := config.data.eval_data:
-        known: Any = {"classes": training[1].classes, "new_classes": False, "split": "evaluation"}
-        if source in config.data.sources and config.data.data_config:
-            known["chosen"] = Chosen(config.data.data_config)
-        parts["evaluation"] = source, *data_rows.prepare_data(source, tokenizer, **same, **known)
+    known: Any = {"new_classes": False, "split": "evaluation"}
+    source, stream, held_out = config.data.eval_data, None, None
+    if source in config.data.sources and config.data.data_config:
+        known["chosen"] = Chosen(config.data.data_config)
+    parts: dict[str, Any] = {"training": None}
+    if config.data.streaming:
+        if source:  # first: a stream has processes
+            parts["evaluation"] = (
+                source,
+                *data_rows.prepare_data(source, tokenizer, **same, **known),
+            )
+        stream = open_stream(config, tokenizer, max_length, checkpoint.vocab_size)
+        training: Any = stream.head.rows, stream.stats
+    else:
+        training, held_out = mixing.prepare_training(
+            config.data, tokenizer, seed=config.seed, classes=classes, **same
+        )
+        known["classes"] = training[1].classes
+        if held_out:
+            parts["evaluation"] = (config.data.name, *held_out)
+        elif source:
+            parts["evaluation"] = (
+                source,
+                *data_rows.prepare_data(source, tokenizer, **same, **known),
+            )
+    parts["training"] = (config.data.name, *training)
     counts = {}
     for part, (name, rows, stats) in parts.items():
-        print(data_rows.describe(stats, name=name))
+        of = ", its first rows (streamed)" if stream and part == "training" else ""
+        print(data_rows.describe(stats, name=name + of))
         hashed = data_rows.fingerprint(rows)
         counts[part] = {"source": name, **stats.counts(), "fingerprint": hashed}
+        counts[part] |= {"streamed": "the counts are those of the first rows"} if of else {}
     eval_rows = parts["evaluation"][1] if "evaluation" in parts else None
     *_, stats = parts["evaluation" if "evaluation" in parts else "training"]
     classes, chats = stats.classes, any(stats.chats for *_, stats in parts.values())
-    return PreparedData(training[0], eval_rows, classes, chats, max_length, counts)
+    return PreparedData(training[0], eval_rows, classes, chats, max_length, counts, stream)
+
+
+def open_stream(
+    config: TrainConfig, tokenizer: Any, max_length: int, vocabulary: int | None
+) -> StreamedRows:
+    """The rows of a run that reads them while it trains."""
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    seed = config.trainer.get("data_seed")
+    return StreamedRows(
+        config.data,
+        tokenizer,
+        task=config.task,
+        max_length=max_length,
+        size=config.max_steps * batch,
+        seed=config.seed if seed is None else seed,
+        vocabulary=vocabulary,
+    )
 
 
 def load_model(

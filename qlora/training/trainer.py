@@ -7,7 +7,7 @@ differs from Trainer in:
                   optimizer step, in evaluation per data set (qlora.data.objectives)
     steps         skipped if the loss or gradient is not finite; after max_bad_steps a run stops
     rows          ordered by the seed and the epoch alone, so that a resumed epoch goes on
-    checkpoints   hold the adapter, not the model; no pickles (checkpoints.py)
+    checkpoints   hold the adapter, not the model; no pickles (checkpoints.py, saving.py)
     optimizer     LoRA+ rates; fp32 masters of bf16 parameters (optimizers.py); unpaged on a CPU
     memory        micro-batches are split where it runs out (memory.py)
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
@@ -32,22 +32,28 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
-from qlora.adapters.files import load_adapter_weights, save_adapter
+from qlora.adapters.files import load_adapter_weights
 from qlora.adapters.lora import lora_layers
 from qlora.base.modules import state_of
-from qlora.config import TrainConfig
+from qlora.config import GO_ON, TrainConfig
 from qlora.data.batches import collator
 from qlora.data.objectives import OBJECTIVES, Objective, measure
-from qlora.errors import UserError, first_line, require, some
+from qlora.errors import Interrupted, StreamError, UserError, first_line, require
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
-from qlora.training.callbacks import EarlyStop, FiniteSteps, SaveOnSignal, bad_evaluations
+from qlora.training.callbacks import (
+    EarlyStop,
+    FiniteSteps,
+    NothingLeft,
+    Owed,
+    SaveOnSignal,
+    bad_evaluations,
+    owes_evaluation,
+)
 from qlora.training.checkpoints import (
     OPTIMIZER,
-    SafeStates,
-    new_checkpoint,
+    last_checkpoint,
     read_state,
-    remove_old,
     state_at,
 )
 from qlora.training.checks import refusals, training_arguments
@@ -57,8 +63,8 @@ from qlora.training.outputs import (
     MetricsWriter,
     PlainProgress,
     show_rows,
-    write_stops,
 )
+from qlora.training.saving import Saving, best_of
 
 OWN_VALUES = {"weight_decay", "betas", "eps"}  # of an optimizer: this run's, not the checkpoint's
 
@@ -97,6 +103,7 @@ def make_trainer(
             objective=OBJECTIVES[config.task],
             loraplus_lr_ratio=config.loraplus_lr_ratio,
             max_bad_steps=config.max_bad_steps,
+            on_full_disk=config.on_full_disk,
             offload=offload_activations() if config.offload_activations else None,
         )
         # A check before anything is written: 10 for the number of steps, not known yet.
@@ -107,12 +114,14 @@ def make_trainer(
     trainer.optimizer = trainer.lr_scheduler = None
     for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # a notebook has another default
         trainer.remove_callback(callback)
-    writer = MetricsWriter(Path(config.output_dir), planned_bytes)
+    goes_on = config.on_full_disk == GO_ON
+    writer = MetricsWriter(Path(config.output_dir), planned_bytes, goes_on=goes_on)
     # first, as it adds values to the logs that the loggers receive
     trainer.callback_handler.callbacks.insert(0, writer)
     trainer.add_callback(PlainProgress())
     if config.early_stopping_patience is not None:
         trainer.add_callback(EarlyStop(config.early_stopping_patience))
+    trainer.add_callback(Owed(trainer))  # last: the others count what it evaluates
     return trainer
 
 
@@ -137,10 +146,11 @@ class SeededGroups(Sampler[int]):
         return len(self.groups)
 
 
-class AdapterTrainer(SafeStates, Trainer):
+class AdapterTrainer(Saving, Trainer):
     """Trainer for a frozen quantized model with LoRA adapters. `offload` is a context around each
     forward pass, `loraplus_lr_ratio` lora_B's learning rate over that of all other parameters,
-    `max_bad_steps` the steps in a row without a finite loss and gradient that end a run."""
+    `max_bad_steps` the steps in a row without a finite loss and gradient that end a run,
+    `on_full_disk` whether it goes on without a checkpoint that could not be written."""
 
     model: Any
     processing_class: Any
@@ -148,7 +158,6 @@ class AdapterTrainer(SafeStates, Trainer):
     optimizer: Any
     best_step: int | None = None  # of the adapter, if the best checkpoint was loaded at the end
     rows_from = 0  # the step from which the order of the rows is counted, in a resumed run
-    saves_to: str | None = None  # the folder that Trainer writes the present checkpoint into
     logs_nan = False  # whether a loss since the last log was not finite
 
     def __init__(
@@ -158,11 +167,13 @@ class AdapterTrainer(SafeStates, Trainer):
         objective: Objective = OBJECTIVES["causal-lm"],
         loraplus_lr_ratio: float = 1.0,
         max_bad_steps: int = 5,
+        on_full_disk: str = GO_ON,
         offload: offload_activations | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
         self.loraplus_lr_ratio, self.offload = loraplus_lr_ratio, offload
+        self.goes_on = on_full_disk == GO_ON
         if not lora_layers(model):
             raise UserError("the model has no adapter to train: call apply_lora first")
         is_marked = model._hf_peft_config_loaded
@@ -229,7 +240,8 @@ class AdapterTrainer(SafeStates, Trainer):
 
     def fit(self, checkpoint: str | None) -> None:
         """Train, from `checkpoint` if given: not at all if it has all steps (Trainer adds one)."""
-        if checkpoint and self.is_done(checkpoint):
+        is_done = checkpoint and self.is_done(checkpoint)
+        if checkpoint and is_done and not owes_evaluation(self, state_at(checkpoint)):
             self.state = state_at(checkpoint)
             step, until, flag = self.state.global_step, "", "--max-steps"
             if step < self.lengths_of_run()[0]:
@@ -239,8 +251,21 @@ class AdapterTrainer(SafeStates, Trainer):
                 self._load_best_model()
             return
         # evaluating and saving have messages of their own
+        if checkpoint:
+            self.args.eval_on_start = False
+            self.saved_best = best_of(state_at(checkpoint))
         with self.on_signal, out_of_memory_in(self, "the optimizer's step"):
-            self.train(resume_from_checkpoint=checkpoint)
+            try:
+                self.train(resume_from_checkpoint=checkpoint)
+            except StreamError as error:
+                saved = last_checkpoint(Path(str(self.args.output_dir)))
+                raise UserError(f"step {self.state.global_step + 1}: {error}; {saved}") from error
+            except NothingLeft:
+                if self.args.load_best_model_at_end and self.state.best_global_step:
+                    self._load_best_model()
+                self.callback_handler.on_train_end(self.args, self.state, self.control)
+        if number := self.on_signal.number:  # that came after the last step
+            raise Interrupted(last_checkpoint(Path(str(self.args.output_dir))), number)
         if not (self.steps.is_sound or self.steps.passes_again()):
             raise UserError(self.steps.fault())
 
@@ -278,31 +303,6 @@ class AdapterTrainer(SafeStates, Trainer):
             logs["loss"], self.logs_nan = math.nan, False
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Trainer's, but not of an adapter whose last loss was not finite; whole or not at all."""
-        if not self.steps.is_sound:
-            return
-        state, output = self.state, Path(str(self.args.output_dir))
-        step, best = state.global_step, state.best_global_step
-        if best:  # Trainer looks for its folder beside the new one
-            is_there = best == step or (output / f"checkpoint-{best}").is_dir()
-            state.best_model_checkpoint = f"{output}/checkpoint-{best}" if is_there else None
-        with (
-            out_of_memory_in(self, f"saving checkpoint-{step}"),
-            new_checkpoint(output, step) as at,
-        ):
-            self.saves_to = str(at)
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.saves_to = None
-        if limit := self.args.save_total_limit:
-            remove_old(output, limit, {best} if best else set(), self.steps.sound_step)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where Trainer writes a checkpoint, and removes others."""
-        return self.saves_to or str(self.args.output_dir)
-
     def compute_loss_context_manager(self) -> ExitStack:
         """The context of every forward pass: Trainer's, and offloading."""
         stack: ExitStack = super().compute_loss_context_manager()
@@ -327,17 +327,6 @@ class AdapterTrainer(SafeStates, Trainer):
         if isinstance(sampler, LengthGroupedSampler):
             sampler = SeededGroups(sampler, self.args.seed if seed is None else seed)
         return sampler
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = str(output_dir or self.args.output_dir)
-        parameters = self.model.named_parameters()
-        broken = [n for n, p in parameters if p.requires_grad and not p.isfinite().all()]
-        if broken:
-            raise UserError(f"{some(broken)}: {self.steps.fault()}")
-        save_adapter(self.model, folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-            write_stops(Path(folder), self.model, self.processing_class)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter_weights(self.model, resume_from_checkpoint)
@@ -429,7 +418,11 @@ class AdapterTrainer(SafeStates, Trainer):
             # logits of all parts at once may not fit
             return loss, outputs if self.objective.classifies else None, batch["labels"]
 
+        before = torch.get_rng_state()
         for inputs in dataloader:
+            torch.set_rng_state(
+                before
+            )  # a DataLoader draws a seed: steps are as without evaluation
             (results,) = self.eval_parts.run([inputs], compute)
             if not all(loss.isfinite() for loss, _, _ in results):
                 broken.append(inputs)

@@ -54,7 +54,10 @@ def test_table_and_page_show_each_token(tmp_path, capsys):
     i = tiny_tokenizer().convert_tokens_to_ids("w")
     assert line.split() == ["*", line.split()[1], str(i), str(i), "'w'"]
     page = (tmp_path / "out/deep/inspect.html").read_text(encoding="utf-8")
-    assert f'<span title="id {i}, label {i}">w</span>' in page and "<i>" not in page
+    assert f'<span title="id {i}, label {i}">w</span>' in page and "<i>1" not in page
+    parts = [tiny_tokenizer().convert_tokens_to_ids(part) for part in ("Ã", "©")]  # of é
+    ids = " ".join(map(str, parts))
+    assert f'<span title="id {ids}, label {ids}">é</span>' in page
     assert "http" not in page and "prefers-color-scheme: dark" in page
     assert is_left_over(tmp_path / "out/deep")  # training starts there as in an empty folder
     shutil.rmtree(tmp_path / "out")

@@ -336,7 +336,7 @@ NORM, MATRIX = "model.layers.1.input_layernorm.weight", "bert.encoder.layer.0.ou
         ),
         ("llama", quantized({"load_in_8bit": True}), {}, "already quantized, with bitsandbytes"),
         ("llama", quantized({"load_in_4bit": True}), {}, "bitsandbytes 4-bit, its tensors have no"),
-        ("llama", quantized(["fp8"]), {}, "quantization_config must be an object, got a list"),
+        ("llama", quantized(["fp8"]), {}, "quantization_config must be NAME: VALUE pairs"),
         ("llama", stops("[1, 2]"), {}, "generation_config.json is not a JSON object: got a list"),
         ("llama", stops('"2"'), {}, "generation_config.json is not a JSON object: got a str"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,10 @@ THINKER = loop(  # DeepSeek-R1: its prompt opens a thought that the rendered tur
     "{% if m.role == 'user' %}<|user|>{{ m.content }}"
     "{% else %}<|assistant|>{{ m.content.split('</think>')[-1] + eos_token }}{% endif %}",
     "<|assistant|><think>\n",
+)
+OPENED = loop(
+    "<|{{ m.role }}|>{{ '#thought\n' + m.reasoning + '\n##' if m.reasoning }}{{ m.content }}</s>",
+    "<|assistant|>#thought\n",
 )
 PHI3 = loop(
     "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n{% else %}{{ eos_token }}"
@@ -181,7 +186,12 @@ ROWS = {  # template, record, what is learned
     "qwen3": (
         QWEN3, CHAT, ["two 😀<|im_end|>", "<think>\n\n</think>\n\nthree, not  two<|im_end|>"],
     ),
-    "thinker": (THINKER, CHAT, ["two 😀</s>", "\n</think>\n\nthree, not  two</s>"]),
+    "thinker": (
+        THINKER, CHAT, ["\n</think>\n\ntwo 😀</s>", "\n</think>\n\nthree, not  two</s>"],
+    ),
+    "a thought that the prompt opens in other words": (
+        OPENED, CHAT, ["\n##two 😀</s>", "\n##three, not  two</s>"],
+    ),
     "phi3": (PHI3, CHAT, ["two 😀<|end|>", "three, not  two<|end|>\n</s>"]),
     "bare": (BARE, CHAT, [" two 😀</s>", " three, not  two</s>"]),  # an end token is inserted
     "thoughts, each where the template shows it": (
@@ -220,7 +230,7 @@ ROWS = {  # template, record, what is learned
     },
     "reasoning that the template cuts off": (
         QWQ, {"messages": [*TALK[:3], {**TALK[3], "content": THOUGHTS[1]}]},
-        ["two 😀<|im_end|>", "two and\n</think>\n\nthree<|im_end|>"],
+        ["\n</think>\n\ntwo 😀<|im_end|>", "two and\n</think>\n\nthree<|im_end|>"],
     ),
     "reasoning under a key that the template does not read": (
         QWQ, {"messages": [TALK[0], {**TALK[1], "reasoning_content": "one and"}]},
@@ -255,7 +265,15 @@ def test_only_answers_and_their_end_have_loss(tmp_path, template, record, expect
     tokenizer = byte_level(template, trim=trim)
     rows, stats = prepare(tmp_path, [record], tokenizer)
     assert [text for row in rows for text in learned(row, tokenizer)] == expected
-    if record is CHAT and template not in (BARE, THINKER, GLM, GPT_OSS, PARTS, *ALWAYS.values()):
+    if record is CHAT and template not in (
+        BARE,
+        THINKER,
+        OPENED,
+        GLM,
+        GPT_OSS,
+        PARTS,
+        *ALWAYS.values(),
+    ):
         reference = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)
         assert rows[0]["input_ids"] == reference["input_ids"]
     assert stats.tokens == sum(rows["length"]) == sum(map(len, rows["input_ids"]))
@@ -268,11 +286,14 @@ def test_token_with_the_space_before_the_answer_has_loss(tmp_path, template):
     talk = [{**turn, "content": turn["content"].replace(" 😀", "")} for turn in TALK]
     tools = [{"type": "function", "function": {"name": "one"}}]
     rows, _ = prepare(tmp_path, [{"messages": talk, "tools": tools}], tokenizer)
-    tokens = tokenizer.convert_ids_to_tokens([i for i in rows[0]["labels"] if i != -100])
+    labels = [i for row in rows for i in row["labels"] if i != -100]
     space = "▁" if template is LLAMA2 else ""
-    assert "".join(tokens) == f"▁two{space}</s>▁three,▁not▁▁two{space}</s>"
-    reference = tokenizer.apply_chat_template(talk, tools=tools, return_dict=True)
-    assert rows[0]["input_ids"] == reference["input_ids"]
+    answers = f"▁two{space}</s>▁three,▁not▁▁two{space}</s>"
+    assert "".join(tokenizer.convert_ids_to_tokens(labels)) == answers
+    assert len(rows) == (1 if template is LLAMA2 else 2)  # MISTRAL's first turn loses the tools
+    for row, turns in zip(reversed(rows), (talk, talk[:2]), strict=False):
+        reference = tokenizer.apply_chat_template(turns, tools=tools, return_dict=True)
+        assert row["input_ids"] == reference["input_ids"]
 
 
 def test_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
@@ -425,8 +446,8 @@ def test_bos_and_eos_once(tmp_path, added, template):
         assert text.rstrip().endswith("</s>") and "</s></s>" not in text
 
 
+tokenizer_of = cache(byte_level)
 ANY = [CHATML, LLAMA3, LLAMA2, MISTRAL, GEMMA, QWEN3, PHI3, BARE, GLM, GPT_OSS, PARTS]
-BOTH = st.booleans()
 ASKS, TELLS = (st.text(letters, min_size=1).filter(str.strip) for letters in ("αβ γ\n.", "жш щ\n!"))
 
 
@@ -435,7 +456,7 @@ ASKS, TELLS = (st.text(letters, min_size=1).filter(str.strip) for letters in ("�
     st.lists(st.tuples(ASKS, TELLS), min_size=1, max_size=3), st.sampled_from(ANY), st.booleans()
 )
 def test_of_any_chat_the_answers_are_learned_and_nothing_else(pairs, template, last):
-    roles, tokenizer = ("user", "assistant"), byte_level(template)
+    roles, tokenizer = ("user", "assistant"), tokenizer_of(template)
     messages = [{"role": roles[i], "content": pair[i]} for pair in pairs for i in (0, 1)]
     reading = Reading("last" if last else "all")
     rows = encode_chat({"messages": messages}, tokenizer, 10_000, (), reading)
@@ -459,8 +480,14 @@ def test_switches_are_the_template_s_defaults_and_must_be_in_it(tmp_path):
     unset |= {"enable_thinking": None, "template": {"enable_thinkin": 1}}
     with pytest.raises(UserError, match=r"it has enable_thinking\. Did you"):
         apply_settings(tokenizer, SimpleNamespace(**unset))
-    with pytest.raises(UserError, match=r"gone\.jinja cannot be read: No such"):
-        apply_settings(tokenizer, SimpleNamespace(**unset | {"chat_template": "gone.jinja"}))
+    (tmp_path / "none.jinja").write_text("\n")
+    both = unset | {"enable_thinking": True, "template": {"enable_thinking": False}}
+    with pytest.raises(UserError, match="enable_thinking is given twice"):
+        apply_settings(tokenizer, SimpleNamespace(**both))
+    for name, fault in (("none", "is empty"), ("gone", "cannot be read: No such")):
+        unset["chat_template"] = str(tmp_path / f"{name}.jinja")
+        with pytest.raises(UserError, match=rf"{name}\.jinja {fault}"):
+            apply_settings(tokenizer, SimpleNamespace(**unset))
 
 
 @pytest.mark.parametrize(

@@ -58,3 +58,13 @@ def test_eval_share_depends_on_seed_and_contents_only(paths, tmp_path):
     assert len(held_out) == 6 and not {*training} & {*held_out}
     with pytest.raises(UserError, match=r"0\.99: .* has 1 different rows, of which none is left"):
         prepare([write_rows(tmp_path / "one.jsonl", [{"text": "a"}])], eval_share=0.99)
+
+
+def test_labels_of_several_sources_are_united(tmp_path):
+    films = [{"text": f"{i}", "label": "pos"} for i in range(4)]
+    words = [{"sentence": f"{i}", "label": ("neg", "pos")[i % 2]} for i in range(6)]
+    sources = [write_rows(tmp_path / "a.jsonl", films), write_rows(tmp_path / "b.jsonl", words)]
+    config = DataConfig(tuple(map(str, sources)), max_length=64)
+    options = {"max_length": 64, "task": "seq-cls"}
+    (rows, stats), _ = prepare_training(config, tiny_tokenizer(), seed=1, **options)
+    assert stats.classes == ("neg", "pos") and rows["labels"][:] == [1] * 4 + [0, 1] * 3

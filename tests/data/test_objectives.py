@@ -1,6 +1,8 @@
 """Records of each task -> rows, batches, loss and scores: expected values are transformers' own,
 or worked out by hand by conlleval's rules."""
 
+from itertools import product
+
 import datasets
 import pytest
 import torch
@@ -12,7 +14,14 @@ from transformers import BertTokenizer
 from qlora.data import objectives
 from qlora.data.batches import collator
 from qlora.data.inspection import show_example
-from qlora.data.objectives import OBJECTIVES, class_names, class_number, measure
+from qlora.data.objectives import (
+    OBJECTIVES,
+    _cut_row,
+    class_names,
+    class_number,
+    measure,
+    text_ids,
+)
 from qlora.data.records import Records, dataset_part
 from qlora.data.rows import describe, prepare_data
 from qlora.errors import UserError
@@ -141,12 +150,33 @@ def test_words_that_were_cut_off_have_no_label(prepare):
     assert batch["labels"][1].tolist() == [-100, 1, *[-100] * 6]
 
 
-def names(values, known=(), feature=None):
+def test_counts_of_a_cut_row_are_those_of_its_labels():
+    for labels in product((-100, 7), repeat=5):
+        for length in range(7):
+            kept = labels[:length]
+            learned = sum(i != -100 for i in kept) * any(i != -100 for i in kept[1:])
+            assert _cut_row([1] * 5, [*labels], length)["supervised"] == learned
+
+
+def test_special_tokens_are_found_anew_where_they_changed():
+    """They are looked for once a tokenizer, as long as its post-processor stays."""
+    tokenizer = tiny_tokenizer()
+    plain, end = text_ids("a", tokenizer), tokenizer.eos_token
+    ids = [(end, tokenizer.eos_token_id)]
+    processor = processors.TemplateProcessing(single=f"{end} $A", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = processor
+    assert text_ids("a", tokenizer) == [tokenizer.eos_token_id, *plain]
+
+
+def labelled(values, feature=None):
     features = datasets.Features({"label": feature}) if feature else None
     data = datasets.Dataset.from_dict({"label": values}, features=features)
     part = dataset_part("data", data)
-    records = Records([part], ("label",), ["label"], None)
-    return class_names(records, "label", known)
+    return Records([part], ("label",), ["label"], None)
+
+
+def names(values, known=(), feature=None):
+    return class_names(labelled(values, feature), known=known)
 
 
 def test_class_names_and_numbers():
@@ -169,6 +199,12 @@ def test_class_names_and_numbers():
         assert found == expected
     assert [class_number(label, ("neg", "pos")) for label in ("pos", "neg", 1, 0)] == [1, 0, 1, 0]
     assert class_number(True, ("False", "True")) == 1
+    assert class_names(labelled(["pos"]), labelled(["neg"])) == ("neg", "pos")
+    assert class_names(labelled([0]), labelled([2])) == numbered[:3]
+    other = labelled([0], datasets.ClassLabel(names=["sport", "world"]))
+    assert class_names(labelled([0], feature), labelled(["sport"])) == ("world", "sport")
+    with pytest.raises(UserError, match="two numberings, world, sport and sport, world: write nam"):
+        class_names(labelled([0], feature), other)
 
 
 def texts(*labels):

@@ -227,13 +227,21 @@ def test_a_chosen_split_or_configuration(tmp_path, monkeypatch):
         texts("a/b")
 
 
-def test_folder_of_one_kind_is_read_in_order_of_names(tmp_path):
+def test_files_of_a_folder_are_read_in_order_of_names(tmp_path):
+    """Of several formats, too; not the text files among them."""
     for name in ("b.jsonl", "a.jsonl"):
         write_rows(tmp_path / name, [{"text": name}])
     (tmp_path / "README.md").write_text("no data")
     assert texts(tmp_path) == ["a.jsonl", "b.jsonl"]
     (tmp_path / "c.csv").write_text("text\nx\n")
-    with pytest.raises(UserError, match=r"one kind \(.*\), got \.csv and \.jsonl: pass one"):
+    datasets.Dataset.from_dict({"text": ["y"], "other": [1]}).to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "e.txt").write_text("a note")
+    assert texts(tmp_path) == ["a.jsonl", "b.jsonl", "x", "y"]
+    assert "leaves out e.txt, text files beside others" in " ".join(
+        load_records(str(tmp_path)).notes
+    )
+    write_rows(tmp_path / "meta.json", [{"license": "mit"}])
+    with pytest.raises(UserError, match=r"of several kinds: meta\.json without text\. Pass the f"):
         load_records(str(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="got none"):

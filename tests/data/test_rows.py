@@ -10,6 +10,7 @@ from transformers import DataCollatorWithFlattening
 
 from qlora.data import batches, collator, prepare_data, prepare_tokenizer
 from qlora.data import rows as data
+from qlora.data.chats import Reading
 from qlora.data.inspection import show_example
 from qlora.errors import UserError
 
@@ -140,6 +141,15 @@ def test_rows_without_an_answer_are_dropped_by_number(tmp_path, good, bad):
     assert stats.notes[0].endswith(note)
     with pytest.raises(UserError, match=r"2 of 2 rows have no answer \(row 1, 2\), .*: each needs"):
         prepare(tmp_path, [bad, bad], tiny_tokenizer())
+
+
+def test_a_column_of_reasoning_must_exist(tmp_path):
+    record, tokenizer = CHAT | {"why": None}, tiny_tokenizer()
+    prepare(tmp_path, [record], tokenizer, reading=Reading(reasoning_content="why"))
+    other = {"reading": Reading(reasoning_content="wy")}
+    prepare(tmp_path, [record], tokenizer, split="evaluation", **other)
+    with pytest.raises(UserError, match=r"has no such column; it has messages, why\. Did you mean"):
+        prepare(tmp_path, [record], tokenizer, **other)
 
 
 def test_errors_name_the_line_where_it_is_not_the_row(tmp_path):

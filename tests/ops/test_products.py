@@ -3,9 +3,7 @@
 import math
 import re
 import sys
-import time
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
@@ -141,20 +139,20 @@ def choose():
     lora._onednn_is_faster.cache_clear()
 
 
-@pytest.mark.parametrize("slow", ["_onednn_linear", "linear"])
-def test_the_faster_product_is_used(slow, choose, monkeypatch):
-    owner = lora if slow == "_onednn_linear" else F
-    function = getattr(owner, slow)
-
-    def slowly(*given: Any) -> Tensor:
-        time.sleep(0.05)
-        return function(*given)
-
-    monkeypatch.setattr(owner, slow, slowly)
-    assert choose() == (slow == "linear")
+@pytest.mark.parametrize(
+    ("intels", "widest", "is_chosen"),
+    [(False, "AVX512", True), (True, "AVX512", False), (False, "AVX2", False)],
+)
+def test_the_product_is_chosen_by_the_processor(intels, widest, is_chosen, choose, monkeypatch):
+    monkeypatch.setattr(lora, "is_intels", lambda: intels)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)
+    assert choose() == (is_chosen and torch.backends.mkl.is_available())
 
 
 def test_onednn_is_not_used_if_its_operator_fails(choose, monkeypatch, caplog):
+    monkeypatch.setattr(lora, "is_intels", lambda: False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(lora, "_onednn_linear", Mock(side_effect=RuntimeError("no such operator")))
     x, weight = torch.randn(4, 64), torch.randn(48, 64)
     for _ in range(2):

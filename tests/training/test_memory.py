@@ -199,7 +199,7 @@ def raise_in_turn(turn: int, function: Any = None) -> Any:
     [
         (memory, "halves", 0, 1, r"in step 2, at 4 rows?, .* give --gradient-checkpointing, or"),
         (torch.optim.AdamW, "step", 3, 2, r"in the optimizer's step\. .*lower --max-length"),
-        ("qlora.training.trainer", "save_adapter", 2, 1, r"in saving checkpoint-2\. "),
+        ("qlora.training.saving", "save_adapter", 2, 1, r"in saving checkpoint-2\. "),
         ("qlora.training.checkpoints", "write_state", 3, 1, r"in saving checkpoint-2\. "),
     ],
 )

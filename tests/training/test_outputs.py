@@ -231,7 +231,9 @@ def test_results_name_the_last_losses_and_commands_to_copy(base_model, tmp_path,
     folder.mkdir()
     rows = [{"step": i, "loss": 3 / i} for i in (1, 2)]
     write_rows(folder / "metrics.jsonl", [*rows, {"step": 2, "eval_loss": 0.25}] * (not is_local))
-    outputs.write_results(folder, SETTINGS, BASE | {"resolved": base_model}, rows=400, steps=(2, 2))
+    outputs.write_results(
+        folder, SETTINGS, BASE | {"resolved": base_model}, rows="400 rows", steps=(2, 2)
+    )
     card = (folder / "README.md").read_text()
     at_end = "training loss 1.5000, evaluation loss 0.2500"
     for words in ("NF4", "rank 16", "mine.jsonl (400 rows)", "not logged" if is_local else at_end):

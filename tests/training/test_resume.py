@@ -8,7 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import yaml
@@ -23,6 +23,7 @@ from conftest import (
 )
 from safetensors import SafetensorError
 
+from qlora import save_adapter
 from qlora.config import DataConfig, LoraConfig, QuantConfig
 from qlora.errors import Interrupted, UserError
 from qlora.files import locked
@@ -48,7 +49,7 @@ def seen(monkeypatch) -> list[tuple[int, list[int]]]:
 
 @pytest.mark.parametrize(
     "how",
-    ["group_by_length", *axis("packing", "random", "batch_rebalance", "sequential")],
+    ["group_by_length", "streaming", *axis("packing", "random", "batch_rebalance", "sequential")],
 )
 def test_resuming_reads_the_rows_of_the_whole_run(how, checkpoints, tmp_path, data, seen):
     """Stopped in the second epoch, then in the first, with dropout and accumulation: every
@@ -58,9 +59,12 @@ def test_resuming_reads_the_rows_of_the_whole_run(how, checkpoints, tmp_path, da
         "data": DataConfig(str(data), max_length=128, packing=packing), "num_train_epochs": 2,
         "max_steps": -1, "per_device_train_batch_size": 1 if packing else 4, "save_steps": 1,
         "gradient_accumulation_steps": 3, "lora": LoraConfig(r=4, lora_dropout=0.2),
-        "save_total_limit": 20,
+        "save_total_limit": 20, "logging_steps": 2,
     }  # fmt: skip
-    if not packing:
+    if how == "streaming":
+        streamed: Any = {"streaming": True, "shuffle_buffer": 9, "dataset_num_proc": 1}
+        settings |= {"data": replace(settings["data"], **streamed), "max_steps": 6}
+    elif not packing:
         settings["trainer"] = {"train_sampling_strategy": how}
     config = quick_config(checkpoints("llama"), data, tmp_path / "whole", **settings)
     whole = train(config)
@@ -361,7 +365,7 @@ def stop(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "number", "settings"),
     [
-        ("training_step", signal.SIGINT, {}),
+        ("training_step", signal.SIGINT, {"eval_steps": 3}),
         ("training_step", signal.SIGTERM, {"trainer": {"save_only_model": True}}),
         ("training_step", signal.SIGHUP, {"trainer": {"save_strategy": "no"}}),
         ("evaluation_loop", signal.SIGINT, {"eval_steps": 3}),
@@ -387,16 +391,24 @@ def test_a_signal_saves_a_checkpoint_and_resume_goes_on(
     monkeypatch.undo()
     parts = train(replace(config, resume=True))
     require_same_adapter(whole, parts)
-    assert losses(parts) == losses(whole)
+    ours, theirs = (
+        [(row["step"], row.get("loss"), row.get("eval_loss")) for row in read_rows(path)]
+        for path in (parts / "metrics.jsonl", whole / "metrics.jsonl")
+    )
+    assert ours == theirs  # with the evaluation that it was stopped before or in
 
 
-def test_a_second_signal_stops_at_once(checkpoints, tmp_path, data, stop):
-    """Before the first checkpoint: the folder is then free for a new start."""
+def test_a_second_signal_stops_at_once(checkpoints, tmp_path, data, stop, monkeypatch, capsys):
+    """Before the first checkpoint: --resume then starts from the beginning."""
     config = quick_config(checkpoints("llama"), data, tmp_path / "run")
     stop("training_step", signal.SIGINT, signal.SIGTERM, step=0)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+    monkeypatch.undo()
+    folder = train(replace(config, resume=True))
+    assert "has no checkpoint yet, the run starts from the beginning" in capsys.readouterr().out
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_a_run_without_a_checkpoint_does_not_block_a_new_start(
@@ -413,6 +425,8 @@ def test_a_run_without_a_checkpoint_does_not_block_a_new_start(
     (folder / "notes.txt").write_text("mine")
     with refuses(folder, "already holds a run"):
         train(config)
+    with refuses(folder, "no whole trainer_state.json", "give a new --output-dir"):
+        train(replace(config, resume=True))
     (folder / "notes.txt").unlink()
     me = f"in use by another run, process {os.getpid()} on {platform.node()}: wait"
     with locked(folder), refuses(folder, me):
@@ -426,7 +440,7 @@ def test_a_run_without_a_checkpoint_does_not_block_a_new_start(
 
 DISK_FULL: list[tuple[str, Exception]] = [  # what each library raises on a tmpfs that is full
     (
-        "qlora.training.trainer.save_adapter",
+        "qlora.training.saving.save_adapter",
         SafetensorError("I/O error: No space left on device (os error 28)"),
     ),
     ("tokenizers.Tokenizer.save", Exception("No space left on device (os error 28)")),
@@ -444,10 +458,41 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints(started, quick_run, 
         with monkeypatch.context() as patch:
             patch.setattr(where, Mock(side_effect=error))
             with pytest.raises(UserError, match=r"cannot be written: .*-2 is saved.*--resume"):
-                train(started)
+                train(replace(started, on_full_disk="stop"))
         assert before == {path: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()}
         assert not (folder / "checkpoint-4").exists(), where
     require_same_adapter(train(started), quick_run.folder)
+
+
+def test_a_run_goes_on_while_the_disk_is_full(checkpoints, tmp_path, data, monkeypatch, capsys):
+    """Without the best checkpoint, two logs and, at first, its result: what is lacking is told."""
+    writes, full = Path.open, OSError(errno.ENOSPC, "No space left on device")
+    both = DataConfig(str(data), str(data), max_length=128)
+    settings: Any = {"early_stopping_patience": 9, "eval_steps": 1, "save_steps": 1, "data": both}
+    config = quick_config(checkpoints("llama"), data, tmp_path / "whole", **settings)
+    whole = train(config)
+
+    def opened(path: Path, mode: str = "r", *given: Any, **named: Any) -> Any:
+        lines = path.read_bytes().count(b"\n") if (path.name, mode) == ("metrics.jsonl", "a") else 0
+        if lines == 2 and next(logs, None):
+            raise full
+        return writes(path, mode, *given, **named)
+
+    logs = iter("12")
+    failing = Mock(wraps=save_adapter, side_effect=[DEFAULT, full, DEFAULT, full, full, DEFAULT])
+    monkeypatch.setattr("qlora.training.saving.save_adapter", failing)
+    monkeypatch.setattr("qlora.training.saving.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(Path, "open", opened)
+    capsys.readouterr()
+    parts = train(replace(config, output_dir=str(tmp_path / "parts")))
+    said = capsys.readouterr().out
+    for step, last in ((2, 1), (4, 3)):
+        at = f"error: checkpoint-{step} cannot be written: No space left on device. Make room"
+        assert at in said and f"parts/checkpoint-{last} is saved" in said
+    assert "The adapter of step 4 is in memory only" in said and "metrics.jsonl cannot" in said
+    assert losses(parts) == losses(whole)
+    require_same_adapter(parts, parts / "checkpoint-3")  # the best of those that were written
+    assert "| optimizer steps | 3, the best of 4 |" in (parts / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])

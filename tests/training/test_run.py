@@ -314,7 +314,6 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
         ({"trainer": {"neftune_noise_alpha": -1}}, ["neftune_noise_alpha must be above 0, got -1"]),
         ({"trainer": {"adam_epsilon": 0.0}}, ["adam_epsilon must be above 0, got 0.0"]),
         ({"trainer": {"warmup_steps": -1}}, ["Trainer refuses these settings", "warmup_steps"]),
-        ({"resume": True}, ["no checkpoint-N to resume from"]),
         ({"offload_activations": True}, ["--offload-activations", "a CUDA GPU", "leave it out"]),
         ({"offload_embedding": True}, ["--offload-embedding", "a CUDA GPU", "leave it out"]),
         ({"report_to": ("trackio",)}, ["--report-to trackio", "pip install trackio"]),

@@ -1,0 +1,139 @@
+"""How a run saves: checkpoints that are whole or not there, the adapter, and a disk that is full.
+
+Where a checkpoint cannot be written, an error line says so, the training state stays in memory and
+the last checkpoint on the disk, and the run goes on; the next checkpoint is tried as usual. With
+`--on-full-disk stop` it ends instead. The adapter of a finished run whose last step no checkpoint
+has is tried again until there is room.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from qlora.adapters.files import save_adapter
+from qlora.errors import UserError, some
+from qlora.files import replace_text
+from qlora.training.checkpoints import (
+    STREAM,
+    SafeStates,
+    complete_checkpoints,
+    last_checkpoint,
+    new_checkpoint,
+    remove_old,
+)
+from qlora.training.memory import out_of_memory_in
+from qlora.training.outputs import disk_error, write_stops
+
+RETRY_SECONDS = 30.0
+
+
+def best_of(state: Any) -> tuple[float | None, int | None, str | None]:
+    """Metric, step and folder of the best checkpoint, as Trainer's state has them."""
+    return state.best_metric, state.best_global_step, state.best_model_checkpoint
+
+
+class Saving(SafeStates):
+    """Trainer's methods that save. `goes_on`: without a checkpoint that could not be written."""
+
+    args: Any
+    model: Any
+    state: Any
+    steps: Any
+    rows_from: int
+    train_dataset: Any
+    processing_class: Any
+    goes_on: bool
+    save_model: Any
+    saves_to: str | None = None  # the folder that Trainer writes the present checkpoint into
+    saved_best: tuple[Any, ...] = (None, None, None)  # of the last checkpoint that was written
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Trainer's, but not of an adapter whose last loss was not finite; whole or not at all."""
+        if not self.steps.is_sound:
+            return
+        state, output = self.state, Path(str(self.args.output_dir))
+        try:
+            self._write_checkpoint(model, trial)
+        except Exception as error:
+            reason = disk_error(error)
+            if not (reason and self.goes_on):
+                raise
+            if state.best_global_step == state.global_step:  # the best is one that can be loaded
+                state.best_metric, state.best_global_step, state.best_model_checkpoint = (
+                    self.saved_best
+                )
+            tqdm.write(
+                f"error: checkpoint-{state.global_step} cannot be written: {reason}. Make room: "
+                f"training goes on until the next checkpoint. {last_checkpoint(output)}"
+            )
+        else:
+            self.saved_best = best_of(state)
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
+        state, output = self.state, Path(str(self.args.output_dir))
+        step, best = state.global_step, state.best_global_step
+        if best:  # Trainer looks for its folder beside the new one
+            is_there = best == step or (output / f"checkpoint-{best}").is_dir()
+            state.best_model_checkpoint = f"{output}/checkpoint-{best}" if is_there else None
+        with (
+            out_of_memory_in(self, f"saving checkpoint-{step}"),
+            new_checkpoint(output, step) as at,
+        ):
+            self.saves_to = str(at)
+            try:
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            finally:
+                self.saves_to = None
+            if hasattr(self.train_dataset, "place_of"):  # a StreamedRows
+                steps = step - self.rows_from
+                batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+                place = json.dumps(self.train_dataset.place_of(steps * batch))
+                replace_text(at / f"checkpoint-{step}" / STREAM, place)
+        if limit := self.args.save_total_limit:
+            remove_old(output, limit, {best} if best else set(), self.steps.sound_step)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer writes a checkpoint, and removes others."""
+        return self.saves_to or str(self.args.output_dir)
+
+    def _finalize_training(self, *rest: Any) -> Any:
+        """Trainer's, which with a limit of one removes the last checkpoint beside the best."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*rest)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = str(output_dir or self.args.output_dir)
+        parameters = self.model.named_parameters()
+        broken = [n for n, p in parameters if p.requires_grad and not p.isfinite().all()]
+        if broken:
+            raise UserError(f"{some(broken)}: {self.steps.fault()}")
+        save_adapter(self.model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+            write_stops(Path(folder), self.model, self.processing_class)
+
+    def save_result(self, output: Path) -> None:
+        """Save the adapter of the run; on a full disk, wait for room if no checkpoint has its last
+        step."""
+        is_told = False
+        while True:
+            try:
+                self.save_model(str(output))
+                return
+            except Exception as error:
+                reason, step = disk_error(error), self.state.global_step
+                if not (reason and self.goes_on) or step in complete_checkpoints(output):
+                    raise
+            if not is_told:
+                tqdm.write(
+                    f"error: {output} cannot be written: {reason}. The adapter of step {step} is "
+                    f"in memory only: make room, it is tried again every {RETRY_SECONDS:.0f} s"
+                )
+            is_told = True
+            time.sleep(RETRY_SECONDS)
