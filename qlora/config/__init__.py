@@ -34,6 +34,10 @@ from qlora.config.lora import LoraConfig as LoraConfig
 from qlora.config.tasks import CAUSAL_LM, SEQ2SEQ, TASKS
 
 Config = TypeVar("Config")
+MergeFormat = Literal[
+    "bf16", "fp16", "fp32", "nf4", "int4",
+    "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_1", "gguf-q4_k_m",
+]  # fmt: skip
 STEPS = rule("above 0, or -1 for num_train_epochs", lambda steps: steps == -1 or steps > 0)
 KEPT = rule("above 0 and at most 1", lambda share: 0 < share <= 1)
 BLOCKSIZE = one_of(32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -203,11 +207,12 @@ class MergeConfig(Settings):
     """base model; by default the one that adapter_config.json names"""
     onto: Literal["nf4", "original", "auto"] = "nf4"
     """base weights: dequantized 4-bit, as trained; original; or the better of both on verify"""
-    format: Literal["bf16", "fp16", "fp32", "nf4"] = "bf16"
-    """dtype of the merged weights; nf4 writes a bitsandbytes 4-bit checkpoint"""
+    format: MergeFormat = "bf16"
+    """of the merged weights: a dtype; nf4, a bitsandbytes checkpoint; int4, one for vLLM and SGLang
+    (compressed-tensors); gguf-..., a file for llama.cpp and Ollama"""
     calibration: str | None = None
-    """data to choose nf4 codes on, 'self' (text that the model generates) or 'none'; by default the
-    training data, or 'self' if it could not be found"""
+    """data to choose 4-bit codes on, 'self' (text that the model generates) or 'none'; by default
+    the training data, or 'self' if it could not be found"""
     blocksize: int | None = field(default=None, metadata=BLOCKSIZE)
     """weights per absmax value in nf4; by default as in training"""
     double_quant: bool = True
@@ -233,10 +238,17 @@ class MergeConfig(Settings):
             yield f"weights must have one number per adapter: {count} adapters, {weights} weights"
         if self.onto == "auto" and self.verify is None:
             yield "onto auto needs verify, data to measure both on: give both"
-        if self.format != "nf4" and (self.calibration or self.blocksize):
-            yield f"calibration and blocksize need format nf4, got {self.format}: leave them out"
+        if self.calibration and not self.chooses_codes:
+            yield f"calibration needs a 4-bit format, got {self.format}: leave it out"
+        if self.blocksize and self.format != "nf4":
+            yield f"blocksize needs format nf4, got {self.format}: leave it out"
         if self.min_kept is not None and self.verify is None:
             yield "min_kept needs verify, data to measure it on: give both"
+
+    @property
+    def chooses_codes(self) -> bool:
+        """Whether codes are chosen that keep the adapter; 8 bits keep it rounded to nearest."""
+        return self.format in ("nf4", "int4") or self.format.startswith("gguf-q4")
 
     @property
     def _folders(self) -> tuple[str, ...]:

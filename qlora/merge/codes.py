@@ -38,7 +38,7 @@ from torch import Tensor
 
 from qlora.adapters.lora import Factors
 from qlora.config import QuantConfig
-from qlora.merge.grids import TINY, Grid, NF4Grid
+from qlora.merge.grids import TINY, Grid, IntegerGrid, NF4Grid
 from qlora.ops import nf4
 from qlora.ops.nf4 import Quantized
 
@@ -105,13 +105,29 @@ def fold_to_codes(
         return codes or nf4.quantize(base, quant), {}
     delta = factors.change(base)
     chosen = choose_codes(adapted, base, delta, quant, moments)
-    change = nf4.dequantize(chosen) - base
-    output_delta = delta if moments is None else delta @ moments  # (out, in) @ (in, in)
-    kept, total = _dot(output_delta, change), _dot(output_delta, delta)
-    facts = _facts(float(base.norm()), float(delta.norm()), kept, total)
+    facts = _facts_of(base, delta, nf4.dequantize(chosen), moments)
     if codes:
         facts["codes_changed"] = nf4.codes_changed(codes, chosen)
     return chosen, facts
+
+
+def fold_to_grid(
+    adapted: AdaptedWeight, kind: type[IntegerGrid], moments: Tensor | None
+) -> tuple[IntegerGrid, Facts]:
+    """Values on a grid that the base does not lie on, for base + delta, and facts for the report.
+
+    `moments` as in `fold_to_codes`; without them, and without an adapter, the nearest values.
+    """
+    base = torch.cat([rows for _, rows in adapted.base_in_rows()])
+    factors = adapted.factors
+    delta = factors.change(base) if factors else torch.zeros_like(base)
+    target = base + delta
+    grid = kind(target.T.contiguous())
+    if factors is None:
+        return grid, {}
+    if moments is not None:
+        keep_adapter(grid, target, *factors[:2], moments)
+    return grid, _facts_of(base, delta, grid.weight.T, moments)
 
 
 def choose_codes(
@@ -127,6 +143,14 @@ def choose_codes(
     grid = NF4Grid(adapted.codes or nf4.quantize(target, quant))
     keep_adapter(grid, target, *adapted.factors[:2], moments)
     return grid.quantized()
+
+
+def _facts_of(base: Tensor, delta: Tensor, chosen: Tensor, moments: Tensor | None) -> Facts:
+    """Facts on the values chosen for base + delta, all (out, in)."""
+    change = chosen - base
+    output_delta = delta if moments is None else delta @ moments  # (out, in) @ (in, in)
+    kept, total = _dot(output_delta, change), _dot(output_delta, delta)
+    return _facts(float(base.norm()), float(delta.norm()), kept, total)
 
 
 def _facts(weight_norm: float, delta_norm: float, kept: float, total: float) -> Facts:

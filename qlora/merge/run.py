@@ -197,7 +197,7 @@ def _generation(
 
 def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
     """Data for 4-bit codes: the given one, or the training data in the adapters' run.yaml."""
-    is_off = config.format != "nf4" or config.calibration == "none"
+    is_off = not config.chooses_codes or config.calibration == "none"
     if is_off or task_named(adapter.task) is not CAUSAL_LM:
         return []
     if config.calibration:
