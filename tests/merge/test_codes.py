@@ -66,7 +66,8 @@ def test_a_sweep_moves_each_code_in_turn_to_the_best_of_the_sixteen_levels():
     moments = moments / moments.diagonal().mean()
     grid = NF4Grid(start)
     grid.moves = False  # codes alone: absmax stays
-    codes._Descent(grid, target, moments).sweep(0.0)
+    factor = codes._principal(moments, codes.RANK)[1]
+    codes._Descent(grid, target, moments, factor).sweep(0.0)
     levels, scale = torch.tensor(reference.NF4).double(), nf4.absmax(start).double()
     for row in range(3):
         weight = nf4.dequantize(start)[row].double()
