@@ -289,40 +289,33 @@ class _Panel:
 
     def descend(self) -> None:
         """One block after the other: its codes, then its scale and shift."""
-        size = self.grid.block if self.grid.moves else len(self.weight)
+        grid, size = self.grid, self.grid.block if self.grid.moves else COLUMNS
         for first in range(0, len(self.weight), size):
             block = slice(first, first + size)
-            before, gradient = self.weight[block].clone(), self.gradient[block].clone()
-            self._move_codes(first, min(first + size, len(self.weight)))
-            if self.grid.moves:
+            before, gradient = self.weight[block].clone(), self.gradient[block]
+            if grid.moves:
+                gradient = gradient.clone()
+            self._move_codes(block)
+            if grid.moves:
                 gradient.addmm_(self.hessian[block, block], self.weight[block] - before)
                 self._move_scales(block, gradient)
             rest = slice(first + size, None)
             self.gradient[rest].addmm_(self.hessian[rest, block], self.weight[block] - before)
 
-    def _move_codes(self, first: int, last: int) -> None:
-        """Columns at their best levels, each given those before it. Halves are taken in turn, so
-        that most of the gradient's updates are products of matrices."""
-        if last - first > COLUMNS:
-            middle = (first + last) // 2
-            before = self.weight[first:middle].clone()
-            self._move_codes(first, middle)
-            change = self.weight[first:middle] - before
-            self.gradient[middle:last].addmm_(self.hessian[middle:last, first:middle], change)
-            self._move_codes(middle, last)
-            return
-        grid = self.grid
-        for j in range(first, last):
-            current, block = self.weight[j], (self.first + j) // grid.block
-            ideal = torch.sub(current, self.gradient[j], alpha=self.inverse[j])
-            if grid.shift is not None:
-                ideal -= grid.shift[block]
-            value = grid.snap(ideal.div_(grid.scale[block])).mul_(grid.scale[block])
-            if grid.shift is not None:
-                value += grid.shift[block]
-            rest = slice(j + 1, last)  # outer product (columns,) x (out,)
-            self.gradient[rest].addr_(self.hessian[rest, j], value - current)
-            self.weight[j] = value
+    def _move_codes(self, block: slice) -> None:
+        """Columns at their best levels, each given those before it, in units of their scale."""
+        grid, at = self.grid, (self.first + block.start) // self.grid.block
+        own = slice(at, at + (1 if grid.moves else block.stop - block.start))
+        scale, shift = grid.scale[own], 0 if grid.shift is None else grid.shift[own]
+        levels = ((self.weight[block] - shift) / scale).nan_to_num(0, 0, 0)  # (c, out)
+        gradient = (self.gradient[block] / scale).nan_to_num(0, 0, 0)
+        hessian, inverse = self.hessian[block, block], self.inverse[block]
+        for j, level in enumerate(levels.unbind()):
+            best = grid.snap(torch.sub(level, gradient[j], alpha=inverse[j]))
+            # outer product (columns,) x (out,)
+            gradient[j + 1 :].addr_(hessian[j + 1 :, j], best - level)
+            level.copy_(best)
+        torch.add(levels * scale, shift, out=self.weight[block])
 
     def _move_scales(self, columns: slice, gradient: Tensor) -> None:
         """A block's scale and shift, where others that can be stored lower the cost: the best ones
@@ -398,7 +391,7 @@ def _principal(moments: Tensor, count: int) -> tuple[Tensor, Tensor]:
     their space."""
     shape = (len(moments), min(count, len(moments)))
     vectors = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(moments)
-    for _ in range(3):
+    for _ in range(4):
         vectors = torch.linalg.qr(moments @ vectors).Q  # (in, in) @ (in, count)
     values, turn = torch.linalg.eigh(vectors.T @ moments @ vectors)  # (count, count)
     found = (vectors @ turn).T.flip(0)

@@ -133,7 +133,8 @@ def test_the_systematic_error_is_corrected():
     start, target, lora_A, lora_B, moments = layer(256, 256)
     values, vectors = torch.linalg.eigh(moments.double())
     x = values.clamp_min(0).sqrt()[:, None] * vectors.T  # x' x = moments
-    responses = codes._Responses(lora_A, lora_B, moments)
+    vectors, factor = codes._principal(moments, codes.RANK)
+    responses = codes._Responses(lora_A, lora_B, moments, vectors[: codes.PRINCIPAL])
     seen = x @ responses.directions.double().T
 
     def systematic(quantized: nf4.Quantized) -> float:
@@ -141,7 +142,7 @@ def test_the_systematic_error_is_corrected():
         y = x @ error.T @ torch.linalg.qr(lora_B).Q.double()  # (in, in) (in, out) (out, r)
         return float((seen @ torch.linalg.lstsq(seen, y).solution).square().sum())
 
-    descent = codes._Descent(NF4Grid(start), target, moments)
+    descent = codes._Descent(NF4Grid(start), target, moments, factor)
     assert responses.error(descent) == pytest.approx(systematic(start), rel=1e-3)
     chosen = keep_adapter(start, target, lora_A, lora_B, moments)
     assert systematic(chosen) < 0.03 * systematic(start)
@@ -149,7 +150,10 @@ def test_the_systematic_error_is_corrected():
 
 def test_principal_directions_of_the_inputs():
     *_, moments = layer(8, 256)
-    found = codes._principal(moments, 32)
+    found, factor = codes._principal(moments, 32)
     torch.testing.assert_close(found @ found.T, torch.eye(32), rtol=0, atol=1e-5)
     largest = torch.linalg.eigvalsh(moments)[-32:].sum()
     assert float(torch.trace(found @ moments @ found.T) / largest) > 0.99
+    assert float(factor.square().sum() / largest) > 0.99
+    *_, factor = codes._principal(moments, 256)  # all of them: the moments themselves
+    torch.testing.assert_close(factor.T @ factor, moments, rtol=0, atol=1e-5 * float(largest))
