@@ -175,8 +175,9 @@ DAMPING = 0.25  # of the later rounds, which correct the systematic error
 ROUNDS = 20  # at most
 MIN_GAIN = 0.05  # stop when a round corrects less than this share of the systematic error
 BIAS = 100.0  # weight of the systematic error relative to noise
+ITERATIONS = 2  # of the search for these
 PRINCIPAL = 64  # principal directions of the inputs
-RANK = 512  # of the moments between panels
+RANK, RANK_SHARE = 256, 8  # of the moments between panels: at least RANK, or 1 / 8 of the inputs
 PATIENCE, ENOUGH = 4, 0.98  # stop when that many rounds have not lowered the cost to this share
 PANEL = 256  # columns at a time, whole blocks
 COLUMNS = 8  # of these, one after the other
@@ -196,7 +197,7 @@ def keep_adapter(
     All tensors are on one device. The cost, noise + BIAS * systematic error, is never higher than
     that of the first choice.
     """
-    vectors, factor = _principal(moments, RANK)
+    vectors, factor = _principal(moments, max(RANK, len(moments) // RANK_SHARE))
     descent = _Descent(grid, target, moments, factor)
     responses = _Responses(lora_A.float(), lora_B.float(), moments, vectors[:PRINCIPAL])
     best, best_cost = grid.choice(), descent.noise() + BIAS * responses.error(descent)
@@ -221,8 +222,8 @@ class _Descent:
     """Coordinate descent of a weight on the grid toward the target plus a correction.
 
     All tensors are transposed, (in, out). The moments are exact within a panel of columns, and of
-    rank RANK between panels, where they are `factor`' `factor`; `response`, factor @ error, is
-    kept up to date. This costs RANK * in * out a sweep, not in * in * out.
+    low rank (RANK) between panels, where they are `factor`' `factor`; `response`, factor @ error, is
+    kept up to date. A sweep costs rank * in * out, not in * in * out.
     """
 
     def __init__(self, grid: Grid, target: Tensor, moments: Tensor, factor: Tensor) -> None:
@@ -391,7 +392,7 @@ def _principal(moments: Tensor, count: int) -> tuple[Tensor, Tensor]:
     their space."""
     shape = (len(moments), min(count, len(moments)))
     vectors = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(moments)
-    for _ in range(4):
+    for _ in range(ITERATIONS):
         vectors = torch.linalg.qr(moments @ vectors).Q  # (in, in) @ (in, count)
     values, turn = torch.linalg.eigh(vectors.T @ moments @ vectors)  # (count, count)
     found = (vectors @ turn).T.flip(0)

@@ -1,0 +1,80 @@
+"""Seconds that the search for 4-bit codes takes for one layer of Llama-2-7B.
+
+    python benchmarks/search_7b.py [--grid Q4_0] [--device cuda]
+
+`keep_adapter` of qlora.merge.codes on the seven matrices, with random weights, an adapter (r=16)
+whose change is 1 % of them, and moments of inputs with a spectrum that falls as 1 / i, as that of
+activations roughly does. On a CPU two matrices are computed at a time, each by one thread, as the
+merge does. Calibration, reading and writing are not included.
+"""
+
+import argparse
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from results import record
+
+from qlora.merge import codes, grids
+
+HIDDEN, INTERMEDIATE, LAYERS, R = 4096, 11008, 32, 16
+SHAPES = {  # (out, in)
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (HIDDEN, HIDDEN)),
+    **dict.fromkeys(("gate_proj", "up_proj"), (INTERMEDIATE, HIDDEN)),
+    "down_proj": (HIDDEN, INTERMEDIATE),
+}
+
+
+def main() -> None:
+    """Time each matrix, and print and record the sums."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--grid", default="Q4_0", choices=["Q4_0", "Q4_1", "Q4_K", "Int4"])
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    kind = getattr(grids, args.grid)
+    moments = {width: inputs(width, args.device) for width in (HIDDEN, INTERMEDIATE)}
+
+    def one(name: str) -> float:
+        out, width = SHAPES[name]
+        generator = torch.Generator(args.device).manual_seed(0)
+        new = {"generator": generator, "device": args.device}
+        weight = torch.randn(out, width, **new) * 0.02
+        lora_A, lora_B = torch.randn(R, width, **new), torch.randn(out, R, **new)
+        change = lora_B @ lora_A
+        weight += change * (0.01 * weight.norm() / change.norm())
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        grid = kind(weight.T.contiguous())
+        codes.keep_adapter(grid, weight, lora_A, lora_B, moments[width])
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    workers = 2 if args.device == "cpu" else 1
+    if workers > 1:
+        torch.set_num_threads(1)
+    order = sorted(SHAPES, key=lambda name: -SHAPES[name][0] * SHAPES[name][1])
+    started = time.perf_counter()
+    with ThreadPoolExecutor(workers) as pool:
+        seconds = dict(zip(order, pool.map(one, order), strict=True))
+    layer = time.perf_counter() - started
+    for name, each in seconds.items():
+        print(f"{name:10} {SHAPES[name]!s:15} {each:7.1f} s")
+    print(f"all seven: {layer:.1f} s; {LAYERS} layers: {layer * LAYERS / 60:.0f} minutes")
+    row = {"grid": args.grid, "layer_seconds": round(layer, 1), "workers": workers}
+    record("search_7b", row | {name: round(each, 1) for name, each in seconds.items()})
+
+
+def inputs(width: int, device: str) -> torch.Tensor:
+    """Moments (in, in) of inputs whose covariance has eigenvalues of about 1 / i."""
+    generator = torch.Generator(device).manual_seed(1)
+    directions = torch.randn(width // 2, width, generator=generator, device=device)
+    directions /= torch.arange(1, width // 2 + 1, device=device)[:, None].sqrt()
+    moments = directions.T @ directions
+    moments.diagonal().add_(moments.diagonal().mean() * 0.01)
+    return moments
+
+
+if __name__ == "__main__":
+    main()
