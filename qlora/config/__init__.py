@@ -217,6 +217,8 @@ class MergeConfig(Settings):
     """weights per absmax value in nf4; by default as in training"""
     double_quant: bool = True
     """quantize the absmax values too in nf4, if training did"""
+    symmetric: bool = True
+    """no zero points in int4, which all servers know"""
     verify: str | None = None
     """data to compare the merged model with base + adapter on"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -242,6 +244,8 @@ class MergeConfig(Settings):
             yield f"calibration needs a 4-bit format, got {self.format}: leave it out"
         if self.blocksize and self.format != "nf4":
             yield f"blocksize needs format nf4, got {self.format}: leave it out"
+        if not self.symmetric and self.format != "int4":
+            yield f"no_symmetric needs format int4, got {self.format}: leave it out"
         if self.min_kept is not None and self.verify is None:
             yield "min_kept needs verify, data to measure it on: give both"
 

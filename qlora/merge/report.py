@@ -67,7 +67,9 @@ class MergeReport:
             )
         print(f"\nWritten to {output}. Use it:")
         task = task_named(self.plan.task)
-        print(f"  {task.auto_class}.from_pretrained({json.dumps(str(output), ensure_ascii=False)})")
+        reader = "      # needs the package compressed-tensors" * (self.config.format == "int4")
+        named = json.dumps(str(output), ensure_ascii=False)
+        print(f"  {task.auto_class}.from_pretrained({named}){reader}")
         if task is CAUSAL_LM:
             plugin = "      # needs the package vllm-bnb-plugin" * (self.config.format == "nf4")
             print(f"  vllm serve {shlex.quote(str(output))}{plugin}")
