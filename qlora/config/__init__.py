@@ -205,8 +205,11 @@ class MergeConfig(Settings):
     """factor of each adapter, by default 1"""
     base_model: str | None = None
     """base model; by default the one that adapter_config.json names"""
-    onto: Literal["nf4", "original", "auto"] = "nf4"
-    """base weights: dequantized 4-bit, as trained; original; or the better of both on verify"""
+    trained_on: Literal["nf4", "16bit"] | None = None
+    """the base in training; by default what the adapter's files tell, nf4 where they do not"""
+    onto: Literal["nf4", "original", "auto"] | None = None
+    """base weights: dequantized 4-bit; original; or the better of both on verify; by default those
+    of training"""
     format: MergeFormat = "bf16"
     """of the merged weights: a dtype; nf4, a bitsandbytes checkpoint; int4, one for vLLM and SGLang
     (compressed-tensors); gguf-..., a file for llama.cpp and Ollama"""
@@ -238,6 +241,8 @@ class MergeConfig(Settings):
             yield "adapter names a folder twice"
         if weights not in (0, count):
             yield f"weights must have one number per adapter: {count} adapters, {weights} weights"
+        if self.trained_on == "16bit" and self.onto == "nf4":
+            yield "onto nf4 needs trained_on nf4: give one of them"
         if self.onto == "auto" and self.verify is None:
             yield "onto auto needs verify, data to measure both on: give both"
         if self.calibration and not self.chooses_codes:

@@ -13,21 +13,17 @@ There is no weight_g_idx: columns keep their order.
 """
 
 from collections.abc import Collection, Iterable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora.errors import require
 from qlora.merge.grids import Int4, Int4ZeroPoint
 from qlora.ops.nf4 import Layout
 
 SIZES = (128, 64, 32)  # of a group, those that vLLM's kernels know
 A_WORD = 8  # values in an int32
-METHOD = "compressed-tensors"
-INSTALL = "pip install compressed-tensors"
 
 
 def grid_of(size: int, *, symmetric: bool) -> type[Int4]:
@@ -85,29 +81,17 @@ def pack(codes: Tensor) -> Tensor:
 
 def settings(grid: type[Int4], ignore: Iterable[str]) -> dict[str, Any]:
     """The quantization_config of config.json; `ignore` names the linear layers in 16 bits."""
-    symmetric = not issubclass(grid, Int4ZeroPoint)
     weights = {
         "num_bits": 4, "type": "int", "strategy": "group", "group_size": grid.size,
-        "symmetric": symmetric, "dynamic": False, "actorder": None,
+        "symmetric": not issubclass(grid, Int4ZeroPoint), "dynamic": False, "actorder": None,
     }  # fmt: skip
-    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
-    values: dict[str, Any] = {
-        "quant_method": METHOD,
+    without: dict[str, Any] = {"input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": group | {"input_activations": None, "output_activations": None}
-        },
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights} | without},
         "ignore": list(ignore),
+        # For transformers alone, which otherwise opens neither zero points nor some vision towers
+        "dequantize": True,
     }
-    if (
-        not symmetric
-    ):  # transformers 5.23 opens packed zero points in no other way; others ignore it
-        values["dequantize"] = True
-    return values
-
-
-def require_reader(what: str) -> None:
-    """Raise if compressed-tensors is not installed, which transformers opens such a model with."""
-    fault = f"{what} is opened with the package compressed-tensors, which is not installed"
-    require(find_spec("compressed_tensors") is not None, f"{fault}: {INSTALL}")

@@ -96,6 +96,35 @@ class Plan:
         return [entry for op in self.ops for entry in op.entries]
 
 
+def as_trained(
+    config: MergeConfig, adapter: AdapterFile, checkpoint: Checkpoint, base_model: str
+) -> MergeConfig:
+    """`config` with `trained_on` and `onto`, as given or else by what the adapter's files tell.
+
+    Raises:
+        UserError: the files tell another base than `trained_on`, or it is not to be had.
+    """
+    if config.trained_on == "16bit":
+        quant = adapter.quantization
+        was = f"adapter {adapter.folder} was trained on {quant.quant_type.upper()}, its files tell"
+        fix = "leave --trained-on 16bit out, or merge --onto original"
+        require(not adapter.knows_quantization, f"{was}: {fix}")
+        fault = f"--trained-on 16bit needs the weights in 16 bits, {checkpoint.folder} is 4-bit"
+        require(not checkpoint.is_quantized, f"{fault}: give the 16-bit model as --base-model")
+    elif not adapter.knows_quantization:
+        print(
+            "The adapter does not record how its base was quantized: NF4, blocksize 64 and double"
+        )
+        print("quantization are assumed, transformers' and PEFT's settings for QLoRA.")
+        names = (adapter.base_model or "", base_model)
+        is_4_bit = checkpoint.is_quantized or any(n.lower().endswith("bnb-4bit") for n in names)
+        if config.trained_on is None and not is_4_bit:
+            print("If it was trained on the base in 16 bits, give --trained-on 16bit.")
+    trained_on = config.trained_on or "nf4"
+    onto = config.onto or ("original" if trained_on == "16bit" else "nf4")
+    return replace(config, trained_on=trained_on, onto=onto)
+
+
 def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig) -> Plan:
     """The operation for each tensor, from headers alone, in the model's order.
 

@@ -4,7 +4,8 @@
 
 is, to rounding, the function that was trained: every layer that was quantized in training is
 quantized and dequantized here, with or without an adapter. `onto="original"` adds to W itself,
-which is another function. For `format="nf4"`, qlora.merge.codes chooses 4-bit codes for the sum.
+which is another function, unless the adapter was trained on W in 16 bits. For 4 bits
+(qlora.merge.codecs), qlora.merge.codes chooses codes for the sum.
 
 1. Plan: `plan_merge` decides from file headers how each tensor is computed (`MergeOp`).
 2. Check: adapter, base, shapes, disk space, data and tokenizer, before a byte is written.
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
 from qlora.base.checkpoint import Checkpoint, disk_name, model_config, skeleton
-from qlora.base.load import load_tokenizer
+from qlora.base.load import load_tokenizer, require_compressed_tensors
 from qlora.base.shards import parse_size, write_shards
 from qlora.config import MergeConfig
 from qlora.config.tasks import CAUSAL_LM, task_named
@@ -46,9 +47,8 @@ from qlora.files import (
     read_run_file,
     require_new,
 )
-from qlora.merge import int4
 from qlora.merge.codes import AdaptedWeight, Facts, fold
-from qlora.merge.plan import Kind, MergeOp, Plan, plan_merge
+from qlora.merge.plan import Kind, MergeOp, Plan, as_trained, plan_merge
 from qlora.merge.report import MergeReport
 from qlora.ops import nf4
 
@@ -74,7 +74,7 @@ def merge(config: MergeConfig) -> Path:
         raise UserError("--device cuda needs a GPU, and torch sees no GPU: use --device cpu")
     job = _prepare(config)
     with publishing(output) as folder:
-        report = _write_better(job, folder) if config.onto == "auto" else _write(job, folder)
+        report = _write_better(job, folder) if job.config.onto == "auto" else _write(job, folder)
         if config.min_kept is not None:
             report.verified = verified = report.verified or job.verifier.measure(folder)
             if verified.kept is None:
@@ -86,7 +86,7 @@ def merge(config: MergeConfig) -> Path:
                 raise UserError(
                     f"the merged model keeps {verified.kept:.1%} of training's gain in loss, less "
                     f"than --min-kept {config.min_kept}: nothing was written. Use --calibration "
-                    "data like the training's, or --format bf16 --onto nf4"
+                    "data like the training's, or --format bf16 without --onto"
                 )
             report.write(folder)
     report.print_summary(output)
@@ -123,13 +123,9 @@ def _prepare(config: MergeConfig) -> _Job:
         raise UserError(f"adapter {adapter.folder} names no base model: give --base-model")
     revision = adapter.revision if base_model == adapter.base_model else None
     checkpoint = Checkpoint.open(base_model, revision=revision)
-    if not adapter.knows_quantization:
-        print(
-            "The adapter does not record how its base was quantized: NF4, blocksize 64 and double"
-        )
-        print("quantization are assumed, transformers' and PEFT's settings for QLoRA.")
+    config = as_trained(config, adapter, checkpoint, base_model)
     if config.format == "int4" and config.verify:
-        int4.require_reader("--verify: an int4 model")
+        require_compressed_tensors("--verify: an int4 model")
     plan = plan_merge(checkpoint, adapter, config)
     for note in plan.notes:
         print(note)
@@ -153,6 +149,7 @@ def _prepare(config: MergeConfig) -> _Job:
     tokenizer_folder = adapter.folder if adapter.has_tokenizer else checkpoint.folder
     generation = _generation(adapter, checkpoint, tokenizer_folder, config.trust_remote_code)
     running: Any = {"device": config.device, "trust_remote_code": config.trust_remote_code}
+    running["in_4_bits"] = config.trained_on == "nf4"
     reading: Any = {"vocabulary": plan.config_changes.get("vocab_size", checkpoint.vocab_size)}
     verifier = moments = None
     if config.verify:
