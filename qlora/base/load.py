@@ -104,6 +104,8 @@ def load_base(
     empty: Any = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
     in_full = classifier_modules(checkpoint, empty, kind)
     names = tuple(name for _, name in sorted((empty.config.id2label or {}).items()))
+    if not checkpoint.is_quantized:
+        require_unquantized(checkpoint)
     require_on_disk(checkpoint, empty, in_full)
     quant, bnb_config = _quantization(checkpoint, empty, quant, in_full)
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
@@ -250,7 +252,6 @@ def _quantization(
             "Use another model"
         )
     if not checkpoint.is_quantized:
-        require_unquantized(checkpoint)
         quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
         layers = quantized_layers(model, quant)
         _require_own_weights(checkpoint, model, layers)

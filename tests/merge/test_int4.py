@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+from adapter_kinds import logits
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from conftest import axis
-from merging import merged, report_of, rows_file
+from conftest import axis, tiny_model, tiny_tokenizer
+from merging import merged, refused, report_of, rows_file, run_merge, trained
 from merging import trained_on as trained_on
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from qlora import UserError, load_base
+from qlora.adapters.live import resolve_model
 from qlora.adapters.lora import lora_layers
+from qlora.base.checkpoint import Checkpoint
+from qlora.config import ModelChoice
 from qlora.merge import int4
 from qlora.merge.grids import Int4
 
@@ -70,3 +75,42 @@ def test_transformers_opens_the_values_of_the_grid(family, symmetric, trained_on
     verified = report_of(output)["verify"]
     assert 0 < verified["kl"] < 0.1
     assert 0.5 < verified["agreement"] <= 1
+
+
+def test_it_opens_as_a_model_to_chat_with_and_needs_a_package(trained_on, tmp_path, monkeypatch):
+    adapter, output = trained_on("llama").adapter, tmp_path / "out"
+    run_merge(adapter, output, format="int4", calibration="none")
+    resolved = resolve_model(ModelChoice(model=str(output), compute_dtype="fp32"))
+    wanted = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    assert torch.equal(logits(resolved.load()), logits(wanted))
+    with pytest.raises(UserError, match="already quantized, with compressed-tensors"):
+        load_base(str(output))
+    monkeypatch.setattr("qlora.base.load.find_spec", lambda name: None)
+    match = "with the package compressed-tensors, .*: pip install compressed-tensors$"
+    with pytest.raises(UserError, match=match):
+        resolved.load()
+    refused(adapter, tmp_path / "other", match, format="int4", verify=rows_file(tmp_path))
+
+
+def narrow(folder, **sizes):
+    """A tiny model of these sizes."""
+    config = tiny_model("llama").config
+    config.update({"num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 4} | sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_columns_that_no_group_divides_stay_in_16_bits(checkpoints, tmp_path, capsys):
+    base = narrow(tmp_path / "base", intermediate_size=48)
+    adapter = trained(base, tmp_path / "adapter").adapter
+    tensors = merged(adapter, tmp_path / "out", format="int4", calibration="none")
+    said = "In 16 bits, as columns are no multiple of 32: model.layers.0.mlp.down_proj"
+    assert said in capsys.readouterr().out
+    assert tensors["model.layers.0.mlp.down_proj.weight"].dtype == torch.bfloat16
+    ignored = Checkpoint(tmp_path / "out").config["quantization_config"]["ignore"]
+    assert ignored == [f"model.layers.{i}.mlp.down_proj" for i in range(2)] + ["lm_head"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    conv1d = trained(checkpoints("gpt2"), tmp_path / "conv1d").adapter
+    match = "nn.Linear layers of a multiple of 128 or 64 or 32 columns: use --format nf4"
+    refused(conv1d, tmp_path / "other", match, format="int4", calibration="none")
