@@ -120,7 +120,6 @@ def refuses(make, words, *more):
         (merge_config, {"onto": "auto"}, "onto auto verify"),
         (merge_config, {"calibration": "rows.jsonl"}, "calibration 4-bit bf16"),
         (merge_config, {"symmetric": False}, "no_symmetric int4 bf16"),
-        (merge_config, {"onto": "nf4", "trained_on": "16bit"}, "onto nf4 trained_on"),
         (merge_config, {"min_kept": 0.9}, "min_kept verify"),
         (merge_config, {"weights": (1.0, 2.0)}, "weights 1 adapters 2 weights"),
         (MergeConfig, {"adapter": (), "output_dir": "x"}, "adapter names no folder"),

@@ -104,22 +104,17 @@ def load_base(
     empty: Any = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
     in_full = classifier_modules(checkpoint, empty, kind)
     names = tuple(name for _, name in sorted((empty.config.id2label or {}).items()))
-    if not checkpoint.is_quantized:
-        require_unquantized(checkpoint)
+    require_unquantized(checkpoint)
     require_on_disk(checkpoint, empty, in_full)
     quant, bnb_config = _quantization(checkpoint, empty, quant, in_full)
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
+    # `initialise_missing` refuses those, except in a head
+    args |= {"config": empty.config, "ignore_mismatched_sizes": True}
     with ExitStack() as stack:
         if in_full:  # `initialise_missing` reports a missing head
             stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
             transformers_logging.set_verbosity_error()
-        loaded, info = from_pretrained(
-            type(empty),
-            checkpoint,
-            config=empty.config,
-            ignore_mismatched_sizes=True,  # `initialise_missing` refuses them, except in a head
-            **args,
-        )
+        loaded, info = from_pretrained(type(empty), checkpoint, **args)
     initialise_missing(loaded, empty, checkpoint, info, in_full, seed)
     if bnb_config:
         _describe_as_bitsandbytes(loaded, quant, dtype)
@@ -285,6 +280,8 @@ def _quantization(
 def require_unquantized(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint without 4-bit codes whose config.json says that it is quantized."""
     settings = checkpoint.config.get("quantization_config") or {}
+    if checkpoint.is_quantized:
+        return
     loads = any(settings.get(key) for key in ("load_in_4bit", "load_in_8bit"))
     method = settings.get("quant_method") or ("bitsandbytes" if loads else None)
     fault = f"{checkpoint.origin} is already quantized, with {method}"

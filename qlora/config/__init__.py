@@ -241,8 +241,6 @@ class MergeConfig(Settings):
             yield "adapter names a folder twice"
         if weights not in (0, count):
             yield f"weights must have one number per adapter: {count} adapters, {weights} weights"
-        if self.trained_on == "16bit" and self.onto == "nf4":
-            yield "onto nf4 needs trained_on nf4: give one of them"
         if self.onto == "auto" and self.verify is None:
             yield "onto auto needs verify, data to measure both on: give both"
         if self.calibration and not self.chooses_codes:

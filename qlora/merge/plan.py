@@ -139,8 +139,7 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model, or merge "
             "--onto nf4"
         )
-    if not checkpoint.is_quantized:
-        require_unquantized(checkpoint)
+    require_unquantized(checkpoint)
     require_same_codes(checkpoint, adapter)
     if adapter.parameters:
         raise UserError(
@@ -249,10 +248,10 @@ class _Planner:
             return NF4Codec(out_quant, nf4.DTYPES[half])
         if config.format != "int4":
             return None
-        columns = {name: matrix_shape(model.get_submodule(name))[1] for name in self.quantized}
+        layers = {n: layer for n, layer in linear_layers(model).items() if n in self.quantized}
+        columns = {name: matrix_shape(layer)[1] for name, layer in layers.items()}
         fault = "--format int4 needs nn.Linear layers of"
-        conv1d = any(was_conv1d(model.get_submodule(name)) for name in self.quantized)
-        size = None if conv1d else int4.group_size(columns.values())
+        size = None if any(map(was_conv1d, layers.values())) else int4.group_size(columns.values())
         wide = " or ".join(str(n) for n in int4.SIZES)
         require(size is not None, f"{fault} a multiple of {wide} columns: use --format nf4")
         assert size

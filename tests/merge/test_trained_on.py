@@ -17,6 +17,10 @@ from qlora.merge.measure import read_examples
 ON_16_BITS = {"trained_on": "16bit"}
 
 
+def card(output):
+    return (output / "README.md").read_text().replace("\n", " ")
+
+
 @pytest.fixture
 def adapter(adapter_build):
     return adapter_build("lora", "plain").peft_folder
@@ -36,8 +40,7 @@ def test_the_merged_model_is_pefts_on_the_16_bit_base(
     require_logits(tmp_path / "fp32", adapter_build("lora", "plain").logits)
     report = report_of(tmp_path / "bf16")
     assert (report["trained_on"], report["onto"]) == ("16bit", "original")
-    card = (tmp_path / "bf16" / "README.md").read_text()
-    assert "into the original weights, as it was in training" in card
+    assert "into the original weights, as it was in training" in card(tmp_path / "bf16")
 
 
 @pytest.mark.parametrize("format", ["nf4", "int4"])
@@ -100,3 +103,14 @@ def test_what_the_files_tell(adapter, checkpoints, tmp_path, capsys):
     (named / CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": "a/b-bnb-4bit"}))
     run_merge(named, tmp_path / "by name", base_model=base)
     assert hint not in capsys.readouterr().out
+
+
+def test_it_may_be_merged_onto_another_base_than_in_training(adapter, tmp_path):
+    data = rows_file(tmp_path)
+    run_merge(adapter, tmp_path / "auto", onto="auto", verify=data, **ON_16_BITS)
+    auto = report_of(tmp_path / "auto")
+    run_merge(adapter, tmp_path / "nf4", onto="nf4", verify=data, **ON_16_BITS)
+    nf4 = report_of(tmp_path / "nf4")["verify"]
+    assert auto["verify"]["loss_live"] == nf4["loss_live"]  # of the 16-bit base, each time
+    assert auto["verify"]["loss_merged"] <= nf4["loss_merged"]
+    assert "4 bits (NF4, blocksize 64), with which it was not" in card(tmp_path / "nf4")
