@@ -216,7 +216,8 @@ def _value(source: str, hint: Any, given: Any) -> Any:
         return tuple(word if item is str else _number(source, item, word) for word in given)
     if bool in parts and text.lower() in yaml.SafeLoader.bool_values:
         return yaml.SafeLoader.bool_values[text.lower()]
-    if NoneType in parts and text.lower() in ("none", "null"):
+    is_word = any(text in get_args(part) for part in parts)  # such as --calibration none
+    if NoneType in parts and text.lower() in ("none", "null") and not is_word:
         return None
     if number := next((kind for kind in (int, float) if kind in parts), None):
         return _number(source, number, text)

@@ -213,7 +213,7 @@ class MergeConfig(Settings):
     format: MergeFormat = "bf16"
     """of the merged weights: a dtype; nf4, a bitsandbytes checkpoint; int4, one for vLLM and SGLang
     (compressed-tensors); gguf-..., a file for llama.cpp and Ollama"""
-    calibration: str | None = None
+    calibration: str | Literal["self", "none"] | None = None
     """data to choose 4-bit codes on, 'self' (text that the model generates) or 'none'; by default
     the training data, or 'self' if it could not be found"""
     blocksize: int | None = field(default=None, metadata=BLOCKSIZE)
