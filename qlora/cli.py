@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 from tqdm import tqdm
@@ -163,7 +163,10 @@ def _add_flag(group: Any, member: Field[Any], doc: str) -> None:
     choices = [choice for choice in choices if isinstance(choice, str)]
     names = {int: "INT", float: "NUMBER", Mapping: "{NAME: VALUE}"}
     metavar = names.get(item or get_origin(kind) or kind, "NAME")
-    metavar = f"{{{','.join(choices)}}}" if choices else metavar
+    if sum(map(len, choices)) > 60:  # too many for one line
+        text = text if text is argparse.SUPPRESS else f"{text}; {', '.join(choices)}"
+    elif choices:
+        metavar = f"{{{','.join(choices)}}}"
     add(flag, dest=member.name, metavar=metavar, nargs="*" if item else None, help=text)
 
 
@@ -216,7 +219,8 @@ def _value(source: str, hint: Any, given: Any) -> Any:
         return tuple(word if item is str else _number(source, item, word) for word in given)
     if bool in parts and text.lower() in yaml.SafeLoader.bool_values:
         return yaml.SafeLoader.bool_values[text.lower()]
-    if NoneType in parts and text.lower() in ("none", "null"):
+    is_word = any(text in get_args(part) for part in parts)  # such as --calibration none
+    if NoneType in parts and text.lower() in ("none", "null") and not is_word:
         return None
     if number := next((kind for kind in (int, float) if kind in parts), None):
         return _number(source, number, text)
@@ -239,7 +243,7 @@ def _number(source: str, kind: type[int] | type[float], text: str) -> int | floa
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _item(hint: Any) -> Any:

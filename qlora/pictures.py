@@ -212,7 +212,8 @@ def draw_merge(report: Mapping[str, Any]) -> Figure:
         _style(axes, y="loss (nats per supervised token)", ticks=0)
         axes.grid(visible=False, axis="x")
         losses = [verify[f"loss_{which}"] for which in ("base", "live", "merged")]
-        bars = axes.bar(["4-bit base", "live", "merged"], losses, color=[GREY, BLUE, ORANGE])
+        base = "16-bit base" if report.get("trained_on") == "16bit" else "4-bit base"
+        bars = axes.bar([base, "live", "merged"], losses, color=[GREY, BLUE, ORANGE])
         axes.bar_label(bars, fmt="%.4f", fontsize=9, color=INK)
         share = "no gain" if verify["kept"] is None else f"{verify['kept']:.2%} of the gain kept"
         axes.set_title(f"{share}\nKL to live {verify['kl']:.4f}", fontsize=10, color=INK)

@@ -30,15 +30,13 @@ from qlora.base.load import (
     DTYPE_NAMES,
     compute_dtype,
     default_device,
-    from_pretrained,
     load_base,
+    load_dense,
     load_tokenizer,
 )
-from qlora.base.missing import require_on_disk
-from qlora.base.modules import auto_class
 from qlora.config import ModelChoice, QuantConfig
 from qlora.config.tasks import TASKS, task_named
-from qlora.errors import UserError, require, some
+from qlora.errors import UserError, require
 
 
 def load_live(
@@ -46,17 +44,28 @@ def load_live(
     adapter: AdapterFile,
     *,
     quant: QuantConfig | None = None,
+    in_4_bits: bool = True,
     device: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """`base` in 4 bits with `adapter` active on it, frozen and in eval mode; `quant` is by default
-    that of training. Raises UserError if the base cannot be loaded or the adapter does not fit."""
-    known: Any = {"task": adapter.task, "labels": adapter.labels, "device": device}
-    quant, trusted = quant or adapter.quantization, trust_remote_code
-    model = load_base(base, quant, **known, trust_remote_code=trusted)
+    """`base`, by default in 4 bits, with `adapter` active on it, frozen and in eval mode; `quant`
+    is by default that of training. Raises UserError if the base cannot be loaded or the adapter
+    does not fit."""
+    known: Any = {"device": device, "trust_remote_code": trust_remote_code}
+    model = load_plain(base, adapter, quant or adapter.quantization, in_4_bits, **known)
     attach(model, adapter)
     model.eval()
     return model
+
+
+def load_plain(
+    base: str | Checkpoint, adapter: AdapterFile, quant: QuantConfig, in_4_bits: bool, **known: Any
+) -> PreTrainedModel:
+    """The base alone, for the adapter's task; `known`: device and trust_remote_code."""
+    if in_4_bits:
+        return load_base(base, quant, task=adapter.task, labels=adapter.labels, **known)
+    checkpoint = Checkpoint.open(base) if isinstance(base, str) else base
+    return load_dense(checkpoint, quant, task=adapter.task, **known)
 
 
 @dataclass(frozen=True)
@@ -117,22 +126,14 @@ class ResolvedModel:
 
     def load(self) -> PreTrainedModel:
         """The model in eval mode, on the GPU where there is one."""
-        checkpoint, quant, device = self.checkpoint, self.quantization, default_device()
+        checkpoint, quant = self.checkpoint, self.quantization
         trusted: Any = {"trust_remote_code": self.choice.trust_remote_code}
         if self.adapter:
             return load_live(checkpoint, self.adapter, quant=quant, **trusted)
         if self.in_4_bits:
             model = load_base(checkpoint, quant, task=self.task, labels=self.labels, **trusted)
         else:
-            placed = {"dtype": compute_dtype(quant, device), "device_map": {"": device}}
-            kind = auto_class(task_named(self.task))
-            empty = skeleton(checkpoint.folder, task=task_named(self.task), **trusted)
-            require_on_disk(checkpoint, empty)
-            model, info = from_pretrained(kind, checkpoint, **placed, **trusted)
-            lacks = sorted(info["missing_keys"])
-            fault = f"{self.what} lacks {len(lacks)} tensors of a {type(model).__name__}: "
-            fix = "Give a complete model, such as a merged one"
-            require(not lacks, f"{fault}{some(lacks)}. {fix}")
+            model = load_dense(checkpoint, quant, task=self.task, **trusted)
         model.eval()
         return model
 

@@ -198,10 +198,11 @@ def remarks(run: Run) -> list[str]:
 
 def _merge_facts(report: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of the page's merge section."""
-    onto = {
-        "nf4": "onto the dequantized 4-bit base, as in training",
-        "original": "onto the original weights, which were not used in training",
-    }
+    places = {"nf4": "the dequantized 4-bit base", "original": "the original weights"}
+    in_4_bits = report.get("trained_on") != "16bit"
+    is_same = (report["onto"] == "nf4") == in_4_bits
+    onto = f"onto {places.get(report['onto'], report['onto'])}"
+    onto += ", as in training" if is_same else ", which were not used in training"
     kinds = []
     for name, layers in by_kind(report["layers"]).items():
         shares = [facts["kept"] for _, facts in layers]
@@ -211,7 +212,8 @@ def _merge_facts(report: Mapping[str, Any]) -> dict[str, Any]:
     kept = report["verify"] and report["verify"]["kept"]
     picture = Markup(as_svg(draw_merge(report), "Share of the change kept")) if kinds else None
     return {
-        "about": f"{onto.get(report['onto'], report['onto'])}; {report['format']}",
+        "about": f"{onto}; {report['format']}",
+        "base": "4-bit base" if in_4_bits else "16-bit base",
         "verify": report["verify"],
         "kept": "no gain" if kept is None else f"{kept:.2%}",
         "kinds": kinds,

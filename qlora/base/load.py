@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from qlora.base.inputs import why_not
 from qlora.base.missing import classifier_modules, initialise_missing, require_on_disk
 from qlora.base.modules import (
     ModelState,
+    auto_class,
     heads,
     is_in,
     is_linear,
@@ -102,20 +104,17 @@ def load_base(
     empty: Any = skeleton(checkpoint.folder, task=kind, labels=labels, **trusted)
     in_full = classifier_modules(checkpoint, empty, kind)
     names = tuple(name for _, name in sorted((empty.config.id2label or {}).items()))
+    require_unquantized(checkpoint)
     require_on_disk(checkpoint, empty, in_full)
     quant, bnb_config = _quantization(checkpoint, empty, quant, in_full)
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
+    # `initialise_missing` refuses those, except in a head
+    args |= {"config": empty.config, "ignore_mismatched_sizes": True}
     with ExitStack() as stack:
         if in_full:  # `initialise_missing` reports a missing head
             stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
             transformers_logging.set_verbosity_error()
-        loaded, info = from_pretrained(
-            type(empty),
-            checkpoint,
-            config=empty.config,
-            ignore_mismatched_sizes=True,  # `initialise_missing` refuses them, except in a head
-            **args,
-        )
+        loaded, info = from_pretrained(type(empty), checkpoint, **args)
     initialise_missing(loaded, empty, checkpoint, info, in_full, seed)
     if bnb_config:
         _describe_as_bitsandbytes(loaded, quant, dtype)
@@ -131,6 +130,42 @@ def load_base(
         original_weights=OriginalWeights(checkpoint, empty, dtype) if bnb_config else None,
     )
     return loaded  # type: ignore[no-any-return]
+
+
+def load_dense(
+    checkpoint: Checkpoint,
+    quant: QuantConfig | None = None,
+    *,
+    task: str = "causal-lm",
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model without quantization, in the compute dtype of `quant`; int4 is decoded.
+
+    Raises:
+        UserError: the model cannot be loaded, or lacks parameters.
+    """
+    device, trusted = device or default_device(), dict[str, Any]()
+    trusted["trust_remote_code"] = trust_remote_code
+    dtype, kind = compute_dtype(quant or QuantConfig(), torch.device(device)), task_named(task)
+    settings = checkpoint.config.get("quantization_config") or {}
+    if settings.get("quant_method") == "compressed-tensors":
+        require_compressed_tensors(f"model {checkpoint.name or checkpoint.folder}")
+    else:
+        require_on_disk(checkpoint, skeleton(checkpoint.folder, task=kind, **trusted))
+    placed: Any = {"dtype": dtype, "device_map": {"": device}, **trusted}
+    model, info = from_pretrained(auto_class(kind), checkpoint, **placed)
+    lacks = sorted(info["missing_keys"])
+    fault = f"model {checkpoint.name} lacks {len(lacks)} tensors of a {type(model).__name__}: "
+    require(not lacks, f"{fault}{some(lacks)}. Give a complete model, such as a merged one")
+    return model  # type: ignore[no-any-return]
+
+
+def require_compressed_tensors(what: str) -> None:
+    """Raise if the package is not installed, with which transformers opens int4."""
+    fault = f"{what} is opened with the package compressed-tensors, which is not installed"
+    is_there = find_spec("compressed_tensors") is not None
+    require(is_there, f"{fault}: pip install compressed-tensors")
 
 
 def from_pretrained(model_class: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, Any]:
@@ -212,7 +247,6 @@ def _quantization(
             "Use another model"
         )
     if not checkpoint.is_quantized:
-        require_unquantized(checkpoint)
         quant = replace(quant, skip_modules=(*quant.skip_modules, *in_full))
         layers = quantized_layers(model, quant)
         _require_own_weights(checkpoint, model, layers)
@@ -246,6 +280,8 @@ def _quantization(
 def require_unquantized(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint without 4-bit codes whose config.json says that it is quantized."""
     settings = checkpoint.config.get("quantization_config") or {}
+    if checkpoint.is_quantized:
+        return
     loads = any(settings.get(key) for key in ("load_in_4bit", "load_in_8bit"))
     method = settings.get("quant_method") or ("bitsandbytes" if loads else None)
     fault = f"{checkpoint.origin} is already quantized, with {method}"

@@ -205,18 +205,23 @@ class MergeConfig(Settings):
     """factor of each adapter, by default 1"""
     base_model: str | None = None
     """base model; by default the one that adapter_config.json names"""
-    onto: Literal["nf4", "original", "auto"] = "nf4"
-    """base weights: dequantized 4-bit, as trained; original; or the better of both on verify"""
+    trained_on: Literal["nf4", "16bit"] | None = None
+    """the base in training; by default what the adapter's files tell, nf4 where they do not"""
+    onto: Literal["nf4", "original", "auto"] | None = None
+    """base weights: dequantized 4-bit; original; or the better of both on verify; by default those
+    of training"""
     format: MergeFormat = "bf16"
     """of the merged weights: a dtype; nf4, a bitsandbytes checkpoint; int4, one for vLLM and SGLang
     (compressed-tensors); gguf-..., a file for llama.cpp and Ollama"""
-    calibration: str | None = None
+    calibration: str | Literal["self", "none"] | None = None
     """data to choose 4-bit codes on, 'self' (text that the model generates) or 'none'; by default
     the training data, or 'self' if it could not be found"""
     blocksize: int | None = field(default=None, metadata=BLOCKSIZE)
     """weights per absmax value in nf4; by default as in training"""
     double_quant: bool = True
     """quantize the absmax values too in nf4, if training did"""
+    symmetric: bool = True
+    """no zero points in int4, which all servers know"""
     verify: str | None = None
     """data to compare the merged model with base + adapter on"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -242,6 +247,8 @@ class MergeConfig(Settings):
             yield f"calibration needs a 4-bit format, got {self.format}: leave it out"
         if self.blocksize and self.format != "nf4":
             yield f"blocksize needs format nf4, got {self.format}: leave it out"
+        if not self.symmetric and self.format != "int4":
+            yield f"no_symmetric needs format int4, got {self.format}: leave it out"
         if self.min_kept is not None and self.verify is None:
             yield "min_kept needs verify, data to measure it on: give both"
 

@@ -7,8 +7,8 @@ the others, the output head and its inputs at up to MAX_TOKENS positions are kep
 is computed again in chunks of tokens.
 
 Calibration collects the second moments of the inputs of each adapted linear layer
-(qlora.adapters.starts) in the model as trained, the 4-bit base with its live adapter. Without data
-the model samples its own text, as LLM-QAT does (arXiv:2305.17888).
+(qlora.adapters.starts) in the model as trained, the base, mostly in 4 bits, with its live adapter.
+Without data the model samples its own text, as LLM-QAT does (arXiv:2305.17888).
 """
 
 import gc
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora.adapters.files import attach
 from qlora.adapters.format import AdapterFile
-from qlora.adapters.live import load_live
+from qlora.adapters.live import load_live, load_plain
 from qlora.adapters.lora import LoRALinear, lora_layers
 from qlora.adapters.starts import SecondMoments
 from qlora.base.checkpoint import Checkpoint
@@ -117,6 +117,7 @@ class Verifier:
     examples: list[Any]
     _: KW_ONLY
     device: str
+    in_4_bits: bool = True  # whether the adapter was trained on a base in 4 bits
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     trust_remote_code: bool = False
 
@@ -149,8 +150,8 @@ class Verifier:
             self.adapter.quantization, compute_dtype=self.compute_dtype, allow_unquantized=True
         )
         # not load_live: the base is measured before the adapter is attached
-        trusted = self.trust_remote_code
-        model = load_base(self.base, quant, device=self.device, trust_remote_code=trusted)
+        known: Any = {"device": self.device, "trust_remote_code": self.trust_remote_code}
+        model = load_plain(self.base, self.adapter, quant, self.in_4_bits, **known)
         base = list(self._outputs(model, "Base"))
         if vocabulary(model)[1] in self.adapter.subtracted:  # attaching changes it in place
             head = output_head(model)
@@ -215,6 +216,7 @@ def calibrate(
     tokenizer_folder: Path,
     *,
     device: str,
+    in_4_bits: bool = True,
     vocabulary: int | None = None,
     trust_remote_code: bool = False,
 ) -> SecondMoments:
@@ -222,6 +224,7 @@ def calibrate(
 
     Args:
         data: sources for `prepare_data`, each for an equal share of tokens; or OWN_TEXT.
+        in_4_bits: whether `adapter` was trained on the base in 4 bits.
         vocabulary: the rows of the model's embedding, for `prepare_data`.
 
     Raises:
@@ -236,7 +239,9 @@ def calibrate(
         sources = [prepare_data(source, tokenizer, **limits) for source in data]
         for note in (note for _, stats in sources for note in stats.notes):
             print(note)
-    model = load_live(base, adapter, device=device, trust_remote_code=trust_remote_code)
+    trusted = trust_remote_code
+    live: Any = {"in_4_bits": in_4_bits, "device": device, "trust_remote_code": trusted}
+    model = load_live(base, adapter, **live)
     layers = {n: layer for n, layer in lora_layers(model).items() if isinstance(layer, LoRALinear)}
     widest = max(layer.shape[1] for layer in layers.values())
     tokens = max(MIN_TOKENS, TOKENS_PER_INPUT * widest)

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch import nn
 
 from qlora.adapters.format import (
     AdapterFile,
@@ -28,11 +29,21 @@ from qlora.base.checkpoint import (
     tied_on_disk,
 )
 from qlora.base.load import require_plain_layers, require_unquantized
-from qlora.base.modules import can_untie, followers, heads, is_in, vocabulary
+from qlora.base.modules import (
+    can_untie,
+    followers,
+    heads,
+    is_in,
+    matrix_shape,
+    vocabulary,
+    was_conv1d,
+)
 from qlora.base.shards import Entry
 from qlora.config import MergeConfig, QuantConfig
 from qlora.config.tasks import task_named
-from qlora.errors import UserError
+from qlora.errors import UserError, require, some
+from qlora.merge import int4
+from qlora.merge.codecs import Codec, Int4Codec, NF4Codec
 from qlora.ops import nf4
 
 
@@ -51,7 +62,7 @@ class MergeOp:
 
     name: str
     source: str  # the tensor that is read: `name`, or the embedding for a head that was tied
-    entries: tuple[Entry, ...]  # the tensors to write: one, or those of a 4-bit record
+    entries: tuple[Entry, ...]  # the tensors to write: one, or those of the codec
     kind: Kind = Kind.COPY
     param: str | None = None  # the adapter's name of it, if the adapter or quantization changes it
     module: str | None = None  # the adapter's name of the layer, if it has A and B
@@ -65,9 +76,11 @@ class Plan:
 
     ops: list[MergeOp]
     quant: QuantConfig  # of the base in training
-    out_quant: QuantConfig  # of a 4-bit output
+    codec: Codec | None  # of a 4-bit output
     out_dtype: torch.dtype  # of tensors that are not written as codes
-    linear: dict[str, str | None]  # linear layer -> the checkpoint's name of its weight
+    dense: list[str]  # the linear layers that are not written as codes
+    dense_on_disk: list[str]  # all matrices that are not, but embeddings, by names on disk
+    notes: list[str]  # to print
     config_changes: dict[str, Any]  # entries of the base's config.json that the merge changes
     task: str
     tied: list[list[str]]  # names of modules that share one weight of the base
@@ -81,6 +94,35 @@ class Plan:
     @property
     def entries(self) -> list[Entry]:
         return [entry for op in self.ops for entry in op.entries]
+
+
+def as_trained(
+    config: MergeConfig, adapter: AdapterFile, checkpoint: Checkpoint, base_model: str
+) -> MergeConfig:
+    """`config` with `trained_on` and `onto`, as given or else by what the adapter's files tell.
+
+    Raises:
+        UserError: the files tell another base than `trained_on`, or it is not to be had.
+    """
+    if config.trained_on == "16bit":
+        quant = adapter.quantization
+        was = f"adapter {adapter.folder} was trained on {quant.quant_type.upper()}, its files tell"
+        fix = "leave --trained-on 16bit out, or merge --onto original"
+        require(not adapter.knows_quantization, f"{was}: {fix}")
+        fault = f"--trained-on 16bit needs the weights in 16 bits, {checkpoint.folder} is 4-bit"
+        require(not checkpoint.is_quantized, f"{fault}: give the 16-bit model as --base-model")
+    elif not adapter.knows_quantization:
+        print(
+            "The adapter does not record how its base was quantized: NF4, blocksize 64 and double"
+        )
+        print("quantization are assumed, transformers' and PEFT's settings for QLoRA.")
+        names = (adapter.base_model or "", base_model)
+        is_4_bit = checkpoint.is_quantized or any(n.lower().endswith("bnb-4bit") for n in names)
+        if config.trained_on is None and not is_4_bit:
+            print("If it was trained on the base in 16 bits, give --trained-on 16bit.")
+    trained_on = config.trained_on or "nf4"
+    onto = config.onto or ("original" if trained_on == "16bit" else "nf4")
+    return replace(config, trained_on=trained_on, onto=onto)
 
 
 def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig) -> Plan:
@@ -97,8 +139,7 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             f"{checkpoint.folder} is 4-bit: give the 16-bit model as --base-model, or merge "
             "--onto nf4"
         )
-    if not checkpoint.is_quantized:
-        require_unquantized(checkpoint)
+    require_unquantized(checkpoint)
     require_same_codes(checkpoint, adapter)
     if adapter.parameters:
         raise UserError(
@@ -106,8 +147,9 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
             "store in another form: use load_adapter, merge_and_unload and save_pretrained instead"
         )
     planner = _Planner(checkpoint, adapter, config)
-    if config.format == "nf4":
-        require_plain_layers(planner.model, planner.quantized, "--format nf4", "use --format bf16")
+    if planner.codec:
+        what = f"--format {config.format}"
+        require_plain_layers(planner.model, planner.quantized, what, "use --format bf16")
     return planner.plan()
 
 
@@ -117,16 +159,8 @@ class _Planner:
     def __init__(self, checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig) -> None:
         self.checkpoint, self.adapter, self.config = checkpoint, adapter, config
         self.faults: list[str] = []
+        self.notes: list[str] = []
         self.quant = adapter.quantization
-        self.out_quant = replace(
-            self.quant,
-            quant_type="nf4",
-            blocksize=config.blocksize or self.quant.blocksize,
-            double_quant=self.quant.double_quant and config.double_quant,
-        )
-        half = "fp16" if self.quant.compute_dtype == "fp16" else "bf16"  # beside 4-bit codes
-        self.out_dtype = nf4.DTYPES[half if config.format == "nf4" else config.format]
-
         self.task, labels = task_named(adapter.task), adapter.labels
         if self.task.trains_head and adapter.full_params and not labels:  # PEFT saves none
             count = min(len(tensor) for tensor in adapter.full_params.values())
@@ -142,6 +176,9 @@ class _Planner:
         self.adapter = adapter = with_tied(adapter, rows, self.tied)
         is_conv1d = quantized_layers(self.model, self.quant)  # of layers that training quantized
         self.quantized = {m for m in is_conv1d if f"{m}.weight" not in adapter.full_params}
+        self.in_16_bits: set[str] = set()  # those of them that the codec cannot hold
+        self.codec = self._codec()
+        self.out_dtype = self.codec.dtype if self.codec else nf4.DTYPES[config.format]
         # whether these are quantized and dequantized; a 4-bit base already holds the codes
         self.round_trips = config.onto == "nf4" and not checkpoint.is_quantized
         # (in, out) on disk: weights of Conv1D, and of an embedding as a layer from vocab to dim
@@ -193,8 +230,60 @@ class _Planner:
         )
         order = {place: i for i, place in enumerate(self.places.values())}
         ops.sort(key=lambda op: order.get(op.name, -1))
-        formats = self.quant, self.out_quant, self.out_dtype
-        return Plan(ops, *formats, linear, entries, adapter.task, self.tied, adapter)
+        formats = self.quant, self.codec, self.out_dtype
+        dense = self._dense(linear, ops)
+        return Plan(ops, *formats, *dense, self.notes, entries, adapter.task, self.tied, adapter)
+
+    def _codec(self) -> Codec | None:
+        """How the layers that training quantized are written, if in 4 bits."""
+        config, quant, model = self.config, self.quant, self.model
+        if config.format == "nf4":
+            half = "fp16" if quant.compute_dtype == "fp16" else "bf16"  # beside 4-bit codes
+            out_quant = replace(
+                quant,
+                quant_type="nf4",
+                blocksize=config.blocksize or quant.blocksize,
+                double_quant=quant.double_quant and config.double_quant,
+            )
+            return NF4Codec(out_quant, nf4.DTYPES[half])
+        if config.format != "int4":
+            return None
+        layers = {n: layer for n, layer in linear_layers(model).items() if n in self.quantized}
+        columns = {name: matrix_shape(layer)[1] for name, layer in layers.items()}
+        fault = "--format int4 needs nn.Linear layers of"
+        size = None if any(map(was_conv1d, layers.values())) else int4.group_size(columns.values())
+        wide = " or ".join(str(n) for n in int4.SIZES)
+        require(size is not None, f"{fault} a multiple of {wide} columns: use --format nf4")
+        assert size
+        if size < int4.SIZES[0]:
+            name = next(
+                n for n, count in columns.items() if int4.fits(count) and count % (2 * size)
+            )
+            odd = f"{name} has {columns[name]} columns"
+            self.notes.append(f"int4 with groups of {size}: {odd}, no multiple of {2 * size}.")
+        if narrow := [name for name, count in columns.items() if not int4.fits(count)]:
+            self.notes.append(f"In 16 bits, as columns are no multiple of 32: {some(narrow)}")
+            self.in_16_bits |= set(narrow)
+        return Int4Codec(int4.grid_of(size, symmetric=config.symmetric))
+
+    def _dense(
+        self, linear: dict[str, str | None], ops: list[MergeOp]
+    ) -> tuple[list[str], list[str]]:
+        """The linear layers without codes; and all matrices that are not embeddings, on disk:
+        also the experts and routers that a server makes linear layers of."""
+        in_codes = {op.name for op in ops if op.in_4_bits}
+        embeddings = [
+            n for n, module in self.model.named_modules() if isinstance(module, nn.Embedding)
+        ]
+        names = disk_names(self.checkpoint, self.model).same
+        left_out = in_codes | {names.get(f"{name}.weight", "") for name in embeddings}
+        on_disk = [
+            op.name.removesuffix(".weight")
+            for op in ops
+            if op.name.endswith(".weight") and op.name not in left_out
+            if len(op.entries[0].shape) == 2
+        ]
+        return [module for module, name in linear.items() if name not in in_codes], on_disk
 
     def _follow(self) -> None:
         """The parameters that follow a changed embedding, as in a live model."""
@@ -289,15 +378,16 @@ class _Planner:
             self.faults.append(f"{name} is {shape}, the adapter has rows of it as {rows}")
 
         quantized = module in self.quantized and not self.checkpoint.is_quantized
-        in_4_bits = self.config.format == "nf4" and (bool(record) or quantized)
+        in_4_bits = bool(record) or quantized
+        in_4_bits = self.codec is not None and in_4_bits and module not in self.in_16_bits
         kind = Kind.WEIGHT if module in adapter.pairs or in_4_bits else Kind.COPY
         if record:
             kind = Kind.PACKED
         elif self.round_trips and module in self.quantized:
             kind = Kind.ROUND_TRIP
-        if in_4_bits:
-            layout = nf4.record_layout(matrix, self.out_quant)
-            entries = [Entry(f"{name}.{s}" if s else name, *tensor) for s, tensor in layout.items()]
+        if in_4_bits and self.codec:
+            layout = self.codec.layout(matrix)
+            entries = [Entry(f"{name}{suffix}", *tensor) for suffix, tensor in layout.items()]
         else:
             dtype = self.out_dtype if is_float else header.dtype
             entries = [Entry(name, dtype, matrix[::-1] if transposed else shape)]

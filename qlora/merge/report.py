@@ -34,6 +34,7 @@ class MergeReport:
         values: dict[str, Any] = {
             "adapters": self.config.adapters,
             "base_model": self.base_model,
+            "trained_on": self.config.trained_on,
             "onto": self.config.onto,
             "format": self.config.format,
             "quant_type": quant.quant_type,
@@ -67,7 +68,9 @@ class MergeReport:
             )
         print(f"\nWritten to {output}. Use it:")
         task = task_named(self.plan.task)
-        print(f"  {task.auto_class}.from_pretrained({json.dumps(str(output), ensure_ascii=False)})")
+        reader = "      # needs the package compressed-tensors" * (self.config.format == "int4")
+        named = json.dumps(str(output), ensure_ascii=False)
+        print(f"  {task.auto_class}.from_pretrained({named}){reader}")
         if task is CAUSAL_LM:
             plugin = "      # needs the package vllm-bnb-plugin" * (self.config.format == "nf4")
             print(f"  vllm serve {shlex.quote(str(output))}{plugin}")
@@ -81,7 +84,7 @@ class MergeReport:
         print(
             f"\nMeasured on {got.rows} rows, {got.tokens} supervised tokens:\n"
             f"  {'':24}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
-            f"  {'4-bit base':24}{got.loss_base:9.4f}{0:12.2%}{got.kl_base:13.6f}\n"
+            f"  {self._base:24}{got.loss_base:9.4f}{0:12.2%}{got.kl_base:13.6f}\n"
             f"  {'base + live adapter':24}{got.loss_live:9.4f}{1:12.2%}\n"
             f"  {'merged':24}{got.loss_merged:9.4f}{share:>12}{got.kl:13.6f}{got.agreement:17.2%}"
         )
@@ -90,17 +93,24 @@ class MergeReport:
             print(f"\nWARNING: on this data the merged model has lost {lost} from training.")
             print("Do not use it in place of the live adapter.")
 
+    @property
+    def _base(self) -> str:
+        """The base in training."""
+        return "16-bit base" if self.config.trained_on == "16bit" else "4-bit base"
+
     def _model_card(self) -> str:
         """README.md: adapter, base, format and measurements."""
         quant, got = self.plan.quant, self.verified
-        onto = "the original weights, with which it was not trained"
+        onto = "the original weights"
         if self.config.onto == "nf4":
             grid = f"{quant.quant_type.upper()}, blocksize {quant.blocksize}"
-            onto = f"the base dequantized from 4 bits ({grid}), as it was in training"
+            onto = f"the base dequantized from 4 bits ({grid})"
+        is_same = (self.config.onto == "nf4") == (self.config.trained_on == "nf4")
+        onto += ", as it was in training" if is_same else ", with which it was not trained"
         measured = "Not measured: merge with `--verify DATA` to compare it with the live adapter."
         if got:
             measured = (
-                f"On {got.rows} rows: loss {got.loss_base:.4f} for the 4-bit base, "
+                f"On {got.rows} rows: loss {got.loss_base:.4f} for the {self._base}, "
                 f"{got.loss_live:.4f} with the live adapter, {got.loss_merged:.4f} merged; KL to "
                 f"the live adapter {got.kl:.2g} nats a token, the same most likely token at "
                 f"{got.agreement:.1%} of the positions."

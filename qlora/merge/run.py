@@ -4,7 +4,8 @@
 
 is, to rounding, the function that was trained: every layer that was quantized in training is
 quantized and dequantized here, with or without an adapter. `onto="original"` adds to W itself,
-which is another function. For `format="nf4"`, qlora.merge.codes chooses 4-bit codes for the sum.
+which is another function, unless the adapter was trained on W in 16 bits. For 4 bits
+(qlora.merge.codecs), qlora.merge.codes chooses codes for the sum.
 
 1. Plan: `plan_merge` decides from file headers how each tensor is computed (`MergeOp`).
 2. Check: adapter, base, shapes, disk space, data and tokenizer, before a byte is written.
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
 from qlora.base.checkpoint import Checkpoint, disk_name, model_config, skeleton
-from qlora.base.load import load_tokenizer
+from qlora.base.load import load_tokenizer, require_compressed_tensors
 from qlora.base.shards import parse_size, write_shards
 from qlora.config import MergeConfig
 from qlora.config.tasks import CAUSAL_LM, task_named
@@ -46,8 +47,8 @@ from qlora.files import (
     read_run_file,
     require_new,
 )
-from qlora.merge.codes import AdaptedWeight, Facts, fold, fold_to_codes
-from qlora.merge.plan import Kind, MergeOp, Plan, plan_merge
+from qlora.merge.codes import AdaptedWeight, Facts, fold
+from qlora.merge.plan import Kind, MergeOp, Plan, as_trained, plan_merge
 from qlora.merge.report import MergeReport
 from qlora.ops import nf4
 
@@ -73,7 +74,7 @@ def merge(config: MergeConfig) -> Path:
         raise UserError("--device cuda needs a GPU, and torch sees no GPU: use --device cpu")
     job = _prepare(config)
     with publishing(output) as folder:
-        report = _write_better(job, folder) if config.onto == "auto" else _write(job, folder)
+        report = _write_better(job, folder) if job.config.onto == "auto" else _write(job, folder)
         if config.min_kept is not None:
             report.verified = verified = report.verified or job.verifier.measure(folder)
             if verified.kept is None:
@@ -85,7 +86,7 @@ def merge(config: MergeConfig) -> Path:
                 raise UserError(
                     f"the merged model keeps {verified.kept:.1%} of training's gain in loss, less "
                     f"than --min-kept {config.min_kept}: nothing was written. Use --calibration "
-                    "data like the training's, or --format bf16 --onto nf4"
+                    "data like the training's, or --format bf16 without --onto"
                 )
             report.write(folder)
     report.print_summary(output)
@@ -122,12 +123,12 @@ def _prepare(config: MergeConfig) -> _Job:
         raise UserError(f"adapter {adapter.folder} names no base model: give --base-model")
     revision = adapter.revision if base_model == adapter.base_model else None
     checkpoint = Checkpoint.open(base_model, revision=revision)
-    if not adapter.knows_quantization:
-        print(
-            "The adapter does not record how its base was quantized: NF4, blocksize 64 and double"
-        )
-        print("quantization are assumed, transformers' and PEFT's settings for QLoRA.")
+    config = as_trained(config, adapter, checkpoint, base_model)
+    if config.format == "int4" and config.verify:
+        require_compressed_tensors("--verify: an int4 model")
     plan = plan_merge(checkpoint, adapter, config)
+    for note in plan.notes:
+        print(note)
     flags = ["--verify"] * bool(config.verify)
     flags += ["--calibration"] * (config.calibration not in (None, "none"))
     if flags and task_named(adapter.task) is not CAUSAL_LM:
@@ -148,6 +149,7 @@ def _prepare(config: MergeConfig) -> _Job:
     tokenizer_folder = adapter.folder if adapter.has_tokenizer else checkpoint.folder
     generation = _generation(adapter, checkpoint, tokenizer_folder, config.trust_remote_code)
     running: Any = {"device": config.device, "trust_remote_code": config.trust_remote_code}
+    running["in_4_bits"] = config.trained_on == "nf4"
     reading: Any = {"vocabulary": plan.config_changes.get("vocab_size", checkpoint.vocab_size)}
     verifier = moments = None
     if config.verify:
@@ -236,14 +238,8 @@ def _write(job: _Job, folder: Path) -> MergeReport:
         part.update(plan.config_changes)
         if stops and part.get("eos_token_id") is not None:  # some servers read this one
             part["eos_token_id"] = stops
-    if job.config.format == "nf4":
-        from transformers import BitsAndBytesConfig
-
-        from qlora.base.load import bnb_settings
-
-        dense = [module for module, name in plan.linear.items() if name not in plan.in_4_bits]
-        settings = bnb_settings(plan.out_quant, plan.out_dtype, dense)
-        values["quantization_config"] = BitsAndBytesConfig(**settings).to_dict()
+    if plan.codec:
+        values["quantization_config"] = plan.codec.settings(plan.dense, plan.dense_on_disk)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     files = [job.tokenizer_folder / name for name in TOKENIZER_FILES]
@@ -298,17 +294,23 @@ def _require_loadable(folder: Path, job: _Job) -> None:
     model = skeleton(folder, task=task_named(plan.task), trust_remote_code=trusted)
     known, faults = {op.param for op in plan.ops}, []
     known |= {f"{module}.weight" for group in plan.tied for module in group}
+
+    def in_codes(param: str) -> str | None:
+        name = disk_name(job.checkpoint, model, param)
+        return name if name in plan.in_4_bits else None
+
     names: dict[Any, list[str]] = {}  # those of one tied parameter together
     for param, expected in model.named_parameters(remove_duplicate=False):
         names.setdefault(expected, []).append(param)
     for expected, params in names.items():
-        places = {param: disk_name(written, model, param) for param in params}
+        places = {param: disk_name(written, model, param) or in_codes(param) for param in params}
         if not any(places.values()):
             needed = [p for p in params if p in known or disk_name(job.checkpoint, model, p)]
             faults += [f"{param} is missing" for param in needed[:1]]
         for param, place in places.items():
-            shape = written.tensors[place].shape if place else expected.shape
-            if place not in plan.in_4_bits and shape != expected.shape:
+            if place is None or place in plan.in_4_bits:
+                continue
+            if (shape := written.tensors[place].shape) != expected.shape:
                 faults.append(f"{param} is {shape}, its config.json says {tuple(expected.shape)}")
     raise_faults(
         "the merged checkpoint does not fit its config.json", faults,
@@ -362,12 +364,9 @@ def _in_order(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[R
 
 def apply_op(job: _Job, op: MergeOp, moments: Tensor | None) -> tuple[list[Tensor], Facts]:
     """The tensors of one operation, on the CPU, and facts for the report."""
-    if op.in_4_bits:
-        quantized, facts = fold_to_codes(_adapted_weight(job, op), job.plan.out_quant, moments)
-        quantized.state.dtype = job.plan.out_dtype
-        record = nf4.to_record(quantized)
-        suffixes = [entry.name.removeprefix(op.name).lstrip(".") for entry in op.entries]
-        return [record[suffix].cpu() for suffix in suffixes], facts
+    if op.in_4_bits and job.plan.codec:
+        record, facts = job.plan.codec.encode(_adapted_weight(job, op), moments)
+        return [record[entry.name.removeprefix(op.name)].cpu() for entry in op.entries], facts
     (entry,) = op.entries
     if op.kind is Kind.COPY:
         tensor = _read(job, op)
@@ -380,7 +379,7 @@ def apply_op(job: _Job, op: MergeOp, moments: Tensor | None) -> tuple[list[Tenso
 
 def _adapted_weight(job: _Job, op: MergeOp) -> AdaptedWeight:
     """The base weight of `op` by its kind, with A and B, on the device."""
-    device, quant, out_quant = job.config.device, job.plan.quant, job.plan.out_quant
+    device, quant = job.config.device, job.plan.quant
     factors = job.adapter.pairs[op.module].to(device) if op.module else None
     original = None
     if op.kind is Kind.PACKED:
@@ -399,10 +398,6 @@ def _adapted_weight(job: _Job, op: MergeOp) -> AdaptedWeight:
             base = nf4.round_trip(original.float() - part, quant).add_(part)
             return AdaptedWeight(base, factors, original=original)
         codes = nf4.quantize(original, quant)
-    grid = codes.state.quant_type, codes.state.blocksize, codes.state.nested
-    is_same = grid == (out_quant.quant_type, out_quant.blocksize, out_quant.double_quant)
-    if op.in_4_bits and not is_same:
-        return AdaptedWeight(nf4.dequantize(codes), factors, original=original)
     return AdaptedWeight(None, factors, codes, original)
 
 

@@ -121,6 +121,10 @@ def test_merged_files_have_the_names_of_the_base(kind, base, tmp_path):
     assert written.keys() >= disk.keys()
     run_merge(live.adapter, tmp_path / "nf4", format="nf4", calibration="none")
     assert logits(load_base(str(tmp_path / "nf4"), FP32)).isfinite().all()
+    run_merge(live.adapter, tmp_path / "int4", format="int4", calibration="none")
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32)
+    change = logits(rounded) - logits(live.model)
+    assert change.norm() < 0.5 * logits(live.model).norm()
     pissa = trained(folder, tmp_path / "pissa", FP32, init_lora_weights="pissa")  # reads the base
     run_merge(pissa.adapter, tmp_path / "of pissa", format="fp32")
     require_logits(tmp_path / "of pissa", logits(pissa.model))

@@ -23,6 +23,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from safetensors.torch import load_file, save_file
 
 from qlora import UserError
 
@@ -140,10 +141,13 @@ def world(tmp_path_factory) -> Path:
         patch.chdir(folder)
         run("python train.py --model base --data mine.jsonl --output-dir out/mine", patch)
         run("python merge_dequant.py --adapter out/mine --output-dir out/mine-merged", patch)
-        run("python merge_dequant.py --adapter out/mine --output-dir out/mine-4bit --format nf4",
-            patch)  # fmt: skip
+        for name, more in {"4bit": "nf4", "int4": "int4 --calibration none"}.items():
+            merge = "python merge_dequant.py --adapter out/mine --output-dir out/mine-"
+            run(f"{merge}{name} --format {more}", patch)
     for name in "ab":
         shutil.copytree(folder / "out/mine", folder / "out" / name)
+    weights = shutil.copytree(folder / "out/mine", folder / "theirs") / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt"})  # as PEFT has it
     return folder
 
 
