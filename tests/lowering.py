@@ -71,6 +71,11 @@ def main(which: str) -> None:
         sizes = {"HALF": 64, "HEADS": kernels.HEADS, "BACKWARD": True}
         code = lowered(kernels._rotate, [f"*{name}"] * 6 + strides, sizes, card, num_warps=2)
         compiled[f"rotate {name} {card}"] = code
+    for card in CARDS if which == "all cards" else ["H200"]:
+        sizes = {"LEVELS": 16, "INTEGERS": True, "COLUMNS": 32, "ROWS": kernels.SEARCHED // 32}
+        types = ["*fp32"] * 3 + ["i32", "*fp32", "i32", "i32"]
+        compiled[f"descend {card}"] = lowered(kernels._descend, types, sizes, card)
+    types, constants = ["*bf16"] * 6 + ["i32"], {"ACT": "silu", "BLOCK": kernels.BLOCK}
     # with too few registers, which shows that the count of spilled ones works
     compiled["starved"] = lowered(kernels._gated, types, constants, "H200", maxnreg=16)
     print(json.dumps(compiled))

@@ -222,8 +222,8 @@ class _Descent:
     """Coordinate descent of a weight on the grid toward the target plus a correction.
 
     All tensors are transposed, (in, out). The moments are exact within a panel of columns, and of
-    low rank (RANK) between panels, where they are `factor`' `factor`; `response`, factor @ error, is
-    kept up to date. A sweep costs rank * in * out, not in * in * out.
+    low rank between panels, where they are `factor`' `factor`; `response`, factor @ error, is kept
+    up to date. A sweep costs rank * in * out, not in * in * out.
     """
 
     def __init__(self, grid: Grid, target: Tensor, moments: Tensor, factor: Tensor) -> None:
@@ -286,7 +286,6 @@ class _Panel:
     def __init__(self, grid: Grid, first: int, gradient: Tensor, hessian: Tensor) -> None:
         self.grid, self.first, self.gradient, self.hessian = grid, first, gradient, hessian
         self.weight = grid.weight[first : first + len(gradient)]  # a view, changed in place
-        self.inverse = hessian.diagonal().clamp_min(TINY).reciprocal().tolist()
 
     def descend(self) -> None:
         """One block after the other: its codes, then its scale and shift."""
@@ -310,12 +309,8 @@ class _Panel:
         scale, shift = grid.scale[own], 0 if grid.shift is None else grid.shift[own]
         levels = ((self.weight[block] - shift) / scale).nan_to_num(0, 0, 0)  # (c, out)
         gradient = (self.gradient[block] / scale).nan_to_num(0, 0, 0)
-        hessian, inverse = self.hessian[block, block], self.inverse[block]
-        for j, level in enumerate(levels.unbind()):
-            best = grid.snap(torch.sub(level, gradient[j], alpha=inverse[j]))
-            # outer product (columns,) x (out,)
-            gradient[j + 1 :].addr_(hessian[j + 1 :, j], best - level)
-            level.copy_(best)
+        step = descend_fused if levels.is_cuda else descend
+        step(levels, gradient, self.hessian[block, block], grid)
         torch.add(levels * scale, shift, out=self.weight[block])
 
     def _move_scales(self, columns: slice, gradient: Tensor) -> None:
@@ -355,6 +350,26 @@ class _Panel:
         self.weight[columns] = level * grid.scale[block]
         if grid.shift is not None:
             self.weight[columns] += grid.shift[block]
+
+
+def descend(levels: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid) -> None:
+    """Move the levels (c, out) of a block to their best, column by column, in place.
+
+    `gradient` (c, out), `hessian` (c, c): of the cost in units of levels.
+    """
+    inverse = hessian.diagonal().clamp_min(TINY).reciprocal().tolist()
+    for j, level in enumerate(levels.unbind()):
+        best = grid.snap(torch.sub(level, gradient[j], alpha=inverse[j]))
+        # outer product (columns,) x (out,)
+        gradient[j + 1 :].addr_(hessian[j + 1 :, j], best - level)
+        level.copy_(best)
+
+
+def descend_fused(levels: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid) -> None:
+    """`descend` in one kernel."""
+    from qlora.ops import kernels
+
+    kernels.descend(levels, gradient, hessian, grid.levels, integers=isinstance(grid, IntegerGrid))
 
 
 class _Responses:

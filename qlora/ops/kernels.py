@@ -1,4 +1,5 @@
-"""Triton kernels: decoding 4-bit weights, the elementwise part of a gated MLP, rotary embedding.
+"""Triton kernels: decoding 4-bit weights, the elementwise part of a gated MLP, rotary embedding,
+and a step of the search for codes.
 
 Importing this module imports Triton: qlora.ops.nf4 and qlora.ops.gated, whose plain-torch functions
 are the oracles, do so where they use a kernel. Decoding (layout: see qlora.ops.nf4):
@@ -25,6 +26,10 @@ backward, in accesses of 16 bytes if their number is a multiple of 16; memory bo
 
 Rotary embedding (see qlora.ops.rotary): a program rotates HEADS heads of one token, those of q and
 then those of k, so that one launch does both; each value is read and written once.
+
+Search (see qlora.merge.codes, whose `descend` is the oracle): the columns of a block are taken one
+after the other, each of them by all rows at once. A program has ROWS rows; their levels and
+gradients stay in registers, so that a block is one launch, not five a column.
 """
 
 from typing import Any
@@ -40,6 +45,7 @@ from qlora.ops.rotary import empty_like_heads
 GROUPS = 512  # of 8 values, in a program of 128 threads
 BLOCK = 1024  # values of a gated program: 4 warps, 16 bytes a thread in 16 bits
 HEADS = 8  # of a program of rotary embedding
+SEARCHED = 2048  # levels of a program of the search
 
 
 def decode(packed: Tensor, state: Any, out: Tensor) -> None:
@@ -94,6 +100,24 @@ def rotate(
             backward, num_warps=2,  # 16 bytes a thread in 16 bits, of heads of 128 values
         )  # fmt: skip
     return y, z
+
+
+def descend(
+    levels: Tensor, gradient: Tensor, hessian: Tensor, codebook: Tensor, *, integers: bool
+) -> None:
+    """Move the levels (c, out) of a block to their best, column by column, in place.
+
+    `gradient` (c, out), `hessian` (c, c): of the cost in units of levels. `codebook` (n,): the
+    levels there are, sorted, or all `integers` between its ends. All fp32; levels and gradient are
+    contiguous.
+    """
+    (columns, out), width = levels.shape, triton.next_power_of_2(len(levels))
+    rows = max(16, SEARCHED // width)
+    with torch.cuda.device_of(levels):
+        _descend[(triton.cdiv(out, rows),)](
+            levels, gradient, hessian, hessian.stride(0), codebook, columns, out,
+            codebook.numel(), integers, width, rows, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _mark_written(*tensors: Tensor) -> None:
@@ -197,3 +221,37 @@ def _rotate_heads(source, target, head, heads, i, half, c1, c2, s1, s2):
     y2 = x2 * c2[None, :] + x1 * s2[None, :]
     tl.store(to, y1.to(target.dtype.element_ty), mask=inside)
     tl.store(to + half, y2.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _descend(
+    levels, gradient, hessian, stride, codebook, columns, out,
+    LEVELS: tl.constexpr, INTEGERS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, COLUMNS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (i < columns)[:, None] & (row < out)[None, :]
+    at = i[:, None] * out + row[None, :]
+    level = tl.load(levels + at, mask=inside, other=0.0)  # (columns, rows)
+    slope = tl.load(gradient + at, mask=inside, other=0.0)
+    least, most = tl.load(codebook), tl.load(codebook + LEVELS - 1)
+    for j in range(0, columns):
+        this = (i == j)[:, None]
+        current = tl.sum(tl.where(this, level, 0.0), 0)  # (rows,)
+        curvature = tl.load(hessian + j * stride + j)
+        inverse = 1.0 / tl.maximum(curvature, 1.17549435e-38)
+        ideal = current - tl.sum(tl.where(this, slope, 0.0), 0) * inverse
+        if INTEGERS:
+            best = tl.minimum(tl.maximum(ideal, least), most)
+            best = (best + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to even
+        else:
+            best = tl.full((ROWS,), 0.0, tl.float32) + least
+            below = least
+            for k in tl.static_range(1, LEVELS):
+                next = tl.load(codebook + k)
+                best = tl.where(ideal > (next + below) / 2, next, best)
+                below = next
+        pull = tl.load(hessian + i * stride + j, mask=(i > j) & (i < columns), other=0.0)
+        slope += pull[:, None] * (best - current)[None, :]
+        level = tl.where(this, best[None, :], level)
+    tl.store(levels + at, level, mask=inside)
