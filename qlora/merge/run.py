@@ -151,10 +151,11 @@ def _prepare(config: MergeConfig) -> _Job:
     reading: Any = {"vocabulary": plan.config_changes.get("vocab_size", checkpoint.vocab_size)}
     verifier = moments = None
     if config.verify:
-        from qlora.merge.measure import Verifier, read_examples
+        from qlora.merge.measure import GGUF_TOKENS, MAX_TOKENS, Verifier, read_examples
 
         trusted = config.trust_remote_code
         reads: Any = {"trust_remote_code": trusted, "adapter": adapter.folder}
+        reads["max_tokens"] = GGUF_TOKENS if config.format.startswith("gguf") else MAX_TOKENS
         examples = read_examples(config.verify, tokenizer_folder, **reads, **reading)
         verifier = Verifier(adapter, checkpoint, examples, **running)
     if data := _calibration_data(config, adapter):
