@@ -129,7 +129,7 @@ def _idle_threads() -> int:
     import torch
 
     busy = sum(psutil.cpu_percent(0.2, percpu=True)) / 100
-    return max(1, torch.get_num_threads() - round(busy) - 1)
+    return max(1, int(torch.get_num_threads() - round(busy) - 1))
 
 
 # ---- the process ----

@@ -85,7 +85,8 @@ class MergeReport:
             f"  {'':{width}}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
             f"  {'4-bit base':{width}}{got.loss_base:9.4f}{0:12.2%}{got.kl_base:13.6f}\n"
             f"  {'base + live adapter':{width}}{got.loss_live:9.4f}{1:12.2%}\n"
-            f"  {merged:{width}}{got.loss_merged:9.4f}{share:>12}{got.kl:13.6f}{got.agreement:17.2%}"
+            f"  {merged:{width}}{got.loss_merged:9.4f}{share:>12}{got.kl:13.6f}"
+            f"{got.agreement:17.2%}"
         )
         if kept is not None and kept < WARN_BELOW:
             lost = f"{1 - kept:.1%} of the gain in loss"
@@ -103,10 +104,10 @@ class MergeReport:
         if got:
             merged = f"merged ({got.program})" if got.program else "merged"
             measured = (
-                f"On {got.rows} rows, {got.tokens} supervised tokens: loss {got.loss_base:.4f} for the 4-bit base, "
-                f"{got.loss_live:.4f} with the live adapter, {got.loss_merged:.4f} {merged}; KL to "
-                f"the live adapter {got.kl:.2g} nats a token, the same most likely token at "
-                f"{got.agreement:.1%} of the positions."
+                f"On {got.rows} rows, {got.tokens} supervised tokens: loss {got.loss_base:.4f} for "
+                f"the 4-bit base, {got.loss_live:.4f} with the live adapter, "
+                f"{got.loss_merged:.4f} {merged}; KL to the live adapter {got.kl:.2g} nats a "
+                f"token, the same most likely token at {got.agreement:.1%} of the positions."
             )
             if got.kept is not None:
                 measured += f" That keeps {got.kept:.2%} of training's gain in loss."
