@@ -66,15 +66,13 @@ class LlamaCpp:
     def next_token(self, ids: Sequence[int], count: int) -> tuple[list[int], list[float]]:
         """The `count` most likely tokens after `ids`, and their log-probabilities in nats."""
         body = {"prompt": [*ids], "n_predict": 1, "n_probs": count, "temperature": 0}
-        reply = self._ask("completions", body)
-        (step,) = reply["choices"][0]["logprobs"]["content"]
-        tokens = step["top_logprobs"]
-        return [token["id"] for token in tokens], [token["logprob"] for token in tokens]
+        found, log_probabilities = self._ask("completions", body)
+        return found, log_probabilities
 
     def answer(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> str:
         """The greedy answer to a chat, which the file's chat template renders."""
         body = {"messages": [*messages], "max_tokens": max_tokens, "temperature": 0}
-        return str(self._ask("chat", body)["choices"][0]["message"]["content"])
+        return str(self._ask("chat", body))
 
     def close(self) -> None:
         self.process.kill()
@@ -109,7 +107,7 @@ class LlamaCpp:
         if line:
             reply = json.loads(line)
             if "error" not in reply:
-                return reply
+                return reply["found"]
             fault = str(reply["error"])
         elif is_late:
             fault = f"no reply in {TIMEOUT_SECONDS} s; other programs may hold the cores"
@@ -153,11 +151,16 @@ def _serve(settings: Mapping[str, Any], requests: Iterable[str], out: Any) -> No
     if settings["lora"]:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(settings["lora"], 1.0)]
     server = xllamacpp.Server(params)
-    handlers = {"completions": server.handle_completions, "chat": server.handle_chat_completions}
-    print("{}", file=out, flush=True)
+    print('{"found": null}', file=out, flush=True)
     for line in requests:
         kind, body = json.loads(line)
-        print(json.dumps(handlers[kind](body)), file=out, flush=True)
+        if kind == "chat":
+            found = server.handle_chat_completions(body)["choices"][0]["message"]["content"]
+        else:
+            (step,) = server.handle_completions(body)["choices"][0]["logprobs"]["content"]
+            tokens = step["top_logprobs"]
+            found = [[token[key] for token in tokens] for key in ("id", "logprob")]
+        print(json.dumps({"found": found}), file=out, flush=True)
 
 
 def _main() -> None:
