@@ -28,6 +28,8 @@ from typing import Any
 
 TIMEOUT_SECONDS = 600  # of one reply
 PACKAGE = "xllamacpp"
+# The token that is sampled: with one that ends within a character, no probabilities are reported.
+PICKS_A = [["a", 1e9]]
 
 
 def is_installed() -> bool:
@@ -65,7 +67,7 @@ class LlamaCpp:
 
     def next_token(self, ids: Sequence[int], count: int) -> tuple[list[int], list[float]]:
         """The `count` most likely tokens after `ids`, and their log-probabilities in nats."""
-        body = {"prompt": [*ids], "n_predict": 1, "n_probs": count, "temperature": 0}
+        body = {"prompt": [*ids], "n_predict": 1, "n_probs": count, "logit_bias": PICKS_A}
         found, log_probabilities = self._ask("completions", body)
         return found, log_probabilities
 
