@@ -156,11 +156,14 @@ def _serve(settings: Mapping[str, Any], requests: Iterable[str], out: Any) -> No
     print('{"found": null}', file=out, flush=True)
     for line in requests:
         kind, body = json.loads(line)
-        if kind == "chat":
-            found = server.handle_chat_completions(body)["choices"][0]["message"]["content"]
-        else:
-            (step,) = server.handle_completions(body)["choices"][0]["logprobs"]["content"]
-            tokens = step["top_logprobs"]
+        is_chat = kind == "chat"
+        handle = server.handle_chat_completions if is_chat else server.handle_completions
+        reply = handle(body)
+        if "choices" not in reply:
+            raise RuntimeError(reply.get("error", reply).get("message", reply))
+        found = (choice := reply["choices"][0]).get("message", {}).get("content")
+        if not is_chat:
+            tokens = choice["logprobs"]["content"][0]["top_logprobs"]
             found = [[token[key] for token in tokens] for key in ("id", "logprob")]
         print(json.dumps({"found": found}), file=out, flush=True)
 
