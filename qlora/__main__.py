@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, messag
     ),
     "report": (config.ReportConfig, "qlora.apps.report:report", "nothing was written"),
     "portable": (
-        config.PortableConfig, "qlora.adapters.portable:make_portable",
+        config.PortableConfig, "qlora.merge.export:export",
         "nothing was written, the adapter is unchanged",
     ),
     "plan": (config.TrainConfig, "qlora.plan.start:run", "nothing was written"),

@@ -276,6 +276,19 @@ class PortableConfig(Settings):
     """folder with adapter_config.json and adapter_model.safetensors"""
     output_dir: str | None = None
     """new folder for the converted adapter; by default nothing is written"""
+    gguf: bool = False
+    """write it as a LoRA-GGUF for llama.cpp and Ollama; with base_only, the base as a GGUF"""
+    base_only: bool = False
+    """write instead the dequantized 4-bit base that it was trained on, to serve adapters on"""
+    base_model: str | None = None
+    """for gguf and base_only: the base; by default the one that adapter_config.json names"""
+    trust_remote_code: bool = False
+    """for base_only: run the code in the model's repository"""
+
+    def faults(self) -> Iterator[str]:
+        for name in ("gguf", "base_only"):
+            if getattr(self, name) and self.output_dir is None:
+                yield f"{name} needs output_dir, a new folder to write to: give both"
 
 
 @dataclass(frozen=True)

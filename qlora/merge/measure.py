@@ -6,6 +6,11 @@ token's probability, KL the mean of sum p log(p / q), in nats. One model is in m
 the others, the output head and its inputs at up to MAX_TOKENS positions are kept, from which log p
 is computed again in chunks of tokens.
 
+A GGUF file runs in llama.cpp (qlora.merge.llamacpp), which tells the TOP most likely tokens of a
+position, and the whole vocabulary where the true token is not among them. KL is then that of these
+tokens, with the rest as one more: a lower bound. Without the wheel xllamacpp, transformers runs the
+file's dequantized weights.
+
 Calibration collects the second moments of the inputs of each adapted linear layer
 (qlora.adapters.starts) in the model as trained, the base, mostly in 4 bits, with its live adapter.
 Without data the model samples its own text, as LLM-QAT does (arXiv:2305.17888).
@@ -22,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from qlora.adapters.files import attach
 from qlora.adapters.format import AdapterFile
@@ -38,15 +43,23 @@ from qlora.data.batches import length_batches
 from qlora.data.chat_template import NO_LOSS
 from qlora.data.chats import AS_IT_IS, reading_in
 from qlora.data.rows import prepare_data, prepare_tokenizer
+from qlora.errors import UserError, first_line
 from qlora.fast.head import put_language_head, rows_and_head
+from qlora.merge import llamacpp
 from qlora.ops.loss import Head, chunk_rows
 
 MAX_TOKENS = 4096
 MIN_TOKENS = 8192  # for calibration: more made no measurable difference
+GGUF_TOKENS = 2048  # each a call of llama.cpp
+TOP = 512  # the whole vocabulary of 49,152 takes 40 times as long a call
 TOKENS_PER_INPUT = 4  # of the widest layer: with fewer than 1 its moments are singular
 OWN_TEXT = "self"
 OWN_LENGTH = 128
 OWN_BATCH = 64
+IN_LLAMACPP = "in llama.cpp"
+DEQUANTIZED = "dequantized, in transformers"
+INSTALL = "pip install xllamacpp"
+ROUNDED = 1e-6  # a sum of probabilities in fp32 is this near to 1
 
 
 # ---- verification ----
@@ -62,11 +75,13 @@ class Verification:
     loss_live: float
     loss_merged: float
     kl: float
-    """between the live and the merged model"""
+    """between the live and the merged model; in llama.cpp a lower bound"""
     kl_base: float
     """between the live model and the base: how far the adapter moved it"""
     agreement: float
     """share of positions with the same most likely token in the live and the merged model"""
+    program: str | None = None
+    """that ran the merged model, where it is no checkpoint of transformers"""
 
     @property
     def kept(self) -> float | None:
@@ -122,18 +137,29 @@ class Verifier:
     trust_remote_code: bool = False
 
     def measure(self, merged: Path) -> Verification:
-        """Loss, KL and agreement of the checkpoint in the folder `merged`."""
+        """Loss, KL and agreement of the checkpoint, or the one .gguf file, in the folder `merged`.
+
+        Raises:
+            UserError: llama.cpp, or without xllamacpp transformers, cannot run the .gguf file.
+        """
         means, live, dtype = self._live
-        loading: Any = {"trust_remote_code": self.trust_remote_code}
-        if Checkpoint(merged).is_quantized:
+        loading: Any = {"dtype": dtype, "device_map": self.device}
+        trusted: Any = {"trust_remote_code": self.trust_remote_code}
+        program, model = None, None
+        file = next(merged.glob("*.gguf"), None)
+        if file and llamacpp.is_installed():
+            program = IN_LLAMACPP
+        elif file:
+            program, model = DEQUANTIZED, _dequantized(file, loading)
+        elif Checkpoint(merged).is_quantized:
             quant = QuantConfig(compute_dtype=self.compute_dtype)
-            model = load_base(Checkpoint(merged), quant, device=self.device, **loading)
+            model = load_base(Checkpoint(merged), quant, device=self.device, **trusted)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                merged, dtype=dtype, device_map=self.device, **loading
-            )
-        outputs = self._outputs(model, "Merged")
-        _, loss, kl, same, tokens = _means(live, outputs)
+            model = AutoModelForCausalLM.from_pretrained(merged, **loading, **trusted)
+        if model is not None:
+            _, loss, kl, same, tokens = _means(live, self._outputs(model, "Merged"))
+        elif file:
+            loss, kl, same, tokens = _means_in_llamacpp(live, self.examples, file, self.device)
         return Verification(
             rows=sum(len(batch["labels"]) for batch in self.examples),
             tokens=int(tokens),
@@ -141,6 +167,7 @@ class Verifier:
             loss_merged=loss,
             kl=kl,
             agreement=same,
+            program=program,
         )
 
     @cached_property
@@ -194,9 +221,7 @@ def _means(one: Iterable[_Outputs], other: Iterable[_Outputs]) -> tuple[float, .
     token is the same; and the number of tokens."""
     sums, count = torch.zeros(4, dtype=torch.float64), 0
     for p, q in zip(one, other, strict=True):
-        vocab = p.head.logits(p.rows[:1]).shape[-1]
-        chunk = max(1, chunk_rows(p.rows.new_empty(vocab, 0)) // 4)  # six tensors of its size
-        for tokens in torch.arange(len(p.labels), device=p.labels.device).split(chunk):
+        for tokens in _chunks(p):
             log_p, log_q = (F.log_softmax(x.head.logits(x.rows[tokens]), -1) for x in (p, q))
             losses = (F.nll_loss(x, p.labels[tokens], reduction="sum") for x in (log_p, log_q))
             kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
@@ -204,6 +229,76 @@ def _means(one: Iterable[_Outputs], other: Iterable[_Outputs]) -> tuple[float, .
             sums += torch.stack([*losses, kl, same]).double().cpu()
         count += len(p.labels)
     return *(sums / count).tolist(), count
+
+
+def _chunks(outputs: _Outputs) -> tuple[Tensor, ...]:
+    """The indices of the tokens, in parts whose distributions fit in memory."""
+    vocab = outputs.head.logits(outputs.rows[:1]).shape[-1]
+    chunk = max(1, chunk_rows(outputs.rows.new_empty(vocab, 0)) // 4)  # six tensors of its size
+    tokens = torch.arange(len(outputs.labels), device=outputs.labels.device)
+    return tokens.split(chunk)  # type: ignore[no-any-return]
+
+
+# ---- verification of a .gguf file ----
+
+
+def _dequantized(file: Path, loading: Any) -> PreTrainedModel:
+    """The model of a .gguf file in transformers, which dequantizes it."""
+    print(f"Without the package xllamacpp, {file.name} is measured dequantized, in transformers:")
+    print(f"llama.cpp itself also rounds each layer's inputs. {INSTALL} measures it there.")
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
+            **loading,
+        )  # fmt: skip
+    except (ValueError, NotImplementedError, KeyError) as error:  # of its parser
+        raise UserError(
+            f"transformers cannot read {file.name} ({first_line(error)}): {INSTALL} measures it "
+            "in llama.cpp"
+        ) from error
+    return model
+
+
+@torch.no_grad()
+def _means_in_llamacpp(
+    live: Iterable[_Outputs], examples: list[Any], file: Path, device: str
+) -> tuple[float, ...]:
+    """Means of the loss of `file`, of the KL from `live` to it and of whether the most likely token
+    is the same; and the number of tokens."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    prefixes = [
+        ids[:end]  # pads are on the right
+        for batch in examples
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+        for end in (labels[1:] != NO_LOSS).nonzero()[:, 0] + 1
+    ]
+    longest = max(map(len, prefixes))
+    remaining = iter(prefixes)
+    bar = Progress(total=len(prefixes), desc="Merged, in llama.cpp")
+    with bar, llamacpp.LlamaCpp(file, context=longest + 1, device=device) as model:
+        for p, tokens in ((one, tokens) for one in live for tokens in _chunks(one)):
+            log_ps = F.log_softmax(p.head.logits(p.rows[tokens]), -1).double().cpu()
+            labels = p.labels[tokens].tolist()
+            for log_p, label, prefix in zip(log_ps, labels, remaining, strict=False):
+                ids, log_q = model.next_token(prefix.tolist(), TOP)
+                if label not in ids:
+                    ids, log_q = model.next_token(prefix.tolist(), len(log_p))
+                kl = _kl_of_top(log_p, torch.tensor(ids), torch.tensor(log_q).double())
+                same = ids[0] == int(log_p.argmax())
+                sums += torch.tensor([-log_q[ids.index(label)], kl, same]).double()
+                bar.update()
+    return *(sums / len(prefixes)).tolist(), len(prefixes)
+
+
+def _kl_of_top(log_p: Tensor, ids: Tensor, log_q: Tensor) -> float:
+    """KL of log_p (vocab,) to the log-probabilities log_q of `ids`, the rest as one more token."""
+    known = ids < len(log_p)  # a file may have more rows than the model
+    log_p, log_q = log_p[ids[known]], log_q[known]
+    kl = (log_p.exp() * (log_p - log_q)).sum()
+    rest_p, rest_q = (max(0.0, 1 - float(x.exp().sum())) for x in (log_p, log_q))
+    if rest_p > ROUNDED:
+        kl += rest_p * math.log(rest_p / max(rest_q, ROUNDED))
+    return float(kl)
 
 
 # ---- calibration ----

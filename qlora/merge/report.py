@@ -81,12 +81,15 @@ class MergeReport:
             return
         got, kept = self.verified, self.verified.kept
         share = "no gain" if kept is None else f"{kept:.2%}"
+        merged = ", ".join(filter(None, ("merged", got.program)))
+        width = max(24, len(merged))
         print(
             f"\nMeasured on {got.rows} rows, {got.tokens} supervised tokens:\n"
-            f"  {'':24}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
-            f"  {self._base:24}{got.loss_base:9.4f}{0:12.2%}{got.kl_base:13.6f}\n"
-            f"  {'base + live adapter':24}{got.loss_live:9.4f}{1:12.2%}\n"
-            f"  {'merged':24}{got.loss_merged:9.4f}{share:>12}{got.kl:13.6f}{got.agreement:17.2%}"
+            f"  {'':{width}}{'loss':>9}{'gain kept':>12}{'KL to live':>13}{'same top token':>17}\n"
+            f"  {self._base:{width}}{got.loss_base:9.4f}{0:12.2%}{got.kl_base:13.6f}\n"
+            f"  {'base + live adapter':{width}}{got.loss_live:9.4f}{1:12.2%}\n"
+            f"  {merged:{width}}{got.loss_merged:9.4f}{share:>12}{got.kl:13.6f}"
+            f"{got.agreement:17.2%}"
         )
         if kept is not None and kept < WARN_BELOW:
             lost = f"{1 - kept:.1%} of the gain in loss"
@@ -109,11 +112,12 @@ class MergeReport:
         onto += ", as it was in training" if is_same else ", with which it was not trained"
         measured = "Not measured: merge with `--verify DATA` to compare it with the live adapter."
         if got:
+            merged = f"merged ({got.program})" if got.program else "merged"
             measured = (
-                f"On {got.rows} rows: loss {got.loss_base:.4f} for the {self._base}, "
-                f"{got.loss_live:.4f} with the live adapter, {got.loss_merged:.4f} merged; KL to "
-                f"the live adapter {got.kl:.2g} nats a token, the same most likely token at "
-                f"{got.agreement:.1%} of the positions."
+                f"On {got.rows} rows, {got.tokens} supervised tokens: loss {got.loss_base:.4f} for "
+                f"the {self._base}, {got.loss_live:.4f} with the live adapter, "
+                f"{got.loss_merged:.4f} {merged}; KL to the live adapter {got.kl:.2g} nats a "
+                f"token, the same most likely token at {got.agreement:.1%} of the positions."
             )
             if got.kept is not None:
                 measured += f" That keeps {got.kept:.2%} of training's gain in loss."

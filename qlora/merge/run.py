@@ -32,6 +32,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
+from qlora.adapters.tensors import Contents
 from qlora.base.checkpoint import Checkpoint, disk_name, model_config, skeleton
 from qlora.base.load import load_tokenizer, require_compressed_tensors
 from qlora.base.shards import parse_size, write_shards
@@ -115,9 +116,14 @@ class _Job:
 # ---- plan and check ----
 
 
-def _prepare(config: MergeConfig) -> _Job:
-    """Plan, and raise every error that the user can fix before a byte is written."""
+def _prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
+    """Plan, and raise every error that the user can fix before a byte is written.
+
+    With `base_only`, the adapter tells how the base was quantized, and changes nothing.
+    """
     adapter = combine([read_adapter(a) for a in config.adapters], [*config.adapters.values()])
+    if base_only:
+        adapter = replace(adapter, targets=(), **vars(Contents(pairs={})))
     base_model = config.base_model or adapter.base_model
     if not base_model:
         raise UserError(f"adapter {adapter.folder} names no base model: give --base-model")
@@ -153,10 +159,11 @@ def _prepare(config: MergeConfig) -> _Job:
     reading: Any = {"vocabulary": plan.config_changes.get("vocab_size", checkpoint.vocab_size)}
     verifier = moments = None
     if config.verify:
-        from qlora.merge.measure import Verifier, read_examples
+        from qlora.merge.measure import GGUF_TOKENS, MAX_TOKENS, Verifier, read_examples
 
         trusted = config.trust_remote_code
         reads: Any = {"trust_remote_code": trusted, "adapter": adapter.folder}
+        reads["max_tokens"] = GGUF_TOKENS if config.format.startswith("gguf") else MAX_TOKENS
         examples = read_examples(config.verify, tokenizer_folder, **reads, **reading)
         verifier = Verifier(adapter, checkpoint, examples, **running)
     if data := _calibration_data(config, adapter):

@@ -25,7 +25,7 @@ from qlora.merge.measure import (
     read_examples,
 )
 
-POOR = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 1.9, 0.8)
+POOR = Verification(12, 100, 3.0, 1.0, 1.5, 0.2, 1.9, 0.8, program="in llama.cpp")
 WORSE = replace(POOR, loss_base=1.0, loss_live=2.0, loss_merged=2.0)
 
 
@@ -102,7 +102,10 @@ def test_min_kept_and_the_warning_go_by_the_share_kept(adapter, tmp_path, monkey
     refused(adapter, tmp_path / "out", match, verify=data, min_kept=0.9)
     run_merge(adapter, tmp_path / "poor", verify=data, min_kept=0.7)
     assert report_of(tmp_path / "poor")["verify"]["kept"] == 0.75
-    assert "WARNING: on this data the merged model has lost 25.0%" in capsys.readouterr().out
+    said, card = capsys.readouterr().out, (tmp_path / "poor" / "README.md").read_text()
+    assert "WARNING: on this data the merged model has lost 25.0%" in said
+    assert "  merged, in llama.cpp " in said
+    assert "On 12 rows, 100 supervised tokens: " in card and "1.5000 merged (in llama.cpp)" in card
     monkeypatch.setattr(Verifier, "measure", lambda *_: WORSE)
     match = "here it is 1.0000 without and 2.0000 with it"
     refused(adapter, tmp_path / "out", match, verify=data, min_kept=0.5)
