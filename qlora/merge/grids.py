@@ -10,7 +10,9 @@ the size of a block, and in how scale and shift are stored:
     Q5_0       -16 ... 15      32     fp16                  -                      5.5
     Q8_0       -127 ... 127    32     fp16                  -                      8.5
     Q4_1       0 ... 15        32     fp16                  fp16                   5
+    Q5_1       0 ... 31        32     fp16                  fp16                   6
     Q4_K       0 ... 15        32     6 bits times fp16     6 bits times -fp16     4.5
+    Q5_K       0 ... 31        32     6 bits times fp16     6 bits times -fp16     5.5
     Q6_K       -32 ... 31      16     8 bits times fp16     -                      6.56
     int4       -8 ... 7        128    16 bits               -, or -8 ... 7 scales  4.13
 
@@ -199,6 +201,12 @@ class Q4_1(IntegerGrid):
         return half(scale), half(shift)
 
 
+class Q5_1(Q4_1):
+    """6 bits a value."""
+
+    low, high = 0, 31
+
+
 class Q4_K(IntegerGrid):
     """6-bit multiples of two fp16 numbers that a superblock shares; shifts are not positive."""
 
@@ -224,6 +232,12 @@ class Q4_K(IntegerGrid):
     def nearest(self, block: int, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         assert shift is not None
         return self._times(scale, self.unit[block]), -self._times(-shift, self.shift_unit[block])
+
+
+class Q5_K(Q4_K):
+    """5.5 bits a value."""
+
+    low, high, most = 0, 31, 63
 
 
 class Q6_K(IntegerGrid):

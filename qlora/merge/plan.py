@@ -125,7 +125,8 @@ class _Planner:
             double_quant=self.quant.double_quant and config.double_quant,
         )
         half = "fp16" if self.quant.compute_dtype == "fp16" else "bf16"  # beside 4-bit codes
-        self.out_dtype = nf4.DTYPES[half if config.format == "nf4" else config.format]
+        names = {"nf4": half, config.format: "bf16"} if config.is_gguf else {"nf4": half}
+        self.out_dtype = nf4.DTYPES[names.get(config.format, config.format)]
 
         self.task, labels = task_named(adapter.task), adapter.labels
         if self.task.trains_head and adapter.full_params and not labels:  # PEFT saves none
