@@ -15,7 +15,9 @@ messages, and the texts of all system messages as .System.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,25 +61,30 @@ class Turns:
                 text += message["content"].join(self.answer)
         return text + self.prompt
 
-    def go(self) -> str:
-        """The same as a template of Go. An answer at the end of a chat is to be continued."""
-        system = ""
-        begins = _literal(self.start)
+    def go(self, bos: str = "") -> str:
+        """The same as a template of Go, without the `bos` that begins it, which Ollama adds. An
+        answer at the end of a chat is to be continued."""
+        begins = _literal(self.start.removeprefix(bos))
+        before, after = map(_literal, self.user)
+        variables, within = "{{ $system := .System }}" if self.system else "", ""
         if self.system:
-            system = f"{_literal(self.system[0])}{{{{ $system }}}}{_literal(self.system[1])}"
-            once = '{{ $system = "" }}'
+            first, last = self.system
+            first = first if self.is_within else first.removeprefix(bos)
+            system = f"{_literal(first)}{{{{ $system }}}}{_literal(last)}"
             if self.is_within:
-                system = f"{{{{ if $system }}}}{system}{once}{{{{ end }}}}"
+                once = '{{ $system = "" }}'
+                within = f"{{{{ if $system }}}}{system}{once}{{{{ end }}}}"
             else:
                 begins = f"{{{{ if $system }}}}{system}{{{{ else }}}}{begins}{{{{ end }}}}"
-                system = ""
-            begins = "{{ $system := .System }}" + begins
-        before, after = map(_literal, self.user)
+        if bos and not self.start and self.user[0].startswith(bos):  # Llama 2 begins each turn so
+            variables += "{{ $again := false }}"
+            rest = _literal(self.user[0].removeprefix(bos))
+            before = f"{{{{ if $again }}}}{_literal(bos)}{{{{ end }}}}{{{{ $again = true }}}}{rest}"
         opens, closes = map(_literal, self.answer)
         return (
-            f"{begins}{{{{ range $i, $_ := .Messages }}}}"
+            f"{variables}{begins}{{{{ range $i, $_ := .Messages }}}}"
             "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
-            f'{{{{ if eq .Role "user" }}}}{before}{system}{{{{ .Content }}}}{after}'
+            f'{{{{ if eq .Role "user" }}}}{before}{within}{{{{ .Content }}}}{after}'
             f"{{{{ if $last }}}}{_literal(self.prompt)}{{{{ end }}}}"
             f'{{{{ else if eq .Role "assistant" }}}}{opens}{{{{ .Content }}}}'
             f"{{{{ if not $last }}}}{closes}{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}"
@@ -101,15 +108,13 @@ def turns_of(tokenizer: Tokenizer) -> Turns | None:
         same = turns and all(turns.render(chat) == render(chat) for chat in _chats(turns))
     except REJECTIONS:
         return None
-    if turns is None or not same:
-        return None
-    # Ollama adds it where the tokenizer does
-    adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    bos = str(tokenizer.bos_token) if adds_bos else ""
-    system = turns.system
-    if system and not turns.is_within:
-        system = system[0].removeprefix(bos), system[1]
-    return replace(turns, start=turns.start.removeprefix(bos), system=system)
+    return turns if same else None
+
+
+def added_bos(tokenizer: Tokenizer) -> str:
+    """The text of BOS if the tokenizer adds it; then Ollama adds it too."""
+    adds = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if adds else ""
 
 
 def _probe(render: Any) -> Turns | None:
@@ -161,7 +166,23 @@ def _chats(turns: Turns) -> Iterator[list[Message]]:
             yield [{"role": "system", "content": "Be\nbrief."}, *talk[:count]]
 
 
-# ---- the file ----
+# ---- the files ----
+
+
+def complete(folder: Path, base: Path, trust_remote_code: bool = False) -> None:
+    """Add to a merged checkpoint what llama.cpp's converter reads and transformers does not write:
+    the base's tokenizer.model, if training added no token, and the fallback chat template."""
+
+    def load(place: Path) -> Any:
+        return load_tokenizer(place, trust_remote_code=trust_remote_code)
+
+    with suppress(UserError):  # the converter reads some that transformers does not
+        tokenizer, pieces = load(folder), base / "tokenizer.model"
+        is_lost = pieces.is_file() and not (folder / pieces.name).exists()
+        if is_lost and len(load(base)) == len(tokenizer):
+            shutil.copyfile(pieces, folder / pieces.name)
+        if template := fallback_template(tokenizer):
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def file_name(folder: str, form: str) -> str:
@@ -199,7 +220,7 @@ def write(
     except UserError:  # a base may have none that transformers reads
         tokenizer = None
     turns = turns_of(tokenizer) if tokenizer else None
-    template = turns.go() if turns else ""
+    template = turns.go(added_bos(tokenizer)) if tokenizer and turns else ""
     # the parser ends the text at three quotes, and drops what is not printable
     is_plain = '"""' not in template and template.replace("\n", "").isprintable()
     if template and is_plain:

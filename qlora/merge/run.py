@@ -142,17 +142,7 @@ def _prepare(config: MergeConfig) -> _Job:
             f"{' and '.join(flags)} needs a causal language model, adapter {adapter.folder} is for "
             f"{adapter.task}: leave it out"
         )
-    output = Path(config.output_dir).expanduser()
-    copies = (2 if config.onto == "auto" else 1) + config.is_gguf  # of a GGUF, in 16 bits first
-    needed = sum(entry.nbytes for entry in plan.entries) * copies
-    place = output.resolve()
-    parent = next(p for p in (place, *place.parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(
-            f"{output} needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: "
-            "free disk space or give another --output-dir"
-        )
+    _require_space(config, plan)
     tokenizer_folder = adapter.folder if adapter.has_tokenizer else checkpoint.folder
     trusted = config.trust_remote_code
     generation = generation_settings(adapter, checkpoint, tokenizer_folder, trusted)
@@ -177,6 +167,21 @@ def _prepare(config: MergeConfig) -> _Job:
 
         moments = calibrate(adapter, checkpoint, data, tokenizer_folder, **running, **reading).of
     return replace(job, verifier=verifier, moments=moments)
+
+
+def _require_space(config: MergeConfig, plan: Plan) -> None:
+    """Refuse a disk that is too small for all that is there at a time."""
+    output = Path(config.output_dir).expanduser()
+    copies = (2 if config.onto == "auto" else 1) + config.is_gguf  # of a GGUF, in 16 bits first
+    needed = sum(entry.nbytes for entry in plan.entries) * copies
+    place = output.resolve()
+    parent = next(p for p in (place, *place.parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"{output} needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: "
+            "free disk space or give another --output-dir"
+        )
 
 
 def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
@@ -301,6 +306,8 @@ def _write_settings(job: _Job, folder: Path) -> None:
     if job.generation:
         text = json.dumps(job.generation, indent=2) + "\n"
         (folder / GENERATION).write_text(text, encoding="utf-8")
+    if job.config.is_gguf:
+        modelfile.complete(folder, checkpoint.folder, job.config.trust_remote_code)
 
 
 def _write_better(job: _Job, folder: Path) -> MergeReport:
