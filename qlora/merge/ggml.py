@@ -35,7 +35,7 @@ def to_bytes(grid: Grid) -> Tensor:
 
 def _fp16(values: Tensor) -> Tensor:
     """Values (blocks, out), each exactly an fp16 number, as bytes (out, blocks, 2)."""
-    return values.T.contiguous().half().view(torch.uint8).view(*values.T.shape, 2)
+    return values.T.reshape(-1).half().view(torch.uint8).view(*values.T.shape, 2)
 
 
 def _nibbles(codes: Tensor) -> Tensor:
