@@ -118,7 +118,7 @@ def refuses(make, words, *more):
         (offloading, {"gradient_checkpointing": False}, "offload_ gradient_checkpointing"),
         (trains, {"gpu_memory": "8GB"}, "--gpu-memory needs --plan"),
         (merge_config, {"onto": "auto"}, "onto auto verify"),
-        (merge_config, {"calibration": "rows.jsonl"}, "calibration nf4 bf16"),
+        (merge_config, {"calibration": "rows.jsonl"}, "calibration 4-bit bf16"),
         (merge_config, {"min_kept": 0.9}, "min_kept verify"),
         (merge_config, {"weights": (1.0, 2.0)}, "weights 1 adapters 2 weights"),
         (MergeConfig, {"adapter": (), "output_dir": "x"}, "adapter names no folder"),

@@ -6,6 +6,7 @@ grid's values, bit for bit.
 """
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -23,9 +24,26 @@ from qlora.merge.grids import (
     Grid,
 )
 
+CHUNK = 1 << 22  # values at a time
+
 
 def to_bytes(grid: Grid) -> Tensor:
     """The tensor (out, bytes of a row), uint8, of the current choice."""
+    columns, rows = grid.weight.shape
+    step = max(1, CHUNK // columns)
+    return torch.cat([_packed(_some(grid, slice(i, i + step))) for i in range(0, rows, step)])
+
+
+def _some(grid: Grid, rows: slice) -> Grid:
+    """The part of the choice for some rows; the codes of all would take much memory."""
+    part = copy(grid)
+    for name in ("weight", "scale", "shift", "unit", "shift_unit"):
+        if (value := getattr(grid, name, None)) is not None:
+            setattr(part, name, value[:, rows])
+    return part
+
+
+def _packed(grid: Grid) -> Tensor:
     pack, size = PACKERS[type(grid)]
     columns, rows = grid.weight.shape
     codes = grid.level_indices().to(torch.uint8).T.reshape(rows, columns // size, size)
