@@ -219,9 +219,8 @@ def _print_fallbacks(mix: str, fell_back: Mapping[str, Type]) -> None:
     of_kind = Counter(kind.name for kind in fell_back.values())
     names = sorted({name.rpartition(".weight")[0].rpartition(".")[2] for name in fell_back})
     print(
-        f"{mix}: where columns are no multiple of 256, or of 32, llama.cpp's types in their place: "
-        f"{', '.join(f'{kind} {count} times' for kind, count in of_kind.items())} "
-        f"({', '.join(names)})"
+        f"{mix}: for columns that are no multiple of 256, or of 32, other types as in llama.cpp: "
+        f"{', '.join(f'{kind} ({count})' for kind, count in of_kind.items())}: {', '.join(names)}"
     )
 
 

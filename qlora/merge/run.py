@@ -35,12 +35,13 @@ from qlora.base.checkpoint import Checkpoint, disk_name, skeleton
 from qlora.base.shards import parse_size, write_shards
 from qlora.config import MergeConfig
 from qlora.config.tasks import CAUSAL_LM, task_named
-from qlora.errors import UserError
+from qlora.errors import UserError, some
 from qlora.files import (
     GENERATION,
     RUN,
     publishing,
     read_run_file,
+    read_stop_ids,
     require_new,
 )
 from qlora.merge import gguf_file, modelfile
@@ -222,16 +223,20 @@ def _write_gguf(job: _Job, folder: Path) -> MergeReport:
     report = _write(job, plain)
     source = folder / "work" / "16-bit.gguf"
     gguf_file.convert(plain, source)
-    index = gguf_file.Index(_weights(job, plain, report.layers))
-    shutil.rmtree(plain)
     if job.config.format == "gguf-bf16":
         source.rename(file)
     else:
+        index = gguf_file.Index(_weights(job, plain, report.layers))
+        shutil.rmtree(plain)  # before the next large file
         in_order = partial(_in_order, workers=_workers(job))
-        for lost in gguf_file.write(source, file, job.config.format, index, in_order):
-            print(f"{lost} is in another form in the GGUF file: rounded to nearest")
+        if lost := gguf_file.write(source, file, job.config.format, index, in_order):
+            print(f"Not in the file, or in another form and rounded to nearest: {some(lost)}")
+            for op in job.plan.ops:
+                if op.name in lost:
+                    report.layers.pop(str(op.module), None)
     shutil.rmtree(folder / "work")
-    trusted, stops = job.config.trust_remote_code, job.adapter.stop_ids
+    stops = job.adapter.stop_ids | read_stop_ids(job.checkpoint.folder)
+    trusted = job.config.trust_remote_code
     modelfile.write(folder, file, job.tokenizer_folder, job.generation, stops, trusted)
     report.write(folder)
     return report
