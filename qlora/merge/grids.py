@@ -143,9 +143,17 @@ class IntegerGrid(Grid):
         scale, shift = self.start(blocks)
         levels = torch.arange(self.low, self.high + 1.0, device=target.device)
         super().__init__(levels, self.size, Choice(target, scale, shift))
-        offset = 0 if shift is None else shift[:, None]
-        codes = self.snap(((blocks - offset) / scale[:, None]).nan_to_num())
-        self.weight = (codes * scale[:, None] + offset).view_as(target)
+        weight = self._levels().mul_(scale[:, None])
+        self.weight = (weight if shift is None else weight.add_(shift[:, None])).view_as(target)
+
+    def _levels(self) -> Tensor:
+        """The level nearest to each value (blocks, size, out), in units of scale."""
+        blocks = self.weight.view(-1, self.size, self.weight.shape[1])
+        blocks = blocks if self.shift is None else blocks - self.shift[:, None]
+        return self.snap((blocks / self.scale[:, None]).nan_to_num_())
+
+    def level_indices(self) -> Tensor:
+        return self._levels().sub_(self.low).view_as(self.weight).long()
 
     def start(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and shift (blocks, out), as they are stored, of rounding to nearest."""
