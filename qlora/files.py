@@ -35,6 +35,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 INSPECTION = "inspect.html"
 MERGE_REPORT = "merge_report.json"
+MODELFILE = "Modelfile"
 GENERATION = "generation_config.json"
 MOST_BYTES = 64 << 20  # of a JSON file of settings
 MOST_YAML, MOST_NODES = 1 << 20, 100_000  # characters, and values, of a YAML file

@@ -253,6 +253,11 @@ class MergeConfig(Settings):
             yield "min_kept needs verify, data to measure it on: give both"
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether the merged model is one file for llama.cpp."""
+        return self.format.startswith("gguf")
+
+    @property
     def chooses_codes(self) -> bool:
         """Whether codes are chosen that keep the adapter; 8 bits keep it rounded to nearest."""
         return self.format in ("nf4", "int4") or self.format.startswith("gguf-q4")

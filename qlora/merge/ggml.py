@@ -6,6 +6,7 @@ grid's values, bit for bit.
 """
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -15,15 +16,34 @@ from qlora.merge.grids import (
     Q4_1,
     Q4_K,
     Q5_0,
+    Q5_1,
+    Q5_K,
     Q6_K,
     Q8_0,
     SUPERBLOCK,
     Grid,
 )
 
+CHUNK = 1 << 22  # values at a time
+
 
 def to_bytes(grid: Grid) -> Tensor:
     """The tensor (out, bytes of a row), uint8, of the current choice."""
+    columns, rows = grid.weight.shape
+    step = max(1, CHUNK // columns)
+    return torch.cat([_packed(_some(grid, slice(i, i + step))) for i in range(0, rows, step)])
+
+
+def _some(grid: Grid, rows: slice) -> Grid:
+    """The part of the choice for some rows; the codes of all would take much memory."""
+    part = copy(grid)
+    for name in ("weight", "scale", "shift", "unit", "shift_unit"):
+        if (value := getattr(grid, name, None)) is not None:
+            setattr(part, name, value[:, rows])
+    return part
+
+
+def _packed(grid: Grid) -> Tensor:
     pack, size = PACKERS[type(grid)]
     columns, rows = grid.weight.shape
     codes = grid.level_indices().to(torch.uint8).T.reshape(rows, columns // size, size)
@@ -33,7 +53,7 @@ def to_bytes(grid: Grid) -> Tensor:
 
 def _fp16(values: Tensor) -> Tensor:
     """Values (blocks, out), each exactly an fp16 number, as bytes (out, blocks, 2)."""
-    return values.T.contiguous().half().view(torch.uint8).view(*values.T.shape, 2)
+    return values.T.reshape(-1).half().view(torch.uint8).view(*values.T.shape, 2)
 
 
 def _nibbles(codes: Tensor) -> Tensor:
@@ -52,10 +72,19 @@ def _q4_1(grid: Grid, codes: Tensor) -> Tensor:
 
 
 def _q5_0(grid: Grid, codes: Tensor) -> Tensor:
-    places = 1 << torch.arange(8, device=codes.device)
-    high = (codes >> 4).view(*codes.shape[:2], 4, 8)  # the fifth bits, eight a byte
-    bits = (high * places).sum(-1).to(torch.uint8)
-    return torch.cat([_fp16(grid.scale), bits, _nibbles(codes & 15)], -1)
+    high = _bits((codes >> 4).view(*codes.shape[:2], 4, 8))  # the fifth bits
+    return torch.cat([_fp16(grid.scale), high, _nibbles(codes & 15)], -1)
+
+
+def _q5_1(grid: Grid, codes: Tensor) -> Tensor:
+    assert grid.shift is not None
+    high = _bits((codes >> 4).view(*codes.shape[:2], 4, 8))
+    return torch.cat([_fp16(grid.scale), _fp16(grid.shift), high, _nibbles(codes & 15)], -1)
+
+
+def _bits(ones: Tensor) -> Tensor:
+    """Eight bits (..., 8) -> a byte (...), the first in the lowest place."""
+    return (ones << torch.arange(8, device=ones.device)).sum(-1).to(torch.uint8)
 
 
 def _q8_0(grid: Grid, codes: Tensor) -> Tensor:
@@ -64,6 +93,18 @@ def _q8_0(grid: Grid, codes: Tensor) -> Tensor:
 
 
 def _q4_k(grid: Grid, codes: Tensor) -> Tensor:
+    pairs = codes.view(*codes.shape[:2], 4, 64)
+    return torch.cat([_scales(grid), _nibbles(pairs).flatten(2)], -1)
+
+
+def _q5_k(grid: Grid, codes: Tensor) -> Tensor:
+    pairs = (codes & 15).view(*codes.shape[:2], 4, 64)
+    high = _bits((codes >> 4).view(*codes.shape[:2], 8, 32).mT)  # of each place of the 8 blocks
+    return torch.cat([_scales(grid), high, _nibbles(pairs).flatten(2)], -1)
+
+
+def _scales(grid: Grid) -> Tensor:
+    """The two fp16 numbers of each superblock, and what its blocks multiply them with."""
     assert isinstance(grid, Q4_K) and grid.shift is not None
     scale, shift = (
         _multiples(grid, grid.scale, grid.unit),
@@ -75,9 +116,8 @@ def _q4_k(grid: Grid, codes: Tensor) -> Tensor:
         shift[..., first] | shift[..., last] >> 4 << 6,
         scale[..., last] & 15 | (shift[..., last] & 15) << 4,
     ]
-    pairs = codes.view(*codes.shape[:2], 4, 64)
     units = [_fp16(unit[:: SUPERBLOCK // grid.size]) for unit in (grid.unit, grid.shift_unit)]
-    return torch.cat([*units, *packed, _nibbles(pairs).flatten(2)], -1)
+    return torch.cat([*units, *packed], -1)
 
 
 def _q6_k(grid: Grid, codes: Tensor) -> Tensor:
@@ -102,7 +142,9 @@ PACKERS: dict[type[Grid], tuple[Packer, int]] = {  # and how many values are pac
     Q4_0: (_q4_0, 32),
     Q4_1: (_q4_1, 32),
     Q5_0: (_q5_0, 32),
+    Q5_1: (_q5_1, 32),
     Q8_0: (_q8_0, 32),
     Q4_K: (_q4_k, SUPERBLOCK),
+    Q5_K: (_q5_k, SUPERBLOCK),
     Q6_K: (_q6_k, SUPERBLOCK),
 }

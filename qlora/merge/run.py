@@ -5,7 +5,8 @@
 is, to rounding, the function that was trained: every layer that was quantized in training is
 quantized and dequantized here, with or without an adapter. `onto="original"` adds to W itself,
 which is another function, unless the adapter was trained on W in 16 bits. For 4 bits
-(qlora.merge.codecs), qlora.merge.codes chooses codes for the sum.
+(qlora.merge.codecs), qlora.merge.codes chooses codes for the sum. A GGUF file is made of the 16-bit
+checkpoint (qlora.merge.gguf_file), which is removed again.
 
 1. Plan: `plan_merge` decides from file headers how each tensor is computed (`MergeOp`).
 2. Check: adapter, base, shapes, disk space, data and tokenizer, before a byte is written.
@@ -21,36 +22,37 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from qlora.adapters.format import AdapterFile, combine, raise_faults, read_adapter
 from qlora.adapters.tensors import Contents
-from qlora.base.checkpoint import Checkpoint, disk_name, model_config, skeleton
-from qlora.base.load import load_tokenizer, require_compressed_tensors
+from qlora.base.checkpoint import Checkpoint, disk_name, skeleton
+from qlora.base.load import require_compressed_tensors
 from qlora.base.shards import parse_size, write_shards
 from qlora.config import MergeConfig
 from qlora.config.tasks import CAUSAL_LM, task_named
-from qlora.errors import UserError
+from qlora.errors import UserError, some
 from qlora.files import (
     GENERATION,
     RUN,
-    ids_in,
     publishing,
-    read_json,
     read_run_file,
+    read_stop_ids,
     require_new,
 )
-from qlora.merge.codes import AdaptedWeight, Facts, fold
+from qlora.merge import gguf_file, modelfile
+from qlora.merge.codes import AdaptedWeight, Facts, fold, fold_to_grid
+from qlora.merge.grids import Q8_0, IntegerGrid
 from qlora.merge.plan import Kind, MergeOp, Plan, as_trained, plan_merge
 from qlora.merge.report import MergeReport
+from qlora.merge.stops import allows_stops, generation_settings
 from qlora.ops import nf4
 
 TOKENIZER_FILES = (
@@ -75,7 +77,8 @@ def merge(config: MergeConfig) -> Path:
         raise UserError("--device cuda needs a GPU, and torch sees no GPU: use --device cpu")
     job = _prepare(config)
     with publishing(output) as folder:
-        report = _write_better(job, folder) if job.config.onto == "auto" else _write(job, folder)
+        auto = job.config.onto == "auto"
+        report = _write_better(job, folder) if auto else _write_one(job, folder)
         if config.min_kept is not None:
             report.verified = verified = report.verified or job.verifier.measure(folder)
             if verified.kept is None:
@@ -132,6 +135,13 @@ def _prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
     config = as_trained(config, adapter, checkpoint, base_model)
     if config.format == "int4" and config.verify:
         require_compressed_tensors("--verify: an int4 model")
+    if config.is_gguf:
+        gguf_file.converter()
+        if task_named(adapter.task) is not CAUSAL_LM:
+            raise UserError(
+                f"--format {config.format} needs a causal language model, adapter "
+                f"{adapter.folder} is for {adapter.task}: use --format bf16"
+            )
     plan = plan_merge(checkpoint, adapter, config)
     for note in plan.notes:
         print(note)
@@ -142,8 +152,40 @@ def _prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
             f"{' and '.join(flags)} needs a causal language model, adapter {adapter.folder} is for "
             f"{adapter.task}: leave it out"
         )
+    _require_space(config, plan)
+    tokenizer_folder = adapter.folder if adapter.has_tokenizer else checkpoint.folder
+    trusted = config.trust_remote_code
+    generation = generation_settings(adapter, checkpoint, tokenizer_folder, trusted)
+    running: Any = {"device": config.device, "trust_remote_code": trusted}
+    running["in_4_bits"] = config.trained_on == "nf4"
+    reading: Any = {"vocabulary": plan.config_changes.get("vocab_size", checkpoint.vocab_size)}
+    verifier = moments = None
+    job = _Job(
+        config, adapter, base_model, checkpoint, plan, tokenizer_folder, generation, None, None
+    )
+    if config.is_gguf:  # before calibration, which takes long
+        with TemporaryDirectory() as folder:
+            _write_settings(job, Path(folder))
+            gguf_file.require_known(Path(folder))
+    if config.verify:
+        from qlora.merge.measure import GGUF_TOKENS, MAX_TOKENS, Verifier, read_examples
+
+        reads: Any = {"trust_remote_code": trusted, "adapter": adapter.folder}
+        reads["max_tokens"] = GGUF_TOKENS if config.is_gguf else MAX_TOKENS
+        examples = read_examples(config.verify, tokenizer_folder, **reads, **reading)
+        verifier = Verifier(adapter, checkpoint, examples, **running)
+    if data := _calibration_data(config, adapter):
+        from qlora.merge.measure import calibrate
+
+        moments = calibrate(adapter, checkpoint, data, tokenizer_folder, **running, **reading).of
+    return replace(job, verifier=verifier, moments=moments)
+
+
+def _require_space(config: MergeConfig, plan: Plan) -> None:
+    """Refuse a disk that is too small for all that is there at a time."""
     output = Path(config.output_dir).expanduser()
-    needed = sum(entry.nbytes for entry in plan.entries) * (2 if config.onto == "auto" else 1)
+    copies = (2 if config.onto == "auto" else 1) + config.is_gguf  # of a GGUF, in 16 bits first
+    needed = sum(entry.nbytes for entry in plan.entries) * copies
     place = output.resolve()
     parent = next(p for p in (place, *place.parents) if p.exists())
     free = shutil.disk_usage(parent).free
@@ -152,56 +194,6 @@ def _prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
             f"{output} needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: "
             "free disk space or give another --output-dir"
         )
-    tokenizer_folder = adapter.folder if adapter.has_tokenizer else checkpoint.folder
-    generation = _generation(adapter, checkpoint, tokenizer_folder, config.trust_remote_code)
-    running: Any = {"device": config.device, "trust_remote_code": config.trust_remote_code}
-    running["in_4_bits"] = config.trained_on == "nf4"
-    reading: Any = {"vocabulary": plan.config_changes.get("vocab_size", checkpoint.vocab_size)}
-    verifier = moments = None
-    if config.verify:
-        from qlora.merge.measure import GGUF_TOKENS, MAX_TOKENS, Verifier, read_examples
-
-        trusted = config.trust_remote_code
-        reads: Any = {"trust_remote_code": trusted, "adapter": adapter.folder}
-        reads["max_tokens"] = GGUF_TOKENS if config.format.startswith("gguf") else MAX_TOKENS
-        examples = read_examples(config.verify, tokenizer_folder, **reads, **reading)
-        verifier = Verifier(adapter, checkpoint, examples, **running)
-    if data := _calibration_data(config, adapter):
-        from qlora.merge.measure import calibrate
-
-        moments = calibrate(adapter, checkpoint, data, tokenizer_folder, **running, **reading).of
-    return _Job(
-        config, adapter, base_model, checkpoint, plan, tokenizer_folder, generation, verifier,
-        moments,
-    )  # fmt: skip
-
-
-def _generation(
-    adapter: AdapterFile, checkpoint: Checkpoint, tokenizer_folder: Path, trusted: bool
-) -> dict[str, Any]:
-    """The base's generation settings with the tokens that training taught to end an answer with;
-    empty if the base knows these. Adapters without a record were taught those of the tokenizer."""
-    from qlora.data.generation import describe_stops, taught_stop_ids
-
-    task = task_named(adapter.task)
-    if task.trains_head:
-        return {}
-    if (checkpoint.folder / GENERATION).is_file():
-        values = read_json(checkpoint.folder / GENERATION)
-    else:  # as transformers derives them
-        from transformers import GenerationConfig
-
-        config = model_config(checkpoint.folder, trust_remote_code=trusted)
-        values = json.loads(GenerationConfig.from_model_config(config).to_json_string())
-        values.pop("_from_model_config", None)
-    known, tokenizer = ids_in(values.get("eos_token_id")), None
-    with suppress(UserError):  # a base may have no tokenizer
-        tokenizer = load_tokenizer(tokenizer_folder, task=task.name, trust_remote_code=trusted)
-    taught = adapter.stop_ids or (taught_stop_ids(tokenizer) if tokenizer else frozenset())
-    if taught <= known:
-        return {}
-    print(describe_stops(tokenizer, known, taught))
-    return {**values, "eos_token_id": sorted(known | taught)}
 
 
 def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
@@ -228,13 +220,80 @@ def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
 # ---- write a checkpoint ----
 
 
+def _write_one(job: _Job, folder: Path) -> MergeReport:
+    """The merged model in its format, into the empty `folder`."""
+    return (_write_gguf if job.config.is_gguf else _write)(job, folder)
+
+
+def _write_gguf(job: _Job, folder: Path) -> MergeReport:
+    """A GGUF file of the merged checkpoint, its report, and a Modelfile for Ollama."""
+    name = Path(job.config.output_dir).resolve().name
+    file = folder / modelfile.file_name(name, job.config.format)
+    plain = folder / "work" / name  # the converter names the model like its folder
+    plain.mkdir(parents=True)
+    report = _write(job, plain)
+    source = folder / "work" / "16-bit.gguf"
+    gguf_file.convert(plain, source)
+    if job.config.format == "gguf-bf16":
+        source.rename(file)
+    else:
+        index = gguf_file.Index(_weights(job, plain, report.layers))
+        shutil.rmtree(plain)  # before the next large file
+        in_order = partial(_in_order, workers=_workers(job))
+        if lost := gguf_file.write(source, file, job.config.format, index, in_order):
+            print(f"Not in the file, or in another form and rounded to nearest: {some(lost)}")
+            for op in job.plan.ops:
+                if op.name in lost:
+                    report.layers.pop(str(op.module), None)
+    shutil.rmtree(folder / "work")
+    stops = job.adapter.stop_ids | read_stop_ids(job.checkpoint.folder)
+    trusted = job.config.trust_remote_code
+    modelfile.write(folder, file, job.tokenizer_folder, job.generation, stops, trusted)
+    report.write(folder)
+    return report
+
+
+def _weights(job: _Job, folder: Path, layers: dict[str, Facts]) -> dict[str, gguf_file.Weight]:
+    """The weights with an adapter, merged into `folder`; their facts come into `layers`."""
+    checkpoint = Checkpoint(folder)
+
+    def rows(op: MergeOp) -> Tensor:
+        weight = checkpoint.read(op.name)
+        return weight.T if op.transposed else weight
+
+    def prepare(op: MergeOp) -> gguf_file.Choose:  # in the main thread, see stream_tensors
+        return partial(choose, op, job.moments(op.module) if job.moments and op.module else None)
+
+    def choose(op: MergeOp, moments: Tensor | None, kind: type[IntegerGrid]) -> IntegerGrid:
+        moments = None if kind is Q8_0 else moments  # which keeps the adapter rounded to nearest
+        grid, facts = fold_to_grid(_adapted_weight(job, op), kind, moments)
+        layers[str(op.module)] = facts
+        return grid
+
+    return {
+        op.name: gguf_file.Weight(partial(rows, op), partial(prepare, op))
+        for op in job.plan.ops
+        # embeddings have blocks along the other dimension; convolutions are not quantized
+        if op.module in job.adapter.pairs and op.module not in job.adapter.embeddings
+        if len(op.entries[0].shape) == 2
+    }
+
+
 def _write(job: _Job, folder: Path) -> MergeReport:
     """The merged checkpoint with all its files, into the empty `folder`."""
-    checkpoint, plan = job.checkpoint, job.plan
+    plan = job.plan
     report = MergeReport(job.config, job.base_model, plan)
     tensors = stream_tensors(job, report.layers)
     write_shards(folder, plan.entries, tensors, max_bytes=parse_size(job.config.max_shard_size))
+    _write_settings(job, folder)
+    _require_loadable(folder, job)
+    report.write(folder)
+    return report
 
+
+def _write_settings(job: _Job, folder: Path) -> None:
+    """config.json, the tokenizer's files and what else the checkpoint has beside its tensors."""
+    checkpoint, plan = job.checkpoint, job.plan
     left_out = ("quantization_config", "torch_dtype")
     values = {key: value for key, value in checkpoint.config.items() if key not in left_out}
     values["dtype"] = str(plan.out_dtype).removeprefix("torch.")
@@ -257,19 +316,8 @@ def _write(job: _Job, folder: Path) -> MergeReport:
     if job.generation:
         text = json.dumps(job.generation, indent=2) + "\n"
         (folder / GENERATION).write_text(text, encoding="utf-8")
-    _require_loadable(folder, job)
-    report.write(folder)
-    return report
-
-
-def allows_stops(checkpoint: Checkpoint, stops: Any, trust_remote_code: bool = False) -> bool:
-    """Whether config.json may have this eos_token_id; some model types allow one int only."""
-    config = model_config(checkpoint.folder, trust_remote_code=trust_remote_code)
-    try:
-        config.get_text_config().eos_token_id = stops
-    except StrictDataclassError:
-        return False
-    return True
+    if job.config.is_gguf:
+        modelfile.complete(folder, checkpoint.folder, job.config.trust_remote_code)
 
 
 def _write_better(job: _Job, folder: Path) -> MergeReport:
@@ -279,7 +327,7 @@ def _write_better(job: _Job, folder: Path) -> MergeReport:
         config = replace(job.config, onto=onto)
         one = replace(job, config=config, plan=plan_merge(job.checkpoint, job.adapter, config))
         (folder / onto).mkdir()
-        reports[onto] = _write(one, folder / onto)
+        reports[onto] = _write_one(one, folder / onto)
         reports[onto].verified = verified = job.verifier.measure(folder / onto)
         losses[onto] = verified.loss_merged
     better = min(losses, key=losses.__getitem__)
@@ -338,14 +386,18 @@ def stream_tensors(job: _Job, layers: dict[str, Facts]) -> Iterator[Tensor]:
             moments = job.moments(op.module) if uses_moments else None  # type: ignore[misc, arg-type]
             yield partial(apply_op, job, op, moments)
 
-    slow = job.config.device == "cpu" and any(op.module and op.in_4_bits for op in job.plan.ops)
-    workers = min(torch.get_num_threads(), MAX_WORKERS) if slow else 1
-    results = _in_order(tasks(), workers)
+    slow = any(op.module and op.in_4_bits for op in job.plan.ops)
+    results = _in_order(tasks(), _workers(job) if slow else 1)
     for op, (tensors, facts) in zip(job.plan.ops, results, strict=True):
         if op.module:
             layers[op.module] = facts
         while tensors:
             yield tensors.pop(0)  # freed as soon as it is written
+
+
+def _workers(job: _Job) -> int:
+    """How many weights to choose codes for at a time."""
+    return min(torch.get_num_threads(), MAX_WORKERS) if job.config.device == "cpu" else 1
 
 
 def _in_order(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[Result]:
