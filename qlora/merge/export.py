@@ -28,7 +28,7 @@ from qlora.config.tasks import task_named
 from qlora.errors import UserError, require
 from qlora.files import MERGE_REPORT, front_matter, publishing, require_new
 from qlora.merge import gguf_file
-from qlora.merge.run import _prepare, _write
+from qlora.merge.run import prepare, write_checkpoint
 
 LORA_CONVERTER = "convert_lora_to_gguf.py"  # beside the models'
 ADAPTER_FILE, BASE_FILE = "adapter.gguf", "base.gguf"
@@ -105,7 +105,7 @@ def _export_base(config: PortableConfig, output: Path) -> None:
     if task_named(adapter.task).trains_head:
         raise UserError(f"adapter {adapter.folder} brings its head ({adapter.task}): merge it")
     is_fp16 = adapter.quantization.compute_dtype == "fp16" and not config.gguf
-    job = _prepare(
+    job = prepare(
         MergeConfig(
             adapter=config.adapter,
             output_dir=str(output),
@@ -118,7 +118,7 @@ def _export_base(config: PortableConfig, output: Path) -> None:
     with publishing(output) as partial, tempfile.TemporaryDirectory(dir=partial) as work:
         folder = Path(work) / output.resolve().name if config.gguf else partial
         folder.mkdir(exist_ok=True)
-        _write(job, folder)
+        write_checkpoint(job, folder)
         (folder / MERGE_REPORT).unlink()
         if config.gguf:
             gguf_file.convert(folder, partial / BASE_FILE)

@@ -75,7 +75,7 @@ def merge(config: MergeConfig) -> Path:
     parse_size(config.max_shard_size)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU, and torch sees no GPU: use --device cpu")
-    job = _prepare(config)
+    job = prepare(config)
     with publishing(output) as folder:
         auto = job.config.onto == "auto"
         report = _write_better(job, folder) if auto else _write_one(job, folder)
@@ -119,7 +119,7 @@ class _Job:
 # ---- plan and check ----
 
 
-def _prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
+def prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
     """Plan, and raise every error that the user can fix before a byte is written.
 
     With `base_only`, the adapter tells how the base was quantized, and changes nothing.
@@ -222,7 +222,7 @@ def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
 
 def _write_one(job: _Job, folder: Path) -> MergeReport:
     """The merged model in its format, into the empty `folder`."""
-    return (_write_gguf if job.config.is_gguf else _write)(job, folder)
+    return (_write_gguf if job.config.is_gguf else write_checkpoint)(job, folder)
 
 
 def _write_gguf(job: _Job, folder: Path) -> MergeReport:
@@ -231,7 +231,7 @@ def _write_gguf(job: _Job, folder: Path) -> MergeReport:
     file = folder / modelfile.file_name(name, job.config.format)
     plain = folder / "work" / name  # the converter names the model like its folder
     plain.mkdir(parents=True)
-    report = _write(job, plain)
+    report = write_checkpoint(job, plain)
     source = folder / "work" / "16-bit.gguf"
     gguf_file.convert(plain, source)
     if job.config.format == "gguf-bf16":
@@ -279,7 +279,7 @@ def _weights(job: _Job, folder: Path, layers: dict[str, Facts]) -> dict[str, ggu
     }
 
 
-def _write(job: _Job, folder: Path) -> MergeReport:
+def write_checkpoint(job: _Job, folder: Path) -> MergeReport:
     """The merged checkpoint with all its files, into the empty `folder`."""
     plan = job.plan
     report = MergeReport(job.config, job.base_model, plan)
