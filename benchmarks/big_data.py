@@ -3,8 +3,8 @@
     python benchmarks/big_data.py --rows 1000000
 
 Generates a .jsonl file of prompts and answers of 10 to 200 words, or of plain text with --text, and
-starts a process per run, as two runs of train.py would be: `prepare_rows` of
-qlora.training.run and the packs, without a model. The second finds the rows of the first in the
+starts a process per run, which does what train.py does up to the packs: its imports, and
+`prepare_rows` of qlora.training.run, without a model. The second finds the rows of the first in the
 cache. Peak memory is the largest sum of the proportional set sizes of the process and its workers,
 seen ten times a second: a page that several share is counted once. Mapped pages of the cached rows
 count too, although the system may drop them. Seconds are from the start of the process to the
@@ -31,12 +31,12 @@ WORDS = "the of and to in is that it was for on are as with his they at be this 
 
 RUN = """
 import sys, time, json
-from pathlib import Path
+from qlora.__main__ import imported
+prepare_rows = imported("qlora.training.run:prepare_rows")
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_tokenizer
 from qlora.config import DataConfig, TrainConfig
 from qlora.data.batches import PackedRows
-from qlora.training.run import prepare_rows
 start = time.perf_counter()
 model, data, length = sys.argv[1], sys.argv[2], int(sys.argv[3])
 config = TrainConfig(model, "out", DataConfig(data, max_length=length, long_rows="truncate"))

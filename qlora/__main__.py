@@ -88,7 +88,7 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
             _, function, interrupted = COMMANDS["inspect"]
         else:
             _wait_passively_beside_others()
-        _imported(function)(settings)
+        imported(function)(settings)
         sys.stdout.flush()
     except UserError as error:
         _stop(2, f"error: {error}")
@@ -106,7 +106,7 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
         _stop(2, f"error: the GPU's memory ran out after {peak:.2f} GiB: {fix}")
 
 
-def _imported(function: str) -> Any:
+def imported(function: str) -> Any:
     """The function of that name. Its packages leave nothing to collect while they are imported:
     looking for it would take a second of five."""
     gc.disable()
