@@ -172,7 +172,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 DAMPED = (8.0, 1.0)  # damping of the first rounds, toward the target itself
 DAMPING = 0.25  # of the later rounds, which correct the systematic error
-ROUNDS = 20  # at most
+ROUNDS = 14  # at most
 MIN_GAIN = 0.05  # stop when a round corrects less than this share of the systematic error
 BIAS = 100.0  # weight of the systematic error relative to noise
 ITERATIONS = 2  # of the search for these
@@ -197,9 +197,9 @@ def keep_adapter(
     All tensors are on one device. The cost, noise + BIAS * systematic error, is never higher than
     that of the first choice.
     """
-    vectors, factor = _principal(moments, max(RANK, len(moments) // RANK_SHARE))
-    descent = _Descent(grid, target, moments, factor)
-    responses = _Responses(lora_A.float(), lora_B.float(), moments, vectors[:PRINCIPAL])
+    rank = max(RANK, len(moments) // RANK_SHARE)
+    descent = _Descent(grid, target, moments, _factor(moments, rank))
+    responses = _Responses(lora_A.float(), lora_B.float(), moments)
     best, best_cost = grid.choice(), descent.noise() + BIAS * responses.error(descent)
     gain, costs = 1.0, [best_cost]
     for round_ in range(ROUNDS):
@@ -375,8 +375,9 @@ def descend_fused(levels: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid)
 class _Responses:
     """The systematic error: outputs along B in response to the main directions of the inputs."""
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, moments: Tensor, principal: Tensor) -> None:
-        directions = torch.cat([lora_A, principal])  # (k, in)
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, moments: Tensor) -> None:
+        _, principal = _principal(moments, 2 * PRINCIPAL)  # twice as many make these accurate
+        directions = torch.cat([lora_A, principal[:PRINCIPAL]])  # (k, in)
         energy = ((directions @ moments) * directions).sum(1, keepdim=True)  # (k, 1)
         occurs = energy[:, 0] > energy.max() * torch.finfo(torch.float32).eps
         self.directions = directions[occurs] / energy[occurs].sqrt()
@@ -402,13 +403,22 @@ class _Responses:
 
 
 def _principal(moments: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first eigenvectors of `moments` (in, in) as rows, roughly, by subspace iteration, the
-    first one first; and (count, in) whose square, its transpose times itself, is `moments` in
-    their space."""
+    """The first eigenvalues of `moments` (in, in), roughly, and their eigenvectors, as rows, by
+    subspace iteration; the first one first."""
     shape = (len(moments), min(count, len(moments)))
     vectors = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(moments)
     for _ in range(ITERATIONS):
         vectors = torch.linalg.qr(moments @ vectors).Q  # (in, in) @ (in, count)
     values, turn = torch.linalg.eigh(vectors.T @ moments @ vectors)  # (count, count)
-    found = (vectors @ turn).T.flip(0)
-    return found, values.clamp_min(0).sqrt().flip(0)[:, None] * found
+    return values.clamp_min(0).flip(0), (vectors @ turn).T.flip(0)
+
+
+def _factor(moments: Tensor, rank: int) -> Tensor:
+    """(rank, in) whose transpose times itself approximates `moments` (in, in).
+
+    The inputs are scaled to equal sizes first: a few of them may be 1,000 times as large as the
+    others, whose eigenvalues fp32 would lose.
+    """
+    size = moments.diagonal().clamp_min(TINY).sqrt()
+    values, vectors = _principal(moments / size / size[:, None], rank)
+    return values.sqrt()[:, None] * vectors * size

@@ -66,7 +66,7 @@ def test_a_sweep_moves_each_code_in_turn_to_the_best_of_the_sixteen_levels():
     moments = moments / moments.diagonal().mean()
     grid = NF4Grid(start)
     grid.moves = False  # codes alone: absmax stays
-    factor = codes._principal(moments, 64)[1]
+    factor = codes._factor(moments, 64)
     codes._Descent(grid, target, moments, factor).sweep(0.0)
     levels, scale = torch.tensor(reference.NF4).double(), nf4.absmax(start).double()
     for row in range(3):
@@ -133,8 +133,7 @@ def test_the_systematic_error_is_corrected():
     start, target, lora_A, lora_B, moments = layer(256, 256)
     values, vectors = torch.linalg.eigh(moments.double())
     x = values.clamp_min(0).sqrt()[:, None] * vectors.T  # x' x = moments
-    vectors, factor = codes._principal(moments, 64)
-    responses = codes._Responses(lora_A, lora_B, moments, vectors[: codes.PRINCIPAL])
+    responses = codes._Responses(lora_A, lora_B, moments)
     seen = x @ responses.directions.double().T
 
     def systematic(quantized: nf4.Quantized) -> float:
@@ -142,7 +141,7 @@ def test_the_systematic_error_is_corrected():
         y = x @ error.T @ torch.linalg.qr(lora_B).Q.double()  # (in, in) (in, out) (out, r)
         return float((seen @ torch.linalg.lstsq(seen, y).solution).square().sum())
 
-    descent = codes._Descent(NF4Grid(start), target, moments, factor)
+    descent = codes._Descent(NF4Grid(start), target, moments, codes._factor(moments, 64))
     assert responses.error(descent) == pytest.approx(systematic(start), rel=1e-3)
     chosen = keep_adapter(start, target, lora_A, lora_B, moments)
     assert systematic(chosen) < 0.03 * systematic(start)
@@ -150,10 +149,19 @@ def test_the_systematic_error_is_corrected():
 
 def test_principal_directions_of_the_inputs():
     *_, moments = layer(8, 256)
-    found, factor = (t[:32] for t in codes._principal(moments, 64))  # more than are used
+    values, found = (t[:32] for t in codes._principal(moments, 64))  # more than are used
     torch.testing.assert_close(found @ found.T, torch.eye(32), rtol=0, atol=1e-5)
     largest = torch.linalg.eigvalsh(moments)[-32:].sum()
     assert float(torch.trace(found @ moments @ found.T) / largest) > 0.99
-    assert float(factor.square().sum() / largest) > 0.99
-    *_, factor = codes._principal(moments, 256)  # all of them: the moments themselves
-    torch.testing.assert_close(factor.T @ factor, moments, rtol=0, atol=1e-5 * float(largest))
+    assert float(values.sum() / largest) > 0.99
+
+
+def test_moments_of_full_rank_are_kept_beside_inputs_of_a_thousand_times_their_size():
+    *_, moments = layer(8, 256)
+    size = torch.ones(256)
+    size[7] = 1000
+    moments = moments * size * size[:, None]
+    factor = codes._factor(moments, 256) / size
+    wanted = moments / size / size[:, None]
+    largest = float(wanted.diagonal().max())
+    torch.testing.assert_close(factor.T @ factor, wanted, rtol=0, atol=1e-4 * largest)
