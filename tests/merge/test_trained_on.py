@@ -45,7 +45,7 @@ def test_the_merged_model_is_pefts_on_the_16_bit_base(
 
 @pytest.mark.parametrize("format", ["nf4", "int4"])
 def test_4_bits_are_chosen_and_measured_on_the_16_bit_base(
-    format, adapter, adapter_build, checkpoints, tmp_path, capsys, monkeypatch
+    format, adapter, checkpoints, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("qlora.merge.measure.MIN_TOKENS", 256)
     data, output, base = rows_file(tmp_path), tmp_path / "out", checkpoints("llama", False)
@@ -54,10 +54,11 @@ def test_4_bits_are_chosen_and_measured_on_the_16_bit_base(
     said = capsys.readouterr().out
     assert "\n  16-bit base " in said and "does not record" not in said
     got = report_of(output)["verify"]
-    built = adapter_build("lora", "plain")
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, adapter)
     batches = read_examples(data, base)
     losses = []
-    for model in (AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), built.model):
+    for model in (AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), theirs):
         with torch.no_grad():
             each = [
                 torch.nn.functional.cross_entropy(
