@@ -54,7 +54,9 @@ NOT_RUN = {  # start of a command -> why it is not run
     "python train.py --plan": "exits at once: tests/plan/test_command.py runs it",
     "vllm serve": "another program, needs a GPU",
     "python merge_dequant.py --format gguf-q4_k_m": "llama.cpp has to know the tokenizer",
+    "python -m qlora.portable --adapter out/mine --gguf": "llama.cpp has to know the tokenizer",
     "llama-cli": "another program, llama.cpp",
+    "llama-server": "another program, llama.cpp",
     "ollama": "another program",
     "hf": "needs an account",
     "nvidia-smi": "needs a GPU",
@@ -143,9 +145,11 @@ def world(tmp_path_factory) -> Path:
         for name, more in {"4bit": "nf4", "int4": "int4 --calibration none"}.items():
             merge = "python merge_dequant.py --adapter out/mine --output-dir out/mine-"
             run(f"{merge}{name} --format {more}", patch)
-    (folder / "out/mine-gguf").mkdir()
-    for name in ("Modelfile", "mine-gguf-Q4_K_M.gguf"):
-        (folder / "out/mine-gguf" / name).touch()
+    made = ("mine-gguf/Modelfile", "mine-gguf/mine-gguf-Q4_K_M.gguf", "mine-gguf/adapter.gguf",
+            "base-gguf/base.gguf", "base/config.json")  # fmt: skip
+    for file in (folder / "out" / name for name in made):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
     for name in "ab":
         shutil.copytree(folder / "out/mine", folder / "out" / name)
     weights = shutil.copytree(folder / "out/mine", folder / "theirs") / "adapter_model.safetensors"
