@@ -80,7 +80,6 @@ STEPS = (
         "ablation", 300,
         "benchmarks/step.py --shape {shape} --folder {shapes} --ablate --seq 2048 --batch 1 "
         "--rounds 4 --alone",
-        "benchmarks/step.py --shape {shape} --folder {shapes} --ablate --one-process " + TINY,
     ),
     Step(
         "longest", 300,
