@@ -3,12 +3,12 @@
     python benchmarks/big_data.py --rows 1000000
 
 Generates a .jsonl file of prompts and answers of 10 to 200 words, or of plain text with --text, and
-starts a process per run, which does what train.py does up to the packs: its imports, and
-`prepare_rows` of qlora.training.run, without a model. The second finds the rows of the first in the
-cache. Peak memory is the largest sum of the proportional set sizes of the process and its workers,
-seen ten times a second: a page that several share is counted once. Mapped pages of the cached rows
-count too, although the system may drop them. Seconds are from the start of the process to the
-packs; `prepare_seconds` leave out the imports.
+starts a process per run, which does what train.py does up to the packs: its imports, beside which
+the file is hashed, and `prepare_rows` of qlora.training.run, without a model. The second finds the
+rows of the first in the cache. Peak memory is the largest sum of the proportional set sizes of the
+process and its workers, seen ten times a second: a page that several share is counted once. Mapped
+pages of the cached rows count too, although the system may drop them. Seconds are from the start of
+the process to the packs; `prepare_seconds` leave out the imports.
 """
 
 import argparse
@@ -32,6 +32,8 @@ WORDS = "the of and to in is that it was for on are as with his they at be this 
 RUN = """
 import sys, time, json
 from qlora.__main__ import imported
+from qlora.files import hash_beside
+hash_beside([sys.argv[2]])
 prepare_rows = imported("qlora.training.run:prepare_rows")
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_tokenizer

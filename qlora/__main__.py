@@ -13,6 +13,7 @@ from psutil import cpu_percent
 from qlora import __version__, config
 from qlora.cli import drop_lost_output, flag_of, parse
 from qlora.errors import STOPS, Interrupted, UserError, did_you_mean, ignore_hangups
+from qlora.files import hash_beside
 
 # Bars of huggingface_hub and transformers, and of datasets: no lines in a log.
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -88,6 +89,8 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
             _, function, interrupted = COMMANDS["inspect"]
         else:
             _wait_passively_beside_others()
+            if name == "train" and not settings.data.streaming:
+                hash_beside([*settings.data.sources, *filter(None, [settings.data.eval_data])])
         imported(function)(settings)
         sys.stdout.flush()
     except UserError as error:
