@@ -8,7 +8,8 @@ the file is hashed, and `prepare_rows` of qlora.training.run, without a model. T
 rows of the first in the cache. Peak memory is the largest sum of the proportional set sizes of the
 process and its workers, seen ten times a second: a page that several share is counted once. Mapped
 pages of the cached rows count too, although the system may drop them. Seconds are from the start of
-the process to the packs; `prepare_seconds` leave out the imports.
+the process to the packs; `prepare_seconds` leave out the imports, and `rows_seconds` also the
+packs and the opening of the model, which the first run may convert from .gguf.
 """
 
 import argparse
@@ -43,8 +44,10 @@ start = time.perf_counter()
 model, data, length = sys.argv[1], sys.argv[2], int(sys.argv[3])
 config = TrainConfig(model, "out", DataConfig(data, max_length=length, long_rows="truncate"))
 checkpoint = Checkpoint.open(model)
-prepared = prepare_rows(config, checkpoint, load_tokenizer(checkpoint))
-rows = time.perf_counter() - start
+tokenizer = load_tokenizer(checkpoint)
+opened = time.perf_counter()
+prepared = prepare_rows(config, checkpoint, tokenizer)
+rows = time.perf_counter() - opened
 packs = PackedRows(prepared.rows, prepared.max_length)
 print(packs.describe())
 print(json.dumps({"prepare_seconds": time.perf_counter() - start, "rows_seconds": rows,

@@ -260,11 +260,15 @@ def hash_beside(sources: Iterable[str]) -> None:
     _hashing[-1].start()
 
 
-def hash_of(file: Path) -> str:
-    """The SHA-256 of a file, in hex. Waits for the threads of `hash_beside`, so that none runs when
-    processes are forked; a file that has changed since then is hashed again."""
+def end_hashing() -> None:
+    """Wait for the threads of `hash_beside`: none may run when processes are forked."""
     while _hashing:
         _hashing.pop().join()
+
+
+def hash_of(file: Path) -> str:
+    """The SHA-256 of a file, in hex; one that has changed since `hash_beside` is hashed again."""
+    end_hashing()
     status = file.stat()
     known = _hashes.get((str(file), status.st_size, status.st_mtime_ns))
     return known or _hash(file, status.st_size)

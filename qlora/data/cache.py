@@ -24,7 +24,7 @@ from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.errors import UserError
-from qlora.files import files_in, hash_of, publishing
+from qlora.files import end_hashing, files_in, hash_of, publishing
 
 MIN_BYTES = 1 << 20  # smaller data are encoded in seconds, and stay in memory
 MAX_DAYS = 30
@@ -38,6 +38,7 @@ def cache_folder() -> Path:
 
 def contents_of(source: str) -> str | None:
     """A hash of the bytes of a local file or folder; None for a small one, or one that is none."""
+    end_hashing()
     path, files = Path(source).expanduser(), files_in(source)
     if not path.exists() or sum(file.stat().st_size for file in files) < MIN_BYTES:
         return None
