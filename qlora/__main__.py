@@ -19,7 +19,6 @@ from qlora.files import hash_beside
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 LOOK_SECONDS, BUSY_PERCENT = 0.1, 50  # of the load at the start: half a core of others
 SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # settings of GPU memory
-UNUSED = ("scipy", "sklearn")  # of transformers' losses for images and of its metrics
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, message after Ctrl-C
     "train": (
         config.TrainConfig, "qlora.plan.run:run",
@@ -112,16 +111,11 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
 
 def imported(function: str) -> Any:
     """The function of that name. Its packages leave nothing to collect while they are imported:
-    looking for it would take a second of five. UNUSED, which transformers imports where they are
-    installed, are not installed for that time."""
+    looking for it would take a second of five."""
     gc.disable()
-    hidden = [name for name in UNUSED if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not installed
     try:
         return resolve_name(function)
     finally:
-        for name in hidden:
-            sys.modules.pop(name, None)
         gc.enable()
 
 

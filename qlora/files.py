@@ -277,7 +277,7 @@ def hash_of(file: Path) -> str:
 def _hash(file: Path, size: int) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(size, HASH_BYTES) or 1))
     with file.open("rb", buffering=0) as content:
-        while count := content.readinto(buffer):  # type: ignore[attr-defined]
+        while count := content.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
 

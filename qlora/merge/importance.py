@@ -57,7 +57,7 @@ def token_weights(
     try:
         for batch in Progress(batches, desc="Weighing tokens"):
             found.append({})
-            _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            _loss(model, batch).backward()
     finally:
         model.disable_input_require_grads()
         _checkpoint(model, False)
