@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora.base.modules import set_checkpointing
 from qlora.cli import Progress
 from qlora.data.chat_template import NO_LOSS
 from qlora.fast.head import put_language_head
@@ -81,12 +82,7 @@ def _checkpoint(model: PreTrainedModel, on: bool) -> None:
     """Turn gradient checkpointing of decoder layers on or off; dropout stays off."""
     if not model.supports_gradient_checkpointing:
         return
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        settings = {"use_reentrant": False, "preserve_rng_state": False}
-        getattr(model, f"{kind}_checkpointing_enable")(settings)
-    else:
-        getattr(model, f"{kind}_checkpointing_disable")()
+    set_checkpointing(model, on=on)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = on  # it asks for this; its modules stay in eval mode
