@@ -2,10 +2,10 @@
 
     python benchmarks/search_7b.py [--grid Q4_0] [--device cuda]
 
-`keep_adapter` of qlora.merge.codes on the seven matrices, with random weights, an adapter (r=16)
-whose change is 1 % of them, and moments of inputs with a spectrum that falls as 1 / i, as that of
-activations roughly does. On a CPU two matrices are computed at a time, each by one thread, as the
-merge does. Calibration, reading and writing are not included.
+`keep_outputs` of qlora.merge.codes, or `keep_adapter` for NF4, on the seven matrices, with random
+weights, an adapter (r=16) whose change is 1 % of them, and moments of inputs with a spectrum that
+falls as 1 / i, as that of activations roughly does. On a CPU two matrices are computed at a time,
+each by one thread, as the merge does. Calibration, reading and writing are not included.
 """
 
 import argparse
@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from results import record
 
+from qlora.config import QuantConfig
 from qlora.merge import codes, grids
+from qlora.ops import nf4
 
 HIDDEN, INTERMEDIATE, LAYERS, R = 4096, 11008, 32, 16
 SHAPES = {  # (out, in)
@@ -28,10 +30,10 @@ SHAPES = {  # (out, in)
 def main() -> None:
     """Time each matrix, and print and record the sums."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--grid", default="Q4_0", choices=["Q4_0", "Q4_1", "Q4_K", "Int4"])
+    parser.add_argument("--grid", default="Q4_0", choices=["Q4_0", "Q4_1", "Q4_K", "Int4", "NF4"])
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    kind = getattr(grids, args.grid)
+    kind = getattr(grids, args.grid, None)
     moments = {width: inputs(width, args.device) for width in (HIDDEN, INTERMEDIATE)}
 
     def one(name: str) -> float:
@@ -45,8 +47,11 @@ def main() -> None:
         if args.device != "cpu":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        grid = kind(weight.T.contiguous())
-        codes.keep_adapter(grid, weight, lora_A, lora_B, moments[width])
+        if kind:
+            codes.keep_outputs(kind(weight.T.contiguous()), weight, moments[width])
+        else:
+            start = nf4.quantize(weight, QuantConfig())
+            codes.keep_adapter(grids.NF4Grid(start), weight, lora_A, lora_B, moments[width])
         if args.device != "cpu":
             torch.cuda.synchronize()
         return time.perf_counter() - started

@@ -66,8 +66,7 @@ def test_a_sweep_moves_each_code_in_turn_to_the_best_of_the_sixteen_levels():
     moments = moments / moments.diagonal().mean()
     grid = NF4Grid(start)
     grid.moves = False  # codes alone: absmax stays
-    factor = codes._factor(moments, 64)
-    codes._Descent(grid, target, moments, factor).sweep(0.0)
+    codes._Descent(grid, target, moments).sweep(0.0)
     levels, scale = torch.tensor(reference.NF4).double(), nf4.absmax(start).double()
     for row in range(3):
         weight = nf4.dequantize(start)[row].double()
@@ -142,7 +141,7 @@ def test_the_systematic_error_is_corrected(monkeypatch):
         y = x @ error.T @ torch.linalg.qr(lora_B).Q.double()  # (in, in) (in, out) (out, r)
         return float((seen @ torch.linalg.lstsq(seen, y).solution).square().sum())
 
-    descent = codes._Descent(NF4Grid(start), target, moments, codes._factor(moments, 64))
+    descent = codes._Descent(NF4Grid(start), target, moments)
     assert responses.error(descent) == pytest.approx(systematic(start), rel=1e-3)
     chosen = keep_adapter(start, target, lora_A, lora_B, moments)
     assert systematic(chosen) < 0.03 * systematic(start)

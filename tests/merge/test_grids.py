@@ -29,12 +29,12 @@ def layer(out: int = 64, wide: int = 512, ratio: float = 0.02) -> tuple[Tensor, 
 @pytest.mark.parametrize("kind", PACKERS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("searched", [False, True], ids=["to nearest", "searched"])
 def test_gguf_reads_the_bytes_as_the_same_values(kind, searched):
-    base, delta, lora_A, lora_B, moments = layer()
+    base, delta, *_, moments = layer()
     target = base + delta
     target[5] = 0  # blocks of zeros
     grid = kind(target.T.contiguous())
     if searched:
-        codes.keep_adapter(grid, target, lora_A, lora_B, moments)
+        codes.keep_outputs(grid, target, moments)
     number = gguf.GGMLQuantizationType[kind.__name__]
     read = gguf.dequantize(to_bytes(grid).numpy(), number)
     np.testing.assert_array_equal(read, grid.weight.T.numpy())
@@ -45,8 +45,7 @@ def test_gguf_reads_the_bytes_as_the_same_values(kind, searched):
 
 
 @by_name
-def test_the_search_keeps_the_adapter_on_every_grid(kind: type[IntegerGrid], monkeypatch):
-    monkeypatch.setattr(codes, "ROUNDS", 20)  # enough to correct the systematic error
+def test_the_search_keeps_the_adapter_on_every_grid(kind: type[IntegerGrid]):
     base, delta, lora_A, lora_B, moments = layer()
     target = base + delta
 
@@ -63,8 +62,8 @@ def test_the_search_keeps_the_adapter_on_every_grid(kind: type[IntegerGrid], mon
         return float((error @ moments * error).sum())
 
     start, grid = kind(target.T.contiguous()), kind(target.T.contiguous())
-    codes.keep_adapter(grid, target, lora_A, lora_B, moments)
-    assert lost(grid) < lost(start) / 5 and noise(grid) < noise(start) / 2
+    codes.keep_outputs(grid, target, moments)
+    assert lost(grid) < lost(start) / 3 and noise(grid) < noise(start) / 6
     for block in range(len(grid.scale)):  # what is there can be stored
         shift = None if grid.shift is None else grid.shift[block]
         scale, low = grid.nearest(block, grid.scale[block], shift)

@@ -1,0 +1,105 @@
+"""Round a weight to a grid column by column, each one's error made up for by those that follow.
+
+With the inputs' moments H = L D L', where L is lower triangular of unit diagonal, and the error E
+of the rounded weight, the error in the outputs is
+
+    tr(E H E') = sum over columns k of  D_k |(E L)_k|^2.
+
+Taken from the last column to the first, each is rounded where it makes (E L)_k least given those
+that were rounded before: W_k + (their error) (their L). D_k is what is left of the input x_k when
+the inputs before it are known; the scale and shift of a block are chosen first, where rounding
+alone costs least with D_k as weights. Columns go from the largest input to the smallest.
+
+This is GPTQ (arXiv:2210.17323) as QuIP writes it (LDLQ, arXiv:2307.13304), with GPTQ's order by
+activation. Against coordinate descent alone, from the nearest values, the noise in the outputs of
+SmolLM2-135M's layers is half to two thirds (Q4_0), on other text of the same kind two thirds.
+"""
+
+import torch
+from torch import Tensor
+
+from qlora.merge.grids import TINY, IntegerGrid
+
+SCALES = (0.7, 0.8, 0.9, 1.0)  # tried for a block, relative to that of rounding to nearest
+PANEL = 128  # columns at a time
+LEAST = 1e-6  # of the mean energy of an input, for those that never occur
+
+
+def round_in_order(grid: IntegerGrid, target: Tensor, moments: Tensor) -> None:
+    """Choose scales, shifts and values of `grid` for `target`, fp32 (out, in), in place.
+
+    `moments` is the sum of x x' over the layer's inputs, fp32 (in, in), positive definite.
+    """
+    energy = moments.diagonal()
+    order = energy.argsort(stable=True)  # the largest last, where it begins
+    factor, left = _factors(moments[order][:, order])
+    importance = torch.empty_like(left)
+    importance[order] = left
+    _fit_blocks(grid, target.T, importance)
+    target = target.T[order]
+    error = torch.empty_like(target)  # of what is rounded so far: target less value
+    for first in reversed(range(0, len(target), PANEL)):
+        own, after = slice(first, first + PANEL), slice(first + PANEL, None)
+        ideal = torch.addmm(target[own], factor[after, own].T, error[after])
+        among, blocks = factor[own, own], order[own] // grid.block
+        scales, shifts = grid.scale[blocks], None if grid.shift is None else grid.shift[blocks]
+        for j in reversed(range(len(ideal))):
+            shift = 0 if shifts is None else shifts[j]
+            level = grid.snap(((ideal[j] - shift) / scales[j]).nan_to_num_(0, 0, 0))
+            value = torch.add(level.mul_(scales[j]), shift)
+            grid.weight[order[first + j]] = value
+            torch.sub(target[first + j], value, out=error[first + j])
+            ideal[:j].addr_(among[j, :j], error[first + j])  # outer product (columns,) x (out,)
+
+
+def _factors(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """L (in, in) and D (in,) of moments = L D L'."""
+    energy = moments.diagonal()  # a view: of the caller's copy
+    mean = energy.mean()
+    energy += torch.where(mean > 0, LEAST * mean, 1.0)
+    lower = torch.linalg.cholesky(moments)
+    size = lower.diagonal().clone()
+    return lower.div_(size), size.square()
+
+
+def _fit_blocks(grid: IntegerGrid, target: Tensor, importance: Tensor) -> None:
+    """For each block the scale and shift whose nearest values cost least.
+
+    `target` (in, out); `importance` (in,) weighs the squared error of its columns.
+    """
+    for block in range(len(grid.scale)):
+        columns = slice(block * grid.block, (block + 1) * grid.block)
+        weights = importance[columns] / importance[columns].sum()
+        values = target[columns]  # (columns, out)
+        scale, shift = grid.scale[block].clone(), None
+        if grid.shift is not None:
+            shift = grid.shift[block].clone()
+        least = torch.full_like(scale, torch.inf)
+        for part in SCALES:
+            tried = grid.nearest(block, scale * part, None if shift is None else shift * part)
+            tried, cost = _least_squares(grid, block, tried, values, weights)
+            better = cost < least
+            least = torch.where(better, cost, least)
+            grid.scale[block] = torch.where(better, tried[0], grid.scale[block])
+            if grid.shift is not None and tried[1] is not None:
+                grid.shift[block] = torch.where(better, tried[1], grid.shift[block])
+
+
+Stored = tuple[Tensor, Tensor | None]  # scale and shift (out,)
+
+
+def _least_squares(
+    grid: IntegerGrid, block: int, tried: Stored, values: Tensor, weights: Tensor
+) -> tuple[Stored, Tensor]:
+    """The scale and shift that can be stored and fit best, with the levels nearest to `values`
+    (columns, out) under `tried`, and their cost (out,)."""
+    scale, shift = tried
+    levels = grid.snap(((values if shift is None else values - shift) / scale).nan_to_num_(0, 0, 0))
+    level, value = (0, 0) if shift is None else (weights @ levels, weights @ values)
+    spread = levels - level
+    scale = weights @ (spread * (values - value)) / (weights @ spread.square()).clamp_min(TINY)
+    found = grid.nearest(block, scale, None if shift is None else value - scale * level)
+    error = torch.addcmul(-values, levels, found[0])
+    if found[1] is not None:
+        error += found[1]
+    return found, weights @ error.square()
