@@ -12,7 +12,15 @@ from psutil import cpu_percent
 
 from qlora import __version__, config
 from qlora.cli import drop_lost_output, flag_of, parse
-from qlora.errors import STOPS, Interrupted, UserError, did_you_mean, ignore_hangups
+from qlora.errors import (
+    STOPS,
+    Interrupted,
+    RankError,
+    UserError,
+    did_you_mean,
+    ignore_hangups,
+    is_first_process,
+)
 
 # Bars of huggingface_hub and transformers, and of datasets: no lines in a log.
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -80,6 +88,8 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():  # the packages read these as they are imported
         for variable in NO_BARS:
             os.environ.setdefault(variable, "1")
+    if not is_first_process():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         settings = parse(config_class, words, prog=prog)
         if getattr(settings, "plan", False):  # it computes nothing
@@ -91,7 +101,7 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
         imported(function)(settings)
         sys.stdout.flush()
     except UserError as error:
-        _stop(2, f"error: {error}")
+        _stop(2, f"error: {error}", anyway=isinstance(error, RankError))
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -131,9 +141,15 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise Interrupted(number=number)
 
 
-def _stop(code: int, line: str) -> NoReturn:
+def _stop(code: int, line: str, *, anyway: bool = False) -> NoReturn:
+    """Print a line, in one of several processes if it is the first, and end."""
     drop_lost_output()
-    print(line, file=sys.stderr)
+    if anyway or is_first_process():
+        print(line, file=sys.stderr, flush=True)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # NCCL may wait for other processes at a usual end
     sys.exit(code)
 
 

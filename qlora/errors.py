@@ -1,5 +1,6 @@
 """UserError, the exception for errors that a user can fix, and helpers for its messages."""
 
+import os
 import signal
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -20,6 +21,15 @@ class UserError(ValueError):
 
 class StreamError(UserError):
     """A fault of the data that was found while training ran."""
+
+
+class RankError(UserError):
+    """An error of one process of several, which it prints although it is not the first."""
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that prints: the first, if a launcher started several."""
+    return os.environ.get("RANK", "0").strip() in ("", "0")
 
 
 def plain_line(text: str) -> str:

@@ -7,7 +7,7 @@ import torch
 
 import qlora.training
 from qlora.config import TrainConfig
-from qlora.errors import UserError, first_line
+from qlora.errors import UserError, first_line, is_first_process
 from qlora.training.outputs import show_bytes
 
 
@@ -19,6 +19,8 @@ def run(config: TrainConfig) -> Path:
 def planned_bytes(config: TrainConfig) -> int | None:
     """The planned peak memory, which is printed; None where there is no plan, which is no error.
     On a CPU it is resident memory, with what this process has before it loads the model."""
+    if not is_first_process():
+        return None
     from qlora.plan.estimate import Planner  # takes a moment to import
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

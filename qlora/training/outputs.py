@@ -34,6 +34,7 @@ from qlora import __version__, files
 from qlora.cli import Progress
 from qlora.data import generation
 from qlora.errors import UserError, some
+from qlora.training import ranks
 from qlora.training.checkpoints import complete_checkpoints, last_checkpoint, resumable
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
@@ -53,7 +54,9 @@ def write_run_file(
     folder: Path, settings: Values, base: Values, data: Values, resumed: Sequence[Values] = ()
 ) -> None:
     """Write run.yaml: `train.py --config run.yaml` repeats the run. `resumed`: the settings that
-    were changed when it was resumed, by step."""
+    were changed when it was resumed, by step. Only the first of several ranks writes."""
+    if not ranks.is_first():
+        return
     versions = {"qlora": __version__, "python": platform.python_version()}
     record: dict[str, Any] = {
         "config": dict(settings),
@@ -62,6 +65,7 @@ def write_run_file(
         "data": data,
         "device": dict(zip(("name", "memory_bytes"), device(), strict=True)),
     }
+    record |= {"ranks": ranks.count()} if ranks.count() > 1 else {}
     record |= {"resumed": list(resumed)} if resumed else {}
     files.replace_text(folder / files.RUN, yaml.safe_dump(record, sort_keys=False))
 
@@ -245,7 +249,11 @@ def checkpoint_to_resume(output: Path) -> Path | None:
 
 @contextmanager
 def writing_to(output: Path) -> Iterator[None]:
-    """Create and lock a run's folder; UserError if it is in use, or the disk is full or fails."""
+    """Create and lock a run's folder; UserError if it is in use, or the disk is full or fails. The
+    first of several ranks has it for all."""
+    if not ranks.is_first():
+        yield
+        return
     try:
         output.mkdir(parents=True, exist_ok=True)
         with files.locked(output):
