@@ -144,16 +144,20 @@ class MetricsWriter(TrainerCallback):
                 )
             self.waiting = lines
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last step is always logged
-
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.waiting:
             self._append("")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.logged_at = time.perf_counter()  # evaluation is not training time
+
+
+class LastLog(TrainerCallback):
+    """The last step is always logged: by all ranks, as Trainer gathers their losses."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class PlainProgress(ProgressCallback):

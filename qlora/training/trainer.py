@@ -64,6 +64,7 @@ from qlora.training.checks import refusals, training_arguments
 from qlora.training.memory import Parts, out_of_memory_in
 from qlora.training.optimizers import keep_updates, loses_updates
 from qlora.training.outputs import (
+    LastLog,
     MetricsWriter,
     PlainProgress,
 )
@@ -124,6 +125,7 @@ def make_trainer(
         # first, as it adds values to the logs that the loggers receive
         trainer.callback_handler.callbacks.insert(0, writer)
         trainer.add_callback(PlainProgress())
+    trainer.add_callback(LastLog())
     if config.early_stopping_patience is not None:
         trainer.add_callback(EarlyStop(config.early_stopping_patience))
     trainer.add_callback(Owed(trainer))  # last: the others count what it evaluates

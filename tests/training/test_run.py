@@ -382,7 +382,7 @@ def test_words_of_yaml_get_the_type_of_the_argument(checkpoints, data, tmp_path)
     assert not list(train(config).glob("checkpoint-*"))
 
 
-def test_folders_and_environments_that_are_refused(quick_run, tmp_path, data, monkeypatch):
+def test_folders_that_are_refused(quick_run, tmp_path, data):
     with refuses(quick_run.folder, "already holds a run", "--resume to continue it"):
         train(quick_run.config)
     conftest.tiny_model("llama").save_pretrained(tmp_path / "base")
@@ -391,9 +391,6 @@ def test_folders_and_environments_that_are_refused(quick_run, tmp_path, data, mo
     (tmp_path / "run.yaml").write_text("config: {}\n")
     with refuses(tmp_path, "or remove it: it has no checkpoint to resume from"):
         check_settings(quick_run.config, tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with refuses(tmp_path, "several GPUs are not supported yet"):
-        check_settings(quick_run.config, tmp_path / "run")
 
 
 @conftest.on_gpu
