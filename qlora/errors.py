@@ -29,7 +29,9 @@ class RankError(UserError):
 
 def is_first_process() -> bool:
     """Whether this process is the one that prints: the first, if a launcher started several."""
-    return os.environ.get("RANK", "0").strip() in ("", "0")
+    values = [os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "RANK")]
+    ranks, rank = (int(value) if value.isdecimal() else 0 for value in values)
+    return ranks <= 1 or rank == 0
 
 
 def plain_line(text: str) -> str:

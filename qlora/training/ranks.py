@@ -285,18 +285,17 @@ def one_before_others() -> Iterator[None]:
 
 def send_values(parameters: Sequence[Tensor]) -> None:
     """Give all ranks the parameters of the first one."""
-    if count() > 1:
-        for alike in _by_dtype(parameters):
-            flat = torch.cat([p.detach().reshape(-1) for p in alike])
-            dist.broadcast(flat, src=0)
-            for p, value in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
-                p.data.copy_(value.view(p.shape))
+    for alike in _by_dtype(parameters):
+        flat = torch.cat([p.detach().reshape(-1) for p in alike])
+        dist.broadcast(flat, src=0)
+        for p, value in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
+            p.data.copy_(value.view(p.shape))
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace gradients by their means over the ranks; None counts as 0, and stays where all ranks
     have it: optimizers skip such a parameter."""
-    for alike in _by_dtype(parameters) if count() > 1 else ():
+    for alike in _by_dtype(parameters):
         sizes = [p.numel() for p in alike]
         has = [p.grad is not None for p in alike]
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]

@@ -281,7 +281,7 @@ class AdapterTrainer(Saving, Trainer):
         loss = torch.zeros((), device=self.args.device)
         if not is_empty(inputs):
             loss = self._pass_in_parts(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
+        if ranks.count() > 1 and self.accelerator.sync_gradients:
             ranks.average_gradients(self.trained())
         return loss
 

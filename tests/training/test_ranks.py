@@ -372,19 +372,41 @@ run("train", prog="train.py")
 """
 
 
+def torchrun(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a script, by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = with_folders(REPOSITORY) | {"OMP_NUM_THREADS": "1", **variables}
+    given: Any = {"env": environment, "capture_output": True, "text": True, "timeout": 400}
+    return subprocess.run([*command, *map(str, words)], **given)
+
+
+def flags(base: Path, rows: Path, output: Path, *more: object) -> list[object]:
+    return [
+        "--model", base, "--data", rows, "--eval-data", rows, "--output-dir", output,
+        "--max-length", 128, "--logging-steps", 1, "--compute-dtype", "fp32", "--samples", 1,
+        "--per-device-train-batch-size", 2, *more,
+    ]  # fmt: skip
+
+
 def test_torchrun_restarts_a_run_from_its_last_checkpoint(checkpoints, few, tmp_path):
-    """The other rank ends in seconds; a second command is refused, in one line."""
     script, output = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SCRIPT)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "--max-restarts", "1", script, "--model", checkpoints("llama"), "--data", few,
-        "--output-dir", output, "--max-length", "128", "--max-steps", "4", "--save-steps", "2",
-        "--logging-steps", "1", "--compute-dtype", "fp32", "--samples", "1", "--eval-data", few,
-    ]  # fmt: skip
-    environment = with_folders(REPOSITORY) | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = flags(checkpoints("llama"), few, output, "--max-steps", 4, "--save-steps", 2)
+    done = torchrun("--max-restarts=1", script, *run, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    assert "--resume, from step 2" not in done.stdout and "2 steps after step 2" in done.stdout
+    assert "training: 2 steps after step 2" in done.stdout
     assert [row["step"] for row in read_rows(output / "metrics.jsonl")] == [1, 2, 3, 4, 4]
-    assert done.stdout.count("An example row") == 2  # one of each start
+    assert done.stdout.count("An example row") == 2  # of one rank at each start
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(checkpoints, few, tmp_path):
+    """In fp32; products of other sizes have other sums, as TF32 would make worse."""
+    more = ("--max-steps", 10, "--optim", "adamw_torch", "--gradient-accumulation-steps")
+    run = flags(checkpoints("llama"), few, tmp_path / "two", *more, 1)
+    assert torchrun(REPOSITORY / "train.py", *run).returncode == 0
+    run = flags(checkpoints("llama"), few, tmp_path / "one", *more, 2)
+    one = [sys.executable, REPOSITORY / "train.py", *map(str, run)]
+    subprocess.run(one, env=with_folders(REPOSITORY), check=True)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
