@@ -48,6 +48,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "datasets")
 START = "start them with `torchrun --nproc-per-node N train.py …`"
 JOIN, STEP, WORK = timedelta(minutes=5), timedelta(minutes=30), timedelta(days=7)  # longest waits
 LOOK_SECONDS = 0.5  # from one look at the other processes to the next
+OWN_SECONDS = 4.0  # in which the first rank ends on an error of all ranks
 ENDED = "another process of this run has ended, its error is above"
 _waits: Any = None  # the group in which ranks wait for work of one of them
 _watch: "Watch | None" = None
@@ -116,10 +117,9 @@ def joined(settings: Mapping[str, Any]) -> Iterator[None]:
             own = {"qlora": __version__, "python": platform.python_version()}
             require_same("versions", versions | own)
             yield
+            _leave()
         except (Exception, KeyboardInterrupt) as error:
             _fail(error)
-        else:
-            _leave()
 
 
 def _join(rank: int, ranks: int, local: int) -> None:
@@ -145,9 +145,9 @@ def _join(rank: int, ranks: int, local: int) -> None:
 def _leave() -> None:
     """Wait for the others, and end the group."""
     global _waits, _watch
+    dist.barrier(_waits)
     if _watch:
         _watch.ends.set()
-    dist.barrier(_waits)
     dist.destroy_process_group()
     _waits = _watch = None
 
@@ -164,8 +164,10 @@ def _fail(error: BaseException) -> None:
         with suppress(OSError):
             if os.environ.get("TORCHELASTIC_ERROR_FILE"):
                 get_error_handler().record_exception(error)  # shown by torchrun
-    is_own = not is_first() and isinstance(error, UserError) and _watch is not None
-    if is_own and _watch and not _watch.sees_an_end(within=2.0):  # the first goes on: not its error
+    is_own = not is_first() and isinstance(error, UserError)
+    if (
+        is_own and _watch and not _watch.sees_an_end(within=OWN_SECONDS)
+    ):  # the first goes on: not its error
         raise RankError(f"rank {number()}: {error}") from error
     raise error
 
@@ -204,7 +206,7 @@ def refuse(message: str) -> NoReturn:
     if is_first():
         raise UserError(message)
     if _watch:
-        _watch.sees_an_end(within=5.0)  # torchrun ends the others at the first end
+        _watch.sees_an_end(within=OWN_SECONDS)  # torchrun ends the others at the first end
     os._exit(2)
 
 
