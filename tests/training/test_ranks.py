@@ -154,14 +154,14 @@ def sent_in_a_step(config: TrainConfig) -> list[list[tuple[str, int]]]:
 
 def test_of_a_step_adapter_gradients_and_some_numbers_travel(checkpoints, few, tmp_path):
     """Also with accumulation: gradients travel after the last micro-batch."""
-    settings: Any = {"max_steps": 3, "gradient_accumulation_steps": 3, "logging_steps": 100}
+    settings: Any = {"max_steps": 4, "gradient_accumulation_steps": 3, "logging_steps": 100}
     config = config_of(checkpoints("llama"), few, tmp_path / "run", **settings)
     ended = in_ranks(2, sent_in_a_step, config)
     require_done(ended)
     values = load_file(tmp_path / "run" / "adapter_model.safetensors").values()
     gradients = 4 * (sum(value.numel() for value in values) + len(values))
     for rank in ended:
-        for step in rank.value[:-1]:  # the last one is logged
+        for step in rank.value[1:-1]:  # the first one and the last are logged
             assert [sent for name, sent in step if name == "all_reduce"] == [gradients]
             others = [sent for name, sent in step if name != "all_reduce"]
             # the count of tokens, and five numbers
@@ -276,7 +276,7 @@ def trained_with_a_bad_row(config: TrainConfig) -> None:
 
 
 def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_of_all(checkpoints, few, tmp_path):
-    settings: Any = {"max_steps": 4, "save_steps": 1}
+    settings: Any = {"max_steps": 4, "save_steps": 1, "save_total_limit": 9}
     config = config_of(checkpoints("llama"), few, tmp_path / "run", **settings)
     ended = in_ranks(2, trained_with_a_bad_row, config)
     require_done(ended)
