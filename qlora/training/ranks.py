@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.rendezvous import rendezvous
 from tqdm.auto import tqdm
 
 from qlora import __version__
@@ -129,7 +130,7 @@ def _join(rank: int, ranks: int, local: int) -> None:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        store, *_ = next(iter(dist.rendezvous("env://", timeout=JOIN)))
+        store, *_ = next(iter(rendezvous("env://", timeout=JOIN)))
         where: Any = {"store": store, "rank": rank, "world_size": ranks}
         dist.init_process_group(backend, timeout=STEP, **where)
         _waits = dist.new_group(backend="gloo", timeout=WORK)

@@ -51,7 +51,6 @@ class Saving(SafeStates):
     processing_class: Any
     goes_on: bool
     save_model: Any
-    current_flos: float
     saves_to: str | None = None  # the folder that Trainer writes the present checkpoint into
     saved_best: tuple[Any, ...] = (None, None, None)  # of the last checkpoint that was written
 
@@ -109,7 +108,7 @@ class Saving(SafeStates):
         if limit := self.args.save_total_limit:
             remove_old(output, limit, {best} if best else set(), self.steps.sound_step)
 
-    def store_flos(self) -> None:
+    def store_flos(self: Any) -> None:
         """Count operations of this rank, where Trainer waits for all ranks."""
         self.state.total_flos += self.current_flos
         self.current_flos = 0
