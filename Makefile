@@ -9,6 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 IN_PARALLEL := --numprocesses logical --maxprocesses 4
 INSTALL := $(PIP) install --no-compile --constraint constraints.txt
 
+# Packages are installed without bytecode: it is written where it is needed. Without it every start
+# of a process would compile torch and transformers, ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: demo test test-full reliability check check-pages structure notebooks docs dist install clean help

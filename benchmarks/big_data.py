@@ -3,12 +3,13 @@
     python benchmarks/big_data.py --rows 1000000
 
 Generates a .jsonl file of prompts and answers of 10 to 200 words, or of plain text with --text, and
-starts a process per run, which does what train.py does up to the packs: its imports, and
-`prepare_rows` of qlora.training.run, without a model. The second finds the rows of the first in the
-cache. Peak memory is the largest sum of the proportional set sizes of the process and its workers,
-seen ten times a second: a page that several share is counted once. Mapped pages of the cached rows
-count too, although the system may drop them. Seconds are from the start of the process to the
-packs; `prepare_seconds` leave out the imports.
+starts a process per run, which does what train.py does up to the packs: its imports, beside which
+the file is hashed, and `prepare_rows` of qlora.training.run, without a model. The second finds the
+rows of the first in the cache. Peak memory is the largest sum of the proportional set sizes of the
+process and its workers, seen ten times a second: a page that several share is counted once. Mapped
+pages of the cached rows count too, although the system may drop them. Seconds are from the start of
+the process to the packs; `prepare_seconds` leave out the imports, and `rows_seconds` also the
+packs and the opening of the model, which the first run may convert from .gguf.
 """
 
 import argparse
@@ -32,6 +33,8 @@ WORDS = "the of and to in is that it was for on are as with his they at be this 
 RUN = """
 import sys, time, json
 from qlora.__main__ import imported
+from qlora.files import hash_beside
+hash_beside([sys.argv[2]])
 prepare_rows = imported("qlora.training.run:prepare_rows")
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_tokenizer
@@ -41,8 +44,10 @@ start = time.perf_counter()
 model, data, length = sys.argv[1], sys.argv[2], int(sys.argv[3])
 config = TrainConfig(model, "out", DataConfig(data, max_length=length, long_rows="truncate"))
 checkpoint = Checkpoint.open(model)
-prepared = prepare_rows(config, checkpoint, load_tokenizer(checkpoint))
-rows = time.perf_counter() - start
+tokenizer = load_tokenizer(checkpoint)
+opened = time.perf_counter()
+prepared = prepare_rows(config, checkpoint, tokenizer)
+rows = time.perf_counter() - opened
 packs = PackedRows(prepared.rows, prepared.max_length)
 print(packs.describe())
 print(json.dumps({"prepare_seconds": time.perf_counter() - start, "rows_seconds": rows,

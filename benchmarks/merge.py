@@ -4,8 +4,8 @@
 
 For each method: the share of the gain kept, the KL divergence to the live adapter and the agreement
 of the most likely token, all from merge_dequant.py's --verify; and the seconds of the merge,
-without verification. PEFT's row is its merge_and_unload on the 4-bit model; other rounding methods
-are in other_roundings.py.
+without verification. A GGUF file runs in llama.cpp, where xllamacpp is installed. PEFT's row is its
+merge_and_unload on the 4-bit model; other rounding methods are in other_roundings.py.
 """
 
 import argparse
@@ -74,7 +74,17 @@ WAYS: dict[str, Callable[[str, str, Path], None]] = {
     "NF4, two sweeps from W16 + delta": ours(descent_from_original, format="nf4"),
     "NF4, text of its own": ours(format="nf4", calibration="self"),
     "NF4, calibrated": ours(format="nf4"),
-}
+} | {
+    f"{name}, {way}": ours(format=format, **settings)
+    for name, format in {
+        "Q4_0": "gguf-q4_0", "Q4_1": "gguf-q4_1", "Q4_K_M": "gguf-q4_k_m", "int4": "int4",
+    }.items()
+    for way, settings in {
+        "to nearest": {"calibration": "none"},
+        "text of its own": {"calibration": "self"},
+        "calibrated": {},
+    }.items()
+}  # fmt: skip
 
 
 def main() -> None:

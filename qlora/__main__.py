@@ -21,6 +21,7 @@ from qlora.errors import (
     ignore_hangups,
     is_first_process,
 )
+from qlora.files import hash_beside
 
 # Bars of huggingface_hub and transformers, and of datasets: no lines in a log.
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -98,6 +99,8 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
             _, function, interrupted = COMMANDS["inspect"]
         else:
             _wait_passively_beside_others()
+            if name == "train" and is_first_process() and not settings.data.streaming:
+                hash_beside([*settings.data.sources, *filter(None, [settings.data.eval_data])])
         imported(function)(settings)
         sys.stdout.flush()
     except UserError as error:

@@ -4,6 +4,7 @@ metrics.jsonl and samples.jsonl hold a JSON object per line. Heavy packages are 
 """
 
 import glob
+import hashlib
 import json
 import math
 import os
@@ -12,9 +13,10 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -39,6 +41,10 @@ MODELFILE = "Modelfile"
 GENERATION = "generation_config.json"
 MOST_BYTES = 64 << 20  # of a JSON file of settings
 MOST_YAML, MOST_NODES = 1 << 20, 100_000  # characters, and values, of a YAML file
+HASH_BYTES = 1 << 25  # read at a time: after each, a thread waits for the interpreter's lock
+LARGE_BYTES = 1 << 20  # of a file that is hashed beside the imports
+_hashes: dict[tuple[str, int, int], str] = {}  # of (path, size, time of change)
+_hashing: list[Thread] = []
 
 
 def read_json(path: Path, *, fix: str = "") -> dict[str, Any]:
@@ -225,6 +231,55 @@ def require_inside(folder: Path) -> None:
         if path.is_symlink() and not any(map(path.resolve().is_relative_to, places)):
             target = f"{path} is a link to {os.readlink(path)}, which is outside of its folder"
             raise UserError(f"{target}: if you trust it, put a copy in its place")
+
+
+# ---- contents
+
+
+def files_in(source: str) -> list[Path]:
+    """A file, or all files in a folder, sorted; none where there is nothing."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file())
+    return [path] if path.exists() else []
+
+
+def hash_beside(sources: Iterable[str]) -> None:
+    """Begin to hash the large files of the sources, in a thread beside the imports: it computes and
+    reads the disk while they hold the interpreter's lock."""
+
+    def hash_all() -> None:
+        with suppress(OSError, RuntimeError, ValueError):  # whoever reads the source raises it
+            for file in (file for source in sources for file in files_in(source)):
+                status = file.stat()
+                if status.st_size >= LARGE_BYTES:  # a pipe has none
+                    key = (str(file), status.st_size, status.st_mtime_ns)
+                    _hashes[key] = _hash(file, status.st_size)
+
+    _hashing.append(Thread(target=hash_all, daemon=True))
+    _hashing[-1].start()
+
+
+def end_hashing() -> None:
+    """Wait for the threads of `hash_beside`: none may run when processes are forked."""
+    while _hashing:
+        _hashing.pop().join()
+
+
+def hash_of(file: Path) -> str:
+    """The SHA-256 of a file, in hex; one that has changed since `hash_beside` is hashed again."""
+    end_hashing()
+    status = file.stat()
+    known = _hashes.get((str(file), status.st_size, status.st_mtime_ns))
+    return known or _hash(file, status.st_size)
+
+
+def _hash(file: Path, size: int) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(size, HASH_BYTES) or 1))
+    with file.open("rb", buffering=0) as content:
+        while count := content.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 # ---- writing

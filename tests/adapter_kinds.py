@@ -191,7 +191,9 @@ def new_base(kind: str, base: str, checkpoint: Path) -> Any:
 def trained(model: Any, kind: str, *, name: str = "default", seed: int = 3) -> Any:
     """`model` with an adapter of that kind, every trainable value moved."""
     settings = {"target_modules": TARGETS} | ADAPTER_KINDS[kind].settings
-    apply_lora(model, LoraConfig(**{"r": 4, "lora_alpha": 6} | settings), adapter_name=name)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 6} | settings)
+    generator = torch.Generator().manual_seed(seed)
+    apply_lora(model, config, adapter_name=name, generator=generator)
     move(parameters_by_file_name(model, name), seed)
     return model
 

@@ -155,6 +155,20 @@ def tiny_model(
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """A test draws the same numbers whichever tests ran before it in the process."""
+    torch.manual_seed(0)
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """torch's global generator begins at seed 0 in the block, and goes on after it as before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """`checkpoints(family, tied)`: the folder of a tiny model in fp32 and its tokenizer."""
@@ -162,7 +176,8 @@ def checkpoints(tmp_path_factory):
     @cache
     def folder(family: str, tied: bool | None = None) -> Path:
         path = tmp_path_factory.mktemp("checkpoint") / family
-        tiny_model(family, tied=tied).save_pretrained(path)
+        with own_random_numbers():
+            tiny_model(family, tied=tied).save_pretrained(path)
         tiny_tokenizer().save_pretrained(path)
         return path
 
@@ -352,6 +367,8 @@ def adapter_build(checkpoints, tmp_path_factory):
     @cache
     def cached_build(kind: str, base: str = "4-bit") -> Any:
         family, tied = ADAPTER_KINDS[kind].family, ADAPTER_KINDS[kind].tied
-        return build(kind, base, checkpoints(family, tied), tmp_path_factory.mktemp("adapter"))
+        checkpoint, folder = checkpoints(family, tied), tmp_path_factory.mktemp("adapter")
+        with own_random_numbers():  # of PEFT's first values
+            return build(kind, base, checkpoint, folder)
 
     return cached_build

@@ -278,7 +278,7 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_a_command_stops_with_one_line(raised, code, line, capfd, monkeypatch):
-    import qlora.training
+    import qlora.plan.run
 
     def train(config, *, planned_bytes):
         assert config == parse("")
@@ -287,7 +287,7 @@ def test_a_command_stops_with_one_line(raised, code, line, capfd, monkeypatch):
         raise raised
 
     before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPS}
-    monkeypatch.setattr(qlora.training, "train", train)
+    monkeypatch.setattr(qlora.plan.run, "train", train)
     monkeypatch.setattr(__main__.os, "dup2", lambda *_: None)
     for variable in __main__.NO_BARS:  # restored after the test
         monkeypatch.setenv(variable, "0")

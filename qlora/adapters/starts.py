@@ -155,7 +155,8 @@ class Moments(NamedTuple):
 class SecondMoments:
     """Moments of layers' inputs, summed group by group on demand.
 
-    Ask for the layers in the model's order: each group then runs once.
+    Ask for the layers in the model's order: each group then runs once. `weights`, if given, are
+    those of each layer's inputs in each batch (see qlora.merge.importance).
     """
 
     def __init__(
@@ -165,8 +166,10 @@ class SecondMoments:
         layers: Mapping[str, nn.Module],
         *,
         max_bytes: int | None = None,
+        weights: Sequence[Mapping[str, Tensor]] | None = None,
     ):
         self.model, self.batches, self.layers = model.eval(), batches, layers
+        self.weights = weights
         self.widths = {name: matrix_shape(plain(layer))[1] for name, layer in layers.items()}
         self.groups = self._groups(max_bytes or moments_budget(model.device))
         self._gathered: dict[str, Moments] = {}
@@ -186,13 +189,17 @@ class SecondMoments:
         for name in leaders:
             zeros = torch.zeros(self.widths[name], device=device)
             sums[name] = Moments(torch.outer(zeros, zeros), zeros, torch.zeros((), device=device))
-        for batch in Progress(self.batches, desc="Calibrating"):
+        for number, batch in enumerate(Progress(self.batches, desc="Calibrating")):
             mask = batch["attention_mask"].bool().to(device)  # (rows, length)
+            weights = self.weights[number] if self.weights else {}
 
-            def add(name: str, _: nn.Module, args: Any, mask: Tensor = mask) -> None:
-                x = args[0]
+            def add(
+                name: str, _: nn.Module, args: Any, mask: Tensor = mask, weights: Any = weights
+            ) -> None:
+                x, weight = args[0].float(), weights.get(name)
+                if weight is not None and weight.shape == x.shape[:-1]:
+                    x = x * weight.sqrt()[..., None]
                 x = x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)  # (tokens, in)
-                x = x.float()
                 sums[name].second.addmm_(x.T, x)  # (in, tokens) @ (tokens, in)
                 sums[name].first.add_(x.sum(0))
                 sums[name].tokens.add_(len(x))
@@ -208,7 +215,8 @@ class SecondMoments:
         last: list[tuple[Any, str]] = []
 
         def record(name: str, _: nn.Module, args: Any) -> None:
-            leaders[name] = last[0][1] if last and last[0][0] is args[0] else name
+            same = last and last[0][0] is args[0] and not self.weights
+            leaders[name] = last[0][1] if same else name
             last[:] = [(args[0], leaders[name])]
 
         self._run(self.batches[0], self.layers, record)

@@ -291,6 +291,17 @@ def has_hooks(module: nn.Module) -> bool:
     return any(forward_hooks) or any(backward_hooks) or "forward" in vars(module)
 
 
+def set_checkpointing(model: Any, *, on: bool, preserve_rng_state: bool = False) -> None:
+    """Turn non-reentrant gradient checkpointing on or off."""
+    # "activation" since transformers 5.2x
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        settings = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+        getattr(model, f"{kind}_checkpointing_enable")(settings)
+    elif getattr(model, f"is_{kind}_checkpointing"):
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
 def computes_in(layer: Any) -> torch.dtype:
     """The dtype a Linear4bit or plain layer computes in."""
     dtype = getattr(layer, "compute_dtype", None)

@@ -1,9 +1,10 @@
 """Encoded rows on disk, memory-mapped, and found again by the contents of what they were made of.
 
 A data set of MIN_BYTES or more is encoded into `rows/KEY` in the cache folder ($QLORA_CACHE,
-~/.cache/qlora): rows.arrow, an Arrow stream, and facts.json, their counts. KEY hashes the bytes of
-the files (of a hub data set, its fingerprint), the tokenizer with its template, all settings that
-shape a row, and the code of this package. Entries unused for MAX_DAYS days are removed.
+~/.cache/qlora): rows.arrow, an Arrow stream, and facts.json, their counts and fingerprint. KEY
+hashes the bytes of the files (of a hub data set, its fingerprint), the tokenizer with its template,
+all settings that shape a row, and the code of this package. Entries unused for MAX_DAYS days are
+removed.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora.errors import UserError
-from qlora.files import publishing
+from qlora.files import end_hashing, files_in, hash_of, publishing
 
 MIN_BYTES = 1 << 20  # smaller data are encoded in seconds, and stay in memory
 MAX_DAYS = 30
@@ -37,15 +38,13 @@ def cache_folder() -> Path:
 
 def contents_of(source: str) -> str | None:
     """A hash of the bytes of a local file or folder; None for a small one, or one that is none."""
-    path = Path(source).expanduser()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    end_hashing()
+    path, files = Path(source).expanduser(), files_in(source)
     if not path.exists() or sum(file.stat().st_size for file in files) < MIN_BYTES:
         return None
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as content:
-            inner = hashlib.file_digest(content, "sha256").hexdigest()
-        digest.update(f"{file.relative_to(path.parent)} {inner}\n".encode())
+        digest.update(f"{file.relative_to(path.parent)} {hash_of(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -79,9 +78,12 @@ def cached(key: str) -> tuple[Dataset, dict[str, Any]] | None:
 
 
 def store(
-    key: str, features: Features, tables: Iterable[pa.Table], facts: Callable[[], dict[str, Any]]
-) -> Dataset:
-    """Write the tables as they come, and then the facts; returns the rows, memory-mapped."""
+    key: str,
+    features: Features,
+    tables: Iterable[pa.Table],
+    facts: Callable[[Dataset], dict[str, Any]],
+) -> tuple[Dataset, dict[str, Any]]:
+    """Write the tables as they come, and then the facts of all rows; returns what `cached` does."""
     folder = cache_folder() / key
     with _disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
@@ -94,8 +96,9 @@ def store(
             ):
                 for table in tables:
                     stream.write_table(table)
-            (partial / FACTS).write_text(json.dumps(facts()), encoding="utf-8")
-    return Dataset.from_file(str(folder / ROWS))
+            made = facts(Dataset.from_file(str(partial / ROWS)))
+            (partial / FACTS).write_text(json.dumps(made), encoding="utf-8")
+    return Dataset.from_file(str(folder / ROWS)), made
 
 
 @contextmanager

@@ -93,6 +93,7 @@ def joined(parts: Sequence[Part]) -> Part:
         sums |= {"special": special, "cut_tokens": cut_tokens, "cut_share": cut_tokens / sum(full)}
         sums["lost"] = dict(Counter(stats.lost) + Counter(theirs.lost))
         sums |= {"chats": stats.chats or theirs.chats, "notes": (*stats.notes, *theirs.notes)}
+        sums["fingerprint"] = ""
         stats = replace(stats, **sums)
     return concatenate_datasets([rows for rows, _ in parts]), stats
 
@@ -124,6 +125,7 @@ def counted(rows: Dataset, stats: DataStats, special: int | None = None) -> Data
     """The counts of some of the rows that `stats` is of."""
     tokens, supervised = (int(column(rows, name).sum()) for name in ("length", "supervised"))
     sums: Any = {"rows": len(rows), "tokens": tokens, "supervised_tokens": supervised}
+    sums["fingerprint"] = ""  # that of other rows
     return replace(stats, **sums, special=special)
 
 

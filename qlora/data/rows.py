@@ -55,6 +55,7 @@ class DataStats:
     own_rows: int = 0  # rows more than records, of turns that need their own
     own_tokens: int = 0  # in these rows, before the cut
     thinks: int = 0  # rows rendered with the template's enable_thinking
+    fingerprint: str = ""  # of all rows; "" where it was not computed
 
     def counts(self) -> dict[str, Any]:
         """The counts, by name."""
@@ -115,6 +116,7 @@ def prepare_data(
     require_known(encoder, rows, tally, vocabulary)
     notes = (*notes_on(encoder, tally), *facts["notes"])
     stats = stats_of(tally, classes, facts["chats"], long_rows == "drop", notes)
+    stats = replace(stats, fingerprint=facts["fingerprint"])
     return rows if selecting else rows.remove_columns(list(SELECTING)), stats
 
 
@@ -147,15 +149,15 @@ def _encoded(
     tally, features = Tally(), encoder.features
     tables = tables_of(encoder, records, tally, processes if key else 1)
 
-    def facts() -> dict[str, Any]:
+    def facts(rows: Dataset) -> dict[str, Any]:
         others: dict[str, Any] = {"classes": list(encoder.classes), "notes": list(records.notes)}
         others["chats"] = has_chats(encoder.task, records)
-        return {"tally": tally.record(), **others}
+        return {"tally": tally.record(), "fingerprint": fingerprint(rows), **others}
 
     if key:
-        return cache.store(key, features, tables, facts), facts()
-    parts = [features.arrow_schema.empty_table(), *tables]
-    return Dataset(pa.concat_tables(parts)), facts()
+        return cache.store(key, features, tables, facts)
+    rows = Dataset(pa.concat_tables([features.arrow_schema.empty_table(), *tables]))
+    return rows, facts(rows)
 
 
 def has_chats(task: str, records: Records) -> bool:

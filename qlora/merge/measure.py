@@ -46,6 +46,7 @@ from qlora.data.rows import prepare_data, prepare_tokenizer
 from qlora.errors import UserError, first_line
 from qlora.fast.head import put_language_head, rows_and_head
 from qlora.merge import llamacpp
+from qlora.merge.importance import token_weights
 from qlora.ops.loss import Head, chunk_rows
 
 MAX_TOKENS = 4096
@@ -341,12 +342,15 @@ def calibrate(
     widest = max(layer.shape[1] for layer in layers.values())
     tokens = max(MIN_TOKENS, TOKENS_PER_INPUT * widest)
     if samples_text:
-        return SecondMoments(model, own_text(model, tokens), layers)
-    chosen = []
-    for rows, stats in sources:
-        step = max(1, stats.tokens * len(sources) // tokens)
-        chosen += [rows[i] for i in range(0, len(rows), step)]
-    return SecondMoments(model, length_batches(chosen, tokenizer), layers)
+        batches: list[Any] = own_text(model, tokens)
+    else:
+        chosen = []
+        for rows, stats in sources:
+            step = max(1, stats.tokens * len(sources) // tokens)
+            chosen += [rows[i] for i in range(0, len(rows), step)]
+        batches = length_batches(chosen, tokenizer)
+    weights = token_weights(model, batches, layers)
+    return SecondMoments(model, batches, layers, weights=weights)
 
 
 @torch.no_grad()

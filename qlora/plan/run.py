@@ -5,15 +5,16 @@ from pathlib import Path
 import psutil
 import torch
 
-import qlora.training
 from qlora.config import TrainConfig
 from qlora.errors import UserError, first_line, is_first_process
+from qlora.plan import estimate
 from qlora.training.outputs import show_bytes
+from qlora.training.run import train
 
 
 def run(config: TrainConfig) -> Path:
-    """`qlora.training.train`, which then logs the planned peak beside the measured one."""
-    return qlora.training.train(config, planned_bytes=planned_bytes(config))
+    """`train`, which then logs the planned peak beside the measured one."""
+    return train(config, planned_bytes=planned_bytes(config))
 
 
 def planned_bytes(config: TrainConfig) -> int | None:
@@ -21,15 +22,13 @@ def planned_bytes(config: TrainConfig) -> int | None:
     On a CPU it is resident memory, with what this process has before it loads the model."""
     if not is_first_process():
         return None
-    from qlora.plan.estimate import Planner  # takes a moment to import
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = psutil.Process().memory_info().rss if device == "cpu" else 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of tiny tensors: threads would wait for each other
     try:
         with torch.random.fork_rng(devices=[]):  # the run draws the same numbers without a plan
-            made = Planner(config, device=device).plan()
+            made = estimate.Planner(config, device=device).plan()
     except Exception as error:  # of a model's code, too
         if not isinstance(error, UserError) or "planned" in str(error):  # else the run says it
             print(f"plan: none for this run: {first_line(error)}")

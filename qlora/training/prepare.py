@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from qlora.adapters.apply import active_adapters
 from qlora.adapters.files import save_adapter
 from qlora.adapters.wrappers import remove_wrappers
+from qlora.base.modules import set_checkpointing
 from qlora.errors import require
 from qlora.fast import layers
 from qlora.fast.head import LanguageHead, put_language_head
@@ -39,13 +40,8 @@ def prepare_for_training(
     else:
         layers.remove_fast_path(model)
         remove_wrappers(model, lambda wrapper: isinstance(wrapper, LanguageHead | layers.RMSNorm))
-    # "activation" since transformers 5.2x
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if gradient_checkpointing:
-        settings = {"use_reentrant": False, "preserve_rng_state": layers.draws_numbers(model)}
-        getattr(model, f"{kind}_checkpointing_enable")(settings)
-    elif getattr(model, f"is_{kind}_checkpointing"):
-        getattr(model, f"{kind}_checkpointing_disable")()
+    draws = layers.draws_numbers(model)
+    set_checkpointing(model, on=gradient_checkpointing, preserve_rng_state=draws)
     model.train()
     if fast_path:
         layers.use_fast_path(model, recompute=gradient_checkpointing)

@@ -330,7 +330,7 @@ def prepare_rows(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Any) ->
     for part, (name, rows, stats) in parts.items():
         of = ", its first rows (streamed)" if stream and part == "training" else ""
         print(data_rows.describe(stats, name=name + of))
-        hashed = data_rows.fingerprint(rows)
+        hashed = stats.fingerprint or data_rows.fingerprint(rows)
         counts[part] = {"source": name, **stats.counts(), "fingerprint": hashed}
         counts[part] |= {"streamed": "the counts are those of the first rows"} if of else {}
     eval_rows = parts["evaluation"][1] if "evaluation" in parts else None

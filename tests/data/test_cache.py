@@ -1,11 +1,13 @@
 """Large data: encoded by several processes, memory-mapped, and found again by their contents."""
 
+import hashlib
 import os
 import signal
 
 import pytest
 from conftest import tiny_tokenizer, write_rows
 
+from qlora import files
 from qlora.data import cache, encoding, prepare_data, workers
 from qlora.data.batches import PackedRows
 from qlora.data.rows import fingerprint
@@ -43,7 +45,7 @@ def test_rows_of_the_cache_are_those_in_memory(prepare, monkeypatch):
     monkeypatch.setattr(cache, "MIN_BYTES", 1 << 40)
     in_memory, wanted = prepare(RECORDS)
     assert not in_memory.cache_files and stats == counts == wanted and stats.cut_rows > 100
-    assert fingerprint(rows) == fingerprint(again) == fingerprint(in_memory)
+    assert fingerprint(rows) == fingerprint(again) == fingerprint(in_memory) == stats.fingerprint
     assert rows[259] == in_memory[259] and len(PackedRows(again, 64)) <= len(again)
 
 
@@ -59,6 +61,21 @@ def test_other_contents_or_settings_are_another_entry(prepare):
     assert len(entries()) == 5
     (cache.cache_folder() / entries()[0] / cache.ROWS).write_bytes(b"cut")
     assert len(prepare(few)[0]) == len(prepare(few, max_length=32)[0]) == 9  # it is made again
+
+
+def test_a_file_hashed_beside_the_imports_is_hashed_again_once_it_changes(tmp_path, monkeypatch):
+    large, small, pipe = (tmp_path / name for name in ("large", "small", "pipe"))
+    large.write_bytes(b"a" * files.LARGE_BYTES + b"b" * (files.HASH_BYTES + 1))
+    small.write_bytes(b"c")
+    os.mkfifo(pipe)  # which can be read once, so not here
+    files.hash_beside([str(tmp_path), f"{tmp_path}/none", "~no user/x", "a\0"])
+    sha256 = hashlib.sha256(large.read_bytes()).hexdigest()
+    with monkeypatch.context() as context:
+        assert files.hash_of(small) == hashlib.sha256(b"c").hexdigest()  # the thread has ended
+        context.setattr(files, "_hash", None)
+        assert files.hash_of(large) == sha256
+    large.write_bytes(b"d" * files.LARGE_BYTES)
+    assert files.hash_of(large) == hashlib.sha256(b"d" * files.LARGE_BYTES).hexdigest()
 
 
 def test_errors_leave_no_entry_and_name_the_row(prepare):

@@ -5,6 +5,7 @@ from conftest import tiny_tokenizer, write_rows
 
 from qlora.config import DataConfig
 from qlora.data.mixing import prepare_training
+from qlora.data.rows import fingerprint
 from qlora.errors import UserError
 
 
@@ -22,6 +23,7 @@ def prepare(paths, seed=1, **settings):
     for rows, stats in parts:
         assert set(rows.column_names) == {"input_ids", "labels", "length"}
         assert (stats.rows, stats.tokens) == (len(rows), sum(rows["length"]))
+        assert stats.fingerprint in ("", fingerprint(rows))
     return [texts(rows, tokenizer) for rows, _ in parts]
 
 

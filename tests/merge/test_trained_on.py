@@ -48,6 +48,9 @@ def test_4_bits_are_chosen_and_measured_on_the_16_bit_base(
     format, adapter, checkpoints, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("qlora.merge.measure.MIN_TOKENS", 256)
+    adapter = shutil.copytree(adapter, tmp_path / "stronger")  # else losses differ by 5e-3 or less
+    values = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(values | {"lora_alpha": 30 * values["lora_alpha"]}))
     data, output, base = rows_file(tmp_path), tmp_path / "out", checkpoints("llama", False)
     settings = {"format": format, "calibration": data, "verify": data, **ON_16_BITS}
     run_merge(adapter, output, **settings)
@@ -73,7 +76,7 @@ def test_4_bits_are_chosen_and_measured_on_the_16_bit_base(
         losses.append(float(sum(each)) / got["tokens"])
     # fp32, or bf16 where the machine has it
     assert [got["loss_base"], got["loss_live"]] == pytest.approx(losses, abs=5e-3)
-    assert abs(losses[0] - losses[1]) > 5e-3
+    assert abs(losses[0] - losses[1]) > 2e-2
     assert 0 < got["kl"] < 0.1
     assert all(
         facts["kept"] == pytest.approx(1, abs=0.1) for facts in report_of(output)["layers"].values()
