@@ -104,10 +104,11 @@ def joined(settings: Mapping[str, Any]) -> Iterator[None]:
     """Join the ranks of this run, if it has several, and leave them when the block ends.
 
     Only the first rank prints. `settings`, and the versions of packages, must be those of all
-    ranks. UserError if they are not, or if the ranks do not find each other.
+    ranks. UserError if they are not, or if the ranks do not find each other. Within another
+    `joined` it does nothing.
     """
     ranks, rank, local = environment()
-    if ranks == 1:
+    if ranks == 1 or dist.is_initialized():
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout):
