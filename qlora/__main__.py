@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ from qlora.files import hash_beside
 # Bars of huggingface_hub and transformers, and of datasets: no lines in a log.
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 LOOK_SECONDS, BUSY_PERCENT = 0.1, 50  # of the load at the start: half a core of others
+OWN_SECONDS = 4.0  # in which the first of several processes ends on an error of all
 SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # settings of GPU memory
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, message after Ctrl-C
     "train": (
@@ -147,10 +149,16 @@ def _terminate(number: int, frame: object) -> NoReturn:
 def _stop(code: int, line: str, *, anyway: bool = False) -> NoReturn:
     """Print a line, in one of several processes if it is the first, and end."""
     drop_lost_output()
+    distributed = sys.modules.get("torch.distributed")
+    is_joined = distributed and distributed.is_available() and distributed.is_initialized()
     if anyway or is_first_process():
         print(line, file=sys.stderr, flush=True)
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
+    elif not is_joined:  # the launcher ends this process if it is an error of the first, too
+        for number in STOPS:
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(OWN_SECONDS)
+        print(line, file=sys.stderr, flush=True)
+    if is_joined:
         sys.stdout.flush()
         os._exit(code)  # NCCL may wait for other processes at a usual end
     sys.exit(code)

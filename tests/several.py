@@ -5,12 +5,13 @@ import io
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, NamedTuple
 
 PRELOADED = ["conftest", "qlora.training.run", "qlora.plan.run", "qlora.__main__"]
-SECONDS = 120.0  # of a call, before it is a hang
+SECONDS = 400.0  # of a call, before it is a hang
 
 
 class Ended(NamedTuple):
@@ -39,28 +40,31 @@ def in_ranks(
         "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         **variables,
     }  # fmt: skip
-    started = []
-    for rank in range(count):
-        here, there = server.Pipe(duplex=False)
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}
-        process = server.Process(target=_run, args=(there, own, function, arguments), daemon=False)
-        process.start()
-        there.close()
-        started.append((process, here))
-    ended = []
-    for process, here in started:
-        value, error, said = None, "", ""
-        try:
-            if here.poll(SECONDS):
-                value, error, said = here.recv()
-        except EOFError:
-            pass  # it has ended at once
-        process.join(10)
-        if process.is_alive():
+    started: list[tuple[Any, Any]] = []
+    try:
+        for rank in range(count):
+            here, there = server.Pipe(duplex=False)
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}
+            process = server.Process(target=_run, args=(there, own, function, arguments))
+            process.start()
+            there.close()
+            started.append((process, here))
+        until = time.monotonic() + SECONDS
+        return [_end_of(process, here, until) for process, here in started]
+    finally:
+        for process, _ in started:
             process.kill()
-            error = "it hangs"
-        ended.append(Ended(value, error, said, process.exitcode))
-    return ended
+
+
+def _end_of(process: Any, here: Any, until: float) -> Ended:
+    value, error, said = None, "", ""
+    try:
+        if here.poll(max(0, until - time.monotonic())):
+            value, error, said = here.recv()
+    except EOFError:
+        pass  # it has ended at once
+    process.join(max(1, until - time.monotonic()))
+    return Ended(value, "it hangs" if process.is_alive() else error, said, process.exitcode)
 
 
 def _run(

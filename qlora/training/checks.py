@@ -1,6 +1,7 @@
 """The checks of a run's settings, before anything is loaded: the output folder, the machine and the
 loggers; and Trainer's arguments."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields, replace
@@ -191,6 +192,9 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         require(config.trainer.get(name) != "batch_rebalance", fault)
     settings |= config.trainer
     _require_evaluations(settings, config.data.evaluates, config.early_stopping_patience)
+    os.environ.pop(
+        "ACCELERATE_MIXED_PRECISION", None
+    )  # `accelerate launch`'s: compute_dtype says it
     with refusals():
         arguments = TrainingArguments(**settings)
         arguments.get_process_log_level()  # Trainer's first use of log_level

@@ -25,6 +25,7 @@ import platform
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
@@ -46,6 +47,7 @@ VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "datasets")
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # of accelerate launch
 START = "start them with `torchrun --nproc-per-node N train.py …`"
 JOIN, STEP, WORK = timedelta(minutes=5), timedelta(minutes=30), timedelta(days=7)  # longest waits
 LOOK_SECONDS = 0.5  # from one look at the other processes to the next
@@ -75,22 +77,34 @@ def is_restarted() -> bool:
     return os.environ.get(RESTARTS, "0") not in ("", "0")
 
 
+def is_elastic() -> bool:
+    """Whether torchrun has the ranks' store, not the first one."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
 # ---- start and end
 
 
 def environment() -> tuple[int, int, int]:
     """Ranks, this rank, and its number on this machine, as the launcher has set them; UserError for
-    variables that are missing or no numbers."""
+    variables that are missing or no numbers, and for a launcher that shards models."""
     for name in VARIABLES:
         value = os.environ.get(name, "1")
         wanted = f"the environment variable {name} must be a whole number, got {value!r}: unset it"
         require(bool(re.fullmatch(r"\s*-?\d+\s*", value)), wanted)
+    for name in SHARDING:
+        fault = f"ACCELERATE_USE_{name} is set, but a model is not sharded over GPUs here"
+        is_set = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
+        require(not is_set, f"{fault}: choose multi-GPU without it in `accelerate config`")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks <= 1:
         return 1, 0, 0
     if missing := [name for name in (*VARIABLES, *ADDRESS) if not os.environ.get(name)]:
         fault = f"WORLD_SIZE is {ranks}, but {' and '.join(missing)} not set: without them"
         raise UserError(f"{fault} {ranks} processes do not find each other: {START}")
+    port = os.environ[ADDRESS[1]]
+    is_port = port.isdecimal() and 0 < int(port) < 1 << 16
+    require(is_port, f"MASTER_PORT must be from 1 to {(1 << 16) - 1}, got {port!r}: {START}")
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     require(0 <= rank < ranks, f"RANK must be from 0 to {ranks - 1}, got {rank}: {START}")
     gpus = torch.cuda.device_count()
@@ -131,17 +145,37 @@ def _join(rank: int, ranks: int, local: int) -> None:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     try:
+        _await_first(rank)
         store, *_ = next(iter(rendezvous("env://", timeout=JOIN)))
         where: Any = {"store": store, "rank": rank, "world_size": ranks}
         dist.init_process_group(backend, timeout=STEP, **where)
         _waits = dist.new_group(backend="gloo", timeout=WORK)
-    except (RuntimeError, ValueError) as error:  # torch's errors of networks are the former
+    except (RuntimeError, ValueError, OSError) as error:  # torch's of networks are the first
         at = ":".join(os.environ[name] for name in ADDRESS)
         fault = f"the {ranks} processes do not find each other at {at}: {first_line(error)}"
-        raise UserError(f"{fault} Let all of them start within {JOIN}, and see {at}") from error
+        raise UserError(
+            f"{fault} Let all start within {JOIN.seconds // 60} minutes, and see {at}"
+        ) from error
     places = gathered((socket.gethostname(), os.getpid()))
     _watch = Watch(pid for host, pid in places if host == socket.gethostname())
     _watch.start()
+
+
+def _await_first(rank: int) -> None:
+    """Wait until the first rank, or its launcher, listens: torch logs each attempt, with a trace of
+    its stack, and takes twice the time."""
+    host, port = (os.environ[name] for name in ADDRESS)
+    socket.getaddrinfo(host, port)  # an unknown name stays one
+    listens = rank == 0 and not is_elastic()
+    until = time.monotonic() + JOIN.total_seconds()
+    while not listens:
+        try:
+            socket.create_connection((host, int(port)), timeout=JOIN.total_seconds()).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(LOOK_SECONDS)
 
 
 def _leave() -> None:
@@ -162,7 +196,7 @@ def _fail(error: BaseException) -> None:
         if is_first():
             raise UserError(ENDED) from error
         os._exit(1)
-    if not isinstance(error, Interrupted):
+    if not isinstance(error, (Interrupted, UserError)):  # which have a line instead
         with suppress(OSError):
             if os.environ.get("TORCHELASTIC_ERROR_FILE"):
                 get_error_handler().record_exception(error)  # shown by torchrun

@@ -1,21 +1,26 @@
 """Several ranks against one process: the same rows, losses and adapters; what travels; how a run
 ends where one rank fails, is stopped or has other settings."""
 
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import (
+    axis,
     losses,
     quick_config,
     read_rows,
@@ -25,9 +30,10 @@ from conftest import (
     write_rows,
 )
 from safetensors.torch import load_file
-from several import Ended, in_ranks
+from several import SECONDS, Ended, free_port, in_ranks
 from transformers import TrainerCallback
 
+from qlora.cli import parse
 from qlora.config import DataConfig, LoraConfig, TrainConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -195,9 +201,9 @@ def test_a_killed_rank_ends_the_other_and_the_run_goes_on_with_two_or_one(
     for folder in seen.values():
         folder.mkdir()
     require_done(in_ranks(2, trained_and_seen, config, seen["whole"]))
-    part, begun = replace(config, output_dir=str(tmp_path / "part")), time.monotonic()
+    part = replace(config, output_dir=str(tmp_path / "part"))
     first, second = in_ranks(2, stopped_by, part, 1, 12, signal.SIGKILL, seen["part"])
-    assert second.code == -signal.SIGKILL and time.monotonic() - begun < 60
+    assert second.code == -signal.SIGKILL and first.error != "it hangs"
     ended = "another process of this run has ended, its error is above"
     assert ended in first.error + first.said or first.code == 1
     for name, count in (("two", 2), ("one", 1)):
@@ -296,6 +302,7 @@ def trained_with(config: TrainConfig, of_rank_1: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [("settings", "other settings, learning_rate 0.5, not 0.01 as rank 0"),
+     ("versions", "other versions, accelerate 0.1, not "),
      ("rows", "rank 1 has other rows, "), ("data", "rank 1: ")],
 )  # fmt: skip
 def test_ranks_with_other_settings_or_rows_are_refused(what, words, checkpoints, few, tmp_path):
@@ -304,6 +311,8 @@ def test_ranks_with_other_settings_or_rows_are_refused(what, words, checkpoints,
         ended = in_ranks(2, with_rows_of_its_own, config, few.parent)
     elif what == "data":
         ended = in_ranks(2, with_rows_of_its_own, config, tmp_path / "missing")
+    elif what == "versions":
+        ended = in_ranks(2, trained_beside_another_version, config)
     else:
         ended = in_ranks(2, trained_with, config, own)
     errors = [f"{end.error}" for end in ended]
@@ -311,6 +320,13 @@ def test_ranks_with_other_settings_or_rows_are_refused(what, words, checkpoints,
     assert words in told, ended
     assert what == "data" or ended[1].code == 2
     assert not (tmp_path / "run").exists()
+
+
+def trained_beside_another_version(config: TrainConfig) -> None:
+    version = importlib.metadata.version
+    if os.environ["RANK"] == "1":
+        importlib.metadata.version = lambda name: "0.1" if name == "accelerate" else version(name)
+    trained(config)
 
 
 def with_rows_of_its_own(config: TrainConfig, folder: Path) -> None:
@@ -331,72 +347,143 @@ def with_rows_of_its_own(config: TrainConfig, folder: Path) -> None:
     trained(config)
 
 
+START = "start them with `torchrun --nproc-per-node N train.py"
+PLACE = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
-    [({}, "RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT not set"),
-     ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}, "MASTER_PORT not set"),
-     ({"RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-      "RANK must be from 0 to 1, got 2")],
+    [({}, ("RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT not set", START)),
+     (PLACE, ("MASTER_PORT not set", START)),
+     (PLACE | {"RANK": "2", "MASTER_PORT": "1"}, ("RANK must be from 0 to 1, got 2", START)),
+     (PLACE | {"MASTER_PORT": "x"}, ("MASTER_PORT must be from 1 to 65535, got 'x'", START)),
+     ({"WORLD_SIZE": ""}, ("WORLD_SIZE must be a whole number, got '': unset it",)),
+     ({"ACCELERATE_USE_FSDP": "true"}, ("ACCELERATE_USE_FSDP is set", "multi-GPU without it"))],
 )  # fmt: skip
-def test_variables_of_a_launcher_that_are_missing(
+def test_variables_of_a_launcher_that_are_refused(
     variables, words, checkpoints, few, tmp_path, monkeypatch
 ):
     from qlora.training import train
 
     for name, value in {"WORLD_SIZE": "2", **variables}.items():
         monkeypatch.setenv(name, value)
-    with refuses(tmp_path / "run", words, "start them with `torchrun --nproc-per-node N train.py"):
+    with refuses(tmp_path / "run", *words):
         train(config_of(checkpoints("llama"), few, tmp_path / "run"))
 
 
-# ---- the launcher
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [({"RANK": "0"}, "1/2 clients joined"), ({"RANK": "1"}, "Connection refused"),
+     ({"RANK": "1", "MASTER_ADDR": "no.such.host.invalid"}, "no.such.host.invalid")],
+)  # fmt: skip
+def test_a_rank_that_finds_no_other_ends(variables, words, checkpoints, few, tmp_path, monkeypatch):
+    from qlora.training import ranks, train
+
+    monkeypatch.setattr(ranks, "JOIN", timedelta(seconds=1))
+    others = {"WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
+    for name, value in (PLACE | others | variables).items():
+        monkeypatch.setenv(name, value)
+    with refuses(tmp_path / "run", "the 2 processes do not find each other at", words):
+        train(config_of(checkpoints("llama"), few, tmp_path / "run"))
 
 
+# ---- launchers
+
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+                   "--main_process_port=0", "--mixed_precision=bf16"),
+}  # fmt: skip
 SCRIPT = """
-import os, signal
-from transformers import TrainerCallback
+import os, sys
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    sys.exit("the first start fails")
 from qlora.__main__ import run
-from qlora.training import run as training
-made = training.make_trainer
-class Dies(TrainerCallback):
-    def on_step_end(self, args, state, control, **_):
-        if args.process_index == 1 and state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-def make_trainer(*rest):
-    trainer = made(*rest)
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        trainer.add_callback(Dies())
-    return trainer
-training.make_trainer = make_trainer
 run("train", prog="train.py")
 """
 
 
-def torchrun(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Two processes of a script, by torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def launched(launcher: str, *words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a script, by a launcher; none of them is left."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], *map(str, words)]
+    given: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = with_folders(REPOSITORY) | {"OMP_NUM_THREADS": "1", **variables}
-    given: Any = {"env": environment, "capture_output": True, "text": True, "timeout": 400}
-    return subprocess.run([*command, *map(str, words)], **given)
+    with subprocess.Popen(command, env=environment, **given) as process:
+        try:
+            said, errors = process.communicate(timeout=SECONDS)
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
 
 def flags(base: Path, rows: Path, output: Path, *more: object) -> list[object]:
     return [
         "--model", base, "--data", rows, "--eval-data", rows, "--output-dir", output,
-        "--max-length", 128, "--logging-steps", 1, "--compute-dtype", "fp32", "--samples", 1,
+        "--max-length", 128, "--logging-steps", 1, "--compute-dtype", "fp32", "--samples", 0,
         "--per-device-train-batch-size", 2, *more,
     ]  # fmt: skip
 
 
-def test_torchrun_restarts_a_run_from_its_last_checkpoint(checkpoints, few, tmp_path):
-    script, output = tmp_path / "script.py", tmp_path / "run"
-    script.write_text(SCRIPT)
-    run = flags(checkpoints("llama"), few, output, "--max-steps", 4, "--save-steps", 2)
-    done = torchrun("--max-restarts=1", script, *run, CUDA_VISIBLE_DEVICES="")
+def commanded(words: list[object], callback: Any = None) -> None:
+    trained(parse(TrainConfig, [*map(str, words)], prog="train.py"), callback=callback)
+
+
+@pytest.mark.parametrize("launcher", axis(*LAUNCHERS))
+def test_a_launcher_restarts_a_run_from_its_last_checkpoint(launcher, checkpoints, few, tmp_path):
+    """It computes in the dtype of the command, not in that of accelerate's settings."""
+    (script := tmp_path / "script.py").write_text(SCRIPT)
+    outputs = [tmp_path / "whole", tmp_path / "part"]
+    same = ("--max-steps", 4, "--save-steps", 2)
+    whole, part = (flags(checkpoints("llama"), few, output, *same) for output in outputs)
+    require_done(in_ranks(2, commanded, whole))
+    in_ranks(2, commanded, part, At(1, 3, signal.SIGKILL))
+    name = "--max_restarts=1" if launcher == "accelerate" else "--max-restarts=1"
+    done = launched(launcher, name, script, *part, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert "training: 2 steps after step 2" in done.stdout
-    assert [row["step"] for row in read_rows(output / "metrics.jsonl")] == [1, 2, 3, 4, 4]
-    assert done.stdout.count("An example row") == 2  # of one rank at each start
+    assert done.stdout.count("An example row") == 1  # of one rank
+    steps = [[row["step"] for row in read_rows(o / "metrics.jsonl")] for o in outputs]
+    assert steps[0] == steps[1] == [1, 2, 2, 3, 4, 4]  # epochs end at 2 and 4, with an evaluation
+    require_close(*outputs)
+
+
+def test_an_error_of_all_ranks_is_printed_by_the_first(tmp_path):
+    done = launched("torchrun", REPOSITORY / "train.py", "--sead", 7)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: unknown flag --sead. Did you mean --seed?"]
+    assert re.findall(r"exitcode *: 2 ", done.stderr) and done.returncode == 1
+
+
+def test_an_error_of_another_rank_is_printed_too():
+    command, others = [sys.executable, "train.py", "--sead", "7"], {"WORLD_SIZE": "2", "RANK": "1"}
+    environment = with_folders(REPOSITORY) | others
+    given: Any = {"env": environment, "cwd": REPOSITORY, "capture_output": True, "text": True}
+    done = subprocess.run(command, **given)
+    said = "error: unknown flag --sead. Did you mean --seed?\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+OTHER_SEED = """
+import os, sys
+from qlora.__main__ import run
+sys.argv += ["--seed", os.environ["RANK"]]
+run("train", prog="train.py")
+"""
+
+
+@pytest.mark.full
+def test_other_settings_of_a_rank_are_one_line_of_the_first(checkpoints, few, tmp_path):
+    (script := tmp_path / "script.py").write_text(OTHER_SEED)
+    words = flags(checkpoints("llama"), few, tmp_path / "run")
+    done = launched("torchrun", script, *words, CUDA_VISIBLE_DEVICES="")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "rank 1 has other settings, seed 1, not 0 as rank 0" in errors[0]
+    assert re.findall(r"exitcode *: 2 ", done.stderr) and done.returncode == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.gpu
@@ -405,7 +492,7 @@ def test_two_gpus_train_as_one(checkpoints, few, tmp_path):
     """In fp32; products of other sizes have other sums, as TF32 would make worse."""
     more = ("--max-steps", 10, "--optim", "adamw_torch", "--gradient-accumulation-steps")
     run = flags(checkpoints("llama"), few, tmp_path / "two", *more, 1)
-    assert torchrun(REPOSITORY / "train.py", *run).returncode == 0
+    assert launched("torchrun", REPOSITORY / "train.py", *run).returncode == 0
     run = flags(checkpoints("llama"), few, tmp_path / "one", *more, 2)
     one = [sys.executable, REPOSITORY / "train.py", *map(str, run)]
     subprocess.run(one, env=with_folders(REPOSITORY), check=True)
