@@ -41,6 +41,7 @@ NOT_COMPARED = (
     "resume_anyway",
     "plan",
     "gpu_memory",
+    "gpus",
     "json",
     "fit",
     "plan_picture",

@@ -20,12 +20,14 @@ ends waits that a library does not end, and torchrun ends those on other machine
 """
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
@@ -346,6 +348,15 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
         for p, mean, is_there in zip(alike, means, on_some, strict=True):
             if is_there:
                 p.grad = mean.view(p.shape)
+
+
+def buckets_of(kinds: Iterable[tuple[torch.dtype, Sequence[int]]]) -> list[int]:
+    """The bytes of each flat tensor of `average_gradients`, for parameters of these dtypes and
+    shapes; it has them one after another, beside the gradients."""
+    sizes: Counter[torch.dtype] = Counter()
+    for dtype, shape in kinds:
+        sizes[dtype] += dtype.itemsize * (math.prod(shape) + 1)
+    return [*sizes.values()]
 
 
 def _by_dtype(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
