@@ -153,7 +153,7 @@ def _stop(code: int, line: str, *, anyway: bool = False) -> NoReturn:
     is_joined = distributed and distributed.is_available() and distributed.is_initialized()
     if anyway or is_first_process():
         print(line, file=sys.stderr, flush=True)
-    elif not is_joined:  # the launcher ends this process if it is an error of the first, too
+    elif code == 2 and not is_joined:  # the launcher ends this one if it is the first's error, too
         for number in STOPS:
             signal.signal(number, signal.SIG_DFL)
         time.sleep(OWN_SECONDS)

@@ -198,15 +198,14 @@ def _fail(error: BaseException) -> None:
         if is_first():
             raise UserError(ENDED) from error
         os._exit(1)
-    if not isinstance(error, (Interrupted, UserError)):  # which have a line instead
+    is_told = isinstance(error, (UserError, torch.OutOfMemoryError))  # in one line
+    if not (is_told or isinstance(error, Interrupted)):
         with suppress(OSError):
             if os.environ.get("TORCHELASTIC_ERROR_FILE"):
                 get_error_handler().record_exception(error)  # shown by torchrun
-    is_own = not is_first() and isinstance(error, UserError)
-    if (
-        is_own and _watch and not _watch.sees_an_end(within=OWN_SECONDS)
-    ):  # the first goes on: not its error
-        raise RankError(f"rank {number()}: {error}") from error
+    if is_told and _watch and not is_first() and not _watch.sees_an_end(within=OWN_SECONDS):
+        what = error if isinstance(error, UserError) else first_line(error)
+        raise RankError(f"rank {number()}: {what}") from error  # the first goes on: not its error
     raise error
 
 
