@@ -2,13 +2,19 @@
 a server that has imported the packages: a start costs a second instead of ten."""
 
 import io
+import json
 import multiprocessing
 import os
 import socket
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from transformers import TrainerCallback
+
+from qlora.config import TrainConfig
 
 PRELOADED = ["conftest", "qlora.training.run", "qlora.plan.run", "qlora.__main__"]
 SECONDS = 400.0  # of a call, before it is a hang
@@ -81,3 +87,45 @@ def _run(
         except (Exception, KeyboardInterrupt) as fault:
             error = f"{type(fault).__name__}: {fault}"
     there.send((value, error, said.getvalue()))
+
+
+def require_done(ended: list[Ended]) -> None:
+    assert [(rank.error, rank.code) for rank in ended] == [("", 0)] * len(ended), ended
+
+
+# ---- what ranks do
+
+
+def trained(config: TrainConfig, *, callback: Any = None, seen: Path | None = None) -> None:
+    """Train in this rank; `seen` gets (step before, token ids) of every batch that it reads."""
+    from qlora.training import ranks, run
+    from qlora.training.trainer import AdapterTrainer
+
+    training_step, made = AdapterTrainer.training_step, run.make_trainer
+
+    def recorded(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        ids = inputs["input_ids"].flatten().tolist()
+        if seen is not None and ids:
+            with (seen / f"{ranks.number()}.jsonl").open("a") as file:
+                file.write(json.dumps([self.state.global_step, ids]) + "\n")
+        return training_step(self, model, inputs, *rest)
+
+    def with_callback(*arguments: Any) -> Any:
+        trainer = made(*arguments)
+        if callback is not None:
+            trainer.add_callback(callback)
+        return trainer
+
+    AdapterTrainer.training_step, run.make_trainer = recorded, with_callback  # type: ignore
+    run.train(config)
+
+
+class At(TrainerCallback):
+    """Does something after a step, on one rank."""
+
+    def __init__(self, rank: int, step: int, number: int) -> None:
+        self.rank, self.step, self.number = rank, step, number
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if (args.process_index, state.global_step) == (self.rank, self.step):
+            os.kill(os.getpid(), self.number)

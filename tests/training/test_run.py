@@ -296,7 +296,7 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
         ({"trainer": {"torch_compile": "yes"}}, ["torch_compile is not supported"]),
         ({"trainer": {"push_to_hub": True}}, ["push_to_hub is not supported", "hf upload"]),
         ({"trainer": {"hub_model_id": "me/it"}}, ["hub_model_id is not supported", "hf upload"]),
-        ({"trainer": {"fsdp_config": {}}}, ["fsdp_config is not supported", "one GPU"]),
+        ({"trainer": {"fsdp_config": {}}}, ["fsdp_config is not supported", "several GPUs"]),
         ({"trainer": {"prediction_loss_only": True}}, ["prediction_loss_only has no effect"]),
         ({"trainer": {"resume_from_checkpoint": "x"}}, ["--resume continues"]),
         ({"trainer": {"auto_find_batch_size": True}}, ["is not needed", "is split"]),
