@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import Any, NoReturn
@@ -12,12 +13,21 @@ from psutil import cpu_percent
 
 from qlora import __version__, config
 from qlora.cli import drop_lost_output, flag_of, parse
-from qlora.errors import STOPS, Interrupted, UserError, did_you_mean, ignore_hangups
+from qlora.errors import (
+    STOPS,
+    Interrupted,
+    RankError,
+    UserError,
+    did_you_mean,
+    ignore_hangups,
+    is_first_process,
+)
 from qlora.files import hash_beside
 
 # Bars of huggingface_hub and transformers, and of datasets: no lines in a log.
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 LOOK_SECONDS, BUSY_PERCENT = 0.1, 50  # of the load at the start: half a core of others
+OWN_SECONDS = 4.0  # in which the first of several processes ends on an error of all
 SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # settings of GPU memory
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, message after Ctrl-C
     "train": (
@@ -81,6 +91,8 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():  # the packages read these as they are imported
         for variable in NO_BARS:
             os.environ.setdefault(variable, "1")
+    if not is_first_process():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         settings = parse(config_class, words, prog=prog)
         if getattr(settings, "plan", False):  # it computes nothing
@@ -89,12 +101,12 @@ def run(name: str, *, prog: str, words: Sequence[str] | None = None) -> None:
             _, function, interrupted = COMMANDS["inspect"]
         else:
             _wait_passively_beside_others()
-            if name == "train" and not settings.data.streaming:
+            if name == "train" and is_first_process() and not settings.data.streaming:
                 hash_beside([*settings.data.sources, *filter(None, [settings.data.eval_data])])
         imported(function)(settings)
         sys.stdout.flush()
     except UserError as error:
-        _stop(2, f"error: {error}")
+        _stop(2, f"error: {error}", anyway=isinstance(error, RankError))
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -134,9 +146,21 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise Interrupted(number=number)
 
 
-def _stop(code: int, line: str) -> NoReturn:
+def _stop(code: int, line: str, *, anyway: bool = False) -> NoReturn:
+    """Print a line, in one of several processes if it is the first, and end."""
     drop_lost_output()
-    print(line, file=sys.stderr)
+    distributed = sys.modules.get("torch.distributed")
+    is_joined = distributed and distributed.is_available() and distributed.is_initialized()
+    if anyway or is_first_process():
+        print(line, file=sys.stderr, flush=True)
+    elif code == 2 and not is_joined:  # the launcher ends this one if it is the first's error, too
+        for number in STOPS:
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(OWN_SECONDS)
+        print(line, file=sys.stderr, flush=True)
+    if is_joined:
+        sys.stdout.flush()
+        os._exit(code)  # NCCL may wait for other processes at a usual end
     sys.exit(code)
 
 

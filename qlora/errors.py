@@ -1,5 +1,6 @@
 """UserError, the exception for errors that a user can fix, and helpers for its messages."""
 
+import os
 import signal
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -20,6 +21,17 @@ class UserError(ValueError):
 
 class StreamError(UserError):
     """A fault of the data that was found while training ran."""
+
+
+class RankError(UserError):
+    """An error of one process of several, which it prints although it is not the first."""
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that prints: the first, if a launcher started several."""
+    values = [os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "RANK")]
+    ranks, rank = (int(value) if value.isdecimal() else 0 for value in values)
+    return ranks <= 1 or rank == 0
 
 
 def plain_line(text: str) -> str:

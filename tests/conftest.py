@@ -306,6 +306,12 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few(data, tmp_path_factory) -> Path:
+    """37 rows: the last batch of an epoch is short, and one rank has a batch less."""
+    return write_rows(tmp_path_factory.mktemp("few") / "few.jsonl", read_rows(data)[:37])
+
+
+@pytest.fixture(scope="session")
 def quick_run(checkpoints, data, tmp_path_factory) -> Run:
     """A finished `quick_config` run with evaluation, samples and a logger; tests must not change
     its folder."""

@@ -150,6 +150,8 @@ class TrainConfig(Settings):
     """print the memory it needs; do not train"""
     gpu_memory: str | None = None
     """for plan: the memory of a card, like 8GiB; by default that of the GPU that is there"""
+    gpus: int | None = field(default=None, metadata=RARE | at_least(1))
+    """for plan: the number of GPUs, with a process each"""
     json: bool = field(default=False, metadata=RARE)
     """for plan and inspect: print JSON"""
     fit: bool = field(default=False, metadata=RARE)
@@ -181,7 +183,7 @@ class TrainConfig(Settings):
             yield f"inspect_rows must be whole numbers above 0, got {bad[0]}"
         if self.plan and self.inspects:
             yield "plan and inspect are two commands: give one of them"
-        for name in ("gpu_memory", "json", "fit", "plan_picture"):
+        for name in ("gpu_memory", "gpus", "json", "fit", "plan_picture"):
             if getattr(self, name) and not (self.plan or (name == "json" and self.inspects)):
                 flag = f"--{name.replace('_', '-')}"
                 needs = "--plan or --inspect" if name == "json" else "--plan"

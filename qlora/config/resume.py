@@ -1,6 +1,7 @@
 """A resumed run against its start: which settings may differ."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qlora.config import OLD_NAMES, TrainConfig, flat
@@ -40,6 +41,7 @@ NOT_COMPARED = (
     "resume_anyway",
     "plan",
     "gpu_memory",
+    "gpus",
     "json",
     "fit",
     "plan_picture",
@@ -85,6 +87,31 @@ def changed_settings(
     fault = f"--resume continues the run of {where}, which has {'; '.join(refused.values())}: {fix}"
     require(not refused, f"{fault}, or a new --output-dir")
     return changed
+
+
+def with_batches_of(
+    config: TrainConfig, recorded: dict[str, Any], ranks: int
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """`config` and `recorded`, the contents of the run.yaml that it resumes, with the accumulation
+    that keeps the rows of a step where the run has another number of ranks now.
+
+    Raises:
+        UserError: so many ranks cannot share a step.
+    """
+    start, before = recorded.get("config", {}), recorded.get("ranks", 1)
+    steps, name = start.get("gradient_accumulation_steps"), "gradient_accumulation_steps"
+    if before == ranks or not steps:
+        return config, recorded
+    batches = steps * before
+    fault = f"--resume: a step of this run has {batches} micro-batches, {before} processes with "
+    fault += f"--gradient-accumulation-steps {steps}: {ranks} processes cannot share them"
+    numbers = ", ".join(str(n) for n in range(1, batches + 1) if batches % n == 0)
+    require(batches % ranks == 0, f"{fault}: start one of {numbers} processes")
+    if config.gradient_accumulation_steps == steps:
+        config = replace(config, gradient_accumulation_steps=batches // ranks)
+    start = start | {name: batches // ranks}
+    print(f"{ranks} processes, not {before}: --gradient-accumulation-steps is {batches // ranks}")
+    return config, recorded | {"config": start}
 
 
 def begins_anew(changed: Iterable[str]) -> bool:

@@ -357,12 +357,17 @@ def class_number(label: Any, names: Names) -> int:
 
 
 def measure(
-    objective: Objective, results: Iterable[tuple[Tensor, Any, Tensor]], names: Names = ()
+    objective: Objective,
+    results: Iterable[tuple[Tensor, Any, Tensor]],
+    names: Names = (),
+    *,
+    gathered: Callable[[Any], list[Any]] = lambda own: [own],
 ) -> dict[str, float]:
     """`loss`, the mean over all labels of all batches, and a classifier's accuracy and F1.
 
     `results` are, of each batch, the loss summed over its labels (`objective.loss` with a count of
-    1), the model's outputs, and the labels.
+    1), the model's outputs, and the labels. `gathered`: a value of this process -> of all that
+    measure together.
     """
     total, count = 0.0, 0
     rows: list[tuple[list[int], list[int]]] = []
@@ -374,7 +379,9 @@ def measure(
             for row, row_labels in zip(classes, labels, strict=True):
                 has_label = row_labels != NO_LOSS
                 rows.append((row[has_label].tolist(), row_labels[has_label].tolist()))
-    scores = {"loss": total / max(count, 1)}
+    totals, counts, parts = zip(*gathered((total, count, rows)), strict=True)
+    rows = [row for part in parts for row in part]
+    scores = {"loss": sum(totals) / max(sum(counts), 1)}
     return scores | objective.scores(rows, names) if objective.scores else scores
 
 

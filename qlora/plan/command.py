@@ -78,11 +78,12 @@ def _time(plan: Plan, record: dict[str, Any], lines: list[str]) -> None:
     seconds = None if card is None else step_seconds(plan, card)
     record |= {"card": card and card.name, "step_seconds": seconds}
     if card is not None and seconds is not None:
-        rows = plan.config.per_device_train_batch_size * plan.config.gradient_accumulation_steps
         assumed = ", assumed by its memory" if plan.config.gpu_memory else ""
+        but = " without the transfer" if plan.gpus > 1 else ""
         lines += [
-            f"A step of {rows} rows takes about {_seconds(seconds)} on a {card.name}{assumed}: an",
-            "estimate by arithmetic, which no GPU has checked.",
+            f"A step of {plan.rows_a_step} rows takes about {_seconds(seconds)} on a {card.name}"
+            f"{assumed}: an",
+            f"estimate by arithmetic{but}, which no GPU has checked.",
         ]
 
 
@@ -114,8 +115,21 @@ def table(plan: Plan) -> str:
     lines += [_row("peak", plan.peak_bytes), f"The peak is in the {plan.peak_at}.", ""]
     if plan.host:
         lines += [*_rows("host memory, besides the process", plan.host), ""]
-    lines += [*_rows("disk", plan.disk), "", verdict(plan)]
+    lines += [*_rows("disk", plan.disk), ""]
+    if plan.gpus > 1:
+        lines += [*of_all(plan), ""]
+    lines += [verdict(plan)]
     return "\n".join(lines)
+
+
+def of_all(plan: Plan) -> list[str]:
+    """What several GPUs make of a step."""
+    each, passes = plan.rows, plan.config.gradient_accumulation_steps
+    return [
+        f"{plan.gpus} GPUs, of which each needs that memory. A step has {plan.rows_a_step} rows:",
+        f"{each} a micro-batch × {passes} micro-batches × {plan.gpus} GPUs. Each GPU sends "
+        f"{show(plan.sent_bytes)} a step.",
+    ]
 
 
 def _rows(title: str, parts: Mapping[str, int]) -> list[str]:

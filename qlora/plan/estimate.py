@@ -8,6 +8,9 @@ Assumed are there what tokenizer, data and Trainer take, and the allocator. Load
 the files of weights are mapped, and their pages are resident until the model is loaded; the system
 may take them back, which it does where memory is short. On a GPU loading is none: weights are
 quantized one after another, and one in 16 bits is less than a step takes.
+
+With several GPUs each has all of it, and between the last backward pass and the optimizer's step
+the flat copy of the gradients that travels (qlora.training.ranks).
 """
 
 import copy
@@ -26,10 +29,12 @@ from qlora.plan.meter import Segment
 from qlora.plan.optimizer import STATE, STEP, OptimizerBytes, optimizer_bytes
 from qlora.plan.source import Source, read_source
 from qlora.plan.step import EMBEDDING, HEAD, LINEAR, OTHER, Sample, joined, quietly
+from qlora.training.ranks import buckets_of
 from qlora.training.start import with_settings_of_adapter
 
 CONTEXT, ALLOWANCE = "CUDA context (assumed)", "fragmentation (assumed)"
 CONTEXT_BYTES = 512 << 20
+ALL_REDUCE = "gradients of all GPUs"
 PROCESS, FILES, LOADING = "tokenizer, data, Trainer (assumed)", "mapped files", "loading"
 # bitsandbytes' operator holds a weight's values, their quotients and the clamped ones, in fp32
 QUANTIZING, QUANTIZING_BYTES = "quantization of a weight", 12
@@ -55,6 +60,8 @@ class Plan:
     """the part of the step with the peak"""
     host: dict[str, int]
     disk: dict[str, int]
+    gradient_bytes: int
+    """that an all-reduce sums over the GPUs, once a step"""
     budget_bytes: int | None = None
     """of the card, if it is known"""
 
@@ -67,12 +74,27 @@ class Plan:
         """None without a budget."""
         return None if self.budget_bytes is None else self.peak_bytes <= self.budget_bytes
 
+    @property
+    def gpus(self) -> int:
+        return self.config.gpus or 1
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of an optimizer's step, on all GPUs."""
+        return self.rows * self.config.gradient_accumulation_steps * self.gpus
+
+    @property
+    def sent_bytes(self) -> int:
+        """What each GPU sends in a step: a ring passes on every part but one twice."""
+        return 2 * (self.gpus - 1) * self.gradient_bytes // self.gpus
+
     def record(self) -> dict[str, Any]:
         """The object of --json."""
         return {
             "peak_bytes": self.peak_bytes, "budget_bytes": self.budget_bytes, "fits": self.fits,
             "parts": self.parts, "peak_at": self.peak_at, "rows": self.rows,
             "tokens_per_row": self.length, "host": self.host, "disk": self.disk,
+            "gpus": self.gpus, "rows_a_step": self.rows_a_step, "sent_bytes": self.sent_bytes,
         }  # fmt: skip
 
 
@@ -124,7 +146,9 @@ class Planner:
             raise
         except Exception as error:  # of a model's code that reads values
             raise UserError(f"{config.model} {_described(error)}") from error
-        segments = _with_optimizer(segments, own)
+        buckets = buckets_of(self.trained)
+        several = (config.gpus or 1) > 1
+        segments = _with_optimizer(segments, own, max(buckets) if several else 0)
         host = {"offloaded activations": activations} if activations else {}
         if config.offload_embedding:
             host["embedding"] = _without_embedding(segments, self.sample.is_tied)
@@ -139,9 +163,10 @@ class Planner:
         if self.device == "cuda":
             parts[CONTEXT] = CONTEXT_BYTES
         parts[ALLOWANCE] = allowed
+        free = psutil.virtual_memory().available if self.device == "cpu" else budget(config)
         return Plan(
             config, rows, length, segments, parts, _place(segments, peak), host, self._disk(own),
-            budget(config) if self.device == "cuda" else psutil.virtual_memory().available,
+            sum(buckets), free,
         )  # fmt: skip
 
     def anew(self) -> "Planner":
@@ -193,12 +218,14 @@ def budget(config: TrainConfig) -> int | None:
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
 
 
-def _with_optimizer(segments: list[Segment], own: OptimizerBytes) -> list[Segment]:
-    """The segments with the optimizer's state, and its step after them."""
+def _with_optimizer(segments: list[Segment], own: OptimizerBytes, bucket: int) -> list[Segment]:
+    """The segments with the optimizer's state, and after them its step; before that, if there is a
+    `bucket`, the sum over all GPUs."""
     start = segments[0].start.copy()
     start[STATE] += own.state
     step = Segment("optimizer step", Counter(), Counter({STEP: own.step}), Counter())
-    return joined([*segments, step], start)
+    total = Segment("all-reduce", Counter(), Counter({ALL_REDUCE: bucket}), Counter())
+    return joined([*segments, *[total] * bool(bucket), step], start)
 
 
 def _without_embedding(segments: list[Segment], is_tied: bool) -> int:

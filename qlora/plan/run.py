@@ -5,21 +5,26 @@ from pathlib import Path
 import psutil
 import torch
 
-from qlora.config import TrainConfig
-from qlora.errors import UserError, first_line
+from qlora.config import TrainConfig, flat
+from qlora.errors import UserError, first_line, is_first_process
 from qlora.plan import estimate
+from qlora.training import ranks
 from qlora.training.outputs import show_bytes
 from qlora.training.run import train
 
 
 def run(config: TrainConfig) -> Path:
-    """`train`, which then logs the planned peak beside the measured one."""
-    return train(config, planned_bytes=planned_bytes(config))
+    """`train`, which then logs the planned peak beside the measured one. Ranks join before the
+    first one plans: Trainer's arguments would wait for the others otherwise."""
+    with ranks.joined(flat(config)):
+        return train(config, planned_bytes=planned_bytes(config))
 
 
 def planned_bytes(config: TrainConfig) -> int | None:
     """The planned peak memory, which is printed; None where there is no plan, which is no error.
     On a CPU it is resident memory, with what this process has before it loads the model."""
+    if not is_first_process():
+        return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = psutil.Process().memory_info().rss if device == "cpu" else 0
     threads = torch.get_num_threads()

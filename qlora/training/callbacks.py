@@ -29,8 +29,9 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from qlora.cli import drop_lost_output
-from qlora.errors import STOPS, Interrupted, UserError, ignore_hangups
+from qlora.errors import STOPS, Interrupted, ignore_hangups
 from qlora.files import read_metrics
+from qlora.training import ranks
 from qlora.training.checkpoints import complete_checkpoints, last_checkpoint
 from qlora.training.outputs import show_rows
 
@@ -38,6 +39,7 @@ from qlora.training.outputs import show_rows
 # losses of few rows differ much, those of a small model late in training hardly.
 SPIKE, SPIKE_SHARE, SPIKE_STEPS = 6.0, 1.5, range(10, 51)
 NOT_FINITE = "not-finite-"  # before the name of a checkpoint whose adapter gives no finite loss
+REPEAT_SECONDS = 3.0  # in which torchrun passes on a Ctrl-C that its processes already have
 MMAP_THRESHOLD, LARGE = -3, 1 << 20  # glibc's name of the setting, and its value in bytes
 SECONDS = 2.0  # from one look at the load of the CPU to the next
 
@@ -65,10 +67,15 @@ class ReturnMemory(TrainerCallback):
 
 class SaveOnSignal(TrainerCallback):
     """Ctrl-C, SIGTERM and SIGHUP save a checkpoint after the current step and raise Interrupted; a
-    second signal ends the run at once, but for SIGHUP."""
+    second signal ends the run at once, but for SIGHUP.
+
+    `noted` is the number of the signal that this process has, `number` that of the run: of several
+    ranks, which agree on it once a step, all stop after the same one.
+    """
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer, self.number, self.before = trainer, 0, dict[int, Any]()
+        self.trainer, self.before = trainer, dict[int, Any]()
+        self.noted, self.noted_at, self.number = 0, 0.0, 0
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():  # no other can handle signals
@@ -81,9 +88,23 @@ class SaveOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _note(self, number: int, _: Any) -> None:
-        self.number = number
-        self.__exit__()
-        ignore_hangups()
+        if ranks.has_lost_one():  # torchrun ends the others, too
+            os._exit(128 + number)
+        if self.noted and time.monotonic() - self.noted_at < REPEAT_SECONDS:
+            return
+        if ranks.count() == 1 or self.noted:
+            self.__exit__()
+            ignore_hangups()
+        if self.noted:
+            signal.raise_signal(number)
+        self.noted, self.noted_at = number, time.monotonic()
+        if ranks.count() == 1:
+            self.number = number
+
+    def of_any(self) -> int:
+        """The number of a signal that any rank has noted, on which all agree."""
+        self.number = int(ranks.most(self.noted))
+        return self.number
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.number and not control.should_save:
@@ -98,8 +119,9 @@ class SaveOnSignal(TrainerCallback):
             args.save_only_model = False  # or else the checkpoint could not be resumed from
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.number:  # the step before the evaluation is whole
-            is_saved = state.global_step in complete_checkpoints(Path(str(args.output_dir)))
+        if self.of_any():  # the step before the evaluation is whole
+            output = Path(str(args.output_dir))
+            is_saved = ranks.of_first(state.global_step in complete_checkpoints(output))
             if self.trainer.is_in_train and state.global_step and not is_saved:
                 args.save_only_model = False
                 self.trainer._save_checkpoint(self.trainer.model)
@@ -145,7 +167,8 @@ def owes_evaluation(trainer: Any, state: Any) -> bool:
     logs = list(state.log_history)
     if args.metric_for_best_model is None:
         logs += read_metrics(Path(str(args.output_dir)))
-    return is_due and not any(row["step"] == step and "eval_loss" in row for row in logs)
+    is_due &= not any(row["step"] == step and "eval_loss" in row for row in logs)
+    return bool(ranks.of_first(is_due))  # which writes that file
 
 
 def tokens_of(batch: Any) -> Tensor:
@@ -191,34 +214,42 @@ class FiniteSteps(TrainerCallback):
         read = [n.to(norm.device, torch.float64) for n in (*tests, *losses, *counts)]
         has_norm, *numbers = torch.stack(read).tolist()  # a GPU is waited for once per step
         finite, values = numbers[: len(batches)], numbers[len(batches) : 2 * len(batches)]
-        state.num_input_tokens_seen += int(sum(numbers[2 * len(batches) :]))
         broken = [inputs for (inputs, _), ok in zip(batches, finite, strict=True) if not ok]
-        if not broken and (is_scaled or has_norm):
+        of_all = (len(broken), sum(finite), sum(values), sum(numbers[2 * len(batches) :]))
+        bad, good, sums, tokens, signals = ranks.numbers(*of_all, self.trainer.on_signal.noted)
+        if ranks.count() > 1:
+            self.trainer.on_signal.number = int(max(signals))
+        state.num_input_tokens_seen += int(sum(tokens))
+        if not any(bad) and (is_scaled or has_norm):
             self.sound_step, self.is_sound, self.in_a_row = state.global_step, True, 0
-            self._look_for_spike(sum(values), batches, state.global_step + 1)
+            self._look_for_spike(sum(sums) / len(sums), batches, state.global_step + 1)
             return
         if scaler is None:
             model.zero_grad()  # optimizers skip parameters without a gradient
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        self.is_sound = bool(broken) and any(finite)
+        self.is_sound = any(bad) and any(good)
         if self.is_sound:  # of the other batches: the rows are the cause, not the adapter
             self.sound_step = state.global_step
-        if broken:
+        if any(bad):
             self.trainer.logs_nan = True
-        step, what = state.global_step + 1, "loss" if broken else "gradient"
-        shown = broken or [inputs for inputs, _ in batches]
-        rows = show_rows(shown, self.trainer.train_dataset, self.trainer.processing_class)
+        step, what = state.global_step + 1, "loss" if any(bad) else "gradient"
+        shown = broken if any(bad) else [inputs for inputs, _ in batches]
+        rows = self.show(shown, self.trainer.train_dataset)
         tqdm.write(f"step {step}: the {what} is not finite, the adapter stays as it was{rows}")
         if self.in_a_row == self.limit or self.skipped > self.most:
-            raise UserError(self.fault())
+            ranks.refuse(self.fault())
+
+    def show(self, batches: list[Any], dataset: Any) -> str:
+        """`show_rows` of the batches of all ranks."""
+        rows = show_rows(batches, dataset, self.trainer.processing_class) if batches else ""
+        return "".join(ranks.gathered(rows))
 
     def _look_for_spike(self, loss: float, batches: list[Any], step: int) -> None:
         """Print the rows of a step whose loss is far above that of the steps before."""
         if len(self.losses) in SPIKE_STEPS:
             mean, deviation = statistics.fmean(self.losses), statistics.pstdev(self.losses)
             if loss > mean * SPIKE_SHARE and loss > mean + SPIKE * deviation:
-                shown = [inputs for inputs, _ in batches]
-                rows = show_rows(shown, self.trainer.train_dataset, self.trainer.processing_class)
+                rows = self.show([inputs for inputs, _ in batches], self.trainer.train_dataset)
                 before = f"{mean:.4f} in the last {len(self.losses)} steps"
                 tqdm.write(f"step {step}: the loss is {loss:.4f}, it was {before}{rows}")
         self.losses.append(loss)
@@ -228,16 +259,21 @@ class FiniteSteps(TrainerCallback):
         trainer, one = self.trainer, torch.tensor(1, device=self.trainer.args.device)
         if not self.skipped:  # an evaluation had not
             return False
+
+        def is_finite(inputs: Any) -> bool:
+            batch = trainer._prepare_inputs(inputs)
+            loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=one)
+            return bool(loss.isfinite())
+
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # as in check_data
-            for inputs in islice(trainer.get_train_dataloader(), self.limit):
-                batch = trainer._prepare_inputs(inputs)
-                if trainer.compute_loss(trainer.model, batch, num_items_in_batch=one).isfinite():
-                    return True
-        return False
+            passes = any(map(is_finite, islice(trainer.get_train_dataloader(), self.limit)))
+        return bool(ranks.most(passes))
 
     def fault(self) -> str:
         """What went wrong, the last good checkpoint, and how to mend it. Later checkpoints are
-        renamed, so that --resume goes on from the good one."""
+        renamed, so that --resume goes on from the good one; by the first rank."""
+        if not ranks.is_first():
+            return "the loss or its gradient was not finite"
         output = Path(str(self.trainer.args.output_dir))
         checkpoints = complete_checkpoints(output)
         good = [n for n in checkpoints if n <= self.sound_step]

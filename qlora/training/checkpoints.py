@@ -4,7 +4,7 @@
       adapter_config.json, adapter_model.safetensors, the tokenizer's files
       optimizer.safetensors   states of the optimizer and of the schedule
       random.safetensors      states of the generators of Python, NumPy and torch; the sum of the
-                              losses since the last log
+                              losses since the last log; of several ranks, those of each
       scaler.safetensors      state of the loss scale, with fp16 only
       stream.json             where a streamed run stands in its data, without it nothing
       trainer_state.json      Trainer's state
@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy
 import torch
+from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,6 +39,7 @@ from transformers import TrainerState
 from qlora import files
 from qlora.config.types import require_types
 from qlora.errors import UserError, first_line, require, some
+from qlora.training import ranks
 
 HASHES = "checkpoint.json"
 OPTIMIZER, RANDOM, SCALER = (f"{n}.safetensors" for n in ("optimizer", "random", "scaler"))
@@ -145,6 +147,7 @@ class SafeStates:
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
+    random: dict[str, Any]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         states = {n: getattr(self, n).state_dict() for n in ("optimizer", "lr_scheduler")}
@@ -154,9 +157,17 @@ class SafeStates:
         if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
             write_state(Path(output_dir, SCALER), scaler.state_dict())
 
+    def gather_states(self) -> None:
+        """What `_save_rng_state` writes, of all ranks."""
+        log = {name: getattr(self, name) for name in LOG}
+        first, *others = ranks.gathered(random_states())
+        if others:  # the sum of the losses is the mean of theirs, as Trainer logs it
+            log[LOG[0]] = log[LOG[0]].new_tensor(sum(*ranks.numbers(log[LOG[0]])) / ranks.count())
+        of_others = {"ranks": others} if others else {}
+        self.random = first | {"log": tuple(log.values())} | of_others
+
     def _save_rng_state(self, output_dir: str) -> None:
-        log = (getattr(self, name) for name in LOG)
-        write_state(Path(output_dir, RANDOM), random_states() | {"log": tuple(log)})
+        write_state(Path(output_dir, RANDOM), self.random)
 
     def _load_states(self, checkpoint: str) -> None:
         """The states of the optimizer and schedule."""
@@ -176,8 +187,11 @@ class SafeStates:
         if checkpoint and _is_trainers(checkpoint):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
         elif checkpoint:
-            states = read_state(Path(checkpoint, RANDOM))
-            set_random_states(states)
+            states, rank = read_state(Path(checkpoint, RANDOM)), ranks.number()
+            own = [states, *states.get("ranks", ())]
+            set_random_states(own[min(rank, len(own) - 1)])
+            if rank >= len(own):  # of more ranks than before
+                set_seed(torch.initial_seed() + state_at(checkpoint).global_step + rank)
             # Trainer calls this before the first step, after it has set them to those of a start
             for name, value in zip(LOG, states.get("log", ()), strict=False):
                 is_tensor = isinstance(value, Tensor)

@@ -2,7 +2,6 @@
 loggers; and Trainer's arguments."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields, replace
@@ -20,6 +19,7 @@ from qlora.config import TrainConfig
 from qlora.errors import UserError, did_you_mean, first_line, require
 from qlora.fast.offload import require_gpu
 from qlora.files import RUN, read_metrics, read_samples, require_new
+from qlora.training import ranks
 from qlora.training.checkpoints import complete_checkpoints
 from qlora.training.outputs import checkpoint_to_resume, is_left_over
 
@@ -32,7 +32,7 @@ REFUSED_ARGUMENTS = {
         "label_smoothing_factor", "length_column_name", "remove_unused_columns", "use_cache",
         "use_cpu",
     ),
-    "is not supported, training runs on one GPU: leave it out": (
+    "is not supported, several GPUs need no setting: leave it out": (
         "accelerator_config", "average_tokens_across_devices", "ddp_", "deepspeed", "fsdp",
         "fsdp_", "local_rank", "log_level_replica", "log_on_each_node", "parallelism_config",
         "save_on_each_node",
@@ -74,7 +74,6 @@ NEED_EVALUATION = ("load_best_model_at_end", "metric_for_best_model", "eval_on_s
 def check_settings(config: TrainConfig, output: Path) -> str | None:
     """Refuse settings that cannot be trained with, and an `output` that cannot be written to.
     Returns the checkpoint to resume from; None for a new run."""
-    require_one_process()
     checkpoint = checkpoint_to_resume(output) if config.resume else None
     if checkpoint:
         read_metrics(output)  # these two are read again in the run: a damaged file raises now
@@ -89,17 +88,6 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
         if getattr(config, name):
             require_gpu(f"--{name.replace('_', '-')}")
     return str(checkpoint) if checkpoint else None
-
-
-def require_one_process() -> None:
-    """Refuse a process of several, and the variables that libraries read as numbers if they are
-    none."""
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        value = os.environ.get(name, "1")
-        wanted = f"the environment variable {name} must be a whole number, got {value!r}: unset it"
-        require(bool(re.fullmatch(r"\s*-?\d+\s*", value)), wanted)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several GPUs are not supported yet: start one process on one GPU")
 
 
 def typed_argument(argument: Field[Any], value: Any) -> Any:
@@ -197,8 +185,16 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         "logging_nan_inf_filter": False,  # it waits for a GPU; AdapterTrainer's costs nothing
         "label_names": ["labels"],
     }
+    if ranks.count() > 1:  # else an older Trainer says that it has no effect
+        settings["average_tokens_across_devices"] = True
+        name = "train_sampling_strategy"
+        fault = f"--trainer.{name} batch_rebalance depends on the number of processes: leave it out"
+        require(config.trainer.get(name) != "batch_rebalance", fault)
     settings |= config.trainer
     _require_evaluations(settings, config.data.evaluates, config.early_stopping_patience)
+    os.environ.pop(
+        "ACCELERATE_MIXED_PRECISION", None
+    )  # `accelerate launch`'s: compute_dtype says it
     with refusals():
         arguments = TrainingArguments(**settings)
         arguments.get_process_log_level()  # Trainer's first use of log_level

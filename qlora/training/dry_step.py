@@ -20,6 +20,7 @@ from datasets import Dataset
 
 from qlora.cli import show_seconds
 from qlora.data.streaming import StreamedRows
+from qlora.training import ranks
 from qlora.training.callbacks import tokens_of
 from qlora.training.memory import free_unused, out_of_memory_in, rows_in
 from qlora.training.outputs import peak_bytes, show_bytes
@@ -39,7 +40,7 @@ def before_training(trainer: Any, done: int) -> None:
         return
     sizes = lengths(trainer.train_dataset)
     if isinstance(trainer.train_dataset, StreamedRows):  # as the first rows are
-        batches = -(-len(sizes) // trainer.args.train_batch_size)
+        batches = -(-len(sizes) // (trainer.args.train_batch_size * ranks.count()))
     tokens = round(sum(sizes) / batches * accumulated)
     after = f" after step {done:,}" if done else ""
     print(f"training: {steps:,} step{'s' * (steps != 1)}{after}, about {tokens:,} tokens a step")
@@ -48,7 +49,7 @@ def before_training(trainer: Any, done: int) -> None:
     batch = heaviest(trainer)
     seconds, peak = dry_step(trainer, batch)
     own = int(tokens_of(batch))
-    takes = show_seconds(seconds / own * tokens * steps)
+    takes = show_seconds(seconds / own * tokens / ranks.count() * steps)
     rows = rows_in(batch)
     shown = f"{rows} row{'s' * (rows != 1)}, {own:,} tokens"
     print(f"dry step, {shown}: peak memory {show_bytes(peak)}; training takes about {takes}")

@@ -10,6 +10,8 @@ rounding, and the smaller size stays for the rest of the run. A step is begun ag
 backward pass may have added a part of its gradients already; the random generators are put back,
 so that dropout draws the same numbers where a batch was not split.
 
+Each rank of several does this for itself: gradients travel once a step, when all passes are done.
+
 accelerate's find_executable_batch_size, transformers' auto_find_batch_size, instead begins the run
 again with smaller batches, and so with another number of rows a step.
 """
@@ -26,10 +28,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qlora.errors import UserError
 from qlora.fast.offload import offload_activations
+from qlora.training import ranks
 from qlora.training.checkpoints import complete_checkpoints
 
 T = TypeVar("T")
@@ -226,7 +228,7 @@ class Parts:
             change = "activations are kept in host memory, as by --offload-activations"
         else:
             raise UserError(ran_out(trainer, f"in {where}, at {shown}"))
-        tqdm.write(f"{where}: {_memory(trainer)} ran out at {shown}: from now on {change}")
+        ranks.tell(f"{where}: {_memory(trainer)} ran out at {shown}: from now on {change}")
 
 
 # ---- errors

@@ -34,6 +34,7 @@ from qlora import __version__, files
 from qlora.cli import Progress
 from qlora.data import generation
 from qlora.errors import UserError, some
+from qlora.training import ranks
 from qlora.training.checkpoints import complete_checkpoints, last_checkpoint, resumable
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets")
@@ -53,7 +54,9 @@ def write_run_file(
     folder: Path, settings: Values, base: Values, data: Values, resumed: Sequence[Values] = ()
 ) -> None:
     """Write run.yaml: `train.py --config run.yaml` repeats the run. `resumed`: the settings that
-    were changed when it was resumed, by step."""
+    were changed when it was resumed, by step. Only the first of several ranks writes."""
+    if not ranks.is_first():
+        return
     versions = {"qlora": __version__, "python": platform.python_version()}
     record: dict[str, Any] = {
         "config": dict(settings),
@@ -62,6 +65,7 @@ def write_run_file(
         "data": data,
         "device": dict(zip(("name", "memory_bytes"), device(), strict=True)),
     }
+    record |= {"ranks": ranks.count()} if ranks.count() > 1 else {}
     record |= {"resumed": list(resumed)} if resumed else {}
     files.replace_text(folder / files.RUN, yaml.safe_dump(record, sort_keys=False))
 
@@ -140,16 +144,20 @@ class MetricsWriter(TrainerCallback):
                 )
             self.waiting = lines
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last step is always logged
-
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.waiting:
             self._append("")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.logged_at = time.perf_counter()  # evaluation is not training time
+
+
+class LastLog(TrainerCallback):
+    """The last step is always logged: by all ranks, as Trainer gathers their losses."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class PlainProgress(ProgressCallback):
@@ -245,7 +253,11 @@ def checkpoint_to_resume(output: Path) -> Path | None:
 
 @contextmanager
 def writing_to(output: Path) -> Iterator[None]:
-    """Create and lock a run's folder; UserError if it is in use, or the disk is full or fails."""
+    """Create and lock a run's folder; UserError if it is in use, or the disk is full or fails. The
+    first of several ranks has it for all."""
+    if not ranks.is_first():
+        yield
+        return
     try:
         output.mkdir(parents=True, exist_ok=True)
         with files.locked(output):

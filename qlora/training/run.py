@@ -25,7 +25,7 @@ from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
 from qlora.config import TrainConfig, flat
-from qlora.config.resume import begins_anew, changed_settings, differences
+from qlora.config.resume import begins_anew, changed_settings, differences, with_batches_of
 from qlora.config.tasks import task_named
 from qlora.data import mixing
 from qlora.data import rows as data_rows
@@ -39,6 +39,7 @@ from qlora.data.templates import apply_settings
 from qlora.errors import UserError, require
 from qlora.fast.offload import offload_embedding
 from qlora.files import RUN, SAMPLES, ids_in
+from qlora.training import ranks
 from qlora.training.callbacks import FreeCores, ReturnMemory, return_freed_memory
 from qlora.training.checkpoints import read_stream, set_aside, state_at
 from qlora.training.checks import check_arguments, check_settings
@@ -84,20 +85,31 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
         return_freed_memory()
     output = Path(config.output_dir).expanduser()
     config = replace(config, output_dir=str(output))
+    with ranks.joined(flat(config)):
+        _train(config, output, planned_bytes)
+    return output
+
+
+def _train(config: TrainConfig, output: Path, planned_bytes: int | None) -> None:
+    if ranks.is_restarted() and (output / RUN).exists():
+        config = replace(config, resume=True)
     resume_from = check_settings(config, output)
     config = check_arguments(config)
     recorded = read_run(output) if resume_from else {}
+    config, recorded = with_batches_of(config, recorded, ranks.count())
     config = with_settings_of_adapter(config, recorded.get("config", {}))
     changed = changed_settings(config, recorded.get("config", {}), output / RUN)
     if resume_from and config.learning_rate is None:
         config = replace(config, learning_rate=recorded.get("config", {}).get("learning_rate"))
 
-    checkpoint = Checkpoint.open(config.model, revision=config.revision)
-    task, trusted = config.task, config.trust_remote_code
-    require_task(checkpoint, task)
-    tokenizer = load_tokenizer(checkpoint, task=task, trust_remote_code=trusted)
-    apply_settings(tokenizer, config.data)
-    data = prepare_rows(config, checkpoint, tokenizer)
+    with ranks.one_before_others():
+        checkpoint = Checkpoint.open(config.model, revision=config.revision)
+        task, trusted = config.task, config.trust_remote_code
+        require_task(checkpoint, task)
+        tokenizer = load_tokenizer(checkpoint, task=task, trust_remote_code=trusted)
+        apply_settings(tokenizer, config.data)
+        data = prepare_rows(config, checkpoint, tokenizer)
+    ranks.require_same("rows", data.counts["training"])
     with closing(data.stream) if data.stream else nullcontext():
         changed |= changed_rows(config, data.counts, recorded)
         if data.stream and resume_from:
@@ -105,7 +117,6 @@ def train(config: TrainConfig, *, planned_bytes: int | None = None) -> Path:
         load_and_train(
             config, checkpoint, tokenizer, data, resume_from, recorded, changed, planned_bytes
         )
-    return output
 
 
 def load_and_train(
@@ -163,7 +174,7 @@ def run_and_write(
     output, model, tokenizer = Path(config.output_dir), trainer.model, trainer.processing_class
     settings = flat(config)
     base = {"resolved": str(model.config._name_or_path), **state_of(model).record()}
-    if resume_from:
+    if resume_from and ranks.is_first():
         set_aside(output, state_at(resume_from).global_step)
     if resume_from and trainer.is_done(resume_from):
         settings = recorded.get("config", settings)  # with which it was trained
@@ -173,13 +184,16 @@ def run_and_write(
         trainer.rows_from = rows_from(resumed)
         write_run_file(output, settings, base, data.counts, resumed)
     else:
-        remove_leftovers(output)
+        if ranks.is_first():
+            remove_leftovers(output)
         write_run_file(output, settings, base, data.counts)
     parts = (data.rows, data.eval_rows, data.max_length)
-    samples = choose_samples(config.task, config.samples, *parts)
+    samples = choose_samples(config.task, config.samples * ranks.is_first(), *parts)
     if samples and not resume_from:
         answer_if_memory_suffices(output, "before", samples, model, tokenizer)
     trainer.fit(resume_from)
+    if not ranks.is_first():
+        return
     with out_of_memory_in(trainer, "saving the adapter"):
         trainer.save_result(output)  # before the answers, which may fail or be interrupted
     if samples:
@@ -236,14 +250,19 @@ def go_on(
     begun = rows_from(recorded.get("resumed", []))
     if begins_anew(changed) or not state:
         return {}
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    items = (state_at(resume_from).global_step - begun) * batch
+    items = (state_at(resume_from).global_step - begun) * rows_a_step(config)
     if stream.go_to(items, state):
         return {}
     fault = "has other rows than those that the run has read: give the same data"
     anyway = f"--resume: {config.data.name} {fault}, --resume-anyway, or a new --output-dir"
     require(config.resume_anyway, anyway)
     return {"rows.read": [state["digest"], "other rows"]}
+
+
+def rows_a_step(config: TrainConfig) -> int:
+    """The rows, or packs, of an optimizer step on all ranks."""
+    one = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return one * ranks.count()
 
 
 def rows_from(resumed: Sequence[Mapping[str, Any]]) -> int:
@@ -324,14 +343,13 @@ def open_stream(
     config: TrainConfig, tokenizer: Any, max_length: int, vocabulary: int | None
 ) -> StreamedRows:
     """The rows of a run that reads them while it trains."""
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     seed = config.trainer.get("data_seed")
     return StreamedRows(
         config.data,
         tokenizer,
         task=config.task,
         max_length=max_length,
-        size=config.max_steps * batch,
+        size=config.max_steps * rows_a_step(config),
         seed=config.seed if seed is None else seed,
         vocabulary=vocabulary,
     )

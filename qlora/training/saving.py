@@ -4,6 +4,9 @@ Where a checkpoint cannot be written, an error line says so, the training state 
 the last checkpoint on the disk, and the run goes on; the next checkpoint is tried as usual. With
 `--on-full-disk stop` it ends instead. The adapter of a finished run whose last step no checkpoint
 has is tried again until there is room.
+
+Of several ranks the first one writes, while the others wait for it; each one's random generators
+are in the checkpoint.
 """
 
 import json
@@ -16,6 +19,7 @@ from tqdm.auto import tqdm
 from qlora.adapters.files import save_adapter
 from qlora.errors import UserError, some
 from qlora.files import replace_text
+from qlora.training import ranks
 from qlora.training.checkpoints import (
     STREAM,
     SafeStates,
@@ -54,6 +58,13 @@ class Saving(SafeStates):
         """Trainer's, but not of an adapter whose last loss was not finite; whole or not at all."""
         if not self.steps.is_sound:
             return
+        self.gather_states()
+        if ranks.is_first():
+            self._try_checkpoint(model, trial)
+        state, best = self.state, ranks.of_first(best_of(self.state))
+        state.best_metric, state.best_global_step, state.best_model_checkpoint = best
+
+    def _try_checkpoint(self, model: Any, trial: Any) -> None:
         state, output = self.state, Path(str(self.args.output_dir))
         try:
             self._write_checkpoint(model, trial)
@@ -82,18 +93,25 @@ class Saving(SafeStates):
             out_of_memory_in(self, f"saving checkpoint-{step}"),
             new_checkpoint(output, step) as at,
         ):
-            self.saves_to = str(at)
+            self.saves_to, strategy = str(at), self.args.save_strategy
+            if ranks.count() > 1:
+                self.args.save_strategy = "no"  # with it Trainer does not wait for other ranks here
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
             finally:
-                self.saves_to = None
+                self.saves_to, self.args.save_strategy = None, strategy
             if hasattr(self.train_dataset, "place_of"):  # a StreamedRows
                 steps = step - self.rows_from
                 batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-                place = json.dumps(self.train_dataset.place_of(steps * batch))
+                place = json.dumps(self.train_dataset.place_of(steps * batch * ranks.count()))
                 replace_text(at / f"checkpoint-{step}" / STREAM, place)
         if limit := self.args.save_total_limit:
             remove_old(output, limit, {best} if best else set(), self.steps.sound_step)
+
+    def store_flos(self: Any) -> None:
+        """Count operations of this rank, where Trainer waits for all ranks."""
+        self.state.total_flos += self.current_flos
+        self.current_flos = 0
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes a checkpoint, and removes others."""

@@ -10,6 +10,7 @@ differs from Trainer in:
     checkpoints   hold the adapter, not the model; no pickles (checkpoints.py, saving.py)
     optimizer     LoRA+ rates; fp32 masters of bf16 parameters (optimizers.py); unpaged on a CPU
     memory        micro-batches are split where it runs out (memory.py)
+    ranks         of several GPUs share the rows, and average the gradients once a step (ranks.py)
     activations   optionally in host memory until the backward pass (qlora.fast.offload)
 """
 
@@ -17,13 +18,15 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler
+from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
@@ -41,6 +44,7 @@ from qlora.data.objectives import OBJECTIVES, Objective, measure
 from qlora.errors import Interrupted, StreamError, UserError, first_line, require
 from qlora.fast.attention import rows_collator
 from qlora.fast.offload import offload_activations
+from qlora.training import ranks
 from qlora.training.callbacks import (
     EarlyStop,
     FiniteSteps,
@@ -60,11 +64,12 @@ from qlora.training.checks import refusals, training_arguments
 from qlora.training.memory import Parts, out_of_memory_in
 from qlora.training.optimizers import keep_updates, loses_updates
 from qlora.training.outputs import (
+    LastLog,
     MetricsWriter,
     PlainProgress,
-    show_rows,
 )
 from qlora.training.saving import Saving, best_of
+from qlora.training.shares import SeededGroups, Share, empty_batch, is_empty, share_alone
 
 OWN_VALUES = {"weight_decay", "betas", "eps"}  # of an optimizer: this run's, not the checkpoint's
 
@@ -114,36 +119,17 @@ def make_trainer(
     trainer.optimizer = trainer.lr_scheduler = None
     for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # a notebook has another default
         trainer.remove_callback(callback)
-    goes_on = config.on_full_disk == GO_ON
-    writer = MetricsWriter(Path(config.output_dir), planned_bytes, goes_on=goes_on)
-    # first, as it adds values to the logs that the loggers receive
-    trainer.callback_handler.callbacks.insert(0, writer)
-    trainer.add_callback(PlainProgress())
+    if ranks.is_first():
+        goes_on = config.on_full_disk == GO_ON
+        writer = MetricsWriter(Path(config.output_dir), planned_bytes, goes_on=goes_on)
+        # first, as it adds values to the logs that the loggers receive
+        trainer.callback_handler.callbacks.insert(0, writer)
+        trainer.add_callback(PlainProgress())
+    trainer.add_callback(LastLog())
     if config.early_stopping_patience is not None:
         trainer.add_callback(EarlyStop(config.early_stopping_patience))
     trainer.add_callback(Owed(trainer))  # last: the others count what it evaluates
     return trainer
-
-
-class SeededGroups(Sampler[int]):
-    """Trainer's group_by_length, in an order that depends on the seed and the epoch alone, as its
-    random order does: a resumed epoch goes on where it stopped. Accelerate sets the epoch."""
-
-    def __init__(self, groups: LengthGroupedSampler, seed: int) -> None:
-        self.groups, self.seed, self.epoch = groups, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        # a DataLoader's draw for its workers: epoch 0 has the order of plain Trainer
-        torch.empty((), dtype=torch.int64).random_(generator=generator)
-        self.groups.generator = generator
-        return iter(self.groups)
-
-    def __len__(self) -> int:
-        return len(self.groups)
 
 
 class AdapterTrainer(Saving, Trainer):
@@ -254,6 +240,8 @@ class AdapterTrainer(Saving, Trainer):
         if checkpoint:
             self.args.eval_on_start = False
             self.saved_best = best_of(state_at(checkpoint))
+        if ranks.count() > 1:
+            self.begin_together()
         with self.on_signal, out_of_memory_in(self, "the optimizer's step"):
             try:
                 self.train(resume_from_checkpoint=checkpoint)
@@ -264,10 +252,22 @@ class AdapterTrainer(Saving, Trainer):
                 if self.args.load_best_model_at_end and self.state.best_global_step:
                     self._load_best_model()
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
-        if number := self.on_signal.number:  # that came after the last step
+        if number := self.on_signal.of_any():  # that came after the last step
             raise Interrupted(last_checkpoint(Path(str(self.args.output_dir))), number)
         if not (self.steps.is_sound or self.steps.passes_again()):
-            raise UserError(self.steps.fault())
+            ranks.refuse(self.steps.fault())
+
+    def begin_together(self) -> None:
+        """Several ranks begin with the same parameters and draw different numbers. The model is
+        prepared without DistributedDataParallel (qlora.training.ranks)."""
+        ranks.send_values(self.trained())
+        if not ranks.is_first():  # which draws those of one process
+            set_seed(self.args.seed, device_specific=True)
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # fp16's autocast
+
+    def trained(self) -> list[Tensor]:
+        """The parameters that are trained, in the order of the model."""
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
     def adapter_step(self) -> int:
@@ -275,8 +275,17 @@ class AdapterTrainer(Saving, Trainer):
         return int(self.state.global_step if self.best_step is None else self.best_step)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's, in parts where memory runs out; 0 for a loss that is not finite, which
-        FiniteSteps finds: sums stay finite."""
+        """Trainer's, in parts where memory runs out, and with the gradients of all ranks after the
+        last micro-batch; 0 for a loss that is not finite, which FiniteSteps finds: sums stay
+        finite."""
+        loss = torch.zeros((), device=self.args.device)
+        if not is_empty(inputs):
+            loss = self._pass_in_parts(model, inputs, num_items_in_batch)
+        if ranks.count() > 1 and self.accelerator.sync_gradients:
+            ranks.average_gradients(self.trained())
+        return loss
+
+    def _pass_in_parts(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         before = self.steps.batches  # of this optimizer step
         if not before:
             self.parts.rewind.mark()
@@ -324,9 +333,34 @@ class AdapterTrainer(Saving, Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler, seed = super()._get_train_sampler(train_dataset), self.args.data_seed
+        seed = self.args.seed if seed is None else seed
         if isinstance(sampler, LengthGroupedSampler):
-            sampler = SeededGroups(sampler, self.args.seed if seed is None else seed)
+            sampler = SeededGroups(sampler, seed)
+        if ranks.count() > 1:
+            size, drop_last = self.args.train_batch_size, self.args.dataloader_drop_last
+            sampler = Share(sampler, size, seed=seed, drop_last=drop_last)
         return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        sampler = super()._get_eval_sampler(eval_dataset)
+        if ranks.count() > 1:
+            sampler = sampler or SequentialSampler(eval_dataset)
+            sampler = Share(sampler, self.args.eval_batch_size, seed=self.args.seed)
+        return sampler
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        if ranks.count() > 1:
+            share_alone(loader)
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Trainer's; at the end of the data, with empty batches for a rank that has fewer."""
+        if ranks.count() == 1:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
+        batches += [empty_batch(device) for _ in range(num_batches - len(batches))]
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter_weights(self.model, resume_from_checkpoint)
@@ -397,10 +431,13 @@ class AdapterTrainer(Saving, Trainer):
         self.callback_handler.eval_dataloader = dataloader  # its length, for the progress bar
         broken: list[Any] = []
         results = self._results(dataloader, broken)
-        measured = measure(self.objective, results, state_of(self.model).labels)
-        if broken:
-            self.steps.is_sound &= len(broken) < len(dataloader)  # else the adapter is the cause
-            rows = show_rows(broken, dataloader.dataset, self.processing_class)
+        labels = state_of(self.model).labels
+        measured = measure(self.objective, results, labels, gathered=ranks.gathered)
+        count = sum(*ranks.numbers(len(broken)))
+        if count:
+            batches = -(-self.num_examples(dataloader) // self.args.eval_batch_size)
+            self.steps.is_sound &= count < batches  # else the adapter is the cause
+            rows = self.steps.show(broken, dataloader.dataset)
             tqdm.write(f"step {self.state.global_step}: the evaluation loss is not finite{rows}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         size = self.num_examples(dataloader)
@@ -409,7 +446,8 @@ class AdapterTrainer(Saving, Trainer):
     def _results(self, dataloader: Any, broken: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
         """Summed loss, outputs, labels of each evaluation batch; `broken` gets those not finite."""
         model, step_done = self.model.eval(), self.callback_handler.on_prediction_step
-        one = torch.tensor(1, device=self.args.device)  # num_items=1 keeps the loss a sum
+        # the loss stays a sum: Trainer multiplies it by the ranks
+        one = torch.tensor(ranks.count(), device=self.args.device)
 
         def compute(part: Any) -> tuple[Any, Any, Any]:
             batch = self._prepare_inputs(part)
@@ -418,8 +456,9 @@ class AdapterTrainer(Saving, Trainer):
             # logits of all parts at once may not fit
             return loss, outputs if self.objective.classifies else None, batch["labels"]
 
-        before = torch.get_rng_state()
+        before, left = torch.get_rng_state(), len(dataloader)
         for inputs in dataloader:
+            left -= 1
             torch.set_rng_state(
                 before
             )  # a DataLoader draws a seed: steps are as without evaluation
@@ -427,4 +466,6 @@ class AdapterTrainer(Saving, Trainer):
             if not all(loss.isfinite() for loss, _, _ in results):
                 broken.append(inputs)
             yield from results
+            self.control = step_done(self.args, self.state, self.control)
+        for _ in range(left):  # batches that only other ranks have
             self.control = step_done(self.args, self.state, self.control)

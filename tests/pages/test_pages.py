@@ -52,6 +52,8 @@ NOT_RUN = {  # start of a command -> why it is not run
     "python benchmarks/": "minutes to hours: its flags are looked up",
     "python docs/api.py": "tests/pages/test_docs.py runs it",
     "python train.py --plan": "exits at once: tests/plan/test_command.py runs it",
+    "torchrun": "several processes: tests/training/test_launchers.py starts them",
+    "accelerate": "several processes: tests/training/test_launchers.py starts them",
     "vllm serve": "another program, needs a GPU",
     "python merge_dequant.py --format gguf-q4_k_m": "llama.cpp has to know the tokenizer",
     "python -m qlora.portable --adapter out/mine --gguf": "llama.cpp has to know the tokenizer",

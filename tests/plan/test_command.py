@@ -62,6 +62,17 @@ def test_table_has_the_parts_and_the_verdict(model, capsys):
     assert "--gpu-memory 8GiB, say" in said(model, "", capsys)
 
 
+def test_several_gpus_are_told_with_the_rows_and_bytes_of_a_step(model, capsys):
+    flags = "--gpus 4 --gradient-accumulation-steps 3 --r 8"
+    table = said(model, f"{flags} --gpu-memory 8GiB", capsys)
+    record = json.loads(said(model, f"{flags} --json", capsys))
+    assert "A step has 24 rows:\n2 a micro-batch × 3 micro-batches × 4 GPUs." in table
+    assert f"Each GPU sends {record['sent_bytes'] / 2**20:.1f} MiB a step." in table
+    assert "arithmetic without the transfer" in table
+    assert (record["gpus"], record["rows_a_step"]) == (4, 24)
+    assert "GPUs" not in said(model, "", capsys)
+
+
 def test_fit_chooses_flags_that_fit(model, capsys):
     flags = "--max-length 8192 --r 8 --no-gradient-checkpointing"
     before = json.loads(said(model, f"{flags} --json", capsys))

@@ -13,7 +13,7 @@ from conftest import SIZES, axis
 from qlora.base import load_base
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
 from qlora.errors import UserError
-from qlora.plan.estimate import ALLOWANCE, CONTEXT, Plan, Planner, budget
+from qlora.plan.estimate import ALL_REDUCE, ALLOWANCE, CONTEXT, Plan, Planner, budget
 from qlora.plan.meter import WORKSPACES
 from qlora.plan.optimizer import optimizer_bytes
 from qlora.plan.step import ADAPTERS, EMBEDDING, GRADIENTS, HEAD, LINEAR, OTHER, SAVED
@@ -175,6 +175,20 @@ def test_embedding_in_host_memory(folder):
     assert before.peak_bytes - after.peak_bytes == pytest.approx(2 * 320 * 256 * 1.03, rel=1e-3)
     with pytest.raises(UserError, match="tied to the output head"):
         Planner(replace(config, model=str(folder("gemma2")), offload_embedding=True)).plan()
+
+
+@pytest.mark.parametrize("dtype, size", [("bf16", 2), ("fp32", 4)])
+def test_several_gpus_have_the_gradients_twice_before_the_optimizer_step(dtype, size, folder):
+    """And of each matrix a number beside its gradient, as the tensor of the all-reduce has."""
+    lora = LoraConfig(r=8, adapter_dtype=dtype)
+    config = config_of(folder("llama"), lora=lora, gradient_accumulation_steps=3, plan=True)
+    one, four = (Planner(replace(config, gpus=gpus)).plan() for gpus in (None, 4))
+    gradients = one.parts[GRADIENTS] + LAYERS * 7 * 2 * size
+    *_, total, step = four.segments
+    assert +total.rise == {ALL_REDUCE: gradients} and step.start == total.start
+    assert (four.parts, four.peak_at) == (one.parts, one.peak_at)  # the peak is in another part
+    assert (one.sent_bytes, four.sent_bytes) == (0, gradients * 2 * 3 // 4)
+    assert (one.rows_a_step, four.rows_a_step) == (2 * 3, 2 * 3 * 4)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,12 @@ def test_a_run_stops_after_five_broken_steps_in_a_row_or_a_tenth_of_its_steps(
     steps, bad, stops_after, checkpoints, tmp_path
 ):
     model = adapted_model(checkpoints("llama"))
-    trainer = Mock(model=model, accelerator=SimpleNamespace(scaler=None), train_dataset=[])
+    trainer = Mock(
+        model=model,
+        on_signal=Mock(noted=0),
+        accelerator=SimpleNamespace(scaler=None),
+        train_dataset=[],
+    )
     trainer.args.output_dir = tmp_path
     finite = FiniteSteps(trainer)
     begin = 100  # of a resumed run: its own steps count
@@ -186,7 +191,12 @@ def test_overflows_of_a_scaled_fp16_loss_are_the_scalers(scale, skipped, checkpo
     the scale is not the reason."""
     model = adapted_model(checkpoints("llama"))
     scaler = SimpleNamespace(get_scale=lambda: scale)
-    trainer = Mock(model=model, accelerator=SimpleNamespace(scaler=scaler), train_dataset=[])
+    trainer = Mock(
+        model=model,
+        on_signal=Mock(noted=0),
+        accelerator=SimpleNamespace(scaler=scaler),
+        train_dataset=[],
+    )
     steps = FiniteSteps(trainer)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, math.inf) if parameter.requires_grad else None
@@ -207,7 +217,12 @@ def test_a_spike_of_the_loss_is_logged_with_its_rows(checkpoints, capsys):
     """Not the first losses, nor those that differ as much as the ones before."""
     model = adapted_model(checkpoints("llama"))
     inputs = {"input_ids": torch.arange(4, 8)[None], "attention_mask": torch.ones(1, 4)}
-    trainer = Mock(model=model, accelerator=SimpleNamespace(scaler=None), processing_class=None)
+    trainer = Mock(
+        model=model,
+        on_signal=Mock(noted=0),
+        accelerator=SimpleNamespace(scaler=None),
+        processing_class=None,
+    )
     trainer.train_dataset = [{"input_ids": [9]}, {"input_ids": [4, 5, 6, 7]}]
     finite, said = FiniteSteps(trainer), dict[int, str]()
     for parameter in model.parameters():

@@ -296,7 +296,7 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
         ({"trainer": {"torch_compile": "yes"}}, ["torch_compile is not supported"]),
         ({"trainer": {"push_to_hub": True}}, ["push_to_hub is not supported", "hf upload"]),
         ({"trainer": {"hub_model_id": "me/it"}}, ["hub_model_id is not supported", "hf upload"]),
-        ({"trainer": {"fsdp_config": {}}}, ["fsdp_config is not supported", "one GPU"]),
+        ({"trainer": {"fsdp_config": {}}}, ["fsdp_config is not supported", "several GPUs"]),
         ({"trainer": {"prediction_loss_only": True}}, ["prediction_loss_only has no effect"]),
         ({"trainer": {"resume_from_checkpoint": "x"}}, ["--resume continues"]),
         ({"trainer": {"auto_find_batch_size": True}}, ["is not needed", "is split"]),
@@ -382,7 +382,7 @@ def test_words_of_yaml_get_the_type_of_the_argument(checkpoints, data, tmp_path)
     assert not list(train(config).glob("checkpoint-*"))
 
 
-def test_folders_and_environments_that_are_refused(quick_run, tmp_path, data, monkeypatch):
+def test_folders_that_are_refused(quick_run, tmp_path, data):
     with refuses(quick_run.folder, "already holds a run", "--resume to continue it"):
         train(quick_run.config)
     conftest.tiny_model("llama").save_pretrained(tmp_path / "base")
@@ -391,9 +391,6 @@ def test_folders_and_environments_that_are_refused(quick_run, tmp_path, data, mo
     (tmp_path / "run.yaml").write_text("config: {}\n")
     with refuses(tmp_path, "or remove it: it has no checkpoint to resume from"):
         check_settings(quick_run.config, tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with refuses(tmp_path, "several GPUs are not supported yet"):
-        check_settings(quick_run.config, tmp_path / "run")
 
 
 @conftest.on_gpu
