@@ -274,12 +274,12 @@ def gathered(value: Any) -> list[Any]:
 
 def numbers(*own: float) -> list[tuple[float, ...]]:
     """Some numbers of each rank, for each of them those of all ranks."""
+    if count() == 1:
+        return [(float(value),) for value in own]
     table = torch.tensor([own], dtype=torch.float64)  # (1, numbers)
-    if count() > 1:
-        parts = [torch.empty_like(table) for _ in range(count())]
-        dist.all_gather(parts, table)
-        table = torch.cat(parts)  # (ranks, numbers)
-    return [tuple(column) for column in table.T.tolist()]
+    parts = [torch.empty_like(table) for _ in range(count())]
+    dist.all_gather(parts, table)
+    return [tuple(column) for column in torch.cat(parts).T.tolist()]  # of (ranks, numbers)
 
 
 def most(own: float) -> float:
