@@ -197,7 +197,6 @@ PRINCIPAL = 64  # principal directions of the inputs
 RANK, RANK_SHARE = 256, 8  # of the moments between panels: at least RANK, or 1 / 8 of the inputs
 PATIENCE, ENOUGH = 4, 0.98  # stop when that many rounds have not lowered the cost to this share
 PANEL = 256  # columns at a time, whole blocks
-COLUMNS = 8  # of these, one after the other
 
 
 def keep_adapter(
@@ -306,7 +305,7 @@ class _Panel:
 
     def descend(self) -> None:
         """One block after the other: its codes, then its scale and shift."""
-        grid, size = self.grid, self.grid.block if self.grid.moves else COLUMNS
+        grid, size = self.grid, self.grid.block
         for first in range(0, len(self.weight), size):
             block = slice(first, first + size)
             before, gradient = self.weight[block].clone(), self.gradient[block]
@@ -322,8 +321,7 @@ class _Panel:
     def _move_codes(self, block: slice) -> None:
         """Columns at their best levels, each given those before it, in units of their scale."""
         grid, at = self.grid, (self.first + block.start) // self.grid.block
-        own = slice(at, at + (1 if grid.moves else block.stop - block.start))
-        scale, shift = grid.scale[own], 0 if grid.shift is None else grid.shift[own]
+        scale, shift = grid.scale[at], 0 if grid.shift is None else grid.shift[at]
         levels = ((self.weight[block] - shift) / scale).nan_to_num(0, 0, 0)  # (c, out)
         gradient = (self.gradient[block] / scale).nan_to_num(0, 0, 0)
         step = descend_fused if levels.is_cuda else descend

@@ -71,9 +71,8 @@ def _fit_blocks(grid: IntegerGrid, target: Tensor, importance: Tensor) -> None:
         columns = slice(block * grid.block, (block + 1) * grid.block)
         weights = importance[columns] / importance[columns].sum()
         values = target[columns]  # (columns, out)
-        scale, shift = grid.scale[block].clone(), None
-        if grid.shift is not None:
-            shift = grid.shift[block].clone()
+        scale = grid.scale[block].clone()
+        shift = None if grid.shift is None else grid.shift[block].clone()
         least = torch.full_like(scale, torch.inf)
         for part in SCALES:
             tried = grid.nearest(block, scale * part, None if shift is None else shift * part)

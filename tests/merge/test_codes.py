@@ -60,19 +60,21 @@ def test_the_adapter_survives_where_rounding_to_nearest_loses_it(ratio, least, d
     assert kept(nf4.quantize(target, quant)) < least - 0.1
 
 
-def test_a_sweep_moves_each_code_in_turn_to_the_best_of_the_sixteen_levels():
+@pytest.mark.parametrize("wide", [64, 84], ids=["aligned", "blocks across rows"])
+def test_a_sweep_moves_each_code_in_turn_to_the_best_of_the_sixteen_levels(wide):
     """Against the same descent by brute force: each column in turn, every level tried."""
-    start, target, _, _, moments = layer(3, 64)
+    start, target, _, _, moments = layer(16, wide, ratio=0.3)
     moments = moments / moments.diagonal().mean()
     grid = NF4Grid(start)
     grid.moves = False  # codes alone: absmax stays
     codes._Descent(grid, target, moments).sweep(0.0)
-    levels, scale = torch.tensor(reference.NF4).double(), nf4.absmax(start).double()
-    for row in range(3):
+    levels = torch.tensor(reference.NF4).double()
+    scale = nf4.absmax(start).double().repeat_interleave(64)[: 16 * wide].view(16, wide)
+    for row in range(16):
         weight = nf4.dequantize(start)[row].double()
-        for j in range(64):
+        for j in range(wide):
             tried = weight.repeat(16, 1)  # (levels, in)
-            tried[:, j] = levels * scale[row]
+            tried[:, j] = levels * scale[row, j]
             error = tried - target[row].double()
             weight = tried[(error @ moments.double() * error).sum(1).argmin()]
         torch.testing.assert_close(grid.weight[:, row], weight.float(), rtol=1e-5, atol=1e-6)
