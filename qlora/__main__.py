@@ -14,6 +14,7 @@ from psutil import cpu_percent
 from qlora import __version__, config
 from qlora.cli import drop_lost_output, flag_of, parse
 from qlora.errors import (
+    OWN_SECONDS,
     STOPS,
     Interrupted,
     RankError,
@@ -27,7 +28,6 @@ from qlora.files import hash_beside
 # Bars of huggingface_hub and transformers, and of datasets: no lines in a log.
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 LOOK_SECONDS, BUSY_PERCENT = 0.1, 50  # of the load at the start: half a core of others
-OWN_SECONDS = 4.0  # in which the first of several processes ends on an error of all
 SIZES = ("max_length", "per_device_train_batch_size", "max_new_tokens")  # settings of GPU memory
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # config, module:function, message after Ctrl-C
     "train": (

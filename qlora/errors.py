@@ -9,6 +9,7 @@ from difflib import get_close_matches
 STOPS = tuple(each for each in signal.Signals if each.name in ("SIGTERM", "SIGHUP"))
 
 
+OWN_SECONDS = 4.0  # in which the first of several processes ends on an error of all
 LONGEST_MESSAGE = 2000  # characters
 
 

@@ -192,9 +192,8 @@ def training_arguments(config: TrainConfig, *, fp16: bool, on_cpu: bool) -> Trai
         require(config.trainer.get(name) != "batch_rebalance", fault)
     settings |= config.trainer
     _require_evaluations(settings, config.data.evaluates, config.early_stopping_patience)
-    os.environ.pop(
-        "ACCELERATE_MIXED_PRECISION", None
-    )  # `accelerate launch`'s: compute_dtype says it
+    # `accelerate launch` sets it; here compute_dtype says it
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     with refusals():
         arguments = TrainingArguments(**settings)
         arguments.get_process_log_level()  # Trainer's first use of log_level

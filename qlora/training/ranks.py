@@ -43,7 +43,15 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm.auto import tqdm
 
 from qlora import __version__
-from qlora.errors import Interrupted, RankError, UserError, first_line, is_first_process, require
+from qlora.errors import (
+    OWN_SECONDS,
+    Interrupted,
+    RankError,
+    UserError,
+    first_line,
+    is_first_process,
+    require,
+)
 
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
@@ -53,7 +61,6 @@ SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # of acce
 START = "start them with `torchrun --nproc-per-node N train.py …`"
 JOIN, STEP, WORK = timedelta(minutes=5), timedelta(minutes=30), timedelta(days=7)  # longest waits
 LOOK_SECONDS = 0.5  # from one look at the other processes to the next
-OWN_SECONDS = 4.0  # in which the first rank ends on an error of all ranks
 ENDED = "another process of this run has ended, its error is above"
 _waits: Any = None  # the group in which ranks wait for work of one of them
 _watch: "Watch | None" = None
