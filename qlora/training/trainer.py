@@ -38,6 +38,7 @@ from transformers.training_args import OptimizerNames
 from qlora.adapters.files import load_adapter_weights
 from qlora.adapters.lora import lora_layers
 from qlora.base.modules import state_of
+from qlora.base.sharding import is_sharded
 from qlora.config import GO_ON, TrainConfig
 from qlora.data.batches import collator
 from qlora.data.objectives import OBJECTIVES, Objective, measure
@@ -69,7 +70,14 @@ from qlora.training.outputs import (
     PlainProgress,
 )
 from qlora.training.saving import Saving, best_of
-from qlora.training.shares import SeededGroups, Share, empty_batch, is_empty, share_alone
+from qlora.training.shares import (
+    SeededGroups,
+    Share,
+    blank_batch,
+    empty_batch,
+    is_empty,
+    share_alone,
+)
 
 OWN_VALUES = {"weight_decay", "betas", "eps"}  # of an optimizer: this run's, not the checkpoint's
 
@@ -359,7 +367,8 @@ class AdapterTrainer(Saving, Trainer):
         if ranks.count() == 1:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = list(islice(epoch_iterator, num_batches))
-        batches += [empty_batch(device) for _ in range(num_batches - len(batches))]
+        nothing = blank_batch if is_sharded(self.model) else empty_batch
+        batches += [nothing(device) for _ in range(num_batches - len(batches))]
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -468,4 +477,6 @@ class AdapterTrainer(Saving, Trainer):
             yield from results
             self.control = step_done(self.args, self.state, self.control)
         for _ in range(left):  # batches that only other ranks have
+            if is_sharded(model):
+                compute(blank_batch(self.args.device))
             self.control = step_done(self.args, self.state, self.control)
