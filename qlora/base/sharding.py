@@ -14,6 +14,7 @@ A weight is cut when the loader registers it, 4-bit codes already: no rank has m
 and what is not in 4 bits.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,7 +30,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora.errors import require
 from qlora.ops.nf4 import as_bytes
+
+ASYNC = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers
 
 
 @contextmanager
@@ -44,10 +48,13 @@ def keeping_shards() -> Iterator[None]:
             weight.data = own[rank].clone() if rank < len(own) else own[0][:0].clone()
 
     hook = register_module_parameter_registration_hook(cut)
+    before = os.environ.get(ASYNC)
+    os.environ[ASYNC] = "1"  # else threads put a 4-bit checkpoint on the device before it is cut
     try:
         yield
     finally:
         hook.remove()
+        os.environ.pop(ASYNC) if before is None else os.environ.update({ASYNC: before})
 
 
 def shard_base(model: PreTrainedModel, *, offload: bool = False) -> None:
@@ -55,11 +62,17 @@ def shard_base(model: PreTrainedModel, *, offload: bool = False) -> None:
 
     The 4-bit weights have been loaded within `keeping_shards`. `offload` keeps the shards of the
     decoder layers in pinned host memory, and copies each to the GPU before it is gathered.
+
+    Raises:
+        UserError: the family has no decoder layers of transformers' common class.
     """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    fault = f"{type(model).__name__} has no decoder layers that transformers knows"
+    require(bool(layers), f"{fault}, by which it would be sharded: use --sharding ddp")
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
-    for module in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-        _shard(module, mesh, policy)
+    for layer in layers:
+        _shard(layer, mesh, policy)
     _shard(model, mesh, OffloadPolicy())
 
 

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qlora.errors import UserError
 from qlora.base.sharding import is_sharded
+from qlora.errors import UserError
 from qlora.fast.offload import offload_activations
 from qlora.training import ranks
 from qlora.training.checkpoints import complete_checkpoints

@@ -213,7 +213,7 @@ def answer_if_memory_suffices(output: Path, when: str, *rest: Any) -> None:
     try:
         write_answers(output, when, *rest)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or is_sharded(rest[1]):  # then other ranks wait
             raise
     else:
         return

@@ -289,6 +289,8 @@ class AdapterTrainer(Saving, Trainer):
         loss = torch.zeros((), device=self.args.device)
         if not is_empty(inputs):
             loss = self._pass_in_parts(model, inputs, num_items_in_batch)
+        elif is_sharded(model):
+            self.one_pass(model, blank_batch(self.args.device), num_items_in_batch)
         if ranks.count() > 1 and self.accelerator.sync_gradients:
             ranks.average_gradients(self.trained())
         return loss
@@ -367,8 +369,7 @@ class AdapterTrainer(Saving, Trainer):
         if ranks.count() == 1:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = list(islice(epoch_iterator, num_batches))
-        nothing = blank_batch if is_sharded(self.model) else empty_batch
-        batches += [nothing(device) for _ in range(num_batches - len(batches))]
+        batches += [empty_batch(device) for _ in range(num_batches - len(batches))]
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
