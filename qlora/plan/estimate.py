@@ -10,7 +10,8 @@ may take them back, which it does where memory is short. On a GPU loading is non
 quantized one after another, and one in 16 bits is less than a step takes.
 
 With several GPUs each has all of it, and between the last backward pass and the optimizer's step
-the flat copy of the gradients that travels (qlora.training.ranks).
+the flat copy of the gradients that travels (qlora.training.ranks). A base in shards:
+qlora.plan.shards.
 """
 
 import copy
@@ -27,6 +28,7 @@ from qlora.config import TrainConfig
 from qlora.errors import UserError, require
 from qlora.plan.meter import Segment
 from qlora.plan.optimizer import STATE, STEP, OptimizerBytes, optimizer_bytes
+from qlora.plan.shards import gpus_of, shard
 from qlora.plan.source import Source, read_source
 from qlora.plan.step import EMBEDDING, HEAD, LINEAR, OTHER, Sample, joined, quietly
 from qlora.training.ranks import buckets_of
@@ -62,6 +64,8 @@ class Plan:
     disk: dict[str, int]
     gradient_bytes: int
     """that an all-reduce sums over the GPUs, once a step"""
+    gathered_bytes: int = 0
+    """of a sharded base, that are gathered in each forward and backward pass"""
     budget_bytes: int | None = None
     """of the card, if it is known"""
 
@@ -76,7 +80,7 @@ class Plan:
 
     @property
     def gpus(self) -> int:
-        return self.config.gpus or 1
+        return gpus_of(self.config)
 
     @property
     def rows_a_step(self) -> int:
@@ -85,8 +89,9 @@ class Plan:
 
     @property
     def sent_bytes(self) -> int:
-        """What each GPU sends in a step: a ring passes on every part but one twice."""
-        return 2 * (self.gpus - 1) * self.gradient_bytes // self.gpus
+        """What each GPU sends in a step: a ring passes on every part but one, of a sum twice."""
+        gathered = self.config.gradient_accumulation_steps * self.gathered_bytes
+        return (self.gpus - 1) * (2 * self.gradient_bytes + gathered) // self.gpus
 
     def record(self) -> dict[str, Any]:
         """The object of --json."""
@@ -147,9 +152,14 @@ class Planner:
         except Exception as error:  # of a model's code that reads values
             raise UserError(f"{config.model} {_described(error)}") from error
         buckets = buckets_of(self.trained)
-        several = (config.gpus or 1) > 1
-        segments = _with_optimizer(segments, own, max(buckets) if several else 0)
+        gpus, gathered = gpus_of(config), 0
+        segments = _with_optimizer(segments, own, max(buckets) if gpus > 1 else 0)
         host = {"offloaded activations": activations} if activations else {}
+        if config.sharding == "fsdp":
+            alone = "--sharding fsdp is for several GPUs: give --gpus N, or leave it out"
+            require(gpus > 1, alone)
+            gathered, shards = shard(segments, self.sample, gpus, offload=config.offload_base)
+            host |= {"shards of the base": shards} if config.offload_base else {}
         if config.offload_embedding:
             host["embedding"] = _without_embedding(segments, self.sample.is_tied)
         if self.device == "cpu":
@@ -166,7 +176,7 @@ class Planner:
         free = psutil.virtual_memory().available if self.device == "cpu" else budget(config)
         return Plan(
             config, rows, length, segments, parts, _place(segments, peak), host, self._disk(own),
-            sum(buckets), free,
+            sum(buckets), gathered, free,
         )  # fmt: skip
 
     def anew(self) -> "Planner":

@@ -23,6 +23,7 @@ from qlora.config.tasks import CAUSAL_LM
 from qlora.errors import UserError
 from qlora.ops import nf4
 from qlora.plan.estimate import Plan, Planner, budget
+from qlora.plan.shards import gpus_of
 from qlora.plan.time import Card, card_of, card_of_size, step_seconds
 
 PAGED = "paged_adamw_8bit"
@@ -32,7 +33,7 @@ UNIT = 64  # of the longest row, in tokens
 SHARP = 32  # of the largest batch and row, one part in so many
 ONE_MODEL = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "max_length",
-    "offload_embedding",
+    "offload_embedding", "sharding", "offload_base",
 )  # fmt: skip
 """settings that need no other model to be counted"""
 IN_DATA, IN_LORA = {"max_length", "packing"}, {"r"}
@@ -97,7 +98,13 @@ def less_memory(config: TrainConfig, *, pads: bool) -> Iterator[Change]:
         yield Change([again, again | offload], "each layer's forward pass is computed twice")
     elif not config.offload_activations:
         yield Change([offload], "host memory, and copies beside the computation")
-    if not config.offload_embedding:
+    shards, in_host = {"sharding": "fsdp"}, {"offload_base": True}
+    if gpus_of(config) > 1 and config.sharding == "ddp" and not config.offload_embedding:
+        cost = "the base travels between the GPUs in each pass"
+        yield Change([shards, shards | in_host], cost)
+    elif config.sharding == "fsdp" and not config.offload_base:
+        yield Change([in_host], "host memory, and the base copied from it in each pass")
+    elif config.sharding == "ddp" and not config.offload_embedding:
         cost = "host memory, and a few rows read from it a pass"
         yield Change([{"offload_embedding": True}], cost)
 

@@ -26,6 +26,7 @@ from qlora.base.load import load_base
 from qlora.base.sharding import held_bytes, shard_base
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
 from qlora.errors import UserError
+from qlora.plan.estimate import Planner
 from qlora.training.callbacks import MMAP_THRESHOLD
 
 HOW = {
@@ -204,6 +205,8 @@ def test_shards_are_gathered_forward_and_backward(checkpoints, few, tmp_path):
         embedding = model.get_input_embeddings().weight.nbytes // 2
         passes = config.gradient_accumulation_steps
         assert sorted(gathered) == sorted(passes * ([layer] * 4 + [embedding]))
+        planned = Planner(replace(config, plan=True, gpus=2), device="cpu").plan()
+        assert sum(gathered) * 2 == passes * planned.gathered_bytes
         assert [name for name, _ in rank[1]].count("reduce_scatter_tensor") == 0
         assert [name for name, _ in rank[1]].count("all_reduce") == 1
 
