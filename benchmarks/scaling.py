@@ -125,8 +125,8 @@ def measure(
             [sys.executable, "-m", *starts, str(script), *words], capture_output=True, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False,
         )  # fmt: skip
-        lines = ran.stderr.splitlines()
-        told = [line for line in lines if line.startswith(("error:", "rank "))] or lines[-1:]
+        lines = [*ran.stderr.splitlines(), f"exit code {ran.returncode}"]
+        told = [line for line in lines if line.startswith(("error:", "rank "))] or lines[-2:]
         require(ran.returncode == 0, f"{case.ranks} ranks, {case.sharding}: {told[0]}")
         logs = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         rates = [row["tokens_per_second"] for row in logs if "loss" in row][WARM:]
@@ -151,6 +151,13 @@ def with_efficiency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         shares = [rate / row["ranks"] / one for rate, one in zip(row["rates"], ones, strict=True)]
         made.append(row | {"efficiency": statistics.median(shares)})
     return made
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """A row in a line, for the table of benchmarks/gpu_day.py."""
+    rate = statistics.median(row["rates"])
+    what = f"{row['ranks']} ranks, {row['sharding']}, {row['growth']}: {rate:,.0f} tokens/s"
+    return f"{what}, efficiency {row['efficiency']:.0%}, {row['peak_bytes'] / 2**30:.2f} GiB"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -230,7 +237,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     for row in rows:
-        record("scaling", row)
+        record("scaling", row | {"shown": [in_words(row)]})
     print(table(rows))
 
 
