@@ -70,6 +70,13 @@ NOT_RUN = {  # start of a command -> why it is not run
 FOREIGN = {  # flags of other programs
     "--extra-index-url": "pip",
     "--max-lora-rank": "vLLM",
+    "--max-restarts": "torchrun",
+    "--node-rank": "torchrun",
+    "--rdzv-id": "torchrun",
+    "--account": "sbatch",
+    "--partition": "sbatch",
+    "--requeue": "sbatch",
+    "--user": "docker run",
 }
 NEEDS_A_GPU = {"offload_activations()": "GPU"}  # Python -> a word of its error without a GPU
 PROGRAMS = ("train.py", "merge_dequant.py", "benchmarks/step.py", "-m qlora.portable",
