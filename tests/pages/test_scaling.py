@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import with_folders
 
 ROOT = Path(__file__).parents[2]
@@ -74,10 +75,15 @@ def test_efficiency_is_against_one_rank_of_the_same_round(scaling):
         ("--model no/such/one --ranks 1", "1 ranks, ddp: error: model no/such/one"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(flags, said, tmp_path):
-    done = scaled(tmp_path, flags)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}"), done.stderr
-    assert done.stderr.count("\n") == 1 and not [*tmp_path.iterdir()]
+def test_what_cannot_be_measured_is_one_line(flags, said, scaling, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(scaling, "record", None)
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        scaling.main()
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and told.out == "" and told.err.count("\n") == 1
+    assert told.err.startswith(f"error: {said}")
 
 
 # ---- docs/many_nodes.md
