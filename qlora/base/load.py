@@ -15,7 +15,7 @@ as is a pooler that it lacks. Any other missing tensor raises; transformers woul
 import inspect
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,9 +113,7 @@ def load_base(
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
     # `initialise_missing` refuses those, except in a head
     args |= {"config": empty.config, "ignore_mismatched_sizes": True}
-    with ExitStack() as stack:
-        if sharded:
-            stack.enter_context(keeping_shards())
+    with keeping_shards() if sharded else nullcontext(), ExitStack() as stack:
         if in_full:  # `initialise_missing` reports a missing head
             stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
             transformers_logging.set_verbosity_error()

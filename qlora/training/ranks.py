@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NoReturn
 
@@ -61,6 +62,7 @@ SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # of acce
 START = "start them with `torchrun --nproc-per-node N train.py …`"
 JOIN, STEP, WORK = timedelta(minutes=5), timedelta(minutes=30), timedelta(days=7)  # longest waits
 LOOK_SECONDS = 0.5  # from one look at the other processes to the next
+PROCESSES = "/proc/self/ns/pid"  # the namespace of process numbers
 ENDED = "another process of this run has ended, its error is above"
 _waits: Any = None  # the group in which ranks wait for work of one of them
 _watch: "Watch | None" = None
@@ -166,9 +168,18 @@ def _join(rank: int, ranks: int, local: int) -> None:
         raise UserError(
             f"{fault} Let all start within {JOIN.seconds // 60} minutes, and see {at}"
         ) from error
-    places = gathered((socket.gethostname(), os.getpid()))
-    _watch = Watch(pid for host, pid in places if host == socket.gethostname())
+    places = gathered((_machine(), os.getpid()))
+    _watch = Watch(pid for machine, pid in places if machine == _machine())
     _watch.start()
+
+
+def _machine() -> tuple[str, ...]:
+    """What ranks share that see each other's processes: two machines, or containers of one, may
+    have one host name."""
+    found = [socket.gethostname()]
+    with suppress(OSError):  # no Linux
+        found += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink(PROCESSES)]
+    return tuple(found)
 
 
 def _await_first(rank: int) -> None:

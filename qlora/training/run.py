@@ -95,6 +95,7 @@ def _train(config: TrainConfig, output: Path, planned_bytes: int | None) -> None
     if ranks.is_restarted() and (output / RUN).exists():
         config = replace(config, resume=True)
     resume_from = check_settings(config, output)
+    ranks.require_same("checkpoints", {"last": resume_from})
     config = check_arguments(config)
     recorded = read_run(output) if resume_from else {}
     config, recorded = with_batches_of(config, recorded, ranks.count())

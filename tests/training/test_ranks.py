@@ -271,6 +271,25 @@ def test_ranks_with_other_settings_or_rows_are_refused(what, words, checkpoints,
     assert not (tmp_path / "run").exists()
 
 
+def trained_without_its_checkpoint(config: TrainConfig) -> None:
+    """As if rank 1's machine had an output folder of its own."""
+    from qlora.training import run
+
+    if os.environ["RANK"] == "1":
+        run.check_settings = lambda *_: None  # type: ignore[assignment]
+    trained(config)
+
+
+def test_ranks_that_would_go_on_from_other_checkpoints_are_refused(checkpoints, few, tmp_path):
+    config = config_of(checkpoints("llama"), few, tmp_path / "run", max_steps=2, save_steps=2)
+    require_done(in_ranks(2, trained, config))
+    again = replace(config, resume=True, max_steps=4)
+    first, second = in_ranks(2, trained_without_its_checkpoint, again)
+    last = tmp_path / "run" / "checkpoint-2"
+    assert f"rank 1 has other checkpoints, last None, not {last} as rank 0" in first.error
+    assert second.code == 2
+
+
 def trained_beside_another_version(config: TrainConfig) -> None:
     version = importlib.metadata.version
     if os.environ["RANK"] == "1":
