@@ -114,6 +114,10 @@ class TrainConfig(Settings):
     """keep the activations of gradient checkpointing in host memory, so that longer rows fit"""
     offload_embedding: bool = field(default=False, metadata=RARE)
     """keep the embedding in host memory, unless it is tied to the output head"""
+    sharding: Literal["ddp", "fsdp"] = field(default="ddp", metadata=RARE)
+    """with several GPUs, the base on each of them: whole (ddp), or a shard (fsdp)"""
+    offload_base: bool = field(default=False, metadata=RARE)
+    """with fsdp, keep the shards of the base in host memory"""
     fast_path: bool = field(default=True, metadata=RARE)
     """use faster, equivalent layers and loss that save less memory for the backward pass"""
     seed: int = 42
@@ -173,6 +177,10 @@ class TrainConfig(Settings):
             yield f"num_train_epochs must be above 0, got {self.num_train_epochs}"
         if self.offload_activations and not self.gradient_checkpointing:
             yield "offload_activations needs gradient_checkpointing: turn both on, or both off"
+        if self.offload_base and self.sharding != "fsdp":
+            yield "offload_base needs sharding fsdp: give both, or leave it out"
+        if self.sharding == "fsdp":
+            yield from self._unfit_for_shards()
         if self.resume_anyway and not self.resume:
             yield "--resume-anyway needs --resume: give both, or leave it out"
         if self.early_stopping_patience is not None and not self.data.evaluates:
@@ -188,6 +196,21 @@ class TrainConfig(Settings):
                 flag = f"--{name.replace('_', '-')}"
                 needs = "--plan or --inspect" if name == "json" else "--plan"
                 yield f"{flag} needs {needs}: give both, or leave it out"
+
+    def _unfit_for_shards(self) -> Iterator[str]:
+        """What needs the values of the whole base on each GPU."""
+        lora, needs = self.lora, "needs the whole base on each GPU: use sharding ddp, or"
+        if self.task not in (CAUSAL_LM.name, SEQ2SEQ.name):
+            yield f"sharding fsdp needs task causal-lm or seq2seq, got {self.task}: use ddp"
+        if lora.init_lora_weights not in (True, "gaussian"):
+            yield f"init_lora_weights {lora.init_lora_weights} {needs} leave it out"
+        for name in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters"):
+            if getattr(lora, name):
+                yield f"{name} {needs} leave it out"
+        if lora.bias != "none":
+            yield f"bias {lora.bias} {needs} leave it out"
+        if self.offload_embedding:
+            yield f"offload_embedding {needs} leave it out"
 
     @property
     def inspects(self) -> bool:

@@ -12,8 +12,8 @@ MAY_CHANGE = (
     "model", "revision", "trust_remote_code", "data",  # places: their contents are compared
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_steps", "num_train_epochs",
     "max_grad_norm", "gradient_checkpointing", "offload_activations", "offload_embedding",
-    "fast_path", "samples", "report_to", "eval_data", "eval_steps", "logging_steps", "save_steps",
-    "save_total_limit", "max_bad_steps", "early_stopping_patience",
+    "sharding", "offload_base", "fast_path", "samples", "report_to", "eval_data", "eval_steps",
+    "logging_steps", "save_steps", "save_total_limit", "max_bad_steps", "early_stopping_patience",
     "on_full_disk", "dataset_num_proc",
 )  # fmt: skip
 MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME

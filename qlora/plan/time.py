@@ -11,6 +11,7 @@ gives the time:
                 optimizer
     host        copies over PCIe that the computation cannot hide; and no step is shorter than the
                 launches of its kernels
+    shards      of a sharded base, over PCIe as well, as far as the computation does not hide them
 
 The shares are assumed. Against the arithmetic of the step of Llama-2-7B in tests/plan/test_time.py
 it is within a quarter; a ratio of two steps is better than either. Not counted: waits for the data,
@@ -112,6 +113,10 @@ def _micro_batch(plan: Plan, card: Card) -> float:
     if copied := plan.host.get("offloaded activations", 0) / PCIE:
         ahead = _computing(forward, card)
         seconds += max(0, copied - ahead) + max(0, copied - (seconds - ahead))
+    if plan.shards is not None:  # in each of both passes
+        moved = (plan.shards.copied_bytes + plan.shards.sent_bytes) / 2 / PCIE
+        ahead = _computing(forward, card)
+        seconds += max(0, moved - ahead) + max(0, moved - (seconds - ahead))
     return seconds
 
 

@@ -59,6 +59,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one layer": {"lora": LoraConfig(r=8, layers_to_transform=(3,))},
     "no double quantization": {"quant": QuantConfig(double_quant=False)},
     "classifier": {"task": "seq-cls"},
+    "shards": {"sharding": "fsdp", "gpus": 2, "plan": True},
+    "shards in host memory": {"sharding": "fsdp", "gpus": 3, "offload_base": True, "plan": True},
 }
 
 
