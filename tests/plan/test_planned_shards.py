@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
 from qlora.errors import UserError
+from qlora.plan import time
 from qlora.plan.command import table
 from qlora.plan.estimate import ALLOWANCE, CONTEXT, SHARDS, Planner
 from qlora.plan.fit import Fitter, flags_of, less_memory
@@ -94,13 +95,13 @@ def gathers_of_torch(like: Any) -> list[int]:
     small = {p for p in model.parameters() if p.ndim < 2}
     for module in (*model.model.layers, model):
         fully_shard(module, ignored_params=small)
-    found, gather = [], dist.all_gather_into_tensor
+    found, gather = [], dist.all_gather_single
 
-    def noted(output_tensor: Any, *args: Any, **settings: Any) -> Any:
-        found.append(output_tensor.numel())
-        return gather(output_tensor, *args, **settings)
+    def noted(output: Any, *args: Any, **settings: Any) -> Any:
+        found.append(output.numel())
+        return gather(output, *args, **settings)
 
-    with patch.object(dist, "all_gather_into_tensor", noted):
+    with patch.object(dist, "all_gather_single", noted):
         ids = torch.arange(1, 9)[None]
         model(input_ids=ids, labels=ids).loss.backward()
     return found
@@ -123,10 +124,14 @@ def test_layers_of_an_encoder_are_gathered_in_turn(tmp_path):
     )  # fmt: skip
     config = config_of(tmp_path, like, task="seq2seq")
     whole, own = plans(config, {}, {"sharding": "fsdp"})
-    attention, mlp = 4 * 128 * 128 // 2, 2 * 128 * 256 // 2
-    assert whole.segments[-1].start[LINEAR] - own.segments[-1].start[LINEAR] == (
-        (4 * (attention + mlp) + 4 * (2 * attention + mlp)) // 2
-    )
+    attention, wi, wo = 4 * 128 * 128 // 2, 128 * 256 // 2, 2 * 128 * 256  # wo stays in 16 bits
+    encoder, decoder = (n * attention + wi + wo for n in (1, 2))
+    biases = 2 * (2 * 32 * 2)  # of positions, in the first layers
+    before, after = (plan.segments[-1].start[LINEAR] for plan in (whole, own))
+    assert before - after == (4 * (encoder + decoder) + biases) // 2
+    root = 2 * VOCAB * 128
+    encoders = max(segment.peak[GATHERED] for segment in own.segments[:1])
+    assert 2 * encoder + root <= encoders <= 8 * encoder + root + biases
 
 
 @pytest.mark.parametrize("settings", [{"gpus": 1}, {"gpus": None}])
@@ -173,15 +178,16 @@ def test_what_shards_take_off_is_advised_to_several_gpus(tmp_path):
 @pytest.fixture
 def heavy(tmp_path) -> TrainConfig:
     """A run whose base is most of its memory."""
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 40}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 40}
     like = transformers.LlamaConfig(**SIZES | sizes)
     quant = QuantConfig(compute_dtype="bf16")
-    return config_of(tmp_path, like, quant=quant, per_device_train_batch_size=1)
+    least: Any = {"lora": LoraConfig(r=4), "per_device_train_batch_size": 1}
+    return config_of(tmp_path, like, quant=quant, **least)
 
 
 def memory_of(config: TrainConfig, **settings: Any) -> str:
     """A card that these settings fill."""
-    return f"{Planner(replace(config, **settings)).plan().peak_bytes + (8 << 20)}B"
+    return f"{Planner(replace(config, **settings)).plan().peak_bytes + (2 << 20)}B"
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -191,8 +197,6 @@ def test_a_base_too_large_for_a_gpu_is_sharded(offload, heavy):
     fitting = Fitter(Planner(config)).cheapest()
     assert fitting is not None and fitting.fits
     assert (fitting.config.sharding, fitting.config.offload_base) == ("fsdp", offload)
-    alone = Fitter(Planner(replace(config, gpus=1))).cheapest()
-    assert alone is None or alone.config.sharding == "ddp"
 
 
 def test_a_base_that_fits_is_whole_again(heavy):
@@ -201,7 +205,8 @@ def test_a_base_that_fits_is_whole_again(heavy):
     assert (filled.config.sharding, filled.config.offload_base) == ("ddp", False)
 
 
-def test_a_transfer_that_is_longer_than_the_pass_takes_time(heavy):
+def test_a_transfer_that_is_longer_than_the_pass_takes_time(heavy, monkeypatch):
+    monkeypatch.setattr(time, "LAUNCH", 0)
     card = CARDS["H200"]
     whole, own, host = plans(
         heavy, {}, {"sharding": "fsdp"}, {"sharding": "fsdp", "offload_base": True}
@@ -209,6 +214,6 @@ def test_a_transfer_that_is_longer_than_the_pass_takes_time(heavy):
     passes = heavy.gradient_accumulation_steps
     seconds = [step_seconds(plan, card) for plan in (whole, own, host)]
     assert seconds[0] < seconds[1] < seconds[2]
-    layers = 40 * (4 * 2048 * 2048 + 3 * 2048 * 8192) // 2
+    layers = 40 * (3 * 512 * 512 + 3 * 512 * 2048) // 2  # keys and values of half the heads
     assert seconds[2] - seconds[1] == pytest.approx(passes * layers / PCIE, rel=0.01)
     assert own.parts[CONTEXT] == whole.parts[CONTEXT] and own.parts[ALLOWANCE]
