@@ -57,6 +57,7 @@ from qlora.base.modules import (
     task_of,
     use_codes_as_stored,
 )
+from qlora.base.sharding import keeping_shards
 from qlora.config import QuantConfig
 from qlora.config.tasks import task_named
 from qlora.errors import UserError, first_line, require, some
@@ -83,6 +84,7 @@ def load_base(
     revision: str | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """A frozen model with 4-bit linear layers, for causal-lm, seq2seq, seq-cls or token-cls.
 
@@ -92,6 +94,7 @@ def load_base(
         labels: class names of a classifier, by default those of the checkpoint.
         seed: for a classifier's head that the checkpoint lacks.
         device: by default the GPU where there is one.
+        sharded: of the 4-bit weights, only the shards of this rank, for `shard_base`.
     Raises:
         UserError: the model cannot be loaded, or linear weights would stay unquantized.
     """
@@ -111,6 +114,8 @@ def load_base(
     # `initialise_missing` refuses those, except in a head
     args |= {"config": empty.config, "ignore_mismatched_sizes": True}
     with ExitStack() as stack:
+        if sharded:
+            stack.enter_context(keeping_shards())
         if in_full:  # `initialise_missing` reports a missing head
             stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
             transformers_logging.set_verbosity_error()

@@ -44,6 +44,7 @@ from torch.nn import functional as F
 from qlora.adapters.lora import LoRALayer, LoRALinear, lora_layers
 from qlora.adapters.wrappers import Wrapper, base_modules, plain, put_module, remove_wrappers
 from qlora.base.modules import computes_in, has_hooks, is_quantized, product_dtype, shallow_copy
+from qlora.base.sharding import is_sharded
 from qlora.ops import agrees, computing_device, rotary
 from qlora.ops.gated import ACTS, gated_forward
 from qlora.ops.lora import LayerSpec, lora_linear, lora_mlp
@@ -238,15 +239,16 @@ def _record_calls(model: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
         undo.callback(model.train, model.training)
         for module in {*lora_layers(model).values(), *base_modules(model).values()}:
             undo.enter_context(module.register_forward_hook(record))
-        model.eval().base_model(**_few_tokens(model))
+        _run(model.eval())
     return {module: records[0] for module, records in calls.items() if len(records) == 1}
 
 
-def _few_tokens(model: Any) -> dict[str, Tensor]:
-    """A batch of one short row."""
+def _run(model: Any) -> None:
+    """One short row, without the head where that can be left out: a sharded model runs whole."""
     ids = torch.arange(8, device=model.device)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    inputs |= {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    (model if is_sharded(model) else model.base_model)(**inputs)
 
 
 @torch.no_grad()
@@ -260,7 +262,7 @@ def draws_numbers(model: Any) -> bool:
         generators.append(torch.cuda.default_generators[model.device.index or 0])
     before, was_training = [g.get_state() for g in generators], model.training
     try:
-        model.train().base_model(**_few_tokens(model))
+        _run(model.train())
         changed = [not g.get_state().equal(s) for g, s in zip(generators, before, strict=True)]
     finally:
         model.train(was_training)

@@ -79,8 +79,7 @@ def _time(plan: Plan, record: dict[str, Any], lines: list[str]) -> None:
     record |= {"card": card and card.name, "step_seconds": seconds}
     if card is not None and seconds is not None:
         assumed = ", assumed by its memory" if plan.config.gpu_memory else ""
-        but = " without the transfer" if plan.gpus > 1 else ""
-        but += " of gradients" if plan.shards else ""
+        but = " without the sum of the gradients" if plan.gpus > 1 else ""
         lines += [
             f"A step of {plan.rows_a_step} rows takes about {_seconds(seconds)} on a {card.name}"
             f"{assumed}: an",

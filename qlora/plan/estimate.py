@@ -95,6 +95,11 @@ class Plan:
         return 2 * (self.gpus - 1) * self.gradient_bytes // self.gpus + self.sent_of_base
 
     @property
+    def gathered_bytes(self) -> int:
+        """Of a sharded base, in each forward and backward pass."""
+        return 0 if self.shards is None else self.shards.gathered_bytes
+
+    @property
     def sent_of_base(self) -> int:
         """Of it the shards, in all micro-batches."""
         sent = 0 if self.shards is None else self.shards.sent_bytes
@@ -123,8 +128,8 @@ class Planner:
         direct: bool = False,
     ) -> None:
         budget(config)  # refuses one that is no size, before anything is counted
-        several = "--sharding fsdp needs several GPUs: give --gpus 2, say, or leave it out"
-        require(config.sharding != "fsdp" or gpus_of(config) > 1, several)
+        alone = "--sharding fsdp is for several GPUs: give --gpus N, or leave it out"
+        require(config.sharding != "fsdp" or gpus_of(config) > 1, alone)
         if config.adapter is not None:
             with quietly():
                 config = with_settings_of_adapter(config, {})

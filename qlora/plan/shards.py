@@ -3,11 +3,11 @@
 Of N ranks each has 1 / N of every frozen matrix: 4-bit codes, embedding, head, 16-bit layers. Whole
 are adapters, quantization constants, and vectors such as norms and biases. Gathered at a time:
 
-    embedding, head      from the first layer on to the end of the backward pass; twice while they
-                         are copied out of the buffer in which they came
-    layer i, forward     its weights, and the buffer in which they came, until the next layer's are
-                         copied out of theirs
-    layer i, backward    its weights, and a buffer: their own, and then that of layer i - 1
+    embedding, head      from the first layer on to the end of the backward pass; until the first
+                         layer is there also the buffer in which they came
+    layer i              its weights, and two buffers: the one in which they came, and that of the
+                         layer before or after. In the backward pass one is empty, but its memory
+                         belongs to the stream of the transfers
 
 Each micro-batch gathers the layers twice, forward and backward, and the rest once. With the shards
 of the layers in host memory, each is on the GPU while it is copied into the buffer, and the host
@@ -65,10 +65,14 @@ class Shards:
         self.in_root = root
 
     @property
+    def gathered_bytes(self) -> int:
+        """The bytes of the weights, not of shards, that a micro-batch gathers."""
+        return 2 * (sum(self.layers) + self.inner) + self.root
+
+    @property
     def sent_bytes(self) -> int:
         """What each GPU sends for a micro-batch: a ring passes on every shard but one."""
-        gathered = 2 * (sum(self.layers) + self.inner) + self.root
-        return (self.gpus - 1) * gathered // self.gpus
+        return (self.gpus - 1) * self.gathered_bytes // self.gpus
 
     @property
     def copied_bytes(self) -> int:
@@ -90,9 +94,10 @@ class Shards:
         return away
 
     def _of_layer(self, i: int, before: int) -> int:
-        """At the peak of layer `i`: its weights, and the larger of two buffers."""
+        """At the peak of layer `i`: its weights, and two buffers."""
         other = self.layers[before] if 0 <= before < len(self.layers) else 0
-        return self.layers[i] + max(self.layers[i], other) + self._copy(max(self.layers[i], other))
+        largest = max(self.layers[i], other)
+        return self.layers[i] + 2 * largest + self._copy(largest)
 
     def _copy(self, size: int) -> int:
         return -(-size // self.gpus) * self.offload
@@ -106,12 +111,14 @@ class Shards:
         for place, segment in enumerate(segments):
             word, _, index = segment.name.partition(" ")
             if index.isdigit() and word == "forward":
-                peak, forward = self._of_layer(forward, forward - 1), forward + 1
+                first = (forward == 0) * (self.root + self.layers[0])  # the buffer of the rest
+                peak = max(self._of_layer(forward, forward - 1), first)
+                forward += 1
             elif index.isdigit():
                 backward -= 1
                 peak = self._of_layer(backward, backward - 1)
-            else:  # the last layer's buffer, or the layers of an encoder
-                peak = max(self.root * (place == 0), largest, 2 * self.inner)
+            else:  # buffers alone, or the layers of an encoder
+                peak = max(self.root * (place == 0), 2 * largest, 2 * self.inner)
                 peak += self._copy(max(largest, self.inner))
             if place == last:
                 peak = max(peak, 2 * self.inner)  # the encoder's backward pass, too

@@ -28,12 +28,14 @@ from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from qlora.base.sharding import is_sharded
 from qlora.cli import drop_lost_output
 from qlora.errors import STOPS, Interrupted, ignore_hangups
 from qlora.files import read_metrics
 from qlora.training import ranks
 from qlora.training.checkpoints import complete_checkpoints, last_checkpoint
 from qlora.training.outputs import show_rows
+from qlora.training.shares import blank_batch
 
 # A spike is a loss so many standard deviations above the mean of the last steps, and half above it:
 # losses of few rows differ much, those of a small model late in training hardly.
@@ -266,8 +268,13 @@ class FiniteSteps(TrainerCallback):
             return bool(loss.isfinite())
 
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # as in check_data
-            passes = any(map(is_finite, islice(trainer.get_train_dataloader(), self.limit)))
-        return bool(ranks.most(passes))
+            batches = islice(trainer.get_train_dataloader(), self.limit)
+            if not is_sharded(trainer.model):
+                return bool(ranks.most(any(map(is_finite, batches))))
+            passes = [*map(is_finite, batches)]  # all of them, and as many on each rank
+            for _ in range(self.limit - len(passes)):
+                is_finite(blank_batch(trainer.args.device))
+            return bool(ranks.most(any(passes)))
 
     def fault(self) -> str:
         """What went wrong, the last good checkpoint, and how to mend it. Later checkpoints are

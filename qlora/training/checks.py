@@ -84,7 +84,9 @@ def check_settings(config: TrainConfig, output: Path) -> str | None:
         fix = f"give a new --output-dir, or {dead if is_dead else '--resume to continue it'}"
         require(not (output / RUN).exists(), f"{output} already holds a run: {fix}")
         require_new(output)
-    for name in ("offload_activations", "offload_embedding"):
+    several = f"--sharding fsdp is for several processes: {ranks.START}, or leave it out"
+    require(config.sharding != "fsdp" or ranks.count() > 1, several)
+    for name in ("offload_activations", "offload_embedding", "offload_base"):
         if getattr(config, name):
             require_gpu(f"--{name.replace('_', '-')}")
     return str(checkpoint) if checkpoint else None

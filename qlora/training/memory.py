@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlora.base.sharding import is_sharded
 from qlora.errors import UserError
 from qlora.fast.offload import offload_activations
 from qlora.training import ranks
@@ -189,6 +190,9 @@ class Parts:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+            if is_sharded(self.trainer.model):  # each rank has as many passes
+                free_unused()
+                raise UserError(ran_out(self.trainer, f"in {self._place()}"))
             # here, as the error holds the tensors of its frames
             if self.trains:
                 self.put_back()
@@ -212,11 +216,14 @@ class Parts:
         self.trainer.model.zero_grad()
         self.rewind.back()
 
+    def _place(self) -> str:
+        step = self.trainer.state.global_step + self.trains
+        return self.where or f"{'step' if self.trains else 'the evaluation after step'} {step}"
+
     def _need_less(self) -> None:
         """Split batches of as many tokens from now on, or offload; say so."""
         trainer, rows, tokens = self.trainer, rows_in(self.tried), tokens_in(self.tried)
-        step = trainer.state.global_step + self.trains
-        where = self.where or f"{'step' if self.trains else 'the evaluation after step'} {step}"
+        where = self._place()
         shown = f"{rows} row{'s' * (rows != 1)}, {tokens:,} tokens"
         split = halves(self.tried)
         self.tried = {}

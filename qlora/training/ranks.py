@@ -102,9 +102,10 @@ def environment() -> tuple[int, int, int]:
         wanted = f"the environment variable {name} must be a whole number, got {value!r}: unset it"
         require(bool(re.fullmatch(r"\s*-?\d+\s*", value)), wanted)
     for name in SHARDING:
-        fault = f"ACCELERATE_USE_{name} is set, but a model is not sharded over GPUs here"
+        fault = f"ACCELERATE_USE_{name} is set, but accelerate does not shard the model here"
+        fix = "choose multi-GPU without it in `accelerate config`, and give --sharding fsdp"
         is_set = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
-        require(not is_set, f"{fault}: choose multi-GPU without it in `accelerate config`")
+        require(not is_set, f"{fault}: {fix}")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks <= 1:
         return 1, 0, 0

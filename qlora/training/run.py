@@ -24,6 +24,7 @@ from qlora.adapters.live import require_task
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
+from qlora.base.sharding import is_sharded, shard_base
 from qlora.config import TrainConfig, flat
 from qlora.config.resume import begins_anew, changed_settings, differences, with_batches_of
 from qlora.config.tasks import task_named
@@ -188,16 +189,18 @@ def run_and_write(
             remove_leftovers(output)
         write_run_file(output, settings, base, data.counts)
     parts = (data.rows, data.eval_rows, data.max_length)
-    samples = choose_samples(config.task, config.samples * ranks.is_first(), *parts)
+    answers = ranks.is_first() or is_sharded(model)
+    samples = choose_samples(config.task, config.samples * answers, *parts)
     if samples and not resume_from:
         answer_if_memory_suffices(output, "before", samples, model, tokenizer)
     trainer.fit(resume_from)
-    if not ranks.is_first():
-        return
-    with out_of_memory_in(trainer, "saving the adapter"):
-        trainer.save_result(output)  # before the answers, which may fail or be interrupted
+    if ranks.is_first():
+        with out_of_memory_in(trainer, "saving the adapter"):
+            trainer.save_result(output)  # before the answers, which may fail or be interrupted
     if samples:
         answer_if_memory_suffices(output, "after", samples, model, tokenizer)
+    if not ranks.is_first():
+        return
     steps = (trainer.adapter_step, trainer.state.global_step)
     count = f"{len(data.rows)} rows"
     if data.stream:
@@ -210,7 +213,7 @@ def answer_if_memory_suffices(output: Path, when: str, *rest: Any) -> None:
     try:
         write_answers(output, when, *rest)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or is_sharded(rest[1]):  # then other ranks wait
             raise
     else:
         return
@@ -373,8 +376,11 @@ def load_model(
         labels=data.classes,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
+        sharded=config.sharding == "fsdp",
     )
     share_pad(model, tokenizer.pad_token_id)
+    if config.sharding == "fsdp":
+        shard_base(model, offload=config.offload_base)
     if resume_from:  # the checkpoint's values follow: no initialisation, but EVA's ranks
         lora = replace(lora, init_lora_weights=True, loftq_config={}, eva_config={})
         if config.lora.init_lora_weights == "eva":

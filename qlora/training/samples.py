@@ -20,6 +20,7 @@ from qlora.data.generation import Question
 from qlora.data.objectives import OBJECTIVES
 from qlora.data.templates import PROBE
 from qlora.errors import UserError
+from qlora.training import ranks
 
 MAX_NEW_TOKENS = 128
 
@@ -60,6 +61,8 @@ def write_answers(
         settings = generation.generation_settings(model, tokenizer, question.max_new_tokens)
         (generated,) = generation.generate(model, tokenizer, [question.prompt], settings)
         rows.append(row | earlier.get((prompt, wanted), {}) | {when: generated})
+    if not ranks.is_first():  # of a sharded model, which all run
+        return
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     files.replace_text(folder / files.SAMPLES, "".join(lines))
 

@@ -19,6 +19,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from qlora.data.chat_template import NO_LOSS
 from qlora.training import ranks
 
 EMPTY = ("input_ids", "labels", "attention_mask")  # of a batch without tokens
@@ -85,6 +86,13 @@ def share_alone(loader: Any) -> None:
 def empty_batch(device: torch.device) -> dict[str, torch.Tensor]:
     """A batch of no tokens (1, 0)."""
     return {name: torch.zeros((1, 0), dtype=torch.int64, device=device) for name in EMPTY}
+
+
+def blank_batch(device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch (1, 2) without a supervised token, whose loss and gradients are 0: where a model is
+    sharded, each pass needs all ranks."""
+    batch = {name: torch.zeros((1, 2), dtype=torch.int64, device=device) for name in EMPTY}
+    return batch | {"labels": batch["labels"] + NO_LOSS, "attention_mask": batch["labels"] + 1}
 
 
 def is_empty(batch: Any) -> bool:

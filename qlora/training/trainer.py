@@ -38,6 +38,7 @@ from transformers.training_args import OptimizerNames
 from qlora.adapters.files import load_adapter_weights
 from qlora.adapters.lora import lora_layers
 from qlora.base.modules import state_of
+from qlora.base.sharding import is_sharded
 from qlora.config import GO_ON, TrainConfig
 from qlora.data.batches import collator
 from qlora.data.objectives import OBJECTIVES, Objective, measure
@@ -69,7 +70,14 @@ from qlora.training.outputs import (
     PlainProgress,
 )
 from qlora.training.saving import Saving, best_of
-from qlora.training.shares import SeededGroups, Share, empty_batch, is_empty, share_alone
+from qlora.training.shares import (
+    SeededGroups,
+    Share,
+    blank_batch,
+    empty_batch,
+    is_empty,
+    share_alone,
+)
 
 OWN_VALUES = {"weight_decay", "betas", "eps"}  # of an optimizer: this run's, not the checkpoint's
 
@@ -281,6 +289,8 @@ class AdapterTrainer(Saving, Trainer):
         loss = torch.zeros((), device=self.args.device)
         if not is_empty(inputs):
             loss = self._pass_in_parts(model, inputs, num_items_in_batch)
+        elif is_sharded(model):
+            self.one_pass(model, blank_batch(self.args.device), num_items_in_batch)
         if ranks.count() > 1 and self.accelerator.sync_gradients:
             ranks.average_gradients(self.trained())
         return loss
@@ -468,4 +478,6 @@ class AdapterTrainer(Saving, Trainer):
             yield from results
             self.control = step_done(self.args, self.state, self.control)
         for _ in range(left):  # batches that only other ranks have
+            if is_sharded(model):
+                compute(blank_batch(self.args.device))
             self.control = step_done(self.args, self.state, self.control)

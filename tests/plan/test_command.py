@@ -68,7 +68,7 @@ def test_several_gpus_are_told_with_the_rows_and_bytes_of_a_step(model, capsys):
     record = json.loads(said(model, f"{flags} --json", capsys))
     assert "A step has 24 rows:\n2 a micro-batch × 3 micro-batches × 4 GPUs." in table
     assert f"Each GPU sends {record['sent_bytes'] / 2**20:.1f} MiB a step." in table
-    assert "arithmetic without the transfer" in table
+    assert "arithmetic without the sum of the gradients" in table
     assert (record["gpus"], record["rows_a_step"]) == (4, 24)
     assert "GPUs" not in said(model, "", capsys)
 

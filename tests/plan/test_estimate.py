@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import SIZES, axis
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora.base import load_base
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
@@ -16,6 +17,7 @@ from qlora.errors import UserError
 from qlora.plan.estimate import ALL_REDUCE, ALLOWANCE, CONTEXT, Plan, Planner, budget
 from qlora.plan.meter import WORKSPACES
 from qlora.plan.optimizer import optimizer_bytes
+from qlora.plan.shards import GATHERED
 from qlora.plan.step import ADAPTERS, EMBEDDING, GRADIENTS, HEAD, LINEAR, OTHER, SAVED
 
 LAYERS = 7
@@ -191,6 +193,33 @@ def test_several_gpus_have_the_gradients_twice_before_the_optimizer_step(dtype, 
     assert (four.parts, four.peak_at) == (one.parts, one.peak_at)  # the peak is in another part
     assert (one.sent_bytes, four.sent_bytes) == (0, gradients * 2 * 3 // 4)
     assert (one.rows_a_step, four.rows_a_step) == (2 * 3, 2 * 3 * 4)
+
+
+def test_shards_are_a_part_of_the_base_with_three_layers_and_the_vocabulary_gathered(folder):
+    """Of a model whose sizes are known: half a byte a value of a layer, two of the vocabulary."""
+    config = config_of(folder("llama"), gradient_accumulation_steps=3, plan=True, gpus=4)
+    whole = Planner(config).plan()
+    text = AutoConfig.from_pretrained(folder("llama"))
+    layer = sum(p.numel() for p in decoder_layer(text).parameters() if p.ndim == 2) // 2
+    vocabulary = 2 * 2 * text.vocab_size * text.hidden_size  # the embedding, and the head
+    assert whole.parts[EMBEDDING] + whole.parts[HEAD] == vocabulary
+    for offload, held in ((False, LAYERS * layer // 4), (True, 0)):
+        made = Planner(replace(config, sharding="fsdp", offload_base=offload)).plan()
+        assert whole.parts[LINEAR] - made.parts[LINEAR] == LAYERS * layer - held
+        assert made.parts[EMBEDDING] + made.parts[HEAD] == vocabulary // 4
+        copied = layer // 4 if offload else 0
+        assert made.parts[GATHERED] == 3 * layer + vocabulary + copied
+        assert made.host == ({"shards of the base": LAYERS * layer // 4} if offload else {})
+        assert made.gathered_bytes == vocabulary + 2 * LAYERS * layer
+        assert made.sent_bytes - whole.sent_bytes == 3 * made.gathered_bytes * 3 // 4
+        assert GATHERED not in +made.segments[-1].peak
+    with pytest.raises(UserError, match="--sharding fsdp is for several GPUs: give --gpus N"):
+        Planner(replace(config, sharding="fsdp", gpus=None)).plan()
+
+
+def decoder_layer(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).model.layers[0]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,18 @@ def test_packing_is_offered_where_rows_are_padded():
         assert ("--packing" in flags) == pads
 
 
+def test_shards_are_offered_for_several_gpus():
+    def flags(**settings: Any) -> list[str]:
+        config = replace(CONFIG, plan=True, **settings)
+        return [flags_of(v) for c in less_memory(config, pads=False) for v in c.values]
+
+    both = {"--sharding fsdp", "--sharding fsdp --offload-base"}
+    assert not both & {*flags()} and "--offload-embedding" in flags()
+    assert both < {*flags(gpus=2)} and "--offload-embedding" in flags(gpus=2)
+    shards = flags(gpus=2, sharding="fsdp")
+    assert "--offload-base" in shards and not both & {*shards}
+
+
 @pytest.mark.parametrize("threshold", [0, 1, 5, 63, 1000, 10**6])
 def test_search_finds_the_largest(threshold):
     found = largest(lambda n: 7 * n + 3, 7 * threshold + 3, 2048, 8)
