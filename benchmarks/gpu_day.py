@@ -54,6 +54,8 @@ class Step:
     words: str
     dry: str = ""
     """nothing: it cannot run on a CPU"""
+    gpus: int = 1
+    """on fewer it is left out"""
 
 
 STEPS = (
@@ -85,6 +87,10 @@ STEPS = (
     Step(
         "longest", 300,
         f"{STEP} ours-offloading ours peft --longest --gpu-memory 8GiB --unit 2048",
+    ),
+    Step(
+        "scaling", 540,
+        "benchmarks/scaling.py --shape {shape} --folder {shapes} --seq 2048 --rounds 1", gpus=2,
     ),
 )  # fmt: skip
 
@@ -132,12 +138,17 @@ def fault_of(given: argparse.Namespace) -> str | None:
 
 def run_all(given: argparse.Namespace) -> list[str]:
     """The names of the steps that failed."""
+    import torch
+
     start, failed = time.monotonic(), []
     first = [step.name for step in STEPS].index(given.first)
     for step in STEPS[first:]:
         left = given.budget - (time.monotonic() - start)
         if given.dry and not step.dry:
             print(f"{step.name}: needs a GPU", flush=True)
+            continue
+        if step.gpus > 1 and torch.cuda.device_count() < step.gpus:
+            print(f"{step.name}: needs {step.gpus} GPUs", flush=True)
             continue
         if step.limit > left and not given.dry:
             print(f"{left:.0f} s are left: go on with --from {step.name}", flush=True)

@@ -53,6 +53,10 @@ NOT_RUN = {  # start of a command -> why it is not run
     "python docs/api.py": "tests/pages/test_docs.py runs it",
     "python train.py --plan": "exits at once: tests/plan/test_command.py runs it",
     "torchrun": "several processes: tests/training/test_launchers.py starts them",
+    "sbatch": "another program: tests/training/test_nodes.py runs the script",
+    "sky": "another program: tests/pages/test_cluster.py reads its files",
+    "kubectl": "another program: tests/pages/test_cluster.py reads its files",
+    "docker": "another program: tests/pages/test_cluster.py reads the Dockerfile",
     "accelerate": "several processes: tests/training/test_launchers.py starts them",
     "vllm serve": "another program, needs a GPU",
     "python merge_dequant.py --format gguf-q4_k_m": "llama.cpp has to know the tokenizer",
@@ -66,6 +70,13 @@ NOT_RUN = {  # start of a command -> why it is not run
 FOREIGN = {  # flags of other programs
     "--extra-index-url": "pip",
     "--max-lora-rank": "vLLM",
+    "--max-restarts": "torchrun",
+    "--node-rank": "torchrun",
+    "--rdzv-id": "torchrun",
+    "--account": "sbatch",
+    "--partition": "sbatch",
+    "--requeue": "sbatch",
+    "--user": "docker run",
 }
 NEEDS_A_GPU = {"offload_activations()": "GPU"}  # Python -> a word of its error without a GPU
 PROGRAMS = ("train.py", "merge_dequant.py", "benchmarks/step.py", "-m qlora.portable",
@@ -263,7 +274,13 @@ def test_python_runs(page, here):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_have_a_tested_language_and_named_files_exist(page):
-    assert {t.info for t in tokens(page) if t.type == "fence"} <= {"", "python", "json"}
+    assert {t.info for t in tokens(page) if t.type == "fence"} <= {
+        "",
+        "python",
+        "json",
+        "sh",
+        "yaml",
+    }
     for block in blocks(page, "json"):
         assert all(json.loads(line) for line in block.splitlines())
     ours = re.compile(r"(qlora|tests|benchmarks|configs|demo|docs)/[\w./-]+")
