@@ -2,8 +2,8 @@
 
 `estimate`: the plan. `step`: a counted training step. `meta`: the model without memory. `meter`:
 the bytes by kind. `shrink`: small configs. `source`: what is known of a model. `optimizer`: its
-state. `fit`: what would make it fit; `time`: of a step; `work`: what it computes. `command`:
-`train.py --plan`; `start`: its imports. `run`: a run with its plan.
+state. `shards`: of a sharded base. `fit`: what would make it fit; `time`: of a step; `work`: what
+it computes. `command`: `train.py --plan`; `start`: its imports. `run`: a run with its plan.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora.config import TrainConfig
 from qlora.errors import require
-from qlora.plan.estimate import ALLOWANCE, CONTEXT, Plan, Planner
+from qlora.plan.estimate import ALLOWANCE, CONTEXT, SHARDS, Plan, Planner
 from qlora.plan.fit import Fitter, changed, flags_of
 from qlora.plan.time import card_of, step_seconds
 
@@ -125,11 +125,17 @@ def table(plan: Plan) -> str:
 def of_all(plan: Plan) -> list[str]:
     """What several GPUs make of a step."""
     each, passes = plan.rows, plan.config.gradient_accumulation_steps
-    return [
+    lines = [
         f"{plan.gpus} GPUs, of which each needs that memory. A step has {plan.rows_a_step} rows:",
         f"{each} a micro-batch × {passes} micro-batches × {plan.gpus} GPUs. Each GPU sends "
         f"{show(plan.sent_bytes)} a step.",
     ]
+    if plan.shards:
+        lines.append(f"Of it {show(plan.sent_of_base)} are shards of the base.")
+    if SHARDS in plan.host:
+        size = show(plan.gpus * plan.host[SHARDS])
+        lines.append(f"All of them have {size} of the base in host memory.")
+    return lines
 
 
 def _rows(title: str, parts: Mapping[str, int]) -> list[str]:

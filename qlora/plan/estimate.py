@@ -9,9 +9,9 @@ the files of weights are mapped, and their pages are resident until the model is
 may take them back, which it does where memory is short. On a GPU loading is none: weights are
 quantized one after another, and one in 16 bits is less than a step takes.
 
-With several GPUs each has all of it, and between the last backward pass and the optimizer's step
-the flat copy of the gradients that travels (qlora.training.ranks). A base in shards:
-qlora.plan.shards.
+With several GPUs each has all of it, or a shard of the base (qlora.plan.shards), and between the
+last backward pass and the optimizer's step the flat copy of the gradients that travels
+(qlora.training.ranks).
 """
 
 import copy
@@ -28,15 +28,16 @@ from qlora.config import TrainConfig
 from qlora.errors import UserError, require
 from qlora.plan.meter import Segment
 from qlora.plan.optimizer import STATE, STEP, OptimizerBytes, optimizer_bytes
-from qlora.plan.shards import gpus_of, shard
+from qlora.plan.shards import Shards
 from qlora.plan.source import Source, read_source
 from qlora.plan.step import EMBEDDING, HEAD, LINEAR, OTHER, Sample, joined, quietly
+from qlora.training import ranks
 from qlora.training.ranks import buckets_of
 from qlora.training.start import with_settings_of_adapter
 
 CONTEXT, ALLOWANCE = "CUDA context (assumed)", "fragmentation (assumed)"
 CONTEXT_BYTES = 512 << 20
-ALL_REDUCE = "gradients of all GPUs"
+ALL_REDUCE, SHARDS = "gradients of all GPUs", "shards of the base"
 PROCESS, FILES, LOADING = "tokenizer, data, Trainer (assumed)", "mapped files", "loading"
 # bitsandbytes' operator holds a weight's values, their quotients and the clamped ones, in fp32
 QUANTIZING, QUANTIZING_BYTES = "quantization of a weight", 12
@@ -64,8 +65,8 @@ class Plan:
     disk: dict[str, int]
     gradient_bytes: int
     """that an all-reduce sums over the GPUs, once a step"""
-    gathered_bytes: int = 0
-    """of a sharded base, that are gathered in each forward and backward pass"""
+    shards: Shards | None = None
+    """of the base, if each GPU holds one"""
     budget_bytes: int | None = None
     """of the card, if it is known"""
 
@@ -89,9 +90,20 @@ class Plan:
 
     @property
     def sent_bytes(self) -> int:
-        """What each GPU sends in a step: a ring passes on every part but one, of a sum twice."""
-        gathered = self.config.gradient_accumulation_steps * self.gathered_bytes
-        return (self.gpus - 1) * (2 * self.gradient_bytes + gathered) // self.gpus
+        """What each GPU sends in a step: a ring passes on every part of the gradients but one
+        twice."""
+        return 2 * (self.gpus - 1) * self.gradient_bytes // self.gpus + self.sent_of_base
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Of a sharded base, in each forward and backward pass."""
+        return 0 if self.shards is None else self.shards.gathered_bytes
+
+    @property
+    def sent_of_base(self) -> int:
+        """Of it the shards, in all micro-batches."""
+        sent = 0 if self.shards is None else self.shards.sent_bytes
+        return self.config.gradient_accumulation_steps * sent
 
     def record(self) -> dict[str, Any]:
         """The object of --json."""
@@ -100,6 +112,7 @@ class Plan:
             "parts": self.parts, "peak_at": self.peak_at, "rows": self.rows,
             "tokens_per_row": self.length, "host": self.host, "disk": self.disk,
             "gpus": self.gpus, "rows_a_step": self.rows_a_step, "sent_bytes": self.sent_bytes,
+            "sharding": self.config.sharding, "sent_of_base": self.sent_of_base,
         }  # fmt: skip
 
 
@@ -115,6 +128,8 @@ class Planner:
         direct: bool = False,
     ) -> None:
         budget(config)  # refuses one that is no size, before anything is counted
+        alone = "--sharding fsdp is for several GPUs: give --gpus N, or leave it out"
+        require(config.sharding != "fsdp" or gpus_of(config) > 1, alone)
         if config.adapter is not None:
             with quietly():
                 config = with_settings_of_adapter(config, {})
@@ -139,7 +154,7 @@ class Planner:
 
     def plan(self, config: TrainConfig | None = None) -> Plan:
         """The plan of the run, or of another `config` that differs in rows, tokens, optimizer and
-        whether the embedding is in host memory."""
+        where the embedding and the base are."""
         config, longest = config or self.config, self.source.longest
         rows = config.per_device_train_batch_size
         length = min(config.data.max_length, longest or config.data.max_length)
@@ -152,16 +167,14 @@ class Planner:
         except Exception as error:  # of a model's code that reads values
             raise UserError(f"{config.model} {_described(error)}") from error
         buckets = buckets_of(self.trained)
-        gpus, gathered = gpus_of(config), 0
-        segments = _with_optimizer(segments, own, max(buckets) if gpus > 1 else 0)
+        several = gpus_of(config) > 1
+        segments = _with_optimizer(segments, own, max(buckets) if several else 0)
         host = {"offloaded activations": activations} if activations else {}
-        if config.sharding == "fsdp":
-            alone = "--sharding fsdp is for several GPUs: give --gpus N, or leave it out"
-            require(gpus > 1, alone)
-            gathered, shards = shard(segments, self.sample, gpus, offload=config.offload_base)
-            host |= {"shards of the base": shards} if config.offload_base else {}
         if config.offload_embedding:
             host["embedding"] = _without_embedding(segments, self.sample.is_tied)
+        if shards := self.shards(config):
+            segments = shards.applied(segments)
+            host |= {SHARDS: shards.host_bytes} if config.offload_base else {}
         if self.device == "cpu":
             loading = self._loading(segments[0])
             for held in (h for s in segments for h in (s.start, s.peak, s.end)):
@@ -176,8 +189,15 @@ class Planner:
         free = psutil.virtual_memory().available if self.device == "cpu" else budget(config)
         return Plan(
             config, rows, length, segments, parts, _place(segments, peak), host, self._disk(own),
-            sum(buckets), gathered, free,
+            sum(buckets), shards, free,
         )  # fmt: skip
+
+    def shards(self, config: TrainConfig) -> Shards | None:
+        """Of the base, if a rank has no more of it."""
+        if config.sharding != "fsdp":
+            return None
+        sizes: Any = {"gpus": gpus_of(config), "offload": config.offload_base}
+        return Shards(self.sample.matrices, self.sample.stands_in, **sizes)
 
     def anew(self) -> "Planner":
         """A planner of the same model that has counted nothing."""
@@ -216,6 +236,11 @@ def plan(config: TrainConfig, device: str = "cuda") -> Plan:
     """What a run of `config` needs on a GPU, or on this machine's `cpu`. Raises UserError for a
     model that cannot be planned."""
     return Planner(config, device=device).plan()
+
+
+def gpus_of(config: TrainConfig) -> int:
+    """The GPUs of a planned run, or of the run that this process is in."""
+    return config.gpus or ranks.count()
 
 
 def budget(config: TrainConfig) -> int | None:

@@ -10,10 +10,10 @@ take at most 2.4 % off the peak of Llama-2-7B, Qwen2.5-7B and Gemma-2-9B at 2,04
 (counted), and add to it where all fits into one tile; chunks of 32 MiB take 80 MiB at most.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import product, repeat
 from math import prod
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -22,8 +22,7 @@ from qlora.config import TrainConfig, flat
 from qlora.config.tasks import CAUSAL_LM
 from qlora.errors import UserError
 from qlora.ops import nf4
-from qlora.plan.estimate import Plan, Planner, budget
-from qlora.plan.shards import gpus_of
+from qlora.plan.estimate import Plan, Planner, budget, gpus_of
 from qlora.plan.time import Card, card_of, card_of_size, step_seconds
 
 PAGED = "paged_adamw_8bit"
@@ -36,6 +35,7 @@ ONE_MODEL = (
     "offload_embedding", "sharding", "offload_base",
 )  # fmt: skip
 """settings that need no other model to be counted"""
+TRAVELS = "the base's shards are sent to all GPUs, twice a micro-batch"
 IN_DATA, IN_LORA = {"max_length", "packing"}, {"r"}
 Settings = dict[str, Any]
 
@@ -44,8 +44,14 @@ class Change(NamedTuple):
     """A setting's other values, of which one may be taken, and what they cost."""
 
     values: list[Settings]
-    cost: str
+    cost: str | Sequence[str]
+    """of all values, or of each"""
     learns_less: bool = False
+
+    def priced(self) -> Iterator[tuple[Settings, str]]:
+        """Each value with its cost."""
+        costs = repeat(self.cost) if isinstance(self.cost, str) else self.cost
+        yield from zip(self.values, costs, strict=False)
 
 
 @dataclass(frozen=True)
@@ -98,15 +104,26 @@ def less_memory(config: TrainConfig, *, pads: bool) -> Iterator[Change]:
         yield Change([again, again | offload], "each layer's forward pass is computed twice")
     elif not config.offload_activations:
         yield Change([offload], "host memory, and copies beside the computation")
-    shards, in_host = {"sharding": "fsdp"}, {"offload_base": True}
-    if gpus_of(config) > 1 and config.sharding == "ddp" and not config.offload_embedding:
-        cost = "the base travels between the GPUs in each pass"
-        yield Change([shards, shards | in_host], cost)
-    elif config.sharding == "fsdp" and not config.offload_base:
-        yield Change([in_host], "host memory, and the base copied from it in each pass")
-    elif config.sharding == "ddp" and not config.offload_embedding:
-        cost = "host memory, and a few rows read from it a pass"
-        yield Change([{"offload_embedding": True}], cost)
+    yield from _less_of_base(config)
+
+
+def _less_of_base(config: TrainConfig) -> Iterator[Change]:
+    """Other places for the base, of which one may be taken."""
+    shards: Settings = {"sharding": "fsdp"}
+    host: Settings = {"offload_base": True}
+    copies = "host memory, and copies of each layer's shard to the GPU"
+    if config.sharding == "fsdp":
+        if not config.offload_base:
+            yield Change([host], copies)
+        return
+    values: list[Settings] = [] if config.offload_embedding else [{"offload_embedding": True}]
+    costs = ["host memory, and a few rows read from it a pass"] * len(values)
+    if gpus_of(config) > 1:
+        stays = {"offload_embedding": False} if config.offload_embedding else {}
+        values += [stays | shards, stays | shards | host]
+        costs += [TRAVELS, f"{TRAVELS}; {copies}"]
+    if values:
+        yield Change(values, costs)
 
 
 def learns_less(config: TrainConfig) -> Iterator[Change]:
@@ -126,6 +143,9 @@ def more_memory(config: TrainConfig) -> Iterator[Change]:
         yield Change([stays, stays | {"gradient_checkpointing": False}], "")
     if config.offload_embedding:
         yield Change([{"offload_embedding": False}], "")
+    if config.sharding == "fsdp":
+        stays = {"offload_base": False} if config.offload_base else {}
+        yield Change([*[stays] * bool(stays), stays | {"sharding": "ddp"}], "")
     if not config.fast_path:
         yield Change([{"fast_path": True}], "")
 
@@ -203,11 +223,11 @@ class Fitter:
         """What takes less memory alone, the fastest first, and last what learns less."""
         found = []
         for change in (*self._less_memory(), *learns_less(self.config)):
-            for settings in change.values:
+            for settings, cost in change.priced():
                 made = self.plan(settings)
                 saved = self.before.peak_bytes - made.peak_bytes if made is not None else 0
                 if made is not None and saved > 0:
-                    own = Option(settings, change.cost, made.peak_bytes, saved, self.slower(made))
+                    own = Option(settings, cost, made.peak_bytes, saved, self.slower(made))
                     found.append((change.learns_less, own))
         found.sort(key=lambda option: (option[0], not option[0] and option[1].slower))
         return [option for _, option in found]

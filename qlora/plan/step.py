@@ -39,6 +39,7 @@ from qlora.fast.head import LazyLogits
 from qlora.fast.offload import offload_activations
 from qlora.plan.meta import all_nonzero, as_on, backward, empty, forget_buffers, widen
 from qlora.plan.meter import WORKSPACE, Bytes, Meter, Segment, difference
+from qlora.plan.shards import Matrix, grouped_modules
 from qlora.plan.shrink import first_layers, layer_count, narrow, text_of
 from qlora.plan.work import kernels_counted
 from qlora.training.prepare import prepare_for_training
@@ -218,6 +219,7 @@ class Sample:
         forget_buffers()
         with self.meter:
             widen(self.model, large, device)
+        self.matrices: list[Matrix] = []  # that can be sharded
         self.parts = self._tag_parameters()
         self._watch_layers()
 
@@ -244,7 +246,7 @@ class Sample:
         layers = layer_list(self.model) if self.stands_in else None
         place = {m: i for i, layer in enumerate(layers or ()) for m in layer.modules()}
         parts = [Counter[str]() for _ in range(len(layers or ()) + 1)]
-        seen = set()
+        seen, grouped = set(), grouped_modules(self.model)
         for name, module in self.model.named_modules():
             tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             for tensor in (t for t in tensors if id(t) not in seen):
@@ -257,6 +259,9 @@ class Sample:
                 elif tensor.ndim > 1:
                     clean = name.replace("base_layer", "").rstrip(".")
                     kind = {embedding: EMBEDDING, head: HEAD}.get(clean, LINEAR)
+                if kind != ADAPTERS and tensor.ndim > 1 and isinstance(tensor, nn.Parameter):
+                    own = Matrix(kind, tensor.nbytes, place.get(module), module in grouped)
+                    self.matrices.append(own)
                 held = [tensor]
                 if kind == LINEAR and is_quantized(module) and tensor is module.weight:
                     held += _of_state(module.weight.quant_state)

@@ -9,8 +9,9 @@ gives the time:
     the rest    bytes read and written / (bandwidth * SHARE_OF_BANDWIDTH): decoding of weights,
                 elementwise operators, products with few FLOPs a byte such as the adapters', the
                 optimizer
-    host        copies over PCIe that the computation cannot hide, also of shards between GPUs; and
-                no step is shorter than the launches of its kernels
+    host        copies over PCIe that the computation cannot hide; and no step is shorter than the
+                launches of its kernels
+    shards      of a sharded base, over PCIe as well, as far as the computation does not hide them
 
 The shares are assumed. Against the arithmetic of the step of Llama-2-7B in tests/plan/test_time.py
 it is within a quarter; a ratio of two steps is better than either. Not counted: waits for the data,
@@ -112,10 +113,10 @@ def _micro_batch(plan: Plan, card: Card) -> float:
     if copied := plan.host.get("offloaded activations", 0) / PCIE:
         ahead = _computing(forward, card)
         seconds += max(0, copied - ahead) + max(0, copied - (seconds - ahead))
-    if plan.gathered_bytes:  # while other layers compute
-        moved = (plan.gpus - 1) * plan.gathered_bytes // plan.gpus
-        moved += 2 * plan.host.get("shards of the base", 0)
-        seconds = max(seconds, moved / PCIE)
+    if plan.shards is not None:  # in each of both passes
+        moved = (plan.shards.copied_bytes + plan.shards.sent_bytes) / 2 / PCIE
+        ahead = _computing(forward, card)
+        seconds += max(0, moved - ahead) + max(0, moved - (seconds - ahead))
     return seconds
 
 
