@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from qlora.adapters.wrappers import AdapterModule, adapted, frozen_copy
 from qlora.base.modules import as_dense, computes_in, dense_weight, matrix_shape
+from qlora.base.sharding import device_of
 from qlora.config import LoraConfig
 from qlora.ops.lora import Dropout
 from qlora.ops.nf4 import DTYPES
@@ -132,7 +133,7 @@ class LoRALayer(AdapterModule):
         self, name: str, config: LoraConfig, *, generator: torch.Generator | None = None
     ) -> None:
         """A new adapter, trainable and not yet active."""
-        dtype = adapter_dtype(config, self.plain.weight.device, computes_in(self.plain))
+        dtype = adapter_dtype(config, device_of(self.plain.weight), computes_in(self.plain))
         lora_A, lora_B = (matrix.to(dtype) for matrix in self._first_values(config, generator))
         # in fp32: steps of bf16 are 0.4 % of a norm, more than one update
         magnitude = self._row_norm() if config.use_dora else None

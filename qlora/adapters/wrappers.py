@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.base.modules import shallow_copy
+from qlora.base.sharding import device_of
 from qlora.errors import require
 
 
@@ -107,9 +108,9 @@ class AdapterModule(Wrapper):
 
 
 def frozen_copy(value: Tensor, like: Tensor) -> nn.Parameter:
-    """`value` as a frozen parameter on the device of `like`; a copy, as tensors of a file may be
+    """`value` as a frozen parameter where `like` computes; a copy, as tensors of a file may be
     aligned so that kernels round otherwise."""
-    return nn.Parameter(value.to(like.device, copy=True), requires_grad=False)
+    return nn.Parameter(value.to(device_of(like), copy=True), requires_grad=False)
 
 
 def plain(module: nn.Module) -> Any:

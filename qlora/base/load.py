@@ -15,7 +15,7 @@ as is a pooler that it lacks. Any other missing tensor raises; transformers woul
 import inspect
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +57,6 @@ from qlora.base.modules import (
     task_of,
     use_codes_as_stored,
 )
-from qlora.base.sharding import keeping_shards
 from qlora.config import QuantConfig
 from qlora.config.tasks import task_named
 from qlora.errors import UserError, first_line, require, some
@@ -84,7 +83,6 @@ def load_base(
     revision: str | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
-    sharded: bool = False,
 ) -> PreTrainedModel:
     """A frozen model with 4-bit linear layers, for causal-lm, seq2seq, seq-cls or token-cls.
 
@@ -94,7 +92,6 @@ def load_base(
         labels: class names of a classifier, by default those of the checkpoint.
         seed: for a classifier's head that the checkpoint lacks.
         device: by default the GPU where there is one.
-        sharded: of the 4-bit weights, only the shards of this rank, for `shard_base`.
     Raises:
         UserError: the model cannot be loaded, or linear weights would stay unquantized.
     """
@@ -113,7 +110,7 @@ def load_base(
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
     # `initialise_missing` refuses those, except in a head
     args |= {"config": empty.config, "ignore_mismatched_sizes": True}
-    with keeping_shards() if sharded else nullcontext(), ExitStack() as stack:
+    with ExitStack() as stack:
         if in_full:  # `initialise_missing` reports a missing head
             stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
             transformers_logging.set_verbosity_error()

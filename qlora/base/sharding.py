@@ -23,29 +23,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.errors import require
 from qlora.ops.nf4 import as_bytes
 
+# torch.distributed.fsdp and .tensor are imported where they are used: half a second of each start
 ASYNC = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers
 
 
 @contextmanager
-def keeping_shards() -> Iterator[None]:
-    """Cut each 4-bit weight that a module gets in this block to the shard of this rank."""
+def keeping_shards(*, offload: bool = False) -> Iterator[None]:
+    """Cut each 4-bit weight that a module gets in this block, as of a model that is loaded in it,
+    to the shard of this rank; with `offload` in host memory."""
 
     def cut(_: nn.Module, __: str, weight: Any) -> None:
         state = getattr(weight, "quant_state", None)
         if state is not None and as_bytes(weight.data).numel() == _bytes(state):
             own = as_bytes(weight.data).chunk(dist.get_world_size())
             rank = dist.get_rank()
-            weight.data = own[rank].clone() if rank < len(own) else own[0][:0].clone()
+            shard = own[rank] if rank < len(own) else own[0][:0]
+            weight.data = torch.clone(shard.cpu() if offload else shard)
 
     hook = register_module_parameter_registration_hook(cut)
     before = os.environ.get(ASYNC)
@@ -57,20 +55,25 @@ def keeping_shards() -> Iterator[None]:
         os.environ.pop(ASYNC) if before is None else os.environ.update({ASYNC: before})
 
 
-def shard_base(model: PreTrainedModel, *, offload: bool = False) -> None:
+def shard_base(model: Any, *, offload: bool = False) -> None:
     """Shard all parameters of a frozen `model` over the ranks, in place.
 
-    The 4-bit weights have been loaded within `keeping_shards`. `offload` keeps the shards of the
-    decoder layers in pinned host memory, and copies each to the GPU before it is gathered.
+    The model has been loaded within `keeping_shards`. `offload` keeps the shards of the decoder
+    layers in pinned host memory, and copies each to the GPU before it is gathered.
 
     Raises:
         UserError: the family has no decoder layers of transformers' common class.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     fault = f"{type(model).__name__} has no decoder layers that transformers knows"
     require(bool(layers), f"{fault}, by which it would be sharded: use --sharding ddp")
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    pins = torch.cuda.is_available()
+    policy = CPUOffloadPolicy(pin_memory=pins) if offload else OffloadPolicy()
     for layer in layers:
         _shard(layer, mesh, policy)
     _shard(model, mesh, OffloadPolicy())
@@ -78,28 +81,31 @@ def shard_base(model: PreTrainedModel, *, offload: bool = False) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard_base` has sharded the model."""
-    return isinstance(model, FSDPModule)
+    return any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
 
 
-def held_bytes(model: nn.Module) -> int:
-    """The bytes of all parameters, and constants of quantized ones, that this rank holds."""
-    total = 0
-    for parameter in model.parameters():
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        total += own.nbytes
-        state = getattr(parameter, "quant_state", None)
-        for constants in (state, getattr(state, "state2", None)):
-            total += 0 if constants is None else constants.absmax.nbytes + constants.code.nbytes
-    return total
+def device_of(weight: Tensor) -> torch.device:
+    """Where a layer computes: its weight's device, but for shards in host memory."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or mesh.device_type == weight.device.type:
+        return weight.device
+    return torch.device(mesh.device_type, torch.cuda.current_device())
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, policy: OffloadPolicy) -> None:
+def _is_shard(parameter: Any) -> bool:
+    return hasattr(parameter, "device_mesh")
+
+
+def _shard(module: nn.Module, mesh: Any, policy: Any) -> None:
     """Make the parameters of `module` that are in no group yet a group."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+
     shards: dict[Any, tuple[Tensor, Any]] = {}
     for layer in module.modules():
         weight: Any = getattr(layer, "weight", None)
         state = getattr(weight, "quant_state", None)
-        if state is not None and not isinstance(weight, DTensor):
+        if state is not None and not _is_shard(weight):
             shards[layer] = weight.data, state
             layer.weight = _frozen(torch.empty(_bytes(state), 1, dtype=torch.uint8, device="meta"))
     small = {p for p in module.parameters() if p.ndim < 2}
@@ -107,9 +113,8 @@ def _shard(module: nn.Module, mesh: DeviceMesh, policy: OffloadPolicy) -> None:
     for layer, (own, state) in shards.items():
         full = layer.weight
         shape: Any = {"shape": full.shape, "stride": full.stride()}
-        if isinstance(policy, CPUOffloadPolicy):
-            own = own.cpu()
-        layer.weight = _frozen(DTensor.from_local(own, mesh, [Shard(0)], run_check=False, **shape))
+        shard = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, **shape)  # on the GPU
+        layer.weight = _frozen(shard.cpu() if isinstance(policy, CPUOffloadPolicy) else shard)
         layer.weight.quant_state = layer.quant_state = state
     # after that of fully_shard, which gathers
     module.register_forward_pre_hook(partial(_put_states, list(shards)))

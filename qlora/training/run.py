@@ -24,7 +24,7 @@ from qlora.adapters.live import require_task
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer, share_pad
 from qlora.base.modules import state_of
-from qlora.base.sharding import is_sharded, shard_base
+from qlora.base.sharding import is_sharded, keeping_shards, shard_base
 from qlora.config import TrainConfig, flat
 from qlora.config.resume import begins_anew, changed_settings, differences, with_batches_of
 from qlora.config.tasks import task_named
@@ -370,17 +370,18 @@ def load_model(
     lora, eva_batches = config.lora, None
     # Modules that are trained in full are not quantized: they start from the original weights.
     skip_modules = (*config.quant.skip_modules, *lora.modules_to_save)
-    model = load_base(
-        checkpoint,
-        replace(config.quant, skip_modules=skip_modules),
-        task=config.task,
-        labels=data.classes,
-        seed=config.seed,
-        trust_remote_code=config.trust_remote_code,
-        sharded=config.sharding == "fsdp",
-    )
+    sharded = config.sharding == "fsdp"
+    with keeping_shards(offload=config.offload_base) if sharded else nullcontext():
+        model = load_base(
+            checkpoint,
+            replace(config.quant, skip_modules=skip_modules),
+            task=config.task,
+            labels=data.classes,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+        )
     share_pad(model, tokenizer.pad_token_id)
-    if config.sharding == "fsdp":
+    if sharded:
         shard_base(model, offload=config.offload_base)
     if resume_from:  # the checkpoint's values follow: no initialisation, but EVA's ranks
         lora = replace(lora, init_lora_weights=True, loftq_config={}, eva_config={})

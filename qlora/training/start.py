@@ -20,6 +20,7 @@ from qlora.adapters.format import read_adapter, without_rebase
 from qlora.adapters.lora import LoRALayer, adapter_dtype
 from qlora.adapters.wrappers import adapted
 from qlora.base.modules import computes_in
+from qlora.base.sharding import device_of
 from qlora.config import LoraConfig, QuantConfig, TrainConfig, build
 from qlora.config.lora import Settings
 from qlora.errors import UserError, require
@@ -88,7 +89,7 @@ def put_saved_adapter(model: PreTrainedModel, folder: str | Path, lora: LoraConf
     for _, wrapper in adapted(model):
         is_lora, dtype = isinstance(wrapper, LoRALayer), in_full
         if is_lora:
-            dtype = adapter_dtype(lora, wrapper.plain.weight.device, computes_in(wrapper.plain))
+            dtype = adapter_dtype(lora, device_of(wrapper.plain.weight), computes_in(wrapper.plain))
             if "default" in wrapper.dropout:
                 wrapper.dropout["default"] = lora.lora_dropout
         for ending, parameter in wrapper.parameters_of("default").items():

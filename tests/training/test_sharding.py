@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from qlora.base.load import load_base
-from qlora.base.sharding import held_bytes, shard_base
+from qlora.base.sharding import keeping_shards, shard_base
 from qlora.config import DataConfig, LoraConfig, QuantConfig, TrainConfig
 from qlora.errors import UserError
 from qlora.plan.estimate import Planner
@@ -118,6 +118,24 @@ def values(ended: list[Ended]) -> list[Any]:
     return [rank.value for rank in ended]
 
 
+def sharded_base(folder: Path, quant: QuantConfig, *, offload: bool = False) -> Any:
+    with keeping_shards(offload=offload):
+        model = load_base(str(folder), quant, device="cpu")
+    shard_base(model, offload=offload)
+    return model
+
+
+def held_bytes(model: Any) -> int:
+    """Of all parameters, and of the constants of quantized ones, that this rank holds."""
+    total = 0
+    for parameter in model.parameters():
+        total += getattr(parameter, "_local_tensor", parameter).nbytes
+        state = getattr(parameter, "quant_state", None)
+        for constants in (state, getattr(state, "state2", None)):
+            total += 0 if constants is None else constants.absmax.nbytes + constants.code.nbytes
+    return total
+
+
 def own_memory() -> int:
     """Bytes of this process alone: no mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -130,7 +148,7 @@ def loaded(folder: Path, sharded: bool) -> tuple[int, int]:
     quant = QuantConfig(compute_dtype="bf16")
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 15)
     if sharded:  # what torch and bitsandbytes allocate once
-        shard_base(load_base(str(folder.parent / "tiny"), quant, device="cpu", sharded=True))
+        sharded_base(folder.parent / "tiny", quant)
     before, ended, looks = own_memory(), Event(), [0]
 
     def look() -> None:
@@ -138,9 +156,7 @@ def loaded(folder: Path, sharded: bool) -> tuple[int, int]:
             looks.append(own_memory())
 
     (watch := Thread(target=look)).start()
-    model = load_base(str(folder), quant, device="cpu", sharded=sharded)
-    if sharded:
-        shard_base(model)
+    model = sharded_base(folder, quant) if sharded else load_base(str(folder), quant, device="cpu")
     ended.set()
     watch.join()
     return held_bytes(model), max(looks) - before
@@ -214,10 +230,12 @@ def test_shards_are_gathered_forward_and_backward(checkpoints, few, tmp_path):
 # ---- checkpoints, samples, failures
 
 
-def outputs(folder: Path, quant: QuantConfig, sharded: bool) -> list[float]:
-    model: Any = load_base(str(folder), quant, device="cpu", sharded=sharded)
-    if sharded:
-        shard_base(model)
+def outputs(folder: Path, quant: QuantConfig, sharded: bool, offload: bool = False) -> list[float]:
+    model = (
+        sharded_base(folder, quant, offload=offload)
+        if sharded
+        else load_base(str(folder), quant, device="cpu")
+    )
     with torch.no_grad():
         return model(torch.arange(1, 9)[None]).logits[0, -1, :50].tolist()  # type: ignore[no-any-return]
 
@@ -235,6 +253,14 @@ def test_4_bit_checkpoints_are_sharded(storage, checkpoints, tmp_path):
     quant = QuantConfig(compute_dtype="fp32")
     wanted = outputs(base, quant, False)
     for found in values(in_ranks(2, in_a_group, outputs, tmp_path / "4 bits", quant, True)):
+        assert found == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.full
+def test_shards_in_host_memory_compute_the_same(checkpoints):
+    base, quant = checkpoints("llama"), QuantConfig(compute_dtype="fp32")
+    wanted = outputs(base, quant, False)
+    for found in values(in_ranks(2, in_a_group, outputs, base, quant, True, True)):
         assert found == pytest.approx(wanted, abs=1e-6)
 
 
