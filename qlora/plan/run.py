@@ -15,9 +15,10 @@ from qlora.training.run import train
 
 def run(config: TrainConfig) -> Path:
     """`train`, which then logs the planned peak beside the measured one. Ranks join before the
-    first one plans: Trainer's arguments would wait for the others otherwise."""
+    first one plans: Trainer's arguments would wait for the others otherwise. The others wait for
+    the plan, so that the first one is there to tell an error of all."""
     with ranks.joined(flat(config)):
-        return train(config, planned_bytes=planned_bytes(config))
+        return train(config, planned_bytes=ranks.of_first(planned_bytes(config)))
 
 
 def planned_bytes(config: TrainConfig) -> int | None:

@@ -1,10 +1,12 @@
 """Ranks as torchrun and accelerate start them: restarts, errors in one line, and variables that a
 launcher sets."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -127,6 +129,22 @@ def test_an_error_of_all_ranks_is_printed_by_the_first(tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == ["error: unknown flag --sead. Did you mean --seed?"]
     assert re.findall(r"exitcode *: 2 ", done.stderr) and done.returncode == 1
+
+
+def planned_slowly(config: TrainConfig) -> None:
+    from qlora.errors import OWN_SECONDS
+    from qlora.plan import run
+
+    run.planned_bytes = lambda _: time.sleep(OWN_SECONDS + 1) if os.environ["RANK"] == "0" else None
+    run.run(config)
+
+
+def test_an_error_of_all_ranks_is_told_by_the_first_after_its_plan(checkpoints, few, tmp_path):
+    settings: Any = {"sharding": "fsdp", "offload_base": True}  # without a GPU
+    config = quick_config(checkpoints("llama"), few, tmp_path / "run", **settings)
+    first, second = in_ranks(2, planned_slowly, config)
+    told = "UserError: --offload-base wants a CUDA GPU, and torch finds none here: leave it out"
+    assert first.error == told and not second.error.startswith("RankError")
 
 
 def test_an_error_of_another_rank_is_printed_too():
