@@ -36,6 +36,7 @@ def scaled(folder: Path, flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.full
 def test_one_and_two_ranks_are_measured_on_the_same_rows(tmp_path):
     flags = "--shape tiny --ranks 2 1 --seq 32 --rows 2 --steps 4 --rounds 1"
     done = scaled(tmp_path, flags)

@@ -179,6 +179,7 @@ def job_number() -> int:
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.full
 def test_the_slurm_script_starts_two_nodes_and_goes_on(few_steps, of_one_process, tmp_path):
     """Its first start ends after two steps, as at the end of its time."""
     (programs := tmp_path / "bin").mkdir()
