@@ -88,7 +88,7 @@ def trained_and_seen(config: TrainConfig, seen: Path) -> None:
 
 
 def sent_in_a_step(config: TrainConfig) -> list[list[tuple[str, int]]]:
-    """(operation, bytes) that this rank gives away, by step, and the parameters that it trains."""
+    """(operation, bytes) that this rank gives away, by step."""
     import torch.distributed as dist
 
     steps: list[list[tuple[str, int]]] = []
@@ -103,9 +103,10 @@ def sent_in_a_step(config: TrainConfig) -> list[list[tuple[str, int]]]:
 
         return counted
 
-    for name, place in (("all_reduce", 0), ("broadcast", 0), ("all_gather", 1),
-                        ("all_gather_into_tensor", 1), ("reduce_scatter_tensor", 1)):  # fmt: skip
-        setattr(dist, name, counting(name, place))
+    new = [name for name in ("all_gather_single", "reduce_scatter_single") if hasattr(dist, name)]
+    second = ("all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", *new)
+    for name in ("all_reduce", "broadcast", *second):
+        setattr(dist, name, counting(name, int(name in second)))
 
     class Steps(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
