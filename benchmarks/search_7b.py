@@ -3,9 +3,10 @@
     python benchmarks/search_7b.py [--grid Q4_0] [--device cuda]
 
 `keep_outputs` of qlora.merge.codes, or `keep_adapter` for NF4, on the seven matrices, with random
-weights, an adapter (r=16) whose change is 1 % of them, and moments of inputs with a spectrum that
-falls as 1 / i, as that of activations roughly does. On a CPU two matrices are computed at a time,
-each by one thread, as the merge does. Calibration, reading and writing are not included.
+weights, an adapter (r=16) whose change is 1 % of them, and moments of inputs and gradients with a
+spectrum that falls as 1 / i, as that of activations roughly does. On a CPU two matrices are
+computed at a time, each by one thread, as the merge does. Calibration, reading and writing are not
+included.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from results import record
 
 from qlora.config import QuantConfig
 from qlora.merge import codes, grids
+from qlora.merge.moments import Moments
 from qlora.ops import nf4
 
 HIDDEN, INTERMEDIATE, LAYERS, R = 4096, 11008, 32, 16
@@ -34,7 +36,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     kind = getattr(grids, args.grid, None)
-    moments = {width: inputs(width, args.device) for width in (HIDDEN, INTERMEDIATE)}
+    moments = {width: spread(width, args.device) for width in (HIDDEN, INTERMEDIATE)}
 
     def one(name: str) -> float:
         out, width = SHAPES[name]
@@ -48,7 +50,8 @@ def main() -> None:
             torch.cuda.synchronize()
         started = time.perf_counter()
         if kind:
-            codes.keep_outputs(kind(weight.T.contiguous()), weight, moments[width])
+            of_layer = Moments(moments[width], moments[out])
+            codes.keep_outputs(kind(weight.T.contiguous()), weight, of_layer)
         else:
             start = nf4.quantize(weight, QuantConfig())
             codes.keep_adapter(grids.NF4Grid(start), weight, lora_A, lora_B, moments[width])
@@ -71,8 +74,8 @@ def main() -> None:
     record("search_7b", row | {name: round(each, 1) for name, each in seconds.items()})
 
 
-def inputs(width: int, device: str) -> torch.Tensor:
-    """Moments (in, in) of inputs whose covariance has eigenvalues of about 1 / i."""
+def spread(width: int, device: str) -> torch.Tensor:
+    """Moments (n, n) of vectors whose covariance has eigenvalues of about 1 / i."""
     generator = torch.Generator(device).manual_seed(1)
     directions = torch.randn(width // 2, width, generator=generator, device=device)
     directions /= torch.arange(1, width // 2 + 1, device=device)[:, None].sqrt()

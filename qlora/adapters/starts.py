@@ -50,7 +50,7 @@ from qlora.errors import UserError, require
 
 OVERSAMPLING = 16  # iterate r + 16 directions: the first r converge faster
 EVA_NITER = 8
-MAX_BYTES = 4 << 30  # of moments in memory at once
+MAX_BYTES = 4 << 30  # of moments in host memory at once
 Pair = tuple[Tensor, Tensor]  # A (r, in) and B (out, r)
 
 # ---- from the weight ----
@@ -155,8 +155,7 @@ class Moments(NamedTuple):
 class SecondMoments:
     """Moments of layers' inputs, summed group by group on demand.
 
-    Ask for the layers in the model's order: each group then runs once. `weights`, if given, are
-    those of each layer's inputs in each batch (see qlora.merge.importance).
+    Ask for the layers in the model's order: each group then runs once.
     """
 
     def __init__(
@@ -166,10 +165,8 @@ class SecondMoments:
         layers: Mapping[str, nn.Module],
         *,
         max_bytes: int | None = None,
-        weights: Sequence[Mapping[str, Tensor]] | None = None,
     ):
         self.model, self.batches, self.layers = model.eval(), batches, layers
-        self.weights = weights
         self.widths = {name: matrix_shape(plain(layer))[1] for name, layer in layers.items()}
         self.groups = self._groups(max_bytes or moments_budget(model.device))
         self._gathered: dict[str, Moments] = {}
@@ -189,16 +186,11 @@ class SecondMoments:
         for name in leaders:
             zeros = torch.zeros(self.widths[name], device=device)
             sums[name] = Moments(torch.outer(zeros, zeros), zeros, torch.zeros((), device=device))
-        for number, batch in enumerate(Progress(self.batches, desc="Calibrating")):
+        for batch in Progress(self.batches, desc="Calibrating"):
             mask = batch["attention_mask"].bool().to(device)  # (rows, length)
-            weights = self.weights[number] if self.weights else {}
 
-            def add(
-                name: str, _: nn.Module, args: Any, mask: Tensor = mask, weights: Any = weights
-            ) -> None:
-                x, weight = args[0].float(), weights.get(name)
-                if weight is not None and weight.shape == x.shape[:-1]:
-                    x = x * weight.sqrt()[..., None]
+            def add(name: str, _: nn.Module, args: Any, mask: Tensor = mask) -> None:
+                x = args[0].float()
                 x = x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)  # (tokens, in)
                 sums[name].second.addmm_(x.T, x)  # (in, tokens) @ (tokens, in)
                 sums[name].first.add_(x.sum(0))
@@ -215,7 +207,7 @@ class SecondMoments:
         last: list[tuple[Any, str]] = []
 
         def record(name: str, _: nn.Module, args: Any) -> None:
-            same = last and last[0][0] is args[0] and not self.weights
+            same = last and last[0][0] is args[0]
             leaders[name] = last[0][1] if same else name
             last[:] = [(args[0], leaders[name])]
 
@@ -247,10 +239,10 @@ class SecondMoments:
 
 
 def moments_budget(device: torch.device) -> int:
-    """Bytes for moments: MAX_BYTES, on a GPU at most half of its free memory."""
+    """Bytes for moments: MAX_BYTES, on a GPU half of its free memory."""
     if device.type != "cuda":
         return MAX_BYTES
-    return min(MAX_BYTES, torch.cuda.mem_get_info(device)[0] // 2)
+    return torch.cuda.mem_get_info(device)[0] // 2
 
 
 # ---- from the inputs ----

@@ -15,6 +15,7 @@ from qlora.config import QuantConfig
 from qlora.merge import int4
 from qlora.merge.codes import AdaptedWeight, Facts, fold_to_codes, fold_to_grid
 from qlora.merge.grids import Int4
+from qlora.merge.moments import Moments
 from qlora.ops import nf4
 from qlora.ops.nf4 import Layout
 
@@ -29,7 +30,7 @@ class Codec(Protocol):
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """dtype and shape of each tensor of a weight (out, in), by what follows its name."""
 
-    def encode(self, adapted: AdaptedWeight, moments: Tensor | None) -> tuple[Any, Facts]:
+    def encode(self, adapted: AdaptedWeight, moments: Moments | None) -> tuple[Any, Facts]:
         """These tensors for base + adapter, and facts for the report; `moments` as for
         `fold_to_codes`."""
 
@@ -50,7 +51,7 @@ class NF4Codec:
         return {f".{suffix}" if suffix else "": entry for suffix, entry in record.items()}
 
     def encode(
-        self, adapted: AdaptedWeight, moments: Tensor | None
+        self, adapted: AdaptedWeight, moments: Moments | None
     ) -> tuple[dict[str, Tensor], Facts]:
         wanted = self.quant.quant_type, self.quant.blocksize, self.quant.double_quant
         if adapted.codes:
@@ -83,7 +84,7 @@ class Int4Codec:
         return int4.layout(shape, self.grid, self.dtype)
 
     def encode(
-        self, adapted: AdaptedWeight, moments: Tensor | None
+        self, adapted: AdaptedWeight, moments: Moments | None
     ) -> tuple[dict[str, Tensor], Facts]:
         grid, facts = fold_to_grid(adapted, self.grid, moments)
         assert isinstance(grid, Int4)

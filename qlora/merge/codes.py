@@ -26,8 +26,9 @@ step, so rounding to the nearest code loses it. `choose_codes` keeps it in one o
   ascent with "no systematic error" as the constraint. The best round is kept.
 
 On a grid of integers (GGUF, int4), which the base does not lie on, all values move. `keep_outputs`
-rounds them in order (qlora.merge.rounding) and lets the same descent follow, undamped. The
-systematic error is small then, and correcting it gains nothing.
+rounds them in order (qlora.merge.rounding), a group of rows at a time (qlora.merge.coupling), and
+lets the same descent follow, undamped. The systematic error is small then, and correcting it gains
+nothing.
 """
 
 import math
@@ -39,8 +40,10 @@ from torch import Tensor
 
 from qlora.adapters.lora import Factors
 from qlora.config import QuantConfig
+from qlora.merge.coupling import RowGroups, low_rank, principal
 from qlora.merge.grids import TINY, Grid, IntegerGrid, NF4Grid
-from qlora.merge.rounding import round_in_order
+from qlora.merge.moments import Moments
+from qlora.merge.rounding import InputOrder, round_in_order
 from qlora.ops import nf4
 from qlora.ops.nf4 import Quantized
 
@@ -95,26 +98,27 @@ def fold(adapted: AdaptedWeight, dtype: torch.dtype) -> tuple[Tensor, Facts]:
 
 
 def fold_to_codes(
-    adapted: AdaptedWeight, quant: QuantConfig, moments: Tensor | None
+    adapted: AdaptedWeight, quant: QuantConfig, moments: Moments | None
 ) -> tuple[Quantized, Facts]:
     """4-bit codes for base + delta in the format of `quant`, and facts for the report.
 
-    `moments` is the sum of x x' over the layer's inputs, fp32 (in, in), if known.
+    `moments` are those of the layer, if known; of its inputs' alone use is made.
     """
     codes, weight, factors = adapted.codes, adapted.weight, adapted.factors
     base = nf4.dequantize(codes) if codes else weight.float()  # type: ignore[union-attr]
     if factors is None:
         return codes or nf4.quantize(base, quant), {}
     delta = factors.change(base)
-    chosen = choose_codes(adapted, base, delta, quant, moments)
-    facts = _facts_of(base, delta, nf4.dequantize(chosen), moments)
+    inputs = moments and moments.inputs
+    chosen = choose_codes(adapted, base, delta, quant, inputs)
+    facts = _facts_of(base, delta, nf4.dequantize(chosen), inputs)
     if codes:
         facts["codes_changed"] = nf4.codes_changed(codes, chosen)
     return chosen, facts
 
 
 def fold_to_grid(
-    adapted: AdaptedWeight, kind: type[IntegerGrid], moments: Tensor | None
+    adapted: AdaptedWeight, kind: type[IntegerGrid], moments: Moments | None
 ) -> tuple[IntegerGrid, Facts]:
     """Values on a grid that the base does not lie on, for base + delta, and facts for the report.
 
@@ -129,19 +133,32 @@ def fold_to_grid(
         return grid, {}
     if moments is not None:
         keep_outputs(grid, target, moments)
-    return grid, _facts_of(base, delta, grid.weight.T, moments)
+    return grid, _facts_of(base, delta, grid.weight.T, moments and moments.inputs)
 
 
-def keep_outputs(grid: IntegerGrid, target: Tensor, moments: Tensor) -> None:
-    """Choose the values on the grid whose outputs are close to `target`'s (out, in), fp32.
+def keep_outputs(grid: IntegerGrid, target: Tensor, moments: Moments) -> None:
+    """Choose the values on the grid that change the model least from `target` (out, in), fp32.
 
-    `moments` as in `keep_adapter`.
+    Without moments of the outputs all errors there count alike.
     """
-    moments = moments + (RIDGE * moments.diagonal()).diag()
-    round_in_order(grid, target, moments)
-    descent = _Descent(grid, target, moments)
-    for _ in range(SWEEPS):
-        descent.sweep(0.0)
+    inputs = moments.inputs + (RIDGE * moments.inputs.diagonal()).diag()
+    order, factor = InputOrder(inputs), low_rank(inputs)
+
+    def choose(grid: IntegerGrid, target: Tensor) -> None:
+        round_in_order(grid, target, order)
+        descent = _Descent(grid, target, inputs, factor)
+        for _ in range(SWEEPS):
+            descent.sweep(0.0)
+
+    if moments.outputs is None:
+        choose(grid, target)
+        return
+    coupled = RowGroups(moments.outputs, target.shape[1])
+    for number, rows in enumerate(coupled.groups):
+        part = grid.rows(rows)
+        choose(part, target[rows] + coupled.owed(number))
+        coupled.add(number, part.weight.T - target[rows])
+        grid.put(rows, part)
 
 
 def choose_codes(
@@ -192,9 +209,7 @@ DAMPING = 0.25  # of the later rounds, which correct the systematic error
 ROUNDS = 6  # at most; 20 lower the KL divergence by a tenth
 MIN_GAIN = 0.05  # stop when a round corrects less than this share of the systematic error
 BIAS = 100.0  # weight of the systematic error relative to noise
-ITERATIONS = 2  # of the search for these
 PRINCIPAL = 64  # principal directions of the inputs
-RANK, RANK_SHARE = 256, 8  # of the moments between panels: at least RANK, or 1 / 8 of the inputs
 PATIENCE, ENOUGH = 4, 0.98  # stop when that many rounds have not lowered the cost to this share
 PANEL = 256  # columns at a time, whole blocks
 
@@ -241,9 +256,11 @@ class _Descent:
     up to date. A sweep costs rank * in * out, not in * in * out.
     """
 
-    def __init__(self, grid: Grid, target: Tensor, moments: Tensor) -> None:
+    def __init__(
+        self, grid: Grid, target: Tensor, moments: Tensor, factor: Tensor | None = None
+    ) -> None:
         self.grid, self.moments = grid, moments
-        self.factor = factor = _factor(moments, max(RANK, len(moments) // RANK_SHARE))
+        self.factor = factor = low_rank(moments) if factor is None else factor
         self.target = target.T.contiguous()
         self.panel = math.ceil(PANEL / grid.block) * grid.block
         self.response = factor @ self.error()  # (k, in) @ (in, out) -> (k, out)
@@ -391,8 +408,8 @@ class _Responses:
     """The systematic error: outputs along B in response to the main directions of the inputs."""
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, moments: Tensor) -> None:
-        _, principal = _principal(moments, 2 * PRINCIPAL)  # twice as many make these accurate
-        directions = torch.cat([lora_A, principal[:PRINCIPAL]])  # (k, in)
+        _, vectors = principal(moments, 2 * PRINCIPAL)  # twice as many make these accurate
+        directions = torch.cat([lora_A, vectors[:PRINCIPAL]])  # (k, in)
         energy = ((directions @ moments) * directions).sum(1, keepdim=True)  # (k, 1)
         occurs = energy[:, 0] > energy.max() * torch.finfo(torch.float32).eps
         self.directions = directions[occurs] / energy[occurs].sqrt()
@@ -415,25 +432,3 @@ class _Responses:
         """Subtract `gain` times the error from the target."""
         coefficients = self._regression(descent)  # (in, k) @ (k, r)
         descent.correct(-gain * (self.directions.T @ coefficients), self.basis.T)
-
-
-def _principal(moments: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first eigenvalues of `moments` (in, in), roughly, and their eigenvectors, as rows, by
-    subspace iteration; the first one first."""
-    shape = (len(moments), min(count, len(moments)))
-    vectors = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(moments)
-    for _ in range(ITERATIONS):
-        vectors = torch.linalg.qr(moments @ vectors).Q  # (in, in) @ (in, count)
-    values, turn = torch.linalg.eigh(vectors.T @ moments @ vectors)  # (count, count)
-    return values.clamp_min(0).flip(0), (vectors @ turn).T.flip(0)
-
-
-def _factor(moments: Tensor, rank: int) -> Tensor:
-    """(rank, in) whose transpose times itself approximates `moments` (in, in).
-
-    The inputs are scaled to equal sizes first: a few of them may be 1,000 times as large as the
-    others, whose eigenvalues fp32 would lose.
-    """
-    size = moments.diagonal().clamp_min(TINY).sqrt()
-    values, vectors = _principal(moments / size / size[:, None], rank)
-    return values.sqrt()[:, None] * vectors * size

@@ -24,7 +24,7 @@ compressed-tensors. All tensors are transposed, (in, out), fp32, on one device.
 """
 
 from copy import copy
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from qlora.ops.nf4 import Quantized
 
 TINY = torch.finfo(torch.float32).tiny
 SUPERBLOCK = 256
+OF_ROWS = {"weight", "scale", "shift", "unit", "shift_unit"}  # (..., out), of an IntegerGrid
 
 
 class Choice(NamedTuple):
@@ -158,6 +159,20 @@ class IntegerGrid(Grid):
     def start(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and shift (blocks, out), as they are stored, of rounding to nearest."""
         raise NotImplementedError
+
+    def rows(self, rows: Tensor) -> Self:
+        """A grid of these rows of the weight alone, a copy."""
+        part = copy(self)
+        for name in OF_ROWS & vars(self).keys():
+            values = getattr(self, name)
+            setattr(part, name, None if values is None else values[:, rows])
+        return part
+
+    def put(self, rows: Tensor, part: Self) -> None:
+        """Take the choice of `rows` back."""
+        self.weight[:, rows], self.scale[:, rows] = part.weight, part.scale
+        if self.shift is not None and part.shift is not None:
+            self.shift[:, rows] = part.shift
 
     def snap(self, ideal: Tensor) -> Tensor:
         return ideal.round().clamp_(self.low, self.high)

@@ -33,7 +33,6 @@ from qlora.adapters.files import attach
 from qlora.adapters.format import AdapterFile
 from qlora.adapters.live import load_live, load_plain
 from qlora.adapters.lora import LoRALinear, lora_layers
-from qlora.adapters.starts import SecondMoments
 from qlora.base.checkpoint import Checkpoint
 from qlora.base.load import load_base, load_tokenizer
 from qlora.base.modules import output_head, vocabulary
@@ -46,7 +45,7 @@ from qlora.data.rows import prepare_data, prepare_tokenizer
 from qlora.errors import UserError, first_line
 from qlora.fast.head import put_language_head, rows_and_head
 from qlora.merge import llamacpp
-from qlora.merge.importance import token_weights
+from qlora.merge.moments import LossMoments
 from qlora.ops.loss import Head, chunk_rows
 
 MAX_TOKENS = 4096
@@ -312,14 +311,16 @@ def calibrate(
     tokenizer_folder: Path,
     *,
     device: str,
+    with_outputs: bool = True,
     in_4_bits: bool = True,
     vocabulary: int | None = None,
     trust_remote_code: bool = False,
-) -> SecondMoments:
-    """Second moments of `adapter`'s layers, live on `base`, over rows spread over `data`.
+) -> LossMoments:
+    """Moments of `adapter`'s layers, live on `base`, over rows spread over `data`.
 
     Args:
         data: sources for `prepare_data`, each for an equal share of tokens; or OWN_TEXT.
+        with_outputs: whether moments of their outputs are needed.
         in_4_bits: whether `adapter` was trained on the base in 4 bits.
         vocabulary: the rows of the model's embedding, for `prepare_data`.
 
@@ -349,8 +350,7 @@ def calibrate(
             step = max(1, stats.tokens * len(sources) // tokens)
             chosen += [rows[i] for i in range(0, len(rows), step)]
         batches = length_batches(chosen, tokenizer)
-    weights = token_weights(model, batches, layers)
-    return SecondMoments(model, batches, layers, weights=weights)
+    return LossMoments(model, batches, layers, with_outputs=with_outputs)
 
 
 @torch.no_grad()

@@ -25,17 +25,23 @@ PANEL = 128  # columns at a time
 LEAST = 1e-6  # of the mean energy of an input, for those that never occur
 
 
-def round_in_order(grid: IntegerGrid, target: Tensor, moments: Tensor) -> None:
-    """Choose scales, shifts and values of `grid` for `target`, fp32 (out, in), in place.
+class InputOrder:
+    """The order of a layer's inputs, and the factors of their moments H in it.
 
     `moments` is the sum of x x' over the layer's inputs, fp32 (in, in), positive definite.
     """
-    energy = moments.diagonal()
-    order = energy.argsort(stable=True)  # the largest last, where it begins
-    factor, left = _factors(moments[order][:, order])
-    importance = torch.empty_like(left)
-    importance[order] = left
-    _fit_blocks(grid, target.T, importance)
+
+    def __init__(self, moments: Tensor) -> None:
+        self.order = moments.diagonal().argsort(stable=True)  # the largest last, where it begins
+        self.factor, left = _factors(moments[self.order][:, self.order])  # L
+        self.left = torch.empty_like(left)  # D, in the inputs' own order
+        self.left[self.order] = left
+
+
+def round_in_order(grid: IntegerGrid, target: Tensor, inputs: InputOrder) -> None:
+    """Choose scales, shifts and values of `grid` for `target`, fp32 (out, in), in place."""
+    order, factor = inputs.order, inputs.factor
+    _fit_blocks(grid, target.T, inputs.left)
     target = target.T[order]
     error = torch.empty_like(target)  # of what is rounded so far: target less value
     for first in reversed(range(0, len(target), PANEL)):

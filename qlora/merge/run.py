@@ -50,6 +50,7 @@ from qlora.files import (
 from qlora.merge import gguf_file, modelfile
 from qlora.merge.codes import AdaptedWeight, Facts, fold, fold_to_grid
 from qlora.merge.grids import Q8_0, IntegerGrid
+from qlora.merge.moments import Moments
 from qlora.merge.plan import Kind, MergeOp, Plan, as_trained, plan_merge
 from qlora.merge.report import MergeReport
 from qlora.merge.stops import allows_stops, generation_settings
@@ -113,7 +114,7 @@ class _Job:
     tokenizer_folder: Path
     generation: dict[str, Any]  # generation_config.json; empty: the base's, if it has one
     verifier: Any  # a measure.Verifier, or None
-    moments: Callable[[str], Tensor] | None  # layer -> sum of x x' over its inputs
+    moments: Callable[[str], Moments] | None  # of a layer
 
 
 # ---- plan and check ----
@@ -177,6 +178,7 @@ def prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
     if data := _calibration_data(config, adapter):
         from qlora.merge.measure import calibrate
 
+        running["with_outputs"] = config.format != "nf4"
         moments = calibrate(adapter, checkpoint, data, tokenizer_folder, **running, **reading).of
     return replace(job, verifier=verifier, moments=moments)
 
@@ -264,7 +266,7 @@ def _weights(job: _Job, folder: Path, layers: dict[str, Facts]) -> dict[str, ggu
     def prepare(op: MergeOp) -> gguf_file.Choose:  # in the main thread, see stream_tensors
         return partial(choose, op, job.moments(op.module) if job.moments and op.module else None)
 
-    def choose(op: MergeOp, moments: Tensor | None, kind: type[IntegerGrid]) -> IntegerGrid:
+    def choose(op: MergeOp, moments: Moments | None, kind: type[IntegerGrid]) -> IntegerGrid:
         moments = None if kind is Q8_0 else moments  # which keeps the adapter rounded to nearest
         grid, facts = fold_to_grid(_adapted_weight(job, op), kind, moments)
         layers[str(op.module)] = facts
@@ -421,7 +423,7 @@ def _in_order(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[R
         torch.set_num_threads(threads)
 
 
-def apply_op(job: _Job, op: MergeOp, moments: Tensor | None) -> tuple[list[Tensor], Facts]:
+def apply_op(job: _Job, op: MergeOp, moments: Moments | None) -> tuple[list[Tensor], Facts]:
     """The tensors of one operation, on the CPU, and facts for the report."""
     if op.in_4_bits and job.plan.codec:
         record, facts = job.plan.codec.encode(_adapted_weight(job, op), moments)

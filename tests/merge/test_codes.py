@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlora.adapters.lora import delta_weight
 from qlora.config import QuantConfig
-from qlora.merge import codes
+from qlora.merge import codes, coupling
 from qlora.merge.grids import NF4Grid
 from qlora.ops import nf4
 
@@ -151,7 +151,7 @@ def test_the_systematic_error_is_corrected(monkeypatch):
 
 def test_principal_directions_of_the_inputs():
     *_, moments = layer(8, 256)
-    values, found = (t[:32] for t in codes._principal(moments, 64))  # more than are used
+    values, found = (t[:32] for t in coupling.principal(moments, 64))  # more than are used
     torch.testing.assert_close(found @ found.T, torch.eye(32), rtol=0, atol=1e-5)
     largest = torch.linalg.eigvalsh(moments)[-32:].sum()
     assert float(torch.trace(found @ moments @ found.T) / largest) > 0.99
@@ -163,7 +163,7 @@ def test_moments_of_full_rank_are_kept_beside_inputs_of_a_thousand_times_their_s
     size = torch.ones(256)
     size[7] = 1000
     moments = moments * size * size[:, None]
-    factor = codes._factor(moments, 256) / size
+    factor = coupling.low_rank(moments) / size
     wanted = moments / size / size[:, None]
     largest = float(wanted.diagonal().max())
     torch.testing.assert_close(factor.T @ factor, wanted, rtol=0, atol=1e-4 * largest)

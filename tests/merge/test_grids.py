@@ -9,6 +9,7 @@ from torch import Tensor
 from qlora.merge import codes, grids
 from qlora.merge.ggml import PACKERS, to_bytes
 from qlora.merge.grids import IntegerGrid
+from qlora.merge.moments import Moments
 
 GRIDS = [*PACKERS, grids.Int4, grids.Int4ZeroPoint]
 by_name = pytest.mark.parametrize("kind", GRIDS, ids=lambda kind: kind.__name__)
@@ -34,7 +35,7 @@ def test_gguf_reads_the_bytes_as_the_same_values(kind, searched):
     target[5] = 0  # blocks of zeros
     grid = kind(target.T.contiguous())
     if searched:
-        codes.keep_outputs(grid, target, moments)
+        codes.keep_outputs(grid, target, Moments(moments))
     number = gguf.GGMLQuantizationType[kind.__name__]
     read = gguf.dequantize(to_bytes(grid).numpy(), number)
     np.testing.assert_array_equal(read, grid.weight.T.numpy())
@@ -62,7 +63,7 @@ def test_the_search_keeps_the_adapter_on_every_grid(kind: type[IntegerGrid]):
         return float((error @ moments * error).sum())
 
     start, grid = kind(target.T.contiguous()), kind(target.T.contiguous())
-    codes.keep_outputs(grid, target, moments)
+    codes.keep_outputs(grid, target, Moments(moments))
     assert lost(grid) < lost(start) / 3 and noise(grid) < noise(start) / 6
     for block in range(len(grid.scale)):  # what is there can be stored
         shift = None if grid.shift is None else grid.shift[block]

@@ -43,7 +43,7 @@ def gptq(grid: IntegerGrid, target: Tensor, moments: Tensor) -> Tensor:
 def test_values_are_those_of_gptq(kind):
     target, moments = layer()
     grid = kind(target.T.contiguous())
-    rounding.round_in_order(grid, target, moments)  # in two panels
+    rounding.round_in_order(grid, target, rounding.InputOrder(moments))  # in two panels
     wanted = gptq(grid, target, moments)
     same = torch.isclose(grid.weight.double(), wanted, rtol=1e-5, atol=1e-6)
     assert float(same.double().mean()) > 0.97  # a tie in fp32 may move what follows
@@ -99,7 +99,7 @@ def test_inputs_that_never_occur_are_rounded_to_about_the_nearest(kind):
     for case in (torch.zeros_like(moments), idle):
         grid = kind(target.T.contiguous())
         start = float((grid.weight.T - target)[:, 40:80].norm())
-        rounding.round_in_order(grid, target, case)
+        rounding.round_in_order(grid, target, rounding.InputOrder(case))
         error = grid.weight.T - target
         assert float(error[:, 40:80].norm()) < 1.5 * start
         assert not error[3].any()
