@@ -142,7 +142,7 @@ def keep_outputs(grid: IntegerGrid, target: Tensor, moments: Moments) -> None:
     Without moments of the outputs all errors there count alike.
     """
     inputs = moments.inputs + (RIDGE * moments.inputs.diagonal()).diag()
-    order, factor = InputOrder(inputs), low_rank(inputs)
+    order, factor = InputOrder(inputs), _factor(inputs)
 
     def choose(grid: IntegerGrid, target: Tensor) -> None:
         round_in_order(grid, target, order)
@@ -202,13 +202,14 @@ def _dot(a: Tensor, b: Tensor) -> float:
 # ---- codes that keep the adapter ----
 
 RIDGE = 0.07  # of the energy of each input, added to it, so that the moments hold for other inputs
-SWEEPS = 2  # of the descent after rounding in order; more gain 1 %
+SWEEPS = 1  # of the descent after rounding in order; another gains 2 %
 
 DAMPED = (8.0, 1.0)  # damping of the first rounds, toward the target itself
 DAMPING = 0.25  # of the later rounds, which correct the systematic error
 ROUNDS = 6  # at most; 20 lower the KL divergence by a tenth
 MIN_GAIN = 0.05  # stop when a round corrects less than this share of the systematic error
 BIAS = 100.0  # weight of the systematic error relative to noise
+RANK, RANK_SHARE = 256, 8  # of the moments between panels: at least RANK, or 1 / 8 of the inputs
 PRINCIPAL = 64  # principal directions of the inputs
 PATIENCE, ENOUGH = 4, 0.98  # stop when that many rounds have not lowered the cost to this share
 PANEL = 256  # columns at a time, whole blocks
@@ -260,7 +261,7 @@ class _Descent:
         self, grid: Grid, target: Tensor, moments: Tensor, factor: Tensor | None = None
     ) -> None:
         self.grid, self.moments = grid, moments
-        self.factor = factor = low_rank(moments) if factor is None else factor
+        self.factor = factor = _factor(moments) if factor is None else factor
         self.target = target.T.contiguous()
         self.panel = math.ceil(PANEL / grid.block) * grid.block
         self.response = factor @ self.error()  # (k, in) @ (in, out) -> (k, out)
@@ -310,6 +311,11 @@ class _Descent:
             hessian = self.moments[columns, columns] + curvature.diag()
             _Panel(grid, columns.start, gradient, hessian).descend()
             self.response.addmm_(of, grid.weight[columns] - before)
+
+
+def _factor(moments: Tensor) -> Tensor:
+    """(k, in), the part of the moments that is kept between panels."""
+    return low_rank(moments, max(RANK, len(moments) // RANK_SHARE))
 
 
 class _Panel:

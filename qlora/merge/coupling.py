@@ -21,7 +21,7 @@ from qlora.merge.grids import TINY
 
 GROUPS = 4
 LOOSE = 0.3  # of the mean energy of an output, added to all; from 0.05 to 1 there is little in it
-RANK, RANK_SHARE = 256, 8  # of low_rank: at least RANK, or 1 / 8 of the size
+RANK = 256  # of G, of which 128 are as good for 1,536 outputs
 ITERATIONS = 2  # of the search for principal directions
 
 
@@ -31,7 +31,7 @@ class RowGroups:
     def __init__(self, outputs: Tensor, width: int) -> None:
         """`outputs`: G (out, out), fp32; `width`: of a row."""
         energy = outputs.diagonal()
-        self.factor = low_rank(outputs)  # (k, out)
+        self.factor = low_rank(outputs, RANK)  # (k, out)
         rest = (energy - self.factor.square().sum(0)).clamp_min(0)
         self.rest = rest + (LOOSE * energy.mean()).clamp_min(TINY)
         self.groups = energy.argsort(descending=True, stable=True).chunk(GROUPS)
@@ -51,14 +51,13 @@ class RowGroups:
         self.response += self.factor[:, self.groups[number]] @ error
 
 
-def low_rank(moments: Tensor) -> Tensor:
-    """(rank, n) whose transpose times itself approximates `moments` (n, n).
+def low_rank(moments: Tensor, rank: int) -> Tensor:
+    """(rank, n), or (n, n) where n is less, whose transpose times itself approximates `moments` (n, n).
 
     These are scaled to equal diagonals first: a few of them may be 1,000 times as large as the
     others, whose eigenvalues fp32 would lose.
     """
     size = moments.diagonal().clamp_min(TINY).sqrt()
-    rank = max(RANK, len(moments) // RANK_SHARE)
     values, vectors = principal(moments / size / size[:, None], rank)
     return values.sqrt()[:, None] * vectors * size
 
