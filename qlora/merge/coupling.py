@@ -9,7 +9,7 @@ around
 
 which becomes the target of the next group. The rows with the largest gradients come first, since
 all that follow can make up for them. (YAQA, arXiv:2505.22988, couples rows one by one.) Four groups
-lower the KL divergence of a merge to Q4_0 by a fifth, eight by 1 % more.
+lower the KL divergence of a merge to Q4_0 of SmolLM2-135M, E2E, by a fifth; eight gain no more.
 
 G is used as V'V + diagonal, of few rows V, so that a group costs rank * (rows + in) * in.
 """
@@ -52,7 +52,7 @@ class RowGroups:
 
 
 def low_rank(moments: Tensor, rank: int) -> Tensor:
-    """(rank, n), or (n, n) where n is less, whose transpose times itself approximates `moments` (n, n).
+    """(rank, n), at most n rows, whose transpose times itself approximates `moments` (n, n).
 
     These are scaled to equal diagonals first: a few of them may be 1,000 times as large as the
     others, whose eigenvalues fp32 would lose.

@@ -167,10 +167,10 @@ def test_moments_are_sums_over_real_tokens(base, max_bytes):
         assert q is k is v and q is not o and gate is up
 
 
-def test_moments_use_at_most_half_of_the_free_gpu_memory(monkeypatch):
-    for free, wanted in ((3 << 30, 3 << 29), (100 << 30, starts.MAX_BYTES)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 8 << 30))
-        assert starts.moments_budget(torch.device("cuda")) == wanted
+def test_moments_use_half_of_the_free_gpu_memory(monkeypatch):
+    for free in (2 << 30, 50 << 30):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 80 << 30))
+        assert starts.moments_budget(torch.device("cuda")) == free // 2
     assert starts.moments_budget(torch.device("cpu")) == starts.MAX_BYTES
 
 
