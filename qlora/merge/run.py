@@ -161,9 +161,8 @@ def prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
     running["in_4_bits"] = config.trained_on == "nf4"
     reading: Any = {"vocabulary": plan.config_changes.get("vocab_size", checkpoint.vocab_size)}
     verifier = moments = None
-    job = _Job(
-        config, adapter, base_model, checkpoint, plan, tokenizer_folder, generation, None, None
-    )
+    known = config, adapter, base_model, checkpoint, plan, tokenizer_folder, generation
+    job = _Job(*known, verifier, moments)
     if config.is_gguf:  # before calibration, which takes long
         with TemporaryDirectory() as folder:
             _write_settings(job, Path(folder))
