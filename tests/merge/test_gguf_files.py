@@ -101,7 +101,8 @@ def test_a_merge_of_four_bits_from_end_to_end(llama, tmp_path, capsys):
     opened = AutoModelForCausalLM.from_pretrained(out, gguf_file=file.name).state_dict()
     for name, weight in opened.items():  # also: the rows of q and k are in their order again
         error = float((weight - live[name]).norm() / live[name].norm())
-        assert error < (0.1 if weight.ndim == 2 else 1e-6), name
+        # errors go where they cost little in the output, so the weights differ more than to nearest
+        assert error < (0.15 if weight.ndim == 2 else 1e-6), name
 
 
 @needs_converter
