@@ -43,7 +43,7 @@ from qlora.config import QuantConfig
 from qlora.merge.coupling import RowGroups, low_rank, principal
 from qlora.merge.grids import TINY, Grid, IntegerGrid, NF4Grid
 from qlora.merge.moments import Moments
-from qlora.merge.rounding import InputOrder, round_in_order
+from qlora.merge.rounding import InputOrder, loops, round_in_order
 from qlora.ops import nf4
 from qlora.ops.nf4 import Quantized
 
@@ -347,7 +347,7 @@ class _Panel:
         scale, shift = grid.scale[at], 0 if grid.shift is None else grid.shift[at]
         levels = ((self.weight[block] - shift) / scale).nan_to_num(0, 0, 0)  # (c, out)
         gradient = (self.gradient[block] / scale).nan_to_num(0, 0, 0)
-        step = descend_fused if levels.is_cuda else descend
+        step = descend_compiled if loops(levels.device) else descend
         step(levels, gradient, self.hessian[block, block], grid)
         torch.add(levels * scale, shift, out=self.weight[block])
 
@@ -403,11 +403,10 @@ def descend(levels: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid) -> No
         level.copy_(best)
 
 
-def descend_fused(levels: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid) -> None:
-    """`descend` in one kernel."""
-    from qlora.ops import kernels
-
-    kernels.descend(levels, gradient, hessian, grid.levels, integers=isinstance(grid, IntegerGrid))
+def descend_compiled(levels: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid) -> None:
+    """`descend` in one call, of Triton's kernel or of a loop that numba compiles."""
+    integers = isinstance(grid, IntegerGrid)
+    loops(levels.device).descend(levels, gradient, hessian, grid.levels, integers=integers)
 
 
 class _Responses:

@@ -56,9 +56,9 @@ class Grid:
         self.weight, self.scale, self.shift = choice
 
     def nearest(
-        self, block: int, scale: Tensor, shift: Tensor | None
+        self, block: int | slice, scale: Tensor, shift: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The scale and shift (out,) nearest to these that can be stored for a block."""
+        """The scale and shift (out,) nearest to these that can be stored for a block; of some, (blocks, out)."""
         raise NotImplementedError
 
     def snap(self, ideal: Tensor) -> Tensor:
@@ -105,7 +105,9 @@ class NF4Grid(Grid):
         weight = nf4.dequantize(start).T.contiguous()
         super().__init__(levels, self.state.blocksize if self.moves else 1, Choice(weight, scale))
 
-    def nearest(self, block: int, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, None]:
+    def nearest(
+        self, block: int | slice, scale: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, None]:
         if not self.state.nested:
             return scale, None
         code = self._encode(scale, self.second[block])
@@ -185,7 +187,9 @@ class Symmetric(IntegerGrid):
         largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))[:, 0]
         return half(largest / self.low), None
 
-    def nearest(self, block: int, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, None]:
+    def nearest(
+        self, block: int | slice, scale: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, None]:
         return half(scale), None
 
 
@@ -219,7 +223,9 @@ class Q4_1(IntegerGrid):
         low, high = torch.aminmax(blocks, dim=1)
         return half((high - low) / self.high), half(low)
 
-    def nearest(self, block: int, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    def nearest(
+        self, block: int | slice, scale: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         assert shift is not None
         return half(scale), half(shift)
 
@@ -252,7 +258,9 @@ class Q4_K(IntegerGrid):
     def _times(self, values: Tensor, unit: Tensor) -> Tensor:
         return (values / unit).nan_to_num(0, 0, 0).round().clamp_(0, self.most) * unit
 
-    def nearest(self, block: int, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    def nearest(
+        self, block: int | slice, scale: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         assert shift is not None
         return self._times(scale, self.unit[block]), -self._times(-shift, self.shift_unit[block])
 
@@ -278,7 +286,9 @@ class Q6_K(IntegerGrid):
     def _times(self, values: Tensor, unit: Tensor) -> Tensor:
         return (values / unit).nan_to_num(0, 0, 0).round().clamp_(-128, 127) * unit
 
-    def nearest(self, block: int, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, None]:
+    def nearest(
+        self, block: int | slice, scale: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, None]:
         return self._times(scale, self.unit[block]), None
 
 
@@ -291,7 +301,7 @@ class Int4(IntegerGrid):
         return bfloat(blocks.abs().amax(1) / 7.5), None  # as compressed-tensors' observers do
 
     def nearest(
-        self, block: int, scale: Tensor, shift: Tensor | None
+        self, block: int | slice, scale: Tensor, shift: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         return bfloat(scale), None
 
@@ -309,7 +319,9 @@ class Int4ZeroPoint(Int4):
         zero = (-shift / scale).nan_to_num(0, 0, 0).round().clamp_(self.low, self.high)
         return scale, -zero * scale
 
-    def nearest(self, block: int, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    def nearest(
+        self, block: int | slice, scale: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         assert shift is not None
         return self._stored(bfloat(scale), shift)
 

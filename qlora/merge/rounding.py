@@ -15,6 +15,10 @@ activation. Against coordinate descent alone, from the nearest values, the noise
 SmolLM2-135M's layers is half to two thirds (Q4_0), on other text of the same kind two thirds.
 """
 
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +26,7 @@ from qlora.merge.grids import TINY, IntegerGrid
 
 SCALES = (0.7, 0.8, 0.9, 1.0)  # tried for a block, relative to that of rounding to nearest
 PANEL = 128  # columns at a time
+FITTED = 1 << 20  # values whose scales are chosen at a time
 LEAST = 1e-6  # of the mean energy of an input, for those that never occur
 
 
@@ -44,18 +49,39 @@ def round_in_order(grid: IntegerGrid, target: Tensor, inputs: InputOrder) -> Non
     _fit_blocks(grid, target.T, inputs.left)
     target = target.T[order]
     error = torch.empty_like(target)  # of what is rounded so far: target less value
+    compiled = loops(target.device)
+    step = compiled.round_panel if compiled and target.is_cpu else round_panel
     for first in reversed(range(0, len(target), PANEL)):
         own, after = slice(first, first + PANEL), slice(first + PANEL, None)
         ideal = torch.addmm(target[own], factor[after, own].T, error[after])
-        among, blocks = factor[own, own], order[own] // grid.block
-        scales, shifts = grid.scale[blocks], None if grid.shift is None else grid.shift[blocks]
-        for j in reversed(range(len(ideal))):
-            shift = 0 if shifts is None else shifts[j]
-            level = grid.snap(((ideal[j] - shift) / scales[j]).nan_to_num_(0, 0, 0))
-            value = torch.add(level.mul_(scales[j]), shift)
-            grid.weight[order[first + j]] = value
-            torch.sub(target[first + j], value, out=error[first + j])
-            ideal[:j].addr_(among[j, :j], error[first + j])  # outer product (columns,) x (out,)
+        blocks = order[own] // grid.block
+        scale = grid.scale[blocks]
+        shift = torch.zeros_like(scale) if grid.shift is None else grid.shift[blocks]
+        values = torch.empty_like(ideal)
+        step(ideal, target[own], factor[own, own], scale, shift, grid.levels, values)
+        grid.weight[order[own]] = values
+        torch.sub(target[own], values, out=error[own])
+
+
+def round_panel(
+    ideal: Tensor,
+    target: Tensor,
+    among: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    levels: Tensor,
+    values: Tensor,
+) -> None:
+    """Round the columns of `ideal` (c, out), from the last to the first, to `values` (c, out).
+
+    The error against `target` (c, out) of column j moves those before it, as `among` (c, c) says,
+    the rows and columns of L. `scale`, `shift` (c, out) are those of each value; `levels` are all
+    integers between two. Changes `ideal`.
+    """
+    for j in reversed(range(len(ideal))):
+        level = ((ideal[j] - shift[j]) / scale[j]).nan_to_num_(0, 0, 0).round_()
+        torch.addcmul(shift[j], level.clamp_(levels[0], levels[-1]), scale[j], out=values[j])
+        ideal[:j].addr_(among[j, :j], target[j] - values[j])  # outer product (columns,) x (out,)
 
 
 def _factors(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,40 +97,70 @@ def _factors(moments: Tensor) -> tuple[Tensor, Tensor]:
 def _fit_blocks(grid: IntegerGrid, target: Tensor, importance: Tensor) -> None:
     """For each block the scale and shift whose nearest values cost least.
 
-    `target` (in, out); `importance` (in,) weighs the squared error of its columns.
+    `importance` (in,) weighs the squared error of the columns of `target` (in, out).
     """
-    for block in range(len(grid.scale)):
-        columns = slice(block * grid.block, (block + 1) * grid.block)
-        weights = importance[columns] / importance[columns].sum()
-        values = target[columns]  # (columns, out)
-        scale = grid.scale[block].clone()
-        shift = None if grid.shift is None else grid.shift[block].clone()
+    weights = importance.view(-1, 1, grid.block)  # (blocks, 1, columns)
+    weights = weights / weights.sum(2, keepdim=True)
+    step = max(1, FITTED // (grid.block * target.shape[1]))
+    for first in range(0, len(weights), step):
+        blocks = slice(first, first + step)
+        columns = slice(first * grid.block, (first + step) * grid.block)
+        values = target[columns].reshape(-1, grid.block, target.shape[1])
+        scale = grid.scale[blocks].clone()
+        shift = None if grid.shift is None else grid.shift[blocks].clone()
         least = torch.full_like(scale, torch.inf)
         for part in SCALES:
-            tried = grid.nearest(block, scale * part, None if shift is None else shift * part)
-            tried, cost = _least_squares(grid, block, tried, values, weights)
+            tried = grid.nearest(blocks, scale * part, None if shift is None else shift * part)
+            tried, cost = _least_squares(grid, blocks, tried, values, weights[blocks])
             better = cost < least
             least = torch.where(better, cost, least)
-            grid.scale[block] = torch.where(better, tried[0], grid.scale[block])
+            grid.scale[blocks] = torch.where(better, tried[0], grid.scale[blocks])
             if grid.shift is not None and tried[1] is not None:
-                grid.shift[block] = torch.where(better, tried[1], grid.shift[block])
+                grid.shift[blocks] = torch.where(better, tried[1], grid.shift[blocks])
 
 
-Stored = tuple[Tensor, Tensor | None]  # scale and shift (out,)
+Stored = tuple[Tensor, Tensor | None]  # scale and shift (blocks, out)
 
 
 def _least_squares(
-    grid: IntegerGrid, block: int, tried: Stored, values: Tensor, weights: Tensor
+    grid: IntegerGrid, blocks: slice, tried: Stored, values: Tensor, weights: Tensor
 ) -> tuple[Stored, Tensor]:
     """The scale and shift that can be stored and fit best, with the levels nearest to `values`
-    (columns, out) under `tried`, and their cost (out,)."""
+    (blocks, columns, out) under `tried`, and their cost (blocks, out)."""
     scale, shift = tried
-    levels = grid.snap(((values if shift is None else values - shift) / scale).nan_to_num_(0, 0, 0))
-    level, value = (0, 0) if shift is None else (weights @ levels, weights @ values)
-    spread = levels - level
-    scale = weights @ (spread * (values - value)) / (weights @ spread.square()).clamp_min(TINY)
-    found = grid.nearest(block, scale, None if shift is None else value - scale * level)
-    error = torch.addcmul(-values, levels, found[0])
+    of_values = values if shift is None else values - shift[:, None]
+    levels = grid.snap((of_values / scale[:, None]).nan_to_num_(0, 0, 0))
+    level = value = torch.zeros_like(scale)
+    if shift is not None:
+        level, value = _weighed(weights, levels), _weighed(weights, values)
+    spread = levels - level[:, None]
+    scale = _weighed(weights, spread * (values - value[:, None]))
+    scale = scale / _weighed(weights, spread.square()).clamp_min(TINY)
+    found = grid.nearest(blocks, scale, None if shift is None else value - scale * level)
+    error = torch.addcmul(-values, levels, found[0][:, None])
     if found[1] is not None:
-        error += found[1]
-    return found, weights @ error.square()
+        error += found[1][:, None]
+    return found, _weighed(weights, error.square())
+
+
+def _weighed(weights: Tensor, values: Tensor) -> Tensor:
+    """Sums over the columns, (blocks, 1, columns) @ (blocks, columns, out) -> (blocks, out)."""
+    return (weights @ values)[:, 0]
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def loops(device: torch.device) -> Any:
+    """The module with the compiled loops of the search for `device`; None: plain torch."""
+    if device.type == "cuda":
+        from qlora.ops import kernels
+
+        return kernels
+    if device.type == "cpu" and _has_numba():
+        from qlora.ops import compiled
+
+        return compiled
+    return None

@@ -81,7 +81,7 @@ def test_a_step_of_the_search_for_codes(kernel_device, kind, shape):
     wanted, moved = levels.clone(), levels.clone().to(kernel_device)
     codes.descend(wanted, gradient.clone(), hessian, grid)
     grid.levels = grid.levels.to(kernel_device)
-    codes.descend_fused(moved, gradient.to(kernel_device), hessian.to(kernel_device), grid)
+    codes.descend_compiled(moved, gradient.to(kernel_device), hessian.to(kernel_device), grid)
     assert not torch.equal(wanted, levels)
     # sums in another order: the few values half-way between two levels may differ
     assert (moved.cpu() == wanted).float().mean() > 0.999
