@@ -6,7 +6,7 @@ config.json.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from qlora.ops import nf4
 from qlora.ops.nf4 import Layout
 
 
+class Encoded(NamedTuple):
+    """A weight in the format."""
+
+    record: dict[str, Tensor]  # its tensors, by what follows its name
+    facts: Facts  # for the report
+    chosen: Tensor | None = None  # its values (out, in), where calibration asks for them
+
+
 class Codec(Protocol):
     """A 4-bit format."""
 
@@ -30,9 +38,8 @@ class Codec(Protocol):
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """dtype and shape of each tensor of a weight (out, in), by what follows its name."""
 
-    def encode(self, adapted: AdaptedWeight, moments: Moments | None) -> tuple[Any, Facts]:
-        """These tensors for base + adapter, and facts for the report; `moments` as for
-        `fold_to_codes`."""
+    def encode(self, adapted: AdaptedWeight, moments: Moments | None) -> Encoded:
+        """For base + adapter; `moments` as for `fold_to_codes`."""
 
     def settings(self, dense: Sequence[str], on_disk: Sequence[str]) -> dict[str, Any]:
         """quantization_config; `dense`: the linear layers without codes, by their names in the
@@ -50,9 +57,7 @@ class NF4Codec:
         record = nf4.record_layout(shape, self.quant)
         return {f".{suffix}" if suffix else "": entry for suffix, entry in record.items()}
 
-    def encode(
-        self, adapted: AdaptedWeight, moments: Moments | None
-    ) -> tuple[dict[str, Tensor], Facts]:
+    def encode(self, adapted: AdaptedWeight, moments: Moments | None) -> Encoded:
         wanted = self.quant.quant_type, self.quant.blocksize, self.quant.double_quant
         if adapted.codes:
             state = adapted.codes.state
@@ -62,7 +67,8 @@ class NF4Codec:
         chosen, facts = fold_to_codes(adapted, self.quant, moments)
         chosen.state.dtype = self.dtype
         record = nf4.to_record(chosen)
-        return {f".{suffix}" if suffix else "": tensor for suffix, tensor in record.items()}, facts
+        named = {f".{suffix}" if suffix else "": tensor for suffix, tensor in record.items()}
+        return Encoded(named, facts)
 
     def settings(self, dense: Sequence[str], on_disk: Sequence[str]) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig
@@ -83,12 +89,10 @@ class Int4Codec:
     def layout(self, shape: tuple[int, ...]) -> Layout:
         return int4.layout(shape, self.grid, self.dtype)
 
-    def encode(
-        self, adapted: AdaptedWeight, moments: Moments | None
-    ) -> tuple[dict[str, Tensor], Facts]:
+    def encode(self, adapted: AdaptedWeight, moments: Moments | None) -> Encoded:
         grid, facts = fold_to_grid(adapted, self.grid, moments)
         assert isinstance(grid, Int4)
-        return int4.to_record(grid, self.dtype), facts
+        return Encoded(int4.to_record(grid, self.dtype), facts, grid.weight.T)
 
     def settings(self, dense: Sequence[str], on_disk: Sequence[str]) -> dict[str, Any]:
         return int4.settings(self.grid, dict.fromkeys([*dense, *on_disk]))

@@ -143,6 +143,8 @@ def keep_outputs(grid: IntegerGrid, target: Tensor, moments: Moments) -> None:
     """
     inputs = moments.inputs + (RIDGE * moments.inputs.diagonal()).diag()
     order, factor = InputOrder(inputs), _factor(inputs)
+    if moments.drift is not None:
+        target = target + STEP * order.solve(target @ moments.drift)
 
     def choose(grid: IntegerGrid, target: Tensor) -> None:
         round_in_order(grid, target, order)
@@ -202,6 +204,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
 # ---- codes that keep the adapter ----
 
 RIDGE = 0.07  # of the energy of each input, added to it, so that the moments hold for other inputs
+STEP = 0.5  # toward what makes up for the layers before, see qlora.merge.streams
 SWEEPS = 1  # of the descent after rounding in order; another gains 2 %
 
 DAMPED = (8.0, 1.0)  # damping of the first rounds, toward the target itself

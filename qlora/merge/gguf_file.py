@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,8 +50,6 @@ ALIGNMENT = 32  # of a tensor in the file
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Choose = Callable[[type[IntegerGrid]], IntegerGrid]
-Task = Callable[[], list[Bytes]]
-InOrder = Callable[[Iterable[Task]], Iterator[list[Bytes]]]
 
 
 class Weight(NamedTuple):
@@ -59,8 +57,8 @@ class Weight(NamedTuple):
 
     rows: Callable[[], Tensor]
     """its rows (out, in) as they are written there"""
-    prepare: Callable[[], Choose]
-    """called in the order of the weights; what it returns chooses codes on a grid, in a worker"""
+    choose: Choose
+    """chooses codes on a grid; called in the order of the weights"""
 
 
 # ---- llama.cpp's converter ----
@@ -171,31 +169,19 @@ class _Unit(NamedTuple):
     weights: set[int]
 
 
-def one_by_one(tasks: Iterable[Task]) -> Iterator[list[Bytes]]:
-    """Run tasks here, each when its result is wanted."""
-    return (task() for task in tasks)
-
-
-def quantize(
-    source: Path,
-    output: Path,
-    mix: str,
-    weights: Mapping[str, Weight],
-    in_order: InOrder = one_by_one,
-) -> list[str]:
+def quantize(source: Path, output: Path, mix: str, weights: Mapping[str, Weight]) -> list[str]:
     """Copy a GGUF file of 16 bits with the types of `mix`; prints which tensors fell back.
 
     Args:
         weights: those with an adapter, by their names in the folder, in the model's order.
-        in_order: runs the tasks; may run some in other threads, ahead of the first.
 
     Returns:
         The names of weights of which the file has no rows.
     """
-    return write(source, output, mix, Index(weights), in_order)
+    return write(source, output, mix, Index(weights))
 
 
-def write(source: Path, output: Path, mix: str, index: "Index", in_order: InOrder) -> list[str]:
+def write(source: Path, output: Path, mix: str, index: "Index") -> list[str]:
     """`quantize`, with the index of weights, whose folder is no longer needed."""
     reader = gguf.GGUFReader(source)
     values = {key: field.contents() for key, field in reader.fields.items()}
@@ -213,11 +199,11 @@ def write(source: Path, output: Path, mix: str, index: "Index", in_order: InOrde
     units = list(_units(source, tensors, index))
     _write_header(reader, values, output, mix, [t for unit in units for t, _ in unit.tensors])
     del reader  # unmaps the source
-    tasks = list(_steps(source, units, index.weights))
+    steps = list(_steps(source, units, index.weights))
     with output.open("ab") as file:
         file.write(bytes(-file.tell() % ALIGNMENT))
-        done = in_order(step() for step in tasks)
-        for arrays in Progress(done, total=len(tasks), desc="Quantizing"):
+        for step in Progress(steps, desc="Quantizing"):
+            arrays = step()
             while arrays:
                 arrays.pop(0).tofile(file)  # freed as soon as it is written
     found = {i for unit in units for i in unit.weights}
@@ -312,22 +298,20 @@ def _units(source: Path, tensors: list[_Tensor], index: Index) -> Iterator[_Unit
 # ---- what is written ----
 
 
-def _steps(source: Path, units: list[_Unit], weights: list[Weight]) -> Iterator[Callable[[], Task]]:
-    """What prepares each task, in order."""
+def _steps(
+    source: Path, units: list[_Unit], weights: list[Weight]
+) -> Iterator[Callable[[], list[Bytes]]]:
+    """What computes the bytes, in their order."""
     for unit in units:
         if unit.weights:
-            yield partial(_choosing, source, unit, weights)
+            yield partial(_chosen, source, unit, weights)
             continue
         ((tensor, _),) = unit.tensors
         for part in tensor.parts():
-            yield partial(partial, _rounded, source, tensor, part)
+            yield partial(_rounded, source, tensor, part)
 
 
-def _choosing(source: Path, unit: _Unit, weights: list[Weight]) -> Task:
-    return partial(_chosen, source, unit, {i: weights[i].prepare() for i in sorted(unit.weights)})
-
-
-def _chosen(source: Path, unit: _Unit, choose: dict[int, Choose]) -> list[Bytes]:
+def _chosen(source: Path, unit: _Unit, weights: list[Weight]) -> list[Bytes]:
     """The bytes of tensors with chosen codes."""
     written: list[Bytes] = []
     chosen: dict[tuple[int, Type], Bytes] = {}
@@ -343,7 +327,7 @@ def _chosen(source: Path, unit: _Unit, choose: dict[int, Choose]) -> list[Bytes]
                 out[here] = _nearest(rows, kind)
                 continue
             if (i, kind) not in chosen:
-                chosen[i, kind] = to_bytes(choose[int(i)](GRIDS[kind])).cpu().numpy()
+                chosen[i, kind] = to_bytes(weights[int(i)].choose(GRIDS[kind])).cpu().numpy()
             out[here] = chosen[i, kind][places[here, 1]]
         written += [out, tensor.padding()]
     return written

@@ -45,7 +45,7 @@ from qlora.data.rows import prepare_data, prepare_tokenizer
 from qlora.errors import UserError, first_line
 from qlora.fast.head import put_language_head, rows_and_head
 from qlora.merge import llamacpp
-from qlora.merge.moments import LossMoments
+from qlora.merge.streams import Calibration
 from qlora.ops.loss import Head, chunk_rows
 
 MAX_TOKENS = 4096
@@ -311,16 +311,16 @@ def calibrate(
     tokenizer_folder: Path,
     *,
     device: str,
-    with_outputs: bool = True,
+    in_sequence: bool = True,
     in_4_bits: bool = True,
     vocabulary: int | None = None,
     trust_remote_code: bool = False,
-) -> LossMoments:
+) -> Calibration:
     """Moments of `adapter`'s layers, live on `base`, over rows spread over `data`.
 
     Args:
         data: sources for `prepare_data`, each for an equal share of tokens; or OWN_TEXT.
-        with_outputs: whether moments of their outputs are needed.
+        in_sequence: whether `chose` will tell the weights, for a grid of integers.
         in_4_bits: whether `adapter` was trained on the base in 4 bits.
         vocabulary: the rows of the model's embedding, for `prepare_data`.
 
@@ -350,7 +350,7 @@ def calibrate(
             step = max(1, stats.tokens * len(sources) // tokens)
             chosen += [rows[i] for i in range(0, len(rows), step)]
         batches = length_batches(chosen, tokenizer)
-    return LossMoments(model, batches, layers, with_outputs=with_outputs)
+    return Calibration(model, batches, layers, in_sequence=in_sequence)
 
 
 @torch.no_grad()

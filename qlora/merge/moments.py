@@ -20,7 +20,7 @@ Those of all layers of a 7B model need 70 GB, so each run sums a group that fits
 It costs a forward pass, and a backward pass to the first layer of the group.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ class Moments(NamedTuple):
 
     inputs: Tensor  # H (in, in)
     outputs: Tensor | None = None  # G (out, out), where the format makes use of it
+    drift: Tensor | None = None  # C (in, in), see qlora.merge.streams
 
 
 class LossMoments:
@@ -55,7 +56,8 @@ class LossMoments:
 
     Ask for the layers in the model's order: each group then runs once. The model is frozen, in eval
     mode, and is left so. A batch without labels is text of the model's own, whose tokens all count.
-    A layer that the loss does not depend on has moments of zero.
+    A layer that the loss does not depend on has moments of zero. For those in `sized` the sizes of
+    the gradients are kept in place of the inputs' moments.
     """
 
     def __init__(
@@ -65,27 +67,35 @@ class LossMoments:
         layers: Mapping[str, LoRALinear],
         *,
         with_outputs: bool,
+        sized: Container[str] = (),
         max_bytes: int | None = None,
     ) -> None:
         put_language_head(model)
         self.model, self.batches, self.layers = model, batches, layers
-        self.with_outputs = with_outputs
+        self.with_outputs, self.sized = with_outputs, sized
         self.groups = self._groups(max_bytes or moments_budget(model.device))
         self._gathered: dict[str, Moments] = {}
+        self._sizes: dict[str, list[Tensor | None]] = {}
 
     def of(self, layer: str) -> Moments:
-        """The moments of `layer`."""
+        """The moments of `layer`; no inputs' moments where sizes are kept."""
         if layer not in self._gathered:
             self._gathered = {}  # frees the last group's memory before the next is allocated
             self._gathered = self._gather(next(g for g in self.groups if layer in g))
         return self._gathered[layer]
+
+    def sizes_of(self, layer: str) -> list[Tensor | None] | None:
+        """|g| at each token (rows, length) of each batch, where these are kept; None for a batch
+        that the layer has no part in."""
+        self.of(layer)
+        return self._sizes.get(layer)
 
     def _groups(self, max_bytes: int) -> list[list[str]]:
         groups: list[list[str]] = [[]]
         used = 0
         for name, layer in self.layers.items():
             out, wide = layer.shape
-            size = 4 * (wide**2 + self.with_outputs * out**2)
+            size = 4 * ((name not in self.sized) * wide**2 + self.with_outputs * out**2)
             if groups[-1] and used + size > max_bytes:
                 groups.append([])
                 used = 0
@@ -100,17 +110,24 @@ class LossMoments:
             return torch.zeros(size, size, device=self.model.device)
 
         sums = {}
+        self._sizes = {name: [None] * len(self.batches) for name in group if name in self.sized}
         for name in group:
             out, wide = self.layers[name].shape
-            sums[name] = Moments(zeros(wide), zeros(out) if self.with_outputs else None)
+            inputs = zeros(0 if name in self.sized else wide)
+            sums[name] = Moments(inputs, zeros(out) if self.with_outputs else None)
+
+        number = 0
 
         def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
-            gradient = gradient.flatten(0, -2).float()  # (tokens, out)
-            size = torch.linalg.vector_norm(gradient, dim=1, keepdim=True).sqrt()
-            inputs = inputs.flatten(0, -2).float() * size  # (tokens, in)
-            to_inputs, to_outputs = sums[name]
-            to_inputs.addmm_(inputs.T, inputs)
-            if to_outputs is not None:
+            gradient = gradient.float()
+            size = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)  # (rows, length, 1)
+            if name in self._sizes:
+                self._sizes[name][number] = size[..., 0]
+            else:
+                inputs = (inputs.float() * size.sqrt()).flatten(0, -2)  # (tokens, in)
+                sums[name].inputs.addmm_(inputs.T, inputs)
+            if (to_outputs := sums[name].outputs) is not None:
+                gradient = gradient.flatten(0, -2)  # (tokens, out)
                 to_outputs.addmm_(gradient.T, gradient)
 
         with _checkpointing(self.model), ExitStack() as hooks:

