@@ -58,7 +58,7 @@ class Grid:
     def nearest(
         self, block: int | slice, scale: Tensor, shift: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The scale and shift (out,) nearest to these that can be stored for a block, or (blocks, out)."""
+        """The scale and shift, (out,) or (blocks, out), nearest to these that can be stored."""
         raise NotImplementedError
 
     def snap(self, ideal: Tensor) -> Tensor:
