@@ -53,6 +53,31 @@ def test_values_are_those_of_gptq(kind):
 
 
 @KINDS
+@pytest.mark.parametrize("rows", [1, 64, 150])  # of strips of 64
+def test_the_compiled_loop_rounds_alike(kind, rows, monkeypatch):
+    pytest.importorskip("numba")
+    target, moments = layer(out=rows)
+    target[:, :32] = 0  # blocks whose scale is 0
+    order, chosen = rounding.InputOrder(moments), []
+    for loops in rounding.loops, lambda _: None:
+        monkeypatch.setattr(rounding, "loops", loops)
+        grid = kind(target.T.contiguous())
+        rounding.round_in_order(grid, target, order)
+        chosen.append(grid)
+    one, other = chosen
+    assert torch.equal(one.scale, other.scale)
+    assert (one.weight == other.weight).float().mean() > 0.999  # sums in another order
+    assert noise(one, target, moments) == pytest.approx(noise(other, target, moments), rel=0.01)
+
+
+def test_solving_by_the_factors_of_the_moments():
+    target, moments = layer()
+    solved = rounding.InputOrder(moments + moments.diagonal().diag()).solve(target)
+    wanted = torch.linalg.solve((moments + moments.diagonal().diag()).double(), target.double().T).T
+    torch.testing.assert_close(solved.double(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.std()))
+
+
+@KINDS
 def test_scales_are_chosen_for_what_the_inputs_before_do_not_tell(kind):
     """Against least squares for each scale that is tried."""
     target, moments = layer()

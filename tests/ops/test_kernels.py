@@ -65,23 +65,40 @@ def test_decode_is_exact(kernel_device, shape, blocksize, double_quant, quant_ty
             assert any(torch.equal(values, other) for other in allowed)
 
 
+STEPS = pytest.mark.parametrize("shape", [(32, 100), (128, 40), (7, 33)], ids=str)
+
+
 @pytest.mark.parametrize("kind", ["integers", "nf4"])
-@pytest.mark.parametrize("shape", [(32, 100), (128, 40), (7, 33)], ids=str)
+@STEPS
 def test_a_step_of_the_search_for_codes(kernel_device, kind, shape):
+    from qlora.ops import kernels
+
+    assert_descends(kernels, kind, shape, kernel_device)
+
+
+@pytest.mark.parametrize("kind", ["integers", "nf4"])
+@STEPS
+def test_the_same_step_compiled_for_a_cpu(kind, shape):
+    compiled = pytest.importorskip("qlora.ops.compiled")
+    assert_descends(compiled, kind, shape, torch.device("cpu"))
+
+
+def assert_descends(module: Any, kind: str, shape: tuple[int, int], device: torch.device) -> None:
+    """As the plain equivalent does."""
     from qlora.merge import codes, grids
 
     generator = torch.Generator().manual_seed(0)
-    new = {"generator": generator}
+    new: Any = {"generator": generator}
     x = torch.randn(256, shape[0], **new)
     hessian, gradient = x.T @ x / 256, torch.randn(shape, **new)
-    grid = grids.Q4_0(torch.randn(32, 4, **new))
+    grid: Any = grids.Q4_0(torch.randn(32, 4, **new))
     if kind == "nf4":
         grid = grids.NF4Grid(quantized((4, 64)))
     levels = grid.levels[torch.randint(16, shape, **new)]
-    wanted, moved = levels.clone(), levels.clone().to(kernel_device)
+    wanted, moved = levels.clone(), levels.clone().to(device)
     codes.descend(wanted, gradient.clone(), hessian, grid)
-    grid.levels = grid.levels.to(kernel_device)
-    codes.descend_compiled(moved, gradient.to(kernel_device), hessian.to(kernel_device), grid)
+    given = (tensor.to(device) for tensor in (gradient, hessian, grid.levels))
+    module.descend(moved, *given, integers=kind == "integers")
     assert not torch.equal(wanted, levels)
     # sums in another order: the few values half-way between two levels may differ
     assert (moved.cpu() == wanted).float().mean() > 0.999
