@@ -10,7 +10,7 @@ Importing this module imports numba.
 
 import numpy as np
 import torch
-from numba import njit, prange, set_num_threads
+from numba import config, njit, prange, set_num_threads
 from torch import Tensor
 
 STRIP = 64  # rows of the weight at a time: 128 columns of them are 32 KB
@@ -40,7 +40,7 @@ def round_panel(
 
 
 def _use_threads() -> None:
-    set_num_threads(torch.get_num_threads())
+    set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
 
 
 def _arrays(*tensors: Tensor) -> list["np.ndarray[tuple[int, ...], np.dtype[np.float32]]"]:
