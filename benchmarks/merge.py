@@ -74,6 +74,7 @@ WAYS: dict[str, Callable[[str, str, Path], None]] = {
     "NF4, two sweeps from W16 + delta": ours(descent_from_original, format="nf4"),
     "NF4, text of its own": ours(format="nf4", calibration="self"),
     "NF4, calibrated": ours(format="nf4"),
+    "int4 with zero points, calibrated": ours(format="int4", symmetric=False),
 } | {
     f"{name}, {way}": ours(format=format, **settings)
     for name, format in {
