@@ -2,15 +2,17 @@
 
 They run column by column, each step depending on the ones before, on vectors of one value a row of
 the weight. Of torch's operations each such step takes ten; here a strip of rows stays in the cache
-for all columns. The plain equivalents are `descend` in qlora.merge.codes and `round_panel` in
-qlora.merge.rounding. All tensors are fp32, contiguous and on the CPU.
+for all columns. One thread runs them: numba's own threads would change the number of torch's, and
+a process that is forked afterwards would hang. The plain equivalents are `descend` in
+qlora.merge.codes and `round_panel` in qlora.merge.rounding. All tensors are fp32, contiguous and on
+the CPU.
 
 Importing this module imports numba.
 """
 
 import numpy as np
 import torch
-from numba import config, njit, prange, set_num_threads
+from numba import njit
 from torch import Tensor
 
 STRIP = 64  # rows of the weight at a time: 128 columns of them are 32 KB
@@ -21,7 +23,6 @@ def descend(
 ) -> None:
     """As `descend` in qlora.ops.kernels."""
     inverse = hessian.diagonal().clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
-    _use_threads()
     _descend(*_arrays(levels, gradient, hessian.contiguous(), inverse, codebook), integers)
 
 
@@ -35,22 +36,17 @@ def round_panel(
     values: Tensor,
 ) -> None:
     """As `round_panel` in qlora.merge.rounding."""
-    _use_threads()
     _round(*_arrays(ideal, target, among.contiguous(), scale, shift, levels, values))
-
-
-def _use_threads() -> None:
-    set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
 
 
 def _arrays(*tensors: Tensor) -> list["np.ndarray[tuple[int, ...], np.dtype[np.float32]]"]:
     return [tensor.numpy() for tensor in tensors]
 
 
-@njit(parallel=True, fastmath={"contract"})
+@njit(nogil=True, fastmath={"contract"})
 def _descend(levels, gradient, hessian, inverse, codebook, integers):
     columns, out = levels.shape
-    for strip in prange((out + STRIP - 1) // STRIP):
+    for strip in range((out + STRIP - 1) // STRIP):
         first, last = strip * STRIP, min(out, (strip + 1) * STRIP)
         moved = np.empty(last - first, np.float32)
         for j in range(columns):
@@ -72,11 +68,11 @@ def _descend(levels, gradient, hessian, inverse, codebook, integers):
                     other[r] += h * moved[r]
 
 
-@njit(parallel=True, fastmath={"contract"})
+@njit(nogil=True, fastmath={"contract"})
 def _round(ideal, target, among, scale, shift, levels, values):
     columns, out = ideal.shape
     low, high = levels[0], levels[-1]
-    for strip in prange((out + STRIP - 1) // STRIP):
+    for strip in range((out + STRIP - 1) // STRIP):
         first, last = strip * STRIP, min(out, (strip + 1) * STRIP)
         error = np.empty(last - first, np.float32)
         for j in range(columns - 1, -1, -1):

@@ -81,6 +81,10 @@ def test_a_step_of_the_search_for_codes(kernel_device, kind, shape):
 def test_the_same_step_compiled_for_a_cpu(kind, shape):
     compiled = pytest.importorskip("qlora.ops.compiled")
     assert_descends(compiled, kind, shape, torch.device("cpu"))
+    import numba
+
+    with pytest.raises(ValueError, match="not initialized"):  # a forked process would hang
+        numba.threading_layer()
 
 
 def assert_descends(module: Any, kind: str, shape: tuple[int, int], device: torch.device) -> None:
