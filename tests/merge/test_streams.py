@@ -3,7 +3,9 @@
 import pytest
 import torch
 from conftest import FP32
+from merging import rows_file, run_merge
 from merging import trained_on as trained_on
+from transformers import AutoModelForCausalLM
 
 from qlora.adapters.format import read_adapter
 from qlora.adapters.live import load_live
@@ -166,3 +168,15 @@ def test_the_model_is_left_as_it_was(trained_on):
     assert torch.equal(model(**batch).logits, before)
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any("forward" in vars(layer) for layer in layers.values())
+
+
+def test_a_merge_tells_what_it_has_chosen(trained_on, tmp_path, monkeypatch):
+    told, chose = {}, Calibration.chose
+    note = lambda self, name, weight: (told.update({name: weight}), chose(self, name, weight))  # noqa: E731
+    monkeypatch.setattr(Calibration, "chose", note)
+    trained, output = trained_on("llama"), tmp_path / "out"
+    run_merge(trained.adapter, output, format="int4", calibration=rows_file(tmp_path))
+    written = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    assert list(told) == list(lora_layers(trained.model))  # in the model's order
+    for name, weight in told.items():
+        torch.testing.assert_close(written.get_submodule(name).weight, weight, rtol=1e-2, atol=1e-4)
