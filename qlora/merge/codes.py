@@ -28,7 +28,7 @@ step, so rounding to the nearest code loses it. `choose_codes` keeps it in one o
 On a grid of integers (GGUF, int4), which the base does not lie on, all values move. `keep_outputs`
 rounds them in order (qlora.merge.rounding), a group of rows at a time (qlora.merge.coupling), and
 lets the same descent follow, undamped. The systematic error is small then, and correcting it gains
-nothing.
+nothing. The target makes up for part of what the layers before have changed (qlora.merge.streams).
 """
 
 import math

@@ -85,6 +85,9 @@ class Streams:
     models that do more between decoder layers than to hand on hidden states.
     """
 
+    at: int  # the decoder layer that both streams have come to
+    stage: int  # in it, that `merged_inputs` are of
+
     def __init__(
         self, model: PreTrainedModel, batches: Sequence[Any], layers: Mapping[str, LoRALinear]
     ) -> None:
@@ -95,7 +98,6 @@ class Streams:
         self.places: dict[str, tuple[int, int]] = {}
         if all(self._record(model, batch) for batch in batches):
             self._find_stages(batches[0]["input_ids"].shape)
-        self.at, self.stage = -1, -1
         self._restart()
 
     @torch.no_grad()
@@ -107,7 +109,8 @@ class Streams:
         while self.at < number:
             self._enter_next()
         if self.stage != stage:
-            self.stage, self.merged_inputs = stage, self._merged_inputs(stage)
+            self.merged_inputs = self._merged_inputs(stage)
+            self.stage = stage
         return zip(self.plain_inputs[stage], self.merged_inputs, strict=True)
 
     # ---- the model's own run ----
@@ -163,16 +166,18 @@ class Streams:
     # ---- one decoder layer after the other ----
 
     def _restart(self) -> None:
-        self.at, self.stage = -1, -1  # the decoder layer, and the stage that was run last
+        self.at = self.stage = -1
         self.plain = self.merged = self.after = self.first
         self.chosen.clear()
 
     def _enter_next(self) -> None:
         """Take both streams to the next decoder layer."""
         if self.at >= 0:
-            self.merged, self.plain = self._through(self.merged), self.after
+            self.merged = self._through(self.merged)
+            self.plain = self.after
         self.chosen.clear()
-        self.at, self.stage = self.at + 1, -1
+        self.at += 1
+        self.stage = -1
         self.plain_inputs: dict[int, list[Tensor]] = {}
         readers = {stage: name for name, (i, stage) in self.places.items() if i == self.at}
 

@@ -4,8 +4,8 @@ They run column by column, each step depending on the ones before, on vectors of
 the weight. Of torch's operations each such step takes ten; here a strip of rows stays in the cache
 for all columns. One thread runs them: numba's own threads would change the number of torch's, and
 a process that is forked afterwards would hang. The plain equivalents are `descend` in
-qlora.merge.codes and `round_panel` in qlora.merge.rounding. All tensors are fp32, contiguous and on
-the CPU.
+qlora.merge.codes and `round_panel` in qlora.merge.rounding. All tensors are fp32 and on the CPU;
+those that are changed are contiguous.
 
 Importing this module imports numba.
 """
@@ -23,24 +23,16 @@ def descend(
 ) -> None:
     """As `descend` in qlora.ops.kernels."""
     inverse = hessian.diagonal().clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
-    _descend(*_arrays(levels, gradient, hessian.contiguous(), inverse, codebook), integers)
+    _descend(*_arrays(levels, gradient, hessian, inverse, codebook), integers)
 
 
-def round_panel(
-    ideal: Tensor,
-    target: Tensor,
-    among: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    levels: Tensor,
-    values: Tensor,
-) -> None:
+def round_panel(*tensors: Tensor) -> None:
     """As `round_panel` in qlora.merge.rounding."""
-    _round(*_arrays(ideal, target, among.contiguous(), scale, shift, levels, values))
+    _round(*_arrays(*tensors))
 
 
 def _arrays(*tensors: Tensor) -> list["np.ndarray[tuple[int, ...], np.dtype[np.float32]]"]:
-    return [tensor.numpy() for tensor in tensors]
+    return [tensor.contiguous().numpy() for tensor in tensors]
 
 
 @njit(nogil=True, fastmath={"contract"})
