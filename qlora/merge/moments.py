@@ -40,6 +40,8 @@ from qlora.data.chat_template import NO_LOSS
 from qlora.fast.head import put_language_head, rows_and_head
 from qlora.ops.loss import chunk_rows
 
+BLOCK = 256  # columns of moments that are summed at a time
+
 Add = Callable[[Tensor, Tensor], None]  # of an input (..., in) and the output's gradient (..., out)
 
 
@@ -73,7 +75,11 @@ class LossMoments:
         put_language_head(model)
         self.model, self.batches, self.layers = model, batches, layers
         self.with_outputs, self.sized = with_outputs, sized
-        self.groups = self._groups(max_bytes or moments_budget(model.device))
+        budget = max_bytes or moments_budget(model.device)
+        self.groups = self._groups(budget)
+        tokens = max((batch["input_ids"].numel() for batch in batches), default=0)
+        values = 2 * tokens * sum(sum(layer.shape) for layer in layers.values())  # of activations
+        self.checkpoints = values * model.dtype.itemsize > budget // 2
         self._gathered: dict[str, Moments] = {}
         self._sizes: dict[str, list[Tensor | None]] = {}
 
@@ -125,12 +131,13 @@ class LossMoments:
                 self._sizes[name][number] = size[..., 0]
             else:
                 inputs = (inputs.float() * size.sqrt()).flatten(0, -2)  # (tokens, in)
-                sums[name].inputs.addmm_(inputs.T, inputs)
+                add_squares(sums[name].inputs, inputs)
             if (to_outputs := sums[name].outputs) is not None:
-                gradient = gradient.flatten(0, -2)  # (tokens, out)
-                to_outputs.addmm_(gradient.T, gradient)
+                add_squares(to_outputs, gradient.flatten(0, -2))  # (tokens, out)
 
-        with _checkpointing(self.model), ExitStack() as hooks:
+        with ExitStack() as hooks:
+            if self.checkpoints:
+                hooks.enter_context(_checkpointing(self.model))
             for name in group:
                 hook = self.layers[name].register_forward_hook(partial(_watch, partial(add, name)))
                 hooks.callback(hook.remove)
@@ -138,7 +145,29 @@ class LossMoments:
                 loss = _loss(self.model, batch, seed=number)
                 if loss.requires_grad:
                     loss.backward()
+        for moments in sums.values():
+            mirror(moments.inputs)
+            if moments.outputs is not None:
+                mirror(moments.outputs)
         return sums
+
+
+def add_squares(sums: Tensor, rows: Tensor) -> None:
+    """Add rows' rows to `sums` (n, n), of which what is above the diagonal waits for `mirror`.
+
+    `rows` (tokens, n). Of blocks above the diagonal nothing is computed: almost half of the work.
+    """
+    for first in range(0, len(sums), BLOCK):
+        own, below = slice(first, first + BLOCK), slice(first, None)
+        sums[below, own].addmm_(rows[:, below].T, rows[:, own])
+
+
+def mirror(sums: Tensor) -> None:
+    """Copy what is below the diagonal of `sums` (n, n) above it, in place."""
+    for first in range(0, len(sums), BLOCK):
+        own, after = slice(first, first + BLOCK), slice(first + BLOCK, None)
+        sums[own, own] = sums[own, own].tril() + sums[own, own].tril(-1).T
+        sums[own, after] = sums[after, own].T
 
 
 class _Watched(torch.autograd.Function):
@@ -185,11 +214,12 @@ def _sampled(logits: Tensor, where: Tensor, seed: int) -> Tensor:
     hidden, head = rows_and_head(logits)
     generator = torch.Generator(logits.device).manual_seed(seed)
     rows = chunk_rows(hidden.new_empty(logits.shape[-1], 0))
-    chunks = [
-        head.logits(each).softmax(-1).multinomial(1, generator=generator)[:, 0]
-        for each in hidden[where].split(rows)
-    ]
-    return torch.cat(chunks) if chunks else where.new_empty(0, dtype=torch.int64)
+    chunks = [where.new_empty(0, dtype=torch.int64)]
+    for each in hidden[where].split(rows):
+        below = head.logits(each).softmax(-1).cumsum(-1)  # (rows, vocab)
+        drawn = torch.rand(len(each), 1, generator=generator, device=each.device) * below[:, -1:]
+        chunks.append(torch.searchsorted(below, drawn, right=True)[:, 0])
+    return torch.cat(chunks).clamp_max(logits.shape[-1] - 1)
 
 
 @contextmanager

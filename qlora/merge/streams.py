@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.adapters.lora import LoRALinear
-from qlora.merge.moments import LossMoments, Moments
+from qlora.merge.moments import LossMoments, Moments, add_squares, mirror
 
 
 class Calibration:
@@ -60,8 +60,9 @@ class Calibration:
                 continue
             root = size.sqrt().flatten()[:, None]  # (tokens, 1)
             plain, merged = (each.flatten(0, -2).float() * root for each in (x, y))
-            inputs.addmm_(merged.T, merged)
+            add_squares(inputs, merged)
             drift.addmm_((plain - merged).T, merged)
+        mirror(inputs)
         return moments._replace(inputs=inputs, drift=drift)
 
     def chose(self, layer: str, weight: Tensor) -> None:

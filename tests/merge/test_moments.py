@@ -56,11 +56,13 @@ def wanted_moments(model, name, batch):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt2"])
 @pytest.mark.parametrize("max_bytes", [1 << 30, 1], ids=["one group", "a layer each"])
-def test_moments_of_inputs_and_gradients(trained_on, known_labels, family, max_bytes):
+def test_moments_of_inputs_and_gradients(trained_on, known_labels, monkeypatch, family, max_bytes):
+    monkeypatch.setattr(moments, "BLOCK", 24)  # several a layer, the last one short
     model = live(trained_on, family)
     layers = lora_layers(model)
     found = LossMoments(model, [BATCH], layers, with_outputs=True, max_bytes=max_bytes)
     assert len(found.groups) == (1 if max_bytes > 1 else len(layers))
+    assert found.checkpoints == (max_bytes == 1)
     for name in layers:
         inputs, outputs = wanted_moments(model, name, BATCH)
         for sums, wanted in zip(found.of(name)[:2], (inputs, outputs), strict=True):
