@@ -155,7 +155,7 @@ def test_calibration_spreads_over_all_files(adapter, checkpoints, tmp_path, monk
         data.append(str(write_rows(tmp_path / f"{verb}.jsonl", rows)))
     with pytest.raises(UserError, match="holds no tokenizer"):
         calibrate(read_adapter(adapter), str(base), data, tmp_path, device="cpu")
-    monkeypatch.setattr(measure, "MIN_TOKENS", 500)
+    monkeypatch.setattr(measure, "TOKENS_IN_SEQUENCE", (500, 1))
     batches = calibrate(read_adapter(adapter), str(base), data, base, device="cpu").loss.batches
     assert 250 < sum(int(batch["attention_mask"].sum()) for batch in batches) < 1000
     tokenizer = tiny_tokenizer()

@@ -199,8 +199,7 @@ def test_calibration_uses_the_training_data_by_default(trained_on, tmp_path, cap
     given = merged(adapter, tmp_path / "given", format="nf4", calibration=data)
     torch.testing.assert_close(named, given, rtol=0, atol=0)
     (adapter / "run.yaml").unlink()
-    monkeypatch.setattr(measure, "MIN_TOKENS", 256)
-    monkeypatch.setattr(measure, "TOKENS_PER_INPUT", 2)
+    monkeypatch.setattr(measure, "TOKENS", (256, 2))
     without = merged(adapter, tmp_path / "without", format="nf4")
     assert "model calibrates on text that it generates" in capsys.readouterr().out
     assert any(not torch.equal(without[name], given[name]) for name in given)

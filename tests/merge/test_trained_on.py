@@ -47,7 +47,8 @@ def test_the_merged_model_is_pefts_on_the_16_bit_base(
 def test_4_bits_are_chosen_and_measured_on_the_16_bit_base(
     format, adapter, checkpoints, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("qlora.merge.measure.MIN_TOKENS", 256)
+    for tokens in "TOKENS", "TOKENS_IN_SEQUENCE":
+        monkeypatch.setattr(f"qlora.merge.measure.{tokens}", (256, 2))
     adapter = shutil.copytree(adapter, tmp_path / "stronger")  # else losses differ by 5e-3 or less
     values = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(values | {"lora_alpha": 30 * values["lora_alpha"]}))
