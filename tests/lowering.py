@@ -73,7 +73,7 @@ def main(which: str) -> None:
         compiled[f"rotate {name} {card}"] = code
     for card in CARDS if which == "all cards" else ["H200"]:
         sizes = {"LEVELS": 16, "INTEGERS": True, "COLUMNS": 32, "ROWS": kernels.SEARCHED // 32}
-        types = ["*fp32"] * 3 + ["i32", "*fp32", "i32", "i32"]
+        types = ["*fp32"] * 3 + ["i32"] + ["*fp32"] * 3 + ["i32", "i32"]
         compiled[f"descend {card}"] = lowered(kernels._descend, types, sizes, card)
     types, constants = ["*bf16"] * 6 + ["i32"], {"ACT": "silu", "BLOCK": kernels.BLOCK}
     # with too few registers, which shows that the count of spilled ones works

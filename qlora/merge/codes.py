@@ -43,7 +43,7 @@ from qlora.config import QuantConfig
 from qlora.merge.coupling import RowGroups, low_rank, principal
 from qlora.merge.grids import TINY, Grid, IntegerGrid, NF4Grid
 from qlora.merge.moments import Moments
-from qlora.merge.rounding import InputOrder, loops, round_in_order
+from qlora.merge.rounding import LEAST, InputOrder, loops, round_in_order
 from qlora.ops import nf4
 from qlora.ops.nf4 import Quantized
 
@@ -142,9 +142,9 @@ def keep_outputs(grid: IntegerGrid, target: Tensor, moments: Moments) -> None:
     Without moments of the outputs all errors there count alike.
     """
     inputs = moments.inputs + (RIDGE * moments.inputs.diagonal()).diag()
-    order, factor = InputOrder(inputs), _factor(inputs)
+    order, factor = InputOrder(inputs), _factor(inputs, RANK)
     if moments.drift is not None:
-        target = target + STEP * order.solve(target @ moments.drift)
+        target = target + STEP * _made_up(target, inputs, factor, moments.drift)
 
     def choose(grid: IntegerGrid, target: Tensor) -> None:
         round_in_order(grid, target, order)
@@ -161,6 +161,16 @@ def keep_outputs(grid: IntegerGrid, target: Tensor, moments: Moments) -> None:
         choose(part, target[rows] + coupled.owed(number))
         coupled.add(number, part.weight.T - target[rows])
         grid.put(rows, part)
+
+
+def _made_up(target: Tensor, inputs: Tensor, factor: Tensor, drift: Tensor) -> Tensor:
+    """W C inverse(H), (out, in), for inputs in the span of the rows V of `factor` (k, in) alone:
+    W C V' inverse(V H V') V. That costs k, not in, products a weight."""
+    span = factor / factor.norm(dim=1, keepdim=True).clamp_min(TINY)
+    gram = span @ inputs @ span.T  # (k, k)
+    gram.diagonal().add_(LEAST * gram.diagonal().mean() + TINY)  # rows of zeros
+    solved = torch.cholesky_solve(span, torch.linalg.cholesky(gram))
+    return torch.mm(target @ (drift @ span.T), solved)
 
 
 def choose_codes(
@@ -212,7 +222,8 @@ DAMPING = 0.25  # of the later rounds, which correct the systematic error
 ROUNDS = 6  # at most; 20 lower the KL divergence by a tenth
 MIN_GAIN = 0.05  # stop when a round corrects less than this share of the systematic error
 BIAS = 100.0  # weight of the systematic error relative to noise
-RANK, RANK_SHARE = 256, 8  # of the moments between panels: at least RANK, or 1 / 8 of the inputs
+RANK, RANK_SHARE = 256, 16  # of the moments between panels: at least RANK, or 1 / 16 of the inputs
+RANK_NF4 = 64  # where most codes stay
 PRINCIPAL = 64  # principal directions of the inputs
 PATIENCE, ENOUGH = 4, 0.98  # stop when that many rounds have not lowered the cost to this share
 PANEL = 256  # columns at a time, whole blocks
@@ -232,7 +243,7 @@ def keep_adapter(
     All tensors are on one device. The cost, noise + BIAS * systematic error, is never higher than
     that of the first choice.
     """
-    descent = _Descent(grid, target, moments)
+    descent = _Descent(grid, target, moments, _factor(moments, RANK_NF4))
     responses = _Responses(lora_A.float(), lora_B.float(), moments)
     best, best_cost = grid.choice(), descent.noise() + BIAS * responses.error(descent)
     gain, costs = 1.0, [best_cost]
@@ -260,11 +271,8 @@ class _Descent:
     up to date. A sweep costs rank * in * out, not in * in * out.
     """
 
-    def __init__(
-        self, grid: Grid, target: Tensor, moments: Tensor, factor: Tensor | None = None
-    ) -> None:
-        self.grid, self.moments = grid, moments
-        self.factor = factor = _factor(moments) if factor is None else factor
+    def __init__(self, grid: Grid, target: Tensor, moments: Tensor, factor: Tensor) -> None:
+        self.grid, self.moments, self.factor = grid, moments, factor
         self.target = target.T.contiguous()
         self.panel = math.ceil(PANEL / grid.block) * grid.block
         self.response = factor @ self.error()  # (k, in) @ (in, out) -> (k, out)
@@ -287,10 +295,10 @@ class _Descent:
         if self.correction is not None:
             ahead, basis = self.correction
             response = torch.addmm(response, self.factor @ ahead, basis)
-        noise = float((response * response).sum())
+        noise = _dot(response, response)
         for columns, rest in self.panels():
             error = self.grid.weight[columns] - self.target[columns]
-            noise += float((error * (rest @ error)).sum())
+            noise += _dot(error, rest @ error)
         return noise
 
     def correct(self, ahead: Tensor, basis: Tensor) -> None:
@@ -316,9 +324,9 @@ class _Descent:
             self.response.addmm_(of, grid.weight[columns] - before)
 
 
-def _factor(moments: Tensor) -> Tensor:
-    """(k, in), the part of the moments that is kept between panels."""
-    return low_rank(moments, max(RANK, len(moments) // RANK_SHARE))
+def _factor(moments: Tensor, rank: int) -> Tensor:
+    """(k, in), the part of the moments that is kept between panels; at least of `rank`."""
+    return low_rank(moments, max(rank, len(moments) // RANK_SHARE))
 
 
 class _Panel:
@@ -334,31 +342,28 @@ class _Panel:
         grid, size = self.grid, self.grid.block
         for first in range(0, len(self.weight), size):
             block = slice(first, first + size)
-            before, gradient = self.weight[block].clone(), self.gradient[block]
-            if grid.moves:
-                gradient = gradient.clone()
+            before = self.weight[block].clone()
             self._move_codes(block)
             if grid.moves:
-                gradient.addmm_(self.hessian[block, block], self.weight[block] - before)
-                self._move_scales(block, gradient)
+                self._move_scales(block)
             rest = slice(first + size, None)
             self.gradient[rest].addmm_(self.hessian[rest, block], self.weight[block] - before)
 
     def _move_codes(self, block: slice) -> None:
-        """Columns at their best levels, each given those before it, in units of their scale."""
+        """Columns at their best levels, each given those before it."""
         grid, at = self.grid, (self.first + block.start) // self.grid.block
-        scale, shift = grid.scale[at], 0 if grid.shift is None else grid.shift[at]
-        levels = ((self.weight[block] - shift) / scale).nan_to_num(0, 0, 0)  # (c, out)
-        gradient = (self.gradient[block] / scale).nan_to_num(0, 0, 0)
-        step = descend_compiled if loops(levels.device) else descend
-        step(levels, gradient, self.hessian[block, block], grid)
-        torch.add(levels * scale, shift, out=self.weight[block])
+        scale = grid.scale[at]
+        shift = torch.zeros_like(scale) if grid.shift is None else grid.shift[at]
+        step = descend_compiled if loops(scale.device) else descend
+        own = self.hessian[block, block]
+        step(self.weight[block], self.gradient[block], own, scale, shift, grid)
 
-    def _move_scales(self, columns: slice, gradient: Tensor) -> None:
+    def _move_scales(self, columns: slice) -> None:
         """A block's scale and shift, where others that can be stored lower the cost: the best ones
         together, rounded, or another shift alone."""
         grid, block = self.grid, (self.first + columns.start) // self.grid.block
         scale, hessian = grid.scale[block].clone(), self.hessian[columns, columns]
+        gradient = self.gradient[columns]
         shift = None if grid.shift is None else grid.shift[block].clone()
         weight = self.weight[columns] if shift is None else self.weight[columns] - shift
         level = (weight / scale).nan_to_num(0, 0, 0)  # (c, out)
@@ -393,23 +398,29 @@ class _Panel:
             self.weight[columns] += grid.shift[block]
 
 
-def descend(levels: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid) -> None:
-    """Move the levels (c, out) of a block to their best, column by column, in place.
+def descend(
+    weight: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, shift: Tensor, grid: Grid
+) -> None:
+    """Move the values of a block (c, out) to their best levels, column by column, in place.
 
-    `gradient` (c, out), `hessian` (c, c): of the cost in units of levels.
+    `gradient` (c, out), which follows, and `hessian` (c, c): of the cost. `scale`, `shift` (out,).
     """
     inverse = hessian.diagonal().clamp_min(TINY).reciprocal().tolist()
-    for j, level in enumerate(levels.unbind()):
-        best = grid.snap(torch.sub(level, gradient[j], alpha=inverse[j]))
-        # outer product (columns,) x (out,)
-        gradient[j + 1 :].addr_(hessian[j + 1 :, j], best - level)
-        level.copy_(best)
+    levels_per = torch.where(scale.abs() < TINY, 0.0, 1 / scale)
+    for j, value in enumerate(weight.unbind()):
+        ideal = torch.sub(value, gradient[j], alpha=inverse[j]) - shift
+        best = torch.addcmul(shift, grid.snap(ideal * levels_per), scale)
+        gradient.addr_(hessian[:, j], best - value)  # outer product (columns,) x (out,)
+        value.copy_(best)
 
 
-def descend_compiled(levels: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid) -> None:
+def descend_compiled(
+    weight: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, shift: Tensor, grid: Grid
+) -> None:
     """`descend` in one call, of Triton's kernel or of a loop that numba compiles."""
     integers = isinstance(grid, IntegerGrid)
-    loops(levels.device).descend(levels, gradient, hessian, grid.levels, integers=integers)
+    step = loops(weight.device).descend
+    step(weight, gradient, hessian, scale, shift, grid.levels, integers=integers)
 
 
 class _Responses:

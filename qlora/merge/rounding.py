@@ -42,12 +42,6 @@ class InputOrder:
         self.left = torch.empty_like(left)  # D, in the inputs' own order
         self.left[self.order] = left
 
-    def solve(self, values: Tensor) -> Tensor:
-        """`values` (out, in) times the inverse of H."""
-        lower = self.factor * self.left[self.order].sqrt()
-        solved = torch.cholesky_solve(values.T[self.order], lower)
-        return torch.empty_like(solved).index_copy_(0, self.order, solved).T
-
 
 def round_in_order(grid: IntegerGrid, target: Tensor, inputs: InputOrder) -> None:
     """Choose scales, shifts and values of `grid` for `target`, fp32 (out, in), in place."""

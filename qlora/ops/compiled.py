@@ -11,19 +11,26 @@ Importing this module imports numba.
 """
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
+TINY = np.finfo(np.float32).tiny
 STRIP = 64  # rows of the weight at a time: 128 columns of them are 32 KB
 
 
 def descend(
-    levels: Tensor, gradient: Tensor, hessian: Tensor, codebook: Tensor, *, integers: bool
+    weight: Tensor,
+    gradient: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    codebook: Tensor,
+    *,
+    integers: bool,
 ) -> None:
     """As `descend` in qlora.ops.kernels."""
-    inverse = hessian.diagonal().clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
-    _descend(*_arrays(levels, gradient, hessian, inverse, codebook), integers)
+    tensors = _arrays(weight, gradient, hessian, scale, shift, codebook)
+    _descend(*tensors, integers)
 
 
 def round_panel(*tensors: Tensor) -> None:
@@ -35,37 +42,49 @@ def _arrays(*tensors: Tensor) -> list["np.ndarray[tuple[int, ...], np.dtype[np.f
     return [tensor.contiguous().numpy() for tensor in tensors]
 
 
-@njit(nogil=True, fastmath={"contract"})
-def _descend(levels, gradient, hessian, inverse, codebook, integers):
-    columns, out = levels.shape
-    for strip in range((out + STRIP - 1) // STRIP):
-        first, last = strip * STRIP, min(out, (strip + 1) * STRIP)
-        moved = np.empty(last - first, np.float32)
+@njit(fastmath={"contract"})
+def _descend(weight, gradient, hessian, scale, shift, codebook, integers):
+    columns, out = weight.shape
+    middles = np.float32(0.5) * (codebook[:-1] + codebook[1:])
+    value, slope = np.zeros((2, columns, STRIP), np.float32)
+    unit, zero, levels_per, ideal, level, moved = np.zeros((6, STRIP), np.float32)
+    index = np.empty(STRIP, np.int32)
+    for first in range(0, out, STRIP):
+        count, rows = min(out - first, STRIP), slice(first, first + STRIP)
+        value[:, :count], slope[:, :count] = weight[:, rows], gradient[:, rows]
+        unit[:count], zero[:count] = scale[rows], shift[rows]
+        for r in range(STRIP):
+            levels_per[r] = np.float32(1) / unit[r] if abs(unit[r]) >= TINY else np.float32(0)
         for j in range(columns):
-            level, slope = levels[j, first:last], gradient[j, first:last]
-            for r in range(last - first):
-                ideal = level[r] - slope[r] * inverse[j]
-                if integers:
-                    best = min(max(np.rint(ideal), codebook[0]), codebook[-1])
-                else:
-                    index = 0
-                    for k in range(len(codebook) - 1):
-                        index += ideal > np.float32(0.5) * (codebook[k] + codebook[k + 1])
-                    best = codebook[index]
-                moved[r] = best - level[r]
-                level[r] = best
-            for i in range(j + 1, columns):
-                other, h = gradient[i, first:last], hessian[i, j]
-                for r in range(last - first):
-                    other[r] += h * moved[r]
+            inverse = np.float32(1) / max(hessian[j, j], TINY)
+            for r in range(STRIP):
+                ideal[r] = (value[j, r] - slope[j, r] * inverse - zero[r]) * levels_per[r]
+            if integers:
+                for r in range(STRIP):
+                    level[r] = min(max(np.rint(ideal[r]), codebook[0]), codebook[-1])
+            else:
+                index[:] = 0
+                for middle in middles:
+                    for r in range(STRIP):
+                        index[r] += ideal[r] > middle
+                for r in range(STRIP):
+                    level[r] = codebook[index[r]]
+            for r in range(STRIP):
+                best = level[r] * unit[r] + zero[r]
+                moved[r] = best - value[j, r]
+                value[j, r] = best
+            for i in range(columns):
+                for r in range(STRIP):
+                    slope[i, r] += hessian[i, j] * moved[r]
+        weight[:, rows], gradient[:, rows] = value[:, :count], slope[:, :count]
 
 
-@njit(nogil=True, fastmath={"contract"})
+@njit(fastmath={"contract"})
 def _round(ideal, target, among, scale, shift, levels, values):
     columns, out = ideal.shape
     low, high = levels[0], levels[-1]
-    for strip in range((out + STRIP - 1) // STRIP):
-        first, last = strip * STRIP, min(out, (strip + 1) * STRIP)
+    for first in range(0, out, STRIP):
+        last = min(out, first + STRIP)
         error = np.empty(last - first, np.float32)
         for j in range(columns - 1, -1, -1):
             wanted, value = ideal[j, first:last], values[j, first:last]

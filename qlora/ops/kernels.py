@@ -28,7 +28,7 @@ Rotary embedding (see qlora.ops.rotary): a program rotates HEADS heads of one to
 then those of k, so that one launch does both; each value is read and written once.
 
 Search (see qlora.merge.codes, whose `descend` is the oracle): the columns of a block are taken one
-after the other, each of them by all rows at once. A program has ROWS rows; their levels and
+after the other, each of them by all rows at once. A program has ROWS rows; their values and
 gradients stay in registers, so that a block is one launch, not five a column.
 """
 
@@ -45,7 +45,7 @@ from qlora.ops.rotary import empty_like_heads
 GROUPS = 512  # of 8 values, in a program of 128 threads
 BLOCK = 1024  # values of a gated program: 4 warps, 16 bytes a thread in 16 bits
 HEADS = 8  # of a program of rotary embedding
-SEARCHED = 2048  # levels of a program of the search
+SEARCHED = 2048  # values of a program of the search
 
 
 def decode(packed: Tensor, state: Any, out: Tensor) -> None:
@@ -103,19 +103,26 @@ def rotate(
 
 
 def descend(
-    levels: Tensor, gradient: Tensor, hessian: Tensor, codebook: Tensor, *, integers: bool
+    weight: Tensor,
+    gradient: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    codebook: Tensor,
+    *,
+    integers: bool,
 ) -> None:
-    """Move the levels (c, out) of a block to their best, column by column, in place.
+    """Move the values of a block (c, out) to their best levels, column by column, in place.
 
-    `gradient` (c, out), `hessian` (c, c): of the cost in units of levels. `codebook` (n,): the
-    levels there are, sorted, or all `integers` between its ends. All fp32; levels and gradient are
-    contiguous.
+    `gradient` (c, out), which follows, and `hessian` (c, c): of the cost. A value is level *
+    `scale` + `shift`, (out,). `codebook` (n,): the levels there are, sorted, or all `integers`
+    between its ends. All fp32 and, except for `hessian`, contiguous.
     """
-    (columns, out), width = levels.shape, triton.next_power_of_2(len(levels))
+    (columns, out), width = weight.shape, triton.next_power_of_2(len(weight))
     rows = max(16, SEARCHED // width)
-    with torch.cuda.device_of(levels):
+    with torch.cuda.device_of(weight):
         _descend[(triton.cdiv(out, rows),)](
-            levels, gradient, hessian, hessian.stride(0), codebook, columns, out,
+            weight, gradient, hessian, hessian.stride(0), scale, shift, codebook, columns, out,
             codebook.numel(), integers, width, rows, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -225,22 +232,27 @@ def _rotate_heads(source, target, head, heads, i, half, c1, c2, s1, s2):
 
 @triton.jit
 def _descend(
-    levels, gradient, hessian, stride, codebook, columns, out,
+    weight, gradient, hessian, stride, scale, shift, codebook, columns, out,
     LEVELS: tl.constexpr, INTEGERS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, COLUMNS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (i < columns)[:, None] & (row < out)[None, :]
     at = i[:, None] * out + row[None, :]
-    level = tl.load(levels + at, mask=inside, other=0.0)  # (columns, rows)
+    value = tl.load(weight + at, mask=inside, other=0.0)  # (columns, rows)
     slope = tl.load(gradient + at, mask=inside, other=0.0)
+    unit = tl.load(scale + row, mask=row < out, other=0.0)
+    zero = tl.load(shift + row, mask=row < out, other=0.0)
+    moves = tl.abs(unit) >= 1.17549435e-38
+    levels_per = tl.where(moves, 1.0 / tl.where(moves, unit, 1.0), 0.0)
     least, most = tl.load(codebook), tl.load(codebook + LEVELS - 1)
     for j in range(0, columns):
         this = (i == j)[:, None]
-        current = tl.sum(tl.where(this, level, 0.0), 0)  # (rows,)
+        current = tl.sum(tl.where(this, value, 0.0), 0)  # (rows,)
         curvature = tl.load(hessian + j * stride + j)
         inverse = 1.0 / tl.maximum(curvature, 1.17549435e-38)
         ideal = current - tl.sum(tl.where(this, slope, 0.0), 0) * inverse
+        ideal = (ideal - zero) * levels_per
         if INTEGERS:
             best = tl.minimum(tl.maximum(ideal, least), most)
             best = (best + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to even
@@ -251,7 +263,9 @@ def _descend(
                 next = tl.load(codebook + k)
                 best = tl.where(ideal > (next + below) / 2, next, best)
                 below = next
-        pull = tl.load(hessian + i * stride + j, mask=(i > j) & (i < columns), other=0.0)
+        best = best * unit + zero
+        pull = tl.load(hessian + i * stride + j, mask=i < columns, other=0.0)
         slope += pull[:, None] * (best - current)[None, :]
-        level = tl.where(this, best[None, :], level)
-    tl.store(levels + at, level, mask=inside)
+        value = tl.where(this, best[None, :], value)
+    tl.store(weight + at, value, mask=inside)
+    tl.store(gradient + at, slope, mask=inside)

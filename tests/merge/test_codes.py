@@ -67,7 +67,7 @@ def test_a_sweep_moves_each_code_in_turn_to_the_best_of_the_sixteen_levels(wide)
     moments = moments / moments.diagonal().mean()
     grid = NF4Grid(start)
     grid.moves = False  # codes alone: absmax stays
-    codes._Descent(grid, target, moments).sweep(0.0)
+    codes._Descent(grid, target, moments, codes._factor(moments, 64)).sweep(0.0)
     levels = torch.tensor(reference.NF4).double()
     scale = nf4.absmax(start).double().repeat_interleave(64)[: 16 * wide].view(16, wide)
     for row in range(16):
@@ -85,7 +85,7 @@ def test_absmax_moves_to_the_level_that_costs_least():
     grid = NF4Grid(start)
     levels, before, state = grid.weight / grid.scale, grid.scale[0].clone(), start.state
     gradient = moments @ (grid.weight - target.T)
-    codes._Panel(grid, 0, gradient, moments)._move_scales(slice(0, 64), gradient)
+    codes._Panel(grid, 0, gradient, moments)._move_scales(slice(0, 64))
     moved = grid.scale[0]
     choices = state.state2.code.double() * state.state2.absmax.double() + state.offset.double()
 
@@ -143,7 +143,7 @@ def test_the_systematic_error_is_corrected(monkeypatch):
         y = x @ error.T @ torch.linalg.qr(lora_B).Q.double()  # (in, in) (in, out) (out, r)
         return float((seen @ torch.linalg.lstsq(seen, y).solution).square().sum())
 
-    descent = codes._Descent(NF4Grid(start), target, moments)
+    descent = codes._Descent(NF4Grid(start), target, moments, codes._factor(moments, 64))
     assert responses.error(descent) == pytest.approx(systematic(start), rel=1e-3)
     chosen = keep_adapter(start, target, lora_A, lora_B, moments)
     assert systematic(chosen) < 0.03 * systematic(start)

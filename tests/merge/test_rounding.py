@@ -70,13 +70,6 @@ def test_the_compiled_loop_rounds_alike(kind, rows, monkeypatch):
     assert noise(one, target, moments) == pytest.approx(noise(other, target, moments), rel=0.01)
 
 
-def test_solving_by_the_factors_of_the_moments():
-    target, moments = layer()
-    solved = rounding.InputOrder(moments + moments.diagonal().diag()).solve(target)
-    wanted = torch.linalg.solve((moments + moments.diagonal().diag()).double(), target.double().T).T
-    torch.testing.assert_close(solved.double(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.std()))
-
-
 @KINDS
 def test_scales_are_chosen_for_what_the_inputs_before_do_not_tell(kind):
     """Against least squares for each scale that is tried."""

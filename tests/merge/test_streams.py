@@ -125,6 +125,21 @@ def test_values_make_up_for_what_the_layers_before_have_changed():
     assert errors[1] < 0.75 * errors[0]  # half of the step: three quarters of what it gains
 
 
+@pytest.mark.parametrize("occur", [48, 7, 0])
+def test_what_a_layer_is_asked_to_make_up_for(occur):
+    """Of inputs in few directions, too, and of a layer that reads zeros."""
+    draw = torch.Generator().manual_seed(0)
+    target, x = torch.randn(8, 48, generator=draw), torch.randn(200, 48, generator=draw)
+    y = (x + 0.1 * x.roll(1, 1))[:, :occur] @ torch.randn(occur, 48, generator=draw)
+    inputs, drift = y.T @ y, (x - y).T @ y
+    inputs.diagonal().mul_(1 + codes.RIDGE)
+    found = codes._made_up(target, inputs, codes._factor(inputs, 64), drift)
+    wanted = target.double() @ drift.double() @ torch.linalg.pinv(inputs.double(), hermitian=True)
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.01 * scale)
+    assert bool(scale) == bool(occur)
+
+
 def test_a_model_that_is_no_chain_is_calibrated_on_its_own_inputs(trained_on):
     model = live(trained_on, "llama")
     layers = lora_layers(model)

@@ -98,14 +98,21 @@ def assert_descends(module: Any, kind: str, shape: tuple[int, int], device: torc
     grid: Any = grids.Q4_0(torch.randn(32, 4, **new))
     if kind == "nf4":
         grid = grids.NF4Grid(quantized((4, 64)))
-    levels = grid.levels[torch.randint(16, shape, **new)]
-    wanted, moved = levels.clone(), levels.clone().to(device)
-    codes.descend(wanted, gradient.clone(), hessian, grid)
-    given = (tensor.to(device) for tensor in (gradient, hessian, grid.levels))
-    module.descend(moved, *given, integers=kind == "integers")
-    assert not torch.equal(wanted, levels)
+    scale, shift = torch.randn(2, shape[1], **new)
+    scale[:3] = torch.tensor([0.0, 1e-39, 0.5])  # a block of zeros, one of nearly zeros
+    before = torch.addcmul(shift, grid.levels[torch.randint(16, shape, **new)], scale)
+    wanted, slope = before.clone(), gradient.clone()
+    codes.descend(wanted, slope, hessian, scale, shift, grid)
+    tensors = before, gradient, hessian, scale, shift
+    given = [tensor.clone().to(device) for tensor in tensors]
+    module.descend(*given, grid.levels.to(device), integers=kind == "integers")
+    moved, followed = (tensor.cpu() for tensor in given[:2])
+    assert (wanted != before).float().mean() > 0.3
+    assert torch.allclose(slope, torch.addmm(gradient, hessian, wanted - before), atol=1e-4)
     # sums in another order: the few values half-way between two levels may differ
-    assert (moved.cpu() == wanted).float().mean() > 0.999
+    same = (moved - wanted).abs() < 1e-5
+    assert same.float().mean() > 0.999
+    assert torch.allclose(followed[:, same.all(0)], slope[:, same.all(0)], atol=1e-4)
 
 
 @on_gpu
