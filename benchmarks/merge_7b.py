@@ -1,6 +1,7 @@
 """Time and memory of merging a 7B model on the CPU, against reading, rounding and writing it.
 
     python benchmarks/merge_7b.py
+    python benchmarks/merge_7b.py --format gguf-q4_0 --tokenizer FOLDER
 
 A random bf16 checkpoint in the shape of Llama-2-7B (13.5 GB, in files of at most 5 GB) and a random
 adapter (r=16, all linear layers, fp32) are merged by merge_dequant.py with its defaults, bf16 onto
@@ -11,6 +12,9 @@ anonymous, without them. It needs twice the checkpoint's size on disk.
 The baseline reads every tensor with safetensors, writes its bytes to a new file, and rounds every
 linear weight to NF4 and back, tensor by tensor, once before the merge and once after it, in
 separate processes and without the time of imports.
+
+With another `--format`, codes are chosen without calibration, which would load the model.
+llama.cpp's converter, whose memory is included, needs a tokenizer, and the model its vocabulary.
 
 Every part starts in the same state: earlier output is on disk, and the checkpoint is not in the
 page cache (posix_fadvise). Writing out the page cache at the end is timed separately ("flushed").
@@ -28,6 +32,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,7 @@ from results import record
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 from watch import Held, make_cold, watch
 
 from qlora.adapters.format import CONFIG, WEIGHTS
@@ -71,14 +76,19 @@ SHARD_SIZES = {"llama2-7b": "5GB", "tiny": "150MB"}
 # ---- the inputs ----
 
 
-def make(folder: Path, shape: str) -> None:
+def make(folder: Path, shape: str, tokenizer: str | None) -> None:
     """Write base and adapter to `folder` as a stream, unless they exist."""
     if folder.exists():
         return
+    config = copy(SHAPES[shape])
     generator = torch.Generator().manual_seed(0)
     with publishing(folder) as partial:
         base, adapter = partial / "base", partial / "adapter"
-        SHAPES[shape].save_pretrained(base)
+        if tokenizer:
+            loaded = AutoTokenizer.from_pretrained(tokenizer)
+            loaded.save_pretrained(base)
+            config.vocab_size = max(config.vocab_size, len(loaded))
+        config.save_pretrained(base)
         model = skeleton(base)
         entries = [Entry(n, torch.bfloat16, tuple(t.shape)) for n, t in model.state_dict().items()]
         room = 2.1 * sum(entry.nbytes for entry in entries)
@@ -145,18 +155,20 @@ def measure_yardstick(folder: Path) -> dict[str, float]:
     return found
 
 
-def measure_merge(folder: Path) -> dict[str, Any]:
+def measure_merge(folder: Path, format: str) -> dict[str, Any]:
     """Merge in a fresh process; its time, and its memory above a process that only imports."""
     wait = "; import time; time.sleep(0.1)"  # long enough to be seen
     bare = watch([sys.executable, "-c", f"import torch{wait}"])
     modules = "qlora.merge.run, transformers.models.llama.modeling_llama"
     imported = watch([sys.executable, "-c", f"import {modules}{wait}"])
-    flags = {"adapter": folder / "adapter", "base-model": folder / "base"}
+    flags: dict[str, Any] = {"adapter": folder / "adapter", "base-model": folder / "base"}
+    flags |= {"format": format} | ({} if format == "bf16" else {"calibration": "none"})
     with part(folder) as output:
         words = [f"--{flag}={path}" for flag, path in {**flags, "output-dir": output}.items()]
         run = watch([sys.executable, str(MERGE), *words])
         flushed = run.seconds + flush_seconds()
-        written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+        files = (*output.glob("*.safetensors"), *output.glob("*.gguf"))
+        written = sum(file.stat().st_size for file in files)
     return {
         "merge_seconds": run.seconds,
         "merge_flushed_seconds": flushed,
@@ -231,21 +243,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--folder", type=Path, help="keep checkpoint and adapter here, for reuse")
+    parser.add_argument("--format", default="bf16", help="of the merged weights")
+    parser.add_argument("--tokenizer", help="folder of one, for a GGUF file")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     os.environ["OMP_NUM_THREADS"] = str(given.threads)  # of the processes started from here
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.folder or Path(temporary)).absolute() / given.shape
-        make(folder, given.shape)
+        make(folder, given.shape, given.tokenizer)
         files = list((folder / "base").glob("*.safetensors"))
         before = measure_yardstick(folder)
-        merged = measure_merge(folder)
+        merged = measure_merge(folder, given.format)
         after = measure_yardstick(folder)
         size = sum(file.stat().st_size for file in files)
     mean = {kind: math.fsum((before[kind], after[kind])) / 2 for kind in ("seconds", "flushed")}
     row = {
         "shape": given.shape,
+        "format": given.format,
         "threads": given.threads,
         "checkpoint_bytes": size,
         "files": len(files),
@@ -256,7 +271,7 @@ def main() -> None:
         "flushed_ratio": merged["merge_flushed_seconds"] / mean["flushed"],
     }
     show(row)
-    record("merge_7b", row)
+    record("merge_7b" if given.format == "bf16" else "merge_7b_gguf", row)
 
 
 if __name__ == "__main__":

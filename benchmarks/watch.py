@@ -1,8 +1,8 @@
 """Run a command, and measure its time and peak memory from outside.
 
-Linux only: /proc/PID/status is read every few milliseconds. `resident` is VmHWM, kept by the
-kernel; it includes pages of mapped files, which the system can reclaim. `anonymous` is RssAnon, the
-process's own allocations; its peak is the highest value read.
+Linux only: /proc/PID/status is read every few milliseconds, that of processes it starts, too.
+`resident` is VmHWM, kept by the kernel; it includes pages of mapped files, which the system can
+reclaim. `anonymous` is RssAnon, the process's own allocations; its peak is the highest value read.
 """
 
 import os
@@ -10,7 +10,8 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ def watch(command: Sequence[str]) -> Run:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         peak = Held(0, 0)
         while child.poll() is None:
-            peak = Held(*map(max, peak, held(child.pid)))
+            peak = Held(*map(max, peak, held_by_all(child.pid)))
             time.sleep(EVERY_SECONDS)
         seconds = time.perf_counter() - started
         output.seek(0)
@@ -49,6 +50,23 @@ def watch(command: Sequence[str]) -> Run:
     if child.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{text}")
     return Run(seconds, peak, text)
+
+
+def held_by_all(pid: int) -> Held:
+    """Memory of a process and of those that it has started; pages that they share count each."""
+    total = Held(0, 0)
+    for each in (pid, *_descendants(pid)):
+        with suppress(OSError):  # it has ended
+            total = Held(*map(sum, zip(total, held(each), strict=True)))
+    return total
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                yield child
+                yield from _descendants(child)
 
 
 def held(pid: int | str = "self") -> Held:
