@@ -34,13 +34,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.adapters.lora import LoRALinear
 from qlora.adapters.starts import moments_budget
-from qlora.base.modules import set_checkpointing
+from qlora.adapters.wrappers import base_modules, plain
+from qlora.base.modules import is_linear, matrix_shape, set_checkpointing
 from qlora.cli import Progress
 from qlora.data.chat_template import NO_LOSS
 from qlora.fast.head import put_language_head, rows_and_head
 from qlora.ops.loss import chunk_rows
 
 BLOCK = 256  # columns of moments that are summed at a time
+ACTIVATIONS = 4 << 30  # bytes, roughly, of a batch in a backward pass without checkpointing
 
 Add = Callable[[Tensor, Tensor], None]  # of an input (..., in) and the output's gradient (..., out)
 
@@ -75,11 +77,12 @@ class LossMoments:
         put_language_head(model)
         self.model, self.batches, self.layers = model, batches, layers
         self.with_outputs, self.sized = with_outputs, sized
-        budget = max_bytes or moments_budget(model.device)
-        self.groups = self._groups(budget)
-        tokens = max((batch["input_ids"].numel() for batch in batches), default=0)
-        values = 2 * tokens * sum(sum(layer.shape) for layer in layers.values())  # of activations
-        self.checkpoints = values * model.dtype.itemsize > budget // 2
+        self.groups = self._groups(max_bytes or moments_budget(model.device))
+        tokens = max(batch["input_ids"].numel() for batch in batches)
+        modules = map(plain, base_modules(model).values())
+        read_and_written = sum(sum(matrix_shape(m)) for m in modules if is_linear(m))
+        values = 2 * tokens * read_and_written
+        self.checkpoints = values * model.dtype.itemsize > ACTIVATIONS
         self._gathered: dict[str, Moments] = {}
         self._sizes: dict[str, list[Tensor | None]] = {}
 

@@ -3,10 +3,10 @@
 They run column by column, each step depending on the ones before, on vectors of one value a row of
 the weight. Of torch's operations each such step takes ten; here a strip of rows stays in the cache
 for all columns. One thread runs them: numba's own threads would change the number of torch's, and
-a process that is forked afterwards would hang; threads of Python gained nothing beside torch's, which
-wait for their next task in a loop. The plain equivalents are `descend` in
-qlora.merge.codes and `round_panel` in qlora.merge.rounding. All tensors are fp32 and on the CPU;
-those that are changed are contiguous.
+a process that is forked afterwards would hang; Python's gained nothing beside torch's, which wait
+for their next task in a loop. The plain equivalents are `descend` in qlora.merge.codes and
+`round_panel` in qlora.merge.rounding. All tensors are fp32 and on the CPU; those that are changed
+are contiguous.
 
 Importing this module imports numba.
 """

@@ -58,6 +58,7 @@ def wanted_moments(model, name, batch):
 @pytest.mark.parametrize("max_bytes", [1 << 30, 1], ids=["one group", "a layer each"])
 def test_moments_of_inputs_and_gradients(trained_on, known_labels, monkeypatch, family, max_bytes):
     monkeypatch.setattr(moments, "BLOCK", 24)  # several a layer, the last one short
+    monkeypatch.setattr(moments, "ACTIVATIONS", max_bytes)
     model = live(trained_on, family)
     layers = lora_layers(model)
     found = LossMoments(model, [BATCH], layers, with_outputs=True, max_bytes=max_bytes)
