@@ -354,9 +354,11 @@ class _Panel:
         grid, at = self.grid, (self.first + block.start) // self.grid.block
         scale = grid.scale[at]
         shift = torch.zeros_like(scale) if grid.shift is None else grid.shift[at]
-        step = descend_compiled if loops(scale.device) else descend
-        own = self.hessian[block, block]
-        step(self.weight[block], self.gradient[block], own, scale, shift, grid)
+        own = self.weight[block], self.gradient[block], self.hessian[block, block], scale, shift
+        if compiled := loops(scale.device):  # one call, of a Triton kernel or of numba's loop
+            compiled.descend(*own, grid.levels, integers=isinstance(grid, IntegerGrid))
+        else:
+            descend(*own, grid)
 
     def _move_scales(self, columns: slice) -> None:
         """A block's scale and shift, where others that can be stored lower the cost: the best ones
@@ -412,15 +414,6 @@ def descend(
         best = torch.addcmul(shift, grid.snap(ideal * levels_per), scale)
         gradient.addr_(hessian[:, j], best - value)  # outer product (columns,) x (out,)
         value.copy_(best)
-
-
-def descend_compiled(
-    weight: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, shift: Tensor, grid: Grid
-) -> None:
-    """`descend` in one call, of Triton's kernel or of a loop that numba compiles."""
-    integers = isinstance(grid, IntegerGrid)
-    step = loops(weight.device).descend
-    step(weight, gradient, hessian, scale, shift, grid.levels, integers=integers)
 
 
 class _Responses:

@@ -80,8 +80,7 @@ class LossMoments:
         self.groups = self._groups(max_bytes or moments_budget(model.device))
         tokens = max(batch["input_ids"].numel() for batch in batches)
         modules = map(plain, base_modules(model).values())
-        read_and_written = sum(sum(matrix_shape(m)) for m in modules if is_linear(m))
-        values = 2 * tokens * read_and_written
+        values = 2 * tokens * sum(sum(matrix_shape(m)) for m in modules if is_linear(m))
         self.checkpoints = values * model.dtype.itemsize > ACTIVATIONS
         self._gathered: dict[str, Moments] = {}
         self._sizes: dict[str, list[Tensor | None]] = {}
@@ -148,10 +147,8 @@ class LossMoments:
                 loss = _loss(self.model, batch, seed=number)
                 if loss.requires_grad:
                     loss.backward()
-        for moments in sums.values():
-            mirror(moments.inputs)
-            if moments.outputs is not None:
-                mirror(moments.outputs)
+        for each in (s for moments in sums.values() for s in moments if s is not None):
+            mirror(each)
         return sums
 
 

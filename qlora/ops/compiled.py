@@ -19,19 +19,9 @@ TINY = np.finfo(np.float32).tiny
 STRIP = 64  # rows of the weight at a time: 128 columns of them are 32 KB
 
 
-def descend(
-    weight: Tensor,
-    gradient: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    codebook: Tensor,
-    *,
-    integers: bool,
-) -> None:
+def descend(*tensors: Tensor, integers: bool) -> None:
     """As `descend` in qlora.ops.kernels."""
-    tensors = _arrays(weight, gradient, hessian, scale, shift, codebook)
-    _descend(*tensors, integers)
+    _descend(*_arrays(*tensors), integers)
 
 
 def round_panel(*tensors: Tensor) -> None:
