@@ -164,11 +164,13 @@ def keep_outputs(grid: IntegerGrid, target: Tensor, moments: Moments) -> None:
 
 
 def _made_up(target: Tensor, inputs: Tensor, factor: Tensor, drift: Tensor) -> Tensor:
-    """W C inverse(H), (out, in), for inputs in the span of the rows V of `factor` (k, in) alone:
+    """W C inverse(H), (out, in), of the inputs' main directions V (k, in) alone, those of `factor`:
     W C V' inverse(V H V') V. That costs k, not in, products a weight."""
-    span = factor / factor.norm(dim=1, keepdim=True).clamp_min(TINY)
-    gram = span @ inputs @ span.T  # (k, k)
-    gram.diagonal().add_(LEAST * gram.diagonal().mean() + TINY)  # rows of zeros
+    span = factor / inputs.diagonal().clamp_min(TINY)  # V y are y's principal components,
+    energy = ((span @ inputs) * span).sum(1, keepdim=True)
+    span = span / energy.clamp_min(TINY).sqrt()  # of size 1
+    gram = span @ inputs @ span.T  # (k, k), near to 1
+    gram.diagonal().add_(LEAST)  # rows of zeros
     solved = torch.cholesky_solve(span, torch.linalg.cholesky(gram))
     return torch.mm(target @ (drift @ span.T), solved)
 

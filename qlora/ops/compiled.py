@@ -5,8 +5,7 @@ the weight. Of torch's operations each such step takes ten; here a strip of rows
 for all columns. One thread runs them: numba's own threads would change the number of torch's, and
 a process that is forked afterwards would hang; Python's gained nothing beside torch's, which wait
 for their next task in a loop. The plain equivalents are `descend` in qlora.merge.codes and
-`round_panel` in qlora.merge.rounding. All tensors are fp32 and on the CPU; those that are changed
-are contiguous.
+`round_panel` in qlora.merge.rounding. All tensors are fp32, on the CPU, contiguous if changed.
 
 Importing this module imports numba.
 """

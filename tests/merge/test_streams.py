@@ -127,16 +127,19 @@ def test_values_make_up_for_what_the_layers_before_have_changed():
 
 @pytest.mark.parametrize("occur", [48, 7, 0])
 def test_what_a_layer_is_asked_to_make_up_for(occur):
-    """Of inputs in few directions, too, and of a layer that reads zeros."""
+    """Of inputs in few directions, too, of very different sizes, and of a layer that reads zeros."""
     draw = torch.Generator().manual_seed(0)
     target, x = torch.randn(8, 48, generator=draw), torch.randn(200, 48, generator=draw)
     y = (x + 0.1 * x.roll(1, 1))[:, :occur] @ torch.randn(occur, 48, generator=draw)
+    sizes = torch.logspace(0, 3, 48)
+    x, y = x * sizes, y * sizes
     inputs, drift = y.T @ y, (x - y).T @ y
     inputs.diagonal().mul_(1 + codes.RIDGE)
     found = codes._made_up(target, inputs, codes._factor(inputs, 64), drift)
-    wanted = target.double() @ drift.double() @ torch.linalg.pinv(inputs.double(), hermitian=True)
-    scale = float(wanted.abs().max())
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.01 * scale)
+    inverse = torch.linalg.pinv(inputs.double(), rtol=1e-14, hermitian=True)
+    wanted = target.double() @ drift.double() @ inverse @ y.T.double()
+    scale = float(wanted.std())
+    torch.testing.assert_close(found.double() @ y.T.double(), wanted, rtol=0, atol=0.01 * scale)
     assert bool(scale) == bool(occur)
 
 
