@@ -127,7 +127,7 @@ def test_values_make_up_for_what_the_layers_before_have_changed():
 
 @pytest.mark.parametrize("occur", [48, 7, 0])
 def test_what_a_layer_is_asked_to_make_up_for(occur):
-    """Of inputs in few directions, too, of very different sizes, and of a layer that reads zeros."""
+    """Of inputs in few directions, of very different sizes, and of a layer that reads zeros."""
     draw = torch.Generator().manual_seed(0)
     target, x = torch.randn(8, 48, generator=draw), torch.randn(200, 48, generator=draw)
     y = (x + 0.1 * x.roll(1, 1))[:, :occur] @ torch.randn(occur, 48, generator=draw)
