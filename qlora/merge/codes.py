@@ -167,9 +167,9 @@ def _made_up(target: Tensor, inputs: Tensor, factor: Tensor, drift: Tensor) -> T
     """W C inverse(H), (out, in), of the inputs' main directions V (k, in) alone, those of `factor`:
     W C V' inverse(V H V') V. That costs k, not in, products a weight."""
     span = factor / inputs.diagonal().clamp_min(TINY)  # V y are y's principal components,
-    energy = ((span @ inputs) * span).sum(1, keepdim=True)
-    span = span / energy.clamp_min(TINY).sqrt()  # of size 1
-    gram = span @ inputs @ span.T  # (k, k), near to 1
+    gram = span @ inputs @ span.T  # (k, k)
+    size = gram.diagonal().clamp_min(TINY).sqrt()[:, None]
+    span, gram = span / size, gram / size / size.T  # of size 1
     gram.diagonal().add_(LEAST)  # rows of zeros
     solved = torch.cholesky_solve(span, torch.linalg.cholesky(gram))
     return torch.mm(target @ (drift @ span.T), solved)
