@@ -2,7 +2,8 @@
 
 Linux only: /proc/PID/status is read every few milliseconds, that of processes it starts, too.
 `resident` is VmHWM, kept by the kernel; it includes pages of mapped files, which the system can
-reclaim. `anonymous` is RssAnon, the process's own allocations; its peak is the highest value read.
+reclaim. While several run it is the highest sum that was read. `anonymous` is RssAnon, the
+process's own allocations; its peak is the highest value read.
 """
 
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 EVERY_SECONDS = 0.005
+WHOLE, PARTS = ("VmHWM", "RssAnon"), ("Pss", "Pss_Anon")  # of a process alone, of several
 
 
 class Held(NamedTuple):
@@ -53,11 +55,16 @@ def watch(command: Sequence[str]) -> Run:
 
 
 def held_by_all(pid: int) -> Held:
-    """Memory of a process and of those that it has started; pages that they share count each."""
+    """Memory of a process and of those that it has started. Pages that several processes map, as
+    those of libraries, count once (Pss in /proc/PID/smaps_rollup)."""
+    others = list(_descendants(pid))
+    if not others:
+        return held(pid)
     total = Held(0, 0)
-    for each in (pid, *_descendants(pid)):
+    for each in (pid, *others):
         with suppress(OSError):  # it has ended
-            total = Held(*map(sum, zip(total, held(each), strict=True)))
+            text = Path(f"/proc/{each}/smaps_rollup").read_text()
+            total = Held(*(sum(pair) for pair in zip(total, _bytes(text, PARTS), strict=True)))
     return total
 
 
@@ -70,10 +77,15 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def held(pid: int | str = "self") -> Held:
-    """Memory of a process; None after it has ended."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = (re.search(rf"{key}:\s+(\d+) kB", status) for key in ("VmHWM", "RssAnon"))
-    return Held(*(int(match[1]) * 1024 if match else 0 for match in found))
+    """Memory of a process; none after it has ended."""
+    return Held(*_bytes(Path(f"/proc/{pid}/status").read_text(), WHOLE))
+
+
+def _bytes(text: str, keys: Sequence[str]) -> Iterator[int]:
+    """The values of `keys` in a file of /proc; 0 where it has none."""
+    for key in keys:
+        match = re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)
+        yield int(match[1]) * 1024 if match else 0
 
 
 def make_cold(files: Iterable[Path]) -> None:

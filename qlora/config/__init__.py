@@ -241,6 +241,9 @@ class MergeConfig(Settings):
     calibration: str | Literal["self", "none"] | None = None
     """data to choose 4-bit codes on, 'self' (text that the model generates) or 'none'; by default
     the training data, or 'self' if it could not be found"""
+    calibration_tokens: int | None = field(default=None, metadata=at_least(1))
+    """about how many tokens of it; by default 4,096 for nf4, 16,384 for int4 and gguf-..., more
+    where layers are wide"""
     blocksize: int | None = field(default=None, metadata=BLOCKSIZE)
     """weights per absmax value in nf4; by default as in training"""
     double_quant: bool = True
@@ -270,6 +273,8 @@ class MergeConfig(Settings):
             yield "onto auto needs verify, data to measure both on: give both"
         if self.calibration and not self.chooses_codes:
             yield f"calibration needs a 4-bit format, got {self.format}: leave it out"
+        if self.calibration_tokens and (not self.chooses_codes or self.calibration == "none"):
+            yield "calibration_tokens needs a 4-bit format and calibration: leave it out"
         if self.blocksize and self.format != "nf4":
             yield f"blocksize needs format nf4, got {self.format}: leave it out"
         if not self.symmetric and self.format != "int4":

@@ -34,6 +34,7 @@ nothing. The target makes up for part of what the layers before have changed (ql
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -82,19 +83,15 @@ def fold(adapted: AdaptedWeight, dtype: torch.dtype) -> tuple[Tensor, Facts]:
     shape = codes.state.shape if codes else weight.shape  # type: ignore[union-attr]
     device = codes.packed.device if codes else weight.device  # type: ignore[union-attr]
     folded = torch.empty(shape, dtype=dtype, device=device)
-    base_sq = delta_sq = delta_change = 0.0
+    sums = _Sums()
     for rows, base in adapted.base_in_rows():
         if factors is None:
             folded[rows] = base
             continue
         delta = factors.rows(rows).change(base)  # (rows, r) @ (r, in) -> (rows, in)
         folded[rows] = base + delta
-        base_sq += _dot(base, base)
-        delta_sq += _dot(delta, delta)
-        delta_change += _dot(delta, folded[rows].float() - base)
-    if factors is None:
-        return folded, {}
-    return folded, _facts(math.sqrt(base_sq), math.sqrt(delta_sq), delta_change, delta_sq)
+        sums.add(base, delta, folded[rows].float())
+    return folded, sums.facts() if factors else {}
 
 
 def fold_to_codes(
@@ -111,7 +108,7 @@ def fold_to_codes(
     delta = factors.change(base)
     inputs = moments and moments.inputs
     chosen = choose_codes(adapted, base, delta, quant, inputs)
-    facts = _facts_of(base, delta, nf4.dequantize(chosen), inputs)
+    facts = _Sums().add(base, delta, nf4.dequantize(chosen), inputs).facts()
     if codes:
         facts["codes_changed"] = nf4.codes_changed(codes, chosen)
     return chosen, facts
@@ -124,16 +121,26 @@ def fold_to_grid(
 
     `moments` as in `fold_to_codes`; without them, and without an adapter, the nearest values.
     """
+    if moments is None or adapted.factors is None:
+        return _nearest(adapted, kind)
     base = torch.cat([rows for _, rows in adapted.base_in_rows()])
-    factors = adapted.factors
-    delta = factors.change(base) if factors else torch.zeros_like(base)
+    delta = adapted.factors.change(base)
     target = base + delta
     grid = kind(target.T.contiguous())
-    if factors is None:
-        return grid, {}
-    if moments is not None:
-        keep_outputs(grid, target, moments)
-    return grid, _facts_of(base, delta, grid.weight.T, moments and moments.inputs)
+    keep_outputs(grid, target, moments)
+    return grid, _Sums().add(base, delta, grid.weight.T, moments.inputs).facts()
+
+
+def _nearest(adapted: AdaptedWeight, kind: type[IntegerGrid]) -> tuple[IntegerGrid, Facts]:
+    """The nearest values, some rows at a time to save memory."""
+    parts, sums = [], _Sums()
+    for rows, base in adapted.base_in_rows():
+        delta = adapted.factors.rows(rows).change(base) if adapted.factors else None
+        target = base if delta is None else base + delta
+        parts.append(part := kind(target.T.contiguous()))
+        if delta is not None:
+            sums.add(base, delta, part.weight.T)
+    return kind.joined(parts), sums.facts() if adapted.factors else {}
 
 
 def keep_outputs(grid: IntegerGrid, target: Tensor, moments: Moments) -> None:
@@ -190,22 +197,35 @@ def choose_codes(
     return grid.quantized()
 
 
-def _facts_of(base: Tensor, delta: Tensor, chosen: Tensor, moments: Tensor | None) -> Facts:
-    """Facts on the values chosen for base + delta, all (out, in)."""
-    change = chosen - base
-    output_delta = delta if moments is None else delta @ moments  # (out, in) @ (in, in)
-    kept, total = _dot(output_delta, change), _dot(output_delta, delta)
-    return _facts(float(base.norm()), float(delta.norm()), kept, total)
+@dataclass
+class _Sums:
+    """Squares of base and delta, and inner products with delta's outputs."""
 
+    base_sq: float = 0.0
+    delta_sq: float = 0.0
+    kept: float = 0.0
+    total: float = 0.0
 
-def _facts(weight_norm: float, delta_norm: float, kept: float, total: float) -> Facts:
-    """Norms, and the share of delta that was kept; kept and total are inner products with delta."""
-    return {
-        "weight_norm": weight_norm,
-        "delta_norm": delta_norm,
-        "delta_over_weight": delta_norm / weight_norm if weight_norm else math.inf,
-        "kept": kept / total if total else 1.0,
-    }
+    def add(
+        self, base: Tensor, delta: Tensor, chosen: Tensor, moments: Tensor | None = None
+    ) -> Self:
+        """Rows (rows, in) that were chosen for base + delta; `moments` (in, in) of the inputs."""
+        outputs = delta if moments is None else delta @ moments  # (rows, in) @ (in, in)
+        self.base_sq += _dot(base, base)
+        self.delta_sq += _dot(delta, delta)
+        self.kept += _dot(outputs, chosen - base)
+        self.total += _dot(outputs, delta)
+        return self
+
+    def facts(self) -> Facts:
+        """Norms, and the share of delta that was kept."""
+        base, delta = math.sqrt(self.base_sq), math.sqrt(self.delta_sq)
+        return {
+            "weight_norm": base,
+            "delta_norm": delta,
+            "delta_over_weight": delta / base if base else math.inf,
+            "kept": self.kept / self.total if self.total else 1.0,
+        }
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

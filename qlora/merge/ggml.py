@@ -6,7 +6,6 @@ grid's values, bit for bit.
 """
 
 from collections.abc import Callable
-from copy import copy
 
 import torch
 from torch import Tensor
@@ -21,29 +20,21 @@ from qlora.merge.grids import (
     Q6_K,
     Q8_0,
     SUPERBLOCK,
-    Grid,
+    IntegerGrid,
 )
 
 CHUNK = 1 << 22  # values at a time
 
 
-def to_bytes(grid: Grid) -> Tensor:
-    """The tensor (out, bytes of a row), uint8, of the current choice."""
+def to_bytes(grid: IntegerGrid) -> Tensor:
+    """The tensor (out, bytes of a row), uint8, of the current choice; the codes of all rows at once
+    would take much memory."""
     columns, rows = grid.weight.shape
     step = max(1, CHUNK // columns)
-    return torch.cat([_packed(_some(grid, slice(i, i + step))) for i in range(0, rows, step)])
+    return torch.cat([_packed(grid.rows(slice(i, i + step))) for i in range(0, rows, step)])
 
 
-def _some(grid: Grid, rows: slice) -> Grid:
-    """The part of the choice for some rows; the codes of all would take much memory."""
-    part = copy(grid)
-    for name in ("weight", "scale", "shift", "unit", "shift_unit"):
-        if (value := getattr(grid, name, None)) is not None:
-            setattr(part, name, value[:, rows])
-    return part
-
-
-def _packed(grid: Grid) -> Tensor:
+def _packed(grid: IntegerGrid) -> Tensor:
     pack, size = PACKERS[type(grid)]
     columns, rows = grid.weight.shape
     codes = grid.level_indices().to(torch.uint8).T.reshape(rows, columns // size, size)
@@ -62,21 +53,21 @@ def _nibbles(codes: Tensor) -> Tensor:
     return low | high << 4
 
 
-def _q4_0(grid: Grid, codes: Tensor) -> Tensor:
+def _q4_0(grid: IntegerGrid, codes: Tensor) -> Tensor:
     return torch.cat([_fp16(grid.scale), _nibbles(codes)], -1)
 
 
-def _q4_1(grid: Grid, codes: Tensor) -> Tensor:
+def _q4_1(grid: IntegerGrid, codes: Tensor) -> Tensor:
     assert grid.shift is not None
     return torch.cat([_fp16(grid.scale), _fp16(grid.shift), _nibbles(codes)], -1)
 
 
-def _q5_0(grid: Grid, codes: Tensor) -> Tensor:
+def _q5_0(grid: IntegerGrid, codes: Tensor) -> Tensor:
     high = _bits((codes >> 4).view(*codes.shape[:2], 4, 8))  # the fifth bits
     return torch.cat([_fp16(grid.scale), high, _nibbles(codes & 15)], -1)
 
 
-def _q5_1(grid: Grid, codes: Tensor) -> Tensor:
+def _q5_1(grid: IntegerGrid, codes: Tensor) -> Tensor:
     assert grid.shift is not None
     high = _bits((codes >> 4).view(*codes.shape[:2], 4, 8))
     return torch.cat([_fp16(grid.scale), _fp16(grid.shift), high, _nibbles(codes & 15)], -1)
@@ -87,23 +78,23 @@ def _bits(ones: Tensor) -> Tensor:
     return (ones << torch.arange(8, device=ones.device)).sum(-1).to(torch.uint8)
 
 
-def _q8_0(grid: Grid, codes: Tensor) -> Tensor:
+def _q8_0(grid: IntegerGrid, codes: Tensor) -> Tensor:
     signed = (codes.short() + int(grid.levels[0])).to(torch.int8)
     return torch.cat([_fp16(grid.scale), signed.view(torch.uint8)], -1)
 
 
-def _q4_k(grid: Grid, codes: Tensor) -> Tensor:
+def _q4_k(grid: IntegerGrid, codes: Tensor) -> Tensor:
     pairs = codes.view(*codes.shape[:2], 4, 64)
     return torch.cat([_scales(grid), _nibbles(pairs).flatten(2)], -1)
 
 
-def _q5_k(grid: Grid, codes: Tensor) -> Tensor:
+def _q5_k(grid: IntegerGrid, codes: Tensor) -> Tensor:
     pairs = (codes & 15).view(*codes.shape[:2], 4, 64)
     high = _bits((codes >> 4).view(*codes.shape[:2], 8, 32).mT)  # of each place of the 8 blocks
     return torch.cat([_scales(grid), high, _nibbles(pairs).flatten(2)], -1)
 
 
-def _scales(grid: Grid) -> Tensor:
+def _scales(grid: IntegerGrid) -> Tensor:
     """The two fp16 numbers of each superblock, and what its blocks multiply them with."""
     assert isinstance(grid, Q4_K) and grid.shift is not None
     scale, shift = (
@@ -120,7 +111,7 @@ def _scales(grid: Grid) -> Tensor:
     return torch.cat([*units, *packed], -1)
 
 
-def _q6_k(grid: Grid, codes: Tensor) -> Tensor:
+def _q6_k(grid: IntegerGrid, codes: Tensor) -> Tensor:
     assert isinstance(grid, Q6_K)
     quarters = codes.view(*codes.shape[:2], 2, 4, 32)  # of each half of a superblock
     low, high = quarters & 15, quarters >> 4
@@ -137,8 +128,8 @@ def _multiples(grid: Q4_K | Q6_K, values: Tensor, unit: Tensor) -> Tensor:
     return whole.to(torch.int8).view(torch.uint8).reshape(len(whole), -1, SUPERBLOCK // grid.size)
 
 
-Packer = Callable[[Grid, Tensor], Tensor]
-PACKERS: dict[type[Grid], tuple[Packer, int]] = {  # and how many values are packed together
+Packer = Callable[[IntegerGrid, Tensor], Tensor]
+PACKERS: dict[type[IntegerGrid], tuple[Packer, int]] = {  # and how many values are packed together
     Q4_0: (_q4_0, 32),
     Q4_1: (_q4_1, 32),
     Q5_0: (_q5_0, 32),

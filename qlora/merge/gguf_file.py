@@ -169,20 +169,11 @@ class _Unit(NamedTuple):
     weights: set[int]
 
 
-def quantize(source: Path, output: Path, mix: str, weights: Mapping[str, Weight]) -> list[str]:
+def quantize(source: Path, output: Path, mix: str, index: "Index") -> list[str]:
     """Copy a GGUF file of 16 bits with the types of `mix`; prints which tensors fell back.
 
-    Args:
-        weights: those with an adapter, by their names in the folder, in the model's order.
-
-    Returns:
-        The names of weights of which the file has no rows.
+    `index` is of the weights with an adapter; of those that it has no rows of, returns the names.
     """
-    return write(source, output, mix, Index(weights))
-
-
-def write(source: Path, output: Path, mix: str, index: "Index") -> list[str]:
-    """`quantize`, with the index of weights, whose folder is no longer needed."""
     reader = gguf.GGUFReader(source)
     values = {key: field.contents() for key, field in reader.fields.items()}
     stored = [

@@ -162,13 +162,22 @@ class IntegerGrid(Grid):
         """Scale and shift (blocks, out), as they are stored, of rounding to nearest."""
         raise NotImplementedError
 
-    def rows(self, rows: Tensor) -> Self:
-        """A grid of these rows of the weight alone, a copy."""
+    def rows(self, rows: Tensor | slice) -> Self:
+        """A grid of these rows of the weight alone; of indices, a copy."""
         part = copy(self)
         for name in OF_ROWS & vars(self).keys():
             values = getattr(self, name)
             setattr(part, name, None if values is None else values[:, rows])
         return part
+
+    @classmethod
+    def joined(cls, parts: list[Self]) -> Self:
+        """One grid of all rows of `parts`, which is emptied."""
+        whole = copy(parts[0])
+        for name in OF_ROWS & vars(whole).keys():
+            if getattr(whole, name) is not None:
+                setattr(whole, name, torch.cat([vars(part).pop(name) for part in parts], 1))
+        return whole
 
     def put(self, rows: Tensor, part: Self) -> None:
         """Take the choice of `rows` back."""

@@ -312,6 +312,7 @@ def calibrate(
     tokenizer_folder: Path,
     *,
     device: str,
+    tokens: int | None = None,
     in_sequence: bool = True,
     in_4_bits: bool = True,
     vocabulary: int | None = None,
@@ -321,6 +322,7 @@ def calibrate(
 
     Args:
         data: sources for `prepare_data`, each for an equal share of tokens; or OWN_TEXT.
+        tokens: about how many; None: as many as the widest layer needs.
         in_sequence: whether `chose` will tell the weights, for a grid of integers.
         in_4_bits: whether `adapter` was trained on the base in 4 bits.
         vocabulary: the rows of the model's embedding, for `prepare_data`.
@@ -343,7 +345,7 @@ def calibrate(
     layers = {n: layer for n, layer in lora_layers(model).items() if isinstance(layer, LoRALinear)}
     widest = max(layer.shape[1] for layer in layers.values())
     least, of_input = TOKENS_IN_SEQUENCE if in_sequence else TOKENS
-    tokens = max(least, of_input * widest)
+    tokens = tokens or max(least, of_input * widest)
     if samples_text:
         batches: list[Any] = own_text(model, tokens)
     else:

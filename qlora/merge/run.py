@@ -170,7 +170,7 @@ def prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
     if data := _calibration_data(config, adapter):
         from qlora.merge.measure import calibrate
 
-        running["in_sequence"] = config.format != "nf4"
+        running |= {"in_sequence": config.format != "nf4", "tokens": config.calibration_tokens}
         calibration = calibrate(adapter, checkpoint, data, tokenizer_folder, **running, **reading)
     return replace(job, verifier=verifier, calibration=calibration)
 
@@ -233,7 +233,7 @@ def _write_gguf(job: _Job, folder: Path) -> MergeReport:
     else:
         index = gguf_file.Index(_weights(job, plain, report.layers))
         shutil.rmtree(plain)  # before the next large file
-        if lost := gguf_file.write(source, file, job.config.format, index):
+        if lost := gguf_file.quantize(source, file, job.config.format, index):
             print(f"Not in the file, or in another form and rounded to nearest: {some(lost)}")
             for op in job.plan.ops:
                 if op.name in lost:

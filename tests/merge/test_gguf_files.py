@@ -24,7 +24,7 @@ from transformers import (
 
 from qlora import QuantConfig, UserError
 from qlora.merge import gguf_file, grids
-from qlora.merge.gguf_file import Weight
+from qlora.merge.gguf_file import Index, Weight
 from qlora.merge.mixes import Stored, tensor_types
 from qlora.merge.streams import Calibration
 
@@ -173,7 +173,7 @@ def test_rows_are_found_wherever_the_converter_put_them(tmp_path):
 
     weights = {n: Weight(partial(rows.get, n), partial(choose, n)) for n in rows}
     out = tmp_path / "out.gguf"
-    assert gguf_file.quantize(source, out, "gguf-q4_0", weights) == ["gone"]
+    assert gguf_file.quantize(source, out, "gguf-q4_0", Index(weights)) == ["gone"]
     assert called == ["q", "k", "v", "gate_up", "e0", "e1"]
     reader = gguf.GGUFReader(out)
     assert reader.fields["general.file_type"].contents() == 2
@@ -281,6 +281,9 @@ def test_what_llama_cpp_cannot_have_is_refused(llama, tmp_path):
         refused(adapter, out, r"needs 0.0 GB.* free disk space", **q4)
     with pytest.raises(UserError, match="calibration needs a 4-bit format, got gguf-q8_0"):
         run_merge(adapter, out, format="gguf-q8_0", calibration="self")
+    for settings in ({"format": "gguf-q8_0"}, q4 | {"calibration": "none"}):
+        with pytest.raises(UserError, match="calibration_tokens needs a 4-bit format"):
+            run_merge(adapter, out, calibration_tokens=100, **settings)
 
 
 def test_only_causal_language_models(adapter_build, tmp_path):

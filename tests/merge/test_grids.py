@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora.adapters.lora import Factors
 from qlora.merge import codes, grids
 from qlora.merge.ggml import PACKERS, to_bytes
 from qlora.merge.grids import IntegerGrid
@@ -43,6 +44,21 @@ def test_gguf_reads_the_bytes_as_the_same_values(kind, searched):
         assert (gguf.quantize(target.numpy(), number) == to_bytes(grid).numpy()).mean() > 0.98
     error = float((kind(target.T.contiguous()).weight.T - target).norm() / target.norm())
     assert error < {"Q8_0": 0.01, "Q6_K": 0.03, "Q5_0": 0.06}.get(kind.__name__, 0.15)
+
+
+@by_name
+def test_the_nearest_values_are_computed_in_parts(kind: type[IntegerGrid]):
+    base, delta, lora_A, lora_B, _ = layer(out=4100)  # 2 million values, in three parts
+    adapted = codes.AdaptedWeight(base, Factors(lora_A, lora_B, 1.0))
+    found, facts = codes.fold_to_grid(adapted, kind, None)
+    whole = kind((base + delta).T.contiguous())
+    torch.testing.assert_close(found.weight, whole.weight, rtol=0, atol=1e-3 * base.std())
+    assert torch.equal(found.level_indices(), whole.level_indices())
+    change = found.weight.T - base
+    assert facts["weight_norm"] == pytest.approx(float(base.double().norm()), rel=1e-4)
+    assert facts["kept"] == pytest.approx(
+        float((change * delta).sum() / delta.square().sum()), rel=1e-3
+    )
 
 
 @by_name

@@ -87,7 +87,8 @@ def test_verification_of_a_q4_0_file_runs_it_in_llamacpp(small, files, tmp_path,
     """It gives the loss and KL of the dequantized file; the file also answers a question."""
     merged = tmp_path / "merged"
     merged.mkdir()
-    gguf_file.quantize(files / "base" / BASE_FILE, merged / "model.gguf", "gguf-q4_0", {})
+    index = gguf_file.Index({})
+    gguf_file.quantize(files / "base" / BASE_FILE, merged / "model.gguf", "gguf-q4_0", index)
     examples = read_examples(rows_file(tmp_path), small)
     adapter = read_adapter(files / "adapter")
     verifier = Verifier(adapter, str(small), examples, device="cpu", compute_dtype="fp32")

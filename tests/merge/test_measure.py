@@ -156,8 +156,11 @@ def test_calibration_spreads_over_all_files(adapter, checkpoints, tmp_path, monk
     with pytest.raises(UserError, match="holds no tokenizer"):
         calibrate(read_adapter(adapter), str(base), data, tmp_path, device="cpu")
     monkeypatch.setattr(measure, "TOKENS_IN_SEQUENCE", (500, 1))
-    batches = calibrate(read_adapter(adapter), str(base), data, base, device="cpu").loss.batches
+    known = read_adapter(adapter), str(base), data, base
+    batches = calibrate(*known, device="cpu").loss.batches
     assert 250 < sum(int(batch["attention_mask"].sum()) for batch in batches) < 1000
+    fewer = calibrate(*known, device="cpu", tokens=100).loss.batches
+    assert 50 < sum(int(batch["attention_mask"].sum()) for batch in fewer) < 200
     tokenizer = tiny_tokenizer()
     texts = [tokenizer.decode(row) for batch in batches for row in batch["input_ids"]]
     for start in ("say 10", "say 19", "ask 10", "ask 19"):
