@@ -38,12 +38,13 @@ from qlora.merge.codes import choose_codes
 from qlora.merge.measure import Verifier, read_examples
 
 
-def ours(rounding: Method = choose_codes, **settings: Any) -> Callable[[str, str, Path], None]:
+def ours(rounding: Method = choose_codes, **settings: Any) -> Callable[..., None]:
     """Merge with these flags, and with another rounding method if given."""
 
-    def run(adapter: str, base: str, output: Path) -> None:
+    def run(adapter: str, base: str, output: Path, **more: Any) -> None:
+        files = {"adapter": adapter, "base_model": base, "output_dir": str(output)}
         with instead(rounding):
-            merge(MergeConfig(adapter=adapter, base_model=base, output_dir=str(output), **settings))
+            merge(MergeConfig(**files, **settings, **more))
 
     return run
 
@@ -61,7 +62,7 @@ def pefts(adapter: str, base: str, output: Path, *, dtype: torch.dtype = torch.b
     merged.save_pretrained(output)
 
 
-WAYS: dict[str, Callable[[str, str, Path], None]] = {
+WAYS: dict[str, Callable[..., None]] = {
     "bf16 onto NF4 (the default)": ours(),
     "bf16 onto the original weights": ours(onto="original"),
     "NF4 by PEFT": pefts,
@@ -95,7 +96,9 @@ def main() -> None:
     parser.add_argument("--verify", required=True)
     parser.add_argument("--only", nargs="+", default=[""], help="ways whose name has one of these")
     parser.add_argument("--tokens", type=int, default=8192, help="supervised ones to measure on")
+    parser.add_argument("--calibration-tokens", type=int, help="of calibrated ways of ours")
     given = parser.parse_args()
+    more = {"calibration_tokens": given.calibration_tokens} if given.calibration_tokens else {}
     transformers_logging.set_verbosity_error()
     adapter = read_adapter(given.adapter)
     base = str(resolve(str(adapter.base_model)))
@@ -109,7 +112,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "merged"
             started = time.perf_counter()
-            way(given.adapter, base, output)
+            way(given.adapter, base, output, **more)
             seconds = time.perf_counter() - started
             found = verifier.measure(output)
         row = {
@@ -127,6 +130,7 @@ def main() -> None:
             "data": Path(given.verify).stem,
             "tokens": found.tokens,
             "compute": "fp32",
+            **more,
         }
         record("merge", row)
         rows.append(row)
