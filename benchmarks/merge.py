@@ -75,6 +75,7 @@ WAYS: dict[str, Callable[..., None]] = {
     "NF4, two sweeps from W16 + delta": ours(descent_from_original, format="nf4"),
     "NF4, text of its own": ours(format="nf4", calibration="self"),
     "NF4, calibrated": ours(format="nf4"),
+    "Q8_0, to nearest": ours(format="gguf-q8_0"),
     "int4 with zero points, calibrated": ours(format="int4", symmetric=False),
 } | {
     f"{name}, {way}": ours(format=format, **settings)
