@@ -13,7 +13,8 @@ The baseline reads every tensor with safetensors, writes its bytes to a new file
 linear weight to NF4 and back, tensor by tensor, once before the merge and once after it, in
 separate processes and without the time of imports.
 
-With another `--format`, codes are chosen without calibration, which would load the model.
+With another `--format`, codes are chosen without calibration, which would load the model. The
+`--tokenizer` of a model of 32,000 words keeps the checkpoint at 13.5 GB.
 llama.cpp's converter, whose memory is included, needs a tokenizer, and the model its vocabulary.
 
 Every part starts in the same state: earlier output is on disk, and the checkpoint is not in the
