@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora import QuantConfig, load_base
 from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import Checkpoint
+from qlora.errors import UserError
 from qlora.merge import measure
 from qlora.merge.run import allows_stops
 from qlora.ops import nf4
@@ -203,6 +204,18 @@ def test_calibration_uses_the_training_data_by_default(trained_on, tmp_path, cap
     without = merged(adapter, tmp_path / "without", format="nf4")
     assert "model calibrates on text that it generates" in capsys.readouterr().out
     assert any(not torch.equal(without[name], given[name]) for name in given)
+
+
+def test_the_number_of_calibration_tokens_reaches_the_calibration(
+    trained_on, tmp_path, monkeypatch
+):
+    def calibrate(*_, tokens, **others):
+        raise UserError(f"asked for {tokens}")
+
+    monkeypatch.setattr(measure, "calibrate", calibrate)
+    settings = {"format": "nf4", "calibration": "self", "calibration_tokens": 100}
+    with pytest.raises(UserError, match="asked for 100"):
+        run_merge(trained_on("llama").adapter, tmp_path / "out", **settings)
 
 
 @on_gpu
