@@ -12,7 +12,6 @@ finds them by name. Memory grows with the largest tensor that has chosen codes; 
 and written some rows at a time.
 """
 
-import ctypes
 import os
 import re
 import subprocess
@@ -20,7 +19,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,8 +94,6 @@ def run_converter(
     """Run a script of llama.cpp on `folder`. UserError with its own words, if it writes no file."""
     command = [sys.executable, str(script), "--outfile", str(output), *flags, str(folder)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # returns what is freed here: the converter needs much
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, errors="replace", check=False
     )

@@ -139,8 +139,8 @@ def prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
     plan = plan_merge(checkpoint, adapter, config)
     for note in plan.notes:
         print(note)
-    flags = ["--verify"] * bool(config.verify)
-    flags += ["--calibration"] * (config.calibration not in (None, "none"))
+    calibrates = config.calibration_tokens or config.calibration not in (None, "none")
+    flags = ["--verify"] * bool(config.verify) + ["--calibration"] * bool(calibrates)
     if flags and task_named(adapter.task) is not CAUSAL_LM:
         raise UserError(
             f"{' and '.join(flags)} needs a causal language model, adapter {adapter.folder} is for "

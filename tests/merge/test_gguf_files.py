@@ -289,6 +289,8 @@ def test_what_llama_cpp_cannot_have_is_refused(llama, tmp_path):
 def test_only_causal_language_models(adapter_build, tmp_path):
     adapter = adapter_build("classifier").folder
     refused(adapter, tmp_path / "out", "needs a causal language model", format="gguf-q8_0")
+    settings = {"format": "nf4", "calibration_tokens": 100}
+    refused(adapter, tmp_path / "out", "--calibration needs a causal language model", **settings)
 
 
 @needs_converter
