@@ -394,15 +394,17 @@ def _is_alive(owner: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def publishing(folder: Path) -> Iterator[Path]:
+def publishing(folder: Path, *, shared: bool = False) -> Iterator[Path]:
     """`with publishing(folder) as partial`: write a folder atomically.
 
     `folder` must not exist, or be empty; a link to a folder is followed. The partial folder is
     beside it, renamed when the block ends, and removed if the block raises, as are those of killed
     runs. It is inside a folder that cannot be replaced: a mount point, the working directory. Files
-    get the mode of the umask.
+    get the mode of the umask. An entry of a cache is `shared`: if another process has published it
+    meanwhile, that one stays.
     """
-    require_new(folder)
+    if not (shared and _holds_files(folder)):
+        require_new(folder)
     folder = folder.resolve()
     is_fixed = os.path.ismount(folder) or folder == Path.cwd() or not is_writable(folder.parent)
     is_kept = folder.exists() and is_fixed
@@ -415,12 +417,12 @@ def publishing(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _publish(partial, folder)
+        _publish(partial, folder, shared)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _publish(partial: Path, folder: Path) -> None:
+def _publish(partial: Path, folder: Path, shared: bool) -> None:
     """Rename the complete folder `partial`, or its files if it is inside `folder`."""
     for file in filter(Path.is_file, partial.rglob("*")):
         file.chmod(partial.stat().st_mode & 0o666)  # safetensors ignores the umask
@@ -434,11 +436,17 @@ def _publish(partial: Path, folder: Path) -> None:
             folder.rmdir()
         partial.rename(folder)
     except OSError as error:  # for example another program has written into it meanwhile
+        if shared and _holds_files(folder):
+            return
         kept = partial.with_name(f"{folder.name}-{os.getpid()}")
         partial.rename(kept)
         raise UserError(
             f"{folder} can no longer be written ({error.strerror}): what was made is in {kept}"
         ) from error
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def require_new(folder: Path) -> None:

@@ -119,7 +119,7 @@ def _convert_gguf(path: Path) -> Path:
 
     source: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     source["trust_remote_code"] = False
-    with publishing(folder) as partial:
+    with publishing(folder, shared=True) as partial:
         try:
             check_header(path)
             model = AutoModelForCausalLM.from_pretrained(

@@ -89,7 +89,7 @@ def store(
         shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_old(folder.parent)
-        with publishing(folder) as partial:
+        with publishing(folder, shared=True) as partial:
             with (
                 pa.OSFile(str(partial / ROWS), "wb") as file,
                 pa.ipc.new_stream(file, features.arrow_schema) as stream,

@@ -198,6 +198,23 @@ def test_a_result_survives_what_another_program_writes_meanwhile(tmp_path):
     assert (kept / "a").read_text() == "1" and {*tmp_path.iterdir()} == {out, kept}
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_an_entry_of_a_cache_that_another_process_has_made_stays(when, tmp_path):
+    out = tmp_path / "out"
+
+    def published_by_another():
+        out.mkdir()
+        (out / "a").write_text("another's")
+
+    if when == "before":
+        published_by_another()
+    with publishing(out, shared=True) as partial:
+        (partial / "a").write_text("1")
+        if when == "meanwhile":
+            published_by_another()
+    assert (out / "a").read_text() == "another's" and [*tmp_path.iterdir()] == [out]
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
 def test_files_have_the_mode_of_the_umask(umask, tmp_path):
     """safetensors creates files that only their owner can read."""

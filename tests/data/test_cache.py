@@ -63,6 +63,20 @@ def test_other_contents_or_settings_are_another_entry(prepare):
     assert len(prepare(few)[0]) == len(prepare(few, max_length=32)[0]) == 9  # it is made again
 
 
+def test_two_runs_may_prepare_the_same_data_at_once(prepare, monkeypatch, tmp_path):
+    prepare(RECORDS)
+    (entry,) = cache.cache_folder().iterdir()
+    entry.rename(tmp_path / "the other run's")
+
+    def tables(*args):
+        yield from encoding.tables_of(*args)
+        (tmp_path / "the other run's").rename(entry)
+
+    monkeypatch.setattr("qlora.data.rows.tables_of", tables)
+    rows, _ = prepare(RECORDS)
+    assert len(rows) == len(RECORDS) and entries() == [entry.name]
+
+
 def test_a_file_hashed_beside_the_imports_is_hashed_again_once_it_changes(tmp_path, monkeypatch):
     large, small, pipe = (tmp_path / name for name in ("large", "small", "pipe"))
     large.write_bytes(b"a" * files.LARGE_BYTES + b"b" * (files.HASH_BYTES + 1))
