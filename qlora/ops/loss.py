@@ -61,6 +61,20 @@ class Head(NamedTuple):
         _scale(z, self.scale, self.softcap)
         return z
 
+    def gradient(self, hidden: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gradient in `hidden` (rows, dim) of a function of the logits; `of` computes its
+        gradient in them (rows, vocab) from them."""
+        x = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            product = self.product(x)
+        dtype = torch.promote_types(product.dtype, torch.float32)
+        z = product.detach().to(dtype, copy=True)
+        slope = _scale(z, self.scale, self.softcap, with_slope=True)
+        gradient = of(z).mul_(self.scale)
+        if slope is not None:
+            gradient *= slope
+        return torch.autograd.grad(product, x, gradient.to(product.dtype))[0]
+
 
 def chunk_rows(weight: Tensor) -> int:
     """The number of tokens in a chunk, for a head of this shape (vocab, dim), dtype and device."""

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
-from qlora.fast.head import lazy_logits
+from qlora.fast.head import lazy_logits, rows_and_head
 
 VOCAB, DIM = 50, 8
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -136,6 +136,17 @@ def test_any_operation_gives_equal_values_and_gradients(name, dtype, device):
         for result in (got, wanted):
             result.float().square().sum().backward()
         case.assert_gradients()
+
+
+@pytest.mark.parametrize("step", [lambda z: z, *map(STEPS.get, ("times", "softcap"))])
+def test_a_gradient_in_the_logits_without_all_of_them(step):
+    case = Case()
+    lazy, plain = map(step, case.both())
+    rows, head = rows_and_head(lazy)
+    got = head.gradient(rows[0], lambda z: z.cos())
+    torch.testing.assert_close(head.logits(rows[0].detach()), plain[0].detach())
+    plain.sin().sum().backward()
+    torch.testing.assert_close(got, case.inputs[1].grad[0])
 
 
 @settings(deadline=None, max_examples=100)

@@ -10,7 +10,6 @@ from qlora.adapters.format import read_adapter
 from qlora.adapters.live import load_live
 from qlora.adapters.lora import lora_layers
 from qlora.data.chat_template import NO_LOSS
-from qlora.fast.head import lazy_logits
 from qlora.merge import moments
 from qlora.merge.moments import LossMoments
 
@@ -27,10 +26,14 @@ def live(trained_on, family):
 
 
 @pytest.fixture
-def known_labels(monkeypatch):
-    """The labels that are "sampled": the data's own."""
-    labels = LABELS[:, 1:]
-    monkeypatch.setattr(moments, "_sampled", lambda logits, where, seed: labels[where])
+def of_the_labels(monkeypatch):
+    """v is the gradient of the cross-entropy with the data's labels."""
+    labels = LABELS[:, 1:][LABELS[:, 1:] != NO_LOSS]
+
+    def gradient(z, generator):
+        return z.softmax(-1) - F.one_hot(labels, z.shape[-1])
+
+    monkeypatch.setattr(moments, "_random", gradient)
 
 
 def wanted_moments(model, name, batch):
@@ -56,7 +59,7 @@ def wanted_moments(model, name, batch):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt2"])
 @pytest.mark.parametrize("max_bytes", [1 << 30, 1], ids=["one group", "a layer each"])
-def test_moments_of_inputs_and_gradients(trained_on, known_labels, monkeypatch, family, max_bytes):
+def test_moments_of_inputs_and_gradients(trained_on, of_the_labels, monkeypatch, family, max_bytes):
     monkeypatch.setattr(moments, "BLOCK", 24)  # several a layer, the last one short
     monkeypatch.setattr(moments, "ACTIVATIONS", max_bytes)
     model = live(trained_on, family)
@@ -77,7 +80,7 @@ def test_moments_of_outputs_are_only_summed_where_they_are_used(trained_on):
     layers = lora_layers(model)
     found = LossMoments(model, [BATCH], layers, with_outputs=False)
     both = LossMoments(model, [BATCH], layers, with_outputs=True)
-    for name in layers:  # and labels are sampled alike
+    for name in layers:  # and signs are drawn alike
         assert found.of(name).outputs is None
         assert torch.equal(found.of(name).inputs, both.of(name).inputs)
 
@@ -99,15 +102,16 @@ def test_a_layer_that_the_loss_does_not_depend_on_has_moments_of_zero(trained_on
     assert not any(each.any() for each in found.of(next(iter(found.layers)))[:2])
 
 
-@pytest.mark.parametrize("lazy", [True, False])
-def test_labels_are_sampled_from_the_models_distributions(lazy):
-    torch.manual_seed(0)
-    weight, hidden = torch.randn(8, 4), torch.randn(2, 3, 4)
-    logits = lazy_logits(hidden, weight) if lazy else hidden @ weight.T
-    where = torch.tensor([[True, False, True], [False, True, False]])
-    draws = torch.stack([moments._sampled(logits, where, seed) for seed in range(4000)])
-    counts = F.one_hot(draws, 8).float().mean(0)
-    torch.testing.assert_close(counts, (hidden @ weight.T).softmax(-1)[where], rtol=0, atol=0.03)
+def test_random_gradients_have_the_fisher_information_as_their_covariance():
+    z = torch.tensor([[0.0, 3.0, -1.0, 1.0], [2.0, 2.0, 0.0, -8.0]])
+    generator = torch.Generator().manual_seed(0)
+    v = torch.stack([moments._random(z.clone(), generator) for _ in range(4000)])  # (n, 2, 4)
+    p = z.softmax(-1)
+    wanted = p.diag_embed() - p[:, :, None] * p[:, None]
+    close = {"rtol": 0, "atol": 0.02}
+    torch.testing.assert_close(torch.einsum("nti,ntj->tij", v, v) / len(v), wanted, **close)
+    apart = torch.einsum("ni,nj->ij", v[:, 0], v[:, 1]) / len(v)  # of two tokens
+    torch.testing.assert_close(apart, torch.zeros(4, 4), **close)
 
 
 def test_the_model_is_left_as_it_was(trained_on):

@@ -87,7 +87,6 @@ def test_streams_are_those_of_the_model_as_trained_and_as_merged(trained_on, fam
 
 def test_moments_of_the_merged_inputs_and_their_drift(trained_on, monkeypatch):
     monkeypatch.setattr(moments, "BLOCK", 24)  # several a layer
-    monkeypatch.setattr(moments, "_sampled", lambda logits, where, seed: IDS.new_ones(where.sum()))
     model = live(trained_on, "llama")
     layers = lora_layers(model)
     calibration = Calibration(model, BATCHES, layers, in_sequence=True)
