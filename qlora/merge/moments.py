@@ -223,7 +223,7 @@ def _random(z: Tensor, generator: torch.Generator) -> Tensor:
     """v (rows, vocab) for logits z."""
     p = z.softmax(-1)
     root = p.sqrt()
-    kind = {"dtype": torch.bool, "device": z.device}
+    kind: Any = {"dtype": torch.bool, "device": z.device}
     flipped = torch.randint(2, z.shape, generator=generator, **kind)
     v = torch.where(flipped, -root, root)
     return v.sub_(p.mul_(v.sum(-1, keepdim=True)))
