@@ -26,6 +26,17 @@ def test_a_whole_file_is_converted(good):
     assert tensors["model.embed_tokens.weight"].shape == (260, 64)
 
 
+def test_two_processes_may_convert_it_at_once(good, tmp_path, monkeypatch):
+    folder = resolve(str(good))
+    folder.rename(tmp_path / "the other one's")
+
+    def check(path):
+        (tmp_path / "the other one's").rename(folder)
+
+    monkeypatch.setattr("qlora.base.checkpoint.check_header", check)
+    assert resolve(str(good)) == folder and [*folder.parent.iterdir()] == [folder]
+
+
 def with_size(name: bytes, before: int):
     old, new = (name + struct.pack("<II", 4, size) for size in (before, 10**9))
     return lambda content: content.replace(old, new, 1)
