@@ -221,11 +221,10 @@ def _surrogate(model: PreTrainedModel, batch: Any, seed: int) -> Tensor:
 
 def _random(z: Tensor, generator: torch.Generator) -> Tensor:
     """v (rows, vocab) for logits z."""
+    kind: Any = {"dtype": torch.int8, "device": z.device}
+    signs = torch.randint(2, z.shape, generator=generator, **kind).mul_(-2).add_(1)
     p = z.softmax(-1)
-    root = p.sqrt()
-    kind: Any = {"dtype": torch.bool, "device": z.device}
-    flipped = torch.randint(2, z.shape, generator=generator, **kind)
-    v = torch.where(flipped, -root, root)
+    v = p.sqrt().mul_(signs)
     return v.sub_(p.mul_(v.sum(-1, keepdim=True)))
 
 
