@@ -1,4 +1,4 @@
-"""What an error in a layer's outputs costs: moments of its inputs and of the loss's gradients.
+"""What an error in a layer's outputs costs: moments of its inputs and of gradients in its outputs.
 
 To keep what was trained is to keep the model's distributions. To second order, an error e in a
 layer's output at a token changes them by the mean of (g'e)^2, summed over tokens, where g is the
