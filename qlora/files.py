@@ -153,7 +153,8 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     except (UserError, UnicodeDecodeError):
         values = None
     # of their type, if they are there
-    parts: dict[str, Any] = {"config": dict, "base": dict, "data": dict, "resumed": list}
+    parts: dict[str, Any] = dict.fromkeys(("config", "base", "data"), dict)
+    parts |= dict.fromkeys(("resumed", "data_paths"), list)
     parts |= dict.fromkeys(("device", "versions"), dict | None)
     if (
         not isinstance(values, dict)

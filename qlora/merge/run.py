@@ -16,7 +16,7 @@ checkpoint (qlora.merge.gguf_file), which is removed again.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -200,15 +200,22 @@ def _calibration_data(config: MergeConfig, adapter: AdapterFile) -> list[str]:
     runs = [Path(adapter).expanduser() / RUN for adapter in config.adapters]
     data: dict[str, None] = {}
     for run in runs:
-        found = read_run_file(run.parent).get("config", {}).get("data")
-        sources = found if isinstance(found, list) else [found]
-        named = [source for source in sources if isinstance(source, str)]
-        exist = [source for source in named if Path(source).expanduser().exists()]  # no hub names
-        data |= dict.fromkeys(exist)
+        data |= dict.fromkeys(_training_data(read_run_file(run.parent)))
     if not data:
         print(f"No calibration data: {' and '.join(map(str, runs))} names no existing file. The")
         print("model calibrates on text that it generates; --calibration DATA keeps more.")
     return list(data) or ["self"]
+
+
+def _training_data(record: Mapping[str, Any]) -> list[str]:
+    """The existing files of a run.yaml: where they were found, or else by the names it was given,
+    which may be relative to another folder. No names of the hub."""
+    for sources in (record.get("data_paths"), record.get("config", {}).get("data")):
+        listed = sources if isinstance(sources, list) else [sources]
+        named = [source for source in listed if isinstance(source, str)]
+        if exist := [source for source in named if Path(source).expanduser().exists()]:
+            return exist
+    return []
 
 
 # ---- write a checkpoint ----

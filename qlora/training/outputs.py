@@ -57,12 +57,15 @@ def write_run_file(
     were changed when it was resumed, by step. Only the first of several ranks writes."""
     if not ranks.is_first():
         return
+    given = settings["data"]
+    places = [Path(name).expanduser() for name in ([given] if isinstance(given, str) else given)]
     versions = {"qlora": __version__, "python": platform.python_version()}
     record: dict[str, Any] = {
         "config": dict(settings),
         "versions": versions | {name: importlib.metadata.version(name) for name in PACKAGES},
         "base": dict(base),
         "data": data,
+        "data_paths": [str(place.absolute()) for place in places if place.exists()],
         "device": dict(zip(("name", "memory_bytes"), device(), strict=True)),
     }
     record |= {"ranks": ranks.count()} if ranks.count() > 1 else {}

@@ -199,6 +199,14 @@ def test_calibration_uses_the_training_data_by_default(trained_on, tmp_path, cap
     named = merged(adapter, tmp_path / "named", format="nf4")
     given = merged(adapter, tmp_path / "given", format="nf4", calibration=data)
     torch.testing.assert_close(named, given, rtol=0, atol=0)
+    # as of a run in another folder, which gave a name that is another file's here
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "rows.jsonl").write_text('{"text": "others"}\n')
+    monkeypatch.chdir(elsewhere)
+    text = f"config:\n  data: rows.jsonl\ndata_paths: [{data}]\n"
+    (adapter / "run.yaml").write_text(text)
+    found = merged(adapter, tmp_path / "found", format="nf4")
+    torch.testing.assert_close(found, given, rtol=0, atol=0)
     (adapter / "run.yaml").unlink()
     monkeypatch.setattr(measure, "TOKENS", (256, 2))
     without = merged(adapter, tmp_path / "without", format="nf4")

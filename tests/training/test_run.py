@@ -77,6 +77,7 @@ def test_files_and_lines_of_a_run(quick_run, data):
     rows, stats = prepare_data(str(data), tiny_tokenizer(), max_length=128)
     counts = {"source": str(data), **stats.counts(), "fingerprint": fingerprint(rows)}
     assert recorded["data"] == {"training": counts, "evaluation": counts}
+    assert recorded["data_paths"] == [str(data.absolute())]
     assert recorded["device"]["memory_bytes"] > 2**28
     assert recorded["base"]["fingerprint"]
     assert recorded["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
