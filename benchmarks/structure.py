@@ -57,7 +57,7 @@ def figures() -> Iterator[tuple[str, int, int, str]]:
     package = sorted((ROOT / "qlora").rglob("*.py"))
     longest_function = max(entry for path in package for entry in functions(path))
     longest_file = max((lines_of([path]), str(path.relative_to(ROOT))) for path in package)
-    yield "lines in qlora/", lines_of(package), 27_470, ""
+    yield "lines in qlora/", lines_of(package), 27_490, ""
     yield ".py files in qlora/", len(package), 126, ""
     yield "of them outside a package", sum(p.parent.name == "qlora" for p in package), 10, ""
     yield "lines of import contract", contract_lines(), 20, ""

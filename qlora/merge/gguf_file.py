@@ -168,11 +168,19 @@ class _Unit(NamedTuple):
     tensors: list[tuple[_Tensor, "np.ndarray[Any, Any] | None"]]
     weights: set[int]
 
+    def retyped(self, kinds: Mapping[str, Type]) -> "_Unit":
+        """The same, written in the types `kinds` of the tensors' names."""
+        tensors = [(t._replace(wanted=kinds[t.name]), places) for t, places in self.tensors]
+        return self._replace(tensors=tensors)
 
-def quantize(source: Path, output: Path, mix: str, index: "Index") -> list[str]:
+
+def quantize(
+    source: Path, output: Path, mix: str, index: "Index", *, calibrated: bool = False
+) -> list[str]:
     """Copy a GGUF file of 16 bits with the types of `mix`; prints which tensors fell back.
 
-    `index` is of the weights with an adapter; of those that it has no rows of, returns the names.
+    `index` is of the weights with an adapter, of which codes are chosen, on data if `calibrated`;
+    of those that the file has no rows of, returns the names.
     """
     reader = gguf.GGUFReader(source)
     values = {key: field.contents() for key, field in reader.fields.items()}
@@ -188,6 +196,10 @@ def quantize(source: Path, output: Path, mix: str, index: "Index") -> list[str]:
     if types.fell_back:
         _print_fallbacks(mix, types.fell_back)
     units = list(_units(source, tensors, index))
+    if calibrated:
+        names = {tensor.name for unit in units if unit.weights for tensor, _ in unit.tensors}
+        kinds = tensor_types(mix, values, stored, names).of
+        units = [unit.retyped(kinds) for unit in units]
     _write_header(reader, values, output, mix, [t for unit in units for t, _ in unit.tensors])
     del reader  # unmaps the source
     steps = list(_steps(source, units, index.weights))

@@ -6,11 +6,12 @@ values falls back to one in blocks of 32 where the columns are no multiple of 25
 they are none of 32. What is small or sensitive keeps its type.
 
 Source: src/llama-quant.cpp of llama.cpp (tensor_allows_quantization, llama_tensor_get_type_impl,
-tensor_type_fallback), of which the rules for these mixes are here, without importance matrices.
+tensor_type_fallback), of which the rules for these mixes are here. A tensor whose codes are chosen
+on data counts as one with an importance matrix.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import gguf
@@ -53,8 +54,16 @@ class Types(NamedTuple):
     fell_back: dict[str, Type]  # the part of them that their columns did not allow
 
 
-def tensor_types(mix: str, values: Mapping[str, Any], tensors: Iterable[Stored]) -> Types:
-    """What llama.cpp's quantize makes of a file of 16 bits with these metadata and tensors."""
+def tensor_types(
+    mix: str,
+    values: Mapping[str, Any],
+    tensors: Iterable[Stored],
+    calibrated: Container[str] = (),
+) -> Types:
+    """What llama.cpp's quantize makes of a file of 16 bits with these metadata and tensors.
+
+    `calibrated`: the names of those whose codes are chosen on data.
+    """
     tensors = sorted(tensors, key=lambda tensor: (_layer(tensor.name), tensor.name))
     chooser = _Chooser(mix, values, [tensor.name for tensor in tensors])
     kinds, fell_back = {}, {}
@@ -62,7 +71,7 @@ def tensor_types(mix: str, values: Mapping[str, Any], tensors: Iterable[Stored])
         if is_kept(name, shape):
             kinds[name] = kind
             continue
-        wanted = chooser.wanted(name, shape[-1])
+        wanted = chooser.wanted(name, shape[-1], name in calibrated)
         kinds[name] = _fitting(wanted, shape[-1])
         if kinds[name] != wanted:
             fell_back[name] = kinds[name]
@@ -113,7 +122,7 @@ class _Chooser:
         self.of_v = sum(bool(LIKE_V.search(name)) for name in names)
         self.seen_v = self.seen_down = 0
 
-    def wanted(self, name: str, columns: int) -> Type:
+    def wanted(self, name: str, columns: int, is_calibrated: bool) -> Type:
         kind, eight = self.default, self.experts == 8
         if name == "output.weight" or (self.is_tied and name in EMBEDDINGS):
             fits = columns % gguf.GGML_QUANT_SIZES[kind][0] == 0
@@ -134,13 +143,14 @@ class _Chooser:
             of_eight = eight and self.is_k_m and self.architecture != "falcon"
             return Type.Q5_K if of_eight else kind
         is_down = "ffn_down" in name and not re.search(r"attn_q\.weight|ffn_up|ffn_gate", name)
-        return self._down(_layer(name)) if is_down else kind
+        return self._down(_layer(name), is_calibrated) if is_down else kind
 
-    def _down(self, layer: int) -> Type:
+    def _down(self, layer: int, is_calibrated: bool) -> Type:
         layer = layer if self.experts > 1 else self.seen_down
         self.seen_down += 1
         if not self.is_k_m:
-            return self.default
+            shifts = is_calibrated and self.default == Type.Q4_0 and layer < self.layers // 8
+            return Type.Q4_1 if shifts else self.default
         if self.architecture == "falcon":
             more = Type.Q5_K if _more_bits(layer, self.layers) else Type.Q4_K
             return Type.Q6_K if layer < self.layers // 16 else more

@@ -240,7 +240,8 @@ def _write_gguf(job: _Job, folder: Path) -> MergeReport:
     else:
         index = gguf_file.Index(_weights(job, plain, report.layers))
         shutil.rmtree(plain)  # before the next large file
-        if lost := gguf_file.quantize(source, file, job.config.format, index):
+        settings = (source, file, job.config.format, index)
+        if lost := gguf_file.quantize(*settings, calibrated=bool(job.calibration)):
             print(f"Not in the file, or in another form and rounded to nearest: {some(lost)}")
             for op in job.plan.ops:
                 if op.name in lost:

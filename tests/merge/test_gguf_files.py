@@ -131,10 +131,10 @@ def test_experts_are_stacked_and_kept_to_nearest(tmp_path):
 # ---- a file of 16 bits, with rows elsewhere ----
 
 
-def source_of(path, tensors):
+def source_of(path, tensors, layers=1):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(32)
-    writer.add_block_count(1)
+    writer.add_block_count(layers)
     writer.add_token_list(["a", "b"])
     for name, values in tensors.items():
         values = values.contiguous()
@@ -192,6 +192,32 @@ def test_rows_are_found_wherever_the_converter_put_them(tmp_path):
     }  # fmt: skip
     for name, values in wanted.items():
         np.testing.assert_array_equal(values_of(written[name]), values.numpy(), err_msg=name)
+
+
+def test_a_calibrated_q4_0_has_q4_1_in_the_first_down_matrices_as_with_an_imatrix(tmp_path):
+    """Only where codes were chosen on data: nearest in Q4_1 is worse there."""
+    names = [f"blk.{i}.ffn_{kind}.weight" for i in range(3) for kind in ("down", "up")]
+    rows = {n: torch.randn(64, 64).bfloat16() for n in names}
+    source = source_of(tmp_path / "16.gguf", rows, layers=16)
+    without = "blk.1.ffn_down.weight"  # an adapter
+
+    def kinds(**calibrated):
+        weights = {n: Weight(partial(rows.get, n), partial(nearest, n)) for n in names}
+        index = Index({n: weight for n, weight in weights.items() if n != without})
+        gguf_file.quantize(source, tmp_path / "out.gguf", "gguf-q4_0", index, **calibrated)
+        found = tensors_of(tmp_path / "out.gguf")
+        for name, tensor in found.items():
+            error = np.abs(values_of(tensor) - rows[name].float().numpy()).max()
+            assert error < 0.4, name  # half a step
+        return {name: tensor.tensor_type.name for name, tensor in found.items()}
+
+    def nearest(name, kind):
+        return kind(rows[name].float().T.contiguous())
+
+    plain = dict.fromkeys(names, "Q4_0")
+    assert kinds() == plain
+    assert kinds(calibrated=True) == plain | {"blk.0.ffn_down.weight": "Q4_1"}
+    assert kinds(calibrated=False) == plain
 
 
 # ---- types ----
