@@ -78,8 +78,10 @@ def llama(tmp_path_factory):
 
 @needs_converter
 def test_a_merge_of_four_bits_from_end_to_end(llama, tmp_path, capsys, monkeypatch):
-    adapter, told = llama[1], []
+    adapter, told, asked, quantize = llama[1], [], [], gguf_file.quantize
     monkeypatch.setattr(Calibration, "chose", lambda _, name, weight: told.append(name))
+    spied = lambda *file, **asks: asked.append(asks) or quantize(*file, **asks)  # noqa: E731
+    monkeypatch.setattr(gguf_file, "quantize", spied)
     out, rows = tmp_path / "mine", rows_file(tmp_path)
     run_merge(adapter, out, format="gguf-q4_k_m", calibration=rows, picture=True)
     said, file = capsys.readouterr().out, out / "mine-Q4_K_M.gguf"
@@ -92,6 +94,7 @@ def test_a_merge_of_four_bits_from_end_to_end(llama, tmp_path, capsys, monkeypat
     layers = report_of(out)["layers"]
     assert len(layers) == 14 and all(0.99 < facts["kept"] < 1.01 for facts in layers.values())
     assert sorted(told) == sorted(layers)  # calibration knows what was chosen
+    assert asked == [{"calibrated": True}]
 
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors_of(file).items()}
     more = {"output": "Q6_K", "blk.1.attn_v": "Q6_K", "blk.0.ffn_down": "Q5_0"}
