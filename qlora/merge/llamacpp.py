@@ -21,12 +21,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
 TIMEOUT_SECONDS = 600  # of one reply
+END_SECONDS = 10  # of a process that failed
 PACKAGE = "xllamacpp"
 # The token that is sampled: with one that ends within a character, no probabilities are reported.
 PICKS_A = [["a", 1e9]]
@@ -111,6 +113,8 @@ class LlamaCpp:
             if "error" not in reply:
                 return reply["found"]
             fault = str(reply["error"])
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_SECONDS)  # llama.cpp writes its log in a thread
         elif is_late:
             fault = f"no reply in {TIMEOUT_SECONDS} s; other programs may hold the cores"
         else:
@@ -175,6 +179,7 @@ def _main() -> None:
         _serve(json.loads(sys.argv[1]), sys.stdin, replies)
     except Exception as error:
         print(json.dumps({"error": " ".join(str(error).split())}), file=replies, flush=True)
+        return  # the interpreter's end writes the rest of llama.cpp's log
     os._exit(0)
 
 

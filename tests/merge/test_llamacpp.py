@@ -1,7 +1,11 @@
 """GGUF files in llama.cpp itself: log-probabilities, answers, LoRA-GGUF, and what fails."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -106,9 +110,14 @@ def test_verification_of_a_q4_0_file_runs_it_in_llamacpp(small, files, tmp_path,
         assert model.answer([{"role": "user", "content": "say four"}], 8).strip()
 
 
-def test_a_damaged_file_and_a_late_reply_are_one_line(files, tmp_path, monkeypatch, capfd):
-    cut = tmp_path / "cut.gguf"
+def damaged(files: Path, folder: Path) -> Path:
+    cut = folder / "cut.gguf"
     cut.write_bytes((files / "base" / BASE_FILE).read_bytes()[:-1000])
+    return cut
+
+
+def test_a_damaged_file_and_a_late_reply_are_one_line(files, tmp_path, monkeypatch, capfd):
+    cut = damaged(files, tmp_path)
     with pytest.raises(
         UserError, match=r"cut.gguf: tensor .* is not within the file bounds"
     ) as error:
@@ -118,6 +127,36 @@ def test_a_damaged_file_and_a_late_reply_are_one_line(files, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"no reply in 0.01 s"):
         llamacpp.LlamaCpp(files / "base" / BASE_FILE, context=64)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_process_writes_all_of_the_log_before_it_ends(files, tmp_path):
+    """llama.cpp logs in a thread of its own: with a full pipe for a log, the reply is first."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with suppress(BlockingIOError):
+        while os.write(write, bytes(4096)):
+            pass
+    os.set_blocking(write, True)
+    settings = {"model": str(damaged(files, tmp_path)), "context": 64, "threads": 1}
+    settings = json.dumps(settings | {"lora": None, "gpu_layers": 0})
+    with subprocess.Popen(
+        [sys.executable, "-P", llamacpp.__file__, settings], stdout=subprocess.PIPE, stderr=write
+    ) as process:
+        os.close(write)
+        assert "error" in json.loads(process.stdout.readline())
+        with open(read, "rb") as log:
+            assert b"error loading model: " in log.read()
+
+
+def test_the_log_is_read_when_the_process_has_ended(tmp_path, monkeypatch):
+    process = tmp_path / "process.py"
+    process.write_text(
+        'import os, time\nprint(\'{"error": "failed"}\', flush=True)\ntime.sleep(0.5)\n'
+        "os.write(2, b'error loading model: cut short\\n')\n"
+    )
+    monkeypatch.setattr(llamacpp, "__file__", str(process))
+    with pytest.raises(UserError, match=r"cannot run .*model\.gguf: cut short"):
+        llamacpp.LlamaCpp(tmp_path / "model.gguf", context=64)
 
 
 def test_the_exported_base_is_the_dequantized_one(checkpoints, trained_on, tmp_path):
