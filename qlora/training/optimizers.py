@@ -24,6 +24,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from bitsandbytes.functional import get_paged
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from bitsandbytes.utils import sync_gpu
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from transformers.optimization import Adafactor
 BY_PARAMETER = (Adafactor, Adagrad, Adam, AdamW, Optimizer8bit, RMSprop, SGD)
 BUNDLE = 1 << 21  # numbers in fp32 at once: about 16 bytes each, with their gradients
 BLOCK = 256  # values of a block of bitsandbytes' 8-bit states
+PAGED_FROM = 100_000  # values of a state that bitsandbytes pages
 LOWER = "lower_halves"
 SLOW_ON = "cuda"  # bitsandbytes' steps
 
@@ -174,19 +176,23 @@ def step_bitsandbytes(
     groups = enumerate(optimizer.param_groups)
     i, group = next((i, g) for i, g in groups if any(p is bundle[0] for p in g["params"]))
     place = {p: j for j, p in enumerate(group["params"])}
-    special, end = optimizer.mng.index2config, 0
+    special, kinds, end = optimizer.mng.index2config, dict[Tensor, Any](), 0
     for p in bundle:
         if not optimizer.state[p]:
-            optimizer.init_state(group, p, i, place[p])
-    kinds = {p: id(p) if (i, place[p]) in special else _kind(optimizer.state[p], p) for p in bundle}
+            with _unpaged(optimizer):  # states are paged once they lie together
+                optimizer.init_state(group, p, i, place[p])
+        is_special = (i, place[p]) in special
+        kinds[p] = id(p) if is_special else _kind(optimizer.state[p], p, end)
+        end += p.numel()
+    end = 0
     for _, run in groupby(bundle, key=kinds.__getitem__):
         parameters = list(run)
         start, end = end, end + sum(p.numel() for p in parameters)
-        vector: Any = parameters[0]
+        states, vector = [optimizer.state[p] for p in parameters], parameters[0]
         if len(parameters) > 1:
             vector = nn.Parameter(whole[start:end], requires_grad=False)
             vector.grad = gradient[start:end]
-            _put_together(optimizer, vector, [optimizer.state[p] for p in parameters])
+        optimizer.state[vector] = {name: _together(optimizer, states, name) for name in states[0]}
         optimizer.prefetch_state(vector)
         optimizer.update_step(group, vector, i, place[parameters[0]])
         if len(parameters) > 1:
@@ -195,45 +201,60 @@ def step_bitsandbytes(
                 optimizer.state[p]["step"] = step
 
 
-def _kind(state: Mapping[str, Any], parameter: Tensor) -> Any:
-    """Equal for parameters whose states can be updated as those of one vector."""
+def _kind(state: Mapping[str, Any], parameter: Tensor, start: int) -> Any:
+    """Equal for successive parameters whose states can be updated as those of one vector: none of
+    them lies with others yet, or they are successive slices. `start`: of the parameter, in its
+    bundle."""
     first, size = state["state1"], parameter.numel()
     is_whole_blocks = first.dtype != torch.uint8 or size % BLOCK == 0
     # AdEMAMix has two in state1; unorm_vec is of the norm of one parameter
     if first.numel() != size or not is_whole_blocks or "unorm_vec" in state:
         return id(parameter)
-    return first.dtype, state["step"], *state
+    place = first._base is not None and (id(first._base), first.storage_offset() - start)
+    return first.dtype, state["step"], place, *state
 
 
-def _put_together(optimizer: Any, vector: Tensor, states: Sequence[dict[str, Any]]) -> None:
-    """Make `states` slices of the state of `vector`, which has all their parameters."""
-    optimizer.state[vector] = {
-        name: _together(optimizer, vector, states, name) for name in states[0]
-    }
+def _together(optimizer: Any, states: Sequence[dict[str, Any]], name: str) -> Any:
+    """One value of a state of several parameters; those of `states` are, or become, its slices.
 
-
-def _together(optimizer: Any, vector: Tensor, states: Sequence[dict[str, Any]], name: str) -> Any:
-    """One value of a state of `vector`; those of `states` are, or become, its slices."""
+    It is paged, if bitsandbytes would page as many. Paged memory is never freed and torch takes it
+    for the CPU's: what once lies in it is never moved.
+    """
     parts = [state[name] for state in states]
+    first = parts[0]
     if name in ("step", "qmap1", "qmap2"):
-        return parts[0]
+        return first
     sizes = [part.numel() for part in parts]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    whole = parts[0]._base
-    are_slices = whole is not None and len(whole) == sum(sizes)
-    if are_slices and all(
-        part._base is whole and part.storage_offset() == start
-        for part, start in zip(parts, starts, strict=True)
-    ):
-        return whole
-    if name.startswith("state"):
-        whole = optimizer.get_state_buffer(vector, dtype=parts[0].dtype)  # paged where it is large
-    else:
-        whole = parts[0].new_empty(sum(sizes))
-    torch.cat([part.reshape(-1) for part in parts], out=whole)
+    if len(parts) > 1 and first._base is not None:  # `_kind`: successive slices
+        start = first.storage_offset()
+        return _marked(first._base[start : start + sum(sizes)], first)
+    can_page = optimizer.is_paged and name.startswith("state") and first.device.type == SLOW_ON
+    is_paged = can_page and sum(sizes) >= PAGED_FROM and not hasattr(first, "is_paged")
+    if len(parts) == 1 and not is_paged:
+        return first
+    whole = torch.cat([part.reshape(-1) for part in parts])
+    if is_paged:
+        whole = get_paged(len(whole), dtype=whole.dtype, device=whole.device).copy_(whole)
     for state, part, own in zip(states, parts, whole.split(sizes), strict=True):
-        state[name] = own.view(part.shape)
-    return whole
+        state[name] = _marked(own.view(part.shape), whole)
+    return whole if len(parts) > 1 else states[0][name]
+
+
+def _marked(tensor: Tensor, source: Tensor) -> Tensor:
+    """`tensor`, a view of `source`, marked as bitsandbytes marks paged tensors if that one is."""
+    for mark in ("is_paged", "page_deviceid"):
+        if hasattr(source, mark):
+            setattr(tensor, mark, getattr(source, mark))
+    return tensor
+
+
+@contextmanager
+def _unpaged(optimizer: Any) -> Iterator[None]:
+    before, optimizer.is_paged = optimizer.is_paged, False
+    try:
+        yield
+    finally:
+        optimizer.is_paged = before
 
 
 @contextmanager

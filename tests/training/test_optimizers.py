@@ -1,6 +1,7 @@
 """bf16 parameters with master weights are trained as fp32 ones, bit for bit, also resumed."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,6 +14,8 @@ from reference import nearest_bf16
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from transformers.optimization import Adafactor
 
 from qlora.training import optimizers
@@ -223,6 +226,75 @@ def test_bundles_keep_overrides_and_parameters_without_a_gradient(monkeypatch):
         states = [optimizer.state[named[name]] for name in ("A", "C", "B")]
         assert [state["step"] for state in states] == [5, 4, 5]
         assert [state["state1"].element_size() for state in states] == [1, 1, 4]
+    require_equal(*trained)
+
+
+class PagedMemory(TorchDispatchMode):
+    """Memory that bitsandbytes pages. torch takes it for the CPU's, and raises where an operation
+    has a tensor of it beside a GPU's, but for copies; bitsandbytes raises unless it is marked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: list[Any] = []
+
+    def get(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Any:
+        tensor: Any = torch.zeros(size, dtype=dtype).view(size)
+        tensor.is_paged, tensor.page_deviceid = True, device.index
+        self.storages.append(tensor.untyped_storage())
+        return tensor
+
+    def holds(self, tensor: Tensor) -> bool:
+        address = tensor.untyped_storage().data_ptr()
+        return any(storage.data_ptr() == address for storage in self.storages)
+
+    def update(self, optimizer: Any, step: Any, group: Any, p: Tensor, *place: int) -> None:
+        with _disable_current_modes():
+            states = [value for key, value in optimizer.state[p].items() if key[:5] == "state"]
+            assert all(hasattr(state, "is_paged") == self.holds(state) for state in states)
+            step(group, p, *place)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        devices = {self.holds(tensor) for tensor in tensors}
+        assert len(devices) < 2 or "copy" in func.name(), f"{func}: tensors of two devices"
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("paged_from", [2000, 5500, 10_000])
+@pytest.mark.parametrize("name", PAGED)
+def test_paged_states_train_as_others(name, paged_from, monkeypatch):
+    """Bit for bit as those of single parameters on a CPU, with an expert that has no gradient in a
+    step, and resumed, which moves states to the GPU. Those of A, B and C alone are large enough to
+    page, of A alone, or of two together."""
+    trained, memory = [], PagedMemory()
+    monkeypatch.setattr(optimizers, "get_paged", memory.get)
+    monkeypatch.setattr(optimizers, "PAGED_FROM", paged_from)
+    for is_paged in (False, True):
+        monkeypatch.setattr(optimizers, "SLOW_ON", "cpu" if is_paged else "cuda")
+        monkeypatch.setattr(optimizers, "BUNDLE", 1 << 21 if is_paged else 1)
+        named = start()
+        named = {"A": named.pop("A"), "C": nn.Parameter(named["B"].detach().T.clone()), **named}
+        inner: Any = PAGED[name](list(named.values()))
+        monkeypatch.setattr(inner, "update_step", partial(memory.update, inner, inner.update_step))
+        monkeypatch.setattr(inner, "prefetch_state", lambda _: None)
+        optimizer: Any = keep_updates(inner)
+        counts = []
+        for step in range(6):
+            named["C"].requires_grad_(step != 2)
+            (loss(named, step) + named["C"].float().square().sum()).backward()
+            with memory:
+                optimizer.step()
+            optimizer.zero_grad()
+            counts.append(len(memory.storages))
+            if step < 4:
+                assert memory.holds(optimizer.state[named["A"]]["state1"]) == is_paged
+            if step == 3:
+                optimizer.load_state_dict(optimizer.state_dict())
+                for state in optimizer.state.values():
+                    tensors = {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}
+                    state.update(tensors)
+        assert counts[0] == counts[3] and counts[4] == counts[5]  # paged memory is never freed
+        trained.append(masters_of(named, optimizer))
     require_equal(*trained)
 
 
