@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from qlora.merge.loops import WIDEST
 from qlora.ops import kernels
 from qlora.ops.gated import ACTS
 
@@ -71,10 +72,17 @@ def main(which: str) -> None:
         sizes = {"HALF": 64, "HEADS": kernels.HEADS, "BACKWARD": True}
         code = lowered(kernels._rotate, [f"*{name}"] * 6 + strides, sizes, card, num_warps=2)
         compiled[f"rotate {name} {card}"] = code
-    for card in CARDS if which == "all cards" else ["H200"]:
-        sizes = {"LEVELS": 16, "INTEGERS": True, "COLUMNS": 32, "ROWS": kernels.SEARCHED // 32}
+    cards, widths = (CARDS, [32, 64, WIDEST]) if which == "all cards" else (["H200"], [WIDEST])
+    for card, integers, width in itertools.product(cards, (True, False), widths):
+        sizes = {
+            "LEVELS": 16,
+            "INTEGERS": integers,
+            "COLUMNS": width,
+            "ROWS": kernels.rows_of(width),
+        }
         types = ["*fp32"] * 3 + ["i32"] + ["*fp32"] * 3 + ["i32", "i32"]
-        compiled[f"descend {card}"] = lowered(kernels._descend, types, sizes, card)
+        name = f"descend {'integers' if integers else 'codes'} {width} {card}"
+        compiled[name] = lowered(kernels._descend, types, sizes, card, enable_fp_fusion=False)
     types, constants = ["*bf16"] * 6 + ["i32"], {"ACT": "silu", "BLOCK": kernels.BLOCK}
     # with too few registers, which shows that the count of spilled ones works
     compiled["starved"] = lowered(kernels._gated, types, constants, "H200", maxnreg=16)

@@ -43,8 +43,9 @@ from qlora.adapters.lora import Factors
 from qlora.config import QuantConfig
 from qlora.merge.coupling import RowGroups, low_rank, principal
 from qlora.merge.grids import TINY, Grid, IntegerGrid, NF4Grid
+from qlora.merge.loops import descender
 from qlora.merge.moments import Moments
-from qlora.merge.rounding import LEAST, InputOrder, loops, round_in_order
+from qlora.merge.rounding import LEAST, InputOrder, round_in_order
 from qlora.ops import nf4
 from qlora.ops.nf4 import Quantized
 
@@ -377,10 +378,7 @@ class _Panel:
         scale = grid.scale[at]
         shift = torch.zeros_like(scale) if grid.shift is None else grid.shift[at]
         own = self.weight[block], self.gradient[block], self.hessian[block, block], scale, shift
-        if compiled := loops(scale.device):  # one call, of a Triton kernel or of numba's loop
-            compiled.descend(*own, grid.levels, integers=isinstance(grid, IntegerGrid))
-        else:
-            descend(*own, grid)
+        descender(scale.device, columns=len(own[0]))(*own, grid)
 
     def _move_scales(self, columns: slice) -> None:
         """A block's scale and shift, where others that can be stored lower the cost: the best ones
@@ -420,22 +418,6 @@ class _Panel:
         self.weight[columns] = level * grid.scale[block]
         if grid.shift is not None:
             self.weight[columns] += grid.shift[block]
-
-
-def descend(
-    weight: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, shift: Tensor, grid: Grid
-) -> None:
-    """Move the values of a block (c, out) to their best levels, column by column, in place.
-
-    `gradient` (c, out), which follows, and `hessian` (c, c): of the cost. `scale`, `shift` (out,).
-    """
-    inverse = hessian.diagonal().clamp_min(TINY).reciprocal().tolist()
-    levels_per = torch.where(scale.abs() < TINY, 0.0, 1 / scale)
-    for j, value in enumerate(weight.unbind()):
-        ideal = torch.sub(value, gradient[j], alpha=inverse[j]) - shift
-        best = torch.addcmul(shift, grid.snap(ideal * levels_per), scale)
-        gradient.addr_(hessian[:, j], best - value)  # outer product (columns,) x (out,)
-        value.copy_(best)
 
 
 class _Responses:

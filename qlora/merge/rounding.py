@@ -15,14 +15,11 @@ activation. Against coordinate descent alone, from the nearest values, the noise
 SmolLM2-135M's layers is half to two thirds (Q4_0), on other text of the same kind two thirds.
 """
 
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from qlora.merge.grids import TINY, IntegerGrid
+from qlora.merge.loops import compiled_loops, round_panel
 
 SCALES = (0.7, 0.8, 0.9, 1.0)  # tried for a block, relative to that of rounding to nearest
 PANEL = 128  # columns at a time
@@ -49,8 +46,8 @@ def round_in_order(grid: IntegerGrid, target: Tensor, inputs: InputOrder) -> Non
     _fit_blocks(grid, target.T, inputs.left)
     target = target.T[order]
     error = torch.empty_like(target)  # of what is rounded so far: target less value
-    compiled = loops(target.device)
-    step = compiled.round_panel if compiled and target.is_cpu else round_panel
+    compiled = compiled_loops(target.device)
+    step = compiled.round_panel if compiled else round_panel
     for first in reversed(range(0, len(target), PANEL)):
         own, after = slice(first, first + PANEL), slice(first + PANEL, None)
         ideal = torch.addmm(target[own], factor[after, own].T, error[after])
@@ -61,27 +58,6 @@ def round_in_order(grid: IntegerGrid, target: Tensor, inputs: InputOrder) -> Non
         step(ideal, target[own], factor[own, own], scale, shift, grid.levels, values)
         grid.weight[order[own]] = values
         torch.sub(target[own], values, out=error[own])
-
-
-def round_panel(
-    ideal: Tensor,
-    target: Tensor,
-    among: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    levels: Tensor,
-    values: Tensor,
-) -> None:
-    """Round the columns of `ideal` (c, out), from the last to the first, to `values` (c, out).
-
-    The error against `target` (c, out) of column j moves those before it, as `among` (c, c) says,
-    the rows and columns of L. `scale`, `shift` (c, out) are those of each value; `levels` are all
-    integers between two. Changes `ideal`.
-    """
-    for j in reversed(range(len(ideal))):
-        level = ((ideal[j] - shift[j]) / scale[j]).nan_to_num_(0, 0, 0).round_()
-        torch.addcmul(shift[j], level.clamp_(levels[0], levels[-1]), scale[j], out=values[j])
-        ideal[:j].addr_(among[j, :j], target[j] - values[j])  # outer product (columns,) x (out,)
 
 
 def _factors(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,21 +122,3 @@ def _least_squares(
 def _weighed(weights: Tensor, values: Tensor) -> Tensor:
     """Sums over the columns, (blocks, 1, columns) @ (blocks, columns, out) -> (blocks, out)."""
     return (weights @ values)[:, 0]
-
-
-@cache
-def _has_numba() -> bool:
-    return find_spec("numba") is not None
-
-
-def loops(device: torch.device) -> Any:
-    """The module with the compiled loops of the search for `device`; None: plain torch."""
-    if device.type == "cuda":
-        from qlora.ops import kernels
-
-        return kernels
-    if device.type == "cpu" and _has_numba():
-        from qlora.ops import compiled
-
-        return compiled
-    return None

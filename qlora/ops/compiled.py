@@ -4,8 +4,8 @@ They run column by column, each step depending on the ones before, on vectors of
 the weight. Of torch's operations each such step takes ten; here a strip of rows stays in the cache
 for all columns. One thread runs them: numba's own threads would change the number of torch's, and
 a process that is forked afterwards would hang; Python's gained nothing beside torch's, which wait
-for their next task in a loop. The plain equivalents are `descend` in qlora.merge.codes and
-`round_panel` in qlora.merge.rounding. All tensors are fp32, on the CPU, contiguous if changed.
+for their next task in a loop. The plain equivalents are `descend` and `round_panel` in
+qlora.merge.loops. All tensors are fp32, on the CPU, contiguous if changed.
 
 Importing this module imports numba.
 """
@@ -24,7 +24,7 @@ def descend(*tensors: Tensor, integers: bool) -> None:
 
 
 def round_panel(*tensors: Tensor) -> None:
-    """As `round_panel` in qlora.merge.rounding."""
+    """As `round_panel` in qlora.merge.loops."""
     _round(*_arrays(*tensors))
 
 

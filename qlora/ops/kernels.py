@@ -27,7 +27,7 @@ backward, in accesses of 16 bytes if their number is a multiple of 16; memory bo
 Rotary embedding (see qlora.ops.rotary): a program rotates HEADS heads of one token, those of q and
 then those of k, so that one launch does both; each value is read and written once.
 
-Search (see qlora.merge.codes, whose `descend` is the oracle): the columns of a block are taken one
+Search (see qlora.merge.loops, whose `descend` is the oracle): the columns of a block are taken one
 after the other, each of them by all rows at once. A program has ROWS rows; their values and
 gradients stay in registers, so that a block is one launch, not five a column.
 """
@@ -119,12 +119,17 @@ def descend(
     between its ends. All fp32 and, except for `hessian`, contiguous.
     """
     (columns, out), width = weight.shape, triton.next_power_of_2(len(weight))
-    rows = max(16, SEARCHED // width)
+    rows = rows_of(width)
     with torch.cuda.device_of(weight):
         _descend[(triton.cdiv(out, rows),)](
             weight, gradient, hessian, hessian.stride(0), scale, shift, codebook, columns, out,
             codebook.numel(), integers, width, rows, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def rows_of(width: int) -> int:
+    """Rows of a program of the search with so many columns."""
+    return max(16, SEARCHED // width)
 
 
 def _mark_written(*tensors: Tensor) -> None:
@@ -235,6 +240,7 @@ def _descend(
     weight, gradient, hessian, stride, scale, shift, codebook, columns, out,
     LEVELS: tl.constexpr, INTEGERS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    TINY: tl.constexpr = 1.1754943508222875e-38  # 2^-126; a number below it, Triton takes as fp64
     i = tl.arange(0, COLUMNS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (i < columns)[:, None] & (row < out)[None, :]
@@ -243,14 +249,14 @@ def _descend(
     slope = tl.load(gradient + at, mask=inside, other=0.0)
     unit = tl.load(scale + row, mask=row < out, other=0.0)
     zero = tl.load(shift + row, mask=row < out, other=0.0)
-    moves = tl.abs(unit) >= 1.17549435e-38
+    moves = tl.abs(unit) >= TINY
     levels_per = tl.where(moves, 1.0 / tl.where(moves, unit, 1.0), 0.0)
     least, most = tl.load(codebook), tl.load(codebook + LEVELS - 1)
     for j in range(0, columns):
         this = (i == j)[:, None]
         current = tl.sum(tl.where(this, value, 0.0), 0)  # (rows,)
         curvature = tl.load(hessian + j * stride + j)
-        inverse = 1.0 / tl.maximum(curvature, 1.17549435e-38)
+        inverse = 1.0 / tl.maximum(curvature, TINY)
         ideal = current - tl.sum(tl.where(this, slope, 0.0), 0) * inverse
         ideal = (ideal - zero) * levels_per
         if INTEGERS:

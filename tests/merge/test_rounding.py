@@ -59,8 +59,8 @@ def test_the_compiled_loop_rounds_alike(kind, rows, monkeypatch):
     target, moments = layer(out=rows)
     target[:, :32] = 0  # blocks whose scale is 0
     order, chosen = rounding.InputOrder(moments), []
-    for loops in rounding.loops, lambda _: None:
-        monkeypatch.setattr(rounding, "loops", loops)
+    for loops in rounding.compiled_loops, lambda _: None:
+        monkeypatch.setattr(rounding, "compiled_loops", loops)
         grid = kind(target.T.contiguous())
         rounding.round_in_order(grid, target, order)
         chosen.append(grid)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import reference
@@ -76,6 +77,26 @@ def test_a_step_of_the_search_for_codes(kernel_device, kind, shape):
     assert_descends(kernels, kind, shape, kernel_device)
 
 
+def test_the_search_takes_a_kernel_that_is_right(kernel_device, monkeypatch, caplog):
+    from qlora.merge import loops
+    from qlora.ops import kernels
+
+    monkeypatch.setattr(loops, "may_use_triton", lambda *_: True)
+    assert loops.triton_descends.__wrapped__(kernel_device)
+    right = kernels.descend
+    monkeypatch.setattr(kernels, "descend", Mock(side_effect=RuntimeError("no C compiler")))
+    assert not loops.triton_descends.__wrapped__(kernel_device)
+    assert "is not used: RuntimeError: no C compiler" in caplog.text
+    monkeypatch.setattr(kernels, "descend", lambda *own, integers: right(*own, integers=True))
+    assert not loops.triton_descends.__wrapped__(kernel_device)
+    monkeypatch.setattr(loops, "triton_descends", lambda device: True)
+    gpu = torch.device("cuda", 0)
+    assert loops.descender(gpu, columns=2 * loops.WIDEST) is loops.descend
+    assert loops.descender(gpu, columns=loops.WIDEST) is not loops.descend
+    monkeypatch.setattr(loops, "triton_descends", lambda device: False)
+    assert loops.descender(gpu, columns=32) is loops.descend
+
+
 @pytest.mark.parametrize("kind", ["integers", "nf4"])
 @STEPS
 def test_the_same_step_compiled_for_a_cpu(kind, shape):
@@ -89,7 +110,7 @@ def test_the_same_step_compiled_for_a_cpu(kind, shape):
 
 def assert_descends(module: Any, kind: str, shape: tuple[int, int], device: torch.device) -> None:
     """As the plain equivalent does."""
-    from qlora.merge import codes, grids
+    from qlora.merge import grids, loops
 
     generator = torch.Generator().manual_seed(0)
     new: Any = {"generator": generator}
@@ -102,7 +123,7 @@ def assert_descends(module: Any, kind: str, shape: tuple[int, int], device: torc
     scale[:3] = torch.tensor([0.0, 1e-39, 0.5])  # a block of zeros, one of nearly zeros
     before = torch.addcmul(shift, grid.levels[torch.randint(16, shape, **new)], scale)
     wanted, slope = before.clone(), gradient.clone()
-    codes.descend(wanted, slope, hessian, scale, shift, grid)
+    loops.descend(wanted, slope, hessian, scale, shift, grid)
     tensors = before, gradient, hessian, scale, shift
     given = [tensor.clone().to(device) for tensor in tensors]
     module.descend(*given, grid.levels.to(device), integers=kind == "integers")
@@ -153,6 +174,7 @@ def test_registers_loads_and_stores(cards, tmp_path):
         if name.startswith("rotate"):  # a cosine and a sine a thread
             forbidden = ["st.global.b"]
         if name.startswith("descend"):
+            assert ".f64" not in code["ptx"], name
             continue
         if name.startswith("decode"):
             # loads of 4 bytes, stores of 16; a fused multiply-add rounds once, bitsandbytes twice
