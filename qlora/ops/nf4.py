@@ -329,15 +329,16 @@ def kept(layer: Any, dtype: torch.dtype, slot: int) -> Tensor:
 
 
 def _has_room(slot: int, size: int, device: torch.device) -> bool:
-    """Whether a buffer of `size` bytes leaves SPARE of the GPU's memory free: asked once. A plan
-    on meta tensors is of a GPU that is full."""
+    """Whether a buffer of `size` bytes leaves SPARE of the GPU's memory free, or of what
+    torch may take of it: asked once. A plan on meta tensors is of a GPU that is full."""
     if device.type == "meta":
         return False
     room: dict[int, bool] = vars(_thread).setdefault("room", {})
     if slot not in room:
         free, total = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room[slot] = free + cached - size >= SPARE * total
+        limit = torch.cuda.get_per_process_memory_fraction(device) * total
+        used, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        room[slot] = min(free + reserved, limit) - used - size >= SPARE * limit
     return room[slot]
 
 

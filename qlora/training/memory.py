@@ -37,8 +37,12 @@ from qlora.training.checkpoints import complete_checkpoints
 
 T = TypeVar("T")
 Batch = Mapping[str, Any]
-# Errors of an allocation that are no torch.OutOfMemoryError.
-PHRASES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: ")
+# Errors of an allocation that are no torch.OutOfMemoryError. On a full card cuBLAS cannot start,
+# and Triton cannot load a kernel.
+PHRASES = (
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    "CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "DefaultCPUAllocator: ",
+)  # fmt: skip
 ONEDNN = "could not create a primitive"  # on a CPU, in a product; the whole message
 PLAIN = (bool, int, float, str, NoneType)
 OFFLOADS_FROM = "cuda"

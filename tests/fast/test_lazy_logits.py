@@ -108,7 +108,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "an autograd function": Twice.apply,
     "one after another": lambda z: Twice.apply(z) if z.sum() is not None else None,
     "compiled": lambda z: torch.compile(lambda z: (z * 2).sum(), backend="eager")(z),
-    "numpy": lambda z: torch.from_numpy(z.detach().float().numpy()),
+    "numpy": lambda z: torch.from_numpy(z.detach().float().cpu().numpy()),
     "pickled": lambda z: pickle.loads(pickle.dumps(z.detach())),
     "distillation": lambda z: F.kl_div(
         z.log_softmax(-1), z.detach().roll(1, 0).softmax(-1), reduction="sum"
@@ -131,7 +131,9 @@ def test_any_operation_gives_equal_values_and_gradients(name, dtype, device):
     for attribute in ("dtype", "shape", "requires_grad", "device", "ndim"):
         assert getattr(got, attribute) == getattr(wanted, attribute)
     assert got.is_floating_point() == wanted.is_floating_point()
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+    # CUDA sums this loss by atomic additions, in any order
+    rtol = 1e-6 if (name, device) == ("classes second", "cuda") else 0
+    torch.testing.assert_close(got, wanted, rtol=rtol, atol=0, equal_nan=True)
     if wanted.requires_grad:
         for result in (got, wanted):
             result.float().square().sum().backward()

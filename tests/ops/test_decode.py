@@ -2,6 +2,7 @@
 
 import threading
 from functools import partial
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -120,6 +121,20 @@ def test_slots_threads_and_streams_have_buffers_that_grow(device):
     # the other thread's has gone
     held = sum(len(views[None]) for views in nf4._thread.buffers.values())
     assert held == 30 * 50 * 4 + (2 if device == "cuda" else 1) * 3 * 5 * 4
+
+
+@pytest.mark.parametrize(("fraction", "has_room"), [(1.0, True), (0.1, True), (0.07, False)])
+def test_room_is_of_what_torch_may_take(fraction, has_room, monkeypatch):
+    """1 GiB more beside 6 GiB that are used, of 100 GiB with 10 GiB that are free."""
+    memory: dict[str, Any] = {
+        "mem_get_info": (10 << 30, 100 << 30), "memory_allocated": 6 << 30,
+        "memory_reserved": 8 << 30, "get_per_process_memory_fraction": fraction,
+    }  # fmt: skip
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    monkeypatch.setattr(nf4, "_thread", threading.local())
+    monkeypatch.setattr(nf4, "SPARE", 0.1)
+    assert nf4._has_room(3, 1 << 30, torch.device("cuda", 0)) == has_room
 
 
 @on_gpu

@@ -67,6 +67,16 @@ class Allocator(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("message", "is_memory"), [
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+    ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+    ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm(handle)`", False),
+    ("Triton Error [CUDA]: out of memory", True), ("Triton Error [CUDA]: invalid argument", False),
+])  # fmt: skip
+def test_errors_of_libraries_on_a_full_gpu(message, is_memory):
+    assert memory.is_out_of_memory(RuntimeError(message)) == is_memory
+
+
 def in_turn(part: str, turn: int) -> Callable[[int, str, int], bool]:
     """Fails once: late in the `turn`th such part of a step."""
     seen = [0]
