@@ -131,7 +131,7 @@ for flags in ("--r 64", "--max-length 8192", "--no-gradient-checkpointing", "--o
 
 # %% [markdown]
 # Where a run does not fit, `python train.py --plan` lists what takes less memory, and `--fit`
-# chooses the cheapest of it that suffices.
+# chooses the fastest combination that fits.
 #
 # ## 2. Choose the model
 #

@@ -66,8 +66,8 @@ trained = train(config)
 # | 3. PEFT's, on a 4-bit model | **Q(Q(W) + Δ)** | 4 |
 # | 4. this project's in 4 bits | 4-bit weights that *act* like **Q(W) + Δ** | 4 |
 #
-# The first takes a few seconds. Its table shows the size of the change relative to the weights: 1
-# to 2 %, which is typical for LoRA.
+# The first takes a few seconds. Its table shows the size of the change relative to the weights:
+# about 1 %; half a per cent where all linear layers are trained (notebooks 03 and 05).
 
 # %%
 from qlora.merge import merge
@@ -285,10 +285,11 @@ print(f"of the change kept in the layer's outputs: {ours['kept']:.1%}")
 # ## Which one to use
 #
 # - **16 bits, onto the 4-bit base**: the default of `merge_dequant.py`; it loses only the last
-#   rounding. Use it whenever 2 bytes per weight are affordable, and before converting to another
-#   format.
+#   rounding. Use it whenever 2 bytes per weight are affordable.
 # - **4 bits, `--format nf4`**: the merged model needs as little memory as the base in training. It
 #   takes longer, and needs data similar to the training data.
+# - **For other programs**: `--format gguf-q4_k_m` for llama.cpp and Ollama, `--format int4` for vLLM
+#   and SGLang. A converter that quantizes the 16-bit merge rounds once more, to nearest.
 # - **Onto the original weights, `--onto original`**: not exactly the model that was trained; it can
 #   be better or worse. `--onto auto --verify held_out.jsonl` measures both and takes the better.
 # - **No merge**: the 4-bit base with the live adapter, as in notebook 05.

@@ -335,7 +335,8 @@ plt.show()
 # * Both at full strength interfere.
 # * The weights of a sum trade one task for the other. `svd` and `linear` do about as well in half
 #   the rank.
-# * `ties` keeps most of both at full weights: it was designed to reduce interference.
+# * `ties`, designed to reduce interference, keeps more of both at full weights than the plain sum
+#   does, but not all of either.
 #
 # The best type differs between pairs of adapters, so measure: scoring takes seconds. If the task of
 # each request is known, `mixed_batch` loses nothing.

@@ -257,7 +257,7 @@ class Rule(NamedTuple):
     remedy: str = ""  # in the error if no portable form exists
 
 
-MERGE = "merge_dequant.py folds that in"
+MERGE = "a merge folds that in"
 CONVERT = (
     "save it with PEFT's path_initial_model_for_weight_conversion, which converts A and B to the "
     "unchanged base"

@@ -138,7 +138,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         print(f"Chat:   python -m qlora.chat {flags}")
     if config.adapter:
         flags = f"--adapter {name} --output-dir {merged}"
-        print(f"Merge:  python merge_dequant.py {flags}")
+        print(f"Merge:  python -m qlora merge {flags}")
     return results
 
 
@@ -206,7 +206,7 @@ def _measure(
     if OBJECTIVES[resolved.task].classifies:
         states.pop("base", None)
     else:
-        put_language_head(model)  # loss without logits
+        put_language_head(model.requires_grad_(False))  # loss without logits
     vocabulary = embedding_rows(model)
     used = chain(rows["input_ids"], (question.prompt for question in questions))
     require_vocabulary(chain(used, [[tokenizer.pad_token_id]]), tokenizer, vocabulary)

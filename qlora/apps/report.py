@@ -87,7 +87,7 @@ def read_merge(folder: Path, merged: str | None) -> dict[str, Any] | None:
     """The merge_report.json of `merged`, or of the newest merge of this adapter beside it."""
     if merged is not None:
         report = _merge_report(Path(merged).expanduser() / files.MERGE_REPORT)
-        fault = f"has no complete {files.MERGE_REPORT}: pass an --output-dir of merge_dequant.py"
+        fault = f"has no complete {files.MERGE_REPORT}: pass the --output-dir of a merge"
         require(report is not None, f"--merged {merged} {fault}")
         return report
     paths, full = folder.absolute().parent.glob(f"*/{files.MERGE_REPORT}"), folder.resolve()
@@ -234,5 +234,5 @@ def next_commands(folder: Path, *, merged: bool) -> list[str]:
     """The commands for what comes next: chat, and merge unless that was done."""
     name, out = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
     chat = f"python -m qlora.chat --adapter {name}"
-    merge = f"python merge_dequant.py --adapter {name} --output-dir {out}"
+    merge = f"python -m qlora merge --adapter {name} --output-dir {out}"
     return [chat] if merged else [chat, merge]

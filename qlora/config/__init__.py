@@ -66,7 +66,7 @@ class QuantConfig(Settings):
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """Fine-tune a language model with QLoRA: 4-bit base, bf16 adapter."""
+    """Fine-tune a language model with QLoRA: a frozen 4-bit base and a LoRA adapter."""
 
     model: str
     """local folder, hub name or .gguf file; may be in bitsandbytes 4-bit"""
@@ -159,7 +159,7 @@ class TrainConfig(Settings):
     json: bool = field(default=False, metadata=RARE)
     """for plan and inspect: print JSON"""
     fit: bool = field(default=False, metadata=RARE)
-    """for plan: print the cheapest flags with which the run fits, or those that use what is free"""
+    """for plan: print the fastest flags with which the run fits, or those that use what is free"""
     plan_picture: str | None = field(default=None, metadata=RARE)
     """for plan: a file for the picture of the memory over a step, such as plan.png"""
 

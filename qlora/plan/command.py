@@ -52,8 +52,9 @@ def _fit(fitter: Fitter, made: Plan, record: dict[str, Any], lines: list[str]) -
     """The plan that fits, or makes better use of the card; `made` if there is none."""
     rows, tokens = fitter.largest_batch(), fitter.longest_row()
     record |= {"largest_batch": rows, "longest_row": tokens}
-    lines += ["", f"The largest micro-batch of {made.length:,} tokens a row has {rows} rows;"]
-    lines[-1] += f" the longest row alone has {tokens:,} tokens."
+    batch = f"The largest micro-batch of {made.length:,} tokens a row has {rows} rows; the longest"
+    batch += f" row alone has {tokens:,} tokens."
+    lines += ["", batch if tokens else "As it is, not even one short row fits."]
     fitting = fitter.fill() if made.fits else fitter.cheapest()
     if fitting is None:
         lines.append("No combination of these fits: take a smaller model or a larger card.")

@@ -26,6 +26,7 @@ from qlora.plan.estimate import Plan, Planner, budget, gpus_of
 from qlora.plan.time import Card, card_of, card_of_size, step_seconds
 
 PAGED = "paged_adamw_8bit"
+LONG_ROWS = {"truncate": "truncated", "drop": "dropped", "split": "split"}
 LEAST_RANK, LEAST_LENGTH = 4, 256
 MOST_ROWS, MOST_LENGTH = 1024, 1 << 22
 UNIT = 64  # of the longest row, in tokens
@@ -36,7 +37,7 @@ ONE_MODEL = (
 )  # fmt: skip
 """settings that need no other model to be counted"""
 TRAVELS = "the base's shards are sent to all GPUs, twice a micro-batch"
-IN_DATA, IN_LORA = {"max_length", "packing"}, {"r"}
+IN_DATA, IN_LORA = {"max_length", "long_rows", "packing"}, {"r"}
 Settings = dict[str, Any]
 
 
@@ -131,7 +132,9 @@ def learns_less(config: TrainConfig) -> Iterator[Change]:
     if (r := config.lora.r // 2) >= LEAST_RANK:
         yield Change([{"r": r}], "a smaller adapter, which may learn less", True)
     if (tokens := config.data.max_length // 2) >= LEAST_LENGTH:
-        yield Change([{"max_length": tokens}], "longer rows are truncated", True)
+        how = "truncate" if config.data.long_rows == "error" else config.data.long_rows
+        shorter = {"max_length": tokens, "long_rows": how}
+        yield Change([shorter], f"longer rows are {LONG_ROWS[how]}", True)
 
 
 def more_memory(config: TrainConfig) -> Iterator[Change]:

@@ -276,7 +276,8 @@ def ran_out(trainer: Any, where: str) -> str:
     optim = getattr(trainer.args.optim, "value", trainer.args.optim)
     paged = ", --optim paged_adamw_8bit" if on_gpu and "8bit" not in optim else ""
     place = " and a new --output-dir" if checkpoints else ""
-    fixes.append(f"start again with a lower --max-length or --r{paged}{place}")
+    lower = "start again with a lower --r or --max-length (--long-rows truncate)"
+    fixes.append(f"{lower}{paged}{place}")
     tells = " (--plan --fit tells what fits)" if on_gpu else ""
     return f"{_memory(trainer)} ran out {where}.{saved} To need less, {', or '.join(fixes)}{tells}"
 

@@ -380,7 +380,7 @@ def write_results(
     print(f"Report:        python -m qlora.report {name}")
     if settings["task"] == "causal-lm":
         print(f"Chat with it:  python -m qlora.chat --adapter {name} --compare")
-    print(f"Merge it:      python merge_dequant.py --adapter {name} --output-dir {merged}")
+    print(f"Merge it:      python -m qlora merge --adapter {name} --output-dir {merged}")
 
 
 def write_adapter_card(
@@ -421,7 +421,7 @@ from qlora import load_base, load_adapter
 model = load_adapter(load_base({quoted}{arguments}), "path/to/this/folder")
 ```
 
-or with PEFT (`PeftModel.from_pretrained`), or merged: `python merge_dequant.py --adapter
+or with PEFT (`PeftModel.from_pretrained`), or merged: `python -m qlora merge --adapter
 path/to/this/folder --output-dir merged`.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")

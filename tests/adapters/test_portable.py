@@ -304,13 +304,13 @@ def test_layers_chosen_by_peft_become_a_list():
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("dora", r"DoRA's magnitudes \(.*q_proj.*\): merge_dequant.py folds that in$"),
-        ("all biases", r"biases \(.*\): merge_dequant.py"),
-        ("lora_bias", r"lora_bias \(q_proj, v_proj\): merge_dequant"),
-        ("the head", r"modules trained in full \(lm_head\): merge_dequant"),
-        ("norms", r"norms trained in full \(.*norm.*\): merge_dequant"),
-        ("lora on embedding and head", r"embeddings \(embed_tokens\): merge_dequant"),
-        ("token rows", r"trained token rows \(embed_tokens\): merge_dequant"),
+        ("dora", r"DoRA's magnitudes \(.*q_proj.*\): a merge folds that in$"),
+        ("all biases", r"biases \(.*\): a merge"),
+        ("lora_bias", r"lora_bias \(q_proj, v_proj\): a merge"),
+        ("the head", r"modules trained in full \(lm_head\): a merge"),
+        ("norms", r"norms trained in full \(.*norm.*\): a merge"),
+        ("lora on embedding and head", r"embeddings \(embed_tokens\): a merge"),
+        ("token rows", r"trained token rows \(embed_tokens\): a merge"),
         ("alora", r"aLoRA \(.*\): train without it, or serve"),
         ("pissa", r"changes the base \(pissa\): save it with PEFT's path_"),
     ],
@@ -330,7 +330,7 @@ def test_all_reasons_are_named_by_remedy(adapter_build, tmp_path):
     build = adapter_build("biases and dora", "plain")
     config, weights = peft_files(build.folder)
     copied = {"base_model.model.lm_head.base_layer.weight": torch.ones(6, 4)}
-    both = r"magnitudes \(.*\), biases \(.*\): merge_dequant.* in; .* the base \(olora\): save"
+    both = r"magnitudes \(.*\), biases \(.*\): a merge.* in; .* the base \(olora\): save"
     for values, tensors, message in (
         (config | {"init_lora_weights": "olora"}, weights, both),
         (PLAIN | {"arrow_config": {"top_k": 1}}, pair("a.q"), "arrow_config="),

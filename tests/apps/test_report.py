@@ -165,7 +165,7 @@ def test_newest_merge_beside_the_run_is_found(folder):
     os.utime(new / "merge_report.json", (0, 0))
     assert read_merge(folder, None)["format"] == "fp16"
     assert read_merge(folder, str(new))["format"] == "bf16"
-    with pytest.raises(UserError, match=r"has no complete merge_report\.json: pass an --output"):
+    with pytest.raises(UserError, match=r"has no complete merge_report\.json: pass the --output"):
         read_merge(folder, str(folder))
 
 

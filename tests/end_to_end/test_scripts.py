@@ -53,7 +53,7 @@ def trained(checkpoints, data, tmp_path_factory) -> tuple[Path, str]:
 
 def test_train_open_merge_use(trained, checkpoints, data, tmp_path, capsys):
     base, (run, printed), out = checkpoints("llama"), trained, tmp_path / "merged"
-    for words in ("40 rows", "supervised", "⟦", "trainable", "merge_dequant.py --adapter"):
+    for words in ("40 rows", "supervised", "⟦", "trainable", "qlora merge --adapter"):
         assert words in printed
     assert script("merge_dequant.py", "--adapter", run, "--output-dir", out,
                   "--format", "fp32", "--verify", data) == 0  # fmt: skip

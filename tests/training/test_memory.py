@@ -208,7 +208,7 @@ def raise_in_turn(turn: int, function: Any = None) -> Any:
     ("owner", "name", "turn", "step", "words"),
     [
         (memory, "halves", 0, 1, r"in step 2, at 4 rows?, .* give --gradient-checkpointing, or"),
-        (torch.optim.AdamW, "step", 3, 2, r"in the optimizer's step\. .*lower --max-length"),
+        (torch.optim.AdamW, "step", 3, 2, r"in the optimizer's step\. .*lower --r or --max-length"),
         ("qlora.training.saving", "save_adapter", 2, 1, r"in saving checkpoint-2\. "),
         ("qlora.training.checkpoints", "write_state", 3, 1, r"in saving checkpoint-2\. "),
     ],

@@ -245,4 +245,4 @@ def test_results_name_the_last_losses_and_commands_to_copy(base_model, tmp_path,
     assert report == ["python", "-m", "qlora.report", str(folder)]
     assert chat == ["python", "-m", "qlora.chat", "--adapter", str(folder), "--compare"]
     flags = ["--adapter", str(folder), "--output-dir", f"{folder}-merged"]
-    assert merge == ["python", "merge_dequant.py", *flags]
+    assert merge == ["python", "-m", "qlora", "merge", *flags]
