@@ -6,10 +6,11 @@
     python benchmarks/gpu_day.py --page DIR                    docs/gpu.md's table of DIR/day.jsonl;
                                                                the recorded one is results/gpu
 
-A step is a command in a process group of its own, which is killed at the step's limit. What is
-measured goes to DIR/*.jsonl (see results.py), and a line about each step to DIR/day.jsonl: exit
-code, seconds, numbers, the last lines of output. A failed step stops nothing. A step for whose
-limit the budget has no time left is not begun: the last line says with which --from to go on.
+A step is a command in a process group of its own, which is interrupted at the step's limit, and
+killed soon after. What is measured goes to DIR/*.jsonl (see results.py), and a line about each step
+to DIR/day.jsonl: exit code, seconds, numbers, the last lines of output. A failed step stops
+nothing. A step for whose limit the budget has no time left is not begun: the last line says with
+which --from to go on.
 
 Nothing is read from a network. 16-bit and 4-bit models have random weights, made on the GPU.
 """
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- benchmarks/gpu_day.py -->", "<!-- end of the day -->"
 BUDGET = 570  # seconds: a call that may take ten minutes, with time to copy the records
 BUSY = 4  # times a step's limit for a dry day: its machine may have other work
+GRACE = 10  # seconds for a step to end at its limit, before it is killed
 LINES = 40  # of output that are kept
 PACKAGES = (
     "torch", "bitsandbytes", "transformers", "datasets", "accelerate", "safetensors", "gguf",
@@ -181,8 +184,13 @@ def run(step: Step, out: Path, *, dry: bool) -> dict[str, Any]:
         try:
             code = process.wait(step.limit * (BUSY if dry else 1))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+            os.killpg(process.pid, signal.SIGINT)  # pytest prints what has failed until then
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = -signal.SIGKILL
         said.seek(0)
         lines = said.read().splitlines()[-LINES:]
     records = [

@@ -56,6 +56,7 @@ def test_a_step_that_fails_or_hangs_stops_nothing(gpu_day, tmp_path, monkeypatch
     rows = gpu_day.read(tmp_path / "day.jsonl")
     assert [row["exit"] for row in rows] == [1, -9, 0]
     assert "ZeroDivisionError" in rows[0]["output"][-1]
+    assert "Keyboard interrupt received" in rows[1]["output"][-1]  # it could tell what it had
     assert "killed at its limit" in capsys.readouterr().out
 
 
