@@ -86,16 +86,14 @@ class Saving(SafeStates):
     def _write_checkpoint(self, model: Any, trial: Any) -> None:
         state, output = self.state, Path(str(self.args.output_dir))
         step, best = state.global_step, state.best_global_step
-        if best:  # Trainer looks for its folder beside the new one
-            is_there = best == step or (output / f"checkpoint-{best}").is_dir()
-            state.best_model_checkpoint = f"{output}/checkpoint-{best}" if is_there else None
+        state.best_model_checkpoint = self.best_folder(being_written=step)
         with (
             out_of_memory_in(self, f"saving checkpoint-{step}"),
             new_checkpoint(output, step) as at,
         ):
             self.saves_to, strategy = str(at), self.args.save_strategy
-            if ranks.count() > 1:
-                self.args.save_strategy = "no"  # with it Trainer does not wait for other ranks here
+            # so Trainer waits for no other ranks, and names no best that is still beside its place
+            self.args.save_strategy = "no"
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
             finally:
@@ -107,6 +105,13 @@ class Saving(SafeStates):
                 replace_text(at / f"checkpoint-{step}" / STREAM, place)
         if limit := self.args.save_total_limit:
             remove_old(output, limit, {best} if best else set(), self.steps.sound_step)
+
+    def best_folder(self, being_written: int | None = None) -> str | None:
+        """The best checkpoint's folder in this run's output; None if it is not there."""
+        best = self.state.best_global_step
+        folder = Path(str(self.args.output_dir), f"checkpoint-{best}")
+        is_there = best and (best == being_written or folder.is_dir())
+        return str(folder) if is_there else None
 
     def store_flos(self: Any) -> None:
         """Count operations of this rank, where Trainer waits for all ranks."""

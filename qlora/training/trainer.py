@@ -382,6 +382,7 @@ class AdapterTrainer(Saving, Trainer):
     def _init_training_state(self, max_steps: int, per_epoch: int, *rest: Any) -> tuple[int, int]:
         """Trainer's: epochs, and batches of the last one, that are done; since `rows_from`."""
         epochs, batches = super()._init_training_state(max_steps, per_epoch, *rest)
+        self.state.best_model_checkpoint = self.best_folder()  # also if the output folder was moved
         if not self.rows_from:
             return epochs, batches
         epochs, steps = divmod(max(0, self.state.global_step - self.rows_from), per_epoch)

@@ -1,6 +1,7 @@
 """Resuming: the same rows in the same order, the settings of the run's start, whole checkpoints."""
 
 import errno
+import json
 import os
 import platform
 import shutil
@@ -532,6 +533,24 @@ def test_card_and_lines_state_the_evaluation_of_the_saved_checkpoint(
         folder, "checkpoint-1, the best so far, is missing", "load_best_model_at_end false"
     ):
         train(replace(config, save_steps=1, resume=True))
+
+
+def test_a_resumed_run_loads_the_best_checkpoint_of_its_folder(checkpoints, tmp_path, data):
+    """Resumed from the best itself, and stopped before the next checkpoint; the folder has another
+    place than at the start."""
+    settings: Any = {"early_stopping_patience": 1, "eval_steps": 1, "save_steps": 1}
+    settings["trainer"] = {"greater_is_better": True}
+    settings["data"] = DataConfig(str(data), str(data), max_length=128)
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", **settings)
+    best = train(config) / "checkpoint-1"
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert (state["best_global_step"], state["best_model_checkpoint"]) == (1, str(best))
+    shutil.rmtree(best.with_name("checkpoint-2"))
+    best.with_name("adapter_model.safetensors").unlink()
+    moved = best.parent.rename(tmp_path / "moved")
+    train(replace(config, output_dir=str(moved), resume=True, save_steps=3))
+    require_same_adapter(moved, moved / "checkpoint-1")
+    assert not (moved / "checkpoint-2").exists()
 
 
 def test_a_mixture_with_an_eval_share_is_resumed_on_the_same_rows(checkpoints, data, tmp_path):
