@@ -176,6 +176,7 @@ class AdapterTrainer(Saving, Trainer):
             super().__init__(model=model, compute_loss_func=self.objective.loss, **kwargs)
         finally:
             model._hf_peft_config_loaded = is_marked
+        self._loss_shifts_labels = self.objective.next_tokens  # loss_type may be None
         self.steps, self.on_signal = FiniteSteps(self, max_bad_steps), SaveOnSignal(self)
         self.parts, self.eval_parts = Parts(self, trains=True), Parts(self, trains=False)
         self.callback_handler.callbacks += [self.steps, self.on_signal]

@@ -89,6 +89,23 @@ def test_20_steps_are_pefts(checkpoints, tmp_path, rows):
     assert ours == pytest.approx(theirs, abs=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_first_token_of_a_text_is_not_counted(family, checkpoints, tmp_path):
+    """The logged loss is the mean over the predicted tokens of all rows, each row alone; also of a
+    family for which transformers knows no loss_type."""
+    base, tokenizer = checkpoints(family), tiny_tokenizer()
+    path = conftest.write_rows(tmp_path / "rows.jsonl", [{"text": "ab" * n} for n in range(1, 5)])
+    output = train(quick_config(base, path, tmp_path / "run", fast_path=False, max_steps=1))
+    model, sums = load_base(str(base), FP32), torch.zeros(2)
+    for row in prepare_data(str(path), tokenizer, max_length=128)[0]:
+        ids = torch.tensor(row["input_ids"])
+        logits = model(ids[None]).logits[0, :-1]  # (T - 1, vocab)
+        loss = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
+        sums += torch.tensor([loss.item(), len(ids) - 1])
+    wanted = float(sums[0] / sums[1])
+    assert conftest.losses(output)[0] == pytest.approx(wanted, rel=1e-4)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_transformers_trainer_saves_the_adapter(fast, checkpoints, tmp_path):
     """And AdapterTrainer resumes from it."""
