@@ -21,12 +21,14 @@ MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "greater",
     "load_best",
     "log",
+    "lr_scheduler_kwargs",
     "metric",
     "save",
     "dataloader_num",
     "dataloader_p",
     "run_name",
     "skip_memory",
+    "warmup_steps",
 )
 # Settings that may differ with --resume-anyway, too: beginnings, from the next step on.
 ANYWAY_WITH_OTHER_BATCHES = (  # the rows begin anew

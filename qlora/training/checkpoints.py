@@ -20,6 +20,7 @@ lacks: tuples, and keys that are numbers.
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -34,6 +35,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 
 from qlora import files
@@ -136,6 +138,15 @@ def set_random_states(states: dict[str, Any]) -> None:
         raise UserError(f"{RANDOM} is damaged: {first_line(error)}") from error
 
 
+OWN_VALUES = {"weight_decay", "betas", "eps"}  # of an optimizer: this run's, not the checkpoint's
+# Keys by which the states of LambdaLR, ReduceLROnPlateau and GreedyLR differ
+KINDS_OF_SCHEDULES = {"lr_lambdas", "num_bad_epochs", "max_lrs"}
+PROGRESS = {  # of a schedule; the other values in its state are settings
+    "_last_lr", "_step_count", "_streaming_avg", "best", "cooldown_counter", "last_epoch",
+    "num_bad_epochs", "num_good_epochs", "reset_start", "warmup_counter",
+}  # fmt: skip
+
+
 class SafeStates:
     """Trainer's methods that save and load states, which pickle them, without pickles.
 
@@ -144,6 +155,7 @@ class SafeStates:
     """
 
     args: Any
+    state: Any
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
@@ -169,14 +181,43 @@ class SafeStates:
     def _save_rng_state(self, output_dir: str) -> None:
         write_state(Path(output_dir, RANDOM), self.random)
 
-    def _load_states(self, checkpoint: str) -> None:
-        """The states of the optimizer and schedule."""
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, at the learning rate that this run's schedule has at the checkpoint's step:
+        the checkpoint has that of its own, which is 0 at the end of a linear one. A schedule that
+        follows the evaluation loss keeps what it has changed so far, as a factor."""
+        if checkpoint is None:
+            return
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        own = [{n: g[n] for n in OWN_VALUES & g.keys()} for g in self.optimizer.param_groups]
+        goes_on = self._load_states(checkpoint)
+        self.state.compute_steps(self.args, self.state.max_steps)  # logging_steps, ... of this run
+        schedule, groups = self.lr_scheduler, self.optimizer.param_groups
+        before = groups[0]["lr"]
+        for i, (group, rate, values) in enumerate(zip(groups, rates, own, strict=True)):
+            factor = group["lr"] / group.get("initial_lr", rate) if goes_on else 1.0
+            if isinstance(schedule, LambdaLR):
+                factor = schedule.lr_lambdas[i](schedule.last_epoch)
+            group.update(values | {"initial_lr": rate, "lr": rate * factor})
+        schedule._last_lr = [group["lr"] for group in groups]
+        if not math.isclose(before, groups[0]["lr"]):
+            steps = f"{self.state.max_steps} steps after step {self.state.global_step}"
+            run = f", that of a run of {steps}" if isinstance(schedule, LambdaLR) else ""
+            rate = groups[0]["lr"]
+            print(f"the learning rate goes on at {rate:.3g}{run}; it was {before:.3g}")
+
+    def _load_states(self, checkpoint: str) -> bool:
+        """The states of the optimizer, and of a schedule of the same kind: whether it is one."""
         if _is_trainers(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-            return
+            return True
         states = read_state(Path(checkpoint, OPTIMIZER))
-        for name in ("optimizer", "lr_scheduler"):
-            getattr(self, name).load_state_dict(states[name])
+        self.optimizer.load_state_dict(states["optimizer"])
+        saved, own = states["lr_scheduler"], self.lr_scheduler.state_dict()
+        goes_on = bool(KINDS_OF_SCHEDULES & saved.keys() == KINDS_OF_SCHEDULES & own.keys())
+        at = {name: saved[name] for name in PROGRESS & saved.keys()}
+        at = at if goes_on else {"last_epoch": state_at(checkpoint).global_step}
+        self.lr_scheduler.load_state_dict(own | at)
+        return goes_on
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)

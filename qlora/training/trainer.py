@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -78,8 +77,6 @@ from qlora.training.shares import (
     is_empty,
     share_alone,
 )
-
-OWN_VALUES = {"weight_decay", "betas", "eps"}  # of an optimizer: this run's, not the checkpoint's
 
 
 def make_trainer(
@@ -222,7 +219,8 @@ class AdapterTrainer(Saving, Trainer):
         self.create_optimizer_and_scheduler(num_training_steps=10)
         try:
             state = read_state(Path(checkpoint, OPTIMIZER))["optimizer"]
-            saved, own = (set(o["param_groups"][0]) for o in (state, self.optimizer.state_dict()))
+            groups = (o["param_groups"][0] for o in (state, self.optimizer.state_dict()))
+            saved, own = (group.keys() - {"initial_lr"} for group in groups)
             name = OptimizerNames(self.args.optim).value
             require(saved == own, f"{OPTIMIZER} is of another optimizer than --optim {name}")
             self._load_states(checkpoint)
@@ -389,28 +387,12 @@ class AdapterTrainer(Saving, Trainer):
         epochs, steps = divmod(max(0, self.state.global_step - self.rows_from), per_epoch)
         return epochs, steps * self.args.gradient_accumulation_steps
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's, at the learning rate that this run's schedule has at the checkpoint's step:
-        the checkpoint has that of its own, which is 0 at the end of a linear one."""
-        if checkpoint is None:
-            return
-        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
-        own = [{n: g[n] for n in OWN_VALUES & g.keys()} for g in self.optimizer.param_groups]
-        self._load_states(checkpoint)
-        for group, values in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(values)
-        self.state.compute_steps(self.args, self.state.max_steps)  # logging_steps, ... of this run
-        schedule, groups = self.lr_scheduler, self.optimizer.param_groups
-        if not isinstance(schedule, LambdaLR):
-            return
-        before, schedule.base_lrs = groups[0]["lr"], rates
-        for group, rate, factor in zip(groups, rates, schedule.lr_lambdas, strict=True):
-            group["initial_lr"], group["lr"] = rate, rate * factor(schedule.last_epoch)
-        schedule._last_lr = [group["lr"] for group in groups]
-        if not math.isclose(before, groups[0]["lr"]):
-            steps = f"{self.state.max_steps} steps after step {self.state.global_step}"
-            rate = f"{groups[0]['lr']:.3g}, that of a run of {steps}"
-            print(f"the learning rate goes on at {rate}; it was {before:.3g}")
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's; for every schedule, the optimizer has the rates that it began with."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return schedule
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's, with LoRA+ rates (arXiv:2402.12354) and fp32 masters of bf16 parameters."""

@@ -275,6 +275,54 @@ def test_more_steps_follow_the_schedule_of_the_longer_run(
     assert f"the learning rate goes on at {ours[0]:.3g}, that of a run of 4 steps" in said
 
 
+PLATEAU, GREEDY = "reduce_lr_on_plateau", "greedy"  # they follow the evaluation loss
+
+
+@pytest.fixture
+def by_loss(checkpoints, tmp_path, data) -> Any:
+    """Schedule -> the config of a run whose rate changes at each evaluation."""
+    kwargs = {"lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "mode": "max"}}
+    both = DataConfig(str(data), str(data), max_length=128)
+    settings: Any = {"data": both, "eval_steps": 1, "trainer": kwargs, "learning_rate": 1.0}
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", **settings)
+    return lambda schedule: replace(config, lr_scheduler_type=schedule)
+
+
+def resumed_rates(config: Any, **settings: Any) -> list[float]:
+    """Rates of steps 3 and 4 of the run of `config`, resumed after step 2 with these settings."""
+    folder = Path(config.output_dir)
+    shutil.rmtree(folder / "checkpoint-4")
+    folder = train(replace(config, resume=True, **settings))
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+    return [row["learning_rate"] for row in rows if row["step"] > 2]
+
+
+@pytest.mark.parametrize("schedule", [PLATEAU, GREEDY])
+def test_a_schedule_by_evaluation_loss_goes_on(schedule, by_loss, tmp_path):
+    """As in the run that was not stopped; another learning rate keeps its factor so far, and
+    another setting of the schedule takes effect."""
+    config = by_loss(schedule)
+    whole = shutil.copytree(train(config), tmp_path / "whole")
+    rows = [row for row in read_rows(whole / "metrics.jsonl") if "loss" in row]
+    rates = [row["learning_rate"] for row in rows]
+    assert len({*rates}) > 1 and rates[2] != rates[0]
+    assert resumed_rates(config) == rates[2:]
+    require_same_adapter(Path(config.output_dir), whole)
+    assert resumed_rates(config, learning_rate=0.5)[0] == rates[2] / 2
+    patient = {"lr_scheduler_kwargs": {"patience": 9}}
+    assert resumed_rates(config, trainer=patient) == [rates[2], rates[2]]
+
+
+def test_another_kind_of_schedule_goes_on_at_its_own_rate(by_loss, tmp_path):
+    config = replace(by_loss(PLATEAU), output_dir=str(tmp_path / "other"))
+    train(config)
+    warm: Any = {"lr_scheduler_type": "constant_with_warmup", "trainer": {"warmup_steps": 4}}
+    assert resumed_rates(config, **warm) == [0.5, 0.75]
+    config = replace(by_loss("linear"), trainer={})
+    train(config)
+    assert resumed_rates(config, lr_scheduler_type=GREEDY) == [1.0, 1.0]
+
+
 # ---- checkpoints
 
 
