@@ -28,6 +28,11 @@ ROLES |= dict.fromkeys(("tool", "observation", "function_response", "function"),
 LOSS_SWITCHES = ("weight", "train", "training", "loss", "train_detail")  # of a message
 MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # as text in a cell
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages, types of parts
+MEDIA = (
+    "image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url",
+    "file", "input_file",
+)  # fmt: skip
+"""types of parts that hold no text, but a path or an address of it"""
 AS_TEXT = "value"
 """key of a message whose tool calls were written as text, which some templates need"""
 
@@ -198,14 +203,15 @@ def _joined(parts: list[Any]) -> tuple[str | None, dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     for part in parts:
         kind = str(part.get("type"))
-        text = next((part[key] for key in ("text", "value", kind) if key in part), None)
+        keys = ("text", "value", *(key for key in ("tool_call", *REASONING_KEYS) if key == kind))
+        text = next((part[key] for key in keys if key in part), None)
+        media = [name for name in MEDIA if name == kind or part.get(name) is not None]
         if kind == "tool_call" and (found := _calls(text)):
             calls += found
             continue
-        require(
-            isinstance(text, str | int | float),
-            f"a message has a part without text: {str(part)[:80]}",
-        )
+        shown = " ".join([*media[:1], str(part)[:80]])
+        is_text = isinstance(text, str | int | float) and not media
+        require(is_text, f"a message has a part without text: {shown}")
         (thoughts if kind in REASONING_KEYS else texts).append(string_of(text))
     others: dict[str, Any] = {REASONING_KEYS[0]: "\n".join(thoughts)} if thoughts else {}
     others |= {"tool_calls": calls} if calls else {}

@@ -445,3 +445,17 @@ def test_hub_name_that_cannot_be_reached(monkeypatch):
 def test_bad_records(record, message):
     with pytest.raises(UserError, match=message):
         chat_of(record)
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "input_image", "audio", "video", "file"])
+def test_paths_of_images_and_sound_are_no_text(kind):
+    """As Qwen-VL, OpenAI and LLaMA-Factory write them; a table has null for the other kinds."""
+    question = {"type": "text", "text": "What is it?", "image": None}
+    chat = chat_of({"messages": [{**USER, "content": [question]}]})
+    assert chat is not None and chat.messages[0]["content"] == "What is it?"
+    for key in (kind, "value", "text"):
+        part = {"type": kind, key: "photos/cat.png"}
+        with pytest.raises(UserError, match=rf"part without text: {kind} \{{"):
+            chat_of({"messages": [{**USER, "content": [part, question]}]})
+    with pytest.raises(UserError, match=rf"part without text: {kind} \{{"):
+        chat_of({"messages": [{**USER, "content": [question | {kind: "photos/cat.png"}]}]})
