@@ -160,6 +160,16 @@ def _as_packs(items: Sequence[Any]) -> list[list[Mapping[str, Any]]]:
     return [item if isinstance(item, list) else [item] for item in items]
 
 
+def row_lengths(batch: Mapping[str, Any]) -> Tensor:
+    """For each token (B, T) of a batch, padded or packed, the number of tokens in its row."""
+    positions: Tensor | None = batch.get("position_ids")
+    if positions is not None:  # each row begins at 0, and so does each pack
+        rows = (positions == 0).flatten().cumsum(0) - 1  # (B * T,), the number of each token's row
+        return rows.bincount()[rows].view_as(positions)
+    mask: Tensor = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return mask.sum(-1, keepdim=True).expand_as(mask)  # (B, 1) -> (B, T)
+
+
 class FlatCollator:
     """Rows or packs -> one row without pads: input_ids, labels, position_ids (1, total).
 

@@ -7,8 +7,7 @@ that the run is the same, bit for bit, as without it: parameters, gradients, ran
 values that modules keep, Trainer's counters.
 
 On a GPU a second pass is timed, as the first compiles kernels; on a CPU the only one is, and runs
-of few micro-batches go without: the pass would cost more than it tells. Left out: evaluation, and
-NEFTune's noise.
+of few micro-batches go without: the pass would cost more than it tells. Left out: evaluation.
 """
 
 import time

@@ -1,9 +1,14 @@
-"""`prepare_for_training(model)`: checkpointing and the fast path, for any training loop."""
+"""`prepare_for_training(model)`: checkpointing and the fast path, for any training loop. `neftune`:
+noise on the embeddings, around the passes of one batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.adapters.apply import active_adapters
@@ -58,3 +63,25 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **optio
         return
     model._hf_peft_config_loaded = False
     type(model).save_pretrained(model, save_directory, **options)
+
+
+@contextmanager
+def neftune(model: Any, alpha: float, lengths: Tensor) -> Iterator[None]:
+    """NEFTune's noise on the embeddings, uniform within alpha / sqrt(L d) for rows of L tokens
+    (arXiv:2310.05914); `lengths` (B, T) has the L of each token. Trainer's L is that of the batch:
+    with pads, and of all rows of a pack."""
+
+    def noisy(module: Any, args: Any, output: Tensor) -> Tensor:
+        if output.shape[:-1] != lengths.shape:  # a decoder's
+            return output
+        scale = alpha / (lengths * output.shape[-1]) ** 0.5
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        noise *= scale[..., None].to(output)  # (B, T, 1)
+        return output + noise
+
+    source = model.get_encoder() if model.config.is_encoder_decoder else model
+    handle = source.get_input_embeddings().register_forward_hook(noisy)
+    try:
+        yield
+    finally:
+        handle.remove()

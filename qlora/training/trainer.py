@@ -16,7 +16,7 @@ differs from Trainer in:
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,7 +39,7 @@ from qlora.adapters.lora import lora_layers
 from qlora.base.modules import state_of
 from qlora.base.sharding import is_sharded
 from qlora.config import GO_ON, TrainConfig
-from qlora.data.batches import collator
+from qlora.data.batches import collator, row_lengths
 from qlora.data.objectives import OBJECTIVES, Objective, measure
 from qlora.errors import Interrupted, StreamError, UserError, first_line, require
 from qlora.fast.attention import rows_collator
@@ -68,6 +68,7 @@ from qlora.training.outputs import (
     MetricsWriter,
     PlainProgress,
 )
+from qlora.training.prepare import neftune
 from qlora.training.saving import Saving, best_of
 from qlora.training.shares import (
     SeededGroups,
@@ -174,6 +175,7 @@ class AdapterTrainer(Saving, Trainer):
         finally:
             model._hf_peft_config_loaded = is_marked
         self._loss_shifts_labels = self.objective.next_tokens  # loss_type may be None
+        self.neftune_noise_alpha = None  # Trainer's noise: one_pass adds it, by each row's length
         self.steps, self.on_signal = FiniteSteps(self, max_bad_steps), SaveOnSignal(self)
         self.parts, self.eval_parts = Parts(self, trains=True), Parts(self, trains=False)
         self.callback_handler.callbacks += [self.steps, self.on_signal]
@@ -312,7 +314,9 @@ class AdapterTrainer(Saving, Trainer):
 
     def one_pass(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """Trainer's forward and backward pass; the loss."""
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        alpha = self.args.neftune_noise_alpha
+        with neftune(self.model, alpha, row_lengths(inputs)) if alpha else nullcontext():
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

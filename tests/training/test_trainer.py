@@ -1,6 +1,7 @@
 """AdapterTrainer against PEFT with plain Trainer; its optimizers, loggers and memory."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,7 +19,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from qlora import LoraConfig, UserError, load_adapter, load_base, merge_and_unload, save_adapter
+from qlora import (
+    DataConfig,
+    LoraConfig,
+    UserError,
+    load_adapter,
+    load_base,
+    merge_and_unload,
+    save_adapter,
+)
 from qlora.adapters.files import parameters_by_file_name
 from qlora.adapters.lora import lora_layers
 from qlora.data.batches import collator
@@ -104,6 +113,42 @@ def test_the_first_token_of_a_text_is_not_counted(family, checkpoints, tmp_path)
         sums += torch.tensor([loss.item(), len(ids) - 1])
     wanted = float(sums[0] / sums[1])
     assert conftest.losses(output)[0] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["alone", "flat", "padded", "packing", "seq2seq"])
+def test_neftune_noise_is_that_of_each_row(how, checkpoints, tmp_path, data, monkeypatch):
+    """Its largest values are close to alpha / sqrt(L d) with L tokens of the row, as if it were the
+    only one of its batch (arXiv:2310.05914)."""
+    alpha, compute_loss, shares = 5.0, AdapterTrainer.compute_loss, list[float]()
+
+    def recorded(self: Any, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        def record(module: Any, args: Any, output: Any) -> None:
+            noise = (output - module.weight[args[0]]).detach()  # (B, T, d)
+            masks = inputs.get("attention_mask", torch.ones(noise.shape[:2]))
+            positions = inputs.get("position_ids", torch.arange(noise.shape[1]).expand_as(masks))
+            for values, mask, position in zip(noise, masks, positions, strict=True):
+                starts = (position == 0).nonzero().flatten().tolist()
+                for start, end in pairwise([*starts, int(mask.sum())]):
+                    scale = alpha / ((end - start) * values.shape[-1]) ** 0.5
+                    shares.append(float(values[start:end].abs().max()) / scale)
+
+        source = model.get_encoder() if how == "seq2seq" else model
+        with_noise = source.get_input_embeddings().register_forward_hook(record)
+        try:
+            return compute_loss(self, model, inputs, *rest, **named)
+        finally:
+            with_noise.remove()
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", recorded)
+    settings: Any = {"per_device_train_batch_size": 1 if how == "alone" else 8, "max_steps": 1}
+    settings |= {"data": DataConfig(str(data), max_length=128, packing=how == "packing")}
+    settings |= {"fast_path": how != "padded", "trainer": {"neftune_noise_alpha": alpha}}
+    if how == "seq2seq":
+        settings["task"] = how
+    base = checkpoints("t5" if how == "seq2seq" else "llama")
+    train(quick_config(base, data, tmp_path / "run", **settings))
+    assert len(shares) >= (1 if how == "alone" else 8)
+    assert min(shares) > 0.95 and max(shares) <= 1 + 1e-5
 
 
 @pytest.mark.parametrize("fast", [True, False])
