@@ -205,7 +205,8 @@ def _count_kept(tally: Tally, row: dict[str, Any], task: str) -> None:
 
 
 def split_row(row: dict[str, Any], max_length: int) -> list[dict[str, Any]]:
-    """A row of a causal language model in pieces of at most `max_length` tokens."""
+    """A row of a causal language model in pieces of at most `max_length` tokens: those with loss,
+    or else the first."""
     ids, labels = row["input_ids"], row["labels"]
     if len(ids) <= max_length:
         return [row]
@@ -215,11 +216,12 @@ def split_row(row: dict[str, Any], max_length: int) -> list[dict[str, Any]]:
         part["input_ids"], part["labels"] = ids[start:end], labels[start:end]
         if start:
             part["labels"][0] = NO_LOSS  # the piece before has learned it
-        part["length"], part["piece"] = len(part["input_ids"]), len(pieces)
+        part["length"] = len(part["input_ids"])
         learned = sum(label != NO_LOSS for label in part["labels"])
         part["supervised"] = learned * any(label != NO_LOSS for label in part["labels"][1:])
         pieces.append(part)
-    return pieces
+    pieces = [part for part in pieces if part["supervised"]] or pieces[:1]
+    return [part | {"piece": number} for number, part in enumerate(pieces)]
 
 
 def tables_of(

@@ -69,6 +69,9 @@ def test_long_rows_are_refused_dropped_or_split(tmp_path):
     learned = [i for piece in pieces for i in piece["labels"][1:]]  # each is predicted once
     assert learned == whole[1]["labels"][1:]
     assert stats.supervised_tokens == sum(i != -100 for row in whole for i in row["labels"])
+    asked = {"prompt": "a" * 200, "completion": "b"}  # pieces of it hold the prompt only
+    rows, stats = prepare(tmp_path, [asked, SHORT], **options, long_rows="split")
+    assert (stats.rows, stats.dropped_rows, stats.supervised_tokens) == (2, 0, 4)
 
 
 def test_text_is_learned_whole_and_ended(tmp_path):
