@@ -248,7 +248,7 @@ def require_rows(encoder: Encoder, tally: Tally) -> None:
         raise UserError(
             f"{source}: {tally.unanswered.count} of {count} rows have no answer "
             f"({tally.unanswered}), and no other is learned: each needs a non-empty assistant "
-            "turn, completion or output"
+            "turn, completion, output or text"
         )
     if none_left:
         longest, shortest = tally.largest[0], -tally.largest[1]

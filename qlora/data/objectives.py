@@ -113,7 +113,8 @@ def encode_chat(
     ids in the answers, NO_LOSS elsewhere."""
     chat = chat_of(record, reading)
     if chat is None:
-        ids = text_ids(string_of(record["text"]), tokenizer)
+        text = string_of(record["text"])
+        ids = text_ids(text, tokenizer) if text.strip() else []
         return [_cut_row(ids, ids, max_length)]
     if not learned_turns(chat):
         return [_row([], [], 0, 0)]

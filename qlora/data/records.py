@@ -101,12 +101,13 @@ class Records:
         return (record for _, record in self.numbered())
 
     def numbered(self) -> Iterator[tuple[str, Record]]:
-        """Records, but blank `text`, with their row's number: `3`, or `3 of b.jsonl` of several."""
+        """Records with their row's number: `3`, or `3 of b.jsonl` of several. Blank lines of .txt
+        files are left out; any other blank row is counted where it is encoded."""
         rows = (
             (f"{number} of {part.name}" if len(self.parts) > 1 else str(number), row)
             for part in self.parts
             for number, row in enumerate(part.rows(self.columns), start=1)
-            if self.kind != ("text",) or string_of(row.get("text")).strip()
+            if not (part.file and data_ending(part.file) == ".txt") or row["text"].strip()
         )
         for number, row in islice(rows, self.limit):
             yield number, {column: row.get(column) for column in self.columns}

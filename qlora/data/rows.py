@@ -44,7 +44,7 @@ class DataStats:
     dropped_rows: int  # without a supervised token after the cut, or too long
     cut_tokens: int = 0  # those that were left out of longer rows
     cut_share: float = 0.0  # of all tokens
-    unanswered_rows: int = 0  # dropped, since they have no answer
+    unanswered_rows: int = 0  # dropped, since they have no answer or text
     classes: tuple[str, ...] = ()  # a classifier's names, by their number
     chats: bool = False  # whether the chat template rendered the rows
     lost: Mapping[str, int] = field(
@@ -202,7 +202,7 @@ def notes_on(encoder: Encoder, tally: Tally) -> tuple[str, ...]:
         dropped = f"{tally.dropped.count:,} rows dropped because no answer was left"
         notes.append(f"{name}: {dropped} ({tally.dropped})")
     if tally.unanswered.count:
-        dropped = f"{tally.unanswered.count:,} rows dropped because they have no answer"
+        dropped = f"{tally.unanswered.count:,} rows dropped because they have no answer or text"
         notes.append(f"{name}: {dropped} ({tally.unanswered})")
     return tuple(notes)
 

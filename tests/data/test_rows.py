@@ -88,6 +88,25 @@ def test_text_is_learned_whole_and_ended(tmp_path):
     assert (stats.rows, stats.dropped_rows) == (1, 1)
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet", ".txt"])
+def test_blank_texts_are_counted_but_in_a_txt_file(ending, tmp_path):
+    """Rows 2 and 3, null or white space."""
+    rows, path = [{"text": text} for text in ("one", None, " ", "two")], tmp_path / f"a{ending}"
+    if ending == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif ending == ".jsonl":
+        write_rows(path, rows)
+    else:
+        header = "text,n\n" * (ending == ".csv")
+        comma = "," * (ending == ".csv")
+        path.write_text(header + "".join(f"{row['text'] or ''}{comma}\n" for row in rows))
+    stats = prepare_data(str(path), tiny_tokenizer(), max_length=64)[1]
+    notes = [n for n in stats.notes if n.endswith("have no answer or text (row 2, 3)")]
+    assert (stats.rows, stats.unanswered_rows, len(notes)) == (
+        (2, 0, 0) if ending == ".txt" else (2, 2, 1)
+    )
+
+
 def test_show_example_marks_what_is_learned(tmp_path):
     tokenizer = tiny_tokenizer()
     rows, _ = prepare(tmp_path, [CHAT], tokenizer)
@@ -140,7 +159,7 @@ def test_turns_of_weight_0_have_no_loss(tmp_path):
 def test_rows_without_an_answer_are_dropped_by_number(tmp_path, good, bad):
     rows, stats = prepare(tmp_path, [good, *[bad] * 7, good], tiny_tokenizer())
     assert (len(rows), stats.unanswered_rows) == (2, 7)
-    note = "7 rows dropped because they have no answer (row 2, 3, 4, 5 and 3 more)"
+    note = "7 rows dropped because they have no answer or text (row 2, 3, 4, 5 and 3 more)"
     assert stats.notes[0].endswith(note)
     with pytest.raises(UserError, match=r"2 of 2 rows have no answer \(row 1, 2\), .*: each needs"):
         prepare(tmp_path, [bad, bad], tiny_tokenizer())

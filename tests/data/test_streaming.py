@@ -153,8 +153,14 @@ def test_rows_that_teach_nothing_are_counted_as_they_come(stream, tmp_path, caps
     capsys.readouterr()
     assert len(set(first(rows))) == COUNT and rows.stats.rows == 40
     said = capsys.readouterr().out
-    assert "so far, " in said and "1 rows dropped because they have no answer (row 101)" in said
-    assert "10 rows dropped because they have no answer (row 101, 203, 205, 207 and 6 more)" in said
+    assert (
+        "so far, " in said
+        and "1 rows dropped because they have no answer or text (row 101)" in said
+    )
+    assert (
+        "10 rows dropped because they have no answer or text (row 101, 203, 205, 207 and 6 more)"
+        in said
+    )
     assert said.count("no answer") == 2
     rows = stream(source, shuffle_buffer=1, long_rows="error")
     first(rows)
