@@ -62,6 +62,8 @@ SHARED_ARGUMENTS = (
     "num_train_epochs", "max_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
     "seed", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
 )  # fmt: skip
+# Argument -> the setting that it would replace, and the value with which it does not.
+REPLACING = {"warmup_steps": ("warmup_ratio", None), "eval_strategy": ("eval_steps", "steps")}
 # Arguments of rows that may be read in any order, and by several processes.
 OF_MAPPED_ROWS = (
     "train_sampling_strategy", "dataloader_num_workers", "ignore_data_skip",
@@ -140,6 +142,10 @@ def check_arguments(config: TrainConfig) -> TrainConfig:
     for name in ("adam_epsilon", "neftune_noise_alpha"):  # else the first step fails
         is_positive = typed.get(name) is None or typed[name] > 0
         require(is_positive, f"--trainer.{name} must be above 0, got {typed.get(name)}")
+    for name, (setting, same) in REPLACING.items():
+        given, flag, value = getattr(config, setting), setting.replace("_", "-"), typed.get(name)
+        fault = f"--trainer.{name} {value} would replace --{flag} {given}: give one of them"
+        require(not given or value in (None, same), fault)
     config = replace(config, trainer=typed)
     check_loggers(config)
     training_arguments(config, fp16=False, on_cpu=not torch.cuda.is_available())

@@ -315,6 +315,10 @@ def test_damaged_rows_are_refused_before_a_run_continues(name, line, words, copi
         ({"trainer": {"neftune_noise_alpha": -1}}, ["neftune_noise_alpha must be above 0, got -1"]),
         ({"trainer": {"adam_epsilon": 0.0}}, ["adam_epsilon must be above 0, got 0.0"]),
         ({"trainer": {"warmup_steps": -1}}, ["Trainer refuses these settings", "warmup_steps"]),
+        (
+            {"trainer": {"warmup_steps": 5}, "warmup_ratio": 0.1},
+            ["--trainer.warmup_steps 5 would replace --warmup-ratio 0.1: give one of them"],
+        ),
         ({"offload_activations": True}, ["--offload-activations", "a CUDA GPU", "leave it out"]),
         ({"offload_embedding": True}, ["--offload-embedding", "a CUDA GPU", "leave it out"]),
         ({"report_to": ("trackio",)}, ["--report-to trackio", "pip install trackio"]),
@@ -350,6 +354,7 @@ def test_settings_that_are_refused(settings, words, checkpoints, data, tmp_path,
         ({"load_best_model_at_end": True}, {}, ["by epoch, saving by steps", "--eval-steps N"]),
         ({"load_best_model_at_end": True}, {"eval_steps": 3}, ["N or a multiple of it"]),
         ({"save_strategy": "best", "eval_strategy": "no"}, {}, ["drop eval_strategy no"]),
+        ({"eval_strategy": "epoch"}, {"eval_steps": 3}, ["epoch would replace --eval-steps 3: g"]),
     ],
     ids=str,
 )
