@@ -45,6 +45,7 @@ class Saving(SafeStates):
     args: Any
     model: Any
     state: Any
+    control: Any
     steps: Any
     rows_from: int
     train_dataset: Any
@@ -112,6 +113,12 @@ class Saving(SafeStates):
         folder = Path(str(self.args.output_dir), f"checkpoint-{best}")
         is_there = best and (best == being_written or folder.is_dir())
         return str(folder) if is_there else None
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """Trainer's; the best is saved also between two checkpoints, if it is loaded at the end."""
+        is_best: bool = super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        return is_best
 
     def store_flos(self: Any) -> None:
         """Count operations of this rank, where Trainer waits for all ranks."""

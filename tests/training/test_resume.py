@@ -601,6 +601,19 @@ def test_a_resumed_run_loads_the_best_checkpoint_of_its_folder(checkpoints, tmp_
     assert not (moved / "checkpoint-2").exists()
 
 
+def test_a_best_adapter_between_two_checkpoints_is_saved(checkpoints, tmp_path, data):
+    """Checkpoints are due after steps 3 and 4; the best is that of step 1, also when resumed."""
+    settings: Any = {"early_stopping_patience": 9, "eval_steps": 1, "save_steps": 3}
+    settings |= {"trainer": {"greater_is_better": True}, "save_total_limit": 1}
+    settings["data"] = DataConfig(str(data), str(data), max_length=128)
+    config = quick_config(checkpoints("llama"), data, tmp_path / "run", **settings)
+    for resume in (False, True):
+        folder = train(replace(config, resume=resume))
+        require_same_adapter(folder, folder / "checkpoint-1")
+        assert "| optimizer steps | 1, the best of 4 |" in (folder / "README.md").read_text()
+        shutil.rmtree(folder / "checkpoint-4")
+
+
 def test_a_mixture_with_an_eval_share_is_resumed_on_the_same_rows(checkpoints, data, tmp_path):
     """Also if its files have other places, and the rows of one another order."""
     rows = read_rows(data)
