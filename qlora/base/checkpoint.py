@@ -464,6 +464,13 @@ def kept_in_fp32(model: nn.Module) -> list[str]:
     return [name for name in linear_layers(model) if suffixes and name.endswith(suffixes)]
 
 
+def fp32_names(model: Any, dtype: torch.dtype) -> set[str]:
+    """The parameters and buffers that transformers keeps in fp32 in a model of `dtype`: of some in
+    fp16 and bf16, such as the bias by which GLM-4 chooses experts, of others in fp16 alone."""
+    globs = [re.compile(glob.replace("*", ".*")) for glob in model._get_dtype_plan(dtype)]
+    return {name for name in model.state_dict() if any(glob.search(name) for glob in globs)}
+
+
 def is_skipped(name: str, skip_modules: Iterable[str]) -> bool:
     """Whether one of the names is `name`, a suffix of it, or a module that contains it."""
     return any(f".{skip}." in f".{name}." for skip in skip_modules)

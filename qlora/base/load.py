@@ -37,9 +37,9 @@ from qlora.base.checkpoint import (
     OriginalWeights,
     disk_name,
     disk_names,
+    fp32_names,
     is_skipped,
     kept_dense,
-    kept_in_fp32,
     linear_layers,
     not_as_linear,
     quantized_layers,
@@ -351,7 +351,7 @@ def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Freeze all parameters; `dtype` for those without codes, and for the Linear4bit products."""
     model.requires_grad_(False)
     use_codes_as_stored(model)
-    overflows = kept_in_fp32(model) if dtype == torch.float16 else []
+    in_fp32 = fp32_names(model, dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
@@ -367,8 +367,7 @@ def _freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
         settings.bnb_4bit_quant_storage = torch.uint8
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # a 4-bit checkpoint's norms are loaded as stored
-            needs_fp32 = name.rpartition(".")[0] in overflows
-            values = parameter.data.to(torch.float32 if needs_fp32 else dtype)
+            values = parameter.data.to(torch.float32 if name in in_fp32 else dtype)
             if values.device.type == "cpu" and values.itemsize == 2:
                 # as the file has it, maybe: all pages of the mapped file would stay resident
                 values = values.clone()

@@ -23,6 +23,7 @@ from qlora.base.checkpoint import (
     Checkpoint,
     disk_name,
     disk_names,
+    fp32_names,
     linear_layers,
     quantized_layers,
     skeleton,
@@ -180,6 +181,9 @@ class _Planner:
         self.codec = self._codec()
         plain = "bf16" if config.is_gguf else config.format  # a GGUF file is made of that
         self.out_dtype = self.codec.dtype if self.codec else nf4.DTYPES[plain]
+        names = disk_names(checkpoint, self.model).same
+        in_fp32 = fp32_names(self.model, self.out_dtype)  # by the model's names
+        self.in_fp32 = {place for name, place in names.items() if name in in_fp32}
         # whether these are quantized and dequantized; a 4-bit base already holds the codes
         self.round_trips = config.onto == "nf4" and not checkpoint.is_quantized
         # (in, out) on disk: weights of Conv1D, and of an embedding as a layer from vocab to dim
@@ -390,7 +394,8 @@ class _Planner:
             layout = self.codec.layout(matrix)
             entries = [Entry(f"{name}{suffix}", *tensor) for suffix, tensor in layout.items()]
         else:
-            dtype = self.out_dtype if is_float else header.dtype
+            cast_to = torch.float32 if source in self.in_fp32 else self.out_dtype
+            dtype = cast_to if is_float else header.dtype
             entries = [Entry(name, dtype, matrix[::-1] if transposed else shape)]
         layer = module if module in adapter.pairs else None
         return MergeOp(name, source, tuple(entries), kind, param, layer, transposed, in_4_bits)

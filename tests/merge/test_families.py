@@ -141,3 +141,47 @@ def test_fused_weights_on_disk_are_refused_before_training(tmp_path):
     match = r"weights fused.*self_attn.q_proj \(in .*gqkv_proj.weight\).*Use another model"
     with pytest.raises(UserError, match=match):
         load_base(str(tmp_path / "base"), FP32)
+
+
+MOE = SIZES | {
+    "moe_intermediate_size": 32, "num_experts_per_tok": 2, "num_hidden_layers": 3,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+ROUTED = {  # model type: its own sizes, and the tensors that transformers keeps in fp32
+    "glm4_moe": (
+        {"n_routed_experts": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        "gate.e_score_correction_bias",
+    ),
+    "ernie4_5_moe": ({"moe_num_experts": 8, "moe_k": 2}, "mlp.gate.weight e_score_correction_bias"),
+}
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_what_transformers_keeps_in_fp32_is_not_rounded(kind, tmp_path):
+    """In bf16 the bias of the router's scores makes it choose other experts."""
+    torch.manual_seed(0)
+    sizes, names = ROUTED[kind]
+    config = AutoConfig.for_model(kind, **MOE | sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    kept = [name for name in model.state_dict() if name.endswith(tuple(names.split()))]
+    for name in kept:
+        module, _, leaf = name.rpartition(".")
+        tensor = getattr(model.get_submodule(module), leaf)
+        tensor.data = 7 + torch.randn(tensor.shape)
+    model.save_pretrained(tmp_path / "base")
+    base = Checkpoint(tmp_path / "base")
+    places = [name for name, header in base.tensors.items() if header.dtype == torch.float32]
+    assert len(places) == len(kept) > 0
+    quant = QuantConfig(compute_dtype="bf16", allow_unquantized=True)
+    live = trained(tmp_path / "base", tmp_path / "adapter", quant)
+    state = live.model.state_dict()
+    assert all(torch.equal(state[name], model.state_dict()[name]) for name in kept)
+    for form in ("bf16", "fp16", "nf4", "int4"):
+        calibration = None if "16" in form else "none"
+        run_merge(live.adapter, tmp_path / form, format=form, calibration=calibration)
+        out = Checkpoint(tmp_path / form)
+        assert all(torch.equal(out.read(name), base.read(name)) for name in places), form
+        others = {h.dtype for n, h in out.tensors.items() if n not in places}
+        assert torch.float32 not in others or form == "nf4"  # of absmax
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype="auto").state_dict()
+    assert all(torch.equal(state[name], model.state_dict()[name]) for name in kept)
