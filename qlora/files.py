@@ -39,6 +39,7 @@ INSPECTION = "inspect.html"
 MERGE_REPORT = "merge_report.json"
 MODELFILE = "Modelfile"
 GENERATION = "generation_config.json"
+TEMPLATES = "additional_chat_templates"  # a tokenizer's folder of them
 MOST_BYTES = 64 << 20  # of a JSON file of settings
 MOST_YAML, MOST_NODES = 1 << 20, 100_000  # characters, and values, of a YAML file
 HASH_BYTES = 1 << 25  # read at a time: after each, a thread waits for the interpreter's lock
@@ -228,7 +229,7 @@ def require_inside(folder: Path) -> None:
     places = [folder.resolve()]
     places += [p.parent / "blobs" for p in places[0].parents if p.name == "snapshots"]
     places = [place.resolve() for place in places]
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in (*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*")):
         if path.is_symlink() and not any(map(path.resolve().is_relative_to, places)):
             target = f"{path} is a link to {os.readlink(path)}, which is outside of its folder"
             raise UserError(f"{target}: if you trust it, put a copy in its place")

@@ -148,10 +148,13 @@ def test_links_out_of_a_folder_are_refused_and_those_of_the_hubs_cache_followed(
         (base, load_tokenizer),
         (adapter, read_adapter),
     ):
-        (folder / "vocab.json").unlink(missing_ok=True)
-        (folder / "vocab.json").symlink_to(secret)
-        with refuses(folder, f"vocab.json is a link to {secret}, which is outside of its folder"):
-            read(folder)
+        for name in ("additional_chat_templates/tool.jinja", "vocab.json"):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).symlink_to(secret)
+            with refuses(folder, f"{name} is a link to {secret}, which is outside of its folder"):
+                read(folder)
+            (folder / name).unlink()
 
 
 def test_sizes_are_checked_before_memory_is_taken(base):

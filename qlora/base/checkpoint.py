@@ -42,8 +42,12 @@ from qlora.errors import UserError, first_line, require
 from qlora.files import publishing, read_json, read_stop_ids, require_inside
 from qlora.ops.nf4 import RECORD_MARK
 
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
-HUB_COPIES = ["*/*", "consolidated*"]  # of the same weights
+HUB_FILES = [
+    "*.safetensors", "*.json", "*.model", "*.spm", "*.codes", "*.tiktoken", "*.txt", "*.py",
+    "*.jinja",
+]  # fmt: skip
+# in folders are copies of the same weights, or chat templates
+HUB_COPIES = [*(f"*/{name}" for name in HUB_FILES[:-1]), "consolidated*"]
 # RoBERTa and related models number positions from the pad token's id + 1.
 POSITIONS_AFTER_PAD = (
     "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta",

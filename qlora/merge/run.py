@@ -37,6 +37,7 @@ from qlora.errors import UserError, some
 from qlora.files import (
     GENERATION,
     RUN,
+    TEMPLATES,
     publishing,
     read_run_file,
     read_stop_ids,
@@ -51,10 +52,15 @@ from qlora.merge.stops import allows_stops, generation_settings
 from qlora.merge.streams import Calibration
 from qlora.ops import nf4
 
+# by the names of all tokenizers of transformers; no other JSON, as a base may have a record of its
+# quantization, and no pickles
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "*token*.json", "*vocab*.json", "tekken.json", "vocab*.txt", "dict.txt", "merges.txt",
+    "*.model", "*.spm", "*.tiktoken", "*.codes", "chat_template.json", "*.jinja",
+    f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
+# of the base, as training saves none: also the processors' of images, video and audio
+BASE_FILES = ("*processor_config.json", GENERATION, "*.py")
 
 
 def merge(config: MergeConfig) -> Path:
@@ -310,11 +316,12 @@ def _write_settings(job: _Job, folder: Path) -> None:
         values["quantization_config"] = plan.codec.settings(plan.dense, plan.dense_on_disk)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    files = [job.tokenizer_folder / name for name in TOKENIZER_FILES]
-    files += [checkpoint.folder / GENERATION, *checkpoint.folder.glob("*.py")]
-    for file in files:
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    kept = ((job.tokenizer_folder, TOKENIZER_FILES), (checkpoint.folder, BASE_FILES))
+    for source, patterns in kept:
+        for file in (f for pattern in patterns for f in source.glob(pattern) if f.is_file()):
+            place = folder / file.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
     if job.generation:
         text = json.dumps(job.generation, indent=2) + "\n"
         (folder / GENERATION).write_text(text, encoding="utf-8")

@@ -6,12 +6,20 @@ import shutil
 import pytest
 import torch
 from conftest import CONFIGS, axis, tiny_model
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Model
 
 from qlora import QuantConfig, UserError, load_base
 from qlora.base import Checkpoint, resolve
-from qlora.base.checkpoint import disk_name, is_skipped, quantized_layers, skeleton
+from qlora.base.checkpoint import (
+    HUB_COPIES,
+    HUB_FILES,
+    disk_name,
+    is_skipped,
+    quantized_layers,
+    skeleton,
+)
 from qlora.base.shards import INDEX, SINGLE
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -35,6 +43,14 @@ def test_folders_resolve_to_themselves_also_from_home(checkpoints, sharded, monk
         assert resolve(str(folder)) == folder
     monkeypatch.setenv("HOME", str(checkpoints("llama").parent))
     assert resolve("~/llama") == checkpoints("llama")
+
+
+def test_hub_files_are_all_that_a_tokenizer_needs_and_no_copies_of_weights():
+    needed = ["model.safetensors", "config.json", "spiece.model", "source.spm", "bpe.codes"]
+    needed += ["vocab.txt", "a.tiktoken", "additional_chat_templates/a.jinja", "a.jinja"]
+    copies = ["original/model.safetensors", "onnx/config.json", "pytorch_model.bin", "README.md"]
+    patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_COPIES}
+    assert [*filter_repo_objects(needed + copies, **patterns)] == needed
 
 
 def test_models_that_cannot_be_resolved(copy, monkeypatch, tmp_path):

@@ -132,6 +132,40 @@ def test_all_files_of_the_output(checkpoints, trained_on, tmp_path):
     assert [p for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
+def test_tokenizers_and_processors_of_every_kind_are_copied_and_nothing_else(
+    checkpoints, trained_on, tmp_path
+):
+    """Without its vocabulary a tokenizer of transformers opens, and gives <unk> for all words."""
+    base, adapter = (tmp_path / name for name in ("base", "adapter"))
+    shutil.copytree(checkpoints("llama"), base)
+    shutil.copytree(trained_on("llama").adapter, adapter)
+    own = """spiece.model sentencepiece.bpe.model spm.model source.spm target.spm vocab.txt
+        vocab.json merges.txt bpe.codes tekken.json qwen.tiktoken added_tokens.json
+        special_tokens_map.json additional_chat_templates/tool_use.jinja chat_template.json"""
+    of_base = "preprocessor_config.json processor_config.json video_preprocessor_config.json"
+    others = """run.yaml metrics.jsonl samples.jsonl README.md LICENSE.txt loss.png
+        training_args.bin trainer_state.json hf_quant_config.json onnx/tokenizer.json tokenizer.pkl
+        pytorch_model.bin.index.json merge_report.json optimizer.pt checkpoint-1/tokenizer.json"""
+    (base / "modeling.model").mkdir()
+    (wanted := {*own.split()}).update(of_base.split())
+    for has_tokenizer in (False, True):
+        source = adapter if has_tokenizer else base
+        for folder, names in ((source, own), (base, of_base), (base, others), (adapter, others)):
+            for name in names.split():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(f"{{}}{folder.name}")
+        if has_tokenizer:
+            tiny_tokenizer().save_pretrained(adapter)
+        out = tmp_path / f"out {has_tokenizer}"
+        run_merge(adapter, out, base_model=str(base))
+        found = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+        assert wanted == found & {*own.split(), *of_base.split(), *others.split()} - {
+            "README.md", "merge_report.json",
+        }  # fmt: skip
+        for name in own.split():
+            assert (out / name).read_bytes() == (source / name).read_bytes(), name
+
+
 def test_a_base_that_is_already_4_bit(checkpoints, tmp_path):
     """Its dense layers were not quantized in training and are not in the merge."""
     skip, base = QuantConfig(compute_dtype="fp32", skip_modules=("o_proj",)), tmp_path / "base"
