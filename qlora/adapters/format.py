@@ -397,6 +397,13 @@ def require_same_base(adapter: AdapterFile, fingerprint: str | None, what: str) 
         )
 
 
+def _base_of(adapter: AdapterFile) -> str:
+    """The base that adapter_config.json names, with its revision; an existing path in full."""
+    path = Path(name := adapter.base_model or "an unnamed base").expanduser()
+    name = str(path.resolve()) if path.exists() else name
+    return f"{name} ({adapter.revision})" if adapter.revision else name
+
+
 def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
     """Raise if a 4-bit base was quantized differently from the one in training."""
     if not checkpoint.is_quantized:
@@ -418,9 +425,13 @@ def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:
         require(stored == trained, f"{checkpoint.folder} is {was}: {fix}")
 
 
-def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> AdapterFile:
+def combine(
+    adapters: Sequence[AdapterFile], weights: Sequence[float], *, base_model: str | None = None
+) -> AdapterFile:
     """One adapter whose change is exactly the weighted sum of theirs, of w * scaling * B A.
 
+    Args:
+        base_model: the base that the user has given for all of them.
     Raises:
         UserError: they were trained on different bases, or hold more than A and B.
     """
@@ -444,6 +455,11 @@ def combine(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Adapte
         bases = "trained on different or differently quantized bases: merge them apart"
         is_same = (adapter.base, adapter.fan_in_fan_out) == (first.base, first.fan_in_fan_out)
         require(is_same, f"{adapter.folder} and {first.folder} were {bases}")
+        names = [_base_of(one) for one in (adapter, first)]
+        is_known = base_model is not None or first.base.get("fingerprint")
+        trained = f"{adapter.folder} was trained on {names[0]} and {first.folder} on {names[1]}"
+        fix = "merge them apart, or give the base of both as --base-model"
+        require(bool(is_known) or names[0] == names[1], f"{trained}: {fix}")
     pairs = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.pairs):
         weighted = zip(adapters, weights, strict=True)

@@ -112,8 +112,8 @@ class _Job:
     plan: Plan
     tokenizer_folder: Path
     generation: dict[str, Any]  # generation_config.json; empty: the base's, if it has one
-    verifier: Any  # a measure.Verifier, or None
-    calibration: Calibration | None
+    verifier: Any = None  # a measure.Verifier
+    calibration: Calibration | None = None
 
 
 # ---- plan and check ----
@@ -124,7 +124,8 @@ def prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
 
     With `base_only`, the adapter tells how the base was quantized, and changes nothing.
     """
-    adapter = combine([read_adapter(a) for a in config.adapters], [*config.adapters.values()])
+    adapters, weights = map(read_adapter, config.adapters), config.adapters.values()
+    adapter = combine([*adapters], [*weights], base_model=config.base_model)
     if base_only:
         adapter = replace(adapter, targets=(), **vars(Contents(pairs={})))
     base_model = config.base_model or adapter.base_model
@@ -160,8 +161,7 @@ def prepare(config: MergeConfig, *, base_only: bool = False) -> _Job:
     running["in_4_bits"] = config.trained_on == "nf4"
     reading: Any = {"vocabulary": plan.config_changes.get("vocab_size", checkpoint.vocab_size)}
     verifier = calibration = None
-    known = config, adapter, base_model, checkpoint, plan, tokenizer_folder, generation
-    job = _Job(*known, verifier, calibration)
+    job = _Job(config, adapter, base_model, checkpoint, plan, tokenizer_folder, generation)
     if config.is_gguf:  # before calibration, which takes long
         with TemporaryDirectory() as folder:
             _write_settings(job, Path(folder))

@@ -119,6 +119,29 @@ def test_several_adapters_add_up_with_their_weights(adapter_build, checkpoints, 
         combine([one, two], [1, 1])
 
 
+def test_a_sum_of_adapters_of_different_bases_is_refused_without_fingerprints(
+    adapter_build, tmp_path
+):
+    """PEFT's files name the base, and no more. Paths of one folder are the same."""
+    one = adapter_build("q_proj alone").peft_folder
+    two = shutil.copytree(one, tmp_path / "two")
+    folders, base = (str(one), str(two)), Path(read_adapter(one).base_model)
+    edit(two, lambda tensors: tensors, base_model_name_or_path=f"{base.parent}/./{base.name}/")
+    run_merge(folders, tmp_path / "same")
+    other = shutil.copytree(base, tmp_path / "other")
+    for name, revision in (
+        (str(other), None),
+        ("someone/model", None),
+        (str(base), "v2"),
+        ("", ""),
+    ):
+        edit(two, lambda tensors: tensors, base_model_name_or_path=name, revision=revision)
+        shown = f"{name or 'an unnamed base'}{' .v2.' * bool(revision)}"
+        match = f"two was trained on {shown} and .* on {base}: merge them apart, or .*--base-model"
+        refused(folders, tmp_path / "out", match)
+    run_merge(folders, tmp_path / "given", base_model=str(base))
+
+
 # ---- files that do not fit ----
 
 
