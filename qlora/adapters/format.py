@@ -160,7 +160,6 @@ class AdapterFile(Contents):
     config: LoraConfig
     base_model: str | None
     revision: str | None = None
-    fan_in_fan_out: bool = False
     targets: tuple[str, ...] = ()
     """suffixes of the names of all layers with A and B, where the config lists them"""
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -274,7 +273,6 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         config=config,
         base_model=_base_model(values, folder),
         revision=values.get("revision"),
-        fan_in_fan_out=bool(values.get("fan_in_fan_out")),
         targets=tuple(targets),
         tensors=tensors,
         subtracted=_subtracted(base.pop("rebased", {}), contents.pairs, folder),
@@ -453,8 +451,7 @@ def combine(
         is_alone = len(adapters) == 1 or not adapter.subtracted
         require(is_alone, f"{adapter.folder} was trained over {changed}")
         bases = "trained on different or differently quantized bases: merge them apart"
-        is_same = (adapter.base, adapter.fan_in_fan_out) == (first.base, first.fan_in_fan_out)
-        require(is_same, f"{adapter.folder} and {first.folder} were {bases}")
+        require(adapter.base == first.base, f"{adapter.folder} and {first.folder} were {bases}")
         names = [_base_of(one) for one in (adapter, first)]
         is_known = base_model is not None or first.base.get("fingerprint")
         trained = f"{adapter.folder} was trained on {names[0]} and {first.folder} on {names[1]}"

@@ -187,7 +187,8 @@ class _Planner:
         # whether these are quantized and dequantized; a 4-bit base already holds the codes
         self.round_trips = config.onto == "nf4" and not checkpoint.is_quantized
         # (in, out) on disk: weights of Conv1D, and of an embedding as a layer from vocab to dim
-        pairs = {m: m in adapter.embeddings or adapter.fan_in_fan_out for m in adapter.pairs}
+        conv1d = {name for name, module in self.model.named_modules() if was_conv1d(module)}
+        pairs = {m: m in adapter.embeddings or m in conv1d for m in adapter.pairs}
         self.transposed = pairs | is_conv1d
 
         # 4-bit weight of the checkpoint -> quant_type, blocksize, shape (out, in), and more

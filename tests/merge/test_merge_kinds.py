@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from adapter_kinds import ADAPTER_KINDS, FP32_OR_16_BITS, logits
 from conftest import FP32, VOCAB, axis
 from merging import merged, refused, report_of, require_logits, run_merge, trained
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qlora import UserError, load_adapter, load_base
 from qlora.adapters.format import combine, read_adapter
@@ -89,6 +91,23 @@ def test_a_vocabulary_grown_on_the_original_weights(adapter_build, tmp_path):
 def test_parameters_of_experts_are_refused(adapter_build, tmp_path):
     match = r"changes model\.layers\.0\.mlp\.experts.*merge_and_unload"
     refused(adapter_build("experts").folder, tmp_path / "out", match)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of the tied head, and of Conv1D
+def test_conv1d_and_linear_layers_in_one_adapter(tied, checkpoints, tmp_path):
+    """GPT-2's layers are (in, out) on disk, its head is (out, in)."""
+    base = checkpoints("gpt2", tied)
+    live = trained(base, tmp_path / "adapter", target_modules=("c_attn", "lm_head"))
+    run_merge(live.adapter, tmp_path / "out", format="fp32")
+    require_logits(tmp_path / "out", logits(live.model))
+    run_merge(live.adapter, tmp_path / "nf4", format="nf4", calibration="none")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "lm_head"], init_lora_weights=False)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path / "peft")
+    run_merge(tmp_path / "peft", tmp_path / "of peft", format="fp32", trained_on="16bit")
+    require_logits(tmp_path / "of peft", logits(theirs))
 
 
 # ---- several at once ----
