@@ -347,9 +347,10 @@ def raise_faults(what: str, faults: Iterable[str], *, fix: str) -> None:
 
 
 def _subtracted(
-    ranks: Mapping[str, int], pairs: Mapping[str, Factors], folder: Path
+    ranks: Mapping[str, int], pairs: dict[str, Factors], folder: Path
 ) -> dict[str, Factors]:
-    """A' and B' of each layer, from its pair: A (r, in) stacked on A', B (out, r) beside -B'."""
+    """A' and B' of each layer, from its pair: A (r, in) stacked on A', B (out, r) beside -B'; the
+    pair is cut to these."""
     faults = [
         f"{name} must have {2 * r} ranks, of which {r} subtract its A' and B' (metadata)"
         for name, r in ranks.items()
@@ -361,6 +362,8 @@ def _subtracted(
     for name, r in ranks.items():
         lora_A, lora_B, scaling, _ = pairs[name]
         subtracted[name] = Factors(lora_A[r : 2 * r], -lora_B[:, r : 2 * r], scaling)
+        # a portable adapter has zeros behind them
+        pairs[name] = Factors(lora_A[: 2 * r], lora_B[:, : 2 * r], scaling)
     return subtracted
 
 
@@ -369,14 +372,15 @@ def without_rebase(adapter: AdapterFile) -> AdapterFile:
     if not adapter.subtracted:
         return adapter
     pairs, tensors = dict(adapter.pairs), dict(adapter.tensors)
-    ranks = {name: len(factors.lora_A) for name, factors in adapter.subtracted.items()}
-    for name, r in ranks.items():
+    ranks = {}
+    for name, part in adapter.subtracted.items():
         lora_A, lora_B, scaling, _ = pairs[name]
+        ranks[name] = r = len(lora_A) - len(part.lora_A)
         pairs[name] = Factors(lora_A[:r], lora_B[:, :r], scaling)  # (r, in), (out, r)
         for side, trained in zip("AB", pairs[name][:2], strict=True):
             tensors[f"{PREFIX}{name}.lora_{side}.weight"] = trained
     config = adapter.config.with_ranks(0.5)
-    if any(config.of(name).r != r for name, r in ranks.items()):  # padded, in a portable adapter
+    if any(config.of(name).r != r for name, r in ranks.items()):  # of a portable one, or a sum
         config = config.with_ranks_of(ranks)
     return replace(adapter, pairs=pairs, tensors=tensors, config=config)
 
@@ -464,6 +468,9 @@ def combine(
         shapes = {factors.shape for factors, _ in parts}
         require(len(shapes) == 1, f"{name} must have one shape in these adapters, got {shapes}")
         pairs[name] = Factors.cat(parts)
+    own, weight = without_rebase(first).pairs, weights[0]
+    for name, part in first.subtracted.items():  # w B A + (1 - w) B' A' over the changed base
+        pairs[name] = Factors.cat([(own[name], weight), (part, 1 - weight), (part, -1)])
     embeddings = frozenset().union(*(adapter.embeddings for adapter in adapters))
     stop_ids = frozenset().union(*(adapter.stop_ids for adapter in adapters))
     return replace(first, pairs=pairs, embeddings=embeddings, tensors={}, stop_ids=stop_ids)

@@ -14,8 +14,9 @@ from merging import merged, refused, report_of, require_logits, run_merge, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora import UserError, load_adapter, load_base
+from qlora import UserError, disable_adapter, load_adapter, load_base
 from qlora.adapters.format import combine, read_adapter
+from qlora.adapters.live import load_live
 from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import Checkpoint
 
@@ -136,6 +137,25 @@ def test_several_adapters_add_up_with_their_weights(adapter_build, checkpoints, 
     two.base["blocksize"] = 128
     with pytest.raises(UserError, match="different or differently quantized bases"):
         combine([one, two], [1, 1])
+
+
+LOFTQ = {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}}
+
+
+@pytest.mark.parametrize(
+    "init", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, LOFTQ], ids=str
+)
+def test_a_weight_on_an_adapter_of_a_changed_base(init, checkpoints, tmp_path):
+    """The model that --verify and calibration load computes the merged function."""
+    base = checkpoints("llama")
+    model, folder = trained(base, tmp_path / "adapter", rank_pattern={"v_proj": 2}, **init)
+    for weight in (0.5, -1.0):
+        live = load_live(str(base), combine([read_adapter(folder)], [weight]), quant=FP32)
+        run_merge(folder, tmp_path / f"{weight}", weights=(weight,), format="fp32")
+        require_logits(tmp_path / f"{weight}", logits(live))
+    none = load_live(str(base), combine([read_adapter(folder)], [0]), quant=FP32)
+    with disable_adapter(model):
+        torch.testing.assert_close(logits(none), logits(model), atol=1e-5, rtol=1e-5)  # fp32
 
 
 def test_a_sum_of_adapters_of_different_bases_is_refused_without_fingerprints(
