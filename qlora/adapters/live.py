@@ -25,9 +25,10 @@ from qlora.adapters.format import (
     require_same_base,
     require_same_codes,
 )
-from qlora.base.checkpoint import Checkpoint, skeleton
+from qlora.base.checkpoint import Checkpoint, quantized_layers, skeleton
 from qlora.base.load import (
     DTYPE_NAMES,
+    bnb_layers,
     compute_dtype,
     default_device,
     load_base,
@@ -37,6 +38,7 @@ from qlora.base.load import (
 from qlora.config import ModelChoice, QuantConfig
 from qlora.config.tasks import TASKS, task_named
 from qlora.errors import UserError, require
+from qlora.ops import nf4
 
 
 def load_live(
@@ -61,11 +63,22 @@ def load_live(
 def load_plain(
     base: str | Checkpoint, adapter: AdapterFile, quant: QuantConfig, in_4_bits: bool, **known: Any
 ) -> PreTrainedModel:
-    """The base alone, for the adapter's task; `known`: device and trust_remote_code."""
-    if in_4_bits:
-        return load_base(base, quant, task=adapter.task, labels=adapter.labels, **known)
+    """The base alone, for the adapter's task; `known`: device and trust_remote_code. PEFT's are of
+    a base that transformers has quantized (`bnb_layers`)."""
     checkpoint = Checkpoint.open(base) if isinstance(base, str) else base
-    return load_dense(checkpoint, quant, task=adapter.task, **known)
+    if not in_4_bits:
+        return load_dense(checkpoint, quant, task=adapter.task, **known)
+    labels, others, theirs = adapter.labels, list[str](), list[str]()
+    if not (adapter.knows_quantization or checkpoint.is_quantized):
+        of_code = {"labels": labels, "trust_remote_code": known.get("trust_remote_code", False)}
+        empty = skeleton(checkpoint.folder, task=task_named(adapter.task), **of_code)
+        ours, bnb = quantized_layers(empty, quant), bnb_layers(empty)
+        others, theirs = [n for n in ours if n not in bnb], [n for n in bnb if n not in ours]
+    skipping = replace(quant, skip_modules=(*quant.skip_modules, *others))
+    model = load_base(checkpoint, skipping, task=adapter.task, labels=labels, **known)
+    for weight in (model.get_parameter(f"{name}.weight") for name in theirs):
+        weight.data = nf4.round_trip(weight, quant).to(weight)  # whose codes no model could read
+    return model
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as REPLACED
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -56,6 +57,7 @@ from qlora.base.modules import (
     state_of,
     task_of,
     use_codes_as_stored,
+    was_conv1d,
 )
 from qlora.config import QuantConfig
 from qlora.config.tasks import task_named
@@ -275,6 +277,18 @@ def _quantization(
         skipped = [*(entries.get("llm_int8_skip_modules") or []), *in_full]
         config.quantization_config = {**entries, "llm_int8_skip_modules": skipped}
     return replace(stored, skip_modules=tuple(in_full)), None
+
+
+def bnb_layers(model: Any) -> dict[str, bool]:
+    """The layers that transformers' BitsAndBytesConfig quantizes by default, as training with PEFT
+    does -> whether the weight is (in, out) on disk. Unlike `quantized_layers`, also those whose
+    weights the model reads itself, as Bloom's `dense`, and none of its own classes, as Falcon's."""
+    skip = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return {
+        name: was_conv1d(layer)
+        for name, layer in linear_layers(model).items()
+        if (type(layer) is nn.Linear or was_conv1d(layer)) and should_convert_module(name, skip)
+    }
 
 
 def require_unquantized(checkpoint: Checkpoint) -> None:

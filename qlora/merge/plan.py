@@ -29,7 +29,7 @@ from qlora.base.checkpoint import (
     skeleton,
     tied_on_disk,
 )
-from qlora.base.load import require_plain_layers, require_unquantized
+from qlora.base.load import bnb_layers, require_plain_layers, require_unquantized
 from qlora.base.modules import (
     can_untie,
     followers,
@@ -150,7 +150,8 @@ def plan_merge(checkpoint: Checkpoint, adapter: AdapterFile, config: MergeConfig
     planner = _Planner(checkpoint, adapter, config)
     if planner.codec:
         what = f"--format {config.format}"
-        require_plain_layers(planner.model, planner.quantized, what, "use --format bf16")
+        fit = quantized_layers(planner.model, adapter.quantization)
+        require_plain_layers(planner.model, fit, what, "use --format bf16")
     return planner.plan()
 
 
@@ -175,9 +176,11 @@ class _Planner:
         tied = {name for group in self.tied for name in group}
         rows = {name: len(self.model.get_parameter(f"{name}.weight")) for name in tied}
         self.adapter = adapter = with_tied(adapter, rows, self.tied)
-        is_conv1d = quantized_layers(self.model, self.quant)  # of layers that training quantized
+        fit = quantized_layers(self.model, self.quant)
+        # of layers that training quantized, PEFT's by transformers
+        is_conv1d = fit if adapter.knows_quantization else bnb_layers(self.model)
         self.quantized = {m for m in is_conv1d if f"{m}.weight" not in adapter.full_params}
-        self.in_16_bits: set[str] = set()  # those of them that the codec cannot hold
+        self.in_16_bits = self.quantized - fit.keys()  # those of them that the codec cannot hold
         self.codec = self._codec()
         plain = "bf16" if config.is_gguf else config.format  # a GGUF file is made of that
         self.out_dtype = self.codec.dtype if self.codec else nf4.DTYPES[plain]
@@ -254,7 +257,8 @@ class _Planner:
             return NF4Codec(out_quant, nf4.DTYPES[half])
         if config.format != "int4":
             return None
-        layers = {n: layer for n, layer in linear_layers(model).items() if n in self.quantized}
+        in_4_bits = self.quantized - self.in_16_bits
+        layers = {n: layer for n, layer in linear_layers(model).items() if n in in_4_bits}
         columns = {name: matrix_shape(layer)[1] for name, layer in layers.items()}
         fault = "--format int4 needs nn.Linear layers of"
         size = None if any(map(was_conv1d, layers.values())) else int4.group_size(columns.values())

@@ -1,5 +1,6 @@
 """Families whose modules or files differ from Llama's: loaded, trained, merged, against live."""
 
+import peft
 import pytest
 import torch
 from adapter_kinds import logits
@@ -9,13 +10,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     HrmTextConfig,
 )
 
 from qlora import QuantConfig, UserError, load_base
+from qlora.adapters.format import read_adapter
+from qlora.adapters.live import load_live
 from qlora.adapters.lora import lora_layers
 from qlora.base.checkpoint import Checkpoint
-from qlora.base.modules import is_quantized
+from qlora.base.modules import is_quantized, use_codes_as_stored
 
 FP32 = QuantConfig(compute_dtype="fp32", allow_unquantized=True)  # fused experts
 SIZES = {
@@ -34,6 +38,10 @@ FAMILIES = {
     "falcon": (
         {**MAMBA, "num_attention_heads": 4}, "",
         "query_key_value dense dense_h_to_4h dense_4h_to_h",
+    ),
+    "bloom": (
+        {**MAMBA, "n_layer": 2, "n_head": 4}, "dense dense_4h_to_h",
+        "query_key_value dense_h_to_4h",
     ),
     "llama4_text": (
         SIZES | EXPERTS | {"intermediate_size_mlp": 128, "interleave_moe_layer_step": 2}, "router",
@@ -105,6 +113,36 @@ def test_4_bits_that_transformers_does_not_open_are_refused(base, tmp_path):
     load_base(str(base("falcon")), FP32).save_pretrained(tmp_path / "4 bits")  # as transformers 4
     with pytest.raises(UserError, match=r"no 4-bit FalconLinear.*: give its 16-bit model"):
         load_base(str(tmp_path / "4 bits"), FP32)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "falcon", "nemotron_h"])
+def test_an_adapter_of_peft_is_merged_onto_what_transformers_quantized(kind, base, tmp_path):
+    """Its files do not tell. That is Bloom's dense and Nemotron-H's out_proj, whose weights these
+    models read themselves, and nothing of Falcon, whose linear layers are a class of its own."""
+    folder = base(kind)
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **settings)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quant, dtype=torch.float32
+    )
+    names = [*FAMILIES[kind][2].split(), *(["dense"] if kind == "bloom" else [])]
+    config = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    use_codes_as_stored(theirs)
+    run_merge(tmp_path / "adapter", tmp_path / "out", format="fp32")
+    require_logits(tmp_path / "out", logits(theirs))
+    live = load_live(str(folder), read_adapter(tmp_path / "adapter"), quant=FP32)
+    torch.testing.assert_close(logits(live), logits(theirs), atol=1e-5, rtol=1e-5)  # fp32
+    if kind == "falcon":
+        match = "no 4-bit FalconLinear"
+        refused(tmp_path / "adapter", tmp_path / "nf4", match, format="nf4")
+        return
+    run_merge(tmp_path / "adapter", tmp_path / "nf4", format="nf4", calibration="none")
+    again = load_base(str(tmp_path / "nf4"), FP32)
+    assert {is_quantized(m) for n, m in again.named_modules() if n.endswith("out_proj")} <= {False}
+    change = logits(again) - logits(theirs)
+    assert change.norm() < 0.5 * logits(theirs).norm()
 
 
 @pytest.mark.parametrize("kind", RENAMED)
