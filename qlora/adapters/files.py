@@ -37,6 +37,7 @@ from qlora.adapters.format import (
     peft_values,
     raise_faults,
     read_adapter,
+    require_fused_experts,
     require_one_size,
     require_same_base,
     with_tied,
@@ -330,6 +331,7 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
     if state.labels and adapter.labels and state.labels != adapter.labels:
         ours, theirs = ", ".join(state.labels), ", ".join(adapter.labels)
         faults.append(f"its labels are {theirs}, those of the model {ours}")
+    require_fused_experts(adapter, modules)
     faults += _misfits(modules, adapter)
     faults += adapter.missing(name for name, layer in modules.items() if lora_class(layer))
     what = f"adapter {adapter.folder} does not fit this model"

@@ -9,6 +9,7 @@ named in one error, where PEFT warns or ignores it (qlora.adapters.tensors). Pic
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from qlora.config import LoraConfig, QuantConfig
 from qlora.config.lora import REBASING_INITS
 from qlora.config.tasks import task_typed
 from qlora.config.types import require_types
-from qlora.errors import UserError, require
+from qlora.errors import UserError, require, some
 from qlora.files import read_json, read_stop_ids, require_inside
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -404,6 +405,17 @@ def _base_of(adapter: AdapterFile) -> str:
     path = Path(name := adapter.base_model or "an unnamed base").expanduser()
     name = str(path.resolve()) if path.exists() else name
     return f"{name} ({adapter.revision})" if adapter.revision else name
+
+
+def require_fused_experts(adapter: AdapterFile, modules: Iterable[str]) -> None:
+    """Raise for A and B of single experts, as of transformers 4, if the model has them fused."""
+    single, modules = re.compile(r"\.experts\.\d+(\.|$)"), [*modules]
+    parts = [name for name in adapter.pairs if single.search(name)]
+    fused = any(m.endswith(".experts") for m in modules) and not any(map(single.search, modules))
+    whose = f"adapter {adapter.folder} is for single experts ({some(parts)})"
+    why = "transformers 5 has those of a layer fused, as one module"
+    fix = "PEFT's PeftModel.from_pretrained converts it: then merge_and_unload and save_pretrained"
+    require(not (parts and fused), f"{whose}; {why}. {fix}")
 
 
 def require_same_codes(checkpoint: Checkpoint, adapter: AdapterFile) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from qlora.adapters.format import (
     AdapterFile,
     raise_faults,
+    require_fused_experts,
     require_one_size,
     require_same_base,
     require_same_codes,
@@ -216,6 +217,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         checkpoint, adapter, model = self.checkpoint, self.adapter, self.model
+        require_fused_experts(adapter, dict(model.named_modules()))
         self._follow()
         for group in self.tied:
             self._tie_or_untie([f"{module}.weight" for module in group])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,26 @@ def test_conv1d_and_linear_layers_in_one_adapter(tied, checkpoints, tmp_path):
     theirs.save_pretrained(tmp_path / "peft")
     run_merge(tmp_path / "peft", tmp_path / "of peft", format="fp32", trained_on="16bit")
     require_logits(tmp_path / "of peft", logits(theirs))
+
+
+def test_adapters_of_single_experts_are_refused_with_what_opens_them(checkpoints, tmp_path):
+    """As PEFT saved them with transformers 4: the checkpoint has the layers, the model has none."""
+    base, experts = (
+        checkpoints("mixtral"),
+        "base_model.model.model.layers.0.block_sparse_moe.experts",
+    )
+    adapter = trained(base, tmp_path / "adapter", target_modules=("q_proj",)).adapter
+    shapes = {"lora_A": (4, 64), "lora_B": (128, 4)}
+    more = {f"{experts}.2.w1.{leaf}.weight": torch.ones(shape) for leaf, shape in shapes.items()}
+    edit(adapter, lambda tensors: tensors | more)
+    match = r"single experts \(.*experts\.2\.w1\); transformers 5 has .* fused.*PeftModel"
+    refused(adapter, tmp_path / "out", match)
+    with pytest.raises(UserError, match=match):
+        load_adapter(load_base(str(base), replace(FP32, allow_unquantized=True)), adapter)
+    # a dense model has no experts at all
+    edit(plain := shutil.copytree(adapter, tmp_path / "plain"), dict)
+    match = r"experts\.2\.w1\.weight is not in the checkpoint"
+    refused(plain, tmp_path / "out", match, base_model=str(checkpoints("llama", False)))
 
 
 # ---- several at once ----
