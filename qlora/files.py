@@ -42,6 +42,7 @@ GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"  # a tokenizer's folder of them
 MOST_BYTES = 64 << 20  # of a JSON file of settings
 MOST_YAML, MOST_NODES = 1 << 20, 100_000  # characters, and values, of a YAML file
+MOST_NAME, MOST_PATH = 225, 3_700  # of 255 and 4,096 bytes: names beside and in a folder add some
 HASH_BYTES = 1 << 25  # read at a time: after each, a thread waits for the interpreter's lock
 LARGE_BYTES = 1 << 20  # of a file that is hashed beside the imports
 _hashes: dict[tuple[str, int, int], str] = {}  # of (path, size, time of change)
@@ -451,8 +452,19 @@ def _holds_files(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
+def require_short(folder: Path) -> None:
+    """Refuse the name of a new folder that no file system holds, with what is beside and in it."""
+    path = folder.absolute()
+    place = next(p for p in (*path.parents, path) if os.path.lexists(p))
+    longest = max(len(os.fsencode(name)) for name in (*path.relative_to(place).parts, ""))
+    if longest > MOST_NAME or len(os.fsencode(path)) > MOST_PATH:
+        fault = f"its name has more than {MOST_NAME} bytes, or its path more than {MOST_PATH:,}"
+        raise UserError(f"{str(folder)[:80]}... cannot be created: {fault}: give a shorter one")
+
+
 def require_new(folder: Path) -> None:
     """Refuse a folder that is not empty, or that cannot be created or written to."""
+    require_short(folder)
     path = folder.absolute()
     place = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not place.exists():

@@ -18,7 +18,7 @@ from transformers.integrations import integration_utils as loggers
 from qlora.config import TrainConfig
 from qlora.errors import UserError, did_you_mean, first_line, require
 from qlora.fast.offload import require_gpu
-from qlora.files import RUN, read_metrics, read_samples, require_new
+from qlora.files import RUN, read_metrics, read_samples, require_new, require_short
 from qlora.training import ranks
 from qlora.training.checkpoints import complete_checkpoints
 from qlora.training.outputs import checkpoint_to_resume, is_left_over
@@ -76,6 +76,8 @@ NEED_EVALUATION = ("load_best_model_at_end", "metric_for_best_model", "eval_on_s
 def check_settings(config: TrainConfig, output: Path) -> str | None:
     """Refuse settings that cannot be trained with, and an `output` that cannot be written to.
     Returns the checkpoint to resume from; None for a new run."""
+    if not os.path.lexists(output):
+        require_short(output)
     checkpoint = checkpoint_to_resume(output) if config.resume else None
     if checkpoint:
         read_metrics(output)  # these two are read again in the run: a damaged file raises now

@@ -15,6 +15,7 @@ from conftest import tiny_model, tiny_tokenizer
 from merging import merged, refused, run_merge, trained
 from safetensors.torch import load_file, save_file
 
+from qlora import UserError
 from qlora.base.shards import INDEX, SINGLE
 
 
@@ -73,6 +74,10 @@ def test_settings_and_outputs(adapter, tmp_path, monkeypatch):
     text = mine.read_text()
     refused(adapter, mine / "out", "is not a writable folder")
     refused(adapter, mine.parent, "already holds something: give a new folder")
+    for name in ("x" * 240, "x" * 300, f"{'x' * 300}/out", "x/" * 2000):  # of at most 255
+        with pytest.raises(UserError, match=r"^\S{80}\.{3} cannot be created: its name has"):
+            run_merge(adapter, tmp_path / name)
+    merged(adapter, tmp_path / ("é" * 110), format="fp32")
     assert mine.read_text() == text
     refused(adapter, out, "must look like 5GB.*got '5'", max_shard_size="5")
     (adapter / "run.yaml").write_text("config: [")

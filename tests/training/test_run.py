@@ -397,6 +397,9 @@ def test_folders_that_are_refused(quick_run, tmp_path, data):
     (tmp_path / "run.yaml").write_text("config: {}\n")
     with refuses(tmp_path, "or remove it: it has no checkpoint to resume from"):
         check_settings(quick_run.config, tmp_path)
+    for resume in (False, True):
+        with refuses(tmp_path, "its name has more than 225 bytes"):
+            check_settings(replace(quick_run.config, resume=resume), tmp_path / ("x" * 300))
 
 
 @conftest.on_gpu
