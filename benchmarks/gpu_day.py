@@ -39,7 +39,8 @@ GRACE = 10  # seconds for a step to end at its limit, before it is killed
 LINES = 40  # of output that are kept
 PACKAGES = (
     "torch", "bitsandbytes", "transformers", "datasets", "accelerate", "safetensors", "gguf",
-    "peft", "wcwidth", "psutil", "pytest", "hypothesis", "scipy", "tqdm",
+    "peft", "wcwidth", "psutil", "pytest", "hypothesis", "scipy", "tqdm", "matplotlib", "sacrebleu",
+    "tensorboard", "yaml", "pyarrow",
 )  # fmt: skip
 PYTEST = "-m pytest -q -p no:cacheprovider tests --ignore tests/pages"
 STEP = "benchmarks/step.py --shape {shape} --folder {shapes} --sides"

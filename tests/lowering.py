@@ -72,8 +72,12 @@ def main(which: str) -> None:
         sizes = {"HALF": 64, "HEADS": kernels.HEADS, "BACKWARD": True}
         code = lowered(kernels._rotate, [f"*{name}"] * 6 + strides, sizes, card, num_warps=2)
         compiled[f"rotate {name} {card}"] = code
-    cards, widths = (CARDS, [32, 64, WIDEST]) if which == "all cards" else (["H200"], [WIDEST])
-    for card, integers, width in itertools.product(cards, (True, False), widths):
+    searched = [(True, WIDEST), (False, WIDEST)]  # with integers as levels, or 16 others
+    if which == "all cards":
+        searched += [(True, 32), (True, 128), (False, 64)]  # GGUF, int4, NF4
+    for card, (integers, width) in itertools.product(
+        CARDS if which == "all cards" else ["H200"], searched
+    ):
         sizes = {
             "LEVELS": 16,
             "INTEGERS": integers,

@@ -71,7 +71,7 @@ def gated_forward(gate: Tensor, up: Tensor, h: Tensor, act: str) -> None:
     """h = act(gate) * up, all contiguous, of one shape and dtype on one device."""
     values, grid = gate.numel(), (triton.cdiv(gate.numel(), BLOCK),)
     with torch.cuda.device_of(gate):
-        _gated[grid](gate, up, None, h, None, None, values, act, BLOCK)
+        _gated[grid](gate, up, None, h, None, None, values, act, BLOCK, enable_fp_fusion=True)
 
 
 def gated_backward(
@@ -80,7 +80,7 @@ def gated_backward(
     """Writes h, dgate and dup, which may share memory with gate, up and dh."""
     values, grid = gate.numel(), (triton.cdiv(gate.numel(), BLOCK),)
     with torch.cuda.device_of(gate):
-        _gated[grid](gate, up, dh, h, dgate, dup, values, act, BLOCK)
+        _gated[grid](gate, up, dh, h, dgate, dup, values, act, BLOCK, enable_fp_fusion=True)
     _mark_written(h, dgate, dup)
 
 
@@ -97,7 +97,8 @@ def rotate(
         _rotate[(batch * tokens, groups)](
             q, k, cos, sin, y, z, *q.stride()[:3], *k.stride()[:3], tokens, q_heads, k_heads,
             tokens * dim * (len(cos) > 1), dim // 2, triton.next_power_of_2(dim // 2), HEADS,
-            backward, num_warps=2,  # 16 bytes a thread in 16 bits, of heads of 128 values
+            backward, enable_fp_fusion=True,
+            num_warps=2,  # 16 bytes a thread in 16 bits, of heads of 128 values
         )  # fmt: skip
     return y, z
 

@@ -15,8 +15,8 @@ products, only over tokens with a label, and a chunk's logits, in fp32 and once 
 
 In 16 bits that number (one over the tokens of a step, say) must not cost a second rounding. On a
 GPU dx is a product in fp32 and is rounded once, after the multiplication. A CPU has no such
-product: there dz contains the mantissa of the number of tokens, which leaves a power of two to
-multiply by, unless a step has tokens of other micro-batches.
+product: there, and only there, dz contains the mantissa of the number of tokens, which leaves a
+power of two to multiply by, unless a step has tokens of other micro-batches.
 
 The idea is Liger's fused linear cross-entropy (arXiv:2410.10989). Left out: the gradient of W, as
 the head of a 4-bit base is frozen (a trained one is trained on the plain path), and skipping small
@@ -155,7 +155,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = hidden.new_empty(len(hidden), dtype=dtype)
         if ctx.needs_input_grad[0]:
             gradient = torch.empty_like(hidden, dtype=dtype)
-            factor = GRADIENT_SCALE / math.frexp(max(1, len(labels)))[0]
+            factor = GRADIENT_SCALE
+            if not is_gpu(weight.device):
+                factor /= math.frexp(max(1, len(labels)))[0]
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             z = linear(hidden[chunk], weight, bias).to(dtype)

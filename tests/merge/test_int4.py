@@ -3,8 +3,6 @@
 import pytest
 import torch
 from adapter_kinds import logits
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from conftest import axis, tiny_model, tiny_tokenizer
 from merging import merged, refused, report_of, rows_file, run_merge, trained
 from merging import trained_on as trained_on
@@ -18,14 +16,17 @@ from qlora.config import ModelChoice
 from qlora.merge import int4
 from qlora.merge.grids import Int4
 
+compressors = pytest.importorskip("compressed_tensors.compressors")
+quantization = pytest.importorskip("compressed_tensors.quantization")
 SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 
 
 def oracle(grid: type[Int4]):
     """compressed-tensors' own codec of that grid."""
     weights = int4.settings(grid, [])["config_groups"]["group_0"]["weights"]
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
-    return BaseCompressor.get_value_from_registry("pack-quantized"), scheme
+    arguments = quantization.QuantizationArgs(**weights)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
+    return compressors.BaseCompressor.get_value_from_registry("pack-quantized"), scheme
 
 
 @SYMMETRY

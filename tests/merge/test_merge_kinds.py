@@ -61,7 +61,7 @@ def test_the_merged_model_is_pefts_live_model(kind, adapter_build, tmp_path):
     wanted = built.logits - built.base_logits
     share = float((change * wanted).sum() / wanted.square().sum())
     # noise, without data; a merge without the adapter, or with it twice, has 0 or 2
-    assert share == pytest.approx(1, abs=0.4)
+    assert share == pytest.approx(1, abs=0.5)
     for output in (tmp_path / "fp32", tmp_path / "nf4"):
         assert Checkpoint(output).config["vocab_size"] == built.logits.shape[-1]
 

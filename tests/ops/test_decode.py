@@ -29,6 +29,7 @@ def dense(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def fresh_buffers():
     """Buffers belong to a thread, and all tests run in one."""
+    vars(nf4._thread).clear()
     yield
     vars(nf4._thread).clear()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlora.errors import UserError
+from qlora.ops import loss as loss_module
 from qlora.ops.loss import linear_cross_entropy
 
 
@@ -96,13 +97,17 @@ def test_torch_s_loss_with_no_more_than_a_chunk_of_logits(dtype, softcap, label_
         assert errors[0] <= 1e-6 and errors[1] <= 1e-5
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [*DEVICES, "as a GPU"])
 @pytest.mark.parametrize("softcap", axis(10.0, None))
 @pytest.mark.parametrize("size", axis(3.0, 0.5))
 @pytest.mark.parametrize("dtype", axis(torch.bfloat16, torch.float16), ids=str)
-def test_16_bits_are_no_further_off_than_the_plain_path(dtype, size, softcap, device):
+def test_16_bits_are_no_further_off_than_the_plain_path(dtype, size, softcap, device, monkeypatch):
     """For half of the tokens the model predicts the label: dz is no round number there. The plain
     path rounds it after division by the number of tokens, so several numbers are tried."""
+    if device == "as a GPU":
+        monkeypatch.setattr(loss_module, "is_gpu", lambda device: True)
+        monkeypatch.setattr(torch, "mm", lambda x, y, out_dtype: x.to(out_dtype) @ y.to(out_dtype))
+    place = "cuda" if device == "cuda" else "cpu"
     scaling = 2.0**16 if dtype == torch.float16 else 1.0  # as a GradScaler's
     ours, plain = [], []
     for seed, count in enumerate((18, 21, 25, 29, 37, 1237, 1500, 4097)):
@@ -116,7 +121,7 @@ def test_16_bits_are_no_further_off_than_the_plain_path(dtype, size, softcap, de
         wide = hidden.detach().double().requires_grad_()
         loss = reference.linear_cross_entropy(wide, weight, labels, softcap=softcap) / count
         exact = with_gradient(loss, wide)
-        hidden, weight, labels = (t.detach().to(device) for t in (hidden, weight, labels))
+        hidden, weight, labels = (t.detach().to(place) for t in (hidden, weight, labels))
         hidden.requires_grad_()
         with chunks_of(3000 * 16):
             fast = linear_cross_entropy(hidden, weight, labels, softcap=softcap) / count
@@ -127,7 +132,8 @@ def test_16_bits_are_no_further_off_than_the_plain_path(dtype, size, softcap, de
             errors.append((abs(loss.item() - exact[0].item()), off))
     errors, plain_errors = (torch.tensor(x).norm(dim=0) for x in (ours, plain))
     # The same roundings to 16 bits. Sums in fp32 in another order: an ulp of a loss of 8 is 1e-6.
-    assert errors[0] <= plain_errors[0] + 2e-6 and errors[1] <= 1.001 * plain_errors[1]
+    slack = 1.0 if device == "cpu" else 1.05  # products of other sizes round other logits
+    assert errors[0] <= slack * plain_errors[0] + 2e-6 and errors[1] <= 1.001 * plain_errors[1]
 
 
 def test_small_probabilities_keep_their_digits_in_fp16():
