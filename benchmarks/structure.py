@@ -64,7 +64,7 @@ def figures() -> Iterator[tuple[str, int, int, str]]:
     yield "longest function", longest_function[0], 60, longest_function[1]
     yield "longest file", longest_file[0], 490, longest_file[1]
     yield "lines of qlora/cli.py", lines_of([ROOT / "qlora/cli.py"]), 300, ""
-    yield "lines in tests/", lines_of((ROOT / "tests").rglob("*.py")), 23_930, ""
+    yield "lines in tests/", lines_of((ROOT / "tests").rglob("*.py")), 23_980, ""
 
 
 # ---- the way of the config

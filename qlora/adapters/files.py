@@ -70,6 +70,7 @@ from qlora.base.modules import (
     was_conv1d,
 )
 from qlora.config import LoraConfig
+from qlora.errors import some
 from qlora.files import ids_in, read_json, replacing
 
 # ---- save ----
@@ -343,6 +344,12 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
         if sizes != {name: len(module.weight) for name, module in found.items()}:
             require_one_size(adapter, sizes, "this model")
     rebase.require_originals(model, adapter.subtracted)
+    if state.unlike_bnb and not adapter.knows_quantization:
+        names, where = some(state.unlike_bnb), "here or there alone"
+        print(
+            f"adapter {adapter.folder}: if PEFT trained it on 4 bits, its base was another one, as "
+            f"{names} are quantized {where}; merge, chat and evaluate load that one"
+        )
 
 
 def _with_tied(model: nn.Module, adapter: AdapterFile) -> AdapterFile:

@@ -35,6 +35,7 @@ from qlora.base.load import (
     load_dense,
     load_tokenizer,
 )
+from qlora.base.modules import state_of
 from qlora.config import ModelChoice, QuantConfig
 from qlora.config.tasks import TASKS, task_named
 from qlora.errors import UserError, require
@@ -78,6 +79,7 @@ def load_plain(
     model = load_base(checkpoint, skipping, task=adapter.task, labels=labels, **known)
     for weight in (model.get_parameter(f"{name}.weight") for name in theirs):
         weight.data = nf4.round_trip(weight, quant).to(weight)  # whose codes no model could read
+    state_of(model).unlike_bnb = ()
     return model
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,7 +40,7 @@ from qlora.adapters.format import CONFIG, KEYS, WEIGHTS, contents_of, read_files
 from qlora.adapters.tensors import PARTS, PREFIX
 from qlora.config import PortableConfig
 from qlora.config.lora import pattern_key
-from qlora.errors import UserError, require, some
+from qlora.errors import UserError, first_line, require, some
 from qlora.files import GENERATION, publishing, require_new
 
 # ---- the portable adapter ----
@@ -106,6 +107,17 @@ def _times(lora_B: Tensor, ratio: float) -> Tensor:
 # ---- the command ----
 
 
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None
+) -> None:
+    """Write a safetensors file. UserError if the disk does not take it."""
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata or {}) or None)
+    except (OSError, SafetensorError) as error:
+        fault = f"{path.parent} cannot be written to ({first_line(error)})"
+        raise UserError(f"{fault}: free disk space, or give another --output-dir") from error
+
+
 def make_portable(config: PortableConfig) -> None:
     """Print each consumer's verdict on the adapter; write the portable one to `output_dir`."""
     folder = Path(config.adapter).expanduser()
@@ -118,7 +130,7 @@ def make_portable(config: PortableConfig) -> None:
     if output:
         values, tensors = portable_subset(values, tensors, folder)
         with publishing(output) as partial:
-            save_file(tensors, partial / WEIGHTS, metadata=metadata)
+            save_tensors(tensors, partial / WEIGHTS, metadata)
             text = json.dumps(values, indent=2) + "\n"
             (partial / CONFIG).write_text(text, encoding="utf-8")
             if (folder / GENERATION).is_file():  # the tokens that end an answer

@@ -136,6 +136,7 @@ def _page(run: Run, merge: Mapping[str, Any] | None) -> str:
     return environment.from_string(template).render(
         name=run.folder.resolve().name,
         folder=run.folder,
+        run_file=shlex.quote(f"{run.folder}/{files.RUN}"),
         base=Path(str(settings.get("model"))).name,
         data_name=", ".join(Path(str(name)).name for name in sources),
         date=date.fromtimestamp((run.folder / files.METRICS).stat().st_mtime),

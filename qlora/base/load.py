@@ -109,6 +109,7 @@ def load_base(
     require_unquantized(checkpoint)
     require_on_disk(checkpoint, empty, in_full)
     quant, bnb_config = _quantization(checkpoint, empty, quant, in_full)
+    unlike = sorted(quantized_layers(empty, quant).keys() ^ bnb_layers(empty).keys())
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
     # `initialise_missing` refuses those, except in a head
     args |= {"config": empty.config, "ignore_mismatched_sizes": True}
@@ -130,6 +131,7 @@ def load_base(
         heads=tuple(in_full),
         labels=names if in_full else (),
         original_weights=OriginalWeights(checkpoint, empty, dtype) if bnb_config else None,
+        unlike_bnb=tuple(unlike) if bnb_config else (),
     )
     return loaded  # type: ignore[no-any-return]
 

@@ -40,6 +40,7 @@ class ModelState:
     labels: tuple[str, ...] = ()  # class names of a classifier
     pad_token_id: int | None = None  # of a classifier whose checkpoint has none or another one
     original_weights: "OriginalWeights | None" = None  # if the checkpoint has 16-bit weights
+    unlike_bnb: tuple[str, ...] = ()  # layers that only one of load_base and transformers quantizes
     lora_configs: dict[str, LoraConfig] = field(default_factory=dict)  # of its adapters, by name
 
     def forget_base(self) -> None:

@@ -15,10 +15,8 @@ import shlex
 import tempfile
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from qlora.adapters.format import CONFIG, WEIGHTS, AdapterFile, read_adapter, read_files
-from qlora.adapters.portable import make_portable, portable_subset
+from qlora.adapters.portable import make_portable, portable_subset, save_tensors
 from qlora.base.checkpoint import resolve
 from qlora.config import MergeConfig, PortableConfig
 from qlora.config.tasks import task_named
@@ -61,7 +59,7 @@ def _export_adapter(config: PortableConfig, output: Path) -> None:
     revision = None if config.base_model else values.get("revision")
     base_folder = resolve(str(base), revision=revision, weights=False)
     with publishing(output) as partial, tempfile.TemporaryDirectory() as work:
-        save_file(tensors, Path(work) / WEIGHTS, metadata=metadata)
+        save_tensors(tensors, Path(work) / WEIGHTS, metadata)
         (Path(work) / CONFIG).write_text(json.dumps(values), encoding="utf-8")
         convert_adapter(Path(work), base_folder, partial / ADAPTER_FILE)
     print(f"Written to {output}. Use it on the base that --base-only --gguf writes:")

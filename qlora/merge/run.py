@@ -55,8 +55,10 @@ from qlora.ops import nf4
 # by the names of all tokenizers of transformers; no other JSON, as a base may have a record of its
 # quantization, and no pickles
 TOKENIZER_FILES = (
-    "*token*.json", "*vocab*.json", "tekken.json", "vocab*.txt", "dict.txt", "merges.txt",
-    "*.model", "*.spm", "*.tiktoken", "*.codes", "chat_template.json", "*.jinja",
+    "*tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json",
+    "tekken.json", "emoji.json", "word_shape.json", "word_pronunciation.json", "byte_maps.json",
+    "normalizer.json", "vocab*.txt", "dict.txt", "merges.txt", "*.model", "*.spm", "*.tiktoken",
+    "*.codes", "*.tokenizer", "chat_template.json", "*.jinja",
     f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
 # of the base, as training saves none: also the processors' of images, video and audio

@@ -13,6 +13,7 @@ from adapter_kinds import ADAPTER_KINDS, logits, new_base
 from conftest import FAMILIES, FP32, axis, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qlora import LoraConfig, UserError, apply_lora, load_adapter, load_base, save_adapter
@@ -378,8 +379,9 @@ def test_an_error_changes_no_file(adapter, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="already holds something: give a new folder"):
         make_portable(PortableConfig(str(adapter), str(adapter)))
     assert capsys.readouterr().out == ""
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr(portable, "save_file", Mock(side_effect=OSError("no space left")))
+    full = SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"too large.* free disk"):
+        patch.setattr(portable, "save_file", Mock(side_effect=full))
         make_portable(PortableConfig(str(adapter), str(tmp_path / "out")))
     assert {path: path.read_bytes() for path in adapter.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

@@ -94,7 +94,7 @@ def test_page_says(folder):
         "q_proj, v_proj", "0.00132", "version of torch", "after: ✓ as wanted",
         "(not asked)", "(not asked yet)", "3 training rows had more than 256 tokens",
         "onto the dequantized 4-bit base", "96.15%", "2.00%", "87.5%", "93.8%",
-        "python -m qlora.chat --adapter",
+        "python -m qlora.chat --adapter", "my run/run.yaml' --output-dir NEW_FOLDER",
     ):  # fmt: skip
         assert said in found.words, said
     assert found.tags.count("svg") == 2 and found.words.count("✓") == 1

@@ -14,7 +14,7 @@ from transformers import (
     HrmTextConfig,
 )
 
-from qlora import QuantConfig, UserError, load_base
+from qlora import QuantConfig, UserError, load_adapter, load_base
 from qlora.adapters.format import read_adapter
 from qlora.adapters.live import load_live
 from qlora.adapters.lora import lora_layers
@@ -116,7 +116,9 @@ def test_4_bits_that_transformers_does_not_open_are_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bloom", "falcon", "nemotron_h"])
-def test_an_adapter_of_peft_is_merged_onto_what_transformers_quantized(kind, base, tmp_path):
+def test_an_adapter_of_peft_is_merged_onto_what_transformers_quantized(
+    kind, base, tmp_path, capsys
+):
     """Its files do not tell. That is Bloom's dense and Nemotron-H's out_proj, whose weights these
     models read themselves, and nothing of Falcon, whose linear layers are a class of its own."""
     folder = base(kind)
@@ -134,6 +136,9 @@ def test_an_adapter_of_peft_is_merged_onto_what_transformers_quantized(kind, bas
     require_logits(tmp_path / "out", logits(theirs))
     live = load_live(str(folder), read_adapter(tmp_path / "adapter"), quant=FP32)
     torch.testing.assert_close(logits(live), logits(theirs), atol=1e-5, rtol=1e-5)  # fp32
+    capsys.readouterr()
+    load_adapter(load_base(str(folder), FP32), tmp_path / "adapter")
+    assert "its base was another one" in capsys.readouterr().out
     if kind == "falcon":
         match = "no 4-bit FalconLinear"
         refused(tmp_path / "adapter", tmp_path / "nf4", match, format="nf4")

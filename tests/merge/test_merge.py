@@ -140,12 +140,13 @@ def test_tokenizers_and_processors_of_every_kind_are_copied_and_nothing_else(
     shutil.copytree(checkpoints("llama"), base)
     shutil.copytree(trained_on("llama").adapter, adapter)
     own = """spiece.model sentencepiece.bpe.model spm.model source.spm target.spm vocab.txt
-        vocab.json merges.txt bpe.codes tekken.json qwen.tiktoken added_tokens.json
+        vocab.json merges.txt bpe.codes tekken.json qwen.tiktoken added_tokens.json emoji.json
         special_tokens_map.json additional_chat_templates/tool_use.jinja chat_template.json"""
     of_base = "preprocessor_config.json processor_config.json video_preprocessor_config.json"
-    others = """run.yaml metrics.jsonl samples.jsonl README.md LICENSE.txt loss.png
-        training_args.bin trainer_state.json hf_quant_config.json onnx/tokenizer.json tokenizer.pkl
-        pytorch_model.bin.index.json merge_report.json optimizer.pt checkpoint-1/tokenizer.json"""
+    others = """token.json hf_token.json run.yaml metrics.jsonl samples.jsonl README.md LICENSE.txt
+        loss.png training_args.bin trainer_state.json hf_quant_config.json onnx/tokenizer.json
+        tokenizer.pkl pytorch_model.bin.index.json merge_report.json optimizer.pt
+        checkpoint-1/tokenizer.json"""
     (base / "modeling.model").mkdir()
     (wanted := {*own.split()}).update(of_base.split())
     for has_tokenizer in (False, True):
