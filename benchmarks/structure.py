@@ -57,14 +57,14 @@ def figures() -> Iterator[tuple[str, int, int, str]]:
     package = sorted((ROOT / "qlora").rglob("*.py"))
     longest_function = max(entry for path in package for entry in functions(path))
     longest_file = max((lines_of([path]), str(path.relative_to(ROOT))) for path in package)
-    yield "lines in qlora/", lines_of(package), 27_800, ""
+    yield "lines in qlora/", lines_of(package), 27_845, ""
     yield ".py files in qlora/", len(package), 127, ""
     yield "of them outside a package", sum(p.parent.name == "qlora" for p in package), 10, ""
     yield "lines of import contract", contract_lines(), 20, ""
     yield "longest function", longest_function[0], 60, longest_function[1]
     yield "longest file", longest_file[0], 490, longest_file[1]
     yield "lines of qlora/cli.py", lines_of([ROOT / "qlora/cli.py"]), 300, ""
-    yield "lines in tests/", lines_of((ROOT / "tests").rglob("*.py")), 23_980, ""
+    yield "lines in tests/", lines_of((ROOT / "tests").rglob("*.py")), 24_030, ""
 
 
 # ---- the way of the config

@@ -18,11 +18,9 @@ MAY_CHANGE = (
 )  # fmt: skip
 MAY_CHANGE_OF_TRAINER = (  # beginnings of --trainer.NAME
     "eval",
-    "greater",
     "load_best",
     "log",
     "lr_scheduler_kwargs",
-    "metric",
     "save",
     "dataloader_num",
     "dataloader_p",

@@ -31,9 +31,10 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qlora import __version__, files
+from qlora.adapters.format import WEIGHTS
 from qlora.cli import Progress
 from qlora.data import generation
-from qlora.errors import UserError, some
+from qlora.errors import UserError, require, some
 from qlora.training import ranks
 from qlora.training.checkpoints import complete_checkpoints, last_checkpoint, resumable
 
@@ -131,13 +132,16 @@ class MetricsWriter(TrainerCallback):
 
     def _append(self, line: str) -> None:
         """Append a line; on a full disk, keep it for the next time, or raise OSError."""
-        lines, size = self.waiting + line, self.path.stat().st_size
+        lines = self.waiting + line
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # it may have been moved or removed
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(lines)
             self.waiting = ""
         except OSError as error:
-            os.truncate(self.path, size)  # half of a line
+            if self.path.exists():
+                os.truncate(self.path, size)  # half of a line
             if not self.goes_on:
                 raise
             if not self.waiting:
@@ -147,7 +151,11 @@ class MetricsWriter(TrainerCallback):
                 )
             self.waiting = lines
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        """Try once more to write the lines for which the disk had no room."""
         if self.waiting:
             self._append("")
 
@@ -303,6 +311,15 @@ def is_left_over(output: Path) -> bool:
     shown = {name for name in names if not name.startswith(".")}
     is_begun = bool(names) and (files.RUN in names or shown <= {files.INSPECTION})
     return is_begun and is_known and not complete_checkpoints(output)
+
+
+def require_no_other_run(output: Path, resume_from: str | None) -> None:
+    """Raise if another command has trained in `output` since this one looked at it."""
+    checkpoint = resumable(output)[0]
+    is_new = checkpoint is None and not (output / WEIGHTS).exists()
+    is_as_it_was = str(checkpoint) == resume_from if resume_from else is_new
+    fix = "give a new --output-dir, or --resume to continue that run"
+    require(is_as_it_was, f"another run has used {output} meanwhile: {fix}")
 
 
 def remove_leftovers(output: Path) -> None:

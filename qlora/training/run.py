@@ -47,9 +47,11 @@ from qlora.training.checks import check_arguments, check_settings
 from qlora.training.dry_step import before_training
 from qlora.training.memory import free_unused, is_out_of_memory, out_of_memory_in
 from qlora.training.outputs import (
+    MetricsWriter,
     no_empty_folder,
     read_run,
     remove_leftovers,
+    require_no_other_run,
     write_results,
     write_run_file,
     writing_to,
@@ -175,6 +177,8 @@ def run_and_write(
     settings that differ from it."""
     output, model, tokenizer = Path(config.output_dir), trainer.model, trainer.processing_class
     settings = flat(config)
+    if ranks.is_first():  # which holds the folder's lock
+        require_no_other_run(output, resume_from)
     base = {"resolved": str(model.config._name_or_path), **state_of(model).record()}
     if resume_from and ranks.is_first():
         set_aside(output, state_at(resume_from).global_step)
@@ -198,6 +202,9 @@ def run_and_write(
     if ranks.is_first():
         with out_of_memory_in(trainer, "saving the adapter"):
             trainer.save_result(output)  # before the answers, which may fail or be interrupted
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, MetricsWriter):
+                callback.flush()
     if samples:
         answer_if_memory_suffices(output, "after", samples, model, tokenizer)
     if not ranks.is_first():

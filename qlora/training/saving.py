@@ -54,6 +54,7 @@ class Saving(SafeStates):
     save_model: Any
     saves_to: str | None = None  # the folder that Trainer writes the present checkpoint into
     saved_best: tuple[Any, ...] = (None, None, None)  # of the last checkpoint that was written
+    unsaved_best: int | None = None  # a later step whose checkpoint could not be written
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Trainer's, but not of an adapter whose last loss was not finite; whole or not at all."""
@@ -62,7 +63,8 @@ class Saving(SafeStates):
         self.gather_states()
         if ranks.is_first():
             self._try_checkpoint(model, trial)
-        state, best = self.state, ranks.of_first(best_of(self.state))
+        state, found = self.state, (best_of(self.state), self.unsaved_best)
+        best, self.unsaved_best = ranks.of_first(found)
         state.best_metric, state.best_global_step, state.best_model_checkpoint = best
 
     def _try_checkpoint(self, model: Any, trial: Any) -> None:
@@ -74,6 +76,7 @@ class Saving(SafeStates):
             if not (reason and self.goes_on):
                 raise
             if state.best_global_step == state.global_step:  # the best is one that can be loaded
+                self.unsaved_best = state.global_step
                 state.best_metric, state.best_global_step, state.best_model_checkpoint = (
                     self.saved_best
                 )
@@ -115,7 +118,10 @@ class Saving(SafeStates):
         return str(folder) if is_there else None
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
-        """Trainer's; the best is saved also between two checkpoints, if it is loaded at the end."""
+        """Trainer's; the best is saved also between two checkpoints, if it is loaded at the end. No
+        best is an adapter that is not saved, as its last loss was not finite."""
+        if not self.steps.is_sound:
+            return False
         is_best: bool = super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
         self.control.should_save |= is_best and self.args.load_best_model_at_end
         return is_best
@@ -161,9 +167,10 @@ class Saving(SafeStates):
                 if not (reason and self.goes_on) or step in complete_checkpoints(output):
                     raise
             if not is_told:
+                has = f"The adapter of step {self.adapter_step}"  # type: ignore[attr-defined]
                 tqdm.write(
-                    f"error: {output} cannot be written: {reason}. The adapter of step {step} is "
-                    f"in memory only: make room, it is tried again every {RETRY_SECONDS:.0f} s"
+                    f"error: {output} cannot be written: {reason}. {has} is in memory only: make "
+                    f"room, it is tried again every {RETRY_SECONDS:.0f} s"
                 )
             is_told = True
             time.sleep(RETRY_SECONDS)

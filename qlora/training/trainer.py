@@ -379,6 +379,8 @@ class AdapterTrainer(Saving, Trainer):
         load_adapter_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.unsaved_best == self.state.global_step:  # the model has it, and no checkpoint
+            return
         self.best_step = self.state.best_global_step
         load_adapter_weights(self.model, f"{self.args.output_dir}/checkpoint-{self.best_step}")
 

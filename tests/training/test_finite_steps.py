@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROWS, adapted_model, quick_config, write_rows
+from conftest import ROWS, adapted_model, quick_config, require_same_adapter, write_rows
 from safetensors.torch import load_file
 
 from qlora import DataConfig, UserError
@@ -163,6 +163,21 @@ def test_a_broken_row_in_the_last_step_costs_that_step_only(checkpoints, tmp_pat
     base, folder = checkpoints("llama"), tmp_path / "run"
     train(quick_config(base, rows, folder, **settings))
     assert (folder / "adapter_model.safetensors").exists()
+
+
+def test_an_evaluation_after_a_broken_step_is_not_the_best(checkpoints, tmp_path, data, break_loss):
+    """Its adapter is not saved: the best is one that is."""
+    rows = write_rows(tmp_path / "rows.jsonl", [ROWS[0], ROWS[7], *ROWS[1:3]])
+    break_loss("7 times 7")
+    settings: Any = {"per_device_train_batch_size": 1, "eval_steps": 2, "save_steps": 2}
+    settings["data"] = DataConfig(str(rows), str(data), max_length=128)
+    settings["trainer"] = {"load_best_model_at_end": True, "greater_is_better": True}
+    settings["trainer"]["train_sampling_strategy"] = "sequential"
+    config = quick_config(checkpoints("llama"), rows, tmp_path / "run", **settings)
+    for steps in (4, 6):
+        folder = train(replace(config, max_steps=steps, resume=steps > 4))
+        assert [path.name for path in folder.glob("checkpoint-[24]")] == ["checkpoint-4"]
+        require_same_adapter(folder, folder / "checkpoint-4")
 
 
 def test_broken_evaluation_rows_are_named(checkpoints, tmp_path, data, break_loss, capsys):

@@ -28,8 +28,10 @@ from qlora import save_adapter
 from qlora.config import DataConfig, LoraConfig, QuantConfig
 from qlora.errors import Interrupted, UserError
 from qlora.files import locked
+from qlora.training import run
 from qlora.training.checkpoints import OPTIMIZER, RANDOM, read_state, seal, write_state
 from qlora.training.checks import check_settings
+from qlora.training.outputs import MetricsWriter
 from qlora.training.run import train
 from qlora.training.trainer import AdapterTrainer
 
@@ -121,6 +123,10 @@ OTHER_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"lora": LoraConfig(r=4, lora_alpha=8, use_dora=True)}, "use_dora False, not True"),
     ({"quant": QuantConfig(compute_dtype="fp32", blocksize=128)}, "blocksize 64, not 128"),
     ({"trainer": {"adam_beta2": 0.9}}, "trainer.adam_beta2 None, not 0.9"),
+    (
+        {"trainer": {"metric_for_best_model": "accuracy"}},
+        "trainer.metric_for_best_model None, not accuracy",
+    ),
     (
         {"trainer": {"train_sampling_strategy": "random"}},
         "train_sampling_strategy None, not random",
@@ -514,7 +520,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints(started, quick_run, 
 
 
 def test_a_run_goes_on_while_the_disk_is_full(checkpoints, tmp_path, data, monkeypatch, capsys):
-    """Without the best checkpoint, two logs and, at first, its result: what is lacking is told."""
+    """Without the checkpoint of the best, the last step, two logs and, at first, its result: what
+    is lacking is told, and the result is the same."""
     writes, full = Path.open, OSError(errno.ENOSPC, "No space left on device")
     both = DataConfig(str(data), str(data), max_length=128)
     settings: Any = {"early_stopping_patience": 9, "eval_steps": 1, "save_steps": 1, "data": both}
@@ -527,7 +534,7 @@ def test_a_run_goes_on_while_the_disk_is_full(checkpoints, tmp_path, data, monke
             raise full
         return writes(path, mode, *given, **named)
 
-    logs = iter("12")
+    logs = iter("12345")
     failing = Mock(wraps=save_adapter, side_effect=[DEFAULT, full, DEFAULT, full, full, DEFAULT])
     monkeypatch.setattr("qlora.training.saving.save_adapter", failing)
     monkeypatch.setattr("qlora.training.saving.RETRY_SECONDS", 0.0)
@@ -540,8 +547,36 @@ def test_a_run_goes_on_while_the_disk_is_full(checkpoints, tmp_path, data, monke
         assert at in said and f"parts/checkpoint-{last} is saved" in said
     assert "The adapter of step 4 is in memory only" in said and "metrics.jsonl cannot" in said
     assert losses(parts) == losses(whole)
-    require_same_adapter(parts, parts / "checkpoint-3")  # the best of those that were written
-    assert "| optimizer steps | 3, the best of 4 |" in (parts / "README.md").read_text()
+    require_same_adapter(parts, whole)
+    assert "| optimizer steps | 4 |" in (parts / "README.md").read_text()
+
+
+def test_two_commands_in_one_folder(started, monkeypatch):
+    """One loads its data and model for long, while the other trains: that one is kept."""
+    output, prepare, others = Path(started.output_dir), run.before_training, iter([True])
+
+    def meanwhile(*given: Any) -> None:
+        if next(others, False):
+            train(replace(config, resume=(output / "checkpoint-2").exists()))
+        prepare(*given)
+
+    monkeypatch.setattr(run, "before_training", meanwhile)
+    for config in (started, replace(started, resume=False)):
+        with pytest.raises(UserError, match=rf"another run has used {output} meanwhile"):
+            train(config)
+        assert (output / "checkpoint-4").is_dir() and (
+            output / "adapter_model.safetensors"
+        ).exists()
+        shutil.rmtree(output)
+        others = iter([True])
+
+
+def test_a_log_that_is_moved_or_a_folder_that_is_removed_while_a_run_writes_it(tmp_path):
+    writer = MetricsWriter(tmp_path / "run")
+    for row in ({"loss": 1.0}, {"loss": 2.0}):
+        writer._append(json.dumps(row) + "\n")
+        assert read_rows(writer.path) == [row]
+        shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
