@@ -288,8 +288,8 @@ print(f"of the change kept in the layer's outputs: {ours['kept']:.1%}")
 #   rounding. Use it whenever 2 bytes per weight are affordable.
 # - **4 bits, `--format nf4`**: the merged model needs as little memory as the base in training. It
 #   takes longer, and needs data similar to the training data.
-# - **For other programs**: `--format gguf-q4_k_m` for llama.cpp and Ollama, `--format int4` for vLLM
-#   and SGLang. A converter that quantizes the 16-bit merge rounds once more, to nearest.
+# - **For other programs**: `--format gguf-q4_k_m` for llama.cpp and Ollama, `--format int4` for
+#   vLLM and SGLang. A converter that quantizes the 16-bit merge rounds once more, to nearest.
 # - **Onto the original weights, `--onto original`**: not exactly the model that was trained; it can
 #   be better or worse. `--onto auto --verify held_out.jsonl` measures both and takes the better.
 # - **No merge**: the 4-bit base with the live adapter, as in notebook 05.
