@@ -25,15 +25,15 @@ from qlora.adapters.format import (
     require_same_base,
     require_same_codes,
 )
-from qlora.base.checkpoint import Checkpoint, quantized_layers, skeleton
+from qlora.base.checkpoint import Checkpoint, skeleton
 from qlora.base.load import (
     DTYPE_NAMES,
-    bnb_layers,
     compute_dtype,
     default_device,
     load_base,
     load_dense,
     load_tokenizer,
+    unlike_bnb,
 )
 from qlora.base.modules import state_of
 from qlora.config import ModelChoice, QuantConfig
@@ -69,13 +69,12 @@ def load_plain(
     checkpoint = Checkpoint.open(base) if isinstance(base, str) else base
     if not in_4_bits:
         return load_dense(checkpoint, quant, task=adapter.task, **known)
-    labels, others, theirs = adapter.labels, list[str](), list[str]()
+    labels, ours, theirs = adapter.labels, list[str](), list[str]()
     if not (adapter.knows_quantization or checkpoint.is_quantized):
         of_code = {"labels": labels, "trust_remote_code": known.get("trust_remote_code", False)}
         empty = skeleton(checkpoint.folder, task=task_named(adapter.task), **of_code)
-        ours, bnb = quantized_layers(empty, quant), bnb_layers(empty)
-        others, theirs = [n for n in ours if n not in bnb], [n for n in bnb if n not in ours]
-    skipping = replace(quant, skip_modules=(*quant.skip_modules, *others))
+        ours, theirs = unlike_bnb(empty, quant)
+    skipping = replace(quant, skip_modules=(*quant.skip_modules, *ours))
     model = load_base(checkpoint, skipping, task=adapter.task, labels=labels, **known)
     for weight in (model.get_parameter(f"{name}.weight") for name in theirs):
         weight.data = nf4.round_trip(weight, quant).to(weight)  # whose codes no model could read

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,6 @@ def load_base(
     require_unquantized(checkpoint)
     require_on_disk(checkpoint, empty, in_full)
     quant, bnb_config = _quantization(checkpoint, empty, quant, in_full)
-    unlike = sorted(quantized_layers(empty, quant).keys() ^ bnb_layers(empty).keys())
     args = trusted | {"dtype": dtype, "device_map": {"": device}, "quantization_config": bnb_config}
     # `initialise_missing` refuses those, except in a head
     args |= {"config": empty.config, "ignore_mismatched_sizes": True}
@@ -131,7 +131,7 @@ def load_base(
         heads=tuple(in_full),
         labels=names if in_full else (),
         original_weights=OriginalWeights(checkpoint, empty, dtype) if bnb_config else None,
-        unlike_bnb=tuple(unlike) if bnb_config else (),
+        unlike_bnb=tuple(chain(*unlike_bnb(empty, quant))) if bnb_config else (),
     )
     return loaded  # type: ignore[no-any-return]
 
@@ -291,6 +291,12 @@ def bnb_layers(model: Any) -> dict[str, bool]:
         for name, layer in linear_layers(model).items()
         if (type(layer) is nn.Linear or was_conv1d(layer)) and should_convert_module(name, skip)
     }
+
+
+def unlike_bnb(model: Any, quant: QuantConfig) -> tuple[list[str], list[str]]:
+    """The layers that load_base alone quantizes, and those that transformers alone does."""
+    ours, theirs = quantized_layers(model, quant), bnb_layers(model)
+    return [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
 
 
 def require_unquantized(checkpoint: Checkpoint) -> None:
